@@ -1,0 +1,51 @@
+"""lora-fx: a compiler for low-rank adaptation. See README.md.
+
+Everything is imported on first use, so that `import lora_fx` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "capture": "lora_fx.fx.capture",
+    "find": "lora_fx.passes.pipeline",
+    "insert": "lora_fx.passes.pipeline",
+    "fold": "lora_fx.passes.pipeline",
+    "export": "lora_fx.passes.pipeline",
+    "verify": "lora_fx.passes.pipeline",
+    "save_adapter": "lora_fx.formats.io",
+    "load_adapter": "lora_fx.formats.io",
+    "load_model": "lora_fx.fx.models",
+    "Adapter": "lora_fx.adapter",
+    "Captured": "lora_fx.fx.capture",
+    "AdaptedModule": "lora_fx.fx.module",
+    "LoraFxError": "lora_fx.errors",
+    "LowRank": "lora_fx.lowrank",
+    "Full": "lora_fx.lowrank",
+}
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from lora_fx.adapter import Adapter
+    from lora_fx.errors import LoraFxError
+    from lora_fx.formats.io import load_adapter, save_adapter
+    from lora_fx.fx.capture import Captured, capture
+    from lora_fx.fx.models import load_model
+    from lora_fx.fx.module import AdaptedModule
+    from lora_fx.lowrank import Full, LowRank
+    from lora_fx.passes.pipeline import export, find, fold, insert, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        from importlib import import_module
+
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,136 @@
+"""The Adapter: a named set of updates, key → LowRank or Full, that knows no file format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy.typing as npt
+
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Full, LowRank, plain_layout
+from lora_fx.numeric import NumpyEmitter
+from lora_fx.target import Found
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates by key, plus metadata (dropout, base name, where it was trained).
+
+    An adapter from a file is *unbound*: its keys are the file's names and its layouts are not
+    known. `bind` gives it those of a model.
+    """
+
+    entries: Mapping[str, LowRank | Full]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of updates."""
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys."""
+        return iter(self.entries)
+
+    @property
+    def lowrank(self) -> dict[str, LowRank]:
+        """The low-rank updates."""
+        return {k: v for k, v in self.entries.items() if isinstance(v, LowRank)}
+
+    @property
+    def full(self) -> dict[str, Full]:
+        """The whole tensors."""
+        return {k: v for k, v in self.entries.items() if isinstance(v, Full)}
+
+    @property
+    def bound(self) -> bool:
+        """True when every low-rank update knows its layout."""
+        return all(v.layout is not None for v in self.lowrank.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained elements."""
+        low = sum(v.a.size + v.b.size for v in self.lowrank.values())
+        return low + sum(v.value.size for v in self.full.values())
+
+    def deltas(self, base: object = None, dtype: npt.DTypeLike = "float64") -> dict[str, Array]:
+        """{key: ΔW in stored layout}; an unbound update is taken as [out, in].
+
+        Args:
+            base: Not needed by lora and rslora.
+            dtype: Of the arithmetic and of the result.
+        """
+        e = NumpyEmitter()
+        result = {}
+        for key, low in self.lowrank.items():
+            matrix = low.matrix(dtype)
+            layout = low.layout or plain_layout(matrix.shape)
+            result[key] = layout.to_stored(e, matrix)
+        return result
+
+    def bind(self, model: Any, args: Any = (), kwargs: Any = None) -> Adapter:
+        """This adapter in the keys and layouts of a model (module, Captured, Found or folder).
+
+        Raises:
+            LoraFxError: A key that the model lacks, or a shape that does not fit.
+        """
+        from lora_fx.passes.pipeline import found_of
+
+        return bind(self, found_of(model, args, kwargs))
+
+
+def bind(adapter: Adapter, found: Found, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Adapter:
+    """An adapter in the keys and layouts of `found`; every misfit is named.
+
+    Args:
+        adapter: Bound or not; its keys may be aliases.
+        found: The model's targets.
+        shapes: Shapes of all the model's tensors, to check whole tensors against.
+    """
+    entries: dict[str, LowRank | Full] = {}
+    known = found.by_key
+    for key, entry in adapter.entries.items():
+        if isinstance(entry, Full):
+            want = (shapes or {}).get(key)
+            if shapes is not None and want is None:
+                raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
+            if want is not None and tuple(entry.value.shape) != tuple(want):
+                raise LoraFxError(
+                    f"adapter tensor {key!r} is {list(entry.value.shape)}; the model's is {list(want)}",
+                    "was the adapter trained on another model?",
+                )
+            entries[key] = entry
+            continue
+        target = known.get(key)
+        if target is None:
+            raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, known))
+        layout = target.layout
+        a = (*layout.batch_shape, entry.rank, layout.in_size)
+        b = (*layout.batch_shape, layout.out_size, entry.rank)
+        if entry.a.shape != a or entry.b.shape != b:
+            raise LoraFxError(
+                f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
+                f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}",
+                "was the adapter trained on another model?",
+            )
+        use = entry.use or (key if key != target.key and len(target.uses) > 1 else "")
+        if target.key in entries:
+            raise LoraFxError(
+                f"adapter keys name {target.key!r} twice ({key!r} is an alias)",
+                "one tensor has one update; merge the two first",
+            )
+        entries[target.key] = replace(entry, layout=layout, use=use)
+    return replace(adapter, entries=entries)
+
+
+def near(name: str, names: Mapping[str, Any] | list[str]) -> str:
+    """A hint with the closest known names."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
+    return f"nearest names: {', '.join(close)}" if close else "run lora-fx targets MODEL for the names"
+
+

@@ -1,0 +1,1 @@
+"""Checkpoint folders and files: what their headers say, without torch."""

@@ -1,0 +1,128 @@
+"""How two outputs are compared, and the gates that a difference has to pass.
+
+rel(a, b) = max|a − b| / max|b| per output; NaN, Inf on one side or max|b| = 0 is a failure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FOLD_TOL = 1e-6
+"""fold against insert, fp32, tiny models."""
+ORT_TOL = 2e-6
+"""ONNX Runtime against torch, fp32, tiny models."""
+
+
+def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """max|a − b| / max|b|; infinite where the comparison fails.
+
+    >>> rel([1.0, 2.0], [1.0, 4.0])
+    0.5
+    """
+    x, y = np.asarray(a), np.asarray(b)
+    if x.shape != y.shape:
+        return math.inf
+    if x.size == 0:
+        return 0.0
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    if not (np.isfinite(x) == np.isfinite(y)).all():
+        return math.inf
+    both = np.isfinite(y)
+    if not (x[~both] == y[~both]).all():  # the same infinities; NaN never equals NaN
+        return math.inf
+    top = float(np.abs(y[both]).max(initial=0.0))
+    gap = float(np.abs(x[both] - y[both]).max(initial=0.0))
+    if top == 0.0:
+        return 0.0 if gap == 0.0 and not np.issubdtype(np.asarray(b).dtype, np.floating) else math.inf
+    return gap / top
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One comparison at one size."""
+
+    sizes: Mapping[str, tuple[int, ...]]
+    max_abs: float
+    rel: float
+    tol: float
+    output: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Within the gate."""
+        return self.rel <= self.tol
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `parity[]`; an infinite difference is null."""
+        finite = math.isfinite(self.rel)
+        return {
+            "sizes": {k: list(v) for k, v in self.sizes.items()},
+            "max_abs": self.max_abs if math.isfinite(self.max_abs) else None,
+            "rel": self.rel if finite else None,
+            "tol": self.tol,
+            "output": self.output,
+            "ok": self.ok,
+        }
+
+
+def compare(
+    ours: Mapping[str, npt.NDArray[Any]],
+    reference: Mapping[str, npt.NDArray[Any]],
+    sizes: Mapping[str, tuple[int, ...]],
+    tol: float,
+) -> Parity:
+    """The worst output of two runs at one size."""
+    worst = Parity(sizes, 0.0, 0.0, tol)
+    for name in reference:
+        if name not in ours:
+            return Parity(sizes, math.inf, math.inf, tol, name)
+        r = rel(ours[name], reference[name])
+        a, b = (np.asarray(v).astype(np.float64) for v in (ours[name], reference[name]))
+        gap = float(np.abs(a - b).max(initial=0.0)) if a.shape == b.shape else math.inf
+        if r >= worst.rel:
+            worst = Parity(sizes, gap, r, tol, name)
+    return worst
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verb did and whether it holds; `bool(report)` is the answer."""
+
+    command: str
+    ok: bool
+    parity: tuple[Parity, ...] = ()
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """True when everything held."""
+        return self.ok
+
+    def to_json(self) -> dict[str, Any]:
+        """The parts of docs/json.md that this verb knows."""
+        return {
+            "command": self.command,
+            "ok": self.ok,
+            "outputs": dict(self.outputs),
+            "warnings": list(self.warnings),
+            "parity": [p.to_json() for p in self.parity],
+            **self.details,
+        }
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        lines = [f"{self.command}: {'ok' if self.ok else 'FAILED'}"]
+        for p in self.parity:
+            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
+            verdict = "ok" if p.ok else "over the gate"
+            lines.append(f"  {sizes}: rel {p.rel:.2e} (gate {p.tol:.1e}) {verdict}")
+        lines += [f"  {k}: {v}" for k, v in self.details.items() if not isinstance(v, (list, dict))]
+        lines += [f"  warning: {w}" for w in self.warnings]
+        return "\n".join(lines)

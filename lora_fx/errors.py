@@ -1,0 +1,40 @@
+"""The one error that users see."""
+
+from __future__ import annotations
+
+
+class LoraFxError(Exception):
+    """Something the user can mend: one line that says what is wrong, and a hint.
+
+    Args:
+        message: What was found and what was expected, naming the file and the tensor.
+        hint: What to do about it, one line; may be empty.
+        exit_code: 2 for refused or misused input, 1 where the input was good and the answer is no.
+    """
+
+    def __init__(self, message: str, hint: str = "", *, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        """Message and hint, as a traceback prints them."""
+        return f"{self.message}\nHint: {self.hint}" if self.hint else self.message
+
+
+class CaptureError(LoraFxError):
+    """The model could not be captured as a graph; the message names the line of the user's code."""
+
+
+class NoEffectError(LoraFxError):
+    """The inputs were good and the answer is no: nothing changed, or two models differ."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint, exit_code=1)
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """`text` folded to one line of at most `limit` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""Adapter file formats, one a file; foreign names exist only here."""

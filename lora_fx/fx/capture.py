@@ -1,0 +1,297 @@
+"""Capture: any traceable model as graphs, one program for each mode, dtype and set of arguments.
+
+A `Captured` holds the weightless source, the skeleton and the programs traced so far. What was
+not traced yet is traced when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import CaptureError, LoraFxError, one_line
+from lora_fx.fx.calling import Called, Signature, as_module, leaf_names, program_key
+from lora_fx.fx.export import Pinned, Requested, Traced, trace
+from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.inputs import describe, limits
+from lora_fx.fx.skeleton import weightless
+from lora_fx.inputs import Inputs, default_dynamic, merge_dynamic
+
+Rewriter = Callable[[FxGraph], object]
+
+
+@dataclass
+class Source:
+    """The code of a model without its weights."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    mode: Any
+    live: bool = False
+    copies: dict[torch.dtype, Source] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Source:
+        """A weightless copy; the live module where it cannot be copied (then `live`)."""
+        bound = getattr(model.function, "__self__", None) if isinstance(model, Called) else None
+        if isinstance(bound, nn.Module):
+            copied, mode = weightless(bound)
+            method = getattr(copied, model.function.__name__)  # type: ignore[union-attr]
+            return cls(copied, method, mode)
+        if not isinstance(model, Called):
+            try:
+                copied, mode = weightless(model)
+                return cls(copied, copied.forward, mode)
+            except (TypeError, RuntimeError, NotImplementedError, AttributeError):
+                pass  # locks, generators and the like cannot be copied
+        return cls(model, model.forward, None, live=True)
+
+    def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> Source:
+        """This source with floating tensors in another dtype."""
+        if dtype is None or dtype == base or self.live:
+            return self
+        if dtype not in self.copies:
+            name = getattr(self.forward, "__name__", "forward")
+            copied, mode = weightless(self.module, dtype, self.mode)
+            self.copies[dtype] = Source(copied, getattr(copied, name), mode)
+        return self.copies[dtype]
+
+
+@dataclass
+class Program:
+    """One traced and compiled graph."""
+
+    id: str
+    traced: Traced
+    graph: fx.Graph
+    training: bool
+
+
+class Captured:
+    """A model as graphs.
+
+    Attributes:
+        inputs: The signature: names, dtypes and dimensions of the example's tensors.
+        pinned: Dimensions that were asked to be dynamic and that the model fixed.
+        notes: What had to be said on the way.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        dynamic: Any = None,
+        static: Sequence[str] = (),
+    ) -> None:
+        self.model = as_module(model)
+        self.signature = Signature(_forward_of(model, self.model))
+        self.source = Source.of(self.model)
+        self.base_dtype = base_dtype(self.model)
+        self.notes: list[str] = []
+        try:
+            self.named = self.signature.bind(tuple(args), dict(kwargs or {}))
+        except TypeError as e:
+            raise LoraFxError(
+                f"the example inputs do not fit {type(self.model).__name__}.forward: {e}",
+                f"its signature is forward{self.signature.signature}",
+            ) from e
+        leaves = pytree.tree_leaves(self.named)
+        if not any(isinstance(x, torch.Tensor) for x in leaves):
+            raise LoraFxError(
+                "no example input is a tensor",
+                f"pass args or kwargs for forward{self.signature.signature}",
+            )
+        self.inputs: Inputs = describe(leaf_names(self.named), leaves)
+        self.requested: Requested = merge_dynamic(
+            self.inputs, default_dynamic(self.inputs) if dynamic is None else {}, dynamic, static
+        )
+        self.inputs = self.inputs.with_dims(self.requested)
+        self.tracings: dict[tuple[Any, ...], Traced] = {}
+        self._limits_known = False
+
+    @property
+    def pinned(self) -> list[Pinned]:
+        """Pinned dimensions of the eval graph."""
+        return self.traced(False, self.named).pinned
+
+    @property
+    def eval(self) -> fx.GraphModule:
+        """The eval graph as a GraphModule over the model's tensors; outputs are flat."""
+        return self._graph_module(False)
+
+    @property
+    def train(self) -> fx.GraphModule:
+        """The train graph, likewise."""
+        return self._graph_module(True)
+
+    def _graph_module(self, training: bool) -> fx.GraphModule:
+        return fx.GraphModule(self.holder(), self.fx_graph(training).graph)
+
+    def holder(self) -> nn.Module:
+        """The module that the get_attr names of the graphs are under, constants included."""
+        traced = self.traced(False, self.named)
+        for name, t in traced.constants.items():
+            if not _has(self.model, name):
+                self.model.register_buffer(name.replace(".", "_"), t, persistent=False)
+        return self.model
+
+    def fx_graph(self, training: bool = False, root: nn.Module | None = None) -> FxGraph:
+        """A fresh copy of a mode's graph, as passes see it."""
+        traced = self.traced(training, self.named)
+        graph = FxGraph(traced.graph, root if root is not None else self.model, training=training)
+        return graph.clone()
+
+    def traced(
+        self, training: bool, named: Mapping[str, Any], dtype: torch.dtype | None = None
+    ) -> Traced:
+        """The cleaned graph for a mode, a set of arguments and a base dtype."""
+        leaves = pytree.tree_leaves(dict(named))
+        key = (training, dtype or self.base_dtype, *program_key(named, leaves))
+        if key not in self.tracings:
+            source = self.source.in_dtype(dtype, self.base_dtype)
+            requested = self.requested
+            new = describe(leaf_names(named), leaves)
+            unknown = {n: d for n, d in default_dynamic(new).items() if n not in self.inputs.names}
+            self.tracings[key] = self._trace(
+                source, training, named, {**requested, **unknown}
+            )
+        return self.tracings[key]
+
+    def _trace(
+        self, source: Source, training: bool, named: Mapping[str, Any], requested: Requested
+    ) -> Traced:
+        modes = [(m, m.training) for m in source.module.modules()]
+        source.module.train(training)
+        try:
+            return trace(source.module, self.signature, source.forward, named, requested)
+        except LoraFxError:
+            raise
+        except Exception as e:
+            raise explain(e, type(self.model).__name__, training) from e
+        finally:
+            for m, was in modes:
+                m.training = was
+
+    def bounded_inputs(self) -> Inputs:
+        """The signature with the integer limits that the eval graph shows."""
+        if not self._limits_known:
+            traced = self.traced(False, self.named)
+            self.inputs = limits(self.inputs, traced.graph, self.model, traced)
+            self._limits_known = True
+        return self.inputs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        """Copies share code and graphs; what a copy traces later stays its own."""
+        new = object.__new__(Captured)
+        new.__dict__.update(self.__dict__)
+        new.tracings = dict(self.tracings)
+        return new
+
+
+def capture(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Any = None,
+    static: Sequence[str] = (),
+) -> Captured:
+    """Capture a model with example inputs.
+
+    Args:
+        model: An nn.Module, a function of tensors, or a bound method of a module.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        dynamic: {input: {dimension: name}} or {input: (dimensions)}; None takes the defaults:
+            dimension 0 of every tensor, dimension 1 of integers, masks and 3-d floats.
+        static: Inputs (`NAME` or `NAME:DIM`) that stay fixed.
+
+    Raises:
+        CaptureError: The model cannot be traced; the message names the line of its code.
+        LoraFxError: The inputs do not fit the signature.
+    """
+    cap = Captured(model, args, kwargs, dynamic, static)
+    cap.traced(False, cap.named)
+    return cap
+
+
+def base_dtype(model: nn.Module) -> torch.dtype | None:
+    """dtype of the first floating parameter that is not an adapter's."""
+    from lora_fx.fx.tensors import AdapterTensors
+
+    for m in model.modules():
+        if not isinstance(m, AdapterTensors):
+            for p in m._parameters.values():
+                if p is not None and p.is_floating_point():
+                    return p.dtype
+    return None
+
+
+def _has(root: nn.Module, name: str) -> bool:
+    value: Any = root
+    for part in name.split("."):
+        value = getattr(value, part, None)
+        if value is None:
+            return False
+    return True
+
+
+def _forward_of(model: Any, module: nn.Module) -> Callable[..., Any]:
+    return module.forward if isinstance(model, nn.Module) else model  # type: ignore[no-any-return]
+
+
+_CAUSES = (
+    ("GuardOnDataDependentSymNode", "a branch or a size depends on a tensor's value",
+     "compute both branches with torch.where, or make the value a Python argument"),
+    ("data-dependent", "a branch or a size depends on a tensor's value",
+     "compute both branches with torch.where, or make the value a Python argument"),
+    ("aten._local_scalar_dense", "a tensor's value is read (.item(), int(), bool())",
+     "keep it a tensor: torch.where, masks, or a Python argument"),
+    ("numpy", "numpy is called on a tensor", "use torch's own functions"),
+    ("FakeTensor", "a tensor made outside the model meets the traced ones",
+     "register it as a buffer, or make it in forward"),
+)
+
+
+def explain(error: Exception, name: str, training: bool) -> CaptureError:
+    """One message: which line of the user's code, why, and what to do."""
+    mode = "train" if training else "eval"
+    where = _user_line(error)
+    text = f"{type(error).__name__}: {error}"
+    for needle, why, todo in _CAUSES:
+        if needle in text:
+            return CaptureError(f"cannot capture {name} in {mode} mode at {where}: {why}", todo)
+    return CaptureError(
+        f"cannot capture {name} in {mode} mode at {where}: "
+        f"{one_line(f'{type(error).__name__}: {error}', 160)}",
+        "check that the model runs on the example inputs; -v prints the traceback",
+    )
+
+
+def _user_line(error: BaseException) -> str:
+    """file:line `code` of the innermost frame that is neither torch's nor ours."""
+    ours = __file__.rpartition("/lora_fx/")[0]
+    inner = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        if "/torch/" in path or path.startswith(ours + "/lora_fx/") or path.startswith("<"):
+            continue
+        if path.startswith(ours + "/passes/") or path.startswith(ours + "/cli/"):
+            continue
+        if frame.f_code.co_name != "<module>" and "/lib/python3" in path and "site-packages" not in path:
+            continue
+        inner = (path, line)
+    if inner is None:
+        return "an unknown line"
+    code = linecache.getline(*inner).strip()
+    return f"{inner[0]}:{inner[1]} `{code}`"
+
+
+__all__ = ["Captured", "Program", "Source", "base_dtype", "capture", "replace"]

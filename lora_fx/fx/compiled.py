@@ -1,0 +1,134 @@
+"""A graph as plain Python functions, its blocks outlined so that hooks and wrappers see them."""
+
+from __future__ import annotations
+
+import linecache
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.fx.node import map_arg
+
+from lora_fx.fx.calling import Door
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program: its id, the sizes it takes, and how its flat outputs are put together."""
+
+    id: str
+    door: Door
+    out_spec: Any
+
+
+def compile_program(
+    graph: fx.Graph, ident: str, blocks: Sequence[str]
+) -> dict[str, Callable[..., Any]]:
+    """{"": the whole, block path: its part}: functions of (module, *values).
+
+    A block whose nodes cannot be gathered in one place stays part of the whole.
+    """
+    codes = {}
+    for path in blocks:
+        part = outline(graph, path, ident)
+        if part is not None:
+            codes[path] = _function(part, f"{ident}:{path}")
+    codes[""] = _function(graph, ident)
+    return codes
+
+
+def _function(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    graph.set_codegen(fx.graph.CodeGen())
+    code = graph.python_code("self")
+    file = f"<lora_fx {name}>"
+    space = dict(code.globals)
+    exec(compile(code.src, file, "exec"), space)
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
+    function: Callable[..., Any] = space["forward"]
+    return function
+
+
+def outline(graph: fx.Graph, path: str, ident: str) -> fx.Graph | None:
+    """Move the nodes made inside one module into a graph of their own, called by a node.
+
+    Returns None, and leaves the graph alone, where a node between them depends on the block.
+    """
+
+    def inside(n: fx.Node) -> bool:
+        stack = n.meta.get("nn_module_stack", {}).values()
+        return any(str(v[0]).split("@")[0] == path for v in stack)
+
+    body = [n for n in graph.nodes if n.op in ("call_function", "call_module") and inside(n)]
+    if not body:
+        return None
+    member = set(body)
+    if not _gather(graph, body, member):
+        return None
+    reads = {
+        i
+        for n in body
+        for i in n.all_input_nodes
+        if i.op == "get_attr" and str(i.target).startswith(path + ".")
+    }
+    sub, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    outer: list[fx.Node] = []
+    inputs = dict.fromkeys(i for n in body for i in n.all_input_nodes)
+    for i in inputs:
+        if i not in member and i not in reads:
+            env[i] = sub.placeholder(i.name)
+            outer.append(i)
+    for i in inputs:
+        if i in reads:
+            env[i] = sub.get_attr(str(i.target)[len(path) + 1 :])
+    for n in body:
+        env[n] = sub.node_copy(n, env.__getitem__)
+    outs = [n for n in body if any(u not in member for u in n.users)]
+    sub.output(env[outs[0]] if len(outs) == 1 else tuple(env[o] for o in outs))
+    with graph.inserting_after(body[-1]):
+        call = graph.create_node("call_module", path, (ident, *outer))
+    call.meta["nn_module_stack"] = {}
+    if len(outs) == 1:
+        _swap(outs[0], call, member)
+    else:
+        at = call
+        for k, out in enumerate(outs):
+            with graph.inserting_after(at):
+                at = graph.call_function(operator.getitem, (call, k))
+            _swap(out, at, member)
+    for n in reversed(body):
+        graph.erase_node(n)
+    for i in reads:
+        if not i.users:
+            graph.erase_node(i)
+    return sub
+
+
+def _swap(old: fx.Node, new: fx.Node, member: set[fx.Node]) -> None:
+    for user in list(old.users):
+        if user not in member:
+            user.args = map_arg(user.args, lambda n: new if n is old else n)
+            user.kwargs = map_arg(user.kwargs, lambda n: new if n is old else n)
+
+
+def _gather(graph: fx.Graph, body: list[fx.Node], member: set[fx.Node]) -> bool:
+    """Move strays between the block's first and last node before it; False if one needs it."""
+    strays, needs = [], set(member)
+    node = body[0]
+    while node is not body[-1]:
+        node = node.next
+        if node in member or node.op in ("placeholder", "output"):
+            continue
+        if any(i in needs for i in node.all_input_nodes):
+            needs.add(node)
+            continue
+        strays.append(node)
+    late = needs - member
+    if any(i in late for n in body for i in n.all_input_nodes):
+        return False
+    for n in strays:
+        body[0].prepend(n)
+    for n in reversed([n for n in graph.nodes if n in late]):
+        body[-1].append(n)
+    return True

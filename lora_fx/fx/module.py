@@ -1,0 +1,471 @@
+"""The module that insert returns: one skeleton, many programs.
+
+A program is an eval or train graph, for one base dtype and one set of arguments, rewritten by the
+module's passes and compiled to plain functions over the skeleton. Programs that were not needed
+yet are captured on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.adapter import Adapter, bind
+from lora_fx.compare import rel
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.calling import Door, leaf_names, program_key
+from lora_fx.fx.capture import Captured, base_dtype
+from lora_fx.fx.compiled import Compiled, compile_program
+from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.inputs import sample_call
+from lora_fx.fx.norms import freeze_norms
+from lora_fx.fx.skeleton import Scope, skeleton
+from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
+from lora_fx.inputs import SIZES
+from lora_fx.lowrank import Full, LowRank, slot_names
+from lora_fx.target import Found, human
+
+Rewriter = Callable[[FxGraph], object]
+
+
+@dataclass
+class Programs:
+    """The code of a captured module; copies share it, later captures stay with their copy."""
+
+    captured: Captured
+    codes: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
+    compiled: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
+    blocks: bool = True
+    not_one: frozenset[tuple[str, int]] = frozenset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
+        """Shallow copies of the dictionaries."""
+        return replace(self, codes=dict(self.codes), compiled=dict(self.compiled))
+
+
+class CapturedModule(Scope):
+    """A captured model as a module again: original names, signature and output type."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        own: Sequence[str] = (),
+        *,
+        norm_stats: str = "frozen",
+        blocks: bool = True,
+        tree: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        tree = captured.model if tree is None else tree
+        self._programs = Programs(captured, blocks=blocks)
+        self._norm_stats = norm_stats
+        self._adapted = True
+        names, _ = named_tensors(tree)
+        wanted = {names[n] for n in own}
+        ids = {id(p) for n, p in tree.named_parameters() if n in wanted}
+        skeleton(tree, {}, self, own=ids)
+        self._dtype = base_dtype(self)
+        self._shared = True
+        self.eval()
+
+    # --- calling ---------------------------------------------------------------------------------
+
+    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        programs = self._programs
+        named = programs.captured.signature.bind(args, kwargs)
+        leaves = pytree.tree_leaves(named)
+        key = (self.training, self._dtype, self._adapted, *program_key(named, leaves))
+        program = programs.compiled.get(key)
+        if program is None:
+            program = self._capture(key, named)
+        program.door.check(leaves)
+        out = programs.codes[program.id, ""](self, *leaves)
+        return pytree.tree_unflatten(list(out), program.out_spec)
+
+    def _rewriters(self, training: bool) -> list[Rewriter]:
+        """The passes that turn a captured graph into this module's program."""
+        return []
+
+    def graph(self, training: bool = False) -> FxGraph:
+        """The rewritten graph for the captured arguments; passes may edit it."""
+        return self._graph(training, self._programs.captured.named)
+
+    def _graph(self, training: bool, named: Mapping[str, Any]) -> FxGraph:
+        captured = self._programs.captured
+        traced = captured.traced(training, named, self._dtype)
+        graph = FxGraph(traced.graph, self, training=training).clone()
+        self._place_constants(graph, traced.constants)
+        if training and self._norm_stats == "frozen":
+            freeze_norms(graph.graph)
+        for rewrite in self._rewriters(training) if self._adapted else ():
+            rewrite(graph)
+        graph.lint()
+        return graph
+
+    @torch.compiler.disable
+    def _capture(self, key: tuple[Any, ...], named: Mapping[str, Any]) -> Compiled:
+        programs = self._programs
+        traced = programs.captured.traced(self.training, named, self._dtype)
+        graph = self._graph(self.training, named)
+        ident = f"program_{len(programs.compiled)}"
+        names = traced.door.names
+        banned = tuple((names.index(n), d) for n, d in programs.not_one if n in names)
+        door = replace(traced.door, not_one=banned)
+        block_paths = self._block_paths() if programs.blocks else ()
+        codes = compile_program(graph.graph, ident, block_paths)
+        programs.codes.update({(ident, path): code for path, code in codes.items()})
+        program = Compiled(ident, door, traced.out_spec)
+        programs.compiled[key] = program
+        return program
+
+    def _block_paths(self) -> list[str]:
+        """Children of the outermost ModuleLists and Sequentials."""
+        paths: list[str] = []
+        for name, m in self.named_modules():
+            inside = any(name.startswith(p + ".") or name == p for p in paths)
+            if inside or type(m).__name__ not in ("ModuleList", "Sequential"):
+                continue
+            children = [f"{name}.{k}" if name else k for k in m._modules]
+            paths += [p for p in children if isinstance(owner(self, p + ".x")[0], Scope)]
+        for path in paths:
+            block = owner(self, path + ".x")[0]
+            object.__setattr__(block, "_path", path)
+            object.__setattr__(block, "_programs", self._programs)
+        return paths
+
+    def _place_constants(self, graph: FxGraph, constants: Mapping[str, torch.Tensor]) -> None:
+        """Tensors that forward made or closed over: the skeleton's own, else `_constN` buffers."""
+        model = self._programs.captured.model
+        owned = {id(p): n for n, p in model.named_parameters()}
+        owned |= {p.data_ptr(): n for n, p in model.named_parameters() if p.device.type != "meta"}
+        state = {n for n, _ in self.named_parameters(remove_duplicate=False)}
+        state |= {n for n, _ in self.named_buffers(remove_duplicate=False)}
+        where: dict[str, str] = {}
+        for name, t in constants.items():
+            if name in state:
+                continue
+            if type(t).__name__ == "FakeTensor":
+                raise LoraFxError(
+                    f"the tensor {name!r} that forward makes has no value outside the capture",
+                    "register it as a buffer of the module",
+                )
+            known = owned.get(id(t)) or (t.numel() and owned.get(t.data_ptr()))
+            where[name] = str(known) if known else self._constant(t)
+        for node in graph.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in where:
+                node.target = where[str(node.target)]
+        graph.refresh()
+
+    def _constant(self, value: torch.Tensor) -> str:
+        device = next((p.device for p in self.parameters()), value.device)
+        for name, b in self._buffers.items():
+            if name.startswith("_const") and b is not None and b.dtype == value.dtype:
+                if b.shape == value.shape and torch.equal(b, value.to(b.device)):
+                    return name
+        name = f"_const{sum(n.startswith('_const') for n in self._buffers)}"
+        self.register_buffer(name, value.detach().clone().to(device), persistent=False)
+        return name
+
+    # --- what nn.Module offers -------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._dtype = base_dtype(self)
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's; storage shared with the user's model is copied first."""
+        if self._shared:
+            seen: set[int] = set()
+            for p in self.parameters():
+                if id(p) not in seen and not p.requires_grad:
+                    p.data = p.data.clone()
+                seen.add(id(p))
+            self._shared = False
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @property
+    def captured(self) -> Captured:
+        """The capture behind this module."""
+        return self._programs.captured
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """Within this block the module gives the unadapted numbers."""
+        was, self._adapted = self._adapted, False
+        try:
+            yield
+        finally:
+            self._adapted = was
+
+    def sample(self, size: tuple[int, int] = SIZES[0], arrays: Any = None) -> dict[str, Any]:
+        """Named arguments of one size, from the captured signature."""
+        captured = self._programs.captured
+        device = next((p.device for p in self.parameters()), None)
+        return sample_call(captured.bounded_inputs(), captured.named, size, 0, arrays, device)
+
+    def flat(self, named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """Run on named arguments; {output name: array} of the tensors that come out."""
+        with torch.no_grad():
+            out = self(**named) if not self._positional(named) else self._run_named(named)
+        names = leaf_names({"": out}) if not isinstance(out, torch.Tensor) else ["output"]
+        leaves = pytree.tree_leaves(out)
+        return {
+            output_name(n, i): to_numpy(v)
+            for i, (n, v) in enumerate(zip(names, leaves, strict=True))
+            if isinstance(v, torch.Tensor)
+        }
+
+    def _positional(self, named: Mapping[str, Any]) -> bool:
+        s = self._programs.captured.signature
+        return bool(s.rest in named or set(s.positional_only) & set(named))
+
+    def _run_named(self, named: Mapping[str, Any]) -> Any:
+        return self._programs.captured.signature.call(self, named)
+
+    def prove_ones(self) -> None:
+        """Ban size 1 where the model takes another path there than the captured graph.
+
+        The capture drops torch's own exclusion of size 1; here the user's module and the graph
+        run at size 1, and sizes that differ are refused at the door from then on.
+        """
+        captured = self._programs.captured
+        traced = captured.traced(False, captured.named)
+        lone = {(traced.door.names[i], d) for i, d in traced.lone}
+        if not lone or captured.source.live:
+            return
+        symbols = {captured.requested.get(n, {}).get(d, "") for n, d in lone}
+        banned: set[tuple[str, int]] = set()
+        for symbol in symbols:
+            size = (1, SIZES[0][1]) if symbol == "batch" else (SIZES[0][0], 1)
+            named = self.sample(size)
+            if not _same_at(self, captured, named):
+                banned |= {
+                    (n, d)
+                    for n, dims in captured.requested.items()
+                    for d, s in dims.items()
+                    if s == symbol
+                }
+        self._programs.not_one = frozenset(banned)
+        self._programs.compiled.clear()
+
+
+def _same_at(module: CapturedModule, captured: Captured, named: Mapping[str, Any]) -> bool:
+    model = captured.model
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), module.base():
+            ours = pytree.tree_leaves(module._run_named(named))
+            theirs = pytree.tree_leaves(captured.signature.call(model, named))
+    except Exception:  # whatever stops either at this size, the size is not proven
+        return False
+    finally:
+        for m, was in modes:
+            m.training = was
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, torch.Tensor)]
+    return all(rel(to_numpy(a), to_numpy(b)) < 1e-4 or torch.equal(a, b) for a, b in pairs)
+
+
+def output_name(path: str, i: int) -> str:
+    """A flat output's name: the field of a dict or output class, else output, output_1 …"""
+    name = path.lstrip(".")
+    if not name or name.split(".")[0].isdigit():
+        return f"output_{name.replace('.', '_')}" if name and name != "0" else "output"
+    return name.replace(".", "_")
+
+
+Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
+
+
+class AdaptedModule(CapturedModule):
+    """A model with low-rank branches; only the adapter's tensors require grad."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        found: Found,
+        updates: Mapping[str, LowRank],
+        inserter: Inserter,
+        *,
+        also_train: Sequence[str] = (),
+        norm_stats: str = "frozen",
+        notes: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(captured, also_train, norm_stats=norm_stats)
+        self._found = found
+        self._updates = dict(updates)
+        self._inserter = inserter
+        self._also = tuple(also_train)
+        self._notes = tuple(notes)
+        self._metadata = dict(metadata or {})
+        self.prove_ones()
+        self._graph(False, captured.named)  # registers the adapter's tensors
+
+    def _rewriters(self, training: bool) -> list[Rewriter]:
+        return [self._inserter(self._updates, training)]
+
+    def _slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        pairs = {}
+        for key in self._updates:
+            sides = []
+            for name in slot_names(key):
+                m, leaf = owner(self, name)
+                p = m._parameters[leaf]
+                assert p is not None
+                sides.append(p)
+            pairs[key] = (sides[0], sides[1])
+        return pairs
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, bound to this model's keys."""
+        entries: dict[str, LowRank | Full] = {}
+        for key, (a, b) in self._slots().items():
+            update = self._updates[key]
+            one = (to_numpy(t).astype(np.float32, copy=True) for t in (a, b))
+            entries[key] = replace(update, a=next(one), b=next(one))
+        for name in self._also:
+            m, leaf = owner(self, name)
+            entries[name] = Full(to_numpy(m._parameters[leaf]).copy())
+        return Adapter(entries, self._metadata)
+
+    @torch.no_grad()
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Replace the adapter; targets, ranks and alphas become those of `adapter`.
+
+        Raises:
+            LoraFxError: A key or a shape that does not fit, or a whole tensor that is not
+                among `also_train`.
+        """
+        shapes = {n: tuple(p.shape) for n, p in self.named_parameters(remove_duplicate=False)}
+        bound = bind(adapter, self._found, shapes)
+        names, _ = named_tensors(self)
+        for name in bound.full:
+            if names[name] not in self._also:
+                raise LoraFxError(
+                    f"the adapter holds the whole tensor {name!r}",
+                    f"insert with also_train={name!r} before loading it",
+                )
+        old = self._slots()
+        for key in old:
+            self._drop(key)
+        device = next(self.parameters()).device
+        self._updates = dict(bound.lowrank)
+        self._programs.compiled.clear()
+        self._programs.codes.clear()
+        self._graph(False, self._programs.captured.named)
+        for a, b in self._slots().values():
+            a.data, b.data = a.data.to(device), b.data.to(device)
+        for name, full in bound.full.items():
+            m, leaf = owner(self, name)
+            p = m._parameters[leaf]
+            assert p is not None
+            p.copy_(from_numpy(full.value, like=p))
+        self._metadata = dict(adapter.metadata)
+
+    def _drop(self, key: str) -> None:
+        for name in slot_names(key):
+            m, leaf = owner(self, name)
+            del m._parameters[leaf]
+
+    def report(self) -> AdaptedReport:
+        """What is adapted, what is trained, and what had to be said."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
+        rows = tuple(
+            (key, u.rank, u.alpha, self._found[key].flops) for key, u in self._updates.items()
+        )
+        return AdaptedReport(rows, self._also, trained, frozen, self._found, self._notes)
+
+
+@dataclass(frozen=True)
+class AdaptedReport:
+    """What `model.report()` returns; prints as text."""
+
+    targets: tuple[tuple[str, int, float, int], ...]
+    also_train: tuple[str, ...]
+    trained: int
+    frozen: int
+    found: Found
+    notes: tuple[str, ...]
+
+    @property
+    def adapted_share(self) -> float:
+        """Share of the weight FLOPs that run through an adapted target."""
+        total = self.found.flops["reached"] + self.found.flops["refused"]
+        return sum(t[3] for t in self.targets) / total if total else 0.0
+
+    def __str__(self) -> str:
+        """A few lines."""
+        lines = [
+            f"{len(self.targets)} targets adapted ({self.adapted_share:.1%} of the weight FLOPs), "
+            f"{human(self.trained)} of {human(self.trained + self.frozen)} parameters trained"
+        ]
+        lines += [f"  {k}: rank {r}, alpha {a:g}" for k, r, a, _ in self.targets]
+        lines += [f"  {n}: trained whole" for n in self.also_train]
+        lines += [f"  note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+
+class FoldedModule(CapturedModule):
+    """A model with an adapter folded into its weights; eval mode only, no branches."""
+
+    def __init__(self, model: Captured | CapturedModule, rewriter: Rewriter, adapter: Adapter) -> None:
+        tree = model if isinstance(model, CapturedModule) else None
+        captured = model.captured if isinstance(model, CapturedModule) else model
+        super().__init__(captured, tree=tree)
+        if tree is not None:
+            self._programs.not_one = tree._programs.not_one
+        else:
+            self.prove_ones()
+        self._rewriter = rewriter
+        self.folded: tuple[Any, ...] = ()
+        for name, full in adapter.full.items():
+            m, leaf = owner(self, name)
+            old = m._parameters[leaf]
+            assert old is not None
+            new = nn.Parameter(from_numpy(full.value, like=old), requires_grad=False)
+            for part in self.modules():
+                for k, p in part._parameters.items():
+                    if p is old:
+                        part._parameters[k] = new
+        self._graph(False, captured.named)
+
+    def _rewriters(self, training: bool) -> list[Rewriter]:
+        return [self._rewriter]
+
+    def train(self, mode: bool = True) -> FoldedModule:
+        """A folded model has no train mode."""
+        if mode:
+            raise LoraFxError("a folded model is for inference", "insert again to train")
+        super().train(False)
+        return self
+
+
+def with_signature(base: type[Any], captured: Captured) -> type[Any]:
+    """A subclass by the model's class name whose forward has the original signature."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)
+
+    inner = captured.signature.signature
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    params = [p for p in inner.parameters.values() if p.name != "self"]
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    if params and params[0].kind is kind:
+        me = me.replace(kind=kind)
+    forward.__signature__ = inspect.Signature([me, *params])  # type: ignore[attr-defined]
+    forward.__doc__ = "The original call."
+    return type(type(captured.model).__name__, (base,), {"forward": forward})
+
+
+__all__ = ["AdaptedModule", "CapturedModule", "Door", "FoldedModule", "with_signature"]

@@ -1,0 +1,106 @@
+"""The tree that holds a model's tensors, and the weightless copy that holds its code.
+
+The skeleton has the user's names, ties and class names, shares the parameters' storage under
+flags of its own, and copies the buffers. The weightless copy is the user's module with every
+tensor faked: captures trace it, so the user's module is never put in another mode, and no weight
+is held twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils.checkpoint import checkpoint
+
+from lora_fx.fx.tensors import AdapterTensors
+
+
+class Scope(nn.Module):
+    """One module of the skeleton; only outlined blocks are called."""
+
+    recompute = False
+    """Save this block's inputs only, and run it again in backward (torch.utils.checkpoint)."""
+
+    def forward(self, program: str, *args: Any) -> Any:
+        """Run this block's part of a program."""
+        code = self._programs.codes[program, self._path]  # type: ignore[union-attr,index]
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(code, self, *args, use_reentrant=False)
+        return code(self, *args)
+
+
+_classes: dict[tuple[str, type], type[Any]] = {}
+
+
+def scope_class(name: str, base: type[Any] = Scope) -> type[Any]:
+    """A subclass of Scope by the name of the user's class, for printing and wrap policies."""
+    if (name, base) not in _classes:
+        _classes[name, base] = type(name, (base,), {"__module__": __name__})
+    return _classes[name, base]
+
+
+def skeleton(
+    module: nn.Module,
+    memo: dict[int, Any],
+    root: nn.Module | None = None,
+    own: Collection[int] = (),
+) -> nn.Module:
+    """The tree of `module` without its code.
+
+    Args:
+        module: The user's module, or a part of it.
+        memo: id of an original → its counterpart; keeps ties and shared modules.
+        root: The object to fill, for the top of the tree.
+        own: ids of parameters that get a copy of their storage (they will be trained).
+    """
+    if id(module) in memo:
+        done: nn.Module = memo[id(module)]
+        return done
+    indexable = type(module) in (nn.ModuleList, nn.ModuleDict)
+    new = root
+    if new is None:
+        new = type(module)() if indexable else scope_class(type(module).__name__)()
+    memo[id(module)] = new
+    for name, p in module._parameters.items():
+        if p is not None and id(p) not in memo:
+            data = p.detach().clone() if id(p) in own else p.detach()
+            memo[id(p)] = nn.Parameter(data, requires_grad=id(p) in own)
+        new.register_parameter(name, None if p is None else memo[id(p)])
+    for name, b in module._buffers.items():
+        if b is not None and id(b) not in memo:
+            memo[id(b)] = b.detach().clone()
+        keep = name not in module._non_persistent_buffers_set
+        new.register_buffer(name, None if b is None else memo[id(b)], persistent=keep)
+    for name, child in module._modules.items():
+        if isinstance(child, AdapterTensors):
+            continue
+        new._modules[name] = None if child is None else skeleton(child, memo, own=own)
+    new.training = module.training
+    return new
+
+
+def weightless(
+    model: nn.Module, dtype: torch.dtype | None = None, mode: FakeTensorMode | None = None
+) -> tuple[nn.Module, FakeTensorMode]:
+    """A deep copy of the module whose tensors are fake, on the CPU where they were on meta.
+
+    Args:
+        dtype: Floating tensors take this dtype, as `.to(dtype)` would.
+        mode: The mode of an earlier weightless copy, to copy such a copy.
+    """
+    if mode is None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    memo: dict[int, Any] = {}
+    for t in [*model.parameters(), *model.buffers()]:
+        device = "cpu" if t.device.type == "meta" else t.device
+        want = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        with mode:
+            fake = torch.empty_strided(t.shape, t.stride(), dtype=want, device=device)
+        memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+    return copy.deepcopy(model, memo), mode

@@ -1,0 +1,180 @@
+"""The protocols that let one set of passes serve several IRs: Graph, Emitter and Site.
+
+A pass sees a graph only through these. `lora_fx.fx` and `lora_fx.onnx` implement them;
+`lora_fx.numeric` is the emitter that computes with numpy at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from lora_fx.view import View
+
+if TYPE_CHECKING:
+    from lora_fx.kinds import Kind
+
+V = TypeVar("V")
+
+
+class Role(Enum):
+    """What a parameter that an emitter adds is for."""
+
+    TRAIN = "train"
+    FROZEN = "frozen"
+    OPTIONAL_INPUT = "optional input"
+    REQUIRED_INPUT = "required input"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One stored tensor: all its names (the first is the canonical one), shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a weight in a graph.
+
+    Attributes:
+        id: Unique in its graph; the op's node name, and a slot where an op has several weights.
+        op: The public name of the op: linear, matmul, conv2d, embedding …
+        kind: What the contraction is, in no IR.
+        parameter: Canonical name of the stored tensor.
+        view: The chain from the stored tensor to the operand.
+        operand: Shape of the weight as the op reads it.
+        scope: Dotted path of the module whose forward holds the op; empty when unknown.
+        module_class: Class name of that module; empty when unknown.
+        rows: Number of rows at the example's sizes: FLOPs are 2 · rows · in · out · batch.
+        refusal: Why this use cannot be adapted; empty when it can.
+    """
+
+    id: str
+    op: str
+    kind: Kind
+    parameter: str
+    view: View
+    operand: tuple[int, ...]
+    scope: str = ""
+    module_class: str = ""
+    flops: int = 0
+    refusal: str = ""
+    attrs: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+
+class Emitter(Protocol[V]):
+    """Builds nodes in one IR, at one place.
+
+    The primitives of `op` are a closed set:
+
+    ========== ======================================= =========================
+    prim       operands                                attributes
+    ========== ======================================= =========================
+    matmul     x, y, as numpy.matmul
+    add, mul   x, y (broadcast); y may be a float
+    transpose  x                                       perm
+    reshape    x (sizes known)                         shape
+    slice      x                                       axis, start, stop
+    pad        x, zeros around                         before, after (per axis)
+    einsum     x, y                                    equation
+    conv       x, w [g·out, in, *kernel]               stride padding dilation groups
+    gather     w [rows, n], ids                        picks rows
+    dropout    x, in training                          p
+    cast       x                                       dtype
+    cast_like  x, y                                    x in the dtype of y
+    ========== ======================================= =========================
+    """
+
+    def op(self, prim: str, *xs: Any, **attrs: Any) -> V:
+        """Build one primitive."""
+        ...
+
+    def like(self, site: Site, x: V, w: V) -> V:
+        """The site's own op, attributes kept and bias left out, with other operands."""
+        ...
+
+    def parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> V:
+        """A new stored tensor, or the one of that name if it exists already."""
+        ...
+
+
+class Graph(Protocol[V]):
+    """A graph in one IR, as passes see it."""
+
+    def sites(self) -> Sequence[Site]:
+        """Every use of a weight, in execution order; nodes that a pass emitted are left out."""
+        ...
+
+    def parameters(self) -> Sequence[Parameter]:
+        """Every stored parameter, in definition order."""
+        ...
+
+    def data_flops(self) -> int:
+        """FLOPs of the matmuls between activations, at the example's sizes."""
+        ...
+
+    def adapted(self) -> frozenset[str]:
+        """The ids of sites that already carry a branch."""
+        ...
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """A stored parameter as an array (bfloat16 through ml_dtypes)."""
+        ...
+
+    def activation(self, site: Site) -> V:
+        """The other operand of the site, as it is now."""
+        ...
+
+    def weight(self, site: Site) -> V:
+        """The stored parameter that the site reads, as a value of this IR."""
+        ...
+
+    def output(self, site: Site) -> V:
+        """The result of the site's op."""
+        ...
+
+    def emit(self, site: Site, *, before: bool = False) -> Emitter[V]:
+        """An emitter that inserts after the site, or before it, and marks what it makes."""
+        ...
+
+    def replace_output(self, site: Site, y: V) -> None:
+        """Let every user of the site's result read y instead."""
+        ...
+
+    def replace_weight(self, site: Site, w: V) -> None:
+        """Let the site read w [operand shape] instead of its weight."""
+        ...
+
+    def covers(self, name: str, sites: Sequence[Site]) -> bool:
+        """True when these sites are all that reads a parameter."""
+        ...
+
+    def repoint(self, sites: Sequence[Site], stored: str) -> None:
+        """Let sites read another stored tensor of the same shape, through their own view."""
+        ...
+
+    def replace_parameter(
+        self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any]
+    ) -> str:
+        """Let `sites` read `value` [stored shape] for parameter `name`.
+
+        When these are all its uses its own constant is replaced, else they get a constant of
+        their own. Returns the name that holds the value.
+        """
+        ...
+
+    def clone(self) -> Graph[V]:
+        """The same graph in new nodes; tensors are shared."""
+        ...
+
+    def lint(self) -> None:
+        """Raise if the graph is not valid."""
+        ...

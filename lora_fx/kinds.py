@@ -1,0 +1,229 @@
+"""What a contraction is, in no IR: its axes, its low-rank branch and its weight form.
+
+A Kind knows which axes of the weight operand are batch, out and in, how to run the op on other
+operands (`apply`), and how to compute the low-rank part of the output without the product b·a
+(`branch`), where such a form exists. The weight form W + s·b·a needs no Kind: `delta`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
+
+from lora_fx.graph import Emitter, Site, V
+from lora_fx.lowrank import Layout
+from lora_fx.view import Region, Reshape, Step
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The part that each axis of the operand plays, after `steps` have split it where needed."""
+
+    batch: tuple[int, ...]
+    out: tuple[int, ...]
+    in_: tuple[int, ...]
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Factors(Generic[V]):
+    """The two factors as values of an IR, in the layout that the site reads.
+
+    `a` [*batch, rank, in], `b` [*batch, out, rank]; the scale is already in b.
+    """
+
+    a: V
+    b: V
+    rank: int
+    layout: Layout
+
+
+class Kind(Protocol):
+    """One kind of contraction."""
+
+    @property
+    def name(self) -> str:
+        """linear, conv, embedding, einsum, recurrent."""
+        ...
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """The parts of the operand's axes."""
+        ...
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """The op itself from primitives, without bias."""
+        ...
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """b·(a·x) in the shape of the op's output; None where only the weight form exists."""
+        ...
+
+
+def delta(e: Emitter[V], layout: Layout, a: V, b: V, scale: float) -> V:
+    """s·b·a in the stored shape: b @ a first, then the scale, as PEFT does."""
+    return layout.to_stored(e, e.op("mul", e.op("matmul", b, a), scale))
+
+
+def pad_region(e: Emitter[V], value: V, region: Region, shape: tuple[int, ...]) -> V:
+    """A region's value with zeros around it, in the whole stored shape."""
+    before = tuple(lo for lo, _ in region)
+    after = tuple(n - hi for n, (_, hi) in zip(shape, region, strict=True))
+    if not any(before + after):
+        return value
+    return e.op("pad", value, before=before, after=after)
+
+
+def swap_last(n_batch: int) -> tuple[int, ...]:
+    """The permutation that transposes the matrices of a stack."""
+    return (*range(n_batch), n_batch + 1, n_batch)
+
+
+@dataclass(frozen=True)
+class Einsum:
+    """A contraction of an activation with one weight: x, w → y in einsum letters.
+
+    Letters of w that x and y share with it are batch, those only x has are in, those only y has
+    are out. `form` names the cases that need no einsum: right is x @ W with in as the last axis
+    of x, left is W @ x with in as the last but one (or the only one).
+    """
+
+    x: str
+    w: str
+    y: str
+    form: str = ""
+
+    @property
+    def name(self) -> str:
+        """linear where a matmul does, else einsum."""
+        return "linear" if self.form else "einsum"
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """By the letters, in and out in the order of x and y."""
+        batch, out, in_ = [], [], []
+        for i, c in enumerate(self.w):
+            (out if c not in self.x else batch if c in self.y else in_).append(i)
+        in_.sort(key=lambda i: self.x.index(self.w[i]))
+        out.sort(key=lambda i: self.y.index(self.w[i]))
+        return Axes(tuple(batch), tuple(out), tuple(in_))
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """One einsum."""
+        return e.op("einsum", x, w, equation=f"{self.x},{self.w}->{self.y}")
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """Right: (x aᵀ) bᵀ; left: b (a x); else two einsums through a letter for the rank."""
+        axes = self.axes(site.operand)
+        if self.form == "left":
+            return e.op("matmul", f.b, e.op("matmul", f.a, x))
+        if self.form == "right":
+            swap = swap_last(len(axes.batch))
+            t = e.op("matmul", x, e.op("transpose", f.a, perm=swap))
+            return e.op("matmul", t, e.op("transpose", f.b, perm=swap))
+        rank = next(c for c in "zuvabcdefghijklmnopqrstwxy" if c not in self.x + self.w + self.y)
+        sizes = dict(zip(self.w, site.operand, strict=True))
+        batch, out, in_ = ("".join(self.w[i] for i in p) for p in (axes.batch, axes.out, axes.in_))
+        free = "".join(c for c in self.x if c not in in_)
+        lead = tuple(sizes[c] for c in batch)
+        a = e.op("reshape", f.a, shape=(*lead, f.rank, *(sizes[c] for c in in_)))
+        b = e.op("reshape", f.b, shape=(*lead, *(sizes[c] for c in out), f.rank))
+        t = e.op("einsum", x, a, equation=f"{self.x},{batch}{rank}{in_}->{free}{rank}")
+        return e.op("einsum", t, b, equation=f"{free}{rank},{batch}{out}{rank}->{self.y}")
+
+
+def linear(batch: str = "") -> Einsum:
+    """x [..., in] with w [*batch, out, in]."""
+    return Einsum(f"...{batch}ni" if batch else "...i", f"{batch}oi", _y(batch), "right")
+
+
+def matmul_right(batch: str = "") -> Einsum:
+    """x [..., in] @ w [*batch, in, out]."""
+    return Einsum(f"...{batch}ni" if batch else "...i", f"{batch}io", _y(batch), "right")
+
+
+def matmul_left(batch: str = "", *, vector: bool = False) -> Einsum:
+    """w [*batch, out, in] @ x [..., in, n], or @ x [in]."""
+    if vector:
+        return Einsum("i", "oi", "o", "left")
+    return Einsum(f"...{batch}in", f"{batch}oi", f"...{batch}on", "left")
+
+
+def _y(batch: str) -> str:
+    return f"...{batch}no" if batch else "...o"
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution: w [g·out, in, *kernel] over x [n, g·in, *size]; in spans the kernel too."""
+
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """Conv, whatever the number of dimensions."""
+        return "conv"
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """Groups are batch; in is C_in/groups · ∏kernel."""
+        if self.groups == 1:
+            return Axes((), (0,), tuple(range(1, len(operand))))
+        split = (self.groups, operand[0] // self.groups, *operand[1:])
+        return Axes((0,), (1,), tuple(range(2, len(split))), (Reshape(split),))
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """One convolution."""
+        return e.op("conv", x, w, groups=self.groups, **site.attrs)
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """The site's own convolution to g·rank channels, then a 1×1 one with b."""
+        g, window = self.groups, site.operand[1:]
+        a = e.op("reshape", f.a, shape=(g * f.rank, *window))
+        b = e.op("reshape", f.b, shape=(site.operand[0], f.rank, *(1 for _ in window[1:])))
+        return e.op("conv", e.like(site, x, a), b, groups=g)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A gather of rows: w [in, out] by ids; in is the number of rows."""
+
+    @property
+    def name(self) -> str:
+        """A lookup is a matmul with a one-hot."""
+        return "embedding"
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """Rows are in."""
+        return Axes((), tuple(range(1, len(operand))), (0,))
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """One gather."""
+        return e.op("gather", w, x)
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """aᵀ[ids] bᵀ."""
+        t = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
+        return e.op("matmul", t, e.op("transpose", f.b, perm=(1, 0)))
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A weight [gates·hidden, in] of an LSTM, GRU or RNN: the weight form only.
+
+    The low-rank part would have to run at every step inside the op, so ΔW is added to the weight.
+    """
+
+    @property
+    def name(self) -> str:
+        """All gates are one matrix."""
+        return "recurrent"
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """As a linear."""
+        return Axes((), (0,), (1,))
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """The op has more operands than these two: only the IR's own node can run it."""
+        return e.like(site, x, w)
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> Any:
+        """None: the weight form."""
+        return None

@@ -1,0 +1,103 @@
+"""The emitter that computes with numpy at once: it does fold, and is every test's reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from lora_fx.errors import LoraFxError
+from lora_fx.graph import Role, Site
+
+Array = npt.NDArray[Any]
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a name such as float32 or bfloat16."""
+    if hasattr(ml_dtypes, name):
+        return np.dtype(getattr(ml_dtypes, name))
+    return np.dtype(name)
+
+
+def conv(
+    x: Array,
+    w: Array,
+    stride: tuple[int, ...] = (1,),
+    padding: tuple[int, ...] | str = (0,),
+    dilation: tuple[int, ...] = (1,),
+    groups: int = 1,
+) -> Array:
+    """Cross-correlation of x [n, g·in, *size] with w [g·out, in, *kernel], by definition.
+
+    `padding` is a width per side and axis, or valid / same (as torch: the odd one goes last).
+    """
+    k = w.shape[2:]
+    n = len(k)
+    stride, dilation = (tuple(v) * n if len(v) == 1 else tuple(v) for v in (stride, dilation))
+    reach = [d * (s - 1) for d, s in zip(dilation, k, strict=True)]
+    if padding == "same":
+        pads = [(r // 2, r - r // 2) for r in reach]
+    elif padding == "valid":
+        pads = [(0, 0)] * n
+    else:
+        width = tuple(padding) * n if len(padding) == 1 else tuple(padding)
+        pads = [(int(p), int(p)) for p in width]
+    x = np.pad(x, [(0, 0), (0, 0), *pads])
+    axes = tuple(range(2, 2 + n))
+    windows = np.lib.stride_tricks.sliding_window_view(x, [r + 1 for r in reach], axes)
+    windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
+    windows = windows[(..., *(slice(None, None, d) for d in dilation))]
+    spots = windows.shape[2 : 2 + n]
+    grouped = windows.reshape(x.shape[0], groups, -1, *spots, *k)
+    kernel = w.reshape(groups, -1, *w.shape[1:])
+    space, taps = "hwd"[:n], "klm"[:n]
+    y = np.einsum(f"ngi{space}{taps},goi{taps}->ngo{space}", grouped, kernel)
+    return np.asarray(y.reshape(x.shape[0], -1, *spots))
+
+
+@dataclass(frozen=True)
+class NumpyEmitter:
+    """Every primitive computed at once; arithmetic in the dtype of its operands."""
+
+    def op(self, prim: str, *xs: Any, **attrs: Any) -> Array:
+        """One primitive of the closed set (see lora_fx.graph.Emitter)."""
+        x = xs[0]
+        if prim == "matmul":
+            return np.asarray(np.matmul(x, xs[1]))
+        if prim in ("add", "mul"):
+            y = np.asarray(xs[1], x.dtype) if isinstance(xs[1], (int, float)) else xs[1]
+            return np.asarray(x + y if prim == "add" else x * y)
+        if prim == "transpose":
+            return np.asarray(np.transpose(x, attrs["perm"]))
+        if prim == "reshape":
+            return np.asarray(x).reshape(attrs["shape"])
+        if prim == "slice":
+            index = [slice(None)] * x.ndim
+            index[attrs["axis"]] = slice(attrs["start"], attrs["stop"])
+            return np.asarray(x[tuple(index)])
+        if prim == "pad":
+            return np.pad(x, list(zip(attrs["before"], attrs["after"], strict=True)))
+        if prim == "einsum":
+            return np.asarray(np.einsum(attrs["equation"], *xs))
+        if prim == "conv":
+            return conv(x, xs[1], **attrs)
+        if prim == "gather":
+            return np.asarray(x[xs[1]])
+        if prim == "dropout":
+            return np.asarray(x)
+        if prim == "cast":
+            return np.asarray(x.astype(numpy_dtype(attrs["dtype"])))
+        if prim == "cast_like":
+            return np.asarray(x.astype(xs[1].dtype))
+        raise LoraFxError(f"the numpy emitter has no primitive {prim!r}")
+
+    def like(self, site: Site, x: Array, w: Array) -> Array:
+        """The site's op on arrays."""
+        return np.asarray(site.kind.apply(self, site, x, w))
+
+    def parameter(self, name: str, value: Array, role: Role) -> Array:
+        """The value itself."""
+        return value

@@ -1,0 +1,158 @@
+"""Which targets an adapter takes by default, and the Plan: target → rank and alpha."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import default_alpha
+from lora_fx.roles import HEAD_ROWS
+from lora_fx.selectors import select, select_names
+from lora_fx.target import Found, Target
+
+
+def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The targets with `default` set, and `why_not` where it is not.
+
+    Every weight matmul except output heads, embeddings and expert routers; convolutions when
+    they carry most of the weight FLOPs.
+    """
+    total = sum(t.flops for t in targets)
+    conv = sum(t.flops for t in targets if t.op.startswith("conv"))
+    with_conv = 2 * conv > total
+    result = []
+    for t in targets:
+        why = ""
+        if t.role == "embedding":
+            why = "embedding"
+        elif t.role == "head" and max(t.layout.out_size, t.layout.in_size) >= HEAD_ROWS:
+            why = "output head"
+        elif t.role == "router":
+            why = "router"
+        elif t.op.startswith("conv") and not with_conv:
+            why = "convolutions carry less than half of the FLOPs"
+        result.append(replace(t, default=not why, why_not=why))
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one target gets. `use`: the alias through which it applies; empty for all uses."""
+
+    rank: int
+    alpha: float
+    use: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Target key → Entry, the tensors trained whole, and what had to be said on the way."""
+
+    entries: Mapping[str, Entry]
+    also_train: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(
+    found: Found,
+    names: Sequence[str],
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    also_train: str | Sequence[str] | None = None,
+    ranks: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The Plan that the options ask for.
+
+    Args:
+        found: The model's targets.
+        names: All its parameter names, for also_train.
+        rank: For every target; capped by name where one side of a target is smaller.
+        alpha: None means 2·rank.
+        include: Selectors that replace the default plan.
+        exclude: Selectors taken away from it.
+        also_train: Tensors trained whole.
+        ranks: key → rank, or {rank, alpha}, from a plan file; replaces the default plan too.
+
+    Raises:
+        LoraFxError: No target, a selector without a match, a rank that no target can hold.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+        raise LoraFxError(f"rank {rank!r} is not a positive whole number", "8 or 16 is usual")
+    if not found.targets:
+        raise LoraFxError("the model has no weight matmul that an adapter could attach to",
+                          "run lora-fx targets MODEL: it says what was refused and why")
+    whole = select_names(names, also_train) if also_train else ()
+    if ranks is not None:
+        chosen = {found[k].key: "" for k in _known(found, ranks)}
+    elif include is not None:
+        chosen = select(found, include)
+    else:
+        chosen = {t.key: _matmul_use(t) for t in found.targets if t.default}
+    if exclude is not None:
+        for key in select(found, exclude):
+            chosen.pop(key, None)
+    chosen = {k: use for k, use in chosen.items() if found[k].parameter.name not in whole}
+    if not chosen and not whole:
+        raise LoraFxError(
+            "no target is left: the default plan leaves out heads, embeddings and routers",
+            "name some with include (--include '*' takes all); run lora-fx targets MODEL",
+        )
+    limits = {k: found[k].layout.max_rank for k in chosen}
+    if chosen and ranks is None and rank > max(limits.values()):
+        key = max(limits, key=lambda k: limits[k])
+        raise LoraFxError(
+            f"rank {rank} is above the smaller side of every target; the largest is "
+            f"{limits[key]} ({key})",
+            f"choose a rank of at most {limits[key]}",
+        )
+    entries, notes = {}, []
+    for key, use in chosen.items():
+        r, al = _asked(key, ranks, rank, alpha)
+        if r > limits[key]:
+            if ranks is not None or r <= 0:
+                raise LoraFxError(f"rank {r} of {key} is above its smaller side {limits[key]}",
+                                  "lower it in the plan")
+            notes.append(f"{key}: rank {r} capped to {limits[key]}, its smaller side")
+            r = limits[key]
+        entries[key] = Entry(r, default_alpha(r) if al is None else float(al), use)
+    return Plan(entries, whole, tuple(notes))
+
+
+def _asked(
+    key: str, ranks: Mapping[str, Any] | None, rank: int, alpha: float | None
+) -> tuple[int, float | None]:
+    given = (ranks or {}).get(key, rank)
+    if isinstance(given, Mapping):
+        return int(given.get("rank", rank)), given.get("alpha", alpha)
+    return int(given), alpha
+
+
+def _known(found: Found, ranks: Mapping[str, Any]) -> list[str]:
+    for key in ranks:
+        if key not in found.by_key:
+            raise LoraFxError(f"the plan names {key!r}, which is no target", "run lora-fx targets")
+    return list(ranks)
+
+
+def _matmul_use(t: Target) -> str:
+    """Where a lookup shares the tensor, the default plan adapts the matmul alone."""
+    if "embedding" not in t.uses or len(t.uses) == 1:
+        return ""
+    return matmul_alias(t)
+
+
+def matmul_alias(t: Target) -> str:
+    """The alias of a tied tensor whose module does the matmul; else `op:OP`."""
+    for site in t.sites:
+        if site.op == "embedding":
+            continue
+        for name in (t.parameter.name, *t.parameter.aliases):
+            if site.scope and name.rpartition(".")[0] == site.scope:
+                return name
+        return f"op:{site.op}"
+    return ""

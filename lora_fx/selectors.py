@@ -1,0 +1,172 @@
+"""Selectors: how users name targets. The API's list is the CLI's comma list.
+
+=============  ====================================================================
+GLOB           a dotted suffix of the key without `.weight`: q_proj, *.fc1, layers.[0-3].*
+class:NAME     class of the module whose forward uses the weight
+op:NAME        linear, matmul, conv2d, embedding …
+role:NAME      q k v o gate up down head embedding router
+re:REGEX       searched in the key
+=============  ====================================================================
+
+A bare word that is no name is tried as a role. A selector that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+
+from lora_fx.errors import LoraFxError
+from lora_fx.roles import ROLES
+from lora_fx.target import Found, Target, base_name
+
+
+def split(selectors: str | Sequence[str]) -> list[str]:
+    """A comma list or a list of them as single selectors; regexes keep their commas."""
+    given = [selectors] if isinstance(selectors, str) else list(selectors)
+    result: list[str] = []
+    for text in given:
+        if text.startswith("re:"):
+            result.append(text)
+        else:
+            result += [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+    return result
+
+
+def select(found: Found, selectors: str | Sequence[str]) -> dict[str, str]:
+    """{key: use} of the targets that any selector names, in definition order.
+
+    `use` is the alias through which the update applies where a tensor is tied to a lookup and
+    the selectors name only one of the two; empty for all uses.
+    """
+    hits: dict[str, set[str]] = {}
+    for text in split(selectors):
+        matched = False
+        for t in found.targets:
+            for use in _match(t, text):
+                hits.setdefault(t.key, set()).add(use)
+                matched = True
+        if not matched:
+            raise LoraFxError(f"selector {text!r} matches no target", _hint(text, found))
+    order = {t.key: t for t in found.targets}
+    return {k: _one_use(order[k], hits[k]) for k in order if k in hits}
+
+
+def select_names(names: Sequence[str], selectors: str | Sequence[str]) -> tuple[str, ...]:
+    """Parameter names (for also_train): a glob on a dotted suffix of the name or of its module."""
+    chosen: dict[str, None] = {}
+    for text in split(selectors):
+        rule = _name_rule(text)
+        hits = [n for n in names if rule(n) or rule(n.rpartition(".")[0])]
+        if not hits:
+            close = near_names(text, names)
+            raise LoraFxError(f"also_train {text!r} matches no parameter", close)
+        chosen.update(dict.fromkeys(hits))
+    return tuple(chosen)
+
+
+def _name_rule(text: str):  # type: ignore[no-untyped-def]
+    if text.startswith("re:"):
+        pattern = re.compile(text[3:])
+        return lambda name: bool(pattern.search(name))
+    return lambda name: bool(name) and _suffix(name, text)
+
+
+def _suffix(name: str, glob: str) -> bool:
+    """True when the glob matches the name or a dotted suffix of it."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[i:]), glob) for i in range(len(parts)))
+
+
+def _match(t: Target, text: str) -> list[str]:
+    """The uses of a target that one selector names: aliases, or "" for all."""
+    head, colon, rest = text.partition(":")
+    if colon and head == "re":
+        return [""] if re.search(rest, t.key) else []
+    if colon and head == "role":
+        if rest not in ROLES:
+            raise LoraFxError(f"no role {rest!r}", f"the roles are {', '.join(ROLES)}")
+        if rest == "embedding" and "embedding" in t.uses:
+            return [_lookup_use(t)]
+        return [_matmul_use(t)] if t.role == rest else []
+    if colon and head == "op":
+        if rest not in t.uses:
+            return []
+        return [_lookup_use(t) if rest == "embedding" else _matmul_use(t)]
+    if colon and head == "class":
+        named = any(s.module_class == rest for s in t.sites)
+        return [""] if named else []
+    uses = []
+    region = t.key[len(base_name(t.key)) :]
+    for name in (t.parameter.name, *t.parameter.aliases):
+        short = name.removesuffix(".weight")
+        literal = text == name + region or text.removesuffix(".weight") == short + region
+        if literal or _suffix(short, text) or _suffix(name, text):
+            uses.append(_use_of(t, name))
+    if not uses and text in ROLES:
+        return _match(t, f"role:{text}")
+    return uses
+
+
+def _tied(t: Target) -> bool:
+    return "embedding" in t.uses and len(t.uses) > 1
+
+
+def _use_of(t: Target, name: str) -> str:
+    """The use that an alias of a tied tensor means: that of the module it is the weight of."""
+    if not _tied(t):
+        return ""
+    scope = name.rpartition(".")[0]
+    if any(s.scope == scope for s in t.sites):
+        return name
+    return _matmul_use(t)
+
+
+def _matmul_use(t: Target) -> str:
+    from lora_fx.policy import matmul_alias
+
+    return matmul_alias(t) if _tied(t) else ""
+
+
+def _lookup_use(t: Target) -> str:
+    if not _tied(t):
+        return ""
+    for s in t.sites:
+        for name in (t.parameter.name, *t.parameter.aliases):
+            if s.op == "embedding" and name.rpartition(".")[0] == s.scope:
+                return name
+    return "op:embedding"
+
+
+def _one_use(t: Target, uses: set[str]) -> str:
+    return next(iter(uses)) if len(uses) == 1 else ""
+
+
+def near_names(text: str, names: Sequence[str]) -> str:
+    """A hint with the nearest names."""
+    import difflib
+
+    words = {n.removesuffix(".weight") for n in names}
+    words |= {n.rpartition(".")[2] for n in words}
+    close = difflib.get_close_matches(text, sorted(words), n=3, cutoff=0.3)
+    return f"nearest names: {', '.join(close)}" if close else "run lora-fx targets MODEL"
+
+
+def _hint(text: str, found: Found) -> str:
+    names = [n for t in found.targets for n in (t.key, *t.parameter.aliases)]
+    if text.startswith("class:"):
+        classes = sorted({s.module_class for t in found.targets for s in t.sites} - {""})
+        return f"classes: {', '.join(classes)}"
+    if text.startswith("op:"):
+        return f"ops: {', '.join(sorted({s.op for t in found.targets for s in t.sites}))}"
+    return near_names(text, names)
+
+
+def applies(use: str, site_op: str, site_scope: str) -> bool:
+    """True when an update with this `use` reaches a site."""
+    if not use:
+        return True
+    if use.startswith("op:"):
+        return site_op == use[3:]
+    return site_scope == use.rpartition(".")[0]

@@ -1,0 +1,24 @@
+"""What every pass returns and how it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
+
+from lora_fx.graph import Graph, V
+
+
+@dataclass(frozen=True)
+class PassResult(Generic[V]):
+    """The graph that a pass was given, edited, and whether anything changed."""
+
+    graph: Graph[V]
+    modified: bool
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options; a second run must report no change."""
+
+    def __call__(self, graph: Graph[Any]) -> PassResult[Any]:
+        """Edit the graph in place."""
+        ...

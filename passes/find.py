@@ -1,0 +1,121 @@
+"""find: every use of a frozen weight, grouped into targets.
+
+A use is y = x · view(W), with W [*batch, out, in] in some order of its stored axes. Tracking the
+axes of W through the view gives the region that the use reads and the Layout of an update of it:
+
+    region(W)  --view, kind-->  [*batch, out, in]        ΔW = s · b @ a in those axes
+
+Uses whose regions agree make one target. Where two uses read overlapping regions, or a view
+mixes axes (an interleaved reshape), the whole parameter is the target, and ΔW reaches each use
+through its view (weight form). The layout is that of the first use that is no lookup, so a tied
+embedding and head are one target, and the lookup reads b·a transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_fx.graph import Graph, Parameter, Site
+from lora_fx.lowrank import Layout, layout_of, plain_layout
+from lora_fx.policy import default_plan
+from lora_fx.roles import role_of
+from lora_fx.target import Found, Refusal, Target, Unreached, make_key
+from lora_fx.view import Opaque, Region, track
+
+
+def find(graph: Graph[Any]) -> Found:
+    """Targets, refusals and unreached parameters of a graph, in definition order."""
+    parameters = {p.name: p for p in graph.parameters()}
+    uses: dict[str, list[_Use]] = {}
+    refusals = []
+    for site in graph.sites():
+        if site.refusal:
+            refusals.append(Refusal(site.parameter, site.op, site.refusal, site.flops))
+        else:
+            uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
+    tables = [
+        (u.layout.in_size, u.layout.out_size)
+        for group in uses.values()
+        for u in group
+        if u.site.op == "embedding" and u.layout is not None
+    ]
+    targets = []
+    for name, p in parameters.items():
+        for region, group in _regions(p, uses.get(name, [])).items():
+            targets.append(_target(p, region, group, tables))
+    refused = {r.key for r in refusals}
+    unreached = [
+        Unreached(p.name, p.shape, "no weight matmul uses it")
+        for p in parameters.values()
+        if len(p.shape) >= 2 and p.name not in uses and p.name not in refused
+    ]
+    return Found(
+        default_plan(targets),
+        tuple(_merge(refusals)),
+        tuple(unreached),
+        graph.data_flops(),
+    )
+
+
+@dataclass(frozen=True)
+class _Use:
+    site: Site
+    region: Region
+    layout: Layout | None  # None: the view mixes axes
+
+
+def _use(site: Site, p: Parameter) -> _Use:
+    layout = site_layout(site, p.shape)
+    if layout is None:
+        return _Use(site, tuple((0, n) for n in p.shape), None)
+    return _Use(site, layout[0], layout[1])
+
+
+def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | None:
+    """The region and Layout that a use reads, or None where its view mixes stored axes."""
+    axes = site.kind.axes(site.operand)
+    try:
+        tracked = track(shape, site.view.steps + axes.steps)
+        return tracked.region, layout_of(tracked, axes.batch, axes.out, axes.in_)
+    except Opaque:
+        return None
+
+
+def _regions(p: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:
+    """Uses by region; all under the whole parameter where regions overlap."""
+    groups: dict[Region, list[_Use]] = {}
+    for use in uses:
+        groups.setdefault(use.region, []).append(use)
+    regions = list(groups)
+    if any(_overlap(r, s) for i, r in enumerate(regions) for s in regions[:i]):
+        return {tuple((0, n) for n in p.shape): list(uses)}
+    return dict(sorted(groups.items()))
+
+
+def _overlap(r: Region, s: Region) -> bool:
+    return all(a < d and c < b for (a, b), (c, d) in zip(r, s, strict=True))
+
+
+def _target(
+    p: Parameter, region: Region, uses: Sequence[_Use], tables: Sequence[tuple[int, int]]
+) -> Target:
+    stored = tuple(hi - lo for lo, hi in region)
+    lead = next((u for u in uses if u.site.op != "embedding"), uses[0])
+    fits = lead.layout is not None and lead.region == region
+    layout = lead.layout if fits and lead.layout is not None else plain_layout(stored)
+    sites = tuple(u.site for u in uses)
+    names = [n.removesuffix(".weight") for n in (p.name, *p.aliases)]
+    role = role_of(names, sites, layout, tables)
+    key = make_key(p.name, region, p.shape)
+    return Target(key, p, region, layout, lead.site.op, sites, role)
+
+
+def _merge(refusals: Sequence[Refusal]) -> list[Refusal]:
+    """Refusals of one parameter for one reason, once, with their FLOPs added."""
+    merged: dict[tuple[str, str, str], Refusal] = {}
+    for r in refusals:
+        old = merged.get((r.key, r.op, r.reason))
+        merged[(r.key, r.op, r.reason)] = replace(r, flops=r.flops + (old.flops if old else 0))
+    return list(merged.values())

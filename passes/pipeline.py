@@ -1,0 +1,240 @@
+"""The public verbs: capture and passes composed. lora_fx/__init__.py only names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_fx.adapter import Adapter, bind
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture import Captured, capture
+from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.module import AdaptedModule, CapturedModule, FoldedModule, with_signature
+from lora_fx.graph import Graph
+from lora_fx.lowrank import LowRank, draw
+from lora_fx.passes.find import find as find_graph
+from lora_fx.passes.fold import Fold, Folded
+from lora_fx.passes.insert import Insert
+from lora_fx.policy import Plan, make_plan
+from lora_fx.target import Found
+
+Selectors = str | Sequence[str] | None
+
+
+def captured_of(
+    model: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, dynamic: Any = None
+) -> Captured:
+    """The capture of a model; a Captured or a captured module brings its own."""
+    if isinstance(model, Captured):
+        return model
+    if isinstance(model, CapturedModule):
+        return model.captured
+    return capture(model, args, kwargs, dynamic)
+
+
+def find(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Any = None,
+    training: bool = False,
+) -> Found:
+    """Every weight matmul of a model, what an adapter cannot reach, and why.
+
+    Args:
+        model: A module, a function of tensors, a Captured, a module that insert returned, or a
+            Graph of any IR.
+        args: Example inputs.
+        kwargs: Example inputs by keyword.
+        dynamic: As in capture.
+        training: Look at the train graph; the result is the same.
+    """
+    if isinstance(model, CapturedModule):
+        graph: Graph[Any] = model.graph(training)
+        return replace(find_graph(graph), pinned=tuple(model.captured.pinned))
+    if hasattr(model, "sites"):
+        return find_graph(model)
+    cap = captured_of(model, args, kwargs, dynamic)
+    return replace(
+        find_graph(cap.fx_graph(training)), pinned=tuple(cap.pinned), notes=tuple(cap.notes)
+    )
+
+
+def plan_of(
+    found: Found,
+    names: Sequence[str],
+    rank: int,
+    alpha: float | None,
+    include: Selectors,
+    exclude: Selectors,
+    also_train: Selectors,
+    plan: Any,
+) -> Plan:
+    """The plan that the options of insert ask for; a Plan is taken as it is."""
+    if isinstance(plan, Plan):
+        return plan
+    return make_plan(
+        found,
+        names,
+        rank=rank,
+        alpha=alpha,
+        include=include,
+        exclude=exclude,
+        also_train=also_train,
+        ranks=plan,
+    )
+
+
+def insert(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    rank: int = 8,
+    alpha: float | None = None,
+    include: Selectors = None,
+    exclude: Selectors = None,
+    also_train: Selectors = None,
+    variant: str = "lora",
+    dropout: float = 0.0,
+    plan: Any = None,
+    adapter: Adapter | None = None,
+    seed: int = 0,
+    *,
+    dynamic: Any = None,
+    norm_stats: str = "frozen",
+) -> AdaptedModule:
+    """A trainable module with low-rank branches; the user's module is not touched.
+
+    Args:
+        model: A module, a function of tensors, or a Captured.
+        args: Example inputs.
+        kwargs: Example inputs by keyword.
+        rank: Of every target, capped (and said) where a side is smaller.
+        alpha: None means 2·rank.
+        include: Selectors that replace the default plan.
+        exclude: Selectors taken away from it.
+        also_train: Tensors trained whole, such as a new head.
+        variant: lora (scale alpha/rank) or rslora (alpha/√rank).
+        dropout: On the input of each branch, in train mode.
+        plan: {key: rank} or {key: {rank, alpha}}, or a Plan.
+        adapter: Start from this adapter; its targets and ranks replace the plan.
+        seed: Of the initial values; each target draws from (seed, key).
+        dynamic: As in capture.
+        norm_stats: frozen: batch norms use their running statistics while training. update:
+            they behave as in the original, and the copied statistics move.
+
+    Returns:
+        An AdaptedModule. Parameters share the storage of the user's model; buffers are copies.
+
+    Raises:
+        LoraFxError: No target, a selector that matches nothing, a rank that does not fit.
+        CaptureError: The model cannot be captured.
+    """
+    if variant not in ("lora", "rslora"):
+        raise LoraFxError(f"no variant {variant!r}", "lora and rslora")
+    if not 0.0 <= dropout < 1.0:
+        raise LoraFxError(f"dropout {dropout} is not in [0, 1)", "0.05 is usual")
+    if norm_stats not in ("frozen", "update"):
+        raise LoraFxError(f"no norm_stats {norm_stats!r}", "frozen or update")
+    cap = captured_of(model, args, kwargs, dynamic)
+    found = find(cap)
+    names = [n for n, _ in cap.model.named_parameters(remove_duplicate=False)]
+    metadata = {"dropout": dropout}
+    if adapter is None:
+        chosen = plan_of(found, names, rank, alpha, include, exclude, also_train, plan)
+        updates = initial(found, chosen, variant, seed)
+        whole, notes = chosen.also_train, chosen.notes
+    else:
+        shapes = {n: tuple(p.shape) for n, p in cap.model.named_parameters(remove_duplicate=False)}
+        bound = bind(adapter, found, shapes)
+        updates, whole, notes = bound.lowrank, tuple(bound.full), ()
+        metadata.update(adapter.metadata)
+
+    def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], Any]:
+        return Insert(now, dropout=dropout, training=training)
+
+    module = with_signature(AdaptedModule, cap)(
+        cap,
+        found,
+        updates,
+        inserter,
+        also_train=whole,
+        norm_stats=norm_stats,
+        notes=notes,
+        metadata=metadata,
+    )
+    if adapter is not None and bound.full:
+        module.load_adapter(bound)
+    assert isinstance(module, AdaptedModule)
+    return module
+
+
+def initial(found: Found, plan: Plan, variant: str, seed: int) -> dict[str, LowRank]:
+    """Kaiming a and zero b for every target of a plan."""
+    updates = {}
+    for key, entry in plan.entries.items():
+        target = found[key]
+        a, b = draw(key, target.layout, entry.rank, seed)
+        op = "embedding" if entry.use == "" and target.uses == ("embedding",) else target.op
+        updates[key] = LowRank(
+            a, b, entry.alpha, target.layout, variant, entry.use, {"op": op}
+        )
+    return updates
+
+
+def fold(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    adapter: Adapter | None = None,
+    dynamic: Any = None,
+) -> FoldedModule:
+    """An eval-mode module without branches, W + s·b·a in its weights.
+
+    Args:
+        model: A module that insert returned (its own adapter is folded when none is given), a
+            module, a function of tensors, or a Captured.
+        args: Example inputs, for a model that is not captured yet.
+        kwargs: Example inputs by keyword.
+        adapter: What to fold.
+        dynamic: As in capture.
+
+    Returns:
+        A module with the original call; `.folded` says what went where and what rounding lost.
+    """
+    cap = captured_of(model, args, kwargs, dynamic)
+    if adapter is None:
+        if not isinstance(model, AdaptedModule):
+            raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
+        adapter = model.adapter()
+    found = find(cap)
+    shapes = {n: tuple(p.shape) for n, p in cap.model.named_parameters(remove_duplicate=False)}
+    bound = bind(adapter, found, shapes)
+    rewrite = Fold(bound.lowrank)
+    source = model if isinstance(model, CapturedModule) else cap
+    module = with_signature(FoldedModule, cap)(source, rewrite, bound)
+    module.folded = tuple(rewrite.report)
+    assert isinstance(module, FoldedModule)
+    return module
+
+
+def grown(folded: Sequence[Folded]) -> int:
+    """Bytes of constants that fold had to add for tied uses that differ."""
+    return sum(f.grew for f in folded)
+
+
+def export(*args: Any, **kwargs: Any) -> Any:
+    """See lora_fx.passes.export."""
+    from lora_fx.passes.export import export as run
+
+    return run(*args, **kwargs)
+
+
+def verify(*args: Any, **kwargs: Any) -> Any:
+    """See lora_fx.passes.verify."""
+    from lora_fx.passes.verify import verify as run
+
+    return run(*args, **kwargs)
