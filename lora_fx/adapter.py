@@ -82,7 +82,9 @@ class Adapter:
         return bind(self, found_of(model, args, kwargs))
 
 
-def bind(adapter: Adapter, found: Found, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Adapter:
+def bind(
+    adapter: Adapter, found: Found, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Adapter:
     """An adapter in the keys and layouts of `found`; every misfit is named.
 
     Args:
@@ -131,6 +133,6 @@ def near(name: str, names: Mapping[str, Any] | list[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
-    return f"nearest names: {', '.join(close)}" if close else "run lora-fx targets MODEL for the names"
-
-
+    return (
+        f"nearest names: {', '.join(close)}" if close else "run lora-fx targets MODEL for the names"
+    )

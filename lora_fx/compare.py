@@ -39,7 +39,9 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     top = float(np.abs(y[both]).max(initial=0.0))
     gap = float(np.abs(x[both] - y[both]).max(initial=0.0))
     if top == 0.0:
-        return 0.0 if gap == 0.0 and not np.issubdtype(np.asarray(b).dtype, np.floating) else math.inf
+        return (
+            0.0 if gap == 0.0 and not np.issubdtype(np.asarray(b).dtype, np.floating) else math.inf
+        )
     return gap / top
 
 

@@ -84,7 +84,9 @@ class Inputs:
             result[s.name] = tuple(shape)
         return result
 
-    def sample(self, size: tuple[int, int] = SIZES[0], seed: int = 0) -> dict[str, npt.NDArray[Any]]:
+    def sample(
+        self, size: tuple[int, int] = SIZES[0], seed: int = 0
+    ) -> dict[str, npt.NDArray[Any]]:
         """Arrays of one size; each input has a generator of its own, from (seed, name)."""
         shapes = self.sizes(size)
         result: dict[str, npt.NDArray[Any]] = {}
@@ -186,6 +188,8 @@ def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
                 d, _, symbol = part.partition("=")
                 result.setdefault(name, {})[int(d)] = symbol
         except ValueError as e:
-            raise LoraFxError(f"--dynamic {text!r} is not NAME:DIM=SYMBOL,…",
-                              "for example --dynamic x:0=batch,2=height") from e
+            raise LoraFxError(
+                f"--dynamic {text!r} is not NAME:DIM=SYMBOL,…",
+                "for example --dynamic x:0=batch,2=height",
+            ) from e
     return result

@@ -224,4 +224,7 @@ def slot_names(key: str) -> tuple[str, str]:
     """
     head, bracket, region = key.partition("[")
     path, dot, leaf = head.rpartition(".")
-    return f"{path}{dot}lora_A.{leaf}{bracket}{region}", f"{path}{dot}lora_B.{leaf}{bracket}{region}"
+    return (
+        f"{path}{dot}lora_A.{leaf}{bracket}{region}",
+        f"{path}{dot}lora_B.{leaf}{bracket}{region}",
+    )

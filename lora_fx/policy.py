@@ -84,8 +84,10 @@ def make_plan(
     if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
         raise LoraFxError(f"rank {rank!r} is not a positive whole number", "8 or 16 is usual")
     if not found.targets:
-        raise LoraFxError("the model has no weight matmul that an adapter could attach to",
-                          "run lora-fx targets MODEL: it says what was refused and why")
+        raise LoraFxError(
+            "the model has no weight matmul that an adapter could attach to",
+            "run lora-fx targets MODEL: it says what was refused and why",
+        )
     whole = select_names(names, also_train) if also_train else ()
     if ranks is not None:
         chosen = {found[k].key: "" for k in _known(found, ranks)}
@@ -115,8 +117,10 @@ def make_plan(
         r, al = _asked(key, ranks, rank, alpha)
         if r > limits[key]:
             if ranks is not None or r <= 0:
-                raise LoraFxError(f"rank {r} of {key} is above its smaller side {limits[key]}",
-                                  "lower it in the plan")
+                raise LoraFxError(
+                    f"rank {r} of {key} is above its smaller side {limits[key]}",
+                    "lower it in the plan",
+                )
             notes.append(f"{key}: rank {r} capped to {limits[key]}, its smaller side")
             r = limits[key]
         entries[key] = Entry(r, default_alpha(r) if al is None else float(al), use)

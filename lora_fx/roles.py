@@ -22,7 +22,10 @@ _NAMES = (
     ("q", r"q_proj|query|query_proj|to_q|q_lin|wq|q|linear_q"),
     ("k", r"k_proj|key|key_proj|to_k|k_lin|wk|k|linear_k"),
     ("v", r"v_proj|value|value_proj|to_v|v_lin|wv|v|linear_v"),
-    ("o", r"o_proj|out_proj|to_out(\.0)?|out_lin|wo|o|(attention|attn|self)\.(output\.)?(dense|c_proj|proj)"),
+    (
+        "o",
+        r"o_proj|out_proj|to_out(\.0)?|out_lin|wo|o|(attention|attn|self)\.(output\.)?(dense|c_proj|proj)",
+    ),
     ("gate", r"gate_proj|w1|wi_0|gate"),
     ("up", r"up_proj|w3|wi_1|wi|fc1|c_fc|intermediate\.dense|lin1|linear1"),
     ("down", r"down_proj|w2|fc2|output\.dense|lin2|linear2|mlp\.c_proj"),

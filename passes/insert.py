@@ -104,4 +104,3 @@ def factors(
     if scaled:
         b = e.op("mul", b, float(update.scale))
     return a, e.op("cast_like", b, like)
-

@@ -23,7 +23,10 @@ Selectors = str | Sequence[str] | None
 
 
 def captured_of(
-    model: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, dynamic: Any = None
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Any = None,
 ) -> Captured:
     """The capture of a model; a Captured or a captured module brings its own."""
     if isinstance(model, Captured):
@@ -178,9 +181,7 @@ def initial(found: Found, plan: Plan, variant: str, seed: int) -> dict[str, LowR
         target = found[key]
         a, b = draw(key, target.layout, entry.rank, seed)
         op = "embedding" if entry.use == "" and target.uses == ("embedding",) else target.op
-        updates[key] = LowRank(
-            a, b, entry.alpha, target.layout, variant, entry.use, {"op": op}
-        )
+        updates[key] = LowRank(a, b, entry.alpha, target.layout, variant, entry.use, {"op": op})
     return updates
 
 

@@ -29,7 +29,9 @@ class Signature:
         self.positional = [
             p.name for p in params if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
         ]
-        self.keywords = {p.name for p in params if p.kind is kinds.KEYWORD_ONLY} | set(self.positional)
+        self.keywords = {p.name for p in params if p.kind is kinds.KEYWORD_ONLY} | set(
+            self.positional
+        )
         self.rest = next((p.name for p in params if p.kind is kinds.VAR_POSITIONAL), "")
         self.open = any(p.kind is kinds.VAR_KEYWORD for p in params)
         self.defaults = {p.name: p.default for p in params if p.default is not _EMPTY}
@@ -51,7 +53,9 @@ class Signature:
                 named[self.rest] = tuple(args[i:])
                 break
             else:
-                raise TypeError(f"takes {len(self.positional)} positional arguments, got {len(args)}")
+                raise TypeError(
+                    f"takes {len(self.positional)} positional arguments, got {len(args)}"
+                )
         for k, v in kwargs.items():
             if k in named:
                 raise TypeError(f"got multiple values for argument {k!r}")

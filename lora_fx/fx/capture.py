@@ -160,9 +160,7 @@ class Captured:
             requested = self.requested
             new = describe(leaf_names(named), leaves)
             unknown = {n: d for n, d in default_dynamic(new).items() if n not in self.inputs.names}
-            self.tracings[key] = self._trace(
-                source, training, named, {**requested, **unknown}
-            )
+            self.tracings[key] = self._trace(source, training, named, {**requested, **unknown})
         return self.tracings[key]
 
     def _trace(
@@ -248,15 +246,27 @@ def _forward_of(model: Any, module: nn.Module) -> Callable[..., Any]:
 
 
 _CAUSES = (
-    ("GuardOnDataDependentSymNode", "a branch or a size depends on a tensor's value",
-     "compute both branches with torch.where, or make the value a Python argument"),
-    ("data-dependent", "a branch or a size depends on a tensor's value",
-     "compute both branches with torch.where, or make the value a Python argument"),
-    ("aten._local_scalar_dense", "a tensor's value is read (.item(), int(), bool())",
-     "keep it a tensor: torch.where, masks, or a Python argument"),
+    (
+        "GuardOnDataDependentSymNode",
+        "a branch or a size depends on a tensor's value",
+        "compute both branches with torch.where, or make the value a Python argument",
+    ),
+    (
+        "data-dependent",
+        "a branch or a size depends on a tensor's value",
+        "compute both branches with torch.where, or make the value a Python argument",
+    ),
+    (
+        "aten._local_scalar_dense",
+        "a tensor's value is read (.item(), int(), bool())",
+        "keep it a tensor: torch.where, masks, or a Python argument",
+    ),
     ("numpy", "numpy is called on a tensor", "use torch's own functions"),
-    ("FakeTensor", "a tensor made outside the model meets the traced ones",
-     "register it as a buffer, or make it in forward"),
+    (
+        "FakeTensor",
+        "a tensor made outside the model meets the traced ones",
+        "register it as a buffer, or make it in forward",
+    ),
 )
 
 
@@ -285,7 +295,11 @@ def _user_line(error: BaseException) -> str:
             continue
         if path.startswith(ours + "/passes/") or path.startswith(ours + "/cli/"):
             continue
-        if frame.f_code.co_name != "<module>" and "/lib/python3" in path and "site-packages" not in path:
+        if (
+            frame.f_code.co_name != "<module>"
+            and "/lib/python3" in path
+            and "site-packages" not in path
+        ):
             continue
         inner = (path, line)
     if inner is None:

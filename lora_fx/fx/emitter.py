@@ -40,7 +40,9 @@ class FxEmitter:
         self.node = node
         self.next = node if before else node.next
 
-    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    def _call(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
         with self.owner.graph.inserting_before(self.next):
             new = self.owner.graph.call_function(target, args, kwargs or {})
         return self._tag(new)

@@ -289,4 +289,6 @@ def _follow_device(graph: fx.Graph) -> None:
     for n in graph.nodes:
         if n is not device:
             n.args = map_aggregate(n.args, lambda a: device if isinstance(a, torch.device) else a)
-            n.kwargs = map_aggregate(n.kwargs, lambda a: device if isinstance(a, torch.device) else a)
+            n.kwargs = map_aggregate(
+                n.kwargs, lambda a: device if isinstance(a, torch.device) else a
+            )

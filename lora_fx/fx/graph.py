@@ -83,9 +83,7 @@ class FxGraph:
 
     def adapted(self) -> frozenset[str]:
         """Ids of sites that carry a branch: their marked nodes say so."""
-        return frozenset(
-            n.meta["custom"][MARK]["site"] for n in self.graph.nodes if is_marked(n)
-        )
+        return frozenset(n.meta["custom"][MARK]["site"] for n in self.graph.nodes if is_marked(n))
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """A stored parameter as an array."""
@@ -121,7 +119,9 @@ class FxGraph:
                 step = self._step(node, roots[0], states)
                 if step is not None:
                     states[node] = step
-                elif node.target not in ops.OPS and all(i in states or i in constants for i in inputs):
+                elif node.target not in ops.OPS and all(
+                    i in states or i in constants for i in inputs
+                ):
                     names = tuple(sorted({n for i in roots for n in _roots(states[i])}))
                     states[node] = Computed(names, _op_name(node))
         return states
@@ -193,7 +193,9 @@ class FxGraph:
                     same = use.weight[-1] == int(slot) if slot else use.kind == site.kind
                     if same and ops.shape_of(ops.pick(node, use.weight)) == site.operand:
                         return node, use
-        raise LoraFxError(f"site {site.id!r} is not in this graph", "run find again after a rewrite")
+        raise LoraFxError(
+            f"site {site.id!r} is not in this graph", "run find again after a rewrite"
+        )
 
     def activation(self, site: Site) -> fx.Node:
         """The other operand of the site."""
@@ -365,12 +367,12 @@ def _data_flops(node: fx.Node) -> int:
         operands = node.args[1]
         shapes = [ops.shape_of(o) or () for o in operands]  # type: ignore[union-attr]
         terms = ops._letters(str(node.args[0]).replace(" ", ""), [len(s) for s in shapes])
-        sizes = {c: n for t, s in zip(terms, shapes, strict=False) for c, n in zip(t, s, strict=True)}
+        sizes = {
+            c: n for t, s in zip(terms, shapes, strict=False) for c, n in zip(t, s, strict=True)
+        }
         return 2 * ops.numel(tuple(sizes.values()))
     first = ops.shape_of(node.args[1 if _op_name(node) in ("addmm", "baddbmm") else 0])
     if node.target in ops.OPS and ops.OPS[node.target].op.startswith("conv"):
         w = ops.shape_of(node.args[1]) or ()
         return 2 * ops.numel(y) * ops.numel(w[1:])
     return 2 * ops.numel(y) * ops.hint(first[-1]) if first else 0
-
-

@@ -419,7 +419,9 @@ class AdaptedReport:
 class FoldedModule(CapturedModule):
     """A model with an adapter folded into its weights; eval mode only, no branches."""
 
-    def __init__(self, model: Captured | CapturedModule, rewriter: Rewriter, adapter: Adapter) -> None:
+    def __init__(
+        self, model: Captured | CapturedModule, rewriter: Rewriter, adapter: Adapter
+    ) -> None:
         tree = model if isinstance(model, CapturedModule) else None
         captured = model.captured if isinstance(model, CapturedModule) else model
         super().__init__(captured, tree=tree)

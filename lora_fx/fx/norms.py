@@ -19,7 +19,9 @@ def freeze_norms(graph: fx.Graph) -> bool:
         if node.target is aten.batch_norm.default and node.args[3] is not None and node.args[5]:
             node.update_arg(5, False)
             changed = True
-        elif node.target is aten.instance_norm.default and node.args[3] is not None and node.args[5]:
+        elif (
+            node.target is aten.instance_norm.default and node.args[3] is not None and node.args[5]
+        ):
             node.update_arg(5, False)
             changed = True
         elif _counts_batches(node):
