@@ -21,20 +21,37 @@ _WHERE = {
     "load_model": "lora_fx.fx.models",
     "Adapter": "lora_fx.adapter",
     "Captured": "lora_fx.fx.capture",
-    "AdaptedModule": "lora_fx.fx.module",
+    "AdaptedModule": "lora_fx.fx.adapted",
     "LoraFxError": "lora_fx.errors",
     "LowRank": "lora_fx.lowrank",
     "Full": "lora_fx.lowrank",
 }
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+__all__ = [
+    "AdaptedModule",
+    "Adapter",
+    "Captured",
+    "Full",
+    "LoraFxError",
+    "LowRank",
+    "__version__",
+    "capture",
+    "export",
+    "find",
+    "fold",
+    "insert",
+    "load_adapter",
+    "load_model",
+    "save_adapter",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from lora_fx.adapter import Adapter
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
+    from lora_fx.fx.adapted import AdaptedModule
     from lora_fx.fx.capture import Captured, capture
     from lora_fx.fx.models import load_model
-    from lora_fx.fx.module import AdaptedModule
     from lora_fx.lowrank import Full, LowRank
     from lora_fx.passes.pipeline import export, find, fold, insert, verify
 

@@ -77,9 +77,10 @@ class Adapter:
         Raises:
             LoraFxError: A key that the model lacks, or a shape that does not fit.
         """
-        from lora_fx.passes.pipeline import found_of
+        import lora_fx  # the verbs live above this module; only the facade knows them
 
-        return bind(self, found_of(model, args, kwargs))
+        found = model if isinstance(model, Found) else lora_fx.find(model, args, kwargs)
+        return bind(self, found)
 
 
 def bind(
@@ -101,7 +102,8 @@ def bind(
                 raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
             if want is not None and tuple(entry.value.shape) != tuple(want):
                 raise LoraFxError(
-                    f"adapter tensor {key!r} is {list(entry.value.shape)}; the model's is {list(want)}",
+                    f"adapter tensor {key!r} is {list(entry.value.shape)}; "
+                    f"the model's is {list(want)}",
                     "was the adapter trained on another model?",
                 )
             entries[key] = entry

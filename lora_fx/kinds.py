@@ -94,12 +94,14 @@ class Einsum:
 
     @property
     def name(self) -> str:
-        """linear where a matmul does, else einsum."""
+        """Linear where a matmul does, else einsum."""
         return "linear" if self.form else "einsum"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """By the letters, in and out in the order of x and y."""
-        batch, out, in_ = [], [], []
+        batch: list[int] = []
+        out: list[int] = []
+        in_: list[int] = []
         for i, c in enumerate(self.w):
             (out if c not in self.x else batch if c in self.y else in_).append(i)
         in_.sort(key=lambda i: self.x.index(self.w[i]))
@@ -131,17 +133,17 @@ class Einsum:
 
 
 def linear(batch: str = "") -> Einsum:
-    """x [..., in] with w [*batch, out, in]."""
+    """X [..., in] with w [*batch, out, in]."""
     return Einsum(f"...{batch}ni" if batch else "...i", f"{batch}oi", _y(batch), "right")
 
 
 def matmul_right(batch: str = "") -> Einsum:
-    """x [..., in] @ w [*batch, in, out]."""
+    """X [..., in] @ w [*batch, in, out]."""
     return Einsum(f"...{batch}ni" if batch else "...i", f"{batch}io", _y(batch), "right")
 
 
 def matmul_left(batch: str = "", *, vector: bool = False) -> Einsum:
-    """w [*batch, out, in] @ x [..., in, n], or @ x [in]."""
+    """W [*batch, out, in] @ x [..., in, n], or @ x [in]."""
     if vector:
         return Einsum("i", "oi", "o", "left")
     return Einsum(f"...{batch}in", f"{batch}oi", f"...{batch}on", "left")

@@ -72,7 +72,7 @@ class Layout:
         order = self.batch + self.out + self.in_
         split = tuple(self.shape[i] for i in order)
         inverse = tuple(order.index(i) for i in range(len(order)))
-        whole = self.batch_shape + (self.out_size, self.in_size)
+        whole = (*self.batch_shape, self.out_size, self.in_size)
         if split != whole:
             delta = e.op("reshape", delta, shape=split)
         if inverse != tuple(range(len(inverse))):
@@ -190,7 +190,7 @@ def scale_of(alpha: float, rank: int, variant: str = "lora") -> float:
 
 
 def default_alpha(rank: int) -> float:
-    """alpha where none is given: 2·rank."""
+    """Alpha where none is given: 2·rank."""
     return 2.0 * rank
 
 

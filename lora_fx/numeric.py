@@ -18,7 +18,8 @@ Array = npt.NDArray[Any]
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of a name such as float32 or bfloat16."""
     if hasattr(ml_dtypes, name):
-        return np.dtype(getattr(ml_dtypes, name))
+        narrow: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return narrow
     return np.dtype(name)
 
 
@@ -43,13 +44,14 @@ def conv(
     elif padding == "valid":
         pads = [(0, 0)] * n
     else:
-        width = tuple(padding) * n if len(padding) == 1 else tuple(padding)
-        pads = [(int(p), int(p)) for p in width]
+        width = [int(p) for p in padding]
+        pads = [(p, p) for p in (width * n if len(width) == 1 else width)]
     x = np.pad(x, [(0, 0), (0, 0), *pads])
     axes = tuple(range(2, 2 + n))
     windows = np.lib.stride_tricks.sliding_window_view(x, [r + 1 for r in reach], axes)
-    windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
-    windows = windows[(..., *(slice(None, None, d) for d in dilation))]
+    every = slice(None)
+    steps = (every, every, *(slice(None, None, s) for s in stride))
+    windows = windows[steps + tuple(slice(None, None, d) for d in dilation)]
     spots = windows.shape[2 : 2 + n]
     grouped = windows.reshape(x.shape[0], groups, -1, *spots, *k)
     kernel = w.reshape(groups, -1, *w.shape[1:])

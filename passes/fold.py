@@ -114,7 +114,8 @@ def fold_value(
     for target, low in updates:
         a, b = low.a.astype(work), low.b.astype(work)
         change = delta(e, target.layout, a, b, float(low.scale))
-        wide[tuple(slice(lo, hi) for lo, hi in target.region)] += change
+        part = tuple(slice(lo, hi) for lo, hi in target.region)
+        wide[part] = wide[part] + change
     value = wide.astype(base.dtype)
     wanted = wide.astype(np.float64) - base.astype(np.float64)
     got = value.astype(np.float64) - base.astype(np.float64)

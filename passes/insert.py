@@ -16,16 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from lora_fx import kinds
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Graph, Role, Site, V
 from lora_fx.kinds import Factors, swap_last
 from lora_fx.lowrank import LowRank, slot_names
-from lora_fx.selectors import applies
-from lora_fx.target import Target
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
+from lora_fx.selectors import applies
+from lora_fx.target import Target
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Insert:
 def factors(
     e: Any, key: str, update: LowRank, like: V, role: Role, *, scaled: bool = True
 ) -> tuple[V, V]:
-    """a and s·b as values in the dtype of `like`, from the tensors of one update."""
+    """A and s·b as values in the dtype of `like`, from the tensors of one update."""
     a_name, b_name = slot_names(key)
     a = e.op("cast_like", e.parameter(a_name, update.a, role), like)
     b = e.parameter(b_name, update.b, role)

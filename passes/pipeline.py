@@ -8,9 +8,10 @@ from typing import Any
 
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.adapted import AdaptedModule, FoldedModule
 from lora_fx.fx.capture import Captured, capture
 from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.module import AdaptedModule, CapturedModule, FoldedModule, with_signature
+from lora_fx.fx.module import CapturedModule, with_signature
 from lora_fx.graph import Graph
 from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.find import find as find_graph
@@ -219,6 +220,13 @@ def fold(
     module = with_signature(FoldedModule, cap)(source, rewrite, bound)
     module.folded = tuple(rewrite.report)
     assert isinstance(module, FoldedModule)
+    return module
+
+
+def plain(captured: Captured) -> CapturedModule:
+    """The captured model as a module, with no adapter."""
+    module = with_signature(CapturedModule, captured)(captured)
+    assert isinstance(module, CapturedModule)
     return module
 
 

@@ -34,13 +34,14 @@ class Signature:
         )
         self.rest = next((p.name for p in params if p.kind is kinds.VAR_POSITIONAL), "")
         self.open = any(p.kind is kinds.VAR_KEYWORD for p in params)
+        self.order = {p.name: i for i, p in enumerate(params)}
         self.defaults = {p.name: p.default for p in params if p.default is not _EMPTY}
         self.required = [n for n in self.positional if n not in self.defaults] + [
             p.name for p in params if p.kind is kinds.KEYWORD_ONLY and p.default is _EMPTY
         ]
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """{name: value} sorted by name, without None and values equal to a default.
+        """{name: value} in the order of the signature, without None and defaults.
 
         Raises:
             TypeError: As the original would: an unknown, repeated or missing argument.
@@ -65,7 +66,9 @@ class Signature:
         for k in self.required:
             if k not in named:
                 raise TypeError(f"missing a required argument: {k!r}")
-        return {k: named[k] for k in sorted(named) if not self._idle(k, named[k])}
+        last = len(self.order)
+        names = sorted(named, key=lambda k: (self.order.get(k, last), k))
+        return {k: named[k] for k in names if not self._idle(k, named[k])}
 
     def _idle(self, name: str, value: Any) -> bool:
         if value is None:

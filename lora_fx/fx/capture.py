@@ -43,7 +43,7 @@ class Source:
         bound = getattr(model.function, "__self__", None) if isinstance(model, Called) else None
         if isinstance(bound, nn.Module):
             copied, mode = weightless(bound)
-            method = getattr(copied, model.function.__name__)  # type: ignore[union-attr]
+            method = getattr(copied, str(getattr(model.function, "__name__", "forward")))
             return cls(copied, method, mode)
         if not isinstance(model, Called):
             try:
@@ -221,7 +221,7 @@ def capture(
 
 
 def base_dtype(model: nn.Module) -> torch.dtype | None:
-    """dtype of the first floating parameter that is not an adapter's."""
+    """Dtype of the first floating parameter that is not an adapter's."""
     from lora_fx.fx.tensors import AdapterTensors
 
     for m in model.modules():

@@ -124,7 +124,7 @@ def _free_batch() -> Any:
     try:
         from torch.fx.experimental import _config
 
-        return _config.patch(backed_size_oblivious=True)
+        return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     except (ImportError, AttributeError):
         return contextlib.nullcontext()
 
@@ -161,9 +161,9 @@ def _clean(
     )
     for i, (name, s) in enumerate(zip(names, fixed, strict=True)):
         for d in requested.get(name, {}):
-            if s is not None and d < len(s) and s[d] is not None:
-                if not any(p.input == name and p.dim == d for p in pinned):
-                    pinned.append(Pinned(name, d, int(s[d] or 0), _who(program, places[i], d)))
+            known = any(p.input == name and p.dim == d for p in pinned)
+            if s is not None and d < len(s) and s[d] is not None and not known:
+                pinned.append(Pinned(name, d, int(s[d] or 0), _who(program, places[i], d)))
     constants = _constants(module, graph)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
     _follow_device(graph)
@@ -194,21 +194,27 @@ def _asserts(
         if node.target is not aten._assert_scalar.default:
             continue
         test = node.args[0]
+        negated = isinstance(test, fx.Node) and test.target is torch.sym_not
+        if negated:
+            test = test.args[0]  # type: ignore[union-attr]
         if not isinstance(test, fx.Node) or len(test.args) != 2:
             continue
         left, right = (_size_of(a, places) for a in test.args)
         number = next((a for a in test.args if isinstance(a, int)), None)
         one = left or right
-        if test.target is operator.eq and left and right:
+        if (test.target is operator.ne) != negated and test.target in (operator.eq, operator.ne):
+            if not (one and number == 1):
+                continue
+            lone.append(one)
+        elif negated:
+            continue
+        elif test.target is operator.eq and left and right:
             same.append((left, right))
         elif test.target is operator.eq and one and number is not None:
             leaf, dim = one
             sizes[leaf][dim] = number
             if dim in requested.get(names[leaf], {}):
                 pinned.append(Pinned(names[leaf], dim, number, _line(node)))
-        elif test.target is operator.ne and one and number is not None:
-            if number == 1:
-                lone.append(one)
         elif test.target in (operator.ge, operator.le) and one and number in (0, 1):
             pass
         else:
@@ -247,7 +253,7 @@ def _upper(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:
             if isinstance(n, torch.SymInt):
                 bound = program.range_constraints.get(n.node.expr)
                 try:
-                    result[i, d] = int(bound.upper)  # type: ignore[union-attr]
+                    result[i, d] = int(bound.upper)
                 except (AttributeError, OverflowError, TypeError, ValueError):
                     continue
     return result

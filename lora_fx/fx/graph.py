@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,21 @@ from torch import fx, nn
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import ops
 from lora_fx.fx.emitter import MARK, FxEmitter, is_marked
+from lora_fx.fx.flow import (
+    Computed,
+    State,
+    Weight,
+    data_flops,
+    roots,
+    scope_of,
+    site_flops,
+    tensor,
+    weight_states,
+)
+from lora_fx.fx.nodes import dtype_name, shape_of
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.graph import Parameter, Role, Site
 from lora_fx.view import View
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A value that is one parameter seen through a View."""
-
-    name: str
-    view: View
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A value computed from parameters alone by more than a view."""
-
-    roots: tuple[str, ...]
-    by: str
 
 
 class FxGraph:
@@ -60,8 +54,8 @@ class FxGraph:
         """Every parameter of the tree under its first name; adapters' own are left out."""
         result = []
         for name, aliases in self._aliases.items():
-            t = self._tensor(name)
-            result.append(Parameter(name, tuple(t.shape), ops.dtype_name(t.dtype), tuple(aliases)))
+            t = tensor(self.root, name)
+            result.append(Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(aliases)))
         return result
 
     def sites(self) -> Sequence[Site]:
@@ -78,7 +72,7 @@ class FxGraph:
             if node.target in ops.DATA_OPS or (
                 node.target in ops.OPS and node.target is not ops.aten.embedding.default
             ):
-                total += _data_flops(node)
+                total += data_flops(node)
         return total
 
     def adapted(self) -> frozenset[str]:
@@ -87,65 +81,10 @@ class FxGraph:
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """A stored parameter as an array."""
-        return to_numpy(self._tensor(name))
-
-    def _tensor(self, name: str) -> nn.Parameter:
-        module, leaf = owner(self.root, name)
-        p = module._parameters[leaf]
-        assert p is not None
-        return p
-
-    def _states(self) -> dict[fx.Node, Weight | Computed]:
-        """What each node is, for nodes that depend on parameters only."""
-        states: dict[fx.Node, Weight | Computed] = {}
-        constants: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            if node.op == "get_attr":
-                name = self._names.get(str(node.target))
-                if name is None:
-                    constants.add(node)
-                else:
-                    states[node] = Weight(name, View(), tuple(self._tensor(name).shape))
-            elif node.op == "call_function" and node.all_input_nodes:
-                inputs = node.all_input_nodes
-                roots = [i for i in inputs if i in states]
-                if not roots:
-                    if all(i in constants for i in inputs):
-                        constants.add(node)
-                    continue
-                if is_marked(node):  # W + ΔW of the weight form: the weight is what it adds to
-                    states[node] = states[roots[0]]
-                    continue
-                step = self._step(node, roots[0], states)
-                if step is not None:
-                    states[node] = step
-                elif node.target not in ops.OPS and all(
-                    i in states or i in constants for i in inputs
-                ):
-                    names = tuple(sorted({n for i in roots for n in _roots(states[i])}))
-                    states[node] = Computed(names, _op_name(node))
-        return states
-
-    def _step(
-        self, node: fx.Node, source: fx.Node, states: dict[fx.Node, Weight | Computed]
-    ) -> Weight | Computed | None:
-        """The state of a node that only views `source`."""
-        state = states[source]
-        rule = ops.VIEWS.get(node.target)
-        if node.target in ops.SPLITS and node.args[0] is source:
-            return state  # the getitem after it slices
-        if rule is None or node.args[0] is not source:
-            return None
-        if isinstance(state, Computed):
-            return state
-        steps = rule(node, state.shape)
-        if steps is None:
-            return None
-        shape = ops.shape_of(node)
-        return Weight(state.name, state.view.then(*steps), tuple(shape or state.shape))
+        return to_numpy(tensor(self.root, name))
 
     def _uses(self) -> Iterator[tuple[Site, fx.Node, ops.Use]]:
-        states = self._states()
+        states = weight_states(self.graph, self.root, self._names)
         for node in self.graph.nodes:
             row = ops.OPS.get(node.target) if node.op == "call_function" else None
             if row is None or is_marked(node):
@@ -155,14 +94,14 @@ class FxGraph:
             direct = [(u, s) for u, s in found if isinstance(s, Weight)]
             one_weight = node.target is not ops.aten.lstm.input
             if one_weight and len(direct) > 1:
-                direct, found = [], [(u, Computed(tuple(_roots(s)), row.op)) for u, s in found[:1]]
+                direct, found = [], [(u, Computed(tuple(roots(s)), row.op)) for u, s in found[:1]]
             for use, state in direct or found[:1]:
                 yield self._site(node, row, use, state), node, use  # type: ignore[arg-type]
 
-    def _site(self, node: fx.Node, row: ops.Row, use: ops.Use, state: Weight | Computed) -> Site:
+    def _site(self, node: fx.Node, row: ops.Row, use: ops.Use, state: State) -> Site:
         many = len(use.weight) > 1 and row.op == "lstm"
-        scope, cls = _scope(node)
-        operand = ops.shape_of(ops.pick(node, use.weight)) or ()
+        scope, cls = scope_of(node)
+        operand = shape_of(ops.pick(node, use.weight)) or ()
         refusal, name, view = use.refusal, "", View()
         if isinstance(state, Computed):
             name = state.roots[0]
@@ -178,7 +117,7 @@ class FxGraph:
             operand=tuple(int(n) for n in operand),
             scope=scope,
             module_class=cls,
-            flops=_site_flops(node, use),
+            flops=site_flops(node, use),
             refusal=refusal,
             attrs=use.attrs,
         )
@@ -191,7 +130,7 @@ class FxGraph:
             if node.name == name:
                 for use in ops.OPS[node.target].uses(node):
                     same = use.weight[-1] == int(slot) if slot else use.kind == site.kind
-                    if same and ops.shape_of(ops.pick(node, use.weight)) == site.operand:
+                    if same and shape_of(ops.pick(node, use.weight)) == site.operand:
                         return node, use
         raise LoraFxError(
             f"site {site.id!r} is not in this graph", "run find again after a rewrite"
@@ -255,9 +194,9 @@ class FxGraph:
     def replace_parameter(
         self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any]
     ) -> str:
-        """See lora_fx.graph.Graph. A constant of their own is `NAME_folded`, `NAME_folded_1` …"""
+        """See lora_fx.graph.Graph. A constant of their own is `NAME_folded[_1]`."""
         module, leaf = owner(self.root, name)
-        old = self._tensor(name)
+        old = tensor(self.root, name)
         new = nn.Parameter(from_numpy(value, like=old), requires_grad=False)
         if self.covers(name, sites):
             for m in self.root.modules():
@@ -302,7 +241,7 @@ class FxGraph:
         return FxGraph(graph, self.root, training=self.training)
 
     def lint(self) -> None:
-        """fx's own check."""
+        """Fx's own check."""
         self.graph.lint()
 
     def add_parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> None:
@@ -314,65 +253,6 @@ class FxGraph:
             module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
 
 
-def _roots(state: Weight | Computed | None) -> tuple[str, ...]:
-    if state is None:
-        return ()
-    return state.roots if isinstance(state, Computed) else (state.name,)
-
-
 def _node(arg: Any) -> fx.Node:
     assert isinstance(arg, fx.Node)
     return arg
-
-
-def _op_name(node: fx.Node) -> str:
-    return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
-
-
-def _scope(node: fx.Node) -> tuple[str, str]:
-    """Path and class name of the innermost module whose forward made the node."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    if not stack:
-        return "", ""
-    path, cls = stack[-1]
-    name = cls if isinstance(cls, str) else cls.__name__
-    return str(path).split("@")[0], name.rpartition(".")[2]
-
-
-def _site_flops(node: fx.Node, use: ops.Use) -> int:
-    """2 · output elements · in; a recurrent weight runs once per step and row."""
-    if use.kind.name == "embedding":
-        return 0
-    w = ops.shape_of(ops.pick(node, use.weight)) or ()
-    if use.kind.name == "recurrent":
-        x = ops.shape_of(ops.pick(node, use.x)) or ()
-        return 2 * ops.numel(w) * ops.numel(x[:-1])
-    axes = use.kind.axes(tuple(int(n) for n in w))
-    steps_shape = axes.steps[0].shape if axes.steps else w  # type: ignore[union-attr]
-    y = ops.shape_of(node)
-    if y is None:
-        return 0
-    return 2 * ops.numel(y) * ops.numel(tuple(steps_shape[i] for i in axes.in_))
-
-
-def _data_flops(node: fx.Node) -> int:
-    """FLOPs of one product of activations; einsum counts every letter."""
-    y = ops.shape_of(node)
-    if y is None:
-        return 0
-    if node.target is ops.aten.scaled_dot_product_attention.default:
-        q, k, v = (ops.shape_of(a) or () for a in node.args[:3])
-        return 2 * ops.numel(q) * ops.hint(k[-2]) + 2 * ops.numel(q[:-1]) * ops.numel(v[-2:])
-    if node.target is ops.aten.einsum.default:
-        operands = node.args[1]
-        shapes = [ops.shape_of(o) or () for o in operands]  # type: ignore[union-attr]
-        terms = ops._letters(str(node.args[0]).replace(" ", ""), [len(s) for s in shapes])
-        sizes = {
-            c: n for t, s in zip(terms, shapes, strict=False) for c, n in zip(t, s, strict=True)
-        }
-        return 2 * ops.numel(tuple(sizes.values()))
-    first = ops.shape_of(node.args[1 if _op_name(node) in ("addmm", "baddbmm") else 0])
-    if node.target in ops.OPS and ops.OPS[node.target].op.startswith("conv"):
-        w = ops.shape_of(node.args[1]) or ()
-        return 2 * ops.numel(y) * ops.numel(w[1:])
-    return 2 * ops.numel(y) * ops.hint(first[-1]) if first else 0

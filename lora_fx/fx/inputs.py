@@ -11,14 +11,15 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import ops
 from lora_fx.fx.calling import leaf_names
+from lora_fx.fx.nodes import dtype_name, shape_of, value
 from lora_fx.fx.tensors import from_numpy
+from lora_fx.fx.views import VIEWS
 from lora_fx.inputs import Input, Inputs
 
 aten = torch.ops.aten
 _PASS = {
-    *ops.VIEWS,
+    *VIEWS,
     aten.add.Tensor,
     aten.add_.Tensor,
     aten.sub.Tensor,
@@ -41,7 +42,7 @@ def describe(names: Sequence[str], leaves: Sequence[Any]) -> Inputs:
         whole = not x.dtype.is_floating_point and not x.dtype.is_complex and x.dtype != torch.bool
         real = whole and x.numel() and x.device.type != "meta" and type(x) is torch.Tensor
         high = int(x.max()) + 1 if real else None
-        specs.append(Input(name, ops.dtype_name(x.dtype), tuple(x.shape), high=high))
+        specs.append(Input(name, dtype_name(x.dtype), tuple(x.shape), high=high))
     return Inputs(tuple(specs))
 
 
@@ -58,25 +59,27 @@ def limits(inputs: Inputs, graph: fx.Graph, root: nn.Module, traced: Any) -> Inp
     for s in inputs.specs:
         i = names.index(s.name) if s.name in names else -1
         upper = {d: n for (leaf, d), n in traced.ranges.items() if leaf == i and n < 1 << 30}
-        specs.append(replace(s, high=high.get(s.name, s.high), upper=upper))
+        fixed = traced.door.sizes[i] if i >= 0 else None
+        dims = {d: n for d, n in s.dims.items() if fixed is None or fixed[d] is None}
+        specs.append(replace(s, high=high.get(s.name, s.high), upper=upper, dims=dims))
     return Inputs(tuple(specs))
 
 
 def _rows_reached(place: fx.Node) -> list[int]:
     """Rows of every lookup table whose ids come from an integer input through id-like ops."""
-    value = ops.value(place)
-    if not isinstance(value, torch.Tensor) or value.dtype.is_floating_point:
+    ids = value(place)
+    if not isinstance(ids, torch.Tensor) or ids.dtype.is_floating_point:
         return []
     rows, todo, seen = [], [place], {place}
     while todo:
         node = todo.pop()
         for user in node.users:
             if user.target is aten.embedding.default and user.args[1] is node:
-                shape = ops.shape_of(user.args[0])
+                shape = shape_of(user.args[0])
                 if shape:
                     rows.append(int(shape[0]))
             elif user.target in _PASS and user not in seen:
-                v = ops.value(user)
+                v = value(user)
                 if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
                     seen.add(user)
                     todo.append(user)

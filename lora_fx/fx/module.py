@@ -18,20 +18,17 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter import Adapter, bind
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calling import Door, leaf_names, program_key
+from lora_fx.fx.calling import leaf_names, program_key
 from lora_fx.fx.capture import Captured, base_dtype
 from lora_fx.fx.compiled import Compiled, compile_program
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.inputs import sample_call
 from lora_fx.fx.norms import freeze_norms
 from lora_fx.fx.skeleton import Scope, skeleton
-from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
+from lora_fx.fx.tensors import named_tensors, owner, to_numpy
 from lora_fx.inputs import SIZES
-from lora_fx.lowrank import Full, LowRank, slot_names
-from lora_fx.target import Found, human
 
 Rewriter = Callable[[FxGraph], object]
 
@@ -110,7 +107,7 @@ class CapturedModule(Scope):
         graph.lint()
         return graph
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _capture(self, key: tuple[Any, ...], named: Mapping[str, Any]) -> Compiled:
         programs = self._programs
         traced = programs.captured.traced(self.training, named, self._dtype)
@@ -167,9 +164,14 @@ class CapturedModule(Scope):
     def _constant(self, value: torch.Tensor) -> str:
         device = next((p.device for p in self.parameters()), value.device)
         for name, b in self._buffers.items():
-            if name.startswith("_const") and b is not None and b.dtype == value.dtype:
-                if b.shape == value.shape and torch.equal(b, value.to(b.device)):
-                    return name
+            alike = name.startswith("_const") and b is not None and b.dtype == value.dtype
+            if (
+                alike
+                and b is not None
+                and b.shape == value.shape
+                and torch.equal(b, value.to(b.device))
+            ):
+                return name
         name = f"_const{sum(n.startswith('_const') for n in self._buffers)}"
         self.register_buffer(name, value.detach().clone().to(device), persistent=False)
         return name
@@ -177,7 +179,7 @@ class CapturedModule(Scope):
     # --- what nn.Module offers -------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._dtype = base_dtype(self)
         return result
 
@@ -191,6 +193,16 @@ class CapturedModule(Scope):
                 seen.add(id(p))
             self._shared = False
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @property
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype of the first floating parameter: that of the programs to run."""
+        return self._dtype
+
+    @property
+    def not_one(self) -> frozenset[tuple[str, int]]:
+        """Input dimensions that must not have size 1."""
+        return self._programs.not_one
 
     @property
     def captured(self) -> Captured:
@@ -276,181 +288,11 @@ def _same_at(module: CapturedModule, captured: Captured, named: Mapping[str, Any
 
 
 def output_name(path: str, i: int) -> str:
-    """A flat output's name: the field of a dict or output class, else output, output_1 …"""
+    """A flat output's name: the field of a dict or output class, else output, output_1."""
     name = path.lstrip(".")
     if not name or name.split(".")[0].isdigit():
         return f"output_{name.replace('.', '_')}" if name and name != "0" else "output"
     return name.replace(".", "_")
-
-
-Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
-
-
-class AdaptedModule(CapturedModule):
-    """A model with low-rank branches; only the adapter's tensors require grad."""
-
-    def __init__(
-        self,
-        captured: Captured,
-        found: Found,
-        updates: Mapping[str, LowRank],
-        inserter: Inserter,
-        *,
-        also_train: Sequence[str] = (),
-        norm_stats: str = "frozen",
-        notes: Sequence[str] = (),
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(captured, also_train, norm_stats=norm_stats)
-        self._found = found
-        self._updates = dict(updates)
-        self._inserter = inserter
-        self._also = tuple(also_train)
-        self._notes = tuple(notes)
-        self._metadata = dict(metadata or {})
-        self.prove_ones()
-        self._graph(False, captured.named)  # registers the adapter's tensors
-
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        return [self._inserter(self._updates, training)]
-
-    def _slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        pairs = {}
-        for key in self._updates:
-            sides = []
-            for name in slot_names(key):
-                m, leaf = owner(self, name)
-                p = m._parameters[leaf]
-                assert p is not None
-                sides.append(p)
-            pairs[key] = (sides[0], sides[1])
-        return pairs
-
-    def adapter(self) -> Adapter:
-        """The adapter as it is now, bound to this model's keys."""
-        entries: dict[str, LowRank | Full] = {}
-        for key, (a, b) in self._slots().items():
-            update = self._updates[key]
-            one = (to_numpy(t).astype(np.float32, copy=True) for t in (a, b))
-            entries[key] = replace(update, a=next(one), b=next(one))
-        for name in self._also:
-            m, leaf = owner(self, name)
-            entries[name] = Full(to_numpy(m._parameters[leaf]).copy())
-        return Adapter(entries, self._metadata)
-
-    @torch.no_grad()
-    def load_adapter(self, adapter: Adapter) -> None:
-        """Replace the adapter; targets, ranks and alphas become those of `adapter`.
-
-        Raises:
-            LoraFxError: A key or a shape that does not fit, or a whole tensor that is not
-                among `also_train`.
-        """
-        shapes = {n: tuple(p.shape) for n, p in self.named_parameters(remove_duplicate=False)}
-        bound = bind(adapter, self._found, shapes)
-        names, _ = named_tensors(self)
-        for name in bound.full:
-            if names[name] not in self._also:
-                raise LoraFxError(
-                    f"the adapter holds the whole tensor {name!r}",
-                    f"insert with also_train={name!r} before loading it",
-                )
-        old = self._slots()
-        for key in old:
-            self._drop(key)
-        device = next(self.parameters()).device
-        self._updates = dict(bound.lowrank)
-        self._programs.compiled.clear()
-        self._programs.codes.clear()
-        self._graph(False, self._programs.captured.named)
-        for a, b in self._slots().values():
-            a.data, b.data = a.data.to(device), b.data.to(device)
-        for name, full in bound.full.items():
-            m, leaf = owner(self, name)
-            p = m._parameters[leaf]
-            assert p is not None
-            p.copy_(from_numpy(full.value, like=p))
-        self._metadata = dict(adapter.metadata)
-
-    def _drop(self, key: str) -> None:
-        for name in slot_names(key):
-            m, leaf = owner(self, name)
-            del m._parameters[leaf]
-
-    def report(self) -> AdaptedReport:
-        """What is adapted, what is trained, and what had to be said."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
-        rows = tuple(
-            (key, u.rank, u.alpha, self._found[key].flops) for key, u in self._updates.items()
-        )
-        return AdaptedReport(rows, self._also, trained, frozen, self._found, self._notes)
-
-
-@dataclass(frozen=True)
-class AdaptedReport:
-    """What `model.report()` returns; prints as text."""
-
-    targets: tuple[tuple[str, int, float, int], ...]
-    also_train: tuple[str, ...]
-    trained: int
-    frozen: int
-    found: Found
-    notes: tuple[str, ...]
-
-    @property
-    def adapted_share(self) -> float:
-        """Share of the weight FLOPs that run through an adapted target."""
-        total = self.found.flops["reached"] + self.found.flops["refused"]
-        return sum(t[3] for t in self.targets) / total if total else 0.0
-
-    def __str__(self) -> str:
-        """A few lines."""
-        lines = [
-            f"{len(self.targets)} targets adapted ({self.adapted_share:.1%} of the weight FLOPs), "
-            f"{human(self.trained)} of {human(self.trained + self.frozen)} parameters trained"
-        ]
-        lines += [f"  {k}: rank {r}, alpha {a:g}" for k, r, a, _ in self.targets]
-        lines += [f"  {n}: trained whole" for n in self.also_train]
-        lines += [f"  note: {n}" for n in self.notes]
-        return "\n".join(lines)
-
-
-class FoldedModule(CapturedModule):
-    """A model with an adapter folded into its weights; eval mode only, no branches."""
-
-    def __init__(
-        self, model: Captured | CapturedModule, rewriter: Rewriter, adapter: Adapter
-    ) -> None:
-        tree = model if isinstance(model, CapturedModule) else None
-        captured = model.captured if isinstance(model, CapturedModule) else model
-        super().__init__(captured, tree=tree)
-        if tree is not None:
-            self._programs.not_one = tree._programs.not_one
-        else:
-            self.prove_ones()
-        self._rewriter = rewriter
-        self.folded: tuple[Any, ...] = ()
-        for name, full in adapter.full.items():
-            m, leaf = owner(self, name)
-            old = m._parameters[leaf]
-            assert old is not None
-            new = nn.Parameter(from_numpy(full.value, like=old), requires_grad=False)
-            for part in self.modules():
-                for k, p in part._parameters.items():
-                    if p is old:
-                        part._parameters[k] = new
-        self._graph(False, captured.named)
-
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        return [self._rewriter]
-
-    def train(self, mode: bool = True) -> FoldedModule:
-        """A folded model has no train mode."""
-        if mode:
-            raise LoraFxError("a folded model is for inference", "insert again to train")
-        super().train(False)
-        return self
 
 
 def with_signature(base: type[Any], captured: Captured) -> type[Any]:
@@ -468,6 +310,3 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     forward.__signature__ = inspect.Signature([me, *params])  # type: ignore[attr-defined]
     forward.__doc__ = "The original call."
     return type(type(captured.model).__name__, (base,), {"forward": forward})
-
-
-__all__ = ["AdaptedModule", "CapturedModule", "Door", "FoldedModule", "with_signature"]

@@ -16,16 +16,12 @@ def freeze_norms(graph: fx.Graph) -> bool:
     """
     changed = False
     for node in list(graph.nodes):
-        if node.target is aten.batch_norm.default and node.args[3] is not None and node.args[5]:
-            node.update_arg(5, False)
-            changed = True
-        elif (
-            node.target is aten.instance_norm.default and node.args[3] is not None and node.args[5]
-        ):
-            node.update_arg(5, False)
-            changed = True
+        if node.target in (aten.batch_norm.default, aten.instance_norm.default):
+            if node.args[3] is not None and node.args[5]:
+                node.update_arg(5, False)
+                changed = True
         elif _counts_batches(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             changed = True
     return changed

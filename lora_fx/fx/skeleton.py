@@ -29,7 +29,8 @@ class Scope(nn.Module):
 
     def forward(self, program: str, *args: Any) -> Any:
         """Run this block's part of a program."""
-        code = self._programs.codes[program, self._path]  # type: ignore[union-attr,index]
+        programs: Any = self._programs
+        code = programs.codes[program, self._path]
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(code, self, *args, use_reentrant=False)
         return code(self, *args)

@@ -1,0 +1,288 @@
+"""The command group, and what every command shares: errors, JSON, notes, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from lora_fx.errors import LoraFxError, one_line
+
+COMMANDS = {
+    "targets": "List what an adapter can attach to, and why the rest cannot.",
+    "insert": "Insert untrained branches.",
+    "train": "Insert, train, keep the best, and save only the adapter.",
+    "export": "Fold an adapter in and write an ONNX file, proven equal.",
+    "verify": "Run two models and compare them; or: does an adapter fit?",
+    "demo": "All of it, end to end, on a real model and real data.",
+}
+
+
+class LazyGroup(click.Group):
+    """Commands are imported when they run; the list and its help lines need none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the work, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command's file."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"lora_fx.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One line each, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Suggest the nearest command for a name that is none."""
+        import difflib
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "lora-fx --help lists them"
+            raise LoraFxError(f"no command {args[0]!r}", hint)
+        return super().resolve_command(ctx, args)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from importlib import metadata
+
+    from lora_fx import __version__
+
+    click.echo(f"lora-fx {__version__}")
+    for name in ("torch", "onnx", "onnxruntime-gpu", "onnxruntime"):
+        try:
+            click.echo(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    both = two_runtimes()
+    if both:
+        note(both)
+    ctx.exit()
+
+
+def two_runtimes() -> str:
+    """A warning when onnxruntime and onnxruntime-gpu are both installed, else an empty text."""
+    from importlib import metadata
+
+    found = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    if len(found) < 2:
+        return ""
+    return (
+        f"warning: {' and '.join(found)} are both installed and overwrite each other's files; "
+        "uninstall both, then install one"
+    )
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="MODEL is a Hugging Face folder, a .safetensors file, package.module:factory, "
+    "file.py:factory, timm:NAME or torchvision:NAME. See docs/ for one page a command.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no notes and no progress.")
+@click.option(
+    "--version",
+    is_flag=True,
+    callback=_version,
+    expose_value=False,
+    is_eager=True,
+    help="Print the versions of lora-fx, torch, onnx and ONNX Runtime.",
+)
+@click.pass_context
+def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
+    """Insert, train, fold and export low-rank adapters by rewriting a model's graph."""
+    ctx.obj = {"verbose": verbose, "quiet": quiet}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; every way out has its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = group.main(argv, prog_name="lora-fx", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except LoraFxError as e:
+        _fail(e, argv, e.exit_code)
+    except click.ClickException as e:
+        hint = (
+            "lora-fx --help"
+            if not isinstance(e, click.UsageError) or not e.ctx
+            else (f"{e.ctx.command_path} --help")
+        )
+        _fail(LoraFxError(e.format_message(), hint), argv, 2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was left behind", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except MemoryError as e:
+        _fail(LoraFxError(f"out of memory: {one_line(e)}", "a smaller model or batch"), argv, 2)
+    except Exception as e:
+        error = LoraFxError(
+            f"{type(e).__name__}: {one_line(e)}",
+            "this is not a mistake of yours: please report it with the output of -v",
+        )
+        error.__cause__ = e
+        _fail(error, argv, 2)
+
+
+def _fail(error: LoraFxError, argv: Sequence[str], code: int) -> None:
+    if "-v" in argv or "--verbose" in argv:
+        traceback.print_exception(error, file=sys.stderr)
+    click.echo(f"Error: {one_line(error.message, 1000)}", err=True)
+    if error.hint:
+        click.echo(f"Hint: {one_line(error.hint, 1000)}", err=True)
+    if "--json" in argv:
+        command = next((a for a in argv if a in COMMANDS), "")
+        emit(True, command, "", ok=False, error=error.message, hint=error.hint)
+    sys.exit(code)
+
+
+def note(text: str) -> None:
+    """A line on stderr, unless -q."""
+    ctx = click.get_current_context(silent=True)
+    if not (ctx and ctx.find_root().obj and ctx.find_root().obj.get("quiet")):
+        click.echo(text, err=True)
+
+
+def emit(as_json: bool, command: str, text: str, *, ok: bool = True, **fields: Any) -> None:
+    """The result: text for people, or the one JSON object of docs/json.md."""
+    if not as_json:
+        if text:
+            click.echo(text)
+        return
+    from lora_fx import __version__
+
+    whole = {
+        "command": command,
+        "version": __version__,
+        "ok": ok,
+        "inputs": [],
+        "outputs": [],
+        "warnings": [],
+        **fields,
+    }
+    click.echo(json.dumps(whole, indent=1, default=str))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that loads and captures a model."""
+    options = [
+        click.option("--weights", metavar="FILE", help="Weights for a model built from code."),
+        click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Example inputs by name."),
+        click.option(
+            "--dynamic", multiple=True, metavar="NAME:0=batch,2=h", help="Dimensions that may vary."
+        ),
+        click.option(
+            "--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that choose targets and ranks."""
+    options = [
+        click.option(
+            "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
+        ),
+        click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
+        click.option(
+            "--include",
+            multiple=True,
+            metavar="SELECTORS",
+            help="Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…",
+        ),
+        click.option("--exclude", multiple=True, metavar="SELECTORS", help="Targets to leave out."),
+        click.option(
+            "--also-train",
+            multiple=True,
+            metavar="SELECTORS",
+            help="Tensors trained whole, such as a new head.",
+        ),
+        click.option("--variant", default="lora", show_default=True, help="lora or rslora."),
+        click.option(
+            "--dropout",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Dropout on the branches' inputs.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def captured(
+    model: str,
+    weights: str | None,
+    inputs_file: str | None,
+    dynamic: Sequence[str],
+    static: Sequence[str],
+    *,
+    meta: bool = False,
+) -> tuple[Any, Any]:
+    """(LoadedModel, Captured) of a MODEL argument; its notes are printed."""
+    from lora_fx.fx.capture import capture
+    from lora_fx.fx.models import load_model
+    from lora_fx.inputs import parse_dynamic
+
+    loaded = load_model(model, weights=weights, meta=meta)
+    for text in loaded.notes:
+        note(f"note: {text}")
+    args, kwargs = loaded.args, dict(loaded.kwargs)
+    if inputs_file:
+        args, kwargs = examples(inputs_file, loaded)
+    cap = capture(loaded.module, args, kwargs, parse_dynamic(dynamic) or None, static)
+    for pin in cap.pinned:
+        note(f"note: pinned: {pin}")
+    return loaded, cap
+
+
+def examples(path: str, loaded: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs from an .npz, by argument name."""
+    from lora_fx.fx.tensors import from_numpy
+
+    return (), {k: from_numpy(v) for k, v in load_npz(path).items()}
+
+
+def load_npz(path: str | None) -> dict[str, Any]:
+    """Arrays of an .npz by name; never unpickles."""
+    if path is None:
+        return {}
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return dict(data)
+    except (OSError, ValueError) as e:
+        raise LoraFxError(
+            f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez writes one"
+        ) from e

@@ -1,0 +1,285 @@
+"""From the tensors and config of a PEFT adapter to an Adapter; see `lora_fx.formats.peft`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.formats.peft_config import Pattern, check_config, saved_whole, targets
+from lora_fx.formats.peft_names import OWN, PREFIX, from_tensors, split_name
+from lora_fx.formats.tensorfile import Array, is_float
+from lora_fx.lowrank import Full, Layout, LowRank
+
+VERSION = 1
+"""Of the JSON under lora_fx in the header."""
+
+_MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
+_REFUSED_TENSORS = {
+    "lora_magnitude_vector": "a DoRA magnitude; without it the result differs",
+    "lora_B.bias": "a bias of B (lora_bias)",
+    "lora_diag": "the diagonal of KaSA",
+    "lora_E": "the singular values of AdaLoRA",
+    "trainable_tokens_delta": "rows of an embedding (trainable_token_indices)",
+    "base_layer.bias": "a trained bias of the base model",
+}
+
+
+def decode(
+    tensors: Mapping[str, Array],
+    ours: Mapping[str, Any],
+    config: Mapping[str, Any],
+    file: str,
+    config_file: str,
+) -> Adapter:
+    """The adapter of one file.
+
+    Args:
+        tensors: All of the file's.
+        ours: The JSON under `lora_fx` in its header; empty for files of PEFT.
+        config: adapter_config.json.
+        file: Name of the tensor file, for messages.
+        config_file: Name of the config, for messages.
+    """
+    notes = check_config(config, config_file)
+    reader = _Reader(tensors, config, file, config_file, notes)
+    described, metadata = reader.described(ours)
+    entries: dict[str, LowRank | Full] = {}
+    taken: set[str] = set()
+    for key, entry in described.items():
+        entries[key] = reader.ours(key, entry, taken)
+    for name in tensors:
+        if name not in taken:
+            reader.theirs(name, entries, taken)
+    for pattern in (reader.ranks, reader.alphas):
+        pattern.check_matched()
+    if not entries:
+        raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
+    for field in ("task_type", "base_model_name_or_path", "revision"):
+        if config.get(field):
+            metadata[field] = config[field]
+    metadata["dropout"] = float(config.get("lora_dropout") or 0.0)
+    metadata["notes"] = notes
+    return Adapter(entries, metadata)
+
+
+def finite(array: Array) -> bool:
+    """True when every element is a number; exact in any float dtype."""
+    wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
+    return bool(np.isfinite(wide).all())
+
+
+class _Reader:
+    """The state of one reading: what messages need, and the two patterns."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Array],
+        config: Mapping[str, Any],
+        file: str,
+        config_file: str,
+        notes: list[str],
+    ) -> None:
+        self.tensors, self.config, self.file, self.notes = tensors, config, file, notes
+        self.config_file = config_file
+        self.ranks = Pattern(config, "rank_pattern", "r", config_file)
+        self.alphas = Pattern(config, "alpha_pattern", "lora_alpha", config_file)
+        self.variant = "rslora" if config.get("use_rslora") else "lora"
+
+    def described(self, ours: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The entries and the metadata of our own JSON."""
+        if not ours:
+            return {}, {}
+        entries, metadata = ours.get("entries"), ours.get("metadata")
+        version = ours.get("version")
+        if version != VERSION:
+            raise LoraFxError(
+                f"{self.file}: metadata lora_fx has version {version!r}; expected {VERSION}",
+                "update lora-fx",
+            )
+        if not isinstance(entries, dict) or not isinstance(metadata, dict):
+            raise LoraFxError(f"{self.file}: metadata lora_fx is damaged")
+        return entries, dict(metadata)
+
+    def ours(self, key: str, entry: Any, taken: set[str]) -> LowRank | Full:
+        """One update as our JSON describes it."""
+        try:
+            if "full" in entry:
+                taken.add(entry["full"])
+                return self.full(entry["full"], self.tensors[entry["full"]])
+            names = (str(entry["a"]), str(entry["b"]))
+            module, kind = self._place(names[0])
+            taken.update(names)
+            low = self.pair(module, kind, names)
+            a, b = (low.b.T, low.a.T) if entry.get("swapped") else (low.a, low.b)
+            layout = Layout.from_json(entry["layout"]) if entry["layout"] else None
+            alpha, variant = low.alpha, low.variant
+            if not module:
+                alpha, variant = float(entry["alpha"]), str(entry["variant"])
+            result = LowRank(a, b, alpha, layout, variant, str(entry["use"]), dict(entry["extra"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LoraFxError(
+                f"{self.file}: metadata lora_fx does not fit the tensors at {key!r}: "
+                f"{type(error).__name__} {one_line(error)}",
+                "the file was edited; save the adapter again",
+            ) from error
+        if layout is not None:
+            want = (*layout.batch_shape, result.rank, layout.in_size)
+            want_b = (*layout.batch_shape, layout.out_size, result.rank)
+            if a.shape != want or b.shape != want_b:
+                raise LoraFxError(
+                    f"{self.file}: {key!r} has A {list(a.shape)} and B {list(b.shape)}; its layout "
+                    f"expects A {list(want)} and B {list(want_b)}",
+                    "the file was edited; save the adapter again",
+                )
+        return result
+
+    def theirs(self, name: str, entries: dict[str, LowRank | Full], taken: set[str]) -> None:
+        """One tensor that our JSON does not describe: its pair, or a whole tensor."""
+        short = name.removeprefix(PREFIX)
+        taken.add(name)
+        for fragment, what in _REFUSED_TENSORS.items():
+            if short.endswith(fragment):
+                raise LoraFxError(f"{self.file}: {name!r} is {what}: not supported", _MERGE)
+        split = split_name(short)
+        if split is not None and not name.startswith(OWN):
+            module, kind, half = split
+            lead = name[: -len("A" if kind == "embedding" else "A.weight")]
+            tail = "" if kind == "embedding" else ".weight"
+            other = f"{lead}{'B' if half == 'A' else 'A'}{tail}"
+            if other not in self.tensors:
+                raise LoraFxError(
+                    f"{self.file}: {name!r} has no partner; expected {other!r} beside it",
+                    "the file is incomplete; save or fetch it again",
+                )
+            taken.add(other)
+            low = self.pair(module, kind, (f"{lead}A{tail}", f"{lead}B{tail}"))
+            self._add(entries, self._parameter(module), low, name)
+        elif self._is_whole(name, short):
+            self._add(entries, short, self.full(name, self.tensors[name]), name)
+
+    def pair(self, module: str, kind: str, names: tuple[str, str]) -> LowRank:
+        """The update of two tensors in PEFT's shapes, or in ours where `module` is empty."""
+        a, b = (self._factor(name) for name in names)
+        if not module:
+            if a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
+                raise LoraFxError(
+                    f"{self.file}: {names[0]!r} is {list(a.shape)} and {names[1]!r} is "
+                    f"{list(b.shape)}; expected [*batch, r, in] and [*batch, out, r]"
+                )
+            return LowRank(a, b, 1.0)
+        flat_a, flat_b, extra = from_tensors(kind, a, b, f"{self.file}: {names[0]!r}")
+        seen = module.partition(".base_layer.")[0]  # PEFT wraps out_proj of an attention inside
+        if not (targets(self.config, module) or targets(self.config, seen)):
+            raise LoraFxError(
+                f"{self.file}: {names[0]!r} is of a module that target_modules leaves out; PEFT "
+                "would drop it",
+                f"correct target_modules in {self.config_file}",
+            )
+        rank, alpha = self.ranks.of(seen), self.alphas.of(seen)
+        if rank is not None and rank != len(flat_a):
+            raise LoraFxError(
+                f"{self.file}: {names[0]!r} has rank {len(flat_a)}; expected {rank:g}, as "
+                f"{self.config_file} says: the scale would be in doubt",
+                "correct r or rank_pattern",
+            )
+        assert alpha is not None  # check_config saw lora_alpha
+        return LowRank(flat_a, flat_b, alpha, None, self.variant, "", extra)
+
+    def full(self, name: str, value: Array) -> Full:
+        """A whole tensor; narrow floats become fp32, other dtypes stay."""
+        if is_float(value):
+            self._check_finite(name, value)
+            if value.dtype.itemsize < 4:
+                value = value.astype(np.float32)
+        return Full(value)
+
+    def _factor(self, name: str) -> Array:
+        """A or B as an fp32 master."""
+        array = self.tensors[name]
+        if array.size == 0 or array.ndim < 2:
+            raise LoraFxError(
+                f"{self.file}: {name!r} has shape {list(array.shape)}; expected two sizes or more, "
+                "none of them 0",
+                "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again",
+            )
+        if not is_float(array):
+            raise LoraFxError(
+                f"{self.file}: {name!r} has dtype {array.dtype}; expected a float dtype",
+                "save the adapter in fp32, fp16 or bf16",
+            )
+        self._check_finite(name, array)
+        master = np.ascontiguousarray(array, np.float32)
+        if array.dtype == np.float64 and not np.array_equal(master, array):
+            self.notes.append(f"{self.file}: {name!r} was rounded from fp64 to fp32")
+        return master
+
+    def _check_finite(self, name: str, array: Array) -> None:
+        if not finite(array):
+            raise LoraFxError(
+                f"{self.file}: {name!r} has NaN or infinite values; expected finite ones",
+                "training may have diverged; use an earlier checkpoint",
+            )
+
+    def _place(self, a_name: str) -> tuple[str, str]:
+        """(module, kind) of the name of an A; no module for a name of our own."""
+        if a_name.startswith(OWN):
+            return "", "own"
+        split = split_name(a_name.removeprefix(PREFIX))
+        if split is None:
+            raise ValueError(f"{a_name!r} is no name of an A")
+        return split[0], split[1]
+
+    def _parameter(self, module: str) -> str:
+        """The parameter that PEFT's module adapts.
+
+        PEFT puts the update of a MultiheadAttention's in_proj_weight on the module itself, and
+        that of its out_proj inside the wrapper.
+        """
+        outer, wrapped, inner = module.partition(".base_layer.")
+        if wrapped and inner == "out_proj":
+            return f"{outer}.out_proj.weight"
+        if ".base_layer" in module:
+            raise LoraFxError(
+                f"{self.file}: the tensors of {module!r} are nested in another adapter's "
+                "(target_parameters); which parameter they belong to is not told",
+                _MERGE,
+            )
+        if f"{PREFIX}{module}.base_layer.out_proj.lora_A.weight" in self.tensors:
+            return f"{module}.in_proj_weight"
+        return f"{module}.weight"
+
+    def _is_whole(self, name: str, short: str) -> bool:
+        """True for a whole tensor to keep, False for one that is noted; raises for others."""
+        module = short.rpartition(".")[0]
+        value = self.tensors[name]
+        if short.endswith(".base_layer.weight"):
+            # PEFT stores the frozen embedding again when the embedding is a target.
+            self.notes.append(f"{self.file}: {name!r} is a copy of the base weight; not read")
+            return False
+        if not name.startswith(OWN) and ".lora_" not in short and module:
+            if saved_whole(self.config, module):
+                return True
+            if name.startswith(PREFIX) and value.ndim == 2 and short.endswith(".weight"):
+                # PEFT stores resized embeddings and heads so, without listing them.
+                self.notes.append(f"{self.file}: {name!r} replaces a whole tensor of the model")
+                return True
+        raise LoraFxError(
+            f"{self.file}: {name!r} is not a name that PEFT gives; expected X.lora_A.weight, "
+            "X.lora_B.weight, X.lora_embedding_A, X.lora_embedding_B or a module of "
+            "modules_to_save",
+            "was the file saved with save_pretrained?",
+        )
+
+    def _add(
+        self, entries: dict[str, LowRank | Full], key: str, value: LowRank | Full, name: str
+    ) -> None:
+        if key in entries:
+            raise LoraFxError(
+                f"{self.file}: {name!r} is a second entry for {key!r}; expected one",
+                "the file was edited; save the adapter again",
+            )
+        entries[key] = value

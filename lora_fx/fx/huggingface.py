@@ -1,0 +1,277 @@
+"""A Hugging Face folder as a module with example inputs: offline, safetensors only, no foreign code.
+
+transformers builds the class that config.json names; this file reads the weights itself, so that
+nothing in the folder decides which files are opened (adapters, pickles, kernels, Python code).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.checkpoint.headers import tensors
+from lora_fx.checkpoint.strict import read_json
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.huggingface_inputs import examples
+
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
+    "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+FACTORY = "a factory can build it: give file.py:FACTORY, returning (module, args, kwargs)"
+_ATTENTION = (None, "eager", "sdpa")
+_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model of a folder."""
+
+    module: nn.Module
+    kwargs: dict[str, torch.Tensor]
+    notes: tuple[str, ...]
+    tokenizer: Path | None
+
+
+def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False) -> Built:
+    """The model of a folder.
+
+    Args:
+        folder: Holds config.json, and the weights unless `weights` or `meta` is given.
+        weights: A safetensors file (or folder) to read instead; then every name must fit.
+        meta: Build without weights, on the meta device.
+
+    Raises:
+        LoraFxError: An unknown architecture, foreign code or quantised weights; weights that are
+            damaged or do not fit.
+    """
+    raw = _config_json(folder)
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as e:
+        raise LoraFxError(
+            f"{folder} is a Hugging Face folder, and transformers cannot be imported: "
+            f"{one_line(e, 120)}",
+            "pip install 'lora-fx[hf]'",
+        ) from e
+    with _quiet(transformers):
+        config = _config(transformers, folder, raw)
+        cls = _class(transformers, folder, raw, config)
+        notes = _settle(config, folder, raw, cls)
+        module, more = _build(cls, config, folder, weights, meta)
+    _no_cache(module)
+    notes += _pad(module.config)
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
+    return Built(module.eval(), examples(module), notes + more, folder if has_tokenizer else None)
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise LoraFxError(
+                f"{folder}: an adapter, not a model", "give the folder of its base model"
+            )
+        if (folder / "model_index.json").exists():
+            raise LoraFxError(f"{folder}: a diffusers pipeline, not one model", FACTORY)
+        raise LoraFxError(f"{folder}: no config.json", "give a folder that save_pretrained wrote")
+    raw = read_json(folder / "config.json")
+    if "_class_name" in raw and "model_type" not in raw:
+        raise LoraFxError(f"{folder}: a diffusers model ({raw['_class_name']})", FACTORY)
+    return raw
+
+
+def _unknown(transformers: Any, folder: Path, raw: dict[str, Any]) -> LoraFxError:
+    names = raw.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names else raw.get("model_type")
+    hint = f"upgrade transformers, or {FACTORY}"
+    if "auto_map" in raw:
+        hint = f"the folder's own code (auto_map) is never run; {FACTORY}"
+    return LoraFxError(
+        f"{folder}/config.json: architecture {one_line(repr(name), 80)} (model_type "
+        f"{one_line(repr(raw.get('model_type')), 80)}) is unknown to transformers "
+        f"{transformers.__version__}",
+        hint,
+    )
+
+
+def _config(transformers: Any, folder: Path, raw: dict[str, Any]) -> Any:
+    mapping = transformers.CONFIG_MAPPING
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in mapping:
+        raise _unknown(transformers, folder, raw)
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as e:  # config classes raise whatever their fields make them raise
+        raise LoraFxError(
+            f"{folder}/config.json: {one_line(f'{type(e).__name__}: {e}', 200)}",
+            f"does transformers {transformers.__version__} know this config?",
+        ) from e
+
+
+def _class(transformers: Any, folder: Path, raw: dict[str, Any], config: Any) -> Any:
+    """The first architecture that transformers has; the plain model where none is named."""
+    names = raw.get("architectures")
+    if not names:
+        mapping = transformers.MODEL_MAPPING
+        if type(config) not in mapping:
+            raise _unknown(transformers, folder, raw)
+        cls = mapping[type(config)]
+        return cls[0] if isinstance(cls, tuple) else cls
+    for name in names if isinstance(names, list) else ():
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    raise _unknown(transformers, folder, raw)
+
+
+def _settle(config: Any, folder: Path, raw: dict[str, Any], cls: Any) -> tuple[str, ...]:
+    """Take from the config what would run foreign code or trace badly; say so."""
+    notes = []
+    if "auto_map" in raw:
+        notes.append(
+            f"{folder}: its own code (auto_map) is not run; transformers' {cls.__name__} is used"
+        )
+    for field, known in (
+        ("_attn_implementation", _ATTENTION),
+        ("_experts_implementation", _EXPERTS),
+    ):
+        value = getattr(config, field, None)
+        if value not in known:  # may name a kernel on a hub
+            setattr(config, field, None)
+            notes.append(f"{folder}: {field.strip('_')} {value!r} is ignored")
+    return tuple(notes)
+
+
+def _build(
+    cls: Any, config: Any, folder: Path, weights: Path | None, meta: bool
+) -> tuple[Any, tuple[str, ...]]:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        if not meta:
+            raise LoraFxError(
+                f"{folder}: its weights are quantised ({one_line(kind, 60)}), which is not supported",
+                "use the checkpoint that it was quantised from",
+            )
+        del config.quantization_config
+    try:
+        if meta:
+            module = _on_meta(cls, config, folder)
+            notes = ["no weights: the model was built on the meta device"]
+            if quantised is not None:
+                notes.append(f"{folder}: shapes are those of the weights before quantisation")
+            return module, tuple(notes)
+        state = _state(weights or folder)
+        module, info = cls.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True,
+            ignore_mismatched_sizes=True, local_files_only=True,
+        )  # fmt: skip
+    except LoraFxError:
+        raise
+    except Exception as e:  # model classes raise whatever their config makes them raise
+        raise LoraFxError(
+            f"{folder}: {cls.__name__} cannot be built: {one_line(f'{type(e).__name__}: {e}', 200)}",
+            "is config.json that of this model?",
+        ) from e
+    module.config._name_or_path = str(folder)
+    return module, _judge(module, info, weights or folder, strict=weights is not None)
+
+
+def _on_meta(cls: Any, config: Any, folder: Path) -> Any:
+    if config.dtype is None:  # as from_pretrained does: the first floating tensor decides
+        with contextlib.suppress(LoraFxError):  # no weights here is fine
+            names = (getattr(torch, t.dtype, None) for t in tensors(folder).values())
+            config.dtype = next((d for d in names if d is not None and d.is_floating_point), None)
+    with torch.device("meta"):
+        return cls._from_config(config)
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors; memory-mapped, so that only what the model keeps is read."""
+    from safetensors.torch import load_file
+
+    files = dict.fromkeys(info.file for info in tensors(path).values())
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        state.update(load_file(file))
+    if not state:
+        raise LoraFxError(f"{path}: holds no tensor", "is the download complete?")
+    return state
+
+
+def _judge(module: Any, info: dict[str, Any], path: Path, *, strict: bool) -> tuple[str, ...]:
+    """Refuse weights that do not fit; say which are random."""
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise LoraFxError(
+            f"{path}: tensor {name!r} is {list(found)}, expected {list(expected)}",
+            "is config.json that of these weights?",
+        )
+    problems = [*info["error_msgs"], *(info.get("conversion_errors") or {}).values()]
+    if problems:
+        raise LoraFxError(
+            f"{path}: {one_line(problems[0], 200)}", "is config.json of these weights?"
+        )
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    total = len(module.state_dict())
+    if (strict and (missing or unexpected)) or 2 * len(missing) > total:
+        what = [f"{len(n)} of its tensors {w}: {_some(n)}" for n, w in
+                ((missing, "are missing"), (unexpected, "are unexpected")) if n]  # fmt: skip
+        raise LoraFxError(
+            f"{path} does not fit {type(module).__name__}: {'; '.join(what)}",
+            "is config.json that of these weights?",
+        )
+    notes = []
+    if missing:
+        notes.append(f"random weights: {len(missing)} tensors are not in {path}: {_some(missing)}")
+    if unexpected:
+        notes.append(f"unused: {len(unexpected)} tensors of {path}: {_some(unexpected)}")
+    return tuple(notes)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _no_cache(module: nn.Module) -> None:
+    """A cache among the outputs is no tensor; generation graphs are another matter."""
+    for m in module.modules():
+        config = getattr(m, "config", None)
+        if getattr(config, "use_cache", None):
+            config.use_cache = False  # type: ignore[union-attr]
+
+
+def _pad(config: Any) -> tuple[str, ...]:
+    """Classifiers of causal models refuse batches without a padding token."""
+    causal = any("ForSequenceClassification" in a for a in config.architectures or ())
+    if not causal or getattr(config, "pad_token_id", 0) is not None:
+        return ()
+    eos = getattr(config, "eos_token_id", None)
+    config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
+    return (f"config.json has no pad_token_id: {config.pad_token_id} is taken",)
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No logs, bars or warnings of transformers; what matters becomes a note."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,49 @@
+"""What a node of an export graph says: shapes, dtypes, arguments by schema name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+Shape = tuple[Any, ...]
+
+
+def value(node: Any) -> Any:
+    """The fake tensor, or tuple of them, that a node stands for."""
+    return node.meta.get("val") if isinstance(node, Node) else node
+
+
+def shape_of(node: Any) -> Shape | None:
+    """Sizes of a node's tensor, ints or SymInts; None for anything else."""
+    v = value(node)
+    return tuple(v.shape) if isinstance(v, torch.Tensor) else None
+
+
+def hint(size: Any) -> int:
+    """A size at the example's sizes."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def numel(shape: Shape) -> int:
+    """Number of elements at the example's sizes."""
+    n = 1
+    for size in shape:
+        n *= hint(size)
+    return n
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """An argument by its name in the op's schema, given by position or by keyword."""
+    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if a.name == name:
+            if i < len(node.args):
+                return node.args[i]
+            return node.kwargs.get(name, a.default_value if a.has_default_value() else default)
+    return default

@@ -1,0 +1,135 @@
+"""A captured module's eval program through torch's ONNX exporter, as an onnx_ir model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.calling import leaf_names
+from lora_fx.fx.module import CapturedModule, output_name
+
+OPSET = 20
+
+
+@dataclass(frozen=True)
+class OnnxProgram:
+    """What the exporter made: an onnx_ir.Model, and the names that we own.
+
+    `symbols` maps (input, dimension) to the name that the dimension shall have in the file.
+    """
+
+    model: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    symbols: dict[tuple[str, int], str]
+
+
+def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
+    """Translate the eval program of a module without branches.
+
+    Raises:
+        LoraFxError: The exporter cannot translate an op; its own words are in the message.
+    """
+    captured = module.captured
+    graph = module.graph(False)
+    flat, names, outputs = _flat(module, graph.graph)
+    named = module.sample()
+    leaves = pytree.tree_leaves(named)
+    traced = captured.traced(False, captured.named, module.base_dtype)
+    keep = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+    shapes, symbols = [], {}
+    for i in keep:
+        fixed = traced.door.sizes[i] or ()
+        wanted = captured.requested.get(traced.door.names[i], {})
+        free = {d: s for d, s in wanted.items() if fixed[d] is None}
+        shapes.append({d: Dim.AUTO for d in free} or None)
+        symbols.update({(traced.door.names[i], d): s for d, s in free.items()})
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(
+                flat,
+                tuple(leaves[i] for i in keep),
+                dynamic_shapes=tuple(shapes),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            onnx = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=names,
+                output_names=outputs,
+                verbose=False,
+            )
+        except Exception as e:
+            raise LoraFxError(
+                f"torch's ONNX exporter refused the model: {one_line(e, 200)}",
+                "a Hugging Face model may need attn_implementation='eager' (-v prints all)",
+            ) from e
+    assert onnx is not None
+    return OnnxProgram(onnx.model, tuple(names), tuple(outputs), symbols)
+
+
+def _flat(module: CapturedModule, graph: fx.Graph) -> tuple[fx.GraphModule, list[str], list[str]]:
+    """A GraphModule of tensors only: constants of the call left out, outputs named."""
+    traced = module.captured.traced(False, module.captured.named, module.base_dtype)
+    leaves = pytree.tree_leaves(module.captured.named)
+    names = []
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    for place, name, leaf in zip(places, traced.door.names, leaves, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            names.append(name.replace(".", "_"))
+        else:
+            place.replace_all_uses_with(leaf)  # a Python constant of the capture
+            graph.erase_node(place)
+    out = next(n for n in graph.nodes if n.op == "output")
+    values = list(pytree.tree_leaves(out.args[0]))
+    paths = output_paths(traced.out_spec, len(values))
+    kept, outputs = [], []
+    for i, (value, path) in enumerate(zip(values, paths, strict=True)):
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
+            kept.append(value)
+            outputs.append(output_name(path, i))
+    out.args = (tuple(kept),)
+    graph.set_codegen(fx.graph.CodeGen())
+    flat = fx.GraphModule(module, graph)
+    return flat, names, outputs
+
+
+def output_paths(spec: Any, count: int) -> list[str]:
+    """The dotted paths of an output's leaves."""
+    dummy = pytree.tree_unflatten(list(range(count)), spec)
+    if isinstance(dummy, int):
+        return [""]
+    return leaf_names({"": dummy})
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns about its own parts."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    others = [logging.getLogger(n) for n in ("onnxscript", "onnx_ir")]
+    levels = [o.level for o in others]
+    for o in others:
+        o.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        for o, was in zip(others, levels, strict=True):
+            o.setLevel(was)

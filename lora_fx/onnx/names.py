@@ -1,0 +1,96 @@
+"""Names in an exported graph: weights get their torch names back, dimensions their symbols."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
+
+
+def restore_weight_names(model: ir.Model) -> int:
+    """Rename `val_N` initialisers to the parameter that the exporter folded them from.
+
+    Two constants of one parameter (a tied weight and its transpose) get `NAME` and `NAME.1`.
+    Returns the number of renamed initialisers.
+    """
+    graph = model.graph
+    taken = set(graph.initializers)
+    count = 0
+    for value in list(graph.initializers.values()):
+        source = _source(value.metadata_props.get(FOLDED_FROM, ""))
+        if source is None or value.name == source:
+            continue
+        name, i = source, 0
+        while name in taken:
+            i += 1
+            name = f"{source}.{i}"
+        old = str(value.name)
+        del graph.initializers[old]
+        value.name = name
+        if value.const_value is not None:
+            value.const_value.name = name
+        graph.initializers[name] = value
+        taken.add(name)
+        count += 1
+    return count
+
+
+def _source(text: str) -> str | None:
+    """The one name in a folded_from list, or None."""
+    try:
+        names = ast.literal_eval(text) if text else []
+    except (ValueError, SyntaxError):
+        return None
+    return str(names[0]) if isinstance(names, list) and len(names) == 1 else None
+
+
+def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -> None:
+    """Give the dynamic dimensions of inputs the names the user knows, wherever they appear."""
+    mapping: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for d, size in enumerate(value.shape or ()):
+            wanted = symbols.get((str(value.name), d))
+            if isinstance(size, ir.SymbolicDim) and size.value and wanted:
+                mapping.setdefault(str(size.value), wanted)
+    if not mapping:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, mapping)) + r")\b")
+
+    def renamed(shape: ir.Shape) -> ir.Shape:
+        return ir.Shape(
+            pattern.sub(lambda m: mapping[m.group()], str(size.value))
+            if isinstance(size, ir.SymbolicDim) and size.value
+            else size
+            for size in shape
+        )
+
+    for value in _values(model):
+        if value.shape is not None:
+            value.shape = renamed(value.shape)
+
+
+def _values(model: ir.Model) -> list[Any]:
+    values = [*model.graph.inputs]
+    for node in model.graph.all_nodes():
+        values += [v for v in node.outputs if v is not None]
+    return values
+
+
+def strip_traces(model: ir.Model) -> None:
+    """Drop the metadata that names source files of the machine the model was exported on."""
+    for node in model.graph.all_nodes():
+        for key in [
+            k for k in node.metadata_props if "stack_trace" in k or k.startswith("pkg.torch")
+        ]:
+            del node.metadata_props[key]
+        for out in node.outputs:
+            if out is not None:
+                out.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()

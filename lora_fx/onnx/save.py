@@ -1,0 +1,26 @@
+"""Writing ONNX files: one file, or external data beside it when the weights are large."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+EXTERNAL_OVER = 256 << 20
+"""Bytes of weights above which they go to `NAME.onnx.data` (protobuf itself ends at 2 GiB)."""
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initialisers."""
+    values = model.graph.initializers.values()
+    return sum(v.const_value.nbytes for v in values if v.const_value is not None)
+
+
+def save(model: ir.Model, path: Path, *, external_over: int = EXTERNAL_OVER) -> list[Path]:
+    """Write a model; returns the files that were made."""
+    if weight_bytes(model) <= external_over:
+        ir.save(model, path)
+        return [path]
+    data = path.name + ".data"
+    ir.save(model, path, external_data=data)
+    return [path, path.with_name(data)]

@@ -1,0 +1,133 @@
+"""export: the folded eval graph as an ONNX file, proven equal before it gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.osfile import check_output, replacing
+from lora_fx.compare import FOLD_TOL, Parity, Report
+from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.to_onnx import OPSET, to_onnx
+from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
+from lora_fx.onnx.save import EXTERNAL_OVER, save
+from lora_fx.onnx.session import open_session
+from lora_fx.passes.pipeline import captured_of, fold, grown, insert, plain
+from lora_fx.passes.prove import prove, torch_run
+
+
+def export(
+    model: Any,
+    path: str | PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    adapters: Adapter | None = None,
+    mode: str = "merged",
+    inputs: Mapping[str, Any] | None = None,
+    provider: str = "auto",
+    opset: int = OPSET,
+    external_over: int = EXTERNAL_OVER,
+    dynamic: Any = None,
+    force: bool = False,
+) -> Report:
+    """Write an ONNX file of a model with an adapter folded in.
+
+    The fold is compared with the unfolded module, and ONNX Runtime's outputs with the unfolded
+    module's, at three sizes; only then the file gets its name.
+
+    Args:
+        model: A module that insert returned (its adapter is folded), a module or a Captured.
+        path: Where to write; `PATH.data` beside it when the weights are large.
+        args: Example inputs, for a model that is not captured yet.
+        kwargs: Example inputs by keyword.
+        adapters: What to fold instead.
+        mode: merged.
+        inputs: Arrays by input name for the check, instead of sampled ones.
+        provider: auto, cpu or cuda.
+        opset: ONNX operator set.
+        external_over: Bytes of weights above which they go to a file of their own.
+        dynamic: As in capture.
+        force: Replace an existing file.
+
+    Raises:
+        NoEffectError: The outputs differ; nothing is written.
+    """
+    if mode != "merged":
+        raise LoraFxError(f"mode {mode!r} is not supported yet", "merged")
+    check_output(path, force=force)
+    branched = _branched(model, args, kwargs, adapters, dynamic)
+    branched.eval()
+    folded = fold(branched) if isinstance(branched, AdaptedModule) else branched
+    warnings: list[str] = [str(p) for p in branched.captured.pinned]
+    parity: list[Parity] = []
+    if folded is not branched:
+        parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL)
+        _demand(parity, "the fold differs from the unfolded model")
+    made = to_onnx(folded, opset)
+    restore_weight_names(made.model)
+    rename_dimensions(made.model, made.symbols)
+    strip_traces(made.model)
+    target = Path(path)
+    with replacing(target, force=force) as temporary:
+        files = save(made.model, temporary, external_over=external_over)
+        session = open_session(temporary, provider)
+        runtime = prove(session.run, branched, arrays=inputs)
+        _demand(runtime, "ONNX Runtime differs from torch")
+        if len(files) > 1:
+            data = target.with_name(files[1].name)
+            if data.exists() and not force:
+                raise LoraFxError(f"{data} exists", "--force replaces it")
+            files[1].replace(data)
+    if session.note:
+        warnings.append(session.note)
+    lost = [f for f in getattr(folded, "folded", ()) if f.kept < 0.95]
+    warnings += [f"{f.parameter}: rounding kept {f.kept:.1%} of the change" for f in lost]
+    sizes = {str(target.with_name(f.name)): target.with_name(f.name).stat().st_size for f in files}
+    return Report(
+        "export",
+        True,
+        (*parity, *runtime),
+        {"files": sizes},
+        tuple(warnings),
+        {
+            "provider": session.provider,
+            "opset": opset,
+            "mode": mode,
+            "nodes": sum(1 for _ in made.model.graph.all_nodes()),
+            "grown_bytes": grown(getattr(folded, "folded", ())),
+        },
+    )
+
+
+def _branched(
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    adapter: Adapter | None,
+    dynamic: Any,
+) -> CapturedModule:
+    """The unfolded module that the file has to equal."""
+    if isinstance(model, AdaptedModule):
+        if adapter is not None:
+            model.load_adapter(adapter)
+        return model
+    if isinstance(model, CapturedModule):
+        return model
+    cap = captured_of(model, args, kwargs, dynamic)
+    return plain(cap) if adapter is None else insert(cap, adapter=adapter)
+
+
+def _demand(parity: Sequence[Parity], what: str) -> None:
+    for p in parity:
+        if not p.ok:
+            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
+            raise NoEffectError(
+                f"{what}: output {p.output!r} at {sizes}: rel {p.rel:.2e}, the gate is {p.tol:.1e}",
+                "nothing was written; try --inputs with real data, and report this model",
+            )
