@@ -286,3 +286,20 @@ def load_npz(path: str | None) -> dict[str, Any]:
         raise LoraFxError(
             f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez writes one"
         ) from e
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """`ADAPTER:W` as (path, W) where what stands before the colon exists; else (text, 1).
+
+    >>> split_weight("adapter")
+    ('adapter', 1.0)
+    """
+    from pathlib import Path
+
+    path, colon, number = text.rpartition(":")
+    if colon and path and Path(path).exists():
+        try:
+            return path, float(number)
+        except ValueError as e:
+            raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from e
+    return text, 1.0

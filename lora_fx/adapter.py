@@ -71,6 +71,22 @@ class Adapter:
             result[key] = layout.to_stored(e, matrix)
         return result
 
+    def weighted(self, weight: float) -> Adapter:
+        """Every low-rank update times `weight`; whole tensors cannot be scaled.
+
+        Raises:
+            LoraFxError: The weight is not 1 and the adapter holds whole tensors.
+        """
+        if weight == 1.0:
+            return self
+        if self.full:
+            raise LoraFxError(
+                f"weight {weight:g}: the adapter holds the whole tensor {next(iter(self.full))!r}",
+                "only low-rank updates can be weighted",
+            )
+        scaled = {k: replace(v, alpha=v.alpha * weight) for k, v in self.lowrank.items()}
+        return replace(self, entries=scaled)
+
     def bind(self, model: Any, args: Any = (), kwargs: Any = None) -> Adapter:
         """This adapter in the keys and layouts of a model (module, Captured, Found or folder).
 

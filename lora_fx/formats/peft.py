@@ -97,17 +97,12 @@ def encode(
     tensors: dict[str, Array] = {}
     described: dict[str, Any] = {}
     forms = {key: form_of(key, low) for key, low in adapter.lowrank.items()}
-    modules = {f.module: adapter.lowrank[k] for k, f in forms.items() if f.module}
+    modules = _modules(forms, adapter.lowrank)
     notes = []
     for key, low in adapter.lowrank.items():
         form = forms[key]
         a, b = to_tensors(form, low)
         a_name, b_name = form.names if form.module else (f"{OWN}{key}.lora_A", f"{OWN}{key}.lora_B")
-        if a_name in tensors:
-            raise LoraFxError(
-                f"two updates would both be {a_name!r}; {key!r} is one of them",
-                "one tensor has one update; merge the two first",
-            )
         tensors[a_name], tensors[b_name] = _checked(key, a), _checked(key, b)
         described[key] = _describe(low, a_name, b_name, form)
         if not form.module:
@@ -128,6 +123,21 @@ def encode(
     fan = bool(linear) and all(f.transposed for f in linear)
     config = build_config(modules, whole, metadata, variant=variant, fan_in_fan_out=fan)
     return tensors, config, _ours(described, metadata), tuple(notes)
+
+
+def _modules(forms: Mapping[str, Form], updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Updates by PEFT's module; none of our own."""
+    modules: dict[str, str] = {}
+    for key, form in forms.items():
+        if form.module in modules:
+            raise LoraFxError(
+                f"the updates of {modules[form.module]!r} and {key!r} both act on the module "
+                f"{form.module!r}; expected one",
+                "one tensor has one update; merge the two first",
+            )
+        if form.module:
+            modules[form.module] = key
+    return {module: updates[key] for module, key in modules.items()}
 
 
 def _describe(low: LowRank, a_name: str, b_name: str, form: Form) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
         # Not plain truth: alora_invocation_tokens and token indices may be a list with only a 0.
         if value not in (None, False, [], {}, ""):
             raise LoraFxError(f"{where}: {name} is {value!r}; expected it off: {why}", hint)
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         raise LoraFxError(
             f"{where}: bias is {config['bias']!r}; expected 'none': biases of the base are trained",
             _MERGE,
@@ -104,6 +104,9 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
             "this one changes them, so the adapter does not fit the original model",
             _CONVERT,
         )
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise LoraFxError(f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)")
     if "lora_alpha" not in config:
         raise LoraFxError(
             f"{where}: lora_alpha is missing; expected a number: the scale is lora_alpha / r",
@@ -170,9 +173,14 @@ def targets(config: Mapping[str, Any], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in _texts(wanted))
 
 
+def listed_whole(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in modules_to_save."""
+    return _texts(config.get("modules_to_save"))
+
+
 def saved_whole(config: Mapping[str, Any], module: str) -> bool:
     """True when modules_to_save lists the module or one around it (PEFT compares endings)."""
-    names = _texts(config.get("modules_to_save"))
+    names = listed_whole(config)
     path = module.split(".")
     return any(".".join(path[: i + 1]).endswith(names) for i in range(len(path)))
 

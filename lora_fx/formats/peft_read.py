@@ -9,7 +9,13 @@ import numpy as np
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.formats.peft_config import Pattern, check_config, saved_whole, targets
+from lora_fx.formats.peft_config import (
+    Pattern,
+    check_config,
+    listed_whole,
+    saved_whole,
+    targets,
+)
 from lora_fx.formats.peft_names import OWN, PREFIX, from_tensors, split_name
 from lora_fx.formats.tensorfile import Array, is_float
 from lora_fx.lowrank import Full, Layout, LowRank
@@ -56,8 +62,12 @@ def decode(
             reader.theirs(name, entries, taken)
     for pattern in (reader.ranks, reader.alphas):
         pattern.check_matched()
+    whole = [key for key, entry in entries.items() if isinstance(entry, Full)]
     if not entries:
         raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
+    for module in listed_whole(config):
+        if not any(saved_whole({"modules_to_save": [module]}, k.rpartition(".")[0]) for k in whole):
+            notes.append(f"{file}: modules_to_save {module!r} has no tensor in the file")
     for field in ("task_type", "base_model_name_or_path", "revision"):
         if config.get(field):
             metadata[field] = config[field]
@@ -114,7 +124,9 @@ class _Reader:
             module, kind = self._place(names[0])
             taken.update(names)
             low = self.pair(module, kind, names)
-            a, b = (low.b.T, low.a.T) if entry.get("swapped") else (low.a, low.b)
+            a, b = low.a, low.b
+            if entry.get("swapped"):
+                a, b = np.ascontiguousarray(low.b.T), np.ascontiguousarray(low.a.T)
             layout = Layout.from_json(entry["layout"]) if entry["layout"] else None
             alpha, variant = low.alpha, low.variant
             if not module:
@@ -256,7 +268,8 @@ class _Reader:
         """True for a whole tensor to keep, False for one that is noted; raises for others."""
         module = short.rpartition(".")[0]
         value = self.tensors[name]
-        if short.endswith(".base_layer.weight"):
+        lead = name.removesuffix(".base_layer.weight")
+        if lead != name and any(n.startswith(f"{lead}.lora_") for n in self.tensors):
             # PEFT stores the frozen embedding again when the embedding is a target.
             self.notes.append(f"{self.file}: {name!r} is a copy of the base weight; not read")
             return False

@@ -113,25 +113,27 @@ def refuse_other_kinds(path: Path) -> None:
             head = file.read(64)
     except OSError as error:
         raise LoraFxError(f"{path}: {error.strerror or error}", "is the path right?") from error
-    convert = "load it where it is trusted and save it as safetensors (save_pretrained does)"
+    # First, because the length of a header may begin with any byte, a pickle's included.
+    if head[8:9] in (b"{", b" "):
+        return
     if head.startswith(b"version https://git-lfs"):
         raise LoraFxError(
             f"{path}: a Git LFS pointer, not the tensors", "run git lfs pull in that repository"
         )
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         raise LoraFxError(
-            f"{path}: a pickle; expected safetensors. Unpickling can run any code", convert
+            f"{path}: a pickle; expected safetensors. Unpickling can run any code",
+            "load it where it is trusted and save it as safetensors (save_pretrained does)",
         )
     if head[4:8] == b"TORT":
         raise LoraFxError(
             f"{path}: an ONNX Runtime adapter, which this reader does not take",
             "use the safetensors adapter that it was made from",
         )
-    if head[8:9] not in (b"{", b" "):
-        raise LoraFxError(
-            f"{path}: not a safetensors file",
-            "adapters are read from safetensors files and PEFT folders",
-        )
+    raise LoraFxError(
+        f"{path}: not a safetensors file",
+        "adapters are read from safetensors files and PEFT folders",
+    )
 
 
 def _known() -> str:

@@ -61,6 +61,16 @@ class AdaptedModule(CapturedModule):
             pairs[key] = (sides[0], sides[1])
         return pairs
 
+    @property
+    def found(self) -> Found:
+        """The model's targets."""
+        return self._found
+
+    @property
+    def updates(self) -> Mapping[str, LowRank]:
+        """Key → the update as it was inserted (ranks, alphas and layouts hold)."""
+        return self._updates
+
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
         entries: dict[str, LowRank | Full] = {}

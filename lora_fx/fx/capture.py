@@ -242,7 +242,7 @@ def _has(root: nn.Module, name: str) -> bool:
 
 
 def _forward_of(model: Any, module: nn.Module) -> Callable[..., Any]:
-    return module.forward if isinstance(model, nn.Module) else model  # type: ignore[no-any-return]
+    return module.forward if isinstance(model, nn.Module) else model
 
 
 _CAUSES = (

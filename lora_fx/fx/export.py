@@ -167,6 +167,7 @@ def _clean(
     constants = _constants(module, graph)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
     _follow_device(graph)
+    graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
     out_spec = program.call_spec.out_spec
     ranges = _upper(program, sizes)
     return Traced(graph, constants, Door(tuple(names), fixed, same), out_spec, pinned, lone, ranges)
@@ -196,7 +197,7 @@ def _asserts(
         test = node.args[0]
         negated = isinstance(test, fx.Node) and test.target is torch.sym_not
         if negated:
-            test = test.args[0]  # type: ignore[union-attr]
+            test = test.args[0]
         if not isinstance(test, fx.Node) or len(test.args) != 2:
             continue
         left, right = (_size_of(a, places) for a in test.args)

@@ -157,11 +157,13 @@ class FxGraph:
     def replace_output(self, site: Site, y: fx.Node) -> None:
         """Every user of the site reads y; the nodes of its own branch do not change."""
         node = self._at(site)[0]
+        y.meta["val"] = node.meta.get("val")  # later sites read shapes from their operands
         node.replace_all_uses_with(y, delete_user_cb=lambda user: not is_marked(user, site.id))
 
     def replace_weight(self, site: Site, w: fx.Node) -> None:
         """The site reads w."""
         node, use = self._at(site)
+        w.meta["val"] = _node(ops.pick(node, use.weight)).meta.get("val")
         args = list(node.args)
         if len(use.weight) == 1:
             args[use.weight[0]] = w

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a module with example inputs: offline, safetensors only, no foreign code.
+"""A Hugging Face folder as a module with example inputs: offline, and no foreign code.
 
 transformers builds the class that config.json names; this file reads the weights itself, so that
 nothing in the folder decides which files are opened (adapters, pickles, kernels, Python code).
@@ -68,7 +68,7 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
         notes = _settle(config, folder, raw, cls)
         module, more = _build(cls, config, folder, weights, meta)
     _no_cache(module)
-    notes += _pad(module.config)
+    notes += _pad(module)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     return Built(module.eval(), examples(module), notes + more, folder if has_tokenizer else None)
 
@@ -160,17 +160,15 @@ def _build(
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         if not meta:
             raise LoraFxError(
-                f"{folder}: its weights are quantised ({one_line(kind, 60)}), which is not supported",
+                f"{folder}: quantised weights ({one_line(kind, 60)}) are not supported",
                 "use the checkpoint that it was quantised from",
             )
         del config.quantization_config
     try:
         if meta:
             module = _on_meta(cls, config, folder)
-            notes = ["no weights: the model was built on the meta device"]
-            if quantised is not None:
-                notes.append(f"{folder}: shapes are those of the weights before quantisation")
-            return module, tuple(notes)
+            before = f"{folder}: its weights are quantised; shapes are those from before"
+            return module, (before,) if quantised is not None else ()
         state = _state(weights or folder)
         module, info = cls.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True,
@@ -180,7 +178,7 @@ def _build(
         raise
     except Exception as e:  # model classes raise whatever their config makes them raise
         raise LoraFxError(
-            f"{folder}: {cls.__name__} cannot be built: {one_line(f'{type(e).__name__}: {e}', 200)}",
+            f"{folder}: {cls.__name__} cannot be built: {type(e).__name__}: {one_line(e, 200)}",
             "is config.json that of this model?",
         ) from e
     module.config._name_or_path = str(folder)
@@ -200,12 +198,12 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
     """All tensors; memory-mapped, so that only what the model keeps is read."""
     from safetensors.torch import load_file
 
-    files = dict.fromkeys(info.file for info in tensors(path).values())
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        state.update(load_file(file))
-    if not state:
+    found = tensors(path)
+    if not found:
         raise LoraFxError(f"{path}: holds no tensor", "is the download complete?")
+    state: dict[str, torch.Tensor] = {}
+    for file in dict.fromkeys(info.file for info in found.values()):
+        state |= {n: t for n, t in load_file(file).items() if found[n].file == file}
     return state
 
 
@@ -250,10 +248,11 @@ def _no_cache(module: nn.Module) -> None:
             config.use_cache = False  # type: ignore[union-attr]
 
 
-def _pad(config: Any) -> tuple[str, ...]:
+def _pad(module: Any) -> tuple[str, ...]:
     """Classifiers of causal models refuse batches without a padding token."""
-    causal = any("ForSequenceClassification" in a for a in config.architectures or ())
-    if not causal or getattr(config, "pad_token_id", 0) is not None:
+    config = module.config
+    classifies = type(module).__name__.endswith("ForSequenceClassification")
+    if not classifies or getattr(config, "pad_token_id", 0) is not None:
         return ()
     eos = getattr(config, "eos_token_id", None)
     config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0

@@ -227,7 +227,7 @@ class CapturedModule(Scope):
     def flat(self, named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Run on named arguments; {output name: array} of the tensors that come out."""
         with torch.no_grad():
-            out = self(**named) if not self._positional(named) else self._run_named(named)
+            out = self._run_named(named)
         names = leaf_names({"": out}) if not isinstance(out, torch.Tensor) else ["output"]
         leaves = pytree.tree_leaves(out)
         return {
@@ -236,9 +236,11 @@ class CapturedModule(Scope):
             if isinstance(v, torch.Tensor)
         }
 
-    def _positional(self, named: Mapping[str, Any]) -> bool:
-        s = self._programs.captured.signature
-        return bool(s.rest in named or set(s.positional_only) & set(named))
+    def flat_tensors(self, named: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Run on named arguments; the tensors that come out, in order."""
+        with torch.no_grad():
+            out = self._run_named(named)
+        return [v for v in pytree.tree_leaves(out) if isinstance(v, torch.Tensor)]
 
     def _run_named(self, named: Mapping[str, Any]) -> Any:
         return self._programs.captured.signature.call(self, named)

@@ -43,7 +43,7 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
     """
     captured = module.captured
     graph = module.graph(False)
-    flat, names, outputs = _flat(module, graph.graph)
+    flat, names, outputs = flat_program(module, graph.graph)
     named = module.sample()
     leaves = pytree.tree_leaves(named)
     traced = captured.traced(False, captured.named, module.base_dtype)
@@ -81,7 +81,9 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
     return OnnxProgram(onnx.model, tuple(names), tuple(outputs), symbols)
 
 
-def _flat(module: CapturedModule, graph: fx.Graph) -> tuple[fx.GraphModule, list[str], list[str]]:
+def flat_program(
+    module: CapturedModule, graph: fx.Graph
+) -> tuple[fx.GraphModule, list[str], list[str]]:
     """A GraphModule of tensors only: constants of the call left out, outputs named."""
     traced = module.captured.traced(False, module.captured.named, module.base_dtype)
     leaves = pytree.tree_leaves(module.captured.named)

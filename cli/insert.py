@@ -1,0 +1,65 @@
+"""lora-fx insert: untrained branches, as an adapter folder to start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import (
+    captured,
+    emit,
+    force_option,
+    json_option,
+    model_options,
+    note,
+    target_options,
+)
+
+
+@click.command("insert")
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Folder, .safetensors or .pt2.")
+@target_options
+@model_options
+@force_option
+@json_option
+def command(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
+    r"""Insert untrained branches and write them.
+
+    OUT is an adapter folder or .safetensors file (a start for any trainer; PEFT loads it), or a
+    .pt2 program: the eval graph with its branches, which torch.export.load opens without the
+    model's source.
+
+    \b
+    lora-fx insert ./my-bert -o start --rank 16 --include q,v
+    lora-fx insert model.py:build -o model.pt2
+    """
+    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.formats.io import save_adapter
+    from lora_fx.passes.pipeline import insert
+
+    check_output(output, force=force)
+    keys = ("weights", "inputs_file", "dynamic", "static")
+    _, cap = captured(model, **{k: options.pop(k) for k in keys})
+    module = insert(cap, **{k: v or None if v == () else v for k, v in options.items()})
+    report = module.report()
+    for text in report.notes:
+        note(f"note: {text}")
+    if output.endswith(".pt2"):
+        from lora_fx.fx.pt2 import save_program
+
+        save_program(module, output, force=force)
+    else:
+        save_adapter(module.adapter(), output, force=force)
+    emit(
+        as_json,
+        "insert",
+        f"{report}\nwrote {output}",
+        inputs=cap.inputs.to_json(),
+        outputs=[output],
+        warnings=list(report.notes),
+        targets=[module.found[k].to_json() for k in module.updates],
+        trained=report.trained,
+        frozen=report.frozen,
+    )

@@ -1,0 +1,45 @@
+"""lora-fx targets: what an adapter can attach to, and why the rest cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import captured, emit, json_option, model_options
+
+
+@click.command("targets")
+@click.argument("model")
+@model_options
+@click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")
+@json_option
+def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
+    r"""List what an adapter can attach to, and why the rest cannot.
+
+    No weights are read. MODEL is a Hugging Face folder, a .safetensors file, file.py:factory,
+    package.module:factory, timm:NAME or torchvision:NAME.
+
+    \b
+    lora-fx targets ./my-bert
+    lora-fx targets torchvision:resnet18 --json
+    """
+    if Path(model).is_file() and model.endswith(".safetensors"):
+        from lora_fx.checkpoint.headers import file_targets
+
+        found = file_targets(model)
+        emit(as_json, "targets", str(found), inputs=[{"model": model}], **found.to_json())
+        return
+    from lora_fx.passes.pipeline import find
+
+    _, cap = captured(model, meta=True, **options)
+    found = find(cap, training=training)
+    emit(as_json, "targets", str(found), inputs=cap.inputs.to_json(), **found.to_json())
+    if not found.targets:
+        from lora_fx.errors import LoraFxError
+
+        raise LoraFxError(
+            f"{model} has no weight matmul that an adapter could attach to",
+            "the lines above say what was refused and why",
+        )

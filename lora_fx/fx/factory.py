@@ -1,0 +1,132 @@
+"""A user's factory: the function that builds a model and its example inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import LoraFxError, one_line
+
+RETURNS = (
+    "a factory returns (module, args, kwargs): the model and example inputs for one call, such as "
+    "(model, (torch.randn(2, 3),), {})"
+)
+Result = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def call_factory(spec: str) -> Result:
+    """Import and call `package.module:FACTORY` or `path/file.py:FACTORY`.
+
+    Raises:
+        LoraFxError: The code cannot be imported or raises (file and line are named), the name is
+            not there, or what it returns is not a model with inputs.
+    """
+    where, _, name = spec.rpartition(":")
+    is_file = where.endswith(".py")
+    if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
+        raise LoraFxError(f"{spec!r} names no factory", "package.module:FACTORY or file.py:FACTORY")
+    path = Path(where).absolute()
+    if is_file and not path.is_file():
+        raise LoraFxError(f"{where}: no such file", "is the path right?")
+    with _importable(path.parent if is_file else Path.cwd()):
+        factory: Any = _run(
+            where, lambda: _from_file(path) if is_file else importlib.import_module(where)
+        )
+        for part in name.split("."):
+            if not hasattr(factory, part):
+                names = [n for n, v in vars(factory).items() if callable(v) and n[0] != "_"]
+                raise LoraFxError(f"{where} has no {name!r}", f"it has {', '.join(names[:5])}")
+            factory = getattr(factory, part)
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise LoraFxError(f"{spec} is a {type(factory).__name__}, not a factory", RETURNS)
+        return _unpack(spec, _run(spec, factory))
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Run a file as a module of its own name under a prefix, so that it shadows no other."""
+    name = f"lora_fx_user_{path.stem}"
+    made = importlib.util.spec_from_file_location(name, path)
+    assert made is not None and made.loader is not None
+    module = importlib.util.module_from_spec(made)
+    sys.modules[name] = module  # dataclasses and pickle look there
+    try:
+        made.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _run(what: str, call: Any) -> Any:
+    """Call the user's code; what it raises becomes one line with file and line."""
+    try:
+        return call()
+    except LoraFxError:
+        raise
+    except (Exception, SystemExit) as e:
+        text = one_line(f"{type(e).__name__}: {e}", 200)
+        hint = "-v prints the traceback"
+        if isinstance(e, ModuleNotFoundError) and e.name and f"{what}.".startswith(f"{e.name}."):
+            hint = "run from the folder that holds it, or give path/file.py:FACTORY"
+        place = _line_of(e)
+        raise LoraFxError(f"{what} failed{f' at {place}' if place else ''}: {text}", hint) from e
+
+
+def _line_of(error: BaseException) -> str:
+    """file:line of the innermost frame of the user's own code, or an empty text."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    ours = str(Path(__file__).parent.parent) + os.sep
+    stdlib = sysconfig.get_paths()["stdlib"] + os.sep
+    inner = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        foreign = path.startswith(("<", ours, stdlib)) or "site-packages" in path
+        if not foreign:
+            inner = f"{path}:{line}"
+    return inner
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """`folder` on sys.path while the user's code is imported and called, as python itself does."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(str(folder))
+
+
+def _unpack(spec: str, result: Any) -> Result:
+    parts = result if isinstance(result, tuple) else (result,)
+    if not parts or len(parts) > 3 or not isinstance(parts[0], nn.Module):
+        raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
+    args: Any = parts[1] if len(parts) > 1 else ()
+    kwargs: Any = parts[2] if len(parts) > 2 else {}
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict):
+        raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
+    if not args and not kwargs:
+        raise LoraFxError(f"{spec} returned no example inputs", RETURNS)
+    return parts[0], tuple(args), dict(kwargs)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(type(v).__name__ for v in value)})"
+    return f"a {type(value).__name__}"

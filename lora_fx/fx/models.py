@@ -1,0 +1,281 @@
+"""From what a user names on the command line to a module with example inputs.
+
+Nothing is downloaded, no pickle is read, and no code is run but the user's own factory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.checkpoint.fit import check_fit
+from lora_fx.checkpoint.headers import PICKLES, tensors
+from lora_fx.checkpoint.strict import CONVERT
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.factory import call_factory
+from lora_fx.fx.huggingface import load_folder
+
+FORMS = (
+    "MODEL is a Hugging Face folder, package.module:FACTORY, path/file.py:FACTORY, timm:NAME or "
+    "torchvision:NAME"
+)
+RESERVED = ("timm", "torchvision")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A module in eval mode and inputs that it can be called with.
+
+    Attributes:
+        module: The model.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        origin: What was asked for.
+        notes: What has to be said: random weights, casts, code that was not run.
+        tokenizer_folder: The folder that holds a tokenizer for it, if one does.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    notes: tuple[str, ...] = ()
+    tokenizer_folder: Path | None = None
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    weights: str | Path | None = None,
+    meta: bool = False,
+    trust: bool = False,
+    device: str | None = None,
+) -> LoadedModel:
+    """The model that `spec` names; random weights are the same in every run.
+
+    Args:
+        spec: A Hugging Face folder, `package.module:FACTORY`, `path/file.py:FACTORY`, `timm:NAME`
+            or `torchvision:NAME`. A factory takes no arguments and returns (module, args, kwargs).
+        weights: A safetensors file (or folder); every name and shape must fit.
+        meta: Weights are not needed: folders and reserved names are built on the meta device
+            (then `device` has no say); a factory is called as it is.
+        trust: Not supported yet.
+        device: Where module and inputs go, as torch names it.
+
+    Raises:
+        LoraFxError: An unknown form, a model that cannot be built, weights that do not fit.
+    """
+    text = str(spec)
+    if trust:
+        raise LoraFxError(
+            "--trust is not supported yet: pickles and a folder's own code are never run",
+            "leave it out; a factory (file.py:FACTORY) can load what you trust",
+        )
+    file = None if weights is None else _weights_file(weights)
+    place = _device(device)
+    with _same_random_numbers():
+        loaded = _load(text, file, meta)
+    module = loaded.module.eval()
+    if not any(p.is_meta for p in module.parameters()):
+        module = module.to(place)
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: t.to("cpu" if meta else place), (loaded.args, loaded.kwargs)
+    )
+    return replace(loaded, module=module, args=args, kwargs=kwargs, origin=text)
+
+
+def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
+    path = Path(text)
+    library, _, name = text.partition(":")
+    if library in RESERVED and name:
+        return _reserved(text, library, name, file, meta)
+    if path.is_dir():
+        built = load_folder(path, file, meta=meta)
+        return LoadedModel(built.module, (), built.kwargs, text, built.notes, built.tokenizer)
+    _refuse_files(text, path)
+    if ":" in text:
+        module, args, kwargs = call_factory(text)
+        notes = () if file is None else read_weights(module, file)
+        return LoadedModel(module, args, kwargs, text, notes)
+    if path.suffix == ".py":
+        raise LoraFxError(f"{text}: which factory?", f"name it: {text}:FACTORY")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.is_dir():
+        raise LoraFxError(
+            f"{text}: no such folder; lora-fx downloads nothing",
+            f"hf download {text} --local-dir DIR, then give DIR",
+        )
+    raise LoraFxError(f"{text!r} is no model: no such folder", FORMS)
+
+
+def _refuse_files(text: str, path: Path) -> None:
+    if path.suffix in (".pt2", ".onnx"):
+        raise LoraFxError(
+            f"{text}: a {path.suffix} file cannot be opened as a torch model in this version", FORMS
+        )
+    if path.suffix == ".safetensors":
+        raise LoraFxError(
+            f"{text}: holds tensors but no code to run them",
+            f"give the model, and the file as its weights: MODEL --weights {text}",
+        )
+    if path.suffix in PICKLES:
+        raise LoraFxError(
+            f"{text}: a pickle can run code and is not read; --trust is not supported yet", CONVERT
+        )
+    if path.is_file() and path.suffix != ".py":
+        raise LoraFxError(f"{text}: a file of a kind that is not known", FORMS)
+
+
+# --- timm and torchvision ------------------------------------------------------------------------
+
+
+def _reserved(text: str, library: str, name: str, file: Path | None, meta: bool) -> LoadedModel:
+    try:
+        with _silent():
+            package = importlib.import_module(library)
+    except ImportError as e:
+        raise LoraFxError(
+            f"{text}: {library} cannot be imported: {one_line(e, 120)}", f"pip install {library}"
+        ) from e
+    make = _timm if library == "timm" else _torchvision
+    try:
+        with _silent():
+            module, shape = _on(meta, lambda: make(package, name))
+    except LoraFxError:
+        raise
+    except Exception as e:  # builders raise what they like
+        raise LoraFxError(
+            f"{text} cannot be built: {one_line(f'{type(e).__name__}: {e}', 200)}", FORMS
+        ) from e
+    notes: tuple[str, ...] = ()
+    if file is not None:
+        notes = read_weights(module, file)
+    elif not meta:
+        notes = (f"random weights: {text} was built without weights (--weights FILE.safetensors)",)
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return LoadedModel(module, (example,), {}, text, notes)
+
+
+def _on(meta: bool, make: Any) -> Any:
+    """Build on the meta device; for real where the constructor reads values."""
+    if meta:
+        with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+            return make()
+    return make()
+
+
+def _timm(timm: Any, name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    plain = name.partition(".")[0]
+    if ":" in name or "/" in name or not timm.is_model(plain):  # hf-hub: and the like download
+        raise _no_name("timm", name, timm.list_models())
+    module = timm.create_model(name, pretrained=False)
+    size = (getattr(module, "default_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    return module, (2, *size)
+
+
+def _torchvision(torchvision: Any, name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    models = torchvision.models
+    if name.lower() not in models.list_models():
+        raise _no_name("torchvision", name, models.list_models())
+    builder = models.get_model_builder(name)
+    group = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
+    if group in ("detection", "optical_flow", "quantization"):
+        raise LoraFxError(
+            f"torchvision:{name}: no example inputs are known for {group} models",
+            "give file.py:FACTORY, returning (module, args, kwargs)",
+        )
+    known = inspect.signature(builder).parameters
+    options = {"weights": None}
+    if "weights_backbone" in known:  # its default downloads
+        options["weights_backbone"] = None
+    module = builder(**options)
+    side = 299 if name == "inception_v3" else 224
+    return module, (2, 3, 16, side, side) if group == "video" else (2, 3, side, side)
+
+
+def _no_name(library: str, name: str, names: list[str]) -> LoraFxError:
+    from lora_fx.adapter import near
+
+    return LoraFxError(f"{library} has no model {name!r}", near(name, names))
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def _weights_file(weights: str | Path) -> Path:
+    path = Path(weights)
+    if path.suffix in PICKLES:
+        raise LoraFxError(f"{path}: a pickle can run code and is not read", CONVERT)
+    return path
+
+
+def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
+    """Fill a module from safetensors; every name and shape must fit. Returns notes.
+
+    On the meta device the names and shapes are checked and nothing is read. Tied tensors need
+    one of their names; counters of batches seen may be missing, as in older files.
+    """
+    from safetensors import safe_open
+
+    found = tensors(path)
+    state = module.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    ties = {name: first.setdefault(id(t), name) for name, t in state.items()}
+    wanted = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in state.items()}
+    optional = [n for n in state if n.endswith("num_batches_tracked")]
+    notes = check_fit(found, wanted, ties, str(path), optional)
+    filled: dict[str, str] = {}
+    for file in dict.fromkeys(t.file for t in found.values()):
+        with safe_open(str(file), framework="pt") as reader, torch.no_grad():
+            for name in (n for n, t in found.items() if t.file == file):
+                target = state[name]
+                if target.is_meta:
+                    continue
+                value = reader.get_tensor(name).to(target.device, target.dtype)
+                other = filled.setdefault(ties[name], name)
+                if other != name and not torch.equal(value, target):
+                    raise LoraFxError(
+                        f"{path}: {other!r} and {name!r} differ, but are one tensor of the model",
+                        "untie them in the model, or leave one out of the file",
+                    )
+                target.copy_(value)
+    return notes
+
+
+# --- the ground under it -------------------------------------------------------------------------
+
+
+def _device(device: str | None) -> torch.device:
+    try:
+        place = torch.device(device or "cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise LoraFxError(
+            f"device {device!r} cannot be used: {one_line(e, 120)}", "cpu is always there"
+        ) from e
+    return place
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Seed 0 for the CPU's numbers while a model is built; the caller's are put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,179 @@
+"""What the PEFT reader refuses: each message names the file, what was found and expected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.formats import peft
+from lora_fx.formats.tensorfile import Array, read_tensors, write_tensors
+
+Write = Callable[..., Path]
+LEAD = "base_model.model."
+A, B = f"{LEAD}m.fc.lora_A.weight", f"{LEAD}m.fc.lora_B.weight"
+ONES = np.ones((4, 6), np.float32)
+
+
+def refused(path: Path, *words: str) -> LoraFxError:
+    """The error of reading `path`, after checking its words."""
+    with pytest.raises(LoraFxError) as caught:
+        peft.read(path)
+    for word in words:
+        assert word in caught.value.message, caught.value.message
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("peft_type", "IA3", "'LORA'"),
+        ("use_dora", True, "magnitude"),
+        ("alora_invocation_tokens", [0], "aLoRA"),
+        ("arrow_config", {"top_k": 2}, "Arrow"),
+        ("kasa_config", {"beta": 1e-4}, "KaSA"),
+        ("monteclora_config", {"x": 1}, "MonteCLoRA"),
+        ("use_bdlora", {"nblocks": 2}, "BD-LoRA"),
+        ("use_qalora", True, "QA-LoRA"),
+        ("velora_config", {"x": 1}, "VeLoRA"),
+        ("layer_replication", [[0, 4], [2, 5]], "repeated"),
+        ("trainable_token_indices", [0], "rows of an embedding"),
+        ("lora_bias", True, "bias"),
+        ("target_parameters", ["experts.up"], "nesting"),
+        ("megatron_config", {"x": 1}, "Megatron"),
+        ("ensure_weight_tying", True, "shared"),
+        ("bias", "lora_only", "'none'"),
+        ("init_lora_weights", "pissa", "changes them"),
+        ("init_lora_weights", "pissa_niter_16", "changes them"),
+        ("init_lora_weights", "olora", "changes them"),
+        ("init_lora_weights", "corda", "changes them"),
+        ("init_lora_weights", "lora_ga", "changes them"),
+        ("init_lora_weights", "loftq", "changes them"),
+        ("lora_alpha", "absent", "missing"),
+        ("lora_alpha", "8", "a number"),
+        ("lora_dropout", 2, "a number in [0, 1)"),
+        ("rank_pattern", {"fx": 4}, "'fx' matches no tensor"),
+        ("alpha_pattern", {"m.fc2": 4}, "'m.fc2' matches no tensor"),
+        ("alpha_pattern", {"(": 4}, "bad pattern"),
+        ("alpha_pattern", [4], "an object"),
+    ],
+)
+def test_config_fields(plain: Write, field: str, value: Any, word: str) -> None:
+    error = refused(plain({field: value}), "adapter_config.json", field, word)
+    assert error.exit_code == 2
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_starts_that_keep_the_base_are_read(plain: Write, init: Any) -> None:
+    assert peft.read(plain({"init_lora_weights": init})).lowrank["m.fc.weight"].scale == 2.0
+
+
+@pytest.mark.parametrize("field", ["target_modules", "r"])
+def test_config_that_contradicts_the_tensors(plain: Write, field: str) -> None:
+    value, words = {
+        "target_modules": (["other"], ("leaves out", A)),
+        "r": (8, ("rank 4", "expected 8", A)),
+    }[field]
+    refused(plain({field: value}), *words)
+
+
+@pytest.mark.parametrize("wanted", ["all-linear", r".*\.fc", ["m.fc"], None])
+def test_ways_to_name_the_targets(plain: Write, wanted: Any) -> None:
+    assert len(peft.read(plain({"target_modules": wanted}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words", "hint"),
+    [
+        ({B: None}, (A, "no partner", B), "incomplete"),
+        ({A: None}, (B, "no partner", A), "incomplete"),
+        ({B: np.ones((8, 3), np.float32)}, (A, "[4, 6]", "[8, 3]"), "same file"),
+        ({A: np.ones((4, 3, 3, 3), np.float32)}, (A, "[r, in, *kernel]"), ""),
+        (
+            {A: np.ones((4, 3, 3), np.float32), B: np.ones((8, 2, 1), np.float32)},
+            (A, "[4, 3, 3]", "[8, 2, 1]"),
+            "grouped convolution",
+        ),
+        ({A: np.ones((0,), np.float32)}, (A, "[0]"), "ZeRO-3"),
+        ({A: np.ones((24,), np.float32)}, (A, "[24]"), "ZeRO-3"),
+        ({A: np.ones((4, 6), np.int8)}, (A, "int8", "float"), "fp32"),
+        ({A: ONES * np.float32("nan")}, (A, "NaN"), "diverged"),
+        ({B: np.full((8, 4), np.inf, np.float16)}, (B, "NaN or inf"), "diverged"),
+        ({f"{LEAD}m.fc.lora_magnitude_vector": ONES[0]}, ("DoRA",), "merge"),
+        ({f"{LEAD}m.fc.lora_B.bias": ONES[0]}, ("lora_bias",), "merge"),
+        ({f"{LEAD}m.fc.lora_diag": ONES[0]}, ("KaSA",), "merge"),
+        ({f"{LEAD}e.token_adapter.trainable_tokens_delta": ONES}, ("trainable_token",), "merge"),
+        ({f"{LEAD}m.fc.base_layer.bias": ONES[0]}, ("trained bias",), "merge"),
+        (
+            {
+                f"{LEAD}e.base_layer.fc.lora_A.weight": ONES,
+                f"{LEAD}e.base_layer.fc.lora_B.weight": ONES.T,
+            },
+            ("e.base_layer.fc", "target_parameters"),
+            "merge",
+        ),
+        ({f"{LEAD}m.fc.lora_A.default.weight": ONES}, ("lora_A.default", "not a name"), "save_pre"),
+        ({"transformer.ln.bias": ONES[0]}, ("'transformer.ln.bias'", "not a name"), "save_pre"),
+        ({"lora_fx.w[0:2].lora_A": ONES}, ("lora_fx.w[0:2].lora_A", "not a name"), ""),
+        (
+            {f"{LEAD}m.fc.lora_embedding_A": ONES, f"{LEAD}m.fc.lora_embedding_B": ONES.T},
+            ("second entry", "m.fc.weight"),
+            "edited",
+        ),
+        ({A: None, B: None}, ("no update",), ""),
+    ],
+)
+def test_tensors(
+    plain: Write, tensors: dict[str, Array | None], words: tuple[str, ...], hint: str
+) -> None:
+    error = refused(plain({}, tensors), "adapter_model.safetensors", *words)
+    assert hint in error.hint
+
+
+def test_nan_in_a_whole_tensor(plain: Write) -> None:
+    bad = {f"{LEAD}head.weight": ONES * np.float32("nan")}
+    refused(plain({"modules_to_save": ["head"]}, bad), "head.weight", "NaN")
+
+
+def test_missing_or_broken_config(plain: Write) -> None:
+    folder = plain()
+    (folder / peft.CONFIG).write_text("{")
+    refused(folder, peft.CONFIG, "not JSON")
+    (folder / peft.CONFIG).write_text("[]")
+    refused(folder, peft.CONFIG, "expected an object")
+    (folder / peft.CONFIG).unlink()
+    assert "beside" in refused(folder, peft.WEIGHTS, "no config in its metadata").hint
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"version": 99}, "version 99"),
+        ({"entries": []}, "damaged"),
+        ({"entries": {"h.weight": {"a": "gone", "b": "gone"}}}, "h.weight"),
+        ({"entries": {"h.weight": 3}}, "h.weight"),
+    ],
+)
+def test_edited_metadata_of_ours(
+    mixed: Adapter, tmp_path: Path, change: dict[str, Any], word: str
+) -> None:
+    peft.write(mixed, tmp_path)
+    tensors, header = read_tensors(tmp_path / peft.WEIGHTS)
+    ours = {**json.loads(header["lora_fx"]), **change}
+    write_tensors(tmp_path / peft.WEIGHTS, tensors, {**header, "lora_fx": json.dumps(ours)})
+    refused(tmp_path, peft.WEIGHTS, word)
+
+
+def test_a_tensor_that_does_not_fit_its_layout(mixed: Adapter, tmp_path: Path) -> None:
+    peft.write(mixed, tmp_path)
+    tensors, header = read_tensors(tmp_path / peft.WEIGHTS)
+    name = f"{LEAD}h.0.fc.lora_A.weight"
+    tensors[name] = tensors[name][:, :5]
+    write_tensors(tmp_path / peft.WEIGHTS, tensors, header)
+    refused(tmp_path, "h.0.fc.weight", "A [2, 5]", "expects A [2, 6]")
