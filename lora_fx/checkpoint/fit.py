@@ -57,11 +57,11 @@ def check_fit(
         raise LoraFxError(
             f"{where} does not fit the model: {'; '.join(problems)}", _hint(here, wanted)
         )
-    casts: dict[tuple[str, str], int] = {}
-    for _, t, (_, dtype) in shared:
+    casts: dict[tuple[str, str], list[str]] = {}
+    for name, t, (_, dtype) in shared:
         if t.dtype != dtype:
-            casts[t.dtype, dtype] = casts.get((t.dtype, dtype), 0) + 1
-    return tuple(f"{where}: {n} tensors cast from {a} to {b}" for (a, b), n in casts.items())
+            casts.setdefault((t.dtype, dtype), []).append(name)
+    return tuple(f"{where}: cast from {a} to {b}: {_some(n)}" for (a, b), n in casts.items())
 
 
 def _some(names: list[str]) -> str:

@@ -16,26 +16,26 @@ from typing import Any
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 
-_MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
+MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
     "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
     "which turns it into a plain LoRA for the original weights"
 )
 REFUSED: dict[str, tuple[str, str]] = {
-    "use_dora": ("DoRA rescales every output by a trained magnitude", _MERGE),
+    "use_dora": ("DoRA rescales every output by a trained magnitude", MERGE),
     "alora_invocation_tokens": ("aLoRA acts only after certain tokens", "load it with PEFT"),
     "arrow_config": ("Arrow routes between adapters token by token", "load it with PEFT"),
-    "kasa_config": ("KaSA cuts the base weight and adds a diagonal", _MERGE),
+    "kasa_config": ("KaSA cuts the base weight and adds a diagonal", MERGE),
     "monteclora_config": ("MonteCLoRA samples its factors", "load it with PEFT"),
-    "use_bdlora": ("BD-LoRA stores the blocks of a block-diagonal factor", _MERGE),
+    "use_bdlora": ("BD-LoRA stores the blocks of a block-diagonal factor", MERGE),
     "use_qalora": ("QA-LoRA pools its inputs in groups", "load it with PEFT"),
     "velora_config": ("VeLoRA compresses the activations it trains on", "load it with PEFT"),
-    "layer_replication": ("layers of the base model are repeated", _MERGE),
-    "trainable_token_indices": ("single rows of an embedding are trained", _MERGE),
-    "lora_bias": ("each B has a bias", _MERGE),
-    "target_parameters": ("which parameter a tensor belongs to is told by nesting only", _MERGE),
-    "megatron_config": ("the layers are Megatron's parallel ones", _MERGE),
-    "ensure_weight_tying": ("one update is shared by an embedding and its head", _MERGE),
+    "layer_replication": ("layers of the base model are repeated", MERGE),
+    "trainable_token_indices": ("single rows of an embedding are trained", MERGE),
+    "lora_bias": ("each B has a bias", MERGE),
+    "target_parameters": ("which parameter a tensor belongs to is told by nesting only", MERGE),
+    "megatron_config": ("the layers are Megatron's parallel ones", MERGE),
+    "ensure_weight_tying": ("one update is shared by an embedding and its head", MERGE),
 }
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base weights as they are."""
@@ -86,7 +86,7 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
     """
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise LoraFxError(f"{where}: peft_type is {kind!r}; expected 'LORA'", _MERGE)
+        raise LoraFxError(f"{where}: peft_type is {kind!r}; expected 'LORA'", MERGE)
     for name, (why, hint) in REFUSED.items():
         value = config.get(name)
         # Not plain truth: alora_invocation_tokens and token indices may be a list with only a 0.
@@ -95,7 +95,7 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
     if (config.get("bias") or "none") != "none":
         raise LoraFxError(
             f"{where}: bias is {config['bias']!r}; expected 'none': biases of the base are trained",
-            _MERGE,
+            MERGE,
         )
     init = config.get("init_lora_weights", True)
     if init not in _KEEPS_BASE:
@@ -107,6 +107,8 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise LoraFxError(f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)")
+    if config.get("use_rslora") not in (None, True, False):
+        raise LoraFxError(f"{where}: use_rslora is {config['use_rslora']!r}; expected true or false")
     if "lora_alpha" not in config:
         raise LoraFxError(
             f"{where}: lora_alpha is missing; expected a number: the scale is lora_alpha / r",

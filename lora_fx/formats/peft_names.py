@@ -15,11 +15,13 @@ The first three stand under `base_model.model.`; the last is ours, for what PEFT
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
 
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.peft_config import MERGE
 from lora_fx.formats.tensorfile import Array
 from lora_fx.lowrank import LowRank
 
@@ -27,6 +29,14 @@ PREFIX = "base_model.model."
 OWN = "lora_fx."
 _LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm"))
 _CONV_OPS = frozenset(("", "conv1d", "conv2d", "conv3d"))
+_REFUSED = {
+    "lora_magnitude_vector": "a DoRA magnitude; without it the result differs",
+    "lora_B.bias": "a bias of B (lora_bias)",
+    "lora_diag": "the diagonal of KaSA",
+    "lora_E": "the singular values of AdaLoRA",
+    "trainable_tokens_delta": "rows of an embedding (trainable_token_indices)",
+    "base_layer.bias": "a trained bias of the base model",
+}
 _PAIR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 
 
@@ -71,7 +81,7 @@ def form_of(key: str, low: LowRank) -> Form:
     if not name.endswith(".weight"):
         return Form("own", why="the parameter is not the weight of a module")
     if low.a.ndim != 2:
-        return Form("own", why="it is a stack of matrices")
+        return Form("own", why="it is a stack of matrices or a grouped convolution")
     return _of_layout(name.removesuffix(".weight"), low)
 
 
@@ -146,3 +156,35 @@ def from_tensors(
         extra = {"op": f"conv{a.ndim - 2}d", "kernel": list(a.shape[2:])}
     flat = np.ascontiguousarray(a.reshape(a.shape[0], -1))
     return flat, np.ascontiguousarray(b.reshape(b.shape[:2])), extra
+
+
+def refuse_tensor(name: str, where: str) -> None:
+    """Raise for a tensor of an update that is more than s·B·A."""
+    for ending, what in _REFUSED.items():
+        if name.endswith(ending):
+            raise LoraFxError(f"{where}: {name!r} is {what}: not supported", MERGE)
+
+
+def parameter_of(module: str, names: Container[str], where: str) -> str:
+    """The parameter that the update on PEFT's module adapts.
+
+    PEFT puts the update of a MultiheadAttention's in_proj_weight on the module itself, and that
+    of its out_proj inside the wrapper.
+
+    Args:
+        module: As in the tensor's name.
+        names: All tensor names of the file.
+        where: The file, for messages.
+    """
+    outer, wrapped, inner = module.partition(".base_layer.")
+    if wrapped and inner == "out_proj":
+        return f"{outer}.out_proj.weight"
+    if ".base_layer" in module:
+        raise LoraFxError(
+            f"{where}: the tensors of {module!r} are nested in another adapter's "
+            "(target_parameters); which parameter they belong to is not told",
+            MERGE,
+        )
+    if f"{PREFIX}{module}.base_layer.out_proj.lora_A.weight" in names:
+        return f"{module}.in_proj_weight"
+    return f"{module}.weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,22 +17,19 @@ from lora_fx.formats.peft_config import (
     saved_whole,
     targets,
 )
-from lora_fx.formats.peft_names import OWN, PREFIX, from_tensors, split_name
+from lora_fx.formats.peft_names import (
+    OWN,
+    PREFIX,
+    from_tensors,
+    parameter_of,
+    refuse_tensor,
+    split_name,
+)
 from lora_fx.formats.tensorfile import Array, is_float
 from lora_fx.lowrank import Full, Layout, LowRank
 
 VERSION = 1
 """Of the JSON under lora_fx in the header."""
-
-_MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
-_REFUSED_TENSORS = {
-    "lora_magnitude_vector": "a DoRA magnitude; without it the result differs",
-    "lora_B.bias": "a bias of B (lora_bias)",
-    "lora_diag": "the diagonal of KaSA",
-    "lora_E": "the singular values of AdaLoRA",
-    "trainable_tokens_delta": "rows of an embedding (trainable_token_indices)",
-    "base_layer.bias": "a trained bias of the base model",
-}
 
 
 def decode(
@@ -80,6 +78,18 @@ def finite(array: Array) -> bool:
     """True when every element is a number; exact in any float dtype."""
     wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
     return bool(np.isfinite(wide).all())
+
+
+def _fits(layout: Layout, low: LowRank) -> bool:
+    """True when a layout is sound and has the sizes of an update."""
+    axes = sorted(layout.batch + layout.out + layout.in_)
+    sound = axes == list(range(len(layout.shape)))
+    return (
+        sound
+        and math.prod(layout.shape) == math.prod(layout.stored)
+        and low.a.shape == (*layout.batch_shape, low.rank, layout.in_size)
+        and low.b.shape == (*layout.batch_shape, layout.out_size, low.rank)
+    )
 
 
 class _Reader:
@@ -132,30 +142,26 @@ class _Reader:
             if not module:
                 alpha, variant = float(entry["alpha"]), str(entry["variant"])
             result = LowRank(a, b, alpha, layout, variant, str(entry["use"]), dict(entry["extra"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            fits = layout is None or _fits(layout, result)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
                 f"{self.file}: metadata lora_fx does not fit the tensors at {key!r}: "
                 f"{type(error).__name__} {one_line(error)}",
                 "the file was edited; save the adapter again",
             ) from error
-        if layout is not None:
-            want = (*layout.batch_shape, result.rank, layout.in_size)
-            want_b = (*layout.batch_shape, layout.out_size, result.rank)
-            if a.shape != want or b.shape != want_b:
-                raise LoraFxError(
-                    f"{self.file}: {key!r} has A {list(a.shape)} and B {list(b.shape)}; its layout "
-                    f"expects A {list(want)} and B {list(want_b)}",
-                    "the file was edited; save the adapter again",
-                )
+        if not fits:
+            raise LoraFxError(
+                f"{self.file}: {key!r} has A {list(a.shape)} and B {list(b.shape)}; expected those "
+                f"of its layout {entry['layout']}",
+                "the file was edited; save the adapter again",
+            )
         return result
 
     def theirs(self, name: str, entries: dict[str, LowRank | Full], taken: set[str]) -> None:
         """One tensor that our JSON does not describe: its pair, or a whole tensor."""
         short = name.removeprefix(PREFIX)
         taken.add(name)
-        for fragment, what in _REFUSED_TENSORS.items():
-            if short.endswith(fragment):
-                raise LoraFxError(f"{self.file}: {name!r} is {what}: not supported", _MERGE)
+        refuse_tensor(name, self.file)
         split = split_name(short)
         if split is not None and not name.startswith(OWN):
             module, kind, half = split
@@ -169,9 +175,13 @@ class _Reader:
                 )
             taken.add(other)
             low = self.pair(module, kind, (f"{lead}A{tail}", f"{lead}B{tail}"))
-            self._add(entries, self._parameter(module), low, name)
+            self._add(entries, parameter_of(module, self.tensors, self.file), low, name)
         elif self._is_whole(name, short):
-            self._add(entries, short, self.full(name, self.tensors[name]), name)
+            # PEFT asked to save embeddings writes a trained one twice, under its wrapper as well.
+            key = short.replace(".modules_to_save.", ".")
+            full, old = self.full(name, self.tensors[name]), entries.get(key)
+            if not isinstance(old, Full) or not np.array_equal(old.value, full.value):
+                self._add(entries, key, full, name)
 
     def pair(self, module: str, kind: str, names: tuple[str, str]) -> LowRank:
         """The update of two tensors in PEFT's shapes, or in ours where `module` is empty."""
@@ -245,31 +255,13 @@ class _Reader:
             raise ValueError(f"{a_name!r} is no name of an A")
         return split[0], split[1]
 
-    def _parameter(self, module: str) -> str:
-        """The parameter that PEFT's module adapts.
-
-        PEFT puts the update of a MultiheadAttention's in_proj_weight on the module itself, and
-        that of its out_proj inside the wrapper.
-        """
-        outer, wrapped, inner = module.partition(".base_layer.")
-        if wrapped and inner == "out_proj":
-            return f"{outer}.out_proj.weight"
-        if ".base_layer" in module:
-            raise LoraFxError(
-                f"{self.file}: the tensors of {module!r} are nested in another adapter's "
-                "(target_parameters); which parameter they belong to is not told",
-                _MERGE,
-            )
-        if f"{PREFIX}{module}.base_layer.out_proj.lora_A.weight" in self.tensors:
-            return f"{module}.in_proj_weight"
-        return f"{module}.weight"
-
     def _is_whole(self, name: str, short: str) -> bool:
         """True for a whole tensor to keep, False for one that is noted; raises for others."""
         module = short.rpartition(".")[0]
         value = self.tensors[name]
         lead = name.removesuffix(".base_layer.weight")
-        if lead != name and any(n.startswith(f"{lead}.lora_") for n in self.tensors):
+        frozen = lead != name and any(n.startswith(f"{lead}.lora_") for n in self.tensors)
+        if frozen or ".original_module." in short:
             # PEFT stores the frozen embedding again when the embedding is a target.
             self.notes.append(f"{self.file}: {name!r} is a copy of the base weight; not read")
             return False

@@ -107,8 +107,8 @@ def test_reading_needs_no_metadata_of_ours(mixed: Adapter, tmp_path: Path) -> No
     assert got.lowrank["emb.weight"].extra == {"op": "embedding"}
     head, look = got.lowrank["lm_head.weight"], got.lowrank["look.weight"]
     np.testing.assert_array_equal(head.matrix(), mixed.lowrank["wte.weight"].matrix())
-    want = mixed.lowrank["pos.weight"].matrix().T  # a lookup reads b·a transposed
-    np.testing.assert_allclose(look.matrix(), want, rtol=1e-15)
+    turned = mixed.lowrank["pos.weight"].matrix().T  # a lookup reads b·a transposed
+    np.testing.assert_allclose(look.matrix(), turned, rtol=1e-15)
     again = tmp_path / "again"
     peft.write(got, again)
     second, _ = read_tensors(again / peft.WEIGHTS)
@@ -147,7 +147,7 @@ def test_masters_are_fp32(plain: Write, dtype: type) -> None:
 
 def test_transposed_memory_is_written_right(tmp_path: Path) -> None:
     """safetensors.numpy 0.8.0 writes such arrays in the wrong order."""
-    value = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    value: Array = np.arange(6, dtype=np.float32).reshape(2, 3).T
     write_tensors(tmp_path / "x.safetensors", {"x": value, "b": np.ones(3, bool)}, {})
     got = load_file(tmp_path / "x.safetensors")
     np.testing.assert_array_equal(got["x"], value)
@@ -169,16 +169,20 @@ def test_attention_modules_as_peft_names_them(plain: Write) -> None:
 
 def test_harmless_oddities_are_noted(plain: Write) -> None:
     value = np.ones((3, 6), np.float32)
-    fields = {"later_field": 1, "modules_to_save": ["score"]}
+    fields = {"later_field": 1, "modules_to_save": ["score", "wte"]}
     tensors = {
         "base_model.model.m.fc.base_layer.weight": value,
         "base_model.model.lm_head.weight": value,
+        "base_model.model.wte.modules_to_save.weight": value,
+        "base_model.model.wte.original_module.weight": value * 2,
+        "base_model.model.wte.weight": value,
     }
     got = peft.read(plain(fields, tensors))
     text = "\n".join(got.metadata["notes"])
     for word in ("later_field", "'score' has no tensor", "copy of the base", "replaces a whole"):
         assert word in text
-    assert set(got.full) == {"lm_head.weight"}
+    assert set(got.full) == {"lm_head.weight", "wte.weight"}
+    np.testing.assert_array_equal(got.full["wte.weight"].value, value)
 
 
 def test_whole_tensors_that_peft_would_confuse_are_kept_apart(tmp_path: Path) -> None:

@@ -103,7 +103,12 @@ def test_read_what_peft_writes(tmp_path: Path, rslora: bool) -> None:
     model.save_pretrained(tmp_path)
     got = load_adapter(tmp_path)
     assert got.metadata["dropout"] == 0.25
-    assert [got.lowrank[f"{k}.weight"].rank for k in ("fc", "block.fc", "emb", "c1")] == [2, 3, 5, 4]
+    assert [got.lowrank[f"{k}.weight"].rank for k in ("fc", "block.fc", "emb", "c1")] == [
+        2,
+        3,
+        5,
+        4,
+    ]
     assert {low.layout for low in got.lowrank.values()} == {None}
     close(stored(got, Tiny()), deltas(model))
     assert set(got.full) == {"head.weight", "head.bias", "norm.weight", "norm.bias"}

@@ -57,6 +57,7 @@ def refused(path: Path, *words: str) -> LoraFxError:
         ("init_lora_weights", "loftq", "changes them"),
         ("lora_alpha", "absent", "missing"),
         ("lora_alpha", "8", "a number"),
+        ("use_rslora", "false", "true or false"),
         ("lora_dropout", 2, "a number in [0, 1)"),
         ("rank_pattern", {"fx": 4}, "'fx' matches no tensor"),
         ("alpha_pattern", {"m.fc2": 4}, "'m.fc2' matches no tensor"),
@@ -158,6 +159,7 @@ def test_missing_or_broken_config(plain: Write) -> None:
         ({"entries": []}, "damaged"),
         ({"entries": {"h.weight": {"a": "gone", "b": "gone"}}}, "h.weight"),
         ({"entries": {"h.weight": 3}}, "h.weight"),
+        ({"entries": {"h.weight": {"full": []}}}, "h.weight"),
     ],
 )
 def test_edited_metadata_of_ours(
@@ -176,4 +178,4 @@ def test_a_tensor_that_does_not_fit_its_layout(mixed: Adapter, tmp_path: Path) -
     name = f"{LEAD}h.0.fc.lora_A.weight"
     tensors[name] = tensors[name][:, :5]
     write_tensors(tmp_path / peft.WEIGHTS, tensors, header)
-    refused(tmp_path, "h.0.fc.weight", "A [2, 5]", "expects A [2, 6]")
+    refused(tmp_path, "h.0.fc.weight", "A [2, 5]", "'stored': [8, 6]")
