@@ -108,7 +108,9 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise LoraFxError(f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)")
     if config.get("use_rslora") not in (None, True, False):
-        raise LoraFxError(f"{where}: use_rslora is {config['use_rslora']!r}; expected true or false")
+        raise LoraFxError(
+            f"{where}: use_rslora is {config['use_rslora']!r}; expected true or false"
+        )
     if "lora_alpha" not in config:
         raise LoraFxError(
             f"{where}: lora_alpha is missing; expected a number: the scale is lora_alpha / r",

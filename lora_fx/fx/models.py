@@ -100,7 +100,7 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     library, _, name = text.partition(":")
     if library in RESERVED and name:
         return _reserved(text, library, name, file, meta)
-    if path.is_dir():
+    if text and path.is_dir():
         built = load_folder(path, file, meta=meta)
         return LoadedModel(built.module, (), built.kwargs, text, built.notes, built.tokenizer)
     _refuse_files(text, path)

@@ -309,6 +309,8 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     kind = inspect.Parameter.POSITIONAL_ONLY
     if params and params[0].kind is kind:
         me = me.replace(kind=kind)
-    forward.__signature__ = inspect.Signature([me, *params])  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [me, *params], return_annotation=inner.return_annotation
+    )
     forward.__doc__ = "The original call."
     return type(type(captured.model).__name__, (base,), {"forward": forward})

@@ -99,6 +99,24 @@ def test_a_failure_leaves_the_old_output(
     assert load_adapter(path).lowrank["x.weight"].a[0, 0] == 1
 
 
+def test_a_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(small(1), tmp_path / "x")
+    rename = Path.rename
+
+    def broken(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OSError, match="no"):
+        save_adapter(small(2), tmp_path / "x", force=True)
+    assert listing(tmp_path) == ["x"]
+    assert load_adapter(tmp_path / "x").lowrank["x.weight"].a[0, 0] == 1
+
+
 @pytest.mark.parametrize(
     ("content", "word"),
     [

@@ -148,8 +148,11 @@ def test_masters_are_fp32(plain: Write, dtype: type) -> None:
 def test_transposed_memory_is_written_right(tmp_path: Path) -> None:
     """safetensors.numpy 0.8.0 writes such arrays in the wrong order."""
     value: Array = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    write_tensors(tmp_path / "x.safetensors", {"x": value, "b": np.ones(3, bool)}, {})
-    got = load_file(tmp_path / "x.safetensors")
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"b": np.ones(3, bool), "x": value}, {"b": "1", "a": "2"})
+    data = path.read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0 and data.index(b'"a"') < data.index(b'"b"')
+    got = load_file(path)
     np.testing.assert_array_equal(got["x"], value)
     assert got["b"].all()
 
@@ -194,6 +197,29 @@ def test_whole_tensors_that_peft_would_confuse_are_kept_apart(tmp_path: Path) ->
     assert json.loads((tmp_path / peft.CONFIG).read_text())["modules_to_save"] is None
     assert any("'lm_head'" in n for n in notes)
     assert set(peft.read(tmp_path).entries) == set(adapter.entries)
+
+
+def test_modules_are_listed_once_and_only_with_their_weight(tmp_path: Path) -> None:
+    one = Full(np.ones(2, np.float32))
+    names = ("out.weight", "out.inner.weight", "norm.bias", "pos_embed")
+    notes = peft.write(Adapter({name: one for name in names}), tmp_path)
+    assert json.loads((tmp_path / peft.CONFIG).read_text())["modules_to_save"] == ["out"]
+    for word in ("'norm.bias'", "'pos_embed'", "inner.weight, weight", "will not load"):
+        assert any(word in note for note in notes), word
+    assert set(peft.read(tmp_path).entries) == set(names)
+
+
+def test_an_update_of_several_modules_is_beyond_peft(tmp_path: Path) -> None:
+    ones = np.ones((2, 2), np.float32)
+    low = LowRank(ones, ones, 2.0, plain_layout((2, 2)), extra={"op": "linear", "tied": True})
+    assert any(
+        "share the tensor" in note for note in peft.write(Adapter({"w.weight": low}), tmp_path)
+    )
+
+
+def test_the_first_pattern_counts(plain: Write) -> None:
+    got = peft.read(plain({"alpha_pattern": {"fc": 4, r"m\.fc": 12}})).lowrank["m.fc.weight"]
+    assert got.alpha == 4
 
 
 @pytest.mark.parametrize(

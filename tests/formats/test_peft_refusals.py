@@ -172,6 +172,15 @@ def test_edited_metadata_of_ours(
     refused(tmp_path, peft.WEIGHTS, word)
 
 
+def test_a_layout_that_leaves_an_axis_out(mixed: Adapter, tmp_path: Path) -> None:
+    peft.write(mixed, tmp_path)
+    tensors, header = read_tensors(tmp_path / peft.WEIGHTS)
+    ours = json.loads(header["lora_fx"])
+    ours["entries"]["in_proj_weight"]["layout"].update(shape=[8, 6, 1], out=[0], in_=[1])
+    write_tensors(tmp_path / peft.WEIGHTS, tensors, {**header, "lora_fx": json.dumps(ours)})
+    refused(tmp_path, "in_proj_weight", "layout")
+
+
 def test_a_tensor_that_does_not_fit_its_layout(mixed: Adapter, tmp_path: Path) -> None:
     peft.write(mixed, tmp_path)
     tensors, header = read_tensors(tmp_path / peft.WEIGHTS)

@@ -1,0 +1,178 @@
+"""One tiny model per row of the op table and per way a weight reaches its op; rectangular shapes.
+
+`weights` name the parameters that must become targets, with the keys they must get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Row:
+    """`forward(p, x)` on parameters of these shapes and an input of this shape.
+
+    A tuple of ints as input is float; `ids` makes integers below it.
+    """
+
+    name: str
+    op: str
+    shapes: dict[str, tuple[int, ...]]
+    x: tuple[int, ...]
+    forward: Callable[[Any, Tensor], Tensor]
+    keys: tuple[str, ...] = ("w",)
+    ids: int = 0
+
+
+class Model(nn.Module):
+    """A row as a module."""
+
+    def __init__(self, row: Row, seed: int = 0) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        for name, shape in row.shapes.items():
+            fan = max(1, int(torch.tensor(shape[1:]).prod())) if len(shape) > 1 else 1
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=g) / fan**0.5))
+        self.row = row
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.row.forward(self, x)
+
+
+def example(row: Row, seed: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    if row.ids:
+        return torch.randint(0, row.ids, row.x, generator=g)
+    return torch.randn(row.x, generator=g)
+
+
+def _lstm(p: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(1, x.shape[0], 5)
+    out: Tensor = torch.lstm(x, (h, h), [p.w, p.u, p.b, p.c], True, 1, 0.0, False, False, True)[0]
+    return out
+
+
+def _experts(p: Any, x: Tensor) -> Tensor:
+    return torch.bmm(x.unsqueeze(0).expand(4, -1, -1), p.w).sum(0)
+
+
+def _split(p: Any, x: Tensor) -> Tensor:
+    q, k = p.w.split([6, 4])
+    return torch.cat([F.linear(x, q), F.linear(x, k)], -1)
+
+
+def _chunk(p: Any, x: Tensor) -> Tensor:
+    q, k = p.w.chunk(2)
+    return F.linear(x, q) * F.linear(x, k)
+
+
+def _unbind(p: Any, x: Tensor) -> Tensor:
+    q, k = p.w.view(2, 5, 8).unbind(0)
+    return F.linear(x, q) + 2 * F.linear(x, k)
+
+
+ROWS = [
+    Row("linear", "linear", {"w": (6, 8), "b": (6,)}, (3, 5, 8), lambda p, x: F.linear(x, p.w, p.b)),
+    Row("matmul", "matmul", {"w": (8, 6)}, (3, 5, 8), lambda p, x: x @ p.w),
+    Row("matmul vector", "matmul", {"w": (8, 6)}, (8,), lambda p, x: x @ p.w),
+    Row("matmul left", "matmul", {"w": (6, 8)}, (3, 8, 5), lambda p, x: p.w @ x),
+    Row("matmul left vector", "matmul", {"w": (6, 8)}, (8,), lambda p, x: p.w @ x),
+    Row("matmul stack", "matmul", {"w": (4, 8, 6)}, (3, 4, 5, 8), lambda p, x: x @ p.w),
+    Row("matmul stack left", "matmul", {"w": (4, 6, 8)}, (3, 4, 8, 5), lambda p, x: p.w @ x),
+    Row("mm", "mm", {"w": (8, 6)}, (5, 8), lambda p, x: torch.mm(x, p.w)),
+    Row("mm left", "mm", {"w": (6, 8)}, (8, 5), lambda p, x: torch.mm(p.w, x)),
+    Row("bmm", "bmm", {"w": (4, 8, 6)}, (5, 8), _experts),
+    Row("addmm", "addmm", {"w": (8, 6), "b": (6,)}, (5, 8), lambda p, x: torch.addmm(p.b, x, p.w)),
+    Row(
+        "einsum heads", "einsum", {"w": (8, 2, 3)}, (3, 5, 8),
+        lambda p, x: torch.einsum("bsd,dhe->bshe", x, p.w),
+    ),
+    Row(
+        "einsum two in", "einsum", {"w": (2, 3, 6)}, (4, 5, 2, 3),
+        lambda p, x: torch.einsum("bshe,hed->bsd", x, p.w),
+    ),
+    Row(
+        "einsum batch", "einsum", {"w": (4, 6, 8)}, (3, 4, 8),
+        lambda p, x: torch.einsum("bgi,goi->bgo", x, p.w),
+    ),
+    Row(
+        "einsum ellipsis", "einsum", {"w": (6, 8)}, (3, 5, 8),
+        lambda p, x: torch.einsum("...i,oi->...o", x, p.w),
+    ),
+    Row(
+        "einsum swapped", "einsum", {"w": (8, 6)}, (5, 8),
+        lambda p, x: torch.einsum("io,bi->ob", p.w, x),
+    ),
+    Row(
+        "conv1d", "conv1d", {"w": (6, 4, 3), "b": (6,)}, (2, 4, 9),
+        lambda p, x: F.conv1d(x, p.w, p.b, stride=2, padding=1),
+    ),
+    Row(
+        "conv2d", "conv2d", {"w": (6, 4, 3, 2), "b": (6,)}, (2, 4, 9, 7),
+        lambda p, x: F.conv2d(x, p.w, p.b, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+    ),
+    Row(
+        "conv2d same", "conv2d", {"w": (6, 4, 3, 2)}, (2, 4, 9, 7),
+        lambda p, x: F.conv2d(x, p.w, padding="same"),
+    ),
+    Row(
+        "conv2d groups", "conv2d", {"w": (6, 2, 3, 3)}, (2, 4, 7, 8),
+        lambda p, x: F.conv2d(x, p.w, groups=2, padding=1),
+    ),
+    Row(
+        "conv2d circular", "conv2d", {"w": (6, 4, 3, 3)}, (2, 4, 7, 8),
+        lambda p, x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), p.w),
+    ),
+    Row(
+        "conv3d", "conv3d", {"w": (5, 3, 2, 3, 2)}, (2, 3, 4, 5, 6),
+        lambda p, x: F.conv3d(x, p.w, padding=(0, 1, 1)),
+    ),
+    Row("embedding", "embedding", {"w": (11, 6)}, (3, 5), lambda p, x: F.embedding(x, p.w), ids=11),
+    Row(
+        "lstm", "lstm", {"w": (20, 8), "u": (20, 5), "b": (20,), "c": (20,)}, (3, 6, 8), _lstm,
+        keys=("w", "u"),
+    ),
+    # ways from the stored tensor to the operand
+    Row("transposed", "linear", {"w": (8, 6)}, (5, 8), lambda p, x: F.linear(x, p.w.t())),
+    Row("permuted", "matmul", {"w": (6, 8)}, (5, 8), lambda p, x: x @ p.w.permute(1, 0)),
+    Row("view", "linear", {"w": (2, 3, 8)}, (5, 8), lambda p, x: F.linear(x, p.w.view(6, 8))),
+    Row(
+        "cast", "linear", {"w": (6, 8)}, (5, 8),
+        lambda p, x: F.linear(x.double(), p.w.to(torch.float64)).float(),
+    ),
+    Row("sliced", "linear", {"w": (10, 8)}, (5, 8), lambda p, x: F.linear(x, p.w[2:8]), ("w[2:8]",)),
+    Row(
+        "sliced in", "linear", {"w": (6, 10)}, (5, 8), lambda p, x: F.linear(x, p.w[:, 1:9]),
+        ("w[:, 1:9]",),
+    ),
+    Row("selected", "linear", {"w": (3, 6, 8)}, (5, 8), lambda p, x: F.linear(x, p.w[1]), ("w[1]",)),
+    Row("split", "linear", {"w": (10, 8)}, (5, 8), _split, ("w[0:6]", "w[6:10]")),
+    Row("chunk", "linear", {"w": (10, 8)}, (5, 8), _chunk, ("w[0:5]", "w[5:10]")),
+    Row("unbind", "linear", {"w": (10, 8)}, (5, 8), _unbind, ("w[0:5]", "w[5:10]")),
+    Row(
+        "overlapping", "linear", {"w": (10, 8)}, (5, 8),
+        lambda p, x: F.linear(x, p.w[:6]) + F.linear(x, p.w[4:]),
+    ),
+    Row(
+        "interleaved", "linear", {"w": (6, 8)}, (5, 8),
+        lambda p, x: F.linear(x, p.w.view(3, 2, 8)[:, 1]),
+    ),
+    Row(
+        "both ways", "matmul", {"w": (8, 6)}, (5, 8),
+        lambda p, x: torch.tanh(x @ p.w) @ p.w.t(),
+    ),
+    Row(
+        "twice", "linear", {"w": (8, 8), "v": (6, 8)}, (5, 8),
+        lambda p, x: F.linear(F.linear(torch.tanh(F.linear(x, p.w)), p.w), p.v), ("w", "v"),
+    ),
+    Row(
+        "tied", "matmul", {"w": (11, 6)}, (3, 5),
+        lambda p, x: torch.tanh(F.embedding(x, p.w)) @ p.w.t(), ids=11,
+    ),
+]  # fmt: skip
