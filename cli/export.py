@@ -6,14 +6,13 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import (
+from lora_fx.cli.common import emit, note
+from lora_fx.cli.options import (
     captured,
-    emit,
     force_option,
     json_option,
     load_npz,
     model_options,
-    note,
     split_weight,
 )
 

@@ -6,15 +6,8 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import (
-    captured,
-    emit,
-    force_option,
-    json_option,
-    model_options,
-    note,
-    target_options,
-)
+from lora_fx.cli.common import emit, note
+from lora_fx.cli.options import captured, force_option, json_option, model_options, target_options
 
 
 @click.command("insert")

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import captured, emit, json_option, load_npz, model_options, note
+from lora_fx.cli.common import emit, note
+from lora_fx.cli.options import captured, json_option, load_npz, model_options
 
 
 @click.command("verify")

@@ -29,9 +29,10 @@ def find(graph: Graph[Any]) -> Found:
     """Targets, refusals and unreached parameters of a graph, in definition order."""
     parameters = {p.name: p for p in graph.parameters()}
     uses: dict[str, list[_Use]] = {}
-    refusals = []
+    refusals, refused = [], set()
     for site in graph.sites():
         if site.refusal:
+            refused |= {site.parameter, *site.behind}
             refusals.append(Refusal(site.parameter, site.op, site.refusal, site.flops))
         else:
             uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
@@ -45,7 +46,6 @@ def find(graph: Graph[Any]) -> Found:
     for name, p in parameters.items():
         for region, group in _regions(p, uses.get(name, [])).items():
             targets.append(_target(p, region, group, tables))
-    refused = {r.key for r in refusals}
     unreached = [
         Unreached(p.name, p.shape, "no weight matmul uses it")
         for p in parameters.values()

@@ -77,6 +77,7 @@ def _unbind(p: Any, x: Tensor) -> Tensor:
     return F.linear(x, q) + 2 * F.linear(x, k)
 
 
+# fmt: off
 ROWS = [
     Row("linear", "linear", {"w": (6, 8), "b": (6,)}, (3, 5, 8), lambda p, x: F.linear(x, p.w, p.b)),
     Row("matmul", "matmul", {"w": (8, 6)}, (3, 5, 8), lambda p, x: x @ p.w),
@@ -175,4 +176,4 @@ ROWS = [
         "tied", "matmul", {"w": (11, 6)}, (3, 5),
         lambda p, x: torch.tanh(F.embedding(x, p.w)) @ p.w.t(), ids=11,
     ),
-]  # fmt: skip
+]

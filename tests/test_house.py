@@ -64,7 +64,7 @@ def test_imports_run_one_way(path: Path, name: str) -> None:
     for found in imports(path):
         if found.startswith("lora_fx"):
             assert layer(found) <= layer(name), f"{name} imports {found}"
-        assert not found.startswith(("passes", "cli"))
+        assert found.partition(".")[0] not in ("passes", "cli")
 
 
 @pytest.mark.parametrize(("path", "name"), list(sources()), ids=lambda v: getattr(v, "name", v))

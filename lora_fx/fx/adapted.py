@@ -14,6 +14,7 @@ from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.module import CapturedModule, Rewriter
+from lora_fx.fx.ones import prove_ones
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.lowrank import Full, LowRank, slot_names
 from lora_fx.target import Found, human
@@ -43,7 +44,7 @@ class AdaptedModule(CapturedModule):
         self._also = tuple(also_train)
         self._notes = tuple(notes)
         self._metadata = dict(metadata or {})
-        self.prove_ones()
+        prove_ones(self)
         self._graph(False, captured.named)  # registers the adapter's tensors
 
     def _rewriters(self, training: bool) -> list[Rewriter]:
@@ -173,7 +174,7 @@ class FoldedModule(CapturedModule):
         if tree is not None:
             self._programs.not_one = tree._programs.not_one
         else:
-            self.prove_ones()
+            prove_ones(self)
         self._rewriter = rewriter
         self.folded: tuple[Any, ...] = ()
         for name, full in adapter.full.items():

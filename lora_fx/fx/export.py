@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,27 +14,10 @@ from torch.export import Dim
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from lora_fx.fx.asserts import Pinned, Requested, door_asserts, upper_bounds, who_pinned
 from lora_fx.fx.calling import Door, Signature, leaf_names
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """A dimension that was asked to be dynamic and that the model fixed."""
-
-    input: str
-    dim: int
-    size: int
-    op: str
-
-    def to_json(self) -> dict[str, Any]:
-        """One row of `pinned[]`."""
-        return {"input": self.input, "dim": self.dim, "size": self.size, "op": self.op}
-
-    def __str__(self) -> str:
-        """For tables."""
-        return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
 
 
 @dataclass
@@ -49,10 +31,6 @@ class Traced:
     pinned: list[Pinned] = field(default_factory=list)
     lone: list[tuple[int, int]] = field(default_factory=list)
     ranges: dict[tuple[int, int], int] = field(default_factory=dict)
-
-
-Requested = Mapping[str, Mapping[int, str]]
-"""Leaf name → {dimension: symbol name}: what should be dynamic."""
 
 
 def trace(
@@ -155,7 +133,7 @@ def _clean(
         list(p.meta["val"].shape) if isinstance(p.meta.get("val"), torch.Tensor) else None
         for p in places
     ]
-    pinned, same, lone = _asserts(graph, places, sizes, names, requested)
+    pinned, same, lone = door_asserts(graph, places, sizes, names, requested)
     fixed = tuple(
         None if s is None else tuple(n if isinstance(n, int) else None for n in s) for s in sizes
     )
@@ -163,101 +141,14 @@ def _clean(
         for d in requested.get(name, {}):
             known = any(p.input == name and p.dim == d for p in pinned)
             if s is not None and d < len(s) and s[d] is not None and not known:
-                pinned.append(Pinned(name, d, int(s[d] or 0), _who(program, places[i], d)))
+                pinned.append(Pinned(name, d, int(s[d] or 0), who_pinned(program, places[i], d)))
     constants = _constants(module, graph)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
     _follow_device(graph)
     graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
     out_spec = program.call_spec.out_spec
-    ranges = _upper(program, sizes)
+    ranges = upper_bounds(program, sizes)
     return Traced(graph, constants, Door(tuple(names), fixed, same), out_spec, pinned, lone, ranges)
-
-
-def _size_of(node: Any, places: Sequence[fx.Node]) -> tuple[int, int] | None:
-    """(leaf, dim) when a node is the size of an input."""
-    if isinstance(node, fx.Node) and node.target is aten.sym_size.int and node.args[0] in places:
-        return places.index(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
-    return None
-
-
-def _asserts(
-    graph: fx.Graph,
-    places: Sequence[fx.Node],
-    sizes: list[Any],
-    names: Sequence[str],
-    requested: Requested,
-) -> tuple[list[Pinned], Any, list[tuple[int, int]]]:
-    """Turn asserts on input sizes into checks at the door; leave the rest in the graph."""
-    pinned: list[Pinned] = []
-    same: list[Any] = []
-    lone: list[tuple[int, int]] = []
-    for node in list(graph.nodes):
-        if node.target is not aten._assert_scalar.default:
-            continue
-        test = node.args[0]
-        negated = isinstance(test, fx.Node) and test.target is torch.sym_not
-        if negated:
-            test = test.args[0]
-        if not isinstance(test, fx.Node) or len(test.args) != 2:
-            continue
-        left, right = (_size_of(a, places) for a in test.args)
-        number = next((a for a in test.args if isinstance(a, int)), None)
-        one = left or right
-        if (test.target is operator.ne) != negated and test.target in (operator.eq, operator.ne):
-            if not (one and number == 1):
-                continue
-            lone.append(one)
-        elif negated:
-            continue
-        elif test.target is operator.eq and left and right:
-            same.append((left, right))
-        elif test.target is operator.eq and one and number is not None:
-            leaf, dim = one
-            sizes[leaf][dim] = number
-            if dim in requested.get(names[leaf], {}):
-                pinned.append(Pinned(names[leaf], dim, number, _line(node)))
-        elif test.target in (operator.ge, operator.le) and one and number in (0, 1):
-            pass
-        else:
-            continue
-        graph.erase_node(node)
-    return pinned, tuple(same), lone
-
-
-def _line(node: fx.Node) -> str:
-    """The user's source line that a node came from, else the op's name."""
-    trace_text = str(node.meta.get("stack_trace") or "").strip().splitlines()
-    for line in reversed(trace_text):
-        if line.strip().startswith("File "):
-            return line.strip().removeprefix("File ").replace('"', "")
-    return "the model's arithmetic"
-
-
-def _who(program: Any, place: fx.Node, dim: int) -> str:
-    """Where the shape environment recorded the guard that fixed a dimension."""
-    mode = getattr(place.meta.get("val"), "fake_mode", None)
-    env = getattr(mode, "shape_env", None)
-    for guard in getattr(env, "guards", None) or []:
-        stack = getattr(getattr(guard, "sloc", None), "user_stack", None)
-        text = str(guard.expr)
-        if stack and text.startswith("Eq(") and text.endswith(f" {place.meta['val'].shape[dim]})"):
-            frame = stack[-1]
-            return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-    return "the model's arithmetic"
-
-
-def _upper(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:
-    """Upper bounds that the export found for input dimensions."""
-    result = {}
-    for i, shape in enumerate(sizes):
-        for d, n in enumerate(shape or ()):
-            if isinstance(n, torch.SymInt):
-                bound = program.range_constraints.get(n.node.expr)
-                try:
-                    result[i, d] = int(bound.upper)
-                except (AttributeError, OverflowError, TypeError, ValueError):
-                    continue
-    return result
 
 
 def _constants(module: fx.GraphModule, graph: fx.Graph) -> dict[str, torch.Tensor]:

@@ -119,6 +119,7 @@ class FxGraph:
             module_class=cls,
             flops=site_flops(node, use),
             refusal=refusal,
+            behind=roots(state),
             attrs=use.attrs,
         )
 

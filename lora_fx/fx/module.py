@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.calling import leaf_names, program_key
 from lora_fx.fx.capture import Captured, base_dtype
@@ -204,6 +203,11 @@ class CapturedModule(Scope):
         """Input dimensions that must not have size 1."""
         return self._programs.not_one
 
+    def ban_ones(self, where: frozenset[tuple[str, int]]) -> None:
+        """Refuse size 1 at these (input, dimension); programs are compiled again."""
+        self._programs.not_one = where
+        self._programs.compiled.clear()
+
     @property
     def captured(self) -> Captured:
         """The capture behind this module."""
@@ -244,49 +248,6 @@ class CapturedModule(Scope):
 
     def _run_named(self, named: Mapping[str, Any]) -> Any:
         return self._programs.captured.signature.call(self, named)
-
-    def prove_ones(self) -> None:
-        """Ban size 1 where the model takes another path there than the captured graph.
-
-        The capture drops torch's own exclusion of size 1; here the user's module and the graph
-        run at size 1, and sizes that differ are refused at the door from then on.
-        """
-        captured = self._programs.captured
-        traced = captured.traced(False, captured.named)
-        lone = {(traced.door.names[i], d) for i, d in traced.lone}
-        if not lone or captured.source.live:
-            return
-        symbols = {captured.requested.get(n, {}).get(d, "") for n, d in lone}
-        banned: set[tuple[str, int]] = set()
-        for symbol in symbols:
-            size = (1, SIZES[0][1]) if symbol == "batch" else (SIZES[0][0], 1)
-            named = self.sample(size)
-            if not _same_at(self, captured, named):
-                banned |= {
-                    (n, d)
-                    for n, dims in captured.requested.items()
-                    for d, s in dims.items()
-                    if s == symbol
-                }
-        self._programs.not_one = frozenset(banned)
-        self._programs.compiled.clear()
-
-
-def _same_at(module: CapturedModule, captured: Captured, named: Mapping[str, Any]) -> bool:
-    model = captured.model
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), module.base():
-            ours = pytree.tree_leaves(module._run_named(named))
-            theirs = pytree.tree_leaves(captured.signature.call(model, named))
-    except Exception:  # whatever stops either at this size, the size is not proven
-        return False
-    finally:
-        for m, was in modes:
-            m.training = was
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, torch.Tensor)]
-    return all(rel(to_numpy(a), to_numpy(b)) < 1e-4 or torch.equal(a, b) for a, b in pairs)
 
 
 def output_name(path: str, i: int) -> str:

@@ -27,6 +27,15 @@ class Scope(nn.Module):
     recompute = False
     """Save this block's inputs only, and run it again in backward (torch.utils.checkpoint)."""
 
+    def __getitem__(self, index: int | str) -> nn.Module:
+        """A child by position or name, as Sequential and ModuleDict have it."""
+        if isinstance(index, str):
+            child = self._modules[index]
+        else:
+            child = list(self._modules.values())[index]
+        assert child is not None
+        return child
+
     def forward(self, program: str, *args: Any) -> Any:
         """Run this block's part of a program."""
         programs: Any = self._programs

@@ -1,0 +1,131 @@
+"""Options that several commands share, and how their arguments become a captured model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import note
+from lora_fx.errors import LoraFxError, one_line
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that loads and captures a model."""
+    options = [
+        click.option("--weights", metavar="FILE", help="Weights for a model built from code."),
+        click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Example inputs by name."),
+        click.option(
+            "--dynamic", multiple=True, metavar="NAME:0=batch,2=h", help="Dimensions that may vary."
+        ),
+        click.option(
+            "--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that choose targets and ranks."""
+    options = [
+        click.option(
+            "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
+        ),
+        click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
+        click.option(
+            "--include",
+            multiple=True,
+            metavar="SELECTORS",
+            help="Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…",
+        ),
+        click.option("--exclude", multiple=True, metavar="SELECTORS", help="Targets to leave out."),
+        click.option(
+            "--also-train",
+            multiple=True,
+            metavar="SELECTORS",
+            help="Tensors trained whole, such as a new head.",
+        ),
+        click.option("--variant", default="lora", show_default=True, help="lora or rslora."),
+        click.option(
+            "--dropout",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Dropout on the branches' inputs.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def captured(
+    model: str,
+    weights: str | None,
+    inputs_file: str | None,
+    dynamic: Sequence[str],
+    static: Sequence[str],
+    *,
+    meta: bool = False,
+) -> tuple[Any, Any]:
+    """(LoadedModel, Captured) of a MODEL argument; its notes are printed."""
+    from lora_fx.fx.capture import capture
+    from lora_fx.fx.models import load_model
+    from lora_fx.inputs import parse_dynamic
+
+    loaded = load_model(model, weights=weights, meta=meta)
+    for text in loaded.notes:
+        note(f"note: {text}")
+    args, kwargs = loaded.args, dict(loaded.kwargs)
+    if inputs_file:
+        args, kwargs = examples(inputs_file, loaded)
+    cap = capture(loaded.module, args, kwargs, parse_dynamic(dynamic) or None, static)
+    for pin in cap.pinned:
+        note(f"note: pinned: {pin}")
+    return loaded, cap
+
+
+def examples(path: str, loaded: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs from an .npz, by argument name."""
+    from lora_fx.fx.tensors import from_numpy
+
+    return (), {k: from_numpy(v) for k, v in load_npz(path).items()}
+
+
+def load_npz(path: str | None) -> dict[str, Any]:
+    """Arrays of an .npz by name; never unpickles."""
+    if path is None:
+        return {}
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return dict(data)
+    except (OSError, ValueError) as e:
+        raise LoraFxError(
+            f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez writes one"
+        ) from e
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """`ADAPTER:W` as (path, W) where what stands before the colon exists; else (text, 1).
+
+    >>> split_weight("adapter")
+    ('adapter', 1.0)
+    """
+    from pathlib import Path
+
+    path, colon, number = text.rpartition(":")
+    if colon and path and Path(path).exists():
+        try:
+            return path, float(number)
+        except ValueError as e:
+            raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from e
+    return text, 1.0

@@ -1,0 +1,122 @@
+"""What a capture assumed about sizes: asserts become checks at the door, pinned sizes are named."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A dimension that was asked to be dynamic and that the model fixed."""
+
+    input: str
+    dim: int
+    size: int
+    op: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `pinned[]`."""
+        return {"input": self.input, "dim": self.dim, "size": self.size, "op": self.op}
+
+    def __str__(self) -> str:
+        """For tables."""
+        return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
+
+
+Requested = Mapping[str, Mapping[int, str]]
+"""Leaf name → {dimension: symbol name}: what should be dynamic."""
+
+
+def _size_of(node: Any, places: Sequence[fx.Node]) -> tuple[int, int] | None:
+    """(leaf, dim) when a node is the size of an input."""
+    if isinstance(node, fx.Node) and node.target is aten.sym_size.int and node.args[0] in places:
+        return places.index(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
+    return None
+
+
+def door_asserts(
+    graph: fx.Graph,
+    places: Sequence[fx.Node],
+    sizes: list[Any],
+    names: Sequence[str],
+    requested: Requested,
+) -> tuple[list[Pinned], Any, list[tuple[int, int]]]:
+    """Turn asserts on input sizes into checks at the door; leave the rest in the graph."""
+    pinned: list[Pinned] = []
+    same: list[Any] = []
+    lone: list[tuple[int, int]] = []
+    for node in list(graph.nodes):
+        if node.target is not aten._assert_scalar.default:
+            continue
+        test = node.args[0]
+        negated = isinstance(test, fx.Node) and test.target is torch.sym_not
+        if negated:
+            test = test.args[0]
+        if not isinstance(test, fx.Node) or len(test.args) != 2:
+            continue
+        left, right = (_size_of(a, places) for a in test.args)
+        number = next((a for a in test.args if isinstance(a, int)), None)
+        one = left or right
+        if (test.target is operator.ne) != negated and test.target in (operator.eq, operator.ne):
+            if not (one and number == 1):
+                continue
+            lone.append(one)
+        elif negated:
+            continue
+        elif test.target is operator.eq and left and right:
+            same.append((left, right))
+        elif test.target is operator.eq and one and number is not None:
+            leaf, dim = one
+            sizes[leaf][dim] = number
+            if dim in requested.get(names[leaf], {}):
+                pinned.append(Pinned(names[leaf], dim, number, _line(node)))
+        elif test.target in (operator.ge, operator.le) and one and number in (0, 1):
+            pass
+        else:
+            continue
+        graph.erase_node(node)
+    return pinned, tuple(same), lone
+
+
+def _line(node: fx.Node) -> str:
+    """The user's source line that a node came from, else the op's name."""
+    trace_text = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    for line in reversed(trace_text):
+        if line.strip().startswith("File "):
+            return line.strip().removeprefix("File ").replace('"', "")
+    return "the model's arithmetic"
+
+
+def who_pinned(program: Any, place: fx.Node, dim: int) -> str:
+    """Where the shape environment recorded the guard that fixed a dimension."""
+    mode = getattr(place.meta.get("val"), "fake_mode", None)
+    env = getattr(mode, "shape_env", None)
+    for guard in getattr(env, "guards", None) or []:
+        stack = getattr(getattr(guard, "sloc", None), "user_stack", None)
+        text = str(guard.expr)
+        if stack and text.startswith("Eq(") and text.endswith(f" {place.meta['val'].shape[dim]})"):
+            frame = stack[-1]
+            return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
+    return "the model's arithmetic"
+
+
+def upper_bounds(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:
+    """Upper bounds that the export found for input dimensions."""
+    result = {}
+    for i, shape in enumerate(sizes):
+        for d, n in enumerate(shape or ()):
+            if isinstance(n, torch.SymInt):
+                bound = program.range_constraints.get(n.node.expr)
+                try:
+                    result[i, d] = int(bound.upper)
+                except (AttributeError, OverflowError, TypeError, ValueError):
+                    continue
+    return result
