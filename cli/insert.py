@@ -35,7 +35,8 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     check_output(output, force=force)
     keys = ("weights", "inputs_file", "dynamic", "static")
     _, cap = captured(model, **{k: options.pop(k) for k in keys})
-    module = insert(cap, **{k: v or None if v == () else v for k, v in options.items()})
+    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    module = insert(cap, **chosen)
     report = module.report()
     for text in report.notes:
         note(f"note: {text}")

@@ -20,9 +20,7 @@ from lora_fx.cli.options import captured, json_option, load_npz, model_options
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @model_options
 @json_option
-@click.pass_context
 def command(
-    ctx: click.Context,
     a: str,
     b: str,
     adapter: str | None,
@@ -56,4 +54,4 @@ def command(
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}], "outputs": []}
     fields.pop("command")
     emit(as_json, "verify", str(report), **fields)
-    ctx.exit(0 if report else 1)
+    click.get_current_context().exit(0 if report else 1)

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank, plain_layout
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.target import Found
+from lora_fx.uses import lookup_use, named_use, op_of, tied
 
 Array = npt.NDArray[Any]
 
@@ -110,40 +112,56 @@ def bind(
         shapes: Shapes of all the model's tensors, to check whole tensors against.
     """
     entries: dict[str, LowRank | Full] = {}
-    known = found.by_key
+    first = {a: t.parameter.name for t in found.targets for a in t.parameter.aliases}
     for key, entry in adapter.entries.items():
+        bound: LowRank | Full
         if isinstance(entry, Full):
-            want = (shapes or {}).get(key)
-            if shapes is not None and want is None:
-                raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
-            if want is not None and tuple(entry.value.shape) != tuple(want):
-                raise LoraFxError(
-                    f"adapter tensor {key!r} is {list(entry.value.shape)}; "
-                    f"the model's is {list(want)}",
-                    "was the adapter trained on another model?",
-                )
-            entries[key] = entry
-            continue
-        target = known.get(key)
-        if target is None:
-            raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, known))
-        layout = target.layout
-        a = (*layout.batch_shape, entry.rank, layout.in_size)
-        b = (*layout.batch_shape, layout.out_size, entry.rank)
-        if entry.a.shape != a or entry.b.shape != b:
+            name, bound = first.get(key, key), _bind_full(key, entry, shapes)
+        else:
+            name, bound = _bind_lowrank(key, entry, found)
+        if name in entries:
             raise LoraFxError(
-                f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
-                f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}",
-                "was the adapter trained on another model?",
-            )
-        use = entry.use or (key if key != target.key and len(target.uses) > 1 else "")
-        if target.key in entries:
-            raise LoraFxError(
-                f"adapter keys name {target.key!r} twice ({key!r} is an alias)",
+                f"adapter keys name {name!r} twice ({key!r} is an alias)",
                 "one tensor has one update; merge the two first",
             )
-        entries[target.key] = replace(entry, layout=layout, use=use)
+        entries[name] = bound
     return replace(adapter, entries=entries)
+
+
+def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]] | None) -> Full:
+    if shapes is None:
+        return entry
+    if key not in shapes:
+        raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
+    have, want = tuple(entry.value.shape), tuple(shapes[key])
+    if have != want:
+        raise LoraFxError(
+            f"adapter tensor {key!r} is {list(have)}; the model's is {list(want)}",
+            "was the adapter trained on another model?",
+        )
+    return entry
+
+
+def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]:
+    target = found.by_key.get(key)
+    if target is None:
+        raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
+    layout, use = target.layout, entry.use
+    lookup = entry.extra.get("op") == "embedding"
+    if tied(target) and entry.layout is None:  # a file names a module, so it means one use
+        use = use or (lookup_use(target) if lookup else named_use(target, key))
+        if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
+            entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
+    a = (*layout.batch_shape, entry.rank, layout.in_size)
+    b = (*layout.batch_shape, layout.out_size, entry.rank)
+    if entry.a.shape != a or entry.b.shape != b:
+        raise LoraFxError(
+            f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
+            f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}",
+            "was the adapter trained on another model?",
+        )
+    extra = {**entry.extra, "op": op_of(target, use)}
+    return target.key, replace(entry, layout=layout, use=use, extra=extra)
 
 
 def near(name: str, names: Mapping[str, Any] | list[str]) -> str:

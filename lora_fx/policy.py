@@ -11,6 +11,7 @@ from lora_fx.lowrank import default_alpha
 from lora_fx.roles import HEAD_ROWS
 from lora_fx.selectors import select, select_names
 from lora_fx.target import Found, Target
+from lora_fx.uses import matmul_use
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -94,7 +95,7 @@ def make_plan(
     elif include is not None:
         chosen = select(found, include)
     else:
-        chosen = {t.key: _matmul_use(t) for t in found.targets if t.default}
+        chosen = {t.key: matmul_use(t) for t in found.targets if t.default}
     if exclude is not None:
         for key in select(found, exclude):
             chosen.pop(key, None)
@@ -141,22 +142,3 @@ def _known(found: Found, ranks: Mapping[str, Any]) -> list[str]:
         if key not in found.by_key:
             raise LoraFxError(f"the plan names {key!r}, which is no target", "run lora-fx targets")
     return list(ranks)
-
-
-def _matmul_use(t: Target) -> str:
-    """Where a lookup shares the tensor, the default plan adapts the matmul alone."""
-    if "embedding" not in t.uses or len(t.uses) == 1:
-        return ""
-    return matmul_alias(t)
-
-
-def matmul_alias(t: Target) -> str:
-    """The alias of a tied tensor whose module does the matmul; else `op:OP`."""
-    for site in t.sites:
-        if site.op == "embedding":
-            continue
-        for name in (t.parameter.name, *t.parameter.aliases):
-            if site.scope and name.rpartition(".")[0] == site.scope:
-                return name
-        return f"op:{site.op}"
-    return ""

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from lora_fx.errors import LoraFxError
 from lora_fx.roles import ROLES
 from lora_fx.target import Found, Target, base_name
+from lora_fx.uses import lookup_use, matmul_use, named_use
 
 
 def split(selectors: str | Sequence[str]) -> list[str]:
@@ -88,12 +89,12 @@ def _match(t: Target, text: str) -> list[str]:
         if rest not in ROLES:
             raise LoraFxError(f"no role {rest!r}", f"the roles are {', '.join(ROLES)}")
         if rest == "embedding" and "embedding" in t.uses:
-            return [_lookup_use(t)]
-        return [_matmul_use(t)] if t.role == rest else []
+            return [lookup_use(t)]
+        return [matmul_use(t)] if t.role == rest else []
     if colon and head == "op":
         if rest not in t.uses:
             return []
-        return [_lookup_use(t) if rest == "embedding" else _matmul_use(t)]
+        return [lookup_use(t) if rest == "embedding" else matmul_use(t)]
     if colon and head == "class":
         named = any(s.module_class == rest for s in t.sites)
         return [""] if named else []
@@ -103,40 +104,10 @@ def _match(t: Target, text: str) -> list[str]:
         short = name.removesuffix(".weight")
         literal = text == name + region or text.removesuffix(".weight") == short + region
         if literal or _suffix(short, text) or _suffix(name, text):
-            uses.append(_use_of(t, name))
+            uses.append(named_use(t, name))
     if not uses and text in ROLES:
         return _match(t, f"role:{text}")
     return uses
-
-
-def _tied(t: Target) -> bool:
-    return "embedding" in t.uses and len(t.uses) > 1
-
-
-def _use_of(t: Target, name: str) -> str:
-    """The use that an alias of a tied tensor means: that of the module it is the weight of."""
-    if not _tied(t):
-        return ""
-    scope = name.rpartition(".")[0]
-    if any(s.scope == scope for s in t.sites):
-        return name
-    return _matmul_use(t)
-
-
-def _matmul_use(t: Target) -> str:
-    from lora_fx.policy import matmul_alias
-
-    return matmul_alias(t) if _tied(t) else ""
-
-
-def _lookup_use(t: Target) -> str:
-    if not _tied(t):
-        return ""
-    for s in t.sites:
-        for name in (t.parameter.name, *t.parameter.aliases):
-            if s.op == "embedding" and name.rpartition(".")[0] == s.scope:
-                return name
-    return "op:embedding"
 
 
 def _one_use(t: Target, uses: set[str]) -> str:
@@ -161,12 +132,3 @@ def _hint(text: str, found: Found) -> str:
     if text.startswith("op:"):
         return f"ops: {', '.join(sorted({s.op for t in found.targets for s in t.sites}))}"
     return near_names(text, names)
-
-
-def applies(use: str, site_op: str, site_scope: str) -> bool:
-    """True when an update with this `use` reaches a site."""
-    if not use:
-        return True
-    if use.startswith("op:"):
-        return site_op == use[3:]
-    return site_scope == use.rpartition(".")[0]

@@ -193,11 +193,12 @@ class Found:
             for t in self.targets
         ]
         lines = table([head, *rows]) if rows else ["no target"]
-        lines.append(
-            f"{len(self.targets)} targets reach {self.reached_share:.1%} of the weight FLOPs "
-            f"({human(self.flops['reached'])} of {human(total)}; "
-            f"between activations {human(self.data_flops)})"
-        )
+        if any(t.sites for t in self.targets):
+            lines.append(
+                f"{len(self.targets)} targets reach {self.reached_share:.1%} of the weight FLOPs "
+                f"({human(self.flops['reached'])} of {human(total)}; "
+                f"between activations {human(self.data_flops)})"
+            )
         lines += [f"refused: {r.key} ({r.op}): {r.reason}" for r in self.refusals]
         lines += [f"unreached: {u.key} {list(u.shape)}: {u.reason}" for u in self.unreached]
         lines += [f"pinned: {p}" for p in self.pinned]

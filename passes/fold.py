@@ -23,8 +23,8 @@ from lora_fx.lowrank import LowRank
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
-from lora_fx.selectors import applies
 from lora_fx.target import Target
+from lora_fx.uses import applies
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Fold:
                 for k, t in targets.items()
                 if t.parameter.name == site.parameter
                 and _reads(t, site)
-                and applies(self.updates[k].use, site.op, site.scope)
+                and applies(self.updates[k].use, site)
             )
             if keys:
                 groups.setdefault((site.parameter, keys), []).append(site)

@@ -23,8 +23,8 @@ from lora_fx.kinds import Factors, swap_last
 from lora_fx.lowrank import LowRank, slot_names
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
-from lora_fx.selectors import applies
 from lora_fx.target import Target
+from lora_fx.uses import applies
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Insert:
                     raise LoraFxError(f"{key!r} is no target of this graph")
                 continue
             for site in target.sites:
-                if site.id in done or not applies(update.use, site.op, site.scope):
+                if site.id in done or not applies(update.use, site):
                     continue
                 self._site(graph, target, site, update)
                 modified = True

@@ -19,6 +19,7 @@ from lora_fx.passes.fold import Fold, Folded
 from lora_fx.passes.insert import Insert
 from lora_fx.policy import Plan, make_plan
 from lora_fx.target import Found
+from lora_fx.uses import op_of, tied
 
 Selectors = str | Sequence[str] | None
 
@@ -181,8 +182,10 @@ def initial(found: Found, plan: Plan, variant: str, seed: int) -> dict[str, LowR
     for key, entry in plan.entries.items():
         target = found[key]
         a, b = draw(key, target.layout, entry.rank, seed)
-        op = "embedding" if entry.use == "" and target.uses == ("embedding",) else target.op
-        updates[key] = LowRank(a, b, entry.alpha, target.layout, variant, entry.use, {"op": op})
+        extra: dict[str, Any] = {"op": op_of(target, entry.use)}
+        if tied(target) and not entry.use:
+            extra["tied"] = True  # several modules: no file of another tool can say that
+        updates[key] = LowRank(a, b, entry.alpha, target.layout, variant, entry.use, extra)
     return updates
 
 

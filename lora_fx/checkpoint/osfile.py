@@ -29,13 +29,23 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
         temporary = holder / target.name
         yield temporary
         sync(temporary)
-        if target.is_dir() and not target.is_symlink():
-            old = holder / "replaced"
-            target.rename(old)
-        temporary.rename(target)
+        _swap(temporary, target, holder / "replaced")
         _sync_folder(target.parent)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Give `new` the name `target`; a folder with content cannot be renamed over."""
+    if not target.is_dir() or target.is_symlink():
+        os.replace(new, target)
+        return
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -6,15 +6,12 @@ crash leaves the old adapter or none, never half of one. Inputs are never change
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.osfile import replacing
+from lora_fx.checkpoint.strict import read_header
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft
 from lora_fx.formats.tensorfile import refuse_other_kinds
@@ -40,7 +37,8 @@ def save_adapter(
         Notes: what other readers of the format will not see.
 
     Raises:
-        LoraFxError: The output exists, the format is unknown, or it cannot say this adapter.
+        LoraFxError: The output exists or cannot be written, the format is unknown, or it cannot
+            say this adapter.
     """
     writer = FORMATS.get(format)
     if writer is None:
@@ -49,9 +47,15 @@ def save_adapter(
     path = path.resolve() if path.is_symlink() else path  # replace what it points to
     single = path.suffix == ".safetensors"
     _check_free(path, single, force)
-    with _stage(path) as stage:
-        write = writer.write_file if single else writer.write
-        notes: tuple[str, ...] = write(adapter, stage)
+    write = writer.write_file if single else writer.write
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, force=True) as stage:
+            notes: tuple[str, ...] = write(adapter, stage)
+    except OSError as error:
+        raise LoraFxError(
+            f"{path}: cannot be written: {error.strerror or error}", "is there space and access?"
+        ) from error
     return notes
 
 
@@ -111,41 +115,11 @@ def _check_free(path: Path, single: bool, force: bool) -> None:
         )
 
 
-@contextlib.contextmanager
-def _stage(path: Path) -> Iterator[Path]:
-    """A sibling to write to, which takes the place of `path` when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{path.name}.{secrets.token_hex(4)}"
-    stage, old = path.with_name(f"{mark}.tmp"), path.with_name(f"{mark}.old")
-    try:
-        yield stage
-        for file in sorted(stage.iterdir()) if stage.is_dir() else [stage]:
-            _sync(file)
-        if stage.is_dir():
-            _sync(stage)
-        if path.is_dir() and any(path.iterdir()):
-            path.rename(old)  # a folder with content cannot be renamed over
-            try:
-                stage.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(stage, path)
-        _sync(path.parent)
-    finally:
-        if stage.is_dir():
-            shutil.rmtree(stage, ignore_errors=True)
-        else:
-            stage.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Fsync a file or a folder; folders cannot be synced on every system."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def is_adapter(path: str | Path) -> bool:
+    """True for what load_adapter would read: decided by files and headers, not by names."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / peft.WEIGHTS).is_file() or (path / peft.CONFIG).is_file()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return "lora_fx" in read_header(path).metadata or (path.parent / peft.CONFIG).is_file()

@@ -50,7 +50,7 @@ class OnnxGraph:
                 dtype = v.const_value.dtype.name.lower()
                 if "float" in dtype:
                     long = {"float": "float32", "double": "float64"}.get(dtype, dtype)
-                    result.append(Parameter(name, tuple(map(int, v.const_value.shape)), long))
+                    result.append(Parameter(name, tuple(v.const_value.shape.numpy()), long))
         return result
 
     def sites(self) -> Sequence[Site]:
@@ -79,11 +79,12 @@ class OnnxGraph:
         """(parameter, view, operand shape) of a value that is a parameter behind Transposes."""
         steps: list[Permute] = []
         while value is not None:
-            if value.name in known:
-                shape = known[value.name].shape
+            name = str(value.name)
+            if name in known:
+                shape = known[name].shape
                 for step in reversed(steps):
                     shape = tuple(shape[d] for d in step.dims)
-                return value.name, View(tuple(reversed(steps))), shape
+                return name, View(tuple(reversed(steps))), shape
             node = value.producer()
             if node is None:
                 return None
@@ -212,9 +213,8 @@ def _id(node: ir.Node) -> str:
 
 def _initialiser(model: ir.Model, name: str, value: Array) -> ir.Value:
     tensor = ir.tensor(value, name=name)
-    v = ir.Value(
-        name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
-    )
+    shape, kind = ir.Shape(value.shape), ir.TensorType(tensor.dtype)
+    v = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
     model.graph.initializers[name] = v
     return v
 

@@ -135,7 +135,7 @@ def test_equal_adapters_give_equal_bytes(mixed: Adapter, tmp_path: Path) -> None
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_masters_are_fp32(plain: Write, dtype: type) -> None:
     name = "base_model.model.m.fc.lora_A.weight"
-    value = np.random.default_rng(0).standard_normal((4, 6)).astype(dtype)
+    value: Array = np.random.default_rng(0).standard_normal((4, 6)).astype(dtype)
     whole = {"base_model.model.head.weight": value}
     got = peft.read(plain({"modules_to_save": ["head"]}, {name: value, **whole}))
     low, full = got.lowrank["m.fc.weight"], got.full["head.weight"]

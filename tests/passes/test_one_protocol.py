@@ -142,7 +142,7 @@ def test_lstm_in_weight_form(training: bool) -> None:
     module = lora_fx.insert(model, (x,), rank=2)
     assert len(module.updates) == 4
     change = {
-        k: LowRank(*draw(k, v.layout, 2, 1, "probe"), 1.0, v.layout)  # type: ignore[arg-type]
+        k: LowRank(*draw(k, v.layout, 2, 1, "probe"), 1.0, v.layout)
         for k, v in module.updates.items()
     }
     module.load_adapter(Adapter(change))

@@ -183,7 +183,7 @@ def test_the_lookup_of_a_tied_weight_is_left_alone_by_default() -> None:
     module = lora_fx.insert(cap, rank=2)
     (update,) = module.updates.values()
     assert update.use == "op:matmul"
-    a, b = draw("w", update.layout, 2, 1, "probe")  # type: ignore[arg-type]
+    a, b = draw("w", update.layout, 2, 1, "probe")
     module.load_adapter(Adapter({"w": replace(update, a=a, b=b)}))
     w = model.w.double()
     delta = torch.from_numpy(module.adapter().deltas()["w"])

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import hand
 
-Built = tuple[nn.Module, tuple, dict]
+Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 Builder = Callable[[], Built]
 
 BATCH = 2
