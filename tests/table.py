@@ -79,7 +79,8 @@ def _unbind(p: Any, x: Tensor) -> Tensor:
 
 # fmt: off
 ROWS = [
-    Row("linear", "linear", {"w": (6, 8), "b": (6,)}, (3, 5, 8), lambda p, x: F.linear(x, p.w, p.b)),
+    Row("linear", "linear", {"w": (6, 8), "b": (6,)}, (3, 5, 8),
+        lambda p, x: F.linear(x, p.w, p.b)),
     Row("matmul", "matmul", {"w": (8, 6)}, (3, 5, 8), lambda p, x: x @ p.w),
     Row("matmul vector", "matmul", {"w": (8, 6)}, (8,), lambda p, x: x @ p.w),
     Row("matmul left", "matmul", {"w": (6, 8)}, (3, 8, 5), lambda p, x: p.w @ x),
@@ -147,12 +148,14 @@ ROWS = [
         "cast", "linear", {"w": (6, 8)}, (5, 8),
         lambda p, x: F.linear(x.double(), p.w.to(torch.float64)).float(),
     ),
-    Row("sliced", "linear", {"w": (10, 8)}, (5, 8), lambda p, x: F.linear(x, p.w[2:8]), ("w[2:8]",)),
+    Row("sliced", "linear", {"w": (10, 8)}, (5, 8),
+        lambda p, x: F.linear(x, p.w[2:8]), ("w[2:8]",)),
     Row(
         "sliced in", "linear", {"w": (6, 10)}, (5, 8), lambda p, x: F.linear(x, p.w[:, 1:9]),
         ("w[:, 1:9]",),
     ),
-    Row("selected", "linear", {"w": (3, 6, 8)}, (5, 8), lambda p, x: F.linear(x, p.w[1]), ("w[1]",)),
+    Row("selected", "linear", {"w": (3, 6, 8)}, (5, 8),
+        lambda p, x: F.linear(x, p.w[1]), ("w[1]",)),
     Row("split", "linear", {"w": (10, 8)}, (5, 8), _split, ("w[0:6]", "w[6:10]")),
     Row("chunk", "linear", {"w": (10, 8)}, (5, 8), _chunk, ("w[0:5]", "w[5:10]")),
     Row("unbind", "linear", {"w": (10, 8)}, (5, 8), _unbind, ("w[0:5]", "w[5:10]")),
