@@ -1,4 +1,4 @@
-"""The command line as its user sees it: results, refusals, exit codes, JSON, nothing left behind."""
+"""The command line as its user sees it: results, refusals, exit codes, nothing left behind."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_wrong_input_is_one_line_a_hint_and_exit_2(
         (home / "wide.py").write_text(wide)
         run(capsys, "insert", "wide.py:build", "-o", "other", "-r", "2")
     before = sorted(str(p) for p in home.rglob("*") if "__pycache__" not in str(p))
-    code, out, err = run(capsys, *argv)
+    code, _, err = run(capsys, *argv)
     lines = [line for line in err.strip().splitlines() if not line.startswith("note:")]
     assert code == 2
     assert len(lines) == 2 and lines[0].startswith("Error: ") and lines[1].startswith("Hint: ")
