@@ -44,7 +44,8 @@ class FxEmitter:
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
         with self.owner.graph.inserting_before(self.next):
-            new = self.owner.graph.call_function(target, args, kwargs or {})
+            name = f"lora_{getattr(target, '_opname', 'node')}"
+            new = self.owner.graph.create_node("call_function", target, args, kwargs or {}, name)
         return self._tag(new)
 
     def _tag(self, new: fx.Node) -> fx.Node:
