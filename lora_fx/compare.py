@@ -47,13 +47,14 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Parity:
-    """One comparison at one size."""
+    """One comparison at one size; `of` says what was compared: fold, onnxruntime, torch."""
 
     sizes: Mapping[str, tuple[int, ...]]
     max_abs: float
     rel: float
     tol: float
     output: str = ""
+    of: str = ""
 
     @property
     def ok(self) -> bool:
@@ -69,6 +70,7 @@ class Parity:
             "rel": self.rel if finite else None,
             "tol": self.tol,
             "output": self.output,
+            "of": self.of,
             "ok": self.ok,
         }
 
@@ -78,17 +80,18 @@ def compare(
     reference: Mapping[str, npt.NDArray[Any]],
     sizes: Mapping[str, tuple[int, ...]],
     tol: float,
+    of: str = "",
 ) -> Parity:
     """The worst output of two runs at one size."""
-    worst = Parity(sizes, 0.0, 0.0, tol)
+    worst = Parity(sizes, 0.0, 0.0, tol, of=of)
     for name in reference:
         if name not in ours:
-            return Parity(sizes, math.inf, math.inf, tol, name)
+            return Parity(sizes, math.inf, math.inf, tol, name, of)
         r = rel(ours[name], reference[name])
         a, b = (np.asarray(v).astype(np.float64) for v in (ours[name], reference[name]))
         gap = float(np.abs(a - b).max(initial=0.0)) if a.shape == b.shape else math.inf
         if r >= worst.rel:
-            worst = Parity(sizes, gap, r, tol, name)
+            worst = Parity(sizes, gap, r, tol, name, of)
     return worst
 
 
@@ -124,7 +127,9 @@ class Report:
         for p in self.parity:
             sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
             verdict = "ok" if p.ok else "over the gate"
-            lines.append(f"  {sizes}: rel {p.rel:.2e} (gate {p.tol:.1e}) {verdict}")
+            lines.append(
+                f"  {p.of or 'models'} at {sizes}: rel {p.rel:.2e} (gate {p.tol:.1e}) {verdict}"
+            )
         lines += [f"  {k}: {v}" for k, v in self.details.items() if not isinstance(v, (list, dict))]
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)

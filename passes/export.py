@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter
-from lora_fx.checkpoint.osfile import check_output, replacing
+from lora_fx.checkpoint.osfile import check_output, replacing, sync
 from lora_fx.compare import FOLD_TOL, Parity, Report
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
@@ -67,7 +67,7 @@ def export(
     warnings: list[str] = [str(p) for p in branched.captured.pinned]
     parity: list[Parity] = []
     if folded is not branched:
-        parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL)
+        parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
         _demand(parity, "the fold differs from the unfolded model")
     made = to_onnx(folded, opset)
     restore_weight_names(made.model)
@@ -77,12 +77,13 @@ def export(
     with replacing(target, force=force) as temporary:
         files = save(made.model, temporary, external_over=external_over)
         session = open_session(temporary, provider)
-        runtime = prove(session.run, branched, arrays=inputs)
+        runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
         _demand(runtime, "ONNX Runtime differs from torch")
         if len(files) > 1:
             data = target.with_name(files[1].name)
             if data.exists() and not force:
                 raise LoraFxError(f"{data} exists", "--force replaces it")
+            sync(files[1])
             files[1].replace(data)
     if session.note:
         warnings.append(session.note)

@@ -87,12 +87,11 @@ def door_asserts(
 
 
 def _line(node: fx.Node) -> str:
-    """The user's source line that a node came from, else the op's name."""
-    trace_text = str(node.meta.get("stack_trace") or "").strip().splitlines()
-    for line in reversed(trace_text):
-        if line.strip().startswith("File "):
-            return line.strip().removeprefix("File ").replace('"', "")
-    return "the model's arithmetic"
+    """The user's source line that a node came from, else torch's."""
+    text = str(node.meta.get("stack_trace") or "").splitlines()
+    files = [x.strip().removeprefix("File ").replace('"', "") for x in text if "File " in x]
+    theirs = [x for x in files if "/torch/" not in x]
+    return next(reversed(theirs or files), "the model's arithmetic")
 
 
 def who_pinned(program: Any, place: fx.Node, dim: int) -> str:
@@ -103,7 +102,8 @@ def who_pinned(program: Any, place: fx.Node, dim: int) -> str:
         stack = getattr(getattr(guard, "sloc", None), "user_stack", None)
         text = str(guard.expr)
         if stack and text.startswith("Eq(") and text.endswith(f" {place.meta['val'].shape[dim]})"):
-            frame = stack[-1]
+            theirs = [f for f in stack if "/torch/" not in f.filename]
+            frame = theirs[-1] if theirs else stack[-1]
             return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
     return "the model's arithmetic"
 

@@ -111,7 +111,7 @@ class Captured:
             )
         self.inputs: Inputs = describe(leaf_names(self.named), leaves)
         self.requested: Requested = merge_dynamic(
-            self.inputs, default_dynamic(self.inputs) if dynamic is None else {}, dynamic, static
+            self.inputs, default_dynamic(self.inputs), dynamic, static
         )
         self.inputs = self.inputs.with_dims(self.requested)
         self.tracings: dict[tuple[Any, ...], Traced] = {}
@@ -207,7 +207,7 @@ def capture(
         model: An nn.Module, a function of tensors, or a bound method of a module.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
-        dynamic: {input: {dimension: name}} or {input: (dimensions)}; None takes the defaults:
+        dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
             dimension 0 of every tensor, dimension 1 of integers, masks and 3-d floats.
         static: Inputs (`NAME` or `NAME:DIM`) that stay fixed.
 

@@ -222,11 +222,13 @@ class CapturedModule(Scope):
         finally:
             self._adapted = was
 
-    def sample(self, size: tuple[int, int] = SIZES[0], arrays: Any = None) -> dict[str, Any]:
+    def sample(
+        self, size: tuple[int, int] = SIZES[0], arrays: Any = None, seed: int = 0
+    ) -> dict[str, Any]:
         """Named arguments of one size, from the captured signature."""
         captured = self._programs.captured
         device = next((p.device for p in self.parameters()), None)
-        return sample_call(captured.bounded_inputs(), captured.named, size, 0, arrays, device)
+        return sample_call(captured.bounded_inputs(), captured.named, size, seed, arrays, device)
 
     def flat(self, named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Run on named arguments; {output name: array} of the tensors that come out."""

@@ -84,10 +84,7 @@ def _values(model: ir.Model) -> list[Any]:
 def strip_traces(model: ir.Model) -> None:
     """Drop the metadata that names source files of the machine the model was exported on."""
     for node in model.graph.all_nodes():
-        for key in [
-            k for k in node.metadata_props if "stack_trace" in k or k.startswith("pkg.torch")
-        ]:
-            del node.metadata_props[key]
+        node.metadata_props.clear()
         for out in node.outputs:
             if out is not None:
                 out.metadata_props.clear()
