@@ -1,0 +1,273 @@
+"""The documentation's code runs and prints what it says; what it lists is what there is.
+
+Blocks of a page run in order, in one folder and one namespace:
+
+    ```python                    run; a ```text block right after it is what it prints
+    ```python title="model.py"   written to that file, not run
+    ```console                   `$ lora-fx …` lines run in this process; the lines below are the output
+    ```sh, ```json, ```text      not run
+
+A command line may end in `# exit 2`. In expected output a line of `…` stands for any lines, and
+differences such as 1.2e-07, which depend on the machine, compare as equal.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+from lora_fx.cli import main
+from lora_fx.cli.common import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "passes" / "README.md", *sorted(DOCS.glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.M | re.S)
+JSON = (DOCS / "json.md").read_text()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: language, the rest of the fence's line, text, line number."""
+
+    language: str
+    info: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(m[1], m[2].strip(), m[3], text.count("\n", 0, m.start()) + 1)
+        for m in FENCE.finditer(text)
+    ]
+
+
+def command(line: str) -> tuple[int, str]:
+    """(exit code, stdout and stderr as a terminal shows them) of `lora-fx …`."""
+    argv = shlex.split(line)
+    assert argv[0] == "lora-fx", f"only lora-fx runs in console blocks: {line}"
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        try:
+            main(argv[1:])
+        except SystemExit as e:
+            return (e.code if isinstance(e.code, int) else 0), shown.getvalue()
+    raise AssertionError("main always exits")
+
+
+def expect(want: str, got: str, where: str) -> None:
+    """Raise unless `got` is `want`, up to `…` lines and machine-dependent differences."""
+    gap, differences = "\0", re.compile(r"\b\d\.\d+e[-+]\d+")
+    lines = [
+        gap if line.strip() == "…" else re.escape(differences.sub("#", line.rstrip()))
+        for line in want.strip().splitlines()
+    ]
+    pattern = "\n".join(lines).replace(f"{gap}\n", "(?s:.*\n)?").replace(f"\n{gap}", "(?s:\n.*)?")
+    text = "\n".join(differences.sub("#", line.rstrip()) for line in got.strip().splitlines())
+    assert re.fullmatch(pattern, text), f"{where} prints\n{got}\nbut the page says\n{want}"
+
+
+def console(block: Block, where: str) -> None:
+    """Run every `$` line and compare what it prints with the lines below it."""
+    for part in re.split(r"^\$ ", block.text, flags=re.M)[1:]:
+        line, _, want = part.partition("\n")
+        line, _, code = line.partition(" # exit ")
+        got = command(line.strip())
+        assert got[0] == int(code or 0), f"{where}: {line}: exit {got[0]}\n{got[1]}"
+        if want.strip():
+            expect(want, got[1], f"{where}: {line}")
+
+
+def run_page(page: Path) -> dict[str, Any]:
+    """Run a page in the current folder; returns its namespace."""
+    names: dict[str, Any] = {"__name__": page.stem}
+    printed: str | None = None
+    torch.manual_seed(0)
+    for block in blocks(page):
+        where = f"{page.relative_to(ROOT)}:{block.line}"
+        if block.language == "python" and block.info:
+            title = re.fullmatch(r'title="([\w./]+)"', block.info)
+            assert title, f"{where}: {block.info}"
+            Path(title[1]).write_text(block.text)
+        elif block.language == "python":
+            shown = io.StringIO()
+            code = "\n" * block.line + block.text
+            with contextlib.redirect_stdout(shown):
+                exec(compile(code, where, "exec"), names)
+            printed = shown.getvalue()
+            continue
+        elif block.language == "text" and not block.info and printed is not None:
+            expect(block.text, printed, where)
+        elif block.language == "console":
+            console(block, where)
+        printed = None
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert {b.language for b in blocks(page)} <= {"python", "console", "sh", "text", "json"}
+    assert page.read_text().count("```") == 2 * len(blocks(page)), "a fence of an unknown form"
+    with torch.random.fork_rng(devices=[]):
+        run_page(page)
+
+
+def test_the_graphs_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two graphs are printed graphs, one line a node: name = op(operands)."""
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "README.md"
+    shown = {b.info: b.text for b in blocks(page) if b.info.startswith("graph")}
+    first = next(b for b in blocks(page) if b.language == "python")
+    names: dict[str, Any] = {}
+    exec(compile(first.text, str(page), "exec"), names)
+    assert shown["graph before"] == graph_text(names["before"])
+    assert shown["graph after"] == graph_text(names["after"])
+
+
+def graph_text(graph: torch.fx.Graph) -> str:
+    lines = []
+    for n in graph.nodes:
+        if n.op == "output":
+            lines.append(f"return {', '.join(map(str, n.args[0]))}")
+        elif n.op == "call_function":
+            op = n.target.overloadpacket._qualified_op_name.replace("::", ".")
+            lines.append(f"{n.name} = {op}({', '.join(map(str, n.args))})")
+        else:
+            lines.append(f"{n.name} = {n.op}({n.target})")
+    return "\n".join(lines) + "\n"
+
+
+# --- docs/json.md: what is documented is what is emitted -----------------------------------------
+
+MODEL = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.deep = nn.Conv1d(2, 2, 3, groups=2, padding=1)
+        self.extra = nn.Parameter(torch.randn(3, 3))
+    def forward(self, x):
+        return self.fc(self.deep(x.view(2, 2, 4))) + self.extra.sum()
+def build():
+    return Net(), (torch.randn(2, 2, 4),), {}
+"""
+RUNS = {
+    "targets": ["targets model.py:build"],
+    "insert": ["insert model.py:build -o start --rank 2"],
+    "export": ["export model.py:build start -o m.onnx --provider cpu"],
+    "verify": ["verify m.onnx model.py:build --provider cpu", "verify model.py:build start"],
+}
+
+
+def documented(title: str) -> set[str]:
+    """The names in the first column of the table under a heading of docs/json.md."""
+    part = re.search(rf"^#+ `?{re.escape(title)}`?$(.*?)(?=^#|\Z)", JSON, re.M | re.S)
+    assert part, f"docs/json.md has no heading {title}"
+    return set(re.findall(r"^\| `(\w+)`", part[1], re.M))
+
+
+def everything(value: Any, path: str = "") -> Iterator[tuple[str, set[str]]]:
+    """(path of a row, its keys) for every object inside the whole."""
+    for key, inner in value.items():
+        if isinstance(inner, list):
+            for row in inner:
+                if isinstance(row, dict):
+                    yield f"{key}[]", set(row)
+
+
+def test_the_json_of_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text(MODEL)
+    rows: dict[str, set[str]] = {}
+    for name, lines in RUNS.items():
+        emitted: set[str] = set()
+        for line in lines:
+            out = io.StringIO()
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(io.StringIO()),
+                pytest.raises(SystemExit) as stop,
+            ):
+                main([*line.split(), "--json"])
+            assert not stop.value.code, f"{line}: {out.getvalue()}"
+            whole = json.loads(out.getvalue())
+            assert documented("Every command") <= set(whole), line
+            emitted |= set(whole)
+            for path, keys in everything(whole):
+                assert rows.setdefault(path, keys) == keys or path == "inputs[]", path
+        assert emitted == documented("Every command") | documented(name), name
+    for path, keys in rows.items():
+        assert path == "inputs[]" or keys == documented(path), path
+    assert {"targets[]", "refusals[]", "unreached[]", "pinned[]", "parity[]"} <= set(rows)
+
+
+def test_the_json_of_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(io.StringIO()),
+        pytest.raises(SystemExit) as stop,
+    ):
+        main(["export", "none", "-o", "m.onnx", "--json"])
+    assert stop.value.code == 2
+    assert set(json.loads(out.getvalue())) == documented("Every command") | documented("A refusal")
+
+
+# --- nothing is left out -------------------------------------------------------------------------
+
+
+def test_every_command_and_verb_has_its_page() -> None:
+    for name in COMMANDS:
+        assert (DOCS / f"{name}.md").is_file(), name
+        assert re.search(rf"^## `?{name}`?$", JSON, re.M), f"docs/json.md: {name}"
+    for name in ("capture", "fold", "selectors", "adapters", "json", "numbers"):
+        assert (DOCS / f"{name}.md").is_file(), name
+    readme = (ROOT / "README.md").read_text()
+    for page in DOCS.glob("*.md"):
+        assert f"(docs/{page.name})" in readme, f"README does not link {page.name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_on_its_page(name: str) -> None:
+    if find_spec(f"lora_fx.cli.{name}") is None:
+        pytest.skip(f"{name} is not written yet")
+    page = (DOCS / f"{name}.md").read_text() + (DOCS / "capture.md").read_text()
+    made: click.Command = import_module(f"lora_fx.cli.{name}").command
+    for p in made.params:
+        if isinstance(p, click.Option):
+            long = max(p.opts, key=len)
+            assert f"`{long}" in page or f" {long} " in page, f"docs/{name}.md: {long}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_python_blocks_are_short_lines() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "python":
+                ast.parse(block.text)
+                assert all(len(line) <= 100 for line in block.text.splitlines()), block
