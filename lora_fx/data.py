@@ -138,7 +138,9 @@ def _npz(path: str) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as data:
             return dict(data)
     except (OSError, ValueError) as e:
-        raise LoraFxError(f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez makes one") from e
+        raise LoraFxError(
+            f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez makes one"
+        ) from e
 
 
 def _jsonl(path: str) -> dict[str, list[Any]]:

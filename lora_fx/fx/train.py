@@ -207,7 +207,11 @@ def _finite(model: AdaptedModule, value: torch.Tensor, step: int) -> None:
     if bool(torch.isfinite(value)):
         return
     bad = next(
-        (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()),
+        (
+            n
+            for n, p in model.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ),
         "the inputs or the base model",
     )
     raise LoraFxError(
