@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike, fspath
 from typing import Any
 
 from lora_fx.adapter import Adapter, bind
@@ -11,6 +12,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule, FoldedModule
 from lora_fx.fx.capture import Captured, capture
 from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.models import load_model
 from lora_fx.fx.module import CapturedModule, with_signature
 from lora_fx.graph import Graph
 from lora_fx.lowrank import LowRank, draw
@@ -29,12 +31,24 @@ def captured_of(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dynamic: Any = None,
+    *,
+    meta: bool = False,
 ) -> Captured:
-    """The capture of a model; a Captured or a captured module brings its own."""
+    """The capture of a model; a Captured or a captured module brings its own.
+
+    A text or path is loaded as on the command line (a Hugging Face folder, file.py:factory …),
+    without its weights where `meta` is given.
+    """
     if isinstance(model, Captured):
         return model
     if isinstance(model, CapturedModule):
         return model.captured
+    if isinstance(model, (str, PathLike)):
+        loaded = load_model(fspath(model), meta=meta)
+        given = (args, kwargs) if args or kwargs else (loaded.args, loaded.kwargs)
+        cap = capture(loaded.module, *given, dynamic)
+        cap.notes += loaded.notes
+        return cap
     return capture(model, args, kwargs, dynamic)
 
 
@@ -61,7 +75,7 @@ def find(
         return replace(find_graph(graph), pinned=tuple(model.captured.pinned))
     if hasattr(model, "sites"):
         return find_graph(model)
-    cap = captured_of(model, args, kwargs, dynamic)
+    cap = captured_of(model, args, kwargs, dynamic, meta=True)
     return replace(
         find_graph(cap.fx_graph(training)), pinned=tuple(cap.pinned), notes=tuple(cap.notes)
     )

@@ -154,3 +154,23 @@ def test_trust_and_devices_are_refused_by_name(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         refused(spec, "device 'cuda'", device="cuda")
     assert load_model(spec, device="cpu").args[0].device.type == "cpu"
+
+
+def test_every_verb_takes_a_model_by_its_name(tmp_path: Path) -> None:
+    import torch
+
+    import lora_fx
+
+    (tmp_path / "m.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def build():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Linear(6, 4)).eval(), (torch.randn(3, 6),)\n"
+    )
+    spec = f"{tmp_path / 'm.py'}:build"
+    assert [t.key for t in lora_fx.find(spec).targets] == ["0.weight"]
+    model = lora_fx.insert(spec, rank=2)
+    adapter = model.adapter().bind(spec)
+    folded = lora_fx.fold(spec, adapter=adapter)
+    x = torch.randn(5, 6)
+    assert torch.equal(folded(x), model(x))
+    assert lora_fx.export(spec, tmp_path / "m.onnx", adapters=adapter, provider="cpu")

@@ -143,7 +143,7 @@ def test_tuple_named_tuple_and_plain_outputs(tmp_path: Path) -> None:
     torch.utils._pytree._register_namedtuple(Pair, serialized_type_name="tests.Pair")
 
     class Two(Net):
-        def forward(self, x: torch.Tensor) -> Any:
+        def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
             h = self.fc(x)
             return Pair(h, h @ self.w)
 
