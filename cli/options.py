@@ -129,3 +129,42 @@ def split_weight(text: str) -> tuple[str, float]:
         except ValueError as e:
             raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from e
     return text, 1.0
+
+
+def training_data(path: str, loaded: Any, cap: Any, label: str, max_length: int) -> Any:
+    """The table of a DATA argument: texts tokenised, tabular columns stacked into one input."""
+    from pathlib import Path
+
+    from lora_fx.data import features, read_table, table_of
+
+    tokenizer = None
+    if loaded.tokenizer_folder is not None:
+        tokenizer = _tokenizer(loaded.tokenizer_folder, max_length)
+    if ":" in path and not Path(path).exists():
+        from lora_fx.fx.factory import call_function
+
+        raw = call_function(path)
+        table = table_of(raw, path, label=label, tokenizer=tokenizer)
+    else:
+        table = read_table(path, label=label, tokenizer=tokenizer)
+    names = [n for n in table.columns if n != table.label]
+    inputs = cap.inputs.names
+    tabular = len(inputs) == 1 and not set(names) & set(inputs)
+    if tabular and all(table.columns[n].ndim == 1 for n in names):
+        return type(table)(features(table.columns, table.label, inputs[0]), table.label)
+    return table
+
+
+def _tokenizer(folder: Any, max_length: int) -> Callable[[list[str]], Any]:
+    """A folder's own tokenizer, padding to the longest text; nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    def run(texts: list[str]) -> dict[str, Any]:
+        out = tokenizer(
+            texts, truncation=True, max_length=max_length, padding=True, return_tensors="np"
+        )
+        return {k: out[k] for k in ("input_ids", "attention_mask") if k in out}
+
+    return run

@@ -4,7 +4,7 @@ Blocks of a page run in order, in one folder and one namespace:
 
     ```python                    run; a ```text block right after it is what it prints
     ```python title="model.py"   written to that file, not run
-    ```console                   `$ lora-fx …` lines run in this process; the lines below are the output
+    ```console                   `$ lora-fx …` lines run, and the lines below are the output
     ```sh, ```json, ```text      not run
 
 A command line may end in `# exit 2`. In expected output a line of `…` stands for any lines, and
@@ -19,6 +19,7 @@ import io
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -123,10 +124,17 @@ def run_page(page: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert {b.language for b in blocks(page)} <= {"python", "console", "sh", "text", "json"}
     assert page.read_text().count("```") == 2 * len(blocks(page)), "a fence of an unknown form"
-    with torch.random.fork_rng(devices=[]):
-        run_page(page)
+    before = set(sys.modules)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            run_page(page)
+    finally:
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+                del sys.modules[name]
 
 
 def test_the_graphs_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,33 @@ def call_factory(spec: str) -> Result:
         LoraFxError: The code cannot be imported or raises (file and line are named), the name is
             not there, or what it returns is not a model with inputs.
     """
+    with _found(spec) as factory:
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise LoraFxError(f"{spec} is a {type(factory).__name__}, not a factory", RETURNS)
+        return _unpack(spec, _run(spec, factory))
+
+
+def load_function(spec: str) -> Any:
+    """The function of `package.module:NAME` or `path/file.py:NAME`: a loss or a data loader.
+
+    Raises:
+        LoraFxError: As call_factory.
+    """
+    with _found(spec) as function:
+        if not callable(function):
+            raise LoraFxError(f"{spec} is a {type(function).__name__}, not a function", "name one")
+        return function
+
+
+def call_function(spec: str) -> Any:
+    """What such a function returns when it is called without arguments."""
+    with _found(spec) as function:
+        return _run(spec, function)
+
+
+@contextlib.contextmanager
+def _found(spec: str) -> Iterator[Any]:
+    """What a spec names, with its folder importable while the block runs."""
     where, _, name = spec.rpartition(":")
     is_file = where.endswith(".py")
     if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
@@ -42,17 +69,15 @@ def call_factory(spec: str) -> Result:
     if is_file and not path.is_file():
         raise LoraFxError(f"{where}: no such file", "is the path right?")
     with _importable(path.parent if is_file else Path.cwd()):
-        factory: Any = _run(
+        found: Any = _run(
             where, lambda: _from_file(path) if is_file else importlib.import_module(where)
         )
         for part in name.split("."):
-            if not hasattr(factory, part):
-                names = [n for n, v in vars(factory).items() if callable(v) and n[0] != "_"]
+            if not hasattr(found, part):
+                names = [n for n, v in vars(found).items() if callable(v) and n[0] != "_"]
                 raise LoraFxError(f"{where} has no {name!r}", f"it has {', '.join(names[:5])}")
-            factory = getattr(factory, part)
-        if isinstance(factory, nn.Module) or not callable(factory):
-            raise LoraFxError(f"{spec} is a {type(factory).__name__}, not a factory", RETURNS)
-        return _unpack(spec, _run(spec, factory))
+            found = getattr(found, part)
+        yield found
 
 
 def _from_file(path: Path) -> ModuleType:

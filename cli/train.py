@@ -1,0 +1,96 @@
+"""lora-fx train: insert, train on a data file, keep the best, save only the adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import emit, note
+from lora_fx.cli.options import (
+    captured,
+    force_option,
+    json_option,
+    model_options,
+    target_options,
+    training_data,
+)
+
+
+@click.command("train")
+@click.argument("model")
+@click.argument("data")
+@click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
+@click.option("--label", default="", metavar="COL", help="Column to predict.  [default: labels]")
+@click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
+@click.option("--epochs", type=float, default=3.0, show_default=True, help="Passes over the data.")
+@click.option("--steps", type=int, help="Steps, instead of epochs.")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Examples a step.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate.")
+@click.option("--validation", type=float, default=0.1, show_default=True, help="Share held out.")
+@click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@target_options
+@model_options
+@force_option
+@json_option
+def command(model: str, data: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
+    r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
+
+    DATA is .npz or .jsonl (keys are the model's argument names), .csv with --label, or
+    file.py:loader (no arguments; returns columns by name). Columns of text go through the model
+    folder's tokenizer. A tenth is held out, and the adapter with the best validation loss is kept.
+
+    \b
+    lora-fx train ./my-bert reviews.csv --label stars -o adapter --also-train classifier
+    lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
+    """
+    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.data import split
+    from lora_fx.errors import LoraFxError
+    from lora_fx.formats.io import save_adapter
+    from lora_fx.fx.factory import load_function
+    from lora_fx.fx.train import Settings, fit
+    from lora_fx.passes.pipeline import insert
+
+    check_output(output, force=force)
+    if not 0 <= options["validation"] < 1:
+        raise LoraFxError(f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual")
+    keys = ("weights", "inputs_file", "dynamic", "static")
+    loaded, cap = captured(model, **{k: options.pop(k) for k in keys})
+    table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
+    training, validation = split(table, options.pop("validation"), options["seed"])
+    device, loss = options.pop("device"), options.pop("loss")
+    settings = Settings(
+        options.pop("epochs"), options.pop("steps"), options.pop("batch_size"), options.pop("lr"),
+        seed=options["seed"],
+    )  # fmt: skip
+    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    module = insert(cap, **chosen).to(device)
+
+    def progress(step: int, steps: int, value: float) -> None:
+        if step == steps or step % max(1, steps // 10) == 0:
+            note(f"step {step}/{steps}: loss {value:.4f}")
+
+    report = fit(
+        module,
+        training,
+        validation,
+        load_function(loss) if ":" in loss else loss,
+        settings,
+        progress,
+    )
+    notes = [*module.report().notes, *report.warnings]
+    for text in notes:
+        note(f"note: {text}")
+    notes += save_adapter(module.adapter(), output, force=force)
+    held = report.validation.get(report.best_step)
+    text = f"kept step {report.best_step} of {len(report.losses)}" + (
+        f", validation loss {held:.4f}" if held is not None else ""
+    )
+    emit(
+        as_json, "train", f"{module.report()}\n{text}\nwrote {output}",
+        inputs=cap.inputs.to_json(), outputs=[output], warnings=notes,
+        targets=[module.found[k].to_json() for k in module.updates],
+        examples={"training": len(training), "validation": len(validation)}, **report.to_json(),
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""The training loop and its data: what it learns, what it keeps, what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.data import Table, read_table, split, table_of
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.train import Settings, fit
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        logits = self.fc2(torch.tanh(self.fc1(x)))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def table(n: int = 200, seed: int = 0) -> Table:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, 8)).astype(np.float32)
+    return Table({"x": x, "labels": (x[:, :3] * [1, -2, 3]).argmax(1)}, "labels")
+
+
+def adapted(**options: Any) -> Any:
+    return lora_fx.insert(Net().eval(), (torch.randn(4, 8),), rank=2, **options)
+
+
+def test_it_learns_and_keeps_the_best() -> None:
+    model = adapted()
+    training, validation = split(table(), 0.2, 0)
+    report = fit(model, training, validation, settings=Settings(steps=120, lr=3e-2, checks=12))
+    assert report.losses[-1] < 0.6 * report.losses[0]
+    assert report.best_step == min(report.validation, key=lambda k: report.validation[k])
+    assert not model.training and not report.warnings
+    held = {"x": torch.from_numpy(validation.columns["x"])}
+    logits = model(**held)["logits"]
+    again = nn.functional.cross_entropy(logits, torch.from_numpy(validation.columns["labels"]))
+    assert again.item() == pytest.approx(report.validation[report.best_step], abs=1e-5)
+
+
+def test_the_best_is_restored_after_overfitting() -> None:
+    model = adapted()
+    rng = np.random.default_rng(0)
+    noise = Table(
+        {"x": rng.standard_normal((24, 8)).astype(np.float32), "labels": rng.integers(0, 3, 24)},
+        "labels",
+    )
+    report = fit(model, noise, table(60), settings=Settings(steps=80, lr=0.1, checks=8))
+    assert report.best_step < 80
+    with torch.no_grad():
+        logits = model(x=torch.from_numpy(table(60).columns["x"]))["logits"]
+    value = float(
+        nn.functional.cross_entropy(logits, torch.from_numpy(table(60).columns["labels"]))
+    )
+    assert value == pytest.approx(report.validation[report.best_step], abs=1e-5)
+
+
+def test_two_runs_with_one_seed_are_equal() -> None:
+    runs = [
+        fit(adapted(dropout=0.2), table(), settings=Settings(steps=15)).losses for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert fit(adapted(dropout=0.2), table(), settings=Settings(steps=15, seed=1)).losses != runs[0]
+
+
+def test_losses() -> None:
+    without = Table({"x": table().columns["x"], "y": table().columns["labels"]}, "y")
+    assert fit(adapted(), without, settings=Settings(steps=3)).losses == pytest.approx(
+        fit(adapted(), table(), settings=Settings(steps=3)).losses, abs=1e-6
+    )
+    values = Table({"x": table().columns["x"], "y": table().columns["x"][:, :3]}, "y")
+    fit(adapted(), values, loss="mse", settings=Settings(steps=3))
+    called = fit(
+        adapted(),
+        values,
+        loss=lambda out, y: (out["logits"] - y).abs().mean(),
+        settings=Settings(steps=3),
+    )
+    assert len(called.losses) == 3
+
+
+def test_what_it_says() -> None:
+    report = fit(adapted(), table(), settings=Settings(steps=2))
+    assert report.warnings == ["no validation data: the last adapter is kept, not the best"]
+    with pytest.raises(LoraFxError, match="takes no argument 'z'"):
+        fit(adapted(), Table({"z": np.zeros((4, 8), np.float32)}, ""))
+    high = Table({"x": table().columns["x"], "y": np.full(200, 7)}, "y")
+    with pytest.raises(LoraFxError, match="label 7, but the model scores 3 classes"):
+        fit(adapted(), high)
+    with pytest.raises(LoraFxError, match="no loss 'odd'"):
+        fit(adapted(), table(), loss="odd")
+    with pytest.raises(LoraFxError, match="no label column"):
+        fit(adapted(), Table({"x": table().columns["x"]}, ""))
+    broken = table()
+    broken.columns["x"][3] = np.nan
+    with pytest.raises(LoraFxError, match=r"step 1: the loss is nan"):
+        fit(adapted(), broken, settings=Settings(batch_size=200))
+
+
+def test_split_keeps_every_label_and_no_row_twice() -> None:
+    labels = np.array([0] * 50 + [1] * 10 + [2])
+    t = Table({"i": np.arange(61), "labels": labels}, "labels")
+    training, validation = split(t, 0.1, 3)
+    rows = np.concatenate([training.columns["i"], validation.columns["i"]])
+    assert sorted(rows) == list(range(61))
+    assert np.bincount(validation.columns["labels"]).tolist() == [5, 1]
+    assert len(split(t, 0.0, 3)[1]) == 0
+    np.testing.assert_array_equal(split(t, 0.1, 3)[1].columns["i"], validation.columns["i"])
+
+
+def tokens(texts: list[str]) -> dict[str, np.ndarray[Any, Any]]:
+    return {"input_ids": np.array([[len(t), 1] for t in texts])}
+
+
+def test_reading(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((3, 2)), labels=np.arange(3))
+    t = read_table(str(tmp_path / "d.npz"))
+    assert t.label == "labels" and t.columns["x"].dtype == np.float32 and len(t) == 3
+    rows = [{"text": "ab", "stars": 1}, {"text": "abc", "stars": 5}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    t = read_table(str(tmp_path / "d.jsonl"), label="stars", tokenizer=tokens)
+    assert t.columns["input_ids"].tolist() == [[2, 1], [3, 1]] and t.columns["stars"].tolist() == [
+        1,
+        5,
+    ]
+    (tmp_path / "d.csv").write_text("a,b,kind\n1,2.5,cat\n3,4,dog\n5,6,cat\n")
+    t = read_table(str(tmp_path / "d.csv"), label="kind")
+    assert t.columns["kind"].tolist() == [0, 1, 0] and t.columns["b"].tolist() == [2.5, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "label", "message"),
+    [
+        ("d.txt", "x", "", "unknown kind '.txt'"),
+        ("d.csv", "a,b\n1,2\n", "c", "no column 'c'"),
+        ("d.csv", "a,b\n1,2\n1\n", "", "line 3 has 1 fields, the header has 2"),
+        ("d.csv", "a,b\n", "", "no rows"),
+        ("d.csv", "a,b\nx,2\n", "b", "column 'a' is text"),
+        ("d.jsonl", '{"a": 1}\n{"b": 1}\n', "", "row 2 has the keys ['b']"),
+        ("d.jsonl", '{"a": [1, 2]}\n{"a": [1]}\n', "", "rows of different lengths"),
+        ("d.jsonl", "{", "", "row 1 is no JSON"),
+        ("d.npz", "junk", "", "not a readable .npz"),
+    ],
+)
+def test_bad_data(tmp_path: Path, name: str, content: str, label: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LoraFxError) as info:
+        read_table(str(tmp_path / name), label=label)
+    assert message in info.value.message and name in info.value.message
+    with pytest.raises(LoraFxError, match="no such file"):
+        read_table(str(tmp_path / "gone.csv"))
+    with pytest.raises(LoraFxError, match="different lengths"):
+        table_of({"a": [1, 2], "b": [1]}, "here")
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.cli.test_cli import MODEL, run
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.py").write_text(MODEL)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((120, 8)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, labels=x[:, :5].argmax(1))
+    code, out, err = run(
+        capsys,
+        "train",
+        "model.py:build",
+        "d.npz",
+        "-o",
+        "adapter",
+        "-r",
+        "2",
+        "--steps",
+        "30",
+        "--lr",
+        "0.02",
+    )
+    assert code == 0 and "wrote adapter" in out and "loss" in err
+    code, out, _ = run(
+        capsys, "train", "model.py:build", "d.npz", "-o", "a2", "-r", "2", "--epochs", "1", "--json"
+    )
+    data = json.loads(out)
+    assert code == 0 and data["examples"]["validation"] > 0 and data["outputs"] == ["a2"]
+    assert run(capsys, "export", "model.py:build", "adapter", "-o", "m.onnx")[0] == 0
+    header = ",".join("abcdefgh") + ",kind"
+    lines = [",".join(map(str, r)) + f",k{int(r[:3].argmax())}" for r in x]
+    (tmp_path / "d.csv").write_text("\n".join([header, *lines]))
+    assert (
+        run(
+            capsys,
+            "train",
+            "model.py:build",
+            "d.csv",
+            "--label",
+            "kind",
+            "-o",
+            "a3",
+            "-r",
+            "2",
+            "--steps",
+            "3",
+        )[0]
+        == 0
+    )
+    (tmp_path / "load.py").write_text(
+        "import numpy as np\ndef load():\n"
+        "    return {'x': np.ones((20, 8), np.float32), 'y': np.arange(20) % 5}\n"
+        "def loss(out, y):\n    return (out.sum(-1) - y).abs().mean()\n"
+    )
+    assert (
+        run(
+            capsys,
+            "train",
+            "model.py:build",
+            "load.py:load",
+            "--loss",
+            "load.py:loss",
+            "-o",
+            "a4",
+            "-r",
+            "2",
+            "--steps",
+            "3",
+        )[0]
+        == 0
+    )
+    code, _, err = run(capsys, "train", "model.py:build", "d.npz", "-o", "adapter")
+    assert code == 2 and "exists" in err
