@@ -47,6 +47,35 @@ class Table:
             yield self.rows(order[start : start + size])
 
 
+@dataclass(frozen=True)
+class Buckets:
+    """Ready-made batches, such as texts of like length together; their order is shuffled."""
+
+    tables: Sequence[Table]
+
+    @property
+    def columns(self) -> Mapping[str, Array]:
+        """Those of the first batch."""
+        return self.tables[0].columns
+
+    @property
+    def label(self) -> str:
+        """The column to predict."""
+        return self.tables[0].label
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return sum(len(t) for t in self.tables)
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
+        """The batches as they were made, whatever `size` says."""
+        order = np.arange(len(self.tables))
+        if seed is not None:
+            np.random.default_rng(seed).shuffle(order)
+        for i in order:
+            yield self.tables[i]
+
+
 def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     """(training, validation): `share` of the examples held out, of every label where it is whole.
 

