@@ -35,6 +35,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"lora_fx.cli.{cmd_name}").command
+        command.help = (command.help or "").replace("\\b", "\b")  # click's keep-lines mark
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -68,7 +69,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
             continue
     both = two_runtimes()
     if both:
-        note(both)
+        say(both)
     ctx.exit()
 
 
@@ -109,7 +110,7 @@ def two_runtimes() -> str:
 @click.pass_context
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """Insert, train, fold and export low-rank adapters by rewriting a model's graph."""
-    ctx.obj = {"verbose": verbose, "quiet": quiet}
+    ctx.obj = {"verbose": verbose, "quiet": quiet, "notes": []}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as e:
         _fail(e, argv, e.exit_code)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message())
+        sys.exit(2)
     except click.ClickException as e:
         hint = (
             "lora-fx --help"
@@ -151,34 +155,61 @@ def _fail(error: LoraFxError, argv: Sequence[str], code: int) -> None:
     click.echo(f"Error: {one_line(error.message, 1000)}", err=True)
     if error.hint:
         click.echo(f"Hint: {one_line(error.hint, 1000)}", err=True)
-    if "--json" in argv:
+    if "--json" in argv and not error.told:
         command = next((a for a in argv if a in COMMANDS), "")
         emit(True, command, "", ok=False, error=error.message, hint=error.hint)
     sys.exit(code)
 
 
-def note(text: str) -> None:
-    """A line on stderr, unless -q."""
+def say(text: str) -> None:
+    """A line of progress on stderr, unless -q."""
     ctx = click.get_current_context(silent=True)
-    if not (ctx and ctx.find_root().obj and ctx.find_root().obj.get("quiet")):
+    if not (ctx and (ctx.find_root().obj or {}).get("quiet")):
         click.echo(text, err=True)
 
 
-def emit(as_json: bool, command: str, text: str, *, ok: bool = True, **fields: Any) -> None:
-    """The result: text for people, or the one JSON object of docs/json.md."""
-    if not as_json:
-        if text:
-            click.echo(text)
-        return
-    from lora_fx import __version__
+def note(text: str) -> None:
+    """Something the user should know: a line on stderr, and a row of the JSON's warnings."""
+    ctx = click.get_current_context(silent=True)
+    if ctx and ctx.find_root().obj:
+        ctx.find_root().obj["notes"].append(text)
+    say(f"note: {text}")
 
-    whole = {
-        "command": command,
-        "version": __version__,
-        "ok": ok,
-        "inputs": [],
-        "outputs": [],
-        "warnings": [],
-        **fields,
-    }
-    click.echo(json.dumps(whole, indent=1, default=str))
+
+def emit(
+    as_json: bool,
+    command: str,
+    text: str,
+    *,
+    ok: bool = True,
+    warnings: Sequence[str] = (),
+    refused: LoraFxError | None = None,
+    **fields: Any,
+) -> None:
+    """The result: text for people, or the one JSON object of docs/json.md.
+
+    `refused` ends the command after its result was shown: the object says ok = false, and the
+    error follows on stderr with its exit code.
+    """
+    ctx = click.get_current_context(silent=True)
+    said = list(ctx.find_root().obj["notes"]) if ctx and ctx.find_root().obj else []
+    if refused is not None:
+        ok, refused.told = False, True
+        fields |= {"error": refused.message, "hint": refused.hint}
+    if as_json:
+        from lora_fx import __version__
+
+        whole = {
+            "command": command,
+            "version": __version__,
+            "ok": ok,
+            "inputs": [],
+            "outputs": [],
+            "warnings": list(dict.fromkeys([*said, *warnings])),
+            **fields,
+        }
+        click.echo(json.dumps(whole, indent=1, default=str))
+    elif text:
+        click.echo(text)
+    if refused is not None:
+        raise refused

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_fx.cli.common import emit, note
+from lora_fx.cli.common import emit, note, say
 from lora_fx.cli.options import force_option, json_option
 
 
@@ -31,15 +31,14 @@ def command(output: str, quick: bool, force: bool, as_json: bool) -> None:
     over the probe; --quick (12 steps) only demands that the loss falls and predictions move.
     """
     from lora_fx.checkpoint.osfile import replacing
-    from lora_fx.cli.demo_stages import Size, demand, run, table
+    from lora_fx.cli.demo_stages import Size, refusal, run, table
 
     if quick:
-        note("note: --quick: the accuracy after training is printed, not demanded")
+        note("--quick: the accuracy after training is printed, not demanded")
     with replacing(output, force=force) as out:
         out.mkdir()
-        result = run(out, Size.of(quick), note)
+        result = run(out, Size.of(quick), say)
     emit(
-        as_json, "demo", table(result, Path(output)), ok=not result.failures,
+        as_json, "demo", table(result, Path(output)), refused=refusal(result),
         outputs=[output], facts=result.facts, seconds=result.seconds, failures=result.failures,
     )  # fmt: skip
-    demand(result)

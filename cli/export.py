@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
+from lora_fx.cli.common import emit
 from lora_fx.cli.options import (
+    adapter_of,
     captured,
     force_option,
     json_option,
@@ -48,7 +49,6 @@ def command(
     """
     from lora_fx.checkpoint.osfile import check_output
     from lora_fx.errors import LoraFxError
-    from lora_fx.formats.io import load_adapter
     from lora_fx.passes.export import export
 
     if not output.endswith(".onnx"):
@@ -57,7 +57,7 @@ def command(
     update = None
     if adapter is not None:
         path, weight = split_weight(adapter)
-        update = load_adapter(path).weighted(weight)
+        update = adapter_of(path).weighted(weight)
     arrays = load_npz(options["inputs_file"]) or None
     _, cap = captured(model, **options)
     report = export(
@@ -70,8 +70,6 @@ def command(
         inputs=arrays,
         force=force,
     )
-    for text in report.warnings:
-        note(f"note: {text}")
-    fields = {**report.to_json(), "inputs": cap.inputs.to_json(), "outputs": [output]}
+    fields = {**report.to_json(), "inputs": cap.inputs.to_json(), "outputs": list(report.outputs)}
     fields.pop("command")
     emit(as_json, "export", f"{report}\nwrote {output}", **fields)

@@ -38,21 +38,20 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
     module = insert(cap, **chosen)
     report = module.report()
-    for text in report.notes:
-        note(f"note: {text}")
     if output.endswith(".pt2"):
         from lora_fx.fx.pt2 import save_program
 
         save_program(module, output, force=force)
     else:
-        save_adapter(module.adapter(), output, force=force)
+        for text in save_adapter(module.adapter(), output, force=force):
+            note(text)
     emit(
         as_json,
         "insert",
         f"{report}\nwrote {output}",
         inputs=cap.inputs.to_json(),
         outputs=[output],
-        warnings=list(report.notes),
+        warnings=report.notes,
         targets=[module.found[k].to_json() for k in module.updates],
         trained=report.trained,
         frozen=report.frozen,

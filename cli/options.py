@@ -82,13 +82,13 @@ def captured(
 
     loaded = load_model(model, weights=weights, meta=meta)
     for text in loaded.notes:
-        note(f"note: {text}")
+        note(text)
     args, kwargs = loaded.args, dict(loaded.kwargs)
     if inputs_file:
         args, kwargs = examples(inputs_file, loaded)
     cap = capture(loaded.module, args, kwargs, parse_dynamic(dynamic) or None, static)
     for pin in cap.pinned:
-        note(f"note: pinned: {pin}")
+        note(f"pinned: {pin}")
     return loaded, cap
 
 
@@ -168,3 +168,13 @@ def _tokenizer(folder: Any, max_length: int) -> Callable[[list[str]], Any]:
         return {k: out[k] for k in ("input_ids", "attention_mask") if k in out}
 
     return run
+
+
+def adapter_of(path: str) -> Any:
+    """An adapter from a file, what its reader had to say printed."""
+    from lora_fx.formats.io import load_adapter
+
+    adapter = load_adapter(path)
+    for text in adapter.metadata.get("notes", []):
+        note(text)
+    return adapter

@@ -9,6 +9,7 @@ import click
 
 from lora_fx.cli.common import emit
 from lora_fx.cli.options import captured, json_option, model_options
+from lora_fx.errors import LoraFxError
 
 
 @click.command("targets")
@@ -30,17 +31,24 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
         from lora_fx.checkpoint.headers import file_targets
 
         found = file_targets(model)
-        emit(as_json, "targets", str(found), inputs=[{"model": model}], **found.to_json())
+        emit(
+            as_json,
+            "targets",
+            str(found),
+            inputs=[{"model": model}],
+            warnings=found.notes,
+            **found.to_json(),
+        )
         return
     from lora_fx.passes.pipeline import find
 
     _, cap = captured(model, meta=True, **options)
     found = find(cap, training=training)
-    emit(as_json, "targets", str(found), inputs=cap.inputs.to_json(), **found.to_json())
+    refused = None
     if not found.targets:
-        from lora_fx.errors import LoraFxError
-
-        raise LoraFxError(
+        refused = LoraFxError(
             f"{model} has no weight matmul that an adapter could attach to",
             "the lines above say what was refused and why",
         )
+    fields = {"inputs": cap.inputs.to_json(), "warnings": found.notes, **found.to_json()}
+    emit(as_json, "targets", str(found), refused=refused, **fields)

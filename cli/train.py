@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
+from lora_fx.cli.common import emit, note, say
 from lora_fx.cli.options import (
     captured,
     force_option,
@@ -23,9 +23,21 @@ from lora_fx.cli.options import (
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
 @click.option("--label", default="", metavar="COL", help="Column to predict.  [default: labels]")
 @click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
-@click.option("--epochs", type=float, default=3.0, show_default=True, help="Passes over the data.")
-@click.option("--steps", type=int, help="Steps, instead of epochs.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Examples a step.")
+@click.option(
+    "--epochs",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3.0,
+    show_default=True,
+    help="Passes over the data.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Steps, instead of epochs.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Examples a step.",
+)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate.")
 @click.option("--validation", type=float, default=0.1, show_default=True, help="Share held out.")
 @click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
@@ -50,10 +62,12 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import save_adapter
     from lora_fx.fx.factory import load_function
+    from lora_fx.fx.models import check_device
     from lora_fx.fx.train import Settings, fit
     from lora_fx.passes.pipeline import insert
 
     check_output(output, force=force)
+    check_device(options["device"])
     if not 0 <= options["validation"] < 1:
         raise LoraFxError(f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual")
     keys = ("weights", "inputs_file", "dynamic", "static")
@@ -70,7 +84,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
     def progress(step: int, steps: int, value: float) -> None:
         if step == steps or step % max(1, steps // 10) == 0:
-            note(f"step {step}/{steps}: loss {value:.4f}")
+            say(f"step {step}/{steps}: loss {value:.4f}")
 
     report = fit(
         module,
@@ -80,17 +94,15 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         settings,
         progress,
     )
-    notes = [*module.report().notes, *report.warnings]
-    for text in notes:
-        note(f"note: {text}")
-    notes += save_adapter(module.adapter(), output, force=force)
+    for text in (*report.warnings, *save_adapter(module.adapter(), output, force=force)):
+        note(text)
     held = report.validation.get(report.best_step)
     text = f"kept step {report.best_step} of {len(report.losses)}" + (
         f", validation loss {held:.4f}" if held is not None else ""
     )
     emit(
         as_json, "train", f"{module.report()}\n{text}\nwrote {output}",
-        inputs=cap.inputs.to_json(), outputs=[output], warnings=notes,
+        inputs=cap.inputs.to_json(), outputs=[output], warnings=module.report().notes,
         targets=[module.found[k].to_json() for k in module.updates],
         examples={"training": len(training), "validation": len(validation)}, **report.to_json(),
     )  # fmt: skip

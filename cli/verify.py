@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
-from lora_fx.cli.options import captured, json_option, load_npz, model_options
+from lora_fx.cli.common import emit
+from lora_fx.cli.options import adapter_of, captured, json_option, load_npz, model_options
 
 
 @click.command("verify")
@@ -37,7 +37,7 @@ def command(
     lora-fx verify bert.onnx ./my-bert --adapter ./adapter
     lora-fx verify ./my-bert ./adapter
     """
-    from lora_fx.formats.io import is_adapter, load_adapter
+    from lora_fx.formats.io import is_adapter
     from lora_fx.passes.verify import verify
 
     def model(text: str) -> Any:
@@ -45,12 +45,10 @@ def command(
 
     arrays = load_npz(options["inputs_file"]) or None
     if is_adapter(b):
-        report = verify(captured(a, meta=True, **options)[1], load_adapter(b))
+        report = verify(captured(a, meta=True, **options)[1], adapter_of(b))
     else:
-        update = load_adapter(adapter) if adapter else None
+        update = adapter_of(adapter) if adapter else None
         report = verify(model(a), model(b), arrays, adapter=update, tol=tol, provider=provider)
-    for text in report.warnings:
-        note(f"note: {text}")
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}], "outputs": []}
     fields.pop("command")
     emit(as_json, "verify", str(report), **fields)

@@ -102,7 +102,7 @@ class Report:
     command: str
     ok: bool
     parity: tuple[Parity, ...] = ()
-    outputs: Mapping[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -115,7 +115,7 @@ class Report:
         return {
             "command": self.command,
             "ok": self.ok,
-            "outputs": dict(self.outputs),
+            "outputs": list(self.outputs),
             "warnings": list(self.warnings),
             "parity": [p.to_json() for p in self.parity],
             **self.details,
@@ -130,6 +130,10 @@ class Report:
             lines.append(
                 f"  {p.of or 'models'} at {sizes}: rel {p.rel:.2e} (gate {p.tol:.1e}) {verdict}"
             )
-        lines += [f"  {k}: {v}" for k, v in self.details.items() if not isinstance(v, (list, dict))]
+        for name, value in self.details.items():
+            if isinstance(value, list):
+                value = ", ".join(map(str, value)) or "none"
+            if not isinstance(value, dict):
+                lines.append(f"  {name}: {value}")
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)

@@ -73,7 +73,7 @@ class Buckets:
         if seed is not None:
             np.random.default_rng(seed).shuffle(order)
         for i in order:
-            yield self.tables[i]
+            yield self.tables[int(i)]
 
 
 def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:

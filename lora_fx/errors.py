@@ -17,6 +17,7 @@ class LoraFxError(Exception):
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+        self.told = False  # True once a command has shown it in its JSON
 
     def __str__(self) -> str:
         """Message and hint, as a traceback prints them."""

@@ -84,7 +84,9 @@ def _match(t: Target, text: str) -> list[str]:
     """The uses of a target that one selector names: aliases, or "" for all."""
     head, colon, rest = text.partition(":")
     if colon and head == "re":
-        return [""] if re.search(rest, t.key) else []
+        if re.search(rest, t.key):
+            return [""]
+        return [named_use(t, a) for a in t.parameter.aliases if re.search(rest, a)]
     if colon and head == "role":
         if rest not in ROLES:
             raise LoraFxError(f"no role {rest!r}", f"the roles are {', '.join(ROLES)}")

@@ -94,9 +94,10 @@ def export(
         "export",
         True,
         (*parity, *runtime),
-        {"files": sizes},
+        tuple(sizes),
         tuple(warnings),
         {
+            "files": sizes,
             "provider": session.provider,
             "opset": opset,
             "mode": mode,

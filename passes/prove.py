@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lora_fx.compare import ORT_TOL, Parity, compare
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.calling import leaf_names
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
@@ -64,7 +64,14 @@ def prove(
         if tuple(shapes.values()) in seen or _banned(reference, shapes):
             continue
         seen.add(tuple(shapes.values()))
-        expected = reference.flat(named)
+        try:
+            expected = reference.flat(named)
+        except (RuntimeError, ValueError) as e:
+            sizes_text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
+            raise LoraFxError(
+                f"the model does not run at {sizes_text}: {one_line(e, 160)}",
+                "fix the dimension with --static NAME:DIM, or give real data with --inputs",
+            ) from e
         gate = max(tol, _epsilon(expected))
         got = compare(ours(feeds), expected, shapes, gate, of)
         if not got.ok and gate == tol:

@@ -63,7 +63,7 @@ def verify(
 
 def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
     ok = bool(parity) and all(p.ok for p in parity)
-    return Report("verify", ok, tuple(parity), {}, tuple(notes))
+    return Report("verify", ok, tuple(parity), (), tuple(notes))
 
 
 def _module(model: Any, adapter: Adapter | None) -> CapturedModule:

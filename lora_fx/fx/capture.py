@@ -133,15 +133,11 @@ class Captured:
         return self._graph_module(True)
 
     def _graph_module(self, training: bool) -> fx.GraphModule:
-        return fx.GraphModule(self.holder(), self.fx_graph(training).graph)
-
-    def holder(self) -> nn.Module:
-        """The module that the get_attr names of the graphs are under, constants included."""
-        traced = self.traced(False, self.named)
-        for name, t in traced.constants.items():
-            if not _has(self.model, name):
-                self.model.register_buffer(name.replace(".", "_"), t, persistent=False)
-        return self.model
+        traced, graph = self.traced(training, self.named), self.fx_graph(training).graph
+        tensors: dict[str, Any] = dict(self.model.named_parameters(remove_duplicate=False))
+        tensors |= dict(self.model.named_buffers(remove_duplicate=False)) | traced.constants
+        used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        return fx.GraphModule({n: tensors[n] for n in used}, graph)
 
     def fx_graph(self, training: bool = False, root: nn.Module | None = None) -> FxGraph:
         """A fresh copy of a mode's graph, as passes see it."""
@@ -169,7 +165,9 @@ class Captured:
         modes = [(m, m.training) for m in source.module.modules()]
         source.module.train(training)
         try:
-            return trace(source.module, self.signature, source.forward, named, requested)
+            traced = trace(source.module, self.signature, source.forward, named, requested)
+            self._name_constants(traced)
+            return traced
         except LoraFxError:
             raise
         except Exception as e:
@@ -177,6 +175,24 @@ class Captured:
         finally:
             for m, was in modes:
                 m.training = was
+
+    def _name_constants(self, traced: Traced) -> None:
+        """Give the model's own tensors that a function closed over their names back."""
+        owned: dict[int, str] = {}
+        for name, p in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            owned[id(p)] = name
+            if p.device.type != "meta" and p.numel():
+                owned.setdefault(p.data_ptr(), name)
+        renamed = {}
+        for name, t in list(traced.constants.items()):
+            fake = type(t).__name__ == "FakeTensor"
+            known = owned.get(id(t)) or (not fake and t.numel() and owned.get(t.data_ptr()))
+            if known:
+                renamed[name] = str(known)
+                del traced.constants[name]
+        for node in traced.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in renamed:
+                node.target = renamed[str(node.target)]
 
     def bounded_inputs(self) -> Inputs:
         """The signature with the integer limits that the eval graph shows."""
@@ -230,15 +246,6 @@ def base_dtype(model: nn.Module) -> torch.dtype | None:
                 if p is not None and p.is_floating_point():
                     return p.dtype
     return None
-
-
-def _has(root: nn.Module, name: str) -> bool:
-    value: Any = root
-    for part in name.split("."):
-        value = getattr(value, part, None)
-        if value is None:
-            return False
-    return True
 
 
 def _forward_of(model: Any, module: nn.Module) -> Callable[..., Any]:

@@ -32,14 +32,23 @@ _CAUSES = (
 )
 
 
+_SIZES = ("mat1 and mat2", "must match", "size mismatch", "shape", "Expected size", "inconsist")
+
+
 def explain(error: Exception, name: str, training: bool) -> CaptureError:
     """One message: which line of the user's code, why, and what to do."""
     mode = "train" if training else "eval"
-    where = _user_line(error)
+    where = _user_line(error) or f"{name}.forward"
     text = f"{type(error).__name__}: {error}"
     for needle, why, todo in _CAUSES:
         if needle in text:
             return CaptureError(f"cannot capture {name} in {mode} mode at {where}: {why}", todo)
+    if any(words in text for words in _SIZES):
+        return CaptureError(
+            f"cannot capture {name} in {mode} mode at {where}: sizes do not fit: "
+            f"{one_line(error, 160)}",
+            "check the example inputs against what the model expects",
+        )
     return CaptureError(
         f"cannot capture {name} in {mode} mode at {where}: "
         f"{one_line(f'{type(error).__name__}: {error}', 160)}",
@@ -65,6 +74,6 @@ def _user_line(error: BaseException) -> str:
             continue
         inner = (path, line)
     if inner is None:
-        return "an unknown line"
+        return ""
     code = linecache.getline(*inner).strip()
     return f"{inner[0]}:{inner[1]} `{code}`"

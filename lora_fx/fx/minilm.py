@@ -86,7 +86,7 @@ def tokenise(texts: Sequence[str], length: int = LENGTH) -> list[dict[str, Any]]
 def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[np.ndarray[Any, Any], ...]]:
     """[(positions, input_ids, attention_mask)]: rows of like length together, padded with 0."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["ids"]))
-    result = []
+    result: list[tuple[np.ndarray[Any, Any], ...]] = []
     for start in range(0, len(order), size):
         at = np.array(order[start : start + size])
         width = max(len(rows[i]["ids"]) for i in at)

@@ -83,7 +83,7 @@ def load_model(
             "leave it out; a factory (file.py:FACTORY) can load what you trust",
         )
     file = None if weights is None else _weights_file(weights)
-    place = _device(device)
+    place = check_device(device)
     with _same_random_numbers():
         loaded = _load(text, file, meta)
     module = loaded.module.eval()
@@ -255,7 +255,8 @@ def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
 # --- the ground under it -------------------------------------------------------------------------
 
 
-def _device(device: str | None) -> torch.device:
+def check_device(device: str | None) -> torch.device:
+    """The device of a name, tried; LoraFxError where it cannot be used."""
     try:
         place = torch.device(device or "cpu")
         torch.empty(0, device=place)

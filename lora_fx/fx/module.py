@@ -138,10 +138,7 @@ class CapturedModule(Scope):
         return paths
 
     def _place_constants(self, graph: FxGraph, constants: Mapping[str, torch.Tensor]) -> None:
-        """Tensors that forward made or closed over: the skeleton's own, else `_constN` buffers."""
-        model = self._programs.captured.model
-        owned = {id(p): n for n, p in model.named_parameters()}
-        owned |= {p.data_ptr(): n for n, p in model.named_parameters() if p.device.type != "meta"}
+        """Tensors that forward made become `_constN` buffers, equal ones once."""
         state = {n for n, _ in self.named_parameters(remove_duplicate=False)}
         state |= {n for n, _ in self.named_buffers(remove_duplicate=False)}
         where: dict[str, str] = {}
@@ -153,8 +150,7 @@ class CapturedModule(Scope):
                     f"the tensor {name!r} that forward makes has no value outside the capture",
                     "register it as a buffer of the module",
                 )
-            known = owned.get(id(t)) or (t.numel() and owned.get(t.data_ptr()))
-            where[name] = str(known) if known else self._constant(t)
+            where[name] = self._constant(t)
         for node in graph.graph.nodes:
             if node.op == "get_attr" and str(node.target) in where:
                 node.target = where[str(node.target)]

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
+from lora_fx.errors import LoraFxError
 from lora_fx.fx.tensors import AdapterTensors
 
 
@@ -38,7 +39,12 @@ class Scope(nn.Module):
 
     def forward(self, program: str, *args: Any) -> Any:
         """Run this block's part of a program."""
-        programs: Any = self._programs
+        programs: Any = getattr(self, "_programs", None)
+        if programs is None:
+            raise LoraFxError(
+                f"{type(self).__name__} is a part of a captured model and cannot be called",
+                "call the whole model; its parts hold the tensors",
+            )
         code = programs.codes[program, self._path]
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(code, self, *args, use_reentrant=False)

@@ -73,8 +73,13 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
             scores = next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
         if labels is None:
             raise LoraFxError("the data has no label column", "name it with --label")
+        if name == "mse" and scores.squeeze(-1).shape != labels.squeeze(-1).shape:
+            raise LoraFxError(
+                f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}",
+                "mse needs a label for every output",
+            )
         if name == "mse":
-            return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.float())
+            return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.squeeze(-1).float())
         return _cross_entropy(scores, labels)
 
     return loss, own
