@@ -28,7 +28,7 @@ class Size:
     @classmethod
     def of(cls, quick: bool) -> Size:
         """The whole demo gains 5 points or more over the probe; the quick one only has to learn."""
-        return cls(600, 200, 12, -1.0) if quick else cls(3600, 800, 180, 0.05)
+        return cls(600, 200, 12, -1.0) if quick else cls(4000, 1000, 220, 0.05)
 
 
 @dataclass

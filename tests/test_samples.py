@@ -34,3 +34,15 @@ def test_sample(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert PRINTS[name] in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_sample_on_real_weights(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SAMPLES / "minilm_stdlib.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "predict equal classes for 150 of 150" in done.stdout
