@@ -116,6 +116,8 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every way out has its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    everywhere = [a for a in argv if a in ("-v", "--verbose", "-q", "--quiet")]
+    argv = everywhere + [a for a in argv if a not in everywhere]
     try:
         code = group.main(argv, prog_name="lora-fx", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -210,6 +210,15 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert code == 0 and "Usage: lora-fx" in out and "--json" in out
 
 
+def test_verbose_and_quiet_stand_anywhere(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "targets", "model.py:branch", "-v")
+    assert code == 2 and "Traceback" in err and "Error: " in err
+    code, out, err = run(capsys, "train", "model.py:build", "gone.npz", "-o", "a", "-q")
+    assert code == 2 and err.startswith("Error: ")
+    code, out, err = run(capsys)
+    assert code == 2 and "Commands:" in out and not err
+
+
 def test_two_runtimes_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 

@@ -16,15 +16,8 @@ import lora_fx
 from lora_fx.compare import rel
 from lora_fx.errors import CaptureError, LoraFxError, NoEffectError
 from lora_fx.onnx import session as sessions
-from lora_fx.onnx.session import driver_present, open_session
-
-PROVIDERS = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not driver_present(), reason="no CUDA device")],
-    ),
-]
+from lora_fx.onnx.session import open_session
+from tests.providers import PROVIDERS
 
 
 class Net(nn.Module):

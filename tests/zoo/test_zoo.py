@@ -23,6 +23,7 @@ from lora_fx.fx.capture import Captured
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import draw
 from lora_fx.passes.prove import prove, torch_run
+from tests.providers import PROVIDERS
 from tests.zoo.models import ZOO
 
 EFFECT = 0.15
@@ -158,15 +159,16 @@ def test_only_the_adapter_moves_and_every_zero_gets_a_gradient(name: str) -> Non
     assert all(".lora_B." in f".{k}" for k in moved), "A has no gradient while B is zero"
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("name", ZOO)
-def test_fold_and_onnx_runtime(name: str, tmp_path: Path) -> None:
+def test_fold_and_onnx_runtime(name: str, provider: str, tmp_path: Path) -> None:
     module = perturbed(name)
     folded = lora_fx.fold(module)
     parity = prove(torch_run(folded), module, tol=FOLD_TOL)
     sizes = {tuple(p.sizes.values()) for p in parity}
     assert len(sizes) == len(parity) == 3
     assert max(p.rel for p in parity) < FOLD_TOL
-    report = lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+    report = lora_fx.export(module, tmp_path / "m.onnx", provider=provider)
     assert report and max(p.rel for p in report.parity) < ORT_TOL
     if ZOO[name].tied:  # the lookup's tensor is as it was
         model = built(name)[0]
