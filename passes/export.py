@@ -66,6 +66,8 @@ def export(
     folded = fold(branched) if isinstance(branched, AdaptedModule) else branched
     warnings: list[str] = [str(p) for p in branched.captured.pinned]
     parity: list[Parity] = []
+    if isinstance(branched, AdaptedModule) and not branched.changes_anything():
+        warnings.append("the adapter changes nothing: every update is zero")
     if folded is not branched:
         parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
         _demand(parity, "the fold differs from the unfolded model")

@@ -84,6 +84,11 @@ class AdaptedModule(CapturedModule):
             entries[name] = Full(to_numpy(m._parameters[leaf]).copy())
         return Adapter(entries, self._metadata)
 
+    def changes_anything(self) -> bool:
+        """False while every update is zero, as after insert, and no tensor is trained whole."""
+        pairs = self._slots().values()
+        return bool(self._also) or any(bool(a.any()) and bool(b.any()) for a, b in pairs)
+
     @torch.no_grad()
     def load_adapter(self, adapter: Adapter) -> None:
         """Replace the adapter; targets, ranks and alphas become those of `adapter`.
