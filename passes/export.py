@@ -62,7 +62,26 @@ def export(
         raise LoraFxError(f"mode {mode!r} is not supported yet", "merged")
     check_output(path, force=force)
     branched = _branched(model, args, kwargs, adapters, dynamic)
+    mode_before = branched.training
     branched.eval()
+    try:
+        return _write(branched, Path(path), mode, inputs, provider, opset, external_over, force)
+    finally:
+        if mode_before:
+            branched.train()
+
+
+def _write(
+    branched: CapturedModule,
+    target: Path,
+    mode: str,
+    inputs: Mapping[str, Any] | None,
+    provider: str,
+    opset: int,
+    external_over: int,
+    force: bool,
+) -> Report:
+    """Fold, prove, translate, prove, and give the file its name."""
     folded = fold(branched) if isinstance(branched, AdaptedModule) else branched
     warnings: list[str] = [str(p) for p in branched.captured.pinned]
     parity: list[Parity] = []
@@ -75,7 +94,6 @@ def export(
     restore_weight_names(made.model)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
-    target = Path(path)
     with replacing(target, force=force) as temporary:
         files = save(made.model, temporary, external_over=external_over)
         session = open_session(temporary, provider)

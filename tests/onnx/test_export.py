@@ -104,6 +104,12 @@ def test_the_base_model_and_an_adapter_object(tmp_path: Path) -> None:
     assert rel(with_it, base) > 0.05
 
 
+def test_the_mode_of_the_module_is_put_back(tmp_path: Path) -> None:
+    m = adapted().train()
+    lora_fx.export(m, tmp_path / "m.onnx", provider="cpu")
+    assert m.training and m.get_submodule("fc").training
+
+
 def test_a_wrong_graph_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lora_fx.passes.fold as fold
 
