@@ -101,22 +101,19 @@ class Adapter:
         return bind(self, found)
 
 
-def bind(
-    adapter: Adapter, found: Found, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> Adapter:
+def bind(adapter: Adapter, found: Found) -> Adapter:
     """An adapter in the keys and layouts of `found`; every misfit is named.
 
     Args:
         adapter: Bound or not; its keys may be aliases.
         found: The model's targets.
-        shapes: Shapes of all the model's tensors, to check whole tensors against.
     """
     entries: dict[str, LowRank | Full] = {}
     first = {a: t.parameter.name for t in found.targets for a in t.parameter.aliases}
     for key, entry in adapter.entries.items():
         bound: LowRank | Full
         if isinstance(entry, Full):
-            name, bound = first.get(key, key), _bind_full(key, entry, shapes)
+            name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
         else:
             name, bound = _bind_lowrank(key, entry, found)
         if name in entries:
@@ -128,9 +125,7 @@ def bind(
     return replace(adapter, entries=entries)
 
 
-def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]] | None) -> Full:
-    if shapes is None:
-        return entry
+def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> Full:
     if key not in shapes:
         raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
     have, want = tuple(entry.value.shape), tuple(shapes[key])

@@ -79,20 +79,22 @@ def compare(
     ours: Mapping[str, npt.NDArray[Any]],
     reference: Mapping[str, npt.NDArray[Any]],
     sizes: Mapping[str, tuple[int, ...]],
-    tol: float,
+    tol: float | Mapping[str, float],
     of: str = "",
 ) -> Parity:
-    """The worst output of two runs at one size."""
-    worst = Parity(sizes, 0.0, 0.0, tol, of=of)
+    """The output that comes nearest to its gate, or exceeds it most, at one size."""
+    worst: Parity | None = None
     for name in reference:
+        gate = tol if isinstance(tol, float) else tol[name]
         if name not in ours:
-            return Parity(sizes, math.inf, math.inf, tol, name, of)
+            return Parity(sizes, math.inf, math.inf, gate, name, of)
         r = rel(ours[name], reference[name])
         a, b = (np.asarray(v).astype(np.float64) for v in (ours[name], reference[name]))
         gap = float(np.abs(a - b).max(initial=0.0)) if a.shape == b.shape else math.inf
-        if r >= worst.rel:
-            worst = Parity(sizes, gap, r, tol, name, of)
-    return worst
+        found = Parity(sizes, gap, r, gate, name, of)
+        if worst is None or found.rel / max(gate, 1e-30) >= worst.rel / max(worst.tol, 1e-30):
+            worst = found
+    return worst or Parity(sizes, math.inf, math.inf, 0.0, "", of)
 
 
 @dataclass(frozen=True)

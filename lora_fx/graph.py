@@ -55,6 +55,7 @@ class Site:
         module_class: Class name of that module; empty when unknown.
         rows: Number of rows at the example's sizes: FLOPs are 2 · rows · in · out · batch.
         refusal: Why this use cannot be adapted; empty when it can.
+        slot: Which operand of the op the weight is.
         behind: Every parameter that a computed weight depends on.
     """
 
@@ -69,6 +70,7 @@ class Site:
     flops: int = 0
     refusal: str = ""
     behind: tuple[str, ...] = ()
+    slot: tuple[int, ...] = ()
     attrs: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 

@@ -58,7 +58,7 @@ class Plan:
 
 def make_plan(
     found: Found,
-    names: Sequence[str],
+    names: Mapping[str, str],
     *,
     rank: int = 8,
     alpha: float | None = None,
@@ -71,7 +71,7 @@ def make_plan(
 
     Args:
         found: The model's targets.
-        names: All its parameter names, for also_train.
+        names: Every parameter name → its first name, for also_train.
         rank: For every target; capped by name where one side of a target is smaller.
         alpha: None means 2·rank.
         include: Selectors that replace the default plan.
@@ -89,9 +89,12 @@ def make_plan(
             "the model has no weight matmul that an adapter could attach to",
             "run lora-fx targets MODEL: it says what was refused and why",
         )
-    whole = select_names(names, also_train) if also_train else ()
+    whole: tuple[str, ...] = ()
+    if also_train:
+        whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train)))
     if ranks is not None:
-        chosen = {found[k].key: "" for k in _known(found, ranks)}
+        ranks = {found[k].key: v for k, v in _known(found, ranks).items()}
+        chosen = dict.fromkeys(ranks, "")
     elif include is not None:
         chosen = select(found, include)
     else:
@@ -116,8 +119,10 @@ def make_plan(
     entries, notes = {}, []
     for key, use in chosen.items():
         r, al = _asked(key, ranks, rank, alpha)
+        if r <= 0:
+            raise LoraFxError(f"rank {r} of {key} is not a positive whole number", "8 is usual")
         if r > limits[key]:
-            if ranks is not None or r <= 0:
+            if ranks is not None:
                 raise LoraFxError(
                     f"rank {r} of {key} is above its smaller side {limits[key]}",
                     "lower it in the plan",
@@ -137,8 +142,8 @@ def _asked(
     return int(given), alpha
 
 
-def _known(found: Found, ranks: Mapping[str, Any]) -> list[str]:
+def _known(found: Found, ranks: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ranks:
         if key not in found.by_key:
             raise LoraFxError(f"the plan names {key!r}, which is no target", "run lora-fx targets")
-    return list(ranks)
+    return ranks

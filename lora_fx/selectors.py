@@ -69,9 +69,16 @@ def select_names(names: Sequence[str], selectors: str | Sequence[str]) -> tuple[
 
 def _name_rule(text: str):  # type: ignore[no-untyped-def]
     if text.startswith("re:"):
-        pattern = re.compile(text[3:])
+        pattern = _regex(text[3:])
         return lambda name: bool(pattern.search(name))
     return lambda name: bool(name) and _suffix(name, text)
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as e:
+        raise LoraFxError(f"re:{text} is no regular expression: {e}", "escape ( [ . *") from e
 
 
 def _suffix(name: str, glob: str) -> bool:
@@ -84,9 +91,10 @@ def _match(t: Target, text: str) -> list[str]:
     """The uses of a target that one selector names: aliases, or "" for all."""
     head, colon, rest = text.partition(":")
     if colon and head == "re":
-        if re.search(rest, t.key):
+        pattern = _regex(rest)
+        if pattern.search(t.key):
             return [""]
-        return [named_use(t, a) for a in t.parameter.aliases if re.search(rest, a)]
+        return [named_use(t, a) for a in t.parameter.aliases if pattern.search(a)]
     if colon and head == "role":
         if rest not in ROLES:
             raise LoraFxError(f"no role {rest!r}", f"the roles are {', '.join(ROLES)}")

@@ -137,6 +137,7 @@ class Found:
     data_flops: int = 0
     pinned: tuple[Any, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: str) -> Target:
         """The target of a key or of one of its aliases."""

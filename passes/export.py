@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -136,16 +137,27 @@ def _branched(
 ) -> CapturedModule:
     """The unfolded module that the file has to equal."""
     if isinstance(model, AdaptedModule):
-        if adapter is not None:
-            model.load_adapter(adapter)
-        return model
+        if adapter is None:
+            return model
+        own: AdaptedModule = copy.deepcopy(model)  # the caller's adapter stays
+        own.load_adapter(adapter)
+        return own
     if isinstance(model, CapturedModule):
+        if adapter is not None:
+            raise LoraFxError(
+                "this module's weights are folded already", "export the original with adapters=…"
+            )
         return model
     cap = captured_of(model, args, kwargs, dynamic)
     return plain(cap) if adapter is None else insert(cap, adapter=adapter)
 
 
 def _demand(parity: Sequence[Parity], what: str) -> None:
+    if not parity:
+        raise LoraFxError(
+            "no size could be compared: the model refuses size 1 and the inputs have it",
+            "give --inputs with two rows or more",
+        )
     for p in parity:
         if not p.ok:
             sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())

@@ -56,6 +56,7 @@ def find(graph: Graph[Any]) -> Found:
         tuple(_merge(refusals)),
         tuple(unreached),
         graph.data_flops(),
+        shapes={n: p.shape for p in parameters.values() for n in (p.name, *p.aliases)},
     )
 
 

@@ -23,6 +23,7 @@ from lora_fx.lowrank import LowRank
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
+from lora_fx.passes.insert import reads_otherwise
 from lora_fx.target import Target
 from lora_fx.uses import applies
 
@@ -57,8 +58,11 @@ class Fold:
         targets: dict[str, Target] = {}
         for key in self.updates:
             if key not in found.by_key:
-                if not self.applied:
-                    raise LoraFxError(f"{key!r} is no target of this graph")
+                if not self.applied or reads_otherwise(found, key):
+                    raise LoraFxError(
+                        f"{key!r} is no target of this graph: it reads other parts of the tensor",
+                        "fold with these arguments as the example",
+                    )
                 continue
             targets[key] = found[key]
         sites = {s.id: s for t in targets.values() for s in t.sites}
@@ -113,7 +117,7 @@ def fold_value(
     e = NumpyEmitter()
     for target, low in updates:
         a, b = low.a.astype(work), low.b.astype(work)
-        change = delta(e, target.layout, a, b, float(low.scale))
+        change = delta(e, low.layout or target.layout, a, b, float(low.scale))
         part = tuple(slice(lo, hi) for lo, hi in target.region)
         wide[part] = wide[part] + change
     value = wide.astype(base.dtype)

@@ -23,7 +23,7 @@ from lora_fx.kinds import Factors, swap_last
 from lora_fx.lowrank import LowRank, slot_names
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
-from lora_fx.target import Target
+from lora_fx.target import Found, Target, base_name
 from lora_fx.uses import applies
 
 
@@ -35,6 +35,7 @@ class Insert:
         updates: Initial values; their shapes are checked by bind.
         dropout: Probability on the branch's input, in training graphs only.
         training: Whether this graph is one.
+        missing: error, or skip for calls that do not reach every target.
         role: What the new tensors are for.
     """
 
@@ -53,8 +54,11 @@ class Insert:
         for key, update in self.updates.items():
             target = found.by_key.get(key)
             if target is None:
-                if self.missing == "error":
-                    raise LoraFxError(f"{key!r} is no target of this graph")
+                if self.missing == "error" or reads_otherwise(found, key):
+                    raise LoraFxError(
+                        f"{key!r} is no target of this graph: it reads other parts of the tensor",
+                        "capture with these arguments as the example",
+                    )
                 continue
             for site in target.sites:
                 if site.id in done or not applies(update.use, site):
@@ -64,7 +68,7 @@ class Insert:
         return PassResult(graph, modified)
 
     def _site(self, graph: Graph[V], target: Target, site: Site, update: LowRank) -> None:
-        layout = target.layout
+        layout = update.layout or target.layout
         here = site_layout(site, target.parameter.shape)
         flipped = here is not None and here == (target.region, layout.transposed())
         straight = here == (target.region, layout)
@@ -88,9 +92,14 @@ class Insert:
         e = graph.emit(site, before=True)
         w = graph.weight(site)
         a, b = factors(e, target.key, update, w, self.role, scaled=False)
-        change = kinds.delta(e, target.layout, a, b, update.scale)
+        change = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
         change = kinds.pad_region(e, change, target.region, target.parameter.shape)
         graph.replace_weight(site, site.view.replay(e, e.op("add", w, change)))
+
+
+def reads_otherwise(found: Found, key: str) -> bool:
+    """True when a graph uses a key's parameter, but in other parts than the key says."""
+    return any(t.parameter.name == base_name(key) for t in found.targets)
 
 
 def factors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -14,6 +15,7 @@ from lora_fx.fx.capture import Captured, capture
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.models import load_model
 from lora_fx.fx.module import CapturedModule, with_signature
+from lora_fx.fx.tensors import named_tensors
 from lora_fx.graph import Graph
 from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.find import find as find_graph
@@ -83,7 +85,7 @@ def find(
 
 def plan_of(
     found: Found,
-    names: Sequence[str],
+    names: Mapping[str, str],
     rank: int,
     alpha: float | None,
     include: Selectors,
@@ -157,22 +159,31 @@ def insert(
         raise LoraFxError(f"dropout {dropout} is not in [0, 1)", "0.05 is usual")
     if norm_stats not in ("frozen", "update"):
         raise LoraFxError(f"no norm_stats {norm_stats!r}", "frozen or update")
+    if isinstance(model, (AdaptedModule, FoldedModule)):
+        raise LoraFxError(
+            "this module holds an adapter already",
+            "insert into the original model; load_adapter replaces an adapter",
+        )
+    if adapter is not None and (include or exclude or also_train or plan is not None):
+        raise LoraFxError(
+            "an adapter brings its own targets and ranks",
+            "leave out include, exclude, also_train and plan, or the adapter",
+        )
     cap = captured_of(model, args, kwargs, dynamic)
     found = find(cap)
-    names = [n for n, _ in cap.model.named_parameters(remove_duplicate=False)]
-    metadata = {"dropout": dropout}
+    names = named_tensors(cap.model)[0]
+    metadata: dict[str, Any] = {"dropout": dropout}
     if adapter is None:
         chosen = plan_of(found, names, rank, alpha, include, exclude, also_train, plan)
         updates = initial(found, chosen, variant, seed)
         whole, notes = chosen.also_train, chosen.notes
     else:
-        shapes = {n: tuple(p.shape) for n, p in cap.model.named_parameters(remove_duplicate=False)}
-        bound = bind(adapter, found, shapes)
+        bound = bind(adapter, found)
         updates, whole, notes = bound.lowrank, tuple(bound.full), ()
-        metadata.update(adapter.metadata)
+        metadata = {**adapter.metadata, "dropout": dropout}
 
     def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], Any]:
-        return Insert(now, dropout=dropout, training=training)
+        return Insert(now, dropout=dropout, training=training, missing="skip")
 
     module = with_signature(AdaptedModule, cap)(
         cap,
@@ -224,14 +235,19 @@ def fold(
     Returns:
         A module with the original call; `.folded` says what went where and what rounding lost.
     """
+    if isinstance(model, FoldedModule):
+        raise LoraFxError("this module's weights are folded already", "fold the original model")
     cap = captured_of(model, args, kwargs, dynamic)
     if adapter is None:
         if not isinstance(model, AdaptedModule):
             raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
         adapter = model.adapter()
+    elif isinstance(model, AdaptedModule):  # in its place, so that nothing of the old one stays
+        model = copy.deepcopy(model)
+        model.load_adapter(adapter)
+        adapter = model.adapter()
     found = find(cap)
-    shapes = {n: tuple(p.shape) for n, p in cap.model.named_parameters(remove_duplicate=False)}
-    bound = bind(adapter, found, shapes)
+    bound = bind(adapter, found)
     rewrite = Fold(bound.lowrank)
     source = model if isinstance(model, CapturedModule) else cap
     module = with_signature(FoldedModule, cap)(source, rewrite, bound)

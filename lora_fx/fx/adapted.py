@@ -97,8 +97,7 @@ class AdaptedModule(CapturedModule):
             LoraFxError: A key or a shape that does not fit, or a whole tensor that is not
                 among `also_train`.
         """
-        shapes = {n: tuple(p.shape) for n, p in self.named_parameters(remove_duplicate=False)}
-        bound = bind(adapter, self._found, shapes)
+        bound = bind(adapter, self._found)
         names, _ = named_tensors(self)
         for name in bound.full:
             if names[name] not in self._also:
@@ -116,11 +115,13 @@ class AdaptedModule(CapturedModule):
         self._graph(False, self._programs.captured.named)
         for a, b in self._slots().values():
             a.data, b.data = a.data.to(device), b.data.to(device)
-        for name, full in bound.full.items():
+        originals = dict(self.captured.model.named_parameters())
+        for name in self._also:  # what the adapter does not hold goes back to the model's own
             m, leaf = owner(self, name)
             p = m._parameters[leaf]
             assert p is not None
-            p.copy_(from_numpy(full.value, like=p))
+            full = {names[k]: v for k, v in bound.full.items()}.get(name)
+            p.copy_(originals[name] if full is None else from_numpy(full.value, like=p))
         self._metadata = dict(adapter.metadata)
 
     def _drop(self, key: str) -> None:

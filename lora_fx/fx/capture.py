@@ -24,8 +24,6 @@ from lora_fx.fx.inputs import describe, limits
 from lora_fx.fx.skeleton import weightless
 from lora_fx.inputs import Inputs, default_dynamic, merge_dynamic
 
-Rewriter = Callable[[FxGraph], object]
-
 
 @dataclass
 class Source:
@@ -62,16 +60,6 @@ class Source:
             copied, mode = weightless(self.module, dtype, self.mode)
             self.copies[dtype] = Source(copied, getattr(copied, name), mode)
         return self.copies[dtype]
-
-
-@dataclass
-class Program:
-    """One traced and compiled graph."""
-
-    id: str
-    traced: Traced
-    graph: fx.Graph
-    training: bool
 
 
 class Captured:

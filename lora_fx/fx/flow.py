@@ -63,6 +63,7 @@ def weight_states(
     """
     states: dict[fx.Node, State] = {}
     constants: set[fx.Node] = set()
+    written = _written(graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             name = names.get(str(node.target))
@@ -70,7 +71,10 @@ def weight_states(
                 constants.add(node)
             else:
                 states[node] = Weight(name, View(), tuple(tensor(root, name).shape))
-        elif node.op == "call_function" and node.all_input_nodes:
+        elif node.op == "call_function":
+            if node.target is getattr:  # the device of an input
+                constants.add(node)
+                continue
             inputs = node.all_input_nodes
             found = [i for i in inputs if i in states]
             if not found:
@@ -78,7 +82,9 @@ def weight_states(
                     constants.add(node)
                 continue
             if is_marked(node):  # W + ΔW of the weight form: the weight is what it adds to
-                states[node] = states[found[0]]
+                adds = node.target is aten.add.Tensor or node.target in VIEWS
+                if adds and isinstance(states[found[0]], Weight):
+                    states[node] = states[found[0]]
                 continue
             state = _view(node, found[0], states[found[0]])
             if state is not None:
@@ -86,7 +92,26 @@ def weight_states(
             elif node.target not in OPS and all(i in states or i in constants for i in inputs):
                 behind = tuple(sorted({n for i in found for n in roots(states[i])}))
                 states[node] = Computed(behind, op_name(node))
+        if node in written and node in states:
+            states[node] = Computed(roots(states[node]), "an in-place edit")
     return states
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Values that an op changes in place, and the values that they are views of."""
+    result: set[fx.Node] = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            while isinstance(value, fx.Node):
+                result.add(value)
+                views = value.target in VIEWS and value.target is not aten.clone.default
+                value = value.args[0] if views or value.target in SPLITS else None
+    return result
 
 
 def _view(node: fx.Node, source: fx.Node, state: State) -> State | None:
@@ -123,6 +148,8 @@ def site_flops(node: fx.Node, use: Use) -> int:
     """2 · output elements · in; a recurrent weight runs once per step and row; lookups are free."""
     if use.kind.name == "embedding":
         return 0
+    if use.refusal:
+        return 2 * numel(shape_of(node) or ())
     w = shape_of(pick(node, use.weight)) or ()
     if use.kind.name == "recurrent":
         x = shape_of(pick(node, use.x)) or ()

@@ -120,18 +120,18 @@ class FxGraph:
             flops=site_flops(node, use),
             refusal=refusal,
             behind=roots(state),
+            slot=use.weight,
             attrs=use.attrs,
         )
 
     # --- rewriting -------------------------------------------------------------------------------
 
     def _at(self, site: Site) -> tuple[fx.Node, ops.Use]:
-        name, _, slot = site.id.partition(":")
+        name = site.id.partition(":")[0]
         for node in self.graph.nodes:
             if node.name == name:
                 for use in ops.OPS[node.target].uses(node):
-                    same = use.weight[-1] == int(slot) if slot else use.kind == site.kind
-                    if same and shape_of(ops.pick(node, use.weight)) == site.operand:
+                    if use.weight == site.slot:
                         return node, use
         raise LoraFxError(
             f"site {site.id!r} is not in this graph", "run find again after a rewrite"

@@ -54,7 +54,8 @@ def pick(node: Node, path: Path) -> Any:
 
 
 def _linear(node: Node) -> Iterator[Use]:
-    yield Use((1,), (0,), kinds.linear())
+    flat = len(shape_of(pick(node, (1,))) or ()) != 2
+    yield Use((1,), (0,), kinds.linear(), {}, "the weight has one dimension" if flat else "")
 
 
 def _matmul(node: Node) -> Iterator[Use]:
@@ -111,6 +112,8 @@ def _einsum(node: Node) -> Iterator[Use]:
             why = "a letter stands twice in one operand"
         elif any(c not in x and c not in y for c in w):
             why = "sums an axis that only the weight has"
+        elif all(c in x for c in w) or all(c not in x or c in y for c in w):
+            why = "no contraction: nothing of low rank"
         yield Use((1, i), (1, others[0]), kinds.Einsum(x, w, y), {}, why)
 
 

@@ -18,7 +18,7 @@ def save_program(module: CapturedModule, path: str, *, force: bool = False) -> N
 
     The file is loaded again and run before it gets its name.
     """
-    flat, names, _ = flat_program(module, module.graph(False).graph)
+    flat, _, _ = flat_program(module, module.graph(False).graph)
     named = module.sample()
     leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
     door = module.captured.traced(False, module.captured.named, module.base_dtype).door
@@ -27,7 +27,6 @@ def save_program(module: CapturedModule, path: str, *, force: bool = False) -> N
         if fixed is not None:
             wanted = module.captured.requested.get(name, {})
             shapes.append({d: Dim.AUTO for d in wanted if fixed[d] is None} or None)
-    del names
     program = torch.export.export(flat, tuple(leaves), dynamic_shapes=tuple(shapes), strict=False)
     with replacing(path, force=force) as temporary:
         with temporary.open("wb") as f:

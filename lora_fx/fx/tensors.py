@@ -19,9 +19,9 @@ class AdapterTensors(nn.Module):
 def to_numpy(tensor: torch.Tensor | None) -> np.ndarray[Any, Any]:
     """A tensor as an array; bfloat16 becomes ml_dtypes.bfloat16."""
     assert tensor is not None
-    t = tensor.detach().cpu()
-    if t.device.type == "meta" or type(t).__name__ == "FakeTensor":
+    if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
         raise LoraFxError("this model has no weights", "load it with weights first (--weights)")
+    t = tensor.detach().cpu()
     if t.dtype == torch.bfloat16:
         return t.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return np.asarray(t.numpy())
