@@ -148,8 +148,6 @@ def site_flops(node: fx.Node, use: Use) -> int:
     """2 · output elements · in; a recurrent weight runs once per step and row; lookups are free."""
     if use.kind.name == "embedding":
         return 0
-    if use.refusal:
-        return 2 * numel(shape_of(node) or ())
     w = shape_of(pick(node, use.weight)) or ()
     if use.kind.name == "recurrent":
         x = shape_of(pick(node, use.x)) or ()
@@ -159,7 +157,9 @@ def site_flops(node: fx.Node, use: Use) -> int:
         return 0
     axes = use.kind.axes(tuple(int(n) for n in w))
     split = axes.steps[0].shape if axes.steps else w  # type: ignore[union-attr]
-    return 2 * numel(y) * numel(tuple(split[i] for i in axes.in_))
+    if use.refusal and len(split) < 2:
+        return 2 * numel(y)  # a vector: every element once
+    return 2 * numel(y) * numel(tuple(split[i] for i in axes.in_ if i < len(split)))
 
 
 def data_flops(node: fx.Node) -> int:
