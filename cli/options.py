@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import note
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
@@ -100,18 +100,10 @@ def examples(path: str, loaded: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def load_npz(path: str | None) -> dict[str, Any]:
-    """Arrays of an .npz by name; never unpickles."""
-    if path is None:
-        return {}
-    import numpy as np
+    """Arrays of an --inputs file by name; empty without one."""
+    from lora_fx.data import read_npz
 
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            return dict(data)
-    except (OSError, ValueError) as e:
-        raise LoraFxError(
-            f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez writes one"
-        ) from e
+    return read_npz(path) if path else {}
 
 
 def split_weight(text: str) -> tuple[str, float]:

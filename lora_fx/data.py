@@ -105,7 +105,7 @@ def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None
     Raises:
         LoraFxError: Names the file, and the row and column where there is one.
     """
-    readers = {".npz": _npz, ".jsonl": _jsonl, ".csv": _csv}
+    readers = {".npz": read_npz, ".jsonl": _jsonl, ".csv": _csv}
     suffix = Path(path).suffix
     if suffix not in readers:
         raise LoraFxError(
@@ -162,7 +162,8 @@ def _array(values: Any, where: str, name: str) -> Array:
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _npz(path: str) -> dict[str, Any]:
+def read_npz(path: str) -> dict[str, Any]:
+    """Arrays of an .npz by name; never unpickles."""
     try:
         with np.load(path, allow_pickle=False) as data:
             return dict(data)
