@@ -28,7 +28,7 @@ def command(output: str, quick: bool, force: bool, as_json: bool) -> None:
     The data are this machine's own Python files; nothing is downloaded. A linear probe is fitted,
     rank-8 adapters go on all linears, they are trained, folded and exported, and ONNX Runtime has
     to predict the same for every held-out example. Fails (exit 1) unless training gains 5 points
-    over the probe; --quick (12 steps) only demands that the loss falls and predictions move.
+    over the probe; --quick (12 steps) only demands that the scores move.
     """
     from lora_fx.checkpoint.osfile import replacing
     from lora_fx.cli.demo_stages import Size, refusal, run, table

@@ -130,6 +130,7 @@ def run(out: Path, size: Size, say: Say) -> Result:
     facts["runtime_difference"] = float(np.abs(runtime - after_scores).max())
     facts["predictions_equal"] = int((runtime.argmax(1) == after_scores.argmax(1)).sum())
     facts["examples"] = len(truth)
+    facts["shift"] = float(np.abs(before_scores - after_scores).max())
     facts["moved"] = int((before_scores.argmax(1) != after_scores.argmax(1)).sum())
     facts["bytes"] = {
         "adapter": sum(f.stat().st_size for f in (out / "adapter").iterdir()),
@@ -163,7 +164,10 @@ def _judge(result: Result, size: Size) -> None:
         result.failures.append("inserting branches with B = 0 changed the accuracy")
     if gain < size.gain:
         result.failures.append(f"after - probe is {gain:+.3f}, expected {size.gain:+.2f} or more")
-    if not facts["moved"] or facts["loss"][1] >= facts["loss"][0]:
+    if size.gain < 0:  # a few noisy steps: the adapter has to act, no more
+        if facts["shift"] < 1e-3:
+            result.failures.append("training moved no score")
+    elif not facts["moved"] or facts["loss"][1] >= facts["loss"][0]:
         result.failures.append("training moved no prediction or did not lower the loss")
     if facts["predictions_equal"] != facts["examples"]:
         result.failures.append("ONNX Runtime and torch predict differently")
