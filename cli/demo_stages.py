@@ -28,7 +28,7 @@ class Size:
     @classmethod
     def of(cls, quick: bool) -> Size:
         """The whole demo gains 5 points or more over the probe; the quick one only has to learn."""
-        return cls(600, 200, 12, -1.0) if quick else cls(4000, 1000, 220, 0.05)
+        return cls(600, 200, 12, -1.0) if quick else cls(5000, 1000, 480, 0.05)
 
 
 @dataclass
@@ -109,13 +109,15 @@ def run(out: Path, size: Size, say: Say) -> Result:
     buckets = Buckets(
         [
             Table({"input_ids": ids, "attention_mask": mask, "labels": y[at]}, "labels")
-            for at, ids, mask in minilm.batches(rows, 32)
+            for at, ids, mask in minilm.batches(rows, minilm.BATCH)
         ]
     )
-    settings = Settings(steps=size.steps, lr=2e-3)
+    settings = Settings(steps=size.steps, lr=minilm.LR)
     losses = fit(model, buckets, settings=settings, progress=_progress(say)).losses
     after_scores = minilm.run_all(in_torch(model), held)
-    facts |= {"after": accuracy(after_scores), "loss": [losses[0], float(np.mean(losses[-5:]))]}
+    tenth = max(1, size.steps // 10)
+    loss = [float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))]
+    facts |= {"after": accuracy(after_scores), "loss": loss}
     done("train", f"{size.steps} steps, accuracy {facts['after']:.3f}")
 
     lora_fx.save_adapter(model.adapter(), out / "adapter")
@@ -176,6 +178,7 @@ def _judge(result: Result, size: Size) -> None:
 def table(result: Result, out: Path) -> str:
     """The facts for a person to read."""
     f = result.facts
+    stages = ", ".join(f"{stage} {s:.0f}" for stage, s in result.seconds.items())
     rows = [
         ("targets", f"{f['targets']}, {f['adapted_share']:.1%} of the weight FLOPs"),
         ("parameters trained", f"{f['trained']:,} of {f['trained'] + f['frozen']:,}"),
@@ -186,7 +189,7 @@ def table(result: Result, out: Path) -> str:
         ("model.onnx", f"{f['bytes']['model.onnx'] / 1e6:.1f} MB"),
         ("ONNX Runtime vs torch", f"largest difference {f['runtime_difference']:.1e}"),
         ("predictions equal", f"{f['predictions_equal']} of {f['examples']}"),
-        ("seconds", f"{sum(result.seconds.values()):.0f}"),
+        ("seconds", f"{sum(result.seconds.values()):.0f}  ({stages})"),
         ("written to", str(out)),
     ]
     return "\n".join(f"{name:<28}{value}" for name, value in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -143,7 +144,7 @@ def training_data(path: str, loaded: Any, cap: Any, label: str, max_length: int)
     inputs = cap.inputs.names
     tabular = len(inputs) == 1 and not set(names) & set(inputs)
     if tabular and all(table.columns[n].ndim == 1 for n in names):
-        return type(table)(features(table.columns, table.label, inputs[0]), table.label)
+        return replace(table, columns=features(table.columns, table.label, inputs[0]))
     return table
 
 

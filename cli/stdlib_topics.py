@@ -21,6 +21,8 @@ SKIP = {
     "site-packages", "dist-packages", "__pycache__",
 }  # fmt: skip
 VOLUMES = 10
+SEED = 20261124
+"""Of the split. Settings were tuned on the split of seed 0, so the demo reports on another."""
 WORDS = 4
 """Shorter docstrings say nothing of where they come from."""
 
@@ -52,7 +54,7 @@ def docstrings(root: Path | None = None) -> Iterator[tuple[str, str]]:
                     yield parts[0].removesuffix(".py"), text
 
 
-def topics(train: int, test: int, seed: int = 0, root: Path | None = None) -> Topics:
+def topics(train: int, test: int, seed: int = SEED, root: Path | None = None) -> Topics:
     """About `train` and `test` examples, every volume in its share; no text stands twice."""
     where: dict[str, set[str]] = {}
     for module, text in docstrings(root):
@@ -63,8 +65,10 @@ def topics(train: int, test: int, seed: int = 0, root: Path | None = None) -> To
     for module in sorted(counts):
         volume[module] = min(VOLUMES - 1, reached * VOLUMES // len(rows))
         reached += counts[module]
+    used = sorted(set(volume.values()))  # a module larger than a volume leaves one empty
+    volume = {m: used.index(v) for m, v in volume.items()}
     names = []
-    for v in sorted(set(volume.values())):
+    for v in range(len(used)):
         inside = [m for m in sorted(counts) if volume[m] == v]
         names.append(f"{inside[0]} … {inside[-1]}")
     order = np.random.default_rng(seed).permutation(len(rows))[: train + test]

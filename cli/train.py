@@ -16,6 +16,9 @@ from lora_fx.cli.options import (
     training_data,
 )
 
+ABOVE_0 = click.FloatRange(min=0, min_open=True)
+FROM_1 = click.IntRange(min=1)
+
 
 @click.command("train")
 @click.argument("model")
@@ -23,22 +26,10 @@ from lora_fx.cli.options import (
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
 @click.option("--label", default="", metavar="COL", help="Column to predict.  [default: labels]")
 @click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
-@click.option(
-    "--epochs",
-    type=click.FloatRange(min=0, min_open=True),
-    default=3.0,
-    show_default=True,
-    help="Passes over the data.",
-)
-@click.option("--steps", type=click.IntRange(min=1), help="Steps, instead of epochs.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Examples a step.",
-)
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate.")
+@click.option("--epochs", type=ABOVE_0, default=3.0, show_default=True, help="Passes over DATA.")
+@click.option("--steps", type=FROM_1, help="Steps, instead of epochs.")
+@click.option("--batch-size", type=FROM_1, default=32, show_default=True, help="Examples a step.")
+@click.option("--lr", type=ABOVE_0, default=1e-3, show_default=True, help="Peak learning rate.")
 @click.option("--validation", type=float, default=0.1, show_default=True, help="Share held out.")
 @click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
@@ -73,6 +64,8 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     keys = ("weights", "inputs_file", "dynamic", "static")
     loaded, cap = captured(model, **{k: options.pop(k) for k in keys})
     table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
+    if table.words:
+        note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
     training, validation = split(table, options.pop("validation"), options["seed"])
     device, loss = options.pop("device"), options.pop("loss")
     settings = Settings(

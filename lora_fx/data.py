@@ -6,8 +6,6 @@ into input_ids and attention_mask. Keys are the names of the model's arguments.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.datafiles import READERS
+from lora_fx.datafiles import read_npz as read_npz
 from lora_fx.errors import LoraFxError, one_line
 
 Array = npt.NDArray[Any]
@@ -25,10 +25,14 @@ LABELS = ("labels", "label", "y", "target")
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length; `label` names the one to predict, or is empty."""
+    """Columns of equal length; `label` names the one to predict, or is empty.
+
+    `words` are the labels' names by number, where the data had words.
+    """
 
     columns: Mapping[str, Array]
     label: str = ""
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -36,15 +40,28 @@ class Table:
 
     def rows(self, index: npt.ArrayLike) -> Table:
         """The examples of an index, in its order."""
-        return Table({k: v[np.asarray(index)] for k, v in self.columns.items()}, self.label)
+        columns = {k: v[np.asarray(index)] for k, v in self.columns.items()}
+        return Table(columns, self.label, self.words)
+
+    def trimmed(self) -> Table:
+        """Without the columns of padding that no example needs (right padding only)."""
+        mask = self.columns.get("attention_mask")
+        if mask is None or mask.ndim != 2 or mask.dtype.kind not in "iub":
+            return self
+        width = int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1
+        alike = {
+            k for k, v in self.columns.items() if v.shape == mask.shape and v.dtype.kind in "iub"
+        }
+        columns = {k: v[:, :width] if k in alike else v for k, v in self.columns.items()}
+        return Table(columns, self.label, self.words)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
-        """Batches in order, or shuffled by a seed; the last one may be smaller."""
+        """Trimmed batches in order, or shuffled by a seed; the last one may be smaller."""
         order = np.arange(len(self))
         if seed is not None:
             np.random.default_rng(seed).shuffle(order)
         for start in range(0, len(order), size):
-            yield self.rows(order[start : start + size])
+            yield self.rows(order[start : start + size]).trimmed()
 
 
 @dataclass(frozen=True)
@@ -77,21 +94,23 @@ class Buckets:
 
 
 def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
-    """(training, validation): `share` of the examples held out, of every label where it is whole.
+    """(training, validation): `share` of the examples held out, of every label in its share.
 
-    Labels with a single example stay in training.
+    Whole numbers are labels where they repeat: twice on average. Labels with a single example
+    stay in training.
     """
-    rng = np.random.default_rng(seed)
+    order = np.random.default_rng(seed).permutation(len(table))
+    count = min(len(table) - 1, max(1, round(share * len(table)))) if share else 0
     labels = table.columns.get(table.label)
-    groups: list[Array] = [np.arange(len(table))]
+    single = np.zeros(len(table), bool)
     if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu":
-        groups = [np.flatnonzero(labels == v) for v in np.unique(labels)]
-    held: list[int] = []
-    for group in groups:
-        n = min(len(group) - 1, max(1, round(share * len(group)))) if share else 0
-        held += list(rng.permutation(group)[: max(0, n)])
-    keep = np.setdiff1d(np.arange(len(table)), held)
-    return table.rows(keep), table.rows(np.sort(np.asarray(held, int)))
+        _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        if 2 * len(counts) <= len(labels):
+            order = order[np.argsort(number[order], kind="stable")]
+            single = counts[number] == 1
+    held = order[((np.arange(count) + 0.5) * len(table) / max(1, count)).astype(int)]
+    held = np.sort(held[~single[held]])
+    return table.rows(np.setdiff1d(np.arange(len(table)), held)), table.rows(held)
 
 
 def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None) -> Table:
@@ -105,21 +124,29 @@ def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None
     Raises:
         LoraFxError: Names the file, and the row and column where there is one.
     """
-    readers = {".npz": read_npz, ".jsonl": _jsonl, ".csv": _csv}
     suffix = Path(path).suffix
-    if suffix not in readers:
+    if suffix not in READERS:
         raise LoraFxError(
             f"{path}: data of an unknown kind {suffix!r}", ".npz, .jsonl, .csv or module:loader"
         )
     if not Path(path).is_file():
         raise LoraFxError(f"{path}: no such file", "give a path to the data")
-    return table_of(readers[suffix](path), path, label=label, tokenizer=tokenizer)
+    return table_of(READERS[suffix](path), path, label=label, tokenizer=tokenizer)
 
 
-def table_of(
-    raw: Mapping[str, Any], where: str, *, label: str = "", tokenizer: Tokenizer | None = None
-) -> Table:
-    """Columns as arrays: texts tokenised, labels of words numbered in sorted order."""
+def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | None = None) -> Table:
+    """Columns as arrays: texts tokenised, labels of words numbered in sorted order.
+
+    Args:
+        raw: Columns by name, or batches of them.
+        where: What to call it in an error.
+        label: As in read_table.
+        tokenizer: As in read_table.
+    """
+    raw = raw if isinstance(raw, Mapping) else _joined(raw, where)
+    for name, values in raw.items():
+        if not hasattr(values, "__len__") or getattr(values, "shape", None) == ():
+            raise LoraFxError(f"{where}: column {name!r} has no rows", "one row an example")
     if not raw or not len(next(iter(raw.values()))):
         raise LoraFxError(f"{where}: no rows", "there is nothing to train on")
     if label and label not in raw:
@@ -130,24 +157,62 @@ def table_of(
         raise LoraFxError(f"{where}: columns of different lengths: {lengths}", "one row an example")
     columns: dict[str, Array] = {}
     texts: list[str] = []
+    words: tuple[str, ...] = ()
     for name, values in raw.items():
-        is_text = isinstance(values[0], str)
-        if name == label and is_text:
-            words = sorted(set(values))
-            columns[name] = np.array([words.index(v) for v in values])
-        elif is_text:
+        numeric = isinstance(values, np.ndarray) and values.dtype.kind != "U"
+        is_text = [False] if numeric else [isinstance(v, str) for v in values]
+        if any(is_text) and not all(is_text):
+            row = is_text.index(not is_text[0])
+            raise LoraFxError(
+                f"{where}: column {name!r} is {_kind(values[0])} in row 1 "
+                f"and {_kind(values[row])} in row {row + 1}",
+                "a column is all text or all numbers",
+            )
+        if name == label and all(is_text):
+            found, columns[name] = np.unique(np.asarray(values, str), return_inverse=True)
+            words = tuple(str(w) for w in found)
+        elif all(is_text):
             texts.append(name)
         else:
             columns[name] = _array(values, where, name)
     if texts:
         if tokenizer is None:
+            row = next(i for i, v in enumerate(raw[texts[0]]) if not _is_number(v))
             raise LoraFxError(
-                f"{where}: column {texts[0]!r} is text and the model has no tokenizer",
+                f"{where}: column {texts[0]!r} is text (row {row + 1}: "
+                f"{one_line(repr(str(raw[texts[0]][row])), 40)}) and the model has no tokenizer",
                 "use a Hugging Face folder with a tokenizer, or numeric columns",
             )
         joined = [" ".join(raw[n][i] for n in texts) for i in range(lengths[texts[0]])]
         columns.update(tokenizer(joined))
-    return Table(columns, label)
+    return Table(columns, label, words)
+
+
+def _joined(batches: Any, where: str) -> dict[str, Any]:
+    """Batches (dictionaries with the same keys) as one dictionary of columns."""
+    try:
+        parts = list(batches)
+    except TypeError:
+        parts = [batches]
+    for i, part in enumerate(parts):
+        if not isinstance(part, Mapping) or set(part) != set(parts[0]):
+            raise LoraFxError(
+                f"{where}: item {i + 1} is no dictionary with the keys of the first",
+                "a loader returns columns by name, or batches of them",
+            )
+    return {k: [row for part in parts for row in part[k]] for k in (parts[0] if parts else ())}
+
+
+def _kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else "empty" if value is None else "a number"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _array(values: Any, where: str, name: str) -> Array:
@@ -160,59 +225,6 @@ def _array(values: Any, where: str, name: str) -> Array:
     if array.dtype.kind not in "iufb":
         raise LoraFxError(f"{where}: column {name!r} is neither numbers nor text", "drop it")
     return array.astype(np.float32) if array.dtype == np.float64 else array
-
-
-def read_npz(path: str) -> dict[str, Any]:
-    """Arrays of an .npz by name; never unpickles."""
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            return dict(data)
-    except (OSError, ValueError) as e:
-        raise LoraFxError(
-            f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez makes one"
-        ) from e
-
-
-def _jsonl(path: str) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
-    with open(path, encoding="utf-8") as f:
-        for i, line in enumerate((x for x in f if x.strip()), 1):
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise LoraFxError(f"{path}: row {i} is no JSON: {e}", "one object a line") from e
-            if not isinstance(row, dict) or (i > 1 and set(row) != set(columns)):
-                raise LoraFxError(
-                    f"{path}: row {i} has the keys {sorted(row)}; the first has {sorted(columns)}",
-                    "every row needs the same keys",
-                )
-            for k, v in row.items():
-                columns.setdefault(k, []).append(v)
-    return columns
-
-
-def _csv(path: str) -> dict[str, list[Any]]:
-    with open(path, encoding="utf-8", newline="") as f:
-        reader = csv.reader(f)
-        names = next(reader, [])
-        rows = list(reader)
-    for i, row in enumerate(rows, 2):
-        if len(row) != len(names):
-            raise LoraFxError(
-                f"{path}: line {i} has {len(row)} fields, the header has {len(names)}",
-                "quote fields that hold commas",
-            )
-    return {n: _numbers([r[j] for r in rows]) for j, n in enumerate(names)}
-
-
-def _numbers(values: Sequence[str]) -> list[Any]:
-    """A column as ints, else floats, else the texts."""
-    for kind in (int, float):
-        try:
-            return [kind(v) for v in values]
-        except ValueError:
-            continue
-    return list(values)
 
 
 def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[str, Array]:

@@ -21,7 +21,7 @@ from lora_fx.fx.train import Settings, fit
 from lora_fx.onnx.session import open_session
 
 quick = "--quick" in sys.argv
-data = topics(400, 150) if quick else topics(4000, 1000)
+data = topics(400, 150) if quick else topics(5000, 1000)
 classes = len(data.names)
 print(f"{len(data.train[0])} docstrings; the volumes are {', '.join(data.names)}")
 
@@ -62,9 +62,9 @@ adapted = lora_fx.insert(model, (), example, rank=8, exclude="head", also_train=
 labels = np.array(data.train[1])
 batches = [
     Table({"input_ids": ids, "attention_mask": mask, "labels": labels[at]}, "labels")
-    for at, ids, mask in minilm.batches(rows, 32)
+    for at, ids, mask in minilm.batches(rows, minilm.BATCH)
 ]
-report = fit(adapted, Buckets(batches), settings=Settings(steps=8 if quick else 220, lr=2e-3))
+report = fit(adapted, Buckets(batches), settings=Settings(steps=16 if quick else 480, lr=minilm.LR))
 after = scores(adapted, held)
 print(f"after {len(report.losses)} steps: {(after.argmax(1) == truth).mean():.3f}")
 

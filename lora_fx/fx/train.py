@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -16,6 +17,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy
 
+IGNORED = -100
+"""A label that torch's cross entropy leaves out."""
 Loss = Callable[[Any, torch.Tensor | None], torch.Tensor]
 
 
@@ -68,9 +71,7 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
         found = _field(out, "loss")
         if own and isinstance(found, torch.Tensor):
             return found
-        scores = _field(out, "logits")
-        if scores is None:
-            scores = next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+        scores = _scores(out)
         if labels is None:
             raise LoraFxError("the data has no label column", "name it with --label")
         if name == "mse" and scores.squeeze(-1).shape != labels.squeeze(-1).shape:
@@ -85,18 +86,36 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
     return loss, own
 
 
+def _scores(out: Any) -> torch.Tensor:
+    """`.logits`, else the first tensor that comes out."""
+    scores = _field(out, "logits")
+    if isinstance(scores, torch.Tensor):
+        return scores
+    return next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+
+
 def _field(out: Any, name: str) -> Any:
     return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
 
 
 def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    top = int(labels.max())
-    if top >= scores.shape[-1]:
+    check_labels(labels, scores.shape[-1])
+    return nn.functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long())
+
+
+def check_labels(labels: torch.Tensor, classes: int) -> None:
+    """Refuse labels that are no class of the model; -100 stands for "ignore"."""
+    if labels.is_floating_point():
         raise LoraFxError(
-            f"label {top}, but the model scores {scores.shape[-1]} classes",
+            f"the labels are fractions such as {float(labels.flatten()[0]):g}; ce needs classes",
+            "--loss mse fits numbers",
+        )
+    wrong = labels[(labels >= classes) | ((labels < 0) & (labels != IGNORED))]
+    if wrong.numel():
+        raise LoraFxError(
+            f"label {int(wrong.max())}, but the model scores {classes} classes, 0 to {classes - 1}",
             "build the model with as many labels as the data has",
         )
-    return nn.functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long())
 
 
 def fit(
@@ -135,6 +154,8 @@ def fit(
             )
     compute, own = loss_function(loss, training.label, lambda n: n in known)
     report = TrainReport()
+    if loss == "ce":
+        report.warnings += _heed_classes(model, training)
     if validation is None or not len(validation):
         report.warnings.append("no validation data: the last adapter is kept, not the best")
     best, kept = math.inf, model.adapter()
@@ -158,6 +179,8 @@ def fit(
             if validation is not None and len(validation) and (step % every == 0 or step == steps):
                 held = evaluate(model, validation, compute, own, s.batch_size)
                 report.validation[step] = held
+                if not math.isfinite(held):
+                    raise _not_finite(step, "validation loss", held, "the held-out examples")
                 if held < best:
                     best, kept, report.best_step = held, model.adapter(), step
             if step == steps:
@@ -168,6 +191,26 @@ def fit(
     report.best_step = report.best_step or steps
     model.eval()
     return report
+
+
+def _heed_classes(model: AdaptedModule, training: Table | Buckets) -> list[str]:
+    """Check one label an example against the model's scores, before any step; returns warnings."""
+    tables = training.tables if isinstance(training, Buckets) else [training]
+    needed = training.label in model.captured.signature.required
+    if needed or tables[0].columns.get(training.label, np.zeros(())).ndim != 1:
+        return []
+    labels = torch.cat([from_numpy(np.asarray(t.columns[training.label])) for t in tables])
+    model.eval()
+    with torch.no_grad():
+        out = model(**inputs_of(model, tables[0].rows([0, min(1, len(tables[0]) - 1)]).trimmed()))
+    scores = _scores(out)
+    if scores.dim() != 2 or scores.shape[1] < 2:
+        return []
+    check_labels(labels, scores.shape[1])
+    used = len(np.unique(labels[labels != IGNORED].numpy()))
+    if used < scores.shape[1]:
+        return [f"the data has {used} labels, the model scores {scores.shape[1]} classes"]
+    return []
 
 
 def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
@@ -219,8 +262,12 @@ def _finite(model: AdaptedModule, value: torch.Tensor, step: int) -> None:
         ),
         "the inputs or the base model",
     )
-    raise LoraFxError(
-        f"step {step}: the loss is {float(value.detach())}; first not finite: {bad}",
+    raise _not_finite(step, "loss", float(value.detach()), bad)
+
+
+def _not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:
+    return LoraFxError(
+        f"step {step}: the {what} is {value}; first not finite: {where}",
         "a lower --lr, or look at the data",
         exit_code=1,
     )

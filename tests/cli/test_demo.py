@@ -59,3 +59,12 @@ def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "PACKAGE", "no-such-package")
     with pytest.raises(LoraFxError, match="not installed"):
         minilm.folder()
+
+
+def test_a_module_larger_than_a_volume_leaves_no_number_out(tmp_path: Path) -> None:
+    for name, count in (("a", 5), ("b", 80), ("c", 15)):
+        defs = (f'def f{i}():\n    """The {i}th function of {name}."""\n' for i in range(count))
+        (tmp_path / f"{name}.py").write_text("".join(defs))
+    made = topics(80, 20, root=tmp_path)
+    assert made.names == ("a … b", "c … c")
+    assert set(made.train[1]) == {0, 1}
