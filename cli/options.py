@@ -88,6 +88,8 @@ def captured(
     if inputs_file:
         args, kwargs = examples(inputs_file, loaded)
     cap = capture(loaded.module, args, kwargs, parse_dynamic(dynamic) or None, static)
+    for text in cap.notes:
+        note(text)
     for pin in cap.pinned:
         note(f"pinned: {pin}")
     return loaded, cap

@@ -136,7 +136,9 @@ class AdaptedModule(CapturedModule):
         rows = tuple(
             (key, u.rank, u.alpha, self._found[key].flops) for key, u in self._updates.items()
         )
-        return AdaptedReport(rows, self._also, trained, frozen, self._found, self._notes)
+        return AdaptedReport(
+            rows, self._also, trained, frozen, self._found, (*self._notes, *self.captured.notes)
+        )
 
 
 @dataclass(frozen=True)

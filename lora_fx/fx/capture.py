@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.asserts import Pinned, Requested
 from lora_fx.fx.calling import Called, Signature, as_module, leaf_names, program_key
 from lora_fx.fx.explain import explain
@@ -33,6 +33,7 @@ class Source:
     forward: Callable[..., Any]
     mode: Any
     live: bool = False
+    why: str = ""
     copies: dict[torch.dtype, Source] = field(default_factory=dict)
 
     @classmethod
@@ -47,14 +48,20 @@ class Source:
             try:
                 copied, mode = weightless(model)
                 return cls(copied, copied.forward, mode)
-            except (TypeError, RuntimeError, NotImplementedError, AttributeError):
-                pass  # locks, generators and the like cannot be copied
+            except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
+                why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
+                return cls(model, model.forward, None, live=True, why=why)
         return cls(model, model.forward, None, live=True)
 
     def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> Source:
         """This source with floating tensors in another dtype."""
-        if dtype is None or dtype == base or self.live:
+        if dtype is None or dtype == base:
             return self
+        if self.live:
+            raise LoraFxError(
+                f"this model was captured as it is, in {base}, and cannot be traced in {dtype}",
+                "convert the original first, then capture it",
+            )
         if dtype not in self.copies:
             name = getattr(self.forward, "__name__", "forward")
             copied, mode = weightless(self.module, dtype, self.mode)
@@ -84,6 +91,10 @@ class Captured:
         self.source = Source.of(self.model)
         self.base_dtype = base_dtype(self.model)
         self.notes: list[str] = []
+        if self.source.why:
+            self.notes.append(
+                f"{self.source.why}: captures trace the model itself, in its own dtype only"
+            )
         try:
             self.named = self.signature.bind(tuple(args), dict(kwargs or {}))
         except TypeError as e:

@@ -24,7 +24,7 @@ def prove_ones(module: CapturedModule) -> None:
     captured = module.captured
     traced = captured.traced(False, captured.named)
     lone = {(traced.door.names[i], d) for i, d in traced.lone}
-    if not lone or captured.source.live:
+    if not lone:
         return
     symbols = {captured.requested.get(n, {}).get(d, "") for n, d in lone}
     banned: set[tuple[str, int]] = set()

@@ -2,8 +2,8 @@
 
 The skeleton has the user's names, ties and class names, shares the parameters' storage under
 flags of its own, and copies the buffers. The weightless copy is the user's module with every
-tensor faked: captures trace it, so the user's module is never put in another mode, and no weight
-is held twice.
+tensor faked: captures trace it, so the user's module keeps its mode and its statistics, and no
+weight is held twice.
 """
 
 from __future__ import annotations
