@@ -109,7 +109,12 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
         found: The model's targets.
     """
     entries: dict[str, LowRank | Full] = {}
-    first = {a: t.parameter.name for t in found.targets for a in t.parameter.aliases}
+    first = {
+        a: t.parameter.name
+        for t in found.targets
+        for a in t.parameter.aliases
+        if not t.parameter.name.endswith("~")  # there the alias is no tensor
+    }
     for key, entry in adapter.entries.items():
         bound: LowRank | Full
         if isinstance(entry, Full):

@@ -48,14 +48,18 @@ class Site:
         id: Unique in its graph; the op's node name, and a slot where an op has several weights.
         op: The public name of the op: linear, matmul, conv2d, embedding …
         kind: What the contraction is, in no IR.
-        parameter: Canonical name of the stored tensor.
+        parameter: Canonical name of the stored tensor; `PATH.weight~` for a computed weight.
         view: The chain from the stored tensor to the operand.
         operand: Shape of the weight as the op reads it.
         scope: Dotted path of the module whose forward holds the op; empty when unknown.
         module_class: Class name of that module; empty when unknown.
         rows: Number of rows at the example's sizes: FLOPs are 2 · rows · in · out · batch.
         refusal: Why this use cannot be adapted; empty when it can.
+        allowed: The refusal is a default: an `include` that names the weight overrides it.
+        no_grad: The op runs where the model switched gradients off.
+        gain: What the op itself multiplies its product by.
         slot: Which operand of the op the weight is.
+        root: Where the view starts in this graph: what reads or computes the weight.
         behind: Every parameter that a computed weight depends on.
     """
 
@@ -69,8 +73,12 @@ class Site:
     module_class: str = ""
     flops: int = 0
     refusal: str = ""
+    allowed: bool = False
+    no_grad: bool = False
+    gain: float = 1.0
     behind: tuple[str, ...] = ()
     slot: tuple[int, ...] = ()
+    root: str = ""
     attrs: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 
@@ -90,6 +98,7 @@ class Emitter(Protocol[V]):
     pad        x, zeros around                         before, after (per axis)
     einsum     x, y                                    equation
     conv       x, w [g·out, in, *kernel]               stride padding dilation groups
+    conv_tr…   x, w [g·in, out, *kernel]               the same and output_padding
     gather     w [rows, n], ids                        picks rows
     dropout    x, in training                          p
     cast       x                                       dtype
@@ -153,8 +162,8 @@ class Graph(Protocol[V]):
         """Let every user of the site's result read y instead."""
         ...
 
-    def replace_weight(self, site: Site, w: V) -> None:
-        """Let the site read w [operand shape] instead of its weight."""
+    def rebase(self, site: Site, w: V) -> None:
+        """Let the site read w [stored shape], through its own view, instead of its weight."""
         ...
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol
 
 from lora_fx.graph import Emitter, Site, V
 from lora_fx.lowrank import Layout
-from lora_fx.view import Region, Reshape, Step
+from lora_fx.view import Region, Step
 
 
 @dataclass(frozen=True)
@@ -154,36 +154,6 @@ def _y(batch: str) -> str:
 
 
 @dataclass(frozen=True)
-class Conv:
-    """A convolution: w [g·out, in, *kernel] over x [n, g·in, *size]; in spans the kernel too."""
-
-    groups: int = 1
-
-    @property
-    def name(self) -> str:
-        """Conv, whatever the number of dimensions."""
-        return "conv"
-
-    def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Groups are batch; in is C_in/groups · ∏kernel."""
-        if self.groups == 1:
-            return Axes((), (0,), tuple(range(1, len(operand))))
-        split = (self.groups, operand[0] // self.groups, *operand[1:])
-        return Axes((0,), (1,), tuple(range(2, len(split))), (Reshape(split),))
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One convolution."""
-        return e.op("conv", x, w, groups=self.groups, **site.attrs)
-
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
-        """The site's own convolution to g·rank channels, then a 1×1 one with b."""
-        g, window = self.groups, site.operand[1:]
-        a = e.op("reshape", f.a, shape=(g * f.rank, *window))
-        b = e.op("reshape", f.b, shape=(site.operand[0], f.rank, *(1 for _ in window[1:])))
-        return e.op("conv", e.like(site, x, a), b, groups=g)
-
-
-@dataclass(frozen=True)
 class Embedding:
     """A gather of rows: w [in, out] by ids; in is the number of rows."""
 
@@ -207,20 +177,71 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class Recurrent:
-    """A weight [gates·hidden, in] of an LSTM, GRU or RNN: the weight form only.
+class EmbeddingBag:
+    """Rows of w [in, out] gathered by ids and reduced a bag at a time by sum, mean or max."""
 
-    The low-rank part would have to run at every step inside the op, so ΔW is added to the weight.
-    """
+    mode: str = "sum"
 
     @property
     def name(self) -> str:
-        """All gates are one matrix."""
-        return "recurrent"
+        """A lookup as well: it costs no FLOPs."""
+        return "embedding"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """As a linear."""
-        return Axes((), (0,), (1,))
+        """Rows are in."""
+        return Axes((), (1,), (0,))
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """The op has offsets and weights of its own: only the IR's own node can run it."""
+        return e.like(site, x, w)
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """bag(aᵀ) bᵀ for sum and mean, which are linear; max has the weight form only."""
+        if self.mode == "max":
+            return None
+        t = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
+        return e.op("matmul", t, e.op("transpose", f.b, perm=(1, 0)))
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Rows of x [n, in] sorted by group, each group times its own matrix of w [groups, in, out]."""
+
+    @property
+    def name(self) -> str:
+        """Grouped: the experts of a mixture."""
+        return "grouped"
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """Experts are batch."""
+        return Axes((0,), (2,), (1,))
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """The op has the offsets of the groups: only the IR's own node can run it."""
+        return e.like(site, x, w)
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """The site's own op twice, with aᵀ and with bᵀ."""
+        if f.rank % int(site.attrs.get("rank_multiple", 1)):
+            return None  # the kernel wants aligned rows: the weight form has them
+        t = e.like(site, x, e.op("transpose", f.a, perm=(0, 2, 1)))
+        return e.like(site, t, e.op("transpose", f.b, perm=(0, 2, 1)))
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """A contraction whose low-rank part cannot be had from its output: only W + s·b·a.
+
+    The gates of a recurrent op (the low-rank part would have to run at every step inside it), a
+    product that broadcasts its weight, an op inside the body of a higher-order op.
+    """
+
+    name: str
+    parts: Axes
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """As the table's row says."""
+        return self.parts
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
         """The op has more operands than these two: only the IR's own node can run it."""
@@ -229,3 +250,7 @@ class Recurrent:
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> Any:
         """None: the weight form."""
         return None
+
+
+RECURRENT = WeightForm("recurrent", Axes((), (0,), (1,)))
+"""A weight [gates·hidden, in] of an LSTM, GRU or RNN: all gates are one matrix."""

@@ -60,6 +60,40 @@ def conv(
     return np.asarray(y.reshape(x.shape[0], -1, *spots))
 
 
+def conv_transpose(
+    x: Array,
+    w: Array,
+    stride: tuple[int, ...] = (1,),
+    padding: tuple[int, ...] = (0,),
+    output_padding: tuple[int, ...] = (0,),
+    dilation: tuple[int, ...] = (1,),
+    groups: int = 1,
+) -> Array:
+    """Spread x [n, g·in, *size] over w [g·in, out, *kernel], by definition: y [n, g·out, …]."""
+    k, size = w.shape[2:], x.shape[2:]
+    n = len(k)
+    stride, padding, output_padding, dilation = (
+        tuple(v) * n if len(v) == 1 else tuple(v)
+        for v in (stride, padding, output_padding, dilation)
+    )
+    full = [
+        (size[i] - 1) * stride[i] + dilation[i] * (k[i] - 1) + 1 + output_padding[i]
+        for i in range(n)
+    ]
+    grouped = x.reshape(x.shape[0], groups, -1, *size)
+    kernel = w.reshape(groups, -1, *w.shape[1:])
+    y = np.zeros((x.shape[0], groups, w.shape[1], *full), x.dtype)
+    for tap in np.ndindex(*k):
+        part = np.einsum("ngi...,gio->ngo...", grouped, kernel[(slice(None),) * 3 + tap])
+        spot = tuple(
+            slice(t * d, t * d + (s - 1) * st + 1, st)
+            for t, d, s, st in zip(tap, dilation, size, stride, strict=True)
+        )
+        y[(slice(None),) * 3 + spot] += part
+    inner = tuple(slice(p, f - p) for p, f in zip(padding, full, strict=True))
+    return y.reshape(x.shape[0], -1, *full)[(slice(None),) * 2 + inner]
+
+
 @dataclass(frozen=True)
 class NumpyEmitter:
     """Every primitive computed at once; arithmetic in the dtype of its operands."""
@@ -86,6 +120,8 @@ class NumpyEmitter:
             return np.asarray(np.einsum(attrs["equation"], *xs))
         if prim == "conv":
             return conv(x, xs[1], **attrs)
+        if prim == "conv_transpose":
+            return conv_transpose(x, xs[1], **attrs)
         if prim == "gather":
             return np.asarray(x[xs[1]])
         if prim == "dropout":

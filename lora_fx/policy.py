@@ -32,6 +32,8 @@ def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
             why = "output head"
         elif t.role == "router":
             why = "router"
+        elif t.no_grad:
+            why = "runs under no_grad: no gradient reaches it"
         elif t.op.startswith("conv") and not with_conv:
             why = "convolutions carry less than half of the FLOPs"
         result.append(replace(t, default=not why, why_not=why))

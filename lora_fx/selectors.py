@@ -8,6 +8,7 @@ role:NAME      q k v o gate up down head embedding router
 re:REGEX       searched in the key
 =============  ====================================================================
 
+A weight that is refused by default only (depthwise) is taken where a selector names nothing else.
 A bare word that is no name is tried as a role. A selector that matches nothing is an error.
 """
 
@@ -48,9 +49,13 @@ def select(found: Found, selectors: str | Sequence[str]) -> dict[str, str]:
             for use in _match(t, text):
                 hits.setdefault(t.key, set()).add(use)
                 matched = True
+        for t in () if matched else found.optional:  # refused unless a selector means it
+            for use in _match(t, text):
+                hits.setdefault(t.key, set()).add(use)
+                matched = True
         if not matched:
             raise LoraFxError(f"selector {text!r} matches no target", _hint(text, found))
-    order = {t.key: t for t in found.targets}
+    order = {t.key: t for t in (*found.targets, *found.optional)}
     return {k: _one_use(order[k], hits[k]) for k in order if k in hits}
 
 

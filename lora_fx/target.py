@@ -76,6 +76,11 @@ class Target:
         return sum(s.flops for s in self.sites)
 
     @property
+    def no_grad(self) -> bool:
+        """True when the model switches gradients off around every use."""
+        return bool(self.sites) and all(s.no_grad for s in self.sites)
+
+    @property
     def uses(self) -> tuple[str, ...]:
         """The ops that read this tensor, each once, in execution order."""
         return tuple(dict.fromkeys(s.op for s in self.sites))
@@ -129,7 +134,10 @@ class Unreached:
 
 @dataclass(frozen=True)
 class Found:
-    """What find saw: targets, refusals and unreached parameters, in definition order."""
+    """What find saw: targets, refusals and unreached parameters, in definition order.
+
+    `optional` are weights that are refused by default only: `include` can name them.
+    """
 
     targets: tuple[Target, ...]
     refusals: tuple[Refusal, ...] = ()
@@ -137,6 +145,7 @@ class Found:
     data_flops: int = 0
     pinned: tuple[Any, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    optional: tuple[Target, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: str) -> Target:
@@ -145,9 +154,10 @@ class Found:
 
     @property
     def by_key(self) -> Mapping[str, Target]:
-        """Targets by key, and by alias where the key is a whole parameter."""
-        names = {a: t for t in self.targets if "[" not in t.key for a in t.parameter.aliases}
-        return {**names, **{t.key: t for t in self.targets}}
+        """Targets by key, and by alias where the key is a whole parameter; optional ones too."""
+        every = (*self.targets, *self.optional)
+        names = {a: t for t in every if "[" not in t.key for a in t.parameter.aliases}
+        return {**names, **{t.key: t for t in every}}
 
     @property
     def flops(self) -> dict[str, int]:

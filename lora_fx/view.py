@@ -45,7 +45,14 @@ class Cast:
     dtype: str
 
 
-Step = Permute | Reshape | Slice | Cast
+@dataclass(frozen=True)
+class Gather:
+    """Entries of one axis that the data picks: experts by the ids of a router's choice."""
+
+    axis: int
+
+
+Step = Permute | Reshape | Slice | Cast | Gather
 Region = tuple[tuple[int, int], ...]
 """Half-open bounds per stored axis."""
 
@@ -73,6 +80,8 @@ class View:
                 value = emitter.op("reshape", value, shape=step.shape)
             elif isinstance(step, Slice):
                 value = emitter.op("slice", value, axis=step.axis, start=step.start, stop=step.stop)
+            elif isinstance(step, Gather):
+                raise Opaque("what is gathered depends on data")
             else:
                 value = emitter.op("cast", value, dtype=step.dtype)
         return value

@@ -5,6 +5,10 @@ axes of W through the view gives the region that the use reads and the Layout of
 
     region(W)  --view, kind-->  [*batch, out, in]        ΔW = s · b @ a in those axes
 
+A weight that ops compute from parameters is a target of its own, `PATH.weight~`: the update is one
+of the effective weight. What is refused by default only (depthwise) is a target too, out of the
+default plan.
+
 Uses whose regions agree make one target. Where two uses read overlapping regions, or a view
 mixes axes (an interleaved reshape), the whole parameter is the target, and ΔW reaches each use
 through its view (weight form). The layout is that of the first use that is no lookup, so a tied
@@ -29,12 +33,12 @@ def find(graph: Graph[Any]) -> Found:
     """Targets, refusals and unreached parameters of a graph, in definition order."""
     parameters = {p.name: p for p in graph.parameters()}
     uses: dict[str, list[_Use]] = {}
-    refusals, refused = [], set()
+    refusals, seen = [], set()
     for site in graph.sites():
+        seen |= {site.parameter, *site.behind}
         if site.refusal:
-            refused |= {site.parameter, *site.behind}
             refusals.append(Refusal(site.parameter, site.op, site.refusal, site.flops))
-        else:
+        if not site.refusal or site.allowed:
             uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
     tables = [
         (u.layout.in_size, u.layout.out_size)
@@ -42,20 +46,22 @@ def find(graph: Graph[Any]) -> Found:
         for u in group
         if u.site.op == "embedding" and u.layout is not None
     ]
-    targets = []
+    targets, optional = [], []
     for name, p in parameters.items():
         for region, group in _regions(p, uses.get(name, [])).items():
-            targets.append(_target(p, region, group, tables))
+            target = _target(p, region, group, tables)
+            (optional if all(u.site.refusal for u in group) else targets).append(target)
     unreached = [
         Unreached(p.name, p.shape, "no weight matmul uses it")
         for p in parameters.values()
-        if len(p.shape) >= 2 and p.name not in uses and p.name not in refused
+        if len(p.shape) >= 2 and p.name not in seen
     ]
     return Found(
         default_plan(targets),
         tuple(_merge(refusals)),
         tuple(unreached),
         graph.data_flops(),
+        optional=tuple(replace(t, default=False, why_not=t.sites[0].refusal) for t in optional),
         shapes={n: p.shape for p in parameters.values() for n in (p.name, *p.aliases)},
     )
 

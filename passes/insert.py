@@ -72,13 +72,17 @@ class Insert:
         here = site_layout(site, target.parameter.shape)
         flipped = here is not None and here == (target.region, layout.transposed())
         straight = here == (target.region, layout)
+        if isinstance(site.kind, kinds.WeightForm):
+            self._weight_form(graph, target, site, update)
+            return
         e = graph.emit(site)
         if straight or (flipped and not layout.batch_shape):
             x = graph.activation(site)
             if self.training and self.dropout and site.kind.name != "embedding":
                 x = e.op("dropout", x, p=self.dropout)
             like = x if site.kind.name != "embedding" else graph.output(site)
-            a, b = factors(e, target.key, update, like, self.role)
+            scale = update.scale * site.gain
+            a, b = factors(e, target.key, update, like, self.role, scale)
             if flipped:
                 a, b = (e.op("transpose", t, perm=swap_last(0)) for t in (b, a))
                 layout = layout.transposed()
@@ -91,10 +95,10 @@ class Insert:
     def _weight_form(self, graph: Graph[V], target: Target, site: Site, update: LowRank) -> None:
         e = graph.emit(site, before=True)
         w = graph.weight(site)
-        a, b = factors(e, target.key, update, w, self.role, scaled=False)
+        a, b = factors(e, target.key, update, w, self.role)
         change = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
         change = kinds.pad_region(e, change, target.region, target.parameter.shape)
-        graph.replace_weight(site, site.view.replay(e, e.op("add", w, change)))
+        graph.rebase(site, e.op("add", w, change))
 
 
 def reads_otherwise(found: Found, key: str) -> bool:
@@ -103,12 +107,12 @@ def reads_otherwise(found: Found, key: str) -> bool:
 
 
 def factors(
-    e: Any, key: str, update: LowRank, like: V, role: Role, *, scaled: bool = True
+    e: Any, key: str, update: LowRank, like: V, role: Role, scale: float | None = None
 ) -> tuple[V, V]:
-    """A and s·b as values in the dtype of `like`, from the tensors of one update."""
+    """A and scale·b as values in the dtype of `like`, from the tensors of one update."""
     a_name, b_name = slot_names(key)
     a = e.op("cast_like", e.parameter(a_name, update.a, role), like)
     b = e.parameter(b_name, update.b, role)
-    if scaled:
-        b = e.op("mul", b, float(update.scale))
+    if scale is not None:
+        b = e.op("mul", b, float(scale))
     return a, e.op("cast_like", b, like)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 - registers its fallback of grouped_mm
 from torch import Tensor, nn
 
 
@@ -28,6 +29,10 @@ class Row:
     forward: Callable[[Any, Tensor], Tensor]
     keys: tuple[str, ...] = ("w",)
     ids: int = 0
+    dead: tuple[str, ...] = ()
+    """Keys that no gradient reaches: behind an argmax, or under no_grad."""
+    effective: Callable[[Any], Tensor] | None = None
+    """For a computed weight: how the model computes it; forward then reads `p.eff()`."""
 
 
 class Model(nn.Module):
@@ -40,6 +45,13 @@ class Model(nn.Module):
             fan = max(1, int(torch.tensor(shape[1:]).prod())) if len(shape) > 1 else 1
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=g) / fan**0.5))
         self.row = row
+        self.change: Tensor | None = None
+
+    def eff(self) -> Tensor:
+        """The computed weight, plus the explicit ΔW that a test set."""
+        assert self.row.effective is not None
+        w = self.row.effective(self)
+        return w if self.change is None else w + self.change
 
     def forward(self, x: Tensor) -> Tensor:
         return self.row.forward(self, x)
@@ -56,6 +68,75 @@ def _lstm(p: Any, x: Tensor) -> Tensor:
     h = x.new_zeros(1, x.shape[0], 5)
     out: Tensor = torch.lstm(x, (h, h), [p.w, p.u, p.b, p.c], True, 1, 0.0, False, False, True)[0]
     return out
+
+
+def _gru(p: Any, x: Tensor) -> Tensor:
+    out: Tensor = torch.gru(
+        x, x.new_zeros(1, x.shape[0], 5), [p.w, p.u, p.b, p.c], True, 1, 0.0, False, False, True
+    )[0]
+    return out
+
+
+def _rnn(p: Any, x: Tensor) -> Tensor:
+    """Bidirectional."""
+    h = x.new_zeros(2, x.shape[0], 5)
+    weights = [p.w, p.u, p.b, p.c, p.v, p.t, p.b, p.c]
+    out: Tensor = torch.rnn_tanh(x, h, weights, True, 1, 0.0, False, True, True)[0]
+    return out
+
+
+def _lstm_cell(p: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(x.shape[0], 5)
+    for _ in range(2):
+        h, _c = torch.lstm_cell(x, [h, h], p.w, p.u, p.b, p.c)
+    return h
+
+
+def _bag(mode: str) -> Callable[[Any, Tensor], Tensor]:
+    return lambda p, x: F.embedding_bag(x, p.w, mode=mode)
+
+
+def _gathered(p: Any, x: Tensor) -> Tensor:
+    """Each row by the expert that a router chose, as transformers' batched_mm."""
+    ids = torch.argmax(x @ p.r, -1)
+    return torch.bmm(p.w[ids], x.unsqueeze(-1)).squeeze(-1)
+
+
+def _grouped(p: Any, x: Tensor) -> Tensor:
+    """Rows sorted by expert, as transformers' grouped_mm."""
+    ids = torch.argmax(x @ p.r, -1)
+    order = torch.argsort(ids)
+    counts = torch.histc(ids.float(), 4, 0, 3).cumsum(0).to(torch.int32)
+    y: Tensor = torch.ops.transformers.grouped_mm_fallback(x[order], p.w.transpose(1, 2), counts)
+    return y[torch.argsort(order)]
+
+
+def _cond(p: Any, x: Tensor) -> Tensor:
+    y: Tensor = torch.cond(
+        x.sum() > 0, lambda x: F.linear(x, p.w), lambda x: F.linear(2 * x, p.w), (x,)
+    )
+    return y
+
+
+def _no_grad(p: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = torch.tanh(F.linear(x, p.w))
+    return F.linear(h, p.v)
+
+
+def _autocast(p: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(x, p.w)
+
+
+def _standardised(p: Any) -> Tensor:
+    w: Tensor = p.w
+    return (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True) * p.g
+
+
+def _householder(p: Any) -> Tensor:
+    a = torch.tril(p.w)
+    return torch.eye(8, dtype=a.dtype)[:6] @ torch.matrix_exp(a - a.t())
 
 
 def _experts(p: Any, x: Tensor) -> Tensor:
@@ -139,6 +220,88 @@ ROWS = [
     Row(
         "lstm", "lstm", {"w": (20, 8), "u": (20, 5), "b": (20,), "c": (20,)}, (3, 6, 8), _lstm,
         keys=("w", "u"),
+    ),
+    Row(
+        "addmm alpha", "addmm", {"w": (8, 6), "b": (6,)}, (5, 8),
+        lambda p, x: torch.addmm(p.b, x, p.w, alpha=0.5),
+    ),
+    Row(
+        "baddbmm", "baddbmm", {"w": (4, 8, 6), "b": (4, 1, 6)}, (5, 8),
+        lambda p, x: torch.baddbmm(p.b, x.unsqueeze(0).expand(4, -1, -1), p.w),
+    ),
+    Row("matmul broadcast", "matmul", {"w": (4, 8, 6)}, (5, 8), lambda p, x: x @ p.w),
+    Row(
+        "matmul broadcast left", "matmul", {"w": (4, 1, 6, 8)}, (3, 8, 5), lambda p, x: p.w @ x,
+    ),
+    Row(
+        "einsum three", "einsum", {"w": (6, 8)}, (5, 8),
+        lambda p, x: torch.einsum("bi,oi,bi->bo", x, p.w, torch.tanh(x)),
+    ),
+    Row(
+        "einsum summed", "einsum", {"w": (6, 8, 3)}, (5, 8),
+        lambda p, x: torch.einsum("bi,oik->bo", x, p.w),
+    ),
+    Row(
+        "conv_transpose1d", "conv_transpose1d", {"w": (4, 6, 3), "b": (6,)}, (2, 4, 9),
+        lambda p, x: F.conv_transpose1d(x, p.w, p.b, stride=2, padding=1, output_padding=1),
+    ),
+    Row(
+        "conv_transpose2d groups", "conv_transpose2d", {"w": (4, 3, 3, 2)}, (2, 4, 5, 6),
+        lambda p, x: F.conv_transpose2d(x, p.w, stride=(2, 1), groups=2, dilation=(1, 2)),
+    ),
+    Row(
+        "conv_transpose3d", "conv_transpose3d", {"w": (4, 3, 2, 3, 2)}, (2, 4, 3, 4, 5),
+        lambda p, x: F.conv_transpose3d(x, p.w, padding=(0, 1, 1)),
+    ),
+    Row("bag sum", "embedding_bag", {"w": (11, 6)}, (3, 5), _bag("sum"), ids=11),
+    Row("bag mean", "embedding_bag", {"w": (11, 6)}, (3, 5), _bag("mean"), ids=11),
+    Row("bag max", "embedding_bag", {"w": (11, 6)}, (3, 5), _bag("max"), ids=11),
+    Row(
+        "bilinear", "bilinear", {"w": (6, 8, 3), "v": (3, 8)}, (5, 8),
+        lambda p, x: F.bilinear(x, F.linear(x, p.v), p.w), ("w", "v"),
+    ),
+    Row(
+        "gru", "gru", {"w": (15, 8), "u": (15, 5), "b": (15,), "c": (15,)}, (3, 6, 8), _gru,
+        keys=("w", "u"),
+    ),
+    Row(
+        "rnn", "rnn_tanh",
+        {"w": (5, 8), "u": (5, 5), "b": (5,), "c": (5,), "v": (5, 8), "t": (5, 5)}, (3, 6, 8),
+        _rnn, keys=("w", "u", "v", "t"),
+    ),
+    Row(
+        "lstm cell", "lstm_cell", {"w": (20, 8), "u": (20, 5), "b": (20,), "c": (20,)}, (3, 8),
+        _lstm_cell, keys=("w", "u"),
+    ),
+    Row("grouped", "grouped_mm", {"w": (4, 6, 8), "r": (8, 4)}, (9, 8), _grouped, ("w", "r"),
+        dead=("r",)),
+    Row("gathered", "bmm", {"w": (4, 6, 8), "r": (8, 4)}, (9, 8), _gathered, ("w", "r"),
+        dead=("r",)),
+    Row("cond", "cond", {"w": (6, 8)}, (5, 8), _cond),
+    Row("no_grad", "linear", {"w": (6, 8), "v": (5, 6)}, (4, 8), _no_grad, ("w", "v"),
+        dead=("w",)),
+    Row("autocast off", "linear", {"w": (6, 8)}, (4, 8), _autocast),
+    # weights that the model computes
+    Row(
+        "masked", "linear", {"w": (6, 8)}, (5, 8), lambda p, x: F.linear(x, p.eff()), ("w~",),
+        effective=lambda p: torch.tril(p.w),
+    ),
+    Row(
+        "weight_norm", "linear", {"w_v": (6, 8), "w_g": (6, 1)}, (5, 8),
+        lambda p, x: F.linear(x, p.eff()), ("w~",),
+        effective=lambda p: torch._weight_norm(p.w_v, p.w_g, 0),
+    ),
+    Row(
+        "standardised", "conv2d", {"w": (6, 4, 3, 3), "g": (6, 1, 1, 1)}, (2, 4, 7, 8),
+        lambda p, x: F.conv2d(x, p.eff()), ("weight~",), effective=_standardised,
+    ),
+    Row(
+        "orthogonal", "matmul", {"w": (8, 8)}, (5, 8), lambda p, x: x @ p.eff().t(), ("w~",),
+        effective=_householder,
+    ),
+    Row(
+        "joined", "linear", {"w": (4, 8), "v": (2, 8)}, (5, 8), lambda p, x: F.linear(x, p.eff()),
+        ("weight~",), effective=lambda p: torch.cat([p.w, p.v]),
     ),
     # ways from the stored tensor to the operand
     Row("transposed", "linear", {"w": (8, 6)}, (5, 8), lambda p, x: F.linear(x, p.w.t())),

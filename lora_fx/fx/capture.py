@@ -6,6 +6,7 @@ not traced yet is traced when it is first asked for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.asserts import Pinned, Requested
 from lora_fx.fx.calling import Called, Signature, as_module, leaf_names, program_key
+from lora_fx.fx.experts import batched_experts
 from lora_fx.fx.explain import explain
 from lora_fx.fx.export import Traced, trace
 from lora_fx.fx.graph import FxGraph
@@ -135,27 +137,37 @@ class Captured:
         traced, graph = self.traced(training, self.named), self.fx_graph(training).graph
         tensors: dict[str, Any] = dict(self.model.named_parameters(remove_duplicate=False))
         tensors |= dict(self.model.named_buffers(remove_duplicate=False)) | traced.constants
+        tensors |= traced.bodies
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
 
     def fx_graph(self, training: bool = False, root: nn.Module | None = None) -> FxGraph:
         """A fresh copy of a mode's graph, as passes see it."""
         traced = self.traced(training, self.named)
-        graph = FxGraph(traced.graph, root if root is not None else self.model, training=training)
-        return graph.clone()
+        tree = root if root is not None else self.model
+        return FxGraph(traced.graph, tree, training=training, bodies=traced.bodies).clone()
 
     def traced(
-        self, training: bool, named: Mapping[str, Any], dtype: torch.dtype | None = None
+        self,
+        training: bool,
+        named: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+        *,
+        portable: bool = False,
     ) -> Traced:
-        """The cleaned graph for a mode, a set of arguments and a base dtype."""
+        """The cleaned graph for a mode, a set of arguments and a base dtype.
+
+        A portable one has its experts batched: see lora_fx.fx.experts.
+        """
         leaves = pytree.tree_leaves(dict(named))
-        key = (training, dtype or self.base_dtype, *program_key(named, leaves))
+        key = (training, portable, dtype or self.base_dtype, *program_key(named, leaves))
         if key not in self.tracings:
             source = self.source.in_dtype(dtype, self.base_dtype)
             requested = self.requested
             new = describe(leaf_names(named), leaves)
             unknown = {n: d for n, d in default_dynamic(new).items() if n not in self.inputs.names}
-            self.tracings[key] = self._trace(source, training, named, {**requested, **unknown})
+            with batched_experts(source.module) if portable else contextlib.nullcontext():
+                self.tracings[key] = self._trace(source, training, named, {**requested, **unknown})
         return self.tracings[key]
 
     def _trace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,10 @@ class FxEmitter:
         self.owner = graph
         self.site = site
         self.node = node
-        self.next = node if before else node.next
+        after = node.next
+        while after.target is operator.getitem and after.args[0] is node:
+            after = after.next  # the parts of a result that is a tuple
+        self.next = node if before else after
 
     def _call(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -90,14 +94,15 @@ class FxEmitter:
 
     def like(self, site: Site, x: fx.Node, w: fx.Node) -> fx.Node:
         """The site's own node on other operands, without its bias."""
-        row = ops.OPS[self.node.target]
-        use = self.owner._at(site)[1]
+        row, use = ops.row_of(self.node), self.owner.use(site)
+        assert row is not None
         args = list(self.node.args)
         args[use.weight[0]], args[use.x[0]] = w, x
         if row.bias is not None and row.bias < len(args):
             args[row.bias] = None
         kwargs = {k: v for k, v in self.node.kwargs.items() if k != "bias"}
-        return self._call(self.node.target, tuple(args), kwargs)
+        result = self._call(self.node.target, tuple(args), kwargs)
+        return self._call(operator.getitem, (result, 0)) if row.first else result
 
     def parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> fx.Node:
         """A get_attr of an adapter's tensor, registered on the tree if it is new."""

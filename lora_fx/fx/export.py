@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.fx.asserts import Pinned, Requested, door_asserts, upper_bounds, who_pinned
 from lora_fx.fx.calling import Door, Signature, leaf_names
+from lora_fx.fx.inline import inline_regions
 
 aten = torch.ops.aten
 
@@ -33,6 +34,7 @@ class Traced:
     pinned: list[Pinned] = field(default_factory=list)
     lone: list[tuple[int, int]] = field(default_factory=list)
     ranges: dict[tuple[int, int], int] = field(default_factory=dict)
+    bodies: dict[str, fx.GraphModule] = field(default_factory=dict)
 
 
 def trace(
@@ -134,6 +136,7 @@ def _clean(
     requested: Requested,
 ) -> Traced:
     graph = module.graph
+    inline_regions(module, graph)
     for node in list(graph.nodes):
         if node.op == "call_module" and str(node.target).startswith("_guards"):
             graph.erase_node(node)
@@ -153,20 +156,24 @@ def _clean(
             known = any(p.input == name and p.dim == d for p in pinned)
             if s is not None and d < len(s) and s[d] is not None and not known:
                 pinned.append(Pinned(name, d, int(s[d] or 0), who_pinned(program, places[i], d)))
-    constants = _constants(module, graph)
+    constants, bodies = _constants(module, graph)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
     _follow_device(graph)
     graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
     out_spec = program.call_spec.out_spec
     ranges = upper_bounds(program, sizes)
-    return Traced(graph, constants, Door(tuple(names), fixed, same), out_spec, pinned, lone, ranges)
+    door = Door(tuple(names), fixed, same)
+    return Traced(graph, constants, door, out_spec, pinned, lone, ranges, bodies)
 
 
-def _constants(module: fx.GraphModule, graph: fx.Graph) -> dict[str, torch.Tensor]:
-    """Tensors that the graph reads and that are no parameter or buffer of the model."""
+def _constants(
+    module: fx.GraphModule, graph: fx.Graph
+) -> tuple[dict[str, torch.Tensor], dict[str, fx.GraphModule]]:
+    """Tensors that are no parameter or buffer of the model, and bodies of higher-order ops."""
     known = {n for n, _ in module.named_parameters(remove_duplicate=False)}
     known |= {n for n, _ in module.named_buffers(remove_duplicate=False)}
     result: dict[str, torch.Tensor] = {}
+    bodies: dict[str, fx.GraphModule] = {}
     for node in graph.nodes:
         if node.op != "get_attr":
             continue
@@ -175,7 +182,9 @@ def _constants(module: fx.GraphModule, graph: fx.Graph) -> dict[str, torch.Tenso
             value = getattr(value, part)
         if isinstance(value, torch.Tensor):
             result[str(node.target)] = value
-    return result
+        elif isinstance(value, fx.GraphModule):
+            bodies[str(node.target)] = value
+    return result, bodies
 
 
 def _follow_device(graph: fx.Graph) -> None:

@@ -1,18 +1,23 @@
-"""Data flow from parameters: which values of a graph are weights, and through which View."""
+"""Data flow from parameters: which values of a graph are weights, and through which View.
+
+A weight is a parameter seen through views, or a *computed* weight: what other ops make of
+parameters and constants alone (weight_norm, a standardised kernel, a mask times a matrix). The
+View of a computed weight starts at the last node that is no view.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
 from lora_fx.fx.emitter import is_marked
-from lora_fx.fx.nodes import hint, numel, shape_of
-from lora_fx.fx.ops import OPS, Use, letters, pick
+from lora_fx.fx.nodes import hint, shape_of
+from lora_fx.fx.ops import OPS, PRODUCTS
 from lora_fx.fx.tensors import owner
-from lora_fx.fx.views import SPLITS, VIEWS
+from lora_fx.fx.views import SPLITS, VIEWS, gather
 from lora_fx.view import View
 
 aten = torch.ops.aten
@@ -20,29 +25,42 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Weight:
-    """A value that is one parameter seen through a View."""
+    """A value that is one weight seen through a View.
+
+    Attributes:
+        name: The parameter's first name; empty for a computed weight.
+        view: The chain from `root` to this value.
+        shape: Of this value.
+        root: The get_attr node, or the node that computes the weight.
+        behind: Names of every parameter that it depends on.
+        edited: What changes the parameter in place, so that its value is not the stored one.
+    """
 
     name: str
     view: View
     shape: tuple[int, ...]
+    root: fx.Node
+    behind: tuple[str, ...]
+    edited: str = ""
 
 
-@dataclass(frozen=True)
-class Computed:
-    """A value computed from parameters alone by more than a view."""
+@dataclass
+class Flow:
+    """Nodes that depend on parameters and constants only.
 
-    roots: tuple[str, ...]
-    by: str
+    Attributes:
+        weights: Those that are one tensor derived from parameters.
+        behind: Parameters behind every such node, tensors or not.
+        constants: Nodes that depend on constants only.
+    """
 
+    weights: dict[fx.Node, Weight] = field(default_factory=dict)
+    behind: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
+    constants: set[fx.Node] = field(default_factory=set)
 
-State = Weight | Computed
-
-
-def roots(state: State | None) -> tuple[str, ...]:
-    """Names of the parameters behind a value."""
-    if state is None:
-        return ()
-    return state.roots if isinstance(state, Computed) else (state.name,)
+    def fixed(self, node: fx.Node) -> bool:
+        """True when no input of the call decides the node's value."""
+        return node in self.behind or node in self.constants
 
 
 def tensor(root: nn.Module, name: str) -> nn.Parameter:
@@ -53,60 +71,87 @@ def tensor(root: nn.Module, name: str) -> nn.Parameter:
     return p
 
 
-def weight_states(
-    graph: fx.Graph, root: nn.Module, names: Mapping[str, str]
-) -> dict[fx.Node, State]:
-    """The state of every node that depends on parameters (and constants) only.
+def weight_flow(
+    graph: fx.Graph,
+    root: nn.Module | None,
+    names: Mapping[str, str],
+    given: Mapping[fx.Node, Weight] | None = None,
+) -> Flow:
+    """Follow every parameter through a graph.
 
-    What a matmul makes is data again, even where both its operands are parameters: the layers
-    after a position table are ordinary layers.
+    What a layer makes is data again, even where both its operands are fixed: the layers after a
+    position table are ordinary layers. A product of a constant and one parameter is a computed
+    weight (a rotation of an orthogonal map).
+
+    Args:
+        root: The tree that holds the parameters.
+        names: Any name of a parameter → its first name.
+        given: Placeholders that are weights, in the body of a higher-order op.
     """
-    states: dict[fx.Node, State] = {}
-    constants: set[fx.Node] = set()
+    flow = Flow()
+    for node, weight in (given or {}).items():
+        flow.weights[node], flow.behind[node] = weight, weight.behind
     written = _written(graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             name = names.get(str(node.target))
             if name is None:
-                constants.add(node)
-            else:
-                states[node] = Weight(name, View(), tuple(tensor(root, name).shape))
+                flow.constants.add(node)
+            elif root is not None:
+                shape = tuple(tensor(root, name).shape)
+                flow.weights[node] = Weight(name, View(), shape, node, (name,))
+                flow.behind[node] = (name,)
         elif node.op == "call_function":
-            if node.target is getattr:  # the device of an input
-                constants.add(node)
-                continue
-            inputs = node.all_input_nodes
-            found = [i for i in inputs if i in states]
-            if not found:
-                if all(i in constants for i in inputs):
-                    constants.add(node)
-                continue
-            if is_marked(node):  # W + ΔW of the weight form: the weight is what it adds to
-                adds = node.target is aten.add.Tensor or node.target in VIEWS
-                if adds and isinstance(states[found[0]], Weight):
-                    states[node] = states[found[0]]
-                continue
-            state = _view(node, found[0], states[found[0]])
-            if state is not None:
-                states[node] = state
-            elif node.target not in OPS and all(i in states or i in constants for i in inputs):
-                behind = tuple(sorted({n for i in found for n in roots(states[i])}))
-                states[node] = Computed(behind, op_name(node))
-        if node in written and node in states:
-            states[node] = Computed(roots(states[node]), "an in-place edit")
-    return states
+            _call(flow, node)
+        known = flow.weights.get(node)
+        if node in written and known is not None and known.name:
+            flow.weights[node] = _edited(known)
+    return flow
+
+
+def _edited(w: Weight) -> Weight:
+    return Weight(w.name, w.view, w.shape, w.root, w.behind, "an in-place edit")
+
+
+def _call(flow: Flow, node: fx.Node) -> None:
+    if node.target is getattr:  # the device of an input
+        flow.constants.add(node)
+        return
+    inputs = node.all_input_nodes
+    found = [i for i in inputs if i in flow.behind]
+    if not found:
+        if all(i in flow.constants for i in inputs):
+            flow.constants.add(node)
+        return
+    source = flow.weights.get(found[0])
+    if is_marked(node) and node.target is aten.add.Tensor:
+        if source is not None:  # W + ΔW of the weight form: the weight is what it adds to
+            flow.weights[node], flow.behind[node] = source, source.behind
+        return
+    if source is not None:
+        seen = _view(node, found[0], source)
+        if seen is not None:
+            flow.weights[node], flow.behind[node] = seen, seen.behind
+            return
+    if not all(flow.fixed(i) for i in inputs):
+        return
+    behind = tuple(sorted({n for i in found for n in flow.behind[i]}))
+    constant_product = node.target in PRODUCTS and len(found) == 1 and len(behind) == 1
+    if node.target in OPS and not constant_product:
+        return
+    flow.behind[node] = behind
+    shape = shape_of(node)
+    if shape is not None and all(isinstance(n, int) for n in shape):
+        edited = next((w.edited for i in found if (w := flow.weights.get(i)) and w.edited), "")
+        flow.weights[node] = Weight("", View(), shape, node, behind, edited)
 
 
 def _written(graph: fx.Graph) -> set[fx.Node]:
     """Values that an op changes in place, and the values that they are views of."""
     result: set[fx.Node] = set()
     for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None:
-            continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
+        for start in written_by(node):
+            value: object = start
             while isinstance(value, fx.Node):
                 result.add(value)
                 views = value.target in VIEWS and value.target is not aten.clone.default
@@ -114,24 +159,30 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
     return result
 
 
-def _view(node: fx.Node, source: fx.Node, state: State) -> State | None:
-    """The state of a node that only views `source`."""
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The operands that a node changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    changed = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [v for name in changed if isinstance(v := given.get(name), fx.Node)]
+
+
+def _view(node: fx.Node, source: fx.Node, weight: Weight) -> Weight | None:
+    """The weight that a node is when it only views `source`."""
     if node.target in SPLITS and node.args[0] is source:
-        return state  # the getitem after it slices
+        return weight  # the getitem after it slices
     rule = VIEWS.get(node.target)
-    if rule is None or node.args[0] is not source:
+    if not node.args or node.args[0] is not source:
         return None
-    if isinstance(state, Computed):
-        return state
-    steps = rule(node, state.shape)
+    steps = gather(node, weight.shape) if rule is None else rule(node, weight.shape)
     if steps is None:
         return None
-    return Weight(state.name, state.view.then(*steps), tuple(shape_of(node) or state.shape))
-
-
-def op_name(node: fx.Node) -> str:
-    """Linear for aten.linear.default."""
-    return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
+    shape = tuple(hint(n) for n in shape_of(node) or weight.shape)
+    return Weight(
+        weight.name, weight.view.then(*steps), shape, weight.root, weight.behind, weight.edited
+    )
 
 
 def scope_of(node: fx.Node) -> tuple[str, str]:
@@ -142,40 +193,3 @@ def scope_of(node: fx.Node) -> tuple[str, str]:
     path, cls = stack[-1]
     name = cls if isinstance(cls, str) else cls.__name__
     return str(path).split("@")[0], name.rpartition(".")[2]
-
-
-def site_flops(node: fx.Node, use: Use) -> int:
-    """2 · output elements · in; a recurrent weight runs once per step and row; lookups are free."""
-    if use.kind.name == "embedding":
-        return 0
-    w = shape_of(pick(node, use.weight)) or ()
-    if use.kind.name == "recurrent":
-        x = shape_of(pick(node, use.x)) or ()
-        return 2 * numel(w) * numel(x[:-1])
-    y = shape_of(node)
-    if y is None:
-        return 0
-    axes = use.kind.axes(tuple(int(n) for n in w))
-    split = axes.steps[0].shape if axes.steps else w  # type: ignore[union-attr]
-    if use.refusal and len(split) < 2:
-        return 2 * numel(y)  # a vector: every element once
-    return 2 * numel(y) * numel(tuple(split[i] for i in axes.in_ if i < len(split)))
-
-
-def data_flops(node: fx.Node) -> int:
-    """FLOPs of one product of activations; an einsum multiplies along every letter."""
-    y = shape_of(node)
-    if y is None:
-        return 0
-    if node.target is aten.scaled_dot_product_attention.default:
-        q, k, v = (shape_of(a) or () for a in node.args[:3])
-        return 2 * numel(q) * hint(k[-2]) + 2 * numel(q[:-1]) * numel(v[-2:])
-    if node.target is aten.einsum.default:
-        shapes = [shape_of(o) or () for o in node.args[1]]  # type: ignore[union-attr]
-        terms = letters(str(node.args[0]).replace(" ", ""), [len(s) for s in shapes])
-        pairs = (zip(t, s, strict=True) for t, s in zip(terms, shapes, strict=False))
-        return 2 * numel(tuple({c: n for pair in pairs for c, n in pair}.values()))
-    if op_name(node).startswith("conv"):
-        return 2 * numel(y) * numel((shape_of(node.args[1]) or ())[1:])
-    first = shape_of(node.args[1 if op_name(node) in ("addmm", "baddbmm") else 0])
-    return 2 * numel(y) * hint(first[-1]) if first else 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,14 @@ from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import ops
-from lora_fx.fx.emitter import MARK, FxEmitter, is_marked
-from lora_fx.fx.flow import (
-    Computed,
-    State,
-    Weight,
-    data_flops,
-    roots,
-    scope_of,
-    site_flops,
-    tensor,
-    weight_states,
-)
-from lora_fx.fx.nodes import dtype_name, shape_of
+from lora_fx.fx.computed import evaluate
+from lora_fx.fx.emitter import MARK, FxEmitter, is_marked, mark
+from lora_fx.fx.flops import data_flops
+from lora_fx.fx.flow import Flow, tensor, weight_flow
+from lora_fx.fx.nodes import dtype_name, value
+from lora_fx.fx.sites import Found, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.graph import Parameter, Role, Site
-from lora_fx.view import View
 
 
 class FxGraph:
@@ -36,10 +29,19 @@ class FxGraph:
         graph: Nodes; get_attr targets are dotted names under `root`.
         root: The module tree. Passes may register parameters on it.
         training: Whether dropout nodes are wanted.
+        bodies: What the higher-order ops of the graph call, by the name that it reads.
     """
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, *, training: bool = False) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        root: nn.Module,
+        *,
+        training: bool = False,
+        bodies: Mapping[str, fx.GraphModule] | None = None,
+    ) -> None:
         self.graph = graph
+        self.bodies = dict(bodies or {})
         self.root = root
         self.training = training
         self._names, self._aliases = named_tensors(root)
@@ -51,26 +53,41 @@ class FxGraph:
     # --- reading ---------------------------------------------------------------------------------
 
     def parameters(self) -> Sequence[Parameter]:
-        """Every parameter of the tree under its first name; adapters' own are left out."""
+        """Every parameter of the tree under its first name, computed weights behind their roots.
+
+        Adapters' own are left out.
+        """
+        computed: dict[str, list[Parameter]] = {}
+        for site, found in self._uses():
+            if found.weight.name or any(
+                p.name == site.parameter for p in computed.get(found.weight.behind[0], ())
+            ):
+                continue
+            dtype = dtype_name(value(found.weight.root).dtype)
+            shape = tuple(value(found.weight.root).shape)
+            alias = site.parameter.rpartition("~")[0]
+            new = Parameter(site.parameter, shape, dtype, (alias,) if alias else ())
+            computed.setdefault(found.weight.behind[0], []).append(new)
         result = []
         for name, aliases in self._aliases.items():
             t = tensor(self.root, name)
             result.append(Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(aliases)))
+            result += computed.get(name, ())
         return result
 
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order."""
-        return [site for site, _, _ in self._uses()]
+        return [site for site, _ in self._uses()]
 
     def data_flops(self) -> int:
         """FLOPs of matmuls that no weight takes part in."""
-        taken = {node for _, node, _ in self._uses()}
+        taken = {found.node for _, found in self._uses()}
         total = 0
         for node in self.graph.nodes:
             if node in taken or is_marked(node) or node.op != "call_function":
                 continue
             if node.target in ops.DATA_OPS or (
-                node.target in ops.OPS and node.target is not ops.aten.embedding.default
+                (row := ops.row_of(node)) is not None and not row.op.startswith("embedding")
             ):
                 total += data_flops(node)
         return total
@@ -80,105 +97,97 @@ class FxGraph:
         return frozenset(n.meta["custom"][MARK]["site"] for n in self.graph.nodes if is_marked(n))
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """A stored parameter as an array."""
+        """A stored parameter as an array; a computed weight is computed."""
+        for site, found in self._uses() if name not in self._aliases else ():
+            if site.parameter == name:
+                return to_numpy(evaluate(self.root, self._flow(), found.weight.root))
         return to_numpy(tensor(self.root, name))
 
-    def _uses(self) -> Iterator[tuple[Site, fx.Node, ops.Use]]:
-        states = weight_states(self.graph, self.root, self._names)
-        for node in self.graph.nodes:
-            row = ops.OPS.get(node.target) if node.op == "call_function" else None
-            if row is None or is_marked(node):
-                continue
-            found = [(u, states.get(ops.pick(node, u.weight))) for u in row.uses(node)]
-            found = [(u, s) for u, s in found if s is not None]
-            direct = [(u, s) for u, s in found if isinstance(s, Weight)]
-            one_weight = node.target is not ops.aten.lstm.input
-            if one_weight and len(direct) > 1:
-                direct, found = [], [(u, Computed(tuple(roots(s)), row.op)) for u, s in found[:1]]
-            for use, state in direct or found[:1]:
-                yield self._site(node, row, use, state), node, use  # type: ignore[arg-type]
+    def _flow(self) -> Flow:
+        return weight_flow(self.graph, self.root, self._names)
 
-    def _site(self, node: fx.Node, row: ops.Row, use: ops.Use, state: State) -> Site:
-        many = len(use.weight) > 1 and row.op == "lstm"
-        scope, cls = scope_of(node)
-        operand = shape_of(ops.pick(node, use.weight)) or ()
-        refusal, name, view = use.refusal, "", View()
-        if isinstance(state, Computed):
-            name = state.roots[0]
-            refusal = f"the weight is computed by {state.by} from {', '.join(state.roots)}"
-        else:
-            name, view = state.name, state.view
-        return Site(
-            id=f"{node.name}:{use.weight[-1]}" if many else node.name,
-            op=row.op,
-            kind=use.kind,
-            parameter=name,
-            view=view,
-            operand=tuple(int(n) for n in operand),
-            scope=scope,
-            module_class=cls,
-            flops=site_flops(node, use),
-            refusal=refusal,
-            behind=roots(state),
-            slot=use.weight,
-            attrs=use.attrs,
-        )
+    def _uses(self) -> Iterator[tuple[Site, Found]]:
+        return uses(self.graph, self._flow(), self.bodies)
 
     # --- rewriting -------------------------------------------------------------------------------
 
-    def _at(self, site: Site) -> tuple[fx.Node, ops.Use]:
+    def _at(self, site: Site) -> fx.Node:
         name = site.id.partition(":")[0]
         for node in self.graph.nodes:
             if node.name == name:
-                for use in ops.OPS[node.target].uses(node):
-                    if use.weight == site.slot:
-                        return node, use
+                return _node(node)
         raise LoraFxError(
             f"site {site.id!r} is not in this graph", "run find again after a rewrite"
         )
 
+    def use(self, site: Site) -> ops.Use:
+        """What the table says of the site's operand."""
+        node = self._at(site)
+        row = ops.row_of(node)
+        assert row is not None
+        return next(u for u in row.uses(node) if u.weight == site.slot)
+
     def activation(self, site: Site) -> fx.Node:
         """The other operand of the site."""
-        node, use = self._at(site)
-        return _node(ops.pick(node, use.x))
+        return _node(ops.pick(self._at(site), self.use(site).x))
 
     def weight(self, site: Site) -> fx.Node:
-        """The get_attr node at the start of the site's chain."""
+        """The node at the start of the site's chain: a get_attr, or what computes the weight."""
         return self._chain(site)[0]
 
     def output(self, site: Site) -> fx.Node:
-        """The site's node."""
-        return self._at(site)[0]
+        """The site's result."""
+        node = self._at(site)
+        row = ops.row_of(node)
+        if row is None or not row.first:
+            return node
+        first = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
+        if first:
+            return _node(first[0])
+        raise LoraFxError(f"nothing reads the result of site {site.id!r}")
 
     def emit(self, site: Site, *, before: bool = False) -> FxEmitter:
         """An emitter at the site: after its node (branch) or before it (weight form)."""
-        node = self._at(site)[0]
-        return FxEmitter(self, site, node, before=before)
+        return FxEmitter(self, site, self._at(site), before=before)
 
     def replace_output(self, site: Site, y: fx.Node) -> None:
         """Every user of the site reads y; the nodes of its own branch do not change."""
-        node = self._at(site)[0]
+        node = self.output(site)
         y.meta["val"] = node.meta.get("val")  # later sites read shapes from their operands
         node.replace_all_uses_with(y, delete_user_cb=lambda user: not is_marked(user, site.id))
 
-    def replace_weight(self, site: Site, w: fx.Node) -> None:
-        """The site reads w."""
-        node, use = self._at(site)
-        w.meta["val"] = _node(ops.pick(node, use.weight)).meta.get("val")
+    def _read_by(self, site: Site, w: fx.Node) -> None:
+        """The site's operand becomes w."""
+        node = self._at(site)
+        w.meta["val"] = _node(ops.pick(node, site.slot)).meta.get("val")
         args = list(node.args)
-        if len(use.weight) == 1:
-            args[use.weight[0]] = w
+        if len(site.slot) == 1:
+            args[site.slot[0]] = w
         else:
-            inner = list(args[use.weight[0]])  # type: ignore[arg-type]
-            inner[use.weight[1]] = w
-            args[use.weight[0]] = inner
+            inner = list(args[site.slot[0]])  # type: ignore[arg-type]
+            inner[site.slot[1]] = w
+            args[site.slot[0]] = inner
         node.args = tuple(args)
 
+    def rebase(self, site: Site, w: fx.Node) -> None:
+        """The site reads w through a copy of its own chain; the copy is part of its branch."""
+        self._replay(site, w, marked=True)
+
+    def _replay(self, site: Site, start: fx.Node, *, marked: bool = False) -> None:
+        chain = self._chain(site)
+        env = {chain[0]: start}
+        with self.graph.inserting_before(self._at(site)):
+            for old in chain[1:]:
+                new = self.graph.node_copy(old, lambda n: env.get(n, n))
+                if marked:
+                    mark(new, site.id)
+                env[old] = new
+        self._read_by(site, env[chain[-1]])
+
     def _chain(self, site: Site) -> list[fx.Node]:
-        """get_attr … operand: the nodes between the stored parameter and the site."""
-        node, use = self._at(site)
-        chain = [_node(ops.pick(node, use.weight))]
-        while chain[0].op != "get_attr":
+        """The nodes between the weight and the site, both ends included."""
+        chain = [_node(ops.pick(self._at(site), site.slot))]
+        while chain[0].op != "get_attr" and chain[0].name != site.root:
             chain.insert(0, _node(chain[0].args[0]))
         return chain
 
@@ -186,7 +195,7 @@ class FxGraph:
         """True when these sites are all that reads a parameter in this graph."""
         chains = [self._chain(s) for s in sites]
         inside = {n for chain in chains for n in chain}
-        mine = inside | {self._at(s)[0] for s in sites}
+        mine = inside | {self._at(s) for s in sites}
         starts = {
             n
             for n in self.graph.nodes
@@ -198,10 +207,11 @@ class FxGraph:
         self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any]
     ) -> str:
         """See lora_fx.graph.Graph. A constant of their own is `NAME_folded[_1]`."""
-        module, leaf = owner(self.root, name)
-        old = tensor(self.root, name)
+        stored = name.replace("~", "")
+        module, leaf = owner(self.root, stored)
+        old = tensor(self.root, name if name in self._aliases else sites[0].behind[0])
         new = nn.Parameter(from_numpy(value, like=old), requires_grad=False)
-        if self.covers(name, sites):
+        if name in self._aliases and self.covers(name, sites):
             for m in self.root.modules():
                 for k, p in m._parameters.items():
                     if p is old:
@@ -212,7 +222,7 @@ class FxGraph:
             i += 1
             fresh = f"{leaf}_folded_{i}"
         module.register_parameter(fresh, new)
-        stored = name.removesuffix(leaf) + fresh
+        stored = stored.removesuffix(leaf) + fresh
         self.refresh()
         self.repoint(sites, stored)
         return stored
@@ -220,18 +230,10 @@ class FxGraph:
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
         """Let sites read another stored tensor through a chain of their own."""
         for site in sites:
-            self._repoint(site, self._chain(site), stored)
-
-    def _repoint(self, site: Site, chain: list[fx.Node], target: str) -> None:
-        env: dict[fx.Node, fx.Node] = {}
-        node = self._at(site)[0]
-        with self.graph.inserting_before(node):
-            for old in chain:
-                new = self.graph.node_copy(old, lambda n: env.get(n, n))
-                if old.op == "get_attr":
-                    new.target = target
-                env[old] = new
-        self.replace_weight(site, env[chain[-1]])
+            with self.graph.inserting_before(self._at(site)):
+                start = self.graph.get_attr(stored)
+            start.meta = dict(self.weight(site).meta)
+            self._replay(site, start)
 
     def clone(self) -> FxGraph:
         """New nodes, same tensors and tree."""
@@ -241,7 +243,7 @@ class FxGraph:
             env[node] = graph.node_copy(node, env.__getitem__)
             env[node].name = node.name
         graph.set_codegen(self.graph._codegen)
-        return FxGraph(graph, self.root, training=self.training)
+        return FxGraph(graph, self.root, training=self.training, bodies=self.bodies)
 
     def lint(self) -> None:
         """Fx's own check."""

@@ -22,6 +22,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.calling import leaf_names, program_key
 from lora_fx.fx.capture import Captured, base_dtype
 from lora_fx.fx.compiled import Compiled, compile_program
+from lora_fx.fx.experts import has_grouped
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.inputs import sample_call
 from lora_fx.fx.norms import freeze_norms
@@ -90,15 +91,24 @@ class CapturedModule(Scope):
         """The passes that turn a captured graph into this module's program."""
         return []
 
-    def graph(self, training: bool = False) -> FxGraph:
-        """The rewritten graph for the captured arguments; passes may edit it."""
-        return self._graph(training, self._programs.captured.named)
+    def graph(self, training: bool = False, *, portable: bool = False) -> FxGraph:
+        """The rewritten graph for the captured arguments; passes may edit it.
 
-    def _graph(self, training: bool, named: Mapping[str, Any]) -> FxGraph:
+        A portable one has no op that only torch's own kernels or another library know.
+        """
+        graph = self._graph(training, self._programs.captured.named)
+        if portable and has_grouped(graph.graph):
+            return self._graph(training, self._programs.captured.named, portable=True)
+        return graph
+
+    def _graph(
+        self, training: bool, named: Mapping[str, Any], *, portable: bool = False
+    ) -> FxGraph:
         captured = self._programs.captured
-        traced = captured.traced(training, named, self._dtype)
-        graph = FxGraph(traced.graph, self, training=training).clone()
+        traced = captured.traced(training, named, self._dtype, portable=portable)
+        graph = FxGraph(traced.graph, self, training=training, bodies=traced.bodies).clone()
         self._place_constants(graph, traced.constants)
+        self._place_bodies(graph)
         if training and self._norm_stats == "frozen":
             freeze_norms(graph.graph)
         for rewrite in self._rewriters(training) if self._adapted else ():
@@ -155,6 +165,18 @@ class CapturedModule(Scope):
             if node.op == "get_attr" and str(node.target) in where:
                 node.target = where[str(node.target)]
         graph.refresh()
+
+    def _place_bodies(self, graph: FxGraph) -> None:
+        """Bodies of higher-order ops become attributes `_bodyN`; they hold no tensors."""
+        held = {id(b): n for n, b in self.__dict__.items() if n.startswith("_body")}
+        moved = {}
+        for node in graph.graph.nodes:
+            body = graph.bodies.get(str(node.target)) if node.op == "get_attr" else None
+            if body is not None:
+                node.target = held.setdefault(id(body), f"_body{len(held)}")
+                moved[node.target] = body
+        self.__dict__.update(moved)
+        graph.bodies = moved
 
     def _constant(self, value: torch.Tensor) -> str:
         device = next((p.device for p in self.parameters()), value.device)

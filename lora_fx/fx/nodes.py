@@ -47,3 +47,8 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
                 return node.args[i]
             return node.kwargs.get(name, a.default_value if a.has_default_value() else default)
     return default
+
+
+def op_name(node: Node) -> str:
+    """Linear for aten.linear.default."""
+    return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))

@@ -13,33 +13,58 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lora_fx import kinds
-from lora_fx.fx.nodes import Shape, argument, shape_of
-from lora_fx.kinds import Kind
+from lora_fx import kinds, kinds_conv
+from lora_fx.fx.nodes import argument, op_name, shape_of, value
+from lora_fx.fx.products import VECTOR, contraction, letters, product
+from lora_fx.kinds import Axes, Kind
 
 aten = torch.ops.aten
 Path = tuple[int, ...]
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
 
 
 @dataclass(frozen=True)
 class Use:
-    """One weight operand of one node: paths into its args, the Kind, and what `like` keeps."""
+    """One weight operand of one node.
+
+    Attributes:
+        weight: Path into the node's args.
+        x: Path of the activation.
+        kind: What their shapes make.
+        attrs: What the numpy emitter needs to run the op.
+        refusal: Why it cannot be adapted.
+        allowed: The refusal is only a default: `include` overrides it.
+        gain: The op multiplies its product by this.
+        flops: Where the op's own shape does not tell.
+    """
 
     weight: Path
     x: Path
     kind: Kind
     attrs: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
+    allowed: bool = False
+    gain: float = 1.0
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """op: public name. uses: every way in which a node of this op may read a weight."""
+    """One op.
+
+    Attributes:
+        op: Its public name.
+        uses: Every way in which a node of this op may read a weight.
+        bias: Position of the operand that is added to the product.
+        many: Several operands of one node may be weights of their own.
+        first: The product is the first of several results.
+    """
 
     op: str
     uses: Callable[[Node], Iterator[Use]]
     bias: int | None = None
+    many: bool = False
+    first: bool = False
 
 
 def pick(node: Node, path: Path) -> Any:
@@ -50,133 +75,141 @@ def pick(node: Node, path: Path) -> Any:
     return arg
 
 
-# --- the rows ------------------------------------------------------------------------------------
-
-
 def _linear(node: Node) -> Iterator[Use]:
     flat = len(shape_of(pick(node, (1,))) or ()) != 2
-    yield Use((1,), (0,), kinds.linear(), {}, "the weight has one dimension" if flat else "")
+    yield Use((1,), (0,), kinds.linear(), {}, VECTOR if flat else "")
 
 
 def _matmul(node: Node) -> Iterator[Use]:
-    first, second = shape_of(pick(node, (0,))), shape_of(pick(node, (1,)))
-    if first is not None and second is not None:
-        yield Use((1,), (0,), *_product(first, second, left=False))
-        yield Use((0,), (1,), *_product(second, first, left=True))
+    yield from _products(node, 0, 1.0)
 
 
 def _addmm(node: Node) -> Iterator[Use]:
-    first, second = shape_of(pick(node, (1,))), shape_of(pick(node, (2,)))
+    yield from _products(node, 1, float(argument(node, "alpha", 1)))
+
+
+def _products(node: Node, at: int, gain: float) -> Iterator[Use]:
+    first, second = shape_of(pick(node, (at,))), shape_of(pick(node, (at + 1,)))
     if first is None or second is None:
         return
-    alpha = argument(node, "alpha", 1)
-    why = f"alpha = {alpha} scales the product" if alpha != 1 else ""
-    yield Use((2,), (1,), *_product(first, second, left=False)[:2], why)
-    yield Use((1,), (2,), *_product(second, first, left=True)[:2], why)
-
-
-def _product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, Mapping[str, Any], str]:
-    """The Kind of x @ w (or w @ x) from the two shapes; why it is refused, or an empty text."""
-    none: Mapping[str, Any] = {}
-    if len(w) < 2:
-        return kinds.matmul_right(), none, "the weight has one dimension"
-    lead = w[:-2]
-    if not lead:
-        kind = kinds.matmul_left(vector=len(x) == 1) if left else kinds.matmul_right()
-        return kind, none, ""
-    batch = LETTERS[: len(lead)]
-    # i, o and n name the matrix axes; LETTERS[:len] reaches i only past eight batch axes
-    kind = kinds.matmul_left(batch) if left else kinds.matmul_right(batch)
-    inner = tuple(x[-2 - len(lead) : -2])
-    fits = len(x) >= len(w) and all(
-        isinstance(n, int) and n == m for n, m in zip(inner, lead, strict=True)
-    )
-    return kind, none, "" if fits else "the weight's leading dimensions are broadcast"
+    for w, x, left in ((at + 1, at, False), (at, at + 1, True)):
+        kind, why = product(*((second, first) if left else (first, second)), left=left)
+        yield Use((w,), (x,), kind, {}, why, gain=gain)
 
 
 def _einsum(node: Node) -> Iterator[Use]:
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     if not isinstance(operands, (tuple, list)):
         return
+    terms = letters(equation, [len(shape_of(o) or ()) for o in operands])
     for i in range(len(operands)):
-        others = [j for j in range(len(operands)) if j != i]
-        if len(others) != 1:
-            why = "einsum of one operand" if not others else "einsum of more than two operands"
-            yield Use((1, i), (1, others[0] if others else i), kinds.linear(), {}, why)
-            continue
-        ranks = [len(shape_of(o) or ()) for o in operands]
-        terms = letters(equation, ranks)
-        x, w, y = terms[others[0]], terms[i], terms[-1]
-        why = ""
-        if len(set(w)) < len(w) or len(set(x)) < len(x):
-            why = "a letter stands twice in one operand"
-        elif any(c not in x and c not in y for c in w):
-            why = "sums an axis that only the weight has"
-        elif all(c in x for c in w) or all(c not in x or c in y for c in w):
-            why = "no contraction: nothing of low rank"
-        yield Use((1, i), (1, others[0]), kinds.Einsum(x, w, y), {}, why)
-
-
-def letters(equation: str, ranks: list[int]) -> list[str]:
-    """The operands' and the result's letters, with the ellipsis spelled out."""
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    free = [c for c in LETTERS if c not in equation]
-    longest = max(
-        (n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True) if "..." in t),
-        default=0,
-    )
-    dots = "".join(free[:longest])
-    spelled = []
-    for t, n in zip(terms, ranks, strict=True):
-        width = n - len(t.replace("...", ""))
-        spelled.append(t.replace("...", dots[longest - width :]))
-    if arrow:
-        result = right.replace("...", dots)
-    else:
-        every = "".join(terms).replace(".", "")
-        result = dots + "".join(sorted(c for c in set(every) if every.count(c) == 1))
-    return [*spelled, result]
+        kind, why = contraction(terms, i)
+        other = next((j for j in range(len(operands)) if j != i), i)
+        yield Use((1, i), (1, other), kind, {}, why)
 
 
 def _conv(node: Node) -> Iterator[Use]:
     groups = int(argument(node, "groups", 1))
     w = shape_of(pick(node, (1,)))
-    names = ("stride", "padding", "dilation")
-    attrs = {k: argument(node, k) for k in names}
-    attrs = {k: v if isinstance(v, str) else tuple(v) for k, v in attrs.items()}
-    depthwise = w is not None and groups > 1 and w[1] == 1
-    why = "depthwise: one channel a group leaves nothing of low rank" if depthwise else ""
-    yield Use((1,), (0,), kinds.Conv(groups), attrs, why)
+    lone = w is not None and groups > 1 and w[1] == 1
+    attrs = _window(node, "stride", "padding", "dilation")
+    why = DEPTHWISE if lone else ""
+    yield Use((1,), (0,), kinds_conv.Conv(groups), attrs, why, allowed=lone)
+
+
+def _conv_transpose(node: Node) -> Iterator[Use]:
+    groups = int(argument(node, "groups", 1))
+    w = shape_of(pick(node, (1,)))
+    lone = w is not None and groups > 1 and w[0] == groups
+    attrs = _window(node, "stride", "padding", "output_padding", "dilation")
+    why = DEPTHWISE if lone else ""
+    yield Use((1,), (0,), kinds_conv.ConvTranspose(groups), attrs, why, allowed=lone)
+
+
+def _window(node: Node, *names: str) -> dict[str, Any]:
+    given = {k: argument(node, k) for k in names}
+    return {k: v if isinstance(v, str) else tuple(v) for k, v in given.items()}
 
 
 def _embedding(node: Node) -> Iterator[Use]:
     yield Use((0,), (1,), kinds.Embedding())
 
 
-def _lstm(node: Node) -> Iterator[Use]:
-    weights = node.args[2]
-    if isinstance(weights, (tuple, list)):
-        for i, w in enumerate(weights):
-            if len(shape_of(w) or ()) == 2:
-                yield Use((2, i), (0,), kinds.Recurrent())
+def _embedding_bag(node: Node) -> Iterator[Use]:
+    mode = ("sum", "mean", "max")[int(argument(node, "mode", 0))]
+    yield Use((0,), (1,), kinds.EmbeddingBag(mode))
 
 
-OPS: Mapping[Any, Row] = {
-    aten.linear.default: Row("linear", _linear, bias=2),
-    aten.matmul.default: Row("matmul", _matmul),
-    aten.mm.default: Row("mm", _matmul),
-    aten.bmm.default: Row("bmm", _matmul),
-    aten.addmm.default: Row("addmm", _addmm, bias=0),
-    aten.einsum.default: Row("einsum", _einsum),
-    aten.conv1d.default: Row("conv1d", _conv, bias=2),
-    aten.conv2d.default: Row("conv2d", _conv, bias=2),
-    aten.conv3d.default: Row("conv3d", _conv, bias=2),
-    aten.conv1d.padding: Row("conv1d", _conv, bias=2),
-    aten.conv2d.padding: Row("conv2d", _conv, bias=2),
-    aten.conv3d.padding: Row("conv3d", _conv, bias=2),
-    aten.embedding.default: Row("embedding", _embedding),
-    aten.lstm.input: Row("lstm", _lstm),
-}
-DATA_OPS = {aten.scaled_dot_product_attention.default, aten.baddbmm.default}
+def _bilinear(node: Node) -> Iterator[Use]:
+    yield Use((2,), (0,), kinds.WeightForm("bilinear", Axes((), (0,), (1, 2))))
+
+
+def _grouped(node: Node) -> Iterator[Use]:
+    x, w = shape_of(pick(node, (0,))), shape_of(pick(node, (1,)))
+    if x is None or w is None or len(x) != 2 or len(w) != 3:
+        return  # two ragged activations, or a ragged inner axis: no weight
+    width = value(pick(node, (0,))).dtype.itemsize
+    aligned = 1 if op_name(node) == "grouped_mm_fallback" else 16 // width
+    yield Use((1,), (0,), kinds.Grouped(), {"rank_multiple": aligned})
+
+
+def _recurrent(node: Node) -> Iterator[Use]:
+    """The matrices among the parameters of an LSTM, GRU or RNN, and of their cells."""
+    for i, slot in enumerate(node.target._schema.arguments[: len(node.args)]):  # type: ignore[union-attr]
+        if slot.name in ("w_ih", "w_hh"):
+            yield Use((i,), (0,), kinds.RECURRENT)
+        elif slot.name == "params":
+            for j, w in enumerate(node.args[i]):  # type: ignore[arg-type]
+                if len(shape_of(w) or ()) == 2:
+                    yield Use((i, j), (0,), kinds.RECURRENT)
+
+
+def _table() -> dict[Any, Row]:
+    rows = {
+        aten.linear.default: Row("linear", _linear, bias=2),
+        aten.matmul.default: Row("matmul", _matmul),
+        aten.mm.default: Row("mm", _matmul),
+        aten.bmm.default: Row("bmm", _matmul),
+        aten.addmm.default: Row("addmm", _addmm, bias=0),
+        aten.baddbmm.default: Row("baddbmm", _addmm, bias=0),
+        aten.einsum.default: Row("einsum", _einsum),
+        aten.conv1d.default: Row("conv1d", _conv, bias=2),
+        aten.conv2d.default: Row("conv2d", _conv, bias=2),
+        aten.conv3d.default: Row("conv3d", _conv, bias=2),
+        aten.conv1d.padding: Row("conv1d", _conv, bias=2),
+        aten.conv2d.padding: Row("conv2d", _conv, bias=2),
+        aten.conv3d.padding: Row("conv3d", _conv, bias=2),
+        aten.conv_transpose1d.default: Row("conv_transpose1d", _conv_transpose, bias=2),
+        aten.conv_transpose2d.input: Row("conv_transpose2d", _conv_transpose, bias=2),
+        aten.conv_transpose3d.input: Row("conv_transpose3d", _conv_transpose, bias=2),
+        aten.embedding.default: Row("embedding", _embedding),
+        aten.embedding_bag.default: Row("embedding_bag", _embedding_bag, first=True),
+        aten.embedding_bag.padding_idx: Row("embedding_bag", _embedding_bag, first=True),
+        aten.bilinear.default: Row("bilinear", _bilinear, bias=3),
+        aten._grouped_mm.default: Row("grouped_mm", _grouped),
+    }
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        packet = getattr(aten, name)
+        rows |= {o: Row(name, _recurrent, many=True) for o in (packet.input, packet.data)}
+    for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
+        rows[getattr(aten, name).default] = Row(name, _recurrent, many=True)
+    return rows
+
+
+OPS = _table()
+PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
+"""Bare products: of a constant and one parameter they make a computed weight."""
+DATA_OPS = {aten.scaled_dot_product_attention.default}
 """Matmuls that no row adapts, counted as FLOPs between activations."""
+BY_NAME = {"transformers::grouped_mm_fallback": Row("grouped_mm", _grouped)}
+"""Ops of other libraries: known by name, since the library need not be there."""
+
+
+def row_of(node: Node) -> Row | None:
+    """The row of a node's op."""
+    if node.op != "call_function":
+        return None
+    row = OPS.get(node.target)
+    if row is None and (schema := getattr(node.target, "_schema", None)) is not None:
+        row = BY_NAME.get(schema.name)
+    return row

@@ -42,7 +42,7 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
         LoraFxError: The exporter cannot translate an op; its own words are in the message.
     """
     captured = module.captured
-    graph = module.graph(False)
+    graph = module.graph(False, portable=True)
     flat, names, outputs = flat_program(module, graph.graph)
     named = module.sample()
     leaves = pytree.tree_leaves(named)

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from lora_fx.fx.nodes import Shape, argument, dtype_name, numel, shape_of, value
-from lora_fx.view import Cast, Permute, Reshape, Slice, Step
+from lora_fx.view import Cast, Gather, Permute, Reshape, Slice, Step
 
 aten = torch.ops.aten
 
@@ -87,6 +87,24 @@ def _item(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     return [Slice(axis, start, start + sizes[i])]
 
 
+def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    """An index of the first axis by data: which matrices of a stack take part."""
+    if len(shape) < 3:
+        return None
+    if node.target is aten.index.Tensor:
+        ids = node.args[1]
+        lone = isinstance(ids, (tuple, list)) and len(ids) == 1 and isinstance(ids[0], Node)
+        one = lone and len(shape_of(ids[0]) or ()) == 1  # type: ignore[index]
+        return [Gather(0)] if one else None
+    if node.target is aten.index_select.default and int(argument(node, "dim")) == 0:
+        return [Gather(0)]
+    return None
+
+
+def _dropout(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    return None if argument(node, "train") else []
+
+
 SPLITS = {
     aten.split.Tensor,
     aten.split.sizes,
@@ -102,6 +120,7 @@ VIEWS: Mapping[Any, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
     aten.numpy_T.default: _reversed,
     aten.mT.default: _last_two,
     aten.adjoint.default: _last_two,
+    aten.matrix_H.default: _last_two,
     aten.transpose.int: _permute(_swapped),
     aten.permute.default: _permute(lambda node, n: tuple(argument(node, "dims"))),
     aten.view.default: _reshape,
@@ -130,6 +149,7 @@ VIEWS: Mapping[Any, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
     aten.to.other: _cast,
     aten.type_as.default: _cast,
     aten._to_copy.default: _cast,
+    aten.dropout.default: _dropout,
     aten.contiguous.default: _same,
     aten.clone.default: _same,
     aten.detach.default: _same,

@@ -153,10 +153,10 @@ class OnnxGraph:
                 y.shape, y.type = old.shape, old.type
                 outputs[i] = y
 
-    def replace_weight(self, site: Site, w: ir.Value) -> None:
-        """The site reads w."""
+    def rebase(self, site: Site, w: ir.Value) -> None:
+        """The site reads w through Transposes of its own."""
         node, row = self._at(site)
-        node.replace_input_with(row.weight, w)
+        node.replace_input_with(row.weight, site.view.replay(self.emit(site, before=True), w))
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when only these sites, and the Transposes before them, read the initialiser."""
@@ -176,9 +176,7 @@ class OnnxGraph:
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
         """Sites read another initialiser through Transposes of their own."""
         for site in sites:
-            e = self.emit(site, before=True)
-            value = self.model.graph.initializers[stored]
-            self.replace_weight(site, site.view.replay(e, value))
+            self.rebase(site, self.model.graph.initializers[stored])
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array) -> str:
         """See lora_fx.graph.Graph. A constant of their own is `NAME_folded`."""

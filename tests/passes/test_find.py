@@ -87,10 +87,12 @@ class Odd(nn.Module):
 
 def test_refusals_and_unreached_are_named() -> None:
     found = lora_fx.find(Odd().eval(), (torch.randn(2, 5, 8),))
-    assert [t.key for t in found.targets] == ["plain.weight"]
+    keys = {t.key: t.default for t in found.targets}
+    assert keys == {"normed.weight~": True, "plain.weight": True}
     reasons = {r.key: r.reason for r in found.refusals}
-    assert "computed by" in reasons["normed.parametrizations.weight.original0"]
-    assert "depthwise" in reasons["depthwise.weight"]
+    assert list(reasons) == ["depthwise.weight"] and "depthwise" in reasons["depthwise.weight"]
+    assert "depthwise" in found["depthwise.weight"].why_not
+    assert lora_fx.insert(Odd().eval(), (torch.randn(2, 5, 8),), rank=1, include="depthwise")
     assert {u.key for u in found.unreached} == {"table", "unused"}
     assert 0 < found.reached_share < 1
     text = str(found)

@@ -140,8 +140,8 @@ def test_fold_of_one_use_gives_it_a_constant_of_its_own() -> None:
     assert text(graph) == dedent("""
         emb_weight = emb.weight
         embedding = embedding(emb_weight, named_ids)
-        emb_weight_1 = emb.weight_folded
-        linear = linear(embedding, emb_weight_1)
+        emb_weight_folded = emb.weight_folded
+        linear = linear(embedding, emb_weight_folded)
     """)
     twin = cap.fx_graph(root=Tied())
     Fold({"emb.weight": LowRank(change.a, change.b, 1.0, change.layout)})(twin)
