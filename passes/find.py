@@ -46,7 +46,8 @@ def find(graph: Graph[Any]) -> Found:
         for u in group
         if u.site.op == "embedding" and u.layout is not None
     ]
-    targets, optional = [], []
+    targets: list[Target] = []
+    optional: list[Target] = []
     for name, p in parameters.items():
         for region, group in _regions(p, uses.get(name, [])).items():
             target = _target(p, region, group, tables)

@@ -37,6 +37,7 @@ class Insert:
         training: Whether this graph is one.
         missing: error, or skip for calls that do not reach every target.
         role: What the new tensors are for.
+        weight_form: Take the weight form everywhere, as a reference for the output forms.
     """
 
     updates: Mapping[str, LowRank]
@@ -44,6 +45,7 @@ class Insert:
     training: bool = False
     role: Role = Role.TRAIN
     missing: str = "error"
+    weight_form: bool = False
     notes: list[str] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
@@ -72,7 +74,7 @@ class Insert:
         here = site_layout(site, target.parameter.shape)
         flipped = here is not None and here == (target.region, layout.transposed())
         straight = here == (target.region, layout)
-        if isinstance(site.kind, kinds.WeightForm):
+        if self.weight_form or isinstance(site.kind, kinds.WeightForm):
             self._weight_form(graph, target, site, update)
             return
         e = graph.emit(site)

@@ -10,14 +10,16 @@ from typing import Any
 
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule, FoldedModule
+from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.capture import Captured, capture
+from lora_fx.fx.folded import FoldedModule
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.models import load_model
 from lora_fx.fx.module import CapturedModule, with_signature
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.graph import Graph
 from lora_fx.lowrank import LowRank, draw
+from lora_fx.passes.effect import prove_effect
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
 from lora_fx.passes.insert import Insert
@@ -125,6 +127,7 @@ def insert(
     *,
     dynamic: Any = None,
     norm_stats: str = "frozen",
+    dead: str = "error",
 ) -> AdaptedModule:
     """A trainable module with low-rank branches; the user's module is not touched.
 
@@ -145,18 +148,23 @@ def insert(
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they behave as in the original, and the copied statistics move.
+        dead: Every target is proven to take effect. error: one that does not is an error. drop:
+            it is left out, and said. allow: nothing is proven.
 
     Returns:
         An AdaptedModule. Parameters share the storage of the user's model; buffers are copies.
 
     Raises:
         LoraFxError: No target, a selector that matches nothing, a rank that does not fit.
+        NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
         CaptureError: The model cannot be captured.
     """
     if variant not in ("lora", "rslora"):
         raise LoraFxError(f"no variant {variant!r}", "lora and rslora")
     if not 0.0 <= dropout < 1.0:
         raise LoraFxError(f"dropout {dropout} is not in [0, 1)", "0.05 is usual")
+    if dead not in ("error", "drop", "allow"):
+        raise LoraFxError(f"dead {dead!r} is not known", "error, drop or allow")
     if norm_stats not in ("frozen", "update"):
         raise LoraFxError(f"no norm_stats {norm_stats!r}", "frozen or update")
     if isinstance(model, (AdaptedModule, FoldedModule)):
@@ -182,6 +190,29 @@ def insert(
         updates, whole, notes = bound.lowrank, tuple(bound.full), ()
         metadata = {**adapter.metadata, "dropout": dropout}
 
+    module = _adapted(cap, found, updates, whole, notes, metadata, dropout, norm_stats)
+    if dead != "allow" and module.base_dtype is not None and updates:
+        idle = prove_effect(module, drop=dead == "drop")
+        if idle:
+            kept = {k: u for k, u in updates.items() if k not in idle}
+            notes = (*notes, *(f"{k}: left out, no gradient reaches it" for k in idle))
+            module = _adapted(cap, found, kept, whole, notes, metadata, dropout, norm_stats)
+            prove_effect(module)
+    if adapter is not None and bound.full:
+        module.load_adapter(bound)
+    return module
+
+
+def _adapted(
+    cap: Captured,
+    found: Found,
+    updates: Mapping[str, LowRank],
+    whole: Sequence[str],
+    notes: Sequence[str],
+    metadata: Mapping[str, Any],
+    dropout: float,
+    norm_stats: str,
+) -> AdaptedModule:
     def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], Any]:
         return Insert(now, dropout=dropout, training=training, missing="skip")
 
@@ -195,8 +226,6 @@ def insert(
         notes=notes,
         metadata=metadata,
     )
-    if adapter is not None and bound.full:
-        module.load_adapter(bound)
     assert isinstance(module, AdaptedModule)
     return module
 

@@ -1,9 +1,10 @@
-"""The modules that insert and fold return: CapturedModule plus their passes and adapter."""
+"""The module that insert returns: a CapturedModule with branches and its adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,27 @@ from torch import nn
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
+from lora_fx.fx.effect import Effect
 from lora_fx.fx.module import CapturedModule, Rewriter
 from lora_fx.fx.ones import prove_ones
+from lora_fx.fx.reports import AdaptedReport
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.lowrank import Full, LowRank, slot_names
-from lora_fx.target import Found, human
+from lora_fx.mix import mix
+from lora_fx.target import Found
 
 Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
 
 
+DEFAULT = "default"
+"""Name of the adapter that insert makes."""
+
+
 class AdaptedModule(CapturedModule):
-    """A model with low-rank branches; only the adapter's tensors require grad."""
+    """A model with low-rank branches; only the adapter's tensors require grad.
+
+    Several adapters may be loaded under names; the branches hold the active one, or a mix.
+    """
 
     def __init__(
         self,
@@ -44,13 +55,28 @@ class AdaptedModule(CapturedModule):
         self._also = tuple(also_train)
         self._notes = tuple(notes)
         self._metadata = dict(metadata or {})
+        self._stored: dict[str, Adapter] = {}
+        self._active: dict[str, float] = {DEFAULT: 1.0}
+        self.effect: Effect | None = None
         prove_ones(self)
         self._graph(False, captured.named)  # registers the adapter's tensors
 
     def _rewriters(self, training: bool) -> list[Rewriter]:
         return [self._inserter(self._updates, training)]
 
-    def _slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    @contextlib.contextmanager
+    def inserting(self, inserter: Inserter) -> Iterator[None]:
+        """Within this block other passes make the branches, in programs of their own."""
+        was, programs = self._inserter, self._programs
+        self._inserter = inserter
+        self._programs = replace(programs, codes={}, compiled={}, blocks=False)
+        try:
+            yield
+        finally:
+            self._inserter, self._programs = was, programs
+
+    def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Key → the tensors a and b that the branches of the active adapter read."""
         pairs = {}
         for key in self._updates:
             sides = []
@@ -72,10 +98,15 @@ class AdaptedModule(CapturedModule):
         """Key → the update as it was inserted (ranks, alphas and layouts hold)."""
         return self._updates
 
-    def adapter(self) -> Adapter:
-        """The adapter as it is now, bound to this model's keys."""
+    def adapter(self, name: str | None = None) -> Adapter:
+        """The active adapter (or mix) as it is now, or a loaded one, bound to this model's keys."""
+        if name is not None and self._active != {name: 1.0}:
+            self._known(name)
+            return self._stored[name]
+        if not self._active:
+            return Adapter({})
         entries: dict[str, LowRank | Full] = {}
-        for key, (a, b) in self._slots().items():
+        for key, (a, b) in self.slots().items():
             update = self._updates[key]
             one = (to_numpy(t).astype(np.float32, copy=True) for t in (a, b))
             entries[key] = replace(update, a=next(one), b=next(one))
@@ -86,17 +117,73 @@ class AdaptedModule(CapturedModule):
 
     def changes_anything(self) -> bool:
         """False while every update is zero, as after insert, and no tensor is trained whole."""
-        pairs = self._slots().values()
+        pairs = self.slots().values()
         return bool(self._also) or any(bool(a.any()) and bool(b.any()) for a, b in pairs)
 
-    @torch.no_grad()
-    def load_adapter(self, adapter: Adapter) -> None:
-        """Replace the adapter; targets, ranks and alphas become those of `adapter`.
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return tuple(dict.fromkeys((*self._stored, *self._active)))
+
+    @property
+    def active(self) -> Mapping[str, float]:
+        """Name → weight of what the branches hold; empty for the base."""
+        return dict(self._active)
+
+    def load_adapter(self, adapter: Adapter, name: str | None = None) -> None:
+        """Replace the active adapter, or load one under a name for `activate`.
+
+        Targets, ranks and alphas become those of `adapter`.
 
         Raises:
             LoraFxError: A key or a shape that does not fit, or a whole tensor that is not
                 among `also_train`.
         """
+        bound = self._bound(adapter)
+        if name is not None and self._active != {name: 1.0}:
+            self._stored[name] = bound
+            return
+        if len(self._active) != 1:
+            raise LoraFxError(
+                "a mix, or none, is active: there is no one adapter to replace",
+                "give the adapter a name: load_adapter(adapter, name=…)",
+            )
+        self._put(bound)
+
+    def activate(self, which: str | Mapping[str, float] | None) -> None:
+        """Let the branches hold an adapter, a weighted sum of several (exact), or none.
+
+        A change that training made to the adapter so far active is kept under its name. A mix
+        is for use: its tensors do not require grad.
+
+        Raises:
+            LoraFxError: A name that is not loaded, or whole tensors in a mix.
+        """
+        wanted = {which: 1.0} if isinstance(which, str) else dict(which or {})
+        for name in wanted:
+            self._known(name)
+        if list(self._active.values()) == [1.0]:
+            (now,) = self._active
+            self._stored[now] = self.adapter()
+        self._adapted = bool(wanted)
+        if wanted:
+            lone = len(wanted) == 1 and 1.0 in wanted.values()
+            parts = [(self._stored[n], w) for n, w in wanted.items()]
+            self._put(parts[0][0] if lone else mix(parts))
+            for pair in self.slots().values():
+                for p in pair:
+                    p.requires_grad_(lone)
+        self._active = wanted
+
+    def scale(self, factor: float) -> None:
+        """Multiply every low-rank update of the active adapter by a factor."""
+        self._put(self.adapter().weighted(factor))
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise LoraFxError(f"no adapter {name!r} is loaded", f"loaded: {list(self.adapters)}")
+
+    def _bound(self, adapter: Adapter) -> Adapter:
         bound = bind(adapter, self._found)
         names, _ = named_tensors(self)
         for name in bound.full:
@@ -105,16 +192,28 @@ class AdaptedModule(CapturedModule):
                     f"the adapter holds the whole tensor {name!r}",
                     f"insert with also_train={name!r} before loading it",
                 )
-        old = self._slots()
-        for key in old:
-            self._drop(key)
-        device = next(self.parameters()).device
-        self._updates = dict(bound.lowrank)
-        self._programs.compiled.clear()
-        self._programs.codes.clear()
-        self._graph(False, self._programs.captured.named)
-        for a, b in self._slots().values():
-            a.data, b.data = a.data.to(device), b.data.to(device)
+        return bound
+
+    @torch.no_grad()
+    def _put(self, bound: Adapter) -> None:
+        """Put an adapter into the branches; equal shapes and scales keep the programs."""
+        if _form(bound.lowrank) == _form(self._updates):
+            for key, pair in self.slots().items():
+                update = bound.lowrank[key]
+                for side, value in zip(pair, (update.a, update.b), strict=True):
+                    side.copy_(torch.from_numpy(value))
+            self._updates = dict(bound.lowrank)
+        else:
+            for key in self.slots():
+                self._drop(key)
+            device = next(self.parameters()).device
+            self._updates = dict(bound.lowrank)  # the passes read it
+            self._programs.compiled.clear()
+            self._programs.codes.clear()
+            self._graph(False, self._programs.captured.named)
+            for a, b in self.slots().values():
+                a.data, b.data = a.data.to(device), b.data.to(device)
+        names, _ = named_tensors(self)
         originals = dict(self.captured.model.named_parameters())
         for name in self._also:  # what the adapter does not hold goes back to the model's own
             m, leaf = owner(self, name)
@@ -122,7 +221,7 @@ class AdaptedModule(CapturedModule):
             assert p is not None
             full = {names[k]: v for k, v in bound.full.items()}.get(name)
             p.copy_(originals[name] if full is None else from_numpy(full.value, like=p))
-        self._metadata = dict(adapter.metadata)
+        self._metadata = dict(bound.metadata)
 
     def _drop(self, key: str) -> None:
         for name in slot_names(key):
@@ -137,71 +236,17 @@ class AdaptedModule(CapturedModule):
             (key, u.rank, u.alpha, self._found[key].flops) for key, u in self._updates.items()
         )
         return AdaptedReport(
-            rows, self._also, trained, frozen, self._found, (*self._notes, *self.captured.notes)
+            rows,
+            self._also,
+            trained,
+            frozen,
+            self._found,
+            (*self._notes, *self.captured.notes),
+            self.effect,
+            self.adapters if len(self.adapters) > 1 else (),
         )
 
 
-@dataclass(frozen=True)
-class AdaptedReport:
-    """What `model.report()` returns; prints as text."""
-
-    targets: tuple[tuple[str, int, float, int], ...]
-    also_train: tuple[str, ...]
-    trained: int
-    frozen: int
-    found: Found
-    notes: tuple[str, ...]
-
-    @property
-    def adapted_share(self) -> float:
-        """Share of the weight FLOPs that run through an adapted target."""
-        total = self.found.flops["reached"] + self.found.flops["refused"]
-        return sum(t[3] for t in self.targets) / total if total else 0.0
-
-    def __str__(self) -> str:
-        """A few lines."""
-        lines = [
-            f"{len(self.targets)} targets adapted ({self.adapted_share:.1%} of the weight FLOPs), "
-            f"{human(self.trained)} of {human(self.trained + self.frozen)} parameters trained"
-        ]
-        lines += [f"  {k}: rank {r}, alpha {a:g}" for k, r, a, _ in self.targets]
-        lines += [f"  {n}: trained whole" for n in self.also_train]
-        lines += [f"  note: {n}" for n in self.notes]
-        return "\n".join(lines)
-
-
-class FoldedModule(CapturedModule):
-    """A model with an adapter folded into its weights; eval mode only, no branches."""
-
-    def __init__(
-        self, model: Captured | CapturedModule, rewriter: Rewriter, adapter: Adapter
-    ) -> None:
-        tree = model if isinstance(model, CapturedModule) else None
-        captured = model.captured if isinstance(model, CapturedModule) else model
-        super().__init__(captured, tree=tree)
-        if tree is not None:
-            self._programs.not_one = tree._programs.not_one
-        else:
-            prove_ones(self)
-        self._rewriter = rewriter
-        self.folded: tuple[Any, ...] = ()
-        for name, full in adapter.full.items():
-            m, leaf = owner(self, name)
-            old = m._parameters[leaf]
-            assert old is not None
-            new = nn.Parameter(from_numpy(full.value, like=old), requires_grad=False)
-            for part in self.modules():
-                for k, p in part._parameters.items():
-                    if p is old:
-                        part._parameters[k] = new
-        self._graph(False, captured.named)
-
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        return [self._rewriter]
-
-    def train(self, mode: bool = True) -> FoldedModule:
-        """A folded model has no train mode."""
-        if mode:
-            raise LoraFxError("a folded model is for inference", "insert again to train")
-        super().train(False)
-        return self
+def _form(updates: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
+    """What programs depend on: the scale is a constant of the graph."""
+    return {k: (u.rank, u.scale, u.layout, u.use) for k, u in updates.items()}

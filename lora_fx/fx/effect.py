@@ -1,0 +1,133 @@
+"""Proof that an adapter takes effect: gradients reach every target, and branches equal W + s·b·a.
+
+At random a and b, one backward per mode with a fixed random cotangent on every output gives the
+gradient of each b. The cotangent is random because a plain sum is constant after a LayerNorm: its
+gradient there is rounding. A target is dead when the root mean square of its gradient is below
+1e-6 of the median target's. One eval forward is compared with the weight form of every site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.lowrank import draw
+
+if TYPE_CHECKING:
+    from lora_fx.fx.adapted import AdaptedModule
+
+DEAD = 1e-6
+"""Share of the median gradient below which a target is dead."""
+DRAWS = 4
+"""A block that a random depth left out gets so many chances to be seen."""
+SIZE = 0.05
+"""Of the probe's ΔW relative to a weight of unit fan-in: seen, and far from saturation."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What the proof found.
+
+    Attributes:
+        dead: Key → the modes in which no gradient reaches it.
+        modes: The modes that were proven.
+        notes: What could not be proven, and why.
+    """
+
+    dead: Mapping[str, tuple[str, ...]]
+    modes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line."""
+        text = f"gradients reach every target in {' and '.join(self.modes) or 'no mode'}"
+        if self.dead:
+            text = "no gradient reaches " + ", ".join(
+                f"{k} ({'/'.join(m)})" for k, m in self.dead.items()
+            )
+        return "; ".join([text, *self.notes])
+
+
+def prove_gradients(module: AdaptedModule) -> Effect:
+    """One backward per mode at random a and b; the module is left as it was."""
+    found: dict[str, list[str]] = {}
+    modes, notes = [], []
+    with probe(module) as pairs:
+        for training in (False, True):
+            mode = "train" if training else "eval"
+            try:
+                size = _gradients(module, pairs, training)
+            except (LoraFxError, RuntimeError, ValueError) as e:
+                if not training:
+                    raise
+                notes.append(f"train mode is not proven: {one_line(e, 160)}")
+                continue
+            if size is None:
+                notes.append(f"{mode} mode is not proven: no output is a real number")
+                continue
+            modes.append(mode)
+            middle = float(np.median([v for v in size.values() if np.isfinite(v)] or [0.0]))
+            for key, v in size.items():
+                if v <= DEAD * middle:
+                    found.setdefault(key, []).append(mode)
+    return Effect({k: tuple(m) for k, m in found.items()}, tuple(modes), tuple(notes))
+
+
+@contextlib.contextmanager
+def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn.Parameter]]]:
+    """Random a and b in a module's updates, mode and buffers put back afterwards."""
+    pairs = module.slots()
+    kept = [(p, p.detach().clone()) for pair in pairs.values() for p in pair]
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    was = module.training
+    try:
+        with torch.no_grad():
+            for key, (a, b) in pairs.items():
+                u = module.updates[key]
+                assert u.layout is not None
+                new_a, new_b = draw(key, u.layout, u.rank, 1, "probe")
+                a.copy_(torch.from_numpy(new_a))
+                b.copy_(torch.from_numpy(new_b * np.float32(SIZE / abs(u.scale or 1.0))))
+        yield pairs
+    finally:
+        with torch.no_grad():
+            for p, value in kept:
+                p.copy_(value)
+                p.grad = None
+            for t, value in buffers:
+                t.copy_(value)
+        module.train(was)
+
+
+def _gradients(
+    module: AdaptedModule, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]], training: bool
+) -> dict[str, float] | None:
+    """Key → root mean square of b's gradient; None where no output has one."""
+    module.train(training)
+    best = dict.fromkeys(pairs, 0.0)
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(DRAWS if training else 1):
+            torch.manual_seed(seed)
+            with torch.enable_grad():
+                made = pytree.tree_leaves(module._run_named(module.sample()))
+                floats = [y for y in made if isinstance(y, torch.Tensor) and y.is_floating_point()]
+                outputs = [y for y in floats if y.requires_grad]
+                if not outputs:
+                    return best if floats else None
+                tangents = [torch.randn_like(y) for y in outputs]
+                bs = [b for _, b in pairs.values()]
+                grads = torch.autograd.grad(outputs, bs, tangents, allow_unused=True)
+            for key, g in zip(pairs, grads, strict=True):
+                size = 0.0 if g is None else float(g.double().square().mean().sqrt())
+                best[key] = max(best[key], size)
+            if min(best.values()) > DEAD * float(np.median(list(best.values()))):
+                break
+    return best

@@ -1,0 +1,99 @@
+"""Mixes of adapters: one adapter whose updates are weighted sums of others'.
+
+cat      a = [a₁; a₂; …], b = [w₁s₁b₁, w₂s₂b₂, …]: exact, the ranks add up
+svd      the best approximation of Σ wᵢsᵢbᵢaᵢ of a given rank (Eckart and Young 1936)
+linear   a = Σ ±√|wᵢsᵢ| aᵢ, b = Σ √|wᵢsᵢ| bᵢ: PEFT's linear, equal ranks; not the weighted sum of
+the changes, since it has cross terms bᵢaⱼ
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Array, LowRank
+
+HOWS = ("cat", "svd", "linear")
+Pair = tuple[LowRank, float]
+
+
+def mix(
+    parts: Sequence[tuple[Adapter, float]], how: str = "cat", rank: int | None = None
+) -> Adapter:
+    """One adapter from several, each with a weight.
+
+    Args:
+        parts: (adapter, weight); bound to one model, or files of one naming.
+        how: cat, svd or linear.
+        rank: For svd; the largest rank of the parts where none is given.
+
+    Raises:
+        LoraFxError: A whole tensor, unequal ranks in a linear mix, updates that do not fit.
+    """
+    if how not in HOWS:
+        raise LoraFxError(f"no mix {how!r}", f"the mixes are {', '.join(HOWS)}")
+    if rank is not None and how != "svd":
+        raise LoraFxError(f"a {how} mix has no rank to choose", "rank belongs to svd")
+    for adapter, _ in parts:
+        if adapter.full:
+            raise LoraFxError(
+                f"a mix cannot hold the whole tensor {next(iter(adapter.full))!r}",
+                "only low-rank updates can be mixed",
+            )
+    keys = dict.fromkeys(k for adapter, _ in parts for k in adapter.lowrank)
+    entries = {}
+    for key in keys:
+        pairs = [(adapter.lowrank[key], w) for adapter, w in parts if key in adapter.lowrank]
+        entries[key] = _mixed(key, pairs, how, rank)
+    metadata = dict(parts[0][0].metadata) if parts else {}
+    return Adapter(entries, metadata)
+
+
+def _mixed(key: str, pairs: Sequence[Pair], how: str, rank: int | None) -> LowRank:
+    first = pairs[0][0]
+    for u, _ in pairs[1:]:
+        same = u.a.shape[-1] == first.a.shape[-1] and u.b.shape[-2] == first.b.shape[-2]
+        if (u.layout, u.use) != (first.layout, first.use) or not same:
+            raise LoraFxError(
+                f"the updates of {key!r} do not fit each other: in {first.a.shape[-1]}, out "
+                f"{first.b.shape[-2]} and in {u.a.shape[-1]}, out {u.b.shape[-2]}",
+                "bind both to the same model first",
+            )
+    if how == "linear":
+        return _linear(key, pairs)
+    a = np.concatenate([u.a for u, _ in pairs], axis=-2)
+    b = np.concatenate([u.b * np.float32(w * u.scale) for u, w in pairs], axis=-1)
+    if how == "svd":
+        a, b = truncated(a, b, rank or max(u.rank for u, _ in pairs))
+    return replace(first, a=a, b=b, alpha=float(b.shape[-1]), variant="lora")
+
+
+def _linear(key: str, pairs: Sequence[Pair]) -> LowRank:
+    first = pairs[0][0]
+    ranks = {u.rank for u, _ in pairs}
+    if len(ranks) > 1:
+        raise LoraFxError(
+            f"a linear mix needs equal ranks; {key!r} has {sorted(ranks)}", "use cat or svd"
+        )
+    a, b = np.zeros_like(first.a), np.zeros_like(first.b)
+    for u, w in pairs:
+        root = math.sqrt(abs(w * u.scale))
+        a = a + u.a * np.float32(math.copysign(root, w * u.scale))
+        b = b + u.b * np.float32(root)
+    return replace(first, a=a, b=b, alpha=float(first.rank), variant="lora")
+
+
+def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+    """The best a, b of `rank` for b @ a, by QR of both and an SVD of the small product, in fp64."""
+    qb, rb = np.linalg.qr(b.astype(np.float64))
+    qa, ra = np.linalg.qr(np.swapaxes(a, -1, -2).astype(np.float64))
+    u, s, vh = np.linalg.svd(rb @ np.swapaxes(ra, -1, -2))
+    r = min(rank, s.shape[-1])
+    new_b = qb @ (u[..., :r] * s[..., None, :r])
+    new_a = vh[..., :r, :] @ np.swapaxes(qa, -1, -2)
+    return new_a.astype(np.float32), new_b.astype(np.float32)
