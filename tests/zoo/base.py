@@ -120,7 +120,7 @@ def redraw(module: nn.Module, seed: int = 0) -> None:
                     gain(buffer)
         for owner in owners:
             if type(owner).__name__ == "ParametrizationList" and hasattr(owner, "original"):
-                for part in owner:
+                for part in owner.children():
                     if hasattr(part, "_power_method"):
                         part._power_method(part._reshape_weight_to_matrix(owner.original), 30)
 
