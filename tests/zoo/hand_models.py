@@ -61,7 +61,9 @@ _enter("unrolled", lambda: hand_idioms.Unrolled(12, 20), SEQ, 12)
 
 # control flow and higher-order ops
 
-_enter("branch_on_value", lambda: hand_idioms.BranchOnValue(12, 20), SEQ, 12, captures=False)
+_enter(
+    "branch_on_value", lambda: hand_idioms.BranchOnValue(12, 20), SEQ, 12, captures=False, fast=True
+)
 _enter("torch_cond", lambda: hand_idioms.Cond(12, 20), SEQ, 12)
 _enter("no_grad_region", lambda: hand_idioms.NoGradRegion(12, 20), SEQ, 12)
 _enter("checkpointed", lambda: hand_idioms.Checkpointed(12, 20), SEQ, 12)

@@ -1,7 +1,6 @@
 """The zoo: tiny models built from nothing (no network, no checkpoints).
 
-``ZOO`` has all of them; ``FAST`` names those of the default test run. The list was fixed before
-any of the models was tried, and models are only added to it.
+The list was fixed before any of the models was tried, and models are only added to it.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from . import hand_models, hf_audio, hf_decoders, hf_tasks, hf_text, hf_vision, vision
 from .base import ZOO, Entry, redraw
 
-__all__ = ["FAST", "ZOO", "Entry", "redraw"]
+__all__ = ["ZOO", "Entry", "redraw"]
 
 _FAMILIES = (hf_text, hf_decoders, hf_tasks, hf_vision, hf_audio, vision, hand_models)
-FAST = [name for name, e in ZOO.items() if e.fast]

@@ -19,12 +19,11 @@ from tests.providers import PROVIDERS
 from tests.zoo import checks
 from tests.zoo.models import ZOO
 
-CAPTURED = [
-    pytest.param(name, marks=[] if e.fast else [pytest.mark.slow])
-    for name, e in ZOO.items()
-    if e.captures
-]
-REFUSED = [name for name, e in ZOO.items() if not e.captures]
+NAMES = {
+    e: pytest.param(name, marks=[] if e.fast else [pytest.mark.slow]) for name, e in ZOO.items()
+}
+CAPTURED = [p for e, p in NAMES.items() if e.captures]
+REFUSED = [p for e, p in NAMES.items() if not e.captures]
 
 
 @pytest.fixture(autouse=True)
