@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def first_words(error: BaseException) -> str:
     text = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
     here = str(Path(__file__).resolve().parents[2]) + "/"
     packages = str(Path(torch.__file__).resolve().parents[1]) + "/"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours
     return one_line(text.replace(here, "").replace(packages, ""), 220)
 
 

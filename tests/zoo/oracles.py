@@ -64,6 +64,8 @@ def explicit(subject: Subject, module: Any) -> Run:
     is added to the operand of the call in its module.
     """
     model = copy.deepcopy(subject.model).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product has no fp64
     names = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in reversed(list(names.items()))}
     summed: dict[str, torch.Tensor] = {}
