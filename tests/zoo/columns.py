@@ -67,7 +67,8 @@ def first_words(error: BaseException) -> str:
     here = str(Path(__file__).resolve().parents[2]) + "/"
     packages = str(Path(torch.__file__).resolve().parents[1]) + "/"
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours
-    return one_line(text.replace(here, "").replace(packages, ""), 220)
+    text = text.replace(here, "").replace(packages, "")
+    return one_line(re.sub(r"(?<![\w./])/\S*/", "", text), 220)  # no other folder either
 
 
 def tried(column: str, check: Callable[[], Cell]) -> Cell:

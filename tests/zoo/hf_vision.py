@@ -85,10 +85,10 @@ def _hf_mobilevit() -> Built:
     from transformers import MobileViTConfig, MobileViTForImageClassification
 
     config = MobileViTConfig(
-        image_size=64, hidden_sizes=[12, 16, 20], neck_hidden_sizes=[4, 6, 8, 10, 12, 14, 16],
+        image_size=128, hidden_sizes=[12, 16, 20], neck_hidden_sizes=[4, 6, 8, 10, 12, 14, 16],
         num_attention_heads=2, num_labels=LABELS, expand_ratio=2.0,
     )  # fmt: skip
-    inputs = {"pixel_values": floats(BATCH, 3, 64, 64)}
+    inputs = {"pixel_values": floats(BATCH, 3, 128, 128)}  # four patches even in the last stage
     return MobileViTForImageClassification(config), (), inputs
 
 
