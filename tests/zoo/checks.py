@@ -25,7 +25,7 @@ from lora_fx.passes.prove import arrays_of, prove, torch_run
 from lora_fx.target import Found
 
 from .models import ZOO
-from .oracles import Subject, explicit, flat, multiplied
+from .oracles import Subject, explicit, flat, matters, multiplied
 
 EFFECT = 0.15
 """Factor on a random B: the adapter is seen in the output and does not swamp it."""
@@ -100,8 +100,9 @@ def missed(name: str, found: Found) -> list[str]:
     def is_reached(operand: frozenset[str]) -> bool:
         return bool(operand & reached) or any(n.startswith(c) for n in operand for c in computed)
 
-    return sorted({n for operand in multiplied(built(name)) if not is_reached(operand)
-                   for n in operand})  # fmt: skip
+    subject = built(name)
+    lost = {n for operand in multiplied(subject) if not is_reached(operand) for n in operand}
+    return sorted(n for n in lost if matters(subject, n))
 
 
 def fold_parity(module: Any, folded: Any) -> list[Parity]:

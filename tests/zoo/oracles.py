@@ -135,7 +135,9 @@ class _Multiplied(TorchFunctionMode):
             self.found |= {r for r in roots if r and "bag" in name}
         elif any(r is None for r in roots):
             if any(word in name for word in self.PRODUCTS):
-                self.found |= {r for x, r in zip(operands, roots, strict=True) if r and x.ndim > 1}
+                first = 3 if "attention" in name else 0  # query, key and value are no weights
+                pairs = list(zip(operands, roots, strict=True))[first:]
+                self.found |= {r for x, r in pairs if r and x.ndim > 1}
         elif operands:
             for x in pytree.tree_leaves(out):
                 if isinstance(x, torch.Tensor):
@@ -150,3 +152,13 @@ def multiplied(subject: Subject) -> set[frozenset[str]]:
     with torch.no_grad(), mode:
         subject.model(*subject.args, **subject.kwargs)
     return mode.found
+
+
+def matters(subject: Subject, parameter: str) -> bool:
+    """True when the outputs depend on a parameter; some models drop what they compute."""
+    model = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        before = flat(model(*subject.args, **subject.kwargs))
+        model.get_parameter(parameter).mul_(1.5)
+        after = flat(model(*subject.args, **subject.kwargs))
+    return not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
