@@ -67,7 +67,7 @@ def _hf_zero_shot_detection() -> Built:
     )
 
 
-@entry("hf_visual_question", "hf")
+@entry("hf_visual_question", "hf", captures=False)
 def _hf_visual_question() -> Built:
     from transformers import ViltConfig, ViltForQuestionAnswering
 
