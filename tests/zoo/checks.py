@@ -1,0 +1,141 @@
+"""What every model of the zoo is put through. The tests and the table share these functions.
+
+Numbers come back as ``Parity`` rows whose gates are those of ``prove``: FOLD_TOL and ORT_TOL, and
+beyond them 4 × the model's own fp32-against-fp64 error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+import lora_fx
+from lora_fx.adapter import Adapter
+from lora_fx.compare import FOLD_TOL, Parity, Report, rel
+from lora_fx.inputs import SIZES
+from lora_fx.lowrank import draw
+from lora_fx.passes.prove import arrays_of, prove, torch_run
+from lora_fx.target import Found
+
+from .models import ZOO
+from .oracles import Subject, explicit, flat, matters, multiplied
+
+EFFECT = 0.15
+"""Factor on a random B: the adapter is seen in the output and does not swamp it."""
+SEEN = (0.05, 5.0)
+"""A parity test of a no-op proves nothing: the effect, relative to the output, lies between."""
+FACTORS = (1.0, 0.3, 3.0, 0.1, 10.0)
+"""Tried in turn on EFFECT until the effect is within SEEN at every size."""
+
+
+@lru_cache(maxsize=2)
+def built(name: str) -> Subject:
+    """Built and captured in eval mode."""
+    model, args, kwargs = ZOO[name].build()
+    model.requires_grad_(False)  # torch folds some matmuls otherwise where a weight wants grad
+    return Subject(name, model, args, kwargs, lora_fx.capture(model, args, kwargs))
+
+
+def adapted(name: str, **options: Any) -> Any:
+    """Inserted with zero B."""
+    return lora_fx.insert(built(name).cap, rank=2, include=ZOO[name].include, **options)
+
+
+def perturbed(name: str) -> Any:
+    """An adapter with a random B on every target of the plan, large enough to be seen."""
+    module = adapted(name)
+    for factor in FACTORS:
+        updates = {}
+        for key, u in module.updates.items():
+            a, b = draw(key, u.layout, u.rank, 0, "probe")
+            updates[key] = replace(u, a=a, b=b * np.float32(EFFECT * ZOO[name].gain * factor))
+        module.load_adapter(Adapter(updates))
+        if all(seen(e) for e in effects(module)):
+            break
+    return module
+
+
+def seen(effect: float) -> bool:
+    """True when an effect is neither lost in the output nor swamps it."""
+    return SEEN[0] < effect < SEEN[1]
+
+
+def effects(module: Any) -> list[float]:
+    """The adapted against the unadapted output at every size."""
+    result = []
+    for size in SIZES:
+        named = module.sample(size)
+        shapes = {k: v.shape for k, v in arrays_of(named).items()}
+        if any(shapes.get(n.replace(".", "_"), (0,) * 9)[d] == 1 for n, d in module.not_one):
+            continue  # the model refuses size one, and so does the module
+        ours = module.flat(named)
+        with module.base():
+            base = module.flat(named)
+        result.append(max(rel(ours[n], base[n]) for n in base))
+    return result
+
+
+def same(ours: Any, reference: Any) -> bool:
+    """True when two outputs have equal bits."""
+    return all(np.array_equal(a, b) for a, b in zip(flat(ours), flat(reference), strict=True))
+
+
+def explicit_parity(name: str, module: Any) -> list[Parity]:
+    """Insert against the explicit sum, at every size."""
+    return prove(explicit(built(name), module), module, of="explicit")
+
+
+def missed(name: str, found: Found) -> list[str]:
+    """Parameters that the model multiplies activations with and that no target reaches."""
+    reached = {t.parameter.name for t in found.targets}
+    computed = [t.key.rpartition(".")[0] for t in found.targets if t.key.endswith("~")]
+
+    def is_reached(operand: frozenset[str]) -> bool:
+        return bool(operand & reached) or any(n.startswith(c) for n in operand for c in computed)
+
+    subject = built(name)
+    lost = {n for operand in multiplied(subject) if not is_reached(operand) for n in operand}
+    return sorted(n for n in lost if matters(subject, n))
+
+
+def fold_parity(module: Any, folded: Any) -> list[Parity]:
+    """Fold against insert, at every size."""
+    return prove(torch_run(folded), module, tol=FOLD_TOL, of="fold")
+
+
+def export_report(module: Any, path: Path, provider: str = "cpu") -> Report:
+    """The merged ONNX file, which export has proven with ONNX Runtime at every size."""
+    report: Report = lora_fx.export(module, path, provider=provider)
+    return report
+
+
+def runtime_parity(report: Report) -> list[Parity]:
+    """ONNX Runtime's rows of a report."""
+    return [p for p in report.parity if p.of == "onnxruntime"]
+
+
+def without_gradient(name: str, module: Any) -> list[str]:
+    """Names of the lora_B that one backward pass in train mode leaves without gradient."""
+    subject = built(name)
+    module.train()
+    torch.manual_seed(0)
+    outs = [
+        x
+        for x in pytree.tree_leaves(module(*subject.args, **subject.kwargs))
+        if isinstance(x, torch.Tensor) and x.requires_grad
+    ]
+    torch.stack([(x * torch.randn_like(x)).sum() for x in outs]).sum().backward()
+    return [
+        key
+        for key, p in module.named_parameters()
+        if p.requires_grad
+        and "lora_B" in key
+        and (p.grad is None or not 0 < float(p.grad.abs().max()) < math.inf)
+    ]
