@@ -143,7 +143,7 @@ def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]:
-    target = found.by_key.get(key)
+    target = found.get(key)
     if target is None:
         raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
     layout, use = target.layout, entry.use

@@ -59,6 +59,7 @@ class Site:
         no_grad: The op runs where the model switched gradients off.
         gain: What the op itself multiplies its product by.
         slot: Which operand of the op the weight is.
+        parts: (role, first, last + 1) along out, by what the parts of the result are for.
         root: Where the view starts in this graph: what reads or computes the weight.
         behind: Every parameter that a computed weight depends on.
     """
@@ -79,6 +80,7 @@ class Site:
     behind: tuple[str, ...] = ()
     slot: tuple[int, ...] = ()
     root: str = ""
+    parts: tuple[tuple[str, int, int], ...] = ()
     attrs: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.graph import Emitter, V
-from lora_fx.view import Opaque, Tracked
+from lora_fx.view import Opaque, Region, Tracked
 
 Array = npt.NDArray[Any]
 
@@ -66,6 +66,36 @@ class Layout:
     def transposed(self) -> Layout:
         """The layout of a use that reads the tensor the other way round."""
         return Layout(self.shape, self.batch, self.in_, self.out, self.stored)
+
+    def narrow(self, bounds: Region) -> Layout | None:
+        """The layout of a part of the stored tensor; None where it cuts an axis that is split.
+
+        Args:
+            bounds: Half-open, per stored axis of this layout.
+        """
+        shape = list(self.shape)
+        at = 0
+        for (lo, hi), n in zip(bounds, self.stored, strict=True):
+            first = at
+            while at < len(shape) and (at == first or math.prod(shape[first:at]) < n):
+                at += 1
+            if (lo, hi) != (0, n):
+                if at - first != 1 or not 0 <= lo < hi <= n:
+                    return None
+                shape[first] = hi - lo
+        stored = tuple(hi - lo for lo, hi in bounds)
+        return Layout(tuple(shape), self.batch, self.out, self.in_, stored)
+
+    def starts(self, bounds: Region) -> tuple[int, ...]:
+        """Where a part that `narrow` allows begins, per axis of `shape`."""
+        result: list[int] = []
+        for (lo, _), n in zip(bounds, self.stored, strict=True):
+            first = len(result)
+            while len(result) < len(self.shape) and (
+                len(result) == first or math.prod(self.shape[first : len(result)]) < n
+            ):
+                result.append(lo if len(result) == first else 0)
+        return tuple(result)
 
     def to_stored(self, e: Emitter[V], delta: V) -> V:
         """[*batch, out, in] → the stored shape, in any IR."""

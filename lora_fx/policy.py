@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import default_alpha
+from lora_fx.regions import check_disjoint, rest
 from lora_fx.roles import HEAD_ROWS
 from lora_fx.selectors import select, select_names
 from lora_fx.target import Found, Target
@@ -102,7 +103,14 @@ def make_plan(
     else:
         chosen = {t.key: matmul_use(t) for t in found.targets if t.default}
     if exclude is not None:
-        for key in select(found, exclude):
+        gone = select(found, exclude)
+        for t in found.targets:  # without some of its parts, a fused weight is the others
+            left = rest(t, gone)
+            if t.key in chosen and left and len(left) < len(t.parts):
+                chosen = {k: use for k, use in chosen.items() if k != t.key} | dict.fromkeys(
+                    left, chosen[t.key]
+                )
+        for key in gone:
             chosen.pop(key, None)
     chosen = {k: use for k, use in chosen.items() if found[k].parameter.name not in whole}
     if not chosen and not whole:
@@ -110,6 +118,7 @@ def make_plan(
             "no target is left: the default plan leaves out heads, embeddings and routers",
             "name some with include (--include '*' takes all); run lora-fx targets MODEL",
         )
+    check_disjoint(found[k] for k in chosen)
     limits = {k: found[k].layout.max_rank for k in chosen}
     if chosen and ranks is None and rank > max(limits.values()):
         key = max(limits, key=lambda k: limits[k])
@@ -146,6 +155,6 @@ def _asked(
 
 def _known(found: Found, ranks: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ranks:
-        if key not in found.by_key:
+        if found.get(key) is None:
             raise LoraFxError(f"the plan names {key!r}, which is no target", "run lora-fx targets")
     return ranks

@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 
 from lora_fx.errors import LoraFxError
+from lora_fx.regions import contains, part
 from lora_fx.roles import ROLES
 from lora_fx.target import Found, Target, base_name
 from lora_fx.uses import lookup_use, matmul_use, named_use
@@ -49,14 +50,42 @@ def select(found: Found, selectors: str | Sequence[str]) -> dict[str, str]:
             for use in _match(t, text):
                 hits.setdefault(t.key, set()).add(use)
                 matched = True
+            for key in () if t.key in hits else _parts(t, text):
+                hits.setdefault(key, set()).add("")
+                matched = True
         for t in () if matched else found.optional:  # refused unless a selector means it
             for use in _match(t, text):
                 hits.setdefault(t.key, set()).add(use)
                 matched = True
         if not matched:
             raise LoraFxError(f"selector {text!r} matches no target", _hint(text, found))
-    order = {t.key: t for t in (*found.targets, *found.optional)}
-    return {k: _one_use(order[k], hits[k]) for k in order if k in hits}
+    order: dict[str, Target] = {}
+    for t in (*found.targets, *found.optional):
+        order[t.key] = t
+        order |= {k: t for k in hits if k not in order and base_name(k) == t.parameter.name}
+    chosen = {k: _one_use(order[k], hits[k]) for k in order if k in hits}
+    wholes = {k: found[k].region for k in chosen}
+    return {
+        k: use
+        for k, use in chosen.items()
+        if not any(_covers(found[o], found[k]) for o in wholes if o != k)
+    }
+
+
+def _covers(whole: Target, t: Target) -> bool:
+    return whole.parameter.name == t.parameter.name and contains(whole.region, t.region)
+
+
+def _parts(t: Target, text: str) -> list[str]:
+    """Keys of a target's parts that one selector names: a role, or a region of the tensor."""
+    role = text.removeprefix("role:")
+    if role in ROLES:
+        return [k for r, k in t.parts if r == role]
+    name, bracket, region = text.partition("[")
+    if text.startswith("re:") or not bracket or not _match(t, name):
+        return []
+    found = part(t, f"{t.parameter.name}[{region}")
+    return [found.key] if found is not None else []
 
 
 def select_names(names: Sequence[str], selectors: str | Sequence[str]) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ class Target:
     """A tensor, or a region of one, that an update can attach to.
 
     `op` is that of the first use that is no lookup; `uses` has every op that reads the tensor.
+    `parts` are (role, key) of what a fused weight holds.
     """
 
     key: str
@@ -69,6 +70,7 @@ class Target:
     role: str = ""
     default: bool = True
     why_not: str = ""
+    parts: tuple[tuple[str, str], ...] = ()
 
     @property
     def flops(self) -> int:
@@ -102,6 +104,7 @@ class Target:
             "role": self.role,
             "default": self.default,
             "why_not": self.why_not,
+            "parts": [{"role": r, "key": k} for r, k in self.parts],
         }
 
 
@@ -149,8 +152,21 @@ class Found:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: str) -> Target:
-        """The target of a key or of one of its aliases."""
-        return self.by_key[key]
+        """The target of a key, of one of its aliases, or of a region within it."""
+        target = self.get(key)
+        if target is None:
+            raise KeyError(key)
+        return target
+
+    def get(self, key: str) -> Target | None:
+        """As indexing; None where there is none."""
+        from lora_fx.regions import part  # a part is a target: regions knows this module
+
+        whole = self.by_key.get(key)
+        if whole is not None or not key.endswith("]"):
+            return whole
+        every = (part(t, key) for t in (*self.targets, *self.optional))
+        return next((t for t in every if t is not None), None)
 
     @property
     def by_key(self) -> Mapping[str, Target]:
@@ -198,7 +214,7 @@ class Found:
                 str(t.layout.out_size),
                 str(len(t.sites)),
                 f"{t.flops / total:6.1%}",
-                t.role,
+                t.role or "+".join(r or "?" for r, _ in t.parts),
                 "yes" if t.default else f"no: {t.why_not}",
             )
             for t in self.targets

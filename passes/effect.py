@@ -15,12 +15,11 @@ import numpy as np
 from lora_fx.compare import FOLD_TOL
 from lora_fx.errors import NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
-from lora_fx.fx.effect import Effect, probe, prove_gradients
+from lora_fx.fx.effect import Effect, probe, prove_gradients, runs_at
 from lora_fx.fx.module import Rewriter
-from lora_fx.inputs import SIZES
 from lora_fx.lowrank import LowRank
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.prove import prove, torch_run
+from lora_fx.passes.prove import arrays_of, prove, torch_run
 
 
 def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
@@ -36,7 +35,8 @@ def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
     if any(p.device.type == "meta" for p in module.parameters()):
         module.effect = Effect({}, (), ("not proven: the model has no weights",))
         return ()
-    found = prove_gradients(module)
+    named = runs_at(module)
+    found = prove_gradients(module, named)
     module.effect = found
     if found.dead and drop:
         return tuple(found.dead)
@@ -47,11 +47,11 @@ def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
             f"no gradient reaches {some}{more}: an adapter there would train nothing",
             "leave it out with exclude=…, or all such with dead='drop'; dead='allow' keeps it",
         )
-    _same_as_weight_form(module)
+    _same_as_weight_form(module, arrays_of(named))
     return ()
 
 
-def _same_as_weight_form(module: AdaptedModule) -> None:
+def _same_as_weight_form(module: AdaptedModule, arrays: Mapping[str, Any]) -> None:
     def weight_form(now: Mapping[str, LowRank], training: bool) -> Rewriter:
         return Insert(now, missing="skip", weight_form=True)
 
@@ -63,7 +63,7 @@ def _same_as_weight_form(module: AdaptedModule) -> None:
 
     with probe(module):
         module.eval()
-        parity = prove(run, module, sizes=SIZES[:1], tol=FOLD_TOL, of="weight form")
+        parity = prove(run, module, arrays=arrays, tol=FOLD_TOL, of="weight form")
     for p in parity:
         if not p.ok and p.max_abs > 0:  # two outputs of zeros are equal
             raise NoEffectError(

@@ -24,6 +24,7 @@ from typing import Any
 from lora_fx.graph import Graph, Parameter, Site
 from lora_fx.lowrank import Layout, layout_of, plain_layout
 from lora_fx.policy import default_plan
+from lora_fx.regions import overlap
 from lora_fx.roles import role_of
 from lora_fx.target import Found, Refusal, Target, Unreached, make_key
 from lora_fx.view import Opaque, Region, track
@@ -97,13 +98,9 @@ def _regions(p: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:
     for use in uses:
         groups.setdefault(use.region, []).append(use)
     regions = list(groups)
-    if any(_overlap(r, s) for i, r in enumerate(regions) for s in regions[:i]):
+    if any(overlap(r, s) for i, r in enumerate(regions) for s in regions[:i]):
         return {tuple((0, n) for n in p.shape): list(uses)}
     return dict(sorted(groups.items()))
-
-
-def _overlap(r: Region, s: Region) -> bool:
-    return all(a < d and c < b for (a, b), (c, d) in zip(r, s, strict=True))
 
 
 def _target(
@@ -117,7 +114,39 @@ def _target(
     names = [n.removesuffix(".weight") for n in (p.name, *p.aliases)]
     role = role_of(names, sites, layout, tables)
     key = make_key(p.name, region, p.shape)
-    return Target(key, p, region, layout, lead.site.op, sites, role)
+    parts = _parts(p, region, layout, uses)
+    if len(parts) == 1:
+        role, parts = role or parts[0][0], ()
+    return Target(key, p, region, layout, lead.site.op, sites, role, parts=parts)
+
+
+def _parts(
+    p: Parameter, region: Region, layout: Layout, uses: Sequence[_Use]
+) -> tuple[tuple[str, str], ...]:
+    """(role, key) of the parts along out that every use agrees on."""
+    seen = {u.site.parts for u in uses}
+    if len(seen) != 1 or any(u.layout != layout or u.region != region for u in uses):
+        return ()
+    (parts,) = seen
+    if len(layout.out) != 1 or layout.shape[layout.out[0]] != layout.out_size:
+        return tuple((r, "") for r, _, _ in parts if len(parts) == 1)
+    axis = _stored_axis(layout, layout.out[0])
+    if axis is None:
+        return ()
+    result = []
+    for role, lo, hi in parts:
+        first = region[axis][0]
+        bounds = [*region[:axis], (first + lo, first + hi), *region[axis + 1 :]]
+        result.append((role, make_key(p.name, tuple(bounds), p.shape)))
+    return tuple(result)
+
+
+def _stored_axis(layout: Layout, axis: int) -> int | None:
+    """The stored axis that one axis of a layout is the whole of."""
+    marks = layout.starts(tuple((1, n) for n in layout.stored))
+    whole = [i for i, m in enumerate(marks) if m]
+    stored = sum(1 for i in whole if i <= axis) - 1
+    return stored if axis in whole and layout.stored[stored] == layout.shape[axis] else None
 
 
 def _merge(refusals: Sequence[Refusal]) -> list[Refusal]:

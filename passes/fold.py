@@ -57,14 +57,15 @@ class Fold:
         groups: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
         targets: dict[str, Target] = {}
         for key in self.updates:
-            if key not in found.by_key:
+            target = found.get(key)
+            if target is None:
                 if not self.applied or reads_otherwise(found, key):
                     raise LoraFxError(
                         f"{key!r} is no target of this graph: it reads other parts of the tensor",
                         "fold with these arguments as the example",
                     )
                 continue
-            targets[key] = found[key]
+            targets[key] = target
         sites = {s.id: s for t in targets.values() for s in t.sites}
         for site in sites.values():
             keys = tuple(

@@ -7,12 +7,13 @@
 `PATH.lora_A.LEAF` and `PATH.lora_B.LEAF`; with b = 0 the output form adds an exact zero. The
 scale multiplies b, the smaller factor. In training, dropout acts on the branch's own copy of x
 (the weight form has none, and says so). One update serves all uses of its target; a use that
-reads the tensor the other way round takes a = bᵀ, b = aᵀ.
+reads the tensor the other way round takes a = bᵀ, b = aᵀ. Updates of parts of one weight add up at
+its use, each with zeros around its factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +21,15 @@ from lora_fx import kinds
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Graph, Role, Site, V
 from lora_fx.kinds import Factors, swap_last
-from lora_fx.lowrank import LowRank, slot_names
+from lora_fx.lowrank import Layout, LowRank, slot_names
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
+from lora_fx.regions import contains, relative, widen
 from lora_fx.target import Found, Target, base_name
 from lora_fx.uses import applies
+from lora_fx.view import Region
+
+Pair = tuple[Target, LowRank]
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,9 @@ class Insert:
         """Edit the graph; sites that carry a branch already are left alone."""
         done = graph.adapted()
         found = find(graph)
-        modified = False
+        here: dict[str, tuple[Site, list[Pair]]] = {}
         for key, update in self.updates.items():
-            target = found.by_key.get(key)
+            target = found.get(key)
             if target is None:
                 if self.missing == "error" or reads_otherwise(found, key):
                     raise LoraFxError(
@@ -63,44 +68,68 @@ class Insert:
                     )
                 continue
             for site in target.sites:
-                if site.id in done or not applies(update.use, site):
-                    continue
-                self._site(graph, target, site, update)
-                modified = True
-        return PassResult(graph, modified)
+                if site.id not in done and applies(update.use, site):
+                    here.setdefault(site.id, (site, []))[1].append((target, update))
+        for site, pairs in here.values():
+            if not self._output_form(graph, site, pairs):
+                self._weight_form(graph, site, pairs)
+        return PassResult(graph, bool(here))
 
-    def _site(self, graph: Graph[V], target: Target, site: Site, update: LowRank) -> None:
-        layout = update.layout or target.layout
-        here = site_layout(site, target.parameter.shape)
-        flipped = here is not None and here == (target.region, layout.transposed())
-        straight = here == (target.region, layout)
-        if self.weight_form or isinstance(site.kind, kinds.WeightForm):
-            self._weight_form(graph, target, site, update)
-            return
+    def _output_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> bool:
+        """Add the branches to the site's result; False where only the weight form exists."""
+        read = site_layout(site, pairs[0][0].parameter.shape)
+        if self.weight_form or isinstance(site.kind, kinds.WeightForm) or read is None:
+            return False
+        ways = [_way(read, target, update) for target, update in pairs]
+        if "" in ways:
+            return False
         e = graph.emit(site)
-        if straight or (flipped and not layout.batch_shape):
+        total = graph.output(site)
+        for (target, update), way in zip(pairs, ways, strict=True):
             x = graph.activation(site)
-            if self.training and self.dropout and site.kind.name != "embedding":
+            lookup = site.kind.name == "embedding"
+            if self.training and self.dropout and not lookup:
                 x = e.op("dropout", x, p=self.dropout)
-            like = x if site.kind.name != "embedding" else graph.output(site)
+            like = graph.output(site) if lookup else x
             scale = update.scale * site.gain
             a, b = factors(e, target.key, update, like, self.role, scale)
-            if flipped:
+            layout = update.layout or target.layout
+            if way == "flipped":
                 a, b = (e.op("transpose", t, perm=swap_last(0)) for t in (b, a))
                 layout = layout.transposed()
-            y = site.kind.branch(e, site, x, Factors(a, b, update.rank, layout))
-            if y is not None:
-                graph.replace_output(site, e.op("add", graph.output(site), y))
-                return
-        self._weight_form(graph, target, site, update)
+            start = read[1].starts(relative(target.region, read[0]))
+            a, b = widen(e, read[1], layout, start, a, b, update.rank)
+            y = site.kind.branch(e, site, x, Factors(a, b, update.rank, read[1]))
+            if y is None:
+                return False
+            total = e.op("add", total, y)
+        graph.replace_output(site, total)
+        return True
 
-    def _weight_form(self, graph: Graph[V], target: Target, site: Site, update: LowRank) -> None:
+    def _weight_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> None:
         e = graph.emit(site, before=True)
-        w = graph.weight(site)
-        a, b = factors(e, target.key, update, w, self.role)
-        change = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
-        change = kinds.pad_region(e, change, target.region, target.parameter.shape)
-        graph.rebase(site, e.op("add", w, change))
+        stored = w = graph.weight(site)
+        for target, update in pairs:
+            a, b = factors(e, target.key, update, stored, self.role)
+            change = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
+            change = kinds.pad_region(e, change, target.region, target.parameter.shape)
+            w = e.op("add", w, change)
+        graph.rebase(site, w)
+
+
+def _way(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:
+    """Straight or flipped where the output form can serve a use, else an empty text."""
+    layout = update.layout or target.layout
+    if _fits(read, target, layout):
+        return "straight"
+    flipped = not layout.batch_shape and _fits(read, target, layout.transposed())
+    return "flipped" if flipped else ""
+
+
+def _fits(read: tuple[Region, Layout], target: Target, layout: Layout) -> bool:
+    """True when a use reads the target, or a tensor that it is a part of, in this layout."""
+    inside = contains(read[0], target.region)
+    return inside and read[1].narrow(relative(target.region, read[0])) == layout
 
 
 def reads_otherwise(found: Found, key: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -56,7 +56,22 @@ class Effect:
         return "; ".join([text, *self.notes])
 
 
-def prove_gradients(module: AdaptedModule) -> Effect:
+def runs_at(module: AdaptedModule) -> Mapping[str, Any]:
+    """Named arguments for the proof: the sample, or the example where the model refuses that.
+
+    Random numbers come first because examples are often zeros, through which no gradient flows.
+    """
+    named = module.sample()
+    try:
+        with torch.no_grad(), probe(module):
+            module.eval()
+            module._run_named(named)
+    except (RuntimeError, ValueError, IndexError):
+        return module.captured.named
+    return named
+
+
+def prove_gradients(module: AdaptedModule, named: Mapping[str, Any]) -> Effect:
     """One backward per mode at random a and b; the module is left as it was."""
     found: dict[str, list[str]] = {}
     modes, notes = [], []
@@ -64,7 +79,7 @@ def prove_gradients(module: AdaptedModule) -> Effect:
         for training in (False, True):
             mode = "train" if training else "eval"
             try:
-                size = _gradients(module, pairs, training)
+                size = _gradients(module, named, pairs, training)
             except (LoraFxError, RuntimeError, ValueError) as e:
                 if not training:
                     raise
@@ -108,7 +123,10 @@ def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn
 
 
 def _gradients(
-    module: AdaptedModule, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]], training: bool
+    module: AdaptedModule,
+    named: Mapping[str, Any],
+    pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+    training: bool,
 ) -> dict[str, float] | None:
     """Key → root mean square of b's gradient; None where no output has one."""
     module.train(training)
@@ -117,7 +135,7 @@ def _gradients(
         for seed in range(DRAWS if training else 1):
             torch.manual_seed(seed)
             with torch.enable_grad():
-                made = pytree.tree_leaves(module._run_named(module.sample()))
+                made = pytree.tree_leaves(module._run_named(named))
                 floats = [y for y in made if isinstance(y, torch.Tensor) and y.is_floating_point()]
                 outputs = [y for y in floats if y.requires_grad]
                 if not outputs:

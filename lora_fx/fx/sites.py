@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
 from lora_fx.fx import ops
@@ -15,7 +16,10 @@ from lora_fx.fx.flops import site_flops
 from lora_fx.fx.flow import Flow, Weight, scope_of
 from lora_fx.fx.inline import NO_GRAD
 from lora_fx.fx.nodes import hint, op_name, shape_of
+from lora_fx.fx.parts import out_axis, parts_of
 from lora_fx.graph import Site
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def _site(found: Found, row: ops.Row | None, namer: Namer) -> Site:
     if weight.edited:
         refusal = f"the weight is computed by {weight.edited} from {', '.join(weight.behind)}"
     many = row is None or row.many
+    axis = out_axis(use.kind)
     return Site(
         id=f"{node.name}:{'.'.join(map(str, use.weight))}" if many else node.name,
         op=op_name(node) if row is None else row.op,
@@ -76,8 +81,17 @@ def _site(found: Found, row: ops.Row | None, namer: Namer) -> Site:
         behind=weight.behind,
         slot=use.weight,
         root=weight.root.name,
+        parts=() if axis is None else parts_of(_result(node), axis),
         attrs=use.attrs,
     )
+
+
+def _result(node: fx.Node) -> fx.Node:
+    """What the rest of the graph reads: the node, or the sum with its branches."""
+    for user in node.users:
+        if is_marked(user) and user.target is aten.add.Tensor and user.args[0] is node:
+            return _result(user)
+    return node
 
 
 def _both(found: Found) -> Found:

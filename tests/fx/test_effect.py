@@ -95,13 +95,13 @@ def test_a_region_without_gradients_is_out_of_the_default_plan() -> None:
 
 
 def test_a_wrong_branch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Insert._site
+    original = Insert._output_form
 
-    def doubled(self: Any, graph: Any, target: Any, site: Any, update: Any) -> None:
-        twice = update if self.weight_form else replace(update, alpha=2 * update.alpha)
-        original(self, graph, target, site, twice)
+    def doubled(self: Any, graph: Any, site: Any, pairs: Any) -> bool:
+        twice = [(t, replace(u, alpha=2 * u.alpha)) for t, u in pairs]
+        return original(self, graph, site, twice)
 
-    monkeypatch.setattr(Insert, "_site", doubled)
+    monkeypatch.setattr(Insert, "_output_form", doubled)
     with pytest.raises(NoEffectError, match="branches differ"):
         lora_fx.insert(nn.Linear(8, 6).eval(), (X,), rank=2)
 
