@@ -90,7 +90,9 @@ def attach(
         )
     cap: Captured | None
     try:
-        cap = model if isinstance(model, Captured) else capture(_module(model), args, kwargs, dynamic)
+        cap = (
+            model if isinstance(model, Captured) else capture(_module(model), args, kwargs, dynamic)
+        )
         model = _module(cap.model)
         planner = _whole(cap, dropout)
     except CaptureError as e:
@@ -159,9 +161,7 @@ def _check(variant: str, dropout: float, norm_stats: str) -> None:
 
 def _module(model: Any) -> nn.Module:
     if isinstance(model, CapturedModule):
-        raise LoraFxError(
-            "this module is a captured graph already", "attach to the original model"
-        )
+        raise LoraFxError("this module is a captured graph already", "attach to the original model")
     if not isinstance(model, nn.Module) or isinstance(model, Called):
         raise LoraFxError(
             f"attach adapts a live nn.Module, not a {type(model).__name__}",

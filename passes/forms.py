@@ -1,4 +1,4 @@
-"""Forms of attach: the same targets and the same maths on the user's live module instead of a graph.
+"""Forms of attach: the targets and the maths of insert on a live module instead of a graph.
 
     output form    the module's forward returns y + B(A x)·s: only where the graph shows that
                    this forward is one op on the weight, and that every use of the weight that

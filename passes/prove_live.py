@@ -143,7 +143,7 @@ def random_values(key: str, update: LowRank) -> LowRank:
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module gets its own mode back."""
-    modes = [(m, m.__dict__["training"]) for m in model.modules()]
+    modes = [(m, m.__dict__.get("training", m.training)) for m in model.modules()]
     model.eval()
     try:
         with torch.no_grad():

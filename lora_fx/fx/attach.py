@@ -179,12 +179,12 @@ class Attachment:
         paths: set[str] = set()
         lives = [m._lora_fx for m, _, _ in self._swapped]
         for live in lives:
-            live.seen = seen  # type: ignore[union-attr, assignment]
+            live.seen = seen  # type: ignore[union-attr]
         try:
             yield paths
         finally:
             for live in lives:
-                live.seen = None  # type: ignore[union-attr, assignment]
+                live.seen = None  # type: ignore[union-attr]
             paths |= {p for p in self.forms if id(self.model.get_submodule(p)) in seen}
 
     # --- what the model gains --------------------------------------------------------------------

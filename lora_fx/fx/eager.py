@@ -120,6 +120,7 @@ class Recorder:
     made: list[tuple[Any, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        """The inputs come first."""
         self.made += [("input",)] * INPUTS
 
     def _add(self, *entry: Any) -> Value:

@@ -14,6 +14,7 @@ FSDP see what they saw before. What an instance needs lies in one attribute, `_l
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -167,7 +168,9 @@ def live_class(
         names["forward"] = _with_bracket(base)
     if frozen:
         names["training"] = _frozen_training()
-    return type(base)(base.__name__, (base,), names)
+    metaclass: Any = type(base)
+    result: type[Any] = metaclass(base.__name__, (base,), names)
+    return result
 
 
 def swap(module: nn.Module, live: Live) -> type[Any]:
@@ -176,9 +179,9 @@ def swap(module: nn.Module, live: Live) -> type[Any]:
     Raises:
         LoraFxError: A class that cannot be subclassed, or one that computes the leaf itself.
     """
-    base = type(module)
+    base: Any = type(module)
     for leaf in live.weights:
-        if hasattr(base, leaf):
+        if hasattr(type(inspect.getattr_static(base, leaf, None)), "__set__"):
             raise LoraFxError(
                 f"{base.__name__}.{leaf} is computed by the class itself", "use insert instead"
             )
@@ -204,7 +207,7 @@ def restore(module: nn.Module, base: type[Any]) -> None:
     module.__dict__.pop(STATE, None)
     if isinstance(module, nn.RNNBase):  # `.to()` may have rebuilt the list from adapted weights
         flat = [module._parameters.get(n) for n in module._flat_weights_names]
-        module._flat_weights = flat  # type: ignore[assignment]
+        module._flat_weights = flat
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in flat]
 
 

@@ -63,7 +63,7 @@ class _Stretch(nn.Module):
         super().__init__()
         for part in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[part] = getattr(model, part)
-        self.__dict__["code"] = code  # no child: its names are not the model's
+        self.code: Callable[..., Any] = code.forward  # no child: its names are not the model's
         self.names = list(names)
         self.training = training
 
@@ -103,14 +103,14 @@ def partial_graphs(model: nn.Module, call: Callable[[], Any]) -> PartialGraphs:
 
         return run
 
-    import torch._dynamo
+    from torch import _dynamo  # private, and slow to import
 
-    torch._dynamo.reset()
+    _dynamo.reset()  # what was compiled before would not be shown to this backend
     try:
-        with _quiet(), torch.no_grad(), torch._dynamo.config.patch(allow_rnn=True):
+        with _quiet(), torch.no_grad(), _dynamo.config.patch(allow_rnn=True):
             torch.compile(call, backend=backend, dynamic=False)()
     finally:
-        torch._dynamo.reset()
+        _dynamo.reset()
     graphs, failed = [], []
     for i, (code, inputs) in enumerate(stretches):
         kept = [names.get(id(x)) for x in inputs]
@@ -131,5 +131,3 @@ def _read(
     captured = Captured(stretch, data)
     traced = captured.traced(False, captured.named)
     return FxGraph(traced.graph, model)
-
-

@@ -74,7 +74,7 @@ def snapshot(model: nn.Module) -> list[Any]:
         rows.append([(k, id(p), p is None or p.requires_grad) for k, p in m._parameters.items()])
         if isinstance(m, nn.RNNBase):
             rows.append([id(w) for w in m._flat_weights])
-            rows.append([id(r()) for r in m._flat_weight_refs])
+            rows.append([id(r() if r else None) for r in m._flat_weight_refs])
         rows.append(m.__dict__["training"])
     return rows
 

@@ -57,7 +57,7 @@ def test_every_row_is_the_explicit_weight(row: Row) -> None:
     out = model(x)
     want = explicit(lora_fx.detach(copy.deepcopy(model)), adapter, (x,))
     assert gap(out, want) < 2e-6
-    assert 0.02 < changed(out), "a parity test of a no-op proves nothing"
+    assert changed(out) > 0.02, "a parity test of a no-op proves nothing"
     lora_fx.detach(model)
     assert snapshot(model) == before[0] and same_state(state(model), before[1])
 
@@ -109,8 +109,8 @@ def test_detach_gives_the_original_back(name: str) -> None:
     out = model.eval()(*args, **kwargs)
     model.train()
     was = snapshot(model), state(model)
-    also = {"hf_gpt2": "ln_f.*", "tv_resnet18": "fc"}.get(name)
-    lora_fx.attach(model, args, kwargs, rank=2, include="*", exclude=also if name != "hf_gpt2" else None, also_train=also)
+    whole = {"hf_gpt2": "ln_f.*", "tv_resnet18": "fc"}.get(name)
+    lora_fx.attach(model, args, kwargs, rank=2, include="*", also_train=whole)
     randomise(model)
     train(model, args, kwargs, steps=2)
     assert gap(model.eval()(*args, **kwargs), out) > 1e-3
@@ -175,7 +175,7 @@ def test_a_tied_head_of_gpt2(include: str) -> None:
 
 
 class Aliased(nn.Module):
-    """Keeps its weight in a plain list, where no attribute of a module is read."""
+    """Keeps its weight in a plain list: no capture, and no attribute to adapt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def test_a_read_that_attach_cannot_reach_is_an_error(cls: type[nn.Module], name:
 def test_refusals() -> None:
     x = torch.randn(2, 4)
     model = nn.Sequential(nn.Linear(4, 3))
-    with pytest.raises(lora_fx.LoraFxError, match="live nn.Module"):
+    with pytest.raises(lora_fx.LoraFxError, match="adapts a live"):
         lora_fx.attach(lambda x: model(x), (x,))
     with pytest.raises(lora_fx.LoraFxError, match="captured graph already"):
         lora_fx.attach(lora_fx.insert(model, (x,), rank=2), (x,))
@@ -226,7 +226,7 @@ def test_refusals() -> None:
 
 def test_load_adapter_and_base() -> None:
     model, args, kwargs = ZOO["hf_bert"].build()
-    inserted = lora_fx.insert(model, args, kwargs, rank=3, include="*", exclude="classifier", also_train="classifier")
+    inserted = lora_fx.insert(model, args, kwargs, rank=3, also_train="classifier")
     randomise(inserted)
     with torch.no_grad():
         inserted.classifier.weight.add_(1.0)

@@ -192,7 +192,7 @@ def test_a_model_that_cannot_be_captured() -> None:
     model = Branches()
     redraw(model)
     x = floats(2, 4, 6)
-    with pytest.raises(lora_fx.LoraFxError, match="depends on a tensor's value|value is read"):
+    with pytest.raises(lora_fx.LoraFxError, match="tensor's value"):
         lora_fx.capture(model, (x,))
     was = state(model)
     lora_fx.attach(model, (x,), rank=2, include="*")
@@ -213,24 +213,6 @@ def test_a_model_that_cannot_be_captured() -> None:
 def test_a_bad_call_keeps_its_own_message() -> None:
     with pytest.raises(lora_fx.LoraFxError, match="cannot capture Branches"):
         lora_fx.attach(Branches(), (floats(2, 4, 7),), rank=2)
-
-
-def test_a_parameter_in_a_plain_list() -> None:
-    """No capture, and no attribute to adapt: an error, never a target without effect."""
-
-    class Kept(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-            self.kept = [self.lin.weight]
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(F.linear(x, self.kept[0]))
-
-    model = Kept()
-    with pytest.raises(lora_fx.LoraFxError, match=r"^lin\.weight: the attached model's 'output'"):
-        lora_fx.attach(model, (floats(2, 4),), rank=2)
-    assert type(model) is Kept and "lora_" not in "".join(model.state_dict())
 
 
 def test_wav2vec2_trains_although_its_train_mode_cannot_be_captured() -> None:
