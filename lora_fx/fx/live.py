@@ -81,14 +81,18 @@ def _reader(leaf: str) -> property:
     return property(read)
 
 
-def _flat(names: Callable[[Any], list[str]]) -> property:
-    """The list of weights that torch's recurrent modules hand to their op."""
+def _flat() -> property:
+    """The list of weights that torch's recurrent modules hand to their op.
 
-    def read(self: nn.Module) -> Any:
-        return [getattr(self, n) for n in names(self)]
+    They store it anew when a weight has changed; what is kept are the stored parameters, since
+    computed tensors could not be copied.
+    """
 
-    def write(self: nn.Module, value: Any) -> None:
-        self.__dict__["_flat_weights"] = value
+    def read(self: Any) -> Any:
+        return [getattr(self, n) for n in self._flat_weights_names]
+
+    def write(self: Any, value: Any) -> None:
+        self.__dict__["_flat_weights"] = [self._parameters.get(n) for n in self._flat_weights_names]
 
     return property(read, write)
 
@@ -161,7 +165,7 @@ def live_class(
         **{name: _forwarded(name) for name in gained},
     }
     if leaves and issubclass(base, nn.RNNBase):
-        names["_flat_weights"] = _flat(lambda m: m._flat_weights_names)
+        names["_flat_weights"] = _flat()
     if branch:
         names["forward"] = _with_branch(base)
     elif bracket:
@@ -205,7 +209,7 @@ def restore(module: nn.Module, base: type[Any]) -> None:
     """Undo swap."""
     module.__class__ = base
     module.__dict__.pop(STATE, None)
-    if isinstance(module, nn.RNNBase):  # `.to()` may have rebuilt the list from adapted weights
+    if isinstance(module, nn.RNNBase):  # its references are to weights that were computed
         flat = [module._parameters.get(n) for n in module._flat_weights_names]
         module._flat_weights = flat
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in flat]

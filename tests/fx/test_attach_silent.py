@@ -98,6 +98,38 @@ class Sliced(nn.Module):
         return F.linear(x, self.w[:6]) + (self.w[4:].t().t() @ x.mT).mT
 
 
+class Pair(nn.Module):
+    """One op on its weight, and another result beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(5, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.linear(x, self.weight), x.mean(-1, keepdim=True)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, mean = self.pair(x)
+        return torch.cat([y, mean], -1)
+
+
+class Reshaped(nn.Module):
+    """Reads its input in another shape than it comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.reshape(x.shape[0], -1, 4), self.weight)
+
+
 class TiedEmbedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -134,6 +166,8 @@ MODELS: dict[str, Callable[[], Built]] = {
     "groups": conv(groups=2),
     "LSTM": lstm,
     "slices": lambda: (Sliced(), (floats(2, 5, 8),)),
+    "two results": lambda: (Pairs(), (floats(2, 5, 8),)),
+    "reshaped": lambda: (nn.Sequential(Reshaped()), (floats(2, 5, 8),)),
     "tied": lambda: (TiedEmbedding(), (torch.arange(10).reshape(2, 5),)),
 }
 

@@ -255,6 +255,20 @@ def test_copies_are_independent() -> None:
     assert "lora_A" in model.up._modules
 
 
+def test_a_copy_of_an_lstm_that_ran() -> None:
+    torch.manual_seed(0)
+    model, x = nn.LSTM(6, 5, batch_first=True), torch.randn(2, 4, 6)
+    lora_fx.attach(model, (x,), rank=2)
+    randomise(model)
+    want = model(x)[0]
+    other = copy.deepcopy(model)
+    assert gap(other(x)[0], want) == 0.0
+    assert gap(copy.deepcopy(model).double()(x.double())[0], want) < 1e-6
+    want.sum().backward()
+    assert all(bool(p.grad.any()) for n, p in model.named_parameters() if "lora_" in n)
+    assert gap(lora_fx.detach(other)(x)[0], want) > 1e-3
+
+
 def test_checkpointing_a_block() -> None:
     model, args, kwargs = ZOO["transformer_encoder"].build()
     lora_fx.attach(model, args, kwargs, rank=2)
