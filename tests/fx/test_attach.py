@@ -247,6 +247,46 @@ def test_load_adapter_and_base() -> None:
         assert gap(model(**kwargs), base) == 0.0
 
 
+@pytest.mark.parametrize("stats", ["frozen", "update"])
+def test_batch_norms_in_train_mode(stats: str) -> None:
+    model, args, kwargs = ZOO["tv_resnet18"].build()
+    inserted = lora_fx.insert(model, args, kwargs, rank=2, norm_stats=stats).train()
+    before = state(model)
+    lora_fx.attach(model, args, kwargs, rank=2, norm_stats=stats).train()
+    first, second = (train(m, args, kwargs, steps=2, lr=1e-4) for m in (inserted, model))
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) < 1e-5
+    moved = [k for k, v in model.state_dict().items() if k in before and not v.equal(before[k])]
+    assert bool(moved) == (stats == "update")
+    assert all("running_" in k or "num_batches" in k for k in moved)
+    assert gap(model.eval()(*args), inserted.eval()(*args)) < 1e-5
+    assert lora_fx.detach(model.train()).bn1.training
+
+
+class Own(nn.Module):
+    """Has an attribute and a method of its own by the names of methods that attach adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+        self.adapter = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x)
+
+    def report(self) -> str:
+        return "mine"
+
+
+def test_names_of_the_models_own() -> None:
+    model, x = Own(), torch.randn(2, 4)
+    captured = lora_fx.capture(model, (x,))
+    assert lora_fx.attach(captured, rank=2) is model
+    assert model.adapter is None
+    assert list(attachment(model).adapter()) == ["lin.weight"]
+    assert "the model has its own 'adapter'" in str(model.report())
+    assert lora_fx.detach(model).report() == "mine"
+
+
 def test_wide_masters_on_a_narrow_base() -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 5)).bfloat16()
     x = torch.randn(4, 8).bfloat16()

@@ -7,8 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -100,14 +102,13 @@ def by_trainer(model: nn.Module, data: Rows, folder: Path, **options: Any) -> li
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=ROWS,
-        save_strategy="no",
         report_to=[],
         use_cpu=True,
         max_grad_norm=0.0,
         disable_tqdm=True,
         dataloader_pin_memory=False,
         logging_strategy="no",
-        **options,
+        **{"save_strategy": "no", **options},
     )
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     with warnings.catch_warnings():
@@ -192,10 +193,13 @@ def test_trainer_with_its_own_options(tmp_path: Path) -> None:
     data = Rows(labels=0)
     lora_fx.attach(model, (), kwargs, rank=4)
     plain, again = copy.deepcopy(model), copy.deepcopy(model)
-    want = by_trainer(plain, data, tmp_path / "a")
+    want = by_trainer(plain, data, tmp_path / "a", save_strategy="steps", save_steps=STEPS)
     recomputed = by_trainer(model, data, tmp_path / "b", activation_checkpointing=True)
     assert worst(want, recomputed) < 1e-6
     assert abs(want[0] - by_trainer(again, data, tmp_path / "c", bf16=True)[0]) < 0.05
+    saved = load_file(tmp_path / "a" / f"checkpoint-{STEPS}" / "model.safetensors")
+    b = plain.adapter().lowrank["transformer.h.0.attn.c_attn.weight"].b
+    assert np.array_equal(saved["transformer.h.0.attn.c_attn.lora_B.weight"].numpy(), b)
 
 
 def test_accelerate() -> None:
