@@ -127,6 +127,7 @@ def attach(
         if updates:
             prove_live(state, reference, probe)
         state.fill(updates)
+        state.proven = {k: u.use for k, u in updates.items()}
         if adapter is not None and ready.full:
             state.load_adapter(ready)
     except BaseException:

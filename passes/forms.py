@@ -19,10 +19,10 @@ from typing import Any
 
 from lora_fx import kinds
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.attach import Form, Planner
 from lora_fx.fx.body import one_argument, one_op
 from lora_fx.fx.eager import Program, Recorder, Value
 from lora_fx.fx.flow import weight_states
+from lora_fx.fx.forms import Form, Planner
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.live import ALWAYS, INSIDE, OUTSIDE
 from lora_fx.fx.nodes import argument
@@ -133,7 +133,11 @@ class GraphPlanner(Planner):
                     elif scope not in homes:
                         outer.append(hit)
                 if self.graph is None and update.use:
-                    raise _inseparable(target, "the targets come from partial graphs")
+                    raise LoraFxError(
+                        f"{target.key}: partial graphs cannot tell the uses of a tied tensor apart "
+                        f"({', '.join(target.uses)})",
+                        f"exclude={target.key!r}, or adapt all its uses: include='re:{target.key}'",
+                    )
             inside, outside = {hit for _, hit in own}, set(outer)
             if len(inside) > 1 or len(outside) > 1:
                 raise _inseparable(group[0][0], f"{path or 'the model'}.forward has both uses")

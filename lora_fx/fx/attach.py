@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,36 +19,12 @@ from torch import nn
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedReport
-from lora_fx.fx.eager import Program, bound
+from lora_fx.fx.eager import bound
+from lora_fx.fx.forms import Form, Planner
 from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, restore, swap
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, to_numpy
 from lora_fx.lowrank import Full, LowRank, slot_names
 from lora_fx.target import Found, base_name
-
-
-@dataclass
-class Form:
-    """What one module gets: programs by leaf and where they apply, or a branch."""
-
-    weights: dict[str, tuple[Program, str]] = field(default_factory=dict)
-    output: tuple[Program, Program] | None = None
-
-
-class Planner:
-    """Decides the forms of a set of updates; see passes/forms.py. Copies share it."""
-
-    found: Found
-    notes: tuple[str, ...] = ()
-
-    def forms(
-        self, updates: Mapping[str, LowRank], by_weight: frozenset[str] = frozenset()
-    ) -> dict[str, Form]:
-        """Module path → Form. Modules in `by_weight` get no branch."""
-        raise NotImplementedError
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Planner:
-        """The graph behind it is never changed."""
-        return self
 
 
 class Attachment:
@@ -77,6 +53,7 @@ class Attachment:
         self.switch = Switch()
         self.updates: dict[str, LowRank] = {}
         self.by_weight: frozenset[str] = frozenset()
+        self.proven: dict[str, str] = {}  # key → use
         self.forms: dict[str, Form] = {}
         self.metadata = dict(metadata or {})
         self._also = tuple(also_train)
@@ -90,9 +67,9 @@ class Attachment:
 
     def install(self, updates: Mapping[str, LowRank]) -> None:
         """Put the forms of `updates` on the model; A and B take their values."""
+        forms = self.planner.forms(updates, self.by_weight)  # or nothing is changed
         self.remove()
-        self.updates = dict(updates)
-        self.forms = self.planner.forms(self.updates, self.by_weight)
+        self.updates, self.forms = dict(updates), forms
         for key, update in self.updates.items():
             device = self._parameter(base_name(key)).device
             for name, value in zip(slot_names(key), (update.a, update.b), strict=True):
@@ -226,13 +203,20 @@ class Attachment:
     def load_adapter(self, adapter: Adapter) -> None:
         """Replace the adapter; targets, ranks and alphas become those of `adapter`.
 
-        Optimizers made before hold the old A and B: make them again.
+        Where only the numbers differ, A and B stay the same objects. Optimizers made before
+        another change hold the old A and B: make them again.
 
         Raises:
-            LoraFxError: A key or a shape that does not fit, or a whole tensor that is not
-                among `also_train`.
+            LoraFxError: A key or a shape that does not fit, a target that attach has not
+                proven, or a whole tensor that is not among `also_train`.
         """
         found = bind(adapter, self.found)
+        for key, update in found.lowrank.items():
+            if self.proven.get(key) != update.use:
+                raise LoraFxError(
+                    f"{key!r} was not adapted when attach compared the model with its graph",
+                    "detach the model, then lora_fx.attach(…, adapter=adapter)",
+                )
         names, _ = named_tensors(self.model)
         full = {names[k]: v for k, v in found.full.items()}
         for name in full:
@@ -241,7 +225,10 @@ class Attachment:
                     f"the adapter holds the whole tensor {name!r}",
                     f"attach with also_train={name!r} before loading it",
                 )
-        self.install(found.lowrank)
+        if _frame(found.lowrank) == _frame(self.updates):
+            self.fill(found.lowrank)
+        else:
+            self.install(found.lowrank)
         for name in self._also:  # what the adapter does not hold goes back to the model's own
             p = self._parameter(name)
             p.copy_(from_numpy(full[name].value, like=p) if name in full else self._originals[name])
@@ -267,6 +254,11 @@ class Attachment:
         ]
         notes = (*self._notes, *self.planner.notes, *forms)
         return AdaptedReport(rows, self._also, trained, total - trained, self.found, notes)
+
+
+def _frame(updates: Mapping[str, LowRank]) -> dict[str, Any]:
+    """What the forms depend on: all but the numbers."""
+    return {k: (u.rank, u.alpha, u.layout, u.variant, u.use) for k, u in updates.items()}
 
 
 def _whole(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

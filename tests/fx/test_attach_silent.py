@@ -244,6 +244,24 @@ def test_a_model_that_cannot_be_captured() -> None:
     assert effect(model, (x,))(out) > 0.02
 
 
+class TiedBranches(TiedEmbedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.emb(ids))
+        return self.head(x) if float(x.sum()) < 100.0 else x
+
+
+def test_tied_uses_in_partial_graphs() -> None:
+    model, ids = TiedBranches(), torch.arange(10).reshape(2, 5)
+    redraw(model)
+    with pytest.raises(lora_fx.LoraFxError, match="cannot tell the uses of a tied tensor apart"):
+        lora_fx.attach(model, (ids,), rank=2, include="op:linear")
+    assert type(model) is TiedBranches
+    lora_fx.attach(model, (ids,), rank=2, include="re:emb")
+    adapter = randomise(model)
+    out = model(ids)
+    assert gap(out, explicit(lora_fx.detach(model), adapter, (ids,))) < 2e-6
+
+
 def test_a_bad_call_keeps_its_own_message() -> None:
     with pytest.raises(lora_fx.LoraFxError, match="cannot capture Branches"):
         lora_fx.attach(Branches(), (floats(2, 4, 7),), rank=2)
