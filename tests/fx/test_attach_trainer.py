@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ from tests.fx.attached import adapter_gap, gap, randomise, snapshot, state, trai
 from tests.zoo.models import ZOO
 
 STEPS, ROWS = 20, 3
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps the precision of the last Trainer for the whole process."""
+    yield
+    accelerate = sys.modules.get("accelerate")
+    if accelerate is not None:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("name", ["hf_gpt2", "hf_llama"])
