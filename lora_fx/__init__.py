@@ -16,6 +16,8 @@ _WHERE = {
     "fold": "lora_fx.passes.pipeline",
     "export": "lora_fx.passes.pipeline",
     "verify": "lora_fx.passes.pipeline",
+    "attach": "lora_fx.passes.attach",
+    "detach": "lora_fx.passes.attach",
     "save_adapter": "lora_fx.formats.io",
     "load_adapter": "lora_fx.formats.io",
     "load_model": "lora_fx.fx.models",
@@ -34,7 +36,9 @@ __all__ = [
     "LoraFxError",
     "LowRank",
     "__version__",
+    "attach",
     "capture",
+    "detach",
     "export",
     "find",
     "fold",
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.capture import Captured, capture
     from lora_fx.fx.models import load_model
     from lora_fx.lowrank import Full, LowRank
+    from lora_fx.passes.attach import attach, detach
     from lora_fx.passes.pipeline import export, find, fold, insert, verify
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.attach import is_attached
 from lora_fx.fx.capture import Captured, capture
 from lora_fx.fx.folded import FoldedModule
 from lora_fx.fx.graph import FxGraph
@@ -47,6 +48,11 @@ def captured_of(
         return model
     if isinstance(model, CapturedModule):
         return model.captured
+    if is_attached(model):
+        raise LoraFxError(
+            f"an adapter is attached to this {type(model).__name__}",
+            "keep model.adapter(), then lora_fx.detach(model), and pass the adapter",
+        )
     if isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model), meta=meta)
         given = (args, kwargs) if args or kwargs else (loaded.args, loaded.kwargs)

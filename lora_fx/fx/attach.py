@@ -1,0 +1,286 @@
+"""The state of a model that an adapter is attached to, and how to undo it.
+
+The forms (which module gets a branch, which leaf reads W + s·B·A) are plain data by module path;
+passes/forms.py decides them from the graph. This file puts them on the user's live modules and
+takes them off again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_fx.adapter import Adapter, bind
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.adapted import AdaptedReport
+from lora_fx.fx.eager import bound
+from lora_fx.fx.forms import Form, Planner
+from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, restore, swap
+from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, to_numpy
+from lora_fx.lowrank import Full, LowRank, slot_names
+from lora_fx.target import Found, base_name
+
+
+class Attachment:
+    """An adapter on a live model. `attachment(model)` finds it.
+
+    Args:
+        model: The user's module.
+        planner: Decides the forms.
+        also_train: First names of tensors trained whole.
+        frozen_norms: Batch norms keep their running statistics while training.
+        dropout: Of the branches in train mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        planner: Planner,
+        *,
+        also_train: Sequence[str] = (),
+        frozen_norms: bool = True,
+        notes: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.planner = planner
+        self.switch = Switch()
+        self.updates: dict[str, LowRank] = {}
+        self.by_weight: frozenset[str] = frozenset()
+        self.proven: dict[str, str] = {}  # key → use
+        self.forms: dict[str, Form] = {}
+        self.metadata = dict(metadata or {})
+        self._also = tuple(also_train)
+        self._notes = tuple(notes)
+        self._frozen_norms = frozen_norms
+        self._swapped: list[tuple[nn.Module, type[Any], type[Any]]] = []
+        self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
+        self._originals = {n: self._parameter(n).detach().clone() for n in self._also}
+
+    # --- on and off ------------------------------------------------------------------------------
+
+    def install(self, updates: Mapping[str, LowRank]) -> None:
+        """Put the forms of `updates` on the model; A and B take their values."""
+        forms = self.planner.forms(updates, self.by_weight)  # or nothing is changed
+        self.remove()
+        self.updates, self.forms = dict(updates), forms
+        for key, update in self.updates.items():
+            device = self._parameter(base_name(key)).device
+            for name, value in zip(slot_names(key), (update.a, update.b), strict=True):
+                module, leaf = owner(self.model, name, create=True)
+                tensor = torch.from_numpy(np.array(value, np.float32)).to(device)
+                module.register_parameter(leaf, nn.Parameter(tensor))
+        for n in self._flags:
+            self._parameter(n).requires_grad_(n in self._also)
+        try:
+            for module, live in self._lives():
+                base = type(module)
+                self._swapped.append((module, base, swap(module, live)))
+        except LoraFxError:
+            self.remove()
+            raise
+
+    def _lives(self) -> Iterator[tuple[nn.Module, Live]]:
+        def place(name: str) -> tuple[nn.Module, str]:
+            return owner(self.model, name)
+
+        lives: dict[int, tuple[nn.Module, Live]] = {}
+        for path, form in self.forms.items():
+            module = self.model.get_submodule(path)
+            weights = {leaf: (bound(p, place), where) for leaf, (p, where) in form.weights.items()}
+            output = form.output and (bound(form.output[0], place), bound(form.output[1], place))
+            lives[id(module)] = module, Live(self.switch, weights, output)
+        for module in self.model.modules() if self._frozen_norms else ():
+            if keeps_statistics(module):
+                lives.setdefault(id(module), (module, Live(self.switch)))[1].frozen = True
+        root = lives.setdefault(id(self.model), (self.model, Live(self.switch)))[1]
+        root.gained = tuple(n for n in METHODS if n not in self._taken())
+        yield from lives.values()
+
+    def _taken(self) -> set[str]:
+        """Names that the model's own tensors, children and attributes have."""
+        m = self.model
+        return {*m.__dict__, *m._parameters, *m._buffers, *m._modules}
+
+    def remove(self) -> None:
+        """Take everything off again, A and B included; flags and trained tensors stay.
+
+        Raises:
+            LoraFxError: Another tool has changed a module's class since.
+        """
+        for module, _, new in self._swapped:
+            if type(module) is not new:
+                raise LoraFxError(
+                    f"a {new.__name__} became {type(module).__name__} by another tool after attach",
+                    "undo that first, or save model.adapter() and load the model again",
+                )
+        for module, base, _ in self._swapped:
+            restore(module, base)
+        self._swapped.clear()
+        for module in list(self.model.modules()):
+            for name in ("lora_A", "lora_B"):
+                if isinstance(module._modules.get(name), AdapterTensors):
+                    del module._modules[name]
+
+    def uninstall(self) -> None:
+        """As before attach, bit for bit: also the flags and the tensors that were trained whole."""
+        self.remove()
+        with torch.no_grad():
+            for name, value in self._originals.items():
+                self._parameter(name).copy_(value)
+        for name, flag in self._flags.items():
+            p = self._parameter(name)
+            p.requires_grad_(flag)
+            if name in self._also:
+                p.grad = None
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """Within this block the low-rank updates are off."""
+        was, self.switch.on = self.switch.on, False
+        try:
+            yield
+        finally:
+            self.switch.on = was
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[set[str]]:
+        """Within this block, collects the paths of the modules whose branch ran."""
+        seen: set[int] = set()
+        paths: set[str] = set()
+        lives = [m._lora_fx for m, _, _ in self._swapped]
+        for live in lives:
+            live.seen = seen  # type: ignore[union-attr]
+        try:
+            yield paths
+        finally:
+            for live in lives:
+                live.seen = None  # type: ignore[union-attr]
+            paths |= {p for p in self.forms if id(self.model.get_submodule(p)) in seen}
+
+    # --- what the model gains --------------------------------------------------------------------
+
+    @property
+    def found(self) -> Found:
+        """The model's targets."""
+        return self.planner.found
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        module, leaf = owner(self.model, name)
+        p = module._parameters[leaf]
+        assert p is not None
+        return p
+
+    def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Key → the parameters A and B."""
+        names = {key: slot_names(key) for key in self.updates}
+        return {key: (self._parameter(a), self._parameter(b)) for key, (a, b) in names.items()}
+
+    @torch.no_grad()
+    def fill(self, updates: Mapping[str, LowRank]) -> None:
+        """Write the values of `updates`, of the shapes installed, into A and B."""
+        for key, (a, b) in self.slots().items():
+            a.copy_(torch.from_numpy(updates[key].a))
+            b.copy_(torch.from_numpy(updates[key].b))
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, bound to this model's keys."""
+        entries: dict[str, LowRank | Full] = {}
+        for key, (a, b) in self.slots().items():
+            first, second = (_whole(t).astype(np.float32, copy=True) for t in (a, b))
+            entries[key] = replace(self.updates[key], a=first, b=second)
+        for name in self._also:
+            entries[name] = Full(_whole(self._parameter(name)).copy())
+        return Adapter(entries, self.metadata)
+
+    @torch.no_grad()
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Replace the adapter; targets, ranks and alphas become those of `adapter`.
+
+        Where only the numbers differ, A and B stay the same objects. Optimizers made before
+        another change hold the old A and B: make them again.
+
+        Raises:
+            LoraFxError: A key or a shape that does not fit, a target that attach has not
+                proven, or a whole tensor that is not among `also_train`.
+        """
+        found = bind(adapter, self.found)
+        for key, update in found.lowrank.items():
+            if self.proven.get(key) != update.use:
+                raise LoraFxError(
+                    f"{key!r} was not adapted when attach compared the model with its graph",
+                    "detach the model, then lora_fx.attach(…, adapter=adapter)",
+                )
+        names, _ = named_tensors(self.model)
+        full = {names[k]: v for k, v in found.full.items()}
+        for name in full:
+            if name not in self._also:
+                raise LoraFxError(
+                    f"the adapter holds the whole tensor {name!r}",
+                    f"attach with also_train={name!r} before loading it",
+                )
+        if _frame(found.lowrank) == _frame(self.updates):
+            self.fill(found.lowrank)
+        else:
+            self.install(found.lowrank)
+        for name in self._also:  # what the adapter does not hold goes back to the model's own
+            p = self._parameter(name)
+            p.copy_(from_numpy(full[name].value, like=p) if name in full else self._originals[name])
+        self.metadata = dict(adapter.metadata)
+
+    def report(self) -> AdaptedReport:
+        """What is adapted, in which form, what is trained, and what had to be said."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        rows = tuple((k, u.rank, u.alpha, self.found[k].flops) for k, u in self.updates.items())
+        leaves = [
+            f"{path}.{leaf}".lstrip(".") for path, f in self.forms.items() for leaf in f.weights
+        ]
+        forms = []
+        if leaves:
+            forms = [f"computed as W + s·B·A at every read: {', '.join(leaves)}"]
+            if self.metadata.get("dropout"):
+                forms.append("dropout acts on branches only, not where W + s·B·A is computed")
+        forms += [
+            f"the model has its own {n!r}; use lora_fx.fx.attach.attachment(model).{n}"
+            for n in METHODS
+            if n in self._taken()
+        ]
+        notes = (*self._notes, *self.planner.notes, *forms)
+        return AdaptedReport(rows, self._also, trained, total - trained, self.found, notes)
+
+
+def _frame(updates: Mapping[str, LowRank]) -> dict[str, Any]:
+    """What the forms depend on: all but the numbers."""
+    return {k: (u.rank, u.alpha, u.layout, u.variant, u.use) for k, u in updates.items()}
+
+
+def _whole(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor as an array; a sharded one is gathered (every process has to take part)."""
+    gather: Callable[[], torch.Tensor] | None = getattr(tensor.detach(), "full_tensor", None)
+    return to_numpy(tensor if gather is None else gather())
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The Attachment of a model.
+
+    Raises:
+        LoraFxError: The model has none.
+    """
+    found = model.__dict__.get(REGISTRY)
+    if not isinstance(found, Attachment):
+        raise LoraFxError(
+            f"no adapter is attached to this {type(model).__name__}", "lora_fx.attach(model, …)"
+        )
+    return found
+
+
+def is_attached(model: Any) -> bool:
+    """True for a model that attach has changed."""
+    return isinstance(model, nn.Module) and REGISTRY in model.__dict__

@@ -1,0 +1,179 @@
+"""Eager torch as an Emitter: what a pass emits is recorded once and run at every call.
+
+The maths of a branch or of W + s·B·A is recorded when an adapter is attached, as a short list of
+primitives over the values that a call brings; running it costs one loop and no layout work, and
+torch.compile traces through that loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx.errors import LoraFxError
+from lora_fx.graph import Role, Site
+
+INPUTS = 2
+"""Values that a call brings: the activation (or the stored weight), and the op's result."""
+
+
+def _conv(x: torch.Tensor, w: torch.Tensor, **attrs: Any) -> torch.Tensor:
+    run: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[w.dim()]
+    result: torch.Tensor = run(x, w, None, **attrs)
+    return result
+
+
+def _slice(x: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
+    return x.narrow(axis, start, stop - start)
+
+
+def _pad(x: torch.Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> torch.Tensor:
+    pairs = list(zip(before, after, strict=True))[::-1]
+    return F.pad(x, [n for pair in pairs for n in pair])
+
+
+def _gather(w: torch.Tensor, ids: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
+    return F.embedding(ids, w, padding_idx)
+
+
+PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "matmul": torch.matmul,
+    "add": torch.add,
+    "mul": torch.mul,
+    "transpose": lambda x, perm: x.permute(perm),
+    "reshape": lambda x, shape: x.reshape(shape),
+    "slice": _slice,
+    "pad": _pad,
+    "einsum": lambda x, y, equation: torch.einsum(equation, x, y),
+    "conv": _conv,
+    "gather": _gather,
+    "dropout": lambda x, p: F.dropout(x, p, training=True),
+    "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
+    "cast_like": lambda x, y: x.to(y.dtype),
+}
+"""One line a primitive of lora_fx.graph.Emitter."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of a recording: its place in the list of values."""
+
+    index: int
+
+
+Step = tuple[str, tuple[int, ...], tuple[tuple[str, Any], ...]]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Recorded primitives.
+
+    Values are, in order: the INPUTS, the adapter's tensors by dotted name, constants, and the
+    result of each step; the last one is the program's.
+    """
+
+    tensors: tuple[str, ...]
+    constants: tuple[float, ...]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A program with the modules that hold its tensors, and attributes ready to be passed."""
+
+    places: tuple[tuple[nn.Module, str], ...]
+    constants: tuple[float, ...]
+    steps: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...]
+
+    def __call__(self, first: torch.Tensor, second: torch.Tensor | None = None) -> Any:
+        """The program's result on the values of one call."""
+        values: list[Any] = [first, second]
+        for module, leaf in self.places:
+            values.append(module._parameters[leaf])
+        values.extend(self.constants)
+        for prim, operands, attrs in self.steps:
+            values.append(PRIMS[prim](*[values[i] for i in operands], **attrs))
+        return values[-1]
+
+
+def bound(program: Program, place: Callable[[str], tuple[nn.Module, str]]) -> Bound:
+    """A program with each tensor's module found by its name."""
+    steps = tuple((prim, operands, dict(attrs)) for prim, operands, attrs in program.steps)
+    return Bound(tuple(place(n) for n in program.tensors), program.constants, steps)
+
+
+@dataclass
+class Recorder:
+    """An Emitter whose values are places in a recording.
+
+    Args:
+        padding: padding_idx of the site's lookup, which `like` keeps.
+    """
+
+    padding: int | None = None
+    made: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """The inputs come first."""
+        self.made += [("input",)] * INPUTS
+
+    def _add(self, *entry: Any) -> Value:
+        self.made.append(entry)
+        return Value(len(self.made) - 1)
+
+    def input(self, index: int) -> Value:
+        """One of the values that a call brings."""
+        return Value(index)
+
+    def op(self, prim: str, *xs: Any, **attrs: Any) -> Value:
+        """One primitive of the closed set (see lora_fx.graph.Emitter)."""
+        operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
+        fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
+        return self._add("step", prim, tuple(o.index for o in operands), fixed)
+
+    def like(self, site: Site, x: Value, w: Value) -> Value:
+        """The site's op from primitives; a lookup keeps its padding row, which has no gradient."""
+        if site.kind.name == "embedding":
+            return self.op("gather", w, x, padding_idx=self.padding)
+        return site.kind.apply(self, site, x, w)
+
+    def parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> Value:
+        """A tensor of the adapter, found by its name at each call."""
+        for i, entry in enumerate(self.made):
+            if entry == ("tensor", name):
+                return Value(i)
+        return self._add("tensor", name)
+
+    def program(self, result: Value) -> Program:
+        """What leads to `result`; everything else that was recorded is left out.
+
+        Raises:
+            LoraFxError: A primitive that PRIMS lacks.
+        """
+        needed: set[int] = set()
+        queue = [result.index]
+        while queue:
+            i = queue.pop()
+            if i not in needed:
+                needed.add(i)
+                queue += self.made[i][2] if self.made[i][0] == "step" else ()
+        kept = [i for i in sorted(needed) if i >= INPUTS]
+        rank = {"tensor": 0, "constant": 1, "step": 2}
+        order = sorted(kept, key=lambda i: (rank[self.made[i][0]], i))
+        at = {i: i for i in range(INPUTS)} | {i: INPUTS + n for n, i in enumerate(order)}
+        groups: dict[str, list[Any]] = {"tensor": [], "constant": [], "step": []}
+        for i in order:
+            groups[self.made[i][0]].append(self.made[i][1:])
+        for prim, *_ in groups["step"]:
+            if prim not in PRIMS:
+                raise LoraFxError(f"the eager emitter has no primitive {prim!r}")
+        steps = tuple((p, tuple(at[o] for o in operands), a) for p, operands, a in groups["step"])
+        return Program(
+            tuple(t[0] for t in groups["tensor"]), tuple(c[0] for c in groups["constant"]), steps
+        )

@@ -1,0 +1,221 @@
+"""A live module that reads adapted weights or adds a branch: its class is swapped, nothing else.
+
+The class becomes a subclass of the user's, by the same name, with
+
+    a property for each adapted leaf     every read of `module.leaf` gives W + s·B·A
+    a forward                            y + B(A x)·s, or reads that differ inside this forward
+    a fixed `training`                   batch norms that keep their running statistics
+    adapter, load_adapter, report        at the root
+
+The stored Parameter stays in `_parameters` under its name: state_dict, optimizers, `.to()` and
+FSDP see what they saw before. What an instance needs lies in one attribute, `_lora_fx`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.eager import Bound
+
+STATE = "_lora_fx"
+REGISTRY = "_lora_fx_attached"
+METHODS = ("adapter", "load_adapter", "report")
+"""What the root gains, unless the model has something of its own by that name."""
+ALWAYS, INSIDE, OUTSIDE = "always", "inside", "outside"
+
+
+@dataclass
+class Switch:
+    """Shared by all modules of one model: off gives the base model's numbers."""
+
+    on: bool = True
+
+
+@dataclass
+class Live:
+    """What one module of an attached model knows.
+
+    Attributes:
+        switch: The model's.
+        weights: leaf → (program of W + ΔW, which reads it serves: always, or only those inside
+            or outside this module's own forward).
+        output: The programs of the branch in eval and in train mode.
+        inside: True while the module's own forward runs, where a weight asks for that.
+        seen: Collects the id of every module whose branch ran, while a proof asks for it.
+    """
+
+    switch: Switch
+    weights: dict[str, tuple[Bound, str]] = field(default_factory=dict)
+    output: tuple[Bound, Bound] | None = None
+    inside: bool = False
+    frozen: bool = False
+    gained: tuple[str, ...] = ()
+    seen: set[int] | None = None
+
+    @property
+    def bracketed(self) -> bool:
+        """True when the module's own forward decides what its weights give."""
+        return any(where != ALWAYS for _, where in self.weights.values())
+
+
+def _reader(leaf: str) -> property:
+    """`module.leaf`: the stored parameter with its update."""
+
+    def read(self: nn.Module) -> Any:
+        w = self._parameters[leaf]
+        live: Any = self._lora_fx
+        program, where = live.weights[leaf]
+        if not live.switch.on or (where != ALWAYS and live.inside != (where == INSIDE)):
+            return w
+        return program(w)
+
+    return property(read)
+
+
+def _flat() -> property:
+    """The list of weights that torch's recurrent modules hand to their op.
+
+    They store it anew when a weight has changed; what is kept are the stored parameters, since
+    computed tensors could not be copied.
+    """
+
+    def read(self: Any) -> Any:
+        return [getattr(self, n) for n in self._flat_weights_names]
+
+    def write(self: Any, value: Any) -> None:
+        self.__dict__["_flat_weights"] = [self._parameters.get(n) for n in self._flat_weights_names]
+
+    return property(read, write)
+
+
+def _with_branch(base: type[Any]) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = base.forward(self, *args, **kwargs)
+        live = self._lora_fx
+        if live.seen is not None:
+            live.seen.add(id(self))
+        if not live.switch.on:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        return live.output[1 if self.training else 0](x, y)
+
+    return forward
+
+
+def _with_bracket(base: type[Any]) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        live = self._lora_fx
+        was, live.inside = live.inside, True
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            live.inside = was
+
+    return forward
+
+
+def _frozen_training() -> property:
+    """`training` reads False; what train() and eval() set is kept for detach."""
+
+    def read(self: nn.Module) -> bool:
+        return False
+
+    def write(self: nn.Module, value: bool) -> None:
+        self.__dict__["training"] = value
+
+    return property(read, write)
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.__dict__[REGISTRY], name)(*args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = f"See lora_fx.fx.attach.Attachment.{name}."
+    return method
+
+
+@functools.cache
+def live_class(
+    base: type[Any],
+    leaves: tuple[str, ...],
+    gained: tuple[str, ...] = (),
+    *,
+    branch: bool,
+    bracket: bool,
+    frozen: bool,
+) -> type[Any]:
+    """The subclass of `base`; modules that need the same share it."""
+    names: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        **{leaf: _reader(leaf) for leaf in leaves},
+        **{name: _forwarded(name) for name in gained},
+    }
+    if leaves and issubclass(base, nn.RNNBase):
+        names["_flat_weights"] = _flat()
+    if branch:
+        names["forward"] = _with_branch(base)
+    elif bracket:
+        names["forward"] = _with_bracket(base)
+    if frozen:
+        names["training"] = _frozen_training()
+    metaclass: Any = type(base)
+    result: type[Any] = metaclass(base.__name__, (base,), names)
+    return result
+
+
+def swap(module: nn.Module, live: Live) -> type[Any]:
+    """Give a module its subclass and its state; returns the new class.
+
+    Raises:
+        LoraFxError: A class that cannot be subclassed, or one that computes the leaf itself.
+    """
+    base: Any = type(module)
+    for leaf in live.weights:
+        if hasattr(type(inspect.getattr_static(base, leaf, None)), "__set__"):
+            raise LoraFxError(
+                f"{base.__name__}.{leaf} is computed by the class itself", "use insert instead"
+            )
+    try:
+        new = live_class(
+            base,
+            tuple(live.weights),
+            live.gained,
+            branch=live.output is not None,
+            bracket=live.bracketed,
+            frozen=live.frozen,
+        )
+        module.__class__ = new
+    except TypeError as e:
+        raise LoraFxError(f"{base.__name__} cannot be adapted: {e}", "use insert instead") from e
+    module.__dict__[STATE] = live
+    return new
+
+
+def restore(module: nn.Module, base: type[Any]) -> None:
+    """Undo swap."""
+    module.__class__ = base
+    module.__dict__.pop(STATE, None)
+    if isinstance(module, nn.RNNBase):  # its references are to weights that were computed
+        flat = [module._parameters.get(n) for n in module._flat_weights_names]
+        module._flat_weights = flat
+        module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in flat]
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """True for a norm that moves running statistics in train mode."""
+    tracked = isinstance(module._buffers.get("running_mean"), torch.Tensor)
+    return tracked and bool(getattr(module, "track_running_stats", True))

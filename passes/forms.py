@@ -1,0 +1,228 @@
+"""Forms of attach: the targets and the maths of insert on a live module instead of a graph.
+
+    output form    the module's forward returns y + B(A x)·s: only where the graph shows that
+                   this forward is one op on the weight, and that every use of the weight that
+                   the update reaches is in it
+    weight form    every read of `module.leaf` gives W + s·B·A: everywhere else
+
+The branch of the output form is what the Insert pass emits for the site, recorded by an eager
+Emitter; the weight form is kinds.delta. Where a tied tensor's update reaches one use only
+(LowRank.use), the reads of that module are adapted and the others are not; a module whose own
+forward holds both kinds of use cannot tell them apart, and is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_fx import kinds
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.body import one_argument, one_op
+from lora_fx.fx.eager import Program, Recorder, Value
+from lora_fx.fx.flow import weight_states
+from lora_fx.fx.forms import Form, Planner
+from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.live import ALWAYS, INSIDE, OUTSIDE
+from lora_fx.fx.nodes import argument
+from lora_fx.fx.tensors import named_tensors, owner
+from lora_fx.graph import Parameter, Role, Site
+from lora_fx.lowrank import LowRank
+from lora_fx.passes.insert import Insert, factors
+from lora_fx.target import Found, Target
+from lora_fx.uses import applies
+
+Owner = tuple[str, str]
+"""Module path and leaf."""
+
+
+class GraphPlanner(Planner):
+    """Forms from an eval graph.
+
+    Args:
+        graph: Of the model before anything is attached; never changed.
+        found: Its targets.
+        dropout: Of the branches in train mode.
+        notes: For the report.
+        whole: False where the sites come from parts of the model and know no module: then the
+            weight form serves every target.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        found: Found,
+        dropout: float,
+        notes: Sequence[str] = (),
+        *,
+        whole: bool = True,
+    ) -> None:
+        self.found = found
+        self.notes = tuple(notes)
+        self.dropout = dropout
+        self.graph = graph if whole else None
+        root = graph.root
+        paths: dict[int, str] = {}
+        for path, m in root.named_modules():
+            paths.setdefault(id(m), path)
+        self.path_of = {p: paths[id(m)] for p, m in root.named_modules(remove_duplicate=False)}
+        self.owners: dict[str, list[Owner]] = {}
+        for name, canonical in named_tensors(root)[0].items():
+            module, leaf = owner(root, name)
+            place = paths[id(module)], leaf
+            if place not in self.owners.setdefault(canonical, []):
+                self.owners[canonical].append(place)
+        self.clean = self._clean(graph) if whole else frozenset()
+
+    def _clean(self, graph: FxGraph) -> frozenset[str]:
+        """Ids of the sites whose module's forward is that op alone."""
+        states = weight_states(graph.graph, graph.root, graph._names)
+        return frozenset(
+            site.id
+            for site in graph.sites()
+            if not site.refusal
+            and site.scope in self.path_of
+            and one_argument(graph.root.get_submodule(site.scope))
+            and one_op(site, graph.output(site), graph.activation(site), states)
+        )
+
+    def forms(
+        self, updates: Mapping[str, LowRank], by_weight: frozenset[str] = frozenset()
+    ) -> dict[str, Form]:
+        """Module path → Form.
+
+        Raises:
+            LoraFxError: An update that reaches only some of the uses in one forward.
+        """
+        branches: dict[str, tuple[Program, Program]] = {}
+        if self.graph is not None:
+            evals, trains = (
+                _Recorded(self.graph).run(updates, self.dropout, training=t) for t in (False, True)
+            )
+            branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean}
+        grouped: dict[str, list[tuple[Target, LowRank]]] = {}
+        for key, update in updates.items():
+            target = self.found.by_key[key]
+            grouped.setdefault(target.parameter.name, []).append((target, update))
+        result: dict[str, Form] = {}
+        for name, group in grouped.items():
+            self._place(name, group, branches, by_weight, result)
+        return result
+
+    def _place(
+        self,
+        name: str,
+        group: Sequence[tuple[Target, LowRank]],
+        branches: Mapping[str, tuple[Program, Program]],
+        by_weight: frozenset[str],
+        result: dict[str, Form],
+    ) -> None:
+        owners = self.owners[name]
+        homes = {path for path, _ in owners}
+        weight: Program | None = None
+        for path, leaf in owners:
+            own: list[tuple[Site, bool]] = []
+            outer: list[bool] = []
+            for target, update in group:
+                for site in target.sites:
+                    scope = self.path_of.get(site.scope) if self.graph is not None else None
+                    hit = applies(update.use, site)
+                    if scope == path:
+                        own.append((site, hit))
+                    elif scope not in homes:
+                        outer.append(hit)
+                if self.graph is None and update.use:
+                    raise LoraFxError(
+                        f"{target.key}: partial graphs cannot tell the uses of a tied tensor apart "
+                        f"({', '.join(target.uses)})",
+                        f"exclude={target.key!r}, or adapt all its uses: include='re:{target.key}'",
+                    )
+            inside, outside = {hit for _, hit in own}, set(outer)
+            if len(inside) > 1 or len(outside) > 1:
+                raise _inseparable(group[0][0], f"{path or 'the model'}.forward has both uses")
+            if True not in inside | outside:
+                continue
+            programs = {branches.get(s.id) for s, _ in own}
+            if inside == {True} and True not in outside and path not in by_weight:
+                (only,) = programs if len(programs) == 1 else (None,)
+                if only is not None:
+                    result.setdefault(path, Form()).output = only
+                    continue
+            where = ALWAYS
+            if len(inside | outside) > 1:
+                where = INSIDE if True in inside else OUTSIDE
+            weight = weight or weight_form(group)
+            result.setdefault(path, Form()).weights[leaf] = (weight, where)
+
+
+def _inseparable(target: Target, why: str) -> LoraFxError:
+    return LoraFxError(
+        f"{target.key}: the update reaches only some uses of the tensor, and {why}",
+        f"adapt all its uses ({', '.join(target.uses)}), or use lora_fx.insert",
+    )
+
+
+def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
+    """W + Σ s·b·a over the updates of one parameter, in its stored shape."""
+    e = Recorder()
+    w = total = e.input(0)
+    for target, update in group:
+        a, b = factors(e, target.key, update, w, Role.TRAIN, scaled=False)
+        change = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
+        change = kinds.pad_region(e, change, target.region, target.parameter.shape)
+        total = e.op("add", total, change)
+    return e.program(total)
+
+
+class _Recorded:
+    """A Graph whose emitters record: what Insert would add to each output, site by site."""
+
+    def __init__(self, graph: FxGraph) -> None:
+        self.graph = graph
+        self.emitters: dict[str, Recorder] = {}
+        self.programs: dict[str, Program] = {}
+
+    def run(
+        self, updates: Mapping[str, LowRank], dropout: float, *, training: bool
+    ) -> dict[str, Program]:
+        """Site id → the program of its new output; sites in weight form have none."""
+        Insert(updates, dropout=dropout, training=training, missing="skip")(self)  # type: ignore[arg-type]
+        return self.programs
+
+    def sites(self) -> Sequence[Site]:
+        return self.graph.sites()
+
+    def parameters(self) -> Sequence[Parameter]:
+        return self.graph.parameters()
+
+    def data_flops(self) -> int:
+        return 0
+
+    def adapted(self) -> frozenset[str]:
+        return frozenset()
+
+    def emit(self, site: Site, *, before: bool = False) -> Recorder:
+        if site.id not in self.emitters:
+            padding = None
+            if site.kind.name == "embedding":
+                index = int(argument(self.graph.output(site), "padding_idx", -1))
+                padding = None if index < 0 else index
+            self.emitters[site.id] = Recorder(padding)
+        return self.emitters[site.id]
+
+    def activation(self, site: Site) -> Value:
+        return Value(0)
+
+    def weight(self, site: Site) -> Value:
+        return Value(0)
+
+    def output(self, site: Site) -> Value:
+        return Value(1)
+
+    def replace_output(self, site: Site, y: Value) -> None:
+        with contextlib.suppress(LoraFxError):  # a primitive without a torch function
+            self.programs[site.id] = self.emitters[site.id].program(y)
+
+    def replace_weight(self, site: Site, w: Value) -> None:
+        pass

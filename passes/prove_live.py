@@ -1,0 +1,212 @@
+"""Prove that a live model with an adapter gives the numbers it should, before it is handed over.
+
+The reference is insert's graph; for a model without one, the unadapted model run with W + s·b·a
+in its parameters. Both run with random a and b, so that there is an effect to compare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.adapter import Adapter
+from lora_fx.compare import Parity, compare
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.attach import Attachment
+from lora_fx.fx.calling import Signature, leaf_names
+from lora_fx.fx.capture import Captured
+from lora_fx.fx.module import output_name
+from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.inputs import SIZES
+from lora_fx.lowrank import LowRank, draw
+from lora_fx.passes.prove import arrays_of, prove
+from lora_fx.target import base_name, split_key
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+TOLERANCE = {"float32": 1e-5, "float16": 2.0**-7, "bfloat16": 2.0**-4}
+"""Of the explicit reference: it rounds W + s·b·a in another order."""
+
+
+class Reference(Protocol):
+    """What the attached model has to be equal to."""
+
+    def check(self) -> Parity:
+        """Run both with what is installed now."""
+        ...
+
+    def put(self, updates: Mapping[str, LowRank]) -> None:
+        """Take these updates from now on, of the same shapes."""
+        ...
+
+
+class InGraph:
+    """The module that insert returns for the same capture."""
+
+    def __init__(self, state: Attachment, cap: Captured, module: AdaptedModule | None) -> None:
+        self.state = state
+        self.cap = cap
+        self.module = module
+
+    def put(self, updates: Mapping[str, LowRank]) -> None:
+        """See Reference."""
+        assert self.module is not None
+        self.module.load_adapter(Adapter(updates))
+
+    def check(self) -> Parity:
+        """On the example inputs; on sampled ones where the adapter does nothing to those."""
+        assert self.module is not None
+        module, given = self.module, arrays_of(self.cap.named)
+        with module.base():
+            base = module.flat(self.cap.named)
+        adapted = module.flat(self.cap.named)
+        idle = all(np.array_equal(base[n], adapted[n]) for n in base)
+        return prove(self._live, module, arrays=None if idle else given, sizes=SIZES[:1])[0]
+
+    def _live(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+        leaves, spec = pytree.tree_flatten(dict(self.cap.named))
+        names = leaf_names(self.cap.named)
+        new = [
+            from_numpy(feeds[n.replace(".", "_")]).to(x.device) if _tensor(x) else x
+            for n, x in zip(names, leaves, strict=True)
+        ]
+        named = pytree.tree_unflatten(new, spec)
+        with eval_mode(self.state.model):
+            return _flat(self.cap.signature.call(self.state.model, named))
+
+
+class Explicit:
+    """The same live model, its adapter off, with W + s·b·a in its parameters."""
+
+    def __init__(
+        self,
+        state: Attachment,
+        signature: Signature,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        self.state = state
+        self.signature = signature
+        self.named = signature.bind(tuple(args), dict(kwargs or {}))
+
+    def put(self, updates: Mapping[str, LowRank]) -> None:
+        """The live model has them already."""
+
+    def check(self) -> Parity:
+        """On the example inputs."""
+        model = self.state.model
+        weights = dict(model.named_parameters())
+        changed: dict[str, torch.Tensor] = {}
+        for key, change in self.state.adapter().deltas().items():
+            name = base_name(key)
+            w = changed.setdefault(name, weights[name].detach().clone())
+            _, region = split_key(key, tuple(w.shape))
+            w[tuple(slice(lo, hi) for lo, hi in region)] += torch.from_numpy(change).to(w)
+        with eval_mode(model):
+            got = _flat(self.signature.call(model, self.named))
+            with self.state.base(), _data(weights, changed):
+                want = _flat(self.signature.call(model, self.named))
+        gates = {n: TOLERANCE.get(v.dtype.name, 1e-9) for n, v in want.items()}
+        return compare(got, want, {}, gates)
+
+
+@contextlib.contextmanager
+def _data(
+    weights: Mapping[str, nn.Parameter], changed: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Other numbers in the parameters themselves, so that every way of reading them sees them."""
+    was = {name: weights[name].data for name in changed}
+    try:
+        for name, value in changed.items():
+            weights[name].data = value
+        yield
+    finally:
+        for name, value in was.items():
+            weights[name].data = value
+
+
+def random_values(key: str, update: LowRank) -> LowRank:
+    """The same shapes with random a and b."""
+    assert update.layout is not None
+    a, b = draw(key, update.layout, update.rank, 0, "probe")
+    return replace(update, a=a, b=b)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module gets its own mode back."""
+    modes = [(m, m.__dict__.get("training", m.training)) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, was in modes:
+            m.training = was
+
+
+def prove_live(state: Attachment, reference: Reference, probe: Mapping[str, LowRank]) -> None:
+    """Raise unless the attached model gives the reference's numbers with `probe` installed.
+
+    Modules whose branch does not run, because some fused path reads their weight, change to the
+    weight form first.
+
+    Raises:
+        LoraFxError: It differs; the message names the targets that differ when alone.
+    """
+    try:
+        with state.watch() as ran:
+            found = reference.check()
+        unseen = {path for path, form in state.forms.items() if form.output} - ran
+        if unseen:
+            state.by_weight = frozenset(unseen)
+            state.install(probe)
+            found = reference.check()
+        if found.ok:
+            return
+        guilty = [k for k in probe if not _alone(state, reference, probe, k).ok]
+    except LoraFxError:
+        raise
+    except Exception as e:
+        raise LoraFxError(
+            f"the attached model does not run on the example inputs: {one_line(e, 200)}",
+            "use lora_fx.insert",
+        ) from e
+    size = f"{found.rel:.1e}" if math.isfinite(found.rel) else "more than numbers can say"
+    raise LoraFxError(
+        f"{', '.join(guilty[:3]) or 'the adapter'}: the attached model's {found.output!r} differs "
+        f"from the reference by {size}: something reads the weight past its module's attribute, "
+        "or reads it for more than the matmuls that were found",
+        "exclude it, or use lora_fx.insert",
+    )
+
+
+def _alone(
+    state: Attachment, reference: Reference, probe: Mapping[str, LowRank], key: str
+) -> Parity:
+    """The comparison with every other update at zero."""
+    only = {k: u if k == key else replace(u, b=np.zeros_like(u.b)) for k, u in probe.items()}
+    state.fill(only)
+    reference.put(only)
+    return reference.check()
+
+
+def _tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def _flat(out: Any) -> Arrays:
+    names = leaf_names({"": out}) if not _tensor(out) else ["output"]
+    return {
+        output_name(n, i): to_numpy(v)
+        for i, (n, v) in enumerate(zip(names, pytree.tree_leaves(out), strict=True))
+        if isinstance(v, torch.Tensor)
+    }

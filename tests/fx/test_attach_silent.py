@@ -1,0 +1,287 @@
+"""Where replacing modules goes wrong without saying so: attach against the explicit W + s·BA.
+
+The oracle is a plain fp64 copy of the model with W + s·BA in its parameters, never another tool.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora_fx
+from tests.fx.attached import effect, explicit, gap, randomise, same_state, state
+from tests.zoo.models import redraw
+
+Built = tuple[nn.Module, tuple[Any, ...]]
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def tv_vit() -> Built:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(32, 8, 2, 4, 24, 40, num_classes=5), (floats(2, 3, 32, 32),)
+
+
+def tv_swin() -> Built:
+    from torchvision.models import SwinTransformer
+
+    model = SwinTransformer(
+        [4, 4], 16, [1, 1], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=5
+    )
+    return model, (floats(2, 3, 32, 32),)
+
+
+def timm_swinv2() -> Built:
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    model = SwinTransformerV2(
+        img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2),
+        num_classes=5,
+    )  # fmt: skip
+    return model, (floats(2, 3, 32, 32),)
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.lin.weight)
+
+
+class Attention(nn.Module):
+    def __init__(self, kdim: int | None = None) -> None:
+        super().__init__()
+        self.kdim = kdim
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True, kdim=kdim, vdim=kdim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k = x if self.kdim is None else torch.cat([x, x.flip(1)], -1)[..., : self.kdim]
+        return self.mha(x, k, k, need_weights=False)[0]
+
+
+def encoder() -> Built:
+    layer = nn.TransformerEncoderLayer(24, 4, 40, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), (floats(2, 5, 24),)
+
+
+def decoder() -> Built:
+    layer = nn.TransformerDecoderLayer(8, 2, 12, batch_first=True)
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.TransformerDecoder(layer, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x, x.flip(1))
+
+    return Decoder(), (floats(2, 5, 8),)
+
+
+class Sliced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(10, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.w[:6]) + (self.w[4:].t().t() @ x.mT).mT
+
+
+class Pair(nn.Module):
+    """One op on its weight, and another result beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(5, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.linear(x, self.weight), x.mean(-1, keepdim=True)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, mean = self.pair(x)
+        return torch.cat([y, mean], -1)
+
+
+class Reshaped(nn.Module):
+    """Reads its input in another shape than it comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.reshape(x.shape[0], -1, 4), self.weight)
+
+
+class TiedEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.emb(ids)))
+
+
+def conv(**options: Any) -> Callable[[], Built]:
+    return lambda: (
+        nn.Sequential(nn.Conv2d(4, 6, 3, **options), nn.ReLU()),
+        (floats(2, 4, 9, 8),),
+    )
+
+
+def lstm() -> Built:
+    return nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True), (floats(2, 4, 6),)
+
+
+MODELS: dict[str, Callable[[], Built]] = {
+    "torchvision ViT": tv_vit,
+    "torchvision Swin": tv_swin,
+    "timm SwinV2": timm_swinv2,
+    "F.linear of a module's weight": lambda: (ReadsWeight(), (floats(2, 6),)),
+    "MultiheadAttention": lambda: (Attention(), (floats(2, 5, 8),)),
+    "MultiheadAttention with kdim": lambda: (Attention(12), (floats(2, 5, 8),)),
+    "TransformerEncoder": encoder,
+    "TransformerDecoder": decoder,
+    "circular padding": conv(padding_mode="circular", padding=1),
+    "dilation": conv(dilation=2),
+    "groups": conv(groups=2),
+    "LSTM": lstm,
+    "slices": lambda: (Sliced(), (floats(2, 5, 8),)),
+    "two results": lambda: (Pairs(), (floats(2, 5, 8),)),
+    "reshaped": lambda: (nn.Sequential(Reshaped()), (floats(2, 5, 8),)),
+    "tied": lambda: (TiedEmbedding(), (torch.arange(10).reshape(2, 5),)),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_effect_gradient_and_numbers(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, args = MODELS[name]()
+    redraw(model.eval())
+    was = state(model)
+    changed = effect(model, args)
+    lora_fx.attach(model, args, rank=2, include="*")
+    adapter = randomise(model)
+    lora_fx.detach(model)
+    assert same_state(state(model), was)
+    want = explicit(model, adapter, args)
+    lora_fx.attach(model, args, adapter=adapter)
+    with torch.no_grad():  # the fused paths of eval mode
+        fused = model(*args)
+    assert gap(fused, want) < 5e-6
+    assert gap(model(*args), want) < 5e-6
+    assert changed(fused) > 0.02
+    out = model.train()(*args)
+    (out if isinstance(out, torch.Tensor) else out[0]).square().sum().backward()
+    for n, p in model.named_parameters():
+        assert ("lora_" in n) == (p.grad is not None), n
+        assert p.grad is None or bool(p.grad.any()), n
+
+
+def test_computed_weights_are_refused_by_name() -> None:
+    from torch.nn.utils.parametrizations import weight_norm
+
+    model = nn.Sequential(weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4))
+    lora_fx.attach(model, (floats(2, 6),), rank=2)
+    assert list(model.adapter()) == ["1.weight"]
+    refused = model.report().found.refusals
+    assert refused[0].key.startswith("0.parametrizations.weight")
+
+
+class Branches(nn.Module):
+    """Runs one of two layers by the sign of a value, and an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.rnn = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        x = self.up(x) if float(x.sum()) > 0 else self.down(x)
+        return self.rnn(x)[0]
+
+
+def test_a_model_that_cannot_be_captured() -> None:
+    model = Branches()
+    redraw(model)
+    x = floats(2, 4, 6)
+    with pytest.raises(lora_fx.LoraFxError, match="tensor's value"):
+        lora_fx.capture(model, (x,))
+    was = state(model)
+    lora_fx.attach(model, (x,), rank=2, include="*")
+    adapter = randomise(model)
+    taken = "up.weight" if "up.weight" in adapter.entries else "down.weight"
+    other = "down.weight" if taken == "up.weight" else "up.weight"
+    assert list(adapter) == ["first.weight", taken, "rnn.weight_ih_l0", "rnn.weight_hh_l0"]
+    report = model.report()
+    assert "partial graphs, at the example inputs: cannot capture Branches" in str(report)
+    assert [u.key for u in report.found.unreached] == [other]
+    out = model(x)
+    lora_fx.detach(model)
+    assert same_state(state(model), was)
+    assert gap(out, explicit(model, adapter, (x,))) < 2e-6
+    assert effect(model, (x,))(out) > 0.02
+
+
+class TiedBranches(TiedEmbedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.emb(ids))
+        return self.head(x) if float(x.sum()) < 100.0 else x
+
+
+def test_tied_uses_in_partial_graphs() -> None:
+    model, ids = TiedBranches(), torch.arange(10).reshape(2, 5)
+    redraw(model)
+    with pytest.raises(lora_fx.LoraFxError, match="cannot tell the uses of a tied tensor apart"):
+        lora_fx.attach(model, (ids,), rank=2, include="op:linear")
+    assert type(model) is TiedBranches
+    lora_fx.attach(model, (ids,), rank=2, include="re:emb")
+    adapter = randomise(model)
+    out = model(ids)
+    assert gap(out, explicit(lora_fx.detach(model), adapter, (ids,))) < 2e-6
+
+
+def test_a_bad_call_keeps_its_own_message() -> None:
+    with pytest.raises(lora_fx.LoraFxError, match="cannot capture Branches"):
+        lora_fx.attach(Branches(), (floats(2, 4, 7),), rank=2)
+
+
+def test_wav2vec2_trains_although_its_train_mode_cannot_be_captured() -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+    config = Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=20,
+        mask_time_prob=0.5, mask_time_length=2, classifier_proj_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Wav2Vec2ForSequenceClassification(config)
+    x = floats(2, 800)
+    lora_fx.attach(model, (x,), rank=2)
+    assert "partial" not in str(model.report())
+    model.train()
+    loss = model(x, labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    assert any(bool(p.grad.any()) for n, p in model.named_parameters() if "lora_B" in n)

@@ -1,0 +1,300 @@
+"""attach where the user's own class is needed: generate, Trainer, accelerate, compile, copies."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_fx
+from tests.fx.attached import adapter_gap, gap, randomise, snapshot, state, train
+from tests.zoo.models import ZOO
+
+STEPS, ROWS = 20, 3
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps the precision of the last Trainer for the whole process."""
+    yield
+    accelerate = sys.modules.get("accelerate")
+    if accelerate is not None:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name", ["hf_gpt2", "hf_llama"])
+def test_generate_is_the_graphs_greedy_tokens(name: str) -> None:
+    model, _, kwargs = ZOO[name].build()
+    inserted = lora_fx.insert(model, (), kwargs, rank=4, include="*")
+    lora_fx.attach(model, (), kwargs, rank=4, include="*")
+    randomise(model), randomise(inserted)
+    ids = kwargs["input_ids"][:, :3]
+    with lora_fx.fx.attach.attachment(model).base(), torch.no_grad():
+        base = tokens(model, ids, cache=True)
+    for cache in (False, True):
+        got = tokens(model, ids, cache=cache)
+        want = ids
+        for _ in range(got.shape[1] - ids.shape[1]):
+            logits = inserted(input_ids=want, attention_mask=torch.ones_like(want)).logits
+            want = torch.cat([want, logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(got, want)
+    assert not torch.equal(base, got), "the adapter changes what is said"
+
+
+def tokens(model: Any, ids: torch.Tensor, *, cache: bool) -> torch.Tensor:
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        use_cache=cache,
+        pad_token_id=0,
+    )
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """STEPS batches of ROWS rows, the first four again and again."""
+
+    def __init__(self, labels: int) -> None:
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, 60, (4 * ROWS, 7), generator=g)
+        wanted = torch.randint(0, labels, (len(ids),), generator=g) if labels else ids
+        ids, wanted = (torch.cat([t] * (STEPS // 4)) for t in (ids, wanted))
+        self.columns = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": wanted,
+            "junk": ids,
+        }
+
+    def __len__(self) -> int:
+        return STEPS * ROWS
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {k: v[i] for k, v in self.columns.items()}
+
+    def batch(self, step: int) -> dict[str, Any]:
+        rows = slice(step * ROWS, (step + 1) * ROWS)
+        return {k: v[rows] for k, v in self.columns.items() if k != "junk"}
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def by_trainer(model: nn.Module, data: Rows, folder: Path, **options: Any) -> list[float]:
+    """Losses of every step under Hugging Face's Trainer, rows in their order."""
+    from transformers import Trainer, TrainingArguments
+
+    losses: list[float] = []
+
+    class InOrder(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(data)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            losses.append(float(loss))
+            return loss
+
+    optimizer = optimizer_of(model)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS,
+        report_to=[],
+        use_cpu=True,
+        max_grad_norm=0.0,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        **{"save_strategy": "no", **options},
+    )
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = InOrder(
+            model=model, args=arguments, train_dataset=data, optimizers=(optimizer, constant)
+        )
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train()
+    return losses
+
+
+def by_hand(model: nn.Module, data: Rows) -> list[float]:
+    optimizer, losses = optimizer_of(model.train()), []
+    for step in range(STEPS):
+        loss = model(**data.batch(step)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def still(model: nn.Module) -> nn.Module:
+    """Without dropout, so that losses do not depend on how often random numbers are drawn."""
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+        if hasattr(m, "attention_dropout") and isinstance(m.attention_dropout, float):
+            m.attention_dropout = 0.0
+    return model
+
+
+def worst(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) == STEPS
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["hf_gpt2", "hf_llama", "hf_bert"])
+def test_trainer_gives_the_losses_of_a_plain_loop_and_of_peft(name: str, tmp_path: Path) -> None:
+    model, _, kwargs = ZOO[name].build()
+    still(model)
+    data = Rows(labels=10 if name == "hf_bert" else 0)
+    options: Any = {"rank": 4, "alpha": 6.0, "exclude": "lm_head" if name != "hf_bert" else None}
+    example = {**kwargs, "labels": data.batch(0)["labels"][:2]} if name == "hf_bert" else kwargs
+    inserted, looped = (lora_fx.insert(model, (), example, **options) for _ in range(2))
+    lora_fx.save_adapter(inserted.adapter(), tmp_path / "start")
+    theirs = peft_of(copy.deepcopy(model), tmp_path / "start")
+    was = state(model)
+    lora_fx.attach(model, (), kwargs, **options)
+    attached_loop = copy.deepcopy(model)
+
+    hand = by_hand(attached_loop, data)
+    assert hand[0] - hand[-4] > 1e-2, "something is learnt"
+    assert worst(hand, by_hand(looped, data)) < 1e-5
+    assert worst(hand, by_trainer(model, data, tmp_path / "t1")) < 1e-5
+    assert worst(hand, by_trainer(inserted, data, tmp_path / "t2")) < 1e-5
+    assert worst(hand, by_trainer(theirs, data, tmp_path / "t3")) < 1e-4
+
+    trained = model.adapter()
+    assert adapter_gap(trained, attached_loop.adapter()) < 1e-6
+    assert adapter_gap(trained, inserted.adapter()) < 1e-5  # AdamW divides by small numbers
+    lora_fx.save_adapter(trained, tmp_path / "trained")
+    lora_fx.detach(model)
+    assert all(torch.equal(v, was[k]) for k, v in model.state_dict().items())
+    back = peft_of(copy.deepcopy(model), tmp_path / "trained").eval()
+    assert gap(attached_loop.eval()(**kwargs).logits, back(**kwargs).logits) < 1e-5
+
+
+def peft_of(model: nn.Module, path: Path) -> nn.Module:
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(model, str(path), is_trainable=True)
+
+
+def test_trainer_with_its_own_options(tmp_path: Path) -> None:
+    """Checkpointing, bf16 and saved checkpoints of a tied model work on the live model."""
+    model, _, kwargs = ZOO["hf_gpt2"].build()
+    still(model)
+    data = Rows(labels=0)
+    lora_fx.attach(model, (), kwargs, rank=4)
+    plain, again = copy.deepcopy(model), copy.deepcopy(model)
+    want = by_trainer(plain, data, tmp_path / "a", save_strategy="steps", save_steps=STEPS)
+    recomputed = by_trainer(model, data, tmp_path / "b", activation_checkpointing=True)
+    assert worst(want, recomputed) < 1e-6
+    assert abs(want[0] - by_trainer(again, data, tmp_path / "c", bf16=True)[0]) < 0.05
+    saved = load_file(tmp_path / "a" / f"checkpoint-{STEPS}" / "model.safetensors")
+    b = plain.adapter().lowrank["transformer.h.0.attn.c_attn.weight"].b
+    assert np.array_equal(saved["transformer.h.0.attn.c_attn.lora_B.weight"].numpy(), b)
+
+
+def test_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, _, kwargs = ZOO["hf_llama"].build()
+    lora_fx.attach(model, (), kwargs, rank=2)
+    other = copy.deepcopy(model)
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
+    for m in (prepared, other):
+        opt = optimizer if m is prepared else optimizer_of(m)
+        for _ in range(3):
+            loss = m(**kwargs, labels=kwargs["input_ids"]).loss
+            accelerator.backward(loss) if m is prepared else loss.backward()
+            opt.step()
+            opt.zero_grad()
+    assert adapter_gap(accelerator.unwrap_model(prepared).adapter(), other.adapter()) < 1e-7
+    assert float(abs(other.adapter().lowrank["lm_head.weight"].b).max()) > 0
+
+
+COMPILED = ["hf_gpt2", "hf_llama", "tv_resnet18", "mha", "tied_head", "bmm_experts", "einsum"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_without_a_break(name: str) -> None:
+    model, args, kwargs = ZOO[name].build()
+    lora_fx.attach(model, args, kwargs, rank=2, dropout=0.1)
+    randomise(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(0)
+        want = model(*args, **kwargs)
+        torch.manual_seed(0)
+        assert gap(compiled(*args, **kwargs), want) < 1e-6
+    model.eval()
+    other = copy.deepcopy(model)
+    first = train(compiled, args, kwargs, steps=2, lr=0.001)
+    assert abs(first[1] - train(other, args, kwargs, steps=2, lr=0.001)[1]) < 1e-5
+    torch._dynamo.reset()
+
+
+def test_copies_are_independent() -> None:
+    model, args, kwargs = ZOO["tied_head"].build()
+    original = snapshot(copy.deepcopy(model))
+    lora_fx.attach(model, args, kwargs, rank=2)
+    base = model(*args)
+    other = copy.deepcopy(model)
+    randomise(other)
+    assert gap(model(*args), base) == 0.0
+    assert gap(other(*args), base) > 1e-3
+    assert adapter_gap(other.adapter(), model.adapter()) > 1e-3
+    lora_fx.detach(other)
+    assert gap(other(*args), base) == 0.0
+    assert [r[1] for r in snapshot(other)[::4]] == [r[1] for r in original[::4]]
+    assert "lora_A" in model.up._modules
+
+
+def test_a_copy_of_an_lstm_that_ran() -> None:
+    torch.manual_seed(0)
+    model, x = nn.LSTM(6, 5, batch_first=True), torch.randn(2, 4, 6)
+    lora_fx.attach(model, (x,), rank=2)
+    randomise(model)
+    want = model(x)[0]
+    other = copy.deepcopy(model)
+    assert gap(other(x)[0], want) == 0.0
+    assert gap(copy.deepcopy(model).double()(x.double())[0], want) < 1e-6
+    want.sum().backward()
+    assert all(bool(p.grad.any()) for n, p in model.named_parameters() if "lora_" in n)
+    assert gap(lora_fx.detach(other)(x)[0], want) > 1e-3
+
+
+def test_checkpointing_a_block() -> None:
+    model, args, kwargs = ZOO["transformer_encoder"].build()
+    lora_fx.attach(model, args, kwargs, rank=2)
+    randomise(model)
+    grads = []
+    for again in (False, True):
+        model.zero_grad()
+        x = args[0]
+        for layer in model.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+        x.square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == 16
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
