@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -138,6 +139,9 @@ class Captured:
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
 
+    def allows(self, training: bool, norm_stats: str = "frozen") -> None:
+        """Raise LoraFxError where a mode cannot be run: a file may hold the other one only."""
+
     def fx_graph(self, training: bool = False, root: nn.Module | None = None) -> FxGraph:
         """A fresh copy of a mode's graph, as passes see it."""
         traced = self.traced(training, self.named)
@@ -203,7 +207,7 @@ class Captured:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         """Copies share code and graphs; what a copy traces later stays its own."""
-        new = object.__new__(Captured)
+        new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.tracings = dict(self.tracings)
         return new
@@ -219,7 +223,8 @@ def capture(
     """Capture a model with example inputs.
 
     Args:
-        model: An nn.Module, a function of tensors, or a bound method of a module.
+        model: An nn.Module, a function of tensors, a bound method of a module, or the path of a
+            .pt2 file, which needs no inputs.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
         dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
@@ -230,6 +235,10 @@ def capture(
         CaptureError: The model cannot be traced; the message names the line of its code.
         LoraFxError: The inputs do not fit the signature.
     """
+    if isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2"):
+        from lora_fx.fx.pt2 import open_program
+
+        return open_program(model, args, kwargs, dynamic, static)
     cap = Captured(model, args, kwargs, dynamic, static)
     cap.traced(False, cap.named)
     return cap
