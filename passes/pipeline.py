@@ -15,6 +15,8 @@ from lora_fx.fx.capture import Captured, capture
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.models import load_model
 from lora_fx.fx.module import CapturedModule, with_signature
+from lora_fx.fx.pt2 import is_program, module_of, open_program
+from lora_fx.fx.pt2_captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.graph import Graph
 from lora_fx.lowrank import LowRank, draw
@@ -45,6 +47,8 @@ def captured_of(
         return model
     if isinstance(model, CapturedModule):
         return model.captured
+    if is_program(model):
+        return open_program(model, args, kwargs, dynamic, meta=meta)
     if isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model), meta=meta)
         given = (args, kwargs) if args or kwargs else (loaded.args, loaded.kwargs)
@@ -52,6 +56,15 @@ def captured_of(
         cap.notes += loaded.notes
         return cap
     return capture(model, args, kwargs, dynamic)
+
+
+def opened(model: Any) -> Any:
+    """A .pt2 file, or its capture, that holds branches as its module; anything else as it is."""
+    if is_program(model):
+        model = open_program(model)
+    if isinstance(model, FileCaptured) and model.adapter is not None:
+        return module_of(model)
+    return model
 
 
 def find(
@@ -129,7 +142,7 @@ def insert(
     """A trainable module with low-rank branches; the user's module is not touched.
 
     Args:
-        model: A module, a function of tensors, or a Captured.
+        model: A module, a function of tensors, a Captured, or a path as on the command line.
         args: Example inputs.
         kwargs: Example inputs by keyword.
         rank: Of every target, capped (and said) where a side is smaller.
@@ -159,9 +172,13 @@ def insert(
         raise LoraFxError(f"dropout {dropout} is not in [0, 1)", "0.05 is usual")
     if norm_stats not in ("frozen", "update"):
         raise LoraFxError(f"no norm_stats {norm_stats!r}", "frozen or update")
-    if isinstance(model, (AdaptedModule, FoldedModule)):
+    if is_program(model):
+        model = open_program(model, args, kwargs, dynamic)
+    held = isinstance(model, Captured) and model.adapter is not None
+    if held or isinstance(model, (AdaptedModule, FoldedModule)):
         raise LoraFxError(
-            "this module holds an adapter already",
+            f"{model.path if isinstance(model, FileCaptured) else 'this module'} holds an adapter "
+            "already",
             "insert into the original model; load_adapter replaces an adapter",
         )
     if adapter is not None and (include or exclude or also_train or plan is not None):
@@ -237,6 +254,7 @@ def fold(
     """
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
+    model = opened(model)
     cap = captured_of(model, args, kwargs, dynamic)
     if adapter is None:
         if not isinstance(model, AdaptedModule):

@@ -77,7 +77,10 @@ class Captured:
         inputs: The signature: names, dtypes and dimensions of the example's tensors.
         pinned: Dimensions that were asked to be dynamic and that the model fixed.
         notes: What had to be said on the way.
+        adapter: What a file's branches hold; None for a model with source.
     """
+
+    adapter: Any = None
 
     def __init__(
         self,

@@ -108,8 +108,9 @@ def save_program(
             modes += _train_mode(module, notes)
         with replacing(path, force=force) as temporary:
             write_programs(module.eval(), temporary, modes)
+            again, by_torch = load_program(temporary), _by_torch(temporary)
             for training in modes:
-                _prove(module, temporary, training)
+                _prove(module, again, training, None if training else by_torch)
     finally:
         if not isinstance(module, FoldedModule):
             module.train(was)
@@ -125,24 +126,22 @@ def _train_mode(module: CapturedModule, notes: list[str]) -> list[bool]:
     return [True]
 
 
-def _prove(module: CapturedModule, file: Path, training: bool) -> None:
+def _prove(module: CapturedModule, again: CapturedModule, training: bool, loaded: Any) -> None:
     """Every size of the checks, with the same random numbers, must give the same bits."""
-    again = load_program(file)
     names = "train" if training else "eval"
     modes = [m for m in (module, again) if not isinstance(m, FoldedModule)]
     for m in modes:
         m.train(training)
-    loaded = None if training else _by_torch(file)
     ran = 0
     for size in SIZES:
         named = module.sample(size)
         leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
-            want = _run(module, lambda n=named: module.flat(n))  # type: ignore[misc]
+            want = _run(module, lambda n=named: module.flat(n))
         except (RuntimeError, ValueError, IndexError):
             continue  # a size that the model itself does not take
         ran += 1
-        got = _run(again, lambda n=named: again.flat(n))  # type: ignore[misc]
+        got = _run(again, lambda n=named: again.flat(n))
         _demand(got, want, f"the {names} program")
         if loaded is not None:
             with torch.no_grad():
@@ -150,7 +149,9 @@ def _prove(module: CapturedModule, file: Path, training: bool) -> None:
             tensors = [to_numpy(v) for v in values if isinstance(v, torch.Tensor)]
             _demand(dict(zip(want, tensors, strict=True)), want, "the program that torch loads")
     if not ran:
-        raise LoraFxError("the model runs at none of the checks' sizes", "give --static or --inputs")
+        raise LoraFxError(
+            "the model runs at none of the checks' sizes", "give --static or --inputs"
+        )
 
 
 def _run(module: CapturedModule, call: Any) -> Any:
@@ -181,4 +182,3 @@ def _by_torch(file: Path) -> Any:
         return torch.export.load(str(file)).module(check_guards=False)
     except Exception as e:
         raise LoraFxError(f"torch does not load the program again: {one_line(e)}") from e
-

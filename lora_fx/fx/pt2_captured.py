@@ -7,7 +7,6 @@ has branches, the graphs here are those of the model without them, and `adapter`
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,11 +19,19 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.asserts import Pinned
-from lora_fx.fx.calling import Signature, leaf_names, program_key
+from lora_fx.fx.calling import leaf_names, program_key
 from lora_fx.fx.capture import Captured, base_dtype
 from lora_fx.fx.emitter import is_marked
 from lora_fx.fx.export import Traced, _clean
 from lora_fx.fx.inputs import describe
+from lora_fx.fx.pt2_call import (
+    NO_SOURCE,
+    FileSignature,
+    call_text,
+    held_signature,
+    is_constant,
+    signature_of,
+)
 from lora_fx.fx.pt2_graph import match_places, shared, strip_branches, tensor_places
 from lora_fx.fx.pt2_manifest import (
     VERSION,
@@ -34,7 +41,7 @@ from lora_fx.fx.pt2_manifest import (
     read_signature,
 )
 from lora_fx.fx.pt2_modes import Modal, modal_nodes, mode_of, pick_programs, says
-from lora_fx.fx.pt2_program import Loaded, load_program, signature_of, tree_of
+from lora_fx.fx.pt2_program import Loaded, load_program, tree_of
 from lora_fx.fx.pt2_zip import MANIFEST, open_archive
 from lora_fx.inputs import BATCH, Inputs, default_dynamic, merge_dynamic
 
@@ -75,18 +82,18 @@ class FileCaptured(Captured):
         self._limits_known = False
         try:
             self._read(manifest)
+            if args or kwargs:
+                self.named = self._given(args, kwargs or {})
+            self._describe(manifest, dynamic, static)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             if isinstance(e, LoraFxError):
                 raise
             raise archive.bad(f"{MANIFEST} is wrong: {type(e).__name__} {e}") from e
-        if args or kwargs:
-            self.named = self._given(args, kwargs or {})
-        self._describe(manifest, dynamic, static)
 
     def _read(self, manifest: Mapping[str, Any]) -> None:
         if manifest and manifest.get("version") != VERSION:
             raise LoraFxError(
-                f"{self.path}: its manifest is of version {manifest.get('version')!r}, not {VERSION}",
+                f"{self.path}: its manifest is version {manifest.get('version')!r}, not {VERSION}",
                 "another lora-fx wrote it",
             )
         programs = self._loaded
@@ -100,14 +107,14 @@ class FileCaptured(Captured):
             self.programs = {mode == "train": n for n, mode in said.items() if n in programs}
             tensors = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
             named = read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
-            signature = read_signature(manifest["parameters"])
+            signature = held_signature(read_signature(manifest["parameters"]), named)
         else:
             graphs = {n: p.program.graph_module.graph for n, p in programs.items()}
             self.programs = pick_programs({n: mode_of(g) for n, g in graphs.items()})
             if any(is_marked(n) for g in graphs.values() for n in g.nodes):
                 self.notes.append(f"{self.path}: branches without a manifest are part of the model")
-        self.signature = Signature(_forward(signature))
-        self.named = self.signature.bind((), named) if not manifest else named
+        self.signature = FileSignature(self.path, signature)
+        self.named = {k: v for k, v in named.items() if not is_constant(v)}
         state = {k: v for p in programs.values() for k, v in p.state.items()}
         self.adapter: Adapter | None = read_adapter(manifest, state) if manifest else None
         self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
@@ -119,13 +126,7 @@ class FileCaptured(Captured):
 
     def _given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The caller's example, which must be a call that the file's programs take."""
-        try:
-            named = self.signature.bind(tuple(args), dict(kwargs))
-        except TypeError as e:
-            raise LoraFxError(
-                f"the example inputs do not fit {self.path}: {e}",
-                f"its call is forward{self.signature.signature}",
-            ) from e
+        named = self.signature.bind(tuple(args), dict(kwargs))
         self._same_call(named)
         return named
 
@@ -138,12 +139,11 @@ class FileCaptured(Captured):
             for s in self.inputs.specs
         ]
         self.inputs = Inputs(tuple(specs))
-        defaults = default_dynamic(self.inputs)
-        self.requested = {k: dict(v) for k, v in defaults.items()}
+        wanted = {k: dict(v) for k, v in default_dynamic(self.inputs).items()}
         free = self._free(said)
-        for name, dims in free.items():
-            self.requested.setdefault(name, {}).update(dims)
-        wanted = merge_dynamic(self.inputs, self.requested, dynamic, static)
+        for name, open_dims in free.items():
+            wanted.setdefault(name, {}).update(open_dims)
+        wanted = merge_dynamic(self.inputs, wanted, dynamic, static)
         for name, dims in merge_dynamic(self.inputs, {}, dynamic).items():
             for d in dims:
                 if d not in free.get(name, {}):
@@ -215,8 +215,9 @@ class FileCaptured(Captured):
         mine, other = (program_key(n, pytree.tree_leaves(dict(n))) for n in (self.named, named))
         if mine != other:
             raise LoraFxError(
-                f"{self.path} holds the program for {_call(self.named)}, not for {_call(named)}",
-                "a file has no source to trace other arguments; insert from the source",
+                f"{self.path} holds the program for {call_text(self.named)}, "
+                f"not for {call_text(named)}",
+                NO_SOURCE,
             )
 
     def _trace_of(self, name: str) -> Traced:
@@ -248,21 +249,3 @@ class FileCaptured(Captured):
         other = copy.deepcopy(self)
         other.adapter = None
         return other
-
-
-def _forward(signature: inspect.Signature) -> Any:
-    def forward() -> None: ...
-
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
-
-
-def _call(named: Mapping[str, Any]) -> str:
-    parts = []
-    for name, x in named.items():
-        if isinstance(x, torch.Tensor):
-            parts.append(f"{name}: {str(x.dtype).removeprefix('torch.')} of {x.dim()} dimensions")
-        else:
-            constant = x is None or isinstance(x, (bool, int, float, str))
-            parts.append(f"{name}={x!r}" if constant else name)
-    return f"({', '.join(parts)})"

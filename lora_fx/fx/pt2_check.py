@@ -19,13 +19,15 @@ import torch
 
 from lora_fx.errors import LoraFxError
 
-FUNCTIONS = frozenset(
-    """Symbol Integer Float Rational Add Mul Pow Mod Min Max Abs Equality Unequality Eq Ne Lt Le
-    Gt Ge StrictLessThan LessThan StrictGreaterThan GreaterThan And Or Not floor ceiling FloorDiv
-    ModularIndexing Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift
-    PowByNatural FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt RoundToInt RoundDecimal
-    ToFloat Identity IsNonOverlappingAndDenseIndicator""".split()
-)
+FUNCTIONS = frozenset((
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Min", "Max", "Abs",
+    "Equality", "Unequality", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "StrictLessThan", "LessThan",
+    "StrictGreaterThan", "GreaterThan", "And", "Or", "Not", "floor", "ceiling", "FloorDiv",
+    "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",
+    "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv",
+    "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity",
+    "IsNonOverlappingAndDenseIndicator",
+))  # fmt: skip
 POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
 CONSTANTS = ("true", "false", "oo")
 SYMBOL = re.compile(r"[A-Za-z_]+\d+")
@@ -35,16 +37,20 @@ NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Call, ast.keyword,
     ast.Name, ast.Constant, ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
 )  # fmt: skip
-SYMBOLIC = frozenset(
-    [f"_operator.{n}" for n in """eq ne le ge lt gt neg pos mul add sub floordiv mod pow truediv
-    and_ or_ lshift rshift getitem""".split()]
-    + [f"torch.{n}" for n in "sym_not sym_int sym_float sym_ite sym_max sym_min sym_sqrt".split()]
-    + ["math.trunc", "math.ceil", "math.floor"]
-)  # fmt: skip
-NESTED = frozenset(
-    f"torch.ops.higher_order.{n}"
-    for n in "cond wrap_with_set_grad_enabled wrap_with_autocast while_loop scan map_impl".split()
-)
+SYMBOLIC = frozenset((
+    "_operator.eq", "_operator.ne", "_operator.le", "_operator.ge", "_operator.lt",
+    "_operator.gt", "_operator.neg", "_operator.pos", "_operator.mul", "_operator.add",
+    "_operator.sub", "_operator.floordiv", "_operator.mod", "_operator.pow",
+    "_operator.truediv", "_operator.and_", "_operator.or_", "_operator.lshift",
+    "_operator.rshift", "_operator.getitem", "torch.sym_not", "torch.sym_int",
+    "torch.sym_float", "torch.sym_ite", "torch.sym_max", "torch.sym_min", "torch.sym_sqrt",
+    "math.trunc", "math.ceil", "math.floor",
+))  # fmt: skip
+NESTED = frozenset((
+    "torch.ops.higher_order.cond", "torch.ops.higher_order.wrap_with_set_grad_enabled",
+    "torch.ops.higher_order.wrap_with_autocast", "torch.ops.higher_order.while_loop",
+    "torch.ops.higher_order.scan", "torch.ops.higher_order.map_impl",
+))  # fmt: skip
 FILES = ("from_file",)
 """aten operators that open a file of the machine."""
 NAMES = ("name", "as_name", "user_input_name")
@@ -186,9 +192,7 @@ def check_expression(text: Any, where: str) -> None:
 def _is_power(node: ast.AST) -> bool:
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, (ast.Pow, ast.LShift))
-    return (
-        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in POWERS
-    )
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in POWERS
 
 
 def _small(power: ast.AST) -> bool:
@@ -202,7 +206,7 @@ def _small(power: ast.AST) -> bool:
 
 # --- what goes in and comes out ------------------------------------------------------------------
 
-LEAF = {"type": None, "context": None, "children_spec": []}
+LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
 def plain_tree(text: str, fields: Mapping[str, list[str]], where: str) -> str:

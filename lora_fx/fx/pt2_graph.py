@@ -15,9 +15,7 @@ aten = torch.ops.aten
 
 def tensor_places(program: Any) -> list[torch.Tensor]:
     """The fake tensors of a program's tensor inputs, in order."""
-    names = {
-        s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"
-    }
+    names = {s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
     values = [n.meta.get("val") for n in program.graph.nodes if n.name in names]
     return [v for v in values if isinstance(v, torch.Tensor)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from lora_fx.fx.nodes import hint
 from lora_fx.fx.pt2_check import clean_program
 from lora_fx.fx.pt2_zip import Archive
 from lora_fx.fx.skeleton import scope_class
-
-kinds = inspect.Parameter
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def load_program(archive: Archive, name: str) -> Loaded:
     weights = archive.state("data/weights/", name, "weights")
     constants = archive.state("data/constants/", name, "constants")
     try:
-        serialized = _dict_to_dataclass(schema.ExportedProgram, data)
+        serialized = _dict_to_dataclass(schema.ExportedProgram, data)  # type: ignore[no-untyped-call]
         program = ExportedProgramDeserializer().deserialize(serialized, weights, constants)
         signature = program.graph_signature
         volatile = frozenset(signature.non_persistent_buffers)
@@ -113,19 +110,6 @@ def example_of(value: torch.Tensor) -> torch.Tensor:
     return (torch.arange(count) % 2).reshape(shape).to(value.dtype)
 
 
-def signature_of(named: Mapping[str, Any]) -> inspect.Signature:
-    """A signature of these arguments; constants have themselves as defaults."""
-    params: list[inspect.Parameter] = []
-    kind, optional = kinds.POSITIONAL_OR_KEYWORD, False
-    for name, value in named.items():
-        plain = value is None or isinstance(value, (bool, int, float, str))
-        if optional and not plain:
-            kind = kinds.KEYWORD_ONLY
-        optional = optional or plain
-        params.append(kinds(name, kind, default=value if plain else kinds.empty))
-    return inspect.Signature(params)
-
-
 def _classes(program: ExportedProgram) -> dict[str, str]:
     """{path: class name} from the module stacks of the nodes."""
     result: dict[str, str] = {}
@@ -144,7 +128,7 @@ def tree_of(programs: Sequence[Loaded], skip: frozenset[str] = frozenset()) -> n
         skip: Names to leave out (an adapter's).
     """
     classes = {k: v for p in reversed(programs) for k, v in p.classes.items()}
-    root = scope_class(_identifier(classes.get("", "Program")))()
+    root: nn.Module = scope_class(_identifier(classes.get("", "Program")))()
     for loaded in programs:
         for name, t in loaded.state.items():
             if name in skip:

@@ -77,7 +77,8 @@ class _Store:
                 use_pickle=False,
                 tensor_meta=serialize_tensor_meta(t),
             )
-        config = json.dumps(_dataclass_to_dict(PayloadConfig(config=rows)))
+        table = _dataclass_to_dict(PayloadConfig(config=rows))  # type: ignore[no-untyped-call]
+        config = json.dumps(table)
         self.archive.write_string(f"data/{kind}/{program}_{kind}_config.json", config)
 
 

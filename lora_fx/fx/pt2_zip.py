@@ -1,4 +1,4 @@
-"""The .pt2 archive, read by hand: JSON members and raw tensors, never a pickle that nobody asked for.
+"""The .pt2 archive, read by hand: JSON members and raw tensors, and no pickle unasked.
 
 `torch.export.load` runs what a file's pickles say (sample inputs, pickled weights). Here the zip
 is opened by Python's own module, sample inputs are left alone, and tensors are built from raw
@@ -107,7 +107,9 @@ class Archive:
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
                 if isinstance(e, LoraFxError):
                     raise
-                raise self.bad(f"{member}: {name!r} is described wrongly: {one_line(e, 120)}") from e
+                raise self.bad(
+                    f"{member}: {name!r} is described wrongly: {one_line(e, 120)}"
+                ) from e
         return result
 
     def _tensor(self, folder: str, name: str, row: Mapping[str, Any]) -> torch.Tensor:
@@ -172,7 +174,9 @@ class Archive:
                 "--trust reads it as weights only; or save a model of plain tensors",
             )
         try:
-            value = torch.load(io.BytesIO(self.read(member)), map_location="cpu", weights_only=True)
+            value: Any = torch.load(
+                io.BytesIO(self.read(member)), map_location="cpu", weights_only=True
+            )
         except LoraFxError:
             raise
         except Exception as e:  # pickles fail as they like
@@ -183,7 +187,7 @@ class Archive:
         if not isinstance(value, torch.Tensor):
             raise self.bad(f"{member} ({name!r}) holds a {type(value).__name__}, not a tensor")
         if param and not isinstance(value, torch.nn.Parameter):
-            value = torch.nn.Parameter(value, requires_grad=value.is_floating_point())
+            return torch.nn.Parameter(value, requires_grad=value.is_floating_point())
         return value
 
 
@@ -223,7 +227,9 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
         raise archive.bad(f"{packed} is compressed; torch stores members as they are")
     if bytes(archive.read("archive_format")) != b"pt2":
         raise archive.bad("a zip, but no .pt2 archive")
-    version = bytes(archive.read("archive_version")) if "archive_version" in archive.members else b"0"
+    version = (
+        bytes(archive.read("archive_version")) if "archive_version" in archive.members else b"0"
+    )
     if version != b"0":
         raise archive.bad(f"archive version {one_line(version, 20)}, not 0", AGAIN)
     if "byteorder" in archive.members and bytes(archive.read("byteorder")) != b"little":
