@@ -55,9 +55,9 @@ def load_program(archive: Archive, name: str) -> Loaded:
         signature = program.graph_signature
         volatile = frozenset(signature.non_persistent_buffers)
         state = {**weights, **{n: constants[n] for n in constants if n in volatile}}
-        missing = [n for n in (*signature.parameters, *signature.buffers) if n not in state]
-        if missing:
-            raise archive.bad(f"{member} reads {missing[0]!r}, which has no weights in the file")
+        outputs, spec = len(signature.user_outputs), program.call_spec.out_spec
+        if spec.num_leaves != outputs:
+            raise archive.bad(f"{member} has {outputs} outputs and a tree of {spec.num_leaves}")
         named = _example(program, data)
     except LoraFxError:
         raise
