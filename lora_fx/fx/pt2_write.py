@@ -93,6 +93,7 @@ def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, st
     graph = module.graph(training)
     traced = captured.traced(training, captured.named, module.base_dtype)
     flat, names, _ = flat_program(module, graph.graph, all_outputs=True)
+    _keep_volatile(flat, module)
     named = module.sample()
     leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
     shapes = []
@@ -120,6 +121,14 @@ def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, st
     assert call is not None
     call.forward_arg_names = list(names)
     return program, json.dumps([1, plain_spec(traced.out_spec)])
+
+
+def _keep_volatile(flat: nn.Module, module: nn.Module) -> None:
+    """Buffers that state_dict leaves out stay such; a GraphModule forgets it."""
+    for path, part in flat.named_modules():
+        own = dict(module.named_modules()).get(path)
+        kept = getattr(own, "_non_persistent_buffers_set", ())
+        part._non_persistent_buffers_set |= set(kept) & set(part._buffers)
 
 
 def _json(program: ExportedProgram, spec: str, module: CapturedModule) -> bytes:
