@@ -18,6 +18,7 @@ from torch.export.pt2_archive._package import _get_raw_tensor_bytes
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.export import _at_least_two
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.pt2_manifest import make_manifest, plain_spec
 from lora_fx.fx.pt2_zip import MANIFEST
@@ -94,13 +95,13 @@ def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, st
     traced = captured.traced(training, captured.named, module.base_dtype)
     flat, names, _ = flat_program(module, graph.graph, all_outputs=True)
     _keep_volatile(flat, module)
-    named = module.sample()
-    leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
-    shapes = []
-    for name, fixed in zip(traced.door.names, traced.door.sizes, strict=True):
+    leaves, shapes = [], []  # the example's own sizes, for FLOPs are counted at them
+    examples = pytree.tree_leaves(dict(captured.named))
+    for x, name, fixed in zip(examples, traced.door.names, traced.door.sizes, strict=True):
         if fixed is not None:
             wanted = captured.requested.get(name, {})
             shapes.append({d: Dim.AUTO for d in wanted if fixed[d] is None} or None)
+            leaves.append(_at_least_two(x, wanted).cpu())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
