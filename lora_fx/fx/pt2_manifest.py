@@ -87,7 +87,8 @@ def read_adapter(manifest: Mapping[str, Any], state: Mapping[str, torch.Tensor])
     for key, row in data["updates"].items():
         a, b = (_values(state, row[side]) for side in ("a", "b"))
         layout, extra = Layout.from_json(row["layout"]), dict(row["extra"])
-        entries[key] = LowRank(a, b, row["alpha"], layout, row["variant"], row["use"], extra)
+        alpha, variant, use = float(row["alpha"]), str(row["variant"]), str(row["use"])
+        entries[key] = LowRank(a, b, alpha, layout, variant, use, extra)
         if entries[key].rank != row["rank"]:  # type: ignore[union-attr]
             raise LoraFxError(
                 f"the manifest says rank {row['rank']} of {key!r}, its tensors {a.shape[-2]}",
