@@ -1,4 +1,4 @@
-"""What a .pt2 file must not be able to do, and what a damaged one says."""
+"""What a .pt2 file must not be able to do."""
 
 from __future__ import annotations
 
@@ -8,25 +8,18 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.export import Dim
 
 import lora_fx
-from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.pt2 import load_program, open_program
 from lora_fx.fx.pt2_check import check_expression, check_operator
-
-JSON = "models/model.json"
-SAMPLE = "data/sample_inputs/model.pt"
-CONFIG = "data/weights/model_weights_config.json"
-Edit = Callable[[bytes], bytes | None]
+from tests.fx.pt2_edit import CONFIG, JSON, SAMPLE, Edit, edited, in_json, refused, write_clean
 
 
 class Payload:
@@ -42,51 +35,7 @@ class Payload:
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of torch.export.save with a free batch dimension."""
-    path = tmp_path_factory.mktemp("pt2") / "clean.pt2"
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    program = torch.export.export(model, (torch.randn(4, 6),), dynamic_shapes=({0: Dim("batch")},))
-    torch.export.save(program, str(path))
-    return path
-
-
-def edited(clean: Path, path: Path, edits: dict[str, Edit]) -> Path:
-    """A copy with members changed; an edit that gives None drops its member."""
-    left = dict(edits)
-    with zipfile.ZipFile(clean) as old, zipfile.ZipFile(path, "w") as new:
-        for name in old.namelist():
-            member = name.partition("/")[2]
-            data: bytes | None = old.read(name)
-            if member in left:
-                data = left.pop(member)(old.read(name))
-            if data is not None:
-                new.writestr(name, data)
-    assert not left, f"no such member: {left}"
-    return path
-
-
-def in_json(change: Callable[[dict[str, Any]], None]) -> Edit:
-    def edit(data: bytes) -> bytes:
-        value = json.loads(data)
-        change(value)
-        return json.dumps(value).encode()
-
-    return edit
-
-
-def refused(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """The one Error line of every command on this file; exit code 2."""
-    said = set()
-    for command in (["targets", str(path)], ["export", str(path), "-o", str(path) + ".onnx"]):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([*command, *options])
-        errors = capsys.readouterr().err
-        assert stop.value.code == 2, errors
-        assert len([x for x in errors.splitlines() if x.startswith("Error:")]) == 1
-        assert "please report it" not in errors, errors
-        said.add(errors)
-    assert not Path(str(path) + ".onnx").exists()
-    return said.pop()
+    return write_clean(tmp_path_factory.mktemp("pt2") / "clean.pt2")
 
 
 def torch_runs(path: Path, marker: Path) -> None:
@@ -259,83 +208,3 @@ def torch_runs_guard(path: Path, marker: Path) -> None:
         module(torch.zeros(2, 6))
     assert marker.exists(), "the guard does not run in torch, so the test shows nothing"
     marker.unlink()
-
-
-def cut(data: bytes) -> bytes:
-    return data[:-8]
-
-
-def resized(config: dict[str, Any]) -> None:
-    config["config"]["0.weight"]["tensor_meta"]["sizes"][0] = {"as_int": 800}
-
-
-def outside(config: dict[str, Any]) -> None:
-    config["config"]["0.weight"]["path_name"] = "../../secret"
-
-
-def negative(config: dict[str, Any]) -> None:
-    config["config"]["0.weight"]["tensor_meta"]["storage_offset"] = {"as_int": -4}
-
-
-def unread(config: dict[str, Any]) -> None:
-    del config["config"]["2.bias"]
-
-
-@pytest.mark.parametrize(
-    ("edits", "says"),
-    [
-        ({CONFIG: lambda _: None}, "is missing"),
-        ({CONFIG: in_json(resized)}, "needs 19200"),
-        ({CONFIG: in_json(outside)}, "no name of a member"),
-        ({CONFIG: in_json(negative)}, "described wrongly"),
-        ({CONFIG: in_json(unread)}, "2.bias is not in the state dict"),
-        ({CONFIG: lambda _: b"[]"}, "not an object"),
-        ({"data/weights/weight_0": cut}, "needs"),
-        ({"data/weights/weight_0": lambda _: None}, "is missing"),
-        ({JSON: lambda _: None}, "holds no program"),
-        ({JSON: lambda _: b"{}"}, "is no exported program"),
-        ({JSON: cut}, "is no JSON"),
-        ({"archive_version": lambda _: b"9"}, "archive version"),
-        ({"archive_format": lambda _: b"pt3"}, "no .pt2 archive"),
-    ],
-)
-def test_bad_members(
-    clean: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    edits: dict[str, Edit],
-    says: str,
-) -> None:
-    errors = refused(edited(clean, tmp_path / "x.pt2", edits), capsys)
-    assert says in errors and "x.pt2" in errors
-
-
-def test_bad_files(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "x.pt2"
-    assert "no such file" in refused(path, capsys)
-    path.write_bytes(clean.read_bytes()[:-300])
-    assert "no .pt2 archive" in refused(path, capsys)  # a zip inside ends there
-    path.write_bytes(clean.read_bytes()[:200])
-    assert "cut" in refused(path, capsys)
-    path.write_bytes(b"nothing")
-    assert "no .pt2 file" in refused(path, capsys)
-    path.write_bytes(b"")
-    assert "no .pt2 file" in refused(path, capsys)
-    with zipfile.ZipFile(path, "w") as z:
-        z.writestr("a/b", "c")
-    assert "no .pt2 archive" in refused(path, capsys)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, zipfile.ZipFile(clean) as old:
-        for name in old.namelist():
-            z.writestr(name, old.read(name))
-    assert "is compressed" in refused(path, capsys)
-
-
-def test_a_flipped_bit_is_seen(clean: Path, tmp_path: Path) -> None:
-    path = tmp_path / "x.pt2"
-    data = bytearray(clean.read_bytes())
-    weight = zipfile.ZipFile(clean).read("clean/data/weights/weight_0")
-    data[data.index(weight) + 5] ^= 1
-    path.write_bytes(data)
-    torch.export.load(str(path))  # torch does not look
-    with pytest.raises(LoraFxError, match="weight_0 cannot be read: Bad CRC"):
-        load_program(path)
