@@ -94,7 +94,7 @@ def two_runtimes() -> str:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="MODEL is a Hugging Face folder, a .safetensors file, package.module:factory, "
+    epilog="MODEL is a Hugging Face folder, a .safetensors or .pt2 file, package.module:factory, "
     "file.py:factory, timm:NAME or torchvision:NAME. See docs/ for one page a command.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")

@@ -21,8 +21,8 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     r"""Insert untrained branches and write them.
 
     OUT is an adapter folder or .safetensors file (a start for any trainer; PEFT loads it), or a
-    .pt2 program: the eval graph with its branches, which torch.export.load opens without the
-    model's source.
+    .pt2 program: the eval and train graphs with their branches, over one set of weights. Every
+    command, and torch.export.load, opens it without the model's source.
 
     \b
     lora-fx insert ./my-bert -o start --rank 16 --include q,v
@@ -33,7 +33,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     from lora_fx.passes.pipeline import insert
 
     check_output(output, force=force)
-    keys = ("weights", "inputs_file", "dynamic", "static")
+    keys = ("weights", "inputs_file", "dynamic", "static", "trust")
     _, cap = captured(model, **{k: options.pop(k) for k in keys})
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
     module = insert(cap, **chosen)
@@ -41,10 +41,11 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     if output.endswith(".pt2"):
         from lora_fx.fx.pt2 import save_program
 
-        save_program(module, output, force=force)
+        said = save_program(module, output, force=force)
     else:
-        for text in save_adapter(module.adapter(), output, force=force):
-            note(text)
+        said = save_adapter(module.adapter(), output, force=force)
+    for text in said:
+        note(text)
     emit(
         as_json,
         "insert",

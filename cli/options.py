@@ -26,6 +26,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."
         ),
+        click.option("--trust", is_flag=True, help="Read pickled tensors of a .pt2 file."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -73,26 +74,56 @@ def captured(
     inputs_file: str | None,
     dynamic: Sequence[str],
     static: Sequence[str],
+    trust: bool = False,
     *,
     meta: bool = False,
 ) -> tuple[Any, Any]:
     """(LoadedModel, Captured) of a MODEL argument; its notes are printed."""
     from lora_fx.fx.capture import capture
-    from lora_fx.fx.models import load_model
+    from lora_fx.fx.models import LoadedModel, load_model
     from lora_fx.inputs import parse_dynamic
 
-    loaded = load_model(model, weights=weights, meta=meta)
+    if model.endswith(".pt2"):
+        from lora_fx.fx.pt2 import open_program
+
+        if weights:
+            raise LoraFxError(f"{model} holds its weights", "leave --weights out")
+        given = examples(inputs_file, None)[1] if inputs_file else {}
+        wanted = parse_dynamic(dynamic) or None
+        file = open_program(model, (), given, wanted, static, trust=trust, meta=meta)
+        _say(file)
+        return LoadedModel(file.model, (), dict(file.named), model), file
+    loaded = load_model(model, weights=weights, meta=meta, trust=trust)
     for text in loaded.notes:
         note(text)
     args, kwargs = loaded.args, dict(loaded.kwargs)
     if inputs_file:
         args, kwargs = examples(inputs_file, loaded)
     cap = capture(loaded.module, args, kwargs, parse_dynamic(dynamic) or None, static)
+    _say(cap)
+    return loaded, cap
+
+
+def _say(cap: Any) -> None:
     for text in cap.notes:
         note(text)
     for pin in cap.pinned:
         note(f"pinned: {pin}")
-    return loaded, cap
+
+
+def held(cap: Any) -> Any:
+    """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
+    from lora_fx.fx.pt2 import module_of
+
+    ctx = click.get_current_context()
+    for name in ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout"):
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise LoraFxError(
+                f"{cap.path} holds an adapter, which is trained on, so --{name.replace('_', '-')} "
+                "has no say",
+                "leave it out, or start from the original model",
+            )
+    return module_of(cap)
 
 
 def examples(path: str, loaded: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

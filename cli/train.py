@@ -10,6 +10,7 @@ from lora_fx.cli.common import emit, note, say
 from lora_fx.cli.options import (
     captured,
     force_option,
+    held,
     json_option,
     model_options,
     target_options,
@@ -61,7 +62,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     check_device(options["device"])
     if not 0 <= options["validation"] < 1:
         raise LoraFxError(f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual")
-    keys = ("weights", "inputs_file", "dynamic", "static")
+    keys = ("weights", "inputs_file", "dynamic", "static", "trust")
     loaded, cap = captured(model, **{k: options.pop(k) for k in keys})
     table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
     if table.words:
@@ -73,7 +74,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         seed=options["seed"],
     )  # fmt: skip
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
-    module = insert(cap, **chosen).to(device)
+    module = (held(cap) if cap.adapter is not None else insert(cap, **chosen)).to(device)
 
     def progress(step: int, steps: int, value: float) -> None:
         if step == steps or step % max(1, steps // 10) == 0:
@@ -89,9 +90,9 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     )
     for text in (*report.warnings, *save_adapter(module.adapter(), output, force=force)):
         note(text)
-    held = report.validation.get(report.best_step)
+    best = report.validation.get(report.best_step)
     text = f"kept step {report.best_step} of {len(report.losses)}" + (
-        f", validation loss {held:.4f}" if held is not None else ""
+        f", validation loss {best:.4f}" if best is not None else ""
     )
     emit(
         as_json, "train", f"{module.report()}\n{text}\nwrote {output}",

@@ -18,7 +18,8 @@ from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.pipeline import captured_of, fold, grown, insert, plain
+from lora_fx.passes.given import captured_of, opened, plain
+from lora_fx.passes.pipeline import fold, grown, insert
 from lora_fx.passes.prove import prove, torch_run
 
 
@@ -136,6 +137,7 @@ def _branched(
     dynamic: Any,
 ) -> CapturedModule:
     """The unfolded module that the file has to equal."""
+    model = opened(model)
     if isinstance(model, AdaptedModule):
         if adapter is None:
             return model

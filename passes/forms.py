@@ -21,7 +21,6 @@ from lora_fx import kinds
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.body import one_argument, one_op
 from lora_fx.fx.eager import Program, Recorder, Value
-from lora_fx.fx.flow import weight_states
 from lora_fx.fx.forms import Form, Planner
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.live import ALWAYS, INSIDE, OUTSIDE
@@ -77,14 +76,14 @@ class GraphPlanner(Planner):
 
     def _clean(self, graph: FxGraph) -> frozenset[str]:
         """Ids of the sites whose module's forward is that op alone."""
-        states = weight_states(graph.graph, graph.root, graph._names)
+        fixed = graph.flow().behind
         return frozenset(
             site.id
             for site in graph.sites()
             if not site.refusal
             and site.scope in self.path_of
             and one_argument(graph.root.get_submodule(site.scope))
-            and one_op(site, graph.output(site), graph.activation(site), states)
+            and one_op(site, graph.output(site), graph.activation(site), fixed)
         )
 
     def forms(
@@ -103,12 +102,34 @@ class GraphPlanner(Planner):
             branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean}
         grouped: dict[str, list[tuple[Target, LowRank]]] = {}
         for key, update in updates.items():
-            target = self.found.by_key[key]
+            target = self.found[key]
             grouped.setdefault(target.parameter.name, []).append((target, update))
         result: dict[str, Form] = {}
         for name, group in grouped.items():
-            self._place(name, group, branches, by_weight, result)
+            if name.endswith("~"):
+                self._computed(group, branches, by_weight, result)
+            else:
+                self._place(name, group, branches, by_weight, result)
         return result
+
+    def _computed(
+        self,
+        group: Sequence[tuple[Target, LowRank]],
+        branches: Mapping[str, tuple[Program, Program]],
+        by_weight: frozenset[str],
+        result: dict[str, Form],
+    ) -> None:
+        """A computed weight is no parameter: there is only the output form."""
+        for target, _ in group:
+            for site in target.sites:
+                path = self.path_of.get(site.scope)
+                if path is None or path in by_weight or site.id not in branches:
+                    raise LoraFxError(
+                        f"{target.key}: the model computes this weight from "
+                        f"{', '.join(site.behind)}, and no module's forward is that op alone",
+                        f"exclude={target.key!r}, or use lora_fx.insert",
+                    )
+                result.setdefault(path, Form()).output = branches[site.id]
 
     def _place(
         self,
@@ -168,7 +189,7 @@ def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
     e = Recorder()
     w = total = e.input(0)
     for target, update in group:
-        a, b = factors(e, target.key, update, w, Role.TRAIN, scaled=False)
+        a, b = factors(e, target.key, update, w, Role.TRAIN)
         change = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
         change = kinds.pad_region(e, change, target.region, target.parameter.shape)
         total = e.op("add", total, change)
@@ -224,5 +245,5 @@ class _Recorded:
         with contextlib.suppress(LoraFxError):  # a primitive without a torch function
             self.programs[site.id] = self.emitters[site.id].program(y)
 
-    def replace_weight(self, site: Site, w: Value) -> None:
+    def rebase(self, site: Site, w: Value) -> None:
         pass

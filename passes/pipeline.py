@@ -5,61 +5,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike, fspath
 from typing import Any
 
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
-from lora_fx.fx.attach import is_attached
-from lora_fx.fx.capture import Captured, capture
+from lora_fx.fx.capture import Captured
 from lora_fx.fx.folded import FoldedModule
 from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.models import load_model
 from lora_fx.fx.module import CapturedModule, with_signature
+from lora_fx.fx.pt2 import is_program, open_program
+from lora_fx.fx.pt2_captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.graph import Graph
 from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.effect import prove_effect
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
+from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.insert import Insert
 from lora_fx.policy import Plan, make_plan
 from lora_fx.target import Found
 from lora_fx.uses import op_of, tied
 
 Selectors = str | Sequence[str] | None
-
-
-def captured_of(
-    model: Any,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    dynamic: Any = None,
-    *,
-    meta: bool = False,
-) -> Captured:
-    """The capture of a model; a Captured or a captured module brings its own.
-
-    A text or path is loaded as on the command line (a Hugging Face folder, file.py:factory …),
-    without its weights where `meta` is given.
-    """
-    if isinstance(model, Captured):
-        return model
-    if isinstance(model, CapturedModule):
-        return model.captured
-    if is_attached(model):
-        raise LoraFxError(
-            f"an adapter is attached to this {type(model).__name__}",
-            "keep model.adapter(), then lora_fx.detach(model), and pass the adapter",
-        )
-    if isinstance(model, (str, PathLike)):
-        loaded = load_model(fspath(model), meta=meta)
-        given = (args, kwargs) if args or kwargs else (loaded.args, loaded.kwargs)
-        cap = capture(loaded.module, *given, dynamic)
-        cap.notes += loaded.notes
-        return cap
-    return capture(model, args, kwargs, dynamic)
 
 
 def find(
@@ -138,7 +107,7 @@ def insert(
     """A trainable module with low-rank branches; the user's module is not touched.
 
     Args:
-        model: A module, a function of tensors, or a Captured.
+        model: A module, a function of tensors, a Captured, or a path as on the command line.
         args: Example inputs.
         kwargs: Example inputs by keyword.
         rank: Of every target, capped (and said) where a side is smaller.
@@ -173,9 +142,13 @@ def insert(
         raise LoraFxError(f"dead {dead!r} is not known", "error, drop or allow")
     if norm_stats not in ("frozen", "update"):
         raise LoraFxError(f"no norm_stats {norm_stats!r}", "frozen or update")
-    if isinstance(model, (AdaptedModule, FoldedModule)):
+    if is_program(model):
+        model = open_program(model, args, kwargs, dynamic)
+    held = isinstance(model, Captured) and model.adapter is not None
+    if held or isinstance(model, (AdaptedModule, FoldedModule)):
         raise LoraFxError(
-            "this module holds an adapter already",
+            f"{model.path if isinstance(model, FileCaptured) else 'this module'} holds an adapter "
+            "already",
             "insert into the original model; load_adapter replaces an adapter",
         )
     if adapter is not None and (include or exclude or also_train or plan is not None):
@@ -272,6 +245,7 @@ def fold(
     """
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
+    model = opened(model)
     cap = captured_of(model, args, kwargs, dynamic)
     if adapter is None:
         if not isinstance(model, AdaptedModule):
@@ -288,13 +262,6 @@ def fold(
     module = with_signature(FoldedModule, cap)(source, rewrite, bound)
     module.folded = tuple(rewrite.report)
     assert isinstance(module, FoldedModule)
-    return module
-
-
-def plain(captured: Captured) -> CapturedModule:
-    """The captured model as a module, with no adapter."""
-    module = with_signature(CapturedModule, captured)(captured)
-    assert isinstance(module, CapturedModule)
     return module
 
 

@@ -16,7 +16,8 @@ from lora_fx.fx.capture import Captured
 from lora_fx.fx.module import CapturedModule
 from lora_fx.inputs import SIZES, Inputs
 from lora_fx.onnx.session import open_session, signature
-from lora_fx.passes.pipeline import find, insert, plain
+from lora_fx.passes.given import opened, plain
+from lora_fx.passes.pipeline import find, insert
 from lora_fx.passes.prove import prove
 
 Feeds = Mapping[str, np.ndarray[Any, Any]]
@@ -34,7 +35,7 @@ def verify(
     """Compare two models output by output, at three sizes; `bool(report)` is the answer.
 
     Args:
-        a: A captured module, a Captured, or an .onnx file.
+        a: A captured module, a Captured, or an .onnx or .pt2 file.
         b: Another one, the reference; or an Adapter: does it fit `a`?
         inputs: Arrays by input name, instead of sampled ones.
         adapter: Applied to whichever of the two is not an .onnx file (b where neither is).
@@ -43,6 +44,7 @@ def verify(
     """
     if isinstance(b, Adapter):
         return _fits(a, b)
+    a, b = opened(a), opened(b)
     a_file, b_file = (isinstance(m, (str, PathLike)) for m in (a, b))
     if a_file and b_file:
         if adapter is not None:

@@ -18,10 +18,10 @@ from torch import nn
 
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedReport
 from lora_fx.fx.eager import bound
 from lora_fx.fx.forms import Form, Planner
 from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, restore, swap
+from lora_fx.fx.reports import AdaptedReport
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, to_numpy
 from lora_fx.lowrank import Full, LowRank, slot_names
 from lora_fx.target import Found, base_name

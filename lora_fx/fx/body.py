@@ -35,7 +35,7 @@ def one_op(site: Site, node: fx.Node, x: Any, states: Mapping[fx.Node, Any]) -> 
         site: The use.
         node: Its op.
         x: The op's activation.
-        states: Nodes that depend on parameters only (flow.weight_states).
+        states: Nodes that depend on parameters only (Flow.behind).
     """
     call = _call(node)
     if call is None or not isinstance(x, fx.Node):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -78,7 +79,10 @@ class Captured:
         inputs: The signature: names, dtypes and dimensions of the example's tensors.
         pinned: Dimensions that were asked to be dynamic and that the model fixed.
         notes: What had to be said on the way.
+        adapter: What a file's branches hold; None for a model with source.
     """
+
+    adapter: Any = None
 
     def __init__(
         self,
@@ -140,6 +144,9 @@ class Captured:
         tensors |= traced.bodies
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
+
+    def allows(self, training: bool, norm_stats: str = "frozen") -> None:
+        """Raise LoraFxError where a mode cannot be run: a file may hold the other one only."""
 
     def fx_graph(self, training: bool = False, root: nn.Module | None = None) -> FxGraph:
         """A fresh copy of a mode's graph, as passes see it."""
@@ -215,7 +222,7 @@ class Captured:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         """Copies share code and graphs; what a copy traces later stays its own."""
-        new = object.__new__(Captured)
+        new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.tracings = dict(self.tracings)
         return new
@@ -231,7 +238,8 @@ def capture(
     """Capture a model with example inputs.
 
     Args:
-        model: An nn.Module, a function of tensors, or a bound method of a module.
+        model: An nn.Module, a function of tensors, a bound method of a module, or the path of a
+            .pt2 file, which needs no inputs.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
         dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
@@ -242,6 +250,10 @@ def capture(
         CaptureError: The model cannot be traced; the message names the line of its code.
         LoraFxError: The inputs do not fit the signature.
     """
+    if isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2"):
+        from lora_fx.fx.pt2 import open_program
+
+        return open_program(model, args, kwargs, dynamic, static)
     cap = Captured(model, args, kwargs, dynamic, static)
     cap.traced(False, cap.named)
     return cap

@@ -100,14 +100,15 @@ class FxGraph:
         """A stored parameter as an array; a computed weight is computed."""
         for site, found in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
-                return to_numpy(evaluate(self.root, self._flow(), found.weight.root))
+                return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
         return to_numpy(tensor(self.root, name))
 
-    def _flow(self) -> Flow:
+    def flow(self) -> Flow:
+        """Which nodes depend on parameters and constants only."""
         return weight_flow(self.graph, self.root, self._names)
 
     def _uses(self) -> Iterator[tuple[Site, Found]]:
-        return uses(self.graph, self._flow(), self.bodies)
+        return uses(self.graph, self.flow(), self.bodies)
 
     # --- rewriting -------------------------------------------------------------------------------
 

@@ -119,9 +119,14 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
 
 
 def _refuse_files(text: str, path: Path) -> None:
-    if path.suffix in (".pt2", ".onnx"):
+    if path.suffix == ".pt2":
         raise LoraFxError(
-            f"{text}: a {path.suffix} file cannot be opened as a torch model in this version", FORMS
+            f"{text}: a .pt2 file is a program without a module",
+            "every verb takes its path; lora_fx.capture(path) opens it",
+        )
+    if path.suffix == ".onnx":
+        raise LoraFxError(
+            f"{text}: an .onnx file cannot be opened as a torch model in this version", FORMS
         )
     if path.suffix == ".safetensors":
         raise LoraFxError(

@@ -119,6 +119,7 @@ class CapturedModule(Scope):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _capture(self, key: tuple[Any, ...], named: Mapping[str, Any]) -> Compiled:
         programs = self._programs
+        programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
         graph = self._graph(self.training, named)
         ident = f"program_{len(programs.compiled)}"

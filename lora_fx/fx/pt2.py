@@ -1,41 +1,184 @@
-"""A module with branches as a .pt2 program that needs no Python source."""
+"""`.pt2` files: a model with or without branches as programs that need no Python source.
+
+A file of ours holds an eval and a train program over one set of weights, the branches included,
+and a manifest. Outputs are plain tensors, tuples and dicts, operators are aten's, and no member
+is a pickle. The eval program is named "model", so `torch.export.load` opens it.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lora_fx.checkpoint.osfile import replacing
-from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.module import CapturedModule
+from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.fx.folded import FoldedModule
+from lora_fx.fx.module import CapturedModule, with_signature
+from lora_fx.fx.pt2_captured import FileCaptured
+from lora_fx.fx.pt2_write import write_programs
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.fx.to_onnx import flat_program
+from lora_fx.inputs import SIZES
 
 
-def save_program(module: CapturedModule, path: str, *, force: bool = False) -> None:
-    """Write the eval graph, branches included; inputs and outputs are flat tensors.
+def is_program(model: Any) -> bool:
+    """True for a path that ends in .pt2."""
+    return isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2")
 
-    The file is loaded again and run before it gets its name.
+
+def open_program(path: str | PathLike[str], *args: Any, **options: Any) -> FileCaptured:
+    """The capture that a .pt2 file is: `lora_fx.capture("x.pt2")`.
+
+    Args:
+        path: A file of `torch.export.save`, or of `save_program`.
+        args: Example inputs, keyword inputs, dynamic and static, as in capture.
+        options: trust: read pickled tensors, by torch.load with weights_only=True. meta: read no
+            weights.
+
+    Raises:
+        LoraFxError: The file is damaged, or holds what could run code.
     """
-    flat, _, _ = flat_program(module, module.graph(False).graph)
-    named = module.sample()
-    leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
-    door = module.captured.traced(False, module.captured.named, module.base_dtype).door
-    shapes = []
-    for name, fixed in zip(door.names, door.sizes, strict=True):
-        if fixed is not None:
-            wanted = module.captured.requested.get(name, {})
-            shapes.append({d: Dim.AUTO for d in wanted if fixed[d] is None} or None)
-    program = torch.export.export(flat, tuple(leaves), dynamic_shapes=tuple(shapes), strict=False)
-    with replacing(path, force=force) as temporary:
-        with temporary.open("wb") as f:
-            torch.export.save(program, f)
+    return FileCaptured(fspath(path), *args, **options)
+
+
+def load_program(path: str | PathLike[str], *, trust: bool = False) -> CapturedModule:
+    """The module that a .pt2 file holds: an AdaptedModule where it has branches.
+
+    The adapter, its dropout and the norms are as they were saved; training goes on from there.
+    Outputs are plain: where the model returned a class with fields, a dict.
+
+    Args:
+        path: The file.
+        trust: As in `open_program`.
+
+    Raises:
+        LoraFxError: As `open_program`.
+    """
+    return module_of(open_program(path, trust=trust))
+
+
+def module_of(captured: FileCaptured) -> CapturedModule:
+    """The module of an opened file."""
+    import lora_fx  # the verbs live above this module; only the facade knows them
+
+    adapter = captured.adapter
+    if adapter is None:
+        module: CapturedModule = with_signature(CapturedModule, captured)(captured)
+        return module
+    made: CapturedModule = lora_fx.insert(
+        captured.plain(), adapter=adapter, dropout=captured.dropout, norm_stats=captured.norm_stats
+    )
+    return made
+
+
+def save_program(
+    module: CapturedModule, path: str | PathLike[str], *, force: bool = False
+) -> tuple[str, ...]:
+    """Write a module, branches and manifest included; returns what has to be said.
+
+    The file is opened again, and every program it holds is run and compared bit by bit, before it
+    gets its name. `torch.export.load(path).module()` takes the tensors of the call in order.
+
+    Args:
+        module: What insert, fold or load_program returned.
+        path: The file, ending in .pt2.
+        force: Replace a file that exists.
+
+    Raises:
+        LoraFxError: A program that cannot be written.
+        NoEffectError: The file gives other numbers than the module.
+    """
+    if not fspath(path).endswith(".pt2"):
+        raise LoraFxError(f"{fspath(path)}: a program's name ends in .pt2", "name it so")
+    if any(p.device.type != "cpu" for p in module.parameters()):
+        module = copy.deepcopy(module).to("cpu")
+    was = module.training
+    modes, notes = [False], []
+    try:
+        module.captured.allows(False, module._norm_stats)
+        if isinstance(module, FoldedModule):
+            notes.append("a folded model has no train program")
+        else:
+            modes += _train_mode(module, notes)
+        with replacing(path, force=force) as temporary:
+            write_programs(module.eval(), temporary, modes)
+            again, by_torch = load_program(temporary), _by_torch(temporary)
+            for training in modes:
+                _prove(module, again, training, None if training else by_torch)
+    finally:
+        if not isinstance(module, FoldedModule):
+            module.train(was)
+    return tuple(notes)
+
+
+def _train_mode(module: CapturedModule, notes: list[str]) -> list[bool]:
+    try:
+        module.captured.allows(True, module._norm_stats)
+    except LoraFxError as e:
+        notes.append(f"no train program is written: {e.message}")
+        return []
+    return [True]
+
+
+def _prove(module: CapturedModule, again: CapturedModule, training: bool, loaded: Any) -> None:
+    """Every size of the checks, with the same random numbers, must give the same bits."""
+    names = "train" if training else "eval"
+    modes = [m for m in (module, again) if not isinstance(m, FoldedModule)]
+    for m in modes:
+        m.train(training)
+    ran = 0
+    for size in SIZES:
+        named = module.sample(size)
+        leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
-            again = torch.export.load(str(temporary)).module()
-        except Exception as e:
-            raise LoraFxError(f"the program does not load again: {one_line(e)}") from e
-        expected = [to_numpy(x) for x in module.flat_tensors(named)]
-        got = [to_numpy(x) for x in again(*leaves)]
-        if any((a != b).any() for a, b in zip(got, expected, strict=True)):
-            raise LoraFxError("the program gives other numbers after loading", exit_code=1)
+            want = _run(module, lambda n=named: module.flat(n))
+        except (RuntimeError, ValueError, IndexError):
+            continue  # a size that the model itself does not take
+        ran += 1
+        got = _run(again, lambda n=named: again.flat(n))
+        _demand(got, want, f"the {names} program")
+        if loaded is not None:
+            with torch.no_grad():
+                values = pytree.tree_leaves(loaded(*leaves))
+            tensors = [to_numpy(v) for v in values if isinstance(v, torch.Tensor)]
+            _demand(dict(zip(want, tensors, strict=True)), want, "the program that torch loads")
+    if not ran:
+        raise LoraFxError(
+            "the model runs at none of the checks' sizes", "give --static or --inputs"
+        )
+
+
+def _run(module: CapturedModule, call: Any) -> Any:
+    """A call that leaves buffers and random state as they were."""
+    kept = {n: b.clone() for n, b in module.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return call()
+    finally:
+        with torch.no_grad():
+            for n, b in module.named_buffers():
+                if n in kept:
+                    b.copy_(kept[n])
+
+
+def _demand(got: Mapping[str, Any], want: Mapping[str, Any], what: str) -> None:
+    if list(got) != list(want):
+        raise NoEffectError(f"{what} gives {list(got)}, the module {list(want)}")
+    for name, a in got.items():
+        if a.shape != want[name].shape or not np.array_equal(a, want[name], equal_nan=True):
+            raise NoEffectError(f"{what} gives other numbers in {name!r}", "nothing was written")
+
+
+def _by_torch(file: Path) -> Any:
+    """The eval program as torch itself loads it; safe, for the file is the one just written."""
+    try:
+        return torch.export.load(str(file)).module(check_guards=False)
+    except Exception as e:
+        raise LoraFxError(f"torch does not load the program again: {one_line(e)}") from e

@@ -82,9 +82,13 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
 
 
 def flat_program(
-    module: CapturedModule, graph: fx.Graph
+    module: CapturedModule, graph: fx.Graph, *, all_outputs: bool = False
 ) -> tuple[fx.GraphModule, list[str], list[str]]:
-    """A GraphModule of tensors only: constants of the call left out, outputs named."""
+    """A GraphModule of tensors only: constants of the call left out, outputs named.
+
+    Args:
+        all_outputs: Keep the outputs that are no tensors.
+    """
     traced = module.captured.traced(False, module.captured.named, module.base_dtype)
     leaves = pytree.tree_leaves(module.captured.named)
     names = []
@@ -100,7 +104,8 @@ def flat_program(
     paths = output_paths(traced.out_spec, len(values))
     kept, outputs = [], []
     for i, (value, path) in enumerate(zip(values, paths, strict=True)):
-        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
+        is_tensor = isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+        if all_outputs or is_tensor:
             kept.append(value)
             outputs.append(output_name(path, i))
     out.args = (tuple(kept),)

@@ -130,7 +130,7 @@ def test_reserved_name_with_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("model.pt2", "in this version"),
+        ("model.pt2", "a program without a module"),
         ("model.onnx", "in this version"),
         ("w.safetensors", "MODEL --weights w.safetensors"),
         ("pytorch_model.bin", "pickle"),

@@ -1,0 +1,261 @@
+"""A model that is only a file: a Captured whose programs are what a .pt2 holds.
+
+It has no source, so no other mode, dtype or set of arguments can be traced. Where a file of ours
+has branches, the graphs here are those of the model without them, and `adapter` is what they held.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.asserts import Pinned
+from lora_fx.fx.calling import leaf_names, program_key
+from lora_fx.fx.capture import Captured, base_dtype
+from lora_fx.fx.emitter import is_marked
+from lora_fx.fx.export import Traced, _clean
+from lora_fx.fx.inputs import describe
+from lora_fx.fx.pt2_call import (
+    NO_SOURCE,
+    FileSignature,
+    call_text,
+    held_signature,
+    is_constant,
+    signature_of,
+)
+from lora_fx.fx.pt2_graph import match_places, shared, strip_branches, tensor_places
+from lora_fx.fx.pt2_manifest import (
+    VERSION,
+    adapter_names,
+    read_adapter,
+    read_arguments,
+    read_signature,
+)
+from lora_fx.fx.pt2_modes import Modal, modal_nodes, mode_of, pick_programs, says
+from lora_fx.fx.pt2_program import Loaded, load_program, tree_of
+from lora_fx.fx.pt2_zip import MANIFEST, open_archive
+from lora_fx.inputs import BATCH, Inputs, default_dynamic, merge_dynamic
+
+LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"
+
+
+class FileCaptured(Captured):
+    """See the module's docstring.
+
+    Attributes:
+        path: The file.
+        adapter: What the file's branches hold, or None.
+        dropout: On the branches' inputs.
+        norm_stats: frozen, or update.
+        programs: {training: program's name}, for the modes that the file holds.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        dynamic: Any = None,
+        static: Sequence[str] = (),
+        *,
+        trust: bool = False,
+        meta: bool = False,
+    ) -> None:
+        archive = open_archive(path, trust=trust, meta=meta)
+        with archive.zip, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's parsers warn about their own parts
+            manifest = archive.json(MANIFEST) if MANIFEST in archive.members else {}
+            self._loaded = {n: load_program(archive, n) for n in archive.programs}
+        self.path, self._meta = path, meta
+        self.notes: list[str] = []
+        self.tracings: dict[tuple[Any, ...], Traced] = {}
+        self._traces: dict[str, Traced] = {}
+        self._limits_known = False
+        try:
+            self._read(manifest)
+            if args or kwargs:
+                self.named = self._given(args, kwargs or {})
+            self._describe(manifest, dynamic, static)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            if isinstance(e, LoraFxError):
+                raise
+            raise archive.bad(f"{MANIFEST} is wrong: {type(e).__name__} {e}") from e
+
+    def _read(self, manifest: Mapping[str, Any]) -> None:
+        if manifest and manifest.get("version") != VERSION:
+            raise LoraFxError(
+                f"{self.path}: its manifest is version {manifest.get('version')!r}, not {VERSION}",
+                "another lora-fx wrote it",
+            )
+        programs = self._loaded
+        first = programs.get("model") or next(iter(programs.values()))
+        named = dict(first.named)
+        signature = signature_of(named)
+        self.norm_stats = str(manifest.get("norm_stats", "frozen"))
+        self._names = dict.fromkeys(programs, "")
+        if manifest:
+            said = manifest["programs"]
+            self.programs = {mode == "train": n for n, mode in said.items() if n in programs}
+            tensors = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
+            named = read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
+            signature = held_signature(read_signature(manifest["parameters"]), named)
+        else:
+            graphs = {n: p.program.graph_module.graph for n, p in programs.items()}
+            self.programs = pick_programs({n: mode_of(g) for n, g in graphs.items()})
+            if any(is_marked(n) for g in graphs.values() for n in g.nodes):
+                self.notes.append(f"{self.path}: branches without a manifest are part of the model")
+        self.signature = FileSignature(self.path, signature)
+        self.named = {k: v for k, v in named.items() if not is_constant(v)}
+        state = {k: v for p in programs.values() for k, v in p.state.items()}
+        self.adapter: Adapter | None = read_adapter(manifest, state) if manifest else None
+        self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
+        order = [first, *(p for p in programs.values() if p is not first)]
+        self.model = tree_of(order, adapter_names(manifest) if manifest else frozenset())
+        if manifest and str(manifest["class"]).isidentifier():
+            self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
+        self.base_dtype = base_dtype(self.model)
+
+    def _given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The caller's example, which must be a call that the file's programs take."""
+        named = self.signature.bind(tuple(args), dict(kwargs))
+        self._same_call(named)
+        return named
+
+    def _describe(self, manifest: Mapping[str, Any], dynamic: Any, static: Sequence[str]) -> None:
+        leaves = pytree.tree_leaves(self.named)
+        self.inputs: Inputs = describe(leaf_names(self.named), leaves)
+        said = manifest.get("inputs", {})
+        specs = [
+            replace(s, high=said[s.name]["high"] if s.name in said else s.high)
+            for s in self.inputs.specs
+        ]
+        self.inputs = Inputs(tuple(specs))
+        wanted = {k: dict(v) for k, v in default_dynamic(self.inputs).items()}
+        free = self._free(said)
+        for name, open_dims in free.items():
+            wanted.setdefault(name, {}).update(open_dims)
+        wanted = merge_dynamic(self.inputs, wanted, dynamic, static)
+        for name, dims in merge_dynamic(self.inputs, {}, dynamic).items():
+            for d in dims:
+                if d not in free.get(name, {}):
+                    raise LoraFxError(
+                        f"{self.path} fixes {name} dimension {d}", "export it as dynamic"
+                    )
+        self.requested = wanted
+        self.inputs = self.inputs.with_dims(wanted)
+        self._banned = [(n, d) for n, d in manifest.get("not_one", [])]
+        self._own = bool(manifest)
+
+    def _free(self, said: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+        """{input: {dimension: symbol}} of the sizes that the programs leave open."""
+        program = self._loaded[next(iter(self.programs.values()))].program
+        shapes = [tuple(v.shape) for v in tensor_places(program)]
+        names = self.inputs.names
+        batch = str(shapes[0][0]) if shapes and shapes[0] else ""
+        defaults = default_dynamic(self.inputs)
+        result: dict[str, dict[int, str]] = {}
+        for name, shape in zip(names, shapes, strict=True):
+            for d, n in enumerate(shape):
+                if not isinstance(n, torch.SymInt):
+                    continue
+                known = said.get(name, {}).get("dims", {}).get(str(d))
+                label = defaults.get(name, {}).get(d) or (BATCH if str(n) == batch else str(n))
+                result.setdefault(name, {})[d] = known or label
+        return result
+
+    # --- what the file holds ---------------------------------------------------------------------
+
+    def allows(self, training: bool, norm_stats: str = "frozen") -> None:
+        """See Captured.allows."""
+        if training in self.programs:
+            return
+        held = self.programs[not training]
+        modals = [m for m in self._modals(held) if m.training is not training]
+        if training and norm_stats == "frozen":
+            modals = [m for m in modals if not m.norm]  # frozen norms are those of the eval graph
+        if not modals and training:
+            return
+        has, lacks = ("eval", "train") if training else ("train", "eval")
+        hint = "; model.eval() can be trained too, without dropout" if training else ""
+        raise LoraFxError(
+            f"{self.path} holds the {has} graph only; "
+            f"in {lacks} mode these behave otherwise: {says(modals) or 'unknown'}",
+            LATER + hint,
+        )
+
+    def _modals(self, name: str) -> list[Modal]:
+        return modal_nodes(self._trace_of(name).graph)
+
+    def _graph_module(self, training: bool) -> fx.GraphModule:
+        self.allows(training, "update")
+        return super()._graph_module(training)
+
+    def traced(
+        self,
+        training: bool,
+        named: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+        *,
+        portable: bool = False,
+    ) -> Traced:
+        """The file's graph for a mode, or the one that it has; `allows` says if it may be run."""
+        if portable:
+            raise LoraFxError(
+                f"{self.path} holds a grouped product of experts, which ONNX has no operator for",
+                "export from the source: its experts are switched for that",
+            )
+        if dtype is not None and dtype != self.base_dtype:
+            raise LoraFxError(
+                f"{self.path} was exported in {self.base_dtype} and cannot be run in {dtype}",
+                "export it in that dtype, or insert from the source",
+            )
+        self._same_call(named)
+        return self._trace_of(self.programs.get(training) or self.programs[not training])
+
+    def _same_call(self, named: Mapping[str, Any]) -> None:
+        mine, other = (program_key(n, pytree.tree_leaves(dict(n))) for n in (self.named, named))
+        if mine != other:
+            raise LoraFxError(
+                f"{self.path} holds the program for {call_text(self.named)}, "
+                f"not for {call_text(named)}",
+                NO_SOURCE,
+            )
+
+    def _trace_of(self, name: str) -> Traced:
+        if name not in self._traces:
+            self._traces[name] = self._trace_program(self._loaded[name])
+        return self._traces[name]
+
+    def _trace_program(self, loaded: Loaded) -> Traced:
+        module = loaded.program.module(check_guards=False)
+        strip_branches(module.graph)
+        leaves = pytree.tree_leaves(self.named)
+        match_places(module.graph, leaves)
+        names = leaf_names(self.named)
+        traced = _clean(module, loaded.program, names, leaves, self.requested)
+        shapes = [p.meta["val"].shape if s is not None else () for p, s in zip(
+            (n for n in traced.graph.nodes if n.op == "placeholder"), traced.door.sizes, strict=True
+        )]  # fmt: skip
+        traced.door = replace(traced.door, same=(*traced.door.same, *shared(shapes)))
+        traced.pinned = [
+            Pinned(p.input, p.dim, p.size, "the export" if p.op.startswith("the model") else p.op)
+            for p in traced.pinned
+        ]
+        if self._own:
+            traced.lone = [(names.index(n), d) for n, d in self._banned]
+        return traced
+
+    def plain(self) -> FileCaptured:
+        """This model without the adapter that its file holds."""
+        other = copy.deepcopy(self)
+        other.adapter = None
+        return other

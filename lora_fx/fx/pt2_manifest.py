@@ -1,0 +1,194 @@
+"""The manifest of our own .pt2 files: the call, the programs and the adapter, as JSON."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.tensors import to_numpy
+from lora_fx.lowrank import Full, Layout, LowRank, slot_names
+
+VERSION = 1
+_KINDS = {
+    k.name: k
+    for k in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.VAR_KEYWORD,
+    )
+}
+
+
+def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> dict[str, Any]:
+    """What a reader needs beside the programs.
+
+    Args:
+        module: What is saved.
+        programs: {program name: eval or train}.
+    """
+    captured = module.captured
+    inputs = captured.bounded_inputs()
+    made: dict[str, Any] = {
+        "version": VERSION,
+        "programs": dict(programs),
+        "class": type(module).__name__,
+        "parameters": [_parameter(p) for p in captured.signature.signature.parameters.values()],
+        "arguments": _arguments(captured.named),
+        "inputs": {
+            s.name: {"dims": {str(d): n for d, n in s.dims.items()}, "high": s.high}
+            for s in inputs.specs
+        },
+        "not_one": sorted([n, d] for n, d in module.not_one),
+        "norm_stats": module._norm_stats,
+        "adapter": None,
+    }
+    if isinstance(module, AdaptedModule):
+        made["adapter"] = _adapter(module)
+    return made
+
+
+def _adapter(module: AdaptedModule) -> dict[str, Any]:
+    rows = {}
+    for key, u in module.updates.items():
+        a, b = slot_names(key)
+        assert u.layout is not None
+        rows[key] = {
+            "a": a,
+            "b": b,
+            "rank": u.rank,
+            "alpha": u.alpha,
+            "scale": u.scale,
+            "variant": u.variant,
+            "use": u.use,
+            "role": module.found[key].role,
+            "layout": u.layout.to_json(),
+            "extra": _plain(u.extra),
+        }
+    metadata = module.adapter().metadata
+    return {"updates": rows, "also_train": list(module._also), "metadata": _plain(metadata)}
+
+
+def read_adapter(manifest: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Adapter | None:
+    """The adapter of a file's manifest, its tensors taken from `state`; None without one."""
+    data = manifest.get("adapter")
+    if data is None:
+        return None
+    entries: dict[str, LowRank | Full] = {}
+    for key, row in data["updates"].items():
+        a, b = (_values(state, row[side]) for side in ("a", "b"))
+        layout, extra = Layout.from_json(row["layout"]), dict(row["extra"])
+        alpha, variant, use = float(row["alpha"]), str(row["variant"]), str(row["use"])
+        entries[key] = LowRank(a, b, alpha, layout, variant, use, extra)
+        if entries[key].rank != row["rank"]:  # type: ignore[union-attr]
+            raise LoraFxError(
+                f"the manifest says rank {row['rank']} of {key!r}, its tensors {a.shape[-2]}",
+                "the file is damaged",
+            )
+    for name in data["also_train"]:
+        entries[name] = Full(_values(state, name))
+    return Adapter(entries, dict(data["metadata"]))
+
+
+def _values(state: Mapping[str, torch.Tensor], name: str) -> Any:
+    t = state[name].detach()
+    if t.device.type == "meta":
+        t = torch.zeros(t.shape)
+    return to_numpy(t.float() if t.is_floating_point() else t).copy()
+
+
+def adapter_names(manifest: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the low-rank tensors in a file."""
+    rows = (manifest.get("adapter") or {"updates": {}})["updates"].values()
+    return frozenset(row[side] for row in rows for side in ("a", "b"))
+
+
+# --- the call ------------------------------------------------------------------------------------
+
+
+def _parameter(p: inspect.Parameter) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": p.name, "kind": p.kind.name}
+    if p.default is not inspect.Parameter.empty:
+        plain = isinstance(p.default, (bool, int, float, str))
+        row["default"] = p.default if plain else None
+    return row
+
+
+def read_signature(rows: list[Mapping[str, Any]]) -> inspect.Signature:
+    """The signature that `make_manifest` wrote."""
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                str(r["name"]),
+                _KINDS[r["kind"]],
+                default=r.get("default", inspect.Parameter.empty),
+            )
+            for r in rows
+        ]
+    )
+
+
+def _arguments(value: Any) -> Any:
+    """The tree of a call: tensors by {"tensor": true}, containers and constants as they are."""
+    if isinstance(value, torch.Tensor):
+        return {"tensor": True}
+    if isinstance(value, dict):
+        return {"dict": {str(k): _arguments(v) for k, v in value.items()}}
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return {type(value).__name__: [_arguments(v) for v in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"constant": value}
+    raise LoraFxError(
+        f"an argument of type {type(value).__name__} cannot be written to a .pt2 file",
+        "capture with tensors, numbers, tuples, lists and dicts",
+    )
+
+
+def read_arguments(tree: Any, tensors: list[torch.Tensor]) -> Any:
+    """The tree with example tensors in their places; takes them off `tensors`."""
+    ((kind, inner),) = tree.items()
+    if kind == "tensor":
+        return tensors.pop(0)
+    if kind == "dict":
+        return {k: read_arguments(v, tensors) for k, v in inner.items()}
+    if kind in ("tuple", "list"):
+        parts = [read_arguments(v, tensors) for v in inner]
+        return tuple(parts) if kind == "tuple" else parts
+    return inner
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of some metadata; the rest is left out."""
+    if isinstance(value, Mapping):
+        pairs = {str(k): _plain(v) for k, v in value.items()}
+        return {k: v for k, v in pairs.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def plain_spec(spec: Any) -> dict[str, Any]:
+    """A tree of outputs as torch writes it, of dicts, lists and tuples only."""
+    children = [] if spec.is_leaf() else [plain_spec(c) for c in spec.children()]
+    if spec.is_leaf():
+        return {"type": None, "context": None, "children_spec": []}
+    names: Any = spec.context
+    if isinstance(names, type) and hasattr(names, "_fields"):
+        names = list(names._fields)
+    if isinstance(names, (list, tuple)) and len(names) == 2 and isinstance(names[0], list):
+        names = names[0]
+    named = isinstance(names, (list, tuple)) and len(names) == len(children)
+    if spec.type not in (tuple, list) and named and all(isinstance(n, (str, int)) for n in names):
+        kind, context = "builtins.dict", json.dumps(list(names))
+    else:
+        kind, context = f"builtins.{'list' if spec.type is list else 'tuple'}", "null"
+    return {"type": kind, "context": context, "children_spec": children}

@@ -1,0 +1,155 @@
+"""Writing a .pt2 archive: several programs over one set of weights, and no pickle."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._export.serde.schema import PayloadConfig, PayloadMeta
+from torch._export.serde.serialize import _dataclass_to_dict, serialize, serialize_tensor_meta
+from torch.export import Dim, ExportedProgram
+from torch.export.pt2_archive import PT2ArchiveWriter
+from torch.export.pt2_archive._package import _get_raw_tensor_bytes
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.export import _at_least_two
+from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.pt2_manifest import make_manifest, plain_spec
+from lora_fx.fx.pt2_zip import MANIFEST
+from lora_fx.fx.to_onnx import flat_program
+
+NAMES = {False: "model", True: "train"}
+ENTRY = "lora_fx.fx.export._Entry"
+
+
+def write_programs(module: CapturedModule, path: Path, modes: Sequence[bool]) -> None:
+    """Write the programs of a module for these modes (training or not)."""
+    made = {NAMES[m]: _export(module, m) for m in modes}
+    manifest = make_manifest(module, {NAMES[m]: "train" if m else "eval" for m in modes})
+    kept = _everything(module)
+    with PT2ArchiveWriter(str(path)) as archive:
+        store = _Store(archive)
+        for name, (program, spec) in made.items():
+            weights = {**program.state_dict}
+            if name == NAMES[False]:  # tensors that no graph reads, and second names of others
+                weights = {**{n: t for n, t in kept.items()}, **weights}
+            store.table("weights", "weight_", name, weights)
+            store.table("constants", "tensor_", name, program.constants)
+            archive.write_bytes(f"models/{name}.json", _json(program, spec, module))
+            archive.write_bytes(f"data/sample_inputs/{name}.pt", b"")
+        archive.write_string(MANIFEST, json.dumps(manifest))
+
+
+class _Store:
+    """Raw bytes of tensors, each storage once for all programs."""
+
+    def __init__(self, archive: Any) -> None:
+        self.archive = archive
+        self.files: dict[tuple[str, int], str] = {}
+        self.alive: list[torch.Tensor] = []
+
+    def table(
+        self, kind: str, prefix: str, program: str, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Write the bytes that are new, and the program's table of names."""
+        rows = {}
+        for name, t in tensors.items():
+            if not isinstance(t, torch.Tensor) or type(t.data) is not torch.Tensor:
+                raise LoraFxError(
+                    f"{name!r} is a {type(t).__name__} and cannot be written as raw bytes",
+                    "save a model of plain tensors",
+                )
+            pointer = t.untyped_storage().data_ptr()
+            key = (kind, pointer) if pointer else (kind, -1 - len(self.files))
+            if key not in self.files:
+                self.files[key] = f"{prefix}{len([k for k in self.files if k[0] == kind])}"
+                self.alive.append(t)
+                raw = _get_raw_tensor_bytes(t)
+                self.archive.write_bytes(f"data/{kind}/{self.files[key]}", raw)
+            rows[name] = PayloadMeta(
+                path_name=self.files[key],
+                is_param=isinstance(t, nn.Parameter),
+                use_pickle=False,
+                tensor_meta=serialize_tensor_meta(t),
+            )
+        table = _dataclass_to_dict(PayloadConfig(config=rows))  # type: ignore[no-untyped-call]
+        config = json.dumps(table)
+        self.archive.write_string(f"data/{kind}/{program}_{kind}_config.json", config)
+
+
+def _everything(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer under all its names, in the tree's order."""
+    return dict(module.state_dict(keep_vars=True))
+
+
+def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, str]:
+    """The program of one mode, and its plain tree of outputs."""
+    captured = module.captured
+    graph = module.graph(training, portable=True)
+    traced = captured.traced(training, captured.named, module.base_dtype)
+    flat, names, _ = flat_program(module, graph.graph, all_outputs=True)
+    _keep_volatile(flat, module)
+    leaves, shapes = [], []  # the example's own sizes, for FLOPs are counted at them
+    examples = pytree.tree_leaves(dict(captured.named))
+    for x, name, fixed in zip(examples, traced.door.names, traced.door.sizes, strict=True):
+        if fixed is not None:
+            wanted = captured.requested.get(name, {})
+            shapes.append({d: Dim.AUTO for d in wanted if fixed[d] is None} or None)
+            leaves.append(_at_least_two(x, wanted).cpu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(
+                flat,
+                tuple(leaves),
+                dynamic_shapes=tuple(shapes),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+        except Exception as e:
+            raise LoraFxError(
+                f"the {'train' if training else 'eval'} program cannot be exported: {one_line(e)}",
+                "please report this model",
+            ) from e
+    program._example_inputs = None  # they would be a pickle
+    call = program.module_call_graph[0].signature
+    assert call is not None
+    call.forward_arg_names = list(names)
+    return program, json.dumps([1, plain_spec(traced.out_spec)])
+
+
+def _keep_volatile(flat: nn.Module, module: nn.Module) -> None:
+    """Buffers that state_dict leaves out stay such; a GraphModule forgets it."""
+    for path, part in flat.named_modules():
+        own = dict(module.named_modules()).get(path)
+        kept = getattr(own, "_non_persistent_buffers_set", ())
+        part._non_persistent_buffers_set |= set(kept) & set(part._buffers)
+
+
+def _json(program: ExportedProgram, spec: str, module: CapturedModule) -> bytes:
+    """models/NAME.json: with the module's outputs, without paths of this machine."""
+    data = json.loads(serialize(program).exported_program)
+    whole = data["graph_module"]
+    whole["module_call_graph"] = whole["module_call_graph"][:1]
+    whole["module_call_graph"][0]["signature"]["out_spec"] = spec
+    data["guards_code"] = []
+
+    def strip(value: Any) -> None:
+        for v in value.values() if isinstance(value, dict) else value:
+            if isinstance(v, (dict, list)):
+                strip(v)
+        if isinstance(value, dict) and isinstance(value.get("metadata"), dict):
+            kept = {k: value["metadata"].get(k) for k in ("nn_module_stack", "custom")}
+            if kept["nn_module_stack"]:
+                stack = kept["nn_module_stack"].replace(ENTRY, type(module).__name__)
+                kept["nn_module_stack"] = stack
+            value["metadata"] = {k: v for k, v in kept.items() if v}
+
+    strip(data)
+    return json.dumps(data).encode()
