@@ -52,6 +52,7 @@ def attach(
     *,
     dynamic: Any = None,
     norm_stats: str = "frozen",
+    dead: str = "error",
 ) -> Any:
     """Adapt a live module in place, with the targets and numbers that insert would give.
 
@@ -70,6 +71,7 @@ def attach(
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they do what they did before.
+        dead: As in insert: error, drop or allow targets that no gradient reaches.
 
     Returns:
         The same object.
@@ -108,6 +110,10 @@ def attach(
         ready = bind(adapter, found)
         updates, whole, notes = ready.lowrank, tuple(ready.full), ()
         metadata = {**adapter.metadata, **metadata}
+    inserted = insert(cap, adapter=Adapter(updates), dead=dead) if cap and updates else None
+    if inserted is not None and len(inserted.updates) < len(updates):
+        notes = (*notes, *inserted.notes)
+        updates = {k: u for k, u in updates.items() if k in inserted.updates}
     probe = {k: random_values(k, u) for k, u in updates.items()}
     state = Attachment(
         model,
@@ -120,7 +126,9 @@ def attach(
     if cap is None:
         reference: Reference = Explicit(state, Signature(model.forward), args, kwargs)
     else:
-        reference = InGraph(state, cap, insert(cap, adapter=Adapter(probe)) if updates else None)
+        if inserted is not None:
+            inserted.load_adapter(Adapter(probe))
+        reference = InGraph(state, cap, inserted)
     model.__dict__[REGISTRY] = state
     try:
         state.install(probe)

@@ -151,7 +151,7 @@ def _branched(
             )
         return model
     cap = captured_of(model, args, kwargs, dynamic)
-    return plain(cap) if adapter is None else insert(cap, adapter=adapter)
+    return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
 
 
 def _demand(parity: Sequence[Parity], what: str) -> None:

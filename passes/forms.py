@@ -81,6 +81,7 @@ class GraphPlanner(Planner):
             site.id
             for site in graph.sites()
             if not site.refusal
+            and not isinstance(site.kind, kinds.WeightForm)
             and site.scope in self.path_of
             and one_argument(graph.root.get_submodule(site.scope))
             and one_op(site, graph.output(site), graph.activation(site), fixed)
@@ -226,7 +227,7 @@ class _Recorded:
     def emit(self, site: Site, *, before: bool = False) -> Recorder:
         if site.id not in self.emitters:
             padding = None
-            if site.kind.name == "embedding":
+            if site.op == "embedding":
                 index = int(argument(self.graph.output(site), "padding_idx", -1))
                 padding = None if index < 0 else index
             self.emitters[site.id] = Recorder(padding)

@@ -77,7 +77,7 @@ def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
         raise LoraFxError(
             f"cannot run a {type(model).__name__}", "pass capture(model, args) or an .onnx file"
         )
-    return plain(model) if adapter is None else insert(model, adapter=adapter).eval()
+    return plain(model) if adapter is None else insert(model, adapter=adapter, dead="allow").eval()
 
 
 def _files(a: Path, b: Path, inputs: Mapping[str, Any] | None, tol: float, provider: str) -> Report:

@@ -94,6 +94,11 @@ class AdaptedModule(CapturedModule):
         return self._found
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What insert had to say."""
+        return self._notes
+
+    @property
     def updates(self) -> Mapping[str, LowRank]:
         """Key → the update as it was inserted (ranks, alphas and layouts hold)."""
         return self._updates

@@ -71,7 +71,9 @@ class Attachment:
         self.remove()
         self.updates, self.forms = dict(updates), forms
         for key, update in self.updates.items():
-            device = self._parameter(base_name(key)).device
+            computed = "~" in key  # such a weight is where its parameters are
+            stored = self.found[key].sites[0].behind[0] if computed else base_name(key)
+            device = self._parameter(stored).device
             for name, value in zip(slot_names(key), (update.a, update.b), strict=True):
                 module, leaf = owner(self.model, name, create=True)
                 tensor = torch.from_numpy(np.array(value, np.float32)).to(device)

@@ -18,6 +18,8 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Role, Site
+from lora_fx.kinds import Einsum
+from lora_fx.kinds_conv import Conv, ConvTranspose
 
 INPUTS = 2
 """Values that a call brings: the activation (or the stored weight), and the op's result."""
@@ -25,6 +27,12 @@ INPUTS = 2
 
 def _conv(x: torch.Tensor, w: torch.Tensor, **attrs: Any) -> torch.Tensor:
     run: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[w.dim()]
+    result: torch.Tensor = run(x, w, None, **attrs)
+    return result
+
+
+def _conv_transpose(x: torch.Tensor, w: torch.Tensor, **attrs: Any) -> torch.Tensor:
+    run: Any = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[w.dim()]
     result: torch.Tensor = run(x, w, None, **attrs)
     return result
 
@@ -52,6 +60,7 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "pad": _pad,
     "einsum": lambda x, y, equation: torch.einsum(equation, x, y),
     "conv": _conv,
+    "conv_transpose": _conv_transpose,
     "gather": _gather,
     "dropout": lambda x, p: F.dropout(x, p, training=True),
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
@@ -139,9 +148,11 @@ class Recorder:
 
     def like(self, site: Site, x: Value, w: Value) -> Value:
         """The site's op from primitives; a lookup keeps its padding row, which has no gradient."""
-        if site.kind.name == "embedding":
+        if site.op == "embedding":
             return self.op("gather", w, x, padding_idx=self.padding)
-        return site.kind.apply(self, site, x, w)
+        if isinstance(site.kind, (Einsum, Conv, ConvTranspose)):
+            return site.kind.apply(self, site, x, w)
+        return self.op(site.op, x, w)  # with operands of its own: no primitive, so no output form
 
     def parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> Value:
         """A tensor of the adapter, found by its name at each call."""

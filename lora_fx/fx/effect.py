@@ -91,7 +91,7 @@ def prove_gradients(module: AdaptedModule, named: Mapping[str, Any]) -> Effect:
             modes.append(mode)
             middle = float(np.median([v for v in size.values() if np.isfinite(v)] or [0.0]))
             for key, v in size.items():
-                if v <= DEAD * middle:
+                if v <= DEAD * middle and module.updates[key].scale:  # a weight of 0 is no fault
                     found.setdefault(key, []).append(mode)
     return Effect({k: tuple(m) for k, m in found.items()}, tuple(modes), tuple(notes))
 

@@ -198,14 +198,32 @@ def test_effect_gradient_and_numbers(name: str) -> None:
         assert p.grad is None or bool(p.grad.any()), n
 
 
-def test_computed_weights_are_refused_by_name() -> None:
+def test_a_computed_weight_has_the_output_form() -> None:
     from torch.nn.utils.parametrizations import weight_norm
 
-    model = nn.Sequential(weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4))
-    lora_fx.attach(model, (floats(2, 6),), rank=2)
-    assert list(model.adapter()) == ["1.weight"]
-    refused = model.report().found.refusals
-    assert refused[0].key.startswith("0.parametrizations.weight")
+    model = nn.Sequential(weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4)).eval()
+    x = floats(2, 6)
+    lora_fx.attach(model, (x,), rank=2)
+    adapter = randomise(model)
+    assert list(adapter) == ["0.weight~", "1.weight"]
+    first, second = (torch.from_numpy(d) for d in adapter.deltas().values())
+    w, v = model[0].weight.double() + first, model[1].weight.double() + second
+    h = nn.functional.linear(x.double(), w, model[0].bias.double())
+    want = nn.functional.linear(h, v, model[1].bias.double())
+    assert gap(model(x), want) < 2e-6
+    with pytest.raises(lora_fx.LoraFxError, match="the model computes this weight"):
+        lora_fx.attach(Masked().eval(), (x,), rank=2)
+
+
+class Masked(nn.Module):
+    """A weight made in a forward that has more than its product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(nn.functional.linear(x, torch.tril(self.w)))
 
 
 class Branches(nn.Module):
