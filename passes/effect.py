@@ -11,15 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils import _pytree as pytree
 
 from lora_fx.compare import FOLD_TOL
-from lora_fx.errors import NoEffectError
+from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.calling import leaf_names
 from lora_fx.fx.effect import Effect, probe, prove_gradients, runs_at
 from lora_fx.fx.module import Rewriter
+from lora_fx.fx.tensors import to_numpy
 from lora_fx.lowrank import LowRank
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.prove import arrays_of, prove, torch_run
+from lora_fx.passes.prove import prove, torch_run
 
 
 def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
@@ -47,11 +51,18 @@ def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
             f"no gradient reaches {some}{more}: an adapter there would train nothing",
             "leave it out with exclude=…, or all such with dead='drop'; dead='allow' keeps it",
         )
-    _same_as_weight_form(module, arrays_of(named))
+    try:
+        module.captured.allows(False, module.norm_stats)
+    except LoraFxError:
+        return ()  # a file with a train program only; the note on eval mode says so
+    _same_as_weight_form(module, named)
     return ()
 
 
-def _same_as_weight_form(module: AdaptedModule, arrays: Mapping[str, Any]) -> None:
+def _same_as_weight_form(module: AdaptedModule, named: Mapping[str, Any]) -> None:
+    leaves = zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True)
+    arrays = {n: to_numpy(x) for n, x in leaves if isinstance(x, torch.Tensor)}
+
     def weight_form(now: Mapping[str, LowRank], training: bool) -> Rewriter:
         return Insert(now, missing="skip", weight_form=True)
 

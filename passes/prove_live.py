@@ -22,9 +22,8 @@ from lora_fx.compare import Parity, compare
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.attach import Attachment
-from lora_fx.fx.calling import Signature, leaf_names
+from lora_fx.fx.calling import Signature, leaf_names, output_name
 from lora_fx.fx.capture import Captured
-from lora_fx.fx.module import output_name
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import LowRank, draw

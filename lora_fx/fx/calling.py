@@ -88,6 +88,16 @@ class Signature:
         return forward(*lead, *rest, **named)
 
 
+def apart(leaves: Sequence[Any]) -> list[Any]:
+    """One tensor given for two inputs (labels=input_ids) is two, or the graph mixes them up."""
+    seen: set[int] = set()
+    result = []
+    for x in leaves:
+        result.append(x.clone() if isinstance(x, torch.Tensor) and id(x) in seen else x)
+        seen.add(id(x))
+    return result
+
+
 def leaf_names(named: Mapping[str, Any]) -> list[str]:
     """Names of the flattened leaves: the argument's own, with `.i` for parts of a container."""
     result = []
@@ -95,6 +105,14 @@ def leaf_names(named: Mapping[str, Any]) -> list[str]:
         parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
         result.append(".".join(parts))
     return result
+
+
+def output_name(path: str, i: int) -> str:
+    """A flat output's name: the field of a dict or output class, else output, output_1."""
+    name = path.lstrip(".")
+    if not name or name.split(".")[0].isdigit():
+        return f"output_{name.replace('.', '_')}" if name and name != "0" else "output"
+    return name.replace(".", "_")
 
 
 def program_key(named: Mapping[str, Any], leaves: Sequence[Any]) -> tuple[Any, ...]:

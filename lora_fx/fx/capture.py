@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.asserts import Pinned, Requested
-from lora_fx.fx.calling import Called, Signature, as_module, leaf_names, program_key
+from lora_fx.fx.calling import Called, Signature, apart, as_module, leaf_names, program_key
 from lora_fx.fx.experts import batched_experts
 from lora_fx.fx.explain import explain
 from lora_fx.fx.export import Traced, trace
@@ -108,7 +108,9 @@ class Captured:
                 f"the example inputs do not fit {type(self.model).__name__}.forward: {e}",
                 f"its signature is forward{self.signature.signature}",
             ) from e
-        leaves = pytree.tree_leaves(self.named)
+        leaves, spec = pytree.tree_flatten(self.named)
+        leaves = apart(leaves)
+        self.named = pytree.tree_unflatten(leaves, spec)
         if not any(isinstance(x, torch.Tensor) for x in leaves):
             raise LoraFxError(
                 "no example input is a tensor",

@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.asserts import Pinned, Requested, door_asserts, upper_bounds, who_pinned
-from lora_fx.fx.calling import Door, Signature, leaf_names
+from lora_fx.fx.calling import Door, Signature, apart, leaf_names
 from lora_fx.fx.inline import inline_regions
 
 aten = torch.ops.aten
@@ -54,6 +54,7 @@ def trace(
         _at_least_two(x, requested.get(n, {})) if isinstance(x, torch.Tensor) else x
         for x, n in zip(leaves, names, strict=True)
     ]
+    leaves = apart(leaves)
     named = pytree.tree_unflatten(leaves, spec)
     shapes = pytree.tree_unflatten(
         [

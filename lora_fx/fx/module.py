@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calling import leaf_names, program_key
+from lora_fx.fx.calling import leaf_names, output_name, program_key
 from lora_fx.fx.capture import Captured, base_dtype
 from lora_fx.fx.compiled import Compiled, compile_program
 from lora_fx.fx.experts import has_grouped
@@ -218,6 +218,11 @@ class CapturedModule(Scope):
         return self._dtype
 
     @property
+    def norm_stats(self) -> str:
+        """What batch norms do in train mode: frozen or update."""
+        return self._norm_stats
+
+    @property
     def not_one(self) -> frozenset[tuple[str, int]]:
         """Input dimensions that must not have size 1."""
         return self._programs.not_one
@@ -269,14 +274,6 @@ class CapturedModule(Scope):
 
     def _run_named(self, named: Mapping[str, Any]) -> Any:
         return self._programs.captured.signature.call(self, named)
-
-
-def output_name(path: str, i: int) -> str:
-    """A flat output's name: the field of a dict or output class, else output, output_1."""
-    name = path.lstrip(".")
-    if not name or name.split(".")[0].isdigit():
-        return f"output_{name.replace('.', '_')}" if name and name != "0" else "output"
-    return name.replace(".", "_")
 
 
 def with_signature(base: type[Any], captured: Captured) -> type[Any]:

@@ -16,8 +16,8 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.calling import leaf_names
-from lora_fx.fx.module import CapturedModule, output_name
+from lora_fx.fx.calling import leaf_names, output_name
+from lora_fx.fx.module import CapturedModule
 
 OPSET = 20
 

@@ -53,3 +53,19 @@ def test_functions_and_methods() -> None:
     m = lora_fx.insert(two.encode, (x,), rank=2)
     assert list(m.updates) == ["fc.weight"]
     torch.testing.assert_close(m(x), two.encode(x))
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.fc(x) * y.sum()
+            return out
+
+    model, x = Pair().eval(), torch.randn(3, 6)
+    m = lora_fx.insert(model, (x, x), rank=2)
+    y = torch.randn(3, 6)
+    torch.testing.assert_close(m(x, y), model(x, y))
