@@ -62,6 +62,13 @@ def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Dropout on the branches' inputs.",
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
+        click.option(
+            "--dead",
+            type=click.Choice(["error", "drop", "allow"]),
+            default="error",
+            show_default=True,
+            help="Targets that no gradient reaches: refuse, leave out, or prove nothing.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)

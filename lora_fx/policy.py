@@ -107,8 +107,11 @@ def make_plan(
         for t in found.targets:  # without some of its parts, a fused weight is the others
             left = rest(t, gone)
             if t.key in chosen and left and len(left) < len(t.parts):
-                chosen = {k: use for k, use in chosen.items() if k != t.key} | dict.fromkeys(
-                    left, chosen[t.key]
+                instead = dict.fromkeys(left, chosen[t.key])
+                chosen = dict(
+                    item
+                    for k, use in chosen.items()
+                    for item in (instead.items() if k == t.key else [(k, use)])
                 )
         for key in gone:
             chosen.pop(key, None)
