@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.errors import LoraFxError
+from lora_fx.fused import other_split
 from lora_fx.lowrank import Full, LowRank, plain_layout
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.target import Found
@@ -115,7 +116,7 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
         for a in t.parameter.aliases
         if not t.parameter.name.endswith("~")  # there the alias is no tensor
     }
-    for key, entry in adapter.entries.items():
+    for key, entry in _resplit(adapter, found).items():
         bound: LowRank | Full
         if isinstance(entry, Full):
             name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
@@ -128,6 +129,16 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
             )
         entries[name] = bound
     return replace(adapter, entries=entries)
+
+
+def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
+    """Updates of split projections for a fused weight, and the reverse, under the model's keys."""
+    entries: dict[str, LowRank | Full] = {}
+    for key, entry in adapter.entries.items():
+        known = isinstance(entry, Full) or found.get(key) is not None
+        instead = {} if known else other_split(key, entry, found)  # type: ignore[arg-type]
+        entries |= instead or {key: entry}
+    return entries
 
 
 def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> Full:

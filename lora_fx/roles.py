@@ -51,7 +51,13 @@ def role_of(
         not layout.batch_shape and (layout.out_size, layout.in_size) in tables
     ):
         return "head"
-    for role, rule in _RULES:
-        if any(rule.search(n) for n in names):
-            return role
-    return ""
+    return next((role for n in names if (role := role_by_name(n))), "")
+
+
+def role_by_name(name: str) -> str:
+    """The role that a name (without `.weight`) tells, or an empty text.
+
+    >>> role_by_name("h.0.attn.q_proj"), role_by_name("h.0.attn.qkv")
+    ('q', '')
+    """
+    return next((role for role, rule in _RULES if rule.search(name)), "")

@@ -50,7 +50,7 @@ def select(found: Found, selectors: str | Sequence[str]) -> dict[str, str]:
             for use in _match(t, text):
                 hits.setdefault(t.key, set()).add(use)
                 matched = True
-            for key in () if t.key in hits else _parts(t, text):
+            for key in _parts(t, text):
                 hits.setdefault(key, set()).add("")
                 matched = True
         for t in () if matched else found.optional:  # refused unless a selector means it

@@ -1,0 +1,194 @@
+"""Several adapters in one module, and mixes: against explicit sums of ΔW and PEFT's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lora_fx
+from lora_fx.adapter import Adapter
+from lora_fx.compare import FOLD_TOL, rel
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import LowRank, draw, plain_layout
+from lora_fx.mix import mix
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 5)).eval()
+
+
+def noise(base: nn.Module, seed: int, **options: Any) -> Adapter:
+    m = lora_fx.insert(base, (X,), **options)
+    entries = {}
+    for key, u in m.updates.items():
+        a, b = draw(key, u.layout, u.rank, seed, "probe")
+        entries[key] = replace(u, a=a, b=b * np.float32(0.3))
+    return Adapter(entries)
+
+
+def explicit(base: nn.Module, *parts: tuple[Adapter, float]) -> np.ndarray[Any, Any]:
+    """The model on W + Σ w·ΔW, in fp64."""
+    state = {k: v.detach().double() for k, v in base.state_dict().items()}
+    for adapter, w in parts:
+        for key, delta in adapter.deltas().items():
+            state[key] = state[key] + w * torch.from_numpy(delta)
+    return torch.func.functional_call(base, state, (X.double(),)).detach().numpy()
+
+
+def test_switch_mix_scale_and_back() -> None:
+    base = model()
+    one = noise(base, 1, rank=2)
+    two = noise(base, 2, rank=3, include="0", variant="rslora")
+    m = lora_fx.insert(base, (X,), rank=2)
+    m.load_adapter(one)
+    m.load_adapter(two, name="two")
+    assert set(m.adapters) == {"default", "two"} and m.active == {"default": 1.0}
+
+    def near(*parts: tuple[Adapter, float]) -> bool:
+        return rel(m(X).detach().numpy(), explicit(base, *parts)) < FOLD_TOL
+
+    assert near((one, 1.0)) and not near((two, 1.0))
+    m.activate("two")
+    assert near((two, 1.0)) and list(m.updates) == ["0.weight"]
+    m.activate({"default": 0.7, "two": -0.4})
+    assert near((one, 0.7), (two, -0.4))
+    assert rel(lora_fx.fold(m)(X).numpy(), explicit(base, (one, 0.7), (two, -0.4))) < FOLD_TOL
+    assert not any(p.requires_grad for p in m.parameters()), "a mix is for use"
+    m.scale(0.5)
+    assert near((one, 0.35), (two, -0.2))
+    m.activate(None)
+    assert torch.equal(m(X), base(X)) and not m.adapter().entries and m.active == {}
+    assert torch.equal(lora_fx.fold(m)(X), base(X))
+    m.activate("default")
+    assert near((one, 1.0)) and all(
+        "lora_" in n for n, p in m.named_parameters() if p.requires_grad
+    )
+    for wrong, words in (
+        ("three", "no adapter 'three'"),
+        ({"two": 1.0, "x": 1.0}, "no adapter 'x'"),
+    ):
+        with pytest.raises(LoraFxError, match=words):
+            m.activate(wrong)
+    m.activate({"two": 2.0})
+    assert near((two, 2.0))
+    m.activate(None)
+    with pytest.raises(LoraFxError, match="name"):
+        m.load_adapter(one)
+
+
+def test_training_one_leaves_the_other_and_is_kept() -> None:
+    base = model()
+    one, two = noise(base, 1, rank=2), noise(base, 2, rank=2)
+    m = lora_fx.insert(base, (X,), rank=2)
+    m.load_adapter(one)
+    m.load_adapter(two, name="two")
+    optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
+    m(X).square().mean().backward()
+    optimizer.step()
+    trained = m.adapter()
+    m.activate("two")
+    for key, u in m.adapter().lowrank.items():
+        assert np.array_equal(u.a, two.lowrank[key].a)
+    m.activate("default")
+    for key, u in m.adapter().lowrank.items():
+        assert np.array_equal(u.b, trained.lowrank[key].b)
+        assert not np.array_equal(u.b, one.lowrank[key].b)
+    assert np.array_equal(m.adapter("two").lowrank["0.weight"].b, two.lowrank["0.weight"].b)
+
+
+def test_equal_forms_switch_without_a_new_program() -> None:
+    base = model()
+    m = lora_fx.insert(base, (X,), rank=2)
+    m(X)
+    before = dict(m._programs.compiled)
+    m.load_adapter(noise(base, 3, rank=2))
+    assert m._programs.compiled == before
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.floats(-2, 2), st.floats(-2, 2), st.integers(0, 99))
+def test_mixes(r: int, q: int, v: float, w: float, seed: int) -> None:
+    rng, layout = np.random.default_rng(seed), plain_layout((6, 8))
+    one, two = (
+        Adapter(
+            {
+                "w": LowRank(
+                    rng.standard_normal((k, 8)).astype(np.float32),
+                    rng.standard_normal((6, k)).astype(np.float32),
+                    3.0,
+                    layout,
+                )
+            }
+        )
+        for k in (r, q)
+    )
+    want = v * one.deltas()["w"] + w * two.deltas()["w"]
+    size = max(1.0, float(np.abs(want).max()))
+    cat = mix([(one, v), (two, w)])
+    assert cat.lowrank["w"].rank == r + q
+    assert np.abs(cat.deltas()["w"] - want).max() < 1e-5 * size
+    best = mix([(one, v), (two, w)], how="svd", rank=2).deltas()["w"]
+    s = np.linalg.svd(want, compute_uv=False)
+    assert np.linalg.matrix_rank(best, tol=1e-4 * size) <= 2
+    error = np.linalg.norm(best - want)
+    assert error <= np.sqrt((s[2:] ** 2).sum()) + 1e-5 * size, "Eckart and Young"
+
+
+def test_a_linear_mix_is_pefts() -> None:
+    peft = pytest.importorskip("peft")
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.fc(x)
+            return out
+
+    base = Named().eval()
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["fc"], init_lora_weights=False)
+    theirs = peft.get_peft_model(base, config, adapter_name="one")
+    theirs.add_adapter("two", config)
+    layer = theirs.base_model.model.fc
+    ours = [
+        Adapter(
+            {
+                "fc.weight": LowRank(
+                    layer.lora_A[n].weight.detach().numpy().copy(),
+                    layer.lora_B[n].weight.detach().numpy().copy(),
+                    3.0,
+                    plain_layout((6, 8)),
+                )
+            }
+        )
+        for n in ("one", "two")
+    ]
+    for how in ("linear", "cat", "svd"):
+        theirs.add_weighted_adapter(["one", "two"], [0.7, -0.3], f"m_{how}", combination_type=how)
+        want = layer.get_delta_weight(f"m_{how}").detach().numpy()
+        got = mix(list(zip(ours, (0.7, -0.3), strict=True)), how=how).deltas()["fc.weight"]
+        assert rel(got, want) < 1e-5, how
+
+
+def test_mixes_that_cannot_be() -> None:
+    base = model()
+    one, two = noise(base, 1, rank=2), noise(base, 2, rank=3)
+    whole = lora_fx.insert(base, (X,), rank=2, also_train="2").adapter()
+    for parts, how, rank, words in (
+        ([(one, 1.0), (two, 1.0)], "linear", None, "equal ranks"),
+        ([(one, 1.0)], "mean", None, "no mix 'mean'"),
+        ([(one, 1.0)], "cat", 3, "no rank to choose"),
+        ([(one, 1.0), (whole, 0.5)], "cat", None, "whole tensor"),
+    ):
+        with pytest.raises(LoraFxError, match=words):
+            mix(parts, how=how, rank=rank)
