@@ -135,9 +135,10 @@ def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
     """Updates of split projections for a fused weight, and the reverse, under the model's keys."""
     entries: dict[str, LowRank | Full] = {}
     for key, entry in adapter.entries.items():
-        known = isinstance(entry, Full) or found.get(key) is not None
-        instead = {} if known else other_split(key, entry, found)  # type: ignore[arg-type]
-        entries |= instead or {key: entry}
+        if isinstance(entry, Full) or found.get(key) is not None:
+            entries[key] = entry
+        else:
+            entries |= other_split(key, entry, found) or {key: entry}
     return entries
 
 

@@ -120,7 +120,7 @@ def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
                 f"the example for {s.name!r} has size 0: {list(s.shape)}", "give at least one row"
             )
         dims = {0: BATCH if s.shape[0] in (first, 1) else f"{s.name}_0"}
-        if _has_length(s):
+        if _has_length(s) and not (s.shape[1] == 1 and not s.is_integer):  # 1 is broadcast
             dims[1] = "length" if len(lengths) == 1 else f"{s.name}_length"
         result[s.name] = dims
     return result

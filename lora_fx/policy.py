@@ -87,7 +87,7 @@ def make_plan(
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
         raise LoraFxError(f"rank {rank!r} is not a positive whole number", "8 or 16 is usual")
-    if not found.targets:
+    if not found.targets and not (include and found.optional):
         raise LoraFxError(
             "the model has no weight matmul that an adapter could attach to",
             "run lora-fx targets MODEL: it says what was refused and why",

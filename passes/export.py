@@ -15,7 +15,12 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.to_onnx import OPSET, to_onnx
-from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
+from lora_fx.onnx.names import (
+    rename_dimensions,
+    restore_weight_names,
+    strip_traces,
+    unique_names,
+)
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.given import captured_of, opened, plain
@@ -93,6 +98,7 @@ def _write(
         parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
         _demand(parity, "the fold differs from the unfolded model")
     made = to_onnx(folded, opset)
+    unique_names(made.model)
     restore_weight_names(made.model)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)

@@ -26,6 +26,9 @@ from lora_fx.inputs import SIZES
 CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
 
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Of the dtypes that round a change: an output's, or that of a stored weight."""
+
 Run = Callable[[Mapping[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]
 
 
@@ -97,13 +100,14 @@ def _banned(reference: CapturedModule, shapes: Mapping[str, tuple[int, ...]]) ->
 def _gate(
     reference: CapturedModule, named: Mapping[str, Any], name: str, expected: Any, tol: float
 ) -> float:
-    """`tol` for fp32; for narrower outputs 8 of their epsilons, or half the adapter's effect.
+    """`tol` for fp32; for narrower outputs or weights 8 epsilons, or half the adapter's effect.
 
     Half the effect keeps a lost fold from passing as rounding, down to 4 epsilons, where no
     output of that dtype can tell the two apart.
     """
-    eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(expected.dtype.name)
-    if eps is None:
+    stored = (str(p.dtype).removeprefix("torch.") for p in reference.parameters())
+    eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored))
+    if not eps:
         return tol
     with reference.base():
         base = reference.flat(named)[name]

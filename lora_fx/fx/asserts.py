@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.fx.nodes import hint
+
 aten = torch.ops.aten
 
 
@@ -80,10 +82,31 @@ def door_asserts(
                 pinned.append(Pinned(names[leaf], dim, number, _line(node)))
         elif test.target in (operator.ge, operator.le) and one and number in (0, 1):
             pass
+        elif test.target is operator.eq and len(behind := _sizes_behind(test, places)) == 1:
+            # an equation in one size: other solutions may exist, the example's is certain
+            ((leaf, dim),) = behind
+            sizes[leaf][dim] = hint(sizes[leaf][dim])
+            if dim in requested.get(names[leaf], {}):
+                pinned.append(Pinned(names[leaf], dim, sizes[leaf][dim], _line(node)))
         else:
             continue
         graph.erase_node(node)
     return pinned, tuple(same), lone
+
+
+def _sizes_behind(node: fx.Node, places: Sequence[fx.Node]) -> set[tuple[int, int]]:
+    """The input sizes that an expression is made of."""
+    found, queue = set(), [node]
+    while queue:
+        n = queue.pop()
+        size = _size_of(n, places)
+        if size is not None:
+            found.add(size)
+        elif n.op == "call_function":
+            queue += n.all_input_nodes
+        else:
+            return set()  # a value, not a size
+    return found
 
 
 def _line(node: fx.Node) -> str:
@@ -106,6 +129,18 @@ def who_pinned(program: Any, place: fx.Node, dim: int) -> str:
             frame = theirs[-1] if theirs else stack[-1]
             return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
     return "the model's arithmetic"
+
+
+def single_sizes(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:
+    """Input dimensions to which the export left one size only."""
+    result = {}
+    for i, shape in enumerate(sizes):
+        for d, n in enumerate(shape or ()):
+            if isinstance(n, torch.SymInt):
+                bound = program.range_constraints.get(n.node.expr)
+                if bound is not None and bound.lower == bound.upper:
+                    result[i, d] = int(bound.lower)
+    return result
 
 
 def upper_bounds(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:

@@ -50,11 +50,11 @@ class Source:
         if not isinstance(model, Called):
             try:
                 copied, mode = weightless(model)
-                return cls(copied, copied.forward, mode)
+                return cls(copied, _hooked(copied), mode)
             except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
                 why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
-                return cls(model, model.forward, None, live=True, why=why)
-        return cls(model, model.forward, None, live=True)
+                return cls(model, _hooked(model), None, live=True, why=why)
+        return cls(model, _hooked(model), None, live=True)
 
     def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> Source:
         """This source with floating tensors in another dtype."""
@@ -259,6 +259,13 @@ def capture(
     cap = Captured(model, args, kwargs, dynamic, static)
     cap.traced(False, cap.named)
     return cap
+
+
+def _hooked(model: nn.Module) -> Callable[..., Any]:
+    """A module's forward, with the hooks of the module itself where it has some."""
+    hooks = model._forward_pre_hooks or model._forward_hooks
+    call: Callable[..., Any] = model._call_impl if hooks else model.forward
+    return call
 
 
 def base_dtype(model: nn.Module) -> torch.dtype | None:

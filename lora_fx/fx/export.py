@@ -16,7 +16,14 @@ from torch.export import Dim
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from lora_fx.fx.asserts import Pinned, Requested, door_asserts, upper_bounds, who_pinned
+from lora_fx.fx.asserts import (
+    Pinned,
+    Requested,
+    door_asserts,
+    single_sizes,
+    upper_bounds,
+    who_pinned,
+)
 from lora_fx.fx.calling import Door, Signature, apart, leaf_names
 from lora_fx.fx.inline import inline_regions
 
@@ -46,8 +53,38 @@ def trace(
 ) -> Traced:
     """Export `forward` on `named` inputs and clean the graph.
 
-    Capture goes through one dict argument: torch 2.13 cannot name shapes inside **kwargs.
+    A dynamic dimension of size 1 is tried at 2, and fixed where the model does not take that.
     """
+    try:
+        return _trace(source, signature, forward, named, requested)
+    except Exception:
+        leaves = dict(zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True))
+        lone = [
+            (n, d)
+            for n, dims in requested.items()
+            for d in dims
+            if isinstance(x := leaves.get(n), torch.Tensor) and d < x.dim() and x.shape[d] == 1
+        ]
+        if not lone:
+            raise
+        fewer = {
+            n: {d: s for d, s in dims.items() if (n, d) not in lone}
+            for n, dims in requested.items()
+        }
+        traced = _trace(source, signature, forward, named, fewer)
+        where = "the model: it does not run at size 2"
+        traced.pinned = [*traced.pinned, *(Pinned(n, d, 1, where) for n, d in lone)]
+        return traced
+
+
+def _trace(
+    source: nn.Module,
+    signature: Signature,
+    forward: Any,
+    named: Mapping[str, Any],
+    requested: Requested,
+) -> Traced:
+    """Capture goes through one dict argument: torch 2.13 cannot name shapes inside **kwargs."""
     leaves, spec = pytree.tree_flatten(dict(named))
     names = leaf_names(named)
     leaves = [
@@ -149,6 +186,8 @@ def _clean(
         for p in places
     ]
     pinned, same, lone = door_asserts(graph, places, sizes, names, requested)
+    for (i, d), n in single_sizes(program, sizes).items():
+        sizes[i][d] = n  # type: ignore[index]
     fixed = tuple(
         None if s is None else tuple(n if isinstance(n, int) else None for n in s) for s in sizes
     )

@@ -22,8 +22,10 @@ def shape_of(node: Any) -> Shape | None:
 
 
 def hint(size: Any) -> int:
-    """A size at the example's sizes."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    """A size at the example's sizes; 2 for one that depends on a tensor's values."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return 2 if size.node.hint is None else int(size.node.hint)
 
 
 def numel(shape: Shape) -> int:

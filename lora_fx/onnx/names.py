@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 
@@ -91,3 +92,8 @@ def strip_traces(model: ir.Model) -> None:
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
+
+
+def unique_names(model: ir.Model) -> None:
+    """Rename values that the exporter gave one name; inputs and outputs keep theirs."""
+    NameFixPass()(model)

@@ -122,16 +122,23 @@ def runtime_parity(report: Report) -> list[Parity]:
 
 
 def without_gradient(name: str, module: Any) -> list[str]:
-    """Names of the lora_B that one backward pass in train mode leaves without gradient."""
+    """Names of the lora_B that backward passes in train mode leave without gradient.
+
+    The example comes first, and random inputs after it: a cond takes one branch at a time.
+    """
     subject = built(name)
     module.train()
     torch.manual_seed(0)
-    outs = [
-        x
-        for x in pytree.tree_leaves(module(*subject.args, **subject.kwargs))
-        if isinstance(x, torch.Tensor) and x.requires_grad
-    ]
-    torch.stack([(x * torch.randn_like(x)).sum() for x in outs]).sum().backward()
+    calls = [subject.cap.named]
+    if name == "torch_cond":
+        calls = [module.sample(seed=seed) for seed in range(6)]
+    for named in calls:
+        outs = [
+            x
+            for x in pytree.tree_leaves(module._run_named(named))
+            if isinstance(x, torch.Tensor) and x.requires_grad
+        ]
+        torch.stack([(x * torch.randn_like(x)).sum() for x in outs]).sum().backward()
     return [
         key
         for key, p in module.named_parameters()

@@ -121,14 +121,16 @@ def ours(name: str) -> Iterator[Cell]:
         state["found"] = found = lora_fx.find(need("eval"))
         lost = [r.key for r in found.refusals] + [u.key for u in found.unreached]
         why = f"refused or unreached: {', '.join(lost)}" if lost else ""
-        return Cell("targets", str(len(found.targets)), bool(found.targets), why)
+        some = bool(found.targets or found.optional)
+        return Cell("targets", str(len(found.targets)), some, why)
 
     def share() -> Cell:
         found = need("found")
         lost = checks.missed(name, found)
         reasons = {r.key: r.reason for r in found.refusals}
         why = "; ".join(f"{n}: {reasons.get(n, 'not seen, and not counted')}" for n in lost)
-        return Cell("share", f"{found.reached_share:.1%}", not lost, why)
+        meant = all(reasons.get(n, "").startswith("depthwise") for n in lost)  # and it is said
+        return Cell("share", f"{found.reached_share:.1%}", meant, why)
 
     def effect() -> Cell:
         need("eval")

@@ -48,7 +48,7 @@ class _Effective(TorchFunctionMode):
         for path, delta in deltas.items():
             owner = model.get_submodule(path)
             owner.register_forward_pre_hook(lambda m, a, d=delta: self.now.append(d))
-            owner.register_forward_hook(lambda m, a, out: self.now.pop() and None)
+            owner.register_forward_hook(lambda m, a, out: (self.now.pop(), None)[1])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.now and getattr(func, "__name__", "") in self.OPS:
