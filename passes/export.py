@@ -19,7 +19,6 @@ from lora_fx.onnx.names import (
     rename_dimensions,
     restore_weight_names,
     strip_traces,
-    unique_names,
 )
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 from lora_fx.onnx.session import open_session
@@ -98,7 +97,6 @@ def _write(
         parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
         _demand(parity, "the fold differs from the unfolded model")
     made = to_onnx(folded, opset)
-    unique_names(made.model)
     restore_weight_names(made.model)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)

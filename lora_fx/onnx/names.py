@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import NameFixPass
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 
@@ -20,7 +19,8 @@ def restore_weight_names(model: ir.Model) -> int:
     Returns the number of renamed initialisers.
     """
     graph = model.graph
-    taken = set(graph.initializers)
+    taken = set(graph.initializers)  # and what nodes make: the exporter may fold from such a name
+    taken |= {str(o.name) for n in graph.all_nodes() for o in n.outputs}
     count = 0
     for value in list(graph.initializers.values()):
         source = _source(value.metadata_props.get(FOLDED_FROM, ""))
@@ -92,8 +92,3 @@ def strip_traces(model: ir.Model) -> None:
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
-
-
-def unique_names(model: ir.Model) -> None:
-    """Rename values that the exporter gave one name; inputs and outputs keep theirs."""
-    NameFixPass()(model)
