@@ -49,6 +49,7 @@ class Entry:
         fast: In the default test run; the others are marked slow.
         captures: False where torch.export cannot capture it by design.
         include: What insert adapts; None is the default plan.
+        idle: Parts of it do not move its outputs: insert leaves them out, by name (dead="drop").
         gain: Factor on a random B: deep sums and unscaled logits amplify change and rounding.
     """
 
@@ -59,6 +60,7 @@ class Entry:
     fast: bool = False
     captures: bool = True
     include: str | None = None
+    idle: bool = False
     gain: float = 1.0
 
 

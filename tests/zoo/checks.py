@@ -45,7 +45,9 @@ def built(name: str) -> Subject:
 
 def adapted(name: str, **options: Any) -> Any:
     """Inserted with zero B."""
-    return lora_fx.insert(built(name).cap, rank=2, include=ZOO[name].include, **options)
+    entry = ZOO[name]
+    dead = "drop" if entry.idle else "error"
+    return lora_fx.insert(built(name).cap, rank=2, include=entry.include, dead=dead, **options)
 
 
 def perturbed(name: str) -> Any:

@@ -138,6 +138,7 @@ def ours(name: str) -> Iterator[Cell]:
         all_ = checks.effects(module)
         fine = bool(all_) and all(checks.seen(e) for e in all_)
         why = "" if fine else f"not within {checks.SEEN} at every size: {all_}"
+        why = "; ".join([*([why] if why else []), *module.notes])  # what insert left out, by name
         return Cell("effect", _number(max(all_)), fine, why)
 
     def gradient() -> Cell:

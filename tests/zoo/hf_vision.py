@@ -142,7 +142,7 @@ def _hf_semantic_segmentation() -> Built:
     return SegformerForSemanticSegmentation(config), (), image()
 
 
-@entry("hf_universal_segmentation", "hf")
+@entry("hf_universal_segmentation", "hf", idle=True)
 def _hf_universal_segmentation() -> Built:
     from transformers import (
         DetrConfig,
@@ -208,7 +208,7 @@ def _hf_image_to_image() -> Built:
     return Swin2SRForImageSuperResolution(config), (), inputs
 
 
-@entry("hf_mask_generation", "hf")
+@entry("hf_mask_generation", "hf", idle=True)
 def _hf_mask_generation() -> Built:
     from transformers import SamConfig, SamModel
 
