@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from lora_fx.fx.nodes import hint
+from lora_fx.inputs import SIZES
 
 aten = torch.ops.aten
 
@@ -82,7 +83,7 @@ def door_asserts(
                 pinned.append(Pinned(names[leaf], dim, number, _line(node)))
         elif test.target in (operator.ge, operator.le) and one and number in (0, 1):
             pass
-        elif test.target is operator.eq and len(behind := _sizes_behind(test, places)) == 1:
+        elif _decides(test) and len(behind := _sizes_behind(test, places)) == 1:
             # an equation in one size: other solutions may exist, the example's is certain
             ((leaf, dim),) = behind
             sizes[leaf][dim] = hint(sizes[leaf][dim])
@@ -92,6 +93,15 @@ def door_asserts(
             continue
         graph.erase_node(node)
     return pinned, tuple(same), lone
+
+
+def _decides(test: fx.Node) -> bool:
+    """True for an equation that does not hold at the sizes that the checks use."""
+    expression = getattr(getattr(test.meta.get("val"), "node", None), "expr", None)
+    if test.target is not operator.eq or expression is None or len(expression.free_symbols) != 1:
+        return False
+    (symbol,) = expression.free_symbols
+    return any(expression.subs(symbol, n[1]) == False for n in SIZES)  # noqa: E712 - sympy's own
 
 
 def _sizes_behind(node: fx.Node, places: Sequence[fx.Node]) -> set[tuple[int, int]]:

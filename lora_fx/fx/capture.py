@@ -68,7 +68,8 @@ class Source:
         if dtype not in self.copies:
             name = getattr(self.forward, "__name__", "forward")
             copied, mode = weightless(self.module, dtype, self.mode)
-            self.copies[dtype] = Source(copied, getattr(copied, name), mode)
+            call = _hooked(copied) if name == "forward" else getattr(copied, name)
+            self.copies[dtype] = Source(copied, call, mode)
         return self.copies[dtype]
 
 
@@ -263,9 +264,19 @@ def capture(
 
 def _hooked(model: nn.Module) -> Callable[..., Any]:
     """A module's forward, with the hooks of the module itself where it has some."""
-    hooks = model._forward_pre_hooks or model._forward_hooks
-    call: Callable[..., Any] = model._call_impl if hooks else model.forward
-    return call
+    if not (model._forward_pre_hooks or model._forward_hooks):
+        return model.forward
+    order = Signature(model.forward).positional
+
+    def forward(*args: Any, **named: Any) -> Any:
+        given = list(args)  # hooks see positional arguments, as in an ordinary call
+        for name in order[len(args) :]:
+            if name not in named:
+                break
+            given.append(named.pop(name))
+        return model._call_impl(*given, **named)  # type: ignore[no-untyped-call]
+
+    return forward
 
 
 def base_dtype(model: nn.Module) -> torch.dtype | None:
