@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers.integrations.moe  # noqa: F401 - registers its fallback of grouped_mm
 from torch import Tensor, nn
+
+from tests import forwards
 
 
 @dataclass(frozen=True)
@@ -64,100 +65,6 @@ def example(row: Row, seed: int = 1) -> Tensor:
     return torch.randn(row.x, generator=g)
 
 
-def _lstm(p: Any, x: Tensor) -> Tensor:
-    h = x.new_zeros(1, x.shape[0], 5)
-    out: Tensor = torch.lstm(x, (h, h), [p.w, p.u, p.b, p.c], True, 1, 0.0, False, False, True)[0]
-    return out
-
-
-def _gru(p: Any, x: Tensor) -> Tensor:
-    out: Tensor = torch.gru(
-        x, x.new_zeros(1, x.shape[0], 5), [p.w, p.u, p.b, p.c], True, 1, 0.0, False, False, True
-    )[0]
-    return out
-
-
-def _rnn(p: Any, x: Tensor) -> Tensor:
-    """Bidirectional."""
-    h = x.new_zeros(2, x.shape[0], 5)
-    weights = [p.w, p.u, p.b, p.c, p.v, p.t, p.b, p.c]
-    out: Tensor = torch.rnn_tanh(x, h, weights, True, 1, 0.0, False, True, True)[0]
-    return out
-
-
-def _lstm_cell(p: Any, x: Tensor) -> Tensor:
-    h = x.new_zeros(x.shape[0], 5)
-    for _ in range(2):
-        h, _c = torch.lstm_cell(x, [h, h], p.w, p.u, p.b, p.c)
-    return h
-
-
-def _bag(mode: str) -> Callable[[Any, Tensor], Tensor]:
-    return lambda p, x: F.embedding_bag(x, p.w, mode=mode)
-
-
-def _gathered(p: Any, x: Tensor) -> Tensor:
-    """Each row by the expert that a router chose, as transformers' batched_mm."""
-    ids = torch.argmax(x @ p.r, -1)
-    return torch.bmm(p.w[ids], x.unsqueeze(-1)).squeeze(-1)
-
-
-def _grouped(p: Any, x: Tensor) -> Tensor:
-    """Rows sorted by expert, as transformers' grouped_mm."""
-    ids = torch.argmax(x @ p.r, -1)
-    order = torch.argsort(ids)
-    counts = torch.histc(ids.float(), 4, 0, 3).cumsum(0).to(torch.int32)
-    y: Tensor = torch.ops.transformers.grouped_mm_fallback(x[order], p.w.transpose(1, 2), counts)
-    return y[torch.argsort(order)]
-
-
-def _cond(p: Any, x: Tensor) -> Tensor:
-    y: Tensor = torch.cond(
-        x.sum() > 0, lambda x: F.linear(x, p.w), lambda x: F.linear(2 * x, p.w), (x,)
-    )
-    return y
-
-
-def _no_grad(p: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        h = torch.tanh(F.linear(x, p.w))
-    return F.linear(h, p.v)
-
-
-def _autocast(p: Any, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return F.linear(x, p.w)
-
-
-def _standardised(p: Any) -> Tensor:
-    w: Tensor = p.w
-    return (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True) * p.g
-
-
-def _householder(p: Any) -> Tensor:
-    a = torch.tril(p.w)
-    return torch.eye(8, dtype=a.dtype)[:6] @ torch.matrix_exp(a - a.t())
-
-
-def _experts(p: Any, x: Tensor) -> Tensor:
-    return torch.bmm(x.unsqueeze(0).expand(4, -1, -1), p.w).sum(0)
-
-
-def _split(p: Any, x: Tensor) -> Tensor:
-    q, k = p.w.split([6, 4])
-    return torch.cat([F.linear(x, q), F.linear(x, k)], -1)
-
-
-def _chunk(p: Any, x: Tensor) -> Tensor:
-    q, k = p.w.chunk(2)
-    return F.linear(x, q) * F.linear(x, k)
-
-
-def _unbind(p: Any, x: Tensor) -> Tensor:
-    q, k = p.w.view(2, 5, 8).unbind(0)
-    return F.linear(x, q) + 2 * F.linear(x, k)
-
-
 # fmt: off
 ROWS = [
     Row("linear", "linear", {"w": (6, 8), "b": (6,)}, (3, 5, 8),
@@ -170,7 +77,7 @@ ROWS = [
     Row("matmul stack left", "matmul", {"w": (4, 6, 8)}, (3, 4, 8, 5), lambda p, x: p.w @ x),
     Row("mm", "mm", {"w": (8, 6)}, (5, 8), lambda p, x: torch.mm(x, p.w)),
     Row("mm left", "mm", {"w": (6, 8)}, (8, 5), lambda p, x: torch.mm(p.w, x)),
-    Row("bmm", "bmm", {"w": (4, 8, 6)}, (5, 8), _experts),
+    Row("bmm", "bmm", {"w": (4, 8, 6)}, (5, 8), forwards.experts),
     Row("addmm", "addmm", {"w": (8, 6), "b": (6,)}, (5, 8), lambda p, x: torch.addmm(p.b, x, p.w)),
     Row(
         "einsum heads", "einsum", {"w": (8, 2, 3)}, (3, 5, 8),
@@ -218,8 +125,8 @@ ROWS = [
     ),
     Row("embedding", "embedding", {"w": (11, 6)}, (3, 5), lambda p, x: F.embedding(x, p.w), ids=11),
     Row(
-        "lstm", "lstm", {"w": (20, 8), "u": (20, 5), "b": (20,), "c": (20,)}, (3, 6, 8), _lstm,
-        keys=("w", "u"),
+        "lstm", "lstm", {"w": (20, 8), "u": (20, 5), "b": (20,), "c": (20,)}, (3, 6, 8),
+        forwards.lstm, keys=("w", "u"),
     ),
     Row(
         "addmm alpha", "addmm", {"w": (8, 6), "b": (6,)}, (5, 8),
@@ -253,34 +160,34 @@ ROWS = [
         "conv_transpose3d", "conv_transpose3d", {"w": (4, 3, 2, 3, 2)}, (2, 4, 3, 4, 5),
         lambda p, x: F.conv_transpose3d(x, p.w, padding=(0, 1, 1)),
     ),
-    Row("bag sum", "embedding_bag", {"w": (11, 6)}, (3, 5), _bag("sum"), ids=11),
-    Row("bag mean", "embedding_bag", {"w": (11, 6)}, (3, 5), _bag("mean"), ids=11),
-    Row("bag max", "embedding_bag", {"w": (11, 6)}, (3, 5), _bag("max"), ids=11),
+    Row("bag sum", "embedding_bag", {"w": (11, 6)}, (3, 5), forwards.bag("sum"), ids=11),
+    Row("bag mean", "embedding_bag", {"w": (11, 6)}, (3, 5), forwards.bag("mean"), ids=11),
+    Row("bag max", "embedding_bag", {"w": (11, 6)}, (3, 5), forwards.bag("max"), ids=11),
     Row(
         "bilinear", "bilinear", {"w": (6, 8, 3), "v": (3, 8)}, (5, 8),
         lambda p, x: F.bilinear(x, F.linear(x, p.v), p.w), ("w", "v"),
     ),
     Row(
-        "gru", "gru", {"w": (15, 8), "u": (15, 5), "b": (15,), "c": (15,)}, (3, 6, 8), _gru,
+        "gru", "gru", {"w": (15, 8), "u": (15, 5), "b": (15,), "c": (15,)}, (3, 6, 8), forwards.gru,
         keys=("w", "u"),
     ),
     Row(
         "rnn", "rnn_tanh",
         {"w": (5, 8), "u": (5, 5), "b": (5,), "c": (5,), "v": (5, 8), "t": (5, 5)}, (3, 6, 8),
-        _rnn, keys=("w", "u", "v", "t"),
+        forwards.rnn, keys=("w", "u", "v", "t"),
     ),
     Row(
         "lstm cell", "lstm_cell", {"w": (20, 8), "u": (20, 5), "b": (20,), "c": (20,)}, (3, 8),
-        _lstm_cell, keys=("w", "u"),
+        forwards.lstm_cell, keys=("w", "u"),
     ),
-    Row("grouped", "grouped_mm", {"w": (4, 6, 8), "r": (8, 4)}, (9, 8), _grouped, ("w", "r"),
-        dead=("r",)),
-    Row("gathered", "bmm", {"w": (4, 6, 8), "r": (8, 4)}, (9, 8), _gathered, ("w", "r"),
-        dead=("r",)),
-    Row("cond", "cond", {"w": (6, 8)}, (5, 8), _cond),
-    Row("no_grad", "linear", {"w": (6, 8), "v": (5, 6)}, (4, 8), _no_grad, ("w", "v"),
+    Row("grouped", "grouped_mm", {"w": (4, 6, 8), "r": (8, 4)}, (9, 8), forwards.grouped,
+        ("w", "r"), dead=("r",)),
+    Row("gathered", "bmm", {"w": (4, 6, 8), "r": (8, 4)}, (9, 8), forwards.gathered,
+        ("w", "r"), dead=("r",)),
+    Row("cond", "cond", {"w": (6, 8)}, (5, 8), forwards.cond),
+    Row("no_grad", "linear", {"w": (6, 8), "v": (5, 6)}, (4, 8), forwards.no_grad, ("w", "v"),
         dead=("w",)),
-    Row("autocast off", "linear", {"w": (6, 8)}, (4, 8), _autocast),
+    Row("autocast off", "linear", {"w": (6, 8)}, (4, 8), forwards.autocast),
     # weights that the model computes
     Row(
         "masked", "linear", {"w": (6, 8)}, (5, 8), lambda p, x: F.linear(x, p.eff()), ("w~",),
@@ -293,11 +200,11 @@ ROWS = [
     ),
     Row(
         "standardised", "conv2d", {"w": (6, 4, 3, 3), "g": (6, 1, 1, 1)}, (2, 4, 7, 8),
-        lambda p, x: F.conv2d(x, p.eff()), ("weight~",), effective=_standardised,
+        lambda p, x: F.conv2d(x, p.eff()), ("weight~",), effective=forwards.standardised,
     ),
     Row(
         "orthogonal", "matmul", {"w": (8, 8)}, (5, 8), lambda p, x: x @ p.eff().t(), ("w~",),
-        effective=_householder,
+        effective=forwards.householder,
     ),
     Row(
         "joined", "linear", {"w": (4, 8), "v": (2, 8)}, (5, 8), lambda p, x: F.linear(x, p.eff()),
@@ -319,9 +226,9 @@ ROWS = [
     ),
     Row("selected", "linear", {"w": (3, 6, 8)}, (5, 8),
         lambda p, x: F.linear(x, p.w[1]), ("w[1]",)),
-    Row("split", "linear", {"w": (10, 8)}, (5, 8), _split, ("w[0:6]", "w[6:10]")),
-    Row("chunk", "linear", {"w": (10, 8)}, (5, 8), _chunk, ("w[0:5]", "w[5:10]")),
-    Row("unbind", "linear", {"w": (10, 8)}, (5, 8), _unbind, ("w[0:5]", "w[5:10]")),
+    Row("split", "linear", {"w": (10, 8)}, (5, 8), forwards.split, ("w[0:6]", "w[6:10]")),
+    Row("chunk", "linear", {"w": (10, 8)}, (5, 8), forwards.chunk, ("w[0:5]", "w[5:10]")),
+    Row("unbind", "linear", {"w": (10, 8)}, (5, 8), forwards.unbind, ("w[0:5]", "w[5:10]")),
     Row(
         "overlapping", "linear", {"w": (10, 8)}, (5, 8),
         lambda p, x: F.linear(x, p.w[:6]) + F.linear(x, p.w[4:]),
