@@ -27,7 +27,7 @@ CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
 
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""Of the dtypes that round a change: an output's, or that of a stored weight."""
+"""Of the dtypes that round a change: an output's, or that of an adapted weight."""
 
 Run = Callable[[Mapping[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]
 
@@ -100,12 +100,13 @@ def _banned(reference: CapturedModule, shapes: Mapping[str, tuple[int, ...]]) ->
 def _gate(
     reference: CapturedModule, named: Mapping[str, Any], name: str, expected: Any, tol: float
 ) -> float:
-    """`tol` for fp32; for narrower outputs or weights 8 epsilons, or half the adapter's effect.
+    """`tol` for fp32; for narrower outputs or adapted weights 8 eps, or half the adapter's effect.
 
     Half the effect keeps a lost fold from passing as rounding, down to 4 epsilons, where no
     output of that dtype can tell the two apart.
     """
-    stored = (str(p.dtype).removeprefix("torch.") for p in reference.parameters())
+    found, updates = getattr(reference, "found", None), getattr(reference, "updates", {})
+    stored = (found[key].parameter.dtype for key in updates) if found else ()
     eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored))
     if not eps:
         return tol
