@@ -15,6 +15,7 @@ from lora_fx.lowrank import Full, LowRank, plain_layout
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.target import Found
 from lora_fx.uses import lookup_use, named_use, op_of, tied
+from lora_fx.variant import Entry, name_of
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +28,7 @@ class Adapter:
     known. `bind` gives it those of a model.
     """
 
-    entries: Mapping[str, LowRank | Full]
+    entries: Mapping[str, Entry]
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -47,6 +48,15 @@ class Adapter:
     def full(self) -> dict[str, Full]:
         """The whole tensors."""
         return {k: v for k, v in self.entries.items() if isinstance(v, Full)}
+
+    @property
+    def others(self) -> dict[str, str]:
+        """{key: what it is} of entries that only a merge of checkpoints can apply."""
+        return {
+            k: name_of(v)
+            for k, v in self.entries.items()
+            if not isinstance(v, (LowRank, Full)) or getattr(v, "magnitude", None) is not None
+        }
 
     @property
     def bound(self) -> bool:
@@ -87,6 +97,7 @@ class Adapter:
                 f"weight {weight:g}: the adapter holds the whole tensor {next(iter(self.full))!r}",
                 "only low-rank updates can be weighted",
             )
+        check_plain(self, f"weight {weight:g}")
         scaled = {k: replace(v, alpha=v.alpha * weight) for k, v in self.lowrank.items()}
         return replace(self, entries=scaled)
 
@@ -109,7 +120,8 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
         adapter: Bound or not; its keys may be aliases.
         found: The model's targets.
     """
-    entries: dict[str, LowRank | Full] = {}
+    check_plain(adapter, "a graph")
+    entries: dict[str, Entry] = {}
     first = {
         a: t.parameter.name
         for t in found.targets
@@ -131,11 +143,23 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     return replace(adapter, entries=entries)
 
 
+def check_plain(adapter: Adapter, what: str) -> None:
+    """Raise for an entry that is more than s·b·a or a whole tensor."""
+    for key, kind in adapter.others.items():
+        raise LoraFxError(
+            f"{what}: the adapter's {key!r} is {kind}; expected lora, rslora or a whole tensor",
+            "lora-fx merge folds it into a checkpoint",
+        )
+
+
 def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
     """Updates of split projections for a fused weight, and the reverse, under the model's keys."""
     entries: dict[str, LowRank | Full] = {}
     for key, entry in adapter.entries.items():
-        if isinstance(entry, Full) or found.get(key) is not None:
+        if not isinstance(entry, LowRank):
+            assert isinstance(entry, Full)  # check_plain
+            entries[key] = entry
+        elif found.get(key) is not None:
             entries[key] = entry
         else:
             entries |= other_split(key, entry, found) or {key: entry}

@@ -181,6 +181,7 @@ class LowRank:
         layout: How [*batch, out, in] lies in the stored tensor; None while unbound.
         variant: Name of the update's kind; lora: alpha/rank, rslora: alpha/√rank.
         use: The alias of the parameter through which the update applies; empty for all uses.
+        magnitude: [out] of DoRA: rows of W + ΔW are rescaled to these norms; None elsewhere.
     """
 
     a: Array
@@ -190,6 +191,7 @@ class LowRank:
     variant: str = "lora"
     use: str = ""
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    magnitude: Array | None = None
 
     @property
     def rank(self) -> int:
@@ -200,6 +202,19 @@ class LowRank:
     def scale(self) -> float:
         """alpha/rank, or alpha/√rank for rslora."""
         return scale_of(self.alpha, self.rank, self.variant)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[*batch, out, in] of ΔW."""
+        return (*self.b.shape[:-1], int(self.a.shape[-1]))
+
+    def block(self, batch: int, rows: slice, columns: slice) -> Array:
+        """s·ΔW[batch][rows, columns] in fp32: the product, then ·s, which is PEFT's order."""
+        a = self.a.reshape(-1, *self.a.shape[-2:])[batch]
+        b = self.b.reshape(-1, *self.b.shape[-2:])[batch]
+        product = np.matmul(b[rows], a[:, columns])
+        product *= np.float32(self.scale)
+        return np.asarray(product)
 
     def matrix(self, dtype: npt.DTypeLike = np.float64) -> Array:
         """s·b@a, [*batch, out, in], in `dtype`."""
