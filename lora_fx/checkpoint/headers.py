@@ -1,17 +1,15 @@
 """The tensors of a `.safetensors` file or a Hugging Face folder, and those an adapter can take.
 
-One file or shards with their index; only headers are read, and every one strictly (see strict.py).
+Only headers are read, and every one strictly (see strict.py).
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from lora_fx.checkpoint.strict import AGAIN, CONVERT, TensorInfo, read_header, read_json
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.checkpoint.folder import open_checkpoint
+from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.graph import Parameter
 from lora_fx.lowrank import plain_layout
 from lora_fx.policy import default_plan
@@ -21,8 +19,6 @@ from lora_fx.target import Found, Refusal, Target
 WEIGHTS = frozenset(("float16", "bfloat16", "float32", "float64"))
 """dtypes of weights that an update can be added to."""
 
-STEMS = ("model", "diffusion_pytorch_model")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TABLE = re.compile(r"(^|\.)(\w*embed(ding)?s?(_tokens|_in)?|wte|wpe|shared)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 
@@ -36,11 +32,7 @@ def tensors(path: str | Path) -> dict[str, TensorInfo]:
     Raises:
         LoraFxError: Damaged, incomplete or unsafe files; the message names file and tensor.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return dict(read_header(path).tensors)
-    file, is_index = _weights_of(path)
-    return _sharded(file) if is_index else dict(read_header(file).tensors)
+    return dict(open_checkpoint(path).tensors)
 
 
 def file_targets(path: str | Path) -> Found:
@@ -69,73 +61,3 @@ def file_targets(path: str | Path) -> Found:
 
 def _module(key: str) -> str:
     return key.removesuffix(".weight")
-
-
-def _weights_of(folder: Path) -> tuple[Path, bool]:
-    """The file that holds a folder's weights, or the index of its shards and True."""
-    for stem in STEMS:
-        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            if os.path.lexists(folder / name):
-                return folder / name, name.endswith(".json")
-    names = sorted(p.name for p in folder.iterdir())
-    files = [n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_")]
-    indexes = [n for n in names if n.endswith(".safetensors.index.json")]
-    if len(indexes) == 1 or (not indexes and len(files) == 1):
-        return folder / (indexes or files)[0], bool(indexes)
-    if indexes or files:
-        raise LoraFxError(
-            f"{folder}: {len(indexes) or len(files)} candidates and no model.safetensors "
-            f"({', '.join((indexes or files)[:3])} …)",
-            "give the one file that you mean",
-        )
-    pickles = [n for n in names if n.endswith(PICKLES)]
-    if pickles:
-        raise LoraFxError(
-            f"{folder}: its weights are pickles ({pickles[0]}), which can run code and are not "
-            "read; --trust is not supported yet",
-            CONVERT,
-        )
-    if "adapter_config.json" in names:
-        raise LoraFxError(f"{folder}: an adapter, not a model", "give the folder of its base model")
-    raise LoraFxError(f"{folder}: no .safetensors file", "is the download complete?")
-
-
-def _sharded(index: Path) -> dict[str, TensorInfo]:
-    """The tensors of all shards; where two hold the same name, the index says which counts."""
-    home = read_json(index).get("weight_map")
-    if not isinstance(home, dict) or not all(isinstance(v, str) for v in home.values()):
-        raise LoraFxError(f"{index}: no weight_map of tensor names to file names", AGAIN)
-    result: dict[str, TensorInfo] = {}
-    for shard in dict.fromkeys(home.values()):
-        for name, info in _shard(index, shard, home):
-            here = home.get(name, shard) == shard
-            if here and name in result:
-                raise LoraFxError(f"{index}: tensor {name!r} is in two shards and in no line of it")
-            if here:
-                result[name] = info
-    lost = next((n for n in home if n not in result), None)
-    if lost is not None:
-        raise LoraFxError(
-            f"{index.parent / home[lost]}: tensor {lost!r} is not there, but {index.name} says so",
-            AGAIN,
-        )
-    return result
-
-
-def _shard(index: Path, name: str, home: Mapping[str, str]) -> Iterator[tuple[str, TensorInfo]]:
-    path = PurePosixPath(name)
-    outside = path.is_absolute() or ".." in path.parts or bool(re.search(r"[\\:\0]", name))
-    if outside or not name.endswith(".safetensors"):
-        raise LoraFxError(
-            f"{index}: names the shard {one_line(repr(name), 120)}; expected a .safetensors file "
-            "inside the folder",
-            "do not use this folder: its index points elsewhere" if outside else CONVERT,
-        )
-    file = index.parent / name
-    if not file.exists():
-        count = sum(1 for v in home.values() if v == name)
-        raise LoraFxError(
-            f"{file}: this shard is missing ({count} tensors)",
-            "download it; lora-fx downloads nothing",
-        )
-    yield from read_header(file).tensors.items()

@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.checkpoint.fit import check_fit
-from lora_fx.checkpoint.headers import PICKLES, tensors
+from lora_fx.checkpoint.folder import PICKLES
+from lora_fx.checkpoint.headers import tensors
 from lora_fx.checkpoint.strict import CONVERT
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.factory import call_factory

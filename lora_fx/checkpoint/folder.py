@@ -1,0 +1,182 @@
+"""A checkpoint: one `.safetensors` file, or a Hugging Face folder with a file or shards.
+
+Only headers are read. What else lies in a folder (configs, tokenizer, code of its own) is listed,
+and so is what must not travel with changed weights: other copies of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora_fx.checkpoint.strict import AGAIN, CONVERT, Header, TensorInfo, read_header, read_json
+from lora_fx.errors import LoraFxError, one_line
+
+STEMS = ("model", "diffusion_pytorch_model")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".data", ".gguf", ".safetensors", ".npz")
+"""Endings of files that hold weights: beside merged ones they would be stale copies."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a model on disk.
+
+    Attributes:
+        path: The file or folder.
+        shards: File name → header, in the order of the index.
+        tensors: Every tensor, from the shard that counts.
+        index: The index of the shards, or None.
+        index_json: Its content.
+    """
+
+    path: Path
+    shards: Mapping[str, Header]
+    tensors: Mapping[str, TensorInfo]
+    index: Path | None = None
+    index_json: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum((self.folder / name).stat().st_size for name in self.shards)
+
+    def config(self) -> dict[str, Any]:
+        """config.json of a folder; empty for a file, or where there is none."""
+        file = self.path / "config.json"
+        return read_json(file) if self.path.is_dir() and file.is_file() else {}
+
+    def companions(self) -> tuple[list[PurePosixPath], list[str]]:
+        """Relative paths of the folder's other files, and names that are left out.
+
+        Hidden names and other weight files are left out; links are followed.
+        """
+        mine = {*self.shards, self.index.name if self.index else ""}
+        kept: list[PurePosixPath] = []
+        left: list[str] = []
+        if self.path.is_dir():
+            self._walk(self.path, PurePosixPath(), mine, kept, left)
+        return kept, left
+
+    def _walk(
+        self,
+        folder: Path,
+        at: PurePosixPath,
+        mine: set[str],
+        kept: list[PurePosixPath],
+        left: list[str],
+    ) -> None:
+        for child in sorted(folder.iterdir()):
+            name = at / child.name
+            if str(name) in mine:
+                continue
+            weights = child.name.endswith((*OTHER_WEIGHTS, ".index.json"))
+            if child.name.startswith(".") or (weights and not child.is_dir()):
+                left.append(str(name))
+            elif child.is_dir():
+                if child.is_symlink() or len(name.parts) > 8:
+                    left.append(str(name))
+                else:
+                    self._walk(child, name, mine, kept, left)
+            elif child.is_file():
+                kept.append(name)
+            else:
+                left.append(str(name))
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the headers of a `.safetensors` file or of a Hugging Face folder.
+
+    Raises:
+        LoraFxError: Damaged, incomplete or unsafe files; the message names file and tensor.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        header = read_header(path)
+        return Checkpoint(path, {path.name: header}, header.tensors)
+    file, is_index = _weights_of(path)
+    if not is_index:
+        header = read_header(file)
+        return Checkpoint(path, {file.name: header}, header.tensors)
+    return _sharded(path, file)
+
+
+def _weights_of(folder: Path) -> tuple[Path, bool]:
+    """The file that holds a folder's weights, or the index of its shards and True."""
+    for stem in STEMS:
+        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            if os.path.lexists(folder / name):
+                return folder / name, name.endswith(".json")
+    names = sorted(p.name for p in folder.iterdir())
+    files = [n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_")]
+    indexes = [n for n in names if n.endswith(".safetensors.index.json")]
+    if len(indexes) == 1 or (not indexes and len(files) == 1):
+        return folder / (indexes or files)[0], bool(indexes)
+    if indexes or files:
+        raise LoraFxError(
+            f"{folder}: {len(indexes) or len(files)} candidates and no model.safetensors "
+            f"({', '.join((indexes or files)[:3])} …)",
+            "give the one file that you mean",
+        )
+    pickles = [n for n in names if n.endswith(PICKLES)]
+    if pickles:
+        raise LoraFxError(
+            f"{folder}: its weights are pickles ({pickles[0]}), which can run code and are not "
+            "read; --trust is not supported yet",
+            CONVERT,
+        )
+    if "adapter_config.json" in names:
+        raise LoraFxError(f"{folder}: an adapter, not a model", "give the folder of its base model")
+    raise LoraFxError(f"{folder}: no .safetensors file", "is the download complete?")
+
+
+def _sharded(folder: Path, index: Path) -> Checkpoint:
+    """All shards; where two hold the same name, the index says which counts."""
+    whole = read_json(index)
+    home = whole.get("weight_map")
+    if not isinstance(home, dict) or not all(isinstance(v, str) for v in home.values()):
+        raise LoraFxError(f"{index}: no weight_map of tensor names to file names", AGAIN)
+    result: dict[str, TensorInfo] = {}
+    shards = {shard: _shard(index, shard, home) for shard in dict.fromkeys(home.values())}
+    for shard, header in shards.items():
+        for name, info in header.tensors.items():
+            here = home.get(name, shard) == shard
+            if here and name in result:
+                raise LoraFxError(f"{index}: tensor {name!r} is in two shards and in no line of it")
+            if here:
+                result[name] = info
+    lost = next((n for n in home if n not in result), None)
+    if lost is not None:
+        raise LoraFxError(
+            f"{index.parent / home[lost]}: tensor {lost!r} is not there, but {index.name} says so",
+            AGAIN,
+        )
+    return Checkpoint(folder, shards, result, index, whole)
+
+
+def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or ".." in path.parts or bool(re.search(r"[\\:\0]", name))
+    if outside or not name.endswith(".safetensors"):
+        raise LoraFxError(
+            f"{index}: names the shard {one_line(repr(name), 120)}; expected a .safetensors file "
+            "inside the folder",
+            "do not use this folder: its index points elsewhere" if outside else CONVERT,
+        )
+    file = index.parent / name
+    if not file.exists():
+        count = sum(1 for v in home.values() if v == name)
+        raise LoraFxError(
+            f"{file}: this shard is missing ({count} tensors)",
+            "download it; lora-fx downloads nothing",
+        )
+    return read_header(file)
