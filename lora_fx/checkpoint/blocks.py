@@ -1,0 +1,178 @@
+"""Fold a block of rows: W + Σ s·BA in fp32 (fp64 for fp64 weights), rounded once, and measured.
+
+The order is PEFT's: the fp32 product, times s, plus W. Its numbers are therefore bit for bit
+PEFT's wherever the two matrix products sum in the same order. Then, where DoRA asks for it, rows
+are rescaled; then single rows are replaced; then one rounding to the stored dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lora_fx.checkpoint.rectangles import Matrix, Rectangle
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Array
+from lora_fx.numeric import numpy_dtype
+
+BLOCK = 1 << 18
+"""Elements of a block: 1 MiB in fp32, so that one block's arrays stay in a core's cache."""
+
+
+@dataclass
+class Stats:
+    """What a fold did to the elements it went over; sums, so that blocks can be added up.
+
+    Attributes:
+        elements: How many.
+        still: Those that have the same bits as before.
+        weight: ‖W‖².
+        delta: ‖Δ‖², Δ = what should have been added.
+        along: ⟨W_new − W, Δ⟩; over `delta` it is the gain: 1 where all of Δ arrived.
+    """
+
+    elements: int = 0
+    still: int = 0
+    weight: float = 0.0
+    delta: float = 0.0
+    along: float = 0.0
+
+    def add(self, other: Stats) -> None:
+        """Add another block's."""
+        self.elements += other.elements
+        self.still += other.still
+        self.weight += other.weight
+        self.delta += other.delta
+        self.along += other.along
+
+    @property
+    def ratio(self) -> float:
+        """‖Δ‖/‖W‖; 0 where there is no Δ."""
+        if not self.delta:
+            return 0.0
+        return float(np.sqrt(self.delta / self.weight)) if self.weight else float("inf")
+
+    @property
+    def gain(self) -> float:
+        """⟨applied, Δ⟩/⟨Δ, Δ⟩; 1 where there is no Δ."""
+        return self.along / self.delta if self.delta else 1.0
+
+    @property
+    def lost(self) -> float:
+        """Share of elements that did not move."""
+        return self.still / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What happens to one stored tensor.
+
+    Attributes:
+        name: Of the tensor.
+        matrix: Its rows, columns and rectangles.
+        rows: Row → its new values: PEFT's trainable tokens.
+        norms: For DoRA of a transposed weight: the norms of W + ΔW along its columns, by part.
+    """
+
+    name: str
+    matrix: Matrix
+    rows: Mapping[int, Array] = field(default_factory=dict)
+    norms: Mapping[int, Array] = field(default_factory=dict)
+
+    def block(self, old: Array, low: int, dtype: str) -> tuple[Array, Stats]:
+        """New rows and what changed.
+
+        Args:
+            old: Rows low ≤ i < low + len(old) as stored, [n, columns].
+            low: The first row.
+            dtype: Of the result.
+
+        Raises:
+            LoraFxError: A value that is no number, or beyond the range of the dtype.
+        """
+        wide = np.float64 if old.dtype == np.float64 else np.float32
+        weight = old.astype(wide)
+        new, delta = self.sum(weight, low)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below, and named
+            result = new.astype(numpy_dtype(dtype))
+            stats = _measured(old, weight, delta, result)
+        if not np.isfinite(stats.along + stats.weight):
+            raise self._error(weight, new, result, low)
+        return result, stats
+
+    def sum(self, weight: Array, low: int) -> tuple[Array, Array]:
+        """W + Δ and Δ of rows from `low` on, in the dtype of `weight`."""
+        high = low + len(weight)
+        parts = [(i, p) for i, p in enumerate(self.matrix.parts) if p.top < high and low < p.bottom]
+        if len(parts) == 1 and not self.rows:
+            i, p = parts[0]
+            whole = p.top <= low and high <= p.bottom and p.right - p.left == weight.shape[1]
+            if whole and p.magnitude is None:
+                delta = p.delta(low, high)
+                return weight + delta, delta
+        new = weight.copy()
+        for i, p in parts:
+            lo, hi = max(low, p.top), min(high, p.bottom)
+            view = new[lo - low : hi - low, p.left : p.right]
+            view += p.delta(lo, hi)
+            if p.magnitude is not None:
+                view *= self._factor(i, p, view, lo, hi)
+        for row, value in self.rows.items():
+            if low <= row < high:
+                new[row - low] = value
+        return new, new - weight
+
+    def _factor(self, i: int, p: Rectangle, sums: Array, lo: int, hi: int) -> Array:
+        """DoRA's magnitude / ‖W + ΔW‖, shaped to multiply rows lo ≤ i < hi."""
+        assert p.magnitude is not None
+        if p.transposed:
+            return np.asarray(p.magnitude / self.norms[i])[None, :]
+        norm = np.sqrt(np.einsum("ij,ij->i", sums, sums))
+        return np.asarray(p.magnitude[lo - p.top : hi - p.top] / norm)[:, None]
+
+    def _error(self, weight: Array, new: Array, result: Array, low: int) -> LoraFxError:
+        for what, array, hint in (
+            ("the base has", weight, "is the checkpoint damaged?"),
+            ("the fold gives", new, "the adapter or its scale is broken"),
+            (f"{result.dtype} cannot hold", result, "--dtype bfloat16 or float32 can"),
+        ):
+            bad = np.argwhere(~np.isfinite(array.astype(np.float64)))
+            if len(bad):
+                row, column = (int(n) for n in bad[0])
+                value = (new if array is result else array)[row, column]
+                return LoraFxError(
+                    f"tensor {self.name!r}: {what} {value} at row {row + low}, column {column}; "
+                    "expected finite numbers",
+                    hint,
+                )
+        return LoraFxError(f"tensor {self.name!r}: its norm is beyond fp32's range")
+
+
+def _measured(old: Array, weight: Array, delta: Array, result: Array) -> Stats:
+    applied = result.astype(weight.dtype)
+    same = _same(old, weight, result, applied)
+    applied -= weight
+    flat, d = weight.reshape(-1), np.ascontiguousarray(delta).reshape(-1)
+    return Stats(
+        old.size,
+        same,
+        float(np.dot(flat, flat)),
+        float(np.dot(d, d)),
+        float(np.dot(applied.reshape(-1), d)),
+    )
+
+
+def _same(old: Array, weight: Array, result: Array, applied: Array) -> int:
+    """Elements whose value is what it was; by bits where the dtype is kept."""
+    if old.dtype == result.dtype and old.dtype.itemsize == 2:
+        a, b = old.view(np.uint16), result.view(np.uint16)
+    else:
+        a, b = weight, applied
+    return int(old.size - np.count_nonzero(a != b))
+
+
+def rows_per_block(columns: int) -> int:
+    """Rows of a block of about BLOCK elements."""
+    return max(1, BLOCK // max(1, columns))

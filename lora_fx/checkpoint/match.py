@@ -1,0 +1,250 @@
+"""Which tensor of a checkpoint each entry of an adapter changes, and how it lies there.
+
+No graph is read, so the shapes decide: a weight stored [out, in] or, as GPT-2's Conv1D, [in, out].
+A square one is decided by the others of the same adapter, then by the config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_fx.adapter import Adapter, near
+from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
+from lora_fx.target import base_name, split_key
+from lora_fx.variant import Change, Dense, Entry, Rows
+from lora_fx.view import Region
+
+CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
+"""config.json's model_type of models whose attention and MLP weights are stored [in, out]."""
+TURNED_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text"))
+"""Those whose stacks of experts are stored [experts, in, out]."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An entry of an adapter at its tensor.
+
+    Attributes:
+        key: The adapter's.
+        tensor: Name in the checkpoint.
+        bounds: The region that changes, half-open, per stored axis.
+        entry: With its layout.
+    """
+
+    key: str
+    tensor: str
+    bounds: Region
+    entry: Entry
+
+
+def match(
+    adapter: Adapter,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    allow_unused: bool = False,
+) -> tuple[list[Placed], list[str]]:
+    """Every entry at its tensor, and notes.
+
+    Args:
+        adapter: Bound or not.
+        tensors: Of the checkpoint.
+        config: config.json of the checkpoint; empty where there is none.
+        where: The checkpoint, for messages.
+        allow_unused: Entries without a tensor become notes.
+
+    Raises:
+        LoraFxError: An entry without a tensor, a shape that does not fit, a doubt about how a
+            weight is stored.
+    """
+    notes: list[str] = []
+    rename = _renaming(adapter, tensors, notes)
+    placed, lost = [], []
+    turned = _orientation(adapter, tensors, config, rename)
+    for key, entry in adapter.entries.items():
+        name = rename(_name(key, entry, tensors))
+        if name not in tensors:
+            lost.append(key)
+            continue
+        info = tensors[name]
+        bounds = _bounds(key, info)
+        placed.append(Placed(key, name, bounds, _bound(key, entry, info, bounds, turned)))
+    if lost:
+        _unused(lost, tensors, where, notes, allow=allow_unused)
+    return placed, notes
+
+
+def _unused(
+    lost: list[str],
+    tensors: Mapping[str, TensorInfo],
+    where: str,
+    notes: list[str],
+    *,
+    allow: bool,
+) -> None:
+    some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+    if not allow:
+        raise LoraFxError(
+            f"{where}: no tensor for {len(lost)} of the adapter's keys: {some}",
+            f"{near(lost[0], tensors)}; --allow-unused leaves them out",
+        )
+    notes.append(f"left out, the base has no such tensor: {some}")
+
+
+class _Renaming:
+    """A prefix that the adapter's names have more, or less, than the checkpoint's."""
+
+    def __init__(self, more: str = "", less: str = "") -> None:
+        self.more, self.less = more, less
+
+    def __call__(self, name: str) -> str:
+        return self.less + name.removeprefix(self.more)
+
+
+def _renaming(adapter: Adapter, tensors: Mapping[str, TensorInfo], notes: list[str]) -> _Renaming:
+    """The prefix under which the most names are known; none where names are known as they are.
+
+    A model saved by its inner class lacks the outer's prefix (`bert.`), and the reverse.
+    """
+    names = [base_name(k) for k in adapter.entries]
+    if not names or any(n in tensors for n in names):
+        return _Renaming()
+    first = next((n for n in names if n.endswith(".weight")), names[0])
+    tries = [_Renaming(more=first[: i + 1]) for i, c in enumerate(first) if c == "."]
+    tries += [_Renaming(less=t.removesuffix(first)) for t in tensors if t.endswith(f".{first}")]
+    best = [t for t in tries if all(t(n) in tensors for n in names)]
+    if len(best) != 1:
+        return _Renaming()
+    what = f"without {best[0].more!r}" if best[0].more else f"with {best[0].less!r} before them"
+    notes.append(f"the adapter's names are the base's {what}")
+    return best[0]
+
+
+def _name(key: str, entry: Entry, tensors: Mapping[str, TensorInfo]) -> str:
+    """The tensor's name that an entry means: the alias it acts through where that is known."""
+    use = entry.use if isinstance(entry, LowRank) else ""
+    return use if use in tensors else base_name(key)
+
+
+def _bounds(key: str, info: TensorInfo) -> Region:
+    try:
+        bounds = split_key(key, info.shape)[1]
+    except ValueError:
+        bounds = ()
+    fits = len(bounds) == len(info.shape)
+    if not fits or not all(
+        0 <= lo < hi <= n for (lo, hi), n in zip(bounds, info.shape, strict=True)
+    ):
+        raise LoraFxError(
+            f"{info.file}: {key!r} is no region of a tensor {list(info.shape)}",
+            "was the adapter trained on another model?",
+        )
+    return bounds
+
+
+def _sides(entry: Entry) -> tuple[int, int] | None:
+    """(out, in) of one matrix of an unbound change; None for what has no two sides."""
+    if isinstance(entry, (Full, Rows)) or entry.layout is not None:
+        return None
+    return entry.shape[-2], entry.shape[-1]
+
+
+def _lookup(entry: Entry | Change) -> bool:
+    extra = getattr(entry, "extra", {})
+    return bool(extra.get("op") == "embedding")
+
+
+def _orientation(
+    adapter: Adapter,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    rename: _Renaming,
+) -> frozenset[int]:
+    """Numbers of dimensions whose square weights are stored [in, out]."""
+    votes: dict[int, set[bool]] = {2: set(), 3: set()}
+    for key, entry in adapter.entries.items():
+        info, sides = tensors.get(rename(base_name(key))), _sides(entry)
+        if info is None or sides is None or _lookup(entry) or sides[0] == sides[1]:
+            continue
+        matrix = info.shape[-2:] if len(info.shape) > 1 else ()
+        if matrix in (sides, sides[::-1]):
+            votes.setdefault(len(info.shape), set()).add(matrix == sides[::-1])
+    flag = bool(adapter.metadata.get("fan_in_fan_out"))
+    kind = config.get("model_type")
+    otherwise = {2: flag or kind in CONV1D_MODELS, 3: kind in TURNED_EXPERTS}
+    return frozenset(
+        n for n, seen in votes.items() if (True in seen if len(seen) == 1 else otherwise.get(n))
+    )
+
+
+def _bound(
+    key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: frozenset[int]
+) -> Entry:
+    """The entry with the layout that it has in the tensor."""
+    shape = tuple(hi - lo for lo, hi in bounds)
+    if isinstance(entry, Full):
+        if tuple(entry.value.shape) != shape:
+            raise _misfit(key, info, f"a whole tensor {list(entry.value.shape)}", _grown(entry))
+        return entry
+    if isinstance(entry, Rows):
+        dims = tuple(entry.value.shape[1:])
+        if dims != shape[1:] or not all(0 <= i < shape[0] for i in entry.index):
+            raise _misfit(key, info, f"rows {list(entry.value.shape)} up to {max(entry.index)}", "")
+        return entry
+    if entry.layout is not None:
+        if entry.layout.stored != shape:
+            raise _misfit(key, info, f"an update for {list(entry.layout.stored)}", "")
+        return entry
+    layout = _layout(entry, shape, turned)
+    if layout is None:
+        sides = " × ".join(str(n) for n in entry.shape)
+        raise _misfit(key, info, f"an update of {sides} (out × in)", "")
+    magnitude = entry.magnitude if isinstance(entry, LowRank) else None
+    if magnitude is not None and magnitude.shape != (layout.out_size,):
+        raise _misfit(key, info, f"a magnitude {list(magnitude.shape)}", "")
+    return replace(entry, layout=layout)
+
+
+def _grown(entry: Full) -> str:
+    if entry.value.ndim != 2:
+        return ""
+    return "was the vocabulary resized? resize the base's embeddings first, then merge"
+
+
+def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:
+    return LoraFxError(
+        f"{info.file}: tensor {list(info.shape)}, but the adapter's {key!r} is {what}",
+        hint or "was the adapter trained on another model?",
+    )
+
+
+def _layout(change: Change, shape: tuple[int, ...], turned: frozenset[int]) -> Layout | None:
+    """How a change of [*batch, out, in] lies in a tensor of this shape; None where it cannot."""
+    *batch, out, in_ = change.shape
+    n = len(batch)
+    if isinstance(change, Dense) and len(shape) == 1:
+        return plain_layout(shape) if (out, in_) == (shape[0], 1) else None
+    if len(shape) < n + 2 or tuple(batch) != shape[:n]:
+        return None
+    rows, rest = shape[n], math.prod(shape[n + 1 :])
+    lead, tail = tuple(range(n)), tuple(range(n + 1, len(shape)))
+    straight = Layout(shape, lead, (n,), tail, shape) if (rows, rest) == (out, in_) else None
+    swapped = None
+    if len(shape) == n + 2 and (rows, rest) == (in_, out):
+        swapped = Layout(shape, lead, (n + 1,), (n,), shape)
+    if _lookup(change):
+        return swapped if isinstance(change, LowRank) else straight
+    if straight and swapped:
+        return swapped if len(shape) in turned else straight
+    return straight or swapped
+
+
+def names_of(placed: Iterable[Placed]) -> list[str]:
+    """The tensors that change, each once, in the order of the adapter."""
+    return list(dict.fromkeys(p.tensor for p in placed))

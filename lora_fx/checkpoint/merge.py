@@ -1,0 +1,202 @@
+"""merge: adapters folded into a checkpoint, streamed, proven, then named.
+
+W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything else byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.blocks import Stats
+from lora_fx.checkpoint.folder import open_checkpoint
+from lora_fx.checkpoint.osfile import check_output, check_space, explain, replacing
+from lora_fx.checkpoint.plan import Given, Options, Plan, make_plan
+from lora_fx.checkpoint.proof import prove
+from lora_fx.checkpoint.write import Progress, write
+from lora_fx.compare import Report
+from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.target import table
+
+GAIN = 0.95
+"""Below this share of Δ arriving in the stored dtype a merge warns."""
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+AdapterLike = str | os.PathLike[str] | Adapter
+REPORT = "report.json"
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapters: AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]],
+    out: str | os.PathLike[str],
+    *,
+    how: str = "sum",
+    rank: int | None = None,
+    dtype: str | None = None,
+    allow_unused: bool = False,
+    untie: bool = False,
+    add: bool = False,
+    again: bool = False,
+    link: bool = False,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Fold adapters into a checkpoint and write a new one of the same kind.
+
+    Args:
+        base: A Hugging Face folder or a `.safetensors` file; it is not changed.
+        adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
+        out: The folder or file to write.
+        how: Several adapters: sum (exact, one rounding), cat (the same sum), linear, svd.
+        rank: Of an svd mix.
+        dtype: Of touched tensors; as stored where None. bfloat16, float16, float32, float64.
+        allow_unused: Leave out entries whose tensor the base lacks, instead of refusing.
+        untie: Write a tied head as a tensor of its own where an update means one use only.
+        add: Add whole tensors that the base lacks, such as a new head.
+        again: Fold an adapter that the base's metadata says is in it already.
+        link: Untouched shards share the base's inodes (hard links).
+        force: Replace an output that exists.
+        workers: Threads; as many as there are cores where None.
+        progress: Called with bytes done and bytes in all.
+
+    Returns:
+        A Report; `details["tensors"]` has, for every touched tensor, ‖Δ‖/‖W‖ (ratio), the share
+        of elements that did not move (lost) and the share of Δ that arrived (gain).
+
+    Raises:
+        LoraFxError: Every reason not to merge; nothing is written.
+        NoEffectError: Every element of the output would be what it was.
+    """
+    check_output(out, force=force)
+    plan = plan_merge(
+        base, adapters, how=how, rank=rank, dtype=dtype, allow_unused=allow_unused,
+        untie=untie, add=add, again=again,
+    )  # fmt: skip
+    return run(plan, out, link=link, force=force, workers=workers, progress=progress)
+
+
+def plan_merge(
+    base: str | os.PathLike[str],
+    adapters: AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]],
+    **options: Any,
+) -> Plan:
+    """What `merge` with these options would do; nothing is written."""
+    checkpoint = open_checkpoint(Path(base))
+    if options.get("dtype") not in (None, *DTYPES):
+        raise LoraFxError(f"no dtype {options['dtype']!r}", f"one of {', '.join(DTYPES)}")
+    return make_plan(checkpoint, _given(adapters), Options(**options))
+
+
+def run(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    link: bool = False,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Carry out a plan; see `merge`."""
+    target = Path(out)
+    try:
+        check_output(target, force=force)
+        check_space(target.parent, plan.disk)
+        with replacing(target, force=force) as stage:
+            stats = write(plan, stage, workers=workers or cores(), link=link, progress=progress)
+            if stats and not any(s.still < s.elements for s in stats.values()) and not _whole(plan):
+                raise NoEffectError(
+                    f"{target}: not written: no element of {len(stats)} tensors would change",
+                    "is the adapter untrained, or its weight 0? a wider --dtype keeps small ones",
+                )
+            wrong = list(prove(plan, open_checkpoint(stage)))
+            if wrong:
+                raise LoraFxError(
+                    f"{target}: not written: {wrong[0].tensor!r} {wrong[0].what}",
+                    "was the base changed meanwhile? if not, this is a mistake of lora-fx",
+                )
+            report = _report(plan, stats, target)
+            if stage.is_dir():
+                text = json.dumps(report.to_json(), indent=1) + "\n"
+                (stage / REPORT).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise explain(error, error.filename or target) from error
+    return report
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def _given(adapters: Any) -> list[Given]:
+    if isinstance(adapters, (str, os.PathLike, Adapter)):
+        adapters = [adapters]
+    given = []
+    for item in adapters:
+        adapter, weight = item if isinstance(item, tuple) else (item, 1.0)
+        where = "the adapter"
+        if not isinstance(adapter, Adapter):
+            from lora_fx.formats.io import load_adapter
+
+            where = str(adapter)
+            adapter = load_adapter(adapter)
+        given.append(Given.of(adapter, float(weight), where))
+    return given
+
+
+def _whole(plan: Plan) -> bool:
+    return any(c.fold is None for c in plan.changes.values())
+
+
+def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
+    rows, warnings = [], list(plan.notes)
+    for change in plan.changes.values():
+        row: dict[str, Any] = {"key": change.name, "updates": list(change.what)}
+        s = stats.get(change.name)
+        if s is not None:
+            row |= {"ratio": s.ratio, "lost": s.lost, "gain": s.gain}
+        rows.append(row | {"dtype": change.dtype})
+    low = [(s.gain, n) for n, s in stats.items() if s.gain < GAIN]
+    if low:
+        gain, name = min(low)
+        warnings.append(
+            f"{len(low)} of {len(stats)} tensors kept less than {GAIN:.0%} of their update when "
+            f"rounded, {name} only {gain:.1%}: --dtype float16 or float32 keeps more"
+        )
+    warnings += _said(plan)
+    details = {
+        "tensors": rows,
+        "bytes": plan.disk,
+        "touched_bytes": plan.touched_bytes,
+        "base_verified": False,
+    }
+    return Report("merge", True, (), (str(target),), tuple(warnings), details)
+
+
+def _said(plan: Plan) -> list[str]:
+    said = [f"{g.where}: its base is not verified" for g in plan.given]
+    left = plan.base.companions()[1]
+    if left:
+        some = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        said.append(f"not copied, hidden or other copies of the weights: {some}")
+    if plan.tie is not None:
+        said.append(f"untied: {plan.tie.head} is a tensor of its own, as config.json now says")
+    return said
+
+
+def lines(report: Report) -> str:
+    """The report as a table for people."""
+    rows = [("tensor", "update", "‖Δ‖/‖W‖", "unmoved", "gain")]
+    for r in report.details["tensors"]:
+        numbers = ("", "", "")
+        if "ratio" in r:
+            numbers = (f"{r['ratio']:.2e}", f"{r['lost']:.1%}", f"{r['gain']:.3f}")
+        rows.append((r["key"], "; ".join(r["updates"]), *numbers))
+    return "\n".join([*table([(*r,) for r in rows]), f"wrote {report.outputs[0]}"])

@@ -1,0 +1,295 @@
+"""The plan of a merge, from headers and adapters alone: what will be written, and every refusal.
+
+Nothing of the base but its headers is read here, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.blocks import Fold
+from lora_fx.checkpoint.folder import Checkpoint
+from lora_fx.checkpoint.headers import WEIGHTS
+from lora_fx.checkpoint.match import Placed, match
+from lora_fx.checkpoint.provenance import adapter_hash, refuse_again
+from lora_fx.checkpoint.quantised import refuse_quantised
+from lora_fx.checkpoint.rectangles import Matrix, joined, region
+from lora_fx.checkpoint.strict import DTYPES, TensorInfo
+from lora_fx.checkpoint.tied import Tie, tie_of
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Array, Full, LowRank
+from lora_fx.mix import mix
+from lora_fx.target import human, table
+from lora_fx.variant import Rows, name_of
+
+BITS = dict(DTYPES.values())
+HOWS = ("sum", "cat", "linear", "svd")
+
+
+@dataclass(frozen=True)
+class Given:
+    """An adapter, its weight, what it is called in messages, and its hash without the weight."""
+
+    adapter: Adapter
+    weight: float
+    where: str
+    hash: str
+
+    @classmethod
+    def of(cls, adapter: Adapter, weight: float, where: str) -> Given:
+        """With its hash."""
+        return cls(adapter, weight, where, adapter_hash(adapter))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a merge may be asked for; see `lora_fx.merge`."""
+
+    how: str = "sum"
+    rank: int | None = None
+    dtype: str | None = None
+    allow_unused: bool = False
+    untie: bool = False
+    add: bool = False
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one tensor of the output.
+
+    Attributes:
+        name: In the output.
+        source: Where the base's tensor lies.
+        dtype: Of the output.
+        shape: Of both.
+        fold: W + Δ; None where the tensor is replaced whole.
+        value: The whole new tensor; None where it is folded.
+        what: For people: the kinds, ranks and scales of its updates.
+    """
+
+    name: str
+    source: TensorInfo
+    dtype: str
+    shape: tuple[int, ...]
+    fold: Fold | None = None
+    value: Array | None = None
+    what: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the output."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that can be carried out.
+
+    Attributes:
+        base: The checkpoint.
+        given: The adapters.
+        changes: Tensor of the output → what becomes of it.
+        added: Names among them that the base lacks → the shard that takes them.
+        tie: Set where config.json has to say that head and embedding are no longer tied.
+        notes: What should be said.
+        options: As asked.
+    """
+
+    base: Checkpoint
+    given: tuple[Given, ...]
+    changes: Mapping[str, Change]
+    added: Mapping[str, str] = field(default_factory=dict)
+    tie: Tie | None = None
+    notes: tuple[str, ...] = ()
+    options: Options = field(default_factory=Options)
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of the output that are computed."""
+        return sum(c.nbytes for c in self.changes.values())
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the output will take, without headers' growth."""
+        old = sum(
+            c.source.stop - c.source.start for n, c in self.changes.items() if n not in self.added
+        )
+        return self.base.size + self.touched_bytes - old
+
+    def to_json(self) -> dict[str, Any]:
+        """What a dry run prints."""
+        return {
+            "tensors": [
+                {
+                    "key": c.name,
+                    "shape": list(c.shape),
+                    "dtype": c.dtype,
+                    "updates": list(c.what),
+                    "bytes": c.nbytes,
+                }
+                for c in self.changes.values()
+            ],
+            "touched_bytes": self.touched_bytes,
+            "untouched_bytes": self.disk - self.touched_bytes,
+            "disk_bytes": self.disk,
+        }
+
+    def __str__(self) -> str:
+        """A table, and the sums."""
+        rows = [("tensor", "shape", "dtype", "update")]
+        rows += [
+            (c.name, "×".join(map(str, c.shape)), c.dtype, "; ".join(c.what))
+            for c in self.changes.values()
+        ]
+        total = len(self.base.tensors) + len(self.added)
+        lines = table([(*r,) for r in rows])
+        lines.append(
+            f"{len(self.changes)} of {total} tensors change, {human(self.touched_bytes)}B of "
+            f"{human(self.disk)}B; disk needed: {human(self.disk)}B"
+        )
+        return "\n".join(lines)
+
+
+def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Plan:
+    """Match adapters to a checkpoint and check everything that can be checked without reading it.
+
+    Raises:
+        LoraFxError: Every reason not to merge that headers and adapters show.
+    """
+    if options.how not in HOWS:
+        raise LoraFxError(f"no mix {options.how!r}", f"the mixes are {', '.join(HOWS)}")
+    if not given:
+        raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
+    refuse_again(base, [(g.where, g.hash) for g in given], again=options.again)
+    config, notes = base.config(), []
+    placed: list[Placed] = []
+    weighted = _weighted(given, options)
+    tie = tie_of(base.tensors, config, [k for a, _ in weighted for k in a.entries])
+    known = dict(base.tensors)
+    if tie is not None and not tie.stored:
+        known[tie.head] = base.tensors[tie.table]
+    for adapter, where in weighted:
+        new = _new(adapter, base) if options.add else {}
+        here, said = match(
+            adapter, {**known, **new}, config, str(base.path), allow_unused=options.allow_unused
+        )
+        notes += [*adapter.metadata.get("notes", ()), *said, *(f"added: {n}" for n in new)]
+        if not here:
+            raise LoraFxError(f"{where}: none of its keys is in {base.path}")
+        placed += here
+        known |= new
+    sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
+    if tie is not None and _needs_untying(placed, tie, base, untie=options.untie):
+        if not tie.stored:
+            sources[tie.head] = known[tie.head]
+    else:
+        tie = None
+    by_tensor: dict[str, list[Placed]] = {}
+    for p in placed:
+        by_tensor.setdefault(p.tensor, []).append(p)
+    changes = {}
+    for name in (*(n for n in base.tensors if n in by_tensor), *(n for n in sources)):
+        info = sources.get(name) or base.tensors[name]
+        changes[name] = _change(name, info, by_tensor.get(name, []), base, options.dtype)
+    homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
+    return Plan(base, tuple(given), changes, homes, tie, tuple(dict.fromkeys(notes)), options)
+
+
+def _weighted(given: Sequence[Given], options: Options) -> list[tuple[Adapter, str]]:
+    """The adapters to add one after the other: as given, or their one mix."""
+    if len(given) == 1 or options.how in ("sum", "cat"):
+        if options.rank is not None:
+            raise LoraFxError("only an svd mix of several adapters has a rank to choose")
+        return [(g.adapter.weighted(g.weight), g.where) for g in given]
+    parts = [(g.adapter, g.weight) for g in given]
+    return [(mix(parts, options.how, options.rank), " + ".join(g.where for g in given))]
+
+
+def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
+    """Whole tensors that the base lacks, such as a new head, in the dtype of most of the base."""
+    shard = base.folder / list(base.shards)[-1]
+    dtypes = [t.dtype for t in base.tensors.values()]
+    dtype = max(set(dtypes), key=dtypes.count)
+    return {
+        key: TensorInfo(dtype, tuple(full.value.shape), shard, 0, 0)
+        for key, full in adapter.full.items()
+        if key not in base.tensors
+    }
+
+
+def _needs_untying(placed: Sequence[Placed], tie: Tie, base: Checkpoint, *, untie: bool) -> bool:
+    """True where an update means the head or the table of a tied pair, but not both."""
+    ours = [p for p in placed if p.tensor in (tie.table, tie.head)]
+    if not ours or all(_everywhere(p) for p in ours):
+        return False
+    if not untie:
+        raise LoraFxError(
+            f"{base.path}: {ours[0].key!r} is one of two uses of a tied tensor "
+            f"({tie.table!r} is also the output head); merged into it, the update would change "
+            "both",
+            "--untie writes the head as a tensor of its own and says so in config.json",
+        )
+    return True
+
+
+def _everywhere(p: Placed) -> bool:
+    """True for an update that was trained in both uses at once."""
+    return isinstance(p.entry, LowRank) and bool(p.entry.extra.get("tied"))
+
+
+def _change(
+    name: str, info: TensorInfo, placed: Sequence[Placed], base: Checkpoint, dtype: str | None
+) -> Change:
+    """All updates of one tensor."""
+    whole = [p for p in placed if isinstance(p.entry, Full)]
+    if whole and len(placed) > 1:
+        raise LoraFxError(
+            f"{base.path}: {name!r} is replaced whole by {whole[0].key!r} and changed by another "
+            "update too",
+            "merge one adapter after the other",
+        )
+    if whole:
+        entry = whole[0].entry
+        assert isinstance(entry, Full)
+        return Change(
+            name,
+            info,
+            _stored(info, dtype),
+            info.shape,
+            value=entry.value,
+            what=("replaced whole",),
+        )
+    refuse_quantised(name, info, base)
+    rows: dict[int, Array] = {}
+    matrices: list[Matrix] = []
+    for p in placed:
+        if isinstance(p.entry, Rows):
+            rows |= dict(zip(p.entry.index, p.entry.value, strict=True))
+            continue
+        assert not isinstance(p.entry, Full)
+        matrices.append(region(info.shape, p.bounds, p.entry))
+    if rows or not matrices:
+        matrices.append(Matrix(info.shape[0], math.prod(info.shape[1:]), ()))
+    fold = Fold(name, joined(name, matrices), rows)
+    return Change(
+        name, info, _stored(info, dtype), info.shape, fold, what=tuple(map(_said, placed))
+    )
+
+
+def _stored(info: TensorInfo, dtype: str | None) -> str:
+    return dtype if dtype and info.dtype in WEIGHTS else info.dtype
+
+
+def _said(p: Placed) -> str:
+    entry = p.entry
+    if isinstance(entry, Rows):
+        return f"{len(entry.index)} rows"
+    assert not isinstance(entry, Full)
+    rank = f" rank {entry.rank}" if hasattr(entry, "rank") else ""
+    part = p.key[p.key.index("[") :] if p.key.endswith("]") else ""
+    return f"{name_of(entry)}{part}{rank} scale {entry.scale:.6g}"

@@ -1,0 +1,188 @@
+"""Is a merged checkpoint what its plan says? Reopened, and compared with the base.
+
+Untouched tensors are compared byte by byte. Rows of every touched tensor are computed again in
+fp64, by the definition, and compared within what fp32 and one rounding allow:
+
+    |new − exact| ≤ ½ ulp(exact) + u·(|W| + (r + 3)·s·|B||A|),   u = 2⁻²³
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_fx.checkpoint.blocks import Fold, rows_per_block
+from lora_fx.checkpoint.copying import read_at
+from lora_fx.checkpoint.folder import Checkpoint
+from lora_fx.checkpoint.plan import Change, Plan
+from lora_fx.checkpoint.rectangles import Matrix, Rectangle
+from lora_fx.checkpoint.rows import column_norms, read_rows
+from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.lowrank import Array, LowRank
+from lora_fx.numeric import numpy_dtype
+
+CHUNK = 4 << 20
+ROWS = 4
+"""Rows of every touched tensor that a merge computes again before it is done."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that is not what it should be: why, and by how much of what is allowed."""
+
+    tensor: str
+    what: str
+    ratio: float = float("inf")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an infinite ratio is null."""
+        finite = np.isfinite(self.ratio)
+        return {"key": self.tensor, "what": self.what, "ratio": self.ratio if finite else None}
+
+
+def prove(plan: Plan, out: Checkpoint, *, rows: int | None = ROWS) -> Iterator[Difference]:
+    """What differs between a merged checkpoint and what the plan says it should be.
+
+    Args:
+        plan: Of the merge.
+        out: The merged checkpoint, reopened.
+        rows: Rows of every touched tensor to compute again; None for all.
+    """
+    base = plan.base.tensors
+    for name in base:
+        if name not in out.tensors:
+            yield Difference(name, "is missing")
+    for name, info in out.tensors.items():
+        change = plan.changes.get(name)
+        if name not in base and change is None:
+            yield Difference(name, "is not in the base")
+        elif change is None:
+            yield from _same(name, base[name], info)
+        elif (change.shape, change.dtype) != (info.shape, info.dtype):
+            yield Difference(
+                name,
+                f"is {info.dtype} {list(info.shape)}; expected {change.dtype} {list(change.shape)}",
+            )
+        else:
+            yield from _recomputed(change, info, rows)
+
+
+def _same(name: str, old: TensorInfo, new: TensorInfo) -> Iterator[Difference]:
+    if (old.dtype, old.shape) != (new.dtype, new.shape):
+        yield Difference(
+            name, f"is {new.dtype} {list(new.shape)}; expected {old.dtype} {list(old.shape)}"
+        )
+        return
+    if os.path.samefile(old.file, new.file) and old.start == new.start:
+        return
+    with open(old.file, "rb") as f, open(new.file, "rb") as g:
+        for at in range(0, old.stop - old.start, CHUNK):
+            n = min(CHUNK, old.stop - old.start - at)
+            if read_at(f.fileno(), n, old.start + at) != read_at(g.fileno(), n, new.start + at):
+                yield Difference(name, "no adapter changes it, but its bytes are not the base's")
+                return
+
+
+def _recomputed(change: Change, info: TensorInfo, rows: int | None) -> Iterator[Difference]:
+    if change.fold is None:
+        assert change.value is not None
+        want = np.asarray(change.value).astype(numpy_dtype(change.dtype)).reshape(-1)
+        with open(info.file, "rb") as f:
+            have = read_at(f.fileno(), info.stop - info.start, info.start)
+        if np.ascontiguousarray(want).view(np.uint8).tobytes() != have:
+            yield Difference(change.name, "is not the adapter's whole tensor")
+        return
+    worst, at = 0.0, 0
+    exact = _exact(change.fold, change.source)
+    for low, high in _samples(change, rows):
+        ratio = _ratio(change, exact, info, low, high)
+        if not ratio <= worst:
+            worst, at = ratio, low
+    if not worst <= 1.0:
+        yield Difference(
+            change.name,
+            f"differs from W + ΔW by {worst:.3g} times what rounding allows, at rows from {at}",
+            worst,
+        )
+
+
+def _samples(change: Change, rows: int | None) -> Iterator[tuple[int, int]]:
+    assert change.fold is not None
+    matrix = change.fold.matrix
+    if rows is None or rows >= matrix.rows:
+        step = max(1, rows_per_block(matrix.columns) // 4)
+        for low in range(0, matrix.rows, step):
+            yield low, min(matrix.rows, low + step)
+        return
+    digest = hashlib.sha256(change.name.encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    for row in sorted(rng.choice(matrix.rows, rows, replace=False)):
+        yield int(row), int(row) + 1
+
+
+def _exact(fold: Fold, source: TensorInfo) -> Fold:
+    """The same fold with every factor in fp64."""
+    parts = tuple(
+        dataclasses.replace(p, change=_wide(p.change), magnitude=_wide_array(p.magnitude))
+        for p in fold.matrix.parts
+    )
+    matrix = Matrix(fold.matrix.rows, fold.matrix.columns, parts)
+    return column_norms(Fold(fold.name, matrix, fold.rows), source)
+
+
+def _ratio(change: Change, exact: Fold, info: TensorInfo, low: int, high: int) -> float:
+    """The largest error of rows low ≤ i < high, as a multiple of what is allowed."""
+    columns = exact.matrix.columns
+    with open(change.source.file, "rb") as f, open(info.file, "rb") as g:
+        old = read_rows(f.fileno(), change.source, low, high - low, columns).astype(np.float64)
+        new = read_rows(g.fileno(), info, low, high - low, columns).astype(np.float64)
+    want, size = exact.sum(old, low)
+    for p in exact.matrix.parts:
+        lo, hi = max(low, p.top), min(high, p.bottom)
+        if lo < hi:
+            size[lo - low : hi - low, p.left : p.right] = _size(p, lo, hi)
+    allowed = half_ulp(want, change.dtype) + 2.0**-23 * (np.abs(old) + np.abs(want) + size)
+    error = np.abs(new - want)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(error == 0.0, 0.0, error / allowed)
+    return float(ratio.max(initial=0.0))
+
+
+def _size(p: Rectangle, low: int, high: int) -> Array:
+    """(r + 3)·s·|B||A|: what rounding errors of the product are proportional to."""
+    c = p.change
+    if isinstance(c, LowRank):
+        absolute = dataclasses.replace(c, a=np.abs(c.a), b=np.abs(c.b), alpha=abs(c.alpha))
+        size = dataclasses.replace(p, change=absolute).delta(low, high) * (c.rank + 3)
+    else:
+        size = np.abs(p.delta(low, high)) * 64.0
+    return np.asarray(size)
+
+
+def half_ulp(x: Array, dtype: str) -> Array:
+    """Half the spacing of `dtype` at x, a little more for ties; x in fp64."""
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(numpy_dtype(dtype))  # type: ignore[no-untyped-call]
+    _, exponent = np.frexp(np.abs(x))
+    low = np.maximum(exponent - 1, int(info.minexp))
+    return np.asarray(np.ldexp(0.5 * (1 + 2.0**-10), low - int(info.nmant)))
+
+
+def _wide(change: Any) -> Any:
+    arrays = {
+        f.name: _wide_array(getattr(change, f.name))
+        for f in dataclasses.fields(change)
+        if isinstance(getattr(change, f.name), np.ndarray)
+    }
+    return dataclasses.replace(change, **arrays)
+
+
+def _wide_array(array: Array | None) -> Array | None:
+    return None if array is None else array.astype(np.float64)

@@ -1,0 +1,130 @@
+"""Where merged weights came from: hashes of a base and of an adapter, in the files' metadata.
+
+`lora_fx.merge` in the `__metadata__` of every shard that a merge wrote is JSON: a list of merges,
+oldest first, each {"version", "base": {"layout", "sample"}, "adapters": [{"hash", "weight"}],
+"dtype"}. Nothing in it depends on the time or on paths, so equal inputs give equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.folder import Checkpoint
+from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Array, Full, LowRank
+from lora_fx.variant import Dense, Hadamard, Kronecker, Rows
+
+METADATA = "lora_fx.merge"
+VERSION = 1
+SAMPLE = 32 << 10
+"""Bytes at each end of a tensor that its sample holds."""
+
+
+def layout_hash(tensors: Mapping[str, TensorInfo]) -> str:
+    """Of the sorted (name, dtype, shape) of all tensors: every fine-tune has its base's."""
+    rows = sorted((n, t.dtype, list(t.shape)) for n, t in tensors.items())
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
+    """Of both ends of every tensor given, by name: tells a base from its fine-tunes, at once."""
+    whole = hashlib.sha256()
+    for name, info in sorted(tensors, key=lambda item: item[0]):
+        whole.update(name.encode() + b"\0")
+        with open(info.file, "rb") as f:
+            for start in (info.start, max(info.start, info.stop - SAMPLE)):
+                f.seek(start)
+                whole.update(f.read(min(SAMPLE, info.stop - start)))
+    return whole.hexdigest()
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """Of all factors and scales, by key; names of files and metadata do not count."""
+    whole = hashlib.sha256()
+    for key in sorted(adapter.entries):
+        whole.update(key.encode() + b"\0")
+        for part in _parts(adapter.entries[key]):
+            if isinstance(part, np.ndarray):
+                text = f"{part.dtype}{part.shape}"
+                whole.update(text.encode())
+                whole.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
+            else:
+                whole.update(repr(part).encode() + b"\0")
+    return whole.hexdigest()
+
+
+def _parts(entry: Any) -> tuple[Array | float | str | tuple[int, ...], ...]:
+    if isinstance(entry, LowRank):
+        extra = () if entry.magnitude is None else (entry.magnitude,)
+        return (entry.a, entry.b, float(entry.scale), *extra)
+    if isinstance(entry, Full):
+        return (entry.value,)
+    if isinstance(entry, Hadamard):
+        return (entry.a1, entry.b1, entry.a2, entry.b2, float(entry.scale))
+    if isinstance(entry, Kronecker):
+        return (entry.w1, entry.w2, float(entry.scale))
+    if isinstance(entry, Dense):
+        return (entry.value, float(entry.scale))
+    assert isinstance(entry, Rows)
+    return (entry.index, entry.value)
+
+
+def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The merges that a checkpoint has been through; of the shard that has most of them."""
+    longest: list[dict[str, Any]] = []
+    for name, header in checkpoint.shards.items():
+        text = header.metadata.get(METADATA)
+        if text is None:
+            continue
+        try:
+            merges = json.loads(text)
+            ok = isinstance(merges, list) and all(isinstance(m["adapters"], list) for m in merges)
+        except (ValueError, TypeError, KeyError):
+            ok = False
+        if not ok:
+            raise LoraFxError(
+                f"{checkpoint.folder / name}: metadata {METADATA} is no list of merges",
+                "was the file edited?",
+            )
+        longest = max(longest, merges, key=len)
+    return longest
+
+
+def refuse_again(
+    checkpoint: Checkpoint, adapters: Iterable[tuple[str, str]], *, again: bool
+) -> None:
+    """Raise where one of the adapters, (where, hash), is folded in already."""
+    folded = {a.get("hash") for m in history(checkpoint) for a in m["adapters"]}
+    for where, digest in adapters:
+        if digest in folded and not again:
+            raise LoraFxError(
+                f"{checkpoint.path}: {where} is merged into it already",
+                "start from the original base; --again merges it once more",
+            )
+
+
+def record(
+    checkpoint: Checkpoint,
+    touched: Iterable[str],
+    adapters: Iterable[tuple[str, float]],
+    dtype: str | None,
+) -> str:
+    """The metadata of a merge: the base's history and this one. Adapters are (hash, weight)."""
+    base = {
+        "layout": layout_hash(checkpoint.tensors),
+        "sample": sample_hash((n, checkpoint.tensors[n]) for n in touched),
+    }
+    this = {
+        "version": VERSION,
+        "base": base,
+        "adapters": [{"hash": h, "weight": w} for h, w in adapters],
+        "dtype": dtype,
+    }
+    return json.dumps([*history(checkpoint), this], separators=(",", ":"))

@@ -1,0 +1,332 @@
+"""Carry out a plan: stream a checkpoint into a new one.
+
+Untouched byte ranges are copied by the kernel; touched tensors are folded block by block by
+worker threads, each with one block of memory. In every file the data comes first and the header
+last, so that a torn file never opens; the index comes after all files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.checkpoint.blocks import Fold, Stats, rows_per_block
+from lora_fx.checkpoint.copying import copy_range, preallocate, reflink, write_at
+from lora_fx.checkpoint.plan import Change, Plan
+from lora_fx.checkpoint.provenance import METADATA, record
+from lora_fx.checkpoint.rows import column_norms, read_rows
+from lora_fx.checkpoint.strict import DTYPES, Header, TensorInfo
+from lora_fx.lowrank import Array
+from lora_fx.numeric import numpy_dtype
+
+CHUNK = 64 << 20
+"""Bytes of one copy job."""
+RUN = 16
+"""Blocks of one fold job."""
+CODES = {name: code for code, (name, _) in DTYPES.items()}
+Done = tuple[int, str, Stats | None]
+"""What a job says: bytes written, the tensor, what changed in it."""
+Job = Callable[[], Done]
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an output file: where it will lie, and what it is made of."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    source: TensorInfo
+    change: Change | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file with its header; `slots` in the order of their bytes."""
+
+    source: Path
+    target: Path
+    head: bytes
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.head) + sum(s.stop - s.start for s in self.slots)
+
+
+def write(
+    plan: Plan, stage: Path, *, workers: int, link: bool = False, progress: Progress | None = None
+) -> dict[str, Stats]:
+    """Write the merged checkpoint.
+
+    Args:
+        plan: What to write.
+        stage: A path that does not exist: becomes a file where the base is one, else a folder.
+        workers: Threads.
+        link: Give untouched shards the base's inodes (hard links) instead of copies.
+        progress: See Progress.
+
+    Returns:
+        What the fold did, by tensor.
+
+    Raises:
+        LoraFxError: A value that a tensor cannot hold.
+        OSError: The disk is full, a file cannot be read …
+    """
+    folder = stage if plan.base.path.is_dir() else stage.parent
+    if plan.base.path.is_dir():
+        stage.mkdir()
+    text = record(
+        plan.base,
+        [n for n in plan.changes if n not in plan.added],
+        [(g.hash, g.weight) for g in plan.given],
+        plan.options.dtype,
+    )
+    single = not plan.base.path.is_dir()
+    touched: list[Shard] = []
+    rest: list[tuple[str, Path]] = []
+    for name, header in plan.base.shards.items():
+        target = stage if single else folder / name
+        shard = _layout(plan, plan.base.folder / name, target, name, header, text)
+        if shard is None:
+            rest.append((name, target))
+        else:
+            touched.append(shard)
+    stats: dict[str, Stats] = {}
+    with contextlib.ExitStack() as stack:
+        _Run(plan, stack, workers, progress).go(touched, rest, stats, link=link)
+    if plan.base.path.is_dir():
+        _companions(plan, folder)
+        _index(plan, folder, touched)
+    return stats
+
+
+def _layout(
+    plan: Plan, source: Path, target: Path, name: str, header: Header, text: str
+) -> Shard | None:
+    """The output file of a shard; None where nothing in it changes."""
+    mine = {
+        n: plan.changes[n]
+        for n, info in header.tensors.items()
+        if n in plan.changes and plan.base.tensors[n] == info
+    }
+    new = [plan.changes[n] for n, home in plan.added.items() if home == name]
+    if not mine and not new:
+        return None
+    slots, at = [], 0
+    by_start = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].stop))
+    for n, info in by_start:
+        change = mine.get(n)
+        dtype, size = info.dtype, info.stop - info.start
+        if change is not None:
+            dtype, size = change.dtype, change.nbytes
+        slots.append(Slot(n, dtype, info.shape, at, at + size, info, change))
+        at += size
+    for change in new:
+        size = change.nbytes
+        slots.append(
+            Slot(change.name, change.dtype, change.shape, at, at + size, change.source, change)
+        )
+        at += size
+    place = {s.name: s for s in slots}
+    entries: dict[str, Any] = {"__metadata__": {**header.metadata, METADATA: text}}
+    for n in (*header.tensors, *(c.name for c in new)):
+        s = place[n]
+        entries[n] = {
+            "dtype": CODES[s.dtype],
+            "shape": list(s.shape),
+            "data_offsets": [s.start, s.stop],
+        }
+    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % 8)
+    return Shard(source, target, len(body).to_bytes(8, "little") + body, tuple(slots))
+
+
+class _Run:
+    """One merge under way: open files, threads, bytes done."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stack: contextlib.ExitStack,
+        workers: int,
+        progress: Progress | None,
+    ) -> None:
+        self.plan, self.stack, self.workers = plan, stack, max(1, workers)
+        self.progress, self.done, self.total = progress, 0, 1
+        self.sources: dict[Path, int] = {}
+
+    def go(
+        self,
+        touched: list[Shard],
+        rest: list[tuple[str, Path]],
+        stats: dict[str, Stats],
+        *,
+        link: bool,
+    ) -> None:
+        """Files are made at their full size, filled by the threads, and get their headers."""
+        jobs: list[Job] = []
+        for name, path in rest:
+            jobs += self._copies(self.plan.base.folder / name, path, link=link)
+        fds = [(shard, self._create(shard.target, shard.size)) for shard in touched]
+        for shard, fd in fds:
+            jobs += self._jobs(shard, fd)
+        self.total = sum(s.size for s in touched) + sum(
+            (self.plan.base.folder / n).stat().st_size for n, _ in rest
+        )
+        with _one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    count, name, found = future.result()
+                    if found is not None:
+                        stats.setdefault(name, Stats()).add(found)
+                    self.done += count
+                    if self.progress is not None:
+                        self.progress(self.done, self.total)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        for shard, fd in fds:
+            write_at(fd, shard.head, 0)
+
+    def _create(self, path: Path, size: int) -> int:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        self.stack.callback(os.close, fd)
+        preallocate(fd, size)
+        return fd
+
+    def _open(self, path: Path) -> int:
+        if path not in self.sources:
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self.stack.callback(os.close, fd)
+            self.sources[path] = fd
+        return self.sources[path]
+
+    def _copies(self, source: Path, target: Path, *, link: bool) -> Iterator[Job]:
+        """Jobs that copy a whole file, in the cheapest way there is."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size = source.stat().st_size
+        if link:
+            os.link(os.path.realpath(source), target)
+        elif not reflink(source, target):
+            yield from self._range(self._open(source), self._create(target, size), 0, 0, size)
+
+    def _range(self, source: int, target: int, start: int, at: int, count: int) -> Iterator[Job]:
+        for i in range(0, count, CHUNK):
+            n = min(CHUNK, count - i)
+
+            yield partial(_copied, source, target, start + i, at + i, n)
+
+    def _jobs(self, shard: Shard, fd: int) -> Iterator[Job]:
+        """Fold jobs first, since they take longest; runs of untouched tensors as one range."""
+        lead = len(shard.head)
+        for slot in shard.slots:
+            if slot.change is not None:
+                yield from self._fold(slot, slot.change, fd, lead)
+        source = self._open(shard.source)
+        for still, group in itertools.groupby(shard.slots, lambda s: s.change is None):
+            run = list(group)
+            if still:
+                start, count = run[0].source.start, run[-1].stop - run[0].start
+                yield from self._range(source, fd, start, lead + run[0].start, count)
+
+    def _fold(self, slot: Slot, change: Change, fd: int, lead: int) -> Iterator[Job]:
+        at = lead + slot.start
+        if change.fold is None:
+            yield partial(self._replace, change, fd, at)
+            return
+        fold = column_norms(change.fold, change.source)
+        source = self._open(change.source.file)
+        step = rows_per_block(fold.matrix.columns) * RUN
+        for low in range(0, fold.matrix.rows, step):
+            high = min(fold.matrix.rows, low + step)
+            yield partial(self._rows, change, fold, source, fd, at, low, high)
+
+    def _replace(self, change: Change, fd: int, at: int) -> Done:
+        assert change.value is not None
+        value = np.atleast_1d(change.value).astype(numpy_dtype(change.dtype))
+        write_at(fd, _bytes(value), at)
+        return change.nbytes, change.name, None
+
+    def _rows(
+        self, change: Change, fold: Fold, source: int, fd: int, at: int, low: int, high: int
+    ) -> Done:
+        stats, columns = Stats(), fold.matrix.columns
+        row = numpy_dtype(change.dtype).itemsize * columns
+        step = rows_per_block(columns)
+        for start in range(low, high, step):
+            n = min(step, high - start)
+            old = read_rows(source, change.source, start, n, columns)
+            new, found = fold.block(old, start, change.dtype)
+            write_at(fd, _bytes(new), at + start * row)
+            stats.add(found)
+        return (high - low) * row, change.name, stats
+
+
+def _copied(source: int, target: int, start: int, at: int, count: int) -> Done:
+    copy_range(source, target, start, at, count)
+    return count, "", None
+
+
+def _bytes(array: Array) -> memoryview:
+    """The bytes of an array in order; numpy's own buffers do not know bf16."""
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+
+
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """The threads here are the parallel ones; BLAS's own would wait for each other."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+def _companions(plan: Plan, folder: Path) -> None:
+    """Configs, tokenizer and whatever else belongs to the folder."""
+    for name in plan.base.companions()[0]:
+        data = (plan.base.path / name).read_bytes()
+        if str(name) == "config.json" and plan.tie is not None:
+            config = json.loads(data)
+            config["tie_word_embeddings"] = False
+            if isinstance(config.get("text_config"), dict):
+                config["text_config"]["tie_word_embeddings"] = False
+            data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+
+def _index(plan: Plan, folder: Path, touched: list[Shard]) -> None:
+    """The index, byte for byte where it still holds, else with its sums and new names."""
+    if plan.base.index is None:
+        return
+    same = not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values())
+    data = plan.base.index.read_bytes()
+    if not same:
+        index = json.loads(data)
+        index["weight_map"] |= dict(plan.added)
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
+            sizes |= {n: c.nbytes for n, c in plan.changes.items()}
+            metadata["total_size"] = sum(sizes.values())
+        data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    (folder / plan.base.index.name).write_bytes(data)
