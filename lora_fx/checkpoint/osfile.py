@@ -1,78 +1,239 @@
-"""Writing that leaves nothing behind: a temporary sibling, fsync, rename."""
+"""Writing that leaves nothing behind: a lock, a temporary sibling, fsync, rename.
+
+Beside a target NAME lie, while it is written, `.NAME.lock` (see lock.py) and the folder
+`.NAME.lora_fx_XXXXXXXX.tmp` with what is being written. A killed run leaves the folder; the next
+one removes it. Everything here has a way without the calls that a platform or a file system lacks.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_fx.errors import LoraFxError
+from lora_fx.checkpoint.copying import copy_range, preallocate, read_at, reflink, write_at
+from lora_fx.checkpoint.lock import locked
+from lora_fx.errors import LoraFxError, one_line
+
+__all__ = [
+    "check_output", "check_space", "copy_range", "explain", "preallocate", "read_at", "reflink",
+    "replacing", "sync", "write_at",
+]  # fmt: skip
+
+_OLD = "replaced"
+_WHY = {
+    errno.ENOSPC: ("disk full", "free space, or write to another disk"),
+    errno.EDQUOT: ("disk quota exceeded", "free space, or write to another disk"),
+    errno.EFBIG: ("larger than a file may be here", "write to another file system"),
+    errno.EROFS: ("the file system is read-only", "write to another folder"),
+    errno.EACCES: ("permission denied", "check who owns it and its mode"),
+    errno.EPERM: ("not permitted", "check who owns it and its mode"),
+    errno.EIO: ("input/output error", "the disk or the connection to it fails"),
+    errno.ENOENT: ("no such file or folder", "is the path right?"),
+    errno.EISDIR: ("is a folder", "is the path right?"),
+    errno.ENOTDIR: ("a part of the path is no folder", "is the path right?"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
+    errno.EBUSY: ("in use by the system", "is it a mount point? choose another output"),
+    errno.EMFILE: ("too many open files", "raise the limit: ulimit -n"),
+    errno.ENFILE: ("too many open files", "close other programs"),
+    errno.ESTALE: ("stale file handle", "the network file system was remounted: try again"),
+}
+_ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends without an error.
 
-    The block may make a file or a directory of it. On any error, Ctrl-C included, what was
-    written is removed and `path` is as it was.
+    The block may make a file or a folder of it. Files get the mode 0666 & ~umask and folders
+    0777 & ~umask, however they were made; links, and files with other names, stay as they are.
+    On any error, Ctrl-C included, what was written is removed and `path` is as it was; only when
+    the very last step fails, the fsync of the parent, the whole output stands. One process at a
+    time writes a path. What a killed one left is removed first.
 
     Raises:
-        LoraFxError: `path` exists and force is not given, or its parent does not exist.
+        LoraFxError: `path` exists and force is not given, its parent does not exist, another run
+            is writing it, the disk is full, or the file system refuses.
     """
     target = Path(path)
-    check_output(target, force=force)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with _explained(target):
+        check_output(target, force=force)
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked(target))
+    with lock:
+        holder = target.with_name(f".{target.name}.lora_fx_{secrets.token_hex(4)}.tmp")
         temporary = holder / target.name
-        yield temporary
-        sync(temporary)
-        _swap(temporary, target, holder / "replaced")
-        _sync_folder(target.parent)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        try:
+            with _explained(target):
+                _clear_stale(target)
+                check_output(target, force=force)
+                holder.mkdir()
+                mode = stat.S_IMODE(holder.stat().st_mode) & 0o777  # what the umask leaves
+            with _explained(target, _ONLY_WRITING):
+                yield temporary
+            with _explained(target):
+                _open_up(temporary, mode)
+                sync(temporary)
+                check_output(target, force=force)
+                _swap(temporary, target, holder / _OLD)
+                _sync_folder(target.parent)
+        finally:
+            _discard(holder, target)
 
 
-def _swap(new: Path, target: Path, old: Path) -> None:
-    """Give `new` the name `target`; a folder with content cannot be renamed over."""
-    if not target.is_dir() or target.is_symlink():
-        os.replace(new, target)
-        return
-    target.rename(old)
+@contextlib.contextmanager
+def _explained(target: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
     try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
+        yield
+    except OSError as error:
+        if only and error.errno not in only:
+            raise
+        raise explain(error, target) from error
+
+
+def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
+    """What an error of the operating system means for `path`, in one line."""
+    why, hint = _WHY.get(error.errno or 0, ("", "is there space and access?"))
+    why = why or error.strerror or str(error) or type(error).__name__
+    return LoraFxError(f"{os.fspath(path)}: {one_line(why)}", hint)
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Refuse an output that exists, or whose folder does not, before any work is done."""
     target = Path(path)
-    if (target.exists() or target.is_symlink()) and not force:
+    if target.name in ("", "..") or "\0" in str(target):
+        raise LoraFxError(f"{str(target)!r} names no file", "name a file or folder to create")
+    if _there(target) and not force:
         raise LoraFxError(f"{target} exists", "choose another output, or --force to replace it")
     if not target.parent.is_dir():
         raise LoraFxError(f"the folder {target.parent} does not exist", "create it first")
 
 
+def check_space(folder: str | os.PathLike[str], needed: int) -> None:
+    """Refuse when the disk of `folder` has less than `needed` bytes free for this user."""
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError as error:
+        raise explain(error, folder) from error
+    if disk.total and disk.free < needed:  # a total of 0: the file system does not say
+        from lora_fx.target import human  # imports numpy
+
+        raise LoraFxError(
+            f"{os.fspath(folder)}: {human(disk.free)}B free, expected at least {human(needed)}B",
+            "free space, or write to another disk",
+        )
+
+
 def sync(path: Path) -> None:
-    """Fsync a file, or every file of a folder and the folder."""
-    if path.is_dir():
+    """Fsync a file, or every file of a folder and the folder; links are not followed."""
+    mode = path.lstat().st_mode
+    if stat.S_ISDIR(mode):
         for child in path.iterdir():
             sync(child)
         _sync_folder(path)
-        return
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
+    elif stat.S_ISREG(mode):
+        # Windows syncs only what is open for writing.
+        _fsync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
 
 
 def _sync_folder(path: Path) -> None:
-    if os.name != "posix":  # folders cannot be opened elsewhere
-        return
-    fd = os.open(path, os.O_RDONLY)
+    if os.name == "posix":  # folders cannot be opened elsewhere
+        try:
+            _fsync(path, os.O_RDONLY)
+        except OSError as error:
+            # Some network file systems sync no folders.
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+
+
+def _fsync(path: Path, flags: int) -> None:
+    fd = os.open(path, flags | getattr(os, "O_BINARY", 0))
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _open_up(path: Path, mode: int) -> None:
+    """Give files `mode` without its x, folders `mode`: what is made by tempfile has 0600."""
+    found = path.lstat()
+    folder = stat.S_ISDIR(found.st_mode)
+    want = stat.S_IMODE(found.st_mode) & ~0o777 | (mode if folder else mode & 0o666)
+    alone = found.st_nlink < 2  # or an input would change with its other name
+    if want != stat.S_IMODE(found.st_mode) and (folder or (stat.S_ISREG(found.st_mode) and alone)):
+        path.chmod(want)
+    if folder:
+        for child in path.iterdir():
+            _open_up(child, mode)
+
+
+# --- taking the place of what is there -----------------------------------------------------------
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Give `new` the name `target`; a folder with content cannot be renamed over."""
+    if not (_there(target) and (_is_folder(target) or _is_folder(new))):
+        os.replace(new, target)
+    elif not _exchange(new, target):
+        target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+
+
+def _there(path: Path) -> bool:
+    """True for a link to nothing too. Raises when that cannot be told, unlike lexists."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(path.lstat().st_mode)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    try:
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        one, two = os.fsencode(a), os.fsencode(b)
+        here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, and macOS' RENAME_SWAP
+        if sys.platform == "linux":
+            return bool(libc.renameat2(here, one, here, two, swap) == 0)
+        return sys.platform == "darwin" and bool(libc.renamex_np(one, two, swap) == 0)
+    except (ImportError, AttributeError, TypeError, OSError):
+        return False
+
+
+def _clear_stale(target: Path) -> None:
+    """Remove what killed runs left of this target; its lock is held, so none of it is in use."""
+    ours = re.compile(re.escape(f".{target.name}.lora_fx_") + r"[0-9a-f]{8}\.tmp")
+    for name in os.listdir(target.parent):
+        path = target.with_name(name)
+        if ours.fullmatch(name) and _is_folder(path):
+            _discard(path, target)
+
+
+def _discard(holder: Path, target: Path) -> None:
+    """Remove a temporary folder, unless it holds the only copy of what was to be replaced."""
+    old = holder / _OLD
+    for last in (False, False, True):  # an error may pass
+        with contextlib.suppress(OSError):
+            if _there(old) and not _there(target):
+                old.rename(target)
+            if _there(holder):
+                shutil.rmtree(holder, ignore_errors=last)
+            return

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lora_fx.adapter import Adapter
-from lora_fx.checkpoint.osfile import replacing
+from lora_fx.checkpoint.osfile import explain, replacing
 from lora_fx.checkpoint.strict import read_header
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft
@@ -51,11 +51,10 @@ def save_adapter(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, force=True) as stage:
+            _check_free(path, single, force)  # another run may have ended since
             notes: tuple[str, ...] = write(adapter, stage)
     except OSError as error:
-        raise LoraFxError(
-            f"{path}: cannot be written: {error.strerror or error}", "is there space and access?"
-        ) from error
+        raise explain(error, path) from error
     return notes
 
 

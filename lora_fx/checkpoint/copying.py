@@ -1,0 +1,169 @@
+"""Bytes from file to file by the fastest way that the system has.
+
+Descriptors with offsets, so that threads share them: nothing here moves a file position that
+others see, but for the ways without pread and pwrite, which take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+CHUNK = 1 << 20
+"""Bytes that are copied through memory at once."""
+
+_CALL = 1 << 28  # for the kernel in one call, so that Ctrl-C waits for no more
+_FICLONE = 0x40049409  # linux/fs.h
+_CANNOT = frozenset(
+    getattr(errno, name, -1)
+    for name in ("EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP", "ENOTSUP", "EPERM", "ENOTSOCK")
+)
+"""Errors of calls that this system or this pair of files does not have; others are real."""
+
+_position = threading.Lock()  # held by who moves the position of a shared descriptor
+
+
+def copy_range(source: int, target: int, source_at: int, target_at: int, count: int) -> None:
+    """Copy `count` bytes between two descriptors: in the kernel, or through memory.
+
+    Args:
+        source: Open for reading.
+        target: Open for writing, not for appending.
+        source_at: First byte to read.
+        target_at: Where it goes.
+        count: Bytes.
+
+    Raises:
+        OSError: What reading or writing gave; without errno when the source ends early.
+    """
+    done = 0
+    for step in (_in_kernel, _by_sendfile):
+        while done < count:
+            try:
+                n = step(source, target, source_at + done, target_at + done, count - done)
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+                n = 0
+            if n == 0:  # not supported, or the end: the last way tells which
+                break
+            done += n
+    while done < count:
+        data = read_at(source, min(CHUNK, count - done), source_at + done)
+        write_at(target, data, target_at + done)
+        done += len(data)
+
+
+def _in_kernel(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    return os.copy_file_range(source, target, min(count, _CALL), source_at, target_at)
+
+
+def _by_sendfile(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
+    if not hasattr(os, "sendfile"):
+        return 0
+    with _position:
+        before = os.lseek(target, 0, os.SEEK_CUR)
+        os.lseek(target, target_at, os.SEEK_SET)
+        try:
+            return os.sendfile(target, source, source_at, min(count, _CALL))
+        finally:
+            os.lseek(target, before, os.SEEK_SET)
+
+
+def read_at(fd: int, count: int, at: int) -> bytes:
+    """Exactly `count` bytes from `at`.
+
+    Raises:
+        OSError: The file ends before (without errno), or cannot be read.
+    """
+    parts, missing = [], count
+    while missing:
+        part = _pread(fd, missing, at + count - missing)
+        if not part:
+            raise OSError(f"the file ends at byte {at + count - missing}, expected {at + count}")
+        parts.append(part)
+        missing -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def write_at(fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
+    """All of `data` at `at`, however often the system has to be asked."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        n = _pwrite(fd, rest, at)
+        if n <= 0:
+            raise OSError(errno.EIO, f"{len(rest)} bytes to write and none written")
+        rest, at = rest[n:], at + n
+
+
+def _pread(fd: int, count: int, at: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(fd, count, at)
+    with _position:  # Windows
+        os.lseek(fd, at, os.SEEK_SET)
+        return os.read(fd, count)
+
+
+def _pwrite(fd: int, data: memoryview, at: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, at)
+    with _position:
+        os.lseek(fd, at, os.SEEK_SET)
+        return os.write(fd, data)
+
+
+def preallocate(fd: int, size: int) -> None:
+    """Make a new file `size` bytes long, with its space reserved where the system can.
+
+    Raises:
+        OSError: ENOSPC when that much is not free, before any byte is written.
+    """
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+    os.ftruncate(fd, size)
+
+
+def reflink(source: Path, target: Path) -> bool:
+    """Make `target` a copy of `source` that shares its blocks, where the file system can.
+
+    Returns:
+        False where it cannot; `target` then does not exist.
+
+    Raises:
+        OSError: `source` cannot be read, or `target` exists or cannot be made.
+    """
+    if not hasattr(fcntl, "ioctl"):
+        return False
+    read = os.open(source, os.O_RDONLY)
+    made = False
+    try:
+        write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # a real one comes again when it is copied
+                fcntl.ioctl(write, getattr(fcntl, "FICLONE", _FICLONE), read)
+                made = True
+        finally:
+            try:
+                if not made:
+                    os.unlink(target)
+            finally:
+                os.close(write)
+    finally:
+        os.close(read)
+    return made
