@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ COMMANDS = {
     "targets": "List what an adapter can attach to, and why the rest cannot.",
     "insert": "Insert untrained branches.",
     "train": "Insert, train, keep the best, and save only the adapter.",
+    "merge": "Fold adapters into the weights of a checkpoint.",
     "export": "Fold an adapter in and write an ONNX file, proven equal.",
     "verify": "Run two models and compare them; or: does an adapter fit?",
     "demo": "All of it, end to end, on a real model and real data.",
@@ -176,6 +178,23 @@ def note(text: str) -> None:
     if ctx and ctx.find_root().obj:
         ctx.find_root().obj["notes"].append(text)
     say(f"note: {text}")
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A function of (bytes done, bytes in all) that draws a bar on a terminal's stderr."""
+    ctx = click.get_current_context(silent=True)
+    quiet = ctx and (ctx.find_root().obj or {}).get("quiet")
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=1, file=sys.stderr, width=40) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        yield show
 
 
 def emit(

@@ -18,6 +18,7 @@ _WHERE = {
     "verify": "lora_fx.passes.pipeline",
     "attach": "lora_fx.passes.attach",
     "detach": "lora_fx.passes.attach",
+    "merge": "lora_fx.checkpoint.merge",
     "save_adapter": "lora_fx.formats.io",
     "load_adapter": "lora_fx.formats.io",
     "load_model": "lora_fx.fx.models",
@@ -45,12 +46,14 @@ __all__ = [
     "insert",
     "load_adapter",
     "load_model",
+    "merge",
     "save_adapter",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from lora_fx.adapter import Adapter
+    from lora_fx.checkpoint.merge import merge
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
     from lora_fx.fx.adapted import AdaptedModule

@@ -7,8 +7,10 @@ are rescaled; then single rows are replaced; then one rounding to the stored dty
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +19,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Array
 from lora_fx.numeric import numpy_dtype
 
-BLOCK = 1 << 18
-"""Elements of a block: 1 MiB in fp32, so that one block's arrays stay in a core's cache."""
+BLOCK = 1 << 16
+"""Elements of a block: 256 KiB in fp32, so that one block's arrays stay in a core's cache."""
 
 
 @dataclass
@@ -65,6 +67,21 @@ class Stats:
         return self.still / self.elements if self.elements else 0.0
 
 
+class Space:
+    """Arrays that one thread uses again for block after block: allocating costs page faults."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, Array] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array with any content; the next of this name takes its place."""
+        size = math.prod(shape) * dtype.itemsize
+        have = self._bytes.get(name)
+        if have is None or len(have) < size:
+            have = self._bytes[name] = np.empty(size, np.uint8)
+        return have[:size].view(dtype).reshape(shape)
+
+
 @dataclass(frozen=True)
 class Fold:
     """What happens to one stored tensor.
@@ -81,38 +98,46 @@ class Fold:
     rows: Mapping[int, Array] = field(default_factory=dict)
     norms: Mapping[int, Array] = field(default_factory=dict)
 
-    def block(self, old: Array, low: int, dtype: str) -> tuple[Array, Stats]:
+    def block(self, old: Array, low: int, dtype: str, space: Space) -> tuple[Array, Stats]:
         """New rows and what changed.
 
         Args:
             old: Rows low ≤ i < low + len(old) as stored, [n, columns].
             low: The first row.
             dtype: Of the result.
+            space: Of the calling thread; the result lies in it.
 
         Raises:
             LoraFxError: A value that is no number, or beyond the range of the dtype.
         """
-        wide = np.float64 if old.dtype == np.float64 else np.float32
-        weight = old.astype(wide)
-        new, delta = self.sum(weight, low)
+        wide = np.dtype(np.float64 if old.dtype == np.float64 else np.float32)
+        weight = space.array("weight", old.shape, wide)
+        np.copyto(weight, old)
+        new, delta = self.sum(weight, low, space)
+        result = space.array("result", old.shape, numpy_dtype(dtype))
         with np.errstate(over="ignore", invalid="ignore"):  # looked for below, and named
-            result = new.astype(numpy_dtype(dtype))
-            stats = _measured(old, weight, delta, result)
+            np.copyto(result, new, casting="unsafe")
+            stats = _measured(old, weight, delta, result, space)
         if not np.isfinite(stats.along + stats.weight):
-            raise self._error(weight, new, result, low)
+            weight = old.astype(wide)
+            raise self._error(weight, self.sum(weight, low, Space())[0], result, low)
         return result, stats
 
-    def sum(self, weight: Array, low: int) -> tuple[Array, Array]:
+    def sum(self, weight: Array, low: int, space: Space) -> tuple[Array, Array]:
         """W + Δ and Δ of rows from `low` on, in the dtype of `weight`."""
         high = low + len(weight)
+        new = space.array("new", weight.shape, weight.dtype)
         parts = [(i, p) for i, p in enumerate(self.matrix.parts) if p.top < high and low < p.bottom]
         if len(parts) == 1 and not self.rows:
             i, p = parts[0]
             whole = p.top <= low and high <= p.bottom and p.right - p.left == weight.shape[1]
             if whole and p.magnitude is None:
-                delta = p.delta(low, high)
-                return weight + delta, delta
-        new = weight.copy()
+                fits = weight.dtype == np.float32
+                delta = p.delta(
+                    low, high, space.array("delta", weight.shape, weight.dtype) if fits else None
+                )
+                return np.add(weight, delta, out=new), delta
+        np.copyto(new, weight)
         for i, p in parts:
             lo, hi = max(low, p.top), min(high, p.bottom)
             view = new[lo - low : hi - low, p.left : p.right]
@@ -150,27 +175,23 @@ class Fold:
         return LoraFxError(f"tensor {self.name!r}: its norm is beyond fp32's range")
 
 
-def _measured(old: Array, weight: Array, delta: Array, result: Array) -> Stats:
-    applied = result.astype(weight.dtype)
-    same = _same(old, weight, result, applied)
-    applied -= weight
+def _measured(old: Array, weight: Array, delta: Array, result: Array, space: Space) -> Stats:
+    applied = space.array("new", weight.shape, weight.dtype)  # W + Δ is not needed any more
+    np.copyto(applied, result)
+    differs = space.array("differs", weight.shape, np.dtype(bool))
+    if old.dtype == result.dtype and old.dtype.itemsize == 2:
+        np.not_equal(old.view(np.uint16), result.view(np.uint16), out=differs)
+    else:
+        np.not_equal(weight, applied, out=differs)
+    np.subtract(applied, weight, out=applied)
     flat, d = weight.reshape(-1), np.ascontiguousarray(delta).reshape(-1)
     return Stats(
         old.size,
-        same,
+        int(old.size - np.count_nonzero(differs)),
         float(np.dot(flat, flat)),
         float(np.dot(d, d)),
         float(np.dot(applied.reshape(-1), d)),
     )
-
-
-def _same(old: Array, weight: Array, result: Array, applied: Array) -> int:
-    """Elements whose value is what it was; by bits where the dtype is kept."""
-    if old.dtype == result.dtype and old.dtype.itemsize == 2:
-        a, b = old.view(np.uint16), result.view(np.uint16)
-    else:
-        a, b = weight, applied
-    return int(old.size - np.count_nonzero(a != b))
 
 
 def rows_per_block(columns: int) -> int:

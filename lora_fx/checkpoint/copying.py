@@ -98,6 +98,19 @@ def read_at(fd: int, count: int, at: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def read_into(fd: int, data: memoryview, at: int) -> None:
+    """Fill `data` with the bytes from `at`; as `read_at`, without an object of its own."""
+    if not hasattr(os, "preadv"):
+        data[:] = read_at(fd, len(data), at)
+        return
+    end, rest = at + len(data), data
+    while rest:
+        n = os.preadv(fd, [rest], end - len(rest))
+        if n <= 0:
+            raise OSError(f"the file ends at byte {end - len(rest)}, expected {end}")
+        rest = rest[n:]
+
+
 def write_at(fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
     """All of `data` at `at`, however often the system has to be asked."""
     rest = memoryview(data).cast("B")

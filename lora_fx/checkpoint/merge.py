@@ -121,7 +121,8 @@ def run(
                 )
             report = _report(plan, stats, target)
             if stage.is_dir():
-                text = json.dumps(report.to_json(), indent=1) + "\n"
+                # Without the path: equal inputs give equal folders.
+                text = json.dumps({**report.to_json(), "outputs": []}, indent=1) + "\n"
                 (stage / REPORT).write_text(text, encoding="utf-8")
     except OSError as error:
         raise explain(error, error.filename or target) from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.checkpoint.blocks import Fold, rows_per_block
+from lora_fx.checkpoint.blocks import Fold, Space, rows_per_block
 from lora_fx.checkpoint.copying import read_at
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.plan import Change, Plan
@@ -142,7 +142,7 @@ def _ratio(change: Change, exact: Fold, info: TensorInfo, low: int, high: int) -
     with open(change.source.file, "rb") as f, open(info.file, "rb") as g:
         old = read_rows(f.fileno(), change.source, low, high - low, columns).astype(np.float64)
         new = read_rows(g.fileno(), info, low, high - low, columns).astype(np.float64)
-    want, size = exact.sum(old, low)
+    want, size = exact.sum(old, low, Space())
     for p in exact.matrix.parts:
         lo, hi = max(low, p.top), min(high, p.bottom)
         if lo < hi:

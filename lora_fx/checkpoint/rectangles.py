@@ -44,11 +44,16 @@ class Rectangle:
     transposed: bool = False
     magnitude: Array | None = None
 
-    def delta(self, low: int, high: int) -> Array:
-        """ΔW of the tensor's rows low ≤ i < high, all within the rectangle; fp32."""
+    def delta(self, low: int, high: int, out: Array | None = None) -> Array:
+        """ΔW of the tensor's rows low ≤ i < high, all within the rectangle; fp32.
+
+        `out` may be an array of that shape to compute in.
+        """
         rows, every = slice(low - self.top, high - self.top), slice(None)
         if self.transposed:
             return self.change.block(self.batch, every, rows).T
+        if isinstance(self.change, LowRank):
+            return self.change.block(self.batch, rows, every, out)
         return self.change.block(self.batch, rows, every)
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.checkpoint.blocks import Fold, rows_per_block
-from lora_fx.checkpoint.copying import read_at
+from lora_fx.checkpoint.blocks import Fold, Space, rows_per_block
+from lora_fx.checkpoint.copying import read_into
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.lowrank import Array
 from lora_fx.numeric import numpy_dtype
@@ -32,9 +32,11 @@ def column_norms(fold: Fold, source: TensorInfo) -> Fold:
     return replace(fold, norms=norms) if norms else fold
 
 
-def read_rows(fd: int, info: TensorInfo, low: int, count: int, columns: int) -> Array:
+def read_rows(
+    fd: int, info: TensorInfo, low: int, count: int, columns: int, space: Space | None = None
+) -> Array:
     """Rows low ≤ i < low + count of a stored tensor that is seen with `columns` columns."""
-    dtype = numpy_dtype(info.dtype)
-    row = dtype.itemsize * columns
-    data = read_at(fd, count * row, info.start + low * row)
-    return np.frombuffer(data, dtype).reshape(count, columns)
+    old = (space or Space()).array("old", (count, columns), numpy_dtype(info.dtype))
+    row = old.itemsize * columns
+    read_into(fd, old.view(np.uint8).reshape(-1).data, info.start + low * row)
+    return old

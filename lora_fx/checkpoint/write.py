@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.checkpoint.blocks import Fold, Stats, rows_per_block
+from lora_fx.checkpoint.blocks import Fold, Space, Stats, rows_per_block
 from lora_fx.checkpoint.copying import copy_range, preallocate, reflink, write_at
 from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.provenance import METADATA, record
@@ -169,6 +170,7 @@ class _Run:
     ) -> None:
         self.plan, self.stack, self.workers = plan, stack, max(1, workers)
         self.progress, self.done, self.total = progress, 0, 1
+        self.spaces = threading.local()
         self.sources: dict[Path, int] = {}
 
     def go(
@@ -271,10 +273,11 @@ class _Run:
         stats, columns = Stats(), fold.matrix.columns
         row = numpy_dtype(change.dtype).itemsize * columns
         step = rows_per_block(columns)
+        space: Space = self.spaces.__dict__.setdefault("space", Space())
         for start in range(low, high, step):
             n = min(step, high - start)
-            old = read_rows(source, change.source, start, n, columns)
-            new, found = fold.block(old, start, change.dtype)
+            old = read_rows(source, change.source, start, n, columns, space)
+            new, found = fold.block(old, start, change.dtype, space)
             write_at(fd, _bytes(new), at + start * row)
             stats.add(found)
         return (high - low) * row, change.name, stats

@@ -1,0 +1,77 @@
+"""lora-fx merge: adapters folded into the weights of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import emit, note, progress_bar
+from lora_fx.cli.options import force_option, json_option, split_weight
+
+
+@click.command("merge")
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
+@click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@click.option(
+    "--how",
+    default="sum",
+    show_default=True,
+    type=click.Choice(["sum", "cat", "linear", "svd"]),
+    help="Several adapters: their exact sum, or a mix of their factors.",
+)
+@click.option("--rank", type=int, help="Of an svd mix.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
+    help="Of touched tensors.  [default: as stored]",
+)
+@click.option(
+    "--allow-unused", is_flag=True, help="Leave out updates that the base has no tensor for."
+)
+@click.option("--untie", is_flag=True, help="Give a tied output head a tensor of its own.")
+@click.option("--add", is_flag=True, help="Add whole tensors that the base lacks: a new head.")
+@click.option("--again", is_flag=True, help="Merge an adapter that is in the base already.")
+@click.option("--link", is_flag=True, help="Hard links for untouched files, instead of copies.")
+@click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
+@force_option
+@json_option
+def command(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    dry_run: bool,
+    link: bool,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
+
+    BASE is a Hugging Face folder or a .safetensors file. It is streamed: memory does not grow with
+    it. Untouched tensors are copied byte for byte, names and shards stay. ADAPTER:W weights one.
+
+    \b
+    lora-fx merge ./llama ./adapter -o ./merged
+    lora-fx merge ./llama style:0.7 task -o ./merged --dry-run
+    """
+    from lora_fx.checkpoint.merge import lines, plan_merge, run
+    from lora_fx.checkpoint.osfile import check_output
+
+    if not dry_run:
+        check_output(out, force=force)
+    plan = plan_merge(base, [split_weight(a) for a in adapters], **options)
+    inputs = [{"base": base, "adapters": list(adapters)}]
+    if dry_run:
+        emit(as_json, "merge", str(plan), inputs=inputs, warnings=plan.notes, **plan.to_json())
+        return
+    with progress_bar() as progress:
+        report = run(plan, out, link=link, force=force, workers=threads, progress=progress)
+    for text in report.warnings:
+        note(text)
+    fields = report.to_json()
+    fields.pop("command")
+    emit(as_json, "merge", lines(report), inputs=inputs, **fields)
