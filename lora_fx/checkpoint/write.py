@@ -14,19 +14,17 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lora_fx.checkpoint.blocks import Fold, Space, Stats, rows_per_block
 from lora_fx.checkpoint.copying import copy_range, preallocate, reflink, write_at
 from lora_fx.checkpoint.plan import Change, Plan
-from lora_fx.checkpoint.provenance import METADATA, record
+from lora_fx.checkpoint.provenance import record
 from lora_fx.checkpoint.rows import column_norms, read_rows
-from lora_fx.checkpoint.strict import DTYPES, Header, TensorInfo
+from lora_fx.checkpoint.shards import Shard, Slot, lay_out
 from lora_fx.lowrank import Array
 from lora_fx.numeric import numpy_dtype
 
@@ -34,40 +32,11 @@ CHUNK = 64 << 20
 """Bytes of one copy job."""
 RUN = 16
 """Blocks of one fold job."""
-CODES = {name: code for code, (name, _) in DTYPES.items()}
 Done = tuple[int, str, Stats | None]
 """What a job says: bytes written, the tensor, what changed in it."""
 Job = Callable[[], Done]
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of an output file: where it will lie, and what it is made of."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    source: TensorInfo
-    change: Change | None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file with its header; `slots` in the order of their bytes."""
-
-    source: Path
-    target: Path
-    head: bytes
-    slots: tuple[Slot, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.head) + sum(s.stop - s.start for s in self.slots)
 
 
 def write(
@@ -103,7 +72,7 @@ def write(
     rest: list[tuple[str, Path]] = []
     for name, header in plan.base.shards.items():
         target = stage if single else folder / name
-        shard = _layout(plan, plan.base.folder / name, target, name, header, text)
+        shard = lay_out(plan, plan.base.folder / name, target, name, header, text)
         if shard is None:
             rest.append((name, target))
         else:
@@ -115,47 +84,6 @@ def write(
         _companions(plan, folder)
         _index(plan, folder, touched)
     return stats
-
-
-def _layout(
-    plan: Plan, source: Path, target: Path, name: str, header: Header, text: str
-) -> Shard | None:
-    """The output file of a shard; None where nothing in it changes."""
-    mine = {
-        n: plan.changes[n]
-        for n, info in header.tensors.items()
-        if n in plan.changes and plan.base.tensors[n] == info
-    }
-    new = [plan.changes[n] for n, home in plan.added.items() if home == name]
-    if not mine and not new:
-        return None
-    slots, at = [], 0
-    by_start = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].stop))
-    for n, info in by_start:
-        change = mine.get(n)
-        dtype, size = info.dtype, info.stop - info.start
-        if change is not None:
-            dtype, size = change.dtype, change.nbytes
-        slots.append(Slot(n, dtype, info.shape, at, at + size, info, change))
-        at += size
-    for change in new:
-        size = change.nbytes
-        slots.append(
-            Slot(change.name, change.dtype, change.shape, at, at + size, change.source, change)
-        )
-        at += size
-    place = {s.name: s for s in slots}
-    entries: dict[str, Any] = {"__metadata__": {**header.metadata, METADATA: text}}
-    for n in (*header.tensors, *(c.name for c in new)):
-        s = place[n]
-        entries[n] = {
-            "dtype": CODES[s.dtype],
-            "shape": list(s.shape),
-            "data_offsets": [s.start, s.stop],
-        }
-    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    body += b" " * (-len(body) % 8)
-    return Shard(source, target, len(body).to_bytes(8, "little") + body, tuple(slots))
 
 
 class _Run:
