@@ -19,6 +19,7 @@ COMMANDS = {
     "insert": "Insert untrained branches.",
     "train": "Insert, train, keep the best, and save only the adapter.",
     "merge": "Fold adapters into the weights of a checkpoint.",
+    "merge-all": "Merge every adapter of a fleet by itself.",
     "export": "Fold an adapter in and write an ONNX file, proven equal.",
     "verify": "Run two models and compare them; or: does an adapter fit?",
     "demo": "All of it, end to end, on a real model and real data.",
@@ -36,7 +37,7 @@ class LazyGroup(click.Group):
         """Import one command's file."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"lora_fx.cli.{cmd_name}").command
+        command: click.Command = import_module(f"lora_fx.cli.{cmd_name.replace('-', '_')}").command
         command.help = (command.help or "").replace("\\b", "\b")  # click's keep-lines mark
         return command
 

@@ -67,9 +67,9 @@ def read_header(file: str | Path) -> Header:
     n = int.from_bytes(head, "little")
     if size < 8:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
-    if head.startswith(b"PK") or head.startswith(b"\x80"):
-        raise LoraFxError(f"{file}: a PyTorch pickle, not a safetensors file", CONVERT)
     if n > MAX_HEADER:
+        if head.startswith((b"PK", b"\x80")):  # only now: a header of 128 bytes begins so too
+            raise LoraFxError(f"{file}: a PyTorch pickle, not a safetensors file", CONVERT)
         raise LoraFxError(
             f"{file}: its header would be {n} bytes; at most {MAX_HEADER} are read",
             "is this a safetensors file?",

@@ -1,0 +1,84 @@
+"""lora-fx merge-all: one base, many adapters, one merged checkpoint each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import emit
+from lora_fx.cli.options import force_option, json_option, split_weight
+from lora_fx.errors import LoraFxError, NoEffectError
+
+
+def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    i, slash, n = value.partition("/")
+    if not (slash and i.isdigit() and n.isdigit()):
+        raise LoraFxError(f"--shard {value!r}; expected i/n", "for example 1/4")
+    return int(i), int(n)
+
+
+@click.command("merge-all")
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
+@click.option("-o", "--out", required=True, metavar="DIR", help="The folder of the outputs.")
+@click.option("-j", "processes", type=int, default=1, show_default=True, help="Merges at a time.")
+@click.option(
+    "--shard",
+    default="1/1",
+    callback=_shard,
+    metavar="i/n",
+    help="This machine's part of the list.",
+)
+@click.option("--dtype", help="Of touched tensors.  [default: as stored]")
+@click.option("--link", is_flag=True, help="Hard links for untouched files, instead of copies.")
+@click.option("--untie", is_flag=True, help="Give a tied output head a tensor of its own.")
+@click.option("--add", is_flag=True, help="Add whole tensors that the base lacks: a new head.")
+@force_option
+@json_option
+def command(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    processes: int,
+    shard: tuple[int, int],
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Merge every ADAPTER into BASE by itself, as DIR/NAME; a JSON line for each.
+
+    One that cannot be merged fails alone, and the exit code is 1. An output that is this very merge
+    is kept, so a fleet that was interrupted goes on where it stopped.
+
+    \b
+    lora-fx merge-all ./llama adapters/* -o merged -j 4
+    lora-fx merge-all ./llama adapters/* -o merged --shard $SLURM_ARRAY_TASK_ID/8
+    """
+    from lora_fx.checkpoint.fleet import jobs_of, merge_all
+    from lora_fx.checkpoint.folder import open_checkpoint
+
+    # A base that cannot be read is one error, not one for every adapter.
+    suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
+    jobs = jobs_of([split_weight(a) for a in adapters], Path(out), shard, suffix)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    flags = [f"--{name}" for name in ("link", "untie", "add") if options[name]]
+    flags += ["--dtype", options["dtype"]] if options["dtype"] else []
+    rows = []
+    for row in merge_all(base, jobs, processes=processes, options=flags, force=force):
+        rows.append(row)
+        if not as_json:
+            click.echo(json.dumps(row))
+    bad = [r for r in rows if not r["ok"]]
+    refused = None
+    if bad:
+        refused = NoEffectError(
+            f"{len(bad)} of {len(rows)} merges failed, the first {bad[0]['adapter']}: "
+            f"{bad[0]['error']}",
+            "the others are done; the lines above say why each failed",
+        )
+    outputs = [r["out"] for r in rows if r["ok"]]
+    inputs = [{"base": base, "adapters": list(adapters)}]
+    emit(as_json, "merge-all", "", inputs=inputs, outputs=outputs, merges=rows, refused=refused)

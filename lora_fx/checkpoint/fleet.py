@@ -1,0 +1,143 @@
+"""merge-all: one base, many adapters, one merged checkpoint each.
+
+Every merge is a process of its own, so that a damaged adapter, or one that needs more memory than
+there is, fails alone. What one machine of several does is decided by position only: adapter k of
+the sorted list belongs to shard k mod n, so a scheduler's array job needs no coordination.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_fx.checkpoint.folder import open_checkpoint
+from lora_fx.checkpoint.provenance import adapter_hash, history, layout_hash
+from lora_fx.errors import LoraFxError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter of a fleet: its path, its weight, and where its checkpoint goes."""
+
+    adapter: str
+    weight: float
+    out: Path
+
+
+def jobs_of(
+    adapters: Sequence[tuple[str, float]],
+    folder: Path,
+    shard: tuple[int, int] = (1, 1),
+    suffix: str = "",
+) -> list[Job]:
+    """The jobs of one shard; outputs are named by the ends of the paths that tell them apart.
+
+    Args:
+        adapters: (path, weight).
+        folder: Where the outputs go.
+        shard: (i, n), i from 1 to n.
+        suffix: Of the outputs' names, where they are files.
+
+    Raises:
+        LoraFxError: The same adapter twice, or no such shard.
+    """
+    i, n = shard
+    if not 1 <= i <= n:
+        raise LoraFxError(f"no shard {i}/{n}", "shards are counted from 1/n to n/n")
+    names = _names([path for path, _ in adapters])
+    whole = sorted(
+        (Job(path, weight, folder / (names[path] + suffix)) for path, weight in adapters),
+        key=lambda job: job.out.name,
+    )
+    return whole[i - 1 :: n]
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """Path → the shortest end of it that no other path has, with `__` for separators.
+
+    >>> _names(["a/x", "b/x", "y.safetensors"])
+    {'a/x': 'a__x', 'b/x': 'b__x', 'y.safetensors': 'y'}
+    """
+    parts = {p: Path(os.path.abspath(p)).with_suffix("").parts for p in paths}
+    if len(set(parts.values())) < len(paths):
+        twice = next(p for p in paths if [*parts.values()].count(parts[p]) > 1)
+        raise LoraFxError(f"{twice} is there twice", "give every adapter once")
+    depth = dict.fromkeys(paths, 1)
+    while True:
+        names = {p: "__".join(parts[p][-depth[p] :]) for p in paths}
+        clash = [p for p in paths if [*names.values()].count(names[p]) > 1]
+        if not clash:
+            return names
+        for p in clash:
+            depth[p] += 1
+
+
+def merge_all(
+    base: str, jobs: Sequence[Job], *, processes: int, options: Sequence[str] = (), force: bool
+) -> Iterator[dict[str, Any]]:
+    """Merge every job; one result each, as they finish.
+
+    Args:
+        base: The checkpoint.
+        jobs: See jobs_of.
+        processes: How many merges run at a time.
+        options: Arguments of `lora-fx merge` for all of them.
+        force: Replace outputs that exist; without it one that is this very merge is kept.
+
+    Yields:
+        {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true for an
+        output that was there already.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, (cores or 1) // max(1, processes))
+    extra = [*options, "--threads", str(threads), *(["--force"] if force else [])]
+    with ThreadPoolExecutor(max(1, processes)) as pool:
+        futures = {pool.submit(_one, base, job, extra, force): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one(base: str, job: Job, extra: Sequence[str], force: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"adapter": job.adapter, "out": str(job.out), "ok": True}
+    try:
+        if not force and job.out.exists() and _is_this(base, job):
+            return row | {"kept": True}
+    except LoraFxError as error:
+        return row | {"ok": False, "error": error.message, "hint": error.hint}
+    adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
+    command = [sys.executable, "-m", "lora_fx.cli", "merge", base, adapter]
+    done = subprocess.run(
+        [*command, "-o", str(job.out), "--json", *extra], capture_output=True, text=True
+    )
+    try:
+        said = json.loads(done.stdout)
+    except ValueError:
+        last = done.stderr.strip().splitlines()
+        why = f"the merge ended with code {done.returncode}{f': {last[-1]}' if last else ''}"
+        return row | {"ok": False, "error": why, "hint": "was it killed for its memory?"}
+    row |= {"ok": bool(said["ok"]), "warnings": said["warnings"]}
+    return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}
+
+
+def _is_this(base: str, job: Job) -> bool:
+    """True where an output is the merge of this base and adapter; by its own record."""
+    from lora_fx.formats.io import load_adapter
+
+    merges = history(open_checkpoint(job.out))
+    if not merges:
+        return False
+    last = merges[-1]
+    given = [{"hash": adapter_hash(load_adapter(job.adapter)), "weight": job.weight}]
+    same = last["adapters"] == given
+    return bool(same and last["base"]["layout"] == layout_hash(open_checkpoint(base).tensors))

@@ -1,0 +1,97 @@
+"""merge-all: every adapter of a fleet by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_fx import Adapter, LowRank, save_adapter
+from lora_fx.checkpoint.fleet import jobs_of
+from lora_fx.cli import main
+from lora_fx.errors import LoraFxError
+
+
+def adapter(seed: int) -> Adapter:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((2, 16)), rng.standard_normal((24, 2))
+    return Adapter({"fc.weight": LowRank(a.astype("f4"), b.astype("f4"), alpha=3.0)})
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(9)
+    weights = {"fc.weight": rng.standard_normal((24, 16)).astype("f4"), "n": np.ones(3, "f4")}
+    save_file(weights, tmp_path / "base.safetensors")
+    for i in range(4):
+        save_adapter(adapter(i), tmp_path / f"run{i}" / "adapter")
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, list[dict[str, Any]], str]:
+    with pytest.raises(SystemExit) as end:
+        main(["merge-all", "base.safetensors", *argv])
+    out, err = capsys.readouterr()
+    code = end.value.code
+    assert isinstance(code, int)
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+RUNS = [f"run{i}/adapter" for i in range(4)]
+
+
+def test_each_is_the_merge_of_its_adapter(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, rows, _ = run(capsys, *RUNS, "-o", "out", "-j", "2")
+    assert code == 0 and {r["adapter"] for r in rows} == set(RUNS)
+    base = load_file(fleet / "base.safetensors")["fc.weight"].astype(np.float64)
+    for i in range(4):
+        u = adapter(i).lowrank["fc.weight"]
+        want = base + 1.5 * u.b.astype(np.float64) @ u.a.astype(np.float64)
+        got = load_file(fleet / "out" / f"run{i}__adapter.safetensors")["fc.weight"]
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_bad_one_fails_alone(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = fleet / "run2" / "adapter" / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    code, rows, err = run(capsys, *RUNS, "-o", "out")
+    bad = [r for r in rows if not r["ok"]]
+    assert code == 1 and len(rows) == 4 and len(bad) == 1
+    assert str(damaged.relative_to(fleet)) in bad[0]["error"] and bad[0]["hint"]
+    assert "1 of 4 merges failed" in err
+    assert sorted(p.name for p in (fleet / "out").iterdir()) == [
+        f"run{i}__adapter.safetensors" for i in (0, 1, 3)
+    ]
+
+
+def test_an_interrupted_fleet_goes_on(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, *RUNS[:2], "-o", "out")
+    before = (fleet / "out" / "run0__adapter.safetensors").stat().st_mtime_ns
+    code, rows, _ = run(capsys, *RUNS, "-o", "out")
+    assert code == 0 and sum(r.get("kept", False) for r in rows) == 2
+    assert (fleet / "out" / "run0__adapter.safetensors").stat().st_mtime_ns == before
+    # Another adapter under the same name is no such merge.
+    save_adapter(adapter(7), fleet / "run0" / "adapter", force=True)
+    code, rows, _ = run(capsys, *RUNS, "-o", "out")
+    assert code == 1 and [r["adapter"] for r in rows if not r["ok"]] == ["run0/adapter"]
+    code, rows, _ = run(capsys, *RUNS, "-o", "out", "--force")
+    assert code == 0 and not any(r.get("kept") for r in rows)
+
+
+def test_shards_are_a_partition() -> None:
+    given = [(f"r{i}/a", 1.0) for i in range(7)]
+    whole = jobs_of(given, Path("o"))
+    parts = [jobs_of(given, Path("o"), (i, 3)) for i in (1, 2, 3)]
+    assert sorted(j.adapter for p in parts for j in p) == [j.adapter for j in whole]
+    assert {len(p) for p in parts} == {2, 3}
+    assert jobs_of(given[::-1], Path("o"), (2, 3)) == parts[1]
+    for i, n in ((0, 3), (4, 3)):
+        with pytest.raises(LoraFxError, match="no shard"):
+            jobs_of(given, Path("o"), (i, n))
+    with pytest.raises(LoraFxError, match="is there twice"):
+        jobs_of([("a", 1.0), ("./a", 1.0)], Path("o"))
