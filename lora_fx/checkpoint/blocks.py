@@ -7,8 +7,9 @@ are rescaled; then single rows are replaced; then one rounding to the stored dty
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,3 +198,12 @@ def _measured(old: Array, weight: Array, delta: Array, result: Array, space: Spa
 def rows_per_block(columns: int) -> int:
     """Rows of a block of about BLOCK elements."""
     return max(1, BLOCK // max(1, columns))
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """The threads here are the parallel ones; BLAS's own would wait for each other."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield

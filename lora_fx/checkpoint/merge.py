@@ -107,13 +107,14 @@ def run(
         check_output(target, force=force)
         check_space(target.parent, plan.disk)
         with replacing(target, force=force) as stage:
-            stats = write(plan, stage, workers=workers or cores(), link=link, progress=progress)
+            threads = workers or cores()
+            stats = write(plan, stage, workers=threads, link=link, progress=progress)
             if stats and not any(s.still < s.elements for s in stats.values()) and not _whole(plan):
                 raise NoEffectError(
                     f"{target}: not written: no element of {len(stats)} tensors would change",
                     "is the adapter untrained, or its weight 0? a wider --dtype keeps small ones",
                 )
-            wrong = list(prove(plan, open_checkpoint(stage)))
+            wrong = list(prove(plan, open_checkpoint(stage), workers=threads))
             if wrong:
                 raise LoraFxError(
                     f"{target}: not written: {wrong[0].tensor!r} {wrong[0].what}",

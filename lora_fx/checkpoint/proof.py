@@ -12,13 +12,14 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lora_fx.checkpoint.blocks import Fold, Space, rows_per_block
-from lora_fx.checkpoint.copying import read_at
+from lora_fx.checkpoint.blocks import Fold, Space, one_blas_thread, rows_per_block
+from lora_fx.checkpoint.copying import read_at, read_into
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.rectangles import Matrix, Rectangle
@@ -27,7 +28,7 @@ from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.lowrank import Array, LowRank
 from lora_fx.numeric import numpy_dtype
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 ROWS = 4
 """Rows of every touched tensor that a merge computes again before it is done."""
 
@@ -46,31 +47,36 @@ class Difference:
         return {"key": self.tensor, "what": self.what, "ratio": self.ratio if finite else None}
 
 
-def prove(plan: Plan, out: Checkpoint, *, rows: int | None = ROWS) -> Iterator[Difference]:
+def prove(
+    plan: Plan, out: Checkpoint, *, rows: int | None = ROWS, workers: int = 1
+) -> Iterator[Difference]:
     """What differs between a merged checkpoint and what the plan says it should be.
 
     Args:
         plan: Of the merge.
         out: The merged checkpoint, reopened.
         rows: Rows of every touched tensor to compute again; None for all.
+        workers: Threads.
     """
-    base = plan.base.tensors
-    for name in base:
+    for name in (*plan.base.tensors, *plan.added):
         if name not in out.tensors:
             yield Difference(name, "is missing")
-    for name, info in out.tensors.items():
-        change = plan.changes.get(name)
-        if name not in base and change is None:
-            yield Difference(name, "is not in the base")
-        elif change is None:
-            yield from _same(name, base[name], info)
-        elif (change.shape, change.dtype) != (info.shape, info.dtype):
-            yield Difference(
-                name,
-                f"is {info.dtype} {list(info.shape)}; expected {change.dtype} {list(change.shape)}",
-            )
-        else:
-            yield from _recomputed(change, info, rows)
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(lambda name: list(_tensor(plan, out, name, rows)), out.tensors):
+            yield from found
+
+
+def _tensor(plan: Plan, out: Checkpoint, name: str, rows: int | None) -> Iterator[Difference]:
+    info, change = out.tensors[name], plan.changes.get(name)
+    if change is None and name not in plan.base.tensors:
+        yield Difference(name, "is not in the base")
+    elif change is None:
+        yield from _same(name, plan.base.tensors[name], info)
+    elif (change.shape, change.dtype) != (info.shape, info.dtype):
+        want = f"{change.dtype} {list(change.shape)}"
+        yield Difference(name, f"is {info.dtype} {list(info.shape)}; expected {want}")
+    else:
+        yield from _recomputed(change, info, rows)
 
 
 def _same(name: str, old: TensorInfo, new: TensorInfo) -> Iterator[Difference]:
@@ -81,10 +87,13 @@ def _same(name: str, old: TensorInfo, new: TensorInfo) -> Iterator[Difference]:
         return
     if os.path.samefile(old.file, new.file) and old.start == new.start:
         return
+    a, b = bytearray(CHUNK), bytearray(CHUNK)  # used again: new ones would cost page faults
     with open(old.file, "rb") as f, open(new.file, "rb") as g:
         for at in range(0, old.stop - old.start, CHUNK):
             n = min(CHUNK, old.stop - old.start - at)
-            if read_at(f.fileno(), n, old.start + at) != read_at(g.fileno(), n, new.start + at):
+            read_into(f.fileno(), memoryview(a)[:n], old.start + at)
+            read_into(g.fileno(), memoryview(b)[:n], new.start + at)
+            if a != b:  # past n both hold the same: the chunk before, which was equal
                 yield Difference(name, "no adapter changes it, but its bytes are not the base's")
                 return
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.checkpoint.blocks import Fold, Space, Stats, rows_per_block
+from lora_fx.checkpoint.blocks import Fold, Space, Stats, one_blas_thread, rows_per_block
 from lora_fx.checkpoint.copying import copy_range, preallocate, reflink, write_at
 from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.provenance import record
@@ -119,7 +119,7 @@ class _Run:
         self.total = sum(s.size for s in touched) + sum(
             (self.plan.base.folder / n).stat().st_size for n, _ in rest
         )
-        with _one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
+        with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(job) for job in jobs]
             try:
                 for future in as_completed(futures):
@@ -219,15 +219,6 @@ def _copied(source: int, target: int, start: int, at: int, count: int) -> Done:
 def _bytes(array: Array) -> memoryview:
     """The bytes of an array in order; numpy's own buffers do not know bf16."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
-
-
-@contextlib.contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """The threads here are the parallel ones; BLAS's own would wait for each other."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1, "blas"):
-        yield
 
 
 def _companions(plan: Plan, folder: Path) -> None:
