@@ -110,16 +110,20 @@ class _Renaming:
 def _renaming(adapter: Adapter, tensors: Mapping[str, TensorInfo], notes: list[str]) -> _Renaming:
     """The prefix under which the most names are known; none where names are known as they are.
 
-    A model saved by its inner class lacks the outer's prefix (`bert.`), and the reverse.
+    A model saved by its inner class lacks the outer's prefix (`bert.`), a component of a pipeline
+    its own (`unet.`), and the reverse.
     """
     names = [base_name(k) for k in adapter.entries]
-    if not names or any(n in tensors for n in names):
+    if any(n in tensors for n in names):
         return _Renaming()
-    first = next((n for n in names if n.endswith(".weight")), names[0])
-    tries = [_Renaming(more=first[: i + 1]) for i, c in enumerate(first) if c == "."]
+    first = next((n for n in names if n.endswith(".weight")), "")
+    leads = {n[: i + 1] for n in names for i, c in enumerate(n) if c == "."}
+    tries = [_Renaming(more=lead) for lead in sorted(leads)]
     tries += [_Renaming(less=t.removesuffix(first)) for t in tensors if t.endswith(f".{first}")]
-    best = [t for t in tries if all(t(n) in tensors for n in names)]
-    if len(best) != 1:
+    known = {t: sum(n.startswith(t.more) and t(n) in tensors for n in names) for t in tries}
+    most = max(known.values(), default=0)
+    best = [t for t in tries if known[t] == most]
+    if not most or len(best) != 1:
         return _Renaming()
     what = f"without {best[0].more!r}" if best[0].more else f"with {best[0].less!r} before them"
     notes.append(f"the adapter's names are the base's {what}")
