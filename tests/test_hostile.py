@@ -1,0 +1,36 @@
+"""No file makes any command run code, start a program or open a socket."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+from lora_fx.cli.common import COMMANDS
+from tests.hostile import MARK, Payload
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_FILES = {"demo", "train", "bench", "plan"}
+"""Commands that take no file of somebody else's, or run code that the user names."""
+
+
+def test_no_command_runs_what_is_in_a_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.hostile", str(tmp_path)],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["events"] == [] and said["canary"] == []
+    ran = said["ran"]
+    assert {line.split()[0] for line in ran} == set(COMMANDS) - NO_FILES
+    assert set(ran.values()) <= {0, 1, 2}
+    assert ran["merge good.safetensors good_adapter -o out"] == 0, "the good pair is good"
+    assert ran["merge pickled good_adapter -o out"] == 2
+
+
+def test_the_payload_is_live(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path)))
+    assert (tmp_path / MARK).exists()
