@@ -16,6 +16,7 @@ _WHERE = {
     "fold": "lora_fx.passes.pipeline",
     "export": "lora_fx.passes.pipeline",
     "verify": "lora_fx.passes.pipeline",
+    "truncate": "lora_fx.truncation",
     "attach": "lora_fx.passes.attach",
     "detach": "lora_fx.passes.attach",
     "merge": "lora_fx.checkpoint.merge",
@@ -48,6 +49,7 @@ __all__ = [
     "load_model",
     "merge",
     "save_adapter",
+    "truncate",
     "verify",
 ]
 
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from lora_fx.lowrank import Full, LowRank
     from lora_fx.passes.attach import attach, detach
     from lora_fx.passes.pipeline import export, find, fold, insert, verify
+    from lora_fx.truncation import truncate
 
 
 def __getattr__(name: str) -> Any:

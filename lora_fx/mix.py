@@ -16,7 +16,8 @@ import numpy as np
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array, LowRank
+from lora_fx.lowrank import LowRank
+from lora_fx.svd import truncated
 
 HOWS = ("cat", "svd", "linear")
 Pair = tuple[LowRank, float]
@@ -86,14 +87,3 @@ def _linear(key: str, pairs: Sequence[Pair]) -> LowRank:
         a = a + u.a * np.float32(math.copysign(root, w * u.scale))
         b = b + u.b * np.float32(root)
     return replace(first, a=a, b=b, alpha=float(first.rank), variant="lora")
-
-
-def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
-    """The best a, b of `rank` for b @ a, by QR of both and an SVD of the small product, in fp64."""
-    qb, rb = np.linalg.qr(b.astype(np.float64))
-    qa, ra = np.linalg.qr(np.swapaxes(a, -1, -2).astype(np.float64))
-    u, s, vh = np.linalg.svd(rb @ np.swapaxes(ra, -1, -2))
-    r = min(rank, s.shape[-1])
-    new_b = qb @ (u[..., :r] * s[..., None, :r])
-    new_a = vh[..., :r, :] @ np.swapaxes(qa, -1, -2)
-    return new_a.astype(np.float32), new_b.astype(np.float32)

@@ -1,0 +1,290 @@
+"""truncate: an adapter of fewer ranks, with the exact error that it costs.
+
+Every s·b@a is split into singular triplets by QR of both factors (see svd.py); over all targets
+‖ΔW − ΔW'‖² is then the sum of the σ² that are left out. One more rank of a target costs
+(in + out)·batch elements, so triplets are taken in the order of σ²/cost. A stack of matrices has
+one rank; its σ² are summed over the batch. Results have alpha = rank, that is scale 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import LowRank
+from lora_fx.ranks import gains, within_budget, within_loss
+from lora_fx.svd import Triplets, balanced, distance, product_svd
+from lora_fx.target import table
+from lora_fx.variant import Entry
+
+GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """One update before and after.
+
+    Attributes:
+        key: Of the update.
+        before: Its rank.
+        after: Its new rank; 0 where it was removed.
+        norm: ‖ΔW‖ of Frobenius.
+        error: ‖ΔW − ΔW'‖ of Frobenius, with the rounding of a and b to fp32.
+        saved: Elements of a and b that are gone.
+    """
+
+    key: str
+    before: int
+    after: int
+    norm: float
+    error: float
+    saved: int
+
+    @property
+    def relative(self) -> float:
+        """‖ΔW − ΔW'‖/‖ΔW‖; 0 for a ΔW of zeros."""
+        return self.error / self.norm if self.norm else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `truncated[]` in docs/json.md."""
+        return {
+            "key": self.key,
+            "before": self.before,
+            "after": self.after,
+            "norm": self.norm,
+            "error": self.error,
+            "relative": self.relative,
+        }
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A truncated adapter and what it cost. Frobenius norms over all updates together."""
+
+    adapter: Adapter
+    rows: tuple[Truncated, ...]
+    parameters: int
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖."""
+        return math.hypot(*(r.norm for r in self.rows))
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − ΔW'‖."""
+        return math.hypot(*(r.error for r in self.rows))
+
+    @property
+    def relative(self) -> float:
+        """‖ΔW − ΔW'‖/‖ΔW‖."""
+        return self.error / self.norm
+
+    @property
+    def energy(self) -> float:
+        """The share of Σ σ² that is kept."""
+        return 1.0 - self.relative**2
+
+    @property
+    def dropped(self) -> int:
+        """How many ranks are gone."""
+        return sum(r.before - r.after for r in self.rows)
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Keys of which no rank is left."""
+        return tuple(r.key for r in self.rows if not r.after)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `lora-fx truncate --json` adds."""
+        return {
+            "truncated": [r.to_json() for r in self.rows],
+            "removed": list(self.removed),
+            "norm": self.norm,
+            "error": self.error,
+            "relative": self.relative,
+            "energy": self.energy,
+            "parameters_before": self.parameters + sum(r.saved for r in self.rows),
+            "parameters": self.parameters,
+        }
+
+    def __str__(self) -> str:
+        """A table for people."""
+        rows = [
+            (r.key, f"{r.before} → {r.after}", f"{r.error:.2e}", f"{r.relative:.2e}")
+            for r in self.rows
+        ]
+        lines = table([("key", "rank", "error", "relative"), *rows])
+        lines += [f"removed: {key}" for key in self.removed]
+        before = self.parameters + sum(r.saved for r in self.rows)
+        lines.append(f"{self.parameters} of {before} low-rank elements kept")
+        lines.append(
+            f"‖ΔW − ΔW'‖ = {self.error:.6e}, of ‖ΔW‖ = {self.norm:.6e}: {self.relative:.6e}; "
+            f"energy kept {self.energy:.4%}"
+        )
+        return "\n".join(lines)
+
+
+def truncate(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    params: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    max_abs_error: float | None = None,
+) -> Adapter:
+    """An adapter of fewer ranks; exactly one goal is given.
+
+    Args:
+        adapter: Of lora or rslora updates; whole tensors are kept as they are.
+        rank: No update has a higher one.
+        params: Elements of all a and b together, at most. Whole tensors are not counted.
+        energy: Share of Σ σ² over all updates that is kept, at least; in (0, 1].
+        max_error: ‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most.
+        max_abs_error: ‖ΔW − ΔW'‖ over all updates, at most.
+
+    Returns:
+        Updates with alpha = rank and variant lora; an update that keeps its rank keeps its a and
+        b. One that keeps no rank is not there: `truncation` says which, and has all errors.
+
+    Raises:
+        LoraFxError: No goal or several, DoRA and other entries that are no s·b@a, values that are
+            not finite, a goal that leaves nothing.
+    """
+    goal = {
+        "rank": rank,
+        "params": params,
+        "energy": energy,
+        "max_error": max_error,
+        "max_abs_error": max_abs_error,
+    }
+    return truncation(adapter, **goal).adapter
+
+
+def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
+    """As truncate, with the report."""
+    name, value = _goal(goal)
+    updates = _updates(adapter)
+    parts = {k: product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
+    spectra = {k: gains(s) for k, (_, s, _) in parts.items()}
+    costs = {k: (u.a.size + u.b.size) // u.rank for k, u in updates.items()}
+    norm = math.sqrt(math.fsum(float(x.sum()) for x in spectra.values()))
+    if not norm:
+        raise LoraFxError(
+            "every ΔW of the adapter is zero; expected a trained one", "was it trained?"
+        )
+
+    def built(ranks: Mapping[str, int]) -> Truncation:
+        return _built(adapter, updates, parts, ranks)
+
+    if name == "rank":
+        result = built({k: min(int(value), len(x)) for k, x in spectra.items()})
+    elif name == "params":
+        result = built(within_budget(spectra, costs, int(value)))
+    elif name == "energy":
+        result = built(within_loss(spectra, costs, (1.0 - value) * norm * norm))
+    else:
+        bound = value * norm if name == "max_error" else value
+        unchanged = {k: u.rank for k, u in updates.items()}  # where rounding alone is more
+        result = _bounded(built, lambda loss: within_loss(spectra, costs, loss), bound) or built(
+            unchanged
+        )
+    if not result.adapter.lowrank:
+        cheapest = min(costs, key=lambda k: costs[k])
+        raise LoraFxError(
+            f"{name} {value:g} leaves no rank of any update; one rank of {cheapest!r} is "
+            f"{costs[cheapest]} elements",
+            "allow more",
+        )
+    return result
+
+
+def _goal(goal: Mapping[str, float | None]) -> tuple[str, float]:
+    """The one goal that is given, checked."""
+    given = {k: v for k, v in goal.items() if v is not None}
+    if len(given) != 1 or not set(given) <= set(GOALS):
+        raise LoraFxError(
+            f"{len(given)} goals ({', '.join(given) or 'none'}); expected one",
+            f"give one of {', '.join(GOALS)}",
+        )
+    name, value = next(iter(given.items()))
+    whole = name in ("rank", "params")
+    if whole and (isinstance(value, bool) or value != int(value) or value < 1):
+        raise LoraFxError(f"{name} {value!r} is not a positive whole number", "16, for example")
+    if name == "energy" and not 0.0 < value <= 1.0:
+        raise LoraFxError(f"energy {value!r} is not in (0, 1]", "0.99, for example")
+    if not (math.isfinite(value) and value >= 0.0):
+        raise LoraFxError(f"{name} {value!r} is not a number from 0 up", "0.01, for example")
+    return name, value
+
+
+def _updates(adapter: Adapter) -> dict[str, LowRank]:
+    for key, kind in adapter.others.items():
+        raise LoraFxError(
+            f"the adapter's {key!r} is {kind}; expected lora or rslora: its singular values are "
+            "not those of a product b @ a",
+            "merge it into its model, and extract an adapter from the result",
+        )
+    updates = adapter.lowrank
+    if not updates:
+        raise LoraFxError("the adapter has no low-rank update", "there is nothing to truncate")
+    for key, u in updates.items():
+        if not (np.isfinite(u.a).all() and np.isfinite(u.b).all() and math.isfinite(u.scale)):
+            raise LoraFxError(f"{key!r} has NaN or infinite values", "training may have diverged")
+    return updates
+
+
+def _bounded(
+    built: Callable[[Mapping[str, int]], Truncation],
+    ranks: Callable[[float], Mapping[str, int]],
+    bound: float,
+) -> Truncation | None:
+    """The truncation whose measured error is within `bound`; None where rounding alone is more."""
+    for slack in (0.0, 1e-9, 1e-6, 1e-3, 0.1, 1.0):
+        result = built(ranks((1.0 - slack) * bound * bound))
+        if result.error <= bound:
+            return result
+    return None
+
+
+def _built(
+    adapter: Adapter,
+    updates: Mapping[str, LowRank],
+    parts: Mapping[str, Triplets],
+    ranks: Mapping[str, int],
+) -> Truncation:
+    """The adapter with these ranks, and every error as measured."""
+    entries: dict[str, Entry] = {}
+    rows: list[Truncated] = []
+    for key, entry in adapter.entries.items():
+        if not isinstance(entry, LowRank):
+            entries[key] = entry
+            continue
+        new, (u, s, vt) = ranks[key], parts[key]
+        norm = float(np.linalg.norm(s))
+        if new >= entry.rank:
+            entries[key] = entry if entry.variant == "lora" else _as_lora(entry)
+            rows.append(Truncated(key, entry.rank, entry.rank, norm, 0.0, 0))
+            continue
+        saved = (entry.a.size + entry.b.size) // entry.rank * (entry.rank - new)
+        error = norm
+        if new:
+            a, b = balanced(u, s, vt, new)
+            entries[key] = replace(entry, a=a, b=b, alpha=float(new), variant="lora")
+            error = distance(entry.a, entry.b * np.float64(entry.scale), a, b)
+        rows.append(Truncated(key, entry.rank, new, norm, error, saved))
+    kept = [e for e in entries.values() if isinstance(e, LowRank)]
+    size = sum(e.a.size + e.b.size for e in kept)
+    return Truncation(replace(adapter, entries=entries), tuple(rows), size)
+
+
+def _as_lora(entry: LowRank) -> LowRank:
+    """The same update with the plain scale: PEFT has one flag for the whole adapter."""
+    return replace(entry, alpha=entry.scale * entry.rank, variant="lora")
