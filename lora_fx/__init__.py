@@ -16,6 +16,7 @@ _WHERE = {
     "fold": "lora_fx.passes.pipeline",
     "export": "lora_fx.passes.pipeline",
     "verify": "lora_fx.passes.pipeline",
+    "extract": "lora_fx.checkpoint.extraction",
     "truncate": "lora_fx.truncation",
     "attach": "lora_fx.passes.attach",
     "detach": "lora_fx.passes.attach",
@@ -42,6 +43,7 @@ __all__ = [
     "capture",
     "detach",
     "export",
+    "extract",
     "find",
     "fold",
     "insert",
@@ -56,6 +58,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lora_fx.adapter import Adapter
     from lora_fx.checkpoint.merge import merge
+    from lora_fx.checkpoint.extraction import extract
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
     from lora_fx.fx.adapted import AdaptedModule

@@ -241,6 +241,12 @@ def default_alpha(rank: int) -> float:
     return 2.0 * rank
 
 
+def generator(key: str, seed: int) -> np.random.Generator:
+    """A generator of its own for one key: the same numbers whatever else is drawn."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
+
+
 def draw(
     key: str, layout: Layout, rank: int, seed: int, which: str = "kaiming"
 ) -> tuple[Array, Array]:
@@ -250,8 +256,7 @@ def draw(
     kaiming: a uniform in ±1/√in (PEFT's kaiming_uniform with a=√5), b zero. probe: both normal,
     a with variance 1/in and b with variance 1/rank, for proofs of effect.
     """
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    rng = np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
+    rng = generator(key, seed)
     a_shape = (*layout.batch_shape, rank, layout.in_size)
     b_shape = (*layout.batch_shape, layout.out_size, rank)
     if which == "probe":

@@ -1,0 +1,281 @@
+"""extract: an adapter that turns one checkpoint into another, tensor by tensor.
+
+Δ = tuned − base of every matrix that differs is approximated by the best b @ a of a rank (see
+svd.py); alpha = rank, so that base + b @ a ≈ tuned. Peak memory is a few times one Δ, whatever
+the size of the checkpoints; errors are measured on the fp32 factors, element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.difference import Pair, pairs, read_floats
+from lora_fx.checkpoint.extracted import Extracted, Extraction
+from lora_fx.checkpoint.headers import WEIGHTS, file_targets, tensors
+from lora_fx.checkpoint.layouts import Use, config_of, uses
+from lora_fx.checkpoint.scope import scope_of
+from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.lowrank import Array, Full, LowRank, generator
+from lora_fx.svd import Triplets, above_noise, balanced, leading, squared_distance
+from lora_fx.variant import Entry
+
+RANK = 16
+MAX_RANK = 128
+"""Cap of a rank that `energy` chooses, where none is given."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which rank: `limit`, or up to `limit` what `energy` needs."""
+
+    limit: int
+    energy: float | None
+    seed: int
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    also_full: bool = False,
+    allow_missing: bool = False,
+    fan_in_fan_out: bool | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """The adapter that turns `base` into `tuned`, as well as its ranks allow.
+
+    Args:
+        base: A Hugging Face folder or a .safetensors file.
+        tuned: The same, with the same tensors.
+        rank: Of every update, capped by the smaller side; 16 where energy is not given.
+        energy: Instead of rank: per tensor the lowest rank that holds this share of ‖Δ‖².
+        max_rank: Cap of what energy chooses; 128.
+        include: Selectors of the weights to look at; all where none is given.
+        exclude: Selectors of tensors to leave out, of any shape.
+        also_full: Vectors that differ (norms, biases) go into the adapter as whole tensors.
+        allow_missing: Leave out, with a note, tensors of one side only or of two shapes.
+        fan_in_fan_out: Linear weights are stored [in, out]; None: config.json says.
+        seed: Of the random subspaces; each key draws numbers of its own.
+
+    Returns:
+        fp32 updates by tensor name, with layouts, alpha = rank. metadata["notes"] has what must be
+        said; `extraction` also gives the errors.
+
+    Raises:
+        NoEffectError: Nothing differs.
+        LoraFxError: Names or shapes that do not fit each other, integers or quantised values that
+            differ, values that are not finite; all by name.
+    """
+    return extraction(
+        base,
+        tuned,
+        rank=rank,
+        energy=energy,
+        max_rank=max_rank,
+        include=include,
+        exclude=exclude,
+        also_full=also_full,
+        allow_missing=allow_missing,
+        fan_in_fan_out=fan_in_fan_out,
+        seed=seed,
+    ).adapter
+
+
+def extraction(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    also_full: bool = False,
+    allow_missing: bool = False,
+    fan_in_fan_out: bool | None = None,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Extraction:
+    """As extract, with the report; `progress` is told the share of bytes that is done."""
+    choice = _choice(rank, energy, max_rank, seed)
+    old, new = tensors(base), tensors(tuned)
+    found = file_targets(base)
+    kinds = uses(old, found, config_of(base), fan_in_fan_out)
+    scope, notes = scope_of(
+        found, (str(base), old), (str(tuned), new), include, exclude, allow_missing
+    )
+    entries: dict[str, Entry] = {}
+    rows: list[Extracted] = []
+    unchanged: list[str] = []
+    left_out: list[str] = []
+    done, total = 0, sum(old[k].stop - old[k].start for k in scope) or 1
+    for pair in pairs({k: old[k] for k in scope}, new, {k: u.lead for k, u in kinds.items()}):
+        use = kinds[pair.key]
+        if pair.same_bytes():
+            unchanged.append(pair.key)
+        elif use.layout is None:
+            value = _changed_vector(pair)
+            if value is None:
+                unchanged.append(pair.key)
+            elif also_full:
+                entries[pair.key] = Full(value)
+            else:
+                left_out.append(pair.key)
+        else:
+            _check_floats(pair)
+            made = _approximate(pair, use, choice)
+            if made is None:
+                unchanged.append(pair.key)
+            else:
+                entries[pair.key], row = made
+                rows.append(row)
+        done += pair.base.stop - pair.base.start
+        if progress is not None:
+            progress(done / total)
+    if not entries:
+        hint = f"only vectors differ ({left_out[0]} …); --also-full takes them" if left_out else ""
+        raise NoEffectError(
+            f"{tuned}: no weight differs from {base}", hint or "is it the tuned model?"
+        )
+    notes += _notes(rows, kinds, left_out)
+    metadata = {"base_model_name_or_path": str(base), "notes": notes}
+    skipped = len(old) - len(scope)
+    return Extraction(
+        Adapter(entries, metadata), tuple(rows), tuple(unchanged), tuple(left_out), skipped
+    )
+
+
+def _choice(rank: int | None, energy: float | None, max_rank: int | None, seed: int) -> _Choice:
+    for name, value in (("rank", rank), ("max_rank", max_rank)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise LoraFxError(f"{name} {value!r} is not a positive whole number", "16 is usual")
+    if energy is None:
+        if max_rank is not None:
+            raise LoraFxError("max_rank caps what energy chooses", "give energy, or only rank")
+        return _Choice(RANK if rank is None else rank, None, seed)
+    if rank is not None:
+        raise LoraFxError("rank and energy exclude each other", "max_rank caps what energy chooses")
+    if not 0.0 < energy < 1.0:
+        raise LoraFxError(f"energy {energy!r} is not between 0 and 1", "0.9, for example")
+    return _Choice(MAX_RANK if max_rank is None else max_rank, energy, seed)
+
+
+def _check_floats(pair: Pair) -> None:
+    for info in (pair.base, pair.tuned):
+        if info.dtype not in WEIGHTS:
+            raise LoraFxError(
+                f"{info.file}: tensor {pair.key!r} is {info.dtype} and differs; expected one of "
+                f"{', '.join(sorted(WEIGHTS))}",
+                f"--exclude {pair.key} leaves it out",
+            )
+
+
+def _changed_vector(pair: Pair) -> Array | None:
+    """The tuned values of a tensor without low-rank update; None where they are equal."""
+    _check_floats(pair)
+    if not any(pair.delta(i)[0].any() for i in range(pair.batch)):
+        return None
+    size = math.prod(pair.tuned.shape)
+    return read_floats(pair.tuned, 0, size, pair.dtype).reshape(pair.tuned.shape)
+
+
+def _approximate(pair: Pair, use: Use, choice: _Choice) -> tuple[LowRank, Extracted] | None:
+    """The update of one tensor and its row; None where no element differs."""
+    held: dict[int, tuple[Array, float, float]] = {}
+
+    def delta(i: int) -> tuple[Array, float, float]:
+        if i not in held:
+            held.clear()  # one matrix at a time
+            held[i] = pair.delta(i)
+        return held[i]
+
+    limit = min(choice.limit, pair.rows, pair.columns)
+    k = limit if choice.energy is None else min(limit, RANK)
+    while True:
+        parts, norms = [], []
+        for i in range(pair.batch):
+            matrix, changed, original = delta(i)
+            norms.append((changed, original))
+            parts.append(leading(matrix, k, generator(f"{pair.key}[{i}]", choice.seed)))
+        total = math.fsum(n for n, _ in norms)
+        if not total:
+            return None
+        rank, enough = _rank(parts, total, k, choice.energy)
+        if enough or k == limit:
+            break
+        k = min(limit, 2 * k)
+    factors = [balanced(*p, rank) for p in parts]
+    lost = math.fsum(squared_distance(delta(i)[0], a, b) for i, (a, b) in enumerate(factors))
+    first = math.fsum(float(s[0]) ** 2 for _, s, _ in parts)
+    row = Extracted(
+        key=pair.key,
+        shape=pair.base.shape,
+        rank=rank,
+        norm=math.sqrt(total),
+        base_norm=math.sqrt(math.fsum(n for _, n in norms)),
+        error=math.sqrt(lost),
+        stable_rank=total / first,
+        above_noise=max(
+            above_noise(s, n, (pair.rows, pair.columns))
+            for (_, s, _), (n, _) in zip(parts, norms, strict=True)
+        ),
+        known=k,
+        enough=enough,
+    )
+    return _update(use, factors), row
+
+
+def _rank(
+    parts: Sequence[Triplets], total: float, k: int, energy: float | None
+) -> tuple[int, bool]:
+    """The rank to keep of k that are known, and whether it is all that was asked for."""
+    if energy is None:
+        return k, True
+    kept = np.cumsum(sum(s**2 for _, s, _ in parts))
+    reached = kept >= energy * total
+    return (int(np.argmax(reached)) + 1, True) if reached.any() else (k, False)
+
+
+def _update(use: Use, factors: Sequence[tuple[Array, Array]]) -> LowRank:
+    """Factors of the stored matrices as an update."""
+    layout = use.layout
+    assert layout is not None  # vectors do not come here
+    a, b = (np.stack(side) for side in zip(*factors, strict=True))
+    if use.swapped:
+        a, b = np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)
+    if not use.lead:
+        a, b = a[0], b[0]
+    rank = int(b.shape[-1])
+    extra = {"op": use.op} | ({"tied": True} if use.tied else {})
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return LowRank(a, b, float(rank), layout, "lora", "", extra)
+
+
+def _notes(rows: Sequence[Extracted], kinds: dict[str, Use], left_out: Sequence[str]) -> list[str]:
+    notes = [
+        f"{r.key}: rank {r.rank} is the cap and holds {1 - r.relative**2:.1%} of ‖Δ‖²"
+        for r in rows
+        if not r.enough
+    ]
+    notes += [
+        f"{r.key}: the table is the output head too, and the update acts on both"
+        for r in rows
+        if kinds[r.key].tied
+    ]
+    if left_out:
+        notes.append(
+            "vectors that differ and are not in the adapter, which --also-full (also_full=True) "
+            f"would take: {', '.join(left_out)}"
+        )
+    return notes

@@ -1,0 +1,124 @@
+"""What the tensors of a checkpoint are for, by names, shapes and config.json: no graph is read.
+
+==========  ========================================  =======================================
+linear      [out, in]                                 the rule for two dimensions
+conv1d      [in, out]                                 Conv1D of the GPT-2 family
+embedding   [rows, width], a lookup                   out is the width
+conv        [out, in, *kernel]                        three dimensions and more
+stack       [experts, out, in], or [experts, in, out] of some models
+whole       biases, norms and other vectors           no low-rank update
+==========  ========================================  =======================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_fx.checkpoint.strict import TensorInfo, read_json
+from lora_fx.lowrank import Layout, plain_layout
+from lora_fx.target import Found
+
+CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
+"""model_type of models whose linear layers store [in, out]."""
+
+IN_OUT_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text", "aria", "aria_text"))
+"""model_type of models whose expert stacks are [experts, in, out]."""
+
+_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_STACK = re.compile(r"(^|\.)\w*(experts|moe)(\.|$)")
+_POSITION = re.compile(r"(^|\.)(wpe|\w*position\w*)\.")
+_LANGUAGE = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration")
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one tensor is read as matrices.
+
+    Attributes:
+        layout: None for a tensor that has no low-rank update.
+        op: As `extra` of an update names it.
+        tied: The tensor is an embedding table and the output head.
+    """
+
+    layout: Layout | None
+    op: str = ""
+    tied: bool = False
+
+    @property
+    def lead(self) -> int:
+        """How many leading axes count matrices."""
+        return len(self.layout.batch) if self.layout else 0
+
+    @property
+    def swapped(self) -> bool:
+        """True where the rows of the stored matrix are in."""
+        return bool(self.layout) and self.layout.out == (self.lead + 1,)  # type: ignore[union-attr]
+
+
+def config_of(path: str | Path) -> Mapping[str, Any]:
+    """The config.json of a folder, or beside a file; empty where there is none."""
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def uses(
+    tensors: Mapping[str, TensorInfo],
+    found: Found,
+    config: Mapping[str, Any],
+    fan_in_fan_out: bool | None = None,
+) -> dict[str, Use]:
+    """The Use of every tensor.
+
+    Args:
+        tensors: Of the checkpoint.
+        found: Its targets, from `file_targets`: roles are theirs.
+        config: Its config.json, or empty.
+        fan_in_fan_out: True: two-dimensional weights are [in, out], except embeddings and heads;
+            False: none is; None: config.json says.
+    """
+    roles = {t.key: t.role for t in found.targets}
+    kinds = {config.get("model_type"), _inner(config).get("model_type")}
+    one_table = _tied(roles, config)
+    result = {}
+    for name, info in tensors.items():
+        shape, role = info.shape, roles.get(name)
+        if role is None or name.endswith("bias"):
+            result[name] = Use(None)
+        elif len(shape) == 3 and _STACK.search(name):
+            out, in_ = ((2,), (1,)) if kinds & IN_OUT_EXPERTS else ((1,), (2,))
+            result[name] = Use(Layout(shape, (0,), out, in_, shape), "bmm")
+        elif role == "embedding" and len(shape) == 2:
+            tied = one_table and not _POSITION.search(name)
+            layout = plain_layout(shape) if tied else Layout(shape, (), (1,), (0,), shape)
+            result[name] = Use(layout, "linear" if tied else "embedding", tied)
+        elif len(shape) == 2:
+            turned = fan_in_fan_out and role != "head"
+            if fan_in_fan_out is None:
+                turned = bool(kinds & CONV1D_MODELS and _CONV1D.search(name))
+            layout = Layout(shape, (), (1,), (0,), shape) if turned else plain_layout(shape)
+            result[name] = Use(layout, "addmm" if turned else "linear")
+        else:
+            result[name] = Use(plain_layout(shape), f"conv{len(shape) - 2}d")
+        layout_ = result[name].layout
+        if layout_ is not None and layout_.max_rank == 1:
+            result[name] = Use(None)
+    return result
+
+
+def _inner(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
+def _tied(roles: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    """True when the file has no head of its own and the config says that there is one."""
+    if "head" in roles.values():
+        return False
+    flag = config.get("tie_word_embeddings", _inner(config).get("tie_word_embeddings"))
+    names = config.get("architectures") or ()
+    return flag is not False and any(_LANGUAGE.search(str(n)) for n in names)
