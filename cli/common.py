@@ -21,6 +21,8 @@ COMMANDS = {
     "merge": "Fold adapters into the weights of a checkpoint.",
     "merge-all": "Merge every adapter of a fleet by itself.",
     "export": "Fold an adapter in and write an ONNX file, proven equal.",
+    "extract": "Recover an adapter from two checkpoints, by SVD.",
+    "truncate": "Fewer ranks, with the exact error that it costs.",
     "verify": "Run two models and compare them; or: does an adapter fit?",
     "demo": "All of it, end to end, on a real model and real data.",
 }

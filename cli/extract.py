@@ -1,0 +1,76 @@
+"""lora-fx extract: an adapter recovered from two checkpoints, by SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import emit, note, say
+from lora_fx.cli.options import force_option, json_option
+
+
+@click.command("extract")
+@click.argument("base")
+@click.argument("tuned")
+@click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
+@click.option("--rank", "-r", type=int, help="Of every update.  [default: 16]")
+@click.option("--energy", type=float, help="Instead: per tensor what holds this share of ‖Δ‖².")
+@click.option("--max-rank", type=int, help="Cap of what --energy chooses.  [default: 128]")
+@click.option("--include", multiple=True, metavar="SELECTORS", help="Weights to look at.")
+@click.option("--exclude", multiple=True, metavar="SELECTORS", help="Tensors to leave out.")
+@click.option("--also-full", is_flag=True, help="Take norms and biases that differ, whole.")
+@click.option("--allow-missing", is_flag=True, help="Leave out tensors that do not fit.")
+@click.option(
+    "--fan-in-fan-out/--no-fan-in-fan-out",
+    default=None,
+    help="Linear weights are stored [in, out].  [default: config.json says]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random subspaces.")
+@force_option
+@json_option
+def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
+    r"""Recover an adapter that turns BASE into TUNED.
+
+    Both are Hugging Face folders or .safetensors files with the same tensors. They are read one
+    tensor at a time; no model is built.
+
+    \b
+    lora-fx extract ./llama ./llama-chat -o chat --rank 32
+    lora-fx extract base.safetensors tuned.safetensors -o x --energy 0.9 --max-rank 64
+    """
+    from lora_fx.checkpoint.extraction import extraction
+    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.formats.io import save_adapter
+
+    check_output(output, force=force)
+    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    result = extraction(base, tuned, progress=_progress(), **chosen)
+    for text in (
+        *result.adapter.metadata["notes"],
+        *save_adapter(result.adapter, output, force=force),
+    ):
+        note(text)
+    emit(
+        as_json,
+        "extract",
+        f"{result}\nwrote {output}",
+        inputs=[{"base": base, "tuned": tuned}],
+        outputs=[output],
+        **result.to_json(),
+    )
+
+
+def _progress() -> Callable[[float], None]:
+    """Says how far it is, every ten seconds."""
+    last = monotonic()
+
+    def tell(share: float) -> None:
+        nonlocal last
+        if monotonic() - last > 10 and share < 1:
+            last = monotonic()
+            say(f"{share:.0%} compared")
+
+    return tell

@@ -1,0 +1,47 @@
+"""lora-fx truncate: an adapter of fewer ranks, with the exact error that it costs."""
+
+from __future__ import annotations
+
+import click
+
+from lora_fx.cli.common import emit, note
+from lora_fx.cli.options import adapter_of, force_option, json_option
+
+
+@click.command("truncate")
+@click.argument("adapter")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Folder or .safetensors.")
+@click.option("--rank", "-r", type=int, help="No update has a higher one.")
+@click.option("--params", type=int, help="Elements of all A and B together, at most.")
+@click.option("--energy", type=float, help="Share of Σσ² over all updates to keep, at least.")
+@click.option("--max-error", type=float, help="‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most.")
+@click.option("--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most.")
+@force_option
+@json_option
+def command(adapter: str, output: str, force: bool, as_json: bool, **goal: float | None) -> None:
+    r"""Drop the ranks of ADAPTER that matter least, over all its updates at once.
+
+    Give one goal. No model is needed; the error is exact.
+
+    \b
+    lora-fx truncate ./adapter -o small --rank 8
+    lora-fx truncate ./adapter -o small --max-error 0.05
+    """
+    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.formats.io import save_adapter
+    from lora_fx.truncation import truncation
+
+    check_output(output, force=force)
+    result = truncation(adapter_of(adapter), **goal)
+    if not result.dropped:
+        note("no rank was dropped: the adapter is within the goal as it is")
+    for text in save_adapter(result.adapter, output, force=force):
+        note(text)
+    emit(
+        as_json,
+        "truncate",
+        f"{result}\nwrote {output}",
+        inputs=[{"adapter": adapter}],
+        outputs=[output],
+        **result.to_json(),
+    )
