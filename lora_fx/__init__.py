@@ -57,8 +57,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lora_fx.adapter import Adapter
-    from lora_fx.checkpoint.merge import merge
     from lora_fx.checkpoint.extraction import extract
+    from lora_fx.checkpoint.merge import merge
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
     from lora_fx.fx.adapted import AdaptedModule
