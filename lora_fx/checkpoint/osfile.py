@@ -182,12 +182,8 @@ def _swap(new: Path, target: Path, old: Path) -> None:
     if not (_there(target) and (_is_folder(target) or _is_folder(new))):
         os.replace(new, target)
     elif not _exchange(new, target):
-        target.rename(old)
-        try:
-            new.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
+        target.rename(old)  # back it comes by _discard, should the next line fail
+        new.rename(target)
 
 
 def _there(path: Path) -> bool:
@@ -229,11 +225,17 @@ def _clear_stale(target: Path) -> None:
 
 def _discard(holder: Path, target: Path) -> None:
     """Remove a temporary folder, unless it holds the only copy of what was to be replaced."""
-    old = holder / _OLD
-    for last in (False, False, True):  # an error may pass
-        with contextlib.suppress(OSError):
+    old, interrupt = holder / _OLD, None
+    for last in (False, False, True):  # an error may pass, and who waits may press Ctrl-C again
+        try:
             if _there(old) and not _there(target):
                 old.rename(target)
             if _there(holder):
                 shutil.rmtree(holder, ignore_errors=last)
-            return
+            break
+        except OSError:
+            continue
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

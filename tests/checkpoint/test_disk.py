@@ -1,0 +1,62 @@
+"""A disk that is really full."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_fx.checkpoint.osfile import check_space, preallocate, replacing, write_at
+from lora_fx.errors import LoraFxError
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as e:
+        pytest.skip(f"no mount: {e}")
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def _pwrite(path: Path) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        for i in range(30):
+            write_at(fd, bytes(1 << 20), i << 20)
+    finally:
+        os.close(fd)
+
+
+def _reserve(path: Path) -> None:
+    with path.open("wb") as f:
+        preallocate(f.fileno(), 30 << 20)
+        pytest.fail("30 MB reserved on 20")
+
+
+@pytest.mark.parametrize("fill", [_pwrite, _reserve, lambda p: p.write_bytes(bytes(30 << 20))])
+def test_a_20_mb_disk(small_disk: Path, fill: Callable[[Path], None]) -> None:
+    out = small_disk / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with pytest.raises(LoraFxError, match="out: disk full"), replacing(out, force=True) as t:
+        t.mkdir()
+        fill(t / "big")
+    assert (out / "old").read_text() == "old" and os.listdir(small_disk) == ["out"]
+    with pytest.raises(LoraFxError, match=r"2\d\.\d MB free, expected at least 30\.0 MB"):
+        check_space(small_disk, 30_000_000)
+    check_space(small_disk, 10_000_000)
+
+
+def test_space_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(LoraFxError, match="no such file"):
+        check_space(tmp_path / "gone", 1)
