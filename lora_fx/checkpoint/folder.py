@@ -173,7 +173,7 @@ def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:
             "do not use this folder: its index points elsewhere" if outside else CONVERT,
         )
     file = index.parent / name
-    if not file.exists():
+    if not os.path.exists(file):  # also False for names that no file can have
         count = sum(1 for v in home.values() if v == name)
         raise LoraFxError(
             f"{file}: this shard is missing ({count} tensors)",

@@ -19,6 +19,7 @@ from lora_fx.target import Found, Refusal, Target
 WEIGHTS = frozenset(("float16", "bfloat16", "float32", "float64"))
 """dtypes of weights that an update can be added to."""
 
+EMPTY = "it is empty: saved under ZeRO-3 or FSDP without gathering the shards?"
 _TABLE = re.compile(r"(^|\.)(\w*embed(ding)?s?(_tokens|_in)?|wte|wpe|shared)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 
@@ -40,13 +41,14 @@ def file_targets(path: str | Path) -> Found:
 
     Axis 0 is taken as out, the rest as in; roles come from names.
     """
-    found = {k: v for k, v in tensors(path).items() if len(v.shape) >= 2}
+    # An empty one of one axis is what ZeRO-3 leaves of a weight of any shape.
+    found = {k: v for k, v in tensors(path).items() if len(v.shape) >= 2 or 0 in v.shape}
     tables = [v.shape for k, v in found.items() if _TABLE.search(_module(k))]
     vocabularies = [(s[0], s[1]) for s in tables if len(s) == 2 and s[0] >= HEAD_ROWS]
     targets, refusals = [], []
     for key, info in found.items():
         if info.dtype not in WEIGHTS or 0 in info.shape:
-            why = "it is empty" if 0 in info.shape else f"{info.dtype} is no dtype of plain weights"
+            why = EMPTY if 0 in info.shape else f"{info.dtype} is no dtype of plain weights"
             refusals.append(Refusal(key, "tensor", why))
             continue
         layout, name = plain_layout(info.shape), _module(key)

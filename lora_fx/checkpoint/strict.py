@@ -8,8 +8,10 @@ exactly once, and sizes follow from shapes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +38,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }  # fmt: skip
 """The format's name of a dtype → numpy's (or ml_dtypes') name and its bits."""
 
+_LFS = b"version https://git-lfs.github.com/spec/"
 CONVERT = "convert it to safetensors: safetensors.torch.save_file(state_dict, 'model.safetensors')"
 AGAIN = "the file is damaged or cut off: download or write it again"
 
@@ -64,6 +67,41 @@ def read_header(file: str | Path) -> Header:
     """The checked header of one `.safetensors` file."""
     file = Path(file)
     size, head = _open(file, 8)
+    _, data = _open(file, 8 + _length(head, size, file))
+    return parse_header(data, size, file)
+
+
+def parse_header(data: bytes, size: int, file: Path) -> Header:
+    """The checked header of a file's first bytes.
+
+    What is accepted is what the safetensors library accepts, less what no writer makes and what
+    two readers could take for two different things: a key that is there twice, fields beside
+    dtype, shape and data_offsets, an entry that is no object, sizes from 2^63 up, more than
+    MAX_DIMS axes, more than MAX_HEADER bytes.
+
+    Args:
+        data: The file from its first byte to the end of its header, or further.
+        size: Of the whole file, in bytes.
+        file: Its name, for messages and the result.
+
+    Raises:
+        LoraFxError: Anything else that is wrong; the message names file and tensor.
+    """
+    _refuse_pointer(data, size, file)
+    n = _length(data[:8], size, file)
+    entries = _parse(file, data[8 : 8 + n], "header", refuse_minus_zero=True)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:  # serde reads null so too
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise LoraFxError(f"{file}: __metadata__ is not a map of texts", AGAIN)
+    found = {name: _entry(file, name, entry, 8 + n) for name, entry in entries.items()}
+    _covered(file, found, 8 + n, size)
+    return Header(found, metadata, 8 + n)
+
+
+def _length(head: bytes, size: int, file: Path) -> int:
+    """Of the JSON, from the first 8 bytes."""
     n = int.from_bytes(head, "little")
     if size < 8:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
@@ -76,57 +114,67 @@ def read_header(file: str | Path) -> Header:
         )
     if 8 + n > size:
         raise LoraFxError(f"{file}: {size} bytes, but its header alone needs {8 + n}", AGAIN)
-    _, text = _open(file, n, 8)
-    entries = _parse(file, text, "header")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise LoraFxError(f"{file}: __metadata__ is not a map of texts", AGAIN)
-    found = {name: _entry(file, name, entry, 8 + n) for name, entry in entries.items()}
-    _covered(file, found, 8 + n, size)
-    return Header(found, metadata, 8 + n)
+    return n
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file of at most MAX_HEADER bytes; twice the same key is refused."""
-    size, text = _open(file, MAX_HEADER)
+    size, _ = _open(file, 0)
     if size > MAX_HEADER:
-        raise LoraFxError(f"{file}: {size} bytes; at most {MAX_HEADER} are read")
+        raise LoraFxError(f"{file}: {size} bytes; at most {MAX_HEADER} are read", AGAIN)
+    _, text = _open(file, size)
     return _parse(file, text, "file")
 
 
-def _open(file: Path, count: int, skip: int = 0) -> tuple[int, bytes]:
-    """Size of a file and `count` of its bytes; a git-LFS pointer is named as such."""
-    if file.is_dir() or (file.exists() and not file.is_file()):
-        raise LoraFxError(f"{file}: not a regular file", "give a .safetensors file")
+def _open(file: Path, count: int) -> tuple[int, bytes]:
+    """Size of a file and its first `count` bytes; a git-LFS pointer is named as such."""
     try:
+        if file.is_dir() or (file.exists() and not file.is_file()):
+            raise LoraFxError(f"{file}: not a regular file", "give a .safetensors file")
         with file.open("rb") as f:
             size = os.fstat(f.fileno()).st_size
-            if f.read(42).startswith(b"version https://git-lfs.github.com/spec/"):
-                raise LoraFxError(
-                    f"{file}: a git-LFS pointer ({size} bytes), not the file it stands for",
-                    f"fetch the real files: git -C {file.parent} lfs pull",
-                )
-            f.seek(skip)
+            _refuse_pointer(f.read(len(_LFS)), size, file)
+            f.seek(0)
             return size, f.read(count)
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or str(e)
         raise LoraFxError(f"{file}: cannot be read: {why}", "is the path right?") from e
 
 
-def _parse(file: Path, text: bytes, what: str) -> dict[str, Any]:
+def _refuse_pointer(data: bytes, size: int, file: Path) -> None:
+    if data.startswith(_LFS):
+        raise LoraFxError(
+            f"{file}: a git-LFS pointer ({size} bytes), not the file it stands for",
+            f"fetch the real files: git -C {file.parent} lfs pull",
+        )
+
+
+def _parse(
+    file: Path, text: bytes, what: str, *, refuse_minus_zero: bool = False
+) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise ValueError(f"key {twice!r} is there twice")
+            raise ValueError(f"key {one_line(repr(twice), 80)} is there twice")
         return result
 
     def number(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def integer(digits: str) -> int:
+        if digits == "-0":
+            raise ValueError("-0 is no size")
+        return int(digits)
+
+    slow = integer if refuse_minus_zero and b"-0" in text else None
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=number)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=once, parse_constant=number, parse_int=slow
+        )
+        if b"\\u" in text:  # half a surrogate pair is no text: nothing could print or write it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as e:
         raise LoraFxError(f"{file}: its {what} is not valid JSON: {one_line(e, 120)}", AGAIN) from e
     if not isinstance(value, dict):
@@ -153,11 +201,13 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise bad(f"shape {shape!r}", f"expected at most {MAX_DIMS} sizes from 0 up")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad(f"data_offsets {offsets!r}", "expected [start, stop]")
+    if 0 in shape and max(itertools.accumulate(shape, operator.mul)) >= 1 << 64:
+        raise bad(f"shape {shape}", "expected sizes whose product, in order, stays below 2^64")
     bits, length = math.prod(shape) * dtype[1], offsets[1] - offsets[0]
     if bits != 8 * length:
         raise bad(
             f"its range holds {length} bytes",
-            f"{entry['dtype']} {shape} needs {math.ceil(bits / 8)}",
+            f"{entry['dtype']} {one_line(shape, 120)} needs {one_line(-(-bits // 8), 40)}",
         )
     return TensorInfo(dtype[0], tuple(shape), file, data + offsets[0], data + offsets[1])
 
