@@ -12,6 +12,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def edits(r: random.Random, data: bytes) -> bytes:
         key, value = one[at] if one else ("", None)
         match r.randrange(9) if one else 9:
             case 0:
-                one[at] = (key, r.choice(VALUES))
+                one[at] = (key, deepcopy(r.choice(VALUES)))
             case 1:
                 one[at] = (r.choice(NAMES), value)
             case 2:
@@ -189,7 +190,7 @@ def edits(r: random.Random, data: bytes) -> bytes:
             case 3:
                 one.insert(r.randrange(len(one) + 1), (key, value))
             case 4 | 5 if isinstance(value, list) and value and not isinstance(value, Object):
-                value[r.randrange(len(value))] = r.choice(NUMBERS)
+                value[r.randrange(len(value))] = deepcopy(r.choice(NUMBERS))
             case 6 if key == "shape" and isinstance(value, list):
                 value.extend(r.choice(([1], [0], [2], [1 << 62] * 30, [1] * 70)))
             case 7 if key == "dtype":
@@ -197,7 +198,7 @@ def edits(r: random.Random, data: bytes) -> bytes:
             case 8 if key in ("data_offsets", "shape") and isinstance(value, list):
                 value.reverse()
             case _:
-                one.insert(r.randrange(len(one) + 1), (r.choice(NAMES), r.choice(VALUES)))
+                one.insert(r.randrange(len(one) + 1), (r.choice(NAMES), deepcopy(r.choice(VALUES))))
     text = dumps(header).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(text)) + text + rest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -217,7 +218,8 @@ def test_everything_is_synced_before_it_is_renamed(
 def test_stale_temporaries_go_and_nothing_else(tmp_path: Path) -> None:
     stale = tmp_path / ".out.lora_fx_0123abcd.tmp"
     others = [".out.txt.lora_fx_0123abcd.tmp", ".out.mine.tmp", ".out2.lora_fx_0123abcd.tmp",
-              "xout.lora_fx_0123abcd.tmp", ".out.lora_fx_0123abcd.tmp2"]  # fmt: skip
+              "xout.lora_fx_0123abcd.tmp", ".out.lora_fx_by_hand.tmp",
+              ".out.lora_fx_0123abcd.tmp2"]  # fmt: skip
     for name in (stale.name, *others):
         put(tmp_path / name, {"f": b"1"})
     with replacing(tmp_path / "out") as temporary:
@@ -249,6 +251,20 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> Non
     with pytest.raises(LoraFxError, match="exists"), replacing(tmp_path / "x") as temporary:
         temporary.write_text("ours")
         (tmp_path / "x").write_text("theirs")
+    assert (tmp_path / "x").read_text() == "theirs" and os.listdir(tmp_path) == ["x"]
+
+
+def test_an_output_that_came_before_the_lock_costs_no_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def late(target: Path) -> Iterator[None]:
+        target.write_text("theirs")
+        yield
+
+    monkeypatch.setattr(osfile, "locked", late)
+    with pytest.raises(LoraFxError, match="exists"), replacing(tmp_path / "x"):
+        pytest.fail("entered")
     assert (tmp_path / "x").read_text() == "theirs" and os.listdir(tmp_path) == ["x"]
 
 
