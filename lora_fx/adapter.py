@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.errors import LoraFxError
+from lora_fx.experts import place
 from lora_fx.fused import other_split
 from lora_fx.lowrank import Full, LowRank, plain_layout
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.target import Found
 from lora_fx.uses import lookup_use, named_use, op_of, tied
-from lora_fx.variant import Entry, name_of
+from lora_fx.variant import Entry, is_plain, name_of
 
 Array = npt.NDArray[Any]
 
@@ -52,11 +53,7 @@ class Adapter:
     @property
     def others(self) -> dict[str, str]:
         """{key: what it is} of entries that only a merge of checkpoints can apply."""
-        return {
-            k: name_of(v)
-            for k, v in self.entries.items()
-            if not isinstance(v, (LowRank, Full)) or getattr(v, "magnitude", None) is not None
-        }
+        return {k: name_of(v) for k, v in self.entries.items() if not is_plain(v)}
 
     @property
     def bound(self) -> bool:
@@ -75,10 +72,18 @@ class Adapter:
         Args:
             base: Not needed by lora and rslora.
             dtype: Of the arithmetic and of the result.
+
+        Raises:
+            LoraFxError: An update whose effect depends on the base (DoRA, PiSSA, OLoRA).
         """
         e = NumpyEmitter()
         result = {}
         for key, low in self.lowrank.items():
+            if not is_plain(low):
+                raise LoraFxError(
+                    f"the adapter's {key!r} is {name_of(low)}; it has no ΔW of its own",
+                    "merge it into its base",
+                )
             matrix = low.matrix(dtype)
             layout = low.layout or plain_layout(matrix.shape)
             result[key] = layout.to_stored(e, matrix)
@@ -120,6 +125,8 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
         adapter: Bound or not; its keys may be aliases.
         found: The model's targets.
     """
+    stacks = place(adapter.entries, found.shapes.get, tuple(found.shapes))
+    adapter = replace(adapter, entries=stacks)
     check_plain(adapter, "a graph")
     entries: dict[str, Entry] = {}
     first = {
@@ -185,9 +192,13 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     layout, use = target.layout, entry.use
     lookup = entry.extra.get("op") == "embedding"
     if tied(target) and entry.layout is None:  # a file names a module, so it means one use
-        use = use or (lookup_use(target) if lookup else named_use(target, key))
+        if not entry.extra.get("tied"):  # there the file means all uses
+            use = use or (lookup_use(target) if lookup else named_use(target, key))
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
             entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
+    if entry.extra.get("op") == "experts" and entry.layout == layout.transposed():
+        # PEFT goes by the stored axes, the graph by what the product contracts.
+        entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
     a = (*layout.batch_shape, entry.rank, layout.in_size)
     b = (*layout.batch_shape, layout.out_size, entry.rank)
     if entry.a.shape != a or entry.b.shape != b:

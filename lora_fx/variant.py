@@ -134,9 +134,21 @@ Entry = LowRank | Full | Hadamard | Kronecker | Dense | Rows
 """What an adapter holds under a key."""
 
 
+def is_plain(entry: Entry) -> bool:
+    """True for a whole tensor or s·b·a on the base as it is: what a graph can hold."""
+    if isinstance(entry, LowRank):
+        odd = entry.extra.get("mutated") or entry.extra.get("candidates")
+        return entry.magnitude is None and not odd
+    return isinstance(entry, Full)
+
+
 def name_of(entry: Entry) -> str:
     """The field's own name of an entry, for messages."""
     if isinstance(entry, LowRank):
+        if entry.extra.get("mutated"):
+            return f"meant for a base that {entry.extra['mutated']} changed"
+        if entry.extra.get("candidates"):
+            return f"of one of the parameters {', '.join(entry.extra['candidates'])}"
         return "DoRA" if entry.magnitude is not None else entry.variant
     names = {Hadamard: "LoHa", Kronecker: "LoKr", Dense: "a whole ΔW", Rows: "trained rows"}
     return names.get(type(entry), "a whole tensor")

@@ -17,7 +17,7 @@ from lora_fx.formats import peft
 from lora_fx.formats.tensorfile import refuse_other_kinds
 
 FORMATS: dict[str, ModuleType] = {"peft": peft}
-_REPLACEABLE = frozenset((peft.CONFIG, peft.WEIGHTS, "adapter_model.bin", "README.md"))
+_REPLACEABLE = frozenset((peft.CONFIG, peft.WEIGHTS, peft.PICKLED, "README.md"))
 
 
 def save_adapter(
@@ -58,11 +58,12 @@ def save_adapter(
     return notes
 
 
-def load_adapter(path: str | Path) -> Adapter:
+def load_adapter(path: str | Path, trust: bool = False) -> Adapter:
     """Read an adapter: a PEFT folder, or a .safetensors file with a config inside or beside it.
 
     Args:
         path: Local; nothing is downloaded.
+        trust: Also open adapter_model.bin, a pickle, with torch's unpickler that runs no code.
 
     Returns:
         An Adapter with keys and layouts as the file knows them; `bind` fits it to a model.
@@ -76,16 +77,18 @@ def load_adapter(path: str | Path) -> Adapter:
         raise LoraFxError(f"{path}: no such file or folder", "nothing is downloaded; give a path")
     if path.is_file():
         if path.name == peft.CONFIG:
-            path = path.parent / peft.WEIGHTS
-        refuse_other_kinds(path)
-        return peft.read(path)
-    if (path / peft.WEIGHTS).is_file():
-        return peft.read(path)
-    pickled = path / "adapter_model.bin"
+            return load_adapter(path.parent, trust)
+        if not trust or path.suffix != ".bin":
+            refuse_other_kinds(path)
+        return peft.read(path, trust)
+    pickled = path / peft.PICKLED
+    if (path / peft.WEIGHTS).is_file() or (trust and pickled.is_file()):
+        return peft.read(path, trust)
     if pickled.is_file():
         raise LoraFxError(
             f"{pickled}: a pickle; expected {peft.WEIGHTS}. Unpickling can run any code",
-            "load it with PEFT where it is trusted, and save_pretrained it as safetensors",
+            "--trust (trust=True) opens it with torch's unpickler that runs no code; better get "
+            "the adapter as safetensors",
         )
     inside = sorted(p.parent.name for p in path.glob(f"*/{peft.WEIGHTS}"))
     raise LoraFxError(

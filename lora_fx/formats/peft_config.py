@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: what we write, and what we refuse to read.
+"""adapter_config.json of PEFT: how its fields are read, and what is refused.
 
 PEFT's fields and their meaning are those of peft 0.21.2, `peft/tuners/lora/config.py` and
 `peft/utils/other.py` (get_pattern_key). A field that changes the maths and is not supported here
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
@@ -22,7 +20,6 @@ _CONVERT = (
     "which turns it into a plain LoRA for the original weights"
 )
 REFUSED: dict[str, tuple[str, str]] = {
-    "use_dora": ("DoRA rescales every output by a trained magnitude", MERGE),
     "alora_invocation_tokens": ("aLoRA acts only after certain tokens", "load it with PEFT"),
     "arrow_config": ("Arrow routes between adapters token by token", "load it with PEFT"),
     "kasa_config": ("KaSA cuts the base weight and adds a diagonal", MERGE),
@@ -31,17 +28,31 @@ REFUSED: dict[str, tuple[str, str]] = {
     "use_qalora": ("QA-LoRA pools its inputs in groups", "load it with PEFT"),
     "velora_config": ("VeLoRA compresses the activations it trains on", "load it with PEFT"),
     "layer_replication": ("layers of the base model are repeated", MERGE),
-    "trainable_token_indices": ("single rows of an embedding are trained", MERGE),
-    "lora_bias": ("each B has a bias", MERGE),
-    "target_parameters": ("which parameter a tensor belongs to is told by nesting only", MERGE),
     "megatron_config": ("the layers are Megatron's parallel ones", MERGE),
-    "ensure_weight_tying": ("one update is shared by an embedding and its head", MERGE),
 }
-_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights that leave the base weights as they are."""
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Names in init_lora_weights that leave the base weights as they are; so do true, false, null."""
+REDONE = ("pissa", "olora")
+"""Names that change the base in a way that `lora_fx.initial` can redo from the base alone."""
+_LOST = {
+    "pissa_niter_": "its fast SVD starts from random numbers",
+    "corda": "what it took off depends on the data it saw",
+    "lora_ga": "what it took off depends on gradients on the data it saw",
+    "loftq": "it quantised them",
+}
+_LISTS = ("target_parameters", "modules_to_save")
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+_SUPPORTED = (
+    "use_dora",
+    "trainable_token_indices",
+    "lora_bias",
+    "target_parameters",
+    "ensure_weight_tying",
+)
 
 KNOWN = frozenset(REFUSED) | frozenset(
     [
+        *_SUPPORTED,
         "alpha_pattern",
         "auto_mapping",
         "base_model_name_or_path",
@@ -84,33 +95,31 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
     Raises:
         LoraFxError: A field says that the tensors mean something else than s·B·A.
     """
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise LoraFxError(f"{where}: peft_type is {kind!r}; expected 'LORA'", MERGE)
     for name, (why, hint) in REFUSED.items():
         value = config.get(name)
         # Not plain truth: alora_invocation_tokens and token indices may be a list with only a 0.
         if value not in (None, False, [], {}, ""):
             raise LoraFxError(f"{where}: {name} is {value!r}; expected it off: {why}", hint)
-    if (config.get("bias") or "none") != "none":
+    if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
         raise LoraFxError(
-            f"{where}: bias is {config['bias']!r}; expected 'none': biases of the base are trained",
-            MERGE,
+            f"{where}: bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'"
         )
-    init = config.get("init_lora_weights", True)
-    if init not in _KEEPS_BASE:
+    for name in _LISTS:
+        value = config.get(name)
+        if value is not None and not (isinstance(value, list) and len(_texts(value)) == len(value)):
+            raise LoraFxError(f"{where}: {name} is {value!r}; expected a list of names")
+    for flag in _FLAGS:
+        if config.get(flag) not in (None, True, False):
+            raise LoraFxError(f"{where}: {flag} is {config[flag]!r}; expected true or false")
+    if config.get("use_dora") and config.get("lora_bias"):
         raise LoraFxError(
-            f"{where}: init_lora_weights is {init!r}; expected one that keeps the base weights: "
-            "this one changes them, so the adapter does not fit the original model",
-            _CONVERT,
+            f"{where}: use_dora and lora_bias are both true; expected one of them, as PEFT does",
+            "correct the flags to what the adapter was trained with",
         )
+    _check_init(config, where)
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise LoraFxError(f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)")
-    if config.get("use_rslora") not in (None, True, False):
-        raise LoraFxError(
-            f"{where}: use_rslora is {config['use_rslora']!r}; expected true or false"
-        )
     if "lora_alpha" not in config:
         raise LoraFxError(
             f"{where}: lora_alpha is missing; expected a number: the scale is lora_alpha / r",
@@ -118,6 +127,35 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
         )
     unknown = sorted(set(config) - KNOWN)
     return [f"{where}: unknown field {name!r} is ignored" for name in unknown]
+
+
+def mutation(config: Mapping[str, Any]) -> str:
+    """The name, pissa or olora, where PEFT took a part off linear base weights; else empty."""
+    init = config.get("init_lora_weights")
+    name = init.lower() if isinstance(init, str) else ""
+    return name if name in REDONE else ""
+
+
+def _check_init(config: Mapping[str, Any], where: str) -> None:
+    """Raise for a start that changed the base weights in a way that cannot be redone."""
+    init = config.get("init_lora_weights", True)
+    said = f"{where}: init_lora_weights is {init!r}"
+    if mutation(config) == "olora" and config.get("fan_in_fan_out"):
+        raise LoraFxError(f"{said} with fan_in_fan_out; PEFT takes the QR of the wrong side", MERGE)
+    if init in (True, False, None) or mutation(config):
+        return
+    name = str(init).lower()
+    why = next((why for start, why in _LOST.items() if name.startswith(start)), "")
+    if why:
+        raise LoraFxError(
+            f"{said}; expected one that keeps the base weights, or {' or '.join(REDONE)}: this "
+            f"one changes them and that cannot be redone: {why}",
+            _CONVERT,
+        )
+    if name not in _KEEPS_BASE:
+        raise LoraFxError(
+            f"{said}; expected one of peft 0.21.2: another may change the base weights", _CONVERT
+        )
 
 
 class Pattern:
@@ -177,6 +215,18 @@ def targets(config: Mapping[str, Any], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in _texts(wanted))
 
 
+def untouched(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """The names in target_modules and target_parameters that no module with tensors answers to."""
+    have = [f".{m}" for m in modules]
+    names = set(_texts(config.get("target_modules")))
+    unused = {n for n in names if not any(m.endswith(f".{n}") for m in have)}
+    for name in _texts(config.get("target_parameters")):
+        module = name.rpartition(".")[0]
+        if module and not any(m.endswith(f".{module}") for m in have):
+            unused.add(name)
+    return sorted(unused)
+
+
 def listed_whole(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names in modules_to_save."""
     return _texts(config.get("modules_to_save"))
@@ -197,74 +247,6 @@ def conflicts(saved: str, module: str) -> bool:
         return True
 
 
-def build_config(
-    modules: Mapping[str, LowRank],
-    whole: Iterable[str],
-    metadata: Mapping[str, Any],
-    *,
-    variant: str,
-    fan_in_fan_out: bool,
-) -> dict[str, Any]:
-    """The config of an adapter.
-
-    Args:
-        modules: Module name → update, for every update in PEFT's own terms.
-        whole: Modules that are saved whole.
-        metadata: dropout, task_type, base_model_name_or_path and revision are taken from here.
-        variant: lora or rslora.
-        fan_in_fan_out: True when every linear weight is stored [in, out].
-    """
-    ranks = {name: low.rank for name, low in modules.items()}
-    alphas = {name: _plain(low.alpha) for name, low in modules.items()}
-    rank, alpha = _most_common(ranks.values(), 8), _most_common(alphas.values(), 8)
-    config = {
-        "peft_type": "LORA",
-        "task_type": metadata.get("task_type"),
-        "base_model_name_or_path": metadata.get("base_model_name_or_path"),
-        "revision": metadata.get("revision"),
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(k)}": v for k, v in ranks.items() if v != rank},
-        "alpha_pattern": {f"^{re.escape(k)}": v for k, v in alphas.items() if v != alpha},
-        "lora_dropout": float(metadata.get("dropout") or 0.0),
-        "use_rslora": variant == "rslora",
-        "target_modules": sorted(modules),
-        "modules_to_save": sorted(whole) or None,
-        "fan_in_fan_out": fan_in_fan_out,
-        "bias": "none",
-        "init_lora_weights": True,
-    }
-    exclude = _exclude(sorted(modules))
-    if exclude:
-        config["exclude_modules"] = exclude
-    return config
-
-
-def _exclude(modules: Sequence[str]) -> str:
-    """A pattern of what target_modules would match by accident, or an empty text.
-
-    PEFT also adapts modules whose name ends in `.NAME`; for a NAME without dots (`head`, or `0`
-    of a Sequential) such modules are likely, and may be of a class that PEFT cannot adapt.
-    """
-    short = [re.escape(name) for name in modules if "." not in name]
-    if not short:
-        return ""
-    all_ = "|".join(re.escape(name) for name in modules)
-    return rf"(?!(?:{all_})\Z).+\.(?:{'|'.join(short)})"
-
-
 def _texts(value: object) -> tuple[str, ...]:
     """The texts of a list that a file should hold; nothing where it holds something else."""
     return tuple(v for v in value if isinstance(v, str) and v) if isinstance(value, list) else ()
-
-
-def _most_common(values: Iterable[float], default: int) -> float:
-    """The most frequent value, the smallest of several; `default` where there is none."""
-    counts = Counter(values)
-    return min(counts, key=lambda v: (-counts[v], v)) if counts else default
-
-
-def _plain(alpha: float) -> float:
-    """An int where the number is whole: that is what PEFT writes."""
-    return int(alpha) if float(alpha).is_integer() else float(alpha)

@@ -1,132 +1,146 @@
-"""How an update lies in PEFT's tensors: which form it takes, its tensor names and shapes.
+"""Names and shapes of PEFT's tensors, under `base_model.model.`.
 
-==========  =============================  ==========================================
-form        names                          shapes
-==========  =============================  ==========================================
-linear      X.lora_A.weight, X.lora_B…     A [r, in], B [out, r]; HF Conv1D the same
-conv        X.lora_A.weight, X.lora_B…     A [r, C_in, *kernel], B [C_out, r, 1, …]
-embedding   X.lora_embedding_A, …_B        A [r, rows], B [dim, r]
-own         lora_fx.KEY.lora_A, …_B        a and b as they are, [*batch, r, in] …
-==========  =============================  ==========================================
+============  ===================================  ==========================================
+of a module   names                                shapes
+============  ===================================  ==========================================
+linear        X.lora_A.weight, X.lora_B.weight     A [r, in], B [out, r]; HF Conv1D the same
+convolution   X.lora_A.weight, X.lora_B.weight     A [r, C_in, *kernel], B [C_out, r, 1, …]
+embedding     X.lora_embedding_A, …_B              A [r, rows], B [dim, r]
+parameter     the first two; see `peft_stack`      A [r·E, in], B [out, r·E]
+DoRA          X.lora_magnitude_vector              [out], [1, C_out, 1, …] or [dim]
+lora_bias     X.lora_B.bias                        [out]
+bias          X.base_layer.bias, or Y.bias         [out]
+tokens        X.token_adapter.trainable_tokens_…   [n, dim]
+============  ===================================  ==========================================
 
-The first three stand under `base_model.model.`; the last is ours, for what PEFT cannot say.
+X may hold `base_layer` where PEFT has put one wrapper into another: a MultiheadAttention has its
+out_proj at `X.base_layer.out_proj`, parameters of one module lie at `X`, `X.base_layer`, ….
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.peft_config import MERGE
 from lora_fx.formats.tensorfile import Array
-from lora_fx.lowrank import LowRank
 
 PREFIX = "base_model.model."
 OWN = "lora_fx."
-_LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm"))
-_CONV_OPS = frozenset(("", "conv1d", "conv2d", "conv3d"))
+WRAPPER = "base_layer"
+DELTA = ".token_adapter.trainable_tokens_delta"
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_B.bias": "bias",
+}
+_PART = re.compile(rf"(.+)\.({'|'.join(re.escape(p) for p in _PARTS)})")
 _REFUSED = {
-    "lora_magnitude_vector": "a DoRA magnitude; without it the result differs",
-    "lora_B.bias": "a bias of B (lora_bias)",
     "lora_diag": "the diagonal of KaSA",
     "lora_E": "the singular values of AdaLoRA",
-    "trainable_tokens_delta": "rows of an embedding (trainable_token_indices)",
-    "base_layer.bias": "a trained bias of the base model",
 }
-_PAIR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 
 
-@dataclass(frozen=True)
-class Form:
-    """How one update is written.
+@dataclass
+class Group:
+    """The tensors of one of PEFT's layers, by their full names.
 
     Attributes:
-        kind: linear, conv, embedding, or own.
-        module: PEFT's module; empty for own.
-        transposed: True for a weight stored [in, out] (HF Conv1D).
-        swapped: True where A is bᵀ and B is aᵀ: the update of a lookup in a head's layout.
-        why: Why it is own.
+        lead: Where the layer is, without prefix, with the wrappers.
+        kind: linear (or a convolution, told by the shapes) or embedding.
+        names: a, b, magnitude, bias → tensor name.
+        tied: Parameters that share the layer's weight and so its update (ensure_weight_tying).
     """
 
+    lead: str
     kind: str
-    module: str = ""
-    transposed: bool = False
-    swapped: bool = False
-    why: str = ""
+    names: dict[str, str]
+    tied: list[str] = field(default_factory=list)
 
     @property
-    def names(self) -> tuple[str, str]:
-        """Tensor names of A and B in PEFT's terms."""
-        lead = f"{PREFIX}{self.module}.lora_"
-        if self.kind == "embedding":
-            return f"{lead}embedding_A", f"{lead}embedding_B"
-        return f"{lead}A.weight", f"{lead}B.weight"
+    def module(self) -> str:
+        """The model's own name of the layer."""
+        return unwrapped(self.lead)
 
 
-def form_of(key: str, low: LowRank) -> Form:
-    """The form in which PEFT can say an update, or own with the reason."""
-    name = key
-    if low.use.startswith("op:"):
-        return Form("own", why=f"it acts on one use only ({low.use})")
-    if low.use:
-        name = low.use
-    elif low.extra.get("tied"):
-        return Form("own", why="it acts on several modules that share the tensor")
-    if key.endswith("]"):
-        return Form("own", why="it covers a part of the tensor")
-    if not name.endswith(".weight"):
-        return Form("own", why="the parameter is not the weight of a module")
-    if low.a.ndim != 2:
-        return Form("own", why="it is a stack of matrices or a grouped convolution")
-    return _of_layout(name.removesuffix(".weight"), low)
+def unwrapped(lead: str) -> str:
+    """A name without PEFT's wrappers.
+
+    >>> unwrapped("mha.base_layer.out_proj")
+    'mha.out_proj'
+    """
+    return ".".join(part for part in lead.split(".") if part != WRAPPER)
 
 
-def _of_layout(module: str, low: LowRank) -> Form:
-    op, layout = str(low.extra.get("op", "")), low.layout
-    odd = Form("own", why=f"PEFT has no such layer (op {op or 'unknown'})")
-    if layout is None:
-        if op == "embedding":
-            return Form("embedding", module)
-        if low.extra.get("kernel"):
-            return Form("conv", module)
-        return Form("linear", module) if op in _LINEAR_OPS else odd
-    if layout.batch or layout.shape != layout.stored:
-        return odd
-    if len(layout.stored) == 2:
-        transposed = layout.out == (1,)
-        if op == "embedding":
-            return Form("embedding", module, swapped=not transposed)
-        return Form("linear", module, transposed) if op in _LINEAR_OPS else odd
-    # Axes of size 1 may stand anywhere in a layout; they do not change the order of elements.
-    wide = [i for i in layout.in_ if layout.shape[i] != 1]
-    if 3 <= len(layout.stored) <= 5 and layout.out == (0,) and wide == sorted(wide):
-        return Form("conv", module) if op in _CONV_OPS else odd
-    return odd
-
-
-def to_tensors(form: Form, low: LowRank) -> tuple[Array, Array]:
-    """A and B in the shapes of PEFT."""
-    if form.swapped:
-        return low.b.T, low.a.T
-    if form.kind != "conv":
-        return low.a, low.b
-    kernel = low.layout.stored[2:] if low.layout else tuple(low.extra["kernel"])
-    a = low.a.reshape(low.rank, -1, *kernel)
-    return a, low.b.reshape(*low.b.shape, *(1 for _ in kernel))
+def wrappers(lead: str) -> int:
+    """How many wrappers a name ends in."""
+    return len(lead.split(".")) - len(re.sub(rf"(\.{WRAPPER})+$", "", lead).split("."))
 
 
 def split_name(name: str) -> tuple[str, str, str] | None:
-    """(module, kind, half) of a tensor name without prefix; None where it is no such half.
+    """(lead, kind, part) of a tensor name without prefix; None where it is of no low-rank layer.
 
     >>> split_name("h.0.fc.lora_A.weight"), split_name("wte.lora_embedding_B")
-    (('h.0.fc', 'linear', 'A'), ('wte', 'embedding', 'B'))
+    (('h.0.fc', 'linear', 'a'), ('wte', 'embedding', 'b'))
     """
-    match = _PAIR.fullmatch(name)
-    return match and (match[1], "embedding" if match[2] else "linear", match[3])
+    match = _PART.fullmatch(name)
+    if match is None:
+        return None
+    kind = "embedding" if "embedding" in match[2] else "linear"
+    return match[1], kind, _PARTS[match[2]]
+
+
+def groups(names: Iterable[str], where: str) -> dict[str, Group]:
+    """{lead: its tensors} of the names under the prefix that belong to low-rank layers.
+
+    Raises:
+        LoraFxError: Half a pair, two pairs on one layer, a tensor of another kind of layer.
+    """
+    result: dict[str, Group] = {}
+    for name in names:
+        for ending, what in _REFUSED.items():
+            if name.endswith(f".{ending}"):
+                raise LoraFxError(
+                    f"{where}: {name!r} is {what}: not supported",
+                    "merge it into its model with PEFT (merge_and_unload)",
+                )
+        split = split_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+        if split is None:
+            continue
+        lead, kind, part = split
+        group = result.setdefault(lead, Group(lead, "", {}))
+        if part in group.names or (part in "ab" and group.kind not in ("", kind)):
+            raise LoraFxError(
+                f"{where}: {name!r} is a second entry for {f'{group.module}.weight'!r}; "
+                "expected one",
+                "the file was edited; save the adapter again",
+            )
+        group.names[part] = name
+        group.kind = kind if part in "ab" else group.kind
+    for group in result.values():
+        _check_whole(group, where)
+    return result
+
+
+def _check_whole(group: Group, where: str) -> None:
+    """Raise unless both halves are there."""
+    for have, missing in (("b", "a"), ("a", "b"), ("magnitude", "a"), ("bias", "b")):
+        if have in group.names and missing not in group.names:
+            half = missing.upper()
+            other = f"{PREFIX}{group.lead}.lora_{half}.weight"
+            if group.kind == "embedding":
+                other = f"{PREFIX}{group.lead}.lora_embedding_{half}"
+            raise LoraFxError(
+                f"{where}: {group.names[have]!r} has no partner; expected {other!r} beside it",
+                "the file is incomplete; save or fetch it again",
+            )
 
 
 def from_tensors(
@@ -158,33 +172,20 @@ def from_tensors(
     return flat, np.ascontiguousarray(b.reshape(b.shape[:2])), extra
 
 
-def refuse_tensor(name: str, where: str) -> None:
-    """Raise for a tensor of an update that is more than s·B·A."""
-    for ending, what in _REFUSED.items():
-        if name.endswith(ending):
-            raise LoraFxError(f"{where}: {name!r} is {what}: not supported", MERGE)
-
-
-def parameter_of(module: str, names: Container[str], where: str) -> str:
-    """The parameter that the update on PEFT's module adapts.
-
-    PEFT puts the update of a MultiheadAttention's in_proj_weight on the module itself, and that
-    of its out_proj inside the wrapper.
-
-    Args:
-        module: As in the tensor's name.
-        names: All tensor names of the file.
-        where: The file, for messages.
-    """
-    outer, wrapped, inner = module.partition(".base_layer.")
-    if wrapped and inner == "out_proj":
-        return f"{outer}.out_proj.weight"
-    if ".base_layer" in module:
-        raise LoraFxError(
-            f"{where}: the tensors of {module!r} are nested in another adapter's "
-            "(target_parameters); which parameter they belong to is not told",
-            MERGE,
-        )
-    if f"{PREFIX}{module}.base_layer.out_proj.lora_A.weight" in names:
-        return f"{module}.in_proj_weight"
-    return f"{module}.weight"
+def unknown_name(name: str, where: str) -> LoraFxError:
+    """What to raise for a tensor that PEFT would not have written."""
+    at = name.find(PREFIX)
+    low = ".lora_" in name
+    if at > 0:
+        hint = f"PEFT's name is {name[at:]!r}: take the prefix {name[:at]!r} off every name"
+    elif at < 0 and low:
+        core = name.removeprefix("base_model.").removeprefix("module.")
+        hint = f"the nearest name is {PREFIX + core!r}; was the file saved with save_pretrained?"
+    else:
+        hint = "was the file saved with save_pretrained?"
+    return LoraFxError(
+        f"{where}: {name!r} is not a name that PEFT gives; expected {PREFIX}X.lora_A.weight, "
+        "X.lora_B.weight, X.lora_embedding_A, X.lora_embedding_B, X.lora_magnitude_vector or a "
+        "module of modules_to_save",
+        hint,
+    )

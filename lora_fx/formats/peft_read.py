@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter import Adapter
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError
+from lora_fx.formats import peft_own, peft_rest
 from lora_fx.formats.peft_config import (
     Pattern,
     check_config,
     listed_whole,
+    mutation,
     saved_whole,
     targets,
+    untouched,
 )
 from lora_fx.formats.peft_names import (
-    OWN,
-    PREFIX,
+    WRAPPER,
+    Group,
     from_tensors,
-    parameter_of,
-    refuse_tensor,
-    split_name,
+    groups,
+    unwrapped,
+    wrappers,
 )
-from lora_fx.formats.tensorfile import Array, is_float
-from lora_fx.lowrank import Full, Layout, LowRank
+from lora_fx.formats.peft_source import Source
+from lora_fx.formats.peft_stack import candidates, read_stacks
+from lora_fx.formats.tensorfile import Array
+from lora_fx.lowrank import Full, LowRank
+from lora_fx.variant import Dense, Entry
 
-VERSION = 1
-"""Of the JSON under lora_fx in the header."""
+_OUT = f".{WRAPPER}.out_proj"
 
 
 def decode(
@@ -39,7 +43,7 @@ def decode(
     file: str,
     config_file: str,
 ) -> Adapter:
-    """The adapter of one file.
+    """The adapter of one file with peft_type LORA.
 
     Args:
         tensors: All of the file's.
@@ -49,15 +53,14 @@ def decode(
         config_file: Name of the config, for messages.
     """
     notes = check_config(config, config_file)
-    reader = _Reader(tensors, config, file, config_file, notes)
-    described, metadata = reader.described(ours)
-    entries: dict[str, LowRank | Full] = {}
+    source = Source(tensors, config, file, config_file, notes)
+    reader = Reader(source)
+    described, metadata = peft_own.described(ours, file)
     taken: set[str] = set()
-    for key, entry in described.items():
-        entries[key] = reader.ours(key, entry, taken)
-    for name in tensors:
-        if name not in taken:
-            reader.theirs(name, entries, taken)
+    found = groups(tensors, file)
+    entries = peft_own.entries(described, reader, found, taken)
+    left = {name: value for name, value in tensors.items() if name not in taken}
+    reader.theirs(left, entries)
     for pattern in (reader.ranks, reader.alphas):
         pattern.check_matched()
     whole = [key for key, entry in entries.items() if isinstance(entry, Full)]
@@ -66,225 +69,198 @@ def decode(
     for module in listed_whole(config):
         if not any(saved_whole({"modules_to_save": [module]}, k.rpartition(".")[0]) for k in whole):
             notes.append(f"{file}: modules_to_save {module!r} has no tensor in the file")
+    unused = untouched(config, reader.modules)
+    if unused:
+        metadata["untouched_targets"] = unused
+        names = ", ".join(map(repr, unused))
+        notes.append(f"{file}: the config targets {names}, of which the file has no tensor")
     for field in ("task_type", "base_model_name_or_path", "revision"):
         if config.get(field):
             metadata[field] = config[field]
+    if config.get("fan_in_fan_out"):
+        metadata["fan_in_fan_out"] = True
     metadata["dropout"] = float(config.get("lora_dropout") or 0.0)
     metadata["notes"] = notes
     return Adapter(entries, metadata)
 
 
-def finite(array: Array) -> bool:
-    """True when every element is a number; exact in any float dtype."""
-    wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
-    return bool(np.isfinite(wide).all())
+class Reader:
+    """Reads the updates of one file.
 
+    Attributes:
+        source: The file.
+        ranks: r and rank_pattern.
+        alphas: lora_alpha and alpha_pattern.
+        variant: lora or rslora.
+        modules: Names of the modules with low-rank tensors, as PEFT compares them.
+    """
 
-def _fits(layout: Layout, low: LowRank) -> bool:
-    """True when a layout is sound and has the sizes of an update."""
-    axes = sorted(layout.batch + layout.out + layout.in_)
-    sound = axes == list(range(len(layout.shape)))
-    return (
-        sound
-        and math.prod(layout.shape) == math.prod(layout.stored)
-        and low.a.shape == (*layout.batch_shape, low.rank, layout.in_size)
-        and low.b.shape == (*layout.batch_shape, layout.out_size, low.rank)
-    )
-
-
-class _Reader:
-    """The state of one reading: what messages need, and the two patterns."""
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Array],
-        config: Mapping[str, Any],
-        file: str,
-        config_file: str,
-        notes: list[str],
-    ) -> None:
-        self.tensors, self.config, self.file, self.notes = tensors, config, file, notes
-        self.config_file = config_file
-        self.ranks = Pattern(config, "rank_pattern", "r", config_file)
-        self.alphas = Pattern(config, "alpha_pattern", "lora_alpha", config_file)
+    def __init__(self, source: Source) -> None:
+        """Compile the patterns."""
+        config = source.config
+        self.source, self.config, self.file = source, config, source.file
+        self.ranks = Pattern(config, "rank_pattern", "r", source.config_file)
+        self.alphas = Pattern(config, "alpha_pattern", "lora_alpha", source.config_file)
         self.variant = "rslora" if config.get("use_rslora") else "lora"
+        self.modules: list[str] = []
 
-    def described(self, ours: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The entries and the metadata of our own JSON."""
-        if not ours:
-            return {}, {}
-        entries, metadata = ours.get("entries"), ours.get("metadata")
-        version = ours.get("version")
-        if version != VERSION:
-            raise LoraFxError(
-                f"{self.file}: metadata lora_fx has version {version!r}; expected {VERSION}",
-                "update lora-fx",
-            )
-        if not isinstance(entries, dict) or not isinstance(metadata, dict):
-            raise LoraFxError(f"{self.file}: metadata lora_fx is damaged")
-        return entries, dict(metadata)
+    def theirs(self, tensors: Mapping[str, Array], entries: dict[str, Entry]) -> None:
+        """Everything that our JSON does not describe, as PEFT would apply it."""
+        found = groups(tensors, self.file)
+        for lead, group in self._twins(found).items():
+            outer = unwrapped(lead)
+            if candidates(self.config, outer):
+                if wrappers(lead) == 0:
+                    levels = self._levels(lead, found)
+                    stacks = read_stacks(levels, self.source, self.ranks, self.alphas, self.variant)
+                    self.modules.append(outer)
+                    for key, low in stacks.items():
+                        self.source.add(entries, key, low, group.names["a"])
+                elif f"{lead.removesuffix(f'.{WRAPPER}')}" not in found:
+                    raise self._nested(group)
+                continue
+            self._check_place(group, found)
+            key = f"{outer}.weight"
+            if f"{lead}{_OUT}" in found:
+                key = f"{outer}.in_proj_weight"
+            low = self.update(group, found)
+            self.source.add(entries, key, low, group.names["a"])
+            self.bias(entries, low, group)
+        names = {n for g in found.values() for n in g.names.values()}
+        rest = [n for n in tensors if n not in names]
+        peft_rest.read_rest(rest, self.source, found, entries)
 
-    def ours(self, key: str, entry: Any, taken: set[str]) -> LowRank | Full:
-        """One update as our JSON describes it."""
-        try:
-            if "full" in entry:
-                taken.add(entry["full"])
-                return self.full(entry["full"], self.tensors[entry["full"]])
-            names = (str(entry["a"]), str(entry["b"]))
-            module, kind = self._place(names[0])
-            taken.update(names)
-            low = self.pair(module, kind, names)
-            a, b = low.a, low.b
-            if entry.get("swapped"):
-                a, b = np.ascontiguousarray(low.b.T), np.ascontiguousarray(low.a.T)
-            layout = Layout.from_json(entry["layout"]) if entry["layout"] else None
-            alpha, variant = low.alpha, low.variant
-            if not module:
-                alpha, variant = float(entry["alpha"]), str(entry["variant"])
-            result = LowRank(a, b, alpha, layout, variant, str(entry["use"]), dict(entry["extra"]))
-            fits = layout is None or _fits(layout, result)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+    def update(self, group: Group, found: Mapping[str, Group]) -> LowRank:
+        """The update of one layer in PEFT's shapes."""
+        a_name = group.names["a"]
+        a, b = self.source.factor(a_name), self.source.factor(group.names["b"])
+        a, b, extra = from_tensors(group.kind, a, b, f"{self.file}: {a_name!r}")
+        seen = unwrapped(group.lead.removesuffix(_OUT))  # PEFT wraps out_proj inside
+        attention = f"{group.lead.removesuffix(_OUT)}{_OUT}" in found
+        self.modules.append(seen)
+        if not (targets(self.config, group.module) or targets(self.config, seen)):
             raise LoraFxError(
-                f"{self.file}: metadata lora_fx does not fit the tensors at {key!r}: "
-                f"{type(error).__name__} {one_line(error)}",
-                "the file was edited; save the adapter again",
-            ) from error
-        if not fits:
-            raise LoraFxError(
-                f"{self.file}: {key!r} has A {list(a.shape)} and B {list(b.shape)}; expected those "
-                f"of its layout {entry['layout']}",
-                "the file was edited; save the adapter again",
-            )
-        return result
-
-    def theirs(self, name: str, entries: dict[str, LowRank | Full], taken: set[str]) -> None:
-        """One tensor that our JSON does not describe: its pair, or a whole tensor."""
-        short = name.removeprefix(PREFIX)
-        taken.add(name)
-        refuse_tensor(name, self.file)
-        split = split_name(short)
-        if split is not None and not name.startswith(OWN):
-            module, kind, half = split
-            lead = name[: -len("A" if kind == "embedding" else "A.weight")]
-            tail = "" if kind == "embedding" else ".weight"
-            other = f"{lead}{'B' if half == 'A' else 'A'}{tail}"
-            if other not in self.tensors:
-                raise LoraFxError(
-                    f"{self.file}: {name!r} has no partner; expected {other!r} beside it",
-                    "the file is incomplete; save or fetch it again",
-                )
-            taken.add(other)
-            low = self.pair(module, kind, (f"{lead}A{tail}", f"{lead}B{tail}"))
-            self._add(entries, parameter_of(module, self.tensors, self.file), low, name)
-        elif self._is_whole(name, short):
-            # PEFT asked to save embeddings writes a trained one twice, under its wrapper as well.
-            key = short.replace(".modules_to_save.", ".")
-            full, old = self.full(name, self.tensors[name]), entries.get(key)
-            if not isinstance(old, Full) or not np.array_equal(old.value, full.value):
-                self._add(entries, key, full, name)
-
-    def pair(self, module: str, kind: str, names: tuple[str, str]) -> LowRank:
-        """The update of two tensors in PEFT's shapes, or in ours where `module` is empty."""
-        a, b = (self._factor(name) for name in names)
-        if not module:
-            if a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
-                raise LoraFxError(
-                    f"{self.file}: {names[0]!r} is {list(a.shape)} and {names[1]!r} is "
-                    f"{list(b.shape)}; expected [*batch, r, in] and [*batch, out, r]"
-                )
-            return LowRank(a, b, 1.0)
-        flat_a, flat_b, extra = from_tensors(kind, a, b, f"{self.file}: {names[0]!r}")
-        seen = module.partition(".base_layer.")[0]  # PEFT wraps out_proj of an attention inside
-        if not (targets(self.config, module) or targets(self.config, seen)):
-            raise LoraFxError(
-                f"{self.file}: {names[0]!r} is of a module that target_modules leaves out; PEFT "
+                f"{self.file}: {a_name!r} is of a module that target_modules leaves out; PEFT "
                 "would drop it",
-                f"correct target_modules in {self.config_file}",
+                f"correct target_modules in {self.source.config_file}",
             )
         rank, alpha = self.ranks.of(seen), self.alphas.of(seen)
-        if rank is not None and rank != len(flat_a):
+        if rank is not None and rank != len(a):
             raise LoraFxError(
-                f"{self.file}: {names[0]!r} has rank {len(flat_a)}; expected {rank:g}, as "
-                f"{self.config_file} says: the scale would be in doubt",
+                f"{self.file}: {a_name!r} has rank {len(a)}; expected {rank:g}, as "
+                f"{self.source.config_file} says: the scale would be in doubt",
                 "correct r or rank_pattern",
             )
         assert alpha is not None  # check_config saw lora_alpha
-        return LowRank(flat_a, flat_b, alpha, None, self.variant, "", extra)
+        if attention:
+            extra["lead"] = group.lead
+            if group.lead.endswith(_OUT):
+                alpha *= 2  # PEFT adds this update twice, in training and in merging
+        self._check_kind(group, attention, extra)
+        if group.tied:
+            extra["tied"] = list(group.tied)
+        magnitude = self._magnitude(group, len(b))
+        return LowRank(a, b, alpha, None, self.variant, "", extra, magnitude)
 
-    def full(self, name: str, value: Array) -> Full:
-        """A whole tensor; narrow floats become fp32, other dtypes stay."""
-        if is_float(value):
-            self._check_finite(name, value)
-            if value.dtype.itemsize < 4:
-                value = value.astype(np.float32)
-        return Full(value)
-
-    def _factor(self, name: str) -> Array:
-        """A or B as an fp32 master."""
-        array = self.tensors[name]
-        if array.size == 0 or array.ndim < 2:
+    def _check_kind(self, group: Group, attention: bool, extra: dict[str, Any]) -> None:
+        """Mark an update whose base PEFT changed; raise where PEFT changes none."""
+        changed = mutation(self.config)
+        if not changed or group.kind == "embedding":
+            return  # PEFT leaves embeddings as they are
+        if attention or "kernel" in extra:
             raise LoraFxError(
-                f"{self.file}: {name!r} has shape {list(array.shape)}; expected two sizes or more, "
-                "none of them 0",
-                "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again",
+                f"{self.file}: {group.names['a']!r} is of an attention module or a convolution; "
+                f"expected a linear layer, as init_lora_weights is {changed!r}",
+                "correct init_lora_weights to what the adapter was trained with",
             )
-        if not is_float(array):
+        extra["mutated"] = changed
+
+    def _magnitude(self, group: Group, out: int) -> Array | None:
+        name = group.names.get("magnitude")
+        if self.config.get("use_dora"):
+            if name is None:
+                raise LoraFxError(
+                    f"{self.file}: {group.names['a']!r} has no lora_magnitude_vector beside it; "
+                    f"expected one, as use_dora is true in {self.source.config_file}",
+                    "PEFT would start a magnitude of its own; correct use_dora or save again",
+                )
+            return self.source.vector(name, out)
+        if name is not None:
             raise LoraFxError(
-                f"{self.file}: {name!r} has dtype {array.dtype}; expected a float dtype",
-                "save the adapter in fp32, fp16 or bf16",
+                f"{self.file}: {name!r} is a DoRA magnitude; expected none, as use_dora is off in "
+                f"{self.source.config_file}: PEFT would drop it and the result would differ",
+                "set use_dora to true if the adapter was trained with DoRA",
             )
-        self._check_finite(name, array)
-        master = np.ascontiguousarray(array, np.float32)
-        if array.dtype == np.float64 and not np.array_equal(master, array):
-            self.notes.append(f"{self.file}: {name!r} was rounded from fp64 to fp32")
-        return master
+        return None
 
-    def _check_finite(self, name: str, array: Array) -> None:
-        if not finite(array):
+    def bias(self, entries: dict[str, Entry], low: LowRank, group: Group) -> None:
+        """The bias of B, which PEFT adds times the scale to the layer's own."""
+        name, wanted = group.names.get("bias"), bool(self.config.get("lora_bias"))
+        if (name is not None) != wanted and group.kind == "linear":
+            have = repr(name) if name else f"{group.names['b']!r} without a bias"
             raise LoraFxError(
-                f"{self.file}: {name!r} has NaN or infinite values; expected finite ones",
-                "training may have diverged; use an earlier checkpoint",
+                f"{self.file}: {have}; expected {'one' if wanted else 'no bias of B'}, as "
+                f"lora_bias is {str(wanted).lower()} in {self.source.config_file}",
+                "set lora_bias to what the adapter was trained with",
             )
+        if name is None:
+            return
+        value, scale = self.source.vector(name, len(low.b)), low.scale
+        if group.lead.endswith(_OUT):
+            scale /= 2  # the update is added twice, its bias once
+        elif "lead" in low.extra:
+            self.source.notes.append(f"{self.file}: {name!r} is not read; PEFT does not apply it")
+            return
+        self.source.add(entries, f"{group.module}.bias", Dense(value, scale), name)
 
-    def _place(self, a_name: str) -> tuple[str, str]:
-        """(module, kind) of the name of an A; no module for a name of our own."""
-        if a_name.startswith(OWN):
-            return "", "own"
-        split = split_name(a_name.removeprefix(PREFIX))
-        if split is None:
-            raise ValueError(f"{a_name!r} is no name of an A")
-        return split[0], split[1]
+    def _twins(self, found: dict[str, Group]) -> dict[str, Group]:
+        """The layers, without heads that ensure_weight_tying keeps equal to an embedding.
 
-    def _is_whole(self, name: str, short: str) -> bool:
-        """True for a whole tensor to keep, False for one that is noted; raises for others."""
-        module = short.rpartition(".")[0]
-        value = self.tensors[name]
-        lead = name.removesuffix(".base_layer.weight")
-        frozen = lead != name and any(n.startswith(f"{lead}.lora_") for n in self.tensors)
-        if frozen or ".original_module." in short:
-            # PEFT stores the frozen embedding again when the embedding is a target.
-            self.notes.append(f"{self.file}: {name!r} is a copy of the base weight; not read")
-            return False
-        if not name.startswith(OWN) and ".lora_" not in short and module:
-            if saved_whole(self.config, module):
-                return True
-            if name.startswith(PREFIX) and value.ndim == 2 and short.endswith(".weight"):
-                # PEFT stores resized embeddings and heads so, without listing them.
-                self.notes.append(f"{self.file}: {name!r} replaces a whole tensor of the model")
-                return True
-        raise LoraFxError(
-            f"{self.file}: {name!r} is not a name that PEFT gives; expected X.lora_A.weight, "
-            "X.lora_B.weight, X.lora_embedding_A, X.lora_embedding_B or a module of "
-            "modules_to_save",
-            "was the file saved with save_pretrained?",
+        PEFT writes such a head as a pair of its own, A = Bᵀ and B = Aᵀ of the embedding. It is one
+        update of one tensor, so the embedding's is kept and `extra["tied"]` names the head. (In
+        peft 0.21.2 merge_and_unload adds it twice, unlike its own forward.)
+        """
+        if not self.config.get("ensure_weight_tying"):
+            return found
+        result = dict(found)
+        for lead, group in found.items():
+            if group.kind != "linear" or targets(self.config, group.module):
+                continue
+            for other in found.values():
+                if other.kind == "embedding" and self._turned(group, other):
+                    other.tied.append(f"{group.module}.weight")
+                    self.modules.append(group.module)
+                    del result[lead]
+                    break
+        return result
+
+    def _turned(self, head: Group, table: Group) -> bool:
+        a, b = (self.source.tensors[head.names[half]] for half in "ab")
+        c, d = (self.source.tensors[table.names[half]] for half in "ab")
+        return set(head.names) == {"a", "b"} and np.array_equal(a.T, d) and np.array_equal(b.T, c)
+
+    def _levels(self, lead: str, found: Mapping[str, Group]) -> list[Group]:
+        """The wrappers of a module's parameters, outermost first."""
+        levels = []
+        while lead in found:
+            levels.append(found[lead])
+            lead = f"{lead}.{WRAPPER}"
+        return levels
+
+    def _check_place(self, group: Group, found: Mapping[str, Group]) -> None:
+        """Raise for a layer inside a wrapper that is none of PEFT's known ones."""
+        parts = group.lead.split(".")
+        for at in [i for i, part in enumerate(parts) if part == WRAPPER]:
+            around = ".".join(parts[:at])
+            stack = bool(candidates(self.config, unwrapped(around)))
+            attention = group.lead == f"{around}{_OUT}" and around in found
+            if not (stack or attention) or at == len(parts) - 1:
+                raise self._nested(group)
+
+    def _nested(self, group: Group) -> LoraFxError:
+        return LoraFxError(
+            f"{self.file}: {group.names['a']!r} is nested in another layer of PEFT's; expected one "
+            "that target_parameters or a MultiheadAttention explains",
+            f"correct target_parameters in {self.source.config_file}, or merge it into its model "
+            "with PEFT (merge_and_unload)",
         )
-
-    def _add(
-        self, entries: dict[str, LowRank | Full], key: str, value: LowRank | Full, name: str
-    ) -> None:
-        if key in entries:
-            raise LoraFxError(
-                f"{self.file}: {name!r} is a second entry for {key!r}; expected one",
-                "the file was edited; save the adapter again",
-            )
-        entries[key] = value

@@ -57,12 +57,12 @@ def test_names_and_shapes_are_those_of_peft(mixed: Adapter, tmp_path: Path) -> N
         "look.lora_embedding_B": (6, 2),
         "score.weight": (3, 4),
         "score.bias": (3,),
+        "h.0.fc.base_layer.bias": (8,),
     }
     own = {k.removeprefix("lora_fx.") for k in shapes if k.startswith("lora_fx.")}
     assert own == {
         *(f"{k}.lora_{h}" for k in ("tok.weight", "experts.up", "gconv.weight") for h in "AB"),
         *(f"{k}.lora_{h}" for k in ("h.0.attn.weight[:, 0:4]", "in_proj_weight") for h in "AB"),
-        "h.0.fc.bias.full",
         "cls_token.full",
     }
 
@@ -75,10 +75,10 @@ def test_config(mixed: Adapter, tmp_path: Path) -> None:
     )
     assert (config["r"], config["rank_pattern"]) == (2, {r"^h\.1\.fc": 3})
     assert (config["lora_alpha"], config["alpha_pattern"]) == (4, {r"^h\.1\.fc": 5.5})
-    assert config["modules_to_save"] == ["score"]
+    assert config["modules_to_save"] == ["score"] and config["bias"] == "lora_only"
     assert config["lora_dropout"] == 0.1 and config["base_model_name_or_path"] == "tiny"
     assert not config["fan_in_fan_out"] and not config["use_rslora"]
-    unseen = ("tok.weight", "h.0.attn.weight[:, 0:4]", "experts.up", "h.0.fc.bias", "cls_token")
+    unseen = ("tok.weight", "h.0.attn.weight[:, 0:4]", "experts.up", "in_proj_weight", "cls_token")
     for key in unseen:
         assert any(repr(key) in note for note in notes), key
     assert not any("score" in note for note in notes)
@@ -98,7 +98,7 @@ def test_reading_needs_no_metadata_of_ours(mixed: Adapter, tmp_path: Path) -> No
     theirs = {k: v for k, v in tensors.items() if not k.startswith("lora_fx.")}
     write_tensors(tmp_path / peft.WEIGHTS, theirs, {"format": "pt"})
     got = peft.read(tmp_path)
-    assert set(got.full) == {"score.weight", "score.bias"}
+    assert set(got.full) == {"score.weight", "score.bias", "h.0.fc.bias"}
     for key in ("h.0.fc.weight", "h.1.fc.weight", "h.0.proj.weight", "conv.weight", "emb.weight"):
         low, want = got.lowrank[key], mixed.lowrank[key]
         assert low.layout is None and low.use == "" and low.scale == want.scale
@@ -201,10 +201,10 @@ def test_whole_tensors_that_peft_would_confuse_are_kept_apart(tmp_path: Path) ->
 
 def test_modules_are_listed_once_and_only_with_their_weight(tmp_path: Path) -> None:
     one = Full(np.ones(2, np.float32))
-    names = ("out.weight", "out.inner.weight", "norm.bias", "pos_embed")
+    names = ("out.weight", "out.inner.weight", "norm.gain", "pos_embed")
     notes = peft.write(Adapter({name: one for name in names}), tmp_path)
     assert json.loads((tmp_path / peft.CONFIG).read_text())["modules_to_save"] == ["out"]
-    for word in ("'norm.bias'", "'pos_embed'", "inner.weight, weight", "will not load"):
+    for word in ("'norm.gain'", "'pos_embed'", "inner.weight, weight", "will not load"):
         assert any(word in note for note in notes), word
     assert set(peft.read(tmp_path).entries) == set(names)
 

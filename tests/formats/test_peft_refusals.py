@@ -34,7 +34,8 @@ def refused(path: Path, *words: str) -> LoraFxError:
     ("field", "value", "word"),
     [
         ("peft_type", "IA3", "'LORA'"),
-        ("use_dora", True, "magnitude"),
+        ("peft_type", ["LORA"], "'LORA'"),
+        ("use_dora", "yes", "true or false"),
         ("alora_invocation_tokens", [0], "aLoRA"),
         ("arrow_config", {"top_k": 2}, "Arrow"),
         ("kasa_config", {"beta": 1e-4}, "KaSA"),
@@ -43,18 +44,16 @@ def refused(path: Path, *words: str) -> LoraFxError:
         ("use_qalora", True, "QA-LoRA"),
         ("velora_config", {"x": 1}, "VeLoRA"),
         ("layer_replication", [[0, 4], [2, 5]], "repeated"),
-        ("trainable_token_indices", [0], "rows of an embedding"),
-        ("lora_bias", True, "bias"),
-        ("target_parameters", ["experts.up"], "nesting"),
+        ("trainable_token_indices", [0], "expected a tensor X.token_adapter"),
+        ("trainable_token_indices", {"wte": [0]}, "expected a tensor X.token_adapter"),
+        ("lora_bias", 2, "true or false"),
         ("megatron_config", {"x": 1}, "Megatron"),
-        ("ensure_weight_tying", True, "shared"),
-        ("bias", "lora_only", "'none'"),
-        ("init_lora_weights", "pissa", "changes them"),
-        ("init_lora_weights", "pissa_niter_16", "changes them"),
-        ("init_lora_weights", "olora", "changes them"),
-        ("init_lora_weights", "corda", "changes them"),
-        ("init_lora_weights", "lora_ga", "changes them"),
-        ("init_lora_weights", "loftq", "changes them"),
+        ("bias", "some", "'lora_only'"),
+        ("init_lora_weights", "pissa_niter_16", "random numbers"),
+        ("init_lora_weights", "corda", "the data"),
+        ("init_lora_weights", "lora_ga", "gradients"),
+        ("init_lora_weights", "loftq", "quantised"),
+        ("init_lora_weights", "newest", "may change the base"),
         ("lora_alpha", "absent", "missing"),
         ("lora_alpha", "8", "a number"),
         ("use_rslora", "false", "true or false"),
@@ -68,6 +67,12 @@ def refused(path: Path, *words: str) -> LoraFxError:
 def test_config_fields(plain: Write, field: str, value: Any, word: str) -> None:
     error = refused(plain({field: value}), "adapter_config.json", field, word)
     assert error.exit_code == 2
+
+
+def test_flags_that_peft_itself_refuses_together(plain: Write) -> None:
+    refused(plain({"use_dora": True, "lora_bias": True}), "use_dora and lora_bias")
+    olora = {"init_lora_weights": "olora", "fan_in_fan_out": True}
+    refused(plain(olora), "olora", "fan_in_fan_out")
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
@@ -106,17 +111,28 @@ def test_ways_to_name_the_targets(plain: Write, wanted: Any) -> None:
         ({A: np.ones((4, 6), np.int8)}, (A, "int8", "float"), "fp32"),
         ({A: ONES * np.float32("nan")}, (A, "NaN"), "diverged"),
         ({B: np.full((8, 4), np.inf, np.float16)}, (B, "NaN or inf"), "diverged"),
-        ({f"{LEAD}m.fc.lora_magnitude_vector": ONES[0]}, ("DoRA",), "merge"),
-        ({f"{LEAD}m.fc.lora_B.bias": ONES[0]}, ("lora_bias",), "merge"),
+        ({f"{LEAD}m.fc.lora_magnitude_vector": ONES[0]}, ("DoRA", "use_dora is off"), "use_dora"),
+        ({f"{LEAD}m.fc.lora_B.bias": ONES[0]}, ("lora_bias is false",), "lora_bias"),
+        ({f"{LEAD}m.up.lora_B.bias": ONES[0]}, ("no partner", "m.up.lora_B.weight"), "incomplete"),
+        ({f"{LEAD}m.up.lora_magnitude_vector": ONES[0]}, ("m.up.lora_A.weight",), "incomplete"),
         ({f"{LEAD}m.fc.lora_diag": ONES[0]}, ("KaSA",), "merge"),
-        ({f"{LEAD}e.token_adapter.trainable_tokens_delta": ONES}, ("trainable_token",), "merge"),
-        ({f"{LEAD}m.fc.base_layer.bias": ONES[0]}, ("trained bias",), "merge"),
+        ({f"{LEAD}m.fc.lora_E": ONES[0]}, ("AdaLoRA",), "merge"),
+        ({f"{LEAD}e.token_adapter.trainable_tokens_delta": ONES}, ("trainable_token",), "config"),
+        ({f"{LEAD}m.fc.base_layer.bias": ONES[0]}, ("trained bias", "bias is 'none'"), "set bias"),
         (
             {
                 f"{LEAD}e.base_layer.fc.lora_A.weight": ONES,
                 f"{LEAD}e.base_layer.fc.lora_B.weight": ONES.T,
             },
             ("e.base_layer.fc", "target_parameters"),
+            "merge",
+        ),
+        (
+            {
+                f"{LEAD}m.fc.base_layer.lora_A.weight": ONES,
+                f"{LEAD}m.fc.base_layer.lora_B.weight": ONES.T,
+            },
+            ("m.fc.base_layer", "nested"),
             "merge",
         ),
         ({f"{LEAD}m.fc.lora_A.default.weight": ONES}, ("lora_A.default", "not a name"), "save_pre"),

@@ -1,0 +1,165 @@
+"""Updates of expert stacks from files that do not say which parameter, or which way round.
+
+PEFT stores an update of a parameter with `in` and `out` but without the parameter's shape. A stack
+[E, out, in] is *straight*; a module that PEFT calls `is_transposed` has [E, in, out]. All stacks of
+one module lie the same way. `place` takes every reading that fits the base's shapes and goes on
+only where all of them agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import permutations
+
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Layout, LowRank, plain_layout
+from lora_fx.variant import Entry
+
+Shapes = Callable[[str], tuple[int, ...] | None]
+Reading = tuple[tuple[str, ...], bool]
+"""(the parameter of each entry, True where stacks are [E, in, out])."""
+
+
+def place(
+    entries: Mapping[str, Entry], shape_of: Shapes, order: Sequence[str] | None = None
+) -> dict[str, Entry]:
+    """The entries with stacks of experts under their own names, each with its Layout.
+
+    What a binder does with `extra["op"] == "experts"`: call this before it matches keys.
+
+    Args:
+        entries: Of an unbound adapter.
+        shape_of: Stored shape of a parameter by the adapter's name for it; None where the base has
+            none.
+        order: Names in the order in which the model defines them, where that is known; the first
+            of two parameters of a module is the innermost in PEFT's file.
+
+    Raises:
+        LoraFxError: No reading fits the shapes, or more than one does.
+    """
+    result = dict(entries)
+    modules: dict[str, list[str]] = {}
+    for key, entry in entries.items():
+        if isinstance(entry, LowRank) and entry.extra.get("op") == "experts" and not entry.layout:
+            modules.setdefault(str(entry.extra.get("module") or key.rpartition(".")[0]), []).append(
+                key
+            )
+    for module, keys in modules.items():
+        lows = [entry for k in keys if isinstance(entry := entries[k], LowRank)]
+        if not any(shape_of(name) for name in _names(module, keys, lows)):
+            continue  # the binder says which names the base lacks
+        names, turned = _only(module, lows, list(_readings(module, keys, lows, shape_of)), order)
+        placed = {}
+        for key, name, low in zip(keys, names, lows, strict=True):
+            shape = shape_of(name)
+            assert shape is not None  # _readings saw it
+            placed[key] = (name, _placed(low, name, shape, turned))
+        # In place, so that the order of the file is kept.
+        result = {
+            placed[k][0] if k in placed else k: placed[k][1] if k in placed else v
+            for k, v in result.items()
+        }
+    return result
+
+
+def _names(module: str, keys: Sequence[str], lows: Sequence[LowRank]) -> set[str]:
+    """Every name that an entry may mean."""
+    result = set()
+    for key, low in zip(keys, lows, strict=True):
+        result |= {f"{module}.{p}" for p in low.extra.get("candidates", ())} or {key}
+    return result
+
+
+def _readings(
+    module: str, keys: Sequence[str], lows: Sequence[LowRank], shape_of: Shapes
+) -> Iterator[Reading]:
+    names = sorted(_names(module, keys, lows))
+    for way in permutations(names, len(lows)):
+        if any(
+            "candidates" not in low.extra and key != name
+            for key, low, name in zip(keys, lows, way, strict=True)
+        ):
+            continue
+        stacked = any(len(shape_of(name) or ()) == 3 for name in way)
+        for turned in (False, True) if stacked else (False,):
+            if all(
+                _fits(low, name, shape_of(name), turned)
+                for low, name in zip(lows, way, strict=True)
+            ):
+                yield way, turned
+
+
+def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) -> bool:
+    """True where an update can be one of a parameter of this shape."""
+    rank = _rank(low, name)
+    if shape is None or rank is None or len(shape) not in (2, 3):
+        return False
+    rows = low.a.shape[-2] * (low.a.shape[0] if low.a.ndim == 3 else 1)
+    out, in_ = low.b.shape[-2], low.a.shape[-1]
+    experts = shape[0] if len(shape) == 3 else 1
+    sides = (in_, out) if turned and len(shape) == 3 else (out, in_)
+    return rows == rank * experts and shape[-2:] == sides
+
+
+def _rank(low: LowRank, name: str) -> int | None:
+    if "candidates" not in low.extra:
+        return low.rank
+    told = low.extra["candidates"].get(name.rpartition(".")[2])
+    return None if told is None else int(told[0])
+
+
+def _only(
+    module: str, lows: Sequence[LowRank], found: list[Reading], order: Sequence[str] | None
+) -> Reading:
+    """The one reading, or what to say."""
+    if order is not None and len({names for names, _ in found}) > 1:
+        at = {name: i for i, name in enumerate(order)}
+        # Depth 0 is the outermost, which PEFT wrapped last.
+        depth = [int(low.extra.get("depth", 0)) for low in lows]
+        found = [
+            (names, turned)
+            for names, turned in found
+            if [n for _, n in sorted(zip(depth, names, strict=True), reverse=True)]
+            == sorted(names, key=lambda n: at.get(n, 0))
+        ]
+    shapes = ", ".join(f"A {list(low.a.shape)} and B {list(low.b.shape)}" for low in lows)
+    if not found:
+        raise LoraFxError(
+            f"the updates of the parameters of {module!r} ({shapes}) fit no parameter of the base",
+            "was the adapter trained on another model?",
+        )
+    if len({names for names, _ in found}) > 1:
+        raise LoraFxError(
+            f"the updates of the parameters of {module!r} ({shapes}) fit "
+            f"{' and '.join(found[0][0])} in more than one order; PEFT's file does not say which",
+            "merge it into its model with PEFT (merge_and_unload)",
+        )
+    if len(found) > 1:
+        raise LoraFxError(
+            f"the experts of {module!r} are square ({shapes}); PEFT's file does not say whether "
+            "they are stored [out, in] or [in, out]",
+            "merge it into its model with PEFT (merge_and_unload)",
+        )
+    return found[0]
+
+
+def _placed(low: LowRank, name: str, shape: tuple[int, ...], turned: bool) -> LowRank:
+    """An update with a, b, alpha and Layout of its parameter."""
+    extra = {
+        k: v
+        for k, v in low.extra.items()
+        if k not in ("candidates", "depth", "lead", "of", "module")
+    }
+    a, b, alpha = low.a, low.b, low.alpha
+    if "candidates" in low.extra:
+        alpha = float(low.extra["candidates"][name.rpartition(".")[2]][1])
+    if len(shape) == 2:
+        return replace(low, a=a, b=b, alpha=alpha, layout=plain_layout(shape), extra=extra)
+    experts = shape[0]
+    if a.ndim == 2:  # the file's own packing, the expert fastest in B
+        a = a.reshape(experts, -1, a.shape[-1])
+        b = b.reshape(len(b), -1, experts).transpose(2, 0, 1).copy()
+    out, in_ = ((2,), (1,)) if turned else ((1,), (2,))
+    layout = Layout(shape, (0,), out, in_, shape)
+    return replace(low, a=a, b=b, alpha=alpha, layout=layout, extra=extra)

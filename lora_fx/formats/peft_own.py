@@ -1,0 +1,156 @@
+"""Our own JSON in the header of an adapter file: what PEFT's names and config do not say.
+
+`{"version": 1, "metadata": {…}, "entries": {key: …}}`, one object for each entry:
+
+* `{"a", "b", "layout", "use", "extra"}`: a low-rank update. Rank, alpha and variant come from the
+  config where the tensors have PEFT's names, since people edit it; else they are here, with
+  "magnitude" for DoRA. "swapped" says that a is Bᵀ and b is Aᵀ.
+* `{"full"}`, `{"dense", "scale", "layout", "extra"}`, `{"rows", "index"}`: names of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.formats.peft_names import OWN, PREFIX, Group, split_name
+from lora_fx.formats.tensorfile import is_float
+from lora_fx.lowrank import Layout, LowRank
+from lora_fx.variant import Dense, Entry, Rows
+
+if TYPE_CHECKING:
+    from lora_fx.formats.peft_read import Reader
+
+VERSION = 1
+
+
+def described(ours: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries and the metadata of our JSON; both empty for files of PEFT."""
+    if not ours:
+        return {}, {}
+    found, metadata = ours.get("entries"), ours.get("metadata")
+    version = ours.get("version")
+    if version != VERSION:
+        raise LoraFxError(
+            f"{file}: metadata lora_fx has version {version!r}; expected {VERSION}",
+            "update lora-fx",
+        )
+    if not isinstance(found, dict) or not isinstance(metadata, dict):
+        raise LoraFxError(f"{file}: metadata lora_fx is damaged")
+    return found, dict(metadata)
+
+
+def entries(
+    found: Mapping[str, Any], reader: Reader, groups: Mapping[str, Group], taken: set[str]
+) -> dict[str, Entry]:
+    """The entries that our JSON describes.
+
+    Args:
+        found: key → object.
+        reader: Of the file.
+        groups: PEFT's layers in the file.
+        taken: Gets the names of the tensors that were read.
+    """
+    result: dict[str, Entry] = {}
+    for key, entry in found.items():
+        try:
+            value, group = _one(entry, reader, groups, taken)
+            fits = not isinstance(value, LowRank) or _fits(value)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise LoraFxError(
+                f"{reader.file}: metadata lora_fx does not fit the tensors at {key!r}: "
+                f"{type(error).__name__} {one_line(error)}",
+                "the file was edited; save the adapter again",
+            ) from error
+        if isinstance(value, LowRank) and not fits:
+            raise LoraFxError(
+                f"{reader.file}: {key!r} has A {list(value.a.shape)} and B {list(value.b.shape)}; "
+                f"expected those of its layout {entry['layout']}",
+                "the file was edited; save the adapter again",
+            )
+        result[key] = value
+        if group is not None and isinstance(value, LowRank):
+            reader.bias(result, value, group)
+    return result
+
+
+def _one(
+    entry: Any, reader: Reader, groups: Mapping[str, Group], taken: set[str]
+) -> tuple[Entry, Group | None]:
+    source = reader.source
+    for kind in ("full", "dense", "rows"):
+        if kind in entry:
+            name = entry[kind]
+            taken.add(name)
+            whole = source.full(name)
+            if kind == "full":
+                return whole, None
+            if not is_float(source.tensors[name]):
+                raise ValueError(f"{name!r} has no float dtype")
+            value = np.ascontiguousarray(whole.value, np.float32)
+            if kind == "rows":
+                index = tuple(int(i) for i in entry["index"])
+                if len(index) != len(value):
+                    raise ValueError(f"{len(index)} rows, {len(value)} in {name!r}")
+                return Rows(index, value), None
+            scale, layout = float(entry["scale"]), _layout(entry)
+            return Dense(value, scale, layout, dict(entry["extra"])), None
+    names = (str(entry["a"]), str(entry["b"]))
+    group = None
+    if names[0].startswith(OWN):
+        taken.update(names)
+        low = _pair(reader, names, entry, taken)
+    else:
+        split = split_name(names[0].removeprefix(PREFIX))
+        if split is None:
+            raise ValueError(f"{names[0]!r} is no name of an A")
+        group = groups[split[0]]
+        taken.update(group.names.values())
+        low = reader.update(group, groups)
+    a, b = low.a, low.b
+    if entry.get("swapped"):
+        a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+    layout, extra = _layout(entry), dict(entry["extra"])
+    if "mutated" in low.extra:
+        extra["mutated"] = low.extra["mutated"]
+    use = str(entry["use"])
+    return replace(low, a=a, b=b, layout=layout, use=use, extra=extra), group
+
+
+def _pair(reader: Reader, names: tuple[str, str], entry: Any, taken: set[str]) -> LowRank:
+    """An update under names of our own."""
+    a, b = (reader.source.factor(name) for name in names)
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
+        raise LoraFxError(
+            f"{reader.file}: {names[0]!r} is {list(a.shape)} and {names[1]!r} is "
+            f"{list(b.shape)}; expected [*batch, r, in] and [*batch, out, r]"
+        )
+    magnitude = None
+    if "magnitude" in entry:
+        taken.add(entry["magnitude"])
+        magnitude = reader.source.vector(entry["magnitude"], b.shape[-2])
+    alpha, variant = float(entry["alpha"]), str(entry["variant"])
+    return LowRank(a, b, alpha, None, variant, magnitude=magnitude)
+
+
+def _layout(entry: Any) -> Layout | None:
+    return Layout.from_json(entry["layout"]) if entry["layout"] else None
+
+
+def _fits(low: LowRank) -> bool:
+    """True when the layout is sound and has the sizes of the update."""
+    layout = low.layout
+    if layout is None:
+        return True
+    axes = sorted(layout.batch + layout.out + layout.in_)
+    return (
+        axes == list(range(len(layout.shape)))
+        and math.prod(layout.shape) == math.prod(layout.stored)
+        and low.a.shape == (*layout.batch_shape, low.rank, layout.in_size)
+        and low.b.shape == (*layout.batch_shape, layout.out_size, low.rank)
+    )
