@@ -174,6 +174,7 @@ class Pattern:
         self.default = None if default not in config else self._number(default, config[default])
         self.numbers = {k: self._number(f"{table} {k!r}", v) for k, v in given.items()}
         self.unmatched = set(self.numbers)
+        self.doubts: set[str] = set()  # where the order of the table decides
         try:
             self.regexes = {k: re.compile(rf"(.*\.)?({k})$") for k in self.numbers}
         except re.error as error:
@@ -184,6 +185,13 @@ class Pattern:
         hits = [k for k, regex in self.regexes.items() if regex.match(module)]
         hits += [module] if module in self.numbers else []
         self.unmatched -= set(hits)
+        other = next((k for k in hits if self.numbers[k] != self.numbers[hits[0]]), None)
+        if other is not None:
+            self.doubts.add(
+                f"{self.where}: {self.table} {hits[0]!r} ({self.numbers[hits[0]]:g}) and {other!r} "
+                f"({self.numbers[other]:g}) both match {module!r}; the first counts, as in PEFT, "
+                "which sorts them when it saves: was it the first in training?"
+            )
         return self.numbers[hits[0]] if hits else self.default
 
     def check_matched(self) -> None:

@@ -63,6 +63,7 @@ def decode(
     reader.theirs(left, entries)
     for pattern in (reader.ranks, reader.alphas):
         pattern.check_matched()
+        notes += sorted(pattern.doubts)
     whole = [key for key, entry in entries.items() if isinstance(entry, Full)]
     if not entries:
         raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
@@ -109,7 +110,7 @@ class Reader:
         found = groups(tensors, self.file)
         for lead, group in self._twins(found).items():
             outer = unwrapped(lead)
-            if candidates(self.config, outer):
+            if self._is_stacked(outer):
                 if wrappers(lead) == 0:
                     levels = self._levels(lead, found)
                     stacks = read_stacks(levels, self.source, self.ranks, self.alphas, self.variant)
@@ -239,6 +240,12 @@ class Reader:
         c, d = (self.source.tensors[table.names[half]] for half in "ab")
         return set(head.names) == {"a", "b"} and np.array_equal(a.T, d) and np.array_equal(b.T, c)
 
+    def _is_stacked(self, module: str) -> bool:
+        """True for a module whose parameters are targets; PEFT lets no module be one as well."""
+        listed = self.config.get("target_modules") not in (None, "all-linear")
+        own = listed and targets(self.config, module)
+        return not own and bool(candidates(self.config, module))
+
     def _levels(self, lead: str, found: Mapping[str, Group]) -> list[Group]:
         """The wrappers of a module's parameters, outermost first."""
         levels = []
@@ -252,7 +259,7 @@ class Reader:
         parts = group.lead.split(".")
         for at in [i for i, part in enumerate(parts) if part == WRAPPER]:
             around = ".".join(parts[:at])
-            stack = bool(candidates(self.config, unwrapped(around)))
+            stack = self._is_stacked(unwrapped(around))
             attention = group.lead == f"{around}{_OUT}" and around in found
             if not (stack or attention) or at == len(parts) - 1:
                 raise self._nested(group)

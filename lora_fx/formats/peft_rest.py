@@ -45,7 +45,7 @@ def read_rest(
             tokens.add(module)
         elif short.endswith(".bias") and _is_trained_bias(short, source, found):
             _add_bias(entries, f"{unwrapped(short)}", source.full(name), name, source)
-        elif _is_whole(name, short, source):
+        elif _is_whole(name, short, source, bool(found)):
             # PEFT asked to save embeddings writes a trained one twice, under its wrapper as well.
             key = short.replace(".modules_to_save.", ".")
             full, old = source.full(name), entries.get(key)
@@ -131,7 +131,7 @@ def _check_tokens(tokens: set[str], source: Source, entries: Mapping[str, Any]) 
         )
 
 
-def _is_whole(name: str, short: str, source: Source) -> bool:
+def _is_whole(name: str, short: str, source: Source, low_rank: bool) -> bool:
     """True for a whole tensor to keep, False for one that is noted; raises for others."""
     module = short.rpartition(".")[0]
     value = source.tensors[name]
@@ -144,8 +144,8 @@ def _is_whole(name: str, short: str, source: Source) -> bool:
     if not name.startswith(OWN) and ".lora_" not in short and module:
         if saved_whole(source.config, module):
             return True
-        if value.ndim == 2 and short.endswith(".weight"):
-            # PEFT stores resized embeddings and heads so, without listing them.
+        if low_rank and value.ndim == 2 and short.endswith(".weight"):
+            # PEFT stores resized embeddings and heads so, without listing them, beside updates.
             source.notes.append(f"{source.file}: {name!r} replaces a whole tensor of the model")
             return True
     raise unknown_name(name, source.file)

@@ -1,0 +1,42 @@
+"""The rescaling of DoRA, block by block, against its definition in fp64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_fx import dora
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Array
+
+
+def weight() -> tuple[Array, Array]:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((7, 11), np.float32), rng.standard_normal(7, np.float32)
+
+
+def test_rows_get_the_norms_of_the_magnitude() -> None:
+    v, magnitude = weight()
+    new = dora.rescaled(v, dora.factors(magnitude, dora.squares(v), "w"))
+    assert new.dtype == np.float32
+    wide = v.astype(np.float64)
+    want = magnitude[:, None] * wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    np.testing.assert_allclose(new, want, rtol=1e-6)
+
+
+def test_blocks_of_columns_and_rows_give_the_same_bits() -> None:
+    v, magnitude = weight()
+    sums = dora.squares(v[:, :4]) + dora.squares(v[:, 4:])
+    whole = dora.factors(magnitude, dora.squares(v), "w")
+    np.testing.assert_allclose(dora.factors(magnitude, sums, "w"), whole, rtol=1e-7)
+    parts = [dora.rescaled(v[i : i + 3], whole[i : i + 3]) for i in (0, 3, 6)]
+    np.testing.assert_array_equal(np.concatenate(parts), dora.rescaled(v, whole))
+
+
+def test_what_cannot_be_rescaled() -> None:
+    v, magnitude = weight()
+    with pytest.raises(LoraFxError, match="6 numbers; the weight has 7 rows"):
+        dora.factors(magnitude[:6], dora.squares(v), "w")
+    v[2] = 0
+    with pytest.raises(LoraFxError, match="w: row 2"):
+        dora.factors(magnitude, dora.squares(v), "w")
