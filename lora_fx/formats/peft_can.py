@@ -15,10 +15,10 @@ def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], 
     weighty = {holders[k] for k in full if k.endswith(".weight")}
     odd: dict[str, str] = {}
     for key, holder in holders.items():
-        clash = next((m for m in sorted(modules) if conflicts(holder, m)), None)
+        clash = next((m for m in sorted(modules) if holder and conflicts(holder, m)), None)
         if clash:
             odd[key] = f"modules_to_save {holder!r} would take the update off {clash!r}"
-        elif holder not in weighty:
+        elif not holder or holder not in weighty:
             odd[key] = "it is not a module with its weight, and PEFT saves modules whole"
     chosen = sorted({h for k, h in holders.items() if k not in odd})
     # A module inside a saved one is saved with it; listing both makes PEFT wrap it twice.

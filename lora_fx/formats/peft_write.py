@@ -90,7 +90,8 @@ class _Writer:
             "fan_in_fan_out": bool(turned) and all(turned) and not stacks,
             "use_dora": all_or_none({k: low.magnitude is not None for k, low in told.items()}),
         }
-        changed = {k: str(updates[k].extra.get("mutated", "")) for k in linear}
+        others = [k for k, f in self.told.items() if f.kind != "embedding"]
+        changed = {k: str(updates[k].extra.get("mutated", "")) for k in others}
         first = next((v for v in changed.values() if v), "")
         all_or_none({k: v == first for k, v in changed.items()} if first else {}, first)
         if first:
