@@ -63,8 +63,8 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """Number of trained elements."""
-        low = sum(v.a.size + v.b.size for v in self.lowrank.values())
-        return low + sum(v.value.size for v in self.full.values())
+        fields = (v for entry in self.entries.values() for v in vars(entry).values())
+        return sum(v.size for v in fields if isinstance(v, np.ndarray))
 
     def deltas(self, base: object = None, dtype: npt.DTypeLike = "float64") -> dict[str, Array]:
         """{key: ΔW in stored layout}; an unbound update is taken as [out, in].

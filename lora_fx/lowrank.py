@@ -181,7 +181,8 @@ class LowRank:
         layout: How [*batch, out, in] lies in the stored tensor; None while unbound.
         variant: Name of the update's kind; lora: alpha/rank, rslora: alpha/√rank.
         use: The alias of the parameter through which the update applies; empty for all uses.
-        magnitude: [out] of DoRA: rows of W + ΔW are rescaled to these norms; None elsewhere.
+        magnitude: [out] of DoRA: rows of W + ΔW in [out, in] order are rescaled to these norms
+            (`lora_fx.dora` has the stored axis by op); None elsewhere.
     """
 
     a: Array
