@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter import Adapter, check_plain
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 from lora_fx.svd import truncated
@@ -46,6 +46,7 @@ def mix(
                 f"a mix cannot hold the whole tensor {next(iter(adapter.full))!r}",
                 "only low-rank updates can be mixed",
             )
+        check_plain(adapter, "a mix")
     keys = dict.fromkeys(k for adapter, _ in parts for k in adapter.lowrank)
     entries = {}
     for key in keys:

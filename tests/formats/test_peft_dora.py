@@ -12,6 +12,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.lowrank import LowRank
+from lora_fx.mix import mix
 from lora_fx.variant import Dense
 from tests.formats.merging import check_with_peft
 
@@ -134,6 +135,14 @@ def test_dora_on_some_updates_is_beyond_peft(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match=r"'x\.weight' is DoRA and 'y\.weight' is not"):
         save_adapter(Adapter(some), tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_dora_is_neither_mixed_nor_weighted() -> None:
+    adapter = Adapter({"x.weight": plain(np.ones(4, np.float32))})
+    with pytest.raises(LoraFxError, match=r"a mix: .*DoRA"):
+        mix([(adapter, 1.0), (adapter, 2.0)])
+    with pytest.raises(LoraFxError, match=r"weight 2: .*DoRA"):
+        adapter.weighted(2.0)
 
 
 def test_what_peft_cannot_say_of_biases_is_kept_as_ours(tmp_path: Path) -> None:
