@@ -16,7 +16,7 @@ from lora_fx.lowrank import Full, LowRank, plain_layout
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.target import Found
 from lora_fx.uses import lookup_use, named_use, op_of, tied
-from lora_fx.variant import Entry, is_plain, name_of
+from lora_fx.variant import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 
 Array = npt.NDArray[Any]
 
@@ -90,20 +90,27 @@ class Adapter:
         return result
 
     def weighted(self, weight: float) -> Adapter:
-        """Every low-rank update times `weight`; whole tensors cannot be scaled.
+        """Every change times `weight`; whole tensors and rows cannot be scaled.
 
         Raises:
-            LoraFxError: The weight is not 1 and the adapter holds whole tensors.
+            LoraFxError: The weight is not 1 and the adapter holds whole tensors, rows, or DoRA,
+                whose effect is not in proportion to its update.
         """
         if weight == 1.0:
             return self
-        if self.full:
-            raise LoraFxError(
-                f"weight {weight:g}: the adapter holds the whole tensor {next(iter(self.full))!r}",
-                "only low-rank updates can be weighted",
-            )
-        check_plain(self, f"weight {weight:g}")
-        scaled = {k: replace(v, alpha=v.alpha * weight) for k, v in self.lowrank.items()}
+        scaled: dict[str, Entry] = {}
+        for key, entry in self.entries.items():
+            if isinstance(entry, Hadamard) or (
+                isinstance(entry, LowRank) and key not in self.others
+            ):
+                scaled[key] = replace(entry, alpha=entry.alpha * weight)
+            elif isinstance(entry, (Kronecker, Dense)):
+                scaled[key] = replace(entry, scale=entry.scale * weight)
+            else:
+                raise LoraFxError(
+                    f"weight {weight:g}: the adapter's {key!r} is {name_of(entry)}",
+                    "only updates in proportion to their scale can be weighted",
+                )
         return replace(self, entries=scaled)
 
     def bind(self, model: Any, args: Any = (), kwargs: Any = None) -> Adapter:
@@ -128,6 +135,10 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     stacks = place(adapter.entries, found.shapes.get, tuple(found.shapes))
     adapter = replace(adapter, entries=stacks)
     check_plain(adapter, "a graph")
+    if "naming" in adapter.metadata:  # a file that does not name parameters
+        from lora_fx.formats.naming import resolve  # formats are built on this module
+
+        adapter = resolve(adapter, found.shapes)
     entries: dict[str, Entry] = {}
     first = {
         a: t.parameter.name

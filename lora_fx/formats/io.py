@@ -6,18 +6,29 @@ crash leaves the old adapter or none, never half of one. Inputs are never change
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from lora_fx.adapter import Adapter
 from lora_fx.checkpoint.osfile import explain, replacing
-from lora_fx.checkpoint.strict import read_header
-from lora_fx.errors import LoraFxError
-from lora_fx.formats import peft
-from lora_fx.formats.tensorfile import refuse_other_kinds
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.formats import diffusers, kohya, naming, onnx_adapter, peft, torchtune
+from lora_fx.formats.sniff import Seen, look
 
-FORMATS: dict[str, ModuleType] = {"peft": peft}
-_REPLACEABLE = frozenset((peft.CONFIG, peft.WEIGHTS, peft.PICKLED, "README.md"))
+FORMATS: dict[str, ModuleType] = {
+    "peft": peft,
+    "kohya": kohya,
+    "diffusers": diffusers,
+    "torchtune": torchtune,
+    "onnx_adapter": onnx_adapter,
+}
+"""Name → module with detect(seen), read(path), and write_file and perhaps write for a folder."""
+
+WRITERS = tuple(name for name, module in FORMATS.items() if hasattr(module, "write_file"))
+_NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json", ".gguf")
+_ONE_MODEL = ("peft", "onnx_adapter")
+_REPLACEABLE = frozenset((peft.CONFIG, peft.WEIGHTS, diffusers.WEIGHTS, peft.PICKLED, "README.md"))
 
 
 def save_adapter(
@@ -27,9 +38,9 @@ def save_adapter(
 
     Args:
         adapter: Bound, or as a loader returned it.
-        path: A folder to create; or, where it ends in .safetensors, one file that also holds the
-            config.
-        format: peft.
+        path: A folder to create; or, where it ends in .safetensors or .onnx_adapter, one file.
+            kohya and onnx_adapter are always one file.
+        format: peft, kohya, diffusers or onnx_adapter.
         force: Replace an adapter that is there already. A folder that holds anything else is
             never replaced.
 
@@ -41,11 +52,16 @@ def save_adapter(
             say this adapter.
     """
     writer = FORMATS.get(format)
-    if writer is None:
-        raise LoraFxError(f"no adapter format {format!r}", f"formats: {', '.join(FORMATS)}")
+    if writer is None or format not in WRITERS:
+        why = "torchtune's names are only read" if format == "torchtune" else "no such format"
+        raise LoraFxError(
+            f"no adapter can be written as {format!r}: {why}", f"formats: {', '.join(WRITERS)}"
+        )
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path  # replace what it points to
-    single = path.suffix == ".safetensors"
+    single = _is_file_of(writer, path, format)
+    if format in _ONE_MODEL:
+        adapter = naming.one_model(adapter, f"format {format}")
     _check_free(path, single, force)
     write = writer.write_file if single else writer.write
     try:
@@ -58,32 +74,53 @@ def save_adapter(
     return notes
 
 
-def load_adapter(path: str | Path, trust: bool = False) -> Adapter:
-    """Read an adapter: a PEFT folder, or a .safetensors file with a config inside or beside it.
+def load_adapter(
+    path: str | Path, trust: bool = False, *, base: str | Path | None = None
+) -> Adapter:
+    """Read an adapter: a file or folder of PEFT, kohya, diffusers, torchtune or ONNX Runtime.
 
     Args:
         path: Local; nothing is downloaded.
         trust: Also open adapter_model.bin, a pickle, with torch's unpickler that runs no code.
+        base: Folder (or file) of the model that it is for, where the names or the rows of the
+            file depend on it (kohya, diffusers, torchtune). Only names and config.json are read.
 
     Returns:
         An Adapter with keys and layouts as the file knows them; `bind` fits it to a model.
         metadata["notes"] lists what should be said to the user.
 
     Raises:
-        LoraFxError: No adapter there, a pickle, or content that `formats.peft.read` refuses.
+        LoraFxError: No adapter there, a pickle, content that no format or several fit, or that
+            the format's reader refuses.
     """
-    path = Path(path)
+    path = _weights(Path(path), trust)
+    if trust and path.suffix == ".bin":
+        return peft.read(path, trust)
+    name = _sniffed(path, look(path))
+    if name == "torchtune":
+        return torchtune.read(path, base)
+    adapter: Adapter = FORMATS[name].read(path)
+    if base is None or "naming" not in adapter.metadata:
+        return adapter
+    resolved = naming.resolve(adapter, naming.names_of(base))
+    parts = sorted({naming.split_component(key)[0] for key in resolved} - {""})
+    if parts and naming.is_pipeline(base):
+        mark = {"naming": "diffusers", "components": parts}
+        resolved = replace(resolved, metadata={**resolved.metadata, **mark})
+    return resolved
+
+
+def _weights(path: Path, trust: bool = False) -> Path:
+    """The one tensor file of an adapter; a pickle where it is trusted and there is no other."""
     if not path.exists():
         raise LoraFxError(f"{path}: no such file or folder", "nothing is downloaded; give a path")
     if path.is_file():
-        if path.name == peft.CONFIG:
-            return load_adapter(path.parent, trust)
-        if not trust or path.suffix != ".bin":
-            refuse_other_kinds(path)
-        return peft.read(path, trust)
+        return _weights(path.parent, trust) if path.name == peft.CONFIG else path
+    names = [peft.WEIGHTS, diffusers.WEIGHTS] + ([peft.PICKLED] if trust else [])
+    for name in names:
+        if (path / name).is_file():
+            return path / name
     pickled = path / peft.PICKLED
-    if (path / peft.WEIGHTS).is_file() or (trust and pickled.is_file()):
-        return peft.read(path, trust)
     if pickled.is_file():
         raise LoraFxError(
             f"{pickled}: a pickle; expected {peft.WEIGHTS}. Unpickling can run any code",
@@ -95,6 +132,59 @@ def load_adapter(path: str | Path, trust: bool = False) -> Adapter:
         f"{path}: no {peft.WEIGHTS} in this folder",
         f"adapters lie in its folders {', '.join(inside[:5])}" if inside else "is it an adapter?",
     )
+
+
+def format_of(path: str | Path) -> str:
+    """The format of an adapter that is there, by its content; raises as load_adapter does."""
+    path = _weights(Path(path))
+    return _sniffed(path, look(path))
+
+
+def format_for(path: str | Path) -> str:
+    """The format that an output's name asks for, where only one would be called so.
+
+    >>> format_for("x.onnx_adapter"), format_for("folder")
+    ('onnx_adapter', 'peft')
+    """
+    path = Path(path)
+    if path.suffix in onnx_adapter.SUFFIXES:
+        return "onnx_adapter"
+    if path.name == diffusers.WEIGHTS:
+        return "diffusers"
+    if path.suffix == ".safetensors" or path.suffix in _NO_OUTPUT:
+        raise LoraFxError(
+            f"{path}: the name does not tell the format", f"--format: {', '.join(WRITERS)}"
+        )
+    return "peft"
+
+
+def _sniffed(path: Path, seen: Seen) -> str:
+    hits = [name for name, module in FORMATS.items() if module.detect(seen)]
+    if not hits and (seen.config or any(".lora_A" in n or ".lora_B" in n for n in seen.names)):
+        return "peft"  # whose reader says what is missing
+    if len(hits) == 1:
+        return hits[0]
+    shown = ", ".join(one_line(n, 80) for n in seen.names[:3])
+    raise LoraFxError(
+        f"{path}: {'could be ' + ' or '.join(hits) if hits else 'no adapter that is known'}: its "
+        f"{len(seen.names)} tensors are named {shown or 'nothing'} …",
+        f"formats: {', '.join(FORMATS)}",
+    )
+
+
+def _is_file_of(writer: ModuleType, path: Path, format: str) -> bool:
+    """True to write one file, False for a folder; raises where the format has no such thing."""
+    suffixes = {s for module in FORMATS.values() for s in module.SUFFIXES}
+    single = path.suffix in suffixes
+    if single and path.suffix in writer.SUFFIXES:
+        return True
+    if single or not writer.FOLDER:
+        want = f"a name that ends in {writer.SUFFIXES[0]}"
+        raise LoraFxError(
+            f"{path}: format {format} needs {want}{' or a folder' if writer.FOLDER else ''}",
+            "choose another name or another format",
+        )
+    return False
 
 
 def _check_free(path: Path, single: bool, force: bool) -> None:
@@ -121,7 +211,9 @@ def is_adapter(path: str | Path) -> bool:
     """True for what load_adapter would read: decided by files and headers, not by names."""
     path = Path(path)
     if path.is_dir():
-        return (path / peft.WEIGHTS).is_file() or (path / peft.CONFIG).is_file()
-    if path.suffix != ".safetensors" or not path.is_file():
+        names = (peft.WEIGHTS, peft.CONFIG, diffusers.WEIGHTS)
+        return any((path / name).is_file() for name in names)
+    if path.suffix not in (".safetensors", ".onnx_adapter") or not path.is_file():
         return False
-    return "lora_fx" in read_header(path).metadata or (path.parent / peft.CONFIG).is_file()
+    seen = look(path)
+    return seen.config or any(module.detect(seen) for module in FORMATS.values())

@@ -19,14 +19,27 @@ from typing import Any
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.formats import peft_read, peft_write
+from lora_fx.formats import lycoris, peft_read, peft_write
+from lora_fx.formats.peft_names import OWN, PREFIX
+from lora_fx.formats.sniff import Seen
 from lora_fx.formats.tensorfile import Array, read_tensors, refuse_other_kinds, write_tensors
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Decode = Callable[[Mapping[str, Array], Mapping[str, Any], Mapping[str, Any], str, str], Adapter]
 """(tensors, our JSON, config, name of the tensor file, name of the config) → adapter."""
-KINDS: dict[str, Decode] = {"LORA": peft_read.decode}
+KINDS: dict[str, Decode] = {
+    "LORA": peft_read.decode,
+    "LOHA": lycoris.read_peft,
+    "LOKR": lycoris.read_peft,
+}
 """peft_type → what reads its tensors."""
+SUFFIXES = (".safetensors",)
+FOLDER = True
+
+
+def detect(seen: Seen) -> bool:
+    """True for a file with PEFT's prefix, or with our own JSON."""
+    return "lora_fx" in seen.metadata or any(n.startswith((PREFIX, OWN)) for n in seen.names)
 
 
 def read(path: str | Path, trust: bool = False) -> Adapter:

@@ -132,7 +132,7 @@ def refuse_other_kinds(path: Path) -> None:
         )
     raise LoraFxError(
         f"{path}: not a safetensors file",
-        "adapters are read from safetensors files and PEFT folders",
+        "adapters are read from safetensors and .onnx_adapter files, and from folders of them",
     )
 
 

@@ -57,6 +57,13 @@ def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
         assert np.array_equal(np.frombuffer(raw, info.dtype).reshape(info.shape), arrays[name])
 
 
+@pytest.mark.parametrize("length", [0x180, 0x4B50])
+def test_a_header_whose_length_begins_as_a_pickle(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(made(json.dumps({"w": W}).encode().ljust(length)))
+    assert read_header(file).tensors["w"].shape == (2, 3)
+
+
 def test_needs_no_torch() -> None:
     code = "import sys, lora_fx.checkpoint.fit; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,245 @@
+"""Adapters as diffusers stores them: one safetensors file for all components of a pipeline.
+
+==================================================  ===========================================
+names, behind `unet.`, `text_encoder.` …            written by
+==================================================  ===========================================
+X.lora_A.weight, X.lora_B.weight                    diffusers with PEFT; we write it
+X.lora_magnitude_vector, X.lora_B.bias              the same: DoRA, lora_bias
+X.lora.down.weight, X.lora.up.weight                diffusers before it
+X.lora_linear_layer.down.weight, ….up.weight        the same, text encoders
+Y.processor.to_q_lora.down.weight, ….up.weight      attention processors: the module is Y.to_q,
+                                                    and Y.to_out.0 of to_out_lora
+text_encoder.….self_attn.to_q_lora.down.weight      q_proj, k_proj, v_proj, out_proj
+==================================================  ===========================================
+
+ΔW = s · B A with s = alpha / r. alpha is the tensor `X.alpha`, or stands in the header: JSON under
+`lora_adapter_metadata` with PEFT's config of every component, `unet.lora_alpha` and so on
+(diffusers since its pull request 11324, 2025). Where there is neither, alpha = r, as diffusers has
+it.
+
+Keys carry the component, `unet.X.weight`; metadata has naming = diffusers and `components`. Other
+tools write `diffusion_model.` for it. Files of one model without a prefix (save_lora_adapter) have
+bare keys.
+
+Facts: diffusers 0.42.1, loaders/lora_base.py, utils/state_dict_utils.py, utils/peft_utils.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.formats import diffusers_write, naming, own_names
+from lora_fx.formats.lycoris import PREFIX
+from lora_fx.formats.masters import File
+from lora_fx.formats.naming import COMPONENTS, has_home, split_component
+from lora_fx.formats.peft_config import MERGE, Pattern, check_config, mutation
+from lora_fx.formats.peft_names import from_tensors
+from lora_fx.formats.sniff import Seen
+from lora_fx.formats.tensorfile import Array, read_tensors, write_tensors
+from lora_fx.lowrank import LowRank
+from lora_fx.variant import Dense, Entry
+
+SUFFIXES = (".safetensors",)
+FOLDER = True
+WEIGHTS = "pytorch_lora_weights.safetensors"
+HEADER = "lora_adapter_metadata"
+_OLD = re.compile(r"(.+?)\.(?:processor\.)?(\w+)_lora\.(down|up)\.weight(\.alpha)?")
+_PAIR = re.compile(r"(.+)\.lora(?:(?:_linear_layer)?\.(down|up)|_([AB]))\.weight")
+_REST = re.compile(r"(.+)\.(alpha|lora_magnitude_vector|lora_B\.bias)(?:\.weight)?")
+_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_HALF = {"down": "A", "up": "B", "A": "A", "B": "B"}
+
+
+def detect(seen: Seen) -> bool:
+    """True for a file with pairs under a component's name, or with diffusers' header."""
+    if any(n.startswith(PREFIX) for n in seen.names) or seen.config:
+        return False
+    if HEADER in seen.metadata:
+        return any(_part(n) for n in seen.names)
+    return any(
+        (part := _part(n)) and part[1] in "AB" and (has_home(n) or _OLD.fullmatch(n))
+        for n in seen.names
+    )
+
+
+def read(path: str | Path) -> Adapter:
+    """An adapter from a file, or from a folder with pytorch_lora_weights.safetensors.
+
+    Returns:
+        An Adapter with the keys described above; layouts are None, and `extra` has
+        {"op": "conv2d", "kernel": [3, 3]} of a convolution. Of a file that lora-fx wrote, the keys
+        and layouts that it was written from.
+
+    Raises:
+        LoraFxError: Half a pair, shapes that do not fit, other names, an alpha of 0, two alphas
+            that differ, a config field that changes the maths.
+    """
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
+    tensors, header = read_tensors(path)
+    file = File(str(path))
+    groups: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        found = _part(name)
+        if found is None:
+            raise file.error(
+                name,
+                "is not a name that diffusers gives; expected X.lora_A.weight, X.lora_B.weight …",
+                "was the file edited?",
+            )
+        module, part = found
+        if part in groups.setdefault(module, {}):
+            raise file.error(name, f"is a second {part} of {module!r}; expected one")
+        groups[module][part] = array
+    configs = _Configs(header, file)
+    entries: dict[str, Entry] = {}
+    for module, parts in groups.items():
+        entries |= _entries(module, parts, configs, file)
+    configs.check_matched()
+    if not entries:
+        raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
+    entries, metadata, named = own_names.restore(entries, header, str(path))
+    components = {split_component(key)[0] for key in entries} - {""}
+    if not named and any(has_home(key) for key in entries):
+        metadata |= {"naming": "diffusers", "components": sorted(components)}
+    return Adapter(entries, {**metadata, "notes": file.notes})
+
+
+def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
+    """Write a folder that `load_lora_weights` takes; otherwise as `write_file`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    return write_file(adapter, directory / WEIGHTS)
+
+
+def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
+    """Write one .safetensors file; returns notes on what other readers will not see.
+
+    Raises:
+        LoraFxError: A key whose component is not known, or what the format cannot say, by key:
+            whole tensors, embeddings, parts of a tensor, stacks, LoHa, LoKr.
+    """
+    tensors, names, config, notes = diffusers_write.encode(adapter)
+    header = {
+        "format": "pt",
+        HEADER: json.dumps(config, sort_keys=True),
+        own_names.FIELD: own_names.describe(adapter, names),
+    }
+    write_tensors(Path(path), tensors, header)
+    return notes
+
+
+def resolve(adapter: Adapter, names: Iterable[str]) -> Adapter:
+    """The adapter under a model's parameter names; see `naming.resolve`."""
+    return naming.resolve(adapter, names)
+
+
+def _part(name: str) -> tuple[str, str] | None:
+    """(module, what) of a tensor's name; what is A, B, alpha, lora_magnitude_vector, lora_B.bias.
+
+    >>> _part("unet.mid.attn1.processor.to_out_lora.up.weight")
+    ('unet.mid.attn1.to_out.0', 'B')
+    >>> _part("text_encoder.x.self_attn.to_q_lora.down.weight"), _part("unet.x.lora_A.weight")
+    (('text_encoder.x.self_attn.q_proj', 'A'), ('unet.x', 'A'))
+    """
+    if match := _OLD.fullmatch(name):
+        module, leaf = match[1], match[2]
+        if module.startswith("text_encoder"):
+            leaf = _TEXT.get(leaf, leaf)
+        elif leaf == "to_out":
+            leaf = "to_out.0"
+        # Before components were written only a UNet had processors.
+        lead = "" if split_component(module)[0] else "unet."
+        return f"{lead}{module}.{leaf}", "alpha" if match[4] else _HALF[match[3]]
+    if match := _PAIR.fullmatch(name):
+        return match[1], _HALF[match[2] or match[3]]
+    if match := _REST.fullmatch(name):
+        return match[1], match[2]
+    return None
+
+
+def _entries(
+    module: str, parts: Mapping[str, Array], configs: _Configs, file: File
+) -> dict[str, Entry]:
+    if "A" not in parts or "B" not in parts:
+        have = ", ".join(sorted(parts))
+        raise file.error(module, f"has {have}; expected lora_A and lora_B (or down and up)")
+    a, b = (file.master(f"{module}.lora_{half}", parts[half]) for half in "AB")
+    a, b, extra = from_tensors("linear", a, b, f"{file.name}: {module!r}")
+    stored = file.alpha(f"{module}.alpha", parts.get("alpha"))
+    alpha, variant = configs.of(module, len(a))
+    if stored is not None and alpha is not None and stored != alpha:
+        raise file.error(f"{module}.alpha", f"is {stored:g}; the header's {HEADER} says {alpha:g}")
+    number = next((n for n in (stored, alpha) if n is not None), float(len(a)))
+    low = LowRank(a, b, number, variant=variant, extra=extra)
+    entries: dict[str, Entry] = {}
+    if "lora_magnitude_vector" in parts:
+        scale = file.master(f"{module}.lora_magnitude_vector", parts["lora_magnitude_vector"])
+        if scale.size != len(b) or len(b) not in scale.shape:
+            raise file.error(
+                f"{module}.lora_magnitude_vector",
+                f"is {list(scale.shape)}; expected {len(b)} numbers, one for each row",
+            )
+        low = replace(low, magnitude=scale.reshape(-1))
+    if "lora_B.bias" in parts:
+        bias = file.master(f"{module}.lora_B.bias", parts["lora_B.bias"])
+        if bias.shape != (len(b),):
+            raise file.error(f"{module}.lora_B.bias", f"is {list(bias.shape)}; not [{len(b)}]")
+        entries[f"{module}.bias"] = Dense(bias, low.scale)
+    return {f"{module}.weight": low, **entries}
+
+
+class _Configs:
+    """The configs in a file's header, one a component; all may be missing."""
+
+    def __init__(self, header: Mapping[str, str], file: File) -> None:
+        self.file = file
+        self.where = f"{file.name}: {HEADER}"
+        try:
+            whole = json.loads(header.get(HEADER, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise LoraFxError(f"{self.where}: not JSON: {one_line(error)}") from error
+        if not isinstance(whole, dict):
+            raise LoraFxError(f"{self.where}: a JSON {type(whole).__name__}; expected an object")
+        self.configs: dict[str, dict[str, Any]] = {}
+        for key, value in whole.items():
+            component, _, field = key.partition(".")
+            known = component in COMPONENTS and field
+            self.configs.setdefault(component if known else "", {})[field if known else key] = value
+        self.alphas: dict[str, Pattern] = {}
+        for component, config in self.configs.items():
+            # DoRA and biases show in the tensors; the rest of the config is held to PEFT's rules.
+            plain = {k: v for k, v in config.items() if k not in ("use_dora", "lora_bias")}
+            where = f"{self.where} {component}".rstrip()
+            file.notes.extend(check_config(plain, where))
+            if mutation(config):
+                raise LoraFxError(
+                    f"{where}: init_lora_weights is {config['init_lora_weights']!r}; expected one "
+                    "that keeps the base weights",
+                    MERGE,
+                )
+            self.alphas[component] = Pattern(config, "alpha_pattern", "lora_alpha", where)
+
+    def of(self, module: str, rank: int) -> tuple[float | None, str]:
+        """(alpha, variant) of one module; no alpha where the header has no config of it."""
+        component, rest = split_component(module)
+        component, rest = (component, rest) if component in self.alphas else ("", module)
+        if component not in self.alphas:
+            return None, "lora"
+        config = self.configs[component]
+        ranks = Pattern(config, "rank_pattern", "r", self.where)
+        if ranks.of(rest) not in (None, rank):
+            raise self.file.error(module, f"has rank {rank}; {self.where} says {ranks.of(rest):g}")
+        return self.alphas[component].of(rest), "rslora" if config.get("use_rslora") else "lora"
+
+    def check_matched(self) -> None:
+        """Raise for an alpha that no module has."""
+        for pattern in self.alphas.values():
+            pattern.check_matched()

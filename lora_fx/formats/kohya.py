@@ -1,0 +1,202 @@
+"""Adapters as kohya's sd-scripts and LyCORIS store them: one safetensors file, alpha as a tensor.
+
+==========================================  ==================================================
+tensors of X                                change of X's weight (biases where it says so)
+==========================================  ==================================================
+lora_down.weight [r, in], lora_up.weight    s · up @ down
+lora_down [r, C_in, *k], lora_up [out, r,   s · up @ down of a convolution, in = C_in · ∏k
+1, …]
+… and lora_mid.weight [r, r, *k]            Tucker: down is 1×1, ΔW[o, c, k] = s · Σ up mid down
+… and dora_scale [out, 1, …]                DoRA: rows of W + ΔW rescaled to these norms
+diff [as the weight], diff_b [out]          added as they are, to the weight and to the bias
+w_norm [n], b_norm [n]                      the same for a normalisation layer
+hada_*, lokr_*                              LoHa and LoKr: see `lycoris`
+==========================================  ==================================================
+
+s = alpha / r with alpha the tensor `X.alpha`, or 1 where there is none. rsLoRA's factor is in the
+stored alpha, so no flag is needed. A dora_scale along the inputs ([1, in, …]: LyCORIS's old default
+and its wd_on_output=False, see its issue 216) rescales columns and is refused.
+
+X is the path with "_" for ".", behind lora_unet_, lora_te_, lora_te1_, lora_te2_ and the like, or
+(other trainers) the path itself. Keys keep it, with `.weight` or `.bias` behind, and metadata has
+naming = kohya, until `resolve` compares them with a model's names.
+
+Facts: sd-scripts networks/lora.py; LyCORIS 4.1.3, modules/locon.py, full.py, norms.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.formats import kohya_write, lycoris, naming, own_names
+from lora_fx.formats.masters import File
+from lora_fx.formats.sniff import Seen
+from lora_fx.formats.tensorfile import Array, read_tensors, write_tensors
+from lora_fx.lowrank import LowRank
+from lora_fx.variant import Dense, Entry
+
+SUFFIXES = (".safetensors",)
+FOLDER = False
+_PART = re.compile(
+    r"(.+)\.(lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff(?:_b)?|[wb]_norm"
+    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12]))"
+)
+_OTHERS = {
+    "oft_": "OFT, which multiplies the weight by an orthogonal matrix",
+    "boft_": "BOFT, which multiplies the weight by orthogonal matrices",
+    "on_input": "IA³, which rescales inputs or outputs",
+    "a1.weight": "GLoRA",
+    "bias_values": "a sparse bias",
+    "lora_up.bias": "a bias of lora_up",
+}
+_PLACES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+
+
+def detect(seen: Seen) -> bool:
+    """True for a file with tensors of these names that are not PEFT's."""
+    if own_names.FIELD in seen.metadata:
+        return any(".lora_down." in n or _PART.fullmatch(n) for n in seen.names)
+    return any(
+        (m := _PART.fullmatch(n)) and m[2] != "alpha" and not n.startswith(lycoris.PREFIX)
+        for n in seen.names
+    )
+
+
+def read(path: str | Path) -> Adapter:
+    """An adapter from one .safetensors file.
+
+    Returns:
+        An Adapter with the file's names as keys (see above) and metadata naming = kohya; of a
+        file that lora-fx wrote, the keys and layouts that it was written from. Layouts are None
+        otherwise; `extra` has {"op": "conv2d", "kernel": [3, 3]} where tensors show a kernel.
+
+    Raises:
+        LoraFxError: Another method's tensors, half a pair, shapes that do not fit, an alpha of 0.
+    """
+    tensors, header = read_tensors(Path(path))
+    file = File(str(path))
+    groups: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        match = _PART.fullmatch(name)
+        if match is None:
+            raise _unknown(name, file)
+        groups.setdefault(match[1], {})[match[2]] = array
+    entries: dict[str, Entry] = {}
+    for module, parts in groups.items():
+        entries |= _entries(module, parts, file)
+    if not entries:
+        raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
+    entries, metadata, named = own_names.restore(entries, header, str(path))
+    if not named:
+        metadata["naming"] = "kohya"
+    return Adapter(entries, {**metadata, "notes": file.notes})
+
+
+def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
+    """Write one .safetensors file; returns notes on what other readers will not see.
+
+    Raises:
+        LoraFxError: What the format cannot say, by key: whole tensors, embeddings, parts of a
+            tensor, stacks, weights stored [in, out], two keys that are one text with "_".
+    """
+    tensors, names, notes = kohya_write.encode(adapter)
+    write_tensors(Path(path), tensors, {own_names.FIELD: own_names.describe(adapter, names)})
+    return notes
+
+
+def resolve(adapter: Adapter, names: Iterable[str]) -> Adapter:
+    """The adapter under a model's parameter names; see `naming.resolve`."""
+    return naming.resolve(adapter, names)
+
+
+def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, Entry]:
+    """The updates of one module: of its weight, and perhaps of its bias."""
+    alpha = file.alpha(f"{module}.alpha", parts.get("alpha"))
+    masters = {p: file.master(f"{module}.{p}", a) for p, a in parts.items() if p != "alpha"}
+    entries: dict[str, Entry] = {}
+    kinds = sorted({p.partition("_")[0] for p in masters} - {"dora"})
+    for part in _PLACES.keys() & masters.keys():
+        key = f"{module}.{_PLACES[part]}"
+        if key in entries:
+            raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
+        entries[key] = Dense(masters.pop(part))
+    magnitude = masters.pop("dora_scale", None)
+    weight: Entry | None = None
+    if "lora" in kinds:
+        weight = _lowrank(module, masters, alpha, magnitude, file)
+    elif magnitude is not None:
+        raise file.error(
+            module, f"has dora_scale beside {', '.join(kinds)}", "only LoRA takes dora_scale here"
+        )
+    elif "hada" in kinds:
+        weight = lycoris.loha(masters, alpha, file, module)
+    elif "lokr" in kinds:
+        weight = lycoris.lokr(masters, alpha, file, module)
+    elif alpha is not None and entries:
+        file.notes.append(f"{file.name}: {module + '.alpha'!r} is not read: diff takes no scale")
+    elif not entries:
+        raise file.error(module, "has an alpha and nothing else")
+    if weight is None:
+        return entries
+    if f"{module}.weight" in entries or len({"lora", "hada", "lokr"} & set(kinds)) > 1:
+        raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
+    return {f"{module}.weight": weight, **entries}
+
+
+def _lowrank(
+    module: str,
+    parts: Mapping[str, Array],
+    alpha: float | None,
+    magnitude: Array | None,
+    file: File,
+) -> LowRank:
+    down, up = parts.get("lora_down.weight"), parts.get("lora_up.weight")
+    if down is None or up is None:
+        lost = "lora_up" if up is None else "lora_down"
+        raise file.error(module, f"has no {lost}.weight; expected lora_down and lora_up")
+    mid, kernel = parts.get("lora_mid.weight"), down.shape[2:]
+    fits = down.ndim >= 2 and up.ndim >= 2 and set(up.shape[2:]) <= {1}
+    fits = fits and down.shape[0] == up.shape[1]
+    if mid is not None:
+        kernel = mid.shape[2:]
+        fits = fits and mid.shape[:2] == (len(down), len(down)) and set(down.shape[2:]) <= {1}
+    if not fits:
+        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in sorted(parts.items()))
+        raise file.error(
+            module, f"has {shapes}; expected down [r, in, *kernel] and up [out, r, 1, …]"
+        )
+    a, b = down.reshape(len(down), -1), np.ascontiguousarray(up.reshape(up.shape[:2]))
+    if mid is not None:
+        a = lycoris.tucker(mid, b.T, a)[1]
+    extra = {"op": f"conv{len(kernel)}d", "kernel": list(kernel)} if kernel else {}
+    if magnitude is not None:
+        magnitude = _rows(module, magnitude, len(b), file)
+    return LowRank(a, b, alpha or float(len(down)), extra=extra, magnitude=magnitude)
+
+
+def _rows(module: str, scale: Array, out: int, file: File) -> Array:
+    """[out] of a dora_scale, which must rescale rows."""
+    if scale.shape[0] == out and scale.size == out:
+        return scale.reshape(-1)
+    raise file.error(
+        f"{module}.dora_scale",
+        f"is {list(scale.shape)}; expected [{out}, 1, …], one norm for each row",
+        "it rescales columns; merge it with the trainer that made it",
+    )
+
+
+def _unknown(name: str, file: File) -> LoraFxError:
+    what = next((w for end, w in _OTHERS.items() if end in name), "")
+    if what:
+        return file.error(name, f"is of {what}: not supported", "merge it with its own trainer")
+    return file.error(
+        name,
+        "is not a name that kohya or LyCORIS gives; expected X.lora_down.weight, X.alpha …",
+        "was the file edited?",
+    )

@@ -1,0 +1,246 @@
+"""LoHa and LoKr: their tensors in files of LyCORIS (kohya's naming) and of PEFT, to changes of ΔW.
+
+LoHa  ΔW = s · (w1_a w1_b) ∘ (w2_a w2_b)             w_a [out, r], w_b [r, in·k]
+      with t1, t2 [r, r, *k] (Tucker): each factor is Σᵢⱼ w_a[i, out] · t[i, j, k] · w_b[j, in],
+      so w_a [r, out], w_b [r, in], and b = w_aᵀ, a = Σⱼ t[·, j, k] w_b[j, ·] is the plain form
+LoKr  ΔW = s · w1 ⊗ w2                                w1 [o1, i1], w2 [o2, i2, *k]
+      each may be a product: w1 = w1_a w1_b, w2 = w2_a w2_b, or Tucker with t2 as above
+
+s is alpha / r. LyCORIS takes s = 1 where w1 and w2 are both whole, whatever alpha says; PEFT takes
+alpha / r of its config there too. LyCORIS stores alpha with rsLoRA's factor worked in, so files
+carry no flag for it.
+
+Facts: LyCORIS 4.1.3, modules/loha.py and lokr.py (its get_diff_weight multiplies by s a second
+time; forward, which trains, does not); PEFT 0.21.2, tuners/loha and tuners/lokr.
+Products of Tucker and of LoKr's halves are computed in fp64 and rounded to fp32 once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.masters import File
+from lora_fx.formats.peft_config import Pattern, targets
+from lora_fx.formats.tensorfile import Array
+from lora_fx.lowrank import Layout
+from lora_fx.variant import Dense, Entry, Hadamard, Kronecker
+
+PREFIX = "base_model.model."
+KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}
+"""PEFT's peft_type → what its tensor names begin with."""
+
+_KNOWN = frozenset(
+    (
+        "alpha", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "decompose_both",
+        "decompose_factor", "exclude_modules", "inference_mode", "init_weights", "layers_pattern",
+        "layers_to_transform", "module_dropout", "modules_to_save", "peft_type", "peft_version",
+        "r", "rank_dropout", "rank_dropout_scale", "rank_pattern", "revision", "target_modules",
+        "task_type", "use_effective_conv2d",
+    )
+)  # fmt: skip
+
+
+def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """The plain pair (b [out, r], a [r, in·k]) of t [r, r, *k], a [r, out] and b [r, in]."""
+    wide = np.einsum("ij...,jp->ip...", t.astype(np.float64), b.astype(np.float64))
+    return np.ascontiguousarray(a.T), wide.reshape(len(t), -1).astype(np.float32)
+
+
+def loha(parts: Mapping[str, Array], alpha: float | None, file: File, module: str) -> Hadamard:
+    """The change of one module.
+
+    Args:
+        parts: hada_w1_a … as fp32, by the ends of their names.
+        alpha: None: the rank.
+        file: For messages and notes.
+        module: Its name in the file.
+    """
+    ends = {part.removeprefix("hada_") for part in parts}
+    if ends - {"t1", "t2"} != {"w1_a", "w1_b", "w2_a", "w2_b"} or len(ends & {"t1", "t2"}) == 1:
+        raise file.error(module, f"has {', '.join(sorted(parts))}; a LoHa needs {_LOHA}")
+    pairs = []
+    extra: dict[str, Any] = {}
+    for i in "12":
+        a, b, t = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}")
+        if t is not None:
+            _check(_fits(a, b, t), file, module, a, b, t)
+            a, b = tucker(t, a, b)
+            extra = _kernel(t.shape[2:])
+        b = b.reshape(len(b), -1)
+        _check(a.ndim == 2 and a.shape[1] == len(b), file, module, a, b)
+        pairs.append((a, b))
+    (b1, a1), (b2, a2) = pairs
+    _check(b1.shape == b2.shape and a1.shape == a2.shape, file, module, b1, a1, b2, a2)
+    return Hadamard(a1, b1, a2, b2, float(b1.shape[1] if alpha is None else alpha), extra=extra)
+
+
+def lokr(
+    parts: Mapping[str, Array],
+    alpha: float | None,
+    file: File,
+    module: str,
+    rank: float | None = None,
+) -> Kronecker | Dense:
+    """The change of one module; `rank` is PEFT's, from its config. Otherwise as `loha`."""
+    if "lokr_t1" in parts:
+        raise file.error(module, "has lokr_t1, which no reader uses", "expected lokr_t2 at most")
+    w1, r1 = _half(parts, "lokr_w1", file, module)
+    w2, r2 = _half(parts, "lokr_w2", file, module)
+    if r1 and r2 and r1 != r2:
+        raise file.error(module, f"has rank {r1} in w1 and {r2} in w2: its scale is in doubt")
+    own = r1 or r2
+    if rank is not None and own and own != rank:
+        raise file.error(module, f"has rank {own}; the config says {rank:g}")
+    divisor = own if rank is None else rank
+    # Without a rank of its own: LyCORIS takes 1, and PEFT its config's alpha / r.
+    scale = 1.0 if divisor is None or alpha is None else alpha / divisor
+    _check(w1.ndim == 2 and w2.ndim >= 2, file, module, w1, w2)
+    if rank is not None and w2.ndim == 3:
+        # PEFT takes the product with w1 as [1, o1, i1], which mixes the axes of a Conv1d.
+        shape = (len(w1) * len(w2), w1.shape[1] * w2.shape[1], w2.shape[2])
+        return Dense(np.kron(w1[None], w2).reshape(shape), scale)
+    extra = _kernel(w2.shape[2:])
+    return Kronecker(w1, w2.reshape(len(w2), -1), scale, extra=extra)
+
+
+def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]:
+    """Tensors of LyCORIS by the ends of their names, and alpha (None: none is needed).
+
+    A scale other than 1 needs a rank: w1 is then stored as w1 · I, of rank i1 and alpha s·i1.
+    """
+    if isinstance(entry, Hadamard):
+        parts = {
+            "hada_w1_a": entry.b1,
+            "hada_w1_b": entry.a1,
+            "hada_w2_a": entry.b2,
+            "hada_w2_b": entry.a2,
+        }
+        return parts, entry.alpha
+    kernel = kernel_of(entry)
+    w2 = entry.w2.reshape(len(entry.w2), -1, *kernel) if kernel else entry.w2
+    if entry.scale == 1.0:
+        return {"lokr_w1": entry.w1, "lokr_w2": w2}, None
+    rank = entry.w1.shape[1]
+    one = np.eye(rank, dtype=np.float32)
+    return {"lokr_w1_a": entry.w1, "lokr_w1_b": one, "lokr_w2": w2}, entry.scale * rank
+
+
+def kernel_of(entry: Any) -> tuple[int, ...]:
+    """The kernel of a convolution's update; empty for a matrix, or where it is not known."""
+    layout: Layout | None = entry.layout
+    return layout.stored[2:] if layout else tuple(entry.extra.get("kernel", ()))
+
+
+def read_peft(
+    tensors: Mapping[str, Array],
+    ours: Mapping[str, Any],
+    config: Mapping[str, Any],
+    file: str,
+    config_file: str,
+) -> Adapter:
+    """An adapter of PEFT's peft_type LOHA or LOKR.
+
+    Args:
+        tensors: All of the file's.
+        ours: JSON of lora-fx in its header; only LORA has one.
+        config: adapter_config.json.
+        file: Name of the tensor file, for messages.
+        config_file: Name of the config, for messages.
+
+    Raises:
+        LoraFxError: Another tensor in the file, a factor missing, shapes that do not fit.
+    """
+    kind = KINDS[config["peft_type"]]
+    if ours:
+        raise LoraFxError(
+            f"{file}: metadata lora_fx beside peft_type {config['peft_type']!r}; expected 'LORA'",
+            "the config was edited; save the adapter again",
+        )
+    seen = File(file, [f"{config_file}: unknown field {k!r} is ignored" for k in _odd(config)])
+    if "alpha" not in config or "r" not in config:
+        raise LoraFxError(
+            f"{config_file}: alpha or r is missing; expected both: the scale is alpha / r",
+            "add the numbers that the adapter was trained with",
+        )
+    ranks = Pattern(config, "rank_pattern", "r", config_file)
+    alphas = Pattern(config, "alpha_pattern", "alpha", config_file)
+    groups: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        module, _, part = name.removeprefix(PREFIX).rpartition(".")
+        if not part.startswith(kind) or not module:
+            raise seen.error(
+                name,
+                f"is not of {config['peft_type']}; expected X.{kind}… only",
+                "modules_to_save beside LoHa and LoKr are not supported",
+            )
+        if not targets(config, module):
+            raise seen.error(name, "is of a module that target_modules leaves out")
+        groups.setdefault(module, {})[part] = seen.master(name, array)
+    entries: dict[str, Entry] = {}
+    for module, parts in groups.items():
+        rank, alpha = ranks.of(module), alphas.of(module)
+        if kind == "lokr_":
+            entries[f"{module}.weight"] = lokr(parts, alpha, seen, module, rank)
+        else:
+            entries[f"{module}.weight"] = change = loha(parts, alpha, seen, module)
+            if change.rank != rank:
+                raise seen.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
+    for pattern in (ranks, alphas):
+        pattern.check_matched()
+    if not entries:
+        raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
+    fields = ("task_type", "base_model_name_or_path", "revision")
+    metadata = {field: config[field] for field in fields if config.get(field)}
+    return Adapter(entries, {**metadata, "dropout": 0.0, "notes": seen.notes})
+
+
+_LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1 and hada_t2"
+
+
+def _odd(config: Mapping[str, Any]) -> list[str]:
+    return sorted(set(config) - _KNOWN)
+
+
+def _half(
+    parts: Mapping[str, Array], name: str, file: File, module: str
+) -> tuple[Array, int | None]:
+    """w1 or w2, and its rank where it is a product."""
+    whole, a, b = (parts.get(f"{name}{end}") for end in ("", "_a", "_b"))
+    t = parts.get("lokr_t2") if name == "lokr_w2" else None
+    if whole is not None and a is None and b is None and t is None:
+        return whole, None
+    if whole is not None or a is None or b is None:
+        have = ", ".join(sorted(parts))
+        raise file.error(module, f"has {have}; a LoKr needs {name}, or {name}_a and {name}_b")
+    if t is not None:
+        _check(_fits(a, b, t), file, module, a, b, t)
+        left, wide = tucker(t, a, b)
+        product = left.astype(np.float64) @ wide.astype(np.float64)
+        return product.reshape(len(left), b.shape[1], *t.shape[2:]).astype(np.float32), len(b)
+    _check(a.ndim == 2 and b.ndim >= 2 and a.shape[1] == len(b), file, module, a, b)
+    if b.ndim == 2 and np.array_equal(b, np.eye(len(b))):
+        return a, len(b)  # as encode writes it; a product would lose the sign of zeros
+    product = a.astype(np.float64) @ b.reshape(len(b), -1).astype(np.float64)
+    return product.reshape(len(a), *b.shape[1:]).astype(np.float32), len(b)
+
+
+def _fits(a: Array, b: Array, t: Array) -> bool:
+    return a.ndim == b.ndim == 2 and t.ndim > 2 and t.shape[:2] == (len(a), len(b))
+
+
+def _kernel(kernel: tuple[int, ...]) -> dict[str, Any]:
+    """What `extra` keeps of a convolution."""
+    if not kernel or kernel[1:] == (1,):  # PEFT gives the t1 of a Conv1d a fourth axis of 1
+        return {}
+    return {"op": f"conv{len(kernel)}d", "kernel": list(kernel)}
+
+
+def _check(good: bool, file: File, module: str, *arrays: Array) -> None:
+    if not good:
+        shapes = ", ".join(str(list(a.shape)) for a in arrays)
+        raise file.error(module, f"has factors of {shapes}, which do not fit each other")

@@ -1,0 +1,232 @@
+"""Names of foreign files that do not name a parameter of one model, and how a model resolves them.
+
+Image models have components, each a model of its own: a UNet or transformer, and text encoders.
+
+=================  =================================  =========================================
+component          kohya, with "_" for "."            diffusers, and single-file checkpoints
+=================  =================================  =========================================
+unet               lora_unet_                         unet. · model.diffusion_model. · …
+transformer        lora_transformer_, lora_unet_      transformer. · model.diffusion_model. · …
+text_encoder       lora_te_, lora_te1_                text_encoder. · cond_stage_model. …
+text_encoder_2     lora_te2_                          text_encoder_2.
+(any model)        lycoris_, lora_                    as the model has it
+=================  =================================  =========================================
+
+"_" for "." cannot be undone by itself (`a_b.c` and `a.b_c` are one text), so names stay the
+file's until `resolve` compares them with those of a model, both with "_" for ".".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_fx.adapter import Adapter, near
+from lora_fx.checkpoint.headers import tensors
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.sgm import sgm_names
+from lora_fx.variant import Entry
+
+
+@dataclass(frozen=True)
+class Component:
+    """Prefixes of one component: kohya's, and the dotted ones of pipelines and checkpoints."""
+
+    prefixes: tuple[str, ...]
+    homes: tuple[str, ...]
+
+
+_DIFFUSION = ("model.diffusion_model.", "diffusion_model.")
+COMPONENTS = {
+    "unet": Component(("lora_unet_",), ("unet.", "transformer.", *_DIFFUSION)),
+    "transformer": Component(("lora_transformer_",), ("transformer.", *_DIFFUSION)),
+    "text_encoder": Component(
+        ("lora_te_", "lora_te1_"),
+        (
+            "text_encoder.",
+            "cond_stage_model.transformer.",
+            "conditioner.embedders.0.transformer.",
+        ),
+    ),
+    "text_encoder_2": Component(("lora_te2_",), ("text_encoder_2.",)),
+    "text_encoder_3": Component(("lora_te3_",), ("text_encoder_3.",)),
+}
+_ANY = ("lycoris_", "lora_")
+_GUESS = {
+    "unet": ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding."),
+    "transformer": ("transformer_blocks.", "single_transformer_blocks."),
+    "text_encoder": ("text_model.",),
+}
+
+
+def split_component(key: str) -> tuple[str, str]:
+    """(component, the rest) of a dotted key; no component where it names none.
+
+    >>> split_component("text_encoder_2.text_model.x.weight"), split_component("h.0.fc.weight")
+    (('text_encoder_2', 'text_model.x.weight'), ('', 'h.0.fc.weight'))
+    """
+    head, _, rest = key.partition(".")
+    return (head, rest) if head in COMPONENTS and rest else ("", key)
+
+
+def has_home(key: str) -> bool:
+    """True for a key that begins with a component, or as in a single-file checkpoint."""
+    return bool(split_component(key)[0]) or key.startswith(_DIFFUSION)
+
+
+def one_model(adapter: Adapter, what: str) -> Adapter:
+    """The adapter for a format that holds the updates of one model, under its own names.
+
+    Args:
+        adapter: From any file.
+        what: The format, for messages.
+
+    Raises:
+        LoraFxError: Names that only a model can resolve, or updates of several components.
+    """
+    naming = adapter.metadata.get("naming")
+    if naming is None:
+        return adapter
+    parts = {split_component(key)[0] for key in adapter}
+    if naming != "diffusers" or len(parts) != 1 or "" in parts:
+        key = next(iter(adapter), "")
+        several = f"; it has updates of {', '.join(sorted(parts))}" if len(parts) > 1 else ""
+        raise LoraFxError(
+            f"{what} holds the updates of one model under its parameters' names; {key!r} is a "
+            f"name of a {naming} file{several}",
+            "give the folder of the model that they are for: --base (Adapter.bind, resolve)",
+        )
+    entries = {split_component(key)[1]: entry for key, entry in adapter.entries.items()}
+    return replace(adapter, entries=entries, metadata=_plain(adapter))
+
+
+def guess_component(key: str) -> str:
+    """The component that a key without one can only belong to; empty where several could."""
+    return next((c for c, starts in _GUESS.items() if key.startswith(starts)), "")
+
+
+def names_of(base: str | Path) -> tuple[str, ...]:
+    """Tensor names of a model's folder or file; of a pipeline's, with the component before them."""
+    base = Path(base)
+    if not is_pipeline(base):
+        return tuple(tensors(base))
+    folders = [base / c for c in COMPONENTS if any((base / c).glob("*.safetensors"))]
+    return tuple(f"{f.name}.{name}" for f in folders for name in tensors(f))
+
+
+def is_pipeline(base: str | Path) -> bool:
+    """True for a folder of diffusers with one folder a component."""
+    return (Path(base) / "model_index.json").is_file()
+
+
+def resolve(adapter: Adapter, names: Iterable[str]) -> Adapter:
+    """The adapter under a model's parameter names.
+
+    Updates of a component that the model has nothing of are left out, with a note, as long as
+    another component fits.
+
+    Args:
+        adapter: With the names of a kohya or diffusers file.
+        names: Of the model's parameters; of a pipeline's, with the component before them.
+
+    Raises:
+        LoraFxError: A name that fits no parameter or several, or two that fit the same.
+    """
+    index = _Index(names)
+    entries: dict[str, Entry] = {}
+    source: dict[str, str] = {}
+    fits: set[str] = set()
+    lost: dict[str, list[str]] = {}
+    for key, entry in adapter.entries.items():
+        hits = index.find(key)
+        read = (c for c, _ in _readings(_module(key)[0]) if c)
+        component = split_component(key)[0] or next(read, "")
+        if len(hits) > 1:
+            raise LoraFxError(
+                f"adapter key {key!r} fits {' and '.join(map(repr, hits[:3]))}: '_' stands for "
+                "'.' in its file",
+                "rename one of the two, or take an adapter that names parameters",
+            )
+        if not hits:
+            lost.setdefault(component, []).append(key)
+            continue
+        if hits[0] in entries:
+            raise LoraFxError(
+                f"adapter keys {source[hits[0]]!r} and {key!r} both fit {hits[0]!r}",
+                "give the folder of the whole pipeline (model_index.json), not of one component",
+            )
+        entries[hits[0]], source[hits[0]] = entry, key
+        fits.add(component)
+    notes = list(adapter.metadata.get("notes", []))
+    for component, keys in lost.items():
+        if not fits or component in fits or not component:
+            raise LoraFxError(
+                f"adapter key {keys[0]!r} fits no parameter of the model",
+                near(keys[0], index.names),
+            )
+        notes.append(
+            f"{len(keys)} updates of {component} are for another model and not applied "
+            f"({keys[0]!r} …)"
+        )
+    return replace(adapter, entries=entries, metadata={**_plain(adapter), "notes": notes})
+
+
+def _plain(adapter: Adapter) -> dict[str, object]:
+    """Metadata without the mark of a foreign file's names."""
+    return {k: v for k, v in adapter.metadata.items() if k not in ("naming", "components")}
+
+
+class _Index:
+    """A model's names by (component, module with "_" for ".", leaf)."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(dict.fromkeys(names))
+        self.table: dict[tuple[str, str, str], list[str]] = {}
+        self.known = set(self.names)
+        for name in self.names:
+            module, leaf = _module(name)
+            for component, spelling in dict.fromkeys(_spellings(module)):
+                self.table.setdefault((component, spelling, leaf), []).append(name)
+
+    def find(self, key: str) -> list[str]:
+        """The parameters that a key may mean; the key itself where it is one."""
+        if key in self.known:
+            return [key]
+        module, leaf = _module(key)
+        hits = (self.table.get((c, r, leaf), []) for c, r in _readings(module))
+        return list(dict.fromkeys(name for names in hits for name in names))
+
+
+def _module(name: str) -> tuple[str, str]:
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
+
+
+def _readings(module: str) -> Iterator[tuple[str, str]]:
+    """(component, the rest with "_") for everything that a file's name may mean."""
+    flat = module.replace(".", "_")
+    for name, component in COMPONENTS.items():
+        for prefix in (*component.prefixes, *component.homes):
+            if module.startswith(prefix):
+                rest = module.removeprefix(prefix).replace(".", "_")
+                yield name, rest
+                yield name, rest.removeprefix("text_model_")
+    for prefix in _ANY:
+        if flat.startswith(prefix):
+            yield "", flat.removeprefix(prefix)
+    yield "", flat
+
+
+def _spellings(module: str) -> Iterator[tuple[str, str]]:
+    """(component, name with "_") under which a model's module may stand in a file."""
+    yield "", module.replace(".", "_")
+    homes = [(c, h) for c, part in COMPONENTS.items() for h in part.homes if module.startswith(h)]
+    for component, home in homes or [(c, "") for c in COMPONENTS]:
+        rest = module.removeprefix(home)
+        yield component, rest.replace(".", "_")
+        if component.startswith("text_encoder"):
+            yield component, rest.removeprefix("text_model.").replace(".", "_")
+        elif component == "unet":
+            for name in sgm_names(rest):
+                yield component, name.replace(".", "_")

@@ -1,0 +1,166 @@
+"""Adapters for ONNX Runtime: an .onnx_adapter file, a flatbuffer of named tensors.
+
+=====================  ================================  ====================================
+update under key K     tensors                           shapes, those of a LowRank
+=====================  ================================  ====================================
+LowRank                K.lora_A, K.lora_B                [*batch, r, in], [*batch, out, r]
+whole tensor           K                                 as the parameter
+=====================  ================================  ====================================
+
+in of a convolution is C_in/groups · ∏kernel. The format has no alpha, so s = alpha/rank is
+multiplied into B in fp32: ΔW = B A, and reading gives alpha = rank. The runtime matches names with
+graph inputs and checks dtypes, not meanings: a graph must take these names in these shapes. It also
+has two version numbers, of adapter and model; they are kept in metadata as adapter_version and
+model_version, and the runtime compares neither.
+
+What the format cannot say is refused: DoRA, LoHa, LoKr, one use of a tied tensor. Layouts are not
+stored; `bind` gives those of a model. Files begin with 4 bytes of offset and "TORT".
+
+Facts: onnxruntime/lora/adapter_format/adapter_schema.fbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.masters import File
+from lora_fx.formats.sniff import Seen
+from lora_fx.formats.tensorfile import Array, is_float
+from lora_fx.lowrank import Full, LowRank
+from lora_fx.variant import Entry, is_plain, name_of
+
+SUFFIXES = (".onnx_adapter",)
+FOLDER = False
+_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def detect(seen: Seen) -> bool:
+    """True for a file that begins as an adapter of ONNX Runtime."""
+    return seen.head[4:8] == b"TORT" and not seen.names
+
+
+def read(path: str | Path) -> Adapter:
+    """An adapter from an .onnx_adapter file, of lora-fx or with names X.lora_A, X.lora_B.
+
+    Returns:
+        An Adapter: LowRank in fp32 with alpha = rank, and whole tensors; layouts are None.
+
+    Raises:
+        LoraFxError: A damaged file, half a pair, shapes that do not fit.
+    """
+    from lora_fx.onnx.adapter_file import read_file
+
+    file = File(str(path))
+    tensors, versions = read_file(Path(path))
+    entries: dict[str, Entry] = {}
+    for name, array in tensors.items():
+        key, dot, half = name.rpartition(".lora_")
+        if not dot or half not in ("A", "B"):
+            entries[name] = _full(name, array, file)
+        elif half == "A" or f"{key}.lora_A" not in tensors:
+            entries[key] = _lowrank(key, tensors, file)
+    if not entries:
+        raise LoraFxError(f"{path}: no tensor in it", "was the adapter saved before training?")
+    return Adapter(entries, {**versions, "notes": file.notes})
+
+
+def write_file(adapter: Adapter, path: str | Path, dtype: str = "float32") -> tuple[str, ...]:
+    """Write an .onnx_adapter file, read it back and compare.
+
+    Args:
+        adapter: Bound or not; metadata may hold adapter_version and model_version (else 1).
+        path: The file to create.
+        dtype: float32, float16 or bfloat16: that of the graph's inputs.
+
+    Returns:
+        Notes: that scales were multiplied in, and by how much a narrow dtype rounds.
+
+    Raises:
+        LoraFxError: What the format cannot say, by key; names that clash.
+    """
+    from lora_fx.onnx.adapter_file import write_file
+
+    if dtype not in _DTYPES:
+        raise LoraFxError(f"no dtype {dtype!r}", f"dtypes: {', '.join(_DTYPES)}")
+    tensors: dict[str, Array] = {}
+    notes: list[str] = []
+    scaled = [k for k, low in adapter.lowrank.items() if low.scale != 1.0]
+    if scaled:
+        notes.append(
+            f"the format has no alpha: the scales of {len(scaled)} updates are multiplied into B"
+        )
+    for key, entry in adapter.entries.items():
+        for name, array in _tensors(key, entry).items():
+            if name in tensors:
+                raise LoraFxError(f"two tensors would be named {name!r}", "rename the parameter")
+            tensors[name] = array if not is_float(array) else array.astype(_DTYPES[dtype])
+    if not tensors:
+        raise LoraFxError("the adapter has no update", "was it saved before training?")
+    versions = {
+        field: _version(adapter.metadata, field) for field in ("adapter_version", "model_version")
+    }
+    write_file(Path(path), tensors, versions)
+    if dtype != "float32":
+        notes.append(f"the tensors are rounded to {dtype}")
+    return tuple(notes)
+
+
+def _tensors(key: str, entry: Entry) -> dict[str, Array]:
+    if isinstance(entry, Full):
+        return {key: entry.value}
+    if not isinstance(entry, LowRank) or not is_plain(entry):
+        raise _refused(key, f"it is {name_of(entry)}")
+    if entry.use:
+        raise _refused(key, f"it acts on one use of the tensor only ({entry.use})")
+    b = entry.b if entry.scale == 1.0 else entry.b * np.float32(entry.scale)
+    if not np.isfinite(b).all():
+        raise _refused(key, "its scale makes B infinite in fp32")
+    return {f"{key}.lora_A": entry.a, f"{key}.lora_B": b}
+
+
+def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
+    names = f"{key}.lora_A", f"{key}.lora_B"
+    for name in names:
+        if name not in tensors:
+            raise file.error(key, f"has no {name!r}; expected it beside the other half")
+    a, b = (file.master(name, tensors[name]) for name in names)
+    if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
+        raise file.error(
+            key,
+            f"has A {list(a.shape)} and B {list(b.shape)}; expected [*batch, r, in] and "
+            "[*batch, out, r]",
+            "files of other tools may hold them transposed; convert the adapter that they made "
+            "it from",
+        )
+    return LowRank(a, b, float(a.shape[-2]))
+
+
+def _full(name: str, array: Array, file: File) -> Full:
+    if not is_float(array):
+        return Full(array)
+    file.master(name, array)  # empty or not finite
+    return Full(array if array.dtype.itemsize >= 4 else array.astype(np.float32))
+
+
+def _version(metadata: Mapping[str, object], field: str) -> int:
+    value = metadata.get(field, 1)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise LoraFxError(f"metadata {field} is {value!r}; expected a whole number below 2**31")
+    return value
+
+
+def _refused(key: str, why: str) -> LoraFxError:
+    return LoraFxError(
+        f"an .onnx_adapter file cannot say the update of {key!r}: {why}",
+        "merge it into the model instead",
+    )

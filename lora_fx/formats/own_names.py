@@ -1,0 +1,116 @@
+"""What a foreign format has no field for, as JSON in the header of files that lora-fx writes.
+
+The format's own tensors stay as every reader expects them. Under `lora_fx_names` stands, for each
+update, the key that it had, its layout, use and variant, so that reading our own file gives back
+the adapter that was written. Other readers pass over it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lora_fx.adapter import Adapter
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.lowrank import Full, Layout, LowRank
+from lora_fx.variant import Entry, Kronecker, Rows
+
+FIELD = "lora_fx_names"
+VERSION = 1
+
+
+def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
+    """The JSON for an adapter whose key K is called names[K] in the file.
+
+    Raises:
+        LoraFxError: Metadata or an update's extra is no JSON.
+    """
+    rows = {}
+    for key, entry in adapter.entries.items():
+        if isinstance(entry, (Full, Rows)):
+            continue  # no format that needs these names has them
+        row: dict[str, Any] = {"key": key, "extra": entry.extra}
+        row["layout"] = entry.layout.to_json() if entry.layout else None
+        if isinstance(entry, LowRank):
+            row |= {"use": entry.use, "variant": entry.variant, "alpha": float(entry.alpha)}
+        elif isinstance(entry, Kronecker):
+            row["scale"] = float(entry.scale)
+        rows[names[key]] = row
+    metadata = {k: v for k, v in adapter.metadata.items() if k != "notes"}
+    whole = {"version": VERSION, "names": rows, "metadata": metadata}
+    try:
+        return json.dumps(whole, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise LoraFxError(
+            f"the adapter's metadata or an update's extra is no JSON: {one_line(error)}",
+            "keep texts, numbers, lists and objects there",
+        ) from error
+
+
+def restore(
+    entries: Mapping[str, Entry], header: Mapping[str, str], file: str
+) -> tuple[dict[str, Entry], dict[str, Any], bool]:
+    """Entries of a file under the keys that they were written from.
+
+    Returns:
+        The entries, the metadata that was written, and True when no key is the file's own name.
+
+    Raises:
+        LoraFxError: The JSON is damaged, or says something else than the tensors.
+    """
+    if FIELD not in header:
+        return dict(entries), {}, False
+    try:
+        whole = json.loads(header[FIELD])
+        if whole["version"] != VERSION:
+            raise LoraFxError(
+                f"{file}: metadata {FIELD} has version {whole['version']!r}; expected {VERSION}",
+                "update lora-fx",
+            )
+        rows, metadata = dict(whole["names"]), dict(whole["metadata"])
+        result: dict[str, Entry] = {}
+        for name, entry in entries.items():
+            row = rows.get(name)
+            key = name if row is None else str(row["key"])
+            if key in result:
+                raise ValueError(f"{key!r} is there twice")
+            result[key] = entry if row is None else _restored(entry, row)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise LoraFxError(
+            f"{file}: metadata {FIELD} does not fit the tensors: "
+            f"{type(error).__name__} {one_line(error)}",
+            f"the file was edited; convert it again, or take {FIELD} out of its header",
+        ) from error
+    return result, metadata, all(name in rows for name in entries)
+
+
+def _restored(entry: Entry, row: Mapping[str, Any]) -> Entry:
+    assert not isinstance(entry, (Full, Rows))  # see describe
+    layout = Layout.from_json(row["layout"]) if row["layout"] else None
+    extra = dict(row["extra"])
+    made = replace(entry, layout=layout, extra=extra)
+    if isinstance(made, LowRank):
+        variant, alpha = str(row["variant"]), float(row["alpha"])
+        made = replace(made, use=str(row["use"]), variant=variant, alpha=alpha)
+    elif isinstance(made, Kronecker):
+        made = replace(made, scale=float(row["scale"]))
+    if not math.isclose(made.scale, entry.scale, rel_tol=1e-6):
+        raise ValueError(
+            f"{row['key']!r} has scale {entry.scale:g}, and {made.scale:g} by the JSON"
+        )
+    if layout is not None and not _holds(layout, made.shape):
+        raise ValueError(f"{row['key']!r} is {list(made.shape)}, which its layout does not hold")
+    return made
+
+
+def _holds(layout: Layout, shape: tuple[int, ...]) -> bool:
+    """True when a layout is sound and has the sizes of [*batch, out, in]."""
+    axes = sorted(layout.batch + layout.out + layout.in_)
+    return (
+        axes == list(range(len(layout.shape)))
+        and math.prod(layout.shape) == math.prod(layout.stored)
+        and (*layout.batch_shape, layout.out_size, layout.in_size) == shape
+    )

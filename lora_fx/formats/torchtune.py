@@ -1,0 +1,204 @@
+"""Adapters in torchtune's own names, read only: Llama's layers, with torchtune's order of q and k.
+
+==================================================  ===========================================
+torchtune                                           Hugging Face (key)
+==================================================  ===========================================
+layers.N.attn.{q,k,v}_proj, layers.N.attn.output_   model.layers.N.self_attn.{q,k,v,o}_proj
+proj
+layers.N.mlp.w1, .w2, .w3                           model.layers.N.mlp.{gate,down,up}_proj
+output                                              lm_head
+==================================================  ===========================================
+
+with `.lora_a.weight` [r, in], `.lora_b.weight` [out, r] and, of DoRA, `.magnitude` [out] behind.
+adapter_config.json beside it has r and lora_alpha; s = lora_alpha / r.
+
+Rotary embeddings turn pairs of rows of q and k. torchtune pairs neighbours, Hugging Face's Llama
+the two halves of a head. With d rows a head, row h·d + 2i + j of torchtune (j = 0, 1; i < d/2) is
+row h·d + j·d/2 + i of Hugging Face:
+
+    B_hf[h, j, i] = B_tune[h, i, j]      with B as [heads, 2, d/2, r] and [heads, d/2, 2, r]
+
+and likewise for magnitudes, which belong to rows. A is not touched: inputs keep their order.
+The number of heads, and whether the model is of this kind at all, come from config.json beside the
+file or from the base model's; torchtune's Qwen2 pairs halves too, and its rows stay.
+
+Files that torchtune writes for PEFT (`base_model.model.…`) are read as PEFT's; the .pt files of
+its recipes are pickles and refused. Facts: torchtune 0.6.1, models/convert_weights.py (its own
+conversion leaves magnitudes unpermuted).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.strict import read_json
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.masters import File
+from lora_fx.formats.sniff import Seen
+from lora_fx.formats.tensorfile import Array, read_tensors
+from lora_fx.lowrank import LowRank
+from lora_fx.variant import Entry
+
+SUFFIXES = (".safetensors",)
+FOLDER = False
+_PART = re.compile(r"(.+)\.(lora_[ab])\.weight|(.+)\.(magnitude)")
+_LAYER = re.compile(r"layers\.(\d+)\.(attn|mlp)\.(\w+)")
+_NAMES = {
+    ("attn", "q_proj"): "self_attn.q_proj",
+    ("attn", "k_proj"): "self_attn.k_proj",
+    ("attn", "v_proj"): "self_attn.v_proj",
+    ("attn", "output_proj"): "self_attn.o_proj",
+    ("mlp", "w1"): "mlp.gate_proj",
+    ("mlp", "w2"): "mlp.down_proj",
+    ("mlp", "w3"): "mlp.up_proj",
+}
+_NEIGHBOURS = frozenset(("llama", "mistral", "gemma", "gemma2"))
+_HALVES = frozenset(("qwen2",))
+
+
+def detect(seen: Seen) -> bool:
+    """True for a file with lora_a and lora_b, in small letters."""
+    return any(n.endswith((".lora_a.weight", ".lora_b.weight")) for n in seen.names)
+
+
+def read(path: str | Path, base: str | Path | None = None) -> Adapter:
+    """An adapter from one .safetensors file with adapter_config.json beside it.
+
+    Args:
+        path: The file.
+        base: Folder of the base model, for its config.json; without it the one beside the file.
+
+    Returns:
+        An Adapter with Hugging Face's parameter names as keys; layouts are None.
+
+    Raises:
+        LoraFxError: No config, a module that is none of the eight, half a pair, q or k of a model
+            whose heads are not known.
+    """
+    path = Path(path)
+    tensors, _ = read_tensors(path)
+    file = File(str(path))
+    config = _config(path.parent / "adapter_config.json", file)
+    groups: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        match = _PART.fullmatch(name)
+        if match is None:
+            raise file.error(name, "is not a name that torchtune gives", "was the file edited?")
+        module, part = (match[1], match[2]) if match[1] else (match[3], match[4])
+        groups.setdefault(module, {})[part] = file.master(name, array)
+    heads = _Heads(path.parent if base is None else Path(base), file)
+    entries: dict[str, Entry] = {}
+    for module, parts in groups.items():
+        low = _lowrank(module, parts, config, file)
+        entries[f"{_name(module, file)}.weight"] = heads.ordered(module, low)
+    if not entries:
+        raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
+    return Adapter(entries, {"dropout": config.get("lora_dropout") or 0.0, "notes": file.notes})
+
+
+def to_halves(rows: Array, heads: int) -> Array:
+    """Rows of q or k, [heads·d, …], from neighbouring pairs to paired halves.
+
+    >>> to_halves(np.arange(8), 2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    split = rows.reshape(heads, len(rows) // heads // 2, 2, -1)
+    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
+
+
+class _Heads:
+    """How many heads the base model has, looked up when q or k need it."""
+
+    def __init__(self, folder: Path, file: File) -> None:
+        self.path, self.file = folder / "config.json", file
+
+    def ordered(self, module: str, low: LowRank) -> LowRank:
+        """The update with the rows of q or k in Hugging Face's order."""
+        leaf = module.rpartition(".")[2]
+        if leaf not in ("q_proj", "k_proj"):
+            return low
+        config = self._read(module)
+        kind = config.get("model_type")
+        if kind in _HALVES:
+            return low
+        if kind not in _NEIGHBOURS:
+            raise LoraFxError(
+                f"{self.path}: model_type is {kind!r}; the order of the rows of {module!r} is "
+                f"known for {', '.join(sorted(_NEIGHBOURS | _HALVES))}",
+                "let torchtune save the adapter for PEFT",
+            )
+        heads = config.get("num_attention_heads")
+        if leaf == "k_proj":
+            heads = config.get("num_key_value_heads") or heads
+        size = config.get("head_dim")
+        good = isinstance(heads, int) and heads > 0 and len(low.b) % (2 * heads) == 0
+        if not good or (size is not None and size * heads != len(low.b)):
+            raise self.file.error(
+                module,
+                f"has {len(low.b)} rows; {self.path} says {heads!r} heads"
+                + (f" of {size!r}" if size is not None else ""),
+                "is it the adapter of this model?",
+            )
+        assert isinstance(heads, int)
+        magnitude = None if low.magnitude is None else to_halves(low.magnitude, heads)
+        b = to_halves(low.b, heads)
+        return LowRank(low.a, b, low.alpha, extra=low.extra, magnitude=magnitude)
+
+    def _read(self, module: str) -> Mapping[str, Any]:
+        if not self.path.is_file():
+            raise LoraFxError(
+                f"{self.file.name}: {module!r} has its rows in torchtune's order; to reorder them "
+                f"the number of heads is needed, and there is no {self.path}",
+                "give the folder of the base model (--base), or put its config.json there",
+            )
+        return read_json(self.path)
+
+
+def _config(path: Path, file: File) -> dict[str, Any]:
+    if not path.is_file():
+        raise LoraFxError(
+            f"{file.name}: no {path.name} beside it; expected one with r and lora_alpha: the "
+            "scale of the updates is stored there",
+            "put the adapter_config.json of the adapter beside the file",
+        )
+    config = read_json(path)
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            shown = json.dumps(value)
+            raise LoraFxError(f"{path}: {name} is {shown}; expected a number above 0")
+    return config
+
+
+def _lowrank(
+    module: str, parts: Mapping[str, Array], config: Mapping[str, Any], file: File
+) -> LowRank:
+    a, b, magnitude = (parts.get(p) for p in ("lora_a", "lora_b", "magnitude"))
+    if a is None or b is None:
+        raise file.error(module, f"has {', '.join(sorted(parts))}; expected lora_a and lora_b")
+    fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1]
+    if not fits or (magnitude is not None and magnitude.shape != (len(b),)):
+        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in sorted(parts.items()))
+        raise file.error(module, f"has {shapes}; expected [r, in], [out, r] and [out]")
+    if len(a) != config["r"]:
+        raise file.error(module, f"has rank {len(a)}; adapter_config.json says {config['r']}")
+    return LowRank(a, b, float(config["lora_alpha"]), magnitude=magnitude)
+
+
+def _name(module: str, file: File) -> str:
+    """Hugging Face's name of a module."""
+    if module == "output":
+        return "lm_head"
+    match = _LAYER.fullmatch(module)
+    name = match and _NAMES.get((match[2], match[3]))
+    if match is None or name is None:
+        known = ", ".join(leaf for _, leaf in _NAMES)
+        raise file.error(module, f"is a module without a known name; known: {known}, output")
+    return f"model.layers.{match[1]}.{name}"
