@@ -63,6 +63,7 @@ def match(
         LoraFxError: An entry without a tensor, a shape that does not fit, a doubt about how a
             weight is stored.
     """
+    adapter = named(adapter, tensors)
     notes: list[str] = []
     rename = _renaming(adapter, tensors, notes)
     placed, lost = [], []
@@ -78,6 +79,15 @@ def match(
     if lost:
         _unused(lost, tensors, where, notes, allow=allow_unused)
     return placed, notes
+
+
+def named(adapter: Adapter, names: Iterable[str]) -> Adapter:
+    """An adapter under parameter names, where its file does not name parameters (kohya …)."""
+    if "naming" not in adapter.metadata:
+        return adapter
+    from lora_fx.formats.naming import resolve  # only then
+
+    return resolve(adapter, names)
 
 
 def _unused(

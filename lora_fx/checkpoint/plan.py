@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_fx.adapter import Adapter
 from lora_fx.checkpoint.blocks import Fold
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
-from lora_fx.checkpoint.match import Placed, match
+from lora_fx.checkpoint.match import Placed, match, named
 from lora_fx.checkpoint.provenance import adapter_hash, refuse_again
 from lora_fx.checkpoint.quantised import refuse_quantised
 from lora_fx.checkpoint.rectangles import Matrix, joined, region
@@ -166,6 +166,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
     refuse_again(base, [(g.where, g.hash) for g in given], again=options.again)
+    given = [replace(g, adapter=named(g.adapter, base.tensors)) for g in given]
     config, notes = base.config(), []
     placed: list[Placed] = []
     weighted = _weighted(given, options)
