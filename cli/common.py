@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "Fold an adapter in and write an ONNX file, proven equal.",
     "extract": "Recover an adapter from two checkpoints, by SVD.",
     "truncate": "Fewer ranks, with the exact error that it costs.",
+    "convert": "Convert an adapter between file formats.",
     "verify": "Run two models and compare them; or: does an adapter fit?",
     "demo": "All of it, end to end, on a real model and real data.",
 }

@@ -185,6 +185,7 @@ RUNS = {
     "insert": ["insert model.py:build -o start --rank 2"],
     "train": ["train model.py:build data.npz -o tuned --rank 2 --steps 2"],
     "export": ["export model.py:build start -o m.onnx --provider cpu"],
+    "convert": ["convert start -o start.onnx_adapter"],
     "verify": ["verify m.onnx model.py:build --provider cpu", "verify model.py:build start"],
 }
 

@@ -152,9 +152,10 @@ def test_folders_without_an_adapter(tmp_path: Path) -> None:
 
 
 def test_unknown_format(tmp_path: Path) -> None:
-    with pytest.raises(LoraFxError, match="kohya") as caught:
-        save_adapter(small(1), tmp_path / "x", "kohya")
-    assert "peft" in caught.value.hint
+    for name in ("gguf", "torchtune"):
+        with pytest.raises(LoraFxError, match=name) as caught:
+            save_adapter(small(1), tmp_path / "x", name)
+        assert "peft, kohya, diffusers, onnx_adapter" in caught.value.hint
 
 
 def test_neither_torch_nor_peft_is_imported() -> None:

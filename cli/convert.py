@@ -1,0 +1,59 @@
+"""lora-fx convert: an adapter from one file format to another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import emit, note
+from lora_fx.cli.options import force_option, json_option
+
+_FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
+
+
+@click.command("convert")
+@click.argument("adapter")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The file or folder to write.")
+@click.option(
+    "--format",
+    "name",
+    type=click.Choice(_FORMATS),
+    help="Of OUT.  [default: told by its name where only one is called so]",
+)
+@click.option(
+    "--base",
+    metavar="FOLDER",
+    help="The model that it is for, where ADAPTER does not name its parts.",
+)
+@force_option
+@json_option
+def command(
+    adapter: str, output: str, name: str | None, base: str | None, force: bool, as_json: bool
+) -> None:
+    r"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
+
+    ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter.
+    OUT is a folder (peft), or ends in .onnx_adapter, or in .safetensors with --format.
+
+    \b
+    lora-fx convert ./adapter -o adapter.onnx_adapter
+    lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
+    """
+    from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter
+
+    name = name or format_for(output)
+    source = format_of(adapter)
+    loaded = load_adapter(adapter, base=base)
+    notes = [*loaded.metadata.get("notes", []), *save_adapter(loaded, output, name, force=force)]
+    for text in notes:
+        note(text)
+    fields: dict[str, Any] = {"from": source, "to": name, "updates": len(loaded)}
+    emit(
+        as_json,
+        "convert",
+        f"wrote {output}: {len(loaded)} updates, {source} → {name}",
+        inputs=[{"adapter": adapter}],
+        outputs=[output],
+        **fields,
+    )
