@@ -49,6 +49,8 @@ def explicit(
 ) -> Any:
     """The output of a plain fp64 copy whose parameters hold W + s·b·a."""
     plain = copy.deepcopy(model).double().eval()
+    if hasattr(plain, "set_experts_implementation"):
+        plain.set_experts_implementation("eager")  # the grouped product has no fp64
     weights = dict(plain.named_parameters())
     with torch.no_grad():
         for key, change in adapter.deltas().items():

@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_fx
 from tests.fx.attached import effect, explicit, gap, randomise, same_state, state
-from tests.fx.test_attach_silent import TiedEmbedding, floats
+from tests.silent import TiedEmbedding, floats
 from tests.zoo.models import redraw
 
 

@@ -37,7 +37,7 @@ def flat(out: Any) -> list[np.ndarray[Any, Any]]:
     return [x.detach().numpy() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
 
 
-class _Effective(TorchFunctionMode):
+class Effective(TorchFunctionMode):
     """Adds ΔW to the weight operand of whatever the modules of some paths call."""
 
     OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
@@ -90,7 +90,7 @@ def explicit(subject: Subject, module: Any) -> Run:
         setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
     named = subject.cap.named
     leaves, spec = pytree.tree_flatten(dict(named))
-    mode = _Effective(model, computed)
+    mode = Effective(model, computed)
 
     def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         new = [
