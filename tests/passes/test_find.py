@@ -1,4 +1,4 @@
-"""find: the same answer everywhere, roles, the default plan, refusals, selectors, FLOPs."""
+"""find: the same answer everywhere, roles, the default plan, refusals, selectors."""
 
 from __future__ import annotations
 
@@ -53,20 +53,6 @@ def test_one_answer_in_every_process_mode_and_after_insert(name: str) -> None:
     ):
         answers.append(json.dumps(found.to_json(), sort_keys=True))
     assert len(set(answers)) == 1
-
-
-def test_flops_equal_torchs_counter() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    for name in ("hf_bert", "hf_llama", "tv_resnet18", "fused_qkv", "bmm_experts", "hf_vit"):
-        model, args, kwargs = ZOO[name].build()
-        found = lora_fx.find(model, args, kwargs)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            from torch.nn.attention import SDPBackend, sdpa_kernel
-
-            with sdpa_kernel(SDPBackend.MATH):
-                model(*args, **kwargs)
-        assert sum(found.flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3), name
 
 
 class Odd(nn.Module):

@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx.compare import Parity, rel
 from lora_fx.errors import one_line
 
-from . import checks
+from . import checks, flops
 from .models import ZOO
 from .oracles import flat
 
@@ -28,6 +28,7 @@ OURS = {
     "train": "train",
     "targets": "targets",
     "share": "share",
+    "flops": "FLOPs",
     "effect": "effect",
     "gradient": "gradient",
     "explicit": "W+s·BA",
@@ -110,7 +111,8 @@ def ours(name: str) -> Iterator[Cell]:
         return state[what]
 
     def capture() -> Cell:
-        state["eval"] = checks.built(name).cap
+        state["subject"] = checks.built(name)
+        state["eval"] = state["subject"].cap
         return Cell("eval", "ok")
 
     def train() -> Cell:
@@ -131,6 +133,15 @@ def ours(name: str) -> Iterator[Cell]:
         why = "; ".join(f"{n}: {reasons.get(n, 'not seen, and not counted')}" for n in lost)
         meant = all(reasons.get(n, "").startswith("depthwise") for n in lost)  # and it is said
         return Cell("share", f"{found.reached_share:.1%}", meant, why)
+
+    def count() -> Cell:
+        gap = flops.difference(need("subject"), need("found"))
+        lost = flops.refused(state["found"])
+        why = [f"refused: {', '.join(lost)}"] if lost else []
+        if abs(gap) > flops.TOL:
+            why.append(flops.DIFFER.get(name, "not what torch's counter says"))
+        fine = not lost and (abs(gap) <= flops.TOL or name in flops.DROPS)
+        return Cell("flops", f"{gap:+.1%}" if abs(gap) > flops.TOL else "ok", fine, "; ".join(why))
 
     def effect() -> Cell:
         need("eval")
@@ -163,8 +174,9 @@ def ours(name: str) -> Iterator[Cell]:
             raise Skip("no file was written")
         return parity("ort", checks.runtime_parity(state["report"]))
 
-    for check in (capture, train, targets, share, effect, gradient, explicit, fold, onnx, ort):
-        column = "eval" if check is capture else check.__name__
+    first = (capture, train, targets, share, count)
+    for check in (*first, effect, gradient, explicit, fold, onnx, ort):
+        column = {capture: "eval", count: "flops"}.get(check, check.__name__)
         yield tried(column, check)
 
 

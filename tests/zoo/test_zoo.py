@@ -16,7 +16,7 @@ import torch
 import lora_fx
 from lora_fx.compare import FOLD_TOL, ORT_TOL
 from tests.providers import PROVIDERS
-from tests.zoo import checks
+from tests.zoo import checks, flops
 from tests.zoo.models import ZOO
 
 NAMES = {
@@ -51,6 +51,14 @@ def test_zero_b_changes_nothing_in_both_modes(name: str) -> None:
 @pytest.mark.parametrize("name", CAPTURED)
 def test_every_weight_that_the_model_multiplies_with_is_a_target(name: str) -> None:
     assert not checks.missed(name, lora_fx.find(checks.built(name).cap))
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_flops_add_up_to_torchs_own_count(name: str) -> None:
+    subject = checks.built(name)
+    found = lora_fx.find(subject.cap)
+    assert not flops.refused(found)
+    assert (abs(flops.difference(subject, found)) <= flops.TOL) == (name not in flops.DIFFER)
 
 
 @pytest.mark.parametrize("name", CAPTURED)
