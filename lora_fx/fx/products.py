@@ -45,12 +45,12 @@ def contraction(terms: list[str], i: int) -> tuple[Kind, str]:
     elif all(c in y for c in w) or all(c in x or c not in y for c in w):
         why = "one side of the weight has no axis: nothing of low rank"
     summed = any(c not in x and c not in y for c in w)
-    if why or (len(others) == 1 and not summed):
-        return kinds.Einsum(others[0] if others else "", w, y), why
+    if len(others) == 1 and (why or not summed):
+        return kinds.Einsum(others[0], w, y), why
     in_ = tuple(k for k, c in enumerate(w) if c not in y)
     batch = tuple(k for k, c in enumerate(w) if c in y and c in x)
     out = tuple(k for k, c in enumerate(w) if c in y and c not in x)
-    return kinds.WeightForm("einsum", Axes(batch, out, in_)), ""
+    return kinds.WeightForm("einsum", Axes(batch, out, in_)), why
 
 
 def letters(equation: str, ranks: list[int]) -> list[str]:
