@@ -14,8 +14,18 @@ from lora_fx.experts import place
 from lora_fx.fused import other_split
 from lora_fx.lowrank import Full, LowRank, plain_layout
 from lora_fx.numeric import NumpyEmitter
+from lora_fx.regions import check_disjoint
 from lora_fx.target import Found
-from lora_fx.uses import lookup_use, named_use, op_of, tied
+from lora_fx.uses import (
+    disjoint,
+    lookup_use,
+    modules,
+    named_use,
+    of_use,
+    op_of,
+    own_use,
+    tied,
+)
 from lora_fx.variant import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 
 Array = npt.NDArray[Any]
@@ -152,12 +162,16 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
             name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
         else:
             name, bound = _bind_lowrank(key, entry, found)
+            if name in entries:
+                name = _apart(name, entries, bound, found)
         if name in entries:
             raise LoraFxError(
                 f"adapter keys name {name!r} twice ({key!r} is an alias)",
                 "one tensor has one update; merge the two first",
             )
         entries[name] = bound
+    low = {k: v for k, v in entries.items() if isinstance(v, LowRank)}
+    check_disjoint((v.use and of_use(found[k], v.use)) or found[k] for k, v in low.items())
     return replace(adapter, entries=entries)
 
 
@@ -184,6 +198,19 @@ def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
     return entries
 
 
+def _apart(name: str, entries: dict[str, LowRank | Full], new: LowRank, found: Found) -> str:
+    """The key of an update whose tensor has one already, each at uses of its own; else `name`."""
+    old, t = entries[name], found[name]
+    if not isinstance(old, LowRank) or not old.use or not new.use:
+        return name
+    first, second = of_use(t, old.use), of_use(t, new.use)
+    if first is None or second is None or not disjoint((first, second)):
+        return name
+    del entries[name]
+    entries[first.key] = old
+    return second.key
+
+
 def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> Full:
     if key not in shapes:
         raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
@@ -200,13 +227,15 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     target = found.get(key)
     if target is None:
         raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
-    layout, use = target.layout, entry.use
+    layout, use = target.layout, entry.use or own_use(key)
     lookup = entry.extra.get("op") == "embedding"
     if tied(target) and entry.layout is None:  # a file names a module, so it means one use
         if not entry.extra.get("tied"):  # there the file means all uses
             use = use or (lookup_use(target) if lookup else named_use(target, key))
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
             entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
+    elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
+        use = use or key
     if entry.extra.get("op") == "experts" and entry.layout == layout.transposed():
         # PEFT goes by the stored axes, the graph by what the product contracts.
         entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))

@@ -272,11 +272,17 @@ def draw(
 def slot_names(key: str) -> tuple[str, str]:
     """The dotted names of a key's a and b: `PATH.lora_A.LEAF[region]`, `PATH.lora_B.…`.
 
+    A use stands in the leaf, its dots as slashes.
+
     >>> slot_names("h.0.attn.weight[:, 0:4]")
     ('h.0.attn.lora_A.weight[:, 0:4]', 'h.0.attn.lora_B.weight[:, 0:4]')
+    >>> slot_names("embed.weight@lm.head.weight")[0]
+    'embed.lora_A.weight@lm/head/weight'
     """
     head, bracket, region = key.partition("[")
+    head, at, use = head.partition("@")
     path, dot, leaf = head.rpartition(".")
+    leaf += at + use.replace(".", "/")
     return (
         f"{path}{dot}lora_A.{leaf}{bracket}{region}",
         f"{path}{dot}lora_B.{leaf}{bracket}{region}",

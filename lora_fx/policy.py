@@ -11,8 +11,8 @@ from lora_fx.lowrank import default_alpha
 from lora_fx.regions import check_disjoint, rest
 from lora_fx.roles import HEAD_ROWS
 from lora_fx.selectors import select, select_names
-from lora_fx.target import Found, Target
-from lora_fx.uses import matmul_use
+from lora_fx.target import Found, Target, split_use
+from lora_fx.uses import each_use, matmul_use, own_use
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -97,7 +97,7 @@ def make_plan(
         whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train)))
     if ranks is not None:
         ranks = {found[k].key: v for k, v in _known(found, ranks).items()}
-        chosen = dict.fromkeys(ranks, "")
+        chosen = {k: own_use(k) for k in ranks}
     elif include is not None:
         chosen = select(found, include)
     else:
@@ -115,6 +115,14 @@ def make_plan(
                 )
         for key in gone:
             chosen.pop(key, None)
+            plain, use = split_use(key)
+            if use and plain in chosen:
+                raise LoraFxError(
+                    f"exclude {key!r} is one use of {plain!r}, which has one update for all",
+                    f"include the uses that are meant: {', '.join(each_use(found[plain]))}",
+                )
+            for k in [k for k in chosen if split_use(k)[0] == key]:
+                del chosen[k]
     chosen = {k: use for k, use in chosen.items() if found[k].parameter.name not in whole}
     if not chosen and not whole:
         raise LoraFxError(

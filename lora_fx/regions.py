@@ -16,6 +16,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.graph import Emitter, V
 from lora_fx.lowrank import Layout
 from lora_fx.target import Target, base_name, make_key, split_key
+from lora_fx.uses import disjoint
 from lora_fx.view import Region
 
 
@@ -59,14 +60,15 @@ def rest(t: Target, taken: Iterable[str]) -> list[str]:
 
 
 def check_disjoint(targets: Iterable[Target]) -> None:
-    """Raise where two regions of one tensor overlap."""
+    """Raise where two regions of one tensor overlap at one of its uses."""
     by_name: dict[str, list[Target]] = {}
     for t in targets:
         for other in by_name.setdefault(t.parameter.name, []):
-            if overlap(t.region, other.region):
+            apart = t.sites and disjoint((t, other))
+            if overlap(t.region, other.region) and not apart:
                 raise LoraFxError(
                     f"{other.key!r} and {t.key!r} share elements of one tensor",
-                    "regions of one parameter must not overlap",
+                    "regions of one parameter, and its uses, must not overlap",
                 )
         by_name[t.parameter.name].append(t)
 

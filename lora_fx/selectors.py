@@ -6,6 +6,7 @@ class:NAME     class of the module whose forward uses the weight
 op:NAME        linear, matmul, conv2d, embedding …
 role:NAME      q k v o gate up down head embedding router
 re:REGEX       searched in the key
+ANY@USE        of what ANY names, the uses that the glob USE names, one update each: head@*
 =============  ====================================================================
 
 A weight that is refused by default only (depthwise) is taken where a selector names nothing else.
@@ -21,8 +22,8 @@ from collections.abc import Sequence
 from lora_fx.errors import LoraFxError
 from lora_fx.regions import contains, part
 from lora_fx.roles import ROLES
-from lora_fx.target import Found, Target, base_name
-from lora_fx.uses import lookup_use, matmul_use, named_use
+from lora_fx.target import Found, Target, base_name, split_use
+from lora_fx.uses import each_use, lookup_use, matmul_use, modules, named_use, of_use, own_use
 
 
 def split(selectors: str | Sequence[str]) -> list[str]:
@@ -50,7 +51,7 @@ def select(found: Found, selectors: str | Sequence[str]) -> dict[str, str]:
             for use in _match(t, text):
                 hits.setdefault(t.key, set()).add(use)
                 matched = True
-            for key in _parts(t, text):
+            for key in (*_parts(t, text), *_uses(t, text)):
                 hits.setdefault(key, set()).add("")
                 matched = True
         for t in () if matched else found.optional:  # refused unless a selector means it
@@ -64,16 +65,34 @@ def select(found: Found, selectors: str | Sequence[str]) -> dict[str, str]:
         order[t.key] = t
         order |= {k: t for k in hits if k not in order and base_name(k) == t.parameter.name}
     chosen = {k: _one_use(order[k], hits[k]) for k in order if k in hits}
-    wholes = {k: found[k].region for k in chosen}
+    for key in [k for k in chosen if not split_use(k)[1]]:  # uses apart come before the whole
+        apart = [found[k] for k in chosen if split_use(k)[1] and split_use(k)[0] == key]
+        if apart and {s.id for t in apart for s in t.sites} == {s.id for s in found[key].sites}:
+            del chosen[key]
     return {
-        k: use
+        k: use or own_use(k)
         for k, use in chosen.items()
-        if not any(_covers(found[o], found[k]) for o in wholes if o != k)
+        if split_use(k)[1] or not any(_covers(found[o], found[k]) for o in chosen if o != k)
     }
 
 
 def _covers(whole: Target, t: Target) -> bool:
-    return whole.parameter.name == t.parameter.name and contains(whole.region, t.region)
+    one = whole.parameter.name == t.parameter.name and not split_use(whole.key)[1]
+    return one and contains(whole.region, t.region)
+
+
+def _uses(t: Target, text: str) -> list[str]:
+    """Keys of the uses of a target that one selector names apart; its own key if it has one use."""
+    head, at, glob = text.rpartition("@")
+    if not at or text.startswith("re:") or not (_match(t, head) or t.key in _parts(t, head)):
+        return []
+
+    def hit(use: str) -> bool:
+        return _suffix(use, glob) or _suffix(use.removesuffix(".weight"), glob)
+
+    uses = [u for u in each_use(t) if hit(u)] or [u for u in modules(t) if hit(u)] or [glob]
+    found = [one for u in uses if (one := of_use(t, u)) is not None]
+    return [t.key if one.sites == t.sites else one.key for one in found]
 
 
 def _parts(t: Target, text: str) -> list[str]:

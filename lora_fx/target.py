@@ -49,8 +49,24 @@ def split_key(key: str, shape: tuple[int, ...]) -> tuple[str, Region]:
 
 
 def base_name(key: str) -> str:
-    """The parameter's name of a key."""
-    return key.rpartition("[")[0] if key.endswith("]") else key
+    """The parameter's name of a key.
+
+    >>> base_name("w[1:4]"), base_name("embed.weight@head.weight"), base_name("w@call:1[2:4]")
+    ('w', 'embed.weight', 'w')
+    """
+    name = key.rpartition("[")[0] if key.endswith("]") else key
+    return name.partition("@")[0]
+
+
+def split_use(key: str) -> tuple[str, str]:
+    """The key without its use, and the use; empty where it stands for all uses.
+
+    >>> split_use("w@call:1[2:4]"), split_use("w[2:4]")
+    (('w[2:4]', 'call:1'), ('w[2:4]', ''))
+    """
+    name, bracket, region = key.partition("[")
+    name, _, use = name.partition("@")
+    return name + bracket + region, use
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,7 @@ class Found:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: str) -> Target:
-        """The target of a key, of one of its aliases, or of a region within it."""
+        """The target of a key, of one of its aliases, of a region within it, or of one use."""
         target = self.get(key)
         if target is None:
             raise KeyError(key)
@@ -160,11 +176,18 @@ class Found:
 
     def get(self, key: str) -> Target | None:
         """As indexing; None where there is none."""
-        from lora_fx.regions import part  # a part is a target: regions knows this module
+        from lora_fx.regions import part  # a part is a target: both know this module
+        from lora_fx.uses import of_use
 
         whole = self.by_key.get(key)
-        if whole is not None or not key.endswith("]"):
+        if whole is not None:
             return whole
+        plain, use = split_use(key)
+        if use:
+            shared = self.get(plain)
+            return None if shared is None else of_use(shared, use)
+        if not key.endswith("]"):
+            return None
         every = (part(t, key) for t in (*self.targets, *self.optional))
         return next((t for t in every if t is not None), None)
 

@@ -29,7 +29,7 @@ from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.graph import Parameter, Role, Site
 from lora_fx.lowrank import LowRank
 from lora_fx.passes.insert import Insert, factors
-from lora_fx.target import Found, Target
+from lora_fx.target import Found, Target, split_use
 from lora_fx.uses import applies
 
 Owner = tuple[str, str]
@@ -142,40 +142,49 @@ class GraphPlanner(Planner):
     ) -> None:
         owners = self.owners[name]
         homes = {path for path, _ in owners}
-        weight: Program | None = None
+        weights: dict[frozenset[str], Program] = {}
+        for target, update in group:
+            if self.graph is None and (update.use or split_use(target.key)[1]):
+                raise LoraFxError(
+                    f"{target.key}: partial graphs cannot tell the uses of a tied tensor apart "
+                    f"({', '.join(target.uses)})",
+                    f"exclude={target.key!r}, or adapt all its uses: include='re:{name}'",
+                )
         for path, leaf in owners:
-            own: list[tuple[Site, bool]] = []
-            outer: list[bool] = []
+            own: list[Site] = []
+            places: dict[str, str] = {}  # key → where its weight form holds
+            alone = True  # no use outside this module is reached
             for target, update in group:
-                for site in target.sites:
+                inside, outside = set(), set()
+                for site in self.found[split_use(target.key)[0]].sites:
                     scope = self.path_of.get(site.scope) if self.graph is not None else None
-                    hit = applies(update.use, site)
+                    hit = site in target.sites and applies(update.use, site)
                     if scope == path:
-                        own.append((site, hit))
+                        own.append(site)
+                        inside.add(hit)
                     elif scope not in homes:
-                        outer.append(hit)
-                if self.graph is None and update.use:
-                    raise LoraFxError(
-                        f"{target.key}: partial graphs cannot tell the uses of a tied tensor apart "
-                        f"({', '.join(target.uses)})",
-                        f"exclude={target.key!r}, or adapt all its uses: include='re:{target.key}'",
-                    )
-            inside, outside = {hit for _, hit in own}, set(outer)
-            if len(inside) > 1 or len(outside) > 1:
-                raise _inseparable(group[0][0], f"{path or 'the model'}.forward has both uses")
-            if True not in inside | outside:
+                        outside.add(hit)
+                if len(inside) > 1 or len(outside) > 1:
+                    raise _inseparable(target, f"{path or 'the model'}.forward has both uses")
+                if True in inside | outside:
+                    apart = INSIDE if True in inside else OUTSIDE
+                    places[target.key] = apart if len(inside | outside) > 1 else ALWAYS
+                    alone = alone and inside == {True} and True not in outside
+            if not places:
                 continue
-            programs = {branches.get(s.id) for s, _ in own}
-            if inside == {True} and True not in outside and path not in by_weight:
+            if len(set(places.values())) > 1:
+                raise _inseparable(group[0][0], f"{path or 'the model'}.{leaf} has two readers")
+            programs = {branches.get(s.id) for s in own}
+            if alone and path not in by_weight:
                 (only,) = programs if len(programs) == 1 else (None,)
                 if only is not None:
                     result.setdefault(path, Form()).output = only
                     continue
-            where = ALWAYS
-            if len(inside | outside) > 1:
-                where = INSIDE if True in inside else OUTSIDE
-            weight = weight or weight_form(group)
-            result.setdefault(path, Form()).weights[leaf] = (weight, where)
+            keys = frozenset(places)
+            if keys not in weights:
+                weights[keys] = weight_form([(t, u) for t, u in group if t.key in keys])
+            where = places[next(iter(places))]
+            result.setdefault(path, Form()).weights[leaf] = (weights[keys], where)
 
 
 def _inseparable(target: Target, why: str) -> LoraFxError:

@@ -26,7 +26,7 @@ from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.insert import Insert
 from lora_fx.policy import Plan, make_plan
 from lora_fx.target import Found
-from lora_fx.uses import op_of, tied
+from lora_fx.uses import modules, op_of, tied
 
 Selectors = str | Sequence[str] | None
 
@@ -216,7 +216,7 @@ def initial(found: Found, plan: Plan, variant: str, seed: int) -> dict[str, LowR
         target = found[key]
         a, b = draw(key, target.layout, entry.rank, seed)
         extra: dict[str, Any] = {"op": op_of(target, entry.use)}
-        if tied(target) and not entry.use:
+        if (tied(target) or len(modules(target)) > 1) and not entry.use:
             extra["tied"] = True  # several modules: no file of another tool can say that
         updates[key] = LowRank(a, b, entry.alpha, target.layout, variant, entry.use, extra)
     return updates

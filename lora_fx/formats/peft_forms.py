@@ -16,6 +16,7 @@ from lora_fx.formats.peft_names import PREFIX, WRAPPER, unwrapped
 from lora_fx.formats.peft_stack import packed
 from lora_fx.formats.tensorfile import Array
 from lora_fx.lowrank import LowRank
+from lora_fx.target import split_use
 
 _LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm"))
 _CONV_OPS = frozenset(("", "conv1d", "conv2d", "conv3d"))
@@ -99,6 +100,8 @@ def form_of(key: str, low: LowRank) -> Form:
     tied = low.extra.get("tied")
     if low.use.startswith("op:"):
         return Form("own", why=f"it acts on one use only ({low.use})")
+    if split_use(key)[1].startswith("call:"):
+        return Form("own", why="it acts on one call of several")
     if low.use:
         name = low.use
     elif tied and not (isinstance(tied, list) and _as_read(low, "tied")):
