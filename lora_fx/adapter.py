@@ -18,6 +18,7 @@ from lora_fx.regions import check_disjoint
 from lora_fx.target import Found
 from lora_fx.uses import (
     disjoint,
+    each_use,
     lookup_use,
     modules,
     named_use,
@@ -246,6 +247,11 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
             f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
             f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}",
             "was the adapter trained on another model?",
+        )
+    if use and target.sites and of_use(target, use) is None:
+        raise LoraFxError(
+            f"the update of {key!r} acts on its use {use!r}, and the model has no such use",
+            f"its uses are {', '.join(each_use(target))}",
         )
     extra = {**entry.extra, "op": op_of(target, use)}
     return target.key, replace(entry, layout=layout, use=use, extra=extra)

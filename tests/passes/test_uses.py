@@ -283,6 +283,18 @@ def test_a_file_that_names_both_modules_of_a_tensor() -> None:
         assert max(parity) < FOLD_TOL
 
 
+def test_a_use_that_the_model_lacks_is_named() -> None:
+    model, x = built("Tied")
+    adapter = lora_fx.insert(model, (x,), rank=2, include="head").adapter()
+
+    class Bare(Tied):
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.tanh(self.embed(ids)) @ self.head.weight.t()
+
+    with pytest.raises(LoraFxError, match=r"its use 'head\.weight', and the model has no such use"):
+        lora_fx.insert(Bare(), (x,), adapter=adapter)
+
+
 def test_a_file_that_names_one_module_of_a_shared_tensor(tmp_path: Path) -> None:
     model, x = built("Shared")
     a, b = draw("w", lora_fx.find(model, (x,)).targets[0].layout, 2, 0, "probe")
