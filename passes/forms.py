@@ -5,6 +5,8 @@
                    the update reaches is in it
     weight form    every read of `module.leaf` gives W + s·B·A: everywhere else
 
+An output head has both: trainers that never make all logits read its weight outside its forward.
+
 The branch of the output form is what the Insert pass emits for the site, recorded by an eager
 Emitter; the weight form is kinds.delta. Where a tied tensor's update reaches one use only
 (LowRank.use), the reads of that module are adapted and the others are not; a module whose own
@@ -175,16 +177,17 @@ class GraphPlanner(Planner):
             if len(set(places.values())) > 1:
                 raise _inseparable(group[0][0], f"{path or 'the model'}.{leaf} has two readers")
             programs = {branches.get(s.id) for s in own}
-            if alone and path not in by_weight:
-                (only,) = programs if len(programs) == 1 else (None,)
-                if only is not None:
-                    result.setdefault(path, Form()).output = only
+            (only,) = programs if len(programs) == 1 else (None,)
+            form = result.setdefault(path, Form())
+            where = places[next(iter(places))]
+            if alone and path not in by_weight and only is not None:
+                form.output, where = only, OUTSIDE
+                if all(t.role != "head" for t, _ in group):
                     continue
             keys = frozenset(places)
             if keys not in weights:
                 weights[keys] = weight_form([(t, u) for t, u in group if t.key in keys])
-            where = places[next(iter(places))]
-            result.setdefault(path, Form()).weights[leaf] = (weights[keys], where)
+            form.weights[leaf] = (weights[keys], where)
 
 
 def _inseparable(target: Target, why: str) -> LoraFxError:

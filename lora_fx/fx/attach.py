@@ -242,7 +242,9 @@ class Attachment:
         total = sum(p.numel() for p in self.model.parameters())
         rows = tuple((k, u.rank, u.alpha, self.found[k].flops) for k, u in self.updates.items())
         leaves = [
-            f"{path}.{leaf}".lstrip(".") for path, f in self.forms.items() for leaf in f.weights
+            f"{path}.{leaf}".lstrip(".")
+            for path, f in self.forms.items()
+            for leaf in (() if f.output else f.weights)
         ]
         forms = []
         if leaves:

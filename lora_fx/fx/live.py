@@ -97,10 +97,10 @@ def _flat() -> property:
     return property(read, write)
 
 
-def _with_branch(base: type[Any]) -> Callable[..., Any]:
-    @functools.wraps(base.forward)
+def _with_branch(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        y = base.forward(self, *args, **kwargs)
+        y = plain(self, *args, **kwargs)
         live = self._lora_fx
         if live.seen is not None:
             live.seen.add(id(self))
@@ -112,13 +112,13 @@ def _with_branch(base: type[Any]) -> Callable[..., Any]:
     return forward
 
 
-def _with_bracket(base: type[Any]) -> Callable[..., Any]:
-    @functools.wraps(base.forward)
+def _with_bracket(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         live = self._lora_fx
         was, live.inside = live.inside, True
         try:
-            return base.forward(self, *args, **kwargs)
+            return plain(self, *args, **kwargs)
         finally:
             live.inside = was
 
@@ -166,10 +166,10 @@ def live_class(
     }
     if leaves and issubclass(base, nn.RNNBase):
         names["_flat_weights"] = _flat()
+    if bracket:
+        names["forward"] = _with_bracket(base.forward)
     if branch:
-        names["forward"] = _with_branch(base)
-    elif bracket:
-        names["forward"] = _with_bracket(base)
+        names["forward"] = _with_branch(names.get("forward", base.forward))
     if frozen:
         names["training"] = _frozen_training()
     metaclass: Any = type(base)

@@ -12,6 +12,7 @@ from torch import nn
 import lora_fx
 from tests.fx.attached import effect, explicit, gap, randomise, same_state, state
 from tests.silent import MODELS, built, floats
+from tests.zoo.models import redraw
 
 
 @pytest.mark.parametrize("name", [n for n, m in MODELS.items() if not m.computed])
@@ -63,3 +64,38 @@ class Masked(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(nn.functional.linear(x, torch.tril(self.w)))
+
+
+class Headed(nn.Module):
+    """A language model, and a loss that never makes its logits, as trainers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.body, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.body(self.emb(ids)))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(ids))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_whose_weight_is_read_outside_its_forward(tied: bool) -> None:
+    model, ids = Headed(), torch.arange(10).reshape(2, 5)
+    if tied:
+        model.head.weight = model.emb.weight
+    redraw(model.eval())
+    lora_fx.attach(model, (ids,), rank=2, include="head,body")
+    randomise(model)
+    assert "every read" not in str(model.report())
+    for mode in (False, True):
+        model.train(mode)
+        want = model(ids)
+        got = nn.functional.linear(model.hidden(ids), model.head.weight, model.head.bias)
+        assert gap(got, want) < 2e-6
+    model.zero_grad()
+    got.square().sum().backward()
+    for name, p in model.named_parameters():
+        assert "lora_" not in name or (p.grad is not None and p.grad.any()), name
+    assert torch.equal(model.emb.weight, model.emb._parameters["weight"]), "the lookup's is W"
