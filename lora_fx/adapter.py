@@ -199,7 +199,7 @@ def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
     return entries
 
 
-def _apart(name: str, entries: dict[str, LowRank | Full], new: LowRank, found: Found) -> str:
+def _apart(name: str, entries: dict[str, Entry], new: LowRank, found: Found) -> str:
     """The key of an update whose tensor has one already, each at uses of its own; else `name`."""
     old, t = entries[name], found[name]
     if not isinstance(old, LowRank) or not old.use or not new.use:
