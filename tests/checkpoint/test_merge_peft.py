@@ -1,0 +1,166 @@
+"""merge against PEFT's own merge of a Llama in bf16: the same bits, and a folder that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_fx import merge
+from tests.checkpoint.made import header, read, tree
+
+HIDDEN, MIDDLE, VOCABULARY = 256, 688, 512
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SCALES = {  # no power of two: then the order of the products shows
+    "4/3": {"r": 3, "lora_alpha": 4},
+    "3/2": {"r": 16, "lora_alpha": 24},
+    "16/sqrt(12)": {"r": 12, "lora_alpha": 16, "use_rslora": True},
+    "rank 64": {"r": 64, "lora_alpha": 48},
+}
+HIGH = {"rank 128": {"r": 128, "lora_alpha": 96}, "rank 256": {"r": 256, "lora_alpha": 200}}
+
+
+def llama(path: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama in three shards, bf16, with a tokenizer's file and a licence beside it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=MIDDLE, num_hidden_layers=2, vocab_size=VOCABULARY,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=False, initializer_range=0.02,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama") / "base"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="1500KB")
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"é": 0}}}\n', encoding="utf-8")
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_text("{}")
+    return folder
+
+
+def trained(base: Path, path: Path, **config: Any) -> Any:
+    """An adapter saved by PEFT, its model merged by PEFT, and the merged model's weights."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config["r"])
+    settings = LoraConfig(target_modules=list(LINEARS), task_type="CAUSAL_LM", **config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(llama(base), settings)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.02)
+        model.save_pretrained(path)
+        return model.merge_and_unload(safe_merge=False)
+
+
+def ulps(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """How many bf16 values lie between, element by element."""
+
+    def order(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        bits = x.view(np.int16).astype(np.int32)
+        return np.where(bits < 0, -32768 - bits, bits)
+
+    return np.abs(order(a) - order(b))
+
+
+def differences(base: Path, out: Path, theirs: Any) -> Iterator[tuple[str, int, int]]:
+    """(name, elements that differ, largest distance in ulp) of every touched tensor."""
+    ours, before = read(out), read(base)
+    state = {n: t.contiguous().view(torch.int16).numpy() for n, t in theirs.state_dict().items()}
+    assert set(ours) == set(before) == set(state)
+    for name, array in ours.items():
+        if not any(part in LINEARS for part in name.split(".")):
+            assert array.tobytes() == before[name].tobytes() == state[name].tobytes()
+            continue
+        assert array.tobytes() != before[name].tobytes()
+        gap = ulps(array, state[name])
+        yield name, int(np.count_nonzero(gap)), int(gap.max())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_bits_are_pefts(scale: str, base: Path, tmp_path: Path) -> None:
+    theirs = trained(base, tmp_path / "adapter", **SCALES[scale])
+    merge(base, tmp_path / "adapter", tmp_path / "out", workers=2)
+    found = list(differences(base, tmp_path / "out", theirs))
+    assert len(found) == 2 * len(LINEARS)
+    assert [row for row in found if row[1]] == []
+
+
+@pytest.mark.parametrize("rank", HIGH)
+def test_high_ranks_differ_by_one_ulp_at_most(
+    rank: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = trained(base, tmp_path / "adapter", **HIGH[rank])
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    found = list(differences(base, tmp_path / "out", theirs))
+    count, total = sum(n for _, n, _ in found), sum(read(base)[n].size for n, _, _ in found)
+    with capsys.disabled():
+        print(f"\n{rank}: {count} of {total} elements differ from PEFT's, by at most 1 ulp")
+    assert max(gap for _, _, gap in found) <= 1
+    assert count < 1e-3 * total
+
+
+def test_the_folder_loads_and_its_logits_are_pefts(base: Path, tmp_path: Path) -> None:
+    theirs = trained(base, tmp_path / "adapter", r=16, lora_alpha=24).eval()
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    ids = torch.arange(24).reshape(2, 12) * 17 % VOCABULARY
+    with torch.no_grad():
+        ours = llama(tmp_path / "out").eval()(ids).logits
+        before = llama(base).eval()(ids).logits
+        want = theirs(ids).logits
+    assert torch.equal(ours, want)
+    assert not torch.equal(ours, before)
+
+
+def test_the_rest_of_the_folder_is_kept(base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path / "adapter", r=3, lora_alpha=4)
+    before = tree(base, tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert tree(base, tmp_path / "adapter") == before
+    out = tmp_path / "out"
+    names = {p.relative_to(base) for p in base.rglob("*")} | {Path("report.json")}
+    assert {p.relative_to(out) for p in out.rglob("*")} == names
+    for file in base.rglob("*"):
+        same = out / file.relative_to(base)
+        if file.suffix != ".safetensors" and file.is_file():
+            assert same.read_bytes() == file.read_bytes(), file
+        elif file.is_file():
+            old, new = header(file), header(same)
+            assert list(old) == list(new)  # order of the names, and where the bytes lie
+            for name in set(old) - {"__metadata__"}:
+                assert old[name] == new[name]
+            assert new["__metadata__"].items() >= old["__metadata__"].items()
+            [record] = json.loads(new["__metadata__"]["lora_fx.merge"])
+            assert len(record["adapters"]) == 1 and record["base"]["layout"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_follow_the_umask(umask: int, base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path / "adapter", r=3, lora_alpha=4)
+    old = os.umask(umask)
+    try:
+        merge(base, tmp_path / "adapter", tmp_path / "out")
+    finally:
+        os.umask(old)
+    for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]:
+        full = 0o777 if path.is_dir() else 0o666
+        assert stat.S_IMODE(path.stat().st_mode) == full & ~umask, path
