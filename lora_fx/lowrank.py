@@ -210,14 +210,14 @@ class LowRank:
         return (*self.b.shape[:-1], int(self.a.shape[-1]))
 
     def block(self, batch: int, rows: slice, columns: slice, out: Array | None = None) -> Array:
-        """s·ΔW[batch][rows, columns] in fp32: the product, then ·s, which is PEFT's order.
+        """s·ΔW[batch][rows, columns] in the dtype of a and b: the product, then ·s: PEFT's order.
 
         `out` may be an array to compute in.
         """
         a = self.a.reshape(-1, *self.a.shape[-2:])[batch]
         b = self.b.reshape(-1, *self.b.shape[-2:])[batch]
         product = np.matmul(b[rows], a[:, columns], out=out)
-        return np.multiply(product, np.float32(self.scale), out=product)
+        return np.asarray(np.multiply(product, product.dtype.type(self.scale), out=product))
 
     def matrix(self, dtype: npt.DTypeLike = np.float64) -> Array:
         """s·b@a, [*batch, out, in], in `dtype`."""

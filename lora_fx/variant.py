@@ -40,7 +40,7 @@ class Change(Protocol):
         ...
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """s·ΔW[batch][rows, columns] in fp32; `batch` counts through all batch axes."""
+        """s·ΔW[batch][rows, columns] in the factors' dtype; `batch` counts all batch axes."""
         ...
 
 
@@ -75,7 +75,7 @@ class Hadamard:
         """See Change."""
         first = np.matmul(self.b1[rows], self.a1[:, columns])
         second = np.matmul(self.b2[rows], self.a2[:, columns])
-        return np.asarray(first * second * np.float32(self.scale))
+        return np.asarray(first * second * first.dtype.type(self.scale))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Kronecker:
         at = np.arange(self.shape[0])[rows]
         o2 = self.w2.shape[0]
         whole = self.w1[at // o2][:, :, None] * self.w2[at % o2][:, None, :]
-        return np.asarray(whole.reshape(len(at), -1)[:, columns] * np.float32(self.scale))
+        return np.asarray(whole.reshape(len(at), -1)[:, columns] * whole.dtype.type(self.scale))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Dense:
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
         """See Change."""
         flat = self.value.reshape(self.shape)
-        return np.asarray(flat[rows, columns] * np.float32(self.scale))
+        return np.asarray(flat[rows, columns] * flat.dtype.type(self.scale))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.checkpoint.rectangles import Matrix, Rectangle
+from lora_fx.checkpoint.rectangles import WINDOW, Matrix, Rectangle
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Array
 from lora_fx.numeric import numpy_dtype
@@ -30,7 +30,7 @@ class Stats:
 
     Attributes:
         elements: How many.
-        still: Those that have the same bits as before.
+        still: Those that did not move.
         weight: ‖W‖².
         delta: ‖Δ‖², Δ = what should have been added.
         along: ⟨W_new − W, Δ⟩; over `delta` it is the gain: 1 where all of Δ arrived.
@@ -111,17 +111,17 @@ class Fold:
         Raises:
             LoraFxError: A value that is no number, or beyond the range of the dtype.
         """
-        wide = np.dtype(np.float64 if old.dtype == np.float64 else np.float32)
+        wide = np.dtype(arithmetic(old.dtype.name, dtype))
         weight = space.array("weight", old.shape, wide)
         np.copyto(weight, old)
-        new, delta = self.sum(weight, low, space)
         result = space.array("result", old.shape, numpy_dtype(dtype))
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for below, and named
+        with np.errstate(all="ignore"):  # what is no number is looked for below, and named
+            new, delta = self.sum(weight, low, space)
             np.copyto(result, new, casting="unsafe")
             stats = _measured(old, weight, delta, result, space)
-        if not np.isfinite(stats.along + stats.weight):
-            weight = old.astype(wide)
-            raise self._error(weight, self.sum(weight, low, Space())[0], result, low)
+            if not np.isfinite(stats.along + stats.weight):
+                weight = old.astype(wide)
+                raise self._error(weight, self.sum(weight, low, Space())[0], result, low)
         return result, stats
 
     def sum(self, weight: Array, low: int, space: Space) -> tuple[Array, Array]:
@@ -133,10 +133,7 @@ class Fold:
             i, p = parts[0]
             whole = p.top <= low and high <= p.bottom and p.right - p.left == weight.shape[1]
             if whole and p.magnitude is None:
-                fits = weight.dtype == np.float32
-                delta = p.delta(
-                    low, high, space.array("delta", weight.shape, weight.dtype) if fits else None
-                )
+                delta = p.delta(low, high, space.array("delta", weight.shape, weight.dtype))
                 return np.add(weight, delta, out=new), delta
         np.copyto(new, weight)
         for i, p in parts:
@@ -144,13 +141,13 @@ class Fold:
             view = new[lo - low : hi - low, p.left : p.right]
             view += p.delta(lo, hi)
             if p.magnitude is not None:
-                view *= self._factor(i, p, view, lo, hi)
+                view *= self.factor(i, p, view, lo, hi)
         for row, value in self.rows.items():
             if low <= row < high:
-                new[row - low] = value
+                new[row - low] = value.reshape(-1)
         return new, new - weight
 
-    def _factor(self, i: int, p: Rectangle, sums: Array, lo: int, hi: int) -> Array:
+    def factor(self, i: int, p: Rectangle, sums: Array, lo: int, hi: int) -> Array:
         """DoRA's magnitude / ‖W + ΔW‖, shaped to multiply rows lo ≤ i < hi."""
         assert p.magnitude is not None
         if p.transposed:
@@ -196,8 +193,13 @@ def _measured(old: Array, weight: Array, delta: Array, result: Array, space: Spa
 
 
 def rows_per_block(columns: int) -> int:
-    """Rows of a block of about BLOCK elements."""
-    return max(1, BLOCK // max(1, columns))
+    """Rows of a block of about BLOCK elements; more for very wide tensors, never below WINDOW."""
+    return max(1, BLOCK // max(1, columns * WINDOW)) * WINDOW
+
+
+def arithmetic(source: str, dtype: str) -> type[np.floating[Any]]:
+    """What a tensor is folded in: fp32, or fp64 where it is stored so before or after."""
+    return np.float64 if "float64" in (source, dtype) else np.float32
 
 
 @contextlib.contextmanager

@@ -3,7 +3,10 @@
 Untouched tensors are compared byte by byte. Rows of every touched tensor are computed again in
 fp64, by the definition, and compared within what fp32 and one rounding allow:
 
-    |new − exact| ≤ ½ ulp(exact) + u·(|W| + (r + 3)·s·|B||A|),   u = 2⁻²³
+    |new − exact| ≤ ½ ulp(exact) + u·(|W| + |exact| + Σ (r + 3)·s·|B||A|)
+
+u is 2⁻²³, or 2⁻⁵² where the fold is done in fp64. DoRA's factor scales the bound, and its norm
+adds √columns·u·|exact|.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.checkpoint.blocks import Fold, Space, one_blas_thread, rows_per_block
+from lora_fx.checkpoint.blocks import Fold, Space, arithmetic, one_blas_thread, rows_per_block
 from lora_fx.checkpoint.copying import read_at, read_into
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.plan import Change, Plan
-from lora_fx.checkpoint.rectangles import Matrix, Rectangle
+from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
 from lora_fx.checkpoint.rows import column_norms, read_rows
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.lowrank import Array, LowRank
@@ -137,12 +140,7 @@ def _samples(change: Change, rows: int | None) -> Iterator[tuple[int, int]]:
 
 def _exact(fold: Fold, source: TensorInfo) -> Fold:
     """The same fold with every factor in fp64."""
-    parts = tuple(
-        dataclasses.replace(p, change=_wide(p.change), magnitude=_wide_array(p.magnitude))
-        for p in fold.matrix.parts
-    )
-    matrix = Matrix(fold.matrix.rows, fold.matrix.columns, parts)
-    return column_norms(Fold(fold.name, matrix, fold.rows), source)
+    return column_norms(Fold(fold.name, in_dtype(fold.matrix, np.float64), fold.rows), source)
 
 
 def _ratio(change: Change, exact: Fold, info: TensorInfo, low: int, high: int) -> float:
@@ -151,12 +149,19 @@ def _ratio(change: Change, exact: Fold, info: TensorInfo, low: int, high: int) -
     with open(change.source.file, "rb") as f, open(info.file, "rb") as g:
         old = read_rows(f.fileno(), change.source, low, high - low, columns).astype(np.float64)
         new = read_rows(g.fileno(), info, low, high - low, columns).astype(np.float64)
-    want, size = exact.sum(old, low, Space())
-    for p in exact.matrix.parts:
+    want = exact.sum(old, low, Space())[0]
+    size = np.abs(old)
+    for i, p in enumerate(exact.matrix.parts):
         lo, hi = max(low, p.top), min(high, p.bottom)
         if lo < hi:
-            size[lo - low : hi - low, p.left : p.right] = _size(p, lo, hi)
-    allowed = half_ulp(want, change.dtype) + 2.0**-23 * (np.abs(old) + np.abs(want) + size)
+            view = (slice(lo - low, hi - low), slice(p.left, p.right))
+            size[view] += _size(p, lo, hi)
+            if p.magnitude is not None:
+                factor = exact.factor(i, p, old[view] + p.delta(lo, hi), lo, hi)
+                size[view] *= np.abs(factor)
+                size[view] += np.sqrt(columns) * np.abs(want[view])
+    u = float(np.finfo(arithmetic(change.source.dtype, change.dtype)).eps)
+    allowed = half_ulp(want, change.dtype) + u * (np.abs(want) + size)
     error = np.abs(new - want)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error == 0.0, 0.0, error / allowed)
@@ -182,16 +187,3 @@ def half_ulp(x: Array, dtype: str) -> Array:
     _, exponent = np.frexp(np.abs(x))
     low = np.maximum(exponent - 1, int(info.minexp))
     return np.asarray(np.ldexp(0.5 * (1 + 2.0**-10), low - int(info.nmant)))
-
-
-def _wide(change: Any) -> Any:
-    arrays = {
-        f.name: _wide_array(getattr(change, f.name))
-        for f in dataclasses.fields(change)
-        if isinstance(getattr(change, f.name), np.ndarray)
-    }
-    return dataclasses.replace(change, **arrays)
-
-
-def _wide_array(array: Array | None) -> Array | None:
-    return None if array is None else array.astype(np.float64)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from lora_fx.lowrank import Array, LowRank
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.variant import Change, Dense
 from lora_fx.view import Region
+
+WINDOW = 16
+"""Rows that a product is computed for at least: BLAS sums few rows in another order than many."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,13 @@ class Rectangle:
     magnitude: Array | None = None
 
     def delta(self, low: int, high: int, out: Array | None = None) -> Array:
-        """ΔW of the tensor's rows low ≤ i < high, all within the rectangle; fp32.
+        """ΔW of the tensor's rows low ≤ i < high, all within the rectangle, in the factors' dtype.
 
         `out` may be an array of that shape to compute in.
         """
+        first = max(self.top, high - WINDOW)
+        if first < low:
+            return self.delta(first, high)[low - first :]
         rows, every = slice(low - self.top, high - self.top), slice(None)
         if self.transposed:
             return self.change.block(self.batch, every, rows).T
@@ -169,3 +176,22 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
         f"the changes of {name!r} take its axes in different ways: {sorted(sizes)}",
         "merge one adapter after the other",
     )
+
+
+def in_dtype(matrix: Matrix, dtype: type[np.floating[Any]]) -> Matrix:
+    """The same with every factor in `dtype`, which is what ΔW is then computed in."""
+    parts = tuple(
+        replace(p, change=_cast(p.change, dtype), magnitude=_array(p.magnitude, dtype))
+        for p in matrix.parts
+    )
+    return Matrix(matrix.rows, matrix.columns, parts)
+
+
+def _cast(change: Any, dtype: type[np.floating[Any]]) -> Any:
+    arrays = {f.name: getattr(change, f.name) for f in fields(change)}
+    wide = {k: _array(v, dtype) for k, v in arrays.items() if isinstance(v, np.ndarray)}
+    return replace(change, **wide) if any(wide[k] is not arrays[k] for k in wide) else change
+
+
+def _array(array: Array | None, dtype: type[np.floating[Any]]) -> Array | None:
+    return None if array is None else array.astype(dtype, copy=False)

@@ -38,5 +38,9 @@ def read_rows(
     """Rows low ≤ i < low + count of a stored tensor that is seen with `columns` columns."""
     old = (space or Space()).array("old", (count, columns), numpy_dtype(info.dtype))
     row = old.itemsize * columns
-    read_into(fd, old.view(np.uint8).reshape(-1).data, info.start + low * row)
+    try:
+        read_into(fd, old.view(np.uint8).reshape(-1).data, info.start + low * row)
+    except OSError as error:  # says which file, as a descriptor cannot
+        error.filename = str(info.file)
+        raise
     return old
