@@ -67,7 +67,7 @@ def match(
     notes: list[str] = []
     rename = _renaming(adapter, tensors, notes)
     placed, lost = [], []
-    turned = _orientation(adapter, tensors, config, rename)
+    turned = _orientation(adapter, tensors, config, rename, where, notes)
     for key, entry in adapter.entries.items():
         name = rename(_name(key, entry, tensors))
         if name not in tensors:
@@ -179,22 +179,43 @@ def _orientation(
     tensors: Mapping[str, TensorInfo],
     config: Mapping[str, Any],
     rename: _Renaming,
+    where: str,
+    notes: list[str],
 ) -> frozenset[int]:
     """Numbers of dimensions whose square weights are stored [in, out]."""
     votes: dict[int, set[bool]] = {2: set(), 3: set()}
+    square: list[str] = []
     for key, entry in adapter.entries.items():
         info, sides = tensors.get(rename(base_name(key))), _sides(entry)
-        if info is None or sides is None or _lookup(entry) or sides[0] == sides[1]:
+        if info is None or sides is None or _lookup(entry):
+            continue
+        if sides[0] == sides[1]:
+            square += [key] if info.shape == sides else []
             continue
         matrix = info.shape[-2:] if len(info.shape) > 1 else ()
         if matrix in (sides, sides[::-1]):
             votes.setdefault(len(info.shape), set()).add(matrix == sides[::-1])
     flag = bool(adapter.metadata.get("fan_in_fan_out"))
     kind = config.get("model_type")
-    otherwise = {2: flag or kind in CONV1D_MODELS, 3: kind in TURNED_EXPERTS}
+    if flag and square and (votes[2] == {False} or (not votes[2] and kind and not _conv1d(kind))):
+        raise LoraFxError(
+            f"{where}: the adapter has fan_in_fan_out, but the model's weights are [out, in]; "
+            f"{square[0]!r} is square, so that its shape cannot tell",
+            "set fan_in_fan_out to false in adapter_config.json if the model's layers are Linear",
+        )
+    if square and not votes[2] and not flag and not kind:
+        notes.append(
+            f"{where}: nothing says how square weights are stored, {square[0]} among them; taken "
+            "as [out, in]"
+        )
+    otherwise = {2: flag or _conv1d(kind), 3: kind in TURNED_EXPERTS}
     return frozenset(
         n for n, seen in votes.items() if (True in seen if len(seen) == 1 else otherwise.get(n))
     )
+
+
+def _conv1d(kind: object) -> bool:
+    return isinstance(kind, str) and kind in CONV1D_MODELS
 
 
 def _bound(
@@ -207,9 +228,10 @@ def _bound(
             raise _misfit(key, info, f"a whole tensor {list(entry.value.shape)}", _grown(entry))
         return entry
     if isinstance(entry, Rows):
-        dims = tuple(entry.value.shape[1:])
-        if dims != shape[1:] or not all(0 <= i < shape[0] for i in entry.index):
-            raise _misfit(key, info, f"rows {list(entry.value.shape)} up to {max(entry.index)}", "")
+        fits = shape and shape == info.shape and tuple(entry.value.shape[1:]) == shape[1:]
+        if not fits or not all(0 <= i < shape[0] for i in entry.index):
+            last = max(entry.index, default=-1)
+            raise _misfit(key, info, f"rows {list(entry.value.shape)} up to {last}", "")
         return entry
     if entry.layout is not None:
         if entry.layout.stored != shape:

@@ -8,41 +8,41 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter
-from lora_fx.checkpoint.blocks import Fold
+from lora_fx.checkpoint.change import Change, change_of
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.match import Placed, match, named
 from lora_fx.checkpoint.provenance import adapter_hash, refuse_again
-from lora_fx.checkpoint.quantised import refuse_quantised
-from lora_fx.checkpoint.rectangles import Matrix, joined, region
-from lora_fx.checkpoint.strict import DTYPES, TensorInfo
+from lora_fx.checkpoint.quantised import refuse_codes
+from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import Tie, tie_of
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array, Full, LowRank
+from lora_fx.lowrank import LowRank
 from lora_fx.mix import mix
 from lora_fx.target import human, table
-from lora_fx.variant import Rows, name_of
 
-BITS = dict(DTYPES.values())
+__all__ = ["HOWS", "Change", "Given", "Options", "Plan", "make_plan"]
 HOWS = ("sum", "cat", "linear", "svd")
 
 
 @dataclass(frozen=True)
 class Given:
-    """An adapter, its weight, what it is called in messages, and its hash without the weight."""
+    """An adapter, its weight, its name in messages, its hash without the weight, its path."""
 
     adapter: Adapter
     weight: float
     where: str
     hash: str
+    path: Path | None = None
 
     @classmethod
-    def of(cls, adapter: Adapter, weight: float, where: str) -> Given:
+    def of(cls, adapter: Adapter, weight: float, where: str, path: Path | None = None) -> Given:
         """With its hash."""
-        return cls(adapter, weight, where, adapter_hash(adapter))
+        return cls(adapter, weight, where, adapter_hash(adapter), path)
 
 
 @dataclass(frozen=True)
@@ -56,34 +56,6 @@ class Options:
     untie: bool = False
     add: bool = False
     again: bool = False
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of one tensor of the output.
-
-    Attributes:
-        name: In the output.
-        source: Where the base's tensor lies.
-        dtype: Of the output.
-        shape: Of both.
-        fold: W + Δ; None where the tensor is replaced whole.
-        value: The whole new tensor; None where it is folded.
-        what: For people: the kinds, ranks and scales of its updates.
-    """
-
-    name: str
-    source: TensorInfo
-    dtype: str
-    shape: tuple[int, ...]
-    fold: Fold | None = None
-    value: Array | None = None
-    what: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Of the output."""
-        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -165,16 +137,17 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
         raise LoraFxError(f"no mix {options.how!r}", f"the mixes are {', '.join(HOWS)}")
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
-    refuse_again(base, [(g.where, g.hash) for g in given], again=options.again)
+    _check_given(base, given, options)
     given = [replace(g, adapter=named(g.adapter, base.tensors)) for g in given]
     config, notes = base.config(), []
     placed: list[Placed] = []
     weighted = _weighted(given, options)
     tie = tie_of(base.tensors, config, [k for a, _ in weighted for k in a.entries])
     known = dict(base.tensors)
-    if tie is not None and not tie.stored:
+    if tie is not None and tie.head and not tie.stored:
         known[tie.head] = base.tensors[tie.table]
     for adapter, where in weighted:
+        refuse_codes(adapter.entries, base, config)
         new = _new(adapter, base) if options.add else {}
         here, said = match(
             adapter, {**known, **new}, config, str(base.path), allow_unused=options.allow_unused
@@ -196,9 +169,27 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
     changes = {}
     for name in (*(n for n in base.tensors if n in by_tensor), *(n for n in sources)):
         info = sources.get(name) or base.tensors[name]
-        changes[name] = _change(name, info, by_tensor.get(name, []), base, options.dtype)
+        changes[name] = change_of(name, info, by_tensor.get(name, []), base, options.dtype)
     homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
     return Plan(base, tuple(given), changes, homes, tie, tuple(dict.fromkeys(notes)), options)
+
+
+def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> None:
+    """Raise for weights that are no numbers, and for an adapter that is merged twice."""
+    if options.rank is not None and options.rank < 1:
+        raise LoraFxError(f"rank is {options.rank}; expected 1 or more")
+    seen: dict[str, str] = {}
+    for g in given:
+        if not math.isfinite(g.weight):
+            raise LoraFxError(f"{g.where}: its weight is {g.weight:g}; expected a finite number")
+        if g.hash in seen and not options.again:
+            other = seen[g.hash]
+            raise LoraFxError(
+                f"{g.where} is given twice{'' if g.where == other else f', as {other} too'}",
+                "give it once, with the sum of the weights; --again merges it twice",
+            )
+        seen[g.hash] = g.where
+    refuse_again(base, [(g.where, g.hash) for g in given], again=options.again)
 
 
 def _weighted(given: Sequence[Given], options: Options) -> list[tuple[Adapter, str]]:
@@ -214,10 +205,14 @@ def _weighted(given: Sequence[Given], options: Options) -> list[tuple[Adapter, s
 def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     """Whole tensors that the base lacks, such as a new head, in the dtype of most of the base."""
     shard = base.folder / list(base.shards)[-1]
-    dtypes = [t.dtype for t in base.tensors.values()]
-    dtype = max(set(dtypes), key=dtypes.count)
+    dtypes = [t.dtype for t in base.tensors.values() if t.dtype in WEIGHTS] or ["float32"]
+    dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
+
+    def kept(name: str) -> str:
+        return dtype if name in WEIGHTS else name
+
     return {
-        key: TensorInfo(dtype, tuple(full.value.shape), shard, 0, 0)
+        key: TensorInfo(kept(full.value.dtype.name), tuple(full.value.shape), shard, 0, 0)
         for key, full in adapter.full.items()
         if key not in base.tensors
     }
@@ -228,6 +223,12 @@ def _needs_untying(placed: Sequence[Placed], tie: Tie, base: Checkpoint, *, unti
     ours = [p for p in placed if p.tensor in (tie.table, tie.head)]
     if not ours or all(_everywhere(p) for p in ours):
         return False
+    if untie and not tie.head:
+        raise LoraFxError(
+            f"{base.path}: {tie.table!r} is the output head too, and what a head of its own would "
+            "be called is not known",
+            "save the base with tie_word_embeddings false first, then merge",
+        )
     if not untie:
         raise LoraFxError(
             f"{base.path}: {ours[0].key!r} is one of two uses of a tied tensor "
@@ -241,56 +242,3 @@ def _needs_untying(placed: Sequence[Placed], tie: Tie, base: Checkpoint, *, unti
 def _everywhere(p: Placed) -> bool:
     """True for an update that was trained in both uses at once."""
     return isinstance(p.entry, LowRank) and bool(p.entry.extra.get("tied"))
-
-
-def _change(
-    name: str, info: TensorInfo, placed: Sequence[Placed], base: Checkpoint, dtype: str | None
-) -> Change:
-    """All updates of one tensor."""
-    whole = [p for p in placed if isinstance(p.entry, Full)]
-    if whole and len(placed) > 1:
-        raise LoraFxError(
-            f"{base.path}: {name!r} is replaced whole by {whole[0].key!r} and changed by another "
-            "update too",
-            "merge one adapter after the other",
-        )
-    if whole:
-        entry = whole[0].entry
-        assert isinstance(entry, Full)
-        return Change(
-            name,
-            info,
-            _stored(info, dtype),
-            info.shape,
-            value=entry.value,
-            what=("replaced whole",),
-        )
-    refuse_quantised(name, info, base)
-    rows: dict[int, Array] = {}
-    matrices: list[Matrix] = []
-    for p in placed:
-        if isinstance(p.entry, Rows):
-            rows |= dict(zip(p.entry.index, p.entry.value, strict=True))
-            continue
-        assert not isinstance(p.entry, Full)
-        matrices.append(region(info.shape, p.bounds, p.entry))
-    if rows or not matrices:
-        matrices.append(Matrix(info.shape[0], math.prod(info.shape[1:]), ()))
-    fold = Fold(name, joined(name, matrices), rows)
-    return Change(
-        name, info, _stored(info, dtype), info.shape, fold, what=tuple(map(_said, placed))
-    )
-
-
-def _stored(info: TensorInfo, dtype: str | None) -> str:
-    return dtype if dtype and info.dtype in WEIGHTS else info.dtype
-
-
-def _said(p: Placed) -> str:
-    entry = p.entry
-    if isinstance(entry, Rows):
-        return f"{len(entry.index)} rows"
-    assert not isinstance(entry, Full)
-    rank = f" rank {entry.rank}" if hasattr(entry, "rank") else ""
-    part = p.key[p.key.index("[") :] if p.key.endswith("]") else ""
-    return f"{name_of(entry)}{part}{rank} scale {entry.scale:.6g}"

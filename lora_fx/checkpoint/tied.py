@@ -20,9 +20,23 @@ _TIES = re.compile(
 )
 
 
+_NAMES = {
+    "model.embed_tokens.weight": "lm_head.weight",
+    "model.language_model.embed_tokens.weight": "lm_head.weight",
+    "transformer.wte.weight": "lm_head.weight",
+    "transformer.word_embeddings.weight": "lm_head.weight",
+    "gpt_neox.embed_in.weight": "embed_out.weight",
+}
+"""Table → what transformers calls the head when it is not tied."""
+_OPT = ("OPTForCausalLM", "model.decoder.embed_tokens.weight")
+
+
 @dataclass(frozen=True)
 class Tie:
-    """The table's name; the head's, as stored or as it would be called; whether it is stored."""
+    """The table's name; the head's, as stored or as it would be called; whether it is stored.
+
+    The head's name is empty where it is not known.
+    """
 
     table: str
     head: str
@@ -53,5 +67,8 @@ def tie_of(
         return Tie(tables[0], heads[0], True) if said else None
     named = config.get("architectures") or []
     generates = any(isinstance(a, str) and _TIES.search(a) for a in named)
-    head = next((k for k in keys if _HEAD.search(k)), "lm_head.weight")
+    head = next((k for k in keys if _HEAD.search(k)), "")
+    generator = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in named)
+    if not head and (generator or tables[0] == "model.language_model.embed_tokens.weight"):
+        head = "lm_head.weight" if (*named, tables[0]) == _OPT else _NAMES.get(tables[0], "")
     return Tie(tables[0], head, False) if said or generates else None
