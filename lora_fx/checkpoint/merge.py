@@ -6,6 +6,7 @@ W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,11 +106,13 @@ def run(
     target = Path(out)
     try:
         check_output(target, force=force)
-        check_space(target.parent, plan.disk)
+        _check_apart(plan, target)
+        check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:
             threads = workers or cores()
             stats = write(plan, stage, workers=threads, link=link, progress=progress)
-            if stats and not any(s.still < s.elements for s in stats.values()) and not _whole(plan):
+            moved = any(s.still < s.elements and s.delta for s in stats.values())
+            if stats and not moved and not _whole(plan):
                 raise NoEffectError(
                     f"{target}: not written: no element of {len(stats)} tensors would change",
                     "is the adapter untrained, or its weight 0? a wider --dtype keeps small ones",
@@ -142,15 +145,33 @@ def _given(adapters: Any) -> list[Given]:
         adapters = [adapters]
     given = []
     for item in adapters:
-        adapter, weight = item if isinstance(item, tuple) else (item, 1.0)
-        where = "the adapter"
+        adapter, weight = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
+        where, path = "the adapter", None
+        known = isinstance(adapter, (str, os.PathLike, Adapter))
+        if not known or not isinstance(weight, (int, float)):
+            raise LoraFxError(
+                f"{item!r} is no adapter to merge",
+                "give paths and Adapters, or pairs of one and its weight, in a list",
+            )
         if not isinstance(adapter, Adapter):
             from lora_fx.formats.io import load_adapter
 
-            where = str(adapter)
+            where, path = str(adapter), Path(adapter)
             adapter = load_adapter(adapter)
-        given.append(Given.of(adapter, float(weight), where))
+        given.append(Given.of(adapter, float(weight), where, path))
     return given
+
+
+def _check_apart(plan: Plan, target: Path) -> None:
+    """Raise where writing the output would change an input."""
+    out, base = target.resolve(), plan.base.path.resolve()
+    for path in (base, *(g.path.resolve() for g in plan.given if g.path)):
+        inside = path == base and base.is_dir() and base in out.parents
+        if out == path or out in path.parents or inside:
+            raise LoraFxError(
+                f"{target}: the output {'lies in' if inside else 'would replace'} the input {path}",
+                "inputs are never changed: choose another output",
+            )
 
 
 def _whole(plan: Plan) -> bool:
@@ -163,7 +184,8 @@ def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
         row: dict[str, Any] = {"key": change.name, "updates": list(change.what)}
         s = stats.get(change.name)
         if s is not None:
-            row |= {"ratio": s.ratio, "lost": s.lost, "gain": s.gain}
+            ratio = s.ratio if math.isfinite(s.ratio) else None  # of a tensor of zeros
+            row |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
         rows.append(row | {"dtype": change.dtype})
     low = [(s.gain, n) for n, s in stats.items() if s.gain < GAIN]
     if low:
@@ -188,6 +210,13 @@ def _said(plan: Plan) -> list[str]:
     if left:
         some = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         said.append(f"not copied, hidden or other copies of the weights: {some}")
+    config = plan.base.config()
+    said_dtype = config.get("dtype") or config.get("torch_dtype")
+    if plan.options.dtype and said_dtype not in (None, plan.options.dtype):
+        said.append(
+            f"config.json still says dtype {said_dtype}: transformers rounds to it when it loads, "
+            "unless it is told another"
+        )
     if plan.tie is not None:
         said.append(f"untied: {plan.tie.head} is a tensor of its own, as config.json now says")
     return said
@@ -199,6 +228,7 @@ def lines(report: Report) -> str:
     for r in report.details["tensors"]:
         numbers = ("", "", "")
         if "ratio" in r:
-            numbers = (f"{r['ratio']:.2e}", f"{r['lost']:.1%}", f"{r['gain']:.3f}")
+            ratio = "∞" if r["ratio"] is None else f"{r['ratio']:.2e}"
+            numbers = (ratio, f"{r['lost']:.1%}", f"{r['gain']:.3f}")
         rows.append((r["key"], "; ".join(r["updates"]), *numbers))
     return "\n".join([*table([(*r,) for r in rows]), f"wrote {report.outputs[0]}"])

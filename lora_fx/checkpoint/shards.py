@@ -73,7 +73,9 @@ def lay_out(
         )
         at += size
     place = {s.name: s for s in slots}
-    entries: dict[str, Any] = {"__metadata__": {**header.metadata, METADATA: text}}
+    # A file without metadata loads in transformers, one without this of its metadata does not.
+    metadata = header.metadata or {"format": "pt"}
+    entries: dict[str, Any] = {"__metadata__": {**metadata, METADATA: text}}
     for n in (*header.tensors, *(c.name for c in new)):
         s = place[n]
         entries[n] = {

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from lora_fx.checkpoint.beside import copy_companions, hard_link, write_index
 from lora_fx.checkpoint.blocks import Fold, Space, Stats, one_blas_thread, rows_per_block
 from lora_fx.checkpoint.copying import copy_range, preallocate, reflink, write_at
 from lora_fx.checkpoint.plan import Change, Plan
@@ -32,6 +33,8 @@ CHUNK = 64 << 20
 """Bytes of one copy job."""
 RUN = 16
 """Blocks of one fold job."""
+WAITING = 16
+"""Jobs a thread that are made ahead: all jobs of a large checkpoint would take memory."""
 Done = tuple[int, str, Stats | None]
 """What a job says: bytes written, the tensor, what changed in it."""
 Job = Callable[[], Done]
@@ -81,8 +84,8 @@ def write(
     with contextlib.ExitStack() as stack:
         _Run(plan, stack, workers, progress).go(touched, rest, stats, link=link)
     if plan.base.path.is_dir():
-        _companions(plan, folder)
-        _index(plan, folder, touched)
+        copy_companions(plan, folder)
+        write_index(plan, folder)
     return stats
 
 
@@ -110,30 +113,37 @@ class _Run:
         link: bool,
     ) -> None:
         """Files are made at their full size, filled by the threads, and get their headers."""
-        jobs: list[Job] = []
-        for name, path in rest:
-            jobs += self._copies(self.plan.base.folder / name, path, link=link)
+        jobs = [self._copies(self.plan.base.folder / n, path, link=link) for n, path in rest]
         fds = [(shard, self._create(shard.target, shard.size)) for shard in touched]
-        for shard, fd in fds:
-            jobs += self._jobs(shard, fd)
+        jobs += [self._jobs(shard, fd) for shard, fd in fds]
         self.total = sum(s.size for s in touched) + sum(
             (self.plan.base.folder / n).stat().st_size for n, _ in rest
         )
         with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(job) for job in jobs]
             try:
-                for future in as_completed(futures):
-                    count, name, found = future.result()
-                    if found is not None:
-                        stats.setdefault(name, Stats()).add(found)
-                    self.done += count
-                    if self.progress is not None:
-                        self.progress(self.done, self.total)
+                self._work(pool, itertools.chain.from_iterable(jobs), stats)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         for shard, fd in fds:
             write_at(fd, shard.head, 0)
+
+    def _work(self, pool: ThreadPoolExecutor, jobs: Iterable[Job], stats: dict[str, Stats]) -> None:
+        """Run the jobs; sums are added up in their order, so that two runs report the same."""
+        waiting: deque[Future[Done]] = deque()
+        for job in itertools.chain(jobs, itertools.repeat(None)):
+            if job is not None:
+                waiting.append(pool.submit(job))
+                if len(waiting) < WAITING * self.workers:
+                    continue
+            if not waiting:
+                return
+            count, name, found = waiting.popleft().result()
+            if found is not None:
+                stats.setdefault(name, Stats()).add(found)
+            self.done += count
+            if self.progress is not None:
+                self.progress(self.done, self.total)
 
     def _create(self, path: Path, size: int) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,13 +160,14 @@ class _Run:
         return self.sources[path]
 
     def _copies(self, source: Path, target: Path, *, link: bool) -> Iterator[Job]:
-        """Jobs that copy a whole file, in the cheapest way there is."""
+        """Jobs that copy a whole file, in the cheapest way there is; the file is made at once."""
         target.parent.mkdir(parents=True, exist_ok=True)
         size = source.stat().st_size
         if link:
-            os.link(os.path.realpath(source), target)
+            hard_link(source, target)
         elif not reflink(source, target):
-            yield from self._range(self._open(source), self._create(target, size), 0, 0, size)
+            return self._range(self._open(source), self._create(target, size), 0, 0, size)
+        return iter(())
 
     def _range(self, source: int, target: int, start: int, at: int, count: int) -> Iterator[Job]:
         for i in range(0, count, CHUNK):
@@ -219,36 +230,3 @@ def _copied(source: int, target: int, start: int, at: int, count: int) -> Done:
 def _bytes(array: Array) -> memoryview:
     """The bytes of an array in order; numpy's own buffers do not know bf16."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
-
-
-def _companions(plan: Plan, folder: Path) -> None:
-    """Configs, tokenizer and whatever else belongs to the folder."""
-    for name in plan.base.companions()[0]:
-        data = (plan.base.path / name).read_bytes()
-        if str(name) == "config.json" and plan.tie is not None:
-            config = json.loads(data)
-            config["tie_word_embeddings"] = False
-            if isinstance(config.get("text_config"), dict):
-                config["text_config"]["tie_word_embeddings"] = False
-            data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-
-
-def _index(plan: Plan, folder: Path, touched: list[Shard]) -> None:
-    """The index, byte for byte where it still holds, else with its sums and new names."""
-    if plan.base.index is None:
-        return
-    same = not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values())
-    data = plan.base.index.read_bytes()
-    if not same:
-        index = json.loads(data)
-        index["weight_map"] |= dict(plan.added)
-        metadata = index.get("metadata")
-        if isinstance(metadata, dict) and "total_size" in metadata:
-            sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
-            sizes |= {n: c.nbytes for n, c in plan.changes.items()}
-            metadata["total_size"] = sum(sizes.values())
-        data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-    (folder / plan.base.index.name).write_bytes(data)

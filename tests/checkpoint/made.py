@@ -21,7 +21,7 @@ CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16
 
 
 def raw(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None, pad: int = 0) -> bytes:
-    """A safetensors file in the order given; `pad` spaces end the header, so its length may be odd."""
+    """A safetensors file in the order given; `pad` spaces end its header, for an odd length."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     at = 0
     for name, array in tensors.items():
@@ -42,7 +42,7 @@ def checkpoint(
     shards: int = 1,
     *,
     config: Mapping[str, Any] | None = None,
-    metadata: Mapping[str, str] | None = {"format": "pt"},  # noqa: B006
+    metadata: Mapping[str, str] | None = {"format": "pt"},
     pad: int = 0,
 ) -> Path:
     """A file where the path ends in .safetensors, else a folder with one file or shards."""
@@ -56,7 +56,7 @@ def checkpoint(
     if shards == 1:
         (path / "model.safetensors").write_bytes(raw(tensors, metadata, pad))
         return path
-    home = {}
+    home: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         mine = names[i::shards]

@@ -1,0 +1,69 @@
+"""What lies beside a merged checkpoint's shards: companions, the index, links to old shards."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+from lora_fx.checkpoint.plan import Plan
+from lora_fx.errors import LoraFxError
+
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
+
+
+def hard_link(source: Path, target: Path) -> None:
+    """Give a shard's inode a second name.
+
+    Raises:
+        LoraFxError: The file systems cannot.
+    """
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise LoraFxError(
+            f"{source}: cannot be linked into the output: {error.strerror}",
+            "hard links need one file system that has them; leave --link out to copy",
+        ) from error
+
+
+def copy_companions(plan: Plan, folder: Path) -> None:
+    """Configs, tokenizer and whatever else belongs to the folder."""
+    for name in plan.base.companions()[0]:
+        source, target = plan.base.path / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if str(name) == "config.json" and plan.tie is not None:
+            config = json.loads(source.read_bytes())
+            config["tie_word_embeddings"] = False
+            if isinstance(config.get("text_config"), dict):
+                config["text_config"]["tie_word_embeddings"] = False
+            target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+        else:
+            shutil.copyfile(source, target)
+
+
+def write_index(plan: Plan, folder: Path) -> None:
+    """The index, byte for byte where it still holds, else with its sums and new names."""
+    if plan.base.index is None:
+        return
+    same = not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values())
+    data = plan.base.index.read_bytes()
+    if not same:
+        index = json.loads(data)
+        index["weight_map"] |= dict(plan.added)
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
+            sizes |= {n: c.nbytes for n, c in plan.changes.items()}
+            metadata["total_size"] = sum(sizes.values())
+        if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
+            metadata["total_parameters"] += sum(
+                math.prod(plan.changes[n].shape) for n in plan.added
+            )
+        data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    (folder / plan.base.index.name).write_bytes(data)
