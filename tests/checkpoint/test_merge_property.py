@@ -17,7 +17,9 @@ from lora_fx.numeric import numpy_dtype
 from tests.checkpoint.made import Array, read
 from tests.checkpoint.merge_cases import Case, build, cases
 
-NARROW = ("float16", "bfloat16")
+NOT_NEAREST = {"bfloat16": 5e-5, "float16": 3e-4}
+"""Share of elements that may miss the nearest value: fp32 has 2¹⁶ values between two of bf16 and
+2¹³ between two of fp16, where the fp32 sum's own rounding to a tie misses 2⁻¹⁴ of them already."""
 
 
 def spacing(x: Array, dtype: str) -> Array:
@@ -68,10 +70,8 @@ def check(case: Case, folder: Path, counts: Counter[str]) -> None:
         allowed = np.maximum(spacing(want, dtype), 32 * (2.0**-52 if fp64 else 2.0**-23) * size)
         assert (gap <= allowed).all(), f"{name}: {np.max(gap / allowed):.3g} times what is allowed"
         counts[dtype] += new.size
-        if dtype in NARROW:
-            counts["elements"] += new.size
-            counts["not nearest"] += int(np.count_nonzero(~nearest(new, want)))
-            counts["beyond one ulp"] += int(np.count_nonzero(gap > spacing(want, dtype)))
+        counts[f"{dtype} not nearest"] += int(np.count_nonzero(~nearest(new, want)))
+        counts[f"{dtype} beyond 1 ulp"] += int(np.count_nonzero(gap > spacing(want, dtype)))
 
 
 @pytest.mark.parametrize("examples", [100, pytest.param(500, marks=pytest.mark.slow)])
@@ -92,6 +92,7 @@ def test_every_case_is_the_exact_sum_rounded_once(examples: int) -> None:
 
     run()
     print(dict(counts))
-    assert counts["elements"] > 500 * examples
-    assert counts["not nearest"] <= 5e-5 * counts["elements"]
-    assert counts["beyond one ulp"] <= 1e-6 * counts["elements"]
+    for dtype, share in NOT_NEAREST.items():
+        assert counts[dtype] > 200 * examples
+        assert counts[f"{dtype} not nearest"] <= share * counts[dtype]
+        assert counts[f"{dtype} beyond 1 ulp"] <= 1e-5 * counts[dtype]
