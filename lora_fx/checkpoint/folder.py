@@ -151,7 +151,9 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
         for name, info in header.tensors.items():
             here = home.get(name, shard) == shard
             if here and name in result:
-                raise LoraFxError(f"{index}: tensor {name!r} is in two shards and in no line of it")
+                raise LoraFxError(
+                    f"{index}: tensor {name!r} is in two shards and in no line of it", AGAIN
+                )
             if here:
                 result[name] = info
     lost = next((n for n in home if n not in result), None)

@@ -154,7 +154,10 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
         )
         notes += [*adapter.metadata.get("notes", ()), *said, *(f"added: {n}" for n in new)]
         if not here:
-            raise LoraFxError(f"{where}: none of its keys is in {base.path}")
+            raise LoraFxError(
+                f"{where}: none of its keys is in {base.path}",
+                "is it the adapter of another model?",
+            )
         placed += here
         known |= new
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
@@ -177,11 +180,14 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
 def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> None:
     """Raise for weights that are no numbers, and for an adapter that is merged twice."""
     if options.rank is not None and options.rank < 1:
-        raise LoraFxError(f"rank is {options.rank}; expected 1 or more")
+        raise LoraFxError(f"rank is {options.rank}; expected 1 or more", "for example --rank 16")
     seen: dict[str, str] = {}
     for g in given:
         if not math.isfinite(g.weight):
-            raise LoraFxError(f"{g.where}: its weight is {g.weight:g}; expected a finite number")
+            raise LoraFxError(
+                f"{g.where}: its weight is {g.weight:g}; expected a finite number",
+                "for example ADAPTER:0.5",
+            )
         if g.hash in seen and not options.again:
             other = seen[g.hash]
             raise LoraFxError(
@@ -196,7 +202,10 @@ def _weighted(given: Sequence[Given], options: Options) -> list[tuple[Adapter, s
     """The adapters to add one after the other: as given, or their one mix."""
     if len(given) == 1 or options.how in ("sum", "cat"):
         if options.rank is not None:
-            raise LoraFxError("only an svd mix of several adapters has a rank to choose")
+            raise LoraFxError(
+                "only an svd mix of several adapters has a rank to choose",
+                "--how svd, or no --rank",
+            )
         return [(g.adapter.weighted(g.weight), g.where) for g in given]
     parts = [(g.adapter, g.weight) for g in given]
     return [(mix(parts, options.how, options.rank), " + ".join(g.where for g in given))]

@@ -1,4 +1,4 @@
-"""Random merges, and what each should give: W + Σ w·s·BA in fp64, by definition, tensor by tensor."""
+"""Random merges, and what each should give: W + Σ w·s·BA in fp64, by definition."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def tensor(draw: Any, i: int, kinds: tuple[str, ...]) -> Tensor:
         extent = (low, draw(st.integers(low + 1, out)), left, draw(st.integers(left + 1, in_)))
     else:
         extent = ()
-    return Tensor(f"m.{i}.{kind.split()[0]}.weight", kind, draw(st.sampled_from(DTYPES)), out, in_, extent)
+    return Tensor(
+        f"m.{i}.{kind.split()[0]}.weight", kind, draw(st.sampled_from(DTYPES)), out, in_, extent
+    )
 
 
 @st.composite
