@@ -58,11 +58,10 @@ def command(
     lora-fx merge ./llama ./adapter -o ./merged
     lora-fx merge ./llama style:0.7 task -o ./merged --dry-run
     """
-    from lora_fx.checkpoint.merge import lines, plan_merge, run
-    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.checkpoint.merge import check_target, lines, plan_merge, run
 
     if not dry_run:
-        check_output(out, force=force)
+        check_target(out, force=force)
     plan = plan_merge(base, [split_weight(a) for a in adapters], **options)
     inputs = [{"base": base, "adapters": list(adapters)}]
     if dry_run:

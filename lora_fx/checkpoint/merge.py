@@ -5,10 +5,11 @@ W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def merge(
         LoraFxError: Every reason not to merge; nothing is written.
         NoEffectError: Every element of the output would be what it was.
     """
-    check_output(out, force=force)
+    check_target(out, force=force)
     plan = plan_merge(
         base, adapters, how=how, rank=rank, dtype=dtype, allow_unused=allow_unused,
         untie=untie, add=add, again=again,
@@ -87,10 +88,16 @@ def plan_merge(
     **options: Any,
 ) -> Plan:
     """What `merge` with these options would do; nothing is written."""
-    checkpoint = open_checkpoint(Path(base))
     if options.get("dtype") not in (None, *DTYPES):
         raise LoraFxError(f"no dtype {options['dtype']!r}", f"one of {', '.join(DTYPES)}")
-    return make_plan(checkpoint, _given(adapters), Options(**options))
+    with _explained(base):
+        return make_plan(open_checkpoint(Path(base)), _given(adapters), Options(**options))
+
+
+def check_target(out: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Refuse an output that cannot be made, before any work is done."""
+    with _explained(out):
+        check_output(out, force=force)
 
 
 def run(
@@ -104,7 +111,7 @@ def run(
 ) -> Report:
     """Carry out a plan; see `merge`."""
     target = Path(out)
-    try:
+    with _explained(target):
         check_output(target, force=force)
         _check_apart(plan, target)
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
@@ -128,9 +135,16 @@ def run(
                 # Without the path: equal inputs give equal folders.
                 text = json.dumps({**report.to_json(), "outputs": []}, indent=1) + "\n"
                 (stage / REPORT).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise explain(error, error.filename or target) from error
     return report
+
+
+@contextlib.contextmanager
+def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the operating system as LoraFxErrors that name the file, else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, error.filename or path) from error
 
 
 def cores() -> int:

@@ -26,6 +26,7 @@ from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.provenance import record
 from lora_fx.checkpoint.rows import column_norms, read_rows
 from lora_fx.checkpoint.shards import Shard, Slot, lay_out
+from lora_fx.checkpoint.strict import Header
 from lora_fx.lowrank import Array
 from lora_fx.numeric import numpy_dtype
 
@@ -72,12 +73,12 @@ def write(
     )
     single = not plan.base.path.is_dir()
     touched: list[Shard] = []
-    rest: list[tuple[str, Path]] = []
+    rest: list[tuple[Header, str, Path]] = []
     for name, header in plan.base.shards.items():
         target = stage if single else folder / name
         shard = lay_out(plan, plan.base.folder / name, target, name, header, text)
         if shard is None:
-            rest.append((name, target))
+            rest.append((header, name, target))
         else:
             touched.append(shard)
     stats: dict[str, Stats] = {}
@@ -103,21 +104,23 @@ class _Run:
         self.progress, self.done, self.total = progress, 0, 1
         self.spaces = threading.local()
         self.sources: dict[Path, int] = {}
+        self.heads: list[tuple[int, int, int]] = []  # (source, target, bytes) of copied files
 
     def go(
         self,
         touched: list[Shard],
-        rest: list[tuple[str, Path]],
+        rest: list[tuple[Header, str, Path]],
         stats: dict[str, Stats],
         *,
         link: bool,
     ) -> None:
         """Files are made at their full size, filled by the threads, and get their headers."""
-        jobs = [self._copies(self.plan.base.folder / n, path, link=link) for n, path in rest]
+        base = self.plan.base.folder
+        jobs = [self._copies(base / n, path, head.data, link=link) for head, n, path in rest]
         fds = [(shard, self._create(shard.target, shard.size)) for shard in touched]
         jobs += [self._jobs(shard, fd) for shard, fd in fds]
         self.total = sum(s.size for s in touched) + sum(
-            (self.plan.base.folder / n).stat().st_size for n, _ in rest
+            (base / n).stat().st_size for _, n, _ in rest
         )
         with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
             try:
@@ -127,6 +130,10 @@ class _Run:
                 raise
         for shard, fd in fds:
             write_at(fd, shard.head, 0)
+        for source, target, size in self.heads:
+            copy_range(source, target, 0, 0, size)
+        if self.progress is not None:
+            self.progress(self.total, self.total)
 
     def _work(self, pool: ThreadPoolExecutor, jobs: Iterable[Job], stats: dict[str, Stats]) -> None:
         """Run the jobs; sums are added up in their order, so that two runs report the same."""
@@ -159,14 +166,16 @@ class _Run:
             self.sources[path] = fd
         return self.sources[path]
 
-    def _copies(self, source: Path, target: Path, *, link: bool) -> Iterator[Job]:
+    def _copies(self, source: Path, target: Path, head: int, *, link: bool) -> Iterator[Job]:
         """Jobs that copy a whole file, in the cheapest way there is; the file is made at once."""
         target.parent.mkdir(parents=True, exist_ok=True)
         size = source.stat().st_size
         if link:
             hard_link(source, target)
         elif not reflink(source, target):
-            return self._range(self._open(source), self._create(target, size), 0, 0, size)
+            old, new = self._open(source), self._create(target, size)
+            self.heads.append((old, new, head))
+            return self._range(old, new, head, head, size - head)
         return iter(())
 
     def _range(self, source: int, target: int, start: int, at: int, count: int) -> Iterator[Job]:
