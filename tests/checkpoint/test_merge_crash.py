@@ -5,6 +5,7 @@ The output is there whole, byte for byte what an undisturbed run writes, or it i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -57,6 +58,14 @@ class Scene:
     def remove(path: Path) -> None:
         subprocess.run(["rm", "-rf", str(path)], check=True)
 
+    def opened(self) -> list[Path]:
+        """Files under their temporary name that open."""
+        found = []
+        for file in self.folder.glob(".out.*/**/*.safetensors"):
+            with contextlib.suppress(SafetensorError), safe_open(file, framework="np"):
+                found.append(file)
+        return found
+
     def check(self, *, clean: bool = True) -> bool:
         """True where the output is there; raises where anything is wrong with it, or left over."""
         assert tree(self.folder / "base", self.folder / "adapter") == self.inputs
@@ -66,12 +75,7 @@ class Scene:
             assert self.relative(self.out) == self.want
         assert not clean or names <= {"out"}, names
         # Even under its temporary name a file opens only when all of it is there.
-        for file in self.folder.glob(".out.*/**/*.safetensors"):
-            try:
-                with safe_open(file, framework="np") as opened:
-                    opened.keys()
-            except SafetensorError:
-                continue
+        for file in self.opened():
             done = self.relative(file.parent)[f"/{file.name}"].split()[1]
             assert done == self.want[f"/{file.name}"].split()[1], f"{file} opens and is wrong"
         return there
@@ -123,6 +127,17 @@ def test_killed_at_random_times(kills: int, memory: Path) -> None:
     ends = Counter(done.stdout.split())
     print(dict(ends))
     assert ends.total() == kills and ends["absent"] >= kills // 4
+
+
+def test_no_file_opens_before_its_data_is_there(memory: Path) -> None:
+    scene, seen = Scene(memory, 24), []
+
+    def look(done: int, total: int) -> None:
+        seen.append((done < total, len(scene.opened())))
+
+    merge.merge(memory / "base", memory / "adapter", scene.out, workers=1, progress=look)
+    assert seen.pop() == (False, 3)
+    assert len(seen) > 3 and set(seen) == {(True, 0)}
 
 
 @pytest.mark.parametrize(
