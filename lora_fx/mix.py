@@ -41,7 +41,6 @@ def mix(
     if rank is not None and how != "svd":
         raise LoraFxError(f"a {how} mix has no rank to choose", "rank belongs to svd")
     for adapter, _ in parts:
-        check_plain(adapter, f"a {how} mix")
         if adapter.full:
             raise LoraFxError(
                 f"a mix cannot hold the whole tensor {next(iter(adapter.full))!r}",

@@ -48,6 +48,8 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: Mapping[str, Any
     for key in keys:
         name = base_name(key)
         scheme, here = scheme_of(name, base), base.tensors.get(name)
+        if here is not None:
+            _refuse_empty(name, here)
         method = config.get("quantization_config")
         if not scheme and here is None and name.endswith(".weight") and isinstance(method, dict):
             module = name.removesuffix("weight")
@@ -62,16 +64,20 @@ def refuse_quantised(
 ) -> None:
     """Raise for a tensor that is no plain float weight; one that is replaced whole may be."""
     scheme = scheme_of(name, base)
-    if 0 in info.shape:
-        raise LoraFxError(
-            f"{info.file}: tensor {name!r} is empty, {list(info.shape)}; expected a weight",
-            "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again",
-        )
+    _refuse_empty(name, info)
     entries = list(entries)
     replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
     if (info.dtype in WEIGHTS or replaced) and not scheme:
         return
     raise _refusal(name, info, scheme, base)
+
+
+def _refuse_empty(name: str, info: TensorInfo) -> None:
+    if 0 in info.shape:
+        raise LoraFxError(
+            f"{info.file}: tensor {name!r} is empty, {list(info.shape)}; expected a weight",
+            "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again",
+        )
 
 
 def _refusal(name: str, info: TensorInfo | None, scheme: str, base: Checkpoint) -> LoraFxError:

@@ -22,6 +22,7 @@ GOOD: dict[str, Array] = {
     f"{Q}.weight": np.linspace(-1, 1, 48, dtype=np.float32).reshape(8, 6),
     f"{DOWN}.weight": np.linspace(-1, 1, 48, dtype=np.float32).reshape(6, 8),
     "model.norm.weight": np.ones(6, np.float32),
+    "model.square.weight": np.eye(6, dtype=np.float32),
 }
 Make = Callable[[Path], object]
 

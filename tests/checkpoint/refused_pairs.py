@@ -198,6 +198,10 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "pickled adapter": (pickled_adapter, ("adapter_model.bin", "pickle", "safetensors")),
     "given twice": (again_in_one, ("adapter", "given twice")),
+    "fan_in_fan_out on Linear": (
+        pair({Q: (8, 6), "model.square": (6, 6)}, fan_in_fan_out=True),
+        ("fan_in_fan_out", "[out, in]", "model.square.weight", "square"),
+    ),
     # the base's values, and what a dtype holds
     "NaN in the base": (
         other(tensors({f"{Q}.weight": np.full((8, 6), np.nan, np.float32)})),
@@ -238,7 +242,7 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "empty tensor (ZeRO-3)": (
         other(tensors({f"{Q}.weight": np.ones((0,), np.float32)})),
-        ("model.safetensors", Q, "[0]"),
+        ("model.safetensors", Q, "is empty, [0]", "ZeRO-3"),
     ),
     # weights and mixes
     "weight is nan": (pair({Q: (8, 6)}, "ADAPTER:nan"), ("adapter", "weight is nan")),
