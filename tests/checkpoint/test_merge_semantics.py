@@ -67,8 +67,9 @@ def test_a_weight_after_a_colon(weight: float, scene: Path) -> None:
     assert cli("merge", scene / "base", f"{scene / 'adapter'}:{weight}", "-o", scene / "out") == 0
     out = read(scene / "out")
     for name in (Q, DOWN):
-        want = exact(name, 1.5 * weight).astype(np.float32).astype(BF16)
-        assert np.array_equal(out[f"{name}.weight"], want)
+        want = exact(name, 1.5 * weight)
+        gap = np.abs(out[f"{name}.weight"].astype(np.float64) - want)
+        assert (gap <= 2.0**-8 * np.abs(want) + 1e-7).all()
 
 
 def test_dry_run_prints_scales_and_writes_nothing(
@@ -234,10 +235,11 @@ def test_an_adapter_in_memory_and_no_effect(tmp_path: Path) -> None:
 # --- memory --------------------------------------------------------------------------------------
 
 PEAK = """
-import resource, sys
+import sys
 from lora_fx.checkpoint.merge import merge
 merge(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss, which begins with what the process had before exec: that of the tests.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
@@ -263,6 +265,7 @@ def peak(folder: Path, rows: int) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     small, large = peak(tmp_path / "40 MB", 4000), peak(tmp_path / "400 MB", 40000)
     print(f"{small / 1024:.0f} and {large / 1024:.0f} MiB")
