@@ -58,19 +58,20 @@ def command(
     lora-fx merge ./llama ./adapter -o ./merged
     lora-fx merge ./llama style:0.7 task -o ./merged --dry-run
     """
-    from lora_fx.checkpoint.merge import check_target, lines, plan_merge, run
+    from lora_fx.checkpoint.merge import check_target, lines, plan_merge, report_json, run
 
     if not dry_run:
         check_target(out, force=force)
     plan = plan_merge(base, [split_weight(a) for a in adapters], **options)
     inputs = [{"base": base, "adapters": list(adapters)}]
     if dry_run:
-        emit(as_json, "merge", str(plan), inputs=inputs, warnings=plan.notes, **plan.to_json())
+        for text in plan.notes:
+            note(text)
+        emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
         return
     with progress_bar() as progress:
         report = run(plan, out, link=link, force=force, workers=threads, progress=progress)
     for text in report.warnings:
         note(text)
-    fields = report.to_json()
-    fields.pop("command")
-    emit(as_json, "merge", lines(report), inputs=inputs, **fields)
+    outputs = list(report.outputs)
+    emit(as_json, "merge", lines(report), inputs=inputs, outputs=outputs, **report_json(report))

@@ -31,6 +31,7 @@ import click
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from lora_fx.cli import main
 from lora_fx.cli.common import COMMANDS
@@ -184,6 +185,10 @@ RUNS = {
     "targets": ["targets model.py:build"],
     "insert": ["insert model.py:build -o start --rank 2"],
     "train": ["train model.py:build data.npz -o tuned --rank 2 --steps 2"],
+    "merge": [
+        "merge base.safetensors tuned -o merged.safetensors --dry-run",
+        "merge base.safetensors tuned -o merged.safetensors",
+    ],
     "export": ["export model.py:build start -o m.onnx --provider cpu"],
     "convert": ["convert start -o start.onnx_adapter"],
     "verify": ["verify m.onnx model.py:build --provider cpu", "verify model.py:build start"],
@@ -210,6 +215,7 @@ def test_the_json_of_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     Path("model.py").write_text(MODEL)
     np.savez("data.npz", **DATA)
+    save_file({"fc.weight": np.ones((3, 4), np.float32)}, "base.safetensors")
     rows: dict[str, set[str]] = {}
     for name, lines in RUNS.items():
         emitted: set[str] = set()
@@ -230,7 +236,9 @@ def test_the_json_of_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert emitted == documented("Every command") | documented(name), name
     for path, keys in rows.items():
         assert path == "inputs[]" or keys == documented(path), path
-    assert {"targets[]", "refusals[]", "unreached[]", "pinned[]", "parity[]"} <= set(rows)
+    assert {"targets[]", "refusals[]", "unreached[]", "pinned[]", "parity[]", "tensors[]"} <= set(
+        rows
+    )
 
 
 def test_the_json_of_the_demo() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -51,6 +52,19 @@ class Change:
     def nbytes(self) -> int:
         """Of the output."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of `tensors[]` in docs/json.md; what only a merge knows is null."""
+        return {
+            "key": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "updates": list(self.what),
+            "bytes": self.nbytes,
+            "ratio": None,
+            "lost": None,
+            "gain": None,
+        }
 
 
 def change_of(

@@ -132,8 +132,7 @@ def run(
                 )
             report = _report(plan, stats, target)
             if stage.is_dir():
-                # Without the path: equal inputs give equal folders.
-                text = json.dumps({**report.to_json(), "outputs": []}, indent=1) + "\n"
+                text = json.dumps(report_json(report), indent=1) + "\n"
                 (stage / REPORT).write_text(text, encoding="utf-8")
     return report
 
@@ -195,12 +194,12 @@ def _whole(plan: Plan) -> bool:
 def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
     rows, warnings = [], list(plan.notes)
     for change in plan.changes.values():
-        row: dict[str, Any] = {"key": change.name, "updates": list(change.what)}
+        row = change.to_json()
         s = stats.get(change.name)
         if s is not None:
             ratio = s.ratio if math.isfinite(s.ratio) else None  # of a tensor of zeros
             row |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
-        rows.append(row | {"dtype": change.dtype})
+        rows.append(row)
     low = [(s.gain, n) for n, s in stats.items() if s.gain < GAIN]
     if low:
         gain, name = min(low)
@@ -209,12 +208,7 @@ def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
             f"rounded, {name} only {gain:.1%}: --dtype float16 or float32 keeps more"
         )
     warnings += _said(plan)
-    details = {
-        "tensors": rows,
-        "bytes": plan.disk,
-        "touched_bytes": plan.touched_bytes,
-        "base_verified": False,
-    }
+    details = {**plan.to_json(), "tensors": rows, "base_verified": False}
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 
@@ -236,12 +230,18 @@ def _said(plan: Plan) -> list[str]:
     return said
 
 
+def report_json(report: Report) -> dict[str, Any]:
+    """What report.json holds; no paths, so that equal inputs give equal folders."""
+    whole = report.to_json()
+    return {k: v for k, v in whole.items() if k not in ("command", "outputs", "parity")}
+
+
 def lines(report: Report) -> str:
     """The report as a table for people."""
     rows = [("tensor", "update", "‖Δ‖/‖W‖", "unmoved", "gain")]
     for r in report.details["tensors"]:
         numbers = ("", "", "")
-        if "ratio" in r:
+        if r["gain"] is not None:
             ratio = "∞" if r["ratio"] is None else f"{r['ratio']:.2e}"
             numbers = (ratio, f"{r['lost']:.1%}", f"{r['gain']:.3f}")
         rows.append((r["key"], "; ".join(r["updates"]), *numbers))

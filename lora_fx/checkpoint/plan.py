@@ -96,18 +96,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """What a dry run prints."""
         return {
-            "tensors": [
-                {
-                    "key": c.name,
-                    "shape": list(c.shape),
-                    "dtype": c.dtype,
-                    "updates": list(c.what),
-                    "bytes": c.nbytes,
-                }
-                for c in self.changes.values()
-            ],
+            "tensors": [c.to_json() for c in self.changes.values()],
             "touched_bytes": self.touched_bytes,
-            "untouched_bytes": self.disk - self.touched_bytes,
             "disk_bytes": self.disk,
         }
 

@@ -131,7 +131,7 @@ def test_a_module_saved_whole_replaces_the_base(scene: Path) -> None:
     report = merge(scene / "base", scene / "w", scene / "out")
     assert np.array_equal(read(scene / "out")[f"{name}.weight"], still.astype(BF16))
     [row] = [t for t in report.details["tensors"] if t["key"] == f"{name}.weight"]
-    assert row["updates"] == ["replaced whole"] and "gain" not in row
+    assert row["updates"] == ["replaced whole"] and row["gain"] is None
 
 
 def test_metadata_that_transformers_needs(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_metadata_that_transformers_needs(tmp_path: Path) -> None:
 def test_the_report(scene: Path) -> None:
     report = merge(scene / "base", scene / "adapter", scene / "out")
     said = json.loads((scene / "out" / "report.json").read_text())
-    assert said == {**report.to_json(), "outputs": []}
+    assert said == {"ok": True, "warnings": list(report.warnings), **report.details}
     old, new = read(scene / "base"), read(scene / "out")
     assert [t["key"] for t in said["tensors"]] == [f"{Q}.weight", f"{DOWN}.weight"]
     for row in said["tensors"]:
@@ -210,8 +210,8 @@ def test_a_tensor_of_zeros_has_no_ratio(tmp_path: Path, capsys: pytest.CaptureFi
 def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
     """Whatever the number of threads; large enough for several jobs a tensor."""
     r = rng()
-    checkpoint(tmp_path / "base", {f"{Q}.weight": r.standard_normal((4099, 600)).astype(BF16)}, 1)
-    adapter(tmp_path / "adapter", {Q: factors(r, 4099, 600, 8)})
+    checkpoint(tmp_path / "base", {f"{Q}.weight": r.standard_normal((20011, 600)).astype(BF16)}, 1)
+    adapter(tmp_path / "adapter", {Q: factors(r, 20011, 600, 8)})
     for out, workers in (("1", 1), ("2", 2), ("5", 5)):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / out, workers=workers)
     first, *others = (
