@@ -1,7 +1,8 @@
 """Weights that are stored quantised, and why nothing is folded into them.
 
 Folding means to requantise W + Δ. A typical Δ is far below a step of 4 bits, so rounding snaps
-back to the same codes and the adapter is lost; in FP8 the same holds for most of it.
+back to the same codes and the adapter is lost; in FP8 the same holds for most of it. Codes of 8 bits
+with a scale a row keep most of it, but need their scales written anew, which is not there yet.
 """
 
 from __future__ import annotations
@@ -82,8 +83,11 @@ def _refuse_empty(name: str, info: TensorInfo) -> None:
 
 def _refusal(name: str, info: TensorInfo | None, scheme: str, base: Checkpoint) -> LoraFxError:
     where, what = (info.file, info.dtype) if info else (base.path, "stored as codes")
+    why = "requantising would lose most of the update"
+    if info is not None and info.dtype == "int8":
+        why = "new scales and codes for int8 are not supported yet"
     return LoraFxError(
         f"{where}: tensor {name!r} is {what}{f' ({scheme})' if scheme else ''}; expected "
-        "a float weight: requantising would lose most of the update",
+        f"a float weight: {why}",
         HINT,
     )
