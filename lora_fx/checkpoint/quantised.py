@@ -1,8 +1,8 @@
 """Weights that are stored quantised, and why nothing is folded into them.
 
 Folding means to requantise W + Δ. A typical Δ is far below a step of 4 bits, so rounding snaps
-back to the same codes and the adapter is lost; in FP8 the same holds for most of it. Codes of 8 bits
-with a scale a row keep most of it, but need their scales written anew, which is not there yet.
+back to the same codes and the adapter is lost; in FP8 the same holds for most of it. Codes of 8
+bits with a scale a row keep most of it, but need their scales written anew, which is not there yet.
 """
 
 from __future__ import annotations

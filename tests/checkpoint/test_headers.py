@@ -141,16 +141,6 @@ def test_agrees_with_the_library(tmp_path: Path, changes: list[tuple[int, bytes]
         assert set(tensors(file)) == set(load(content))
 
 
-@pytest.mark.parametrize("length", [0x80, 0x180, 0x8080, 0x4B50])
-def test_a_length_that_begins_like_a_pickle_is_a_length(length: int, tmp_path: Path) -> None:
-    text = json.dumps({"w": W}).encode()
-    content = length.to_bytes(8, "little") + text + b" " * (length - len(text)) + bytes(24)
-    assert set(load(content)) == {"w"}
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(content)
-    assert set(tensors(file)) == {"w"}
-
-
 def test_missing_and_strange_paths(tmp_path: Path) -> None:
     refused(tmp_path / "no.safetensors", "cannot be read")
     refused(tmp_path, "no .safetensors file")
