@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.checkpoint.rectangles import WINDOW, Matrix, Rectangle
+from lora_fx.dora import factors, squares
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Array
 from lora_fx.numeric import numpy_dtype
@@ -91,13 +92,15 @@ class Fold:
         name: Of the tensor.
         matrix: Its rows, columns and rectangles.
         rows: Row → its new values: PEFT's trainable tokens.
-        norms: For DoRA of a transposed weight: the norms of W + ΔW along its columns, by part.
+        columns: By part, for DoRA of a transposed weight: what its columns are multiplied by.
+        residuals: By part, for an update of a changed base: its rows instead of W's.
     """
 
     name: str
     matrix: Matrix
     rows: Mapping[int, Array] = field(default_factory=dict)
-    norms: Mapping[int, Array] = field(default_factory=dict)
+    columns: Mapping[int, Array] = field(default_factory=dict)
+    residuals: Mapping[int, Array] = field(default_factory=dict)
 
     def block(self, old: Array, low: int, dtype: str, space: Space) -> tuple[Array, Stats]:
         """New rows and what changed.
@@ -129,7 +132,7 @@ class Fold:
         high = low + len(weight)
         new = space.array("new", weight.shape, weight.dtype)
         parts = [(i, p) for i, p in enumerate(self.matrix.parts) if p.top < high and low < p.bottom]
-        if len(parts) == 1 and not self.rows:
+        if len(parts) == 1 and not self.rows and not self.residuals:
             i, p = parts[0]
             whole = p.top <= low and high <= p.bottom and p.right - p.left == weight.shape[1]
             if whole and p.magnitude is None:
@@ -139,6 +142,8 @@ class Fold:
         for i, p in parts:
             lo, hi = max(low, p.top), min(high, p.bottom)
             view = new[lo - low : hi - low, p.left : p.right]
+            if i in self.residuals:
+                view[...] = self.residuals[i][lo - p.top : hi - p.top]
             view += p.delta(lo, hi)
             if p.magnitude is not None:
                 view *= self.factor(i, p, view, lo, hi)
@@ -151,9 +156,9 @@ class Fold:
         """DoRA's magnitude / ‖W + ΔW‖, shaped to multiply rows lo ≤ i < hi."""
         assert p.magnitude is not None
         if p.transposed:
-            return np.asarray(p.magnitude / self.norms[i])[None, :]
-        norm = np.sqrt(np.einsum("ij,ij->i", sums, sums))
-        return np.asarray(p.magnitude[lo - p.top : hi - p.top] / norm)[:, None]
+            return self.columns[i][None, :]
+        magnitude = p.magnitude[lo - p.top : hi - p.top]
+        return factors(magnitude, squares(sums), f"tensor {self.name!r}")[:, None]
 
     def _error(self, weight: Array, new: Array, result: Array, low: int) -> LoraFxError:
         for what, array, hint in (

@@ -142,14 +142,17 @@ def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
 def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
     """Raise where an update's rescaling and another update meet: their order would matter."""
     for p in placed:
-        if not isinstance(p.entry, LowRank) or p.entry.magnitude is None:
+        if not isinstance(p.entry, LowRank):
+            continue
+        mutated = p.entry.extra.get("mutated")
+        if p.entry.magnitude is None and not mutated:
             continue
         for q in placed:
             meet = all(a < d and c < b for (a, b), (c, d) in zip(p.bounds, q.bounds, strict=True))
             if q is not p and meet and not isinstance(q.entry, Rows):
+                how = f"is for a base that {mutated} changed" if mutated else "rescales it (DoRA)"
                 raise LoraFxError(
-                    f"{base.path}: {name!r} is rescaled by the DoRA {p.key!r} and changed by "
-                    "another update too",
+                    f"{base.path}: {p.key!r} {how}, and another update changes {name!r} too",
                     _APART,
                 )
 

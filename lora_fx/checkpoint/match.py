@@ -14,6 +14,7 @@ from typing import Any
 from lora_fx.adapter import Adapter, near
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
+from lora_fx.experts import place
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
 from lora_fx.target import base_name, split_key
 from lora_fx.variant import Change, Dense, Entry, Rows
@@ -66,6 +67,12 @@ def match(
     adapter = named(adapter, tensors)
     notes: list[str] = []
     rename = _renaming(adapter, tensors, notes)
+
+    def shape_of(name: str) -> tuple[int, ...] | None:
+        info = tensors.get(rename(name))
+        return info.shape if info else None
+
+    adapter = replace(adapter, entries=place(adapter.entries, shape_of))
     placed, lost = [], []
     turned = _orientation(adapter, tensors, config, rename, where, notes)
     for key, entry in adapter.entries.items():
@@ -75,10 +82,25 @@ def match(
             continue
         info = tensors[name]
         bounds = _bounds(key, info)
-        placed.append(Placed(key, name, bounds, _bound(key, entry, info, bounds, turned)))
+        bound = _bound(key, entry, info, bounds, turned)
+        placed.append(Placed(key, name, bounds, bound))
+        placed += (
+            Placed(key, other, bounds, bound) for other in _also(entry, name, tensors, rename)
+        )
     if lost:
         _unused(lost, tensors, where, notes, allow=allow_unused)
     return placed, notes
+
+
+def _also(
+    entry: Entry, name: str, tensors: Mapping[str, TensorInfo], rename: _Renaming
+) -> list[str]:
+    """Other tensors that PEFT tied to this one: they change alike."""
+    tied = getattr(entry, "extra", {}).get("tied")
+    names = [rename(str(n)) for n in tied] if isinstance(tied, list) else []
+    return [
+        n for n in names if n in tensors and n != name and tensors[n].shape == tensors[name].shape
+    ]
 
 
 def named(adapter: Adapter, names: Iterable[str]) -> Adapter:

@@ -26,7 +26,7 @@ from lora_fx.checkpoint.copying import read_at, read_into
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
-from lora_fx.checkpoint.rows import column_norms, read_rows
+from lora_fx.checkpoint.rows import prepared, read_rows
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.lowrank import Array, LowRank
 from lora_fx.numeric import numpy_dtype
@@ -140,7 +140,7 @@ def _samples(change: Change, rows: int | None) -> Iterator[tuple[int, int]]:
 
 def _exact(fold: Fold, source: TensorInfo) -> Fold:
     """The same fold with every factor in fp64."""
-    return column_norms(Fold(fold.name, in_dtype(fold.matrix, np.float64), fold.rows), source)
+    return prepared(Fold(fold.name, in_dtype(fold.matrix, np.float64), fold.rows), source)
 
 
 def _ratio(change: Change, exact: Fold, info: TensorInfo, low: int, high: int) -> float:

@@ -8,28 +8,56 @@ import numpy as np
 
 from lora_fx.checkpoint.blocks import Fold, Space, rows_per_block
 from lora_fx.checkpoint.copying import read_into
+from lora_fx.checkpoint.rectangles import Rectangle
 from lora_fx.checkpoint.strict import TensorInfo
-from lora_fx.lowrank import Array
+from lora_fx.dora import factors, squares
+from lora_fx.initial import residual
+from lora_fx.lowrank import Array, LowRank
 from lora_fx.numeric import numpy_dtype
 
 
-def column_norms(fold: Fold, source: TensorInfo) -> Fold:
-    """The fold with the norms that DoRA of a weight stored [in, out] needs before the first row."""
-    norms: dict[int, Array] = {}
-    for i, p in enumerate(fold.matrix.parts):
-        if p.magnitude is None or not p.transposed:
-            continue
-        squares = np.zeros(p.right - p.left, np.float64)
-        step = rows_per_block(fold.matrix.columns)
-        with open(source.file, "rb") as f:
-            for low in range(p.top, p.bottom, step):
-                n = min(step, p.bottom - low)
-                delta = p.delta(low, low + n)
-                old = read_rows(f.fileno(), source, low, n, fold.matrix.columns)
-                sums = old.astype(delta.dtype)[:, p.left : p.right] + delta
-                squares += np.einsum("ij,ij->j", sums, sums, dtype=np.float64)
-        norms[i] = np.sqrt(squares).astype(p.magnitude.dtype)
-    return replace(fold, norms=norms) if norms else fold
+def prepared(fold: Fold, source: TensorInfo) -> Fold:
+    """The fold with what needs the whole tensor: DoRA's column factors, and changed bases.
+
+    A base that an initialisation changed is held whole; the norms are summed up block by block.
+    """
+    residuals = {
+        i: _residual(fold, p, source)
+        for i, p in enumerate(fold.matrix.parts)
+        if isinstance(p.change, LowRank) and p.change.extra.get("mutated")
+    }
+    fold = replace(fold, residuals=residuals) if residuals else fold
+    columns = {
+        i: factors(p.magnitude, _column_squares(fold, i, p, source), f"tensor {fold.name!r}")
+        for i, p in enumerate(fold.matrix.parts)
+        if p.magnitude is not None and p.transposed
+    }
+    return replace(fold, columns=columns) if columns else fold
+
+
+def _residual(fold: Fold, p: Rectangle, source: TensorInfo) -> Array:
+    """What is left of W when the part that the update started from is taken off, as stored."""
+    assert isinstance(p.change, LowRank)
+    with open(source.file, "rb") as f:
+        old = read_rows(f.fileno(), source, p.top, p.bottom - p.top, fold.matrix.columns)
+    weight = old[:, p.left : p.right]
+    left = residual(weight.T if p.transposed else weight, p.change, f"tensor {fold.name!r}")
+    return left.T if p.transposed else left
+
+
+def _column_squares(fold: Fold, i: int, p: Rectangle, source: TensorInfo) -> Array:
+    """Sums of squares of W + ΔW along its columns, fp64."""
+    sums = np.zeros(p.right - p.left, np.float64)
+    step = rows_per_block(fold.matrix.columns)
+    with open(source.file, "rb") as f:
+        for low in range(p.top, p.bottom, step):
+            n = min(step, p.bottom - low)
+            delta = p.delta(low, low + n)
+            old = read_rows(f.fileno(), source, low, n, fold.matrix.columns)[:, p.left : p.right]
+            if i in fold.residuals:
+                old = fold.residuals[i][low - p.top : low - p.top + n]
+            sums += squares((old.astype(delta.dtype) + delta).T)
+    return sums
 
 
 def read_rows(

@@ -24,7 +24,7 @@ from lora_fx.checkpoint.blocks import Fold, Space, Stats, one_blas_thread, rows_
 from lora_fx.checkpoint.copying import copy_range, preallocate, reflink, write_at
 from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.provenance import record
-from lora_fx.checkpoint.rows import column_norms, read_rows
+from lora_fx.checkpoint.rows import prepared, read_rows
 from lora_fx.checkpoint.shards import Shard, Slot, lay_out
 from lora_fx.checkpoint.strict import Header
 from lora_fx.lowrank import Array
@@ -202,7 +202,7 @@ class _Run:
         if change.fold is None:
             yield partial(self._replace, change, fd, at)
             return
-        fold = column_norms(change.fold, change.source)
+        fold = prepared(change.fold, change.source)
         source = self._open(change.source.file)
         step = rows_per_block(fold.matrix.columns) * RUN
         for low in range(0, fold.matrix.rows, step):
