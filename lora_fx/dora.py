@@ -35,7 +35,7 @@ def squares(block: Array) -> Array:
 
 
 def factors(magnitude: Array, sums: Array, where: str) -> Array:
-    """What the rows of V are multiplied by: magnitude / norm, fp32 [out].
+    """What the rows of V are multiplied by: magnitude / norm, [out], in the magnitude's dtype.
 
     Args:
         magnitude: [out].
@@ -57,8 +57,7 @@ def factors(magnitude: Array, sums: Array, where: str) -> Array:
             f"{where}: row {bad[0]} of W + ΔW is zero or not finite; DoRA divides by its norm",
             "was the adapter trained on this model?",
         )
-    norms = np.sqrt(sums).astype(np.float32)
-    return np.asarray(magnitude.astype(np.float32) / norms)
+    return np.asarray(magnitude / np.sqrt(sums).astype(magnitude.dtype))
 
 
 def rescaled(block: Array, factors: Array) -> Array:
