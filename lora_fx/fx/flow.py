@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lora_fx.fx.emitter import is_marked
 from lora_fx.fx.nodes import hint, shape_of
-from lora_fx.fx.ops import OPS, PRODUCTS
+from lora_fx.fx.ops import OPS, PRODUCTS, pick, row_of
 from lora_fx.fx.tensors import owner
 from lora_fx.fx.views import SPLITS, VIEWS, gather
 from lora_fx.view import View
@@ -52,11 +52,13 @@ class Flow:
         weights: Those that are one tensor derived from parameters.
         behind: Parameters behind every such node, tensors or not.
         constants: Nodes that depend on constants only.
+        products: Those of a constant and one parameter.
     """
 
     weights: dict[fx.Node, Weight] = field(default_factory=dict)
     behind: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
     constants: set[fx.Node] = field(default_factory=set)
+    products: list[fx.Node] = field(default_factory=list)
 
     def fixed(self, node: fx.Node) -> bool:
         """True when no input of the call decides the node's value."""
@@ -81,15 +83,29 @@ def weight_flow(
 
     What a layer makes is data again, even where both its operands are fixed: the layers after a
     position table are ordinary layers. A product of a constant and one parameter is a computed
-    weight (a rotation of an orthogonal map).
+    weight where a layer reads it as its weight (a rotation of an orthogonal map), and a layer
+    where none does (features of fixed positions).
 
     Args:
         root: The tree that holds the parameters.
         names: Any name of a parameter → its first name.
         given: Placeholders that are weights, in the body of a higher-order op.
     """
+    flow = _follow(graph, root, names, given or {}, set())
+    layers = {p for p in flow.products if not _read_as_weight(flow, p)}
+    return _follow(graph, root, names, given or {}, layers) if layers else flow
+
+
+def _follow(
+    graph: fx.Graph,
+    root: nn.Module | None,
+    names: Mapping[str, str],
+    given: Mapping[fx.Node, Weight],
+    layers: set[fx.Node],
+) -> Flow:
+    """Everything in one go, with these products as layers."""
     flow = Flow()
-    for node, weight in (given or {}).items():
+    for node, weight in given.items():
         flow.weights[node], flow.behind[node] = weight, weight.behind
     written = _written(graph)
     for node in graph.nodes:
@@ -101,12 +117,30 @@ def weight_flow(
                 shape = tuple(tensor(root, name).shape)
                 flow.weights[node] = Weight(name, View(), shape, node, (name,))
                 flow.behind[node] = (name,)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node not in layers:
             _call(flow, node)
         known = flow.weights.get(node)
         if node in written and known is not None and known.name:
             flow.weights[node] = _edited(known)
     return flow
+
+
+def _read_as_weight(flow: Flow, product: fx.Node) -> bool:
+    """True when a layer's weight is made of a product; what a body does with it is not seen."""
+    todo, seen = [product], {product}
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user in flow.behind and user not in seen:
+                seen.add(user)
+                todo.append(user)
+            elif user not in flow.behind and not is_marked(user):
+                row = row_of(user)
+                if isinstance(user.target, torch._ops.HigherOrderOperator) or (
+                    row is not None and any(pick(user, u.weight) is node for u in row.uses(user))
+                ):
+                    return True
+    return False
 
 
 def _edited(w: Weight) -> Weight:
@@ -139,6 +173,8 @@ def _call(flow: Flow, node: fx.Node) -> None:
     constant_product = node.target in PRODUCTS and len(found) == 1 and len(behind) == 1
     if node.target in OPS and not constant_product:
         return
+    if constant_product:
+        flow.products.append(node)
     flow.behind[node] = behind
     shape = shape_of(node)
     if shape is not None and all(isinstance(n, int) for n in shape):
