@@ -109,9 +109,8 @@ class Captured:
                 f"the example inputs do not fit {type(self.model).__name__}.forward: {e}",
                 f"its signature is forward{self.signature.signature}",
             ) from e
-        leaves, spec = pytree.tree_flatten(self.named)
-        leaves = apart(leaves)
-        self.named = pytree.tree_unflatten(leaves, spec)
+        given, spec = pytree.tree_flatten(self.named)
+        self.named = pytree.tree_unflatten(leaves := apart(given), spec)
         if not any(isinstance(x, torch.Tensor) for x in leaves):
             raise LoraFxError(
                 "no example input is a tensor",
@@ -183,7 +182,7 @@ class Captured:
     def _trace(
         self, source: Source, training: bool, named: Mapping[str, Any], requested: Requested
     ) -> Traced:
-        modes = [(m, m.training) for m in source.module.modules()]
+        modes = [(m, m.training, _computed(m)) for m in source.module.modules()]
         source.module.train(training)
         try:
             traced = trace(source.module, self.signature, source.forward, named, requested)
@@ -194,8 +193,9 @@ class Captured:
         except Exception as e:
             raise explain(e, type(self.model).__name__, training) from e
         finally:
-            for m, was in modes:
+            for m, was, computed in modes:
                 m.training = was
+                m.__dict__.update(computed)
 
     def _name_constants(self, traced: Traced) -> None:
         """Give the model's own tensors that a function closed over their names back."""
@@ -260,6 +260,11 @@ def capture(
     cap = Captured(model, args, kwargs, dynamic, static)
     cap.traced(False, cap.named)
     return cap
+
+
+def _computed(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Plain tensors among its attributes: hooks write them, and a trace leaves fake ones behind."""
+    return {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
 
 
 def _hooked(model: nn.Module) -> Callable[..., Any]:

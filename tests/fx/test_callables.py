@@ -69,3 +69,12 @@ def test_one_tensor_given_twice_is_two_inputs() -> None:
     m = lora_fx.insert(model, (x, x), rank=2)
     y = torch.randn(3, 6)
     torch.testing.assert_close(m(x, y), model(x, y))
+
+
+def test_a_model_that_cannot_be_copied_keeps_its_computed_tensors() -> None:
+    """The old weight_norm sets a plain attribute, and such a module is captured as it is."""
+    with pytest.warns(FutureWarning):
+        model = nn.utils.weight_norm(nn.Linear(6, 4)).eval()
+    before = model.weight
+    lora_fx.insert(model, (torch.randn(3, 6),), rank=2)
+    assert model.weight is before and type(before) is torch.Tensor
