@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.calling import leaf_names, output_name
 from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.portable import make_portable
 
 OPSET = 20
 
@@ -43,6 +44,7 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
     """
     captured = module.captured
     graph = module.graph(False, portable=True)
+    make_portable(graph.graph)
     flat, names, outputs = flat_program(module, graph.graph)
     named = module.sample()
     leaves = pytree.tree_leaves(named)

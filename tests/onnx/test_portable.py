@@ -1,0 +1,95 @@
+"""What is rewritten on the way to ONNX: equal to torch's own op, and runs in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx, nn
+
+import lora_fx
+from lora_fx.fx.portable import LONGEST, make_portable, projected_lstm, real_fourier
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("layers", "both_ways"), [(1, False), (2, True)])
+def test_a_projected_lstm_is_plain_ones(
+    layers: int, both_ways: bool, bias: bool, batch_first: bool
+) -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(
+        5, 7, layers, bias=bias, batch_first=batch_first, bidirectional=both_ways, proj_size=3
+    ).double()
+    n = layers * (2 if both_ways else 1)
+    x = torch.randn((2, 6, 5) if batch_first else (6, 2, 5), dtype=torch.float64)
+    state = (torch.randn(n, 2, 3).double(), torch.randn(n, 2, 7).double())
+    with torch.no_grad():
+        y, (h, c) = lstm(x, state)
+        ours = projected_lstm(
+            x, state, lstm._flat_weights, bias, layers, 0.0, False, both_ways, batch_first
+        )
+    for got, want in zip(ours, (y, h, c), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dims", [(1, 2), (2,), (0, 1, 2), (-1, 1)])
+def test_the_real_part_of_a_transform_is_products(dims: tuple[int, ...]) -> None:
+    x = torch.randn(3, 8, 5, dtype=torch.float64)
+    want = torch.fft.fftn(x, dim=dims).real
+    torch.testing.assert_close(real_fourier(x, dims), want, rtol=0, atol=1e-12)
+
+
+class Mixed(nn.Module):
+    """A transform, a check of values, a number less integers, a projected LSTM with its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+        self.lstm = nn.LSTM(6, 8, proj_size=4, batch_first=True, bidirectional=True)
+        self.first = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        torch._check_tensor_all(mask >= 0, lambda: "a mask is not negative")
+        x = torch.fft.fftn(self.lin(x), dim=(1, 2)).real * 0.2
+        x = x * (1.0 - 0.5 * (1.0 - mask)).unsqueeze(-1)
+        h = torch.tanh(self.first(x.mean(1))).expand(2, -1, -1).contiguous()
+        c = torch.cat([h, h], -1)
+        y: torch.Tensor = self.lstm(x, (h, c))[0]
+        return y
+
+
+def test_the_file_of_all_of_them_equals_torch_at_three_sizes(tmp_path: Path) -> None:
+    model = Mixed().eval()
+    args = (torch.randn(2, 5, 6), torch.ones(2, 5, dtype=torch.long))
+    module = lora_fx.insert(model, args, rank=2)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    report = lora_fx.export(module, tmp_path / "m.onnx")
+    rows = [p for p in report.parity if p.of == "onnxruntime"]
+    assert report and len({p.sizes["x"] for p in rows}) == 3
+    assert max(p.rel for p in rows) < 2e-6
+
+
+def test_what_needs_no_rewriting_stays() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(5, 7)
+
+        def forward(self, x: torch.Tensor, long: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            whole = torch.fft.fft(x)
+            return self.lstm(x)[0], 1.0 - x, whole.real + whole.imag, torch.fft.fft(long).real
+
+    cap = lora_fx.capture(Plain().eval(), (torch.randn(4, 2, 5), torch.randn(2, LONGEST + 1)))
+    graph: fx.Graph = cap.fx_graph().graph
+    before = [n.target for n in graph.nodes]
+    make_portable(graph)
+    after = [n.target for n in graph.nodes]
+    assert aten.lstm.input in after and aten.rsub.Scalar in after
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1, "real(fft(x)) alone"
