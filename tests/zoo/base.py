@@ -49,7 +49,9 @@ class Entry:
         fast: In the default test run; the others are marked slow.
         captures: False where torch.export cannot capture it by design.
         include: What insert adapts; None is the default plan.
+        trains: False where torch.export cannot capture its train mode.
         idle: Parts of it do not move its outputs: insert leaves them out, by name (dead="drop").
+        branches: A cond in it takes one branch at a time, by the values of its inputs.
         gain: Factor on a random B: deep sums and unscaled logits amplify change and rounding.
     """
 
@@ -60,7 +62,9 @@ class Entry:
     fast: bool = False
     captures: bool = True
     include: str | None = None
+    trains: bool = True
     idle: bool = False
+    branches: bool = False
     gain: float = 1.0
 
 

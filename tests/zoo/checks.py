@@ -6,7 +6,9 @@ beyond them 4 × the model's own fp32-against-fp64 error.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +24,7 @@ from lora_fx.compare import FOLD_TOL, Parity, Report, rel
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import draw
 from lora_fx.passes.prove import arrays_of, prove, torch_run
-from lora_fx.target import Found
+from lora_fx.target import Found, base_name
 
 from .models import ZOO
 from .oracles import Subject, explicit, flat, matters, multiplied
@@ -33,6 +35,8 @@ SEEN = (0.05, 5.0)
 """A parity test of a no-op proves nothing: the effect, relative to the output, lies between."""
 FACTORS = (1.0, 0.3, 3.0, 0.1, 10.0)
 """Tried in turn on EFFECT until the effect is within SEEN at every size."""
+IDLE = 1e-12
+"""In fp64, relative to the output: a weight that moves it by less has no effect."""
 
 
 @lru_cache(maxsize=2)
@@ -94,8 +98,8 @@ def explicit_parity(name: str, module: Any) -> list[Parity]:
     return prove(explicit(built(name), module), module, of="explicit")
 
 
-def missed(name: str, found: Found) -> list[str]:
-    """Parameters that the model multiplies activations with and that no target reaches."""
+def missed(name: str, found: Found) -> dict[str, str]:
+    """Parameters that the model multiplies activations with and no target reaches: why not."""
     reached = {t.parameter.name for t in found.targets}
     computed = [t.key.rpartition(".")[0] for t in found.targets if t.key.endswith("~")]
 
@@ -104,7 +108,43 @@ def missed(name: str, found: Found) -> list[str]:
 
     subject = built(name)
     lost = {n for operand in multiplied(subject) if not is_reached(operand) for n in operand}
-    return sorted(n for n in lost if matters(subject, n))
+    reasons = {r.key: r.reason for r in found.refusals}
+    unseen = "not seen, and not counted"
+    return {n: reasons.get(n, unseen) for n in sorted(lost) if matters(subject, n)}
+
+
+def undue(lost: Mapping[str, str]) -> list[str]:
+    """What is missed but for depthwise kernels: those are refused on purpose."""
+    return [n for n, why in lost.items() if not why.startswith("depthwise")]
+
+
+def moved_by_left_out(name: str, module: Any) -> dict[str, float]:
+    """How far the original's outputs move when a target that insert left out changes by half.
+
+    In fp64: a softmax over equal values is their mean whatever its weights, up to rounding.
+    """
+    subject = built(name)
+    model = copy.deepcopy(subject.model).double()
+    named = pytree.tree_map(
+        lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x,
+        (subject.args, subject.kwargs),
+    )
+    found = {}
+    with torch.no_grad():
+        before = flat(model(*named[0], **named[1]))
+        for key in left_out(name, module):
+            weight = model.get_parameter(base_name(key))
+            kept = weight.clone()
+            weight.mul_(1.5)
+            after = flat(model(*named[0], **named[1]))
+            weight.copy_(kept)
+            found[key] = max(rel(a, b) for a, b in zip(after, before, strict=True))
+    return found
+
+
+def left_out(name: str, module: Any) -> list[str]:
+    """Keys of the plan that dead="drop" left without an adapter."""
+    return [n.partition(": left out")[0] for n in module.notes if ": left out" in n]
 
 
 def fold_parity(module: Any, folded: Any) -> list[Parity]:
@@ -126,13 +166,13 @@ def runtime_parity(report: Report) -> list[Parity]:
 def without_gradient(name: str, module: Any) -> list[str]:
     """Names of the lora_B that backward passes in train mode leave without gradient.
 
-    The example comes first, and random inputs after it: a cond takes one branch at a time.
+    The gradients of the example; where a cond takes one branch at a time, those of random inputs.
     """
     subject = built(name)
     module.train()
     torch.manual_seed(0)
     calls = [subject.cap.named]
-    if name == "torch_cond":
+    if ZOO[name].branches:
         calls = [module.sample(seed=seed) for seed in range(6)]
     for named in calls:
         outs = [

@@ -129,10 +129,8 @@ def ours(name: str) -> Iterator[Cell]:
     def share() -> Cell:
         found = need("found")
         lost = checks.missed(name, found)
-        reasons = {r.key: r.reason for r in found.refusals}
-        why = "; ".join(f"{n}: {reasons.get(n, 'not seen, and not counted')}" for n in lost)
-        meant = all(reasons.get(n, "").startswith("depthwise") for n in lost)  # and it is said
-        return Cell("share", f"{found.reached_share:.1%}", meant, why)
+        why = "; ".join(f"{n}: {reason}" for n, reason in lost.items())
+        return Cell("share", f"{found.reached_share:.1%}", not checks.undue(lost), why)
 
     def count() -> Cell:
         gap = flops.difference(need("subject"), need("found"))
@@ -150,6 +148,12 @@ def ours(name: str) -> Iterator[Cell]:
         fine = bool(all_) and all(checks.seen(e) for e in all_)
         why = "" if fine else f"not within {checks.SEEN} at every size: {all_}"
         why = "; ".join([*([why] if why else []), *module.notes])  # what insert left out, by name
+        moved = checks.moved_by_left_out(name, module)
+        if moved:
+            why += (
+                f"; changed by half, each moves the original by at most {max(moved.values()):.0e}"
+            )
+        fine = fine and all(m <= checks.IDLE for m in moved.values())
         return Cell("effect", _number(max(all_)), fine, why)
 
     def gradient() -> Cell:

@@ -64,7 +64,7 @@ _enter("unrolled", lambda: hand_idioms.Unrolled(12, 20), SEQ, 12)
 _enter(
     "branch_on_value", lambda: hand_idioms.BranchOnValue(12, 20), SEQ, 12, captures=False, fast=True
 )
-_enter("torch_cond", lambda: hand_idioms.Cond(12, 20), SEQ, 12)
+_enter("torch_cond", lambda: hand_idioms.Cond(12, 20), SEQ, 12, branches=True)
 _enter("no_grad_region", lambda: hand_idioms.NoGradRegion(12, 20), SEQ, 12)
 _enter("checkpointed", lambda: hand_idioms.Checkpointed(12, 20), SEQ, 12)
 

@@ -13,7 +13,7 @@ from .hf_vision import vit
 
 
 class ImageFirst(nn.Module):
-    """An image-and-text model whose prompt begins with the image's placeholders."""
+    """An image-and-text model; every prompt begins with the placeholders of its one image."""
 
     def __init__(self, model: nn.Module, image_token: int, patches: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class ImageFirst(nn.Module):
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Any:
         words = input_ids.clamp(max=self.image_token - 1)
-        marks = words.new_full((words.shape[0], self.patches), self.image_token)
+        marks = words.new_full((pixel_values.shape[0], self.patches), self.image_token)
         prompt = torch.cat([marks, words], dim=1)
         return self.model(input_ids=prompt, pixel_values=pixel_values).logits
 

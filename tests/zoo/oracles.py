@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def explicit(subject: Subject, module: Any) -> Run:
     """{input: array} → {output: array} of the original's own code on W + ΔW, in fp64.
 
     Lookups of a tied tensor keep W where the update leaves them alone. ΔW of a computed weight
-    is added to the operand of the call in its module.
+    is added to the operand that is computed from its parameters, in front of every product.
     """
     model = copy.deepcopy(subject.model).double()
     if hasattr(model, "set_experts_implementation"):
@@ -69,11 +69,11 @@ def explicit(subject: Subject, module: Any) -> Run:
     names = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in reversed(list(names.items()))}
     summed: dict[str, torch.Tensor] = {}
-    computed: dict[str, torch.Tensor] = {}
+    computed: dict[frozenset[str], torch.Tensor] = {}
     for key, delta in module.adapter().deltas().items():
         use, d = module.updates[key].use, torch.from_numpy(delta)
         if key.endswith("~"):
-            computed[key.rpartition(".")[0]] = d
+            computed[_behind(key[:-1], names)] = d
             continue
         root = base_name(key)
         _, region = split_key(key, tuple(names[root].shape))
@@ -104,6 +104,13 @@ def explicit(subject: Subject, module: Any) -> Run:
         return dict(zip(outputs, flat(out), strict=True))
 
     return run
+
+
+def _behind(name: str, names: Collection[str]) -> frozenset[str]:
+    """The parameters that a computed weight is made of: its own, or those in its module."""
+    path = name.rpartition(".")[0]
+    inside = [n for n in names if not path or n.startswith(path + ".")]
+    return frozenset([name] if name in names else inside)
 
 
 class _Multiplied(TorchFunctionMode):
@@ -144,6 +151,32 @@ class _Multiplied(TorchFunctionMode):
                     self.roots.setdefault(id(x), frozenset().union(*(r for r in roots if r)))
                     self.alive.append(x)
         return out
+
+
+class _Effective(_Multiplied):
+    """Adds ΔW to the operands of products that are computed from some parameters alone."""
+
+    def __init__(self, model: nn.Module, deltas: Mapping[frozenset[str], torch.Tensor]) -> None:
+        super().__init__(model)
+        self.deltas = deltas
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.deltas and any(w in getattr(func, "__name__", "") for w in self.PRODUCTS):
+            leaves = [x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+            if any(self.roots.get(id(x)) is None for x in leaves if x.is_floating_point()):
+                args = pytree.tree_map(self._changed, args)
+        out = super().__torch_function__(func, types, args, kwargs)
+        if not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))):
+            self.roots.setdefault(id(out), frozenset())  # an identity matrix is a constant
+            self.alive.append(out)
+        return out
+
+    def _changed(self, x: Any) -> Any:
+        known = self.roots.get(id(x)) or frozenset()
+        for behind, delta in self.deltas.items():
+            if isinstance(x, torch.Tensor) and x.ndim > 1 and behind & known:
+                return x + delta
+        return x
 
 
 def multiplied(subject: Subject) -> set[frozenset[str]]:

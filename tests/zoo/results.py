@@ -29,6 +29,8 @@ ROWS = HERE / "results.json"
 TABLE = HERE / "RESULTS.md"
 PACKAGES = "torch transformers timm torchvision peft onnx onnxscript onnxruntime-gpu numpy"
 COLUMNS = {**OURS, **PEFT}
+RUN = "run"
+"""In a row, beside its columns: when its run began, and how long that took when it ended."""
 Row = dict[str, list[Any]]  # column: [shown, passes, why]
 
 
@@ -48,7 +50,8 @@ def work(name: str, to: Connection) -> None:
 def measure(names: Sequence[str], jobs: int, limit: float, rows: dict[str, Row]) -> None:
     """Runs models, `jobs` at once, and fills their rows as they come."""
     context = multiprocessing.get_context("fork")  # the packages are imported once
-    todo = list(names)
+    todo, began = list(names), time.monotonic()
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     running: dict[Connection, tuple[str, Any, float, Row]] = {}
     while todo or running:
         while todo and len(running) < jobs:
@@ -57,7 +60,7 @@ def measure(names: Sequence[str], jobs: int, limit: float, rows: dict[str, Row])
             process = context.Process(target=work, args=(name, theirs), daemon=True)
             process.start()
             theirs.close()
-            running[ours_end] = (name, process, time.monotonic(), {})
+            running[ours_end] = (name, process, time.monotonic(), {RUN: [stamp, True, ""]})
         ready = wait(list(running), timeout=1.0)
         for end in list(running):
             name, process, start, row = running[end]
@@ -85,6 +88,11 @@ def measure(names: Sequence[str], jobs: int, limit: float, rows: dict[str, Row])
             good = passes(row, list(OURS))
             text = "ok" if good else ", ".join(c for c in OURS if not passes(row, [c]))
             print(f"{time.monotonic() - start:6.1f} s  {name}: {text}", flush=True)
+    wall = f"{(time.monotonic() - began) / 60:.0f} minutes, {jobs} models at once"
+    for name in names:
+        rows[name][RUN][2] = wall
+    write(rows)
+    print(wall, flush=True)
 
 
 def write(rows: dict[str, Row]) -> None:
@@ -134,6 +142,21 @@ def _cell(shown: str, ok: bool, why: str, notes: dict[str, int]) -> str:
     return f"{shown}{mark}" if ok else f"**{shown}**{mark}"
 
 
+def _runs(rows: dict[str, Row]) -> list[str]:
+    """Which rows are of which run: the largest first, and the others by name."""
+    runs: dict[tuple[str, str], list[str]] = {}
+    for name, row in rows.items():
+        stamp, _, wall = row.get(RUN, ["a time not recorded", True, ""])
+        runs.setdefault((stamp, wall), []).append(name)
+    (stamp, wall), *more = sorted(runs, key=lambda r: -len(runs[r]))
+    took = f" ({wall})" if wall else ""
+    lines = [f"- {len(runs[stamp, wall])} rows are of one run, begun {stamp}{took}."]
+    for other in more:
+        names = ", ".join(f"`{n}`" for n in runs[other])
+        lines.append(f"- Of a run of some rows by themselves, begun {other[0]}: {names}.")
+    return lines
+
+
 def _top(rows: dict[str, Row]) -> list[str]:
     entries: dict[str, Entry] = {n: ZOO[n] for n in rows}
     able = {n: r for n, r in rows.items() if entries[n].captures}
@@ -158,6 +181,7 @@ def _top(rows: dict[str, Row]) -> list[str]:
         f" ({refused} it cannot by design).",
         f"- **{whole} of {len(able)}** pass every column of lora-fx. Column by column: {single}.",
         f"- {theirs} of {len(able)} pass every column of PEFT. Column by column: {peft_single}.",
+        *_runs(rows),
         f"- {today}, Python {platform.python_version()}, {packages}.",
         "",
         "Columns: capture in eval and train mode; number of targets; the share of the weight",
