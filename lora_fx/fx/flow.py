@@ -92,7 +92,7 @@ def weight_flow(
         given: Placeholders that are weights, in the body of a higher-order op.
     """
     flow = _follow(graph, root, names, given or {}, set())
-    layers = {p for p in flow.products if not _read_as_weight(flow, p)}
+    layers = {p for p in flow.products if _is_layer(flow, p)}
     return _follow(graph, root, names, given or {}, layers) if layers else flow
 
 
@@ -125,22 +125,24 @@ def _follow(
     return flow
 
 
-def _read_as_weight(flow: Flow, product: fx.Node) -> bool:
-    """True when a layer's weight is made of a product; what a body does with it is not seen."""
-    todo, seen = [product], {product}
+def _is_layer(flow: Flow, product: fx.Node) -> bool:
+    """True when data is made of a product, and no layer's weight is; bodies count as layers."""
+    todo, seen, read = [product], {product}, False
     while todo:
         node = todo.pop()
         for user in node.users:
-            if user in flow.behind and user not in seen:
-                seen.add(user)
-                todo.append(user)
-            elif user not in flow.behind and not is_marked(user):
-                row = row_of(user)
-                if isinstance(user.target, torch._ops.HigherOrderOperator) or (
-                    row is not None and any(pick(user, u.weight) is node for u in row.uses(user))
-                ):
-                    return True
-    return False
+            if user in flow.behind:
+                if user not in seen:
+                    seen.add(user)
+                    todo.append(user)
+                continue
+            row, read = row_of(user), True
+            if not is_marked(user) and (
+                isinstance(user.target, torch._ops.HigherOrderOperator)
+                or (row is not None and any(pick(user, u.weight) is node for u in row.uses(user)))
+            ):
+                return False
+    return read
 
 
 def _edited(w: Weight) -> Weight:
