@@ -6,7 +6,6 @@ beyond them 4 × the model's own fp32-against-fp64 error.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +26,7 @@ from lora_fx.passes.prove import arrays_of, prove, torch_run
 from lora_fx.target import Found, base_name
 
 from .models import ZOO
-from .oracles import Subject, explicit, flat, matters, multiplied
+from .oracles import Subject, doubled, explicit, flat, matters, multiplied
 
 EFFECT = 0.15
 """Factor on a random B: the adapter is seen in the output and does not swamp it."""
@@ -123,8 +122,11 @@ def moved_by_left_out(name: str, module: Any) -> dict[str, float]:
 
     In fp64: a softmax over equal values is their mean whatever its weights, up to rounding.
     """
+    keys = left_out(module)
+    if not keys:
+        return {}
     subject = built(name)
-    model = copy.deepcopy(subject.model).double()
+    model = doubled(subject.model)
     named = pytree.tree_map(
         lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x,
         (subject.args, subject.kwargs),
@@ -132,7 +134,7 @@ def moved_by_left_out(name: str, module: Any) -> dict[str, float]:
     found = {}
     with torch.no_grad():
         before = flat(model(*named[0], **named[1]))
-        for key in left_out(name, module):
+        for key in keys:
             weight = model.get_parameter(base_name(key))
             kept = weight.clone()
             weight.mul_(1.5)
@@ -142,7 +144,7 @@ def moved_by_left_out(name: str, module: Any) -> dict[str, float]:
     return found
 
 
-def left_out(name: str, module: Any) -> list[str]:
+def left_out(module: Any) -> list[str]:
     """Keys of the plan that dead="drop" left without an adapter."""
     return [n.partition(": left out")[0] for n in module.notes if ": left out" in n]
 

@@ -57,15 +57,21 @@ class Effective(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def doubled(model: nn.Module) -> Any:
+    """A copy in fp64."""
+    wide = copy.deepcopy(model).double()
+    if hasattr(wide, "set_experts_implementation"):
+        wide.set_experts_implementation("eager")  # the grouped product has no fp64
+    return wide
+
+
 def explicit(subject: Subject, module: Any) -> Run:
     """{input: array} → {output: array} of the original's own code on W + ΔW, in fp64.
 
     Lookups of a tied tensor keep W where the update leaves them alone. ΔW of a computed weight
     is added to the operand that is computed from its parameters, in front of every product.
     """
-    model = copy.deepcopy(subject.model).double()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the grouped product has no fp64
+    model = doubled(subject.model)
     names = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in reversed(list(names.items()))}
     summed: dict[str, torch.Tensor] = {}
