@@ -190,9 +190,9 @@ def _top(rows: dict[str, Row]) -> list[str]:
         "adapter on the output (.05 to 5); whether every lora_B gets a gradient; insert against",
         "the original's code on W + s·BA in fp64; fold against insert (gate 1e-6); the ONNX file;",
         "ONNX Runtime against insert at three sizes (gate 2e-6; beyond either, 4 × the model's own",
-        "fp32 error). Targets that move no output are left out of three models, by name; the effect",
-        "column also asks that the original stays within 1e-12 in fp64 when such a weight changes by",
-        "half. Beside them PEFT:",
+        "fp32 error). Targets that move no output are left out of three models, by name; the",
+        "effect column also asks that the original stays within 1e-12 in fp64 when such a weight",
+        "changes by half. Beside them PEFT:",
         "`all-linear` with a random adapter: adapted modules, effect, how many of them get a",
         f"gradient, `merge_and_unload` against unmerged and ONNX Runtime against merged (gate"
         f" {PEFT_TOL:g},",
