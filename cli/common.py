@@ -24,7 +24,8 @@ COMMANDS = {
     "extract": "Recover an adapter from two checkpoints, by SVD.",
     "truncate": "Fewer ranks, with the exact error that it costs.",
     "convert": "Convert an adapter between file formats.",
-    "verify": "Run two models and compare them; or: does an adapter fit?",
+    "verify": "Compare two models, or tensor files; or: does an adapter fit?",
+    "doctor": "Say what is wrong with a base and an adapter.",
     "demo": "All of it, end to end, on a real model and real data.",
 }
 

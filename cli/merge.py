@@ -31,6 +31,10 @@ from lora_fx.cli.options import force_option, json_option, split_weight
 @click.option(
     "--allow-unused", is_flag=True, help="Leave out updates that the base has no tensor for."
 )
+@click.option(
+    "--allow-missing", is_flag=True, help="Accept an adapter that lacks layers its config has."
+)
+@click.option("--any-base", is_flag=True, help="Merge into other weights than it was trained on.")
 @click.option("--untie", is_flag=True, help="Give a tied output head a tensor of its own.")
 @click.option("--add", is_flag=True, help="Add whole tensors that the base lacks: a new head.")
 @click.option("--again", is_flag=True, help="Merge an adapter that is in the base already.")

@@ -1,4 +1,4 @@
-"""lora-fx verify: two models run and compared, or an adapter checked against a model."""
+"""lora-fx verify: models run and compared, tensor files compared as tensors, adapters fitted."""
 
 from __future__ import annotations
 
@@ -7,49 +7,74 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import emit
-from lora_fx.cli.options import adapter_of, captured, json_option, load_npz, model_options
+from lora_fx.cli.options import (
+    adapter_of,
+    captured,
+    json_option,
+    load_npz,
+    model_options,
+    split_weight,
+)
 
 
 @click.command("verify")
 @click.argument("a")
 @click.argument("b")
-@click.option("--adapter", metavar="ADAPTER", help="Applied to the model that is no .onnx file.")
 @click.option(
-    "--tol", type=float, default=2e-6, show_default=True, help="Gate on max|a - b| / max|b|."
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[:W]",
+    help="Applied to the model that is no .onnx file; of tensor files, what A has and B has not.",
 )
+@click.option("--tol", type=float, help="Gate on max|a - b| / max|b|.  [default: 2e-6; tensors 0]")
+@click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
+@click.option("--run", is_flag=True, help="Run tensor files as models, and compare outputs.")
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @model_options
 @json_option
 def command(
     a: str,
     b: str,
-    adapter: str | None,
-    tol: float,
+    adapters: tuple[str, ...],
+    tol: float | None,
+    everything: bool,
+    run: bool,
     provider: str,
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Run models A and B on the same inputs and compare; or check that adapter B fits model A.
+    r"""Compare models A and B; or check that adapter B fits model A.
+
+    Two Hugging Face folders or .safetensors files are compared as tensors: with --adapter, A must
+    be B with it merged. All other models are run on the same inputs.
 
     Exit code 0: equal within the gate. 1: they differ. 2: they cannot be compared.
 
     \b
+    lora-fx verify ./merged ./llama --adapter ./adapter
     lora-fx verify bert.onnx ./my-bert --adapter ./adapter
     lora-fx verify ./my-bert ./adapter
     """
+    from lora_fx.checkpoint.proof import ROWS
+    from lora_fx.checkpoint.verify import is_tensor_file, lines
     from lora_fx.formats.io import is_adapter
     from lora_fx.passes.verify import verify
 
-    def model(text: str) -> Any:
-        return text if text.endswith(".onnx") else captured(text, **options)[1]
-
-    arrays = load_npz(options["inputs_file"]) or None
-    if is_adapter(b):
+    fits = is_adapter(b)
+    if not run and is_tensor_file(a) and (fits or is_tensor_file(b)):
+        given = [pair if (pair := split_weight(x))[0] != x else x for x in adapters]
+        rows = None if everything else ROWS
+        report = verify(a, b, adapter=given or None, tol=tol, rows=rows)
+    elif fits:
         report = verify(captured(a, meta=True, **options)[1], adapter_of(b))
     else:
-        update = adapter_of(adapter) if adapter else None
-        report = verify(model(a), model(b), arrays, adapter=update, tol=tol, provider=provider)
+        one, two = (m if m.endswith(".onnx") else captured(m, **options)[1] for m in (a, b))
+        arrays = load_npz(options["inputs_file"]) or None
+        extra: Any = [adapter_of(x).weighted(w) for x, w in map(split_weight, adapters)]
+        extra = extra[0] if len(extra) == 1 else extra or None
+        report = verify(one, two, arrays, adapter=extra, tol=tol, provider=provider)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}], "outputs": []}
     fields.pop("command")
-    emit(as_json, "verify", str(report), **fields)
+    emit(as_json, "verify", lines(report), **fields)
     click.get_current_context().exit(0 if report else 1)

@@ -15,12 +15,13 @@ _WHERE = {
     "insert": "lora_fx.passes.pipeline",
     "fold": "lora_fx.passes.pipeline",
     "export": "lora_fx.passes.pipeline",
-    "verify": "lora_fx.passes.pipeline",
     "extract": "lora_fx.checkpoint.extraction",
     "truncate": "lora_fx.truncation",
+    "verify": "lora_fx.passes.verify",
     "attach": "lora_fx.passes.attach",
     "detach": "lora_fx.passes.attach",
     "merge": "lora_fx.checkpoint.merge",
+    "doctor": "lora_fx.checkpoint.doctor",
     "save_adapter": "lora_fx.formats.io",
     "load_adapter": "lora_fx.formats.io",
     "load_model": "lora_fx.fx.models",
@@ -42,6 +43,7 @@ __all__ = [
     "attach",
     "capture",
     "detach",
+    "doctor",
     "export",
     "extract",
     "find",
@@ -57,6 +59,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lora_fx.adapter import Adapter
+    from lora_fx.checkpoint.doctor import doctor
     from lora_fx.checkpoint.extraction import extract
     from lora_fx.checkpoint.merge import merge
     from lora_fx.errors import LoraFxError
@@ -66,7 +69,8 @@ if TYPE_CHECKING:
     from lora_fx.fx.models import load_model
     from lora_fx.lowrank import Full, LowRank
     from lora_fx.passes.attach import attach, detach
-    from lora_fx.passes.pipeline import export, find, fold, insert, verify
+    from lora_fx.passes.pipeline import export, find, fold, insert
+    from lora_fx.passes.verify import verify
     from lora_fx.truncation import truncate
 
 

@@ -1,26 +1,19 @@
-"""verify: run two models on the same inputs and compare; or check that an adapter fits a model."""
+"""verify: are two models the same? Tensor files are compared as tensors, others are run.
+
+Comparing tensors needs no torch, so what runs models is imported only where one is run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from lora_fx.adapter import Adapter, bind
-from lora_fx.compare import ORT_TOL, Parity, Report, compare
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.proof import ROWS
+from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
+from lora_fx.compare import ORT_TOL, Report
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture import Captured
-from lora_fx.fx.module import CapturedModule
-from lora_fx.inputs import SIZES, Inputs
-from lora_fx.onnx.session import open_session, signature
-from lora_fx.passes.given import opened, plain
-from lora_fx.passes.pipeline import find, insert
-from lora_fx.passes.prove import prove
-
-Feeds = Mapping[str, np.ndarray[Any, Any]]
+from lora_fx.formats.io import is_adapter, load_adapter
 
 
 def verify(
@@ -28,82 +21,51 @@ def verify(
     b: Any,
     inputs: Mapping[str, Any] | None = None,
     *,
-    adapter: Adapter | None = None,
-    tol: float = ORT_TOL,
+    adapter: Any = None,
+    tol: float | None = None,
     provider: str = "auto",
+    run: bool = False,
+    rows: int | None = ROWS,
 ) -> Report:
-    """Compare two models output by output, at three sizes; `bool(report)` is the answer.
+    """Compare two models; `bool(report)` is the answer.
+
+    Two tensor files (Hugging Face folders or `.safetensors`) are compared tensor by tensor,
+    everything else output by output at three sizes.
 
     Args:
-        a: A captured module, a Captured, or an .onnx or .pt2 file.
-        b: Another one, the reference; or an Adapter: does it fit `a`?
+        a: A tensor file, a captured module, a Captured, or an .onnx or .pt2 file.
+        b: Another one, the reference; or an Adapter or its path: does it fit `a`?
         inputs: Arrays by input name, instead of sampled ones.
-        adapter: Applied to whichever of the two is not an .onnx file (b where neither is).
-        tol: Gate on max|a − b| / max|b|.
+        adapter: Of models that are run: applied to whichever of the two is not an .onnx file (b
+            where neither is). Of tensor files: `a` should be `b` with it merged; also several,
+            and pairs (adapter, weight).
+        tol: Gate on max|a − b| / max|b|: of each output, 2e-6; of each tensor, 0.
         provider: For .onnx files.
+        run: Run tensor files too, as models.
+        rows: Of tensor files with adapters: rows of every touched tensor that are computed again;
+            None for all.
+
+    Raises:
+        LoraFxError: What cannot be compared; an adapter that does not fit.
     """
-    if isinstance(b, Adapter):
-        return _fits(a, b)
-    a, b = opened(a), opened(b)
-    a_file, b_file = (isinstance(m, (str, PathLike)) for m in (a, b))
-    if a_file and b_file:
-        if adapter is not None:
-            raise LoraFxError("an adapter cannot be added to .onnx files here", "export with it")
-        return _files(Path(a), Path(b), inputs, tol, provider)
-    if a_file or b_file:
-        session = open_session(a if a_file else b, provider)
-        module = _module(b if a_file else a, adapter)
-        run: Callable[[Feeds], Any] = session.run
-        notes = [session.note] if session.note else []
-    else:
-        from lora_fx.passes.prove import torch_run
+    fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
+    if is_tensor_file(a) and not run:
+        if fits:
+            return fits_files(a, b)
+        if is_tensor_file(b):
+            return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
+    from lora_fx.passes.verify_run import verify_run
 
-        run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
-    parity = prove(run, module, arrays=inputs, tol=tol)
-    return _report(parity, notes)
+    if fits and not isinstance(b, Adapter):
+        b = load_adapter(b)
+    if _is_path(adapter):
+        adapter = load_adapter(adapter)
+    if isinstance(adapter, Sequence):
+        raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
+    return verify_run(a, b, inputs, adapter, ORT_TOL if tol is None else tol, provider)
 
 
-def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
-    ok = bool(parity) and all(p.ok for p in parity)
-    return Report("verify", ok, tuple(parity), (), tuple(notes))
+def _is_path(value: Any) -> bool:
+    from os import PathLike
 
-
-def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
-    if isinstance(model, CapturedModule):
-        if adapter is not None:
-            raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
-        return model.eval()
-    if not isinstance(model, Captured):
-        raise LoraFxError(
-            f"cannot run a {type(model).__name__}", "pass capture(model, args) or an .onnx file"
-        )
-    return plain(model) if adapter is None else insert(model, adapter=adapter, dead="allow").eval()
-
-
-def _files(a: Path, b: Path, inputs: Mapping[str, Any] | None, tol: float, provider: str) -> Report:
-    first, second = open_session(a, provider), open_session(b, provider)
-    specs: Inputs = signature(second)
-    if set(first.input_names) != set(second.input_names):
-        raise LoraFxError(
-            f"{a} takes {sorted(first.input_names)}, {b} takes {sorted(second.input_names)}",
-            "two models with the same inputs can be compared",
-        )
-    parity = []
-    for size in SIZES if inputs is None else SIZES[:1]:
-        feeds = {**specs.sample(size), **(inputs or {})}
-        shapes = {k: v.shape for k, v in feeds.items()}
-        parity.append(compare(first.run(feeds), second.run(feeds), shapes, tol))
-    return _report(parity, [second.note] if second.note else [])
-
-
-def _fits(model: Any, adapter: Adapter) -> Report:
-    """Does every key of an adapter have a target of its shape in a model?"""
-    found = find(model)
-    bound = bind(adapter, found)
-    untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
-    details: dict[str, Any] = {
-        "fits": len(bound.lowrank),
-        "whole": len(bound.full),
-        "untouched": untouched,
-    }
-    return Report("verify", True, details=details)
+    return isinstance(value, (str, PathLike))

@@ -33,6 +33,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+import lora_fx
 from lora_fx.cli import main
 from lora_fx.cli.common import COMMANDS
 
@@ -191,7 +192,13 @@ RUNS = {
     ],
     "export": ["export model.py:build start -o m.onnx --provider cpu"],
     "convert": ["convert start -o start.onnx_adapter"],
-    "verify": ["verify m.onnx model.py:build --provider cpu", "verify model.py:build start"],
+    "verify": [
+        "verify m.onnx model.py:build --provider cpu",
+        "verify model.py:build start",
+        "verify pair.safetensors pair.safetensors",
+        "verify made.safetensors pair.safetensors --adapter pair",
+    ],
+    "doctor": ["doctor pair.safetensors pair"],
 }
 
 
@@ -216,6 +223,10 @@ def test_the_json_of_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("model.py").write_text(MODEL)
     np.savez("data.npz", **DATA)
     save_file({"fc.weight": np.ones((3, 4), np.float32)}, "base.safetensors")
+    save_file({"w": np.ones((3, 2), np.float32)}, "pair.safetensors")
+    update = lora_fx.LowRank(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32), 0.5)
+    lora_fx.save_adapter(lora_fx.Adapter({"w": update}), "pair")
+    lora_fx.merge("pair.safetensors", "pair", "made.safetensors")
     rows: dict[str, set[str]] = {}
     for name, lines in RUNS.items():
         emitted: set[str] = set()

@@ -17,6 +17,7 @@ import numpy as np
 from lora_fx.adapter import Adapter
 from lora_fx.checkpoint.difference import Pair, pairs, read_floats
 from lora_fx.checkpoint.extracted import Extracted, Extraction
+from lora_fx.checkpoint.fingerprint import file_fingerprint
 from lora_fx.checkpoint.headers import WEIGHTS, file_targets, tensors
 from lora_fx.checkpoint.layouts import Use, config_of, uses
 from lora_fx.checkpoint.scope import scope_of
@@ -149,7 +150,9 @@ def extraction(
             f"{tuned}: no weight differs from {base}", hint or "is it the tuned model?"
         )
     notes += _notes(rows, kinds, left_out)
+    low = [k for k, entry in entries.items() if isinstance(entry, LowRank)]
     metadata = {"base_model_name_or_path": str(base), "notes": notes}
+    metadata |= file_fingerprint(low, old)
     skipped = len(old) - len(scope)
     return Extraction(
         Adapter(entries, metadata), tuple(rows), tuple(unchanged), tuple(left_out), skipped

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_fx.adapter import Adapter, near
+from lora_fx.checkpoint.renamed import Renaming, check_present, renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.experts import place
@@ -50,6 +51,7 @@ def match(
     where: str,
     *,
     allow_unused: bool = False,
+    allow_missing: bool = False,
 ) -> tuple[list[Placed], list[str]]:
     """Every entry at its tensor, and notes.
 
@@ -59,6 +61,7 @@ def match(
         config: config.json of the checkpoint; empty where there is none.
         where: The checkpoint, for messages.
         allow_unused: Entries without a tensor become notes.
+        allow_missing: So do layers that the adapter's own config adapts and its file lacks.
 
     Raises:
         LoraFxError: An entry without a tensor, a shape that does not fit, a doubt about how a
@@ -66,7 +69,7 @@ def match(
     """
     adapter = named(adapter, tensors)
     notes: list[str] = []
-    rename = _renaming(adapter, tensors, notes)
+    rename = renaming(adapter, tensors, notes)
 
     def shape_of(name: str) -> tuple[int, ...] | None:
         info = tensors.get(rename(name))
@@ -89,11 +92,12 @@ def match(
         )
     if lost:
         _unused(lost, tensors, where, notes, allow=allow_unused)
+    check_present(adapter, tensors, rename, where, notes, allow=allow_missing)
     return placed, notes
 
 
 def _also(
-    entry: Entry, name: str, tensors: Mapping[str, TensorInfo], rename: _Renaming
+    entry: Entry, name: str, tensors: Mapping[str, TensorInfo], rename: Renaming
 ) -> list[str]:
     """Other tensors that PEFT tied to this one: they change alike."""
     tied = getattr(entry, "extra", {}).get("tied")
@@ -127,39 +131,6 @@ def _unused(
             f"{near(lost[0], tensors)}; --allow-unused leaves them out",
         )
     notes.append(f"left out, the base has no such tensor: {some}")
-
-
-class _Renaming:
-    """A prefix that the adapter's names have more, or less, than the checkpoint's."""
-
-    def __init__(self, more: str = "", less: str = "") -> None:
-        self.more, self.less = more, less
-
-    def __call__(self, name: str) -> str:
-        return self.less + name.removeprefix(self.more)
-
-
-def _renaming(adapter: Adapter, tensors: Mapping[str, TensorInfo], notes: list[str]) -> _Renaming:
-    """The prefix under which the most names are known; none where names are known as they are.
-
-    A model saved by its inner class lacks the outer's prefix (`bert.`), a component of a pipeline
-    its own (`unet.`), and the reverse.
-    """
-    names = [base_name(k) for k in adapter.entries]
-    if any(n in tensors for n in names):
-        return _Renaming()
-    first = next((n for n in names if n.endswith(".weight")), "")
-    leads = {n[: i + 1] for n in names for i, c in enumerate(n) if c == "."}
-    tries = [_Renaming(more=lead) for lead in sorted(leads)]
-    tries += [_Renaming(less=t.removesuffix(first)) for t in tensors if t.endswith(f".{first}")]
-    known = {t: sum(n.startswith(t.more) and t(n) in tensors for n in names) for t in tries}
-    most = max(known.values(), default=0)
-    best = [t for t in tries if known[t] == most]
-    if not most or len(best) != 1:
-        return _Renaming()
-    what = f"without {best[0].more!r}" if best[0].more else f"with {best[0].less!r} before them"
-    notes.append(f"the adapter's names are the base's {what}")
-    return best[0]
 
 
 def _name(key: str, entry: Entry, tensors: Mapping[str, TensorInfo]) -> str:
@@ -200,7 +171,7 @@ def _orientation(
     adapter: Adapter,
     tensors: Mapping[str, TensorInfo],
     config: Mapping[str, Any],
-    rename: _Renaming,
+    rename: Renaming,
     where: str,
     notes: list[str],
 ) -> frozenset[int]:

@@ -43,6 +43,8 @@ def merge(
     untie: bool = False,
     add: bool = False,
     again: bool = False,
+    allow_missing: bool = False,
+    any_base: bool = False,
     link: bool = False,
     force: bool = False,
     workers: int | None = None,
@@ -61,6 +63,8 @@ def merge(
         untie: Write a tied head as a tensor of its own where an update means one use only.
         add: Add whole tensors that the base lacks, such as a new head.
         again: Fold an adapter that the base's metadata says is in it already.
+        allow_missing: Leave layers as they are that the adapter's config adapts and its file lacks.
+        any_base: Fold an adapter that says it was trained on other weights than these.
         link: Untouched shards share the base's inodes (hard links).
         force: Replace an output that exists.
         workers: Threads; as many as there are cores where None.
@@ -77,7 +81,7 @@ def merge(
     check_target(out, force=force)
     plan = plan_merge(
         base, adapters, how=how, rank=rank, dtype=dtype, allow_unused=allow_unused,
-        untie=untie, add=add, again=again,
+        untie=untie, add=add, again=again, allow_missing=allow_missing, any_base=any_base,
     )  # fmt: skip
     return run(plan, out, link=link, force=force, workers=workers, progress=progress)
 
@@ -91,7 +95,7 @@ def plan_merge(
     if options.get("dtype") not in (None, *DTYPES):
         raise LoraFxError(f"no dtype {options['dtype']!r}", f"one of {', '.join(DTYPES)}")
     with _explained(base):
-        return make_plan(open_checkpoint(Path(base)), _given(adapters), Options(**options))
+        return make_plan(open_checkpoint(Path(base)), given(adapters), Options(**options))
 
 
 def check_target(out: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -153,10 +157,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _given(adapters: Any) -> list[Given]:
+def given(adapters: Any) -> list[Given]:
+    """Adapters as `merge` takes them, read."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
-    given = []
+    result = []
     for item in adapters:
         adapter, weight = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
         where, path = "the adapter", None
@@ -171,8 +176,8 @@ def _given(adapters: Any) -> list[Given]:
 
             where, path = str(adapter), Path(adapter)
             adapter = load_adapter(adapter)
-        given.append(Given.of(adapter, float(weight), where, path))
-    return given
+        result.append(Given.of(adapter, float(weight), where, path))
+    return result
 
 
 def _check_apart(plan: Plan, target: Path) -> None:
@@ -208,12 +213,12 @@ def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
             f"rounded, {name} only {gain:.1%}: --dtype float16 or float32 keeps more"
         )
     warnings += _said(plan)
-    details = {**plan.to_json(), "tensors": rows, "base_verified": False}
+    details = {**plan.to_json(), "tensors": rows, "base_verified": plan.verified}
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 
 def _said(plan: Plan) -> list[str]:
-    said = [f"{g.where}: its base is not verified" for g in plan.given]
+    said = []
     left = plan.base.companions()[1]
     if left:
         some = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")

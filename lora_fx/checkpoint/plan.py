@@ -1,6 +1,7 @@
 """The plan of a merge, from headers and adapters alone: what will be written, and every refusal.
 
-Nothing of the base but its headers is read here, and nothing is written.
+Nothing of the base but its headers is read here, and samples of weights where an adapter says
+what it was trained on; nothing is written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lora_fx.checkpoint.change import Change, change_of
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.match import Placed, match, named
-from lora_fx.checkpoint.provenance import adapter_hash, refuse_again
+from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
 from lora_fx.checkpoint.quantised import refuse_codes
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import Tie, tie_of
@@ -56,6 +57,8 @@ class Options:
     untie: bool = False
     add: bool = False
     again: bool = False
+    allow_missing: bool = False
+    any_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Plan:
         tie: Set where config.json has to say that head and embedding are no longer tied.
         notes: What should be said.
         options: As asked.
+        verified: True when every adapter says that this is the base it was trained on.
     """
 
     base: Checkpoint
@@ -79,6 +83,15 @@ class Plan:
     tie: Tie | None = None
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
+    verified: bool = False
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Options that say which numbers come out, for the output's metadata: no defaults."""
+        asked, mixed = self.options, len(self.given) > 1 and self.options.how in ("linear", "svd")
+        kept = {"how": asked.how, "rank": asked.rank} if mixed else {}
+        kept |= {n: True for n in ("allow_unused", "allow_missing") if getattr(asked, n)}
+        return {n: v for n, v in kept.items() if v is not None}
 
     @property
     def touched_bytes(self) -> int:
@@ -140,7 +153,12 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
         refuse_codes(adapter.entries, base, config)
         new = _new(adapter, base) if options.add else {}
         here, said = match(
-            adapter, {**known, **new}, config, str(base.path), allow_unused=options.allow_unused
+            adapter,
+            {**known, **new},
+            config,
+            str(base.path),
+            allow_unused=options.allow_unused,
+            allow_missing=options.allow_missing,
         )
         notes += [*adapter.metadata.get("notes", ()), *said, *(f"added: {n}" for n in new)]
         if not here:
@@ -150,6 +168,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
             )
         placed += here
         known |= new
+    checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
     if tie is not None and _needs_untying(placed, tie, base, untie=options.untie):
         if not tie.stored:
@@ -164,7 +183,8 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
         info = sources.get(name) or base.tensors[name]
         changes[name] = change_of(name, info, by_tensor.get(name, []), base, options.dtype)
     homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
-    return Plan(base, tuple(given), changes, homes, tie, tuple(dict.fromkeys(notes)), options)
+    notes = list(dict.fromkeys([*notes, *(c for c in checks if c)]))
+    return Plan(base, tuple(given), changes, homes, tie, tuple(notes), options, not any(checks))
 
 
 def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> None:

@@ -2,7 +2,8 @@
 
 `lora_fx.merge` in the `__metadata__` of every shard that a merge wrote is JSON: a list of merges,
 oldest first, each {"version", "base": {"layout", "sample"}, "adapters": [{"hash", "weight"}],
-"dtype"}. Nothing in it depends on the time or on paths, so equal inputs give equal files.
+"dtype"} and, where they are not the defaults, "options": how, rank, allow_unused, allow_missing.
+Nothing in it depends on the time or on paths, so equal inputs give equal files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.fingerprint import FIELD, same_base
 from lora_fx.checkpoint.folder import Checkpoint
+from lora_fx.checkpoint.renamed import renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Array, Full, LowRank
@@ -85,7 +88,7 @@ def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             continue
         try:
             merges = json.loads(text)
-            ok = isinstance(merges, list) and all(isinstance(m["adapters"], list) for m in merges)
+            ok = isinstance(merges, list) and all(_listed(m["adapters"]) for m in merges)
         except (ValueError, TypeError, KeyError):
             ok = False
         if not ok:
@@ -95,6 +98,10 @@ def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             )
         longest = max(longest, merges, key=len)
     return longest
+
+
+def _listed(adapters: Any) -> bool:
+    return isinstance(adapters, list) and all(isinstance(a, dict) for a in adapters)
 
 
 def refuse_again(
@@ -110,13 +117,59 @@ def refuse_again(
             )
 
 
+def base_note(
+    adapter: Adapter,
+    where: str,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorInfo],
+    any_base: bool,
+) -> str:
+    """Why an adapter's base is not verified; empty where the checkpoint is that base.
+
+    Args:
+        adapter: With metadata["base"], or without.
+        where: The adapter, for messages.
+        checkpoint: The base.
+        tensors: Its tensors under every name that an adapter may use.
+        any_base: Say so, instead of raising, where it is another base.
+
+    Raises:
+        LoraFxError: The adapter was trained on other weights.
+    """
+    rename = renaming(adapter, tensors, [])
+    recorded: Any = adapter.metadata.get(FIELD)
+    same, why = same_base(recorded, lambda name: tensors.get(rename(name)))
+    if same is None:
+        return f"{where}: its base is not verified: {why}"
+    if same:
+        return ""
+    said = f"{where}: it was trained on other weights than those of {checkpoint.path}"
+    if history(checkpoint):
+        return f"{said}, which other adapters were merged into"
+    if any_base:
+        return said
+    raise LoraFxError(
+        f"{said}: samples of the {len(recorded['names'])} tensors that it changed there differ",
+        "merge it into the base that it was trained on; --any-base merges it anyway",
+    )
+
+
 def record(
     checkpoint: Checkpoint,
     touched: Iterable[str],
     adapters: Iterable[tuple[str, float]],
     dtype: str | None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The metadata of a merge: the base's history and this one. Adapters are (hash, weight)."""
+    """The metadata of a merge: the base's history and this one.
+
+    Args:
+        checkpoint: The base.
+        touched: Its tensors that change.
+        adapters: (hash, weight) of each.
+        dtype: Of touched tensors, where asked for.
+        options: What else says which numbers come out; left out where it is empty.
+    """
     base = {
         "layout": layout_hash(checkpoint.tensors),
         "sample": sample_hash((n, checkpoint.tensors[n]) for n in touched),
@@ -126,5 +179,5 @@ def record(
         "base": base,
         "adapters": [{"hash": h, "weight": w} for h, w in adapters],
         "dtype": dtype,
-    }
+    } | ({"options": dict(options)} if options else {})
     return json.dumps([*history(checkpoint), this], separators=(",", ":"))

@@ -70,6 +70,7 @@ def write(
         [n for n in plan.changes if n not in plan.added],
         [(g.hash, g.weight) for g in plan.given],
         plan.options.dtype,
+        plan.recorded,
     )
     single = not plan.base.path.is_dir()
     touched: list[Shard] = []

@@ -29,6 +29,7 @@ from lora_fx.formats.peft_names import (
 )
 from lora_fx.formats.peft_source import Source
 from lora_fx.formats.peft_stack import candidates, read_stacks
+from lora_fx.formats.peft_targets import facts
 from lora_fx.formats.tensorfile import Array
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.variant import Dense, Entry
@@ -81,6 +82,8 @@ def decode(
     if config.get("fan_in_fan_out"):
         metadata["fan_in_fan_out"] = True
     metadata["dropout"] = float(config.get("lora_dropout") or 0.0)
+    if not ours:  # which names each update, and the config names modules in full
+        metadata["peft"] = facts(config)
     metadata["notes"] = notes
     return Adapter(entries, metadata)
 

@@ -19,7 +19,7 @@ from lora_fx.formats.tensorfile import Array, is_float
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.variant import Dense, Rows, name_of
 
-_DERIVED = ("notes", "untouched_targets", "fan_in_fan_out")
+_DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")
 """Metadata that reading takes from the config and the tensors."""
 Encoded = tuple[dict[str, Array], dict[str, Any], dict[str, Any], tuple[str, ...]]
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.based import Base
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.effect import Effect
 from lora_fx.fx.module import CapturedModule, Rewriter
@@ -57,6 +58,7 @@ class AdaptedModule(CapturedModule):
         self._metadata = dict(metadata or {})
         self._stored: dict[str, Adapter] = {}
         self._active: dict[str, float] = {DEFAULT: 1.0}
+        self._sampled = Base()
         self.effect: Effect | None = None
         prove_ones(self)
         self._graph(False, captured.named)  # registers the adapter's tensors
@@ -118,7 +120,16 @@ class AdaptedModule(CapturedModule):
         for name in self._also:
             m, leaf = owner(self, name)
             entries[name] = Full(to_numpy(m._parameters[leaf]).copy())
-        return Adapter(entries, self._metadata)
+        return Adapter(
+            entries, {**self._metadata, **self._sampled.now(self._updates, self._tensor)}
+        )
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        m, leaf = owner(self, name)
+        p = m._parameters.get(leaf)
+        if p is None:
+            raise LoraFxError(f"{name!r} is no parameter of the model")
+        return p
 
     def changes_anything(self) -> bool:
         """False while every update is zero, as after insert, and no tensor is trained whole."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_fx.adapter import Adapter, bind
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.based import Base
 from lora_fx.fx.eager import bound
 from lora_fx.fx.forms import Form, Planner
 from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, restore, swap
@@ -54,6 +55,7 @@ class Attachment:
         self.updates: dict[str, LowRank] = {}
         self.by_weight: frozenset[str] = frozenset()
         self.proven: dict[str, str] = {}  # key → use
+        self._sampled = Base()
         self.forms: dict[str, Form] = {}
         self.metadata = dict(metadata or {})
         self._also = tuple(also_train)
@@ -70,6 +72,7 @@ class Attachment:
         forms = self.planner.forms(updates, self.by_weight)  # or nothing is changed
         self.remove()
         self.updates, self.forms = dict(updates), forms
+        self._sampled.now(self.updates, self._parameter)  # while tensors are whole
         for key, update in self.updates.items():
             computed = "~" in key  # such a weight is where its parameters are
             stored = self.found[key].sites[0].behind[0] if computed else base_name(key)
@@ -175,8 +178,9 @@ class Attachment:
 
     def _parameter(self, name: str) -> nn.Parameter:
         module, leaf = owner(self.model, name)
-        p = module._parameters[leaf]
-        assert p is not None
+        p = module._parameters.get(leaf)
+        if p is None:
+            raise LoraFxError(f"{name!r} is no parameter of the model")
         return p
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -199,7 +203,9 @@ class Attachment:
             entries[key] = replace(self.updates[key], a=first, b=second)
         for name in self._also:
             entries[name] = Full(_whole(self._parameter(name)).copy())
-        return Adapter(entries, self.metadata)
+        return Adapter(
+            entries, {**self.metadata, **self._sampled.now(self.updates, self._parameter)}
+        )
 
     @torch.no_grad()
     def load_adapter(self, adapter: Adapter) -> None:

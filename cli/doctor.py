@@ -1,0 +1,32 @@
+"""lora-fx doctor: what is wrong with a base and an adapter."""
+
+from __future__ import annotations
+
+import click
+
+from lora_fx.cli.common import emit
+from lora_fx.cli.options import json_option
+
+
+@click.command("doctor")
+@click.argument("base")
+@click.argument("adapter")
+@json_option
+def command(base: str, adapter: str, as_json: bool) -> None:
+    r"""Say everything that is wrong with the pair BASE and ADAPTER, and what to do.
+
+    BASE is a Hugging Face folder or a .safetensors file. Nothing is loaded or run.
+
+    Exit code 0: nothing that makes the pair wrong. 1: errors were found. 2: a file cannot be read.
+
+    \b
+    lora-fx doctor ./llama ./adapter
+    """
+    from lora_fx.checkpoint.doctor import doctor, lines
+
+    report = doctor(base, adapter)
+    fields = {**report.to_json(), "inputs": [{"base": base, "adapter": adapter}]}
+    fields.pop("command")
+    fields.pop("parity")
+    emit(as_json, "doctor", lines(report), **fields)
+    click.get_current_context().exit(0 if report else 1)

@@ -1,0 +1,255 @@
+"""doctor's checks of an adapter against its base. A check yields its findings."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from lora_fx.adapter import near
+from lora_fx.checkpoint.headers import WEIGHTS
+from lora_fx.checkpoint.pair import NOTE, WARNING, Finding, Pair
+from lora_fx.checkpoint.plan import Given, Options, make_plan
+from lora_fx.checkpoint.provenance import base_note, history
+from lora_fx.checkpoint.quantised import HINT, scheme_of
+from lora_fx.checkpoint.renamed import absent_of
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Full, LowRank
+from lora_fx.target import base_name
+
+LARGE = 1.0
+"""‖ΔW‖/‖W‖ above which an update is worth a look: usual ones are below .3."""
+_VOCABULARY = re.compile(
+    r"(^|\.)(\w*embed\w*|wte|shared|lm_head|embed_out|output_projection|word_embeddings)\.\w+$"
+)
+
+
+def _lost(pair: Pair) -> list[str]:
+    """Keys of low-rank updates that the base has no tensor for."""
+    low = pair.adapter.lowrank
+    return [k for k in pair.adapter.entries if pair.tensor(k) is None and k in low]
+
+
+def prefix(pair: Pair) -> Iterator[Finding]:
+    """The adapter's names begin as the base's do."""
+    more, less = pair.rename.more, pair.rename.less
+    if pair.raw is not None and pair.raw.prefixes:
+        return  # told by names
+    if more or less:
+        first, *_ = pair.adapter.entries
+        yield Finding(
+            list(pair.adapter.entries),
+            f"the adapter's names are the base's with {more!r} before them"
+            if more
+            else f"the adapter's names are the base's without {less!r}",
+            pair.rename(first),
+            "lora-fx takes them so; PEFT would apply none of them",
+            WARNING,
+        )
+        return
+    lost = _lost(pair)
+    swap = _swap(pair)
+    if swap:
+        yield Finding(
+            lost,
+            f"{len(lost)} names begin with {swap[0]!r}",
+            f"names that begin with {swap[1]!r}, as the base's",
+            f"rename {swap[0]!r} to {swap[1]!r} if the layers are the same",
+        )
+
+
+def _swap(pair: Pair) -> tuple[str, str] | None:
+    """(prefix of the adapter, prefix of the base) that would place every lost name.
+
+    None where a name would fall on a tensor that another update has, or on another layer.
+    """
+    lost = [base_name(k) for k in _lost(pair)]
+    if not lost:
+        return None
+    taken = {pair.rename(base_name(k)) for k in pair.adapter.entries}
+    votes: Counter[tuple[str, str]] = Counter()
+    parts = lost[0].split(".")
+    for i in range(1, len(parts) - 1):
+        old, tail = ".".join(parts[:i]) + ".", ".".join(parts[i:])
+        ends = [n for n in pair.tensors if n == tail or n.endswith(f".{tail}")]
+        votes.update((old, n.removesuffix(tail)) for n in ends)
+    for (old, new), _ in votes.most_common():
+        if re.sub(r"\d+", "#", old) == re.sub(r"\d+", "#", new):
+            continue
+        names = {new + k.removeprefix(old) for k in lost}
+        if all(k.startswith(old) for k in lost) and names <= {*pair.tensors} - taken:
+            return old, new
+    return None
+
+
+def unused(pair: Pair) -> Iterator[Finding]:
+    """Every update has a tensor in the base."""
+    lost = _lost(pair)
+    if lost and not _swap(pair):
+        yield Finding(
+            lost,
+            "no such tensor in the base: their updates would be dropped",
+            f"names of {pair.base.path}",
+            near(base_name(lost[0]), [*pair.tensors]),
+        )
+
+
+def missing(pair: Pair) -> Iterator[Finding]:
+    """Every layer that the config adapts has an update."""
+    broken = {f"{k.removesuffix('.weight')}" for k in (pair.raw.broken if pair.raw else ())}
+    lost = [m for m in absent_of(pair.adapter, pair.tensors, pair.rename) if m not in broken]
+    if lost and not _lost(pair):
+        yield Finding(
+            [f"{m}.weight" for m in lost],
+            "the config adapts them (target_modules), but the file has no update of them",
+            "an update of each",
+            "is the file complete, and is this its base? lora-fx merge --allow-missing leaves "
+            "them as they are",
+        )
+
+
+def _rows(pair: Pair, key: str) -> tuple[int, int] | None:
+    """(rows of the adapter, rows of the base) of a vocabulary that differs; else None."""
+    entry, info = pair.adapter.entries[key], pair.tensor(key)
+    if info is None or len(info.shape) != 2 or not _VOCABULARY.search(base_name(key)):
+        return None
+    rows, dim = info.shape
+    if isinstance(entry, Full) and entry.value.ndim == 2:
+        have, width = entry.value.shape
+    elif isinstance(entry, LowRank) and entry.a.ndim == 2:
+        out, in_ = entry.shape
+        have, width = (in_, out) if entry.extra.get("op") == "embedding" else (out, in_)
+    else:
+        return None
+    return (have, rows) if width == dim and have != rows else None
+
+
+def vocabulary(pair: Pair) -> Iterator[Finding]:
+    """Embedding and head have the base's number of rows."""
+    for key in pair.misfits:
+        rows = _rows(pair, key)
+        if rows:
+            more = "grown" if rows[0] > rows[1] else "cut"
+            yield Finding(
+                [key],
+                f"{rows[0]} rows: the vocabulary was {more} before training",
+                f"{rows[1]} rows, as the base has",
+                f"resize the base to {rows[0]} tokens (resize_token_embeddings), save it, and "
+                "merge into that",
+            )
+
+
+def shapes(pair: Pair) -> Iterator[Finding]:
+    """Every update has the shape of its tensor."""
+    for key, why in pair.misfits.items():
+        info = pair.tensor(key)
+        if not _rows(pair, key) and info is not None and 0 not in info.shape:
+            yield Finding(
+                [key],
+                why.partition("the adapter's ")[2] or why,
+                f"one for a tensor {list(info.shape)}",
+                "was the adapter trained on another model?",
+            )
+
+
+def tied(pair: Pair) -> Iterator[Finding]:
+    """No update of one use of a tensor that is both embedding and output head."""
+    if pair.tie is None:
+        return
+    ours = [
+        key
+        for key, entry in pair.adapter.entries.items()
+        if pair.rename(base_name(key)) in (pair.tie.table, pair.tie.head)
+        and not (isinstance(entry, LowRank) and entry.extra.get("tied"))
+    ]
+    if ours:
+        yield Finding(
+            ours,
+            f"it is one of two uses of one tensor: {pair.tie.table} is also the output head",
+            "an update of both uses, or a base whose head is a tensor of its own",
+            "lora-fx merge --untie gives the head a tensor of its own; other tools change both",
+        )
+
+
+def quantised(pair: Pair) -> Iterator[Finding]:
+    """The tensors to change are plain floats."""
+    kinds: dict[str, list[str]] = {}
+    for key in pair.adapter.entries:
+        info, name = pair.tensor(key), pair.rename(base_name(key))
+        scheme = scheme_of(name, pair.base)
+        if scheme or (info is not None and info.dtype not in WEIGHTS and key not in pair.misfits):
+            kinds.setdefault(scheme or (info.dtype if info else ""), []).append(key)
+    for kind, keys in kinds.items():
+        yield Finding(keys, f"the base is quantised: {kind}", "float weights", HINT)
+
+
+def base(pair: Pair) -> Iterator[Finding]:
+    """The base is the one that the adapter was trained on, where the adapter says."""
+    try:
+        why = base_note(pair.adapter, "the adapter", pair.base, pair.tensors, any_base=False)
+    except LoraFxError as error:
+        yield Finding(
+            list(pair.adapter.lowrank),
+            error.message.removeprefix("the adapter: "),
+            "the weights that it was trained on",
+            error.hint,
+        )
+        return
+    if why:
+        yield Finding(
+            [], why.removeprefix("the adapter: "), "", "compare a few outputs by hand", NOTE
+        )
+
+
+def merged(pair: Pair) -> Iterator[Finding]:
+    """The adapter is not in the base already."""
+    folded = {a.get("hash") for m in history(pair.base) for a in m["adapters"]}
+    if pair.digest in folded:
+        yield Finding(
+            list(pair.adapter.entries),
+            "the base's metadata says that this adapter is merged into it",
+            "the original base",
+            "start from the original; lora-fx merge --again merges it once more",
+        )
+
+
+def added(pair: Pair) -> Iterator[Finding]:
+    """Whole tensors that the base lacks, such as a new head."""
+    full = pair.adapter.full
+    new = [k for k in full if pair.tensor(k) is None]
+    if new:
+        yield Finding(
+            new,
+            "whole tensors that the base has not, such as a new head",
+            "",
+            "lora-fx merge --add writes them into the output",
+            NOTE,
+        )
+
+
+def effect(pair: Pair) -> Iterator[Finding]:
+    """No update is larger than its weight."""
+    large = {k: r for k in pair.adapter.lowrank if (r := pair.ratio(k)) and r > LARGE}
+    if large:
+        most = max(large, key=lambda k: large[k])
+        yield Finding(
+            sorted(large, key=lambda k: -large[k]),
+            f"‖ΔW‖/‖W‖ is {large[most]:.3g} at {most}",
+            f"less than {LARGE:g}; usual updates are below .3",
+            "is lora_alpha right, and is this the base?",
+            WARNING,
+        )
+
+
+def refused(pair: Pair) -> Iterator[Finding]:
+    """lora-fx merge would take the pair; what no other check has said."""
+    error = pair.refusal
+    if error is None:
+        options = Options(untie=True, again=True, allow_unused=True, allow_missing=True, add=True)
+        try:
+            where = str(pair.path)
+            make_plan(pair.base, [Given(pair.adapter, 1.0, where, "")], options)
+            return
+        except LoraFxError as refusal:
+            error = refusal
+    yield Finding([], error.message, "a pair that can be merged", error.hint)

@@ -1,0 +1,121 @@
+"""Which base an adapter was trained on, told by a sample of the weights that it changes.
+
+metadata["base"] of an adapter is {"version", "dtype", "names", "sample"}. `sample` is the sha256
+over the parameters of all low-rank keys, in the order of their `names`: name, shape, and the first
+and last 4096 elements of the stored tensor as the model held them. `dtype` is that of the
+parameters, or {name: dtype} where they differ. `names` stay when updates are taken out later.
+
+A checkpoint's values are cast to `dtype` before they are hashed, so a bfloat16 file that was loaded
+as float32 is the same base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_fx.checkpoint.copying import read_at
+from lora_fx.checkpoint.headers import WEIGHTS
+from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.lowrank import Array
+from lora_fx.numeric import numpy_dtype
+from lora_fx.target import base_name
+
+FIELD = "base"
+VERSION = 1
+ENDS = 4096
+"""Elements at each end of a tensor that the sample holds."""
+
+
+def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> dict[str, Any]:
+    """The fingerprint of a base.
+
+    Args:
+        samples: (name, shape, both ends) of every parameter; the ends in the model's dtype, see
+            `ends`.
+    """
+    rows = sorted(samples, key=lambda row: row[0])
+    dtypes = {name: str(values.dtype) for name, _, values in rows}
+    kinds = set(dtypes.values())
+    dtype: Any = kinds.pop() if len(kinds) == 1 else dtypes
+    names = [name for name, _, _ in rows]
+    return {"version": VERSION, "dtype": dtype, "names": names, "sample": _digest(rows)}
+
+
+def file_fingerprint(keys: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks one of them."""
+    names = parameters_of(keys)
+    found = [(n, tensors[n]) for n in names if n in tensors and tensors[n].dtype in WEIGHTS]
+    if not found or len(found) < len(names):
+        return {}
+    return {FIELD: fingerprint((n, t.shape, _read(t, t.dtype)) for n, t in found)}
+
+
+def ends(flat: Any) -> tuple[Any, Any]:
+    """The first and the last elements of a flat tensor; they overlap where it is short."""
+    return flat[:ENDS], flat[max(0, len(flat) - ENDS) :]
+
+
+def parameters_of(keys: Iterable[str]) -> list[str]:
+    """The parameters of low-rank keys that a checkpoint can hold: no computed weights."""
+    return sorted({base_name(k) for k in keys if not base_name(k).endswith("~")})
+
+
+def same_base(recorded: Any, find: Callable[[str], TensorInfo | None]) -> tuple[bool | None, str]:
+    """Is a checkpoint the base that an adapter was trained on? The reason where it is not known.
+
+    Args:
+        recorded: metadata["base"] of the adapter.
+        find: Parameter of the adapter → its tensor in the checkpoint, None where it has none.
+
+    Returns:
+        True, False, or None with the reason.
+    """
+    if recorded is None:
+        return None, "the adapter does not say what it was trained on"
+    damaged = "what the adapter says of its base is damaged"
+    try:
+        version, dtype, sample = recorded["version"], recorded["dtype"], str(recorded["sample"])
+        names = sorted(str(name) for name in recorded["names"])
+        dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(names, str(dtype))
+    except (TypeError, LookupError):
+        return None, damaged
+    if version != VERSION:
+        return None, f"what the adapter says of its base is of version {version!r}"
+    if not names or not all(str(dtypes.get(n)) in WEIGHTS for n in names):
+        return None, damaged
+    rows = []
+    for name in names:
+        info = find(name)
+        if info is None:
+            return None, f"the checkpoint has no tensor {name!r}"
+        if info.dtype not in WEIGHTS:
+            return None, f"{name!r} is {info.dtype} and was {dtypes[name]}"
+        rows.append((name, info.shape, _read(info, dtypes[name])))
+    return _digest(rows) == sample, ""
+
+
+def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
+    whole = hashlib.sha256()
+    for name, shape, values in rows:
+        whole.update(json.dumps([name, list(shape), str(values.dtype)]).encode())
+        whole.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return whole.hexdigest()
+
+
+def _read(info: TensorInfo, dtype: str) -> Array:
+    """Both ends of a stored tensor, cast."""
+    stored = numpy_dtype(info.dtype)
+    count = (info.stop - info.start) // stored.itemsize
+    parts = []
+    with open(info.file, "rb") as f:
+        for start in (0, max(0, count - ENDS)):
+            n = min(ENDS, count - start)
+            raw = read_at(f.fileno(), n * stored.itemsize, info.start + start * stored.itemsize)
+            parts.append(np.frombuffer(raw, stored))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.concatenate(parts).astype(numpy_dtype(dtype))

@@ -1,0 +1,105 @@
+"""verify, where models are run: on the same inputs, output by output; or does an adapter fit?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter, bind
+from lora_fx.compare import Parity, Report, compare
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture import Captured
+from lora_fx.fx.module import CapturedModule
+from lora_fx.inputs import SIZES, Inputs
+from lora_fx.onnx.session import open_session, signature
+from lora_fx.passes.given import captured_of, opened, plain
+from lora_fx.passes.pipeline import find, insert
+from lora_fx.passes.prove import prove
+
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+
+def verify_run(
+    a: Any,
+    b: Any,
+    inputs: Mapping[str, Any] | None,
+    adapter: Adapter | None,
+    tol: float,
+    provider: str,
+) -> Report:
+    """See `lora_fx.verify`."""
+    if isinstance(b, Adapter):
+        return _fits(a, b)
+    a, b = (opened(_folder(m)) for m in (a, b))
+    a_file, b_file = (isinstance(m, (str, PathLike)) for m in (a, b))
+    if a_file and b_file:
+        if adapter is not None:
+            raise LoraFxError("an adapter cannot be added to .onnx files here", "export with it")
+        return _files(Path(a), Path(b), inputs, tol, provider)
+    if a_file or b_file:
+        session = open_session(a if a_file else b, provider)
+        module = _module(b if a_file else a, adapter)
+        run: Callable[[Feeds], Any] = session.run
+        notes = [session.note] if session.note else []
+    else:
+        from lora_fx.passes.prove import torch_run
+
+        run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
+    parity = prove(run, module, arrays=inputs, tol=tol)
+    return _report(parity, notes)
+
+
+def _folder(model: Any) -> Any:
+    """The capture of a Hugging Face folder; anything else as it is."""
+    is_folder = isinstance(model, (str, PathLike)) and Path(model).is_dir()
+    return captured_of(model) if is_folder else model
+
+
+def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
+    ok = bool(parity) and all(p.ok for p in parity)
+    return Report("verify", ok, tuple(parity), (), tuple(notes))
+
+
+def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
+    if isinstance(model, CapturedModule):
+        if adapter is not None:
+            raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
+        return model.eval()
+    if not isinstance(model, Captured):
+        raise LoraFxError(
+            f"cannot run a {type(model).__name__}", "pass capture(model, args) or an .onnx file"
+        )
+    return plain(model) if adapter is None else insert(model, adapter=adapter, dead="allow").eval()
+
+
+def _files(a: Path, b: Path, inputs: Mapping[str, Any] | None, tol: float, provider: str) -> Report:
+    first, second = open_session(a, provider), open_session(b, provider)
+    specs: Inputs = signature(second)
+    if set(first.input_names) != set(second.input_names):
+        raise LoraFxError(
+            f"{a} takes {sorted(first.input_names)}, {b} takes {sorted(second.input_names)}",
+            "two models with the same inputs can be compared",
+        )
+    parity = []
+    for size in SIZES if inputs is None else SIZES[:1]:
+        feeds = {**specs.sample(size), **(inputs or {})}
+        shapes = {k: v.shape for k, v in feeds.items()}
+        parity.append(compare(first.run(feeds), second.run(feeds), shapes, tol))
+    return _report(parity, [second.note] if second.note else [])
+
+
+def _fits(model: Any, adapter: Adapter) -> Report:
+    """Does every key of an adapter have a target of its shape in a model?"""
+    found = find(model)
+    bound = bind(adapter, found)
+    untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
+    details: dict[str, Any] = {
+        "fits": len(bound.lowrank),
+        "whole": len(bound.full),
+        "untouched": untouched,
+    }
+    return Report("verify", True, details=details)
