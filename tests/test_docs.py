@@ -187,8 +187,8 @@ RUNS = {
     "insert": ["insert model.py:build -o start --rank 2"],
     "train": ["train model.py:build data.npz -o tuned --rank 2 --steps 2"],
     "merge": [
-        "merge base.safetensors tuned -o merged.safetensors --dry-run",
-        "merge base.safetensors tuned -o merged.safetensors",
+        "merge base.safetensors tuned -o merged.safetensors --any-base --dry-run",
+        "merge base.safetensors tuned -o merged.safetensors --any-base",
     ],
     "export": ["export model.py:build start -o m.onnx --provider cpu"],
     "convert": ["convert start -o start.onnx_adapter"],
