@@ -5,7 +5,8 @@
                    the update reaches is in it
     weight form    every read of `module.leaf` gives W + s·B·A: everywhere else
 
-An output head has both: trainers that never make all logits read its weight outside its forward.
+An output head whose uses all lie inside has both: trainers that never make all logits read its
+weight outside its forward.
 
 The branch of the output form is what the Insert pass emits for the site, recorded by an eager
 Emitter; the weight form is kinds.delta. Where a tied tensor's update reaches one use only
@@ -156,6 +157,7 @@ class GraphPlanner(Planner):
             own: list[Site] = []
             places: dict[str, str] = {}  # key → where its weight form holds
             alone = True  # no use outside this module is reached
+            known = False  # a use outside this module was found
             for target, update in group:
                 inside, outside = set(), set()
                 for site in self.found[split_use(target.key)[0]].sites:
@@ -166,6 +168,7 @@ class GraphPlanner(Planner):
                         inside.add(hit)
                     elif scope not in homes:
                         outside.add(hit)
+                known = known or bool(outside)
                 if len(inside) > 1 or len(outside) > 1:
                     raise _inseparable(target, f"{path or 'the model'}.forward has both uses")
                 if True in inside | outside:
@@ -182,7 +185,8 @@ class GraphPlanner(Planner):
             where = places[next(iter(places))]
             if alone and path not in by_weight and only is not None:
                 form.output, where = only, OUTSIDE
-                if all(t.role != "head" for t, _ in group):
+                lookup = any(site.op == "embedding" for site in own)
+                if known or lookup or all(t.role != "head" for t, _ in group):
                     continue
             keys = frozenset(places)
             if keys not in weights:
