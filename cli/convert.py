@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import emit, note
-from lora_fx.cli.options import force_option, json_option
+from lora_fx.cli.options import force_option, json_option, trust_option
 
 _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 
@@ -26,10 +26,17 @@ _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
     metavar="FOLDER",
     help="The model that it is for, where ADAPTER does not name its parts.",
 )
+@trust_option
 @force_option
 @json_option
 def command(
-    adapter: str, output: str, name: str | None, base: str | None, force: bool, as_json: bool
+    adapter: str,
+    output: str,
+    name: str | None,
+    base: str | None,
+    trust: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     r"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
 
@@ -44,7 +51,7 @@ def command(
 
     name = name or format_for(output)
     source = format_of(adapter)
-    loaded = load_adapter(adapter, base=base)
+    loaded = load_adapter(adapter, trust, base=base)
     notes = [*loaded.metadata.get("notes", []), *save_adapter(loaded, output, name, force=force)]
     for text in notes:
         note(text)

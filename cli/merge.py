@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import emit, note, progress_bar
+from lora_fx.cli.merging import merge_options
 from lora_fx.cli.options import force_option, json_option, split_weight
 
 
@@ -23,22 +24,7 @@ from lora_fx.cli.options import force_option, json_option, split_weight
     help="Several adapters: their exact sum, or a mix of their factors.",
 )
 @click.option("--rank", type=int, help="Of an svd mix.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
-    help="Of touched tensors.  [default: as stored]",
-)
-@click.option(
-    "--allow-unused", is_flag=True, help="Leave out updates that the base has no tensor for."
-)
-@click.option(
-    "--allow-missing", is_flag=True, help="Accept an adapter that lacks layers its config has."
-)
-@click.option("--any-base", is_flag=True, help="Merge into other weights than it was trained on.")
-@click.option("--untie", is_flag=True, help="Give a tied output head a tensor of its own.")
-@click.option("--add", is_flag=True, help="Add whole tensors that the base lacks: a new head.")
-@click.option("--again", is_flag=True, help="Merge an adapter that is in the base already.")
-@click.option("--link", is_flag=True, help="Hard links for untouched files, instead of copies.")
+@merge_options
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
 @force_option
 @json_option

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import emit
+from lora_fx.cli.merging import arguments, merge_options
 from lora_fx.cli.options import force_option, json_option, split_weight
 from lora_fx.errors import LoraFxError, NoEffectError
 
@@ -32,10 +33,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     metavar="i/n",
     help="This machine's part of the list.",
 )
-@click.option("--dtype", help="Of touched tensors.  [default: as stored]")
-@click.option("--link", is_flag=True, help="Hard links for untouched files, instead of copies.")
-@click.option("--untie", is_flag=True, help="Give a tied output head a tensor of its own.")
-@click.option("--add", is_flag=True, help="Add whole tensors that the base lacks: a new head.")
+@merge_options
 @force_option
 @json_option
 def command(
@@ -64,8 +62,7 @@ def command(
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
     jobs = jobs_of([split_weight(a) for a in adapters], Path(out), shard, suffix)
     Path(out).mkdir(parents=True, exist_ok=True)
-    flags = [f"--{name}" for name in ("link", "untie", "add") if options[name]]
-    flags += ["--dtype", options["dtype"]] if options["dtype"] else []
+    flags = arguments(options)
     rows = []
     for row in merge_all(base, jobs, processes=processes, options=flags, force=force):
         rows.append(row)

@@ -12,6 +12,11 @@ from lora_fx.cli.common import note
 from lora_fx.errors import LoraFxError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    help="Read an adapter_model.bin, by torch's unpickler that runs no code.",
+)
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
@@ -203,11 +208,11 @@ def _tokenizer(folder: Any, max_length: int) -> Callable[[list[str]], Any]:
     return run
 
 
-def adapter_of(path: str) -> Any:
+def adapter_of(path: str, trust: bool = False) -> Any:
     """An adapter from a file, what its reader had to say printed."""
     from lora_fx.formats.io import load_adapter
 
-    adapter = load_adapter(path)
+    adapter = load_adapter(path, trust)
     for text in adapter.metadata.get("notes", []):
         note(text)
     return adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lora_fx.cli.common import emit, note
-from lora_fx.cli.options import adapter_of, force_option, json_option
+from lora_fx.cli.options import adapter_of, force_option, json_option, trust_option
 
 
 @click.command("truncate")
@@ -16,9 +16,12 @@ from lora_fx.cli.options import adapter_of, force_option, json_option
 @click.option("--energy", type=float, help="Share of Σσ² over all updates to keep, at least.")
 @click.option("--max-error", type=float, help="‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most.")
 @click.option("--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most.")
+@trust_option
 @force_option
 @json_option
-def command(adapter: str, output: str, force: bool, as_json: bool, **goal: float | None) -> None:
+def command(
+    adapter: str, output: str, trust: bool, force: bool, as_json: bool, **goal: float | None
+) -> None:
     r"""Drop the ranks of ADAPTER that matter least, over all its updates at once.
 
     Give one goal. No model is needed; the error is exact.
@@ -32,7 +35,7 @@ def command(adapter: str, output: str, force: bool, as_json: bool, **goal: float
     from lora_fx.truncation import truncation
 
     check_output(output, force=force)
-    result = truncation(adapter_of(adapter), **goal)
+    result = truncation(adapter_of(adapter, trust), **goal)
     if not result.dropped:
         note("no rank was dropped: the adapter is within the goal as it is")
     for text in save_adapter(result.adapter, output, force=force):

@@ -292,10 +292,8 @@ def test_every_command_and_verb_has_its_page() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_on_its_page(name: str) -> None:
-    if find_spec(f"lora_fx.cli.{name}") is None:
-        pytest.skip(f"{name} is not written yet")
     page = (DOCS / f"{name}.md").read_text()
-    made: click.Command = import_module(f"lora_fx.cli.{name}").command
+    made: click.Command = import_module(f"lora_fx.cli.{name.replace('-', '_')}").command
     for p in made.params:
         if isinstance(p, click.Option):
             long = max(p.opts, key=len)

@@ -131,7 +131,7 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
     if pickles:
         raise LoraFxError(
             f"{folder}: its weights are pickles ({pickles[0]}), which can run code and are not "
-            "read; --trust is not supported yet",
+            "read",
             CONVERT,
         )
     if "adapter_config.json" in names:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_fx.adapter import Adapter, near
+from lora_fx.checkpoint.layouts import CONV1D_MODELS, IN_OUT_EXPERTS
 from lora_fx.checkpoint.renamed import Renaming, check_present, renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
@@ -20,11 +21,6 @@ from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
 from lora_fx.target import base_name, split_key
 from lora_fx.variant import Change, Dense, Entry, Rows
 from lora_fx.view import Region
-
-CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
-"""config.json's model_type of models whose attention and MLP weights are stored [in, out]."""
-TURNED_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text"))
-"""Those whose stacks of experts are stored [experts, in, out]."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +197,7 @@ def _orientation(
             f"{where}: nothing says how square weights are stored, {square[0]} among them; taken "
             "as [out, in]"
         )
-    otherwise = {2: flag or _conv1d(kind), 3: kind in TURNED_EXPERTS}
+    otherwise = {2: flag or _conv1d(kind), 3: kind in IN_OUT_EXPERTS}
     return frozenset(
         n for n, seen in votes.items() if (True in seen if len(seen) == 1 else otherwise.get(n))
     )

@@ -45,6 +45,7 @@ def merge(
     again: bool = False,
     allow_missing: bool = False,
     any_base: bool = False,
+    trust: bool = False,
     link: bool = False,
     force: bool = False,
     workers: int | None = None,
@@ -65,6 +66,7 @@ def merge(
         again: Fold an adapter that the base's metadata says is in it already.
         allow_missing: Leave layers as they are that the adapter's config adapts and its file lacks.
         any_base: Fold an adapter that says it was trained on other weights than these.
+        trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
         link: Untouched shards share the base's inodes (hard links).
         force: Replace an output that exists.
         workers: Threads; as many as there are cores where None.
@@ -82,6 +84,7 @@ def merge(
     plan = plan_merge(
         base, adapters, how=how, rank=rank, dtype=dtype, allow_unused=allow_unused,
         untie=untie, add=add, again=again, allow_missing=allow_missing, any_base=any_base,
+        trust=trust,
     )  # fmt: skip
     return run(plan, out, link=link, force=force, workers=workers, progress=progress)
 
@@ -89,13 +92,15 @@ def merge(
 def plan_merge(
     base: str | os.PathLike[str],
     adapters: AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]],
+    *,
+    trust: bool = False,
     **options: Any,
 ) -> Plan:
     """What `merge` with these options would do; nothing is written."""
     if options.get("dtype") not in (None, *DTYPES):
         raise LoraFxError(f"no dtype {options['dtype']!r}", f"one of {', '.join(DTYPES)}")
     with _explained(base):
-        return make_plan(open_checkpoint(Path(base)), given(adapters), Options(**options))
+        return make_plan(open_checkpoint(Path(base)), given(adapters, trust), Options(**options))
 
 
 def check_target(out: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -157,7 +162,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def given(adapters: Any) -> list[Given]:
+def given(adapters: Any, trust: bool = False) -> list[Given]:
     """Adapters as `merge` takes them, read."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
@@ -175,7 +180,7 @@ def given(adapters: Any) -> list[Given]:
             from lora_fx.formats.io import load_adapter
 
             where, path = str(adapter), Path(adapter)
-            adapter = load_adapter(adapter)
+            adapter = load_adapter(adapter, trust)
         result.append(Given.of(adapter, float(weight), where, path))
     return result
 

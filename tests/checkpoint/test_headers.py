@@ -221,9 +221,7 @@ def test_pickles_and_adapters_are_no_weights(tmp_path: Path) -> None:
     folder(tmp_path, {"adapter_model.safetensors": {"a": 1}}, None)
     refused(tmp_path, "an adapter")
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    refused(
-        tmp_path, "pytorch_model.bin", "--trust is not supported yet", "convert it to safetensors"
-    )
+    refused(tmp_path, "pytorch_model.bin", "are not read", "convert it to safetensors")
 
 
 def test_several_files_without_an_index(tmp_path: Path) -> None:
