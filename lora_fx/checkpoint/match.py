@@ -18,7 +18,7 @@ from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.experts import place
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
-from lora_fx.target import base_name, split_key
+from lora_fx.target import base_name, split_key, split_use
 from lora_fx.variant import Change, Dense, Entry, Rows
 from lora_fx.view import Region
 
@@ -131,8 +131,13 @@ def _unused(
 
 def _name(key: str, entry: Entry, tensors: Mapping[str, TensorInfo]) -> str:
     """The tensor's name that an entry means: the alias it acts through where that is known."""
-    use = entry.use if isinstance(entry, LowRank) else ""
+    use = use_of(key, entry)
     return use if use in tensors else base_name(key)
+
+
+def use_of(key: str, entry: Entry) -> str:
+    """The uses of a shared tensor that an entry means; empty for all of them."""
+    return (entry.use if isinstance(entry, LowRank) else "") or split_use(key)[1]
 
 
 def _bounds(key: str, info: TensorInfo) -> Region:

@@ -20,7 +20,7 @@ from lora_fx.checkpoint.match import Placed, match, named
 from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
 from lora_fx.checkpoint.quantised import refuse_codes
 from lora_fx.checkpoint.strict import TensorInfo
-from lora_fx.checkpoint.tied import Tie, tie_of
+from lora_fx.checkpoint.tied import Tie, at_its_use, tie_of
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 from lora_fx.mix import mix
@@ -166,7 +166,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
                 f"{where}: none of its keys is in {base.path}",
                 "is it the adapter of another model?",
             )
-        placed += here
+        placed += (at_its_use(p, tie, str(base.path)) for p in here)
         known |= new
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}

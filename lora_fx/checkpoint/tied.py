@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_fx.checkpoint.match import Placed, use_of
 from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.errors import LoraFxError
 
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared|embeddings)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
@@ -72,3 +74,24 @@ def tie_of(
     if not head and (generator or tables[0] == "model.language_model.embed_tokens.weight"):
         head = "lm_head.weight" if (*named, tables[0]) == _OPT else _NAMES.get(tables[0], "")
     return Tie(tables[0], head, False) if said or generates else None
+
+
+def at_its_use(p: Placed, tie: Tie | None, where: str) -> Placed:
+    """An update of one use of a tensor, at the tensor that this use will read.
+
+    Raises:
+        LoraFxError: The base stores one tensor for this use and others.
+    """
+    use = use_of(p.key, p.entry)
+    if not use or use == p.tensor:
+        return p
+    if tie is not None and p.tensor == tie.table:
+        if use == "op:embedding":
+            return p
+        if use.startswith("op:") and tie.head:
+            return replace(p, tensor=tie.head)
+    raise LoraFxError(
+        f"{where}: the update of {p.key!r} means one use of {p.tensor!r} ({use}), which the base "
+        "stores once for several; merged, it would change all of them",
+        "train one update for all uses, or export the model itself: fold keeps uses apart",
+    )

@@ -1,0 +1,85 @@
+"""An update of one use of a tensor goes to that use's own tensor, or is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_fx
+from lora_fx import Adapter, LowRank
+from lora_fx.lowrank import plain_layout
+
+TABLE, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.w.weight"
+ROWS, WIDTH = 40, 16
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.standard_normal((ROWS, WIDTH)).astype("f4") for n in (TABLE, OTHER)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def low(seed: int, use: str = "", **extra: Any) -> LowRank:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((2, WIDTH)), rng.standard_normal((ROWS, 2))
+    layout = plain_layout((ROWS, WIDTH))
+    return LowRank(a.astype("f4"), b.astype("f4"), 3.0, layout, "lora", use, extra)
+
+
+CASES = {
+    "by alias": ({TABLE: low(1, HEAD)}, {HEAD: 1}),
+    "by operation": ({TABLE: low(1, "op:linear")}, {HEAD: 1}),
+    "the lookup": ({TABLE: low(1, "op:embedding")}, {TABLE: 1}),
+    "by key": ({f"{TABLE}@{HEAD}": low(1)}, {HEAD: 1}),
+    "one for each": ({f"{TABLE}@{HEAD}": low(1), f"{TABLE}@op:embedding": low(2)}, {HEAD: 1, TABLE: 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_uses_of_a_tied_table_are_told_apart(case: str, base: Path, tmp_path: Path) -> None:
+    entries, moved = CASES[case]
+    with pytest.raises(lora_fx.LoraFxError, match="one of two uses of a tied tensor"):
+        lora_fx.merge(base, Adapter(entries), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    lora_fx.merge(base, Adapter(entries), tmp_path / "out", untie=True)
+    old = load_file(base / "model.safetensors")
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(new) == {TABLE, HEAD, OTHER}
+    for name in new:
+        want = old.get(name, old[TABLE]).astype(np.float64)
+        if name in moved:
+            want = want + low(moved[name]).matrix()
+        np.testing.assert_allclose(new[name], want, rtol=1e-6, atol=1e-6, err_msg=name)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+def test_an_update_of_both_uses_needs_no_untying(base: Path, tmp_path: Path) -> None:
+    lora_fx.merge(base, Adapter({TABLE: low(1, tied=True)}), tmp_path / "out")
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    want = load_file(base / "model.safetensors")[TABLE] + low(1).matrix()
+    np.testing.assert_allclose(new[TABLE], want, rtol=1e-6, atol=1e-6)
+    assert set(new) == {TABLE, OTHER}
+
+
+@pytest.mark.parametrize("key", [f"{OTHER}@call:1", f"{OTHER}@model.layers.1.w.weight"])
+def test_one_use_of_a_tensor_stored_once_is_refused(key: str, base: Path, tmp_path: Path) -> None:
+    for untie in (False, True):
+        with pytest.raises(lora_fx.LoraFxError, match="stores once for several"):
+            lora_fx.merge(base, Adapter({key: low(1)}), tmp_path / "out", untie=untie)
+    assert not (tmp_path / "out").exists()
