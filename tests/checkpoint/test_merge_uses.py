@@ -46,8 +46,11 @@ CASES = {
     "by operation": ({TABLE: low(1, "op:linear")}, {HEAD: 1}),
     "the lookup": ({TABLE: low(1, "op:embedding")}, {TABLE: 1}),
     "by key": ({f"{TABLE}@{HEAD}": low(1)}, {HEAD: 1}),
-    "one for each": ({f"{TABLE}@{HEAD}": low(1), f"{TABLE}@op:embedding": low(2)}, {HEAD: 1, TABLE: 2}),
-}  # fmt: skip
+    "one for each": (
+        {f"{TABLE}@{HEAD}": low(1), f"{TABLE}@op:embedding": low(2)},
+        {HEAD: 1, TABLE: 2},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

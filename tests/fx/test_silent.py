@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import lora_fx
@@ -26,10 +28,29 @@ from lora_fx.lowrank import draw
 from lora_fx.target import base_name, split_key
 from tests.fx.attached import effect, gap, wide
 from tests.silent import MODELS, built
-from tests.zoo.oracles import Effective
 
 FACTORS = (0.15, 0.05, 0.5, 1.5)
 """On a random B, in turn, until the adapter is seen in the output and does not swamp it."""
+
+
+class Effective(TorchFunctionMode):
+    """Adds ΔW to the weight operand of whatever the modules of some paths call."""
+
+    OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+
+    def __init__(self, model: nn.Module, deltas: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.now: list[torch.Tensor] = []
+        for path, delta in deltas.items():
+            owner = model.get_submodule(path)
+            owner.register_forward_pre_hook(lambda m, a, d=delta: self.now.append(d))
+            owner.register_forward_hook(lambda m, a, out: (self.now.pop(), None)[1])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.now and getattr(func, "__name__", "") in self.OPS:
+            x, w, *more = args
+            args = (x, w + self.now[-1], *more)
+        return func(*args, **(kwargs or {}))
 
 
 def explicit(model: nn.Module, adapter: Adapter, args: Any) -> Any:

@@ -37,26 +37,6 @@ def flat(out: Any) -> list[np.ndarray[Any, Any]]:
     return [x.detach().numpy() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
 
 
-class Effective(TorchFunctionMode):
-    """Adds ΔW to the weight operand of whatever the modules of some paths call."""
-
-    OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
-
-    def __init__(self, model: nn.Module, deltas: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.now: list[torch.Tensor] = []
-        for path, delta in deltas.items():
-            owner = model.get_submodule(path)
-            owner.register_forward_pre_hook(lambda m, a, d=delta: self.now.append(d))
-            owner.register_forward_hook(lambda m, a, out: (self.now.pop(), None)[1])
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.now and getattr(func, "__name__", "") in self.OPS:
-            x, w, *more = args
-            args = (x, w + self.now[-1], *more)
-        return func(*args, **(kwargs or {}))
-
-
 def doubled(model: nn.Module) -> Any:
     """A copy in fp64."""
     wide = copy.deepcopy(model).double()
@@ -96,7 +76,7 @@ def explicit(subject: Subject, module: Any) -> Run:
         setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
     named = subject.cap.named
     leaves, spec = pytree.tree_flatten(dict(named))
-    mode = Effective(model, computed)
+    mode = _Effective(model, computed)
 
     def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         new = [
