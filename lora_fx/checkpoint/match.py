@@ -46,6 +46,7 @@ def match(
     config: Mapping[str, Any],
     where: str,
     *,
+    new: Mapping[str, TensorInfo] | None = None,
     allow_unused: bool = False,
     allow_missing: bool = False,
 ) -> tuple[list[Placed], list[str]]:
@@ -56,6 +57,7 @@ def match(
         tensors: Of the checkpoint.
         config: config.json of the checkpoint; empty where there is none.
         where: The checkpoint, for messages.
+        new: Whole tensors that the checkpoint lacks and is to get, by the adapter's names.
         allow_unused: Entries without a tensor become notes.
         allow_missing: So do layers that the adapter's own config adapts and its file lacks.
 
@@ -76,6 +78,9 @@ def match(
     turned = _orientation(adapter, tensors, config, rename, where, notes)
     for key, entry in adapter.entries.items():
         name = rename(_name(key, entry, tensors))
+        if new and key in new:
+            placed.append(Placed(key, key, tuple((0, n) for n in new[key].shape), entry))
+            continue
         if name not in tensors:
             lost.append(key)
             continue
@@ -87,7 +92,8 @@ def match(
             Placed(key, other, bounds, bound) for other in _also(entry, name, tensors, rename)
         )
     if lost:
-        _unused(lost, tensors, where, notes, allow=allow_unused)
+        whole = all(isinstance(adapter.entries[key], Full) for key in lost)
+        _unused(lost, tensors, where, notes, allow=allow_unused, whole=whole)
     check_present(adapter, tensors, rename, where, notes, allow=allow_missing)
     return placed, notes
 
@@ -119,12 +125,14 @@ def _unused(
     notes: list[str],
     *,
     allow: bool,
+    whole: bool,
 ) -> None:
     some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     if not allow:
         raise LoraFxError(
             f"{where}: no tensor for {len(lost)} of the adapter's keys: {some}",
-            f"{near(lost[0], tensors)}; --allow-unused leaves them out",
+            f"{near(lost[0], tensors)}; --allow-unused leaves them out"
+            + (", --add writes them as new tensors" if whole else ""),
         )
     notes.append(f"left out, the base has no such tensor: {some}")
 

@@ -19,6 +19,7 @@ from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.match import Placed, match, named
 from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
 from lora_fx.checkpoint.quantised import refuse_codes
+from lora_fx.checkpoint.renamed import renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import Tie, at_its_use, tie_of
 from lora_fx.errors import LoraFxError
@@ -154,9 +155,10 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
         new = _new(adapter, base) if options.add else {}
         here, said = match(
             adapter,
-            {**known, **new},
+            known,
             config,
             str(base.path),
+            new=new,
             allow_unused=options.allow_unused,
             allow_missing=options.allow_missing,
         )
@@ -226,6 +228,7 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     shard = base.folder / list(base.shards)[-1]
     dtypes = [t.dtype for t in base.tensors.values() if t.dtype in WEIGHTS] or ["float32"]
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
+    rename = renaming(adapter, base.tensors, [])
 
     def kept(name: str) -> str:
         return dtype if name in WEIGHTS else name
@@ -233,7 +236,7 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     return {
         key: TensorInfo(kept(full.value.dtype.name), tuple(full.value.shape), shard, 0, 0)
         for key, full in adapter.full.items()
-        if key not in base.tensors
+        if rename(key) not in base.tensors
     }
 
 

@@ -38,10 +38,12 @@ def renaming(adapter: Adapter, tensors: Mapping[str, TensorInfo], notes: list[st
     names = [base_name(k) for k in adapter.entries]
     if any(n in tensors for n in names):
         return Renaming()
-    first = next((n for n in names if n.endswith(".weight")), "")
+    tails = {f".{n}" for n in names}
     leads = {n[: i + 1] for n in names for i, c in enumerate(n) if c == "."}
     tries = [Renaming(more=lead) for lead in sorted(leads)]
-    tries += [Renaming(less=t.removesuffix(first)) for t in tensors if t.endswith(f".{first}")]
+    # The ends of a stored name that begin after a dot are the names that may lack a prefix.
+    ends = {t[: i + 1] for t in tensors for i, c in enumerate(t) if c == "." and t[i:] in tails}
+    tries += [Renaming(less=lead) for lead in sorted(ends)]
     known = {t: sum(n.startswith(t.more) and t(n) in tensors for n in names) for t in tries}
     most = max(known.values(), default=0)
     best = [t for t in tries if known[t] == most]

@@ -86,3 +86,29 @@ def test_one_use_of_a_tensor_stored_once_is_refused(key: str, base: Path, tmp_pa
         with pytest.raises(lora_fx.LoraFxError, match="stores once for several"):
             lora_fx.merge(base, Adapter({key: low(1)}), tmp_path / "out", untie=untie)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_new_head_beside_a_prefix(tmp_path: Path) -> None:
+    """The head is new, and all other names have a prefix that the base lacks."""
+    rng = np.random.default_rng(0)
+    old = rng.standard_normal((ROWS, WIDTH)).astype("f4")
+    base = tmp_path / "base.safetensors"
+    save_file({"encoder.w.weight": old, "encoder.w.bias": old[0]}, base)
+    head = rng.standard_normal((3, WIDTH)).astype("f4")
+    adapter = Adapter(
+        {
+            "classifier.weight": lora_fx.Full(head),
+            "bert.encoder.w.bias": lora_fx.Full(head[0]),
+            "bert.encoder.w.weight": low(1),
+        }
+    )
+    with pytest.raises(lora_fx.LoraFxError, match=r"keys: classifier\.weight") as refusal:
+        lora_fx.merge(base, adapter, tmp_path / "out.safetensors")
+    assert "--add" in refusal.value.hint
+    lora_fx.merge(base, adapter, tmp_path / "out.safetensors", add=True)
+    new = load_file(tmp_path / "out.safetensors")
+    assert set(new) == {"encoder.w.weight", "encoder.w.bias", "classifier.weight"}
+    np.testing.assert_array_equal(new["classifier.weight"], head)
+    np.testing.assert_array_equal(new["encoder.w.bias"], head[0])
+    want = old + low(1).matrix()
+    np.testing.assert_allclose(new["encoder.w.weight"], want, rtol=1e-6, atol=1e-6)
