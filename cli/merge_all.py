@@ -62,9 +62,16 @@ def command(
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
     jobs = jobs_of([split_weight(a) for a in adapters], Path(out), shard, suffix)
     Path(out).mkdir(parents=True, exist_ok=True)
-    flags = arguments(options)
+    keywords = {k: v for k, v in options.items() if k != "link"}
     rows = []
-    for row in merge_all(base, jobs, processes=processes, options=flags, force=force):
+    for row in merge_all(
+        base,
+        jobs,
+        processes=processes,
+        force=force,
+        arguments=arguments(options),
+        options=keywords,
+    ):
         rows.append(row)
         if not as_json:
             click.echo(json.dumps(row))

@@ -11,14 +11,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_fx.checkpoint.folder import open_checkpoint
-from lora_fx.checkpoint.provenance import adapter_hash, history, layout_hash
+from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
 
 
@@ -80,7 +80,13 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def merge_all(
-    base: str, jobs: Sequence[Job], *, processes: int, options: Sequence[str] = (), force: bool
+    base: str,
+    jobs: Sequence[Job],
+    *,
+    processes: int,
+    force: bool,
+    arguments: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Merge every job; one result each, as they finish.
 
@@ -88,8 +94,9 @@ def merge_all(
         base: The checkpoint.
         jobs: See jobs_of.
         processes: How many merges run at a time.
-        options: Arguments of `lora-fx merge` for all of them.
         force: Replace outputs that exist; without it one that is this very merge is kept.
+        arguments: Of `lora-fx merge`, for all of them.
+        options: The same as keywords of `plan_merge`.
 
     Yields:
         {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true for an
@@ -97,9 +104,12 @@ def merge_all(
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, (cores or 1) // max(1, processes))
-    extra = [*options, "--threads", str(threads), *(["--force"] if force else [])]
+    extra = [*arguments, "--threads", str(threads), *(["--force"] if force else [])]
     with ThreadPoolExecutor(max(1, processes)) as pool:
-        futures = {pool.submit(_one, base, job, extra, force): job for job in jobs}
+        futures = {
+            pool.submit(_one, base, job, extra, None if force else options or {}): job
+            for job in jobs
+        }
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -108,10 +118,12 @@ def merge_all(
             raise
 
 
-def _one(base: str, job: Job, extra: Sequence[str], force: bool) -> dict[str, Any]:
+def _one(
+    base: str, job: Job, extra: Sequence[str], options: Mapping[str, Any] | None
+) -> dict[str, Any]:
     row: dict[str, Any] = {"adapter": job.adapter, "out": str(job.out), "ok": True}
     try:
-        if not force and job.out.exists() and _is_this(base, job):
+        if options is not None and job.out.exists() and _is_this(base, job, options):
             return row | {"kept": True}
     except LoraFxError as error:
         return row | {"ok": False, "error": error.message, "hint": error.hint}
@@ -130,14 +142,12 @@ def _one(base: str, job: Job, extra: Sequence[str], force: bool) -> dict[str, An
     return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}
 
 
-def _is_this(base: str, job: Job) -> bool:
-    """True where an output is the merge of this base and adapter; by its own record."""
-    from lora_fx.formats.io import load_adapter
+def _is_this(base: str, job: Job, options: Mapping[str, Any]) -> bool:
+    """True where an output is what this very merge would write; by its own record."""
+    from lora_fx.checkpoint.merge import plan_merge
+    from lora_fx.checkpoint.write import recorded
 
-    merges = history(open_checkpoint(job.out))
-    if not merges:
-        return False
-    last = merges[-1]
-    given = [{"hash": adapter_hash(load_adapter(job.adapter)), "weight": job.weight}]
-    same = last["adapters"] == given
-    return bool(same and last["base"]["layout"] == layout_hash(open_checkpoint(base).tensors))
+    out = open_checkpoint(job.out)
+    plan = plan_merge(base, [(job.adapter, job.weight)], **options)
+    names = {*plan.base.tensors, *plan.added}
+    return set(out.tensors) == names and history(out) == json.loads(recorded(plan))

@@ -28,7 +28,8 @@ CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transform
 IN_OUT_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text", "aria", "aria_text"))
 """model_type of models whose expert stacks are [experts, in, out]."""
 
-_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+"""What such layers are called."""
 _STACK = re.compile(r"(^|\.)\w*(experts|moe)(\.|$)")
 _POSITION = re.compile(r"(^|\.)(wpe|\w*position\w*)\.")
 _LANGUAGE = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration")
@@ -99,7 +100,7 @@ def uses(
         elif len(shape) == 2:
             turned = fan_in_fan_out and role != "head"
             if fan_in_fan_out is None:
-                turned = bool(kinds & CONV1D_MODELS and _CONV1D.search(name))
+                turned = bool(kinds & CONV1D_MODELS and CONV1D_NAMES.search(name))
             layout = Layout(shape, (), (1,), (0,), shape) if turned else plain_layout(shape)
             result[name] = Use(layout, "addmm" if turned else "linear")
         else:

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint each entry of an adapter changes, and how it lies there.
 
 No graph is read, so the shapes decide: a weight stored [out, in] or, as GPT-2's Conv1D, [in, out].
-A square one is decided by the others of the same adapter, then by the config.
+A square one is decided by orientation.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_fx.adapter import Adapter, near
-from lora_fx.checkpoint.layouts import CONV1D_MODELS, IN_OUT_EXPERTS
+from lora_fx.checkpoint.orientation import lookup, turned_weights
 from lora_fx.checkpoint.renamed import Renaming, check_present, renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
@@ -75,7 +75,7 @@ def match(
 
     adapter = replace(adapter, entries=place(adapter.entries, shape_of))
     placed, lost = [], []
-    turned = _orientation(adapter, tensors, config, rename, where, notes)
+    turned = turned_weights(adapter, tensors, config, rename, where, notes)
     for key, entry in adapter.entries.items():
         name = rename(_name(key, entry, tensors))
         if new and key in new:
@@ -86,7 +86,7 @@ def match(
             continue
         info = tensors[name]
         bounds = _bounds(key, info)
-        bound = _bound(key, entry, info, bounds, turned)
+        bound = _bound(key, entry, info, bounds, name in turned)
         placed.append(Placed(key, name, bounds, bound))
         placed += (
             Placed(key, other, bounds, bound) for other in _also(entry, name, tensors, rename)
@@ -164,65 +164,7 @@ def _bounds(key: str, info: TensorInfo) -> Region:
     return bounds
 
 
-def _sides(entry: Entry) -> tuple[int, int] | None:
-    """(out, in) of one matrix of an unbound change; None for what has no two sides."""
-    if isinstance(entry, (Full, Rows)) or entry.layout is not None:
-        return None
-    return entry.shape[-2], entry.shape[-1]
-
-
-def _lookup(entry: Entry | Change) -> bool:
-    extra = getattr(entry, "extra", {})
-    return bool(extra.get("op") == "embedding")
-
-
-def _orientation(
-    adapter: Adapter,
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    rename: Renaming,
-    where: str,
-    notes: list[str],
-) -> frozenset[int]:
-    """Numbers of dimensions whose square weights are stored [in, out]."""
-    votes: dict[int, set[bool]] = {2: set(), 3: set()}
-    square: list[str] = []
-    for key, entry in adapter.entries.items():
-        info, sides = tensors.get(rename(base_name(key))), _sides(entry)
-        if info is None or sides is None or _lookup(entry):
-            continue
-        if sides[0] == sides[1]:
-            square += [key] if info.shape == sides else []
-            continue
-        matrix = info.shape[-2:] if len(info.shape) > 1 else ()
-        if matrix in (sides, sides[::-1]):
-            votes.setdefault(len(info.shape), set()).add(matrix == sides[::-1])
-    flag = bool(adapter.metadata.get("fan_in_fan_out"))
-    kind = config.get("model_type")
-    if flag and square and (votes[2] == {False} or (not votes[2] and kind and not _conv1d(kind))):
-        raise LoraFxError(
-            f"{where}: the adapter has fan_in_fan_out, but the model's weights are [out, in]; "
-            f"{square[0]!r} is square, so that its shape cannot tell",
-            "set fan_in_fan_out to false in adapter_config.json if the model's layers are Linear",
-        )
-    if square and not votes[2] and not flag and not kind:
-        notes.append(
-            f"{where}: nothing says how square weights are stored, {square[0]} among them; taken "
-            "as [out, in]"
-        )
-    otherwise = {2: flag or _conv1d(kind), 3: kind in IN_OUT_EXPERTS}
-    return frozenset(
-        n for n, seen in votes.items() if (True in seen if len(seen) == 1 else otherwise.get(n))
-    )
-
-
-def _conv1d(kind: object) -> bool:
-    return isinstance(kind, str) and kind in CONV1D_MODELS
-
-
-def _bound(
-    key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: frozenset[int]
-) -> Entry:
+def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: bool) -> Entry:
     """The entry with the layout that it has in the tensor."""
     shape = tuple(hi - lo for lo, hi in bounds)
     if isinstance(entry, Full):
@@ -262,7 +204,7 @@ def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:
     )
 
 
-def _layout(change: Change, shape: tuple[int, ...], turned: frozenset[int]) -> Layout | None:
+def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | None:
     """How a change of [*batch, out, in] lies in a tensor of this shape; None where it cannot."""
     *batch, out, in_ = change.shape
     n = len(batch)
@@ -276,10 +218,10 @@ def _layout(change: Change, shape: tuple[int, ...], turned: frozenset[int]) -> L
     swapped = None
     if len(shape) == n + 2 and (rows, rest) == (in_, out):
         swapped = Layout(shape, lead, (n + 1,), (n,), shape)
-    if _lookup(change):
+    if lookup(change):
         return swapped if isinstance(change, LowRank) else straight
     if straight and swapped:
-        return swapped if len(shape) in turned else straight
+        return swapped if turned else straight
     return straight or swapped
 
 

@@ -21,9 +21,16 @@ from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
 from lora_fx.checkpoint.quantised import refuse_codes
 from lora_fx.checkpoint.renamed import renaming
 from lora_fx.checkpoint.strict import TensorInfo
-from lora_fx.checkpoint.tied import Tie, at_its_use, tie_of
+from lora_fx.checkpoint.tied import (
+    Tie,
+    at_its_use,
+    both,
+    check_scaled,
+    check_unknown,
+    tie_of,
+    twins,
+)
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank
 from lora_fx.mix import mix
 from lora_fx.target import human, table
 
@@ -170,12 +177,14 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
             )
         placed += (at_its_use(p, tie, str(base.path)) for p in here)
         known |= new
+    check_unknown(placed, tie, base.tensors, config, str(base.path))
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
     if tie is not None and _needs_untying(placed, tie, base, untie=options.untie):
         if not tie.stored:
             sources[tie.head] = known[tie.head]
     else:
+        placed += twins(placed, tie)
         tie = None
     by_tensor: dict[str, list[Placed]] = {}
     for p in placed:
@@ -243,8 +252,10 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
 def _needs_untying(placed: Sequence[Placed], tie: Tie, base: Checkpoint, *, untie: bool) -> bool:
     """True where an update means the head or the table of a tied pair, but not both."""
     ours = [p for p in placed if p.tensor in (tie.table, tie.head)]
-    if not ours or all(_everywhere(p) for p in ours):
+    if not ours or all(both(p, tie, placed) for p in ours):
         return False
+    if untie:
+        check_scaled(tie, base.config(), str(base.path))
     if untie and not tie.head:
         raise LoraFxError(
             f"{base.path}: {tie.table!r} is the output head too, and what a head of its own would "
@@ -259,8 +270,3 @@ def _needs_untying(placed: Sequence[Placed], tie: Tie, base: Checkpoint, *, unti
             "--untie writes the head as a tensor of its own and says so in config.json",
         )
     return True
-
-
-def _everywhere(p: Placed) -> bool:
-    """True for an update that was trained in both uses at once."""
-    return isinstance(p.entry, LowRank) and bool(p.entry.extra.get("tied"))

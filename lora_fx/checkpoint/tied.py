@@ -14,12 +14,17 @@ from typing import Any
 from lora_fx.checkpoint.match import Placed, use_of
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import LowRank
+from lora_fx.variant import Rows
 
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared|embeddings)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
 _TIES = re.compile(
-    r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|ForPreTraining)$"
+    r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|ForPreTraining"
+    r"|EncoderDecoderModel)$"
 )
+_SCALED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"))
+"""model_type of models whose logits are scaled where the head is tied, unless the config says."""
 
 
 _NAMES = {
@@ -61,14 +66,16 @@ def tie_of(
         said = text.get("tie_word_embeddings")
     if said is False:
         return None
+    named = config.get("architectures") or []
+    generates = any(isinstance(a, str) and _TIES.search(a) for a in named)
+    if named and not generates:  # a class without a head, whatever its config was copied from
+        return None
     tables = [n for n in tensors if _TABLE.search(n) and len(tensors[n].shape) == 2]
     heads = [n for n in tensors if _HEAD.search(n)]
     if len(tables) != 1:
         return None
     if heads:
         return Tie(tables[0], heads[0], True) if said else None
-    named = config.get("architectures") or []
-    generates = any(isinstance(a, str) and _TIES.search(a) for a in named)
     head = next((k for k in keys if _HEAD.search(k)), "")
     generator = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in named)
     if not head and (generator or tables[0] == "model.language_model.embed_tokens.weight"):
@@ -95,3 +102,63 @@ def at_its_use(p: Placed, tie: Tie | None, where: str) -> Placed:
         "stores once for several; merged, it would change all of them",
         "train one update for all uses, or export the model itself: fold keeps uses apart",
     )
+
+
+def check_unknown(
+    placed: Iterable[Placed],
+    tie: Tie | None,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    where: str,
+) -> None:
+    """Raise where an update means the lookup of a table that may be the head as well.
+
+    That is a table of all tokens of a model that generates and stores no head, or stores the table
+    more than once, under names that are not known here.
+    """
+    inner = config.get("text_config")
+    sizes = {c.get("vocab_size") for c in (config, inner if isinstance(inner, dict) else {})}
+    named = config.get("architectures") or []
+    generates = any(isinstance(a, str) and _TIES.search(a) for a in named)
+    untied = config.get("tie_word_embeddings") is False
+    if tie is not None or untied or not generates or any(_HEAD.search(n) for n in tensors):
+        return
+    for p in placed:
+        shape = tensors[p.tensor].shape if p.tensor in tensors else ()
+        lookup = isinstance(p.entry, Rows) or getattr(p.entry, "extra", {}).get("op") == "embedding"
+        if lookup and len(shape) == 2 and shape[0] in sizes:
+            raise LoraFxError(
+                f"{where}: {p.tensor!r} is a table of all tokens, the file has no output head of "
+                "a known name, and config.json does not say that the two are untied; merged, the "
+                "update might change the head too",
+                "save the base with tie_word_embeddings false first, then merge",
+            )
+
+
+def both(p: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
+    """True for an update of both uses at once; rows of tokens are PEFT's for table and head."""
+    if isinstance(p.entry, Rows):
+        return not any(isinstance(q.entry, Rows) and q.tensor == tie.head for q in placed)
+    return isinstance(p.entry, LowRank) and bool(p.entry.extra.get("tied"))
+
+
+def twins(placed: Iterable[Placed], tie: Tie | None) -> list[Placed]:
+    """Rows of a table's tokens once more, for a tied head that is stored as well."""
+    rows = list(placed)
+    if tie is None or not tie.stored:
+        return []
+    return [
+        replace(p, tensor=tie.head)
+        for p in rows
+        if isinstance(p.entry, Rows) and p.tensor == tie.table and both(p, tie, rows)
+    ]
+
+
+def check_scaled(tie: Tie, config: Mapping[str, Any], where: str) -> None:
+    """Raise where untying alone would change what the model computes."""
+    if config.get("model_type") in _SCALED and "scale_decoder_outputs" not in config:
+        raise LoraFxError(
+            f"{where}: a {config['model_type']} scales its logits where {tie.table!r} is also the "
+            "head, and its config does not say so apart; untied, they would be too large",
+            "save the base once with transformers 5, whose config has scale_decoder_outputs",
+        )

@@ -32,7 +32,7 @@ from lora_fx.numeric import numpy_dtype
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""
-RUN = 16
+RUN = 4
 """Blocks of one fold job."""
 WAITING = 16
 """Jobs a thread that are made ahead: all jobs of a large checkpoint would take memory."""
@@ -65,13 +65,7 @@ def write(
     folder = stage if plan.base.path.is_dir() else stage.parent
     if plan.base.path.is_dir():
         stage.mkdir()
-    text = record(
-        plan.base,
-        [n for n in plan.changes if n not in plan.added],
-        [(g.hash, g.weight) for g in plan.given],
-        plan.options.dtype,
-        plan.recorded,
-    )
+    text = recorded(plan)
     single = not plan.base.path.is_dir()
     touched: list[Shard] = []
     rest: list[tuple[Header, str, Path]] = []
@@ -89,6 +83,17 @@ def write(
         copy_companions(plan, folder)
         write_index(plan, folder)
     return stats
+
+
+def recorded(plan: Plan) -> str:
+    """The metadata of the merge that a plan is."""
+    return record(
+        plan.base,
+        [n for n in plan.changes if n not in plan.added],
+        [(g.hash, g.weight) for g in plan.given],
+        plan.options.dtype,
+        plan.recorded,
+    )
 
 
 class _Run:

@@ -85,7 +85,8 @@ def _layer_is_meant(config: Mapping[str, Any], module: str) -> bool:
     for pattern in tries:
         found = re.match(pattern, module)
         if found:
-            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+            meant = layers if isinstance(layers, list) else [layers]
+            return int(found[1]) in meant
     return False
 
 

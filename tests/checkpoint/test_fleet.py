@@ -75,6 +75,13 @@ def test_an_interrupted_fleet_goes_on(fleet: Path, capsys: pytest.CaptureFixture
     code, rows, _ = run(capsys, *RUNS, "-o", "out")
     assert code == 0 and sum(r.get("kept", False) for r in rows) == 2
     assert (fleet / "out" / "run0__adapter.safetensors").stat().st_mtime_ns == before
+    # Another dtype, and another base of the same shapes, are other merges.
+    assert run(capsys, *RUNS[:2], "-o", "out", "--dtype", "bfloat16")[0] == 1
+    other = load_file(fleet / "base.safetensors")
+    was = (fleet / "base.safetensors").read_bytes()
+    save_file({k: v + 1 for k, v in other.items()}, fleet / "base.safetensors")
+    assert run(capsys, *RUNS[:2], "-o", "out")[0] == 1
+    (fleet / "base.safetensors").write_bytes(was)
     # Another adapter under the same name is no such merge.
     save_adapter(adapter(7), fleet / "run0" / "adapter", force=True)
     code, rows, _ = run(capsys, *RUNS, "-o", "out")

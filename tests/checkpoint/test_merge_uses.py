@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import lora_fx
 from lora_fx import Adapter, LowRank
 from lora_fx.lowrank import plain_layout
+from lora_fx.variant import Rows
 
 TABLE, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.w.weight"
 ROWS, WIDTH = 40, 16
@@ -112,3 +113,54 @@ def test_a_new_head_beside_a_prefix(tmp_path: Path) -> None:
     np.testing.assert_array_equal(new["encoder.w.bias"], head[0])
     want = old + low(1).matrix()
     np.testing.assert_allclose(new["encoder.w.weight"], want, rtol=1e-6, atol=1e-6)
+
+
+TOKENS = Adapter({TABLE: Rows((3, 7), np.ones((2, WIDTH), "f4"))})
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_tokens_of_a_tied_table_are_those_of_its_head(
+    stored: bool, base: Path, tmp_path: Path
+) -> None:
+    if stored:
+        old = load_file(base / "model.safetensors")
+        save_file({**old, HEAD: old[TABLE]}, base / "model.safetensors", metadata={"format": "pt"})
+    lora_fx.merge(base, TOKENS, tmp_path / "out")
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    for name in (TABLE, HEAD) if stored else (TABLE,):
+        assert (new[name][[3, 7]] == 1.0).all() and not (new[name][4] == 1.0).any()
+
+
+def configured(base: Path, **changes: Any) -> Path:
+    file = base / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return base
+
+
+def test_a_class_without_a_head_is_not_tied(base: Path, tmp_path: Path) -> None:
+    configured(base, architectures=["LlamaForSequenceClassification"])
+    lora_fx.merge(base, Adapter({TABLE: low(1, op="embedding")}), tmp_path / "out")
+
+
+def test_a_table_that_may_be_the_head_is_refused(base: Path, tmp_path: Path) -> None:
+    """Its name is not known as a table's, but its size is the vocabulary's."""
+    configured(base, vocab_size=ROWS, architectures=["XLNetLMHeadModel"])
+    old = load_file(base / "model.safetensors")
+    renamed = {"transformer.word_embedding.weight": old[TABLE]}
+    save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
+    for entry in (low(1, op="embedding"), Rows((3,), np.ones((1, WIDTH), "f4"))):
+        adapter = Adapter({"transformer.word_embedding.weight": entry})
+        with pytest.raises(lora_fx.LoraFxError, match="is a table of all tokens"):
+            lora_fx.merge(base, adapter, tmp_path / "out")
+    configured(base, tie_word_embeddings=False)
+    lora_fx.merge(base, adapter, tmp_path / "out")
+
+
+def test_a_head_whose_logits_are_scaled_is_not_untied(base: Path, tmp_path: Path) -> None:
+    adapter = Adapter({HEAD: low(1)})
+    configured(base, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    with pytest.raises(lora_fx.LoraFxError, match="scales its logits"):
+        lora_fx.merge(base, adapter, tmp_path / "out", untie=True)
+    configured(base, scale_decoder_outputs=True)
+    lora_fx.merge(base, adapter, tmp_path / "out", untie=True)
