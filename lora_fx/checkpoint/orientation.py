@@ -88,7 +88,10 @@ def _turned(
     near = set().union(*(v for k, v in same.items() if k[1] == part and conv1d == _named(k[2])))
     if len(near) == 1:
         return True in near
-    return (conv1d and bool(kinds & CONV1D_MODELS)) or (flag and not kinds & CONV1D_MODELS)
+    pure = bool(kinds) and kinds <= CONV1D_MODELS  # all parts of the model have such layers
+    if pure or (conv1d and kinds & CONV1D_MODELS):
+        return True
+    return flag and not kinds & CONV1D_MODELS
 
 
 def _named(leaf: str) -> bool:
