@@ -281,39 +281,3 @@ def test_a_file_that_names_both_modules_of_a_tensor() -> None:
         module = lora_fx.insert(model, (x,), adapter=adapter)
         parity = [rel(out(lora_fx.fold(module), x), out(module, x))]
         assert max(parity) < FOLD_TOL
-
-
-def test_a_use_that_the_model_lacks_is_named() -> None:
-    model, x = built("Tied")
-    adapter = lora_fx.insert(model, (x,), rank=2, include="head").adapter()
-
-    class Bare(Tied):
-        def forward(self, ids: Tensor) -> Tensor:
-            return torch.tanh(self.embed(ids)) @ self.head.weight.t()
-
-    with pytest.raises(LoraFxError, match=r"its use 'head\.weight', and the model has no such use"):
-        lora_fx.insert(Bare(), (x,), adapter=adapter)
-
-
-def test_a_file_that_names_one_module_of_a_shared_tensor(tmp_path: Path) -> None:
-    model, x = built("Shared")
-    a, b = draw("w", lora_fx.find(model, (x,)).targets[0].layout, 2, 0, "probe")
-    bound = Adapter({"b.weight": lora_fx.lowrank.LowRank(a, b, 1.0)}).bind(model, (x,))
-    assert {k: u.use for k, u in bound.lowrank.items()} == {"a.weight": "b.weight"}
-    whole = lora_fx.insert(model, (x,), rank=2, include="*").adapter()
-    (note, *_) = lora_fx.save_adapter(whole, tmp_path / "adapter")
-    assert "several modules that share the tensor" in note
-
-
-def test_a_live_model_has_them_where_modules_tell_them_apart() -> None:
-    model, x = built("Tied")
-    module = adapted(model, x)
-    want = out(module, x)
-    lora_fx.attach(model, (x,), adapter=module.adapter())
-    assert rel(out(model, x), want) < 2e-6
-    assert list(model.adapter()) == list(module.updates)
-    lora_fx.detach(model)
-    model, x = built("Repeated")
-    with pytest.raises(LoraFxError, match=r"layer\.forward has both uses"):
-        lora_fx.attach(model, (x,), rank=2, include="*@*")
-    assert not hasattr(model, "adapter")
