@@ -58,13 +58,3 @@ def factors(magnitude: Array, sums: Array, where: str) -> Array:
             "was the adapter trained on this model?",
         )
     return np.asarray(magnitude / np.sqrt(sums).astype(magnitude.dtype))
-
-
-def rescaled(block: Array, factors: Array) -> Array:
-    """A block of the new weight, fp32.
-
-    Args:
-        block: [rows, columns] of V, fp32.
-        factors: Those of its rows, from `factors`.
-    """
-    return np.asarray(factors[:, None] * block)

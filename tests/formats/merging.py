@@ -52,7 +52,7 @@ def _updated(key: str, old: Array, low: LowRank, turned: bool) -> Array:
         matrix = residual(matrix, low, key)
     wide = matrix.astype(np.float32) + low.block(0, slice(None), slice(None))
     if low.magnitude is not None:
-        wide = dora.rescaled(wide, dora.factors(low.magnitude, dora.squares(wide), key))
+        wide = dora.factors(low.magnitude, dora.squares(wide), key)[:, None] * wide
     return wide.T if flip else wide.reshape(old.shape)
 
 
