@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.graph import Emitter, V
+from lora_fx.product import product
 from lora_fx.view import Opaque, Region, Tracked
 
 Array = npt.NDArray[Any]
@@ -216,8 +217,10 @@ class LowRank:
         """
         a = self.a.reshape(-1, *self.a.shape[-2:])[batch]
         b = self.b.reshape(-1, *self.b.shape[-2:])[batch]
-        product = np.matmul(b[rows], a[:, columns], out=out)
-        return np.asarray(np.multiply(product, product.dtype.type(self.scale), out=product))
+        delta = product(b[rows], a[:, columns], out)
+        if self.scale != 1.0:
+            np.multiply(delta, delta.dtype.type(self.scale), out=delta)
+        return delta
 
     def matrix(self, dtype: npt.DTypeLike = np.float64) -> Array:
         """s·b@a, [*batch, out, in], in `dtype`."""
