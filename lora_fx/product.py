@@ -27,7 +27,7 @@ _COLUMNS = 64  # a piece has a multiple of them
 
 
 def product(b: Array, a: Array, out: Array | None = None) -> Array:
-    """The product of b [rows, rank] and a [rank, columns]; `out` may be a C-contiguous array for it."""
+    """The product of b [rows, rank] and a [rank, columns]; `out`: a C-contiguous array for it."""
     (rows, rank), columns = b.shape, a.shape[1]
     cut = rows >= ROWS and 0 < rank <= RANK and columns % _REGISTER == 0
     single = b.dtype == a.dtype == np.float32

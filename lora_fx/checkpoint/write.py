@@ -110,6 +110,7 @@ class _Run:
         self.progress, self.done, self.total = progress, 0, 1
         self.spaces = threading.local()
         self.sources: dict[Path, int] = {}
+        self.reserved: list[Job] = []  # first of all jobs: a full disk shows at once
         self.heads: list[tuple[int, int, int]] = []  # (source, target, bytes) of copied files
 
     def go(
@@ -122,15 +123,16 @@ class _Run:
     ) -> None:
         """Files are made at their full size, filled by the threads, and get their headers."""
         base = self.plan.base.folder
-        jobs = [self._copies(base / n, path, head.data, link=link) for head, n, path in rest]
+        copies = [self._copies(base / n, path, head.data, link=link) for head, n, path in rest]
         fds = [(shard, self._create(shard.target, shard.size)) for shard in touched]
-        jobs += [self._jobs(shard, fd) for shard, fd in fds]
+        folds = [self._jobs(shard, fd) for shard, fd in fds]
+        jobs = itertools.chain(self.reserved, _in_turn([*folds, *copies], self.workers))
         self.total = sum(s.size for s in touched) + sum(
             (base / n).stat().st_size for _, n, _ in rest
         )
         with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
             try:
-                self._work(pool, itertools.chain.from_iterable(jobs), stats)
+                self._work(pool, jobs, stats)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -162,7 +164,8 @@ class _Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         self.stack.callback(os.close, fd)
-        preallocate(fd, size)
+        os.ftruncate(fd, size)
+        self.reserved.append(partial(_reserved, fd, size))
         return fd
 
     def _open(self, path: Path) -> int:
@@ -235,6 +238,25 @@ class _Run:
             write_at(fd, _bytes(new), at + start * row)
             stats.add(found)
         return (high - low) * row, change.name, stats
+
+
+def _in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
+    """The jobs of `width` files at a time, in turn: who writes one file waits for who does too."""
+    rest = iter(files)
+    open_ = deque(itertools.islice(rest, width))
+    while open_:
+        jobs = open_.popleft()
+        job = next(jobs, None)
+        if job is not None:
+            open_.append(jobs)
+            yield job
+        else:
+            open_.extend(itertools.islice(rest, 1))
+
+
+def _reserved(fd: int, size: int) -> Done:
+    preallocate(fd, size)
+    return 0, "", None
 
 
 def _copied(source: int, target: int, start: int, at: int, count: int) -> Done:
