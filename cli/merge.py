@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import emit, note, progress_bar
-from lora_fx.cli.merging import merge_options
+from lora_fx.cli.merging import load_numpy, merge_options
 from lora_fx.cli.options import force_option, json_option, split_weight
 
 
@@ -48,6 +48,8 @@ def command(
     lora-fx merge ./llama ./adapter -o ./merged
     lora-fx merge ./llama style:0.7 task -o ./merged --dry-run
     """
+    if options["how"] != "svd":
+        load_numpy()
     from lora_fx.checkpoint.merge import check_target, lines, plan_merge, report_json, run
 
     if not dry_run:

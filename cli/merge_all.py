@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import emit
-from lora_fx.cli.merging import arguments, merge_options
+from lora_fx.cli.merging import arguments, load_numpy, merge_options
 from lora_fx.cli.options import force_option, json_option, split_weight
 from lora_fx.errors import LoraFxError, NoEffectError
 
@@ -55,6 +55,7 @@ def command(
     lora-fx merge-all ./llama adapters/* -o merged -j 4
     lora-fx merge-all ./llama adapters/* -o merged --shard $SLURM_ARRAY_TASK_ID/8
     """
+    load_numpy()
     from lora_fx.checkpoint.fleet import jobs_of, merge_all
     from lora_fx.checkpoint.folder import open_checkpoint
 

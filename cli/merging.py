@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,3 +37,19 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
     """The command line that says these options."""
     given = [f"--{name}" for name in FLAGS if options[name.replace("-", "_")]]
     return [*given, "--dtype", options["dtype"]] if options["dtype"] else given
+
+
+def load_numpy() -> None:
+    """Import numpy with one BLAS thread, where nothing has imported it or said how many.
+
+    A merge has threads of its own. BLAS's are started as it is loaded, and spin in wait for work:
+    that is .1 s of a core on two cores.
+    """
+    name = "OPENBLAS_NUM_THREADS"
+    if "numpy" in sys.modules or name in os.environ:
+        return
+    os.environ[name] = "1"
+    try:
+        import numpy  # noqa: F401
+    finally:
+        del os.environ[name]
