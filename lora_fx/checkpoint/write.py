@@ -34,6 +34,8 @@ CHUNK = 64 << 20
 """Bytes of one copy job."""
 RUN = 4
 """Blocks of one fold job."""
+FLUSH = 128 << 20
+"""Bytes after which what is written is sent to the disk, while more is folded."""
 WAITING = 16
 """Jobs a thread that are made ahead: all jobs of a large checkpoint would take memory."""
 Done = tuple[int, str, Stats | None]
@@ -112,6 +114,9 @@ class _Run:
         self.sources: dict[Path, int] = {}
         self.reserved: list[Job] = []  # first of all jobs: a full disk shows at once
         self.heads: list[tuple[int, int, int]] = []  # (source, target, bytes) of copied files
+        self.made: list[int] = []
+        self.flushed, self.flush = 0, Future[None]()
+        self.flush.set_result(None)
 
     def go(
         self,
@@ -130,9 +135,13 @@ class _Run:
         self.total = sum(s.size for s in touched) + sum(
             (base / n).stat().st_size for _, n, _ in rest
         )
-        with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
+        with (
+            one_blas_thread(),
+            ThreadPoolExecutor(1) as disk,
+            ThreadPoolExecutor(self.workers) as pool,
+        ):
             try:
-                self._work(pool, jobs, stats)
+                self._work(pool, disk, jobs, stats)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -143,7 +152,13 @@ class _Run:
         if self.progress is not None:
             self.progress(self.total, self.total)
 
-    def _work(self, pool: ThreadPoolExecutor, jobs: Iterable[Job], stats: dict[str, Stats]) -> None:
+    def _work(
+        self,
+        pool: ThreadPoolExecutor,
+        disk: ThreadPoolExecutor,
+        jobs: Iterable[Job],
+        stats: dict[str, Stats],
+    ) -> None:
         """Run the jobs; sums are added up in their order, so that two runs report the same."""
         waiting: deque[Future[Done]] = deque()
         for job in itertools.chain(jobs, itertools.repeat(None)):
@@ -152,11 +167,15 @@ class _Run:
                 if len(waiting) < WAITING * self.workers:
                     continue
             if not waiting:
+                self.flush.result()
                 return
             count, name, found = waiting.popleft().result()
             if found is not None:
                 stats.setdefault(name, Stats()).add(found)
             self.done += count
+            if self.done - self.flushed >= FLUSH and self.flush.done():
+                self.flush.result()  # an error is said once: later calls would not say it again
+                self.flushed, self.flush = self.done, disk.submit(_flushed, self.made)
             if self.progress is not None:
                 self.progress(self.done, self.total)
 
@@ -165,6 +184,7 @@ class _Run:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         self.stack.callback(os.close, fd)
         os.ftruncate(fd, size)
+        self.made.append(fd)
         self.reserved.append(partial(_reserved, fd, size))
         return fd
 
@@ -252,6 +272,13 @@ def _in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
             yield job
         else:
             open_.extend(itertools.islice(rest, 1))
+
+
+def _flushed(fds: Iterable[int]) -> None:
+    """Write to the disk what is not there yet, where the system can; the end syncs everything."""
+    if hasattr(os, "fdatasync"):
+        for fd in fds:
+            os.fdatasync(fd)
 
 
 def _reserved(fd: int, size: int) -> Done:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from lora_fx.checkpoint import merge
+from lora_fx.checkpoint import merge, write
 from lora_fx.errors import LoraFxError
 from tests.checkpoint.made import adapter, checkpoint, factors, tree
 from tests.faults import CALLS, WRITES, Faults
@@ -178,6 +178,23 @@ def test_a_fault_at_an_io_call(error: int, step: int, memory: Path) -> None:
             assert "disk full" in raised.message or call == "open", where
     print(dict(count))
     assert count["nothing written"] > count["went on"]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_error_of_the_disk_is_said_once(
+    at: int, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data goes to the disk while more is folded, and only that call hears that it failed."""
+    scene = Scene(memory, 64)
+    monkeypatch.setattr(write, "FLUSH", 1)
+    with (
+        Faults(at, errno.EIO, only={"fdatasync"}) as seen,
+        pytest.raises(LoraFxError, match="input/output error"),
+    ):
+        scene.merge(workers=2)
+    assert len(seen.calls) >= at and not scene.check()
+    scene.merge(workers=2)
+    assert scene.check()
 
 
 @pytest.fixture
