@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from lora_fx.checkpoint.folder import open_checkpoint
+from lora_fx.checkpoint.heads import is_head
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.graph import Parameter
 from lora_fx.lowrank import plain_layout
@@ -21,7 +22,6 @@ WEIGHTS = frozenset(("float16", "bfloat16", "float32", "float64"))
 
 EMPTY = "it is empty: saved under ZeRO-3 or FSDP without gathering the shards?"
 _TABLE = re.compile(r"(^|\.)(\w*embed(ding)?s?(_tokens|_in)?|wte|wpe|shared)$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 
 
 def tensors(path: str | Path) -> dict[str, TensorInfo]:
@@ -52,7 +52,7 @@ def file_targets(path: str | Path) -> Found:
             refusals.append(Refusal(key, "tensor", why))
             continue
         layout, name = plain_layout(info.shape), _module(key)
-        role = "head" if _HEAD.search(name) else "embedding" if _TABLE.search(name) else ""
+        role = "head" if is_head(key) else "embedding" if _TABLE.search(name) else ""
         role = role or role_of([name], (), layout, vocabularies)
         region = tuple((0, n) for n in info.shape)
         parameter = Parameter(key, info.shape, info.dtype)

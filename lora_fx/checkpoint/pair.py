@@ -144,8 +144,8 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
         read = raw.adapter()
     tensors, config = dict(checkpoint.tensors), checkpoint.config()
     tie = tie_of(tensors, config, read.entries)
-    if tie is not None and tie.head and not tie.stored:
-        tensors[tie.head] = tensors[tie.table]
+    if tie is not None:
+        tensors = tie.known(tensors)
     rename = renaming(read, tensors, [])
     misfits = {}
     for key, entry in read.entries.items():

@@ -24,11 +24,11 @@ from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import (
     Tie,
     at_its_use,
-    both,
-    check_scaled,
     check_unknown,
+    needs_untying,
+    one_use,
+    spread,
     tie_of,
-    twins,
 )
 from lora_fx.errors import LoraFxError
 from lora_fx.mix import mix
@@ -79,6 +79,7 @@ class Plan:
         changes: Tensor of the output → what becomes of it.
         added: Names among them that the base lacks → the shard that takes them.
         tie: Set where config.json has to say that head and embedding are no longer tied.
+        one_use: Keys of updates that mean one use of a tied table, for which it is untied.
         notes: What should be said.
         options: As asked.
         verified: True when every adapter says that this is the base it was trained on.
@@ -89,6 +90,7 @@ class Plan:
     changes: Mapping[str, Change]
     added: Mapping[str, str] = field(default_factory=dict)
     tie: Tie | None = None
+    one_use: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
     verified: bool = False
@@ -154,9 +156,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
     placed: list[Placed] = []
     weighted = _weighted(given, options)
     tie = tie_of(base.tensors, config, [k for a, _ in weighted for k in a.entries])
-    known = dict(base.tensors)
-    if tie is not None and tie.head and not tie.stored:
-        known[tie.head] = base.tensors[tie.table]
+    known = dict(base.tensors) if tie is None else tie.known(base.tensors)
     for adapter, where in weighted:
         refuse_codes(adapter.entries, base, config)
         new = _new(adapter, base) if options.add else {}
@@ -180,22 +180,32 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
     check_unknown(placed, tie, base.tensors, config, str(base.path))
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
-    if tie is not None and _needs_untying(placed, tie, base, untie=options.untie):
-        if not tie.stored:
-            sources[tie.head] = known[tie.head]
-    else:
-        placed += twins(placed, tie)
-        tie = None
+    copies: dict[str, str] = {}
+    meant: tuple[str, ...] = ()
+    if tie is not None:
+        apart = needs_untying(placed, tie, config, str(base.path), untie=options.untie)
+        copies = tie.new(base.tensors) if apart else {}
+        meant = tuple(dict.fromkeys(p.key for p in one_use(placed, tie)))
+        sources |= {n: base.tensors[source] for n, source in copies.items()}
+        placed = spread(placed, tie, {*base.tensors, *sources})
+        tie = tie if apart else None
     by_tensor: dict[str, list[Placed]] = {}
     for p in placed:
         by_tensor.setdefault(p.tensor, []).append(p)
     changes = {}
     for name in (*(n for n in base.tensors if n in by_tensor), *(n for n in sources)):
         info = sources.get(name) or base.tensors[name]
-        changes[name] = change_of(name, info, by_tensor.get(name, []), base, options.dtype)
+        change = change_of(name, info, by_tensor.get(name, []), base, options.dtype)
+        if name in copies:
+            change = replace(change, what=(f"copy of {copies[name]}", *change.what))
+        elif name in sources:
+            change = replace(change, what=("added",))
+        changes[name] = change
     homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
     notes = list(dict.fromkeys([*notes, *(c for c in checks if c)]))
-    return Plan(base, tuple(given), changes, homes, tie, tuple(notes), options, not any(checks))
+    return Plan(
+        base, tuple(given), changes, homes, tie, meant, tuple(notes), options, not any(checks)
+    )
 
 
 def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> None:
@@ -247,26 +257,3 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
         for key, full in adapter.full.items()
         if rename(key) not in base.tensors
     }
-
-
-def _needs_untying(placed: Sequence[Placed], tie: Tie, base: Checkpoint, *, untie: bool) -> bool:
-    """True where an update means the head or the table of a tied pair, but not both."""
-    ours = [p for p in placed if p.tensor in (tie.table, tie.head)]
-    if not ours or all(both(p, tie, placed) for p in ours):
-        return False
-    if untie:
-        check_scaled(tie, base.config(), str(base.path))
-    if untie and not tie.head:
-        raise LoraFxError(
-            f"{base.path}: {tie.table!r} is the output head too, and what a head of its own would "
-            "be called is not known",
-            "save the base with tie_word_embeddings false first, then merge",
-        )
-    if not untie:
-        raise LoraFxError(
-            f"{base.path}: {ours[0].key!r} is one of two uses of a tied tensor "
-            f"({tie.table!r} is also the output head); merged into it, the update would change "
-            "both",
-            "--untie writes the head as a tensor of its own and says so in config.json",
-        )
-    return True

@@ -6,48 +6,59 @@ with config.json tying them again when it is loaded, so the two are untied or th
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lora_fx.checkpoint.heads import family_of, generates, is_head, is_table
 from lora_fx.checkpoint.match import Placed, use_of
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 from lora_fx.variant import Rows
 
-_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared|embeddings)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
-_TIES = re.compile(
-    r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|ForPreTraining"
-    r"|EncoderDecoderModel)$"
-)
 _SCALED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"))
 """model_type of models whose logits are scaled where the head is tied, unless the config says."""
-
-
-_NAMES = {
-    "model.embed_tokens.weight": "lm_head.weight",
-    "model.language_model.embed_tokens.weight": "lm_head.weight",
-    "transformer.wte.weight": "lm_head.weight",
-    "transformer.word_embeddings.weight": "lm_head.weight",
-    "gpt_neox.embed_in.weight": "embed_out.weight",
-}
-"""Table → what transformers calls the head when it is not tied."""
-_OPT = ("OPTForCausalLM", "model.decoder.embed_tokens.weight")
+_SAYS_SCALE = frozenset(("t5", "umt5", "longt5"))
+"""Those of them whose config can say it, as scale_decoder_outputs."""
+_ALWAYS = frozenset(("t5", "mt5", "umt5", "longt5", "udop"))
+"""model_type of models that are tied wherever no head is stored, whatever the config says."""
 
 
 @dataclass(frozen=True)
 class Tie:
-    """The table's name; the head's, as stored or as it would be called; whether it is stored.
+    """A table that is the head too, and what one flag of the config ties besides.
 
-    The head's name is empty where it is not known.
+    Attributes:
+        table: The table's name.
+        head: The head's, as stored or as it would be called; empty where it is not known.
+        stored: Whether the head is stored.
+        lookups: Other names of the table; some may be stored, and equal it.
+        biases: Another name of the head's bias → the one that is stored.
+        apart: Whether untied models have a tensor of its own for each of `lookups`.
     """
 
     table: str
     head: str
     stored: bool
+    lookups: tuple[str, ...] = ()
+    biases: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = True
+
+    def sources(self) -> dict[str, str]:
+        """Every other name → the stored tensor that it is."""
+        heads = (self.head,) if self.head else ()
+        return {**dict.fromkeys((*heads, *self.lookups), self.table), **self.biases}
+
+    def known(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The tensors under every name that an adapter may use."""
+        more = {n: tensors[s] for n, s in self.sources().items() if s in tensors}
+        return more | dict(tensors)
+
+    def new(self, tensors: Collection[str]) -> dict[str, str]:
+        """What an untied file has and this one lacks: name → the tensor it is a copy of."""
+        names = {n: s for n, s in self.sources().items() if n not in tensors and s in tensors}
+        return {n: s for n, s in names.items() if self.apart or n not in self.lookups}
 
 
 def tie_of(
@@ -64,23 +75,27 @@ def tie_of(
     said = config.get("tie_word_embeddings")
     if said is None and isinstance(text, dict):
         said = text.get("tie_word_embeddings")
-    if said is False:
+    heads = [n for n in tensors if is_head(n)]
+    if said is False and (heads or config.get("model_type") not in _ALWAYS):
         return None
     named = config.get("architectures") or []
-    generates = any(isinstance(a, str) and _TIES.search(a) for a in named)
-    if named and not generates:  # a class without a head, whatever its config was copied from
+    if named and not generates(named):  # without a head, whatever its config was copied from
         return None
-    tables = [n for n in tensors if _TABLE.search(n) and len(tensors[n].shape) == 2]
-    heads = [n for n in tensors if _HEAD.search(n)]
-    if len(tables) != 1:
+    tables = [n for n in tensors if is_table(n) and len(tensors[n].shape) == 2]
+    family = family_of(named, tables)
+    if family is not None:
+        tables = [n for n in tables if n not in family.lookups]
+    if len(tables) != 1 or (heads and not said) or not (said or generates(named)):
         return None
+    wanted = "" if family is None else family.head
     if heads:
-        return Tie(tables[0], heads[0], True) if said else None
-    head = next((k for k in keys if _HEAD.search(k)), "")
-    generator = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in named)
-    if not head and (generator or tables[0] == "model.language_model.embed_tokens.weight"):
-        head = "lm_head.weight" if (*named, tables[0]) == _OPT else _NAMES.get(tables[0], "")
-    return Tie(tables[0], head, False) if said or generates else None
+        head = wanted if wanted in heads else heads[0]
+    else:
+        head = next((k for k in keys if is_head(k)), wanted)
+    if family is None:
+        return Tie(tables[0], head, bool(heads))
+    biases = {new: old for new, old in family.biases.items() if old in tensors}
+    return Tie(tables[0], head, bool(heads), family.lookups, biases, family.apart)
 
 
 def at_its_use(p: Placed, tie: Tie | None, where: str) -> Placed:
@@ -118,10 +133,9 @@ def check_unknown(
     """
     inner = config.get("text_config")
     sizes = {c.get("vocab_size") for c in (config, inner if isinstance(inner, dict) else {})}
-    named = config.get("architectures") or []
-    generates = any(isinstance(a, str) and _TIES.search(a) for a in named)
     untied = config.get("tie_word_embeddings") is False
-    if tie is not None or untied or not generates or any(_HEAD.search(n) for n in tensors):
+    head = any(is_head(n) for n in tensors)
+    if tie is not None or untied or head or not generates(config.get("architectures") or []):
         return
     for p in placed:
         shape = tensors[p.tensor].shape if p.tensor in tensors else ()
@@ -142,23 +156,80 @@ def both(p: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
     return isinstance(p.entry, LowRank) and bool(p.entry.extra.get("tied"))
 
 
-def twins(placed: Iterable[Placed], tie: Tie | None) -> list[Placed]:
-    """Rows of a table's tokens once more, for a tied head that is stored as well."""
-    rows = list(placed)
-    if tie is None or not tie.stored:
-        return []
-    return [
-        replace(p, tensor=tie.head)
-        for p in rows
-        if isinstance(p.entry, Rows) and p.tensor == tie.table and both(p, tie, rows)
-    ]
+def one_use(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
+    """The updates that mean one use of a tied table, but not all."""
+    names = {tie.table, tie.head, *tie.lookups}
+    return [p for p in placed if p.tensor in names and not both(p, tie, placed)]
+
+
+def needs_untying(
+    placed: Sequence[Placed], tie: Tie, config: Mapping[str, Any], where: str, *, untie: bool
+) -> bool:
+    """True where an update means one use of a tied table, but not all.
+
+    Raises:
+        LoraFxError: It does, and the two may not, or cannot, be untied.
+    """
+    ours = one_use(placed, tie)
+    if not ours:
+        return False
+    shared = next((p for p in ours if p.tensor in tie.lookups and not tie.apart), None)
+    if shared is not None:
+        raise LoraFxError(
+            f"{where}: {shared.key!r} means one of several lookups of {tie.table!r}, which such "
+            "models hold once, tied or not",
+            f"train one update of {tie.table!r} for all lookups",
+        )
+    check_scaled(tie, config, where)
+    if not tie.head:
+        raise LoraFxError(
+            f"{where}: {tie.table!r} is the output head too, and what a head of its own would "
+            "be called is not known",
+            "save the base with tie_word_embeddings false first, then merge",
+        )
+    if not untie:
+        raise LoraFxError(
+            f"{where}: {ours[0].key!r} is one of two uses of a tied tensor "
+            f"({tie.table!r} is also the output head); merged into it, the update would change "
+            "both",
+            "--untie writes the head as a tensor of its own and says so in config.json",
+        )
+    return True
+
+
+def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[Placed]:
+    """The updates, and each once more for every other tensor among `names` that it means.
+
+    An update of the table is one of all its lookups, and of the head where it means both uses. The
+    two names of a bias are one, unless each has an update. A name that is no tensor of its own is
+    the one that it stands for.
+    """
+    given = {p.tensor for p in placed}
+    sources = {n: s for n, s in tie.sources().items() if n not in tie.biases or not {n, s} <= given}
+    moved: dict[tuple[int, str], Placed] = {}
+    for p in placed:
+        source = sources.get(p.tensor, p.tensor)
+        name = p.tensor if p.tensor in names and p.tensor not in tie.biases else source
+        moved.setdefault((id(p.entry), name), replace(p, tensor=name))
+    for p in tuple(moved.values()):
+        for name, source in sources.items():
+            skip = name == tie.head and not both(p, tie, placed)
+            if source == p.tensor and name in names and not skip:
+                moved.setdefault((id(p.entry), name), replace(p, tensor=name))
+    return list(moved.values())
 
 
 def check_scaled(tie: Tie, config: Mapping[str, Any], where: str) -> None:
     """Raise where untying alone would change what the model computes."""
-    if config.get("model_type") in _SCALED and "scale_decoder_outputs" not in config:
-        raise LoraFxError(
-            f"{where}: a {config['model_type']} scales its logits where {tie.table!r} is also the "
-            "head, and its config does not say so apart; untied, they would be too large",
-            "save the base once with transformers 5, whose config has scale_decoder_outputs",
-        )
+    kind, said = config.get("model_type"), config.get("tie_word_embeddings")
+    if kind not in _SCALED or "scale_decoder_outputs" in config:
+        return
+    if kind in _SAYS_SCALE and said is False:  # it does not scale
+        return
+    raise LoraFxError(
+        f"{where}: a {kind} scales its logits where {tie.table!r} is also the head, and its config "
+        "does not say so apart; untied, they would be too large",
+        "save the base once with transformers 5, whose config has scale_decoder_outputs"
+        if kind in _SAYS_SCALE
+        else "train an update of other weights than the table's and the head's",
+    )

@@ -162,8 +162,8 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
     adapter = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
     tensors, config = dict(checkpoint.tensors), checkpoint.config()
     tie = tie_of(tensors, config, adapter.entries)
-    if tie is not None and tie.head and not tie.stored:
-        tensors[tie.head] = tensors[tie.table]
+    if tie is not None:
+        tensors = tie.known(tensors)
     placed, notes = match(adapter, tensors, config, str(checkpoint.path))
     if not placed:
         raise LoraFxError(f"{checkpoint.path}: none of the adapter's keys is in it")

@@ -263,14 +263,20 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
         tie(
             "table",
             "--untie",
-            table="bert.embeddings.word_embeddings",
-            architectures=["BertForMaskedLM"],
+            table="funnel.embeddings.word_embeddings",
+            architectures=["FunnelForMaskedLM"],
         ),
         ("word_embeddings", "not known"),
     ),
     "T5 scales a tied head": (
-        tie("table", "--untie", table="shared", architectures=["T5ForConditionalGeneration"]),
-        ("shared.weight", "not known"),
+        tie(
+            "table",
+            "--untie",
+            table="shared",
+            architectures=["T5ForConditionalGeneration"],
+            model_type="t5",
+        ),
+        ("shared.weight", "scales its logits"),
     ),
     # outputs
     "output exists": (existing_output, ("out exists", "--force")),
