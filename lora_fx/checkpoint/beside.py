@@ -10,8 +10,12 @@ import shutil
 from pathlib import Path
 
 from lora_fx.checkpoint.plan import Plan
+from lora_fx.checkpoint.strict import read_json
 from lora_fx.errors import LoraFxError
 
+REPORTS = ("report.json", "lora-fx-report.json")
+"""Names of what a merge leaves beside its output; the second where the base has its own first."""
+_OURS = frozenset(("ok", "warnings", "tensors", "touched_bytes", "base_verified"))
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 
 
@@ -45,6 +49,23 @@ def copy_companions(plan: Plan, folder: Path) -> None:
             target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
             shutil.copyfile(source, target)
+
+
+def report_name(plan: Plan) -> str:
+    """The name of the report: the first that is no file of the base's own; empty if both are.
+
+    A report of the merge that made the base is none of its own: it would not fit the output.
+    """
+    return next((n for n in REPORTS if not _is_file_of_base(plan.base.path / n)), "")
+
+
+def _is_file_of_base(file: Path) -> bool:
+    if not os.path.lexists(file):
+        return False
+    try:
+        return not read_json(file).keys() >= _OURS
+    except LoraFxError:
+        return True
 
 
 def write_index(plan: Plan, folder: Path) -> None:

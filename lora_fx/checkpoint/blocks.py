@@ -164,7 +164,7 @@ class Fold:
     def _error(self, weight: Array, new: Array, result: Array, low: int) -> LoraFxError:
         for what, array, hint in (
             ("the base has", weight, "is the checkpoint damaged?"),
-            ("the fold gives", new, "the adapter or its scale is broken"),
+            ("the fold gives", new, "is the adapter's scale right, and its weight (ADAPTER:W)?"),
             (f"{result.dtype} cannot hold", result, "--dtype bfloat16 or float32 can"),
         ):
             bad = np.argwhere(~np.isfinite(array.astype(np.float64)))
@@ -176,7 +176,10 @@ class Fold:
                     "expected finite numbers",
                     hint,
                 )
-        return LoraFxError(f"tensor {self.name!r}: its norm is beyond fp32's range")
+        return LoraFxError(
+            f"tensor {self.name!r}: the norm of W or of its update is beyond fp32's range",
+            "is the adapter's scale right, and its weight (ADAPTER:W)? --dtype float64 can hold it",
+        )
 
 
 def _measured(old: Array, weight: Array, delta: Array, result: Array, space: Space) -> Stats:

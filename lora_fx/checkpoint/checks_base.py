@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 
+import ml_dtypes
+import numpy as np
+
 from lora_fx.adapter import near
+from lora_fx.checkpoint.blocks import arithmetic
 from lora_fx.checkpoint.headers import WEIGHTS
-from lora_fx.checkpoint.pair import NOTE, WARNING, Finding, Pair
-from lora_fx.checkpoint.plan import Given, Options, make_plan
-from lora_fx.checkpoint.provenance import base_note, history
+from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
+from lora_fx.checkpoint.provenance import base_note
 from lora_fx.checkpoint.quantised import HINT, scheme_of
 from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
+from lora_fx.numeric import numpy_dtype
 from lora_fx.target import base_name
 
 LARGE = 1.0
@@ -152,25 +157,6 @@ def shapes(pair: Pair) -> Iterator[Finding]:
             )
 
 
-def tied(pair: Pair) -> Iterator[Finding]:
-    """No update of one use of a tensor that is both embedding and output head."""
-    if pair.tie is None:
-        return
-    ours = [
-        key
-        for key, entry in pair.adapter.entries.items()
-        if pair.rename(base_name(key)) in (pair.tie.table, pair.tie.head)
-        and not (isinstance(entry, LowRank) and entry.extra.get("tied"))
-    ]
-    if ours:
-        yield Finding(
-            ours,
-            f"it is one of two uses of one tensor: {pair.tie.table} is also the output head",
-            "an update of both uses, or a base whose head is a tensor of its own",
-            "lora-fx merge --untie gives the head a tensor of its own; other tools change both",
-        )
-
-
 def quantised(pair: Pair) -> Iterator[Finding]:
     """The tensors to change are plain floats."""
     kinds: dict[str, list[str]] = {}
@@ -201,35 +187,48 @@ def base(pair: Pair) -> Iterator[Finding]:
         )
 
 
-def merged(pair: Pair) -> Iterator[Finding]:
-    """The adapter is not in the base already."""
-    folded = {a.get("hash") for m in history(pair.base) for a in m["adapters"]}
-    if pair.digest in folded:
+def values(pair: Pair) -> Iterator[Finding]:
+    """The base's tensors hold finite numbers, as far as samples of them tell."""
+    broken = [
+        key
+        for key in pair.adapter.entries
+        if (info := pair.tensor(key)) is not None
+        and info.dtype in WEIGHTS
+        and not np.isfinite(sample(info)).all()
+    ]
+    if broken:
         yield Finding(
-            list(pair.adapter.entries),
-            "the base's metadata says that this adapter is merged into it",
-            "the original base",
-            "start from the original; lora-fx merge --again merges it once more",
+            broken,
+            "their tensors of the base have NaN or infinite values",
+            "finite numbers",
+            "is the checkpoint damaged?",
         )
 
 
-def added(pair: Pair) -> Iterator[Finding]:
-    """Whole tensors that the base lacks, such as a new head."""
-    full = pair.adapter.full
-    new = [k for k in full if pair.tensor(k) is None]
-    if new:
-        yield Finding(
-            new,
-            "whole tensors that the base has not, such as a new head",
-            "",
-            "lora-fx merge --add writes them into the output",
-            NOTE,
-        )
+def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
+    """True where the scale, or ΔW in root mean square, is beyond the range of its tensor."""
+    info = pair.tensor(key)
+    if info is None or info.dtype not in WEIGHTS or 0 in info.shape:
+        return False
+    top = float(ml_dtypes.finfo(numpy_dtype(info.dtype)).max)  # type: ignore[no-untyped-call]
+    scale = float(np.finfo(arithmetic(info.dtype, info.dtype)).max)
+    return abs(low.scale) > scale or norm(low) > top * math.sqrt(math.prod(info.shape))
 
 
 def effect(pair: Pair) -> Iterator[Finding]:
     """No update is larger than its weight."""
-    large = {k: r for k in pair.adapter.lowrank if (r := pair.ratio(k)) and r > LARGE}
+    never = [k for k, low in pair.adapter.lowrank.items() if _overflows(pair, k, low)]
+    if never:
+        yield Finding(
+            never,
+            "the update is beyond what the tensor's dtype can hold",
+            "finite numbers",
+            "is lora_alpha right?",
+            ERROR,
+        )
+    large = {
+        k: r for k in pair.adapter.lowrank if k not in never and (r := pair.ratio(k)) and r > LARGE
+    }
     if large:
         most = max(large, key=lambda k: large[k])
         yield Finding(
@@ -239,17 +238,3 @@ def effect(pair: Pair) -> Iterator[Finding]:
             "is lora_alpha right, and is this the base?",
             WARNING,
         )
-
-
-def refused(pair: Pair) -> Iterator[Finding]:
-    """lora-fx merge would take the pair; what no other check has said."""
-    error = pair.refusal
-    if error is None:
-        options = Options(untie=True, again=True, allow_unused=True, allow_missing=True, add=True)
-        try:
-            where = str(pair.path)
-            make_plan(pair.base, [Given(pair.adapter, 1.0, where, "")], options)
-            return
-        except LoraFxError as refusal:
-            error = refusal
-    yield Finding([], error.message, "a pair that can be merged", error.hint)

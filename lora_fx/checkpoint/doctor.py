@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_fx.checkpoint import checks_base, checks_file
+from lora_fx.checkpoint import checks_base, checks_file, checks_merge
 from lora_fx.checkpoint.osfile import explain
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
 from lora_fx.checkpoint.renamed import absent_of
@@ -49,15 +49,16 @@ CHECKS = (
     Check("missing keys", ERROR, checks_base.missing),
     Check("vocabulary", ERROR, checks_base.vocabulary),
     Check("shapes", ERROR, checks_base.shapes),
-    Check("tied weights", WARNING, checks_base.tied),
+    Check("tied weights", ERROR, checks_merge.tied),
     Check("quantised base", ERROR, checks_base.quantised),
     Check("base", ERROR, checks_base.base),
-    Check("merged before", WARNING, checks_base.merged),
-    Check("new tensors", NOTE, checks_base.added),
+    Check("base values", ERROR, checks_base.values),
+    Check("merged before", ERROR, checks_merge.merged),
+    Check("new tensors", ERROR, checks_merge.added),
     Check("training", ERROR, checks_file.trained),
     Check("effect", WARNING, checks_base.effect),
 )
-LAST = Check("merge", ERROR, checks_base.refused)
+LAST = Check("merge", ERROR, checks_merge.refused)
 """What nothing else has said; run where no other check finds an error."""
 
 
@@ -85,7 +86,7 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
                 dataclasses.replace(f, check=check.name, severity=f.severity or check.severity)
                 for f in check.function(pair)
             ]
-        rows = _updates(pair)
+        rows, no = _updates(pair), checks_merge.refusal(pair)
     except OSError as error:
         raise explain(error, error.filename or base) from error
     findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
@@ -95,6 +96,7 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
         "missing": len(absent_of(pair.adapter, pair.tensors, pair.rename)),
         "findings": [f.to_json() for f in findings],
         "updates": rows,
+        "merge": no.message if no is not None else "",
     }
     notes = pair.adapter.metadata.get("notes", ())
     ok = not any(f.severity == ERROR for f in findings)
@@ -146,6 +148,7 @@ def lines(report: Report) -> str:
     errors, warned = (sum(f["severity"] == s for f in d["findings"]) for s in (ERROR, WARNING))
     verdict = f"healthy; warnings: {warned}" if warned else "healthy"
     text += ["", verdict if report else f"errors: {errors}; do not merge this pair"]
+    text += [f"lora-fx merge refuses it: {d['merge']}"] if d["merge"] else []
     return "\n".join(text)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.beside import REPORTS, report_name
 from lora_fx.checkpoint.blocks import Stats
 from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.osfile import check_output, check_space, explain, replacing
@@ -28,7 +29,6 @@ GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 AdapterLike = str | os.PathLike[str] | Adapter
-REPORT = "report.json"
 
 
 def merge(
@@ -140,9 +140,10 @@ def run(
                     "was the base changed meanwhile? if not, this is a mistake of lora-fx",
                 )
             report = _report(plan, stats, target)
-            if stage.is_dir():
+            name = report_name(plan)
+            if stage.is_dir() and name:
                 text = json.dumps(report_json(report), indent=1) + "\n"
-                (stage / REPORT).write_text(text, encoding="utf-8")
+                (stage / name).write_text(text, encoding="utf-8")
     return report
 
 
@@ -228,6 +229,10 @@ def _said(plan: Plan) -> list[str]:
     if left:
         some = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         said.append(f"not copied, hidden or other copies of the weights: {some}")
+    name = report_name(plan)
+    if plan.base.path.is_dir() and name != REPORTS[0]:
+        kept = f"{REPORTS[0]} is the base's own and is kept"
+        said.append(f"{kept}: the report is {name}" if name else f"{kept}: no report is written")
     config = plan.base.config()
     said_dtype = config.get("dtype") or config.get("torch_dtype")
     if plan.options.dtype and said_dtype not in (None, plan.options.dtype):

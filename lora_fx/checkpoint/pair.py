@@ -112,7 +112,8 @@ class Pair:
         if low is None or info is None or info.dtype not in WEIGHTS or not math.prod(info.shape):
             return None
         size = norm(low)
-        weight = math.sqrt(math.prod(info.shape)) * _rms(info)
+        root_mean = math.sqrt(float(np.mean(np.square(sample(info)))))
+        weight = math.sqrt(math.prod(info.shape)) * root_mean
         return size / weight if weight and math.isfinite(size) else None
 
 
@@ -135,8 +136,8 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     try:
         raw = read_raw(path) if _of_peft(path) else None
     except LoraFxError:
-        if read is None:
-            raise
+        if refusal is not None:
+            raise refusal from None
     if read is None and raw is None:
         read = load_adapter(path, base=base)  # its names are not the base's; or this raises
     if read is None:
@@ -191,8 +192,8 @@ def norm(low: LowRank) -> float:
         return float(abs(low.scale) * np.sqrt(max(square, 0.0)))
 
 
-def _rms(info: TensorInfo, count: int = 4096) -> float:
-    """Root mean square of a tensor, from its start, middle and end."""
+def sample(info: TensorInfo, count: int = 4096) -> Array:
+    """Elements of a float tensor from its start, middle and end, in fp64."""
     dtype = numpy_dtype(info.dtype)
     size = (info.stop - info.start) // dtype.itemsize
     n = min(count, size)
@@ -201,4 +202,4 @@ def _rms(info: TensorInfo, count: int = 4096) -> float:
         for at in (0, (size - n) // 2, size - n):
             raw = read_at(f.fileno(), n * dtype.itemsize, info.start + at * dtype.itemsize)
             parts.append(np.frombuffer(raw, dtype).astype(np.float64))
-    return float(np.sqrt(np.mean(np.square(np.concatenate(parts)))))
+    return np.concatenate(parts)

@@ -166,7 +166,10 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
         tensors = tie.known(tensors)
     placed, notes = match(adapter, tensors, config, str(checkpoint.path))
     if not placed:
-        raise LoraFxError(f"{checkpoint.path}: none of the adapter's keys is in it")
+        raise LoraFxError(
+            f"{checkpoint.path}: none of the adapter's keys is in it",
+            "is it the adapter of another model?",
+        )
     full = adapter.full
     touched = names_of(placed)
     for name in touched:

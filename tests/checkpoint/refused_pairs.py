@@ -246,6 +246,10 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     # weights and mixes
     "weight is nan": (pair({Q: (8, 6)}, "ADAPTER:nan"), ("adapter", "weight is nan")),
+    "weight beyond fp32": (
+        pair({Q: (8, 6)}, "ADAPTER:1e30"),
+        (Q, "beyond fp32's range", "ADAPTER:W", "--dtype float64"),
+    ),
     "weight of a whole tensor": (
         whole(
             "head.weight",

@@ -44,7 +44,13 @@ def test_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert tree(tmp_path) == before
 
 
-VALUES = ("NaN in the base", "infinity in the base", "too large for fp16", "scale without measure")
+VALUES = (
+    "NaN in the base",
+    "infinity in the base",
+    "too large for fp16",
+    "scale without measure",
+    "weight beyond fp32",
+)
 """What only reading the weights can show; the rest shows before."""
 
 
@@ -87,3 +93,45 @@ def test_merged_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert "merged into it already" in capsys.readouterr().err
         assert tree(tmp_path) == before
     assert run(tmp_path, ["--again"]) == 0
+
+
+def reported(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if "report" in p.name)
+
+
+@pytest.mark.parametrize("content", ['{"ok": true}', "[1]", "no JSON", ""])
+def test_a_report_of_the_bases_own_is_kept(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base(tmp_path)
+    good(tmp_path)
+    (tmp_path / "base" / "report.json").write_text(content)
+    assert run(tmp_path, []) == 0
+    out = tmp_path / "out"
+    assert "the report is lora-fx-report.json" in capsys.readouterr().err
+    assert reported(out) == ["lora-fx-report.json", "report.json"]
+    assert (out / "report.json").read_text() == content
+    assert json.loads((out / "lora-fx-report.json").read_text())["touched_bytes"] > 0
+
+
+def test_reports_of_earlier_merges_are_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would say of the output what is true of its base."""
+    base(tmp_path)
+    good(tmp_path)
+    adapter(tmp_path / "two", {Q: factors(RNG, 8, 6, 3)})
+    assert run(tmp_path, []) == 0
+    (tmp_path / "base").rename(tmp_path / "old")
+    (tmp_path / "out").rename(tmp_path / "base")
+    capsys.readouterr()
+    assert run(tmp_path, ["ADAPTER", "--again"]) == 0
+    assert "report" not in capsys.readouterr().err
+    assert reported(tmp_path / "out") == ["report.json"]
+    (tmp_path / "base" / "report.json").write_text("mine")
+    (tmp_path / "base" / "lora-fx-report.json").write_text("mine too")
+    argv = ["merge", str(tmp_path / "base"), str(tmp_path / "two"), "-o", str(tmp_path / "out2")]
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 0 and "no report is written" in capsys.readouterr().err
+    assert (tmp_path / "out2" / "lora-fx-report.json").read_text() == "mine too"

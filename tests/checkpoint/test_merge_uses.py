@@ -60,7 +60,9 @@ def test_uses_of_a_tied_table_are_told_apart(case: str, base: Path, tmp_path: Pa
     with pytest.raises(lora_fx.LoraFxError, match="one of two uses of a tied tensor"):
         lora_fx.merge(base, Adapter(entries), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    lora_fx.merge(base, Adapter(entries), tmp_path / "out", untie=True)
+    report = lora_fx.merge(base, Adapter(entries), tmp_path / "out", untie=True)
+    said = {t["key"]: t["updates"] for t in report.details["tensors"]}
+    assert said[HEAD][0] == f"copy of {TABLE}" and len(said[HEAD]) == 1 + (HEAD in moved)
     old = load_file(base / "model.safetensors")
     new = load_file(tmp_path / "out" / "model.safetensors")
     assert set(new) == {TABLE, HEAD, OTHER}
@@ -106,7 +108,10 @@ def test_a_new_head_beside_a_prefix(tmp_path: Path) -> None:
     with pytest.raises(lora_fx.LoraFxError, match=r"keys: classifier\.weight") as refusal:
         lora_fx.merge(base, adapter, tmp_path / "out.safetensors")
     assert "--add" in refusal.value.hint
-    lora_fx.merge(base, adapter, tmp_path / "out.safetensors", add=True)
+    report = lora_fx.merge(base, adapter, tmp_path / "out.safetensors", add=True)
+    said = {t["key"]: t["updates"] for t in report.details["tensors"]}
+    assert said["classifier.weight"] == ["added"]
+    assert said["encoder.w.bias"] == ["replaced whole"]
     new = load_file(tmp_path / "out.safetensors")
     assert set(new) == {"encoder.w.weight", "encoder.w.bias", "classifier.weight"}
     np.testing.assert_array_equal(new["classifier.weight"], head)
