@@ -18,9 +18,10 @@ from lora_fx.adapter import Adapter
 from lora_fx.checkpoint.difference import Pair, pairs, read_floats
 from lora_fx.checkpoint.extracted import Extracted, Extraction
 from lora_fx.checkpoint.fingerprint import file_fingerprint
-from lora_fx.checkpoint.headers import WEIGHTS, file_targets, tensors
+from lora_fx.checkpoint.headers import WEIGHTS, targets_of, tensors
 from lora_fx.checkpoint.layouts import Use, config_of, uses
 from lora_fx.checkpoint.scope import scope_of
+from lora_fx.checkpoint.sides import check_lookups, sides_of
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.lowrank import Array, Full, LowRank, generator
 from lora_fx.svd import Triplets, above_noise, balanced, leading, squared_distance
@@ -110,12 +111,17 @@ def extraction(
 ) -> Extraction:
     """As extract, with the report; `progress` is told the share of bytes that is done."""
     choice = _choice(rank, energy, max_rank, seed)
-    old, new = tensors(base), tensors(tuned)
-    found = file_targets(base)
-    kinds = uses(old, found, config_of(base), fan_in_fan_out)
+    sides = sides_of(
+        (str(base), tensors(base), config_of(base)), (str(tuned), tensors(tuned), config_of(tuned))
+    )
+    old, new = sides.old, sides.new
+    found = targets_of(old)
+    kinds = uses(old, found, config_of(base), fan_in_fan_out, sides.table)
     scope, notes = scope_of(
         found, (str(base), old), (str(tuned), new), include, exclude, allow_missing
     )
+    check_lookups(sides, scope, str(tuned))
+    notes += (n for n in sides.notes if n.partition(":")[0] in scope)
     entries: dict[str, Entry] = {}
     rows: list[Extracted] = []
     unchanged: list[str] = []

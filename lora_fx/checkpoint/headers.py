@@ -6,6 +6,7 @@ Only headers are read, and every one strictly (see strict.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fx.checkpoint.folder import open_checkpoint
@@ -37,12 +38,17 @@ def tensors(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def file_targets(path: str | Path) -> Found:
+    """The targets of a file or folder; see `targets_of`."""
+    return targets_of(tensors(path))
+
+
+def targets_of(every: Mapping[str, TensorInfo]) -> Found:
     """The targets of tensors without a graph: every float tensor of two or more dimensions.
 
     Axis 0 is taken as out, the rest as in; roles come from names.
     """
     # An empty one of one axis is what ZeRO-3 leaves of a weight of any shape.
-    found = {k: v for k, v in tensors(path).items() if len(v.shape) >= 2 or 0 in v.shape}
+    found = {k: v for k, v in every.items() if len(v.shape) >= 2 or 0 in v.shape}
     tables = [v.shape for k, v in found.items() if _TABLE.search(_module(k))]
     vocabularies = [(s[0], s[1]) for s in tables if len(s) == 2 and s[0] >= HEAD_ROWS]
     targets, refusals = [], []

@@ -72,6 +72,7 @@ def uses(
     found: Found,
     config: Mapping[str, Any],
     fan_in_fan_out: bool | None = None,
+    table: str | None = None,
 ) -> dict[str, Use]:
     """The Use of every tensor.
 
@@ -81,10 +82,11 @@ def uses(
         config: Its config.json, or empty.
         fan_in_fan_out: True: two-dimensional weights are [in, out], except embeddings and heads;
             False: none is; None: config.json says.
+        table: The one that is the output head too; empty: there is none; None: roles say.
     """
     roles = {t.key: t.role for t in found.targets}
     kinds = {config.get("model_type"), _inner(config).get("model_type")}
-    one_table = _tied(roles, config)
+    one_table = _tied(roles, config) if table is None else bool(table)
     result = {}
     for name, info in tensors.items():
         shape, role = info.shape, roles.get(name)
@@ -94,7 +96,7 @@ def uses(
             out, in_ = ((2,), (1,)) if kinds & IN_OUT_EXPERTS else ((1,), (2,))
             result[name] = Use(Layout(shape, (0,), out, in_, shape), "bmm")
         elif role == "embedding" and len(shape) == 2:
-            tied = one_table and not _POSITION.search(name)
+            tied = one_table and not _POSITION.search(name) and table in (None, name)
             layout = plain_layout(shape) if tied else Layout(shape, (), (1,), (0,), shape)
             result[name] = Use(layout, "linear" if tied else "embedding", tied)
         elif len(shape) == 2:

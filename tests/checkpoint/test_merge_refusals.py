@@ -126,7 +126,7 @@ def test_reports_of_earlier_merges_are_replaced(
     (tmp_path / "out").rename(tmp_path / "base")
     capsys.readouterr()
     assert run(tmp_path, ["ADAPTER", "--again"]) == 0
-    assert "report" not in capsys.readouterr().err
+    assert "report.json" not in capsys.readouterr().err
     assert reported(tmp_path / "out") == ["report.json"]
     (tmp_path / "base" / "report.json").write_text("mine")
     (tmp_path / "base" / "lora-fx-report.json").write_text("mine too")
