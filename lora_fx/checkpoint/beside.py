@@ -7,7 +7,9 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_fx.checkpoint.plan import Plan
 from lora_fx.checkpoint.strict import read_json
@@ -36,16 +38,21 @@ def hard_link(source: Path, target: Path) -> None:
         ) from error
 
 
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says so."""
+    result = {**config, "tie_word_embeddings": False}
+    if isinstance(config.get("text_config"), dict):
+        result["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    return result
+
+
 def copy_companions(plan: Plan, folder: Path) -> None:
     """Configs, tokenizer and whatever else belongs to the folder."""
     for name in plan.base.companions()[0]:
         source, target = plan.base.path / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if str(name) == "config.json" and plan.tie is not None:
-            config = json.loads(source.read_bytes())
-            config["tie_word_embeddings"] = False
-            if isinstance(config.get("text_config"), dict):
-                config["text_config"]["tie_word_embeddings"] = False
+            config = untied(json.loads(source.read_bytes()))
             target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
             shutil.copyfile(source, target)

@@ -27,6 +27,14 @@ _APART = "merge one adapter after the other"
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What an earlier merge did to a tensor: its fold, and the dtype that it rounded to."""
+
+    fold: Fold
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Change:
     """What becomes of one tensor of the output.
 
@@ -38,6 +46,7 @@ class Change:
         fold: W + Δ; None where the tensor is replaced whole.
         value: The whole new tensor; None where it is folded.
         what: For people: the kinds, ranks and scales of its updates.
+        earlier: Merges before this one, oldest first; only where verify looks back.
     """
 
     name: str
@@ -47,6 +56,7 @@ class Change:
     fold: Fold | None = None
     value: Array | None = None
     what: tuple[str, ...] = ()
+    earlier: tuple[Stage, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -32,6 +32,7 @@ class Checkpoint:
         tensors: Every tensor, from the shard that counts.
         index: The index of the shards, or None.
         index_json: Its content.
+        settings: What takes the place of config.json; None: the file counts.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     index: Path | None = None
     index_json: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -52,6 +54,8 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """config.json of a folder; empty for a file, or where there is none."""
+        if self.settings is not None:
+            return dict(self.settings)
         file = self.path / "config.json"
         return read_json(file) if self.path.is_dir() and file.is_file() else {}
 

@@ -82,7 +82,7 @@ class Plan:
         one_use: Keys of updates that mean one use of a tied table, for which it is untied.
         notes: What should be said.
         options: As asked.
-        verified: True when every adapter says that this is the base it was trained on.
+        unverified: Those of the notes that say why a base is not known to be an adapter's.
     """
 
     base: Checkpoint
@@ -93,7 +93,12 @@ class Plan:
     one_use: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
-    verified: bool = False
+    unverified: tuple[str, ...] = ()
+
+    @property
+    def verified(self) -> bool:
+        """True when every adapter says that this is the base it was trained on."""
+        return not self.unverified
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -202,10 +207,9 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
             change = replace(change, what=("added",))
         changes[name] = change
     homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
-    notes = list(dict.fromkeys([*notes, *(c for c in checks if c)]))
-    return Plan(
-        base, tuple(given), changes, homes, tie, meant, tuple(notes), options, not any(checks)
-    )
+    said = tuple(c for c in checks if c)
+    notes = list(dict.fromkeys([*notes, *said]))
+    return Plan(base, tuple(given), changes, homes, tie, meant, tuple(notes), options, said)
 
 
 def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> None:

@@ -6,7 +6,7 @@ fp64, by the definition, and compared within what fp32 and one rounding allow:
     |new − exact| ≤ ½ ulp(exact) + u·(|W| + |exact| + Σ (r + 3)·s·|B||A|)
 
 u is 2⁻²³, or 2⁻⁵² where the fold is done in fp64. DoRA's factor scales the bound, and its norm
-adds √columns·u·|exact|.
+adds √columns·u·|exact|. A tensor that several merges have changed is allowed their sum.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from lora_fx.checkpoint.blocks import Fold, Space, arithmetic, one_blas_thread, rows_per_block
+from lora_fx.checkpoint.change import Change, Stage
 from lora_fx.checkpoint.copying import read_at, read_into
 from lora_fx.checkpoint.folder import Checkpoint
-from lora_fx.checkpoint.plan import Change, Plan
+from lora_fx.checkpoint.plan import Plan
 from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
 from lora_fx.checkpoint.rows import prepared, read_rows
 from lora_fx.checkpoint.strict import TensorInfo
@@ -112,9 +113,9 @@ def _recomputed(change: Change, info: TensorInfo, rows: int | None) -> Iterator[
             yield Difference(change.name, "is not the adapter's whole tensor")
         return
     worst, at = 0.0, 0
-    exact = _exact(change.fold, change.source)
+    stages = _exact(change)
     for low, high in _samples(change, rows):
-        ratio = _ratio(change, exact, info, low, high)
+        ratio = _ratio(change, stages, info, low, high)
         if not ratio <= worst:
             worst, at = ratio, low
     if not worst <= 1.0:
@@ -139,34 +140,54 @@ def _samples(change: Change, rows: int | None) -> Iterator[tuple[int, int]]:
         yield row, row + 1
 
 
-def _exact(fold: Fold, source: TensorInfo) -> Fold:
-    """The same fold with every factor in fp64."""
-    return prepared(Fold(fold.name, in_dtype(fold.matrix, np.float64), fold.rows), source)
+def _exact(change: Change) -> list[Stage]:
+    """The folds of a change, oldest first, with every factor in fp64."""
+    assert change.fold is not None
+    stages = [*change.earlier, Stage(change.fold, change.dtype)]
+    wide = [
+        Stage(Fold(s.fold.name, in_dtype(s.fold.matrix, np.float64), s.fold.rows), s.dtype)
+        for s in stages
+    ]
+    first = dataclasses.replace(wide[0], fold=prepared(wide[0].fold, change.source))
+    return [first, *wide[1:]]  # later ones need no more than rows, see chain.py
 
 
-def _ratio(change: Change, exact: Fold, info: TensorInfo, low: int, high: int) -> float:
+def _ratio(change: Change, stages: list[Stage], info: TensorInfo, low: int, high: int) -> float:
     """The largest error of rows low ≤ i < high, as a multiple of what is allowed."""
-    columns = exact.matrix.columns
+    columns = stages[0].fold.matrix.columns
     with open(change.source.file, "rb") as f, open(info.file, "rb") as g:
-        old = read_rows(f.fileno(), change.source, low, high - low, columns).astype(np.float64)
+        want = read_rows(f.fileno(), change.source, low, high - low, columns).astype(np.float64)
         new = read_rows(g.fileno(), info, low, high - low, columns).astype(np.float64)
-    want = exact.sum(old, low, Space())[0]
+    allowed, dtype = np.zeros_like(want), change.source.dtype
+    for stage in stages:
+        want, size = _stage(stage.fold, want, low, high)
+        for row in stage.fold.rows:
+            if low <= row < high:
+                allowed[row - low] = 0.0  # what was there before is gone
+        u = float(np.finfo(arithmetic(dtype, stage.dtype)).eps)
+        rounded = half_ulp(np.abs(want) + allowed, stage.dtype)
+        allowed = allowed + rounded + u * (np.abs(want) + size)
+        dtype = stage.dtype
+    error = np.abs(new - want)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(error == 0.0, 0.0, error / allowed)
+    return float(ratio.max(initial=0.0))
+
+
+def _stage(fold: Fold, old: Array, low: int, high: int) -> tuple[Array, Array]:
+    """W + ΔW of rows low ≤ i < high, and what its rounding errors are proportional to."""
+    want = fold.sum(old, low, Space())[0]
     size = np.abs(old)
-    for i, p in enumerate(exact.matrix.parts):
+    for i, p in enumerate(fold.matrix.parts):
         lo, hi = max(low, p.top), min(high, p.bottom)
         if lo < hi:
             view = (slice(lo - low, hi - low), slice(p.left, p.right))
             size[view] += _size(p, lo, hi)
             if p.magnitude is not None:
-                factor = exact.factor(i, p, old[view] + p.delta(lo, hi), lo, hi)
+                factor = fold.factor(i, p, old[view] + p.delta(lo, hi), lo, hi)
                 size[view] *= np.abs(factor)
-                size[view] += np.sqrt(columns) * np.abs(want[view])
-    u = float(np.finfo(arithmetic(change.source.dtype, change.dtype)).eps)
-    allowed = half_ulp(want, change.dtype) + u * (np.abs(want) + size)
-    error = np.abs(new - want)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(error == 0.0, 0.0, error / allowed)
-    return float(ratio.max(initial=0.0))
+                size[view] += np.sqrt(fold.matrix.columns) * np.abs(want[view])
+    return want, size
 
 
 def _size(p: Rectangle, low: int, high: int) -> Array:

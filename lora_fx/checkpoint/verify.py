@@ -6,21 +6,19 @@ has it in, within what fp32 and one rounding allow (see proof.py); all others ar
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter
-from lora_fx.checkpoint.folder import Checkpoint, open_checkpoint
-from lora_fx.checkpoint.headers import WEIGHTS, file_targets
+from lora_fx.checkpoint.chain import chain_of
+from lora_fx.checkpoint.folder import open_checkpoint
+from lora_fx.checkpoint.headers import file_targets
 from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import cores, given
 from lora_fx.checkpoint.osfile import explain
-from lora_fx.checkpoint.plan import HOWS, Options, Plan, make_plan
 from lora_fx.checkpoint.proof import ROWS, prove
-from lora_fx.checkpoint.provenance import history, sample_hash
 from lora_fx.checkpoint.quantised import refuse_quantised
 from lora_fx.checkpoint.same import unlike
 from lora_fx.checkpoint.tied import tie_of
@@ -70,14 +68,19 @@ def verify_files(
         if adapter is None:
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda u: -u.rel)
             return _report(len({*first.tensors, *second.tensors}), found)
-        notes: list[str] = []
-        plan = _plan(first, second, adapter, notes)
+        every = [adapter] if _pair(adapter) else _listed(adapter)
+        chain = chain_of(first, second, given(every), [_pair(x) for x in every])
+        plan = chain.plan
         wrong = sorted(prove(plan, first, rows=rows, workers=cores()), key=lambda d: -d.ratio)
     except OSError as error:
         raise explain(error, error.filename or a) from error
     count = len({*first.tensors, *second.tensors, *plan.changes})
-    details = {"touched": len(plan.changes), "rows": "all" if rows is None else rows}
-    return _report(count, wrong, [*plan.notes, *notes], details)
+    details = {
+        "touched": len(plan.changes),
+        "rows": "all" if rows is None else rows,
+        "recorded": [r.to_json() for r in chain.recorded],
+    }
+    return _report(count, wrong, chain.notes, details, complete=chain.complete)
 
 
 def _report(
@@ -85,6 +88,8 @@ def _report(
     found: Sequence[Any],
     notes: Sequence[str] = (),
     details: Mapping[str, Any] | None = None,
+    *,
+    complete: bool = True,
 ) -> Report:
     whole = {
         "tensors": count,
@@ -92,53 +97,8 @@ def _report(
         **(details or {}),
         "differences": [{**_ROW, **d.to_json()} for d in found],
     }
-    return Report("verify", not found, warnings=tuple(dict.fromkeys(notes)), details=whole)
-
-
-def _plan(merged: Checkpoint, base: Checkpoint, adapter: Any, notes: list[str]) -> Plan:
-    """What the merge should have done, in the dtypes that it has done it in."""
-    parts = given([adapter] if _pair(adapter) else adapter)
-    stated = [_pair(x) for x in ([adapter] if _pair(adapter) else _listed(adapter))]
-    merges = history(merged)
-    here = merges[-1] if merges else {}
-    if len(merges) > len(history(base)) + 1:
-        notes.append(
-            f"{merged.path} went through {len(merges)} merges, each rounded: compare it with what "
-            "the last one started from"
-        )
-    recorded = {m.get("hash"): m.get("weight") for m in here.get("adapters", ())}
-    for i, (part, said) in enumerate(zip(parts, stated, strict=True)):
-        weight = recorded.get(part.hash)
-        if merges and part.hash not in recorded:
-            notes.append(f"{merged.path} does not say that {part.where} was merged into it")
-        elif isinstance(weight, (int, float)) and not said:
-            parts[i] = dataclasses.replace(part, weight=float(weight))
-    asked = here.get("options")
-    asked = asked if isinstance(asked, dict) else {}
-    new = any(k in merged.tensors and k not in base.tensors for p in parts for k in p.adapter.full)
-    options = Options(
-        how=asked["how"] if asked.get("how") in HOWS else "sum",
-        rank=asked["rank"] if isinstance(asked.get("rank"), int) else None,
-        allow_unused=asked.get("allow_unused") is True,
-        allow_missing=asked.get("allow_missing") is True,
-        untie=True,
-        add=new,
-        again=True,
-        any_base=True,
-    )
-    plan = make_plan(base, parts, options)
-    old_base = here.get("base")
-    sample = old_base.get("sample") if isinstance(old_base, dict) else None
-    old = [(n, base.tensors[n]) for n in plan.changes if n not in plan.added]
-    if sample is not None and sample != sample_hash(old):
-        notes.append(f"{merged.path} says that it was made from another base than {base.path}")
-    changes = {
-        name: dataclasses.replace(change, dtype=merged.tensors[name].dtype)
-        if name in merged.tensors and {merged.tensors[name].dtype, change.dtype} <= WEIGHTS
-        else change
-        for name, change in plan.changes.items()
-    }
-    return dataclasses.replace(plan, changes=changes)
+    ok = not found and complete
+    return Report("verify", ok, warnings=tuple(dict.fromkeys(notes)), details=whole)
 
 
 def _pair(adapter: Any) -> bool:
