@@ -129,8 +129,8 @@ def _assigned(
             recorded.append(Recorded(i + 1, digest, weight, where))
             if part is not None and where:
                 used.add(id(part))
-                keep = said or weight is None
-                stages[i].append(part if keep else replace(part, weight=weight))
+                mine = part.weight if said or weight is None else weight
+                stages[i].append(replace(part, weight=mine))
     return stages, recorded, [g for g in given if id(g) not in used]
 
 

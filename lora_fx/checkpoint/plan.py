@@ -201,15 +201,15 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
     for name in (*(n for n in base.tensors if n in by_tensor), *(n for n in sources)):
         info = sources.get(name) or base.tensors[name]
         change = change_of(name, info, by_tensor.get(name, []), base, options.dtype)
-        if name in copies:
+        if name in copies and change.value is None:
             change = replace(change, what=(f"copy of {copies[name]}", *change.what))
         elif name in sources:
             change = replace(change, what=("added",))
         changes[name] = change
     homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
-    said = tuple(c for c in checks if c)
-    notes = list(dict.fromkeys([*notes, *said]))
-    return Plan(base, tuple(given), changes, homes, tie, meant, tuple(notes), options, said)
+    unverified = tuple(c for c in checks if c)
+    notes = list(dict.fromkeys([*notes, *unverified]))
+    return Plan(base, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified)
 
 
 def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> None:

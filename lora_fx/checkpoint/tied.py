@@ -126,16 +126,28 @@ def check_unknown(
     config: Mapping[str, Any],
     where: str,
 ) -> None:
-    """Raise where an update means the lookup of a table that may be the head as well.
+    """Raise where an update means one use of a tensor that may be table and head as well.
 
     That is a table of all tokens of a model that generates and stores no head, or stores the table
-    more than once, under names that are not known here.
+    more than once, under names that are not known here; or a head beside which nothing else has
+    a row for every token.
     """
     inner = config.get("text_config")
     sizes = {c.get("vocab_size") for c in (config, inner if isinstance(inner, dict) else {})}
     untied = config.get("tie_word_embeddings") is False
-    head = any(is_head(n) for n in tensors)
-    if tie is not None or untied or head or not generates(config.get("architectures") or []):
+    heads = {n: t.shape for n, t in tensors.items() if is_head(n) and len(t.shape) == 2}
+    if tie is not None or untied or not generates(config.get("architectures") or []):
+        return
+    for p in placed if heads else ():
+        rows = heads.get(p.tensor, ())[:1]
+        others = (t.shape[:1] for n, t in tensors.items() if n not in heads and len(t.shape) == 2)
+        if rows and rows not in others and not getattr(p.entry, "extra", {}).get("tied"):
+            raise LoraFxError(
+                f"{where}: {p.tensor!r} is the output head, and the file has no other tensor of "
+                f"{rows[0]} rows: it is the embedding too, and the update would change both",
+                "load the base in transformers and save it again, which names the embedding",
+            )
+    if heads:
         return
     for p in placed:
         shape = tensors[p.tensor].shape if p.tensor in tensors else ()

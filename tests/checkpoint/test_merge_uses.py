@@ -169,3 +169,21 @@ def test_a_head_whose_logits_are_scaled_is_not_untied(base: Path, tmp_path: Path
         lora_fx.merge(base, adapter, tmp_path / "out", untie=True)
     configured(base, scale_decoder_outputs=True)
     lora_fx.merge(base, adapter, tmp_path / "out", untie=True)
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_a_file_that_holds_the_table_as_the_head(
+    said: bool | None, base: Path, tmp_path: Path
+) -> None:
+    """As safetensors.torch.save_model writes a tied model: of two names the first in order."""
+    configured(base, tie_word_embeddings=said)
+    old = load_file(base / "model.safetensors")
+    held = {HEAD: old[TABLE], OTHER: old[OTHER][:7]}
+    save_file(held, base / "model.safetensors", metadata={"format": "pt"})
+    for untie in (False, True):
+        with pytest.raises(lora_fx.LoraFxError, match="it is the embedding too"):
+            lora_fx.merge(base, Adapter({HEAD: low(1)}), tmp_path / "out", untie=untie)
+    lora_fx.merge(base, Adapter({HEAD: low(1, tied=True)}), tmp_path / "out")
+    save_file({**held, TABLE: old[TABLE]}, base / "model.safetensors", metadata={"format": "pt"})
+    configured(base, tie_word_embeddings=False)
+    lora_fx.merge(base, Adapter({HEAD: low(1)}), tmp_path / "apart")

@@ -59,7 +59,7 @@ def said(found: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("order", ["xy", "yx"])
 def test_all_adapters_in_any_order(order: str, home: Path) -> None:
-    one, two = order
+    one, two = order[0], order[1]
     code, found = run(home, "two", "base", "--adapter", one, "--adapter", two, "--all")
     assert code == 0 and found["touched"] == 3 and not found["differences"], found
     assert [(r["merge"], r["weight"], r["given"]) for r in found["recorded"]] == [
