@@ -155,6 +155,12 @@ def test_mixes_and_dtypes_of_each_merge(home: Path) -> None:
     assert read(home / "b")[K].dtype == np.float32 and read(home / "c")[Q].dtype == BF16
     args = [a for g in "wzyx" for a in ("--adapter", g)]
     assert run(home, "c", "base", "--all", *args)[0] == 0
+    lora_fx.merge(home / "b", home / "w", home / "d")
+    weights = read(home / "d")
+    for by, code in ((0.0, 0), (1e-5, 1)):  # less than bf16 could tell
+        weights[Q].reshape(-1)[np.abs(weights[Q]).argmax()] += by
+        checkpoint(home / f"off{code}", weights, metadata=metadata(home / "d"))
+        assert run(home, f"off{code}", "base", "--all", *args)[0] == code
 
 
 def test_what_depends_on_the_file_between(home: Path) -> None:
