@@ -56,6 +56,7 @@ class Site:
         rows: Number of rows at the example's sizes: FLOPs are 2 · rows · in · out · batch.
         refusal: Why this use cannot be adapted; empty when it can.
         allowed: The refusal is a default: an `include` that names the weight overrides it.
+        no_fold: Why W + s·b·a cannot be stored, although a branch can stand beside the op.
         no_grad: The op runs where the model switched gradients off.
         gain: What the op itself multiplies its product by.
         slot: Which operand of the op the weight is.
@@ -75,6 +76,7 @@ class Site:
     flops: int = 0
     refusal: str = ""
     allowed: bool = False
+    no_fold: str = ""
     no_grad: bool = False
     gain: float = 1.0
     behind: tuple[str, ...] = ()

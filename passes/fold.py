@@ -65,6 +65,12 @@ class Fold:
                         "fold with these arguments as the example",
                     )
                 continue
+            why = next((s.no_fold for s in target.sites if s.no_fold), "")
+            if why:
+                raise LoraFxError(
+                    f"{key!r}: {why}",
+                    "insert adds a floating branch beside it (include names the weight)",
+                )
             targets[key] = target
         sites = {s.id: s for t in targets.values() for s in t.sites}
         for site in sites.values():

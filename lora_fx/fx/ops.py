@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from lora_fx import kinds, kinds_conv
 from lora_fx.fx.nodes import argument, op_name, shape_of, value
-from lora_fx.fx.products import VECTOR, contraction, letters, product
 from lora_fx.kinds import Axes, Kind
+from lora_fx.products import VECTOR, contraction, letters, product
 
 aten = torch.ops.aten
 Path = tuple[int, ...]

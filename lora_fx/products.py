@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lora_fx import kinds
-from lora_fx.fx.nodes import Shape
 from lora_fx.kinds import Axes, Kind
+
+Shape = tuple[Any, ...]
+"""Sizes; what is no whole number is symbolic."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VECTOR = "the weight has one dimension"
