@@ -126,6 +126,11 @@ class Emitter(Protocol[V]):
 class Graph(Protocol[V]):
     """A graph in one IR, as passes see it."""
 
+    @property
+    def alone(self) -> bool:
+        """True when no other graph reads the same stored tensors."""
+        ...
+
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order; nodes that a pass emitted are left out."""
         ...

@@ -3,8 +3,9 @@
     W'[region] = W[region] + cast(s · (b @ a)),   b @ a, then s, then + W in fp32, rounded once
 
 Uses of a parameter that take the same updates share one constant. When these are all uses of the
-parameter its own constant is replaced; tied uses that differ get a constant of their own, so an
-update of a head never reaches the embedding that shares its tensor.
+parameter (or, in a graph alone with its constants, the rest read none of the regions that change)
+its own constant is replaced; tied uses that differ get a constant of their own, so an update of a
+head never reaches the embedding that shares its tensor.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from lora_fx.numeric import NumpyEmitter
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import reads_otherwise
-from lora_fx.target import Target
+from lora_fx.regions import overlap
+from lora_fx.target import Found, Target
 from lora_fx.uses import applies
+from lora_fx.view import Region
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,16 @@ class Fold:
         modified = False
         for (name, keys), members in groups.items():
             ident = f"{name}|{'|'.join(keys)}"
+            pairs = [(targets[k], self.updates[k]) for k in keys]
+            readers = list(members)
+            if graph.alone:
+                readers += _elsewhere(found, name, [t.region for t, _ in pairs])
             if ident in self.applied:  # another graph over the same constants
-                modified |= self._again(graph, name, members, self.applied[ident])
+                modified |= self._again(graph, name, members, readers, self.applied[ident])
                 continue
-            base = graph.read(name)
-            value, kept = fold_value(base, [(targets[k], self.updates[k]) for k in keys])
-            stored = graph.replace_parameter(name, members, value)
+            value, kept = fold_value(graph.read(name), pairs)
+            alone = readers if graph.covers(name, readers) else members
+            stored = graph.replace_parameter(name, alone, value)
             self.applied[ident] = stored
             self.report.append(
                 Folded(name, stored, keys, kept, 0 if stored == name else value.nbytes)
@@ -99,16 +106,33 @@ class Fold:
             modified = True
         return PassResult(graph, modified)
 
-    def _again(self, graph: Graph[V], name: str, members: list[Site], stored: str) -> bool:
+    def _again(
+        self,
+        graph: Graph[V],
+        name: str,
+        members: list[Site],
+        readers: list[Site],
+        stored: str,
+    ) -> bool:
         if stored != name:
             graph.repoint(members, stored)
             return True
-        if not graph.covers(name, members):
+        if not graph.covers(name, readers):
             raise LoraFxError(
                 f"{name!r} was folded in place, and this graph has another use of it",
                 "fold again with these arguments as the example",
             )
         return False
+
+
+def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:
+    """The uses of a parameter that read nothing of these regions of it."""
+    return [
+        s
+        for t in (*found.targets, *found.optional)
+        if t.parameter.name == name and not any(overlap(t.region, r) for r in regions)
+        for s in t.sites
+    ]
 
 
 def _reads(t: Target, site: Site) -> bool:

@@ -32,6 +32,8 @@ class FxGraph:
         bodies: What the higher-order ops of the graph call, by the name that it reads.
     """
 
+    alone = False  # the programs of a module share its tensors
+
     def __init__(
         self,
         graph: fx.Graph,

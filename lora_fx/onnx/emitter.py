@@ -108,7 +108,14 @@ class OnnxEmitter:
             return self._cast(xs[0], attrs["dtype"])
         if prim == "cast_like":
             wanted = dtype_name(xs[1])
-            return self._cast(xs[0], wanted) if wanted else self._call("CastLike", *xs)
+            if wanted:
+                return self._cast(xs[0], wanted)
+            if self.owner.model.opset_imports.get("", 0) < 15:
+                raise LoraFxError(
+                    f"the dtype of {xs[1].name!r} is unknown, and opset 15 is needed to ask for it",
+                    "onnx.shape_inference.infer_shapes(model) writes dtypes into the file",
+                )
+            return self._call("CastLike", *xs)
         raise LoraFxError(f"the ONNX emitter has no primitive {prim!r}")
 
     def _cast(self, x: ir.Value, dtype: str) -> ir.Value:

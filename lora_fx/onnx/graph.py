@@ -6,6 +6,7 @@ function serves all its calls with one body; bodies of If, Loop and Scan are rew
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class OnnxGraph:
         LoraFxError: An opset before 11.
     """
 
+    alone = True
+
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.notes: list[str] = []
@@ -49,9 +52,9 @@ class OnnxGraph:
             self.notes.append(f"{len(model.functions)} model functions were inlined")
             InlinePass()(model)
         if _unknown(model):
-            from onnx_ir.passes.common import ShapeInferencePass
-
-            ShapeInferencePass()(model)
+            _infer_shapes(model)
+            if _unknown(model):
+                self.notes.append("some shapes are unknown: FLOPs are too low")
         self._flow: Flow | None = None
         self._names = 0
 
@@ -198,6 +201,19 @@ def _unknown(model: ir.Model) -> bool:
                 if value is not None and shape_of(value) is None and value.const_value is None:
                     return True
     return False
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Fill in what the file leaves out; the pass logs where it cannot."""
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        ShapeInferencePass()(model)
+    finally:
+        logger.setLevel(level)
 
 
 def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
