@@ -14,6 +14,7 @@ from lora_fx.compare import FOLD_TOL, Parity, Report
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.tensors import named_tensors
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.onnx.names import (
     rename_dimensions,
@@ -97,7 +98,7 @@ def _write(
         parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
         _demand(parity, "the fold differs from the unfolded model")
     made = to_onnx(folded, opset)
-    restore_weight_names(made.model)
+    restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
     with replacing(target, force=force) as temporary:

@@ -9,30 +9,38 @@ from typing import Any
 
 import onnx_ir as ir
 
+from lora_fx.onnx.copies import COPY_OF
+
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 
 
-def restore_weight_names(model: ir.Model) -> int:
+def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None) -> int:
     """Rename `val_N` initialisers to the parameter that the exporter folded them from.
 
     Two constants of one parameter (a tied weight and its transpose) get `NAME` and `NAME.1`.
     Returns the number of renamed initialisers.
+
+    Args:
+        first: Any name of a tied tensor → the name that it goes by.
     """
-    graph = model.graph
+    graph, names = model.graph, first or {}
     taken = set(graph.initializers)  # and what nodes make: the exporter may fold from such a name
     taken |= {str(o.name) for n in graph.all_nodes() for o in n.outputs}
     count = 0
     for value in list(graph.initializers.values()):
-        source = _source(value.metadata_props.get(FOLDED_FROM, ""))
-        if source is None or value.name == source:
+        old = str(value.name)
+        source = _source(value.metadata_props.get(FOLDED_FROM, "")) or old
+        source = names.get(source, source)
+        if source == old:
             continue
         name, i = source, 0
         while name in taken:
             i += 1
             name = f"{source}.{i}"
-        old = str(value.name)
         del graph.initializers[old]
         value.name = name
+        if name != source:
+            value.metadata_props[COPY_OF] = source
         if value.const_value is not None:
             value.const_value.name = name
         graph.initializers[name] = value
@@ -83,12 +91,20 @@ def _values(model: ir.Model) -> list[Any]:
 
 
 def strip_traces(model: ir.Model) -> None:
-    """Drop the metadata that names source files of the machine the model was exported on."""
+    """Drop the metadata that names source files of the machine the model was exported on.
+
+    What lora-fx wrote stays.
+    """
     for node in model.graph.all_nodes():
-        node.metadata_props.clear()
+        _strip(node)
         for out in node.outputs:
             if out is not None:
-                out.metadata_props.clear()
+                _strip(out)
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
+        _strip(value)
     model.graph.metadata_props.clear()
+
+
+def _strip(thing: ir.Node | ir.Value) -> None:
+    for key in [k for k in thing.metadata_props if not k.startswith("lora_fx")]:
+        del thing.metadata_props[key]
