@@ -6,7 +6,7 @@ A pass sees a graph only through these. `lora_fx.fx` and `lora_fx.onnx` implemen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -123,6 +123,15 @@ class Emitter(Protocol[V]):
         ...
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """An array that is computed when it is wanted, so that a file can be larger than memory."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    compute: Callable[[], np.ndarray[Any, Any]]
+
+
 class Graph(Protocol[V]):
     """A graph in one IR, as passes see it."""
 
@@ -149,6 +158,10 @@ class Graph(Protocol[V]):
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """A stored parameter as an array (bfloat16 through ml_dtypes)."""
+        ...
+
+    def reader(self, name: str) -> Callable[[], np.ndarray[Any, Any]]:
+        """The parameter's value as it is now, read when it is called."""
         ...
 
     def activation(self, site: Site) -> V:
@@ -184,7 +197,7 @@ class Graph(Protocol[V]):
         ...
 
     def replace_parameter(
-        self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any]
+        self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any] | Deferred
     ) -> str:
         """Let `sites` read `value` [stored shape] for parameter `name`.
 

@@ -10,15 +10,15 @@ head never reaches the embedding that shares its tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Graph, Site, V
+from lora_fx.graph import Deferred, Graph, Site, V
 from lora_fx.kinds import delta
 from lora_fx.lowrank import LowRank
 from lora_fx.numeric import NumpyEmitter
@@ -48,9 +48,16 @@ class Folded:
 
 @dataclass(frozen=True)
 class Fold:
-    """Fold `updates` (key → LowRank, bound) into a graph's constants."""
+    """Fold `updates` (key → LowRank, bound) into a graph's constants.
+
+    Attributes:
+        updates: What to fold.
+        lazy: Values are computed when the graph is written; the report is filled in then, and
+            does not tell a value in place from one that was added.
+    """
 
     updates: Mapping[str, LowRank]
+    lazy: bool = False
     report: list[Folded] = field(default_factory=list, compare=False)
     applied: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -96,15 +103,31 @@ class Fold:
             if ident in self.applied:  # another graph over the same constants
                 modified |= self._again(graph, name, members, readers, self.applied[ident])
                 continue
-            value, kept = fold_value(graph.read(name), pairs)
             alone = readers if graph.covers(name, readers) else members
-            stored = graph.replace_parameter(name, alone, value)
+            stored = graph.replace_parameter(name, alone, self._value(name, keys, graph, pairs))
             self.applied[ident] = stored
-            self.report.append(
-                Folded(name, stored, keys, kept, 0 if stored == name else value.nbytes)
-            )
+            if not self.lazy:
+                last = self.report[-1]
+                grew = 0 if stored == name else last.grew
+                self.report[-1] = replace(last, stored_as=stored, grew=grew)
             modified = True
         return PassResult(graph, modified)
+
+    def _value(
+        self, name: str, keys: tuple[str, ...], graph: Graph[V], pairs: list[tuple[Target, LowRank]]
+    ) -> npt.NDArray[Any] | Deferred:
+        """The folded tensor, or how to compute it; either way the report gets its line."""
+        read = graph.reader(name)
+
+        def compute() -> npt.NDArray[Any]:
+            value, kept = fold_value(read(), pairs)
+            known = {(f.parameter, f.keys) for f in self.report}
+            if (name, keys) not in known:  # a deferred value may be wanted twice
+                self.report.append(Folded(name, name, keys, kept, value.nbytes))
+            return value
+
+        whole = pairs[0][0].parameter
+        return Deferred(whole.shape, whole.dtype, compute) if self.lazy else compute()
 
     def _again(
         self,
@@ -139,20 +162,61 @@ def _reads(t: Target, site: Site) -> bool:
     return any(s.id == site.id for s in t.sites)
 
 
+ROWS = 1 << 20
+"""Elements of a tensor that are folded at a time: a wide copy of them is in memory."""
+
+
 def fold_value(
     base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]
 ) -> tuple[npt.NDArray[Any], float]:
     """The stored tensor with its updates added, rounded once, and the share that was kept."""
     work = np.float64 if base.dtype == np.float64 else np.float32
-    wide = np.array(base, dtype=work)
-    e = NumpyEmitter()
-    for target, low in updates:
-        a, b = low.a.astype(work), low.b.astype(work)
-        change = delta(e, low.layout or target.layout, a, b, float(low.scale))
-        part = tuple(slice(lo, hi) for lo, hi in target.region)
-        wide[part] = wide[part] + change
-    value = wide.astype(base.dtype)
-    wanted = wide.astype(np.float64) - base.astype(np.float64)
-    got = value.astype(np.float64) - base.astype(np.float64)
-    square = float(np.vdot(wanted, wanted))
-    return value, float(np.vdot(got, wanted)) / square if square else 1.0
+    value = np.empty_like(base)
+    square = kept = 0.0
+    for rows, block in _blocks(base, updates):
+        before: npt.NDArray[Any] = base[rows].astype(work)
+        wide: npt.NDArray[Any] = before.copy()
+        for target, low in block:
+            a, b = low.a.astype(work), low.b.astype(work)
+            change = delta(NumpyEmitter(), low.layout or target.layout, a, b, float(low.scale))
+            part = tuple(slice(lo, hi) for lo, hi in target.region)
+            wide[part] = wide[part] + change
+        value[rows] = wide.astype(base.dtype)
+        wanted: npt.NDArray[Any] = wide - before
+        got: npt.NDArray[Any] = value[rows].astype(work) - before
+        square += float(np.vdot(wanted, wanted))
+        kept += float(np.vdot(got, wanted))
+    return value, kept / square if square else 1.0
+
+
+def _blocks(
+    base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]
+) -> Iterator[tuple[slice, list[tuple[Target, LowRank]]]]:
+    """Some rows of a matrix and what its updates do there; a tensor of other shape in one go."""
+    flat = all(
+        (low.layout or t.layout).shape == base.shape and t.region == _whole(base)
+        for t, low in updates
+    )
+    if base.ndim != 2 or not flat:
+        yield slice(None), updates
+        return
+    step = max(1, ROWS // base.shape[1])
+    for first in range(0, base.shape[0], step):
+        rows = slice(first, min(base.shape[0], first + step))
+        yield rows, [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
+
+
+def _whole(base: npt.NDArray[Any]) -> Region:
+    return tuple((0, n) for n in base.shape)
+
+
+def _narrowed(t: Target, low: LowRank, rows: slice, columns: int) -> tuple[Target, LowRank]:
+    """A target and its update in some rows of the stored matrix."""
+    region = ((0, rows.stop - rows.start), (0, columns))
+    layout = (low.layout or t.layout).narrow(((rows.start, rows.stop), (0, columns)))
+    assert layout is not None  # one axis is out, the other in
+    if layout.out == (0,):
+        part = replace(low, b=low.b[rows], layout=layout)
+    else:
+        part = replace(low, a=low.a[:, rows], layout=layout)
+    return replace(t, region=region), part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from lora_fx.fx.flow import Flow, tensor, weight_flow
 from lora_fx.fx.nodes import dtype_name, value
 from lora_fx.fx.sites import Found, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
-from lora_fx.graph import Parameter, Role, Site
+from lora_fx.graph import Deferred, Parameter, Role, Site
 
 
 class FxGraph:
@@ -104,6 +104,11 @@ class FxGraph:
             if site.parameter == name:
                 return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
         return to_numpy(tensor(self.root, name))
+
+    def reader(self, name: str) -> Callable[[], np.ndarray[Any, Any]]:
+        """Read now, since its storage may change."""
+        value = self.read(name)
+        return lambda: value
 
     def flow(self) -> Flow:
         """Which nodes depend on parameters and constants only."""
@@ -207,9 +212,10 @@ class FxGraph:
         return all(user in mine for n in inside | starts for user in n.users)
 
     def replace_parameter(
-        self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any]
+        self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any] | Deferred
     ) -> str:
         """See lora_fx.graph.Graph. A constant of their own is `NAME_folded[_1]`."""
+        value = value.compute() if isinstance(value, Deferred) else value
         stored = name.replace("~", "")
         module, leaf = owner(self.root, stored)
         old = tensor(self.root, name if name in self._aliases else sites[0].behind[0])

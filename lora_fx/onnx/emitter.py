@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Role, Site
+from lora_fx.graph import Deferred, Role, Site
 from lora_fx.numeric import numpy_dtype
 from lora_fx.onnx.flow import MARK, Found
 from lora_fx.onnx.views import dtype_name
@@ -19,9 +19,20 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-def add_initialiser(graph: ir.Graph, name: str, value: Array, mark: str = "") -> ir.Value:
+def as_tensor(value: Array | Deferred, name: str) -> ir.TensorProtocol:
+    """An array as a tensor; a deferred one is computed each time that it is read."""
+    if not isinstance(value, Deferred):
+        return ir.tensor(value, name=name)
+    dtype = ir.DataType.from_numpy(numpy_dtype(value.dtype))
+    compute = value.compute
+    return ir.LazyTensor(lambda: ir.tensor(compute()), dtype, ir.Shape(value.shape), name=name)
+
+
+def add_initialiser(
+    graph: ir.Graph, name: str, value: Array | Deferred, mark: str = ""
+) -> ir.Value:
     """A new initialiser; `mark` is the site of the branch that it belongs to."""
-    tensor = ir.tensor(value, name=name)
+    tensor = as_tensor(value, name)
     shape, kind = ir.Shape(value.shape), ir.TensorType(tensor.dtype)
     v = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
     if mark:

@@ -7,15 +7,16 @@ function serves all its calls with one body; bodies of If, Loop and Scan are rew
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Parameter, Site
-from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser
+from lora_fx.graph import Deferred, Parameter, Site
+from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser, as_tensor
 from lora_fx.onnx.flow import MARK, WAS, Flow, Found, follow, shape_of, site_name
 from lora_fx.onnx.ops import row_of
 
@@ -97,6 +98,20 @@ class OnnxGraph:
         """A stored tensor's value."""
         return self.flow.stores[name].tensor.numpy()
 
+    def reader(self, name: str) -> Callable[[], Array]:
+        """A tensor in a data file is read anew each time, so that nothing keeps it in memory."""
+        tensor = self.flow.stores[name].tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            shape = tuple(tensor.shape.numpy())
+
+            def read() -> Array:
+                with open(tensor.path, "rb") as f:
+                    f.seek(tensor.offset or 0)
+                    return np.fromfile(f, tensor.dtype.numpy(), math.prod(shape)).reshape(shape)
+
+            return read
+        return tensor.numpy
+
     def at(self, site: Site) -> Found:
         """What was found at a site."""
         for found in self.flow.found:
@@ -166,11 +181,11 @@ class OnnxGraph:
         for site in sites:
             self.rebase(site, self.flow.stores[stored].value)
 
-    def replace_parameter(self, name: str, sites: Sequence[Site], value: Array) -> str:
+    def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """See lora_fx.graph.Graph. A constant of their own is `NAME_folded`."""
         if self.covers(name, sites):
             store = self.flow.stores[name]
-            store.put(ir.tensor(value, name=store.tensor.name))
+            store.put(as_tensor(value, str(store.tensor.name)))
             self.changed()
             return name
         stored, i = f"{name}_folded", 0
