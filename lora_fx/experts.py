@@ -22,7 +22,12 @@ Reading = tuple[tuple[str, ...], bool]
 
 
 def place(
-    entries: Mapping[str, Entry], shape_of: Shapes, order: Sequence[str] | None = None
+    entries: Mapping[str, Entry],
+    shape_of: Shapes,
+    order: Sequence[str] | None = None,
+    *,
+    turned: bool | None = None,
+    innermost: Sequence[str] = (),
 ) -> dict[str, Entry]:
     """The entries with stacks of experts under their own names, each with its Layout.
 
@@ -34,6 +39,9 @@ def place(
             none.
         order: Names in the order in which the model defines them, where that is known; the first
             of two parameters of a module is the innermost in PEFT's file.
+        turned: Stacks are [E, in, out] (True) or [E, out, in] (False), where that is known from
+            elsewhere; it decides only where the shapes allow both.
+        innermost: The same order for the last parts of names, of every module.
 
     Raises:
         LoraFxError: No reading fits the shapes, or more than one does.
@@ -49,12 +57,19 @@ def place(
         lows = [entry for k in keys if isinstance(entry := entries[k], LowRank)]
         if not any(shape_of(name) for name in _names(module, keys, lows)):
             continue  # the binder says which names the base lacks
-        names, turned = _only(module, lows, list(_readings(module, keys, lows, shape_of)), order)
+        found = list(_readings(module, keys, lows, shape_of))
+        if turned is not None:
+            found = [reading for reading in found if reading[1] == turned] or found
+        of_module = [f"{module}.{leaf}" for leaf in innermost]
+        if order is None and {n for names, _ in found for n in names} <= set(of_module):
+            names, way = _only(module, lows, found, of_module)
+        else:
+            names, way = _only(module, lows, found, order)
         placed = {}
         for key, name, low in zip(keys, names, lows, strict=True):
             shape = shape_of(name)
             assert shape is not None  # _readings saw it
-            placed[key] = (name, _placed(low, name, shape, turned))
+            placed[key] = (name, _placed(low, name, shape, way))
         # In place, so that the order of the file is kept.
         result = {
             placed[k][0] if k in placed else k: placed[k][1] if k in placed else v

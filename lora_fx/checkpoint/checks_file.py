@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import near
 from lora_fx.checkpoint.pair import WARNING, Finding, Pair, norm
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft_config
@@ -74,7 +73,8 @@ def patterns(pair: Pair) -> Iterator[Finding]:
     """Every entry of rank_pattern and alpha_pattern matches a module of the adapter."""
     if pair.raw is None:
         return
-    modules = [k.removesuffix(".weight") for k in pair.raw.updates]
+    keys = [*pair.raw.updates, *pair.adapter.lowrank]  # of modules; of parameters too
+    modules = [k.removesuffix(".weight") for k in keys]
     for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         try:
             pattern = peft_config.Pattern(pair.fields, table, default, str(pair.path))
@@ -84,12 +84,14 @@ def patterns(pair: Pair) -> Iterator[Finding]:
         for module in modules:
             pattern.of(module)
         for name in sorted(pattern.unmatched):
-            leaves = sorted({m.rpartition(".")[2] for m in modules} | set(modules))
+            found, hint = pattern.unused(name)
             yield Finding(
                 [name],
-                f"{table} {name!r} matches no module of the adapter",
-                "a module's name or the end of one; its number is lost without a word",
-                f"correct it, or take it out; {near(name, leaves)}",
+                found,
+                "a module's name or the end of one; PEFT ignores it without a word",
+                "is it a mistake in the name? then the adapter was trained without its number; "
+                f"correct it, or take it out; {hint}",
+                WARNING,
             )
 
 

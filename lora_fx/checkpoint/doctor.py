@@ -19,7 +19,7 @@ from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pa
 from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.compare import Report
 from lora_fx.lowrank import Full
-from lora_fx.target import table
+from lora_fx.target import base_name, table
 from lora_fx.variant import name_of
 
 
@@ -112,7 +112,7 @@ def _updates(pair: Pair) -> list[dict[str, Any]]:
         rows.append(
             {
                 "key": key,
-                "tensor": pair.rename(key) if info is not None else None,
+                "tensor": _tensor(pair, key) if info is not None else None,
                 "kind": name_of(entry),
                 "rank": getattr(low, "rank", None),
                 "scale": scale if scale is not None and math.isfinite(scale) else None,
@@ -120,6 +120,12 @@ def _updates(pair: Pair) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _tensor(pair: Pair, key: str) -> str:
+    """The base's tensor of a key; the first one of a stack that it has apart."""
+    stack = pair.rename.stack(base_name(key))
+    return stack.parts[0].tensor if stack else pair.rename(key)
 
 
 def lines(report: Report) -> str:

@@ -7,12 +7,14 @@ A square one is decided by orientation.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_fx.adapter import Adapter, near
-from lora_fx.checkpoint.orientation import lookup, turned_weights
+from lora_fx.checkpoint.apart import apart
+from lora_fx.checkpoint.loaded import Stack
+from lora_fx.checkpoint.orientation import lookup, stacks_turned, turned_weights
 from lora_fx.checkpoint.renamed import Renaming, check_present, renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
@@ -67,19 +69,18 @@ def match(
     """
     adapter = named(adapter, tensors)
     notes: list[str] = []
-    rename = renaming(adapter, tensors, notes)
-
-    def shape_of(name: str) -> tuple[int, ...] | None:
-        info = tensors.get(rename(name))
-        return info.shape if info else None
-
-    adapter = replace(adapter, entries=place(adapter.entries, shape_of))
+    rename = renaming(adapter, tensors, config, notes)
+    adapter = stacked(adapter, tensors, config, rename)
     placed, lost = [], []
     turned = turned_weights(adapter, tensors, config, rename, where, notes)
     for key, entry in adapter.entries.items():
         name = rename(_name(key, entry, tensors))
         if new and key in new:
             placed.append(Placed(key, key, tuple((0, n) for n in new[key].shape), entry))
+            continue
+        stack = rename.stack(base_name(key))
+        if stack is not None:
+            placed += _apart(key, entry, stack)
             continue
         if name not in tensors:
             lost.append(key)
@@ -93,9 +94,38 @@ def match(
         )
     if lost:
         whole = all(isinstance(adapter.entries[key], Full) for key in lost)
-        _unused(lost, tensors, where, notes, allow=allow_unused, whole=whole)
+        known = [*tensors, *rename.loaded.names, *rename.loaded.stacks]
+        hint = f"{near(lost[0], known)}; --allow-unused leaves them out"
+        hint += ", --add writes them as new tensors" if whole else _renamed(config)
+        _unused(lost, hint, where, notes, allow=allow_unused)
     check_present(adapter, tensors, rename, where, notes, allow=allow_missing)
     return placed, notes
+
+
+def stacked(
+    adapter: Adapter,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    rename: Renaming,
+) -> Adapter:
+    """An adapter with its updates of expert stacks under their own names; see `experts.place`."""
+
+    def shape_of(name: str) -> tuple[int, ...] | None:
+        info = rename.info(name, tensors)
+        return info.shape if info else None
+
+    turned, order = stacks_turned(adapter, config)
+    entries = place(adapter.entries, shape_of, turned=turned, innermost=order)
+    return replace(adapter, entries=entries)
+
+
+def _apart(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
+    """An entry of a stack at the tensors that hold its matrices."""
+    bounds = _bounds(key, stack.info)
+    bound = _bound(key, entry, stack.info, bounds, turned=False)
+    for part, region, piece in apart(key, bound, bounds, stack):
+        rows = f"{part.low + region[0][0]}:{part.low + region[0][1]}"
+        yield Placed(f"{base_name(key)}[{part.expert}, {rows}]", part.tensor, region, piece)
 
 
 def _also(
@@ -118,23 +148,23 @@ def named(adapter: Adapter, names: Iterable[str]) -> Adapter:
     return resolve(adapter, names)
 
 
-def _unused(
-    lost: list[str],
-    tensors: Mapping[str, TensorInfo],
-    where: str,
-    notes: list[str],
-    *,
-    allow: bool,
-    whole: bool,
-) -> None:
+def _unused(lost: list[str], hint: str, where: str, notes: list[str], *, allow: bool) -> None:
     some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     if not allow:
-        raise LoraFxError(
-            f"{where}: no tensor for {len(lost)} of the adapter's keys: {some}",
-            f"{near(lost[0], tensors)}; --allow-unused leaves them out"
-            + (", --add writes them as new tensors" if whole else ""),
-        )
+        raise LoraFxError(f"{where}: no tensor for {len(lost)} of the adapter's keys: {some}", hint)
     notes.append(f"left out, the base has no such tensor: {some}")
+
+
+def _renamed(config: Mapping[str, Any]) -> str:
+    """Why names may differ from the file's though it is the base, and what helps."""
+    kind = config.get("model_type")
+    return (
+        "; if this is the base: transformers 5 renames parameters when it loads some models, and "
+        f"of {kind!r} lora-fx does not know these names; save the base as the loaded model has "
+        "them, save_pretrained(…, save_original_format=False), and merge into that"
+        if isinstance(kind, str)
+        else ""
+    )
 
 
 def _name(key: str, entry: Entry, tensors: Mapping[str, TensorInfo]) -> str:

@@ -7,17 +7,24 @@ the names that Conv1D layers have, the other such names and the config.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_fx.adapter import Adapter
 from lora_fx.checkpoint.layouts import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
+from lora_fx.checkpoint.loaded import STACKED
 from lora_fx.checkpoint.renamed import Renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full
 from lora_fx.target import base_name
 from lora_fx.variant import Change, Entry, Rows
+
+MARKED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter"))
+"""model_type of models whose stacks say `is_transposed`, which PEFT goes by."""
+STACK_ORDER = ("gate_up_proj", "down_proj")
+"""In this order all models that are known here define them."""
 
 Votes = dict[tuple[int, str, str], set[bool]]
 """(dimensions, part of the model, module name) → what shapes that can tell say."""
@@ -66,6 +73,30 @@ def turned_weights(
             "[out, in]"
         )
     return frozenset(n for n in square if _turned(n, tensors[n], votes, kinds, flag=flag))
+
+
+def stacks_turned(adapter: Adapter, config: Mapping[str, Any]) -> tuple[bool | None, Sequence[str]]:
+    """How PEFT took the stacks of experts of a model, where its type says.
+
+    PEFT writes in and out but not which of the two comes first in [E, …, …]. Until 0.18 it took
+    every stack as [E, in, out], in 0.19 those of modules that say `is_transposed` the other way,
+    since 0.20 those alone as [E, in, out].
+
+    Returns:
+        True for [E, in, out], False for [E, out, in], None where it is not known; and the leaves
+        of a module's stacks in the order in which the model defines them, as far as it is known.
+    """
+    kinds = _model_types(config)
+    marked = bool(kinds & MARKED_EXPERTS)
+    if not marked and not kinds & STACKED:
+        return None, ()
+    facts = adapter.metadata.get("peft")
+    version = str(facts.get("peft_version") or "") if isinstance(facts, Mapping) else ""
+    found = re.match(r"0\.(\d+)", version)
+    if found is None:  # older, or edited
+        return True if marked else None, STACK_ORDER
+    minor = int(found[1])
+    return (minor < 19 or (marked != (minor == 19))), STACK_ORDER
 
 
 def _kind(name: str, info: TensorInfo) -> tuple[int, str, str]:

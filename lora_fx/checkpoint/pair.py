@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.checkpoint.copying import read_at
 from lora_fx.checkpoint.folder import Checkpoint, open_checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
-from lora_fx.checkpoint.match import match, named
+from lora_fx.checkpoint.match import match, named, stacked
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renamed import Renaming, renaming
 from lora_fx.checkpoint.strict import TensorInfo
@@ -104,7 +105,7 @@ class Pair:
 
     def tensor(self, key: str) -> TensorInfo | None:
         """The base's tensor of a key."""
-        return self.tensors.get(self.rename(base_name(key)))
+        return self.rename.info(base_name(key), self.tensors)
 
     def ratio(self, key: str) -> float | None:
         """‖ΔW‖/‖W‖: ΔW exactly, W from samples of its tensor; None where it cannot be had."""
@@ -147,7 +148,9 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     tie = tie_of(tensors, config, read.entries)
     if tie is not None:
         tensors = tie.known(tensors)
-    rename = renaming(read, tensors, [])
+    rename = renaming(read, tensors, config, [])
+    with contextlib.suppress(LoraFxError):  # told by the last check
+        read = stacked(read, tensors, config, rename)
     misfits = {}
     for key, entry in read.entries.items():
         why = _misfit(key, entry, read, tensors, config, rename)
@@ -172,13 +175,15 @@ def _misfit(
     config: Mapping[str, Any],
     rename: Renaming,
 ) -> str:
-    name = rename(base_name(key))
-    if name not in tensors:
+    old = base_name(key)
+    name, stack = rename(old), rename.stack(old)
+    names = {part.tensor for part in stack.parts} if stack else {name} & {*tensors}
+    if not names:
         return ""
     metadata = {k: v for k, v in adapter.metadata.items() if k == "fan_in_fan_out"}
-    one = replace(adapter, entries={rename(key): entry}, metadata=metadata)
+    one = replace(adapter, entries={name + key.removeprefix(old): entry}, metadata=metadata)
     try:
-        match(one, {name: tensors[name]}, config, "")
+        match(one, {n: tensors[n] for n in names}, config, "")
     except LoraFxError as error:
         return error.message
     return ""

@@ -251,7 +251,7 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     shard = base.folder / list(base.shards)[-1]
     dtypes = [t.dtype for t in base.tensors.values() if t.dtype in WEIGHTS] or ["float32"]
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
-    rename = renaming(adapter, base.tensors, [])
+    rename = renaming(adapter, base.tensors, base.config(), [])
 
     def kept(name: str) -> str:
         return dtype if name in WEIGHTS else name
@@ -259,5 +259,5 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     return {
         key: TensorInfo(kept(full.value.dtype.name), tuple(full.value.shape), shard, 0, 0)
         for key, full in adapter.full.items()
-        if rename(key) not in base.tensors
+        if rename.info(key, base.tensors) is None
     }

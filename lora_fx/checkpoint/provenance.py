@@ -136,7 +136,7 @@ def base_note(
     Raises:
         LoraFxError: The adapter was trained on other weights.
     """
-    rename = renaming(adapter, tensors, [])
+    rename = renaming(adapter, tensors, checkpoint.config(), [])
     recorded: Any = adapter.metadata.get(FIELD)
     same, why = same_base(recorded, lambda name: tensors.get(rename(name)))
     if same is None:

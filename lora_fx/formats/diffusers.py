@@ -102,7 +102,7 @@ def read(path: str | Path) -> Adapter:
     entries: dict[str, Entry] = {}
     for module, parts in groups.items():
         entries |= _entries(module, parts, configs, file)
-    configs.check_matched()
+    file.notes.extend(configs.notes())
     if not entries:
         raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     entries, metadata, named = own_names.restore(entries, header, str(path))
@@ -239,7 +239,6 @@ class _Configs:
             raise self.file.error(module, f"has rank {rank}; {self.where} says {ranks.of(rest):g}")
         return self.alphas[component].of(rest), "rslora" if config.get("use_rslora") else "lora"
 
-    def check_matched(self) -> None:
-        """Raise for an alpha that no module has."""
-        for pattern in self.alphas.values():
-            pattern.check_matched()
+    def notes(self) -> list[str]:
+        """Alphas that no module has, or more than one pattern gives."""
+        return [note for pattern in self.alphas.values() for note in pattern.notes()]

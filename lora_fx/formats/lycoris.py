@@ -191,7 +191,7 @@ def read_peft(
             if change.rank != rank:
                 raise seen.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
     for pattern in (ranks, alphas):
-        pattern.check_matched()
+        seen.notes.extend(pattern.notes())
     if not entries:
         raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     fields = ("task_type", "base_model_name_or_path", "revision")

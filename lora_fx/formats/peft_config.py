@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lora_fx.adapter import near
 from lora_fx.errors import LoraFxError
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
@@ -174,6 +175,7 @@ class Pattern:
         self.default = None if default not in config else self._number(default, config[default])
         self.numbers = {k: self._number(f"{table} {k!r}", v) for k, v in given.items()}
         self.unmatched = set(self.numbers)
+        self.seen: set[str] = set()
         self.doubts: set[str] = set()  # where the order of the table decides
         try:
             self.regexes = {k: re.compile(rf"(.*\.)?({k})$") for k in self.numbers}
@@ -182,6 +184,7 @@ class Pattern:
 
     def of(self, module: str) -> float | None:
         """The number of one module; None where the config gives none."""
+        self.seen.add(module)
         hits = [k for k, regex in self.regexes.items() if regex.match(module)]
         hits += [module] if module in self.numbers else []
         self.unmatched -= set(hits)
@@ -194,14 +197,22 @@ class Pattern:
             )
         return self.numbers[hits[0]] if hits else self.default
 
-    def check_matched(self) -> None:
-        """Raise for a pattern that matched no module: its number would be lost in silence."""
-        if self.unmatched:
-            raise LoraFxError(
-                f"{self.where}: {self.table} {sorted(self.unmatched)[0]!r} matches no tensor of "
-                "the adapter",
-                "correct the pattern or take it out",
-            )
+    def unused(self, pattern: str) -> tuple[str, str]:
+        """What a pattern that matched no module comes to, and the nearest names.
+
+        PEFT ignores it, in training as in merging, so it may well be right; or a typing mistake.
+        """
+        ends = sorted({m.rpartition(".")[2] for m in self.seen} | self.seen)
+        said = f"{self.table} {pattern!r} matches no module of the adapter"
+        return said, near(pattern, ends)
+
+    def notes(self) -> list[str]:
+        """What to tell once every module has been asked for."""
+        told = [(*self.unused(p), f"{self.numbers[p]:g}") for p in sorted(self.unmatched)]
+        return [
+            f"{self.where}: {said}; its {number} is for none, as in PEFT; {hint}"
+            for said, hint, number in told
+        ] + sorted(self.doubts)
 
     def _number(self, what: str, value: Any) -> float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

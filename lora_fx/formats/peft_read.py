@@ -63,8 +63,7 @@ def decode(
     left = {name: value for name, value in tensors.items() if name not in taken}
     reader.theirs(left, entries)
     for pattern in (reader.ranks, reader.alphas):
-        pattern.check_matched()
-        notes += sorted(pattern.doubts)
+        notes += pattern.notes()
     whole = [key for key, entry in entries.items() if isinstance(entry, Full)]
     if not entries:
         raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")

@@ -21,6 +21,8 @@ FIELDS = (
     "layers_pattern",
 )
 """What of adapter_config.json decides it; readers keep these under metadata["peft"]."""
+VERSION = "peft_version"
+"""Kept there too: how PEFT takes stacks of experts depends on it."""
 _NOT_LINEAR = re.compile(
     r"(^|\.)(\w*embed(ding)?s?(_\w+)?|wte|wpe|shared|relative_attention_bias|lm_head|embed_out)$"
 )
@@ -28,7 +30,7 @@ _NOT_LINEAR = re.compile(
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that say which modules it adapts; JSON, for an adapter's metadata."""
-    return {name: config[name] for name in FIELDS if config.get(name) is not None}
+    return {name: config[name] for name in (*FIELDS, VERSION) if config.get(name) is not None}
 
 
 def wanted_by(config: Mapping[str, Any], module: str) -> str | None:

@@ -161,13 +161,9 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
         pair({Q: (8, 6)}, r=3),
         ("adapter_model.safetensors", "rank 2", "expected 3"),
     ),
-    "rank_pattern typo": (
-        pair({Q: (8, 6)}, rank_pattern={"q_porj": 4}),
-        ("adapter_config.json", "q_porj", "matches no"),
-    ),
-    "alpha_pattern typo": (
-        pair({Q: (8, 6)}, alpha_pattern={"q_porj": 4}),
-        ("adapter_config.json", "q_porj", "matches no"),
+    "rank_pattern typo that the file shows": (
+        pair({Q: (8, 6)}, r=4, rank_pattern={"q_porj": 2}),
+        ("adapter_model.safetensors", "rank 2", "expected 4"),
     ),
     "lora_alpha missing": (
         pair({Q: (8, 6)}, lora_alpha=...),

@@ -144,7 +144,6 @@ def test_files_of_one_model(tmp_path: Path) -> None:
         ({}, {**CONFIG, "unet.r": 5}, "rank 4; .* says 5"),
         ({}, {"unet.r": 4}, "lora_alpha is missing"),
         ({}, {**CONFIG, "unet.alora_invocation_tokens": [1]}, "aLoRA"),
-        ({}, {**CONFIG, "unet.alpha_pattern": {"gone": 1}}, "matches no tensor"),
         ({}, [1], "a JSON list"),
     ],
 )
@@ -153,6 +152,12 @@ def test_refused(tmp_path: Path, tensors: Mapping[str, Array], config: Any, word
     with pytest.raises(LoraFxError, match=word) as caught:
         diffusers.read(file)
     assert str(file) in caught.value.message
+
+
+def test_a_pattern_that_matches_nothing_is_noted(tmp_path: Path) -> None:
+    config = {**CONFIG, "unet.alpha_pattern": {"gone": 1}}
+    (note,) = diffusers.read(stored(tmp_path, PAIR, config)).metadata["notes"]
+    assert "alpha_pattern 'gone' matches no module" in note and "its 1 is for none" in note
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -182,7 +182,6 @@ def test_refused(tmp_path: Path, parts: dict[str, Array], word: str) -> None:
         ({"alpha": None}, "hada_w1_a", "alpha is None"),
         ({"r": 4}, "hada_w1_a", "has rank 3; .* says 4"),
         ({"target_modules": ["other"]}, "hada_w1_a", "leaves out"),
-        ({"rank_pattern": {"gone": 2}}, "hada_w1_a", "matches no tensor"),
         ({}, "lora_A.weight", "not of LOHA"),
     ],
 )
@@ -198,6 +197,15 @@ def test_peft_folders_refused(tmp_path: Path, config: dict[str, Any], name: str,
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(LoraFxError, match=word):
         load_adapter(tmp_path)
+
+
+def test_a_pattern_that_matches_nothing_is_noted(tmp_path: Path) -> None:
+    tensors = {f"base_model.model.m.fc.{k}": v for k, v in loha(3, 8, 6).items()}
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors, {})
+    fields = {"peft_type": "LOHA", "r": 3, "alpha": 3, "rank_pattern": {"fd": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": ["fc"]}))
+    (note,) = load_adapter(tmp_path).metadata["notes"]
+    assert "rank_pattern 'fd' matches no module" in note and "nearest names: fc" in note
 
 
 def test_peft_and_graphs_refuse_what_they_cannot_hold(tmp_path: Path) -> None:

@@ -57,8 +57,12 @@ REFUSED: dict[str, Case] = {
         "rank_pattern",
     ),
     "A and B of two ranks": ({}, {A: WIDE[:3]}, ("[3, 6]", "[8, 4]"), "same file"),
-    "rank_pattern typo": ({"rank_pattern": {"cf": 4}}, {}, ("'cf' matches no tensor",), "pattern"),
-    "alpha_pattern typo": ({"alpha_pattern": {"cf": 4}}, {}, ("'cf' matches no",), "pattern"),
+    "rank_pattern typo that the file shows": (
+        {"rank_pattern": {"cf": 4}, "r": 8},
+        {},
+        (A, "rank 4", "expected 8"),
+        "rank_pattern",
+    ),
     "lora_alpha missing": ({"lora_alpha": "absent"}, {}, ("lora_alpha is missing",), "add"),
     "NaN": ({}, {A: WIDE * np.float32("nan")}, (A, "NaN"), "diverged"),
     "infinite": ({}, {B: TALL * np.float32("inf")}, (B, "NaN or infinite"), "diverged"),
@@ -106,6 +110,8 @@ def test_refused(plain: Write, name: str) -> None:
 
 NOTED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown config key": ({"new_field": 1}, "'new_field'"),
+    "rank_pattern typo": ({"rank_pattern": {"fd": 4}}, "'fd' matches no module"),
+    "alpha_pattern typo": ({"alpha_pattern": {"fd": 4}}, "nearest names: fc"),
     "target_modules wider": (BOTH, "'up', of which the file has no tensor"),
     "target_parameters wider": ({"target_parameters": ["e.up"]}, "'e.up', of which"),
 }

@@ -58,8 +58,6 @@ def refused(path: Path, *words: str) -> LoraFxError:
         ("lora_alpha", "8", "a number"),
         ("use_rslora", "false", "true or false"),
         ("lora_dropout", 2, "a number in [0, 1)"),
-        ("rank_pattern", {"fx": 4}, "'fx' matches no tensor"),
-        ("alpha_pattern", {"m.fc2": 4}, "'m.fc2' matches no tensor"),
         ("alpha_pattern", {"(": 4}, "bad pattern"),
         ("alpha_pattern", [4], "an object"),
     ],
