@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.terminated import Terminated, stopping
 from lora_fx.errors import LoraFxError, one_line
 
 COMMANDS = {
@@ -101,6 +102,8 @@ def two_runtimes() -> str:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
+    help="Insert, train, fold and export low-rank adapters by rewriting a model's graph; merge "
+    "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
     epilog="MODEL is a Hugging Face folder, a .safetensors or .pt2 file, package.module:factory, "
     "file.py:factory, timm:NAME or torchvision:NAME. See docs/ for one page a command.",
 )
@@ -116,7 +119,7 @@ def two_runtimes() -> str:
 )
 @click.pass_context
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
-    """Insert, train, fold and export low-rank adapters by rewriting a model's graph."""
+    """Every command is in COMMANDS."""
     ctx.obj = {"verbose": verbose, "quiet": quiet, "notes": []}
 
 
@@ -126,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     everywhere = [a for a in argv if a in ("-v", "--verbose", "-q", "--quiet")]
     argv = everywhere + [a for a in argv if a not in everywhere]
     try:
-        code = group.main(argv, prog_name="lora-fx", standalone_mode=False)
+        with stopping():
+            code = group.main(argv, prog_name="lora-fx", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as e:
         _fail(e, argv, e.exit_code)
@@ -140,9 +144,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             else (f"{e.ctx.command_path} --help")
         )
         _fail(LoraFxError(e.format_message(), hint), argv, 2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was left behind", err=True)
-        sys.exit(130)
+    except (KeyboardInterrupt, click.Abort) as e:
+        ended = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
+        what = "terminated" if ended else "interrupted"
+        click.echo(f"{what}; nothing was left behind", err=True)
+        sys.exit(143 if ended else 130)
     except BrokenPipeError:
         sys.exit(0)
     except click.exceptions.Exit as e:

@@ -138,6 +138,8 @@ def attach(
         state.proven = {k: u.use for k, u in updates.items()}
         if adapter is not None and ready.full:
             state.load_adapter(ready)
+        if adapter is not None:
+            state.check_base(adapter)
     except BaseException:
         state.uninstall()
         del model.__dict__[REGISTRY]

@@ -179,6 +179,8 @@ def insert(
             prove_effect(module)
     if adapter is not None and bound.full:
         module.load_adapter(bound)
+    if adapter is not None:
+        module.check_base(adapter)
     return module
 
 

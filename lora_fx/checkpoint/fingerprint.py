@@ -75,11 +75,38 @@ def same_base(recorded: Any, find: Callable[[str], TensorInfo | None]) -> tuple[
     Returns:
         True, False, or None with the reason.
     """
+
+    def sample(name: str, dtype: str) -> Sample:
+        info = find(name)
+        if info is None:
+            raise Unknown(f"the checkpoint has no tensor {name!r}")
+        if info.dtype not in WEIGHTS:
+            raise Unknown(f"{name!r} is {info.dtype} and was {dtype}")
+        return info.shape, _read(info, dtype)
+
+    return compared(recorded, sample)
+
+
+Sample = tuple[tuple[int, ...], Array]
+"""Shape, and both ends in the dtype asked for; see `ends`."""
+
+
+class Unknown(Exception):
+    """A parameter cannot be sampled, and why."""
+
+
+def compared(recorded: Any, sample: Callable[[str, str], Sample]) -> tuple[bool | None, str]:
+    """Are these weights those that an adapter was trained on? As `same_base`.
+
+    Args:
+        recorded: metadata["base"] of the adapter.
+        sample: (parameter, dtype) → its sample; raises Unknown.
+    """
     if recorded is None:
         return None, "the adapter does not say what it was trained on"
     damaged = "what the adapter says of its base is damaged"
     try:
-        version, dtype, sample = recorded["version"], recorded["dtype"], str(recorded["sample"])
+        version, dtype, digest = recorded["version"], recorded["dtype"], str(recorded["sample"])
         names = sorted(str(name) for name in recorded["names"])
         dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(names, str(dtype))
     except (TypeError, LookupError):
@@ -90,13 +117,11 @@ def same_base(recorded: Any, find: Callable[[str], TensorInfo | None]) -> tuple[
         return None, damaged
     rows = []
     for name in names:
-        info = find(name)
-        if info is None:
-            return None, f"the checkpoint has no tensor {name!r}"
-        if info.dtype not in WEIGHTS:
-            return None, f"{name!r} is {info.dtype} and was {dtypes[name]}"
-        rows.append((name, info.shape, _read(info, dtypes[name])))
-    return _digest(rows) == sample, ""
+        try:
+            rows.append((name, *sample(name, str(dtypes[name]))))
+        except Unknown as why:
+            return None, str(why)
+    return _digest(rows) == digest, ""
 
 
 def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
@@ -117,5 +142,10 @@ def _read(info: TensorInfo, dtype: str) -> Array:
             n = min(ENDS, count - start)
             raw = read_at(f.fileno(), n * stored.itemsize, info.start + start * stored.itemsize)
             parts.append(np.frombuffer(raw, stored))
+    return cast(np.concatenate(parts), dtype)
+
+
+def cast(values: Array, dtype: str) -> Array:
+    """Values in a dtype by name; what it cannot hold becomes infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.concatenate(parts).astype(numpy_dtype(dtype))
+        return values.astype(numpy_dtype(dtype))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from lora_fx.checkpoint.folder import open_checkpoint
@@ -105,21 +107,52 @@ def merge_all(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, (cores or 1) // max(1, processes))
     extra = [*arguments, "--threads", str(threads), *(["--force"] if force else [])]
+    running = _Running()
     with ThreadPoolExecutor(max(1, processes)) as pool:
         futures = {
-            pool.submit(_one, base, job, extra, None if force else options or {}): job
+            pool.submit(_one, running, base, job, extra, None if force else options or {}): job
             for job in jobs
         }
         try:
             for future in as_completed(futures):
                 yield future.result()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if type(error) is not KeyboardInterrupt:  # Ctrl-C has reached the children as well
+                running.stop()
             raise
 
 
+class _Running:
+    """The merges that run now."""
+
+    def __init__(self) -> None:
+        self._lock, self._stopped = Lock(), False
+        self._processes: set[subprocess.Popen[str]] = set()
+
+    def run(self, command: Sequence[str]) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a command."""
+        pipe = subprocess.PIPE
+        with self._lock:
+            if self._stopped:
+                return -signal.SIGTERM, "", ""
+            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+            self._processes.add(process)
+        out, err = process.communicate()
+        with self._lock:
+            self._processes.discard(process)
+        return process.returncode, out, err
+
+    def stop(self) -> None:
+        """End them, each with its own clean-up, and start no more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.terminate()
+
+
 def _one(
-    base: str, job: Job, extra: Sequence[str], options: Mapping[str, Any] | None
+    running: _Running, base: str, job: Job, extra: Sequence[str], options: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"adapter": job.adapter, "out": str(job.out), "ok": True}
     try:
@@ -129,14 +162,12 @@ def _one(
         return row | {"ok": False, "error": error.message, "hint": error.hint}
     adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
     command = [sys.executable, "-m", "lora_fx.cli", "merge", base, adapter]
-    done = subprocess.run(
-        [*command, "-o", str(job.out), "--json", *extra], capture_output=True, text=True
-    )
+    code, out, err = running.run([*command, "-o", str(job.out), "--json", *extra])
     try:
-        said = json.loads(done.stdout)
+        said = json.loads(out)
     except ValueError:
-        last = done.stderr.strip().splitlines()
-        why = f"the merge ended with code {done.returncode}{f': {last[-1]}' if last else ''}"
+        last = err.strip().splitlines()
+        why = f"the merge ended with code {code}{f': {last[-1]}' if last else ''}"
         return row | {"ok": False, "error": why, "hint": "was it killed for its memory?"}
     row |= {"ok": bool(said["ok"]), "warnings": said["warnings"]}
     return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}

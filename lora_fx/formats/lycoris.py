@@ -26,6 +26,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.masters import File
 from lora_fx.formats.peft_config import Pattern, targets
+from lora_fx.formats.peft_source import Source
 from lora_fx.formats.tensorfile import Array
 from lora_fx.lowrank import Layout
 from lora_fx.variant import Dense, Entry, Hadamard, Kronecker
@@ -136,32 +137,25 @@ def kernel_of(entry: Any) -> tuple[int, ...]:
     return layout.stored[2:] if layout else tuple(entry.extra.get("kernel", ()))
 
 
-def read_peft(
-    tensors: Mapping[str, Array],
-    ours: Mapping[str, Any],
-    config: Mapping[str, Any],
-    file: str,
-    config_file: str,
-) -> Adapter:
+def read_peft(source: Source, ours: Mapping[str, Any]) -> Adapter:
     """An adapter of PEFT's peft_type LOHA or LOKR.
 
     Args:
-        tensors: All of the file's.
+        source: The file; its notes become the adapter's.
         ours: JSON of lora-fx in its header; only LORA has one.
-        config: adapter_config.json.
-        file: Name of the tensor file, for messages.
-        config_file: Name of the config, for messages.
 
     Raises:
         LoraFxError: Another tensor in the file, a factor missing, shapes that do not fit.
     """
+    config, file, config_file = source.config, source.file, source.config_file
     kind = KINDS[config["peft_type"]]
     if ours:
         raise LoraFxError(
             f"{file}: metadata lora_fx beside peft_type {config['peft_type']!r}; expected 'LORA'",
             "the config was edited; save the adapter again",
         )
-    seen = File(file, [f"{config_file}: unknown field {k!r} is ignored" for k in _odd(config)])
+    source.notes.extend(f"{config_file}: unknown field {k!r} is ignored" for k in _odd(config))
+    seen = File(file, source.notes)
     if "alpha" not in config or "r" not in config:
         raise LoraFxError(
             f"{config_file}: alpha or r is missing; expected both: the scale is alpha / r",
@@ -170,7 +164,7 @@ def read_peft(
     ranks = Pattern(config, "rank_pattern", "r", config_file)
     alphas = Pattern(config, "alpha_pattern", "alpha", config_file)
     groups: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
+    for name, array in source.tensors.items():
         module, _, part = name.removeprefix(PREFIX).rpartition(".")
         if not part.startswith(kind) or not module:
             raise seen.error(

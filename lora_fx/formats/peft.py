@@ -21,6 +21,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.formats import lycoris, peft_read, peft_write
 from lora_fx.formats.peft_names import OWN, PREFIX
+from lora_fx.formats.peft_source import Source
 from lora_fx.formats.sniff import Seen
 from lora_fx.formats.tensorfile import Array, read_tensors, refuse_other_kinds, write_tensors
 
@@ -95,7 +96,7 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
             f"{where}: peft_type is {kind!r}; expected {' or '.join(map(repr, KINDS))}",
             "merge it into its model with PEFT (merge_and_unload) and use the merged model",
         )
-    return decode(tensors, ours, config, str(weights), where)
+    return decode(Source(tensors, config, str(weights), where, []), ours)
 
 
 def _tensors(path: Path, trust: bool) -> tuple[dict[str, Array], dict[str, str]]:

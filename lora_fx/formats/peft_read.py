@@ -37,24 +37,15 @@ from lora_fx.variant import Dense, Entry
 _OUT = f".{WRAPPER}.out_proj"
 
 
-def decode(
-    tensors: Mapping[str, Array],
-    ours: Mapping[str, Any],
-    config: Mapping[str, Any],
-    file: str,
-    config_file: str,
-) -> Adapter:
+def decode(source: Source, ours: Mapping[str, Any]) -> Adapter:
     """The adapter of one file with peft_type LORA.
 
     Args:
-        tensors: All of the file's.
+        source: The file; its notes become the adapter's.
         ours: The JSON under `lora_fx` in its header; empty for files of PEFT.
-        config: adapter_config.json.
-        file: Name of the tensor file, for messages.
-        config_file: Name of the config, for messages.
     """
-    notes = check_config(config, config_file)
-    source = Source(tensors, config, file, config_file, notes)
+    tensors, config, file, notes = source.tensors, source.config, source.file, source.notes
+    notes += check_config(config, source.config_file)
     reader = Reader(source)
     described, metadata = peft_own.described(ours, file)
     taken: set[str] = set()

@@ -158,6 +158,7 @@ class AdaptedModule(CapturedModule):
         bound = self._bound(adapter)
         if name is not None and self._active != {name: 1.0}:
             self._stored[name] = bound
+            self.check_base(adapter, f"the adapter {name!r}")
             return
         if len(self._active) != 1:
             raise LoraFxError(
@@ -165,6 +166,11 @@ class AdaptedModule(CapturedModule):
                 "give the adapter a name: load_adapter(adapter, name=…)",
             )
         self._put(bound)
+        self.check_base(adapter)
+
+    def check_base(self, adapter: Adapter, name: str = "the adapter") -> None:
+        """Note for the report if an adapter says that it was trained on other weights."""
+        self._sampled.check(adapter.metadata, self._tensor, name)
 
     def activate(self, which: str | Mapping[str, float] | None) -> None:
         """Let the branches hold an adapter, a weighted sum of several (exact), or none.
@@ -257,7 +263,7 @@ class AdaptedModule(CapturedModule):
             trained,
             frozen,
             self._found,
-            (*self._notes, *self.captured.notes),
+            (*self._notes, *self._sampled.said, *self.captured.notes),
             self.effect,
             self.adapters if len(self.adapters) > 1 else (),
         )

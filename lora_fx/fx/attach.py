@@ -241,6 +241,11 @@ class Attachment:
             p = self._parameter(name)
             p.copy_(from_numpy(full[name].value, like=p) if name in full else self._originals[name])
         self.metadata = dict(adapter.metadata)
+        self.check_base(adapter)
+
+    def check_base(self, adapter: Adapter) -> None:
+        """Note for the report if an adapter says that it was trained on other weights."""
+        self._sampled.check(adapter.metadata, self._parameter)
 
     def report(self) -> AdaptedReport:
         """What is adapted, in which form, what is trained, and what had to be said."""
@@ -262,7 +267,7 @@ class Attachment:
             for n in METHODS
             if n in self._taken()
         ]
-        notes = (*self._notes, *self.planner.notes, *forms)
+        notes = (*self._notes, *self._sampled.said, *self.planner.notes, *forms)
         return AdaptedReport(rows, self._also, trained, total - trained, self.found, notes)
 
 
@@ -278,11 +283,7 @@ def _whole(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """The Attachment of a model.
-
-    Raises:
-        LoraFxError: The model has none.
-    """
+    """The Attachment of a model; raises LoraFxError where it has none."""
     found = model.__dict__.get(REGISTRY)
     if not isinstance(found, Attachment):
         raise LoraFxError(

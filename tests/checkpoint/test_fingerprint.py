@@ -151,3 +151,50 @@ def test_programs_keep_it(tmp_path: Path) -> None:
     save_program(module, tmp_path / "x.pt2")
     again = load_program(tmp_path / "x.pt2").adapter()
     assert again.metadata["base"] == module.adapter().metadata["base"]
+
+
+# --- on a model ----------------------------------------------------------------------------------
+
+
+def base_notes(model: Any) -> list[str]:
+    return [n for n in model.report().notes if "other weights" in n or "not verified" in n]
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["insert", "attach"])
+def test_a_model_says_that_it_is_another_base(live: bool) -> None:
+    put = lora_fx.attach if live else lora_fx.insert
+    adapter = trained(Net())
+    assert base_notes(put(Net(), (X,), adapter=adapter)) == []
+    other = put(Net(seed=1), (X,), adapter=adapter)
+    (note,) = base_notes(other)
+    assert "the adapter was trained on other weights" in note and "2 tensors" in note
+    other.load_adapter(trained(Net(seed=1)))
+    assert base_notes(other) == []
+    other.load_adapter(adapter)
+    assert base_notes(other) == [note]
+    other.load_adapter(Adapter(adapter.entries))  # does not say: nor does merge refuse it
+    assert base_notes(other) == []
+
+
+def test_each_loaded_adapter_is_compared() -> None:
+    model = lora_fx.insert(Net(), (X,), rank=2)
+    model.load_adapter(trained(Net()), "own")
+    model.load_adapter(trained(Net(seed=1)), "foreign")
+    (note,) = base_notes(model)
+    assert note.startswith("the adapter 'foreign' was trained on other weights")
+
+
+def test_a_model_that_cannot_be_compared(tmp_path: Path) -> None:
+    adapter = trained(Net())
+    (note,) = base_notes(lora_fx.insert(Net().bfloat16(), (X.bfloat16(),), adapter=adapter))
+    assert "not verified" in note and "is bfloat16 here and was float32" in note
+    half = trained(Net().bfloat16())
+    wide = Net().bfloat16().float()
+    assert base_notes(lora_fx.insert(wide, (X,), adapter=half)) == []
+    torn = Adapter(adapter.entries, {**adapter.metadata, "base": {"version": 2}})
+    (note,) = base_notes(lora_fx.insert(Net(), (X,), adapter=torn))
+    assert "not verified" in note and "damaged" in note
+    more = {**adapter.metadata["base"], "names": ["up.weight", "gone.weight"]}
+    lacks = Adapter(adapter.entries, {**adapter.metadata, "base": more})
+    (note,) = base_notes(lora_fx.insert(Net(), (X,), adapter=lacks))
+    assert "not verified" in note and "'gone.weight'" in note

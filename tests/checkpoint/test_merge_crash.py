@@ -197,21 +197,6 @@ def test_an_error_of_the_disk_is_said_once(
     assert scene.check()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as e:
-        pytest.skip(f"no mount: {e}")
-    if done.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("without", ["", "the check", "the check and the reservation"])
 def test_a_20_mb_disk(
     without: str, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -205,6 +205,9 @@ def test_weights_of_adapters_scale_the_change(
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--version")
     assert code == 0 and {"lora-fx", "torch", "onnx"} <= {w.split()[0] for w in out.splitlines()}
+    code, out, _ = run(capsys, "--help")
+    first = " ".join(out.split("Options:")[0].split())
+    assert code == 0 and "graph" in first and "checkpoint files" in first
     for name in ("targets", "insert", "export", "verify", "train", "demo"):
         code, out, _ = run(capsys, name, "--help")
         assert code == 0 and "Usage: lora-fx" in out and "--json" in out
