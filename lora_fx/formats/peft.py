@@ -26,8 +26,8 @@ from lora_fx.formats.sniff import Seen
 from lora_fx.formats.tensorfile import Array, read_tensors, refuse_other_kinds, write_tensors
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-Decode = Callable[[Mapping[str, Array], Mapping[str, Any], Mapping[str, Any], str, str], Adapter]
-"""(tensors, our JSON, config, name of the tensor file, name of the config) → adapter."""
+Decode = Callable[[Source, Mapping[str, Any]], Adapter]
+"""(file and config, our JSON) → adapter."""
 KINDS: dict[str, Decode] = {
     "LORA": peft_read.decode,
     "LOHA": lycoris.read_peft,
