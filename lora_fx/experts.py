@@ -27,7 +27,6 @@ def place(
     order: Sequence[str] | None = None,
     *,
     turned: bool | None = None,
-    innermost: Sequence[str] = (),
 ) -> dict[str, Entry]:
     """The entries with stacks of experts under their own names, each with its Layout.
 
@@ -41,7 +40,6 @@ def place(
             of two parameters of a module is the innermost in PEFT's file.
         turned: Stacks are [E, in, out] (True) or [E, out, in] (False), where that is known from
             elsewhere; it decides only where the shapes allow both.
-        innermost: The same order for the last parts of names, of every module.
 
     Raises:
         LoraFxError: No reading fits the shapes, or more than one does.
@@ -60,11 +58,7 @@ def place(
         found = list(_readings(module, keys, lows, shape_of))
         if turned is not None:
             found = [reading for reading in found if reading[1] == turned] or found
-        of_module = [f"{module}.{leaf}" for leaf in innermost]
-        if order is None and {n for names, _ in found for n in names} <= set(of_module):
-            names, way = _only(module, lows, found, of_module)
-        else:
-            names, way = _only(module, lows, found, order)
+        names, way = _only(module, lows, found, order)
         placed = {}
         for key, name, low in zip(keys, names, lows, strict=True):
             shape = shape_of(name)

@@ -120,8 +120,7 @@ class Loaded:
 
     Attributes:
         names: Name in the model → in the file.
-        stacks: Name in the model → its matrices in the file; gate_up_proj before down_proj, as
-            the models define them.
+        stacks: Name in the model → its matrices in the file.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)

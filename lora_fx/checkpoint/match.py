@@ -114,8 +114,7 @@ def stacked(
         info = rename.info(name, tensors)
         return info.shape if info else None
 
-    turned, order = stacks_turned(adapter, config)
-    entries = place(adapter.entries, shape_of, turned=turned, innermost=order)
+    entries = place(adapter.entries, shape_of, turned=stacks_turned(adapter, config))
     return replace(adapter, entries=entries)
 
 

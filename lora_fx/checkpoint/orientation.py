@@ -8,7 +8,7 @@ the names that Conv1D layers have, the other such names and the config.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lora_fx.adapter import Adapter
@@ -23,8 +23,6 @@ from lora_fx.variant import Change, Entry, Rows
 
 MARKED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter"))
 """model_type of models whose stacks say `is_transposed`, which PEFT goes by."""
-STACK_ORDER = ("gate_up_proj", "down_proj")
-"""In this order all models that are known here define them."""
 
 Votes = dict[tuple[int, str, str], set[bool]]
 """(dimensions, part of the model, module name) → what shapes that can tell say."""
@@ -75,7 +73,7 @@ def turned_weights(
     return frozenset(n for n in square if _turned(n, tensors[n], votes, kinds, flag=flag))
 
 
-def stacks_turned(adapter: Adapter, config: Mapping[str, Any]) -> tuple[bool | None, Sequence[str]]:
+def stacks_turned(adapter: Adapter, config: Mapping[str, Any]) -> bool | None:
     """How PEFT took the stacks of experts of a model, where its type says.
 
     PEFT writes in and out but not which of the two comes first in [E, …, …]. Until 0.18 it took
@@ -83,20 +81,19 @@ def stacks_turned(adapter: Adapter, config: Mapping[str, Any]) -> tuple[bool | N
     since 0.20 those alone as [E, in, out].
 
     Returns:
-        True for [E, in, out], False for [E, out, in], None where it is not known; and the leaves
-        of a module's stacks in the order in which the model defines them, as far as it is known.
+        True for [E, in, out], False for [E, out, in], None where it is not known.
     """
     kinds = _model_types(config)
     marked = bool(kinds & MARKED_EXPERTS)
     if not marked and not kinds & STACKED:
-        return None, ()
+        return None
     facts = adapter.metadata.get("peft")
     version = str(facts.get("peft_version") or "") if isinstance(facts, Mapping) else ""
     found = re.match(r"0\.(\d+)", version)
     if found is None:  # older, or edited
-        return True if marked else None, STACK_ORDER
+        return True if marked else None
     minor = int(found[1])
-    return (minor < 19 or (marked != (minor == 19))), STACK_ORDER
+    return minor < 19 or marked != (minor == 19)
 
 
 def _kind(name: str, info: TensorInfo) -> tuple[int, str, str]:

@@ -13,8 +13,9 @@ import torch
 import transformers
 
 import lora_fx
-from tests.checkpoint.made import read
-from tests.checkpoint.test_loaded_names import MODELS, saved
+from lora_fx.errors import LoraFxError
+from tests.checkpoint.made import adapter, factors, read
+from tests.checkpoint.test_loaded_names import MODELS, names_of, saved
 
 GATED = ["gate_proj", "up_proj", "down_proj"]
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -104,5 +105,43 @@ def test_every_tensor_is_pefts(case: str, tmp_path: Path) -> None:
         else:
             assert np.array_equal(value, before[name]), name
     report = lora_fx.doctor(base, given)
-    assert report, report.details["findings"]
+    assert report and not any(f["check"] == "patterns" for f in report.details["findings"])
     assert report.details["unused"] == report.details["missing"] == 0
+
+
+LACKS: dict[str, tuple[str, list[str], str, str]] = {
+    "names of the model": (
+        "vit", ["q_proj", "fc1"], "vit.layers.1.attention.q_proj",
+        "vit.encoder.layer.1.attention.attention.query",
+    ),
+    "names of the file": (
+        "vit", ["query", "intermediate.dense"], "vit.encoder.layer.0.intermediate.dense",
+        "vit.encoder.layer.0.intermediate.dense",
+    ),
+    "experts one by one": (
+        "qwen2_moe", ["q_proj", "up_proj"], "model.layers.1.mlp.experts.2.up_proj",
+        "model.layers.1.mlp.experts.2.up_proj",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LACKS)
+def test_a_layer_that_is_missing_is_found(case: str, tmp_path: Path) -> None:
+    """Under the names that the adapter has; transformers 4 has those of the file."""
+    kind, modules, lost, stored = LACKS[case]
+    saved(kind, tmp_path / "base")
+    base = read(tmp_path / "base")
+    loaded = {old: new for new, old in names_of(tmp_path / "base").names.items()}
+    pairs = {}
+    for name, value in base.items():
+        module = (name if case != "names of the model" else loaded.get(name, name))[:-7]
+        if name.endswith(".weight") and any(module.endswith(f".{m}") for m in modules):
+            pairs[module] = factors(np.random.default_rng(0), *value.shape, 3)
+    whole = adapter(tmp_path / "whole", pairs, target_modules=modules)
+    lora_fx.merge(tmp_path / "base", whole, tmp_path / "out")
+    del pairs[lost]
+    less = adapter(tmp_path / "less", pairs, target_modules=modules)
+    with pytest.raises(LoraFxError, match="its file has no update of it: 1 such") as caught:
+        lora_fx.merge(tmp_path / "base", less, tmp_path / "out2")
+    assert repr(stored) in caught.value.message
+    assert lora_fx.doctor(tmp_path / "base", less).details["missing"] == 1

@@ -66,9 +66,9 @@ def test_square_stacks_lie_as_the_model_type_says(
 def test_how_each_peft_took_a_stack(version: Any, gpt_oss: Any, mixtral: Any) -> None:
     """Facts of the releases, `in_features` and `out_features` of lora.ParamWrapper."""
     made = Adapter({}, {"peft": {"peft_version": version}})
-    assert stacks_turned(made, {"model_type": "gpt_oss"})[0] is gpt_oss
-    assert stacks_turned(made, {"text_config": {"model_type": "mixtral"}})[0] is mixtral
-    assert stacks_turned(made, {"model_type": "llama4"}) == (None, ())
+    assert stacks_turned(made, {"model_type": "gpt_oss"}) is gpt_oss
+    assert stacks_turned(made, {"text_config": {"model_type": "mixtral"}}) is mixtral
+    assert stacks_turned(made, {"model_type": "llama4"}) is None
 
 
 def mixtral(folder: Path) -> tuple[Path, dict[str, Array]]:
@@ -117,11 +117,13 @@ def test_a_part_of_a_stack(part: str, turned: bool, tmp_path: Path) -> None:
         assert np.array_equal(after[f"{MOE}.{i}.w2.weight"], before[f"{MOE}.{i}.w2.weight"])
 
 
-def test_a_whole_stack(tmp_path: Path) -> None:
+@pytest.mark.parametrize("add", [False, True])
+def test_a_whole_stack(add: bool, tmp_path: Path) -> None:
     base, before = mixtral(tmp_path / "base")
     new = np.random.default_rng(1).standard_normal((COUNT, WIDE, INNER)).astype(np.float32)
-    lora_fx.merge(base, Adapter({DOWN: Full(new)}), tmp_path / "out")
+    lora_fx.merge(base, Adapter({DOWN: Full(new)}), tmp_path / "out", add=add)
     after = read(tmp_path / "out")
+    assert set(after) == set(before), "nothing is added that is there in parts"
     for i in range(COUNT):
         assert np.array_equal(after[f"{MOE}.{i}.w2.weight"], new[i])
         assert np.array_equal(after[f"{MOE}.{i}.w1.weight"], before[f"{MOE}.{i}.w1.weight"])
