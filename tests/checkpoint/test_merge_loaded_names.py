@@ -136,7 +136,7 @@ def test_a_layer_that_is_missing_is_found(case: str, tmp_path: Path) -> None:
     for name, value in base.items():
         module = (name if case != "names of the model" else loaded.get(name, name))[:-7]
         if name.endswith(".weight") and any(module.endswith(f".{m}") for m in modules):
-            pairs[module] = factors(np.random.default_rng(0), *value.shape, 3)
+            pairs[module] = factors(np.random.default_rng(0), value.shape[0], value.shape[1], 3)
     whole = adapter(tmp_path / "whole", pairs, target_modules=modules)
     lora_fx.merge(tmp_path / "base", whole, tmp_path / "out")
     del pairs[lost]
