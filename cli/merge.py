@@ -26,6 +26,7 @@ from lora_fx.cli.options import force_option, json_option, split_weight
 @click.option("--rank", type=int, help="Of an svd mix.")
 @merge_options
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
+@click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @force_option
 @json_option
 def command(
@@ -35,23 +36,29 @@ def command(
     dry_run: bool,
     link: bool,
     threads: int | None,
+    names: str | None,
     force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 
-    BASE is a Hugging Face folder or a .safetensors file. It is streamed: memory does not grow with
-    it. Untouched tensors are copied byte for byte, names and shards stay. ADAPTER:W weights one.
+    BASE is a Hugging Face folder, a .safetensors or an .onnx file. It is streamed: memory does not
+    grow with it. Untouched tensors are copied byte for byte, names and shards stay. ADAPTER:W
+    weights one.
 
     \b
     lora-fx merge ./llama ./adapter -o ./merged
     lora-fx merge ./llama style:0.7 task -o ./merged --dry-run
+    lora-fx merge bert.onnx ./adapter -o merged.onnx
     """
     if options["how"] != "svd":
         load_numpy()
     from lora_fx.checkpoint.merge import check_target, lines, plan_merge, report_json, run
 
+    if base.endswith(".onnx"):
+        _onnx(base, adapters, out, names, dry_run, {**options, "link": link}, force, as_json)
+        return
     if not dry_run:
         check_target(out, force=force)
     plan = plan_merge(base, [split_weight(a) for a in adapters], **options)
@@ -67,3 +74,29 @@ def command(
         note(text)
     outputs = list(report.outputs)
     emit(as_json, "merge", lines(report), inputs=inputs, outputs=outputs, **report_json(report))
+
+
+def _onnx(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    names: str | None,
+    dry_run: bool,
+    options: dict[str, Any],
+    force: bool,
+    as_json: bool,
+) -> None:
+    from lora_fx.errors import LoraFxError
+    from lora_fx.onnx.matching import read_map
+    from lora_fx.passes.merge import merge
+    from lora_fx.passes.merge_onnx import lines
+
+    if dry_run:
+        raise LoraFxError("--dry-run is of checkpoints", "lora-fx targets X.onnx lists the targets")
+    given = [split_weight(a) for a in adapters]
+    report = merge(base, given, out, names=read_map(names), force=force, **options)
+    for text in report.warnings:
+        note(text)
+    fields = {**report.to_json(), "inputs": [{"base": base, "adapters": list(adapters)}]}
+    fields.pop("command")
+    emit(as_json, "merge", lines(report), **fields)

@@ -20,7 +20,7 @@ from lora_fx.errors import LoraFxError
 def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     r"""List what an adapter can attach to, and why the rest cannot.
 
-    No weights are read. MODEL is a Hugging Face folder, a .safetensors or .pt2 file,
+    No weights are read. MODEL is a Hugging Face folder, a .safetensors, .onnx or .pt2 file,
     file.py:factory, package.module:factory, timm:NAME or torchvision:NAME.
 
     \b
@@ -40,15 +40,39 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
             **found.to_json(),
         )
         return
+    if model.endswith(".onnx"):
+        _onnx(model, as_json)
+        return
     from lora_fx.passes.pipeline import find
 
     _, cap = captured(model, meta=True, **options)
     found = find(cap, training=training)
-    refused = None
-    if not found.targets:
-        refused = LoraFxError(
-            f"{model} has no weight matmul that an adapter could attach to",
-            "the lines above say what was refused and why",
-        )
+    refused = _none(model, found)
     fields = {"inputs": cap.inputs.to_json(), "warnings": found.notes, **found.to_json()}
     emit(as_json, "targets", str(found), refused=refused, **fields)
+
+
+def _none(model: str, found: Any) -> LoraFxError | None:
+    """The error of a model without targets."""
+    if found.targets:
+        return None
+    return LoraFxError(
+        f"{model} has no weight matmul that an adapter could attach to",
+        "the lines above say what was refused and why",
+    )
+
+
+def _onnx(model: str, as_json: bool) -> None:
+    from dataclasses import replace
+
+    from lora_fx.onnx.graph import OnnxGraph
+    from lora_fx.onnx.load import load
+    from lora_fx.onnx.names import restore_weight_names
+    from lora_fx.passes.find import find
+
+    opened = load(model)
+    restore_weight_names(opened)
+    graph = OnnxGraph(opened)
+    found = replace(find(graph), notes=tuple(graph.notes))
+    fields = {"inputs": [{"model": model}], "warnings": found.notes, **found.to_json()}
+    emit(as_json, "targets", str(found), refused=_none(model, found), **fields)

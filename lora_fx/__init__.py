@@ -20,7 +20,7 @@ _WHERE = {
     "verify": "lora_fx.passes.verify",
     "attach": "lora_fx.passes.attach",
     "detach": "lora_fx.passes.attach",
-    "merge": "lora_fx.checkpoint.merge",
+    "merge": "lora_fx.passes.merge",
     "doctor": "lora_fx.checkpoint.doctor",
     "save_adapter": "lora_fx.formats.io",
     "load_adapter": "lora_fx.formats.io",
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from lora_fx.adapter import Adapter
     from lora_fx.checkpoint.doctor import doctor
     from lora_fx.checkpoint.extraction import extract
-    from lora_fx.checkpoint.merge import merge
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
     from lora_fx.fx.adapted import AdaptedModule
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.models import load_model
     from lora_fx.lowrank import Full, LowRank
     from lora_fx.passes.attach import attach, detach
+    from lora_fx.passes.merge import merge
     from lora_fx.passes.pipeline import export, find, fold, insert
     from lora_fx.passes.verify import verify
     from lora_fx.truncation import truncate

@@ -189,15 +189,34 @@ def fold_value(
     return value, kept / square if square else 1.0
 
 
+def fold_rows(
+    base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]], rows: slice
+) -> npt.NDArray[np.float64]:
+    """Some rows of W + s·b·a in fp64, unrounded; all rows where they cannot be had apart."""
+    if _flat(base, updates):
+        updates = [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
+        base, rows = base[rows], slice(None)
+    wide = base.astype(np.float64)
+    for target, low in updates:
+        a, b = low.a.astype(np.float64), low.b.astype(np.float64)
+        change = delta(NumpyEmitter(), low.layout or target.layout, a, b, float(low.scale))
+        wide[tuple(slice(lo, hi) for lo, hi in target.region)] += change
+    return np.asarray(wide[rows])
+
+
+def _flat(base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]) -> bool:
+    """True for updates of a whole matrix, whose rows can be had one by one."""
+    return base.ndim == 2 and all(
+        (low.layout or t.layout).shape == base.shape and t.region == _whole(base)
+        for t, low in updates
+    )
+
+
 def _blocks(
     base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]
 ) -> Iterator[tuple[slice, list[tuple[Target, LowRank]]]]:
     """Some rows of a matrix and what its updates do there; a tensor of other shape in one go."""
-    flat = all(
-        (low.layout or t.layout).shape == base.shape and t.region == _whole(base)
-        for t, low in updates
-    )
-    if base.ndim != 2 or not flat:
+    if not _flat(base, updates):
         yield slice(None), updates
         return
     step = max(1, ROWS // base.shape[1])

@@ -197,6 +197,13 @@ class OnnxGraph:
         self.repoint(sites, stored)
         return stored
 
+    def store(self, name: str, value: Array) -> None:
+        """Another value [stored shape] for a tensor, in the dtype that it has."""
+        store = self.flow.stores[name]
+        dtype = store.tensor.dtype.numpy()
+        store.put(ir.tensor(value.astype(dtype), name=store.tensor.name))
+        self.changed()
+
     def clone(self) -> OnnxGraph:
         """New nodes, same tensors."""
         other = OnnxGraph(self.model.clone())

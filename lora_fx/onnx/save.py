@@ -16,11 +16,21 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in values if v.const_value is not None)
 
 
+def is_external(path: Path) -> bool:
+    """True when a file keeps tensors in another file."""
+    values = ir.load(path).graph.initializers.values()
+    return any(isinstance(v.const_value, ir.ExternalTensor) for v in values)
+
+
 def save(model: ir.Model, path: Path, *, external_over: int = EXTERNAL_OVER) -> list[Path]:
-    """Write a model; returns the files that were made."""
+    """Write a model; returns the files that were made.
+
+    Tensors are written one after the other, so that those that are computed on demand are in
+    memory one at a time.
+    """
     if weight_bytes(model) <= external_over:
         ir.save(model, path)
         return [path]
     data = path.name + ".data"
-    ir.save(model, path, external_data=data)
+    ir.save(model, path, external_data=data, max_workers=1, max_in_flight_bytes=1 << 26)
     return [path, path.with_name(data)]

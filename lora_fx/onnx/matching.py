@@ -1,0 +1,117 @@
+"""Which tensor of an ONNX file an adapter's key means, by rules that look at no values.
+
+1. the names in the file, which torch's exporter keeps, or tells in its metadata
+2. the module path in a node's name, where the older exporter called the weight `onnx::MatMul_12`
+3. a map that the user gives, adapter key → tensor
+
+A whole tensor (a bias, a new head) goes by the same names; a matrix lies as its op reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter, bind, near
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Full, LowRank
+from lora_fx.onnx.copies import copies_of, spread
+from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.target import Found
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """An adapter in the keys and layouts of a graph: updates, and tensors that are replaced."""
+
+    updates: dict[str, LowRank]
+    whole: dict[str, Array]
+
+
+def match(
+    adapter: Adapter, graph: OnnxGraph, found: Found, given: Mapping[str, str] | None = None
+) -> Matched:
+    """Find the tensor of every entry.
+
+    Args:
+        adapter: Of any format; bound to another model or not at all.
+        graph: The graph.
+        found: Its targets.
+        given: Adapter key → tensor of the file.
+
+    Raises:
+        LoraFxError: An entry whose tensor the file does not have, or a shape that does not fit.
+    """
+    adapter = _renamed(adapter, given or {})
+    whole = {k: _whole(k, e, graph, found) for k, e in adapter.entries.items() if _is_full(e)}
+    rest = {k: e for k, e in adapter.entries.items() if not _is_full(e)}
+    free = spread(replace(adapter, entries=rest), found, copies_of(graph.model))
+    loose = {  # the layout of another graph says nothing of this one
+        k: replace(e, layout=None) if isinstance(e, LowRank) else e for k, e in free.entries.items()
+    }
+    bound = bind(replace(free, entries=loose), found)
+    return Matched(dict(bound.lowrank), {n: v for n, v in whole.values()})
+
+
+def read_map(path: str | None) -> dict[str, str]:
+    """The map of a --map file: one JSON object of adapter keys and tensor names."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoraFxError(f"{path}: cannot be read as JSON: {error}", "a JSON object") from error
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise LoraFxError(f"{path}: expected one object of names", '{"adapter key": "tensor"}')
+    return found
+
+
+def _is_full(entry: Any) -> bool:
+    return isinstance(entry, Full)
+
+
+def _renamed(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
+    missing = [k for k in given if k not in adapter.entries]
+    if missing:
+        raise LoraFxError(
+            f"the map names {missing[0]!r}, which the adapter does not have",
+            near(missing[0], adapter.entries),
+        )
+    entries = {given.get(k, k): e for k, e in adapter.entries.items()}
+    if len(entries) < len(adapter.entries):
+        raise LoraFxError("the map sends two entries to one tensor", "one tensor, one update")
+    return replace(adapter, entries=entries)
+
+
+def _whole(key: str, entry: Any, graph: OnnxGraph, found: Found) -> tuple[str, Array]:
+    """The name in the file and the value as it lies there."""
+    target = found.get(key)
+    name = target.parameter.name if target is not None else key
+    store = graph.flow.stores.get(name)
+    if store is None:
+        raise LoraFxError(
+            f"adapter tensor {key!r} is not in the model", near(key, graph.flow.stores)
+        )
+    if len(store.value.uses()) > 1:
+        raise LoraFxError(
+            f"adapter tensor {key!r} is to be replaced, and {len(store.value.uses())} nodes read "
+            f"{name!r}: the exporter joined equal constants",
+            "export a model with the adapter's whole tensors in it, and merge the rest",
+        )
+    value, shape = entry.value, tuple(store.tensor.shape.numpy())
+    turned = target is not None and target.op != "embedding" and target.layout.out == (1,)
+    if turned and value.ndim == 2:
+        value = value.T  # a file of torch has [out, in]
+    if value.shape != shape:
+        raise LoraFxError(
+            f"adapter tensor {key!r} is {list(entry.value.shape)}; the model's is {list(shape)}",
+            "was the adapter trained on another model?",
+        )
+    return name, np.ascontiguousarray(value)
