@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from lora_fx.checkpoint.osfile import check_output, replacing, sync
 from lora_fx.compare import FOLD_TOL, Parity, Report
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.flow import tensor
 from lora_fx.fx.module import CapturedModule
-from lora_fx.fx.tensors import named_tensors
+from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.onnx.names import (
+    mark_changed,
     rename_dimensions,
     restore_weight_names,
     strip_traces,
@@ -99,6 +102,8 @@ def _write(
         _demand(parity, "the fold differs from the unfolded model")
     made = to_onnx(folded, opset)
     restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
+    tensors = named_tensors(folded)[0]
+    mark_changed(made.model, {n: partial(_value, folded, n) for n in tensors})
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
     with replacing(target, force=force) as temporary:
@@ -157,6 +162,10 @@ def _branched(
         return model
     cap = captured_of(model, args, kwargs, dynamic)
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
+
+
+def _value(module: CapturedModule, name: str) -> Any:
+    return to_numpy(tensor(module, name))
 
 
 def _demand(parity: Sequence[Parity], what: str) -> None:

@@ -22,6 +22,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.onnx.copies import copies_of, spread
 from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.names import CHANGED
 from lora_fx.target import Found
 
 Array = np.ndarray[Any, Any]
@@ -57,7 +58,30 @@ def match(
         k: replace(e, layout=None) if isinstance(e, LowRank) else e for k, e in free.entries.items()
     }
     bound = bind(replace(free, entries=loose), found)
+    for key in bound.lowrank:
+        _check_unchanged(key, graph, found)
     return Matched(dict(bound.lowrank), {n: v for n, v in whole.values()})
+
+
+def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
+    """Raise where a weight has a parameter's name and is another matrix.
+
+    An exporter that folds a batch norm into a convolution keeps the name, and calls the bias that
+    the convolution did not have `NAME_bias`; files of ours say it in their metadata.
+    """
+    name = found[key].parameter.name
+    value = graph.flow.stores[name].value
+    joined = any(
+        len(user.inputs) > 2 and user.inputs[2] is not None
+        and user.inputs[2].name == f"{name}_bias"
+        for user, _ in value.uses()
+    )  # fmt: skip
+    if joined or CHANGED in value.metadata_props:
+        raise LoraFxError(
+            f"the update of {key!r} is of the model's own weight, and the file's {name!r} has a "
+            "normalisation folded into it",
+            "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
+        )
 
 
 def read_map(path: str | None) -> dict[str, str]:

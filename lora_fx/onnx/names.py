@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_fx.onnx.copies import COPY_OF
+
+CHANGED = "lora_fx.changed"
+"""On a weight that is no longer the parameter whose name it has."""
+Array = np.ndarray[Any, Any]
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 
@@ -47,6 +52,24 @@ def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None
         taken.add(name)
         count += 1
     return count
+
+
+def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> None:
+    """Mark weights that the exporter folded something into, such as a batch norm.
+
+    Args:
+        values: Name of a parameter → its value in the model that was exported.
+    """
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 2:
+            continue
+        value = node.inputs[1]
+        if value is None or value.const_value is None or str(value.name) not in values:
+            continue
+        ours, theirs = value.const_value.numpy(), values[str(value.name)]()
+        same = ours.shape == theirs.shape and np.array_equal(ours, theirs, equal_nan=True)
+        if not same and not (ours.ndim == 2 and np.array_equal(ours.T, theirs, equal_nan=True)):
+            value.metadata_props[CHANGED] = node.op_type
 
 
 def _source(text: str) -> str | None:

@@ -152,6 +152,25 @@ def test_refusals(bert: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_weight_with_a_norm_folded_into_it_is_refused(marked: bool, tmp_path: Path) -> None:
+    """The exporter keeps the convolution's name, and the adapter would be merged wrongly."""
+    subject = checks.built("timm_resnet18")
+    lora_fx.export(subject.cap, tmp_path / "base.onnx", provider="cpu")
+    adapter = checks.perturbed("timm_resnet18").adapter()
+    if not marked:  # a file that this version did not export
+        proto = onnx.load(tmp_path / "base.onnx")
+        for tensor in proto.graph.initializer:
+            del tensor.metadata_props[:]
+        for value in proto.graph.value_info:
+            del value.metadata_props[:]
+        onnx.save(proto, tmp_path / "base.onnx")
+    with pytest.raises(LoraFxError, match="normalisation folded into it") as error:
+        lora_fx.merge(tmp_path / "base.onnx", adapter, tmp_path / "m.onnx")
+    assert "export" in error.value.hint
+    assert not (tmp_path / "m.onnx").exists()
+
+
 def test_a_map_names_what_the_names_do_not_tell(bert: Path, tmp_path: Path) -> None:
     proto = onnx.load(bert / "base.onnx")
     names = {}
