@@ -36,6 +36,8 @@ class Stats:
         weight: ‖W‖².
         delta: ‖Δ‖², Δ = what should have been added.
         along: ⟨W_new − W, Δ⟩; over `delta` it is the gain: 1 where all of Δ arrived.
+        error: ‖W + Δ − W_new‖² of a weight that is quantised anew.
+        own: What quantising W itself is taken to have cost, squared: step²/12 an element.
     """
 
     elements: int = 0
@@ -43,6 +45,8 @@ class Stats:
     weight: float = 0.0
     delta: float = 0.0
     along: float = 0.0
+    error: float = 0.0
+    own: float = 0.0
 
     def add(self, other: Stats) -> None:
         """Add another block's."""
@@ -51,6 +55,8 @@ class Stats:
         self.weight += other.weight
         self.delta += other.delta
         self.along += other.along
+        self.error += other.error
+        self.own += other.own
 
     @property
     def ratio(self) -> float:
@@ -63,6 +69,16 @@ class Stats:
     def gain(self) -> float:
         """⟨applied, Δ⟩/⟨Δ, Δ⟩; 1 where there is no Δ."""
         return self.along / self.delta if self.delta else 1.0
+
+    @property
+    def missed(self) -> float | None:
+        """‖W + Δ − W_new‖/‖Δ‖ of a weight that is quantised anew; None where there is no Δ."""
+        return float(np.sqrt(self.error / self.delta)) if self.delta else None
+
+    @property
+    def coarse(self) -> float | None:
+        """What quantising W itself is taken to have missed, over ‖W‖; None for a W of zeros."""
+        return float(np.sqrt(self.own / self.weight)) if self.weight else None
 
     @property
     def lost(self) -> float:
@@ -125,7 +141,7 @@ class Fold:
             stats = _measured(old, weight, delta, result, space)
             if not np.isfinite(stats.along + stats.weight):
                 weight = old.astype(wide)
-                raise self._error(weight, self.sum(weight, low, Space())[0], result, low)
+                raise self.error(weight, self.sum(weight, low, Space())[0], result, low)
         return result, stats
 
     def sum(self, weight: Array, low: int, space: Space) -> tuple[Array, Array]:
@@ -161,7 +177,8 @@ class Fold:
         magnitude = p.magnitude[lo - p.top : hi - p.top]
         return factors(magnitude, squares(sums), f"tensor {self.name!r}")[:, None]
 
-    def _error(self, weight: Array, new: Array, result: Array, low: int) -> LoraFxError:
+    def error(self, weight: Array, new: Array, result: Array, low: int) -> LoraFxError:
+        """Which value is no number: of the base, of the sum, or of what is stored."""
         for what, array, hint in (
             ("the base has", weight, "is the checkpoint damaged?"),
             ("the fold gives", new, "is the adapter's scale right, and its weight (ADAPTER:W)?"),

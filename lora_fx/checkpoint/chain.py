@@ -183,7 +183,8 @@ def _joined(plans: Sequence[Plan], base: Checkpoint, merged: Checkpoint) -> Plan
             changes[name] = change if first is None else _then(first, change, plan, merged)
     for name, change in changes.items():
         info = merged.tensors.get(name)
-        if info is not None and {info.dtype, change.dtype} <= WEIGHTS:
+        floats = info is not None and {info.dtype, change.dtype} <= WEIGHTS
+        if info is not None and floats and not change.scales_of:
             changes[name] = replace(change, dtype=info.dtype)
     given = tuple(g for p in plans for g in p.given)
     return replace(plans[-1], base=base, given=given, changes=changes, added=added)
@@ -191,17 +192,20 @@ def _joined(plans: Sequence[Plan], base: Checkpoint, merged: Checkpoint) -> Plan
 
 def _then(first: Change, second: Change, plan: Plan, merged: Checkpoint) -> Change:
     """A tensor after both changes."""
-    if second.fold is None:
+    codes = any(c.int8 is not None or c.scales_of for c in (first, second))
+    if second.fold is None and not codes:
         return second
     one, two = first.fold, second.fold
     why = ""
-    if one is None:
+    if codes:
+        why = "quantised to int8 anew"
+    elif one is None or two is None:
         why = "replaced whole"
     elif (one.matrix.rows, one.matrix.columns) != (two.matrix.rows, two.matrix.columns):
         why = "seen with other axes"
     elif any(p.magnitude is not None or _mutated(p.change) for p in two.matrix.parts):
         why = "changed, and then rescaled,"
-    if one is None or why:
+    if one is None or two is None or why:
         raise LoraFxError(
             f"{merged.path}: {second.name!r} was {why} by one merge and changed by a later one, "
             "which cannot be computed without the file between them",

@@ -13,8 +13,9 @@ import numpy as np
 from lora_fx.checkpoint.blocks import Fold, arithmetic
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
+from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.match import Placed
-from lora_fx.checkpoint.quantised import refuse_quantised
+from lora_fx.checkpoint.quantised import HINT, stored_as
 from lora_fx.checkpoint.rectangles import Matrix, in_dtype, joined, region
 from lora_fx.checkpoint.strict import DTYPES, TensorInfo
 from lora_fx.errors import LoraFxError
@@ -47,6 +48,9 @@ class Change:
         value: The whole new tensor; None where it is folded.
         what: For people: the kinds, ranks and scales of its updates.
         earlier: Merges before this one, oldest first; only where verify looks back.
+        int8: How it is stored where it is quantised anew; None for floats.
+        scales_of: Where the tensor is the scales of such a weight, and is written with it: its
+            name; else empty.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Change:
     value: Array | None = None
     what: tuple[str, ...] = ()
     earlier: tuple[Stage, ...] = ()
+    int8: Int8 | None = None
+    scales_of: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +80,18 @@ class Change:
             "ratio": None,
             "lost": None,
             "gain": None,
-        }
+            "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": None,
+                     "own": None} if self.int8 else None,
+        }  # fmt: skip
+
+    @property
+    def scales(self) -> Change | None:
+        """What becomes of its scales; None for floats."""
+        if self.int8 is None:
+            return None
+        info, what = self.int8.scales, f"new scales of {self.name}"
+        name = self.int8.name
+        return Change(name, info, info.dtype, info.shape, what=(what,), scales_of=self.name)
 
 
 def change_of(
@@ -93,7 +110,7 @@ def change_of(
         LoraFxError: A tensor that nothing can be folded into, updates that exclude each other,
             values that the output's dtype cannot hold.
     """
-    refuse_quantised(name, info, base, [p.entry for p in placed])
+    int8 = stored_as(name, info, base, [p.entry for p in placed])
     out = dtype if dtype and info.dtype in WEIGHTS else info.dtype
     whole = next((p.entry for p in placed if isinstance(p.entry, Full)), None)
     if whole is not None:
@@ -116,9 +133,22 @@ def change_of(
     if rows or not matrices:
         matrices.append(Matrix(info.shape[0], math.prod(info.shape[1:]), ()))
     matrix = in_dtype(joined(name, matrices), arithmetic(info.dtype, out))
-    return Change(
-        name, info, out, info.shape, Fold(name, matrix, rows), what=tuple(map(_said, placed))
-    )
+    if int8 is not None:
+        _check_int8(name, info, matrix)
+    what = tuple(map(_said, placed))
+    return Change(name, info, out, info.shape, Fold(name, matrix, rows), what=what, int8=int8)
+
+
+def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:
+    """Raise for updates whose rows are not the codes' rows, or that need the float original."""
+    for p in matrix.parts:
+        why = ""
+        if p.transposed or (matrix.rows, matrix.columns) != info.shape:
+            why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
+        elif isinstance(p.change, LowRank) and p.change.extra.get("mutated"):
+            why = f"the update is for a base that {p.change.extra['mutated']} changed before"
+        if why:
+            raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
 
 
 def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:

@@ -15,7 +15,7 @@ from lora_fx.checkpoint.blocks import arithmetic
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.provenance import base_note
-from lora_fx.checkpoint.quantised import HINT, scheme_of
+from lora_fx.checkpoint.quantised import HINT, scheme_of, stored_as
 from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
@@ -24,6 +24,9 @@ from lora_fx.target import base_name
 
 LARGE = 1.0
 """‖ΔW‖/‖W‖ above which an update is worth a look: usual ones are below .3."""
+TAKEN = (
+    "lora-fx merge quantises anew and reports how much of the update arrives: least of a weak one"
+)
 _VOCABULARY = re.compile(
     r"(^|\.)(\w*embed\w*|wte|shared|lm_head|embed_out|output_projection|word_embeddings)\.\w+$"
 )
@@ -158,15 +161,25 @@ def shapes(pair: Pair) -> Iterator[Finding]:
 
 
 def quantised(pair: Pair) -> Iterator[Finding]:
-    """The tensors to change are plain floats."""
-    kinds: dict[str, list[str]] = {}
-    for key in pair.adapter.entries:
+    """The tensors to change are plain floats; int8 that merge takes is a warning."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for key, entry in pair.adapter.entries.items():
         info, name = pair.tensor(key), pair.rename(base_name(key))
         scheme = scheme_of(name, pair.base)
         if scheme or (info is not None and info.dtype not in WEIGHTS and key not in pair.misfits):
-            kinds.setdefault(scheme or (info.dtype if info else ""), []).append(key)
-    for kind, keys in kinds.items():
-        yield Finding(keys, f"the base is quantised: {kind}", "float weights", HINT)
+            why = ""
+            try:
+                taken = info is not None and stored_as(name, info, pair.base, [entry])
+            except LoraFxError as error:
+                taken, why = None, error.message.partition(" a scale a row: ")[2]
+            kind = scheme or (info.dtype if info else "")
+            if not taken and why and info is not None and info.dtype == "int8":
+                kind += f": {why}"
+            severity = WARNING if taken else ERROR
+            kinds.setdefault((kind, severity), []).append(key)
+    for (kind, severity), keys in kinds.items():
+        hint = HINT if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
+        yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)
 
 
 def base(pair: Pair) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.osfile import check_output, check_space, explain, replacing
 from lora_fx.checkpoint.plan import Given, Options, Plan, make_plan
 from lora_fx.checkpoint.proof import prove
+from lora_fx.checkpoint.quantised import HINT
 from lora_fx.checkpoint.write import Progress, write
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
@@ -29,6 +30,7 @@ GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 AdapterLike = str | os.PathLike[str] | Adapter
+_MISSED = ("error", "own")
 
 
 def merge(
@@ -74,7 +76,9 @@ def merge(
 
     Returns:
         A Report; `details["tensors"]` has, for every touched tensor, ‖Δ‖/‖W‖ (ratio), the share
-        of elements that did not move (lost) and the share of Δ that arrived (gain).
+        of elements that did not move (lost) and the share of Δ that arrived (gain). Of int8 ones
+        also what quantising W + Δ missed, over ‖Δ‖ (error), and what quantising W is taken to
+        have missed, over ‖W‖ (own).
 
     Raises:
         LoraFxError: Every reason not to merge; nothing is written.
@@ -199,7 +203,7 @@ def _check_apart(plan: Plan, target: Path) -> None:
 
 
 def _whole(plan: Plan) -> bool:
-    return any(c.fold is None for c in plan.changes.values())
+    return any(c.fold is None and not c.scales_of for c in plan.changes.values())
 
 
 def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
@@ -210,14 +214,21 @@ def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
         if s is not None:
             ratio = s.ratio if math.isfinite(s.ratio) else None  # of a tensor of zeros
             row |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
+            if row["int8"] is not None:
+                row["int8"] |= {"error": s.missed, "own": s.coarse}
         rows.append(row)
-    low = [(s.gain, n) for n, s in stats.items() if s.gain < GAIN]
-    if low:
-        gain, name = min(low)
-        warnings.append(
-            f"{len(low)} of {len(stats)} tensors kept less than {GAIN:.0%} of their update when "
-            f"rounded, {name} only {gain:.1%}: --dtype float16 or float32 keeps more"
-        )
+    codes = {n for n in stats if plan.changes[n].int8 is not None}
+    for names, how in (
+        (stats.keys() - codes, "rounded, {}: --dtype float16 or float32 keeps more"),
+        (codes, "quantised to int8 anew, {}: " + HINT),
+    ):
+        low = [(stats[n].gain, n) for n in names if stats[n].gain < GAIN]
+        if low:
+            worst = "{1} only {0:.1%}".format(*min(low))
+            warnings.append(
+                f"{len(low)} of {len(names)} tensors kept less than {GAIN:.0%} of their update "
+                f"when {how.format(worst)}"
+            )
     warnings += _said(plan)
     details = {**plan.to_json(), "tensors": rows, "base_verified": plan.verified}
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
@@ -253,11 +264,15 @@ def report_json(report: Report) -> dict[str, Any]:
 
 def lines(report: Report) -> str:
     """The report as a table for people."""
-    rows = [("tensor", "update", "‖Δ‖/‖W‖", "unmoved", "gain")]
-    for r in report.details["tensors"]:
-        numbers = ("", "", "")
+    found = report.details["tensors"]
+    more = ("int8 error/‖Δ‖", "own/‖W‖") if any(r["int8"] for r in found) else ()
+    rows = [("tensor", "update", "‖Δ‖/‖W‖", "unmoved", "gain", *more)]
+    for r in found:
+        numbers = ["", "", "", *("" for _ in more)]
         if r["gain"] is not None:
             ratio = "∞" if r["ratio"] is None else f"{r['ratio']:.2e}"
-            numbers = (ratio, f"{r['lost']:.1%}", f"{r['gain']:.3f}")
+            numbers[:3] = [ratio, f"{r['lost']:.1%}", f"{r['gain']:.3f}"]
+        if r["int8"]:
+            numbers[3:] = ["" if r["int8"][n] is None else f"{r['int8'][n]:.2e}" for n in _MISSED]
         rows.append((r["key"], "; ".join(r["updates"]), *numbers))
     return "\n".join([*table([(*r,) for r in rows]), f"wrote {report.outputs[0]}"])

@@ -54,8 +54,8 @@ def turned_weights(
         info = tensors.get(name)
         if info is None or isinstance(entry, (Full, Rows)) or lookup(entry):
             continue
-        if entry.layout is not None or len(info.shape) < 2:
-            continue
+        if entry.layout is not None or len(info.shape) < 2 or info.dtype == "int8":
+            continue  # whoever quantises a layer to int8 stores it [out, in], Conv1D too
         sides, matrix = (entry.shape[-2], entry.shape[-1]), info.shape[-2:]
         if sides[0] == sides[1] == matrix[0] == matrix[1]:
             square.append(name)

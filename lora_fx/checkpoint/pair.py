@@ -15,8 +15,10 @@ from lora_fx.adapter import Adapter
 from lora_fx.checkpoint.copying import read_at
 from lora_fx.checkpoint.folder import Checkpoint, open_checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
+from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.match import match, named, stacked
 from lora_fx.checkpoint.provenance import adapter_hash
+from lora_fx.checkpoint.quantised import stored_as
 from lora_fx.checkpoint.renamed import Renaming, renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import Tie, tie_of
@@ -107,14 +109,27 @@ class Pair:
         """The base's tensor of a key."""
         return self.rename.info(base_name(key), self.tensors)
 
+    def int8(self, key: str) -> Int8 | None:
+        """How the base's tensor of a key is stored, where that is int8 that merge takes."""
+        info = self.tensor(key)
+        try:
+            return stored_as(self.rename(base_name(key)), info, self.base) if info else None
+        except LoraFxError:
+            return None
+
     def ratio(self, key: str) -> float | None:
         """‖ΔW‖/‖W‖: ΔW exactly, W from samples of its tensor; None where it cannot be had."""
         low, info = self.adapter.lowrank.get(key), self.tensor(key)
-        if low is None or info is None or info.dtype not in WEIGHTS or not math.prod(info.shape):
+        if low is None or info is None or not math.prod(info.shape):
+            return None
+        if info.dtype in WEIGHTS:
+            rms = math.sqrt(float(np.mean(np.square(sample(info)))))
+        elif (int8 := self.int8(key)) is not None:
+            rms = int8.rms(info)
+        else:
             return None
         size = norm(low)
-        root_mean = math.sqrt(float(np.mean(np.square(sample(info)))))
-        weight = math.sqrt(math.prod(info.shape)) * root_mean
+        weight = math.sqrt(math.prod(info.shape)) * rms
         return size / weight if weight and math.isfinite(size) else None
 
 

@@ -7,7 +7,7 @@ what it was trained on; nothing is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -206,10 +206,31 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
         elif name in sources:
             change = replace(change, what=("added",))
         changes[name] = change
+        if (scales := change.scales) is not None:
+            _check_free(scales.name, by_tensor, base)
+            changes[scales.name] = scales
+    notes += _kept(changes.values(), options)
     homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
     unverified = tuple(c for c in checks if c)
     notes = list(dict.fromkeys([*notes, *unverified]))
     return Plan(base, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified)
+
+
+def _check_free(scales: str, placed: Mapping[str, Sequence[Placed]], base: Checkpoint) -> None:
+    if scales in placed:
+        raise LoraFxError(
+            f"{base.path}: {placed[scales][0].key!r} changes the scales of an int8 weight that "
+            "another update changes too",
+            "merge one adapter after the other",
+        )
+
+
+def _kept(changes: Iterable[Change], options: Options) -> list[str]:
+    """What --dtype does not mean."""
+    names = [c.name for c in changes if c.int8 is not None]
+    if not names or options.dtype is None:
+        return []
+    return [f"--dtype {options.dtype}: {len(names)} int8 tensors stay int8, {names[0]} among them"]
 
 
 def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> None:

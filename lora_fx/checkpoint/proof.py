@@ -6,7 +6,9 @@ fp64, by the definition, and compared within what fp32 and one rounding allow:
     |new − exact| ≤ ½ ulp(exact) + u·(|W| + |exact| + Σ (r + 3)·s·|B||A|)
 
 u is 2⁻²³, or 2⁻⁵² where the fold is done in fp64. DoRA's factor scales the bound, and its norm
-adds √columns·u·|exact|. A tensor that several merges have changed is allowed their sum.
+adds √columns·u·|exact|. A tensor that several merges have changed is allowed their sum. An int8
+weight is quantised anew, so its scales are those of the largest exact values of the rows, and
+½ ulp is half of a new step.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from lora_fx.checkpoint.blocks import Fold, Space, arithmetic, one_blas_thread, 
 from lora_fx.checkpoint.change import Change, Stage
 from lora_fx.checkpoint.copying import read_at, read_into
 from lora_fx.checkpoint.folder import Checkpoint
+from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.plan import Plan
 from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
 from lora_fx.checkpoint.rows import prepared, read_rows
@@ -81,7 +84,7 @@ def _tensor(plan: Plan, out: Checkpoint, name: str, rows: int | None) -> Iterato
         want = f"{change.dtype} {list(change.shape)}"
         yield Difference(name, f"is {info.dtype} {list(info.shape)}; expected {want}")
     else:
-        yield from _recomputed(change, info, rows)
+        yield from _recomputed(change, out, rows)
 
 
 def _same(name: str, old: TensorInfo, new: TensorInfo) -> Iterator[Difference]:
@@ -103,7 +106,10 @@ def _same(name: str, old: TensorInfo, new: TensorInfo) -> Iterator[Difference]:
                 return
 
 
-def _recomputed(change: Change, info: TensorInfo, rows: int | None) -> Iterator[Difference]:
+def _recomputed(change: Change, out: Checkpoint, rows: int | None) -> Iterator[Difference]:
+    info = out.tensors[change.name]
+    if change.scales_of:
+        return  # looked at with the codes
     if change.fold is None:
         assert change.value is not None
         want = np.asarray(change.value).astype(numpy_dtype(change.dtype)).reshape(-1)
@@ -114,8 +120,16 @@ def _recomputed(change: Change, info: TensorInfo, rows: int | None) -> Iterator[
         return
     worst, at = 0.0, 0
     stages = _exact(change)
+    scales = change.scales
+    if scales is not None:
+        there = out.tensors.get(scales.name)
+        if there is None or (there.dtype, there.shape) != (scales.dtype, scales.shape):
+            return  # said of the scales
     for low, high in _samples(change, rows):
-        ratio = _ratio(change, stages, info, low, high)
+        if change.int8 is not None:
+            ratio = _ratio_int8(change, change.int8, stages[0].fold, out, low, high)
+        else:
+            ratio = _ratio(change, stages, info, low, high)
         if not ratio <= worst:
             worst, at = ratio, low
     if not worst <= 1.0:
@@ -155,9 +169,8 @@ def _exact(change: Change) -> list[Stage]:
 def _ratio(change: Change, stages: list[Stage], info: TensorInfo, low: int, high: int) -> float:
     """The largest error of rows low ≤ i < high, as a multiple of what is allowed."""
     columns = stages[0].fold.matrix.columns
-    with open(change.source.file, "rb") as f, open(info.file, "rb") as g:
-        want = read_rows(f.fileno(), change.source, low, high - low, columns).astype(np.float64)
-        new = read_rows(g.fileno(), info, low, high - low, columns).astype(np.float64)
+    want = _read(change.source, low, high, columns).astype(np.float64)
+    new = _read(info, low, high, columns).astype(np.float64)
     allowed, dtype = np.zeros_like(want), change.source.dtype
     for stage in stages:
         want, size = _stage(stage.fold, want, low, high)
@@ -168,10 +181,35 @@ def _ratio(change: Change, stages: list[Stage], info: TensorInfo, low: int, high
         rounded = half_ulp(np.abs(want) + allowed, stage.dtype)
         allowed = allowed + rounded + u * (np.abs(want) + size)
         dtype = stage.dtype
-    error = np.abs(new - want)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(error == 0.0, 0.0, error / allowed)
-    return float(ratio.max(initial=0.0))
+    return float(_rows(np.abs(new - want), allowed).max(initial=0.0))
+
+
+def _ratio_int8(
+    change: Change, int8: Int8, exact: Fold, out: Checkpoint, low: int, high: int
+) -> float:
+    """The same for codes and scales; a row that moves by less than fp32 sees may stay as it is."""
+    columns = exact.matrix.columns
+    codes, new = (_read(t, low, high, columns) for t in (change.source, out.tensors[change.name]))
+    before, scales = (_read(t, low, high, 1) for t in (int8.scales, out.tensors[int8.name]))
+    old = codes * int8.steps(before)
+    want, size = _stage(exact, old, low, high)
+    slack = 2 * float(np.finfo(np.float32).eps) * (np.abs(want) + size)
+    steps = int8.steps(scales)
+    limit = TOP * steps
+    rounded = _rows(np.abs(new * steps - np.clip(want, -limit, limit)), np.abs(steps) / 2 + slack)
+    largest = int8.scale(np.abs(want).max(axis=1, keepdims=True, initial=0.0))
+    room = int8.scale(slack.max(axis=1, keepdims=True, initial=0.0))
+    room = room + half_ulp(largest, int8.scales.dtype) + np.where(largest < int8.tiny, int8.tiny, 0)
+    scaled = _rows(np.abs(scales.astype(np.float64) - largest), room)
+    same = scales.view(np.uint8) == before.view(np.uint8)
+    stays = same.all(axis=1) & ((new == codes).all(axis=1) | (new == 0).all(axis=1))
+    kept = np.where(stays, _rows(np.abs(new * steps - want), slack), np.inf)
+    return float(np.minimum(np.maximum(rounded, scaled), kept).max(initial=0.0))
+
+
+def _read(info: TensorInfo, low: int, high: int, columns: int) -> Array:
+    with open(info.file, "rb") as f:
+        return read_rows(f.fileno(), info, low, high - low, columns)
 
 
 def _stage(fold: Fold, old: Array, low: int, high: int) -> tuple[Array, Array]:
@@ -188,6 +226,13 @@ def _stage(fold: Fold, old: Array, low: int, high: int) -> tuple[Array, Array]:
                 size[view] *= np.abs(factor)
                 size[view] += np.sqrt(fold.matrix.columns) * np.abs(want[view])
     return want, size
+
+
+def _rows(error: Array, allowed: Array) -> Array:
+    """The largest error of each row as a multiple of what is allowed; infinite for NaN."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(error == 0.0, 0.0, error / allowed)
+    return np.asarray(np.where(np.isnan(ratio), np.inf, ratio).max(axis=1, initial=0.0))
 
 
 def _size(p: Rectangle, low: int, high: int) -> Array:

@@ -19,7 +19,7 @@ from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import cores, given
 from lora_fx.checkpoint.osfile import explain
 from lora_fx.checkpoint.proof import ROWS, prove
-from lora_fx.checkpoint.quantised import refuse_quantised
+from lora_fx.checkpoint.quantised import stored_as
 from lora_fx.checkpoint.same import unlike
 from lora_fx.checkpoint.tied import tie_of
 from lora_fx.compare import Report
@@ -116,7 +116,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
 
     Raises:
         LoraFxError: One that has not, a layer that the adapter's config has and its file lacks, a
-            quantised tensor.
+            quantised tensor that nothing can be folded into.
     """
     checkpoint = open_checkpoint(Path(base))
     adapter = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
@@ -134,7 +134,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
     touched = names_of(placed)
     for name in touched:
         if not any(p.tensor == name and p.key in full for p in placed):
-            refuse_quantised(name, tensors[name], checkpoint)
+            stored_as(name, tensors[name], checkpoint)
     found = file_targets(checkpoint.path).targets
     details: dict[str, Any] = {
         "fits": len(placed) - len(full),

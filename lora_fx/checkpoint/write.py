@@ -21,11 +21,13 @@ import numpy as np
 
 from lora_fx.checkpoint.beside import copy_companions, hard_link, write_index
 from lora_fx.checkpoint.blocks import Fold, Space, Stats, one_blas_thread, rows_per_block
-from lora_fx.checkpoint.copying import copy_range, preallocate, reflink, write_at
+from lora_fx.checkpoint.copying import copy_range, reflink, write_at
+from lora_fx.checkpoint.int8 import Int8
+from lora_fx.checkpoint.jobs import Done, Job, copied, flushed, in_turn, reserved
 from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.provenance import record
 from lora_fx.checkpoint.rows import prepared, read_rows
-from lora_fx.checkpoint.shards import Shard, Slot, lay_out
+from lora_fx.checkpoint.shards import Shard, lay_out
 from lora_fx.checkpoint.strict import Header
 from lora_fx.lowrank import Array
 from lora_fx.numeric import numpy_dtype
@@ -38,9 +40,6 @@ FLUSH = 128 << 20
 """Bytes after which what is written is sent to the disk, while more is folded."""
 WAITING = 16
 """Jobs a thread that are made ahead: all jobs of a large checkpoint would take memory."""
-Done = tuple[int, str, Stats | None]
-"""What a job says: bytes written, the tensor, what changed in it."""
-Job = Callable[[], Done]
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -117,6 +116,7 @@ class _Run:
         self.made: list[int] = []
         self.flushed, self.flush = 0, Future[None]()
         self.flush.set_result(None)
+        self.places: dict[str, tuple[int, int]] = {}  # (target, offset) of what changes
 
     def go(
         self,
@@ -131,7 +131,13 @@ class _Run:
         copies = [self._copies(base / n, path, head.data, link=link) for head, n, path in rest]
         fds = [(shard, self._create(shard.target, shard.size)) for shard in touched]
         folds = [self._jobs(shard, fd) for shard, fd in fds]
-        jobs = itertools.chain(self.reserved, _in_turn([*folds, *copies], self.workers))
+        self.places = {
+            s.name: (fd, len(shard.head) + s.start)
+            for shard, fd in fds
+            for s in shard.slots
+            if s.change is not None
+        }
+        jobs = itertools.chain(self.reserved, in_turn([*folds, *copies], self.workers))
         self.total = sum(s.size for s in touched) + sum(
             (base / n).stat().st_size for _, n, _ in rest
         )
@@ -175,7 +181,7 @@ class _Run:
             self.done += count
             if self.done - self.flushed >= FLUSH and self.flush.done():
                 self.flush.result()  # an error is said once: later calls would not say it again
-                self.flushed, self.flush = self.done, disk.submit(_flushed, self.made)
+                self.flushed, self.flush = self.done, disk.submit(flushed, self.made)
             if self.progress is not None:
                 self.progress(self.done, self.total)
 
@@ -185,7 +191,7 @@ class _Run:
         self.stack.callback(os.close, fd)
         os.ftruncate(fd, size)
         self.made.append(fd)
-        self.reserved.append(partial(_reserved, fd, size))
+        self.reserved.append(partial(reserved, fd, size))
         return fd
 
     def _open(self, path: Path) -> int:
@@ -211,14 +217,14 @@ class _Run:
         for i in range(0, count, CHUNK):
             n = min(CHUNK, count - i)
 
-            yield partial(_copied, source, target, start + i, at + i, n)
+            yield partial(copied, source, target, start + i, at + i, n)
 
     def _jobs(self, shard: Shard, fd: int) -> Iterator[Job]:
         """Fold jobs first, since they take longest; runs of untouched tensors as one range."""
         lead = len(shard.head)
         for slot in shard.slots:
             if slot.change is not None:
-                yield from self._fold(slot, slot.change, fd, lead)
+                yield from self._fold(slot.change)
         source = self._open(shard.source)
         for still, group in itertools.groupby(shard.slots, lambda s: s.change is None):
             run = list(group)
@@ -226,13 +232,17 @@ class _Run:
                 start, count = run[0].source.start, run[-1].stop - run[0].start
                 yield from self._range(source, fd, start, lead + run[0].start, count)
 
-    def _fold(self, slot: Slot, change: Change, fd: int, lead: int) -> Iterator[Job]:
-        at = lead + slot.start
+    def _fold(self, change: Change) -> Iterator[Job]:
+        fd, at = self.places[change.name]
+        if change.scales_of:
+            return  # written with the codes
         if change.fold is None:
             yield partial(self._replace, change, fd, at)
             return
         fold = prepared(change.fold, change.source)
         source = self._open(change.source.file)
+        if change.int8 is not None:
+            self._open(change.int8.scales.file)
         step = rows_per_block(fold.matrix.columns) * RUN
         for low in range(0, fold.matrix.rows, step):
             high = min(fold.matrix.rows, low + step)
@@ -254,41 +264,24 @@ class _Run:
         for start in range(low, high, step):
             n = min(step, high - start)
             old = read_rows(source, change.source, start, n, columns, space)
-            new, found = fold.block(old, start, change.dtype, space)
+            if change.int8 is not None:
+                new, found = self._quantised(change.int8, fold, old, start, space)
+            else:
+                new, found = fold.block(old, start, change.dtype, space)
             write_at(fd, _bytes(new), at + start * row)
             stats.add(found)
-        return (high - low) * row, change.name, stats
+        scales = (high - low) * change.int8.dtype.itemsize if change.int8 is not None else 0
+        return (high - low) * row + scales, change.name, stats
 
-
-def _in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
-    """The jobs of `width` files at a time, in turn: who writes one file waits for who does too."""
-    rest = iter(files)
-    open_ = deque(itertools.islice(rest, width))
-    while open_:
-        jobs = open_.popleft()
-        job = next(jobs, None)
-        if job is not None:
-            open_.append(jobs)
-            yield job
-        else:
-            open_.extend(itertools.islice(rest, 1))
-
-
-def _flushed(fds: Iterable[int]) -> None:
-    """Write to the disk what is not there yet, where the system can; the end syncs everything."""
-    if hasattr(os, "fdatasync"):
-        for fd in fds:
-            os.fdatasync(fd)
-
-
-def _reserved(fd: int, size: int) -> Done:
-    preallocate(fd, size)
-    return 0, "", None
-
-
-def _copied(source: int, target: int, start: int, at: int, count: int) -> Done:
-    copy_range(source, target, start, at, count)
-    return count, "", None
+    def _quantised(
+        self, int8: Int8, fold: Fold, codes: Array, low: int, space: Space
+    ) -> tuple[Array, Stats]:
+        """New codes and what changed; the new scales are written here."""
+        scales = int8.read(self.sources[int8.scales.file], int8.scales, low, len(codes))
+        new, moved, stats = int8.block(fold, codes, scales, low, space)
+        fd, at = self.places[int8.name]
+        write_at(fd, _bytes(moved), at + low * moved.itemsize)
+        return new, stats
 
 
 def _bytes(array: Array) -> memoryview:

@@ -100,9 +100,11 @@ def only(files: Mapping[str, bytes]) -> Make:
     return make
 
 
-def beside(siblings: Mapping[str, Array], weight: Array | None = None, method: str = "") -> Make:
+def beside(
+    siblings: Mapping[str, Array], weight: Array | None = None, method: str = "", **more: Any
+) -> Make:
     """A base whose q_proj is quantised: its weight (or none) and the tensors beside it."""
-    config = CONFIG | ({"quantization_config": {"quant_method": method}} if method else {})
+    config = CONFIG | ({"quantization_config": {"quant_method": method} | more} if method else {})
     change: dict[str, Array | None] = {f"{Q}.{n}": v for n, v in siblings.items()}
     return lambda folder: base(folder, {f"{Q}.weight": weight, **change}, config=config)
 
@@ -121,6 +123,7 @@ ONE = "model.safetensors"
 FP8 = np.ones((8, 6), ml_dtypes.float8_e4m3fn)
 CODES = np.ones((1, 8), np.int32)
 SCALES = np.ones((1, 8), np.float16)
+CODES8 = np.ones((8, 6), np.int8)
 BASES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "truncated": (file_of(lambda c: c[:-5]), (ONE, "cut off")),
     "header truncated": (file_of(lambda c: c[:50]), (ONE, "header")),
@@ -194,13 +197,63 @@ BASES: dict[str, tuple[Make, tuple[str, ...]]] = {
         ),
         (ONE, Q, "uint8", "bitsandbytes", "unquantised original"),
     ),
-    "bitsandbytes int8": (
-        beside({"SCB": np.ones(8, np.float32)}, np.ones((8, 6), np.int8)),
-        (ONE, Q, "int8", "bitsandbytes int8"),
+    "bitsandbytes int8 in an order for GPUs": (
+        beside({"SCB": np.ones(8, np.float32), "weight_format": np.array(2, np.uint8)}, CODES8),
+        (ONE, Q, "int8", "bitsandbytes int8", "weight_format is 2"),
     ),
-    "compressed-tensors int8": (
-        beside({"weight_scale": np.ones((8, 1), np.float32)}, np.ones((8, 6), np.int8)),
-        (ONE, Q, "int8", "compressed-tensors"),
+    "bitsandbytes int8 with other scales": (
+        beside({"SCB": np.ones(6, np.float32)}, CODES8),
+        (ONE, Q, "SCB is float32 [6]; expected float32 [8]"),
+    ),
+    "compressed-tensors int8 that no config tells": (
+        beside({"weight_scale": np.ones((8, 1), np.float32)}, CODES8),
+        (ONE, Q, "int8", "config.json does not say"),
+    ),
+    "compressed-tensors int8 with a scale a tensor": (
+        beside({"weight_scale": np.ones(1, np.float32)}, CODES8, "compressed-tensors"),
+        (ONE, Q, "weight_scale is float32 [1]", "[8, 1]"),
+    ),
+    "compressed-tensors int8 in groups": (
+        beside({"weight_scale": np.ones((8, 2), np.float32)}, CODES8, "compressed-tensors"),
+        (ONE, Q, "weight_scale is float32 [8, 2]", "[8, 1]"),
+    ),
+    "compressed-tensors int8, asymmetric": (
+        beside(
+            {"weight_scale": np.ones((8, 1), np.float16), "weight_zero_point": CODES8[:, :1]},
+            CODES8,
+            "compressed-tensors",
+        ),
+        (ONE, Q, "weight_zero_point", "symmetric"),
+    ),
+    "compressed-tensors int8, rotated": (
+        beside(
+            {"weight_scale": np.ones((8, 1), np.float16)},
+            CODES8,
+            "compressed-tensors",
+            transform_config={"config_groups": {"u": {"type": "hadamard"}}},
+        ),
+        (ONE, Q, "transform_config"),
+    ),
+    "compressed-tensors int8, sparse": (
+        beside(
+            {"weight_scale": np.ones((8, 1), np.float16)},
+            CODES8,
+            "compressed-tensors",
+            sparsity_config={"format": "dense", "sparsity_structure": "2:4"},
+        ),
+        (ONE, Q, "sparsity_config"),
+    ),
+    "int8 of two kinds": (
+        beside({"SCB": np.ones(8, np.float32), "weight_scale": SCALES}, CODES8),
+        (ONE, Q, "int8", "SCB or weight_scale"),
+    ),
+    "bitsandbytes int8 by another name": (
+        beside({"weight.SCB": np.ones(8, np.float32)}, CODES8),
+        (ONE, Q, "int8", "SCB or weight_scale"),
+    ),
+    "optimum-quanto int8": (
+        beside({"weight._data": CODES8, "weight._scale": np.ones((8, 1), np.float32)}),
+        (Q, "optimum-quanto codes"),
     ),
     "compressed-tensors packed": (
         beside({"weight_packed": CODES, "weight_scale": SCALES, "weight_shape": np.array([8, 6])}),
@@ -226,5 +279,5 @@ BASES: dict[str, tuple[Make, tuple[str, ...]]] = {
     ),
     "HQQ": (beside({"W_q": np.ones((4, 6), np.uint8), "scale": SCALES}), (Q, "HQQ")),
     "a method of its own": (beside({"codebook": SCALES}, None, "vptq"), (Q, "vptq", "config.json")),
-    "int8 without a scale": (beside({}, np.ones((8, 6), np.int8)), (ONE, Q, "int8")),
+    "int8 without a scale": (beside({}, CODES8), (ONE, Q, "int8", "its scales are not there")),
 }

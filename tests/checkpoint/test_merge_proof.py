@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.checkpoint import write
+from lora_fx.checkpoint import jobs, write
 from lora_fx.checkpoint.blocks import Fold
 from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.merge import merge, plan_merge
@@ -54,7 +54,7 @@ def test_a_wrong_fold_is_caught(scene: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_one_wrong_bit_of_a_copy_is_caught(
     at: int, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = write._copied
+    copied = jobs.copied
 
     def flipped(source: int, target: int, start: int, to: int, count: int) -> Any:
         done = copied(source, target, start, to, count)
@@ -62,7 +62,7 @@ def test_one_wrong_bit_of_a_copy_is_caught(
         os.pwrite(target, bytes([os.pread(target, 1, place)[0] ^ 4]), place)
         return done
 
-    monkeypatch.setattr(write, "_copied", flipped)
+    monkeypatch.setattr(write, "copied", flipped)
     _wrong(scene, ".* no adapter changes it, but its bytes are not the base's")
 
 
