@@ -187,7 +187,7 @@ def _ratio(change: Change, stages: list[Stage], info: TensorInfo, low: int, high
 def _ratio_int8(
     change: Change, int8: Int8, exact: Fold, out: Checkpoint, low: int, high: int
 ) -> float:
-    """The same for codes and scales; a row that moves by less than fp32 sees may stay as it is."""
+    """The same for codes and scales; a row may keep a scale that holds W + Δ as fp32 sees it."""
     columns = exact.matrix.columns
     codes, new = (_read(t, low, high, columns) for t in (change.source, out.tensors[change.name]))
     before, scales = (_read(t, low, high, 1) for t in (int8.scales, out.tensors[int8.name]))
@@ -202,8 +202,7 @@ def _ratio_int8(
     room = room + half_ulp(largest, int8.scales.dtype) + np.where(largest < int8.tiny, int8.tiny, 0)
     scaled = _rows(np.abs(scales.astype(np.float64) - largest), room)
     same = scales.view(np.uint8) == before.view(np.uint8)
-    stays = same.all(axis=1) & ((new == codes).all(axis=1) | (new == 0).all(axis=1))
-    kept = np.where(stays, _rows(np.abs(new * steps - want), slack), np.inf)
+    kept = np.where(same.all(axis=1), _rows(np.abs(new * steps - want), slack), np.inf)
     return float(np.minimum(np.maximum(rounded, scaled), kept).max(initial=0.0))
 
 

@@ -178,17 +178,15 @@ def test_bitsandbytes_reads_it(tmp_path: Path) -> None:
 
 
 def test_compressed_tensors_reads_it(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
+    codec = pytest.importorskip("compressed_tensors.compressors").IntQuantizationCompressor
+    library = pytest.importorskip("compressed_tensors.quantization")
     torch = pytest.importorskip("torch")
-    from compressed_tensors.compressors import IntQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    args = library.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+    scheme = library.QuantizationScheme(targets=["Linear"], weights=args)
     w = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)) * 0.05
     scale = (w.abs().amax(1, keepdim=True) / 127.5).float()
     state = {"weight": w, "weight_scale": scale}
-    packed = IntQuantizationCompressor.compress(state, scheme)
+    packed = codec.compress(state, scheme)
     base(tmp_path / "base", CT, **{n: v.numpy() for n, v in packed.items()})
     path, delta = one(tmp_path / "adapter")
     lora_fx.merge(tmp_path / "base", path, tmp_path / "out")
@@ -196,7 +194,7 @@ def test_compressed_tensors_reads_it(tmp_path: Path) -> None:
     def opened(folder: str) -> Array:
         tensors = read(tmp_path / folder)
         state = {n: torch.tensor(tensors[f"{Q}.{n}"]) for n in ("weight", "weight_scale")}
-        weight = IntQuantizationCompressor.decompress(state, scheme)["weight"]
+        weight = codec.decompress(state, scheme)["weight"]
         return np.asarray(weight.double().numpy())
 
     want = opened("base") + delta

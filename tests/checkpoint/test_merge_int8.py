@@ -30,7 +30,7 @@ from tests.checkpoint.int8_bases import (
     weights,
     wide,
 )
-from tests.checkpoint.made import Array, adapter, factors, read
+from tests.checkpoint.made import Array, adapter, checkpoint, factors, read
 
 RNG = np.random.default_rng(3)
 STILL = 11
@@ -201,6 +201,34 @@ def test_verify_finds_what_is_wrong(
         tmp_path / "out", tmp_path / "base", adapter=tmp_path / "adapter", rows=None
     )
     assert [d["key"] for d in found.details["differences"]] == [f"{module}.weight"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_codes_of_another_scale_are_not_the_merge(scheme: str, tmp_path: Path) -> None:
+    """Rounded well, but to a scale that is not that of the row's largest value."""
+    old = base(tmp_path / "base", scheme)
+    want = wide(old, Q, scheme) + update(tmp_path / "adapter")[Q]
+    lora_fx.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    new, name = read(tmp_path / "out"), f"{Q}.{SCALES[scheme]}"
+    new[name][20] = new[name][20] * 1.03
+    step = float(new[name][20].astype(np.float64).reshape(())) / UNIT[scheme]
+    new[f"{Q}.weight"][20] = np.rint(want[20] / step)
+    checkpoint(tmp_path / "other", new)
+    found = lora_fx.verify(
+        tmp_path / "other", tmp_path / "base", adapter=tmp_path / "adapter", rows=None
+    )
+    assert [d["key"] for d in found.details["differences"]] == [f"{Q}.weight"]
+
+
+def test_scales_of_another_dtype_are_told(tmp_path: Path) -> None:
+    base(tmp_path / "base", BNB)
+    update(tmp_path / "adapter")
+    lora_fx.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    new = read(tmp_path / "out")
+    checkpoint(tmp_path / "other", new | {f"{Q}.SCB": new[f"{Q}.SCB"].astype(np.float16)})
+    found = lora_fx.verify(tmp_path / "other", tmp_path / "base", adapter=tmp_path / "adapter")
+    (said,) = found.details["differences"]
+    assert said["key"] == f"{Q}.SCB" and "is float16 [40]; expected float32 [40]" in said["what"]
 
 
 def test_verify_of_an_output_that_is_the_base(tmp_path: Path) -> None:

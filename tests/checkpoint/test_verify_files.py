@@ -87,6 +87,17 @@ def test_a_row_that_a_sample_may_miss_and_all_does_not(home: Path, tmp_path: Pat
     assert found["differences"][0]["ratio"] > 1 and found["rows"] == "all"
 
 
+def test_nan_in_one_sampled_row_of_several(tmp_path: Path) -> None:
+    weight = np.ones((5, 3), np.float32)
+    low = lora_fx.LowRank(np.ones((1, 3), np.float32), np.ones((5, 1), np.float32), alpha=1)
+    write_tensors(tmp_path / "base.safetensors", {"x.weight": weight}, {})
+    bad = weight + 1
+    bad[:3] = np.nan  # the last of the four that are looked at is right
+    write_tensors(tmp_path / "bad.safetensors", {"x.weight": bad}, {})
+    files = tmp_path / "bad.safetensors", tmp_path / "base.safetensors"
+    assert not lora_fx.verify(*files, adapter=lora_fx.Adapter({"x.weight": low}))
+
+
 def test_the_wrong_weight_and_the_wrong_adapter(home: Path) -> None:
     merged, base = home / "merged", home / "base"
     assert not lora_fx.verify(merged, base, adapter=[(home / "adapter", 0.5)])
