@@ -105,18 +105,54 @@ def test_bits_are_pefts(scale: str, base: Path, tmp_path: Path) -> None:
     assert [row for row in found if row[1]] == []
 
 
+def bounds(adapter: Path, s: float) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """By weight: Δ in fp64, and what two fp32 sums of its products may be apart.
+
+    Each sum of r products is off by at most r·2⁻²⁴·s·|B||A|, in whatever order it is taken.
+    """
+    tensors = read(adapter / "adapter_model.safetensors")
+    found = {}
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            b = tensors[name.replace("lora_A", "lora_B")].astype(np.float64)
+            a, rank = a.astype(np.float64), len(a)
+            key = name.removeprefix("base_model.model.").replace("lora_A.", "")
+            found[key] = s * (b @ a), 2 * rank * 2.0**-24 * s * (np.abs(b) @ np.abs(a))
+    return found
+
+
 @pytest.mark.parametrize("rank", HIGH)
-def test_high_ranks_differ_by_one_ulp_at_most(
+def test_high_ranks_differ_by_one_ulp_or_where_the_sum_cancels(
     rank: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs = trained(base, tmp_path / "adapter", **HIGH[rank])
+    """Where W + Δ nearly cancels, an ulp of the result is below what the order of the sum decides:
+    there the two may be apart by the sum's bound, and each from the exact value by it too."""
+    theirs = trained(base, tmp_path / "adapter", **HIGH[rank]).state_dict()
     merge(base, tmp_path / "adapter", tmp_path / "out")
-    found = list(differences(base, tmp_path / "out", theirs))
-    count, total = sum(n for _, n, _ in found), sum(read(base)[n].size for n, _, _ in found)
+    ours, before = read(tmp_path / "out"), read(base)
+    config = HIGH[rank]
+    limits = bounds(tmp_path / "adapter", config["lora_alpha"] / config["r"])
+    assert len(limits) == 2 * len(LINEARS)
+    count = cancelled = total = 0
+    for name, (delta, limit) in limits.items():
+        bits = theirs[name].contiguous().view(torch.int16).numpy()
+        gap = ulps(ours[name], bits)
+        mine, other, w = (
+            x.view(ours[name].dtype).astype(np.float64) for x in (ours[name], bits, before[name])
+        )
+        far = gap > 1
+        largest = np.maximum(np.abs(mine), np.abs(other))
+        assert (largest < np.abs(w))[far].all(), name
+        assert (np.abs(mine - other) <= limit)[far].all(), name
+        assert (np.abs(mine - (w + delta)) <= limit)[far].all(), name
+        count, cancelled, total = count + (gap > 0).sum(), cancelled + far.sum(), total + gap.size
     with capsys.disabled():
-        print(f"\n{rank}: {count} of {total} elements differ from PEFT's, by at most 1 ulp")
-    assert max(gap for _, _, gap in found) <= 1
+        print(
+            f"\n{rank}: {count} of {total} elements differ from PEFT's: {count - cancelled} by "
+            f"1 ulp, {cancelled} within fp32's bound where W + Δ cancels"
+        )
     assert count < 1e-3 * total
+    assert cancelled < 1e-4 * total
 
 
 def test_the_folder_loads_and_its_logits_are_pefts(base: Path, tmp_path: Path) -> None:
