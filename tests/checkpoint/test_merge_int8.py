@@ -280,3 +280,19 @@ def test_dora_is_that_of_the_dequantised_weight(tmp_path: Path) -> None:
     assert lora_fx.verify(
         tmp_path / "out", tmp_path / "base", adapter=tmp_path / "adapter", rows=None
     )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_verify_of_two_merges_needs_the_file_between(scheme: str, tmp_path: Path) -> None:
+    """The second merge starts from codes of the first: W + Δ₁ + Δ₂ is not what it quantised."""
+    base(tmp_path / "base", scheme)
+    update(tmp_path / "one", grow=False)
+    update(tmp_path / "two", 0.05, grow=False)
+    lora_fx.merge(tmp_path / "base", tmp_path / "one", tmp_path / "a")
+    lora_fx.merge(tmp_path / "a", tmp_path / "two", tmp_path / "b")
+    assert lora_fx.verify(tmp_path / "b", tmp_path / "a", adapter=tmp_path / "two")
+    with pytest.raises(LoraFxError, match="quantised to int8 anew by one merge") as caught:
+        lora_fx.verify(
+            tmp_path / "b", tmp_path / "base", adapter=[tmp_path / d for d in ("one", "two")]
+        )
+    assert "against what it started from" in caught.value.hint
