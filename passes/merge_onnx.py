@@ -7,6 +7,7 @@ compared byte for byte, and rows of what was are computed again in fp64.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.checkpoint.merge import GAIN, given
-from lora_fx.checkpoint.osfile import check_output, replacing, sync
+from lora_fx.checkpoint.osfile import check_output, replacing
 from lora_fx.checkpoint.plan import Given
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
@@ -86,25 +87,56 @@ def merge_onnx(
         graph.store(name, value)
     model.metadata_props[METADATA] = _record(model.metadata_props.get(METADATA), parts)
     assert graph.model.graph.num_nodes() == nodes
-    with replacing(target, force=force) as temporary:
-        over = 0 if is_external(source) else external_over
-        files = save(model, temporary, external_over=over)
-        if not matched.whole and not any(u.b.any() and u.alpha for u in matched.updates.values()):
-            raise NoEffectError(
-                f"{target}: not written: no element of {len(fold.report)} tensors would change",
-                "is the adapter untrained, or its weight 0?",
-            )
-        changed = {*fold.applied.values(), *matched.whole}
-        _prove(temporary, target, before, changed, found, matched)
-        if weight_bytes(model) <= EXTERNAL_OVER:
-            open_session(temporary, "cpu")
-        if len(files) > 1:
-            data = target.with_name(files[1].name)
-            if data.exists() and not force:
-                raise LoraFxError(f"{data} exists", "--force replaces it")
-            sync(files[1])
-            files[1].replace(data)
-    return _report(target, [f.name for f in files], fold, matched, renamed, graph.notes)
+    with contextlib.ExitStack() as undo:
+        with replacing(target, force=force) as temporary:
+            over = 0 if is_external(source) else external_over
+            data = _free(target)
+            files = save(model, temporary, external_over=over, data=data.name)
+            if not matched.whole and not any(
+                u.b.any() and u.alpha for u in matched.updates.values()
+            ):
+                raise NoEffectError(
+                    f"{target}: not written: no element of {len(fold.report)} tensors would change",
+                    "is the adapter untrained, or its weight 0?",
+                )
+            changed = {*fold.applied.values(), *matched.whole}
+            _prove(temporary, target, before, changed, found, matched)
+            notes = [*graph.notes, *_loads(source, temporary, weight_bytes(model))]
+            if len(files) > 1:
+                if data.name != f"{target.name}.data" and not force:
+                    raise LoraFxError(f"{target}.data exists", "choose another output, or --force")
+                with replacing(data) as place:
+                    files[1].replace(place)
+                undo.callback(data.unlink, missing_ok=True)
+        undo.pop_all()
+    return _report(target, [f.name for f in files], fold, matched, renamed, notes)
+
+
+def _free(target: Path) -> Path:
+    """A name for the data that nothing has: what has it may be the base's, or in use.
+
+    The file takes its name last, so a run that is killed leaves no model with another's data.
+    """
+    path, i = target.with_name(f"{target.name}.data"), 0
+    while path.exists() or path.is_symlink():
+        i += 1
+        path = target.with_name(f"{target.name}.{i}.data")
+    return path
+
+
+def _loads(source: Path, written: Path, size: int) -> list[str]:
+    """Load what was written in ONNX Runtime, where that takes little memory; returns notes."""
+    if size > EXTERNAL_OVER:
+        return ["not loaded in ONNX Runtime, which would read all of it: tensors were compared"]
+    try:
+        open_session(written, "cpu")
+    except LoraFxError:
+        try:
+            open_session(source, "cpu")
+        except LoraFxError as error:  # bfloat16, say, of which the CPU has few ops
+            return [f"ONNX Runtime here loads neither the base nor the output: {error.message}"]
+        raise
+    return []
 
 
 def _sum(

@@ -20,6 +20,8 @@ from lora_fx.errors import LoraFxError, one_line
 DAMAGED = "the download or copy may be incomplete; fetch the file again"
 LFS = b"version https://git-lfs"
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}
+TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+"""Fields that hold numbers one by one."""
 HALF_BYTE = {"INT4", "UINT4", "FLOAT4E2M1"}
 QUARTER_BYTE = {"INT2", "UINT2"}
 
@@ -32,13 +34,16 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """
     file = Path(path)
     proto = _proto(file)
-    for tensor in _tensors(proto.graph, proto.functions):
-        _check(file, tensor)
+    training = [g for t in proto.training_info for g in (t.initialization, t.algorithm)]
+    for graph in (proto.graph, *training):
+        for tensor in _tensors(graph, proto.functions):
+            _check(file, tensor)
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises whatever its parts raise
         raise LoraFxError(f"{file}: damaged ONNX file: {one_line(error)}", DAMAGED) from error
-    ir.external_data.set_base_dir(model.graph, file.parent)
+    for graph in (model.graph, *(f.graph for f in model.functions.values())):
+        ir.external_data.set_base_dir(graph, file.parent)
     return model
 
 
@@ -66,14 +71,16 @@ def _tensors(graph: onnx.GraphProto, functions: Any = ()) -> Iterator[onnx.Tenso
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    for holder in (graph, *functions):
-        for node in holder.node:
-            for a in node.attribute:
-                if a.HasField("t"):
-                    yield a.t
-                yield from a.tensors
-                for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
-                    yield from _tensors(body)
+    attributes = [a for holder in (graph, *functions) for n in holder.node for a in n.attribute]
+    attributes += [a for f in functions for a in f.attribute_proto]
+    for a in attributes:
+        if a.HasField("t"):
+            yield a.t
+        yield from a.tensors
+        for sparse in (a.sparse_tensor, *a.sparse_tensors):
+            yield from (sparse.values, sparse.indices) if sparse.dims else ()
+        for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
+            yield from _tensors(body)
 
 
 def _check(file: Path, tensor: onnx.TensorProto) -> None:
@@ -93,6 +100,12 @@ def _check(file: Path, tensor: onnx.TensorProto) -> None:
         raise LoraFxError(
             f"{name} holds {len(tensor.raw_data)} bytes; {dims} needs {wanted}", DAMAGED
         )
+    elif (
+        wanted
+        and not tensor.HasField("raw_data")
+        and not any(len(getattr(tensor, n)) for n in TYPED)
+    ):
+        raise LoraFxError(f"{name} holds 0 bytes; {dims} needs {wanted}", DAMAGED)
 
 
 def _bytes(dtype: int, count: int) -> int:
@@ -106,7 +119,8 @@ def _bytes(dtype: int, count: int) -> int:
 
 def _external(file: Path, name: str, tensor: onnx.TensorProto, wanted: int) -> None:
     entries = {e.key: e.value for e in tensor.external_data}
-    odd = sorted(set(entries) - KNOWN)
+    twice = len(entries) < len(tensor.external_data)  # readers differ in which one they take
+    odd = ["given twice"] if twice else sorted(set(entries) - KNOWN)
     if odd:
         raise LoraFxError(f"{name} has the unknown external key {odd[0]!r}", DAMAGED)
     location = entries.get("location", "")

@@ -3,6 +3,9 @@
 1. the names in the file, which torch's exporter keeps, or tells in its metadata
 2. the module path in a node's name, where the older exporter called the weight `onnx::MatMul_12`
 3. a map that the user gives, adapter key → tensor
+4. the shape, where no key of the adapter is a name and one key and one target alone have it
+
+What several tensors answer to is refused.
 
 A whole tensor (a bias, a new head) goes by the same names; a matrix lies as its op reads it.
 """
@@ -10,7 +13,7 @@ A whole tensor (a bias, a new head) goes by the same names; a matrix lies as its
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from lora_fx.lowrank import Full, LowRank
 from lora_fx.onnx.copies import copies_of, spread
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED
-from lora_fx.target import Found
+from lora_fx.target import Found, Target
 
 Array = np.ndarray[Any, Any]
 
@@ -51,6 +54,9 @@ def match(
         LoraFxError: An entry whose tensor the file does not have, or a shape that does not fit.
     """
     adapter = _renamed(adapter, given or {})
+    found = _scoped(adapter, found)
+    if not given:
+        adapter = _renamed(adapter, _by_shape(adapter, graph, found))
     whole = {k: _whole(k, e, graph, found) for k, e in adapter.entries.items() if _is_full(e)}
     rest = {k: e for k, e in adapter.entries.items() if not _is_full(e)}
     free = spread(replace(adapter, entries=rest), found, copies_of(graph.model))
@@ -82,6 +88,64 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
             "normalisation folded into it",
             "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
         )
+
+
+def _scoped(adapter: Adapter, found: Found) -> Found:
+    """Targets that also go by the module path of the nodes that read them."""
+    every = (*found.targets, *found.optional)
+    own = {n for t in every for n in (t.parameter.name, *t.parameter.aliases)}
+    paths: dict[str, dict[str, Target]] = {}
+    for t in every:
+        for scope in {s.scope for s in t.sites if s.scope}:
+            for key in {scope, f"{scope}.weight"} - own:
+                paths.setdefault(key, {})[t.parameter.name] = t
+    for key in adapter.entries:
+        if len(several := paths.get(key, {})) > 1:
+            raise _ambiguous(key, sorted(several), "nodes of one module read them")
+    names = {k: t.parameter for k, ts in paths.items() if len(ts) == 1 for t in ts.values()}
+
+    def known(t: Target) -> Target:
+        new = tuple(k for k, p in names.items() if p.name == t.parameter.name)
+        return replace(t, parameter=replace(t.parameter, aliases=(*t.parameter.aliases, *new)))
+
+    return replace(
+        found,
+        targets=tuple(map(known, found.targets)),
+        optional=tuple(map(known, found.optional)),
+        shapes={**found.shapes, **{k: p.shape for k, p in names.items()}},
+    )
+
+
+def _by_shape(adapter: Adapter, graph: OnnxGraph, found: Found) -> dict[str, str]:
+    """Adapter key → the one target of its shape; empty where names lead anywhere."""
+    low = adapter.lowrank
+    names = {*found.shapes, *graph.flow.stores}
+    known = any(k in names or found.get(k) is not None for k in adapter.entries)
+    if known or len(low) < len(adapter.entries) or "naming" in adapter.metadata:
+        return {}
+    result: dict[str, str] = {}
+    for key, entry in low.items():
+        size = (entry.a.shape[-1], entry.b.shape[-2])
+        fits = [t for t in found.targets if (t.layout.in_size, t.layout.out_size) == size]
+        rivals = [k for k, e in low.items() if (e.a.shape[-1], e.b.shape[-2]) == size]
+        if not fits:
+            return {}
+        why = "no name leads from one to the other, and their shapes are equal"
+        if len(fits) > 1:
+            raise _ambiguous(key, [t.key for t in fits], why)
+        if len(rivals) > 1:
+            raise _ambiguous(fits[0].key, rivals, why)
+        result[key] = fits[0].key
+    graph.notes += [f"{k!r} goes to {n!r}, the only one of its shape" for k, n in result.items()]
+    return result
+
+
+def _ambiguous(key: str, some: Sequence[str], why: str) -> LoraFxError:
+    return LoraFxError(
+        f"{key!r} is no target of the model by name; it may be any of "
+        f"{', '.join(map(repr, some[:4]))}: {why}",
+        "--map FILE says which: {adapter key: tensor}",
+    )
 
 
 def read_map(path: str | None) -> dict[str, str]:

@@ -22,8 +22,12 @@ def is_external(path: Path) -> bool:
     return any(isinstance(v.const_value, ir.ExternalTensor) for v in values)
 
 
-def save(model: ir.Model, path: Path, *, external_over: int = EXTERNAL_OVER) -> list[Path]:
+def save(
+    model: ir.Model, path: Path, *, external_over: int = EXTERNAL_OVER, data: str = ""
+) -> list[Path]:
     """Write a model; returns the files that were made.
+
+    A data file is called `data`, or `NAME.data` where that is empty.
 
     Tensors are written one after the other, so that those that are computed on demand are in
     memory one at a time.
@@ -31,6 +35,6 @@ def save(model: ir.Model, path: Path, *, external_over: int = EXTERNAL_OVER) -> 
     if weight_bytes(model) <= external_over:
         ir.save(model, path)
         return [path]
-    data = path.name + ".data"
+    data = data or path.name + ".data"
     ir.save(model, path, external_data=data, max_workers=1, max_in_flight_bytes=1 << 26)
     return [path, path.with_name(data)]
