@@ -26,6 +26,12 @@ _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
     metavar="FOLDER",
     help="The model that it is for, where ADAPTER does not name its parts.",
 )
+@click.option(
+    "--for",
+    "model",
+    metavar="X.onnx",
+    help="The switchable file that OUT, an .onnx_adapter, is for.",
+)
 @trust_option
 @force_option
 @json_option
@@ -34,6 +40,7 @@ def command(
     output: str,
     name: str | None,
     base: str | None,
+    model: str | None,
     trust: bool,
     force: bool,
     as_json: bool,
@@ -45,6 +52,7 @@ def command(
 
     \b
     lora-fx convert ./adapter -o adapter.onnx_adapter
+    lora-fx convert ./adapter -o de.onnx_adapter --for bert.onnx
     lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
     """
     from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter
@@ -52,7 +60,11 @@ def command(
     name = name or format_for(output)
     source = format_of(adapter)
     loaded = load_adapter(adapter, trust, base=base)
-    notes = [*loaded.metadata.get("notes", []), *save_adapter(loaded, output, name, force=force)]
+    notes = [*loaded.metadata.get("notes", [])]
+    if model is None:
+        notes += save_adapter(loaded, output, name, force=force)
+    else:
+        _write_for(loaded, model, output, name, force)
     for text in notes:
         note(text)
     fields: dict[str, Any] = {"from": source, "to": name, "updates": len(loaded)}
@@ -64,3 +76,19 @@ def command(
         outputs=[output],
         **fields,
     )
+
+
+def _write_for(adapter: Any, model: str, output: str, name: str, force: bool) -> None:
+    """OUT with the names, shapes and dtypes of a switchable file's manifest."""
+    from pathlib import Path
+
+    from lora_fx.checkpoint.osfile import check_output, replacing
+    from lora_fx.errors import LoraFxError
+    from lora_fx.onnx.switching import manifest_of, write_adapter
+
+    if name != "onnx_adapter":
+        raise LoraFxError(f"--for is for onnx_adapter, not for {name}", "-o X.onnx_adapter")
+    check_output(output, force=force)
+    manifest = manifest_of(model)
+    with replacing(Path(output), force=force) as temporary:
+        write_adapter(adapter, manifest, temporary)

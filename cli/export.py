@@ -1,7 +1,8 @@
-"""lora-fx export: a model with an adapter folded in, as an ONNX file that was proven equal."""
+"""lora-fx export: a model as an ONNX file, adapters folded in or switchable, proven equal."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,9 +21,11 @@ from lora_fx.cli.options import (
 
 @click.command("export")
 @click.argument("model")
-@click.argument("adapter", required=False)
+@click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
-@click.option("--mode", default="merged", show_default=True, help="merged.")
+@click.option("--mode", default="merged", show_default=True, help="merged or switch.")
+@click.option("--include", multiple=True, metavar="SELECTORS", help="Of switch: the targets.")
+@click.option("--exclude", multiple=True, metavar="SELECTORS", help="Of switch: leave out.")
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
 @model_options
@@ -30,21 +33,26 @@ from lora_fx.cli.options import (
 @json_option
 def command(
     model: str,
-    adapter: str | None,
+    adapters: tuple[str, ...],
     output: str,
     mode: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     provider: str,
     opset: int,
     force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Fold ADAPTER into MODEL and write an ONNX file, proven equal at three sizes.
+    r"""Write MODEL as an ONNX file, proven equal at three sizes.
 
-    ADAPTER may carry a weight, `my-adapter:0.5`. Without an adapter the base model is exported.
+    In mode merged ADAPTER is folded in. In mode switch adapters are chosen at run time, and every
+    ADAPTER is written beside the file as NAME.onnx_adapter. ADAPTER may carry a weight,
+    `my-adapter:0.5`. Without an adapter the base model is exported.
 
     \b
     lora-fx export ./my-bert ./adapter -o bert.onnx
+    lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode switch
     lora-fx export model.py:build ./adapter -o model.onnx --dynamic x:0=batch,2=height
     """
     from lora_fx.checkpoint.osfile import check_output
@@ -54,17 +62,25 @@ def command(
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
     check_output(output, force=force)
-    update = None
-    if adapter is not None:
-        path, weight = split_weight(adapter)
-        update = adapter_of(path).weighted(weight)
+    if mode == "merged" and len(adapters) > 1:
+        raise LoraFxError(f"merged takes one adapter, not {len(adapters)}", "--mode switch")
+    updates: dict[str, Any] = {}
+    for path, weight in map(split_weight, adapters):
+        name = Path(path).resolve().name.removesuffix(".safetensors")
+        name = name.removesuffix(".onnx_adapter")
+        if name in updates:
+            raise LoraFxError(f"two adapters are called {name!r}", "rename one of them")
+        updates[name] = adapter_of(path).weighted(weight)
+    one = next(iter(updates.values()), None)
     arrays = load_npz(options["inputs_file"]) or None
     _, cap = captured(model, **options)
     report = export(
         cap,
         output,
-        adapters=update,
+        adapters=one if mode == "merged" else updates,
         mode=mode,
+        include=include or None,
+        exclude=exclude or None,
         provider=provider,
         opset=opset,
         inputs=arrays,

@@ -55,6 +55,7 @@ def command(
     lora-fx verify ./merged ./llama --adapter ./adapter
     lora-fx verify bert.onnx ./my-bert --adapter ./adapter
     lora-fx verify ./my-bert ./adapter
+    lora-fx verify switch.onnx de.onnx_adapter
     """
     from lora_fx.checkpoint.proof import ROWS
     from lora_fx.checkpoint.verify import is_tensor_file, lines
@@ -66,6 +67,8 @@ def command(
         given = [pair if (pair := split_weight(x))[0] != x else x for x in adapters]
         rows = None if everything else ROWS
         report = verify(a, b, adapter=given or None, tol=tol, rows=rows)
+    elif fits and a.endswith(".onnx"):
+        report = verify(a, b)
     elif fits:
         report = verify(captured(a, meta=True, **options)[1], adapter_of(b))
     else:

@@ -14,6 +14,7 @@ from lora_fx.checkpoint.osfile import check_output, replacing, sync
 from lora_fx.compare import FOLD_TOL, Parity, Report
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.capture import Captured
 from lora_fx.fx.flow import tensor
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, to_numpy
@@ -37,8 +38,10 @@ def export(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    adapters: Adapter | None = None,
+    adapters: Adapter | Mapping[str, Adapter] | None = None,
     mode: str = "merged",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     inputs: Mapping[str, Any] | None = None,
     provider: str = "auto",
     opset: int = OPSET,
@@ -46,18 +49,21 @@ def export(
     dynamic: Any = None,
     force: bool = False,
 ) -> Report:
-    """Write an ONNX file of a model with an adapter folded in.
+    """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
-    The fold is compared with the unfolded module, and ONNX Runtime's outputs with the unfolded
-    module's, at three sizes; only then the file gets its name.
+    In mode merged the fold is compared with the unfolded module, and ONNX Runtime's outputs with
+    the unfolded module's, at three sizes; only then the file gets its name.
 
     Args:
         model: A module that insert returned (its adapter is folded), a module or a Captured.
         path: Where to write; `PATH.data` beside it when the weights are large.
         args: Example inputs, for a model that is not captured yet.
         kwargs: Example inputs by keyword.
-        adapters: What to fold instead.
-        mode: merged.
+        adapters: What to fold instead; for switch {name: adapter}, whose targets are switchable
+            and which are written beside the file as `NAME.onnx_adapter`.
+        mode: merged, or switch: adapters are chosen run by run (lora_fx.onnx.Session).
+        include: Of switch: targets, instead of the adapters' or the default plan's.
+        exclude: Of switch: targets to leave out.
         inputs: Arrays by input name for the check, instead of sampled ones.
         provider: auto, cpu or cuda.
         opset: ONNX operator set.
@@ -68,9 +74,29 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
-    if mode != "merged":
-        raise LoraFxError(f"mode {mode!r} is not supported yet", "merged")
+    if mode not in ("merged", "switch"):
+        raise LoraFxError(f"mode {mode!r} is not supported yet", "merged or switch")
     check_output(path, force=force)
+    if mode == "switch":
+        from lora_fx.passes.export_switch import export_switch
+
+        captured, several = _switchable(model, args, kwargs, adapters, dynamic)
+        return export_switch(
+            captured,
+            Path(path),
+            several,
+            include=include,
+            exclude=exclude,
+            inputs=inputs,
+            provider=provider,
+            opset=opset,
+            external_over=external_over,
+            force=force,
+        )
+    if include or exclude:
+        raise LoraFxError("include and exclude are for mode switch", "merged folds all updates")
+    if isinstance(adapters, Mapping):
+        raise LoraFxError("merged takes one adapter", "lora_fx.mix makes one of several")
     branched = _branched(model, args, kwargs, adapters, dynamic)
     mode_before = branched.training
     branched.eval()
@@ -137,6 +163,26 @@ def _write(
             "grown_bytes": grown(getattr(folded, "folded", ())),
         },
     )
+
+
+def _switchable(
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    adapters: Adapter | Mapping[str, Adapter] | None,
+    dynamic: Any,
+) -> tuple[Captured, Mapping[str, Adapter]]:
+    """The capture of the base model, and the adapters by name."""
+    model = opened(model)
+    if isinstance(model, AdaptedModule):
+        adapters = {"adapter": model.adapter()} if adapters is None else adapters
+    elif isinstance(model, CapturedModule) and hasattr(model, "folded"):
+        raise LoraFxError(
+            "this module's weights are folded already", "export the original with adapters=…"
+        )
+    if isinstance(adapters, Adapter):
+        adapters = {"adapter": adapters}
+    return captured_of(model, args, kwargs, dynamic), adapters or {}
 
 
 def _branched(

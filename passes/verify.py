@@ -54,6 +54,8 @@ def verify(
             return fits_files(a, b)
         if is_tensor_file(b):
             return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
+    if fits and _is_path(a) and str(a).endswith(".onnx"):
+        return fits_switch(a, b)
     from lora_fx.passes.verify_run import verify_run
 
     if fits and not isinstance(b, Adapter):
@@ -63,6 +65,20 @@ def verify(
     if isinstance(adapter, Sequence):
         raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
     return verify_run(a, b, inputs, adapter, ORT_TOL if tol is None else tol, provider)
+
+
+def fits_switch(path: Any, adapter: Any) -> Report:
+    """Does an adapter, or its file, fit the manifest of a switchable ONNX file? Nothing is run.
+
+    Raises:
+        LoraFxError: It does not, or the file is not switchable.
+    """
+    from lora_fx.onnx.switching import manifest_of, tensors_of
+
+    manifest = manifest_of(path)
+    tensors = tensors_of(adapter, manifest)
+    details = {"targets": len(manifest.slots), "adapted": len(tensors) // 2}
+    return Report("verify", True, details=details)
 
 
 def _is_path(value: Any) -> bool:

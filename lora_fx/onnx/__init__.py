@@ -1,1 +1,18 @@
 """The ONNX side: op table, Graph and Emitter on onnx_ir, export, sessions and providers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_fx.onnx.switching import Session
+
+__all__ = ["Session"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Session":
+        from lora_fx.onnx.switching import Session
+
+        return Session
+    raise AttributeError(f"module 'lora_fx.onnx' has no attribute {name!r}")

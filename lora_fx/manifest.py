@@ -1,0 +1,167 @@
+"""The manifest of a switchable ONNX file: which tensors an adapter has to bring, and their shapes.
+
+It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two inputs that
+have defaults: A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the
+change of y is (x A) B. Adapter files, sessions and checks read it; nothing guesses names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter, check_plain, near
+from lora_fx.errors import LoraFxError
+
+Array = np.ndarray[Any, Any]
+
+PROPERTY = "lora_fx.manifest"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The two tensors of one key.
+
+    Attributes:
+        a: Name of A [*batch, in, rank].
+        b: Name of B [*batch, rank, out].
+        inside: Size of in.
+        out: Size of out.
+        batch: Sizes before them (experts of a stack); empty for a plain matrix.
+        shape: The stored shape of the weight in the ONNX file.
+        op: The op that reads the weight.
+        role: q, k, v …, or empty.
+        rank: Of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe.
+        dtype: Of both tensors.
+    """
+
+    a: str
+    b: str
+    inside: int
+    out: int
+    batch: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    op: str = ""
+    role: str = ""
+    rank: int = 0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The slots of a file by key, and its mode."""
+
+    slots: Mapping[str, Slot]
+    mode: str = "switch"
+
+    def to_text(self) -> str:
+        """JSON, for the model's metadata."""
+        slots = {k: asdict(s) for k, s in self.slots.items()}
+        return json.dumps({"version": VERSION, "mode": self.mode, "slots": slots})
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Manifest:
+        """The inverse of to_text.
+
+        Raises:
+            LoraFxError: No manifest, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise LoraFxError(
+                    f"{where}: a manifest of version {data['version']}; expected {VERSION}",
+                    "export the model again",
+                )
+            slots = {}
+            for key, s in data["slots"].items():
+                fields = {**s, "batch": tuple(s["batch"]), "shape": tuple(s["shape"])}
+                slots[key] = Slot(**fields)
+            return cls(slots, str(data["mode"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
+
+    def tensors(self, adapter: Adapter, where: str = "the adapter") -> dict[str, Array]:
+        """The tensors of an adapter by their name in the file, scale multiplied into B.
+
+        Args:
+            adapter: Keys as in the manifest, or a file's own names where those can be resolved.
+            where: What errors call it.
+
+        Raises:
+            LoraFxError: A key that the file has no slot for, a shape that does not fit, or an
+                entry that is no low-rank update.
+        """
+        if "naming" in adapter.metadata:
+            from lora_fx.formats.naming import resolve  # formats are built on the adapter
+
+            adapter = resolve(adapter, {k: s.shape for k, s in self.slots.items()})
+        check_plain(adapter, f"{where}: a switchable file")
+        if adapter.full:
+            raise LoraFxError(
+                f"{where}: {next(iter(adapter.full))!r} is a whole tensor; expected s·b·a",
+                "export --mode merged folds whole tensors",
+            )
+        result: dict[str, Array] = {}
+        for key, low in adapter.lowrank.items():
+            slot = self.slots.get(key)
+            if slot is None or low.use:
+                name = f"{key}@{low.use}" if low.use else key
+                raise LoraFxError(
+                    f"{where}: {name!r} is no target of the file", near(key, self.slots)
+                )
+            b = low.b * np.float32(low.scale)
+            result[slot.a] = _stored(low.a, slot.dtype)
+            result[slot.b] = _stored(b, slot.dtype)
+        self.check(result, where)
+        return result
+
+    def check(self, tensors: Mapping[str, Array], where: str) -> None:
+        """Compare tensors with the slots.
+
+        Raises:
+            LoraFxError: An unknown name, half a pair, a shape, rank or dtype that does not fit.
+        """
+        known = {name: key for key, s in self.slots.items() for name in (s.a, s.b)}
+        for name in tensors:
+            if name not in known:
+                raise LoraFxError(
+                    f"{where}: tensor {name!r} is no input of the file", near(name, known)
+                )
+        if not tensors:
+            raise LoraFxError(f"{where}: it holds no tensors", "was it converted for this file?")
+        for key in dict.fromkeys(known[name] for name in tensors):
+            self._check_pair(self.slots[key], tensors, where)
+
+    def _check_pair(self, slot: Slot, tensors: Mapping[str, Array], where: str) -> None:
+        for name, other in ((slot.a, slot.b), (slot.b, slot.a)):
+            if name not in tensors:
+                raise LoraFxError(
+                    f"{where}: tensor {other!r} is there and {name!r} is missing",
+                    "convert the adapter again",
+                )
+        a = tensors[slot.a]
+        rank = a.shape[-1] if a.ndim else 0
+        wanted = {slot.a: (*slot.batch, slot.inside, rank), slot.b: (*slot.batch, rank, slot.out)}
+        for name, shape in wanted.items():
+            found = tensors[name]
+            if found.shape != shape:
+                raise LoraFxError(
+                    f"{where}: tensor {name!r} is {list(found.shape)}; expected {list(shape)}",
+                    "was the adapter trained on another model?",
+                )
+            if found.dtype.name != slot.dtype:
+                raise LoraFxError(
+                    f"{where}: tensor {name!r} is {found.dtype.name}; expected {slot.dtype}",
+                    "lora-fx convert ADAPTER --for X.onnx writes the dtype of the file",
+                )
+
+
+def _stored(matrix: Array, dtype: str) -> Array:
+    """A matrix, or a stack of them, transposed and contiguous."""
+    return np.ascontiguousarray(np.swapaxes(matrix, -1, -2).astype(dtype))

@@ -1,0 +1,224 @@
+"""Mode switch: adapters of several ranks in one session, against their merged models."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.adapter import Adapter
+from lora_fx.compare import rel
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import draw
+from lora_fx.onnx import Session
+from lora_fx.onnx.adapter_file import write_file
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.switching import manifest_of, write_adapter
+from tests.providers import PROVIDERS
+
+RANKS = {"de": 4, "fr": 8, "it": 16}
+TOL = 1e-5
+
+
+class Net(nn.Module):
+    """An embedding, a convolution, a linear, a bare product and a linear without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(100, 24)
+        self.conv = nn.Conv1d(24, 20, 3, padding=1)
+        self.fc = nn.Linear(20, 32)
+        self.w = nn.Parameter(torch.randn(32, 18) * 0.2)
+        self.head = nn.Linear(18, 17, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2)
+        return {"y": self.head(torch.tanh(torch.relu(self.fc(h)) @ self.w))}
+
+
+def ids(seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 100, (3, 6))
+
+
+def adapter(seed: int, rank: int) -> Adapter:
+    """A random one for every weight; alpha is 3 times the rank over 4, so scale is .75."""
+    found = lora_fx.find(Net(), (torch.tensor(ids()),))
+    entries = {}
+    for target in (*found.targets, *found.optional):
+        a, b = draw(target.key, target.layout, rank, seed, "probe")
+        entries[target.key] = lora_fx.LowRank(a, b, 0.75 * rank, target.layout)
+    return Adapter(entries)
+
+
+ADAPTERS = {name: adapter(i, r) for i, (name, r) in enumerate(RANKS.items())}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("switch")
+    path = folder / "m.onnx"
+    args = (torch.tensor(ids()),)
+    lora_fx.export(Net().eval(), path, args, mode="switch", adapters=ADAPTERS, provider="cpu")
+    for name, one in {**ADAPTERS, "base": None}.items():
+        merged = folder / f"{name}-merged.onnx"
+        lora_fx.export(Net().eval(), merged, args, adapters=one, provider="cpu")
+    return path
+
+
+def merged(made: Path, name: str, provider: str = "cpu") -> Any:
+    session = open_session(made.with_name(f"{name}-merged.onnx"), provider)
+    return session.run({"ids": ids()})["y"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_three_ranks_in_one_session_equal_their_merged_models(made: Path, provider: str) -> None:
+    session = Session(made, provider)
+    for name in RANKS:
+        session.load(name, made.with_name(f"{name}.onnx_adapter"))
+    base = session.run({"ids": ids()})["y"]
+    for name in (*RANKS, *reversed(RANKS)):
+        got = session.run({"ids": ids()}, adapter=name)["y"]
+        assert rel(got, merged(made, name, provider)) <= TOL
+        assert rel(got, base) > 0.05
+        binding = session.bind({"ids": ids()}, adapter=name)
+        session.session.run_with_iobinding(binding)
+        np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], got)
+    np.testing.assert_array_equal(session.run({"ids": ids()})["y"], base)
+    binding = session.bind({"ids": ids()})
+    session.session.run_with_iobinding(binding)
+    np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], base)
+
+
+def test_base_of_the_default_is_the_exported_base(made: Path) -> None:
+    got = Session(made, "cpu").run({"ids": ids()})["y"]
+    assert rel(got, merged(made, "base")) <= 1e-6
+
+
+def test_plain_onnx_runtime_takes_the_files(made: Path) -> None:
+    import onnxruntime as ort
+
+    session = open_session(made, "cpu").session
+    for name in RANKS:
+        loaded = ort.LoraAdapter()
+        loaded.Load(str(made.with_name(f"{name}.onnx_adapter")))
+        options = ort.RunOptions()
+        options.add_active_adapter(loaded)
+        got = session.run(["y"], {"ids": ids()}, options)[0]
+        assert rel(got, merged(made, name)) <= TOL
+
+
+def test_a_mix_is_the_weighted_sum(made: Path) -> None:
+    session = Session(made, "cpu")
+    for name, one in ADAPTERS.items():
+        session.load(name, one)
+    weights = {"de": 0.7, "it": -0.4}
+    got = session.run({"ids": ids()}, adapter=weights)["y"]
+    net = Net().eval().double()
+    parameters = dict(net.named_parameters())
+    with torch.no_grad():
+        for name, w in weights.items():
+            for key, delta in ADAPTERS[name].deltas().items():
+                parameters[key] += w * torch.tensor(delta)
+        expected = net(torch.tensor(ids()))["y"].numpy()
+    assert rel(got, expected) <= TOL
+
+
+def test_no_transpose_and_no_scale_of_the_factors_at_run_time(made: Path) -> None:
+    model = onnx.load(made)
+    onnx.checker.check_model(model, full_check=True)
+    manifest = manifest_of(made)
+    slots = {n: k for k, s in manifest.slots.items() for n in (s.a, s.b)}
+    readers = {
+        k: {
+            n.op_type
+            for n in model.graph.node
+            if slots.keys() & {*n.input} and k in {slots.get(i) for i in n.input}
+        }
+        for k in manifest.slots
+    }
+    assert readers["fc.weight"] == readers["w"] == readers["head.weight"] == {"MatMul"}
+    assert readers["embed.weight"] == {"Gather", "MatMul"}
+    ranks = {k: s.rank for k, s in manifest.slots.items()}
+    assert ranks == {k: int(k == "conv.weight") for k in ranks}
+    adds = [n for n in model.graph.node if n.op_type == "Add" and "fc.bias" in n.input]
+    makers = {o: n for n in model.graph.node for o in n.output}
+    (inner,) = [makers[i] for i in adds[0].input if i in makers]
+    assert inner.op_type == "Add"  # the delta comes before the bias
+    symbols = {
+        i.type.tensor_type.shape.dim[-1].dim_param
+        for i in model.graph.input
+        if i.name.endswith("lora_A")
+    }
+    assert len(symbols) == len(manifest.slots)
+
+
+def test_insert_before_and_after_the_export_agree(made: Path) -> None:
+    session = Session(made, "cpu")
+    session.load("fr", ADAPTERS["fr"])
+    module = lora_fx.insert(Net().eval(), (torch.tensor(ids()),), adapter=ADAPTERS["fr"])
+    module.eval()
+    with torch.no_grad():
+        expected = module(torch.tensor(ids()))["y"].numpy()
+    assert rel(session.run({"ids": ids()}, "fr")["y"], expected) <= 1e-6
+
+
+def test_a_wrong_scale_is_seen(made: Path) -> None:
+    session = Session(made, "cpu")
+    wrong = {k: replace(u, alpha=u.alpha * 1.01) for k, u in ADAPTERS["de"].lowrank.items()}
+    session.load("de", Adapter(wrong))
+    assert rel(session.run({"ids": ids()}, "de")["y"], merged(made, "de")) > TOL
+
+
+def test_what_does_not_fit_is_refused_by_name(made: Path, tmp_path: Path) -> None:
+    session = Session(made, "cpu")
+    manifest = manifest_of(made)
+    with pytest.raises(LoraFxError, match="no adapter 'de' is loaded"):
+        session.run({"ids": ids()}, adapter="de")
+    with pytest.raises(LoraFxError, match="input 'ids' is missing"):
+        session.run({})
+    with pytest.raises(LoraFxError, match="no input 'idz'"):
+        session.run({"idz": ids()})
+    good = manifest.tensors(ADAPTERS["de"])
+    slot = manifest.slots["fc.weight"]
+    changes: dict[str, Any] = {
+        "'fc.weight.lora_B' is missing": {slot.b: None},
+        r"is \[20, 4\]; expected \[20, 8\]|is \[4, 20\]": {slot.a: good[slot.a].T.copy()},
+        r"expected \[4, 32\]": {slot.b: good[slot.b][:3].copy()},
+        "is float16; expected float32": {slot.a: good[slot.a].astype(np.float16)},
+        "'other.lora_A' is no input": {"other.lora_A": good[slot.a]},
+    }
+    for i, (words, change) in enumerate(changes.items()):
+        tensors = {k: v for k, v in {**good, **change}.items() if v is not None}
+        path = tmp_path / f"{i}.onnx_adapter"
+        write_file(path, tensors, {"adapter_version": 1, "model_version": 1})
+        with pytest.raises(LoraFxError, match=words):
+            session.load("bad", path)
+        with pytest.raises(LoraFxError, match=words):
+            lora_fx.verify(made, path)
+    whole = copy.deepcopy(ADAPTERS["de"].entries)
+    with pytest.raises(LoraFxError, match="whole tensor"):
+        session.load("bad", Adapter({**whole, "fc.bias": lora_fx.Full(np.zeros(32))}))
+    with pytest.raises(LoraFxError, match="no target of the file"):
+        write_adapter(Adapter({"no.weight": whole["fc.weight"]}), manifest, tmp_path / "x")
+    with pytest.raises(LoraFxError, match="not switchable"):
+        Session(made.with_name("base-merged.onnx"), "cpu")
+    assert lora_fx.verify(made, made.with_name("de.onnx_adapter"))
+
+
+def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
+    args = (torch.tensor(ids()),)
+    with pytest.raises(LoraFxError, match="not supported"):
+        lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="batch")
+    (tmp_path / "de.onnx_adapter").write_text("mine")
+    with pytest.raises(LoraFxError, match="exists"):
+        lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS)
+    assert [p.name for p in tmp_path.iterdir()] == ["de.onnx_adapter"]
