@@ -99,8 +99,11 @@ def _settle(graph: OnnxGraph, target: Target, symbol: str) -> Slot:
     layout, rank = target.layout, 0 if _direct(target) else 1
     batch = layout.batch_shape
     names = (f"{target.key}.lora_A", f"{target.key}.lora_B")
-    sides = ((layout.in_size, rank), (rank, layout.out_size))
-    shapes = ((layout.in_size, symbol), (symbol, layout.out_size))
+    sides: tuple[tuple[int, int], ...] = ((layout.in_size, rank), (rank, layout.out_size))
+    shapes: tuple[tuple[int | str, ...], ...] = (
+        (layout.in_size, symbol),
+        (symbol, layout.out_size),
+    )
     owner = graph.model.graph
     for old, name, side, shape in zip(slot_names(target.key), names, sides, shapes, strict=True):
         if name in owner.initializers or any(v.name == name for v in owner.inputs):
@@ -126,6 +129,7 @@ def _settle(graph: OnnxGraph, target: Target, symbol: str) -> Slot:
 
 def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]) -> None:
     """Users of `was` read `new`, its transpose, with as few transposes as there can be."""
+    made = graph.model.graph.initializers
     for user, i in list(was.uses()):
         body = user.graph
         assert body is not None
@@ -133,8 +137,8 @@ def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...
             one = user.inputs[1 - i]
             _reread(graph, user.outputs[0], new, perm)
             body.remove(user, safe=True)
-            if one is not None and not one.uses() and one.name in graph.model.graph.initializers:
-                del graph.model.graph.initializers[one.name]
+            if one is not None and not one.uses() and one.name in made:
+                del made[str(one.name)]
         elif user.op_type == "Transpose" and tuple(user.attributes["perm"].as_ints()) == perm:
             for reader, j in list(user.outputs[0].uses()):
                 reader.replace_input_with(j, new)
@@ -149,12 +153,6 @@ def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...
 
 
 def _is_one(value: ir.Value | None) -> bool:
-    tensor = None if value is None else value.const_value
-    return (
-        tensor is not None
-        and tensor.size == 1
-        and MARK in value.metadata_props
-        and (  # type: ignore[union-attr]
-            float(tensor.numpy().reshape(())) == 1.0
-        )
-    )
+    if value is None or value.const_value is None or MARK not in value.metadata_props:
+        return False
+    return value.const_value.size == 1 and float(value.const_value.numpy().reshape(())) == 1.0

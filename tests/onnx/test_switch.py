@@ -127,7 +127,7 @@ def test_a_mix_is_the_weighted_sum(made: Path) -> None:
     with torch.no_grad():
         for name, w in weights.items():
             for key, delta in ADAPTERS[name].deltas().items():
-                parameters[key] += w * torch.tensor(delta)
+                parameters[key].add_(w * torch.tensor(delta))
         expected = net(torch.tensor(ids()))["y"].numpy()
     assert rel(got, expected) <= TOL
 
