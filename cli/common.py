@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "Convert an adapter between file formats.",
     "verify": "Compare two models, or tensor files; or: does an adapter fit?",
     "doctor": "Say what is wrong with a base and an adapter.",
+    "bench": "Time ONNX files in turn, and print the ratios.",
     "demo": "All of it, end to end, on a real model and real data.",
 }
 

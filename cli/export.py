@@ -28,6 +28,7 @@ from lora_fx.cli.options import (
 @click.option("--exclude", multiple=True, metavar="SELECTORS", help="Of switch: leave out.")
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
+@click.option("--optimise", is_flag=True, help="Rewrite the graph for ONNX Runtime, proven equal.")
 @model_options
 @force_option
 @json_option
@@ -40,6 +41,7 @@ def command(
     exclude: tuple[str, ...],
     provider: str,
     opset: int,
+    optimise: bool,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -73,6 +75,13 @@ def command(
         updates[name] = adapter_of(path).weighted(weight)
     one = next(iter(updates.values()), None)
     arrays = load_npz(options["inputs_file"]) or None
+    if model.endswith(".onnx") and optimise and update is None:
+        from lora_fx.passes.optimise import optimise_file
+
+        done = optimise_file(model, output, inputs=arrays, provider=provider, force=force)
+        shown = {k: v for k, v in done.to_json().items() if k != "command"}
+        emit(as_json, "export", f"{done}\n{table(done)}\nwrote {output}", **shown)
+        return
     _, cap = captured(model, **options)
     report = export(
         cap,
@@ -85,7 +94,17 @@ def command(
         opset=opset,
         inputs=arrays,
         force=force,
+        optimise=optimise,
     )
     fields = {**report.to_json(), "inputs": cap.inputs.to_json(), "outputs": list(report.outputs)}
     fields.pop("command")
-    emit(as_json, "export", f"{report}\nwrote {output}", **fields)
+    stages = f"\n{table(report)}" if optimise else ""
+    emit(as_json, "export", f"{report}{stages}\nwrote {output}", **fields)
+
+
+def table(report: Any) -> str:
+    """The stages of an optimised export, a line each."""
+    from lora_fx.onnx.stages import Stage
+
+    rows = [f"  {Stage(**row)}" for row in report.details["stages"]]
+    return "\n".join(["stages:", *(rows or ["  none changed anything"])])

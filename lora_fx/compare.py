@@ -134,6 +134,8 @@ class Report:
             )
         for name, value in self.details.items():
             if isinstance(value, list):
+                if any(isinstance(v, dict) for v in value):
+                    continue  # a table, which its command shows
                 value = ", ".join(map(str, value)) or "none"
             if not isinstance(value, dict):
                 lines.append(f"  {name}: {value}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -27,7 +28,9 @@ from lora_fx.onnx.names import (
 )
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.stages import Stage
 from lora_fx.passes.given import captured_of, opened, plain
+from lora_fx.passes.optimise import optimise as optimised
 from lora_fx.passes.pipeline import fold, grown, insert
 from lora_fx.passes.prove import prove, torch_run
 
@@ -48,6 +51,7 @@ def export(
     external_over: int = EXTERNAL_OVER,
     dynamic: Any = None,
     force: bool = False,
+    optimise: bool = False,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
@@ -70,6 +74,7 @@ def export(
         external_over: Bytes of weights above which they go to a file of their own.
         dynamic: As in capture.
         force: Replace an existing file.
+        optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
 
     Raises:
         NoEffectError: The outputs differ; nothing is written.
@@ -101,7 +106,9 @@ def export(
     mode_before = branched.training
     branched.eval()
     try:
-        return _write(branched, Path(path), mode, inputs, provider, opset, external_over, force)
+        return _write(
+            branched, Path(path), mode, inputs, provider, opset, external_over, force, optimise
+        )
     finally:
         if mode_before:
             branched.train()
@@ -116,6 +123,7 @@ def _write(
     opset: int,
     external_over: int,
     force: bool,
+    optimise: bool,
 ) -> Report:
     """Fold, prove, translate, prove, and give the file its name."""
     folded = fold(branched) if isinstance(branched, AdaptedModule) else branched
@@ -132,10 +140,22 @@ def _write(
     mark_changed(made.model, {n: partial(_value, folded, n) for n in tensors})
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
+    model = made.model
+    stages: list[Stage] = []
+    if optimise:
+        model, stages = optimised(model, branched, inputs, provider)
     with replacing(target, force=force) as temporary:
-        files = save(made.model, temporary, external_over=external_over)
+        files = save(model, temporary, external_over=external_over)
         session = open_session(temporary, provider)
         runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
+        if any(s.kept for s in stages) and not all(p.ok for p in runtime):
+            # each stage was near the exported graph, but together they are too far from torch
+            why = "the stages together differ from torch"
+            stages = [replace(s, kept=False, why=s.why or why) for s in stages]
+            model = made.model
+            files = save(model, temporary, external_over=external_over)
+            session = open_session(temporary, provider)
+            runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
         _demand(runtime, "ONNX Runtime differs from torch")
         if len(files) > 1:
             data = target.with_name(files[1].name)
@@ -159,8 +179,9 @@ def _write(
             "provider": session.provider,
             "opset": opset,
             "mode": mode,
-            "nodes": sum(1 for _ in made.model.graph.all_nodes()),
+            "nodes": sum(1 for _ in model.graph.all_nodes()),
             "grown_bytes": grown(getattr(folded, "folded", ())),
+            **({"stages": [s.to_json() for s in stages]} if optimise else {}),
         },
     )
 

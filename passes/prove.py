@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,15 +62,9 @@ def prove(
     """
     reference.eval()
     results: list[Parity] = []
-    seen: set[tuple[Any, ...]] = set()
     own: dict[str, float] | None = None
-    for size in sizes if arrays is None else sizes[:1]:
-        named = reference.sample(size, arrays)
-        feeds = arrays_of(named)
+    for named, feeds in feeds_of(reference, arrays, sizes):
         shapes = {k: v.shape for k, v in feeds.items()}
-        if tuple(shapes.values()) in seen or _banned(reference, shapes):
-            continue
-        seen.add(tuple(shapes.values()))
         try:
             expected = reference.flat(named)
         except (RuntimeError, ValueError) as e:
@@ -91,6 +85,22 @@ def prove(
             got = compare(outputs, expected, shapes, wider, of)
         results.append(got)
     return results
+
+
+def feeds_of(
+    reference: CapturedModule,
+    arrays: Mapping[str, Any] | None = None,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+) -> Iterator[tuple[Mapping[str, Any], dict[str, np.ndarray[Any, Any]]]]:
+    """(named arguments, {ONNX input: array}) of every size that the model takes, each once."""
+    seen: set[tuple[Any, ...]] = set()
+    for size in sizes if arrays is None else sizes[:1]:
+        named = reference.sample(size, arrays)
+        feeds = arrays_of(named)
+        shapes = {k: v.shape for k, v in feeds.items()}
+        if tuple(shapes.values()) not in seen and not _banned(reference, shapes):
+            seen.add(tuple(shapes.values()))
+            yield named, feeds
 
 
 def _banned(reference: CapturedModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:

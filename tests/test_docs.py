@@ -187,7 +187,8 @@ RUNS = {
         "merge base.safetensors tuned -o merged.safetensors --any-base --dry-run",
         "merge base.safetensors tuned -o merged.safetensors --any-base",
     ],
-    "export": ["export model.py:build start -o m.onnx --provider cpu"],
+    "export": ["export model.py:build start -o m.onnx --provider cpu --optimise"],
+    "bench": ["bench m.onnx --rounds 1"],
     "convert": ["convert start -o start.onnx_adapter"],
     "verify": [
         "verify m.onnx model.py:build --provider cpu",

@@ -7,16 +7,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from lora_fx.timing import Sample
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Sample):
     """One run of a command: seconds by the clock, seconds of CPU, peak resident MB."""
 
-    wall: float
-    cpu: float
     rss: float
 
 
@@ -33,27 +33,6 @@ def run(argv: Sequence[str]) -> Run:
         raise SystemExit(f"{' '.join(argv)}: exit {child.returncode}")
     peak = usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
     return Run(wall, usage.ru_utime + usage.ru_stime, peak)
-
-
-def interleave(
-    commands: Mapping[str, Sequence[str]], rounds: int, before: Callable[[], None]
-) -> dict[str, list[Run]]:
-    """Every command once a round, after one round that is not counted.
-
-    Args:
-        commands: Name → command line; the first is the baseline, a second of the same command the
-            control.
-        rounds: How many are counted.
-        before: Called before every run, to take away what the last one wrote.
-    """
-    found: dict[str, list[Run]] = {name: [] for name in commands}
-    for i in range(rounds + 1):
-        for name, argv in commands.items():
-            before()
-            one = run(argv)
-            if i:
-                found[name].append(one)
-    return found
 
 
 def show(found: Mapping[str, Sequence[Run]]) -> str:

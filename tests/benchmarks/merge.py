@@ -16,13 +16,15 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from lora_fx import Adapter, LowRank, save_adapter
-from tests.benchmarks.interleave import interleave, processor, run, show
+from lora_fx.timing import interleave
+from tests.benchmarks.interleave import processor, run, show
 
 HIDDEN, FFN, VOCABULARY = 2048, 5632, 32000
 SHAPES = {
@@ -127,7 +129,10 @@ def main() -> None:
         }
         print(f"{processor()}; {options.folder}{', synced' if options.synced else ''}")
         print(f"{sum(f.stat().st_size for f in (root / 'base').iterdir()) / 1e9:.2f} GB, bf16")
-        found = interleave(commands, options.rounds, lambda: shutil.rmtree(out, ignore_errors=True))
+        runs = {name: partial(run, argv) for name, argv in commands.items()}
+        found = interleave(
+            runs, options.rounds, before=lambda: shutil.rmtree(out, ignore_errors=True)
+        )
         print(show(found))
         if options.large:
             shutil.rmtree(out, ignore_errors=True)

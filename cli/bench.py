@@ -1,0 +1,70 @@
+"""lora-fx bench: .onnx files timed in turn, with the first one twice as a control."""
+
+from __future__ import annotations
+
+import click
+
+from lora_fx.cli.common import emit
+from lora_fx.cli.options import json_option, load_npz
+
+
+@click.command("bench")
+@click.argument("files", nargs=-1, required=True, metavar="A.onnx [B.onnx]...")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="BATCH,LENGTH",
+    help="Of dynamic dimensions; repeatable.  [default: 1,8 and 1,32]",
+)
+@click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Inputs by name, one size.")
+@click.option("--rounds", type=int, default=15, show_default=True, help="Rounds that count.")
+@click.option("--threads", type=int, default=1, show_default=True, help="Of ONNX Runtime.")
+@click.option("--provider", default="cpu", show_default=True, help="auto, cpu or cuda.")
+@json_option
+def command(
+    files: tuple[str, ...],
+    sizes: tuple[str, ...],
+    inputs_file: str | None,
+    rounds: int,
+    threads: int,
+    provider: str,
+    as_json: bool,
+) -> None:
+    r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.
+
+    A is timed twice: the second row says how far two measurements of one thing lie apart.
+
+    \b
+    lora-fx bench base.onnx adapted.onnx --size 1,128 --size 8,128
+    """
+    from lora_fx.onnx.bench import SIZES, bench
+
+    wanted = [_size(s) for s in sizes] or SIZES
+    arrays = load_npz(inputs_file) or None
+    found = bench(
+        files, sizes=wanted, inputs=arrays, threads=threads, rounds=rounds, provider=provider
+    )
+    head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {provider}"
+    text = "\n".join([head, *map(str, found)])
+    emit(
+        as_json,
+        "bench",
+        text,
+        inputs=[{"model": f} for f in files],
+        rounds=rounds,
+        threads=threads,
+        timings=[t.to_json() for t in found],
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    from lora_fx.errors import LoraFxError
+
+    try:
+        batch, length = (int(n) for n in text.split(","))
+    except ValueError as e:
+        raise LoraFxError(f"--size {text!r} is not BATCH,LENGTH", "for example 1,128") from e
+    if min(batch, length) < 1:
+        raise LoraFxError(f"--size {text!r} has a size below 1", "for example 1,128")
+    return batch, length

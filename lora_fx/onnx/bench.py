@@ -1,0 +1,165 @@
+"""Latency of .onnx files, interleaved: sessions on the same inputs, and the first one twice.
+
+One thread unless more are asked for, so that the process's CPU time is the model's. Every sample
+is the mean of so many runs that it lasts about 5 ms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any
+
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.onnx.session import Array, Session, open_session, signature
+from lora_fx.timing import Sample, interleave, summary, timed
+
+SIZES = ((1, 8), (1, 32))
+"""(batch, length)"""
+SAMPLE_SECONDS = 0.005
+CONTROL = "again"
+
+
+@dataclass(frozen=True)
+class Timings:
+    """All samples at one size: {name: [Sample, …]}; the first is the baseline, the second it again.
+
+    `repeats` is the number of runs that one sample is the mean of.
+    """
+
+    sizes: Mapping[str, tuple[int, ...]]
+    repeats: int
+    samples: Mapping[str, Sequence[Sample]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a model: `cpu` and `wall`, as `lora_fx.timing.summary`."""
+        base = next(iter(self.samples.values()))
+        return [
+            {
+                "model": name,
+                **{
+                    clock: summary(
+                        [getattr(s, clock) for s in mine], [getattr(s, clock) for s in base]
+                    )
+                    for clock in ("cpu", "wall")
+                },
+            }
+            for name, mine in self.samples.items()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `timings[]`."""
+        return {
+            "sizes": {k: list(v) for k, v in self.sizes.items()},
+            "repeats": self.repeats,
+            "rows": self.rows(),
+        }
+
+    def __str__(self) -> str:
+        """A table, in milliseconds."""
+        sizes = ", ".join(f"{k} {list(v)}" for k, v in self.sizes.items())
+        wide = max(len(n) for n in self.samples)
+        lines = [
+            f"{sizes} ({self.repeats} runs a sample)",
+            f"  {'ms':{wide}}   cpu    min  ratio  min r  95 %          wall    min  ratio",
+        ]
+        for row in self.rows():
+            cpu, wall = row["cpu"], row["wall"]
+            span = "" if cpu["lower"] is None else f"{cpu['lower']:.2f}-{cpu['upper']:.2f}"
+            lines.append(
+                f"  {row['model']:{wide}} {cpu['median'] * 1e3:6.2f} {cpu['min'] * 1e3:6.2f} "
+                f"{cpu['ratio']:6.2f} {cpu['min_ratio']:6.2f}  {span:11} "
+                f"{wall['median'] * 1e3:6.2f} {wall['min'] * 1e3:6.2f} {wall['ratio']:6.2f}"
+            )
+        return "\n".join(lines)
+
+
+def bench(
+    files: Sequence[str | PathLike[str]],
+    *,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    inputs: Mapping[str, Array] | None = None,
+    threads: int = 1,
+    rounds: int = 15,
+    warmup: int = 2,
+    provider: str = "cpu",
+) -> list[Timings]:
+    """Time files against the first of them, one `Timings` a size.
+
+    Args:
+        files: Paths of .onnx files.
+        sizes: (batch, length) of dynamic dimensions; sizes that no dimension tells apart run once.
+        inputs: Arrays by input name instead of sampled ones, at one size.
+        threads: Of ONNX Runtime, for each session.
+        rounds: How many are counted.
+        warmup: Rounds before them that are not.
+        provider: auto, cpu or cuda.
+
+    Raises:
+        LoraFxError: A file does not load, or does not run at a size.
+    """
+    for name, value in (("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise LoraFxError(f"{name} is {value}", "1 or more")
+    if not files:
+        raise LoraFxError("no file to time", "bench A.onnx B.onnx")
+    opened = _sessions([fspath(f) for f in files], provider, threads)
+    found, seen = [], set()
+    for size in sizes if inputs is None else sizes[:1]:
+        feeds = {n: _feeds(n, s, size, inputs) for n, s in opened.items()}
+        shapes = {k: v.shape for k, v in next(iter(feeds.values())).items()}
+        if tuple(shapes.items()) not in seen:
+            seen.add(tuple(shapes.items()))
+            found.append(time_sessions(opened, feeds, rounds, warmup))
+    return found
+
+
+def time_sessions(
+    opened: Mapping[str, Session],
+    feeds: Mapping[str, Mapping[str, Array]],
+    rounds: int,
+    warmup: int = 2,
+) -> Timings:
+    """Sessions by name, each on its own feeds, interleaved."""
+    shapes = {k: v.shape for k, v in next(iter(feeds.values())).items()}
+    first, second = 0.0, math.inf
+    for name, session in opened.items():
+        try:
+            one = [timed(lambda s=session, f=feeds[name]: s.run(f)).wall for _ in range(2)]  # type: ignore[misc]
+        except Exception as e:  # the runtime's exceptions have no common base
+            text = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds[name].items())
+            raise LoraFxError(
+                f"{name}: does not run at {text}: {one_line(e, 160)}",
+                "--size BATCH,LENGTH, or give real data with --inputs",
+            ) from e
+        if not first:
+            first, second = one
+    repeats = max(1, math.ceil(SAMPLE_SECONDS / max(second, 1e-7)))
+    runs = {
+        n: (lambda s=s, f=feeds[n]: timed(lambda: s.run(f), repeats)) for n, s in opened.items()
+    }
+    return Timings(shapes, repeats, interleave(runs, rounds, warmup))
+
+
+def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, Session]:
+    """The first file, the first again, and the others; equal paths get a number."""
+    result = {files[0]: open_session(files[0], provider, threads)}
+    result[f"{files[0]} ({CONTROL})"] = open_session(files[0], provider, threads)
+    for i, path in enumerate(files[1:], 2):
+        name = f"{path} ({i})" if path in result else path
+        result[name] = open_session(path, provider, threads)
+    return result
+
+
+def _feeds(
+    name: str, session: Session, size: tuple[int, int], inputs: Mapping[str, Array] | None
+) -> dict[str, Array]:
+    unknown = set(inputs or {}) - set(session.input_names)
+    if unknown and not set(inputs or {}) & set(session.input_names):
+        raise LoraFxError(
+            f"{name}: no input is named {', '.join(sorted(unknown))}",
+            f"the inputs are {', '.join(session.input_names)}",
+        )
+    return {**signature(session).sample(size), **(inputs or {})}

@@ -1,0 +1,115 @@
+"""Gemm(Reshape(x, [-1, k]), W, b) → MatMul(x, W) + b, with x as it was before it was flattened.
+
+The exporter writes GPT-2's Conv1D as Reshape, Gemm, Reshape; fusions look for MatMul and Add on
+[batch, length, k]. Dimensions may be symbols. Gemms of flat matrices are left alone: the runtime
+has a kernel for them. Rows keep their order, so what reshapes the product may go on doing so; a
+reshape to the shape that the product has now goes away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.onnx.session import Array
+
+
+@dataclass(frozen=True)
+class GemmToMatMul(ir.passes.InPlacePass):
+    """Gemms with alpha = beta = 1 of flattened activations."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit the model in place."""
+        changed = False
+        for node in list(model.graph):
+            if node.op_type == "Gemm" and not node.domain:
+                changed |= _rewrite(model, node)
+        return ir.passes.PassResult(model, changed)
+
+
+def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
+    x, w = gemm.inputs[0], gemm.inputs[1]
+    flat = x.producer() if x is not None else None
+    attributes = gemm.attributes
+    plain = attributes.get_float("alpha", 1.0) == attributes.get_float(
+        "beta", 1.0
+    ) == 1.0 and not attributes.get_int("transA", 0)
+    if x is None or flat is None or flat.op_type != "Reshape" or flat.domain or not plain:
+        return False
+    source = flat.inputs[0]
+    target = _constant_of(flat.inputs[1])
+    if source is None or source.shape is None or target is None or w is None:
+        return False
+    sizes, shape = [int(n) for n in target.numpy().ravel()], list(source.shape)
+    if len(sizes) != 2 or sizes[0] != -1 or len(shape) < 3 or sizes[1] < 1:
+        return False
+    out = gemm.outputs[0]
+    if out.shape is None or not isinstance(out.shape[-1], int):
+        return False
+    uses = [u.node for u in out.uses()]
+    if not uses or out.is_graph_output() or not all(_keeps_order(n, out) for n in uses):
+        return False
+    new: list[ir.Node] = []
+    lead = shape[:-1]
+    if shape[-1] != sizes[1]:  # heads and their width in one: [b, s, heads, width] → [b, s, k]
+        if len(shape) != 4 or not all(isinstance(n, int) for n in shape[2:]):
+            return False
+        if int(shape[2]) * int(shape[3]) != sizes[1]:  # type: ignore[arg-type]
+            return False
+        lead = shape[:2]
+        to = _constant(model, f"{out.name}_rows", np.array([0, 0, sizes[1]], np.int64))
+        new.append(ir.node("Reshape", [source, to]))
+        source = new[-1].outputs[0]
+        source.name = f"{out.name}_in"
+        source.type, source.shape = x.type, ir.Shape([*lead, sizes[1]])
+    if attributes.get_int("transB", 0):
+        new.append(ir.node("Transpose", [w], {"perm": [1, 0]}))
+        w = new[-1].outputs[0]
+    full = ir.Shape([*lead, out.shape[-1]])
+    new.append(ir.node("MatMul", [source, w]))
+    if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
+        bias = gemm.inputs[2]
+        if bias.shape is None or len(bias.shape) > 1:  # a bias by rows has no place in 3-d
+            return False
+        new[-1].outputs[0].type, new[-1].outputs[0].shape = out.type, full
+        new.append(ir.node("Add", [new[-1].outputs[0], bias]))
+    y = new[-1].outputs[0]
+    y.type, y.shape = out.type, full
+    for i, n in enumerate(new):
+        n.name = f"{out.name}_{n.op_type}"
+        n.outputs[0].name = n.outputs[0].name or f"{out.name}_{i}"
+    model.graph.insert_before(gemm, new)
+    for after in uses:
+        kept = after.outputs[0]
+        if kept.shape is not None and kept.shape == full and not kept.is_graph_output():
+            kept.replace_all_uses_with(y)
+            model.graph.remove(after, safe=True)
+        else:
+            after.replace_input_with(0, y)
+    model.graph.remove(gemm, safe=True)
+    return True
+
+
+def _keeps_order(node: ir.Node, value: ir.Value) -> bool:
+    """A Reshape of the value that copies no dimension from it (no 0 in its target)."""
+    if node.op_type != "Reshape" or node.domain or node.inputs[0] is not value:
+        return False
+    if node.attributes.get_int("allowzero", 0):
+        return True
+    target = _constant_of(node.inputs[1])
+    return target is not None and bool((target.numpy() != 0).all())
+
+
+def _constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def _constant(model: ir.Model, name: str, array: Array) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+    )
+    model.graph.initializers[name] = value
+    return value

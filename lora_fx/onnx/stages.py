@@ -1,0 +1,161 @@
+"""Rewrites as transactions: apply to a clone, run it, keep it only where it is the same model.
+
+Every stage is compared with the graph that came in, in ONNX Runtime, at all the sizes given; one
+that raises, does not load, changes the inputs or outputs, or differs is rolled back by itself.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_fx.compare import ORT_TOL, compare
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.onnx.bench import time_sessions
+from lora_fx.onnx.rewrites.bias import DeltaBeforeBias
+from lora_fx.onnx.rewrites.gemm import GemmToMatMul
+from lora_fx.onnx.rewrites.libraries import DropDead, Fold, FuseForRuntime
+from lora_fx.onnx.save import save, weight_bytes
+from lora_fx.onnx.session import Array, Session, open_session
+
+Rewrite = Callable[[ir.Model], ir.passes.PassResult]
+STAGES: Mapping[str, Rewrite] = {
+    "dead nodes": DropDead(),
+    "gemm to matmul": GemmToMatMul(),
+    "delta before bias": DeltaBeforeBias(),
+    "onnxscript optimizer": Fold(),
+    "runtime fusions": FuseForRuntime(),
+}
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What became of one rewrite.
+
+    Attributes:
+        name: Its name.
+        kept: The graph has it.
+        why: Why not, or empty.
+        nodes: Of the graph after it, or of what was rolled back.
+        bytes: Of the weights.
+        seconds: Median CPU of one run at the first size, one thread; None where it was not run.
+        ratio: Of that to the graph that came in, timed in the same rounds.
+        error: Largest max|a − b| / max|b| to the graph that came in; None where it was not run.
+    """
+
+    name: str
+    kept: bool
+    why: str
+    nodes: int
+    bytes: int
+    seconds: float | None = None
+    ratio: float | None = None
+    error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `stages[]`."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        """One line."""
+        text = f"{self.name}: {self.nodes} nodes, {self.bytes} bytes"
+        if self.error is not None:
+            text += f", rel {self.error:.2e}"
+        if self.seconds is not None and self.ratio is not None:
+            text += f", {self.seconds * 1e3:.2f} ms ({self.ratio:.2f} of before)"
+        return text if self.kept else f"{text}; rolled back: {self.why}"
+
+
+def apply_stages(
+    model: ir.Model,
+    feeds: Sequence[Mapping[str, Array]],
+    stages: Mapping[str, Rewrite] = STAGES,
+    provider: str = "cpu",
+    tol: float = ORT_TOL,
+) -> tuple[ir.Model, list[Stage]]:
+    """The model after the stages that held, and a row for every stage that changed something.
+
+    Args:
+        model: Not changed.
+        feeds: Inputs by name, one mapping a size; two sizes or more unless the model has one.
+        stages: Name → rewrite, in order.
+        provider: auto, cpu or cuda.
+        tol: The gate on max|a − b| / max|b| of every output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        base = _open(model, Path(folder) / "base.onnx", provider)
+        wanted = [base.run(f) for f in feeds]
+        rows: list[Stage] = []
+        for i, (name, rewrite) in enumerate(stages.items()):
+            candidate = model.clone()
+            try:
+                if not rewrite(candidate).modified:
+                    continue
+                row, session = _try(
+                    name, model, candidate, feeds, wanted, tol, Path(folder) / f"{i}", provider
+                )
+            except Exception as e:  # a library's rewrite may raise anything; so may the runtime
+                row = _row(name, candidate, one_line(e, 160) or type(e).__name__)
+            else:
+                if session is not None:
+                    row = _timed(row, base, session, feeds[0])
+            rows.append(row)
+            if row.kept:
+                model = candidate
+        return model, rows
+
+
+def _row(name: str, model: ir.Model, why: str, error: float | None = None) -> Stage:
+    nodes = sum(1 for _ in model.graph.all_nodes())
+    return Stage(name, not why, why, nodes, weight_bytes(model), error=error)
+
+
+def _try(
+    name: str,
+    before: ir.Model,
+    candidate: ir.Model,
+    feeds: Sequence[Mapping[str, Array]],
+    wanted: Sequence[Mapping[str, Array]],
+    tol: float,
+    folder: Path,
+    provider: str,
+) -> tuple[Stage, Session | None]:
+    for what in ("inputs", "outputs"):
+        a, b = ([v.name for v in getattr(m.graph, what)] for m in (before, candidate))
+        if a != b:
+            lost = ", ".join(str(n) for n in a if n not in b) or "their order"
+            return _row(name, candidate, f"it changes the {what}: {lost}"), None
+    folder.mkdir()
+    session = _open(candidate, folder / "candidate.onnx", provider)
+    worst = 0.0
+    for feed, want in zip(feeds, wanted, strict=True):
+        shapes = {k: v.shape for k, v in feed.items()}
+        got = compare(session.run(feed), want, shapes, tol)
+        worst = max(worst, got.rel)
+        if not got.ok:
+            text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
+            why = f"output {got.output!r} at {text}: rel {got.rel:.2e}, the gate is {tol:.1e}"
+            return _row(name, candidate, why, worst if math.isfinite(worst) else None), None
+    return _row(name, candidate, "", worst), session
+
+
+def _timed(row: Stage, base: Session, session: Session, feed: Mapping[str, Array]) -> Stage:
+    found = time_sessions({"base": base, "new": session}, {"base": feed, "new": feed}, ROUNDS, 1)
+    cpu = found.rows()[1]["cpu"]
+    return Stage(**{**vars(row), "seconds": cpu["median"], "ratio": cpu["ratio"]})
+
+
+def _open(model: ir.Model, path: Path, provider: str) -> Session:
+    save(model, path)
+    try:
+        return open_session(path, provider, threads=1)
+    except LoraFxError as e:
+        message = e.message.partition("cannot load it: ")[2] or e.message
+        raise LoraFxError(f"ONNX Runtime cannot load it: {message}") from e

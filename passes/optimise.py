@@ -1,0 +1,87 @@
+"""optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
+
+The stages are lora_fx.onnx.stages.STAGES; here is where their inputs come from: a captured model,
+or a file's own signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lora_fx.checkpoint.osfile import check_output, replacing, sync
+from lora_fx.compare import Report
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.module import CapturedModule
+from lora_fx.inputs import SIZES
+from lora_fx.onnx.names import restore_weight_names, strip_traces
+from lora_fx.onnx.save import load, save
+from lora_fx.onnx.session import open_session, signature
+from lora_fx.onnx.stages import Stage, apply_stages
+from lora_fx.passes.prove import feeds_of
+
+
+def optimise(
+    model: Any, reference: CapturedModule, arrays: Mapping[str, Any] | None, provider: str
+) -> tuple[Any, list[Stage]]:
+    """(onnx_ir model, its stages), on the inputs that export proves with."""
+    feeds = [f for _, f in feeds_of(reference, arrays, SIZES)]
+    return _cleaned(*apply_stages(model, feeds, provider=provider))
+
+
+def optimise_file(
+    source: str | PathLike[str],
+    path: str | PathLike[str],
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    provider: str = "auto",
+    force: bool = False,
+) -> Report:
+    """Optimise an .onnx file into another; see docs/export.md.
+
+    Raises:
+        LoraFxError: The file does not load or run; nothing is written.
+    """
+    check_output(path, force=force)
+    target = Path(path)
+    session = open_session(source, provider)
+    specs = signature(session)
+    feeds: list[dict[str, Any]] = []
+    for size in SIZES if inputs is None else SIZES[:1]:
+        feed = {**specs.sample(size), **(inputs or {})}
+        if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
+            feeds.append(feed)
+    model, stages = _cleaned(*apply_stages(load(Path(source)), feeds, provider=provider))
+    with replacing(target, force=force) as temporary:
+        files = save(model, temporary)
+        if len(files) > 1:
+            data = target.with_name(files[1].name)
+            if data.exists() and not force:
+                raise LoraFxError(f"{data} exists", "--force replaces it")
+            sync(files[1])
+            files[1].replace(data)
+    written = [str(target.with_name(f.name)) for f in files]
+    return Report(
+        "export",
+        True,
+        outputs=tuple(written),
+        warnings=(session.note,) if session.note else (),
+        details={
+            "provider": session.provider,
+            "mode": "optimised",
+            "nodes": sum(1 for _ in model.graph.all_nodes()),
+            "stages": [s.to_json() for s in stages],
+        },
+    )
+
+
+def _shapes(feed: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.shape for k, v in feed.items()}
+
+
+def _cleaned(model: Any, stages: list[Stage]) -> tuple[Any, list[Stage]]:
+    restore_weight_names(model)
+    strip_traces(model)
+    return model, stages
