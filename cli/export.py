@@ -75,7 +75,7 @@ def command(
         updates[name] = adapter_of(path).weighted(weight)
     one = next(iter(updates.values()), None)
     arrays = load_npz(options["inputs_file"]) or None
-    if model.endswith(".onnx") and optimise and update is None:
+    if model.endswith(".onnx") and optimise and not updates:
         from lora_fx.passes.optimise import optimise_file
 
         done = optimise_file(model, output, inputs=arrays, provider=provider, force=force)

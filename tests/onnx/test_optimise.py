@@ -123,6 +123,7 @@ def test_fusions_that_break_a_graph_are_rolled_back(tmp_path: Path) -> None:
     assert not any(n.op_type == "Gemm" for n in before.graph)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT
 @pytest.mark.parametrize("targets", [["query", "value"], "all-linear"])
 def test_a_branch_after_the_bias_breaks_attention_and_one_before_does_not(
     tmp_path: Path, targets: Any
