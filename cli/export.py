@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from lora_fx.cli.common import emit
 from lora_fx.cli.options import (
-    adapter_of,
     captured,
     force_option,
     json_option,
     load_npz,
     model_options,
-    split_weight,
+    named_adapters,
 )
 
 
@@ -23,9 +21,10 @@ from lora_fx.cli.options import (
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
-@click.option("--mode", default="merged", show_default=True, help="merged or switch.")
+@click.option("--mode", default="merged", show_default=True, help="merged, switch or batch.")
 @click.option("--include", multiple=True, metavar="SELECTORS", help="Of switch: the targets.")
 @click.option("--exclude", multiple=True, metavar="SELECTORS", help="Of switch: leave out.")
+@click.option("--scales", is_flag=True, help="Of batch: an input of weights by row.")
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
 @click.option("--optimise", is_flag=True, help="Rewrite the graph for ONNX Runtime, proven equal.")
@@ -39,6 +38,7 @@ def command(
     mode: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    scales: bool,
     provider: str,
     opset: int,
     optimise: bool,
@@ -49,12 +49,14 @@ def command(
     r"""Write MODEL as an ONNX file, proven equal at three sizes.
 
     In mode merged ADAPTER is folded in. In mode switch adapters are chosen at run time, and every
-    ADAPTER is written beside the file as NAME.onnx_adapter. ADAPTER may carry a weight,
-    `my-adapter:0.5`. Without an adapter the base model is exported.
+    ADAPTER is written beside the file as NAME.onnx_adapter. In mode batch every row of a batch
+    picks its own. ADAPTER may carry a weight, `my-adapter:0.5`. Without an adapter the base model
+    is exported.
 
     \b
     lora-fx export ./my-bert ./adapter -o bert.onnx
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode switch
+    lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode batch
     lora-fx export model.py:build ./adapter -o model.onnx --dynamic x:0=batch,2=height
     """
     from lora_fx.checkpoint.osfile import check_output
@@ -65,14 +67,10 @@ def command(
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
     check_output(output, force=force)
     if mode == "merged" and len(adapters) > 1:
-        raise LoraFxError(f"merged takes one adapter, not {len(adapters)}", "--mode switch")
-    updates: dict[str, Any] = {}
-    for path, weight in map(split_weight, adapters):
-        name = Path(path).resolve().name.removesuffix(".safetensors")
-        name = name.removesuffix(".onnx_adapter")
-        if name in updates:
-            raise LoraFxError(f"two adapters are called {name!r}", "rename one of them")
-        updates[name] = adapter_of(path).weighted(weight)
+        raise LoraFxError(
+            f"merged takes one adapter, not {len(adapters)}", "--mode switch or batch"
+        )
+    updates = named_adapters(adapters)
     one = next(iter(updates.values()), None)
     arrays = load_npz(options["inputs_file"]) or None
     if model.endswith(".onnx") and optimise and not updates:
@@ -90,6 +88,7 @@ def command(
         mode=mode,
         include=include or None,
         exclude=exclude or None,
+        scales=scales,
         provider=provider,
         opset=opset,
         inputs=arrays,

@@ -216,3 +216,17 @@ def adapter_of(path: str, trust: bool = False) -> Any:
     for text in adapter.metadata.get("notes", []):
         note(text)
     return adapter
+
+
+def named_adapters(texts: Sequence[str]) -> dict[str, Any]:
+    """`ADAPTER[:W]` arguments by the name of the folder or file."""
+    from pathlib import Path
+
+    result: dict[str, Any] = {}
+    for path, weight in map(split_weight, texts):
+        name = Path(path).resolve().name.removesuffix(".safetensors")
+        name = name.removesuffix(".onnx_adapter")
+        if name in result:
+            raise LoraFxError(f"two adapters are called {name!r}", "rename one of them")
+        result[name] = adapter_of(path).weighted(weight)
+    return result

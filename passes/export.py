@@ -41,10 +41,11 @@ def export(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    adapters: Adapter | Mapping[str, Adapter] | None = None,
+    adapters: Any = None,
     mode: str = "merged",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    scales: bool = False,
     inputs: Mapping[str, Any] | None = None,
     provider: str = "auto",
     opset: int = OPSET,
@@ -63,11 +64,13 @@ def export(
         path: Where to write; `PATH.data` beside it when the weights are large.
         args: Example inputs, for a model that is not captured yet.
         kwargs: Example inputs by keyword.
-        adapters: What to fold instead; for switch {name: adapter}, whose targets are switchable
-            and which are written beside the file as `NAME.onnx_adapter`.
-        mode: merged, or switch: adapters are chosen run by run (lora_fx.onnx.Session).
+        adapters: What to fold instead; for switch and batch {name: adapter} (for batch also a
+            list). Those of switch are written beside the file as `NAME.onnx_adapter`.
+        mode: merged; switch: adapters are chosen run by run (lora_fx.onnx.Session); batch: one
+            graph whose rows use different adapters (docs/export.md).
         include: Of switch: targets, instead of the adapters' or the default plan's.
         exclude: Of switch: targets to leave out.
+        scales: Of batch: add an input of weights by row.
         inputs: Arrays by input name for the check, instead of sampled ones.
         provider: auto, cpu or cuda.
         opset: ONNX operator set.
@@ -79,8 +82,25 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
+    if mode == "batch":
+        from lora_fx.passes.export_batch import export_batch
+
+        return export_batch(
+            model,
+            path,
+            args,
+            kwargs,
+            adapters=adapters,
+            scales=scales,
+            inputs=inputs,
+            provider=provider,
+            opset=opset,
+            external_over=external_over,
+            dynamic=dynamic,
+            force=force,
+        )
     if mode not in ("merged", "switch"):
-        raise LoraFxError(f"mode {mode!r} is not supported yet", "merged or switch")
+        raise LoraFxError(f"no mode {mode!r}", "merged, switch or batch")
     check_output(path, force=force)
     if mode == "switch":
         from lora_fx.passes.export_switch import export_switch

@@ -1,0 +1,267 @@
+"""What batch mode adds to an ONNX graph: its inputs, and branches whose factors differ by row.
+
+For a row b of the batch with the adapter i = ids[b], and x seen as [batch, m, in]:
+
+    last    (x @ A[i]) @ B[i]               A [n, in, r]   B [n, r, out]   in is the last axis of x
+    middle  B[i] @ (A[i] @ x)               A [n, r, in]   B [n, out, r]   x [batch, in, m]
+    lookup  A[i, x] @ B[i]                  A [n, in, r]   B [n, r, out]   x holds row numbers
+
+A convolution is `middle` over the windows of x, which a depthwise convolution with one-hot kernels
+lays out. (A convolution with the batch as its groups would need a group count known beforehand.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.errors import LoraFxError
+from lora_fx.graph import Role, Site
+from lora_fx.kinds import Einsum, Embedding
+from lora_fx.kinds_conv import Conv
+from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser
+from lora_fx.onnx.flow import MARK, Found
+from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.row_rules import Rows, rank
+from lora_fx.onnx.views import dtype_name
+
+Array = np.ndarray[Any, Any]
+
+IDS, SCALES = "adapter_ids", "adapter_scales"
+MANIFEST = "lora_fx.manifest"
+
+
+def batch_symbol(model: ir.Model) -> str:
+    """The symbol of dimension 0 that the inputs share.
+
+    Raises:
+        LoraFxError: No input has a dynamic dimension 0, or they differ.
+    """
+    found = {
+        str(v.shape[0])
+        for v in model.graph.inputs
+        if v.shape is not None and len(v.shape) and isinstance(v.shape[0], ir.SymbolicDim)
+    } - {"None"}
+    if len(found) != 1:
+        had = ", ".join(sorted(found)) or "none"
+        raise LoraFxError(
+            f"batch mode needs one dynamic dimension 0 over the inputs; found {had}",
+            "capture with a dynamic batch (--dynamic NAME:0=batch)",
+        )
+    return found.pop()
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The inputs of a batch graph: adapter numbers, and weights where asked for."""
+
+    ids: ir.Value
+    size: ir.Value
+    scales: ir.Value | None
+
+
+def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids:
+    """`adapter_ids` int64 [batch], and `adapter_scales` float [batch] where `scales` is given.
+
+    A negative id, which Gather would count from the end, is turned into one that it refuses.
+    """
+    inner = graph.model.graph
+    taken = {v.name for v in inner.inputs} | set(inner.initializers)
+
+    def added(name: str, dtype: ir.DataType) -> ir.Value:
+        if name in taken:
+            raise LoraFxError(f"the model has an input {name!r} already", "rename it")
+        value = ir.Value(name=name, shape=ir.Shape([batch]), type=ir.TensorType(dtype))
+        inner.inputs.append(value)
+        return value
+
+    def made(op: str, *inputs: ir.Value) -> ir.Value:
+        node = ir.node(op, inputs)
+        node.metadata_props[MARK] = IDS
+        node.outputs[0].name = graph.fresh(f"{IDS}_lora")
+        inner.insert_before(first, node)
+        return node.outputs[0]
+
+    first = inner[0]
+    raw = added(IDS, ir.DataType.INT64)
+    weights = added(SCALES, ir.DataType.FLOAT) if scales else None
+    size = made("Shape", raw)
+    zero = add_initialiser(inner, f"{IDS}_zero", np.array(0, np.int64), IDS)
+    over = add_initialiser(inner, f"{IDS}_over", np.array(count, np.int64), IDS)
+    checked = made("Where", made("Less", raw, zero), over, raw)
+    graph.changed()
+    return Ids(checked, size, weights)
+
+
+def form_of(found: Found, rows: Rows) -> str:
+    """last, middle or lookup; the reason why not is raised.
+
+    Raises:
+        LoraFxError: Rows cannot be told apart, or the kind of use has no form by row.
+    """
+    site, kind = found.site, found.site.kind
+    where = f"{site.parameter!r} ({site.op}, node {site.id})"
+    hint = "exclude the target from the adapters, or use mode merged"
+    x = found.node.inputs[found.use.x]
+    if site.refusal or site.no_fold:
+        raise LoraFxError(f"{where}: {site.refusal or site.no_fold}", hint)
+    if rows.lost:
+        raise LoraFxError(f"{where}: its rows are not those of the batch: {rows.lost}", hint)
+    if rows.axis is None:
+        raise LoraFxError(f"{where}: its input is the same for every row of the batch", hint)
+    if isinstance(kind, Embedding) and rows.axis == 0:
+        return "lookup"
+    if isinstance(kind, Conv) and kind.groups == 1 and rows == Rows(0):
+        return "middle"
+    r = rank(x)
+    if isinstance(kind, Einsum) and r is not None and len(site.operand) == 2:
+        if kind.form == "right" and r >= 2 and rows.axis < r - 1:
+            return "last"
+        if kind.form == "left" and r == 3 and rows == Rows(0):
+            return "middle"
+    raise LoraFxError(f"{where}: batch mode has no form by row for this use", hint)
+
+
+class BatchEmitter(OnnxEmitter):
+    """Emits the branch of one site."""
+
+    def __init__(self, owner: OnnxGraph, found: Found, ids: Ids, rows: Rows) -> None:
+        super().__init__(owner, found, before=False)
+        self.ids, self.rows = ids, rows
+
+    def branch(self, form: str, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
+        """The low-rank part of y, in its shape."""
+        if form == "last":
+            return self._last(x, a, b, y)
+        mine = self._call("Gather", b, self.ids.ids)
+        if form == "lookup":
+            return self._shaped(self._call("MatMul", self._scaled(self._rows(x, a)), mine), y)
+        if isinstance(self.site.kind, Conv):
+            x = self._windows(x)
+        t = self._call("MatMul", self._call("Gather", a, self.ids.ids), x)
+        return self._shaped(self._call("MatMul", mine, self._scaled(t)), y)
+
+    def _last(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
+        """Delta in the shape of y; x is turned so that rows come first, and y's delta back."""
+        r, axis = rank(x), self.rows.axis
+        assert r is not None and axis is not None
+        width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
+        order = (axis, *(k for k in range(r) if k != axis))
+        first = self._call("Transpose", x, perm=list(order)) if axis else x
+        plain = r == 3 and self.rows.exact
+        seen = first if plain else self._call("Reshape", first, self._sizes(-1, width))
+        t = self._call("MatMul", seen, self._call("Gather", a, self.ids.ids))
+        delta = self._call("MatMul", self._scaled(t), self._call("Gather", b, self.ids.ids))
+        if not axis:
+            return delta if plain else self._shaped(delta, y)
+        if not plain:
+            lead = self._call("Slice", self._call("Shape", first), self._ints(0), self._ints(r - 1))
+            sizes = self._call("Concat", lead, self._ints(-1), axis=0)
+            delta = self._call("Reshape", delta, sizes)
+        return self._call("Transpose", delta, perm=[order.index(k) for k in range(r)])
+
+    def _sizes(self, *rest: int) -> ir.Value:
+        """[batch, *rest] as a shape."""
+        return self._call("Concat", self.ids.size, self._ints(*rest), axis=0)
+
+    def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
+        return self._call("Reshape", delta, self._call("Shape", y))
+
+    def _scaled(self, t: ir.Value) -> ir.Value:
+        """T [batch, …, …] times the weight of its row."""
+        if self.ids.scales is None:
+            return t
+        factor = self._call("Reshape", self.ids.scales, self._ints(-1, 1, 1))
+        return self._call("Mul", t, self._call("CastLike", factor, t))
+
+    def _rows(self, x: ir.Value, a: ir.Value) -> ir.Value:
+        """A[ids[b], x[b, j]] as [batch, m, r]: rows of A as one long table."""
+        count = self.site.operand[0]
+        flat = self._call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))  # type: ignore[union-attr]
+        tokens = self._call("Cast", x, to=int(ir.DataType.INT64))
+        tokens = self._call("Reshape", tokens, self._sizes(-1))
+        tokens = self._call("Mod", tokens, self._ints(count))  # negative ones count from the end
+        start = self._call("Mul", self._call("Reshape", self.ids.ids, self._ints(-1, 1)),
+                           self._ints(count))  # fmt: skip
+        return self._call("Gather", flat, self._call("Add", tokens, start))
+
+    def _windows(self, x: ir.Value) -> ir.Value:
+        """X [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
+        channels, kernel = self.site.operand[1], self.site.operand[2:]
+        size = math.prod(kernel)
+        attributes = dict(self.node.attributes)
+        strides = attributes.get("strides")
+        stays = strides is None or set(strides.as_ints()) == {1}
+        pads = attributes.get("pads")
+        bare = pads is None or not any(pads.as_ints())
+        if not (size == 1 and stays and bare):
+            one = np.eye(size, dtype=np.float32).reshape(size, 1, *kernel)
+            value = np.tile(one, (channels, *(1 for _ in one.shape[1:])))
+            name = f"{self.site.id}_lora_windows"
+            w = self.parameter(name, value.astype(_numpy(x)), Role.FROZEN)
+            attributes["group"] = ir.AttrInt64("group", channels)
+            attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(kernel))
+            x = self._place(ir.Node("", "Conv", [x, w], list(attributes.values())))
+        return self._call("Reshape", x, self._sizes(channels * size, -1))
+
+
+def _numpy(value: ir.Value) -> Any:
+    from lora_fx.numeric import numpy_dtype
+
+    return numpy_dtype(dtype_name(value) or "float32")
+
+
+def stack(
+    updates: Sequence[tuple[Array, Array] | None], form: str, dtype: Any
+) -> tuple[Array, Array]:
+    """Factors [rank, in] and [out, rank] of every adapter, as stacks; entry 0 is zeros.
+
+    Args:
+        updates: One entry an adapter, None where it has no update of this use. The scale is in b.
+        form: See the module.
+        dtype: Of the result.
+    """
+    given = [u for u in updates if u is not None]
+    r = max(a.shape[0] for a, _ in given)
+    a_all = np.zeros((len(updates) + 1, r, given[0][0].shape[1]), np.float32)
+    b_all = np.zeros((len(updates) + 1, given[0][1].shape[0], r), np.float32)
+    for i, update in enumerate(updates, 1):
+        if update is not None:
+            a, b = update
+            a_all[i, : a.shape[0]], b_all[i, :, : b.shape[1]] = a, b
+    if form != "middle":
+        a_all, b_all = a_all.transpose(0, 2, 1), b_all.transpose(0, 2, 1)
+    return tuple(np.ascontiguousarray(v.astype(dtype)) for v in (a_all, b_all))  # type: ignore[return-value]
+
+
+def add_branch(
+    graph: OnnxGraph,
+    site: Site,
+    ids: Ids,
+    rows: Rows,
+    form: str,
+    names: tuple[str, str],
+    stacks: tuple[Array, Array],
+) -> None:
+    """Add the branch of one use to its result; stacks of one name are stored once."""
+    found = graph.at(site)
+    x, y = found.node.inputs[found.use.x], found.node.outputs[0]
+    assert x is not None
+    e = BatchEmitter(graph, found, ids, rows)
+    a, b = (e.parameter(n, v, Role.FROZEN) for n, v in zip(names, stacks, strict=True))
+    total = e.op("add", y, e.branch(form, x, a, b, y))
+    graph.replace_output(site, total)
+
+
+def write_manifest(
+    model: ir.Model, adapters: Sequence[str], targets: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Say in the model's metadata which id is which adapter, and where the factors are."""
+    content = {"mode": "batch", "adapters": list(adapters), "targets": dict(targets)}
+    model.metadata_props[MANIFEST] = json.dumps(content)

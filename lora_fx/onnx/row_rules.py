@@ -1,0 +1,284 @@
+"""How each op moves the batch axis of its operands: the rules of row provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from lora_fx.onnx.views import constant, numbers
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a value has its batch rows.
+
+    Attributes:
+        axis: The batch axis; None where the value is the same for every row.
+        exact: The axis is the batch itself, not the batch times something.
+        lost: Why rows cannot be told apart; empty when they can.
+    """
+
+    axis: int | None = None
+    exact: bool = True
+    lost: str = ""
+
+
+SAME = Rows()
+FIRST = Rows(0)
+States = Mapping[ir.Value, Rows]
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """Number of dimensions, where known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def _state(node: ir.Node, states: States, slot: int) -> Rows:
+    value = node.inputs[slot] if slot < len(node.inputs) else None
+    return SAME if value is None else states.get(value, SAME)
+
+
+def _attr(node: ir.Node, name: str, default: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def _meet(states: set[Rows]) -> Rows | None:
+    """Operands of one elementwise op: their batch axes have one size, so one exact one decides."""
+    axes = {s.axis for s in states}
+    return Rows(axes.pop(), any(s.exact for s in states)) if len(axes) == 1 else None
+
+
+def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    """Operands aligned at their last axis; all batch axes must meet."""
+    ranks = [rank(v) for v in node.inputs if v is not None]
+    if any(r is None for r in ranks):
+        same = [states.get(v, SAME) for v in node.inputs if v is not None]
+        return same[0] if len(same) == 1 else None
+    top = max(r for r in ranks if r is not None)
+    met: set[Rows] = set()
+    for v, r in zip((v for v in node.inputs if v is not None), ranks, strict=True):
+        state = states.get(v, SAME)
+        if state.axis is not None and r is not None:
+            met.add(replace(state, axis=state.axis + top - r))
+    return _meet(met)
+
+
+def _keep(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    """The first operand's rows, where no other operand has any."""
+    others = (_state(node, states, k) for k in range(1, len(node.inputs)))
+    return None if any(s.axis is not None for s in others) else _state(node, states, 0)
+
+
+def _along(default: int) -> Callable[[ir.Node, States, int, str], Rows | None]:
+    """An op along one axis, which must not be the batch; of LayerNormalization: from there on."""
+
+    def rule(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+        state, r = _keep(node, states, i, batch), rank(node.inputs[0])
+        if state is None or state.axis is None:
+            return state
+        axis = _attr(node, "axis", default)
+        axis = axis + r if axis < 0 and r is not None else axis
+        if axis < -1 or axis == state.axis:
+            return None
+        inside = "Normalization" in node.op_type and 0 <= axis < state.axis
+        return None if inside else state
+
+    return rule
+
+
+def _concat(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    state, r = _broadcast(node, states, i, batch), rank(node.outputs[0])
+    axis = _attr(node, "axis", 0)
+    axis = axis + r if axis < 0 and r is not None else axis
+    return None if state is None or axis < 0 or axis == state.axis else state
+
+
+def _reshape(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    state = _state(node, states, 0)
+    before, shape = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
+    if state.axis == 0:
+        first = str(shape[0]) if shape is not None and len(shape) else ""
+        sizes = numbers(node, "shape", 1) if node.op_type == "Reshape" else None
+        copied = state.exact and bool(sizes) and sizes[0] == 0 and not _attr(node, "allowzero", 0)  # type: ignore[index]
+        return Rows(0, copied or first == batch)
+    if before is None or shape is None or state.axis is None or not state.exact:
+        return None
+    k = state.axis
+    kept = len(shape) > k and [str(d) for d in shape[: k + 1]] == [str(d) for d in before[: k + 1]]
+    return state if kept else None
+
+
+def _transpose(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    state, r = _state(node, states, 0), rank(node.inputs[0])
+    perm = node.attributes.get("perm")
+    if state.axis is None or (perm is None and r is None):
+        return None
+    order = list(perm.as_ints()) if perm is not None else list(range(r or 0))[::-1]
+    axis = order.index(state.axis)
+    return replace(state, axis=axis) if axis == 0 or state.exact else None
+
+
+def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 1)
+    if state.axis is None or r is None or axes is None:
+        return None
+    total = r + len(axes)
+    gone = {a % total for a in axes}
+    rest = [k for k in range(total) if k not in gone]
+    return replace(state, axis=rest[state.axis])
+
+
+def _squeeze(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 1)
+    if state.axis is None or r is None or axes is None:
+        return None
+    return _removed(state, {a % r for a in axes})
+
+
+def _removed(state: Rows, gone: set[int]) -> Rows | None:
+    if state.axis is None or state.axis in gone:
+        return None
+    return replace(state, axis=state.axis - sum(1 for a in gone if a < state.axis))
+
+
+def _reduce(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    state, r = _state(node, states, 0), rank(node.inputs[0])
+    single = node.op_type in ("ArgMax", "ArgMin")
+    axes = [_attr(node, "axis", 0)] if single else numbers(node, "axes", 1)
+    if state.axis is None or r is None or not axes:
+        return None
+    gone = {a % r for a in axes}
+    if _attr(node, "keepdims", 1):
+        return None if state.axis in gone else state
+    return _removed(state, gone)
+
+
+def _slice(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 3)
+    if axes is None or r is None or state.axis in {a % r for a in axes}:
+        return None
+    return state
+
+
+def _gather(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    data, ids = _state(node, states, 0), _state(node, states, 1)
+    r, n = rank(node.inputs[0]), rank(node.inputs[1])
+    if r is None or n is None or (data.axis is not None and ids.axis is not None):
+        return None
+    axis = _attr(node, "axis", 0) % r
+    if ids.axis is not None:
+        return replace(ids, axis=ids.axis + axis) if axis == 0 or ids.exact else None
+    if data.axis is None or axis == data.axis:
+        return None
+    return replace(data, axis=data.axis + (n - 1 if axis < data.axis else 0))
+
+
+def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    """Masks of transformers: entries picked by (row number, position), rows first and last."""
+    data, y, x = _state(node, states, 0), node.outputs[0].shape, node.inputs[0]
+    if data != FIRST or y is None or x is None or x.shape is None or not len(y):
+        return None
+    return FIRST if str(y[0]) == batch == str(x.shape[0]) else None
+
+
+def _expand(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    state, r, after = _state(node, states, 0), rank(node.inputs[0]), rank(node.outputs[0])
+    if after is None and node.inputs[1] is not None and node.inputs[1].shape is not None:
+        size = node.inputs[1].shape[0]
+        after = size if isinstance(size, int) else None
+    if state.axis is None or r is None or after is None:
+        return None
+    axis = state.axis + max(after - r, 0)
+    return replace(state, axis=axis) if axis == 0 or state.exact else None
+
+
+def _matmul(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    a, b = _state(node, states, 0), _state(node, states, 1)
+    ra, rb = rank(node.inputs[0]), rank(node.inputs[1])
+    if ra is None or rb is None or ra < 2 or rb < 2:
+        return None
+    top = max(ra, rb)
+    met = set()
+    for state, r, inner in ((a, ra, ra - 1), (b, rb, rb - 2)):
+        if state.axis is not None:
+            if state.axis == inner:
+                return None
+            met.add(replace(state, axis=state.axis + top - r))
+    return _meet(met)
+
+
+def _gemm(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    a = _keep(node, states, i, batch)
+    return None if a is None or a.axis != 0 or _attr(node, "transA", 0) else a
+
+
+def _window(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    """Ops over [batch, channels, *size]."""
+    a = _keep(node, states, i, batch)
+    return a if a is not None and a.axis == 0 and i == 0 else None
+
+
+def _einsum(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    equation = node.attributes["equation"].as_string().replace(" ", "")
+    left, arrow, y = equation.partition("->")
+    if not arrow or "." in equation:
+        return None
+    named = {
+        (term[s.axis], s.exact)
+        for term, s in zip(
+            left.split(","), (_state(node, states, k) for k in range(9)), strict=False
+        )
+        if s.axis is not None
+    }
+    if len(named) != 1:
+        return None
+    letter, exact = named.pop()
+    if letter not in y or not (exact or y.index(letter) == 0):
+        return None
+    return Rows(y.index(letter), exact)
+
+
+def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    """CumSum takes its axis as an operand."""
+    state, axis, r = _state(node, states, 0), constant(node.inputs[1]), rank(node.inputs[0])
+    if axis is None or r is None or int(axis.reshape(-1)[0]) % r == state.axis:
+        return None
+    return state
+
+
+Rule = Callable[[ir.Node, States, int, str], Rows | None]
+_ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike
+Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid
+HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
+Pow PRelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan
+Tanh ThresholdedRelu Where Xor"""
+_REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
+_WINDOWS = """AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool
+GlobalMaxPool GroupNormalization InstanceNormalization LpPool MaxPool SpaceToDepth"""
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
+    **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
+    **dict.fromkeys(_WINDOWS.split(), _window),
+    **dict.fromkeys(
+        ("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"), _along(-1)
+    ),
+    "ArgMax": _reduce,
+    "ArgMin": _reduce,
+    "Concat": _concat,
+    "CumSum": _cumsum,
+    "Einsum": _einsum,
+    "Expand": _expand,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Split": _along(0),
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}

@@ -1,0 +1,175 @@
+"""batch: one graph whose rows use different adapters.
+
+    y[b] = x[b] · W + (x[b] @ A[ids[b]]) @ B[ids[b]]
+
+A [n+1, in, r] and B [n+1, r, out] stack the factors of n adapters; entry 0 is zeros, so the id 0
+is the base. Ranks are padded with zeros to the largest, which changes no product; the scale is in
+B. An adapter with several updates of one use (parts of a fused weight) takes them side by side:
+Σ bᵢ·aᵢ = [b₁ b₂ …] · [a₁; a₂; …].
+
+This pass needs to know which axis of an activation holds the rows of the batch (`lora_fx.onnx.
+rows`), which torch.fx graphs do not say after an exporter has flattened them: it runs on ONNX only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_fx.errors import LoraFxError
+from lora_fx.graph import Parameter, Site
+from lora_fx.lowrank import Layout, LowRank, layout_of
+from lora_fx.numeric import NumpyEmitter, numpy_dtype
+from lora_fx.passes.base import PassResult
+from lora_fx.regions import widen
+from lora_fx.target import base_name, split_key
+from lora_fx.view import Opaque, Permute, track
+
+Array = npt.NDArray[Any]
+Pair = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter that adapters update, as the adapters see it.
+
+    Attributes:
+        shape: Its shape there; the graph may hold it transposed.
+        turned: The graph's tensor of this name is the transpose.
+    """
+
+    shape: tuple[int, ...]
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Add the branches of every adapter to an OnnxGraph.
+
+    Attributes:
+        adapters: name → {key: LowRank}, bound; ids are 1, 2, … in this order.
+        sources: Name of a stored tensor of the graph → (parameter that it is, Source).
+        scales: Add the input `adapter_scales`.
+    """
+
+    adapters: Mapping[str, Mapping[str, LowRank]]
+    sources: Mapping[str, tuple[str, Source]]
+    scales: bool = False
+    targets: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
+
+    def __call__(self, graph: Any) -> PassResult[Any]:
+        """Edit the graph; one that has the branches already is left alone."""
+        from lora_fx.onnx import batching
+        from lora_fx.onnx.row_rules import SAME
+        from lora_fx.onnx.rows import provenance
+
+        if batching.MANIFEST in graph.model.metadata_props:
+            return PassResult(graph, False)
+        wanted = {base_name(k) for updates in self.adapters.values() for k in updates}
+        stored = {n: s for n, s in self.sources.items() if s[0] in wanted}
+        parameters = {p.name: p for p in graph.parameters()}
+        sites = [s for s in graph.sites() if s.parameter in stored]
+        missing = wanted - {stored[s.parameter][0] for s in sites}
+        if missing:
+            raise LoraFxError(
+                f"{min(missing)!r}: no matmul of the exported graph uses it",
+                "exclude the target from the adapters",
+            )
+        symbol = batching.batch_symbol(graph.model)
+        states = provenance(graph.model, symbol)
+        rows = [states.get(graph.activation(s), SAME) for s in sites]
+        forms = [batching.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
+        for value in graph.model.graph.outputs:
+            first = str(value.shape[0]) if value.shape is not None and len(value.shape) else ""
+            if first != symbol:
+                raise LoraFxError(
+                    f"output {value.name!r} has no row for every row of the batch",
+                    "batch mode serves models whose outputs keep the batch dimension",
+                )
+        ids = batching.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
+        for site, row, form in zip(sites, rows, forms, strict=True):
+            self._branch(graph, site, parameters[site.parameter], ids, row, form)
+        batching.write_manifest(graph.model, tuple(self.adapters), self.targets)
+        return PassResult(graph, bool(sites))
+
+    def _branch(
+        self, graph: Any, site: Site, parameter: Parameter, ids: Any, row: Any, form: str
+    ) -> None:
+        from lora_fx.onnx import batching
+
+        key, source = self.sources[site.parameter]
+        layout = read_layout(site, source)
+        dtype = numpy_dtype(parameter.dtype)
+        pairs = [_joined(key, u, source, layout, site.gain) for u in self.adapters.values()]
+        stacks = batching.stack(pairs, form, dtype)
+        stem = key if form == "last" else f"{key}.{form}"
+        names = (f"{stem}.batch_A", f"{stem}.batch_B")
+        taken = self.targets.get(stem)
+        if taken is not None and taken["layout"] != [layout.to_json(), site.gain]:
+            stem = f"{stem}@{site.id}"
+            names = (f"{stem}.batch_A", f"{stem}.batch_B")
+        batching.add_branch(graph, site, ids, row, form, names, stacks)
+        rank = max(a.shape[0] for a, _ in filter(None, pairs))
+        self.targets[stem] = {
+            "a": names[0], "b": names[1], "rank": rank, "form": form,
+            "layout": [layout.to_json(), site.gain],
+        }  # fmt: skip
+
+
+def read_layout(site: Site, source: Source) -> Layout:
+    """How [out, in] of a use lies in the parameter as the adapters know it.
+
+    Raises:
+        LoraFxError: The use reads a part of the parameter, or mixes its axes.
+    """
+    axes = site.kind.axes(site.operand)
+    turn = (Permute((1, 0)),) if source.turned else ()
+    try:
+        tracked = track(source.shape, (*turn, *site.view.steps, *axes.steps))
+        layout = layout_of(tracked, axes.batch, axes.out, axes.in_)
+    except Opaque as e:
+        raise LoraFxError(f"{site.parameter!r}: {e}", "mode merged has no such limit") from e
+    if layout.stored != source.shape or layout.batch_shape:
+        what = "a stack of matrices" if layout.batch_shape else "a use of a part of the tensor"
+        raise LoraFxError(
+            f"{site.parameter!r}: batch mode does not serve {what}", "use mode merged"
+        )
+    return layout
+
+
+def _joined(
+    name: str, updates: Mapping[str, LowRank], source: Source, layout: Layout, gain: float
+) -> Pair | None:
+    """All updates that an adapter has of one parameter as [rank, in], [out, rank] of a use."""
+    found = [
+        _whole(key, low, source, layout) for key, low in updates.items() if base_name(key) == name
+    ]
+    if not found:
+        return None
+    scaled = [(a, b * np.float32(s * gain)) for a, b, s in found]
+    return np.concatenate([a for a, _ in scaled]), np.concatenate([b for _, b in scaled], axis=1)
+
+
+def _whole(key: str, low: LowRank, source: Source, layout: Layout) -> tuple[Array, Array, float]:
+    """One update as factors of the whole parameter, in the direction of the use."""
+    if low.use:
+        raise LoraFxError(
+            f"{key!r} updates one use of a shared tensor ({low.use})",
+            "batch mode serves updates of all uses",
+        )
+    mine = low.layout
+    assert mine is not None
+    _, region = split_key(key, source.shape)
+    for read, flip in ((layout, False), (layout.transposed(), True)):
+        if read.narrow(region) == mine:
+            a, b = widen(NumpyEmitter(), read, mine, read.starts(region), low.a, low.b, low.rank)
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            return (b.T, a.T, low.scale) if flip else (a, b, low.scale)
+    raise LoraFxError(
+        f"{key!r}: the exported graph reads the tensor in another layout than the adapter's",
+        "use mode merged",
+    )

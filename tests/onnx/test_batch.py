@@ -1,0 +1,224 @@
+"""Mode batch: rows of one batch with different adapters equal each adapter's merged model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.adapter import Adapter
+from lora_fx.compare import rel
+from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.lowrank import LowRank
+from lora_fx.onnx.session import open_session
+from lora_fx.passes import batch as batch_pass
+
+SIZE = 0.15
+"""Of random factors: larger ones make the model itself round by more than the gate."""
+
+
+def adapter(model: nn.Module, args: Any, seed: int, rank: int, include: Any = None) -> Adapter:
+    """Factors that move the outputs: any two seeds are far apart."""
+    m = lora_fx.insert(model, args, rank=rank, include=include, seed=seed, dead="allow")
+    rng = np.random.default_rng(seed)
+    made = {}
+    for key, low in m.adapter().lowrank.items():
+        a, b = (rng.standard_normal(v.shape).astype(np.float32) * SIZE for v in (low.a, low.b))
+        made[key] = LowRank(a, b, low.alpha, low.layout, low.variant, low.use, low.extra)
+    return Adapter(made)
+
+
+def bert() -> tuple[nn.Module, Any]:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=40, max_position_embeddings=32,
+    )  # fmt: skip
+    return BertModel(config, add_pooling_layer=False).eval(), (torch.randint(0, 50, (2, 5)),)
+
+
+def gpt2() -> tuple[nn.Module, Any]:
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=24, n_head=2, vocab_size=50, n_positions=32, use_cache=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2Model(config).eval(), (torch.randint(0, 50, (2, 5)),)
+
+
+class Image(nn.Module):
+    """A strided, dilated and padded convolution, a 1×1 one, and a head of [batch, channels]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 6, (3, 2), stride=2, padding=1, dilation=(1, 2))
+        self.second = nn.Conv2d(6, 5, 1)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(torch.relu(self.first(x))).mean((2, 3)))
+
+
+class Words(nn.Module):
+    """A lookup, and rows on axis 1 behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, 6)
+        self.mid = nn.Linear(6, 6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        turned = self.mid(self.table(ids).transpose(0, 1))
+        return torch.tanh(turned).transpose(0, 1)
+
+
+class Mixing(nn.Module):
+    """Every row sees the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x - x.mean(0, keepdim=True).expand(x.shape[0], 4))
+
+
+def check(tmp_path: Path, model: nn.Module, args: Any, adapters: list[Adapter], x: Any) -> None:
+    """A shuffled mixed batch, one id repeated and one 0, against merged files in ONNX Runtime."""
+    report = lora_fx.export(
+        model, tmp_path / "b.onnx", args, adapters=adapters, mode="batch", provider="cpu"
+    )
+    assert report and len(report.parity) >= 3
+    onnx.checker.check_model(onnx.load(tmp_path / "b.onnx"), full_check=True)
+    session = open_session(tmp_path / "b.onnx", "cpu")
+    name = next(n for n in session.input_names if n != "adapter_ids")
+    rng = np.random.default_rng(5)
+    ids = rng.permutation([*range(len(adapters) + 1), 2])
+    rows = x(rng, len(ids))
+    got = next(iter(session.run({name: rows, "adapter_ids": ids}).values()))
+    alone = []
+    for i in range(len(adapters) + 1):
+        given = adapters[i - 1] if i else None
+        path = tmp_path / "merged.onnx"
+        lora_fx.export(model, path, args, adapters=given, provider="cpu", force=True)
+        run = open_session(path, "cpu").run
+        alone.append(next(iter(run({name: rows}).values())))
+        for row in np.flatnonzero(ids == i):
+            assert rel(got[row], alone[i][row]) < 1e-6, (i, row)
+    for i, one in enumerate(alone):
+        assert all(rel(one, other) > 0.05 for other in alone[:i]), "adapters too alike to tell"
+
+
+def tokens(rng: Any, n: int) -> Any:
+    return rng.integers(0, 50, (n, 6))
+
+
+def test_bert_rows_equal_merged_models(tmp_path: Path) -> None:
+    model, args = bert()
+    adapters = [adapter(model, args, s, 2 + s % 3) for s in range(1, 5)]
+    check(tmp_path, model, args, adapters, tokens)
+    manifest = json.loads(
+        {p.key: p.value for p in onnx.load(tmp_path / "b.onnx").metadata_props}["lora_fx.manifest"]
+    )
+    assert manifest["mode"] == "batch" and len(manifest["adapters"]) == 4
+    entry = manifest["targets"]["encoder.layer.0.intermediate.dense.weight"]
+    shapes = {i.name: list(i.dims) for i in onnx.load(tmp_path / "b.onnx").graph.initializer}
+    assert shapes[entry["a"]] == [5, 24, 4] and shapes[entry["b"]] == [5, 4, 40]
+
+
+@pytest.mark.slow
+def test_64_adapters_in_one_batch(tmp_path: Path) -> None:
+    model, args = bert()
+    adapters = [adapter(model, args, s, 2 + s % 3) for s in range(1, 65)]
+    check(tmp_path, model, args, adapters, tokens)
+
+
+def test_gpt2_flattens_its_rows(tmp_path: Path) -> None:
+    model, args = gpt2()
+    adapters = [adapter(model, args, s, s) for s in (1, 2, 3)]
+    check(tmp_path, model, args, adapters, tokens)
+
+
+def test_convolutions(tmp_path: Path) -> None:
+    model, args = Image().eval(), (torch.randn(2, 3, 9, 8),)
+    adapters = [adapter(model, args, s, 2, ["first", "second", "head"]) for s in (1, 2, 3)]
+    check(
+        tmp_path, model, args, adapters,
+        lambda rng, n: rng.standard_normal((n, 3, 9, 8)).astype(np.float32),
+    )  # fmt: skip
+
+
+def test_a_lookup_and_rows_on_another_axis(tmp_path: Path) -> None:
+    model, args = Words().eval(), (torch.randint(0, 11, (2, 5)),)
+    adapters = [adapter(model, args, s, 2, ["table", "mid"]) for s in (1, 2, 3)]
+    check(tmp_path, model, args, adapters, lambda rng, n: rng.integers(0, 11, (n, 7)))
+
+
+def test_a_model_that_mixes_rows_is_refused(tmp_path: Path) -> None:
+    model, args = Mixing().eval(), (torch.randn(3, 4),)
+    one = adapter(model, args, 1, 2)
+    with pytest.raises(LoraFxError, match="its rows are not those of the batch"):
+        lora_fx.export(model, tmp_path / "b.onnx", args, adapters=[one], mode="batch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_by_row_and_ids_out_of_range(tmp_path: Path) -> None:
+    model, args = gpt2()
+    one, two = (adapter(model, args, s, 2) for s in (1, 2))
+    lora_fx.export(
+        model, tmp_path / "b.onnx", args, adapters={"one": one, "two": two}, mode="batch",
+        scales=True, provider="cpu",
+    )  # fmt: skip
+    run = open_session(tmp_path / "b.onnx", "cpu").run
+    ids = np.arange(6).reshape(2, 3)
+    weights = np.array([0.5, 1.5], np.float32)
+    feeds: dict[str, Any] = {"input_ids": ids, "adapter_scales": weights}
+    got = run({**feeds, "adapter_ids": np.array([2, 1])})["last_hidden_state"]
+    for row, given in enumerate((two.weighted(0.5), one.weighted(1.5))):
+        folded = lora_fx.fold(model, args, adapter=given)
+        want = folded(torch.from_numpy(ids)).last_hidden_state[row].detach().numpy()
+        assert rel(got[row], want) < 2e-6
+    for bad in (-1, 3):
+        with pytest.raises(Exception, match="out of"):
+            run({**feeds, "adapter_ids": np.array([0, bad])})
+
+
+@pytest.mark.parametrize("broken", ["order", "scale"])
+def test_a_wrong_stack_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    model, args = gpt2()
+    adapters = [adapter(model, args, s, 2) for s in (1, 2)]
+    right = batch_pass._joined
+
+    def wrong(name: str, updates: Any, source: Any, layout: Any, gain: float) -> Any:
+        if broken == "scale":
+            return right(name, updates, source, layout, gain * 1.01)
+        other = adapters[1] if updates.keys() and updates is first[0] else adapters[0]
+        return right(name, other.lowrank, source, layout, gain)
+
+    first: list[Any] = []
+    call = batch_pass.Batch.__call__
+
+    def remember(self: Any, graph: Any) -> Any:
+        first.append(next(iter(self.adapters.values())))
+        return call(self, graph)
+
+    monkeypatch.setattr(batch_pass.Batch, "__call__", remember)
+    monkeypatch.setattr(batch_pass, "_joined", wrong)
+    with pytest.raises(NoEffectError, match="mixed batch"):
+        lora_fx.export(model, tmp_path / "b.onnx", args, adapters=adapters, mode="batch")
+    assert not list(tmp_path.iterdir())
