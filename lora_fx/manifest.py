@@ -69,10 +69,15 @@ class Manifest:
         """The inverse of to_text.
 
         Raises:
-            LoraFxError: No manifest, or one of another version.
+            LoraFxError: No manifest, one of another mode, or one of another version.
         """
         try:
             data = json.loads(text)
+            if data["mode"] != "switch":
+                raise LoraFxError(
+                    f"{where}: a file of mode {data['mode']}, whose adapters are in it",
+                    "only files of mode switch take adapters: lora-fx export --mode switch",
+                )
             if data["version"] != VERSION:
                 raise LoraFxError(
                     f"{where}: a manifest of version {data['version']}; expected {VERSION}",

@@ -17,6 +17,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.lowrank import LowRank
+from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import batch as batch_pass
 
@@ -134,6 +135,8 @@ def test_bert_rows_equal_merged_models(tmp_path: Path) -> None:
         {p.key: p.value for p in onnx.load(tmp_path / "b.onnx").metadata_props}["lora_fx.manifest"]
     )
     assert manifest["mode"] == "batch" and len(manifest["adapters"]) == 4
+    with pytest.raises(LoraFxError, match="mode batch, whose adapters are in it"):
+        Session(tmp_path / "b.onnx", provider="cpu")
     entry = manifest["targets"]["encoder.layer.0.intermediate.dense.weight"]
     shapes = {i.name: list(i.dims) for i in onnx.load(tmp_path / "b.onnx").graph.initializer}
     assert shapes[entry["a"]] == [5, 24, 4] and shapes[entry["b"]] == [5, 4, 40]
