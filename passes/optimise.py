@@ -16,8 +16,9 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module import CapturedModule
 from lora_fx.inputs import SIZES
+from lora_fx.onnx.load import load
 from lora_fx.onnx.names import restore_weight_names, strip_traces
-from lora_fx.onnx.save import load, save
+from lora_fx.onnx.save import save
 from lora_fx.onnx.session import open_session, signature
 from lora_fx.onnx.stages import Stage, apply_stages
 from lora_fx.passes.prove import feeds_of
@@ -46,6 +47,7 @@ def optimise_file(
     """
     check_output(path, force=force)
     target = Path(path)
+    opened = load(source)
     session = open_session(source, provider)
     specs = signature(session)
     feeds: list[dict[str, Any]] = []
@@ -53,7 +55,7 @@ def optimise_file(
         feed = {**specs.sample(size), **(inputs or {})}
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)
-    model, stages = _cleaned(*apply_stages(load(Path(source)), feeds, provider=provider))
+    model, stages = _cleaned(*apply_stages(opened, feeds, provider=provider))
     with replacing(target, force=force) as temporary:
         files = save(model, temporary)
         if len(files) > 1:

@@ -10,11 +10,6 @@ EXTERNAL_OVER = 256 << 20
 """Bytes of weights above which they go to `NAME.onnx.data` (protobuf itself ends at 2 GiB)."""
 
 
-def load(path: Path) -> ir.Model:
-    """A model whose external data stays on disk until it is read."""
-    return ir.load(path)
-
-
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initialisers."""
     values = model.graph.initializers.values()

@@ -84,6 +84,8 @@ ROWS = [
     Row("transpose", "matmul", "float[N,5,8]",
         "t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t)", {"w": (6, 8)}, (6, 8), out_in,
         (3, 5, 8)),
+    Row("transpose of no order", "matmul", "float[N,5,8]", "t = Transpose(w) y = MatMul(x, t)",
+        {"w": (6, 8)}, (6, 8), out_in, (3, 5, 8)),
     Row("identity and reshape", "matmul", "float[N,5,8]",
         "s = Constant<value = int64[2] {8, -1}>() i = Identity(w) t = Reshape(i, s) "
         "y = MatMul(x, t)", {"w": (8, 2, 3)}, (6, 8),

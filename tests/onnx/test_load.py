@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lora_fx.adapter import Adapter
+from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 from lora_fx.onnx.load import load
@@ -170,3 +171,19 @@ def test_good_data_beside_the_file_stays_beside_it(tmp_path: Path) -> None:
     (got,) = (numpy_helper.to_array(t) for t in proto.graph.initializer)
     np.testing.assert_array_equal(got, W + 1.0)
     assert (tmp_path / "w.data").read_bytes() == W.tobytes()
+
+
+@pytest.mark.parametrize("case", ["traversal", "too short", "sizes below 0"])
+def test_every_command_that_reads_a_file_checks_it_first(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, _ = CASES[case]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = str(make(folder))
+    for line in (["targets", path], ["export", path, "-o", f"{folder}/o.onnx", "--optimise"]):
+        with pytest.raises(SystemExit) as end:
+            main(line)
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith(f"Error: {path}: tensor 'w'")
+    assert not (folder / "o.onnx").exists()
