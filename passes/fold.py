@@ -174,14 +174,16 @@ def fold_value(
     value = np.empty_like(base)
     square = kept = 0.0
     for rows, block in _blocks(base, updates):
-        before: npt.NDArray[Any] = base[rows].astype(work)
-        wide: npt.NDArray[Any] = before.copy()
+        before: npt.NDArray[Any] = base[rows].astype(work, copy=False)
+        wide: npt.NDArray[Any] = np.array(before)
         for target, low in block:
             a, b = low.a.astype(work), low.b.astype(work)
             change = delta(NumpyEmitter(), low.layout or target.layout, a, b, float(low.scale))
             part = tuple(slice(lo, hi) for lo, hi in target.region)
             wide[part] = wide[part] + change
-        value[rows] = wide.astype(base.dtype)
+        value[rows] = wide.astype(base.dtype, copy=False)
+        if base.dtype == work:
+            continue  # the sum as it is: nothing is rounded away
         wanted: npt.NDArray[Any] = wide - before
         got: npt.NDArray[Any] = value[rows].astype(work) - before
         square += float(np.vdot(wanted, wanted))

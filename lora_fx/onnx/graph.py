@@ -7,7 +7,6 @@ function serves all its calls with one body; bodies of If, Loop and Scan are rew
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,17 +98,12 @@ class OnnxGraph:
         return self.flow.stores[name].tensor.numpy()
 
     def reader(self, name: str) -> Callable[[], Array]:
-        """A tensor in a data file is read anew each time, so that nothing keeps it in memory."""
+        """A tensor in a data file is mapped anew each time, so that nothing keeps it in memory."""
         tensor = self.flow.stores[name].tensor
-        if isinstance(tensor, ir.ExternalTensor):
+        if isinstance(tensor, ir.ExternalTensor) and tensor.size:
             shape = tuple(tensor.shape.numpy())
-
-            def read() -> Array:
-                with open(tensor.path, "rb") as f:
-                    f.seek(tensor.offset or 0)
-                    return np.fromfile(f, tensor.dtype.numpy(), math.prod(shape)).reshape(shape)
-
-            return read
+            dtype, start = tensor.dtype.numpy(), tensor.offset or 0
+            return lambda: np.memmap(tensor.path, dtype, "r", start, shape)
         return tensor.numpy
 
     def at(self, site: Site) -> Found:
