@@ -23,6 +23,12 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
+def finfo(dtype: str | np.dtype[Any]) -> Any:
+    """What numpy.finfo says of a floating dtype, narrow ones too."""
+    wanted = numpy_dtype(dtype) if isinstance(dtype, str) else dtype
+    return ml_dtypes.finfo(wanted)  # type: ignore[no-untyped-call]
+
+
 def conv(
     x: Array,
     w: Array,

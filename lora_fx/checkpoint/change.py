@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lora_fx.checkpoint.blocks import Fold, arithmetic
@@ -20,7 +19,7 @@ from lora_fx.checkpoint.rectangles import Matrix, in_dtype, joined, region
 from lora_fx.checkpoint.strict import DTYPES, TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Array, Full, LowRank
-from lora_fx.numeric import numpy_dtype
+from lora_fx.numeric import finfo
 from lora_fx.variant import Rows, name_of
 
 BITS = dict(DTYPES.values())
@@ -170,7 +169,7 @@ def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
             f"the adapter's whole tensor {name!r} has NaN or infinite values; expected finite ones",
             "training may have diverged; use an earlier checkpoint",
         )
-    limit = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)  # type: ignore[no-untyped-call]
+    limit = float(finfo(dtype).max)
     if max(high, -low) > limit:
         worst = high if high > limit else low
         raise LoraFxError(

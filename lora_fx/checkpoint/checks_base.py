@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 
 from lora_fx.adapter import near
@@ -19,7 +18,7 @@ from lora_fx.checkpoint.quantised import HINT, scheme_of, stored_as
 from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.numeric import numpy_dtype
+from lora_fx.numeric import finfo
 from lora_fx.target import base_name
 
 LARGE = 1.0
@@ -223,7 +222,7 @@ def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
     info = pair.tensor(key)
     if info is None or info.dtype not in WEIGHTS or 0 in info.shape:
         return False
-    top = float(ml_dtypes.finfo(numpy_dtype(info.dtype)).max)  # type: ignore[no-untyped-call]
+    top = float(finfo(info.dtype).max)
     scale = float(np.finfo(arithmetic(info.dtype, info.dtype)).max)
     return abs(low.scale) > scale or norm(low) > top * math.sqrt(math.prod(info.shape))
 

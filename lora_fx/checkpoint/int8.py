@@ -20,7 +20,7 @@ from lora_fx.checkpoint.rows import read_rows
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Array
-from lora_fx.numeric import numpy_dtype
+from lora_fx.numeric import finfo, numpy_dtype
 
 TOP = 127
 """The largest code that is written; -128 is read, but has no positive twin."""
@@ -78,10 +78,7 @@ class Int8:
     @property
     def tiny(self) -> float:
         """The smallest scale that is not zero."""
-        import ml_dtypes
-
-        info = ml_dtypes.finfo(self.dtype)  # type: ignore[no-untyped-call]
-        return float(info.smallest_subnormal)
+        return float(finfo(self.dtype).smallest_subnormal)
 
     def block(
         self, fold: Fold, codes: Array, scales: Array, low: int, space: Space

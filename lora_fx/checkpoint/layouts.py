@@ -57,7 +57,7 @@ class Use:
     @property
     def swapped(self) -> bool:
         """True where the rows of the stored matrix are in."""
-        return bool(self.layout) and self.layout.out == (self.lead + 1,)  # type: ignore[union-attr]
+        return self.layout is not None and self.layout.out == (self.lead + 1,)
 
 
 def config_of(path: str | Path) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
 from lora_fx.checkpoint.rows import prepared, read_rows
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.lowrank import Array, LowRank
-from lora_fx.numeric import numpy_dtype
+from lora_fx.numeric import finfo, numpy_dtype
 
 CHUNK = 1 << 20
 ROWS = 4
@@ -247,9 +247,7 @@ def _size(p: Rectangle, low: int, high: int) -> Array:
 
 def half_ulp(x: Array, dtype: str) -> Array:
     """Half the spacing of `dtype` at x, a little more for ties; x in fp64."""
-    import ml_dtypes
-
-    info = ml_dtypes.finfo(numpy_dtype(dtype))  # type: ignore[no-untyped-call]
+    info = finfo(dtype)
     _, exponent = np.frexp(np.abs(x))
     low = np.maximum(exponent - 1, int(info.minexp))
     return np.asarray(np.ldexp(0.5 * (1 + 2.0**-10), low - int(info.nmant)))

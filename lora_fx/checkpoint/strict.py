@@ -13,6 +13,7 @@ import json
 import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,8 +156,7 @@ def _parse(
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
             raise ValueError(f"key {one_line(repr(twice), 80)} is there twice")
         return result
 
