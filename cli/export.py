@@ -73,7 +73,7 @@ def command(
     updates = named_adapters(adapters)
     one = next(iter(updates.values()), None)
     arrays = load_npz(options["inputs_file"]) or None
-    if model.endswith(".onnx") and optimise and not updates:
+    if model.endswith(".onnx") and optimise and not updates and mode == "merged":
         from lora_fx.passes.optimise import optimise_file
 
         done = optimise_file(model, output, inputs=arrays, provider=provider, force=force)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Parameter, Site
 from lora_fx.lowrank import Layout, LowRank, layout_of
+from lora_fx.manifest import PROPERTY
 from lora_fx.numeric import NumpyEmitter, numpy_dtype
 from lora_fx.passes.base import PassResult
 from lora_fx.regions import widen
@@ -67,7 +68,7 @@ class Batch:
         from lora_fx.onnx.row_rules import SAME
         from lora_fx.onnx.rows import provenance
 
-        if batching.MANIFEST in graph.model.metadata_props:
+        if PROPERTY in graph.model.metadata_props:
             return PassResult(graph, False)
         wanted = {base_name(k) for updates in self.adapters.values() for k in updates}
         stored = {n: s for n, s in self.sources.items() if s[0] in wanted}

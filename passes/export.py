@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter
-from lora_fx.checkpoint.osfile import check_output, replacing, sync
+from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import FOLD_TOL, Parity, Report
-from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.flow import tensor
@@ -26,13 +26,13 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
-from lora_fx.onnx.save import EXTERNAL_OVER, save
+from lora_fx.onnx.save import EXTERNAL_OVER, output
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import Stage
 from lora_fx.passes.given import captured_of, opened, plain
 from lora_fx.passes.optimise import optimise as optimised
 from lora_fx.passes.pipeline import fold, grown, insert
-from lora_fx.passes.prove import prove, torch_run
+from lora_fx.passes.prove import demand, prove, torch_run
 
 
 def export(
@@ -82,6 +82,7 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
+    _meant(mode, switch=include or exclude, batch=scales, merged=optimise)
     if mode == "batch":
         from lora_fx.passes.export_batch import export_batch
 
@@ -99,8 +100,6 @@ def export(
             dynamic=dynamic,
             force=force,
         )
-    if mode not in ("merged", "switch"):
-        raise LoraFxError(f"no mode {mode!r}", "merged, switch or batch")
     check_output(path, force=force)
     if mode == "switch":
         from lora_fx.passes.export_switch import export_switch
@@ -118,8 +117,6 @@ def export(
             external_over=external_over,
             force=force,
         )
-    if include or exclude:
-        raise LoraFxError("include and exclude are for mode switch", "merged folds all updates")
     if isinstance(adapters, Mapping):
         raise LoraFxError("merged takes one adapter", "lora_fx.mix makes one of several")
     branched = _branched(model, args, kwargs, adapters, dynamic)
@@ -153,7 +150,7 @@ def _write(
         warnings.append("the adapter changes nothing: every update is zero")
     if folded is not branched:
         parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
-        _demand(parity, "the fold differs from the unfolded model")
+        demand(parity, "the fold differs from the unfolded model")
     made = to_onnx(folded, opset)
     restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
     tensors = named_tensors(folded)[0]
@@ -164,30 +161,24 @@ def _write(
     stages: list[Stage] = []
     if optimise:
         model, stages = optimised(model, branched, inputs, provider)
-    with replacing(target, force=force) as temporary:
-        files = save(model, temporary, external_over=external_over)
-        session = open_session(temporary, provider)
+    with output(target, force=force) as made_file:
+        made_file.save(model, external_over)
+        session = open_session(made_file.path, provider)
         runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
         if any(s.kept for s in stages) and not all(p.ok for p in runtime):
             # each stage was near the exported graph, but together they are too far from torch
             why = "the stages together differ from torch"
             stages = [replace(s, kept=False, why=s.why or why) for s in stages]
             model = made.model
-            files = save(model, temporary, external_over=external_over)
-            session = open_session(temporary, provider)
+            made_file.save(model, external_over)
+            session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
-        _demand(runtime, "ONNX Runtime differs from torch")
-        if len(files) > 1:
-            data = target.with_name(files[1].name)
-            if data.exists() and not force:
-                raise LoraFxError(f"{data} exists", "--force replaces it")
-            sync(files[1])
-            files[1].replace(data)
+        demand(runtime, "ONNX Runtime differs from torch")
     if session.note:
         warnings.append(session.note)
     lost = [f for f in getattr(folded, "folded", ()) if f.kept < 0.95]
     warnings += [f"{f.parameter}: rounding kept {f.kept:.1%} of the change" for f in lost]
-    sizes = {str(target.with_name(f.name)): target.with_name(f.name).stat().st_size for f in files}
+    sizes = {str(f): f.stat().st_size for f in made_file.files}
     return Report(
         "export",
         True,
@@ -204,6 +195,20 @@ def _write(
             **({"stages": [s.to_json() for s in stages]} if optimise else {}),
         },
     )
+
+
+OPTIONS = {"switch": "include and exclude", "batch": "scales", "merged": "optimise"}
+
+
+def _meant(mode: str, **given: Any) -> None:
+    """Raise for an option that the mode would ignore."""
+    if mode not in OPTIONS:
+        raise LoraFxError(f"no mode {mode!r}", "merged, switch or batch")
+    for name, value in given.items():
+        if value and name != mode:
+            raise LoraFxError(
+                f"mode {mode} would ignore what is for mode {name}: {OPTIONS[name]}", "leave it out"
+            )
 
 
 def _switchable(
@@ -253,18 +258,3 @@ def _branched(
 
 def _value(module: CapturedModule, name: str) -> Any:
     return to_numpy(tensor(module, name))
-
-
-def _demand(parity: Sequence[Parity], what: str) -> None:
-    if not parity:
-        raise LoraFxError(
-            "no size could be compared: the model refuses size 1 and the inputs have it",
-            "give --inputs with two rows or more",
-        )
-    for p in parity:
-        if not p.ok:
-            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
-            raise NoEffectError(
-                f"{what}: output {p.output!r} at {sizes}: rel {p.rel:.2e}, the gate is {p.tol:.1e}",
-                "nothing was written; try --inputs with real data, and report this model",
-            )

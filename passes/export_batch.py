@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter, bind
-from lora_fx.checkpoint.osfile import check_output, replacing, sync
+from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import ORT_TOL, Parity, Report, compare
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
@@ -26,7 +26,7 @@ from lora_fx.inputs import SIZES
 from lora_fx.onnx.batching import IDS, SCALES, batch_symbol
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
-from lora_fx.onnx.save import EXTERNAL_OVER, save
+from lora_fx.onnx.save import EXTERNAL_OVER, output
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import Batch, Source
 from lora_fx.passes.given import captured_of, opened, plain
@@ -106,17 +106,11 @@ def export_batch(
         if v.shape is not None and len(v.shape) and str(v.shape[0]) == symbol
     ]
     target = Path(path)
-    with replacing(target, force=force) as temporary:
-        files = save(made.model, temporary, external_over=external_over)
-        session = open_session(temporary, provider)
+    with output(target, force=force) as made_file:
+        made_file.save(made.model, external_over)
+        session = open_session(made_file.path, provider)
         parity = prove_rows(session.run, base, bound, rowed, arrays=inputs, scales=scales)
-        if len(files) > 1:
-            data = target.with_name(files[1].name)
-            if data.exists() and not force:
-                raise LoraFxError(f"{data} exists", "--force replaces it")
-            sync(files[1])
-            files[1].replace(data)
-    sizes = {str(target.with_name(f.name)): target.with_name(f.name).stat().st_size for f in files}
+    sizes = {str(f): f.stat().st_size for f in made_file.files}
     warnings = [str(p) for p in cap.pinned] + [session.note] * bool(session.note)
     details = {
         "files": sizes,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter, bind
-from lora_fx.checkpoint.osfile import check_output, replacing, sync
+from lora_fx.checkpoint.osfile import check_output, replacing
 from lora_fx.compare import Parity, Report, rel
-from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.errors import NoEffectError
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors
@@ -18,12 +18,12 @@ from lora_fx.lowrank import LowRank, draw
 from lora_fx.manifest import Manifest
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
-from lora_fx.onnx.save import save
+from lora_fx.onnx.save import output
 from lora_fx.onnx.switching import Session, write_adapter
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.given import plain
 from lora_fx.passes.pipeline import find, insert, plan_of
-from lora_fx.passes.prove import arrays_of, prove
+from lora_fx.passes.prove import arrays_of, demand, prove
 from lora_fx.passes.switch import Switch
 
 Selectors = str | Sequence[str] | None
@@ -73,26 +73,20 @@ def export_switch(
     switch(graph)
     manifest = switch.made[0]
     tried = bound or {"random": _random(manifest, found)}
-    with replacing(target, force=force) as temporary:
-        files = save(graph.model, temporary, external_over=external_over)
-        session = Session(temporary, provider)
+    with output(target, force=force) as made_file:
+        made_file.save(graph.model, external_over)
+        session = Session(made_file.path, provider)
         parity = prove(session.run, base, arrays=inputs, of="base")
         for name, adapter in tried.items():
             session.load(name, adapter)
             parity += _with(session, captured, name, adapter, inputs, bool(bound), warnings)
-        _demand(parity)
+        demand(parity, "ONNX Runtime differs from torch")
         for name, path in beside.items():
             with replacing(path, force=force) as part:
                 write_adapter(bound[name], manifest, part)
-        if len(files) > 1:
-            data = target.with_name(files[1].name)
-            if data.exists() and not force:
-                raise LoraFxError(f"{data} exists", "--force replaces it")
-            sync(files[1])
-            files[1].replace(data)
     if session.note:
         warnings.append(session.note)
-    outputs = [*(target.with_name(f.name) for f in files), *beside.values()]
+    outputs = [*made_file.files, *beside.values()]
     sizes = {str(f): f.stat().st_size for f in outputs}
     details = {"files": sizes, "provider": session.provider, "opset": opset, "mode": "switch"}
     details["targets"] = len(manifest.slots)
@@ -144,19 +138,3 @@ def _with(
             )
         warnings.append(f"the adapter {name!r} changes nothing")
     return prove(run, reference, arrays=inputs, of=name)
-
-
-def _demand(parity: Sequence[Parity]) -> None:
-    if not parity:
-        raise LoraFxError(
-            "no size could be compared: the model refuses size 1 and the inputs have it",
-            "give --inputs with two rows or more",
-        )
-    for p in parity:
-        if not p.ok:
-            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
-            raise NoEffectError(
-                f"ONNX Runtime differs from torch ({p.of}): output {p.output!r} at {sizes}: rel "
-                f"{p.rel:.2e}, the gate is {p.tol:.1e}",
-                "nothing was written; try --inputs with real data, and report this model",
-            )

@@ -7,7 +7,6 @@ compared byte for byte, and rows of what was are computed again in fp64.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.checkpoint.merge import GAIN, given
-from lora_fx.checkpoint.osfile import check_output, replacing
+from lora_fx.checkpoint.osfile import check_output
 from lora_fx.checkpoint.plan import Given
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
@@ -28,7 +27,7 @@ from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.matching import Matched, match
 from lora_fx.onnx.names import restore_weight_names
-from lora_fx.onnx.save import EXTERNAL_OVER, is_external, save, weight_bytes
+from lora_fx.onnx.save import EXTERNAL_OVER, is_external, output, weight_bytes
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
@@ -88,41 +87,17 @@ def merge_onnx(
         graph.store(name, value)
     model.metadata_props[METADATA] = _record(model.metadata_props.get(METADATA), parts)
     assert graph.model.graph.num_nodes() == nodes
-    with contextlib.ExitStack() as undo:
-        with replacing(target, force=force) as temporary:
-            over = 0 if is_external(source) else external_over
-            data = _free(target)
-            files = save(model, temporary, external_over=over, data=data.name)
-            if not matched.whole and not any(
-                u.b.any() and u.alpha for u in matched.updates.values()
-            ):
-                raise NoEffectError(
-                    f"{target}: not written: no element of {len(fold.report)} tensors would change",
-                    "is the adapter untrained, or its weight 0?",
-                )
-            changed = {*fold.applied.values(), *matched.whole}
-            _prove(temporary, target, before, changed, found, matched)
-            notes = [*graph.notes, *_loads(source, temporary, weight_bytes(model))]
-            if len(files) > 1:
-                if data.name != f"{target.name}.data" and not force:
-                    raise LoraFxError(f"{target}.data exists", "choose another output, or --force")
-                with replacing(data) as place:
-                    files[1].replace(place)
-                undo.callback(data.unlink, missing_ok=True)
-        undo.pop_all()
-    return _report(target, [f.name for f in files], fold, matched, renamed, notes)
-
-
-def _free(target: Path) -> Path:
-    """A name for the data that nothing has: what has it may be the base's, or in use.
-
-    The file takes its name last, so a run that is killed leaves no model with another's data.
-    """
-    path, i = target.with_name(f"{target.name}.data"), 0
-    while path.exists() or path.is_symlink():
-        i += 1
-        path = target.with_name(f"{target.name}.{i}.data")
-    return path
+    with output(target, force=force) as made:
+        made.save(model, 0 if is_external(source) else external_over)
+        changed = {*fold.applied.values(), *matched.whole}
+        written = _prove(made.path, target, before, changed, found, matched)
+        if all(n in before and _same(written.reader(n)(), before[n]()) for n in changed):
+            raise NoEffectError(
+                f"{target}: not written: no element of {len(changed)} tensors would change",
+                "is the adapter untrained, or its weight 0?",
+            )
+        notes = [*graph.notes, *_loads(source, made.path, weight_bytes(model))]
+    return _report(made.files, fold, matched, renamed, notes)
 
 
 def _loads(source: Path, written: Path, size: int) -> list[str]:
@@ -193,7 +168,7 @@ def _prove(
     changed: set[str],
     found: Found,
     matched: Matched,
-) -> None:
+) -> OnnxGraph:
     """Open what was written, and compare it with what it has to be."""
     written = OnnxGraph(load(temporary))
     for name in before:
@@ -212,6 +187,7 @@ def _prove(
             != value.astype(before[name]().dtype).astype(np.float64).tobytes()
         ):
             raise LoraFxError(f"{target}: not written: {name!r} is not the adapter's")
+    return written
 
 
 def _same(a: Array, b: Array) -> bool:
@@ -248,8 +224,7 @@ def _wrong_rows(
 
 
 def _report(
-    target: Path,
-    files: Sequence[str],
+    files: Sequence[Path],
     fold: Fold,
     matched: Matched,
     renamed: int,
@@ -273,7 +248,7 @@ def _report(
     added = sorted(set(fold.applied.values()) - {f.parameter for f in fold.report})
     if added:
         warnings.append(f"tied uses that differ have constants of their own: {', '.join(added)}")
-    outputs = [str(target), *(str(target.with_name(f)) for f in files[1:])]
+    outputs = [str(f) for f in files]
     return Report("merge", True, (), tuple(outputs), tuple(warnings), {"tensors": rows})
 
 

@@ -11,14 +11,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lora_fx.checkpoint.osfile import check_output, replacing, sync
+from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError
 from lora_fx.fx.module import CapturedModule
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import restore_weight_names, strip_traces
-from lora_fx.onnx.save import save
+from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
 from lora_fx.onnx.stages import Stage, apply_stages
 from lora_fx.passes.prove import feeds_of
@@ -56,19 +55,12 @@ def optimise_file(
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)
     model, stages = _cleaned(*apply_stages(opened, feeds, provider=provider))
-    with replacing(target, force=force) as temporary:
-        files = save(model, temporary)
-        if len(files) > 1:
-            data = target.with_name(files[1].name)
-            if data.exists() and not force:
-                raise LoraFxError(f"{data} exists", "--force replaces it")
-            sync(files[1])
-            files[1].replace(data)
-    written = [str(target.with_name(f.name)) for f in files]
+    with output(target, force=force) as made_file:
+        made_file.save(model)
     return Report(
         "export",
         True,
-        outputs=tuple(written),
+        outputs=tuple(map(str, made_file.files)),
         warnings=(session.note,) if session.note else (),
         details={
             "provider": session.provider,

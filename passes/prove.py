@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lora_fx.compare import ORT_TOL, Parity, compare, rel
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.fx.calling import leaf_names
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
@@ -170,3 +170,20 @@ def torch_run(module: CapturedModule) -> Run:
         return module.flat(pytree.tree_unflatten(new, spec))
 
     return run
+
+
+def demand(parity: Sequence[Parity], what: str) -> None:
+    """Raise unless something was compared and every gate was met: nothing is written."""
+    if not parity:
+        raise LoraFxError(
+            "no size could be compared: the model refuses size 1 and the inputs have it",
+            "give --inputs with two rows or more",
+        )
+    for p in parity:
+        if not p.ok:
+            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
+            raise NoEffectError(
+                f"{what}{p.of and f' ({p.of})'}: output {p.output!r} at {sizes}: "
+                f"rel {p.rel:.2e}, the gate is {p.tol:.1e}",
+                "nothing was written; try --inputs with real data, and report this model",
+            )

@@ -25,6 +25,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.graph import Role, Site
 from lora_fx.kinds import Einsum, Embedding
 from lora_fx.kinds_conv import Conv
+from lora_fx.manifest import PROPERTY, VERSION
 from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.flow import MARK, Found
 from lora_fx.onnx.graph import OnnxGraph
@@ -34,7 +35,6 @@ from lora_fx.onnx.views import dtype_name
 Array = np.ndarray[Any, Any]
 
 IDS, SCALES = "adapter_ids", "adapter_scales"
-MANIFEST = "lora_fx.manifest"
 
 
 def batch_symbol(model: ir.Model) -> str:
@@ -263,5 +263,5 @@ def write_manifest(
     model: ir.Model, adapters: Sequence[str], targets: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Say in the model's metadata which id is which adapter, and where the factors are."""
-    content = {"mode": "batch", "adapters": list(adapters), "targets": dict(targets)}
-    model.metadata_props[MANIFEST] = json.dumps(content)
+    content = {"version": VERSION, "mode": "batch", "adapters": list(adapters)}
+    model.metadata_props[PROPERTY] = json.dumps({**content, "targets": dict(targets)})

@@ -6,7 +6,6 @@ nodes. A body reads the values of the graphs around it, so one walk over all nod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -196,10 +195,9 @@ def _site(node: ir.Node, row: Row, use: Use, weight: Weight) -> Site:
     quantised = use.refusal if row.packed else weight.quantised
     operand = use.stored or weight.shape
     conv = row.op in ("conv", "conv_transpose")
-    many = row.many or row.op == "attention"
     scope = scope_of(node)
     return Site(
-        id=f"{site_name(node)}:{use.weight}" if many else site_name(node),
+        id=f"{site_name(node)}:{use.weight}" if row.many else site_name(node),
         op=f"{row.op}{len(operand) - 2}d" if conv else row.op,
         kind=use.kind,
         parameter=weight.name,
@@ -215,7 +213,6 @@ def _site(node: ir.Node, row: Row, use: Use, weight: Weight) -> Site:
         behind=(weight.name,),
         slot=(use.weight,),
         root=weight.name,
-        attrs=use.attrs,
     )
 
 
@@ -276,8 +273,3 @@ def _data(node: ir.Node) -> int:
         return 0
     inner = first[-1]
     return 2 * _count(y) * (inner if isinstance(inner, int) else 1)
-
-
-def sites(flow: Flow) -> Iterator[Site]:
-    """Every use, in execution order."""
-    return (f.site for f in flow.found)

@@ -141,12 +141,13 @@ class OnnxGraph:
         for user, i in list(old.uses()):
             if user.metadata_props.get(MARK) != site.id:
                 user.replace_input_with(i, y)
-        graph = old.producer().graph  # type: ignore[union-attr]
-        for i, out in enumerate(graph.outputs):  # type: ignore[union-attr]
+        graph = self.at(site).node.graph
+        assert isinstance(graph, ir.Graph)  # functions were inlined
+        for i, out in enumerate(graph.outputs):
             if out is old:
                 old.metadata_props[WAS] = str(old.name)
                 y.name, old.name = old.name, self.fresh(f"{old.name}_base")
-                graph.outputs[i] = y  # type: ignore[union-attr]
+                graph.outputs[i] = y
         self.changed()
 
     def rebase(self, site: Site, w: ir.Value) -> None:

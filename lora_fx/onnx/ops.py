@@ -8,7 +8,7 @@ that ONNX Runtime's own optimizers write.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -30,7 +30,6 @@ class Use:
         weight: Slot of the weight among the node's operands.
         x: Slot of the activation.
         kind: What their shapes make.
-        attrs: What the numpy emitter needs to run the op.
         refusal: Why it cannot be adapted.
         allowed: The refusal is only a default: `include` overrides it.
         gain: The op multiplies its product by this.
@@ -40,7 +39,6 @@ class Use:
     weight: int
     x: int
     kind: Kind
-    attrs: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
     allowed: bool = False
     gain: float = 1.0
@@ -81,7 +79,7 @@ def _matmul(node: ir.Node, shape: Shapes) -> Iterator[Use]:
     for slot, x, w, left in ((1, first, second, False), (0, second, first, True)):
         if w is not None:
             kind, why = product((0,) * 9 if x is None else x, w, left=left)
-            yield Use(slot, 1 - slot, kind, {}, why)
+            yield Use(slot, 1 - slot, kind, why)
 
 
 LEFT_TURNED = Einsum("...in", "io", "...on", "left")
@@ -95,7 +93,7 @@ def _turned(node: ir.Node, shape: Shapes, turns: tuple[bool, bool], gain: float)
         if w is None:
             continue
         if len(w) != 2:
-            yield Use(slot, 1 - slot, kinds.linear(), {}, VECTOR if len(w) < 2 else "a stack")
+            yield Use(slot, 1 - slot, kinds.linear(), VECTOR if len(w) < 2 else "a stack")
         elif other:  # the activation is read transposed: no branch from x as it lies
             out_first = own if slot else not own
             axes = Axes((), (0,), (1,)) if out_first else Axes((), (1,), (0,))
@@ -128,16 +126,16 @@ def _window(node: ir.Node, shape: Shapes, extra: str) -> Iterator[Use]:
     if w is None:
         return
     if len(w) < 3:
-        yield Use(1, 0, kinds_conv.Conv(groups), {}, VECTOR)
+        yield Use(1, 0, kinds_conv.Conv(groups), VECTOR)
         return
     lone = groups > 1 and (w[0] == groups if extra else w[1] == 1)
     why = DEPTHWISE if lone else ""
     if attr(node, "activation", ""):  # of the fused form: nothing can be added to the product
         axes = kinds_conv.Conv(groups).axes(w)
-        yield Use(1, 0, WeightForm("conv", axes), {}, why, allowed=lone)
+        yield Use(1, 0, WeightForm("conv", axes), why, allowed=lone)
         return
     kind = kinds_conv.ConvTranspose(groups) if extra else kinds_conv.Conv(groups)
-    yield Use(1, 0, kind, {}, why, allowed=lone)
+    yield Use(1, 0, kind, why, allowed=lone)
 
 
 def _gather(node: ir.Node, shape: Shapes) -> Iterator[Use]:
@@ -145,7 +143,7 @@ def _gather(node: ir.Node, shape: Shapes) -> Iterator[Use]:
     if w is not None and len(w) >= 2:
         axis = int(attr(node, "axis", 0))
         why = "" if axis == 0 and len(w) == 2 else "a lookup along another axis than the first"
-        yield Use(0, 1, kinds.Embedding(), {}, why)
+        yield Use(0, 1, kinds.Embedding(), why)
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[Use]:
@@ -157,7 +155,7 @@ def _einsum(node: ir.Node, shape: Shapes) -> Iterator[Use]:
     for i in range(len(shapes)):
         kind, why = contraction(terms, i)
         other = next((j for j in range(len(shapes)) if j != i), i)
-        yield Use(i, other, kind, {}, why)
+        yield Use(i, other, kind, why)
 
 
 def _recurrent(node: ir.Node, shape: Shapes) -> Iterator[Use]:
@@ -179,7 +177,7 @@ def _embed_layer_norm(node: ir.Node, shape: Shapes) -> Iterator[Use]:
 def _blocks(node: ir.Node, shape: Shapes) -> Iterator[Use]:
     """MatMulNBits and its kin: codes of a matrix [out, in], read as W.T."""
     n, k, bits = int(attr(node, "N", 0)), int(attr(node, "K", 0)), int(attr(node, "bits", 4))
-    yield Use(1, 0, kinds.linear(), {}, QUANTISED.format(f"{bits} bits"), True, stored=(n, k))
+    yield Use(1, 0, kinds.linear(), QUANTISED.format(f"{bits} bits"), True, stored=(n, k))
 
 
 def _integer(weight: int, *, beside: bool) -> Any:
@@ -190,7 +188,7 @@ def _integer(weight: int, *, beside: bool) -> Any:
             if not beside:
                 why += ", and so is what it is multiplied with"
             ok = beside and len(w) == 2
-            yield Use(weight, 0, kinds.matmul_right(), {}, why, ok)
+            yield Use(weight, 0, kinds.matmul_right(), why, ok)
 
     return uses
 

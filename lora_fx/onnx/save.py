@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+
+from lora_fx.checkpoint.osfile import replacing
+from lora_fx.errors import LoraFxError
 
 EXTERNAL_OVER = 256 << 20
 """Bytes of weights above which they go to `NAME.onnx.data` (protobuf itself ends at 2 GiB)."""
@@ -33,8 +39,70 @@ def save(
     memory one at a time.
     """
     if weight_bytes(model) <= external_over:
+        ir.external_data.load_to_model(model)  # else it would name the data of another file
         ir.save(model, path)
         return [path]
     data = data or path.name + ".data"
     ir.save(model, path, external_data=data, max_workers=1, max_in_flight_bytes=1 << 26)
     return [path, path.with_name(data)]
+
+
+@dataclass
+class Output:
+    """A file that has no name yet.
+
+    Attributes:
+        target: The name that it gets.
+        path: Where it is written.
+        data: The name that its data gets, if it is saved with any.
+        external: Whether it was.
+    """
+
+    target: Path
+    path: Path
+    data: Path
+    external: bool = False
+
+    def save(self, model: ir.Model, external_over: int = EXTERNAL_OVER) -> None:
+        """Write a model, in the place of what was written before."""
+        files = save(model, self.path, external_over=external_over, data=self.data.name)
+        self.external = len(files) > 1
+
+    @property
+    def files(self) -> list[Path]:
+        """The names of what was written."""
+        return [self.target, self.data] if self.external else [self.target]
+
+
+@contextlib.contextmanager
+def output(target: Path, *, force: bool = False) -> Iterator[Output]:
+    """A file that gets its name, after its data, when the block ends without an error.
+
+    An existing data file is never replaced: it may be an input's, and a run that is killed between
+    the two names would leave a model with the data of another. The new one is then `NAME.1.data`.
+
+    Raises:
+        LoraFxError: The file exists and `force` is not given; its data exists and it is not.
+    """
+    with contextlib.ExitStack() as undo:
+        with replacing(target, force=force) as temporary:
+            made = Output(target, temporary, _free(target))
+            yield made
+            if made.external:
+                if made.data.name != f"{target.name}.data" and not force:
+                    raise LoraFxError(
+                        f"{target}.data exists",
+                        "choose another output, or --force to write beside it",
+                    )
+                with replacing(made.data) as place:
+                    temporary.with_name(made.data.name).replace(place)
+                undo.callback(made.data.unlink, missing_ok=True)
+        undo.pop_all()
+
+
+def _free(target: Path) -> Path:
+    path, i = target.with_name(f"{target.name}.data"), 0
+    while path.exists() or path.is_symlink():
+        i += 1
+        path = target.with_name(f"{target.name}.{i}.data")
+    return path

@@ -24,7 +24,6 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.lowrank import LowRank
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
-from lora_fx.passes import merge_onnx
 from tests.zoo import checks
 
 
@@ -125,7 +124,7 @@ def test_what_the_proof_catches(
         path.write_bytes(proto.SerializeToString())
         return files
 
-    monkeypatch.setattr(merge_onnx, "save", spoiled)
+    monkeypatch.setattr(saving, "save", spoiled)
     with pytest.raises(LoraFxError, match=r"'transformer\.wpe\.weight' is not the base's"):
         lora_fx.merge(bert / "base.onnx", bert / "adapter", tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
