@@ -7,12 +7,26 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import emit, note
-from lora_fx.cli.options import captured, force_option, json_option, model_options, target_options
+from lora_fx.cli.options import (
+    captured,
+    force_option,
+    json_option,
+    load_npz,
+    model_options,
+    refuse_given,
+    target_options,
+)
 
 
 @click.command("insert")
 @click.argument("model")
-@click.option("-o", "--output", required=True, metavar="OUT", help="Folder, .safetensors or .pt2.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="OUT",
+    help="Folder, .safetensors, .pt2; .onnx from .onnx.",
+)
 @target_options
 @model_options
 @force_option
@@ -24,15 +38,22 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     .pt2 program: the eval and train graphs with their branches, over one set of weights. Every
     command, and torch.export.load, opens it without the model's source.
 
+    An .onnx file becomes an .onnx file, with branches that a trainer of ONNX graphs can train
+    (lora-fx convert takes the adapter out of it again).
+
     \b
     lora-fx insert ./my-bert -o start --rank 16 --include q,v
     lora-fx insert model.py:build -o model.pt2
+    lora-fx insert bert.onnx -o branches.onnx --rank 4
     """
     from lora_fx.checkpoint.osfile import check_output
     from lora_fx.formats.io import save_adapter
     from lora_fx.passes.pipeline import insert
 
     check_output(output, force=force)
+    if model.endswith(".onnx"):
+        _onnx(model, output, force, as_json, options)
+        return
     keys = ("weights", "inputs_file", "dynamic", "static", "trust")
     _, cap = captured(model, **{k: options.pop(k) for k in keys})
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
@@ -57,3 +78,23 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
         trained=report.trained,
         frozen=report.frozen,
     )
+
+
+def _onnx(model: str, output: str, force: bool, as_json: bool, options: dict[str, Any]) -> None:
+    from lora_fx.errors import LoraFxError
+    from lora_fx.passes.insert_onnx import insert_onnx
+
+    if not output.endswith(".onnx"):
+        raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")
+    arrays = load_npz(options.pop("inputs_file")) or None
+    no_say = ("also_train", "dropout", "weights", "dynamic", "static", "trust")
+    refuse_given(model, no_say)
+    kept = {k: v for k, v in options.items() if k not in no_say}
+    chosen: dict[str, Any] = {k: None if v == () else v for k, v in kept.items()}
+    report = insert_onnx(model, output, inputs=arrays, force=force, **chosen)
+    for text in report.warnings:
+        note(text)
+    count, trained = len(report.details["targets"]), report.details["trained"]
+    said = f"{count} targets, {trained} elements to train\n{report}\nwrote {output}"
+    fields = {k: v for k, v in report.to_json().items() if k not in ("command", "warnings")}
+    emit(as_json, "insert", said, inputs=[{"model": model}], warnings=report.warnings, **fields)

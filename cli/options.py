@@ -123,6 +123,17 @@ def _say(cap: Any) -> None:
         note(f"pinned: {pin}")
 
 
+def refuse_given(model: str, names: Sequence[str]) -> None:
+    """Raise for an option that was given and has no say for an .onnx file."""
+    ctx = click.get_current_context()
+    for name in names:
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = name.replace("_", "-")
+            raise LoraFxError(
+                f"--{option} has no say for {model}, a graph as it is", "leave it out"
+            )
+
+
 def held(cap: Any) -> Any:
     """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
     from lora_fx.fx.pt2 import module_of

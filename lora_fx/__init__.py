@@ -14,7 +14,7 @@ _WHERE = {
     "find": "lora_fx.passes.pipeline",
     "insert": "lora_fx.passes.pipeline",
     "fold": "lora_fx.passes.pipeline",
-    "export": "lora_fx.passes.pipeline",
+    "export": "lora_fx.passes.export",
     "extract": "lora_fx.checkpoint.extraction",
     "truncate": "lora_fx.truncation",
     "verify": "lora_fx.passes.verify",
@@ -68,8 +68,9 @@ if TYPE_CHECKING:
     from lora_fx.fx.models import load_model
     from lora_fx.lowrank import Full, LowRank
     from lora_fx.passes.attach import attach, detach
+    from lora_fx.passes.export import export
     from lora_fx.passes.merge import merge
-    from lora_fx.passes.pipeline import export, find, fold, insert
+    from lora_fx.passes.pipeline import find, fold, insert
     from lora_fx.passes.verify import verify
     from lora_fx.truncation import truncate
 

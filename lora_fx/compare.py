@@ -6,17 +6,23 @@ rel(a, b) = max|a − b| / max|b| per output; NaN, Inf on one side or max|b| = 0
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.errors import LoraFxError, NoEffectError
+
 FOLD_TOL = 1e-6
 """fold against insert, fp32, tiny models."""
 ORT_TOL = 2e-6
 """ONNX Runtime against torch, fp32, tiny models."""
+CEILING = 1e-3
+"""No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Of the dtypes that round a change: an output's, or that of an adapted weight."""
 
 
 def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
@@ -141,3 +147,30 @@ class Report:
                 lines.append(f"  {name}: {value}")
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)
+
+
+def widened(
+    gates: Mapping[str, float], own: Mapping[str, float], tol: float = ORT_TOL
+) -> dict[str, float]:
+    """Gates where those that are `tol` allow for a model's own rounding error: 4 × that + 1e-7."""
+    return {
+        n: min(max(g, 4 * own.get(n, 0.0) + 1e-7), CEILING) if g == tol else g
+        for n, g in gates.items()
+    }
+
+
+def demand(parity: Sequence[Parity], what: str) -> None:
+    """Raise unless something was compared and every gate was met: nothing is written."""
+    if not parity:
+        raise LoraFxError(
+            "no size could be compared: the model refuses size 1 and the inputs have it",
+            "give --inputs with two rows or more",
+        )
+    for p in parity:
+        if not p.ok:
+            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
+            raise NoEffectError(
+                f"{what}{p.of and f' ({p.of})'}: output {p.output!r} at {sizes}: "
+                f"rel {p.rel:.2e}, the gate is {p.tol:.1e}",
+                "nothing was written; try --inputs with real data, and report this model",
+            )

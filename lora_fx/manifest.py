@@ -1,8 +1,10 @@
 """The manifest of a switchable ONNX file: which tensors an adapter has to bring, and their shapes.
 
-It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two inputs that
-have defaults: A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the
-change of y is (x A) B. Adapter files, sessions and checks read it; nothing guesses names.
+It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors:
+A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is
+(x A) B. In mode switch they are inputs that have defaults; in mode load initialisers of a fixed
+rank, which a session replaces when it is made. Adapter files, sessions and checks read it; nothing
+guesses names.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Slot:
         shape: The stored shape of the weight in the ONNX file.
         op: The op that reads the weight.
         role: q, k, v …, or empty.
-        rank: Of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe.
+        rank: Of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe; in mode
+            load the largest that an adapter may have.
         dtype: Of both tensors.
     """
 
@@ -73,10 +76,10 @@ class Manifest:
         """
         try:
             data = json.loads(text)
-            if data["mode"] != "switch":
+            if data["mode"] not in ("switch", "load"):
                 raise LoraFxError(
                     f"{where}: a file of mode {data['mode']}, whose adapters are in it",
-                    "only files of mode switch take adapters: lora-fx export --mode switch",
+                    "files of modes switch and load take adapters: lora-fx export --mode switch",
                 )
             if data["version"] != VERSION:
                 raise LoraFxError(
@@ -143,6 +146,18 @@ class Manifest:
         for key in dict.fromkeys(known[name] for name in tensors):
             self._check_pair(self.slots[key], tensors, where)
 
+    def padded(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """The tensors with zeros up to the rank of their slots, which change no product."""
+        result = {}
+        for slot in self.slots.values():
+            for name, axis in ((slot.a, -1), (slot.b, -2)):
+                if name in tensors:
+                    value = tensors[name]
+                    width = [(0, 0)] * value.ndim
+                    width[axis] = (0, slot.rank - value.shape[axis])
+                    result[name] = np.pad(value, width)
+        return result
+
     def _check_pair(self, slot: Slot, tensors: Mapping[str, Array], where: str) -> None:
         for name, other in ((slot.a, slot.b), (slot.b, slot.a)):
             if name not in tensors:
@@ -153,6 +168,11 @@ class Manifest:
         a = tensors[slot.a]
         rank = a.shape[-1] if a.ndim else 0
         wanted = {slot.a: (*slot.batch, slot.inside, rank), slot.b: (*slot.batch, rank, slot.out)}
+        if self.mode == "load" and rank > slot.rank:
+            raise LoraFxError(
+                f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {slot.rank}",
+                f"lora-fx export --mode load --rank {rank} makes room for it",
+            )
         for name, shape in wanted.items():
             found = tensors[name]
             if found.shape != shape:

@@ -24,7 +24,7 @@ from lora_fx.fx.partial import partial_graphs
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.forms import GraphPlanner
-from lora_fx.passes.pipeline import Selectors, initial, insert, plan_of
+from lora_fx.passes.pipeline import Selectors, insert, plan_of
 from lora_fx.passes.prove_live import (
     Explicit,
     InGraph,
@@ -33,6 +33,7 @@ from lora_fx.passes.prove_live import (
     prove_live,
     random_values,
 )
+from lora_fx.policy import initial
 
 
 def attach(

@@ -9,24 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report
-from lora_fx.fx.module import CapturedModule
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import restore_weight_names, strip_traces
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
 from lora_fx.onnx.stages import Stage, apply_stages
-from lora_fx.passes.prove import feeds_of
+
+if TYPE_CHECKING:
+    from lora_fx.fx.module import CapturedModule
 
 
 def optimise(
     model: Any, reference: CapturedModule, arrays: Mapping[str, Any] | None, provider: str
 ) -> tuple[Any, list[Stage]]:
     """(onnx_ir model, its stages), on the inputs that export proves with."""
+    from lora_fx.passes.prove import feeds_of  # imports torch, which files do without
+
     feeds = [f for _, f in feeds_of(reference, arrays, SIZES)]
     return _cleaned(*apply_stages(model, feeds, provider=provider))
 

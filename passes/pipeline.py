@@ -18,15 +18,14 @@ from lora_fx.fx.pt2 import is_program, open_program
 from lora_fx.fx.pt2_captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.graph import Graph
-from lora_fx.lowrank import LowRank, draw
+from lora_fx.lowrank import LowRank
 from lora_fx.passes.effect import prove_effect
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
 from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.insert import Insert
-from lora_fx.policy import Plan, make_plan
+from lora_fx.policy import Plan, initial, make_plan
 from lora_fx.target import Found
-from lora_fx.uses import modules, op_of, tied
 
 Selectors = str | Sequence[str] | None
 
@@ -211,19 +210,6 @@ def _adapted(
     return module
 
 
-def initial(found: Found, plan: Plan, variant: str, seed: int) -> dict[str, LowRank]:
-    """Kaiming a and zero b for every target of a plan."""
-    updates = {}
-    for key, entry in plan.entries.items():
-        target = found[key]
-        a, b = draw(key, target.layout, entry.rank, seed)
-        extra: dict[str, Any] = {"op": op_of(target, entry.use)}
-        if (tied(target) or len(modules(target)) > 1) and not entry.use:
-            extra["tied"] = True  # several modules: no file of another tool can say that
-        updates[key] = LowRank(a, b, entry.alpha, target.layout, variant, entry.use, extra)
-    return updates
-
-
 def fold(
     model: Any,
     args: Sequence[Any] = (),
@@ -270,13 +256,6 @@ def fold(
 def grown(folded: Sequence[Folded]) -> int:
     """Bytes of constants that fold had to add for tied uses that differ."""
     return sum(f.grew for f in folded)
-
-
-def export(*args: Any, **kwargs: Any) -> Any:
-    """See lora_fx.passes.export."""
-    from lora_fx.passes.export import export as run
-
-    return run(*args, **kwargs)
 
 
 def verify(*args: Any, **kwargs: Any) -> Any:

@@ -16,18 +16,12 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from lora_fx.compare import ORT_TOL, Parity, compare, rel
-from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, widened
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.calling import leaf_names
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import SIZES
-
-CEILING = 1e-3
-"""No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
-
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""Of the dtypes that round a change: an output's, or that of an adapted weight."""
 
 Run = Callable[[Mapping[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]
 
@@ -78,11 +72,7 @@ def prove(
         got = compare(outputs, expected, shapes, gates, of)
         if not got.ok and gates[got.output] == tol:
             own = own_errors(reference, arrays, sizes) if own is None else own
-            wider = {
-                n: min(max(g, 4 * own.get(n, 0.0) + 1e-7), CEILING) if g == tol else g
-                for n, g in gates.items()
-            }
-            got = compare(outputs, expected, shapes, wider, of)
+            got = compare(outputs, expected, shapes, widened(gates, own, tol), of)
         results.append(got)
     return results
 
@@ -170,20 +160,3 @@ def torch_run(module: CapturedModule) -> Run:
         return module.flat(pytree.tree_unflatten(new, spec))
 
     return run
-
-
-def demand(parity: Sequence[Parity], what: str) -> None:
-    """Raise unless something was compared and every gate was met: nothing is written."""
-    if not parity:
-        raise LoraFxError(
-            "no size could be compared: the model refuses size 1 and the inputs have it",
-            "give --inputs with two rows or more",
-        )
-    for p in parity:
-        if not p.ok:
-            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
-            raise NoEffectError(
-                f"{what}{p.of and f' ({p.of})'}: output {p.output!r} at {sizes}: "
-                f"rel {p.rel:.2e}, the gate is {p.tol:.1e}",
-                "nothing was written; try --inputs with real data, and report this model",
-            )

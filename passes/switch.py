@@ -8,6 +8,8 @@ the defaults change nothing: rank 0, or one rank of zeros in the weight form W +
 convolutions take (their branch would need the rank as a number; of rank 0, a runtime's convolution
 may read memory that nobody wrote). This pass works on onnx_ir only: inputs with defaults are a
 matter of ONNX.
+
+In mode load A and B stay initialisers of a fixed rank, and every use takes the weight form.
 """
 
 from __future__ import annotations
@@ -41,10 +43,14 @@ class Switch:
 
     Attributes:
         keys: Targets of the graph, in its own names.
+        rank: 0 for inputs with defaults. Else of mode load: the size that the ranks of A and B
+            have, which are initialisers then, and every use has the weight form, which ONNX
+            Runtime folds when it loads the file.
         made: Receives the manifest.
     """
 
     keys: Sequence[str]
+    rank: int = 0
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[Any]:
@@ -65,28 +71,28 @@ class Switch:
             targets.append(target)
         if not targets:
             raise LoraFxError("no target to switch", "lora-fx targets MODEL lists them")
+        role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
         for whole in (False, True):
-            some = {t.key: _zero(t) for t in targets if _direct(t) is not whole}
-            Insert(some, role=Role.OPTIONAL_INPUT, weight_form=whole)(graph)
-        slots = {
-            t.key: settle(graph, t, 0 if _direct(t) else 1, f"rank_{i}")
-            for i, t in enumerate(targets)
-        }
+            some = {t.key: _zero(t) for t in targets if self._direct(t) is not whole}
+            Insert(some, role=role, weight_form=whole)(graph)
+        slots = {}
+        for i, t in enumerate(targets):
+            rank = self.rank or (0 if self._direct(t) else 1)
+            slots[t.key] = settle(graph, t, rank, "" if self.rank else f"rank_{i}")
         model.ir_version = max(model.ir_version, OLDEST_IR)
-        manifest = Manifest(slots)
+        manifest = Manifest(slots, "load" if self.rank else "switch")
         model.metadata_props[PROPERTY] = manifest.to_text()
         self.made.append(manifest)
         graph.changed()
         graph.lint()
         return PassResult(graph, True)
 
-
-def _direct(target: Target) -> bool:
-    """True where every use has a branch that never needs the rank as a number."""
-    return all(
-        isinstance(s.kind, Embedding) or (isinstance(s.kind, Einsum) and bool(s.kind.form))
-        for s in target.sites
-    )
+    def _direct(self, target: Target) -> bool:
+        """True where every use has a branch that never needs the rank as a number."""
+        return not self.rank and all(
+            isinstance(s.kind, Embedding) or (isinstance(s.kind, Einsum) and bool(s.kind.form))
+            for s in target.sites
+        )
 
 
 def _zero(target: Target) -> LowRank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from lora_fx.errors import LoraFxError
 
 EXTERNAL_OVER = 256 << 20
 """Bytes of weights above which they go to `NAME.onnx.data` (protobuf itself ends at 2 GiB)."""
+
+INLINE = 256
+"""Bytes below which a tensor stays in the file: sizes and axes, which the runtime wants to read."""
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -29,21 +32,49 @@ def is_external(path: Path) -> bool:
 
 
 def save(
-    model: ir.Model, path: Path, *, external_over: int = EXTERNAL_OVER, data: str = ""
+    model: ir.Model,
+    path: Path,
+    *,
+    external_over: int = EXTERNAL_OVER,
+    data: str = "",
+    beside: Collection[str] = (),
 ) -> list[Path]:
     """Write a model; returns the files that were made.
 
-    A data file is called `data`, or `NAME.data` where that is empty.
+    A data file is called `data`, or `NAME.data` where that is empty. Initialisers named in
+    `beside` go there however small they are, since a session can replace only what lies in it.
 
     Tensors are written one after the other, so that those that are computed on demand are in
     memory one at a time.
     """
+    if beside:
+        return _with_data(model, path, data or path.name + ".data", beside)
     if weight_bytes(model) <= external_over:
         ir.external_data.load_to_model(model)  # else it would name the data of another file
         ir.save(model, path)
         return [path]
     data = data or path.name + ".data"
     ir.save(model, path, external_data=data, max_workers=1, max_in_flight_bytes=1 << 26)
+    return [path, path.with_name(data)]
+
+
+def _with_data(model: ir.Model, path: Path, data: str, beside: Collection[str]) -> list[Path]:
+    values = [
+        v
+        for v in model.graph.initializers.values()
+        if v.const_value is not None and (v.const_value.nbytes >= INLINE or v.name in beside)
+    ]
+    kept = [v.const_value for v in values]
+    moved = ir.external_data.convert_tensors_to_external(
+        [t for t in kept if t is not None], path.parent, data, max_workers=1
+    )
+    try:
+        for value, tensor in zip(values, moved, strict=True):
+            value.const_value = tensor
+        ir.save(model, path)
+    finally:
+        for value, was in zip(values, kept, strict=True):
+            value.const_value = was
     return [path, path.with_name(data)]
 
 
@@ -63,9 +94,13 @@ class Output:
     data: Path
     external: bool = False
 
-    def save(self, model: ir.Model, external_over: int = EXTERNAL_OVER) -> None:
-        """Write a model, in the place of what was written before."""
-        files = save(model, self.path, external_over=external_over, data=self.data.name)
+    def save(
+        self, model: ir.Model, external_over: int = EXTERNAL_OVER, beside: Collection[str] = ()
+    ) -> None:
+        """Write a model, in the place of what was written before; see save."""
+        files = save(
+            model, self.path, external_over=external_over, data=self.data.name, beside=beside
+        )
         self.external = len(files) > 1
 
     @property

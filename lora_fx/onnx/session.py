@@ -51,7 +51,14 @@ class Session:
         return dict(zip(names, self.session.run(names, known), strict=True))
 
 
-def open_session(path: str | PathLike[str], provider: str = "auto", threads: int = 0) -> Session:
+def open_session(
+    path: str | PathLike[str],
+    provider: str = "auto",
+    threads: int = 0,
+    *,
+    rewrites: bool = True,
+    external: Mapping[str, Array] | None = None,
+) -> Session:
     """Load a model.
 
     Args:
@@ -59,6 +66,8 @@ def open_session(path: str | PathLike[str], provider: str = "auto", threads: int
         provider: auto: CUDA when it is really there, else CPU with a note; cpu; cuda: an error
             when it cannot be had.
         threads: 0 leaves the number to the runtime.
+        rewrites: Let the runtime rewrite the graph.
+        external: In the place of initialisers that lie in a data file: equal shapes and dtypes.
 
     Raises:
         LoraFxError: The file does not load, or CUDA was asked for and is not there.
@@ -72,6 +81,11 @@ def open_session(path: str | PathLike[str], provider: str = "auto", threads: int
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
+    if not rewrites:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    held = {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in (external or {}).items()}
+    if held:
+        options.add_external_initializers(list(held), list(held.values()))
     built = "CUDAExecutionProvider" in ort.get_available_providers()
     usable = provider != "cpu" and built and driver_present()
     if usable and hasattr(ort, "preload_dlls"):

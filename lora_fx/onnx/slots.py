@@ -1,4 +1,7 @@
-"""The inputs with defaults of a switchable graph, in the place of what insert made."""
+"""The factors of a switchable graph, in the place of what insert made.
+
+They are inputs with defaults, or initialisers of a fixed rank.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,21 @@ from lora_fx.target import Target
 
 
 def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Slot:
-    """Put A and B, as they are read, in the place of what insert made."""
+    """Put A and B, as they are read, in the place of what insert made.
+
+    Args:
+        graph: It has the branches of the target.
+        target: The target.
+        rank: Of the default, zeros.
+        symbol: Name of the rank of an input; empty: A and B are initialisers alone.
+    """
     layout = target.layout
     batch = layout.batch_shape
     names = (f"{target.key}.lora_A", f"{target.key}.lora_B")
     sides: tuple[tuple[int, int], ...] = ((layout.in_size, rank), (rank, layout.out_size))
     shapes: tuple[tuple[int | str, ...], ...] = (
-        (layout.in_size, symbol),
-        (symbol, layout.out_size),
+        (layout.in_size, symbol or rank),
+        (symbol or rank, layout.out_size),
     )
     owner = graph.model.graph
     for old, name, side, shape in zip(slot_names(target.key), names, sides, shapes, strict=True):
@@ -37,10 +47,11 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Slot:
         )
         new.metadata_props[MARK] = was.metadata_props[MARK]
         _reread(graph, was, new, swap_last(len(batch)))
-        owner.inputs.remove(was)
         del owner.initializers[old]
         owner.initializers[name] = new
-        owner.inputs.append(new)
+        if symbol:
+            owner.inputs.remove(was)
+            owner.inputs.append(new)
     shape_ = tuple(target.parameter.shape)
     return Slot(
         *names, layout.in_size, layout.out_size, batch, shape_, target.op, target.role, rank

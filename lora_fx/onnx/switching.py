@@ -75,6 +75,8 @@ class Session:
         path: The .onnx file.
         provider: auto, cpu or cuda.
         threads: 0 leaves the number to the runtime.
+        adapter: Of a file of mode load: what is folded into its weights now, an adapter or its
+            file in any format; the base model without one.
 
     Attributes:
         manifest: What an adapter has to bring.
@@ -85,8 +87,24 @@ class Session:
         LoraFxError: The file does not load, or is not switchable.
     """
 
-    def __init__(self, path: str | PathLike[str], provider: str = "auto", threads: int = 0) -> None:
-        opened = open_session(path, provider, threads)
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        provider: str = "auto",
+        threads: int = 0,
+        *,
+        adapter: Adapter | str | PathLike[str] | None = None,
+    ) -> None:
+        external = None
+        if adapter is not None:
+            manifest = manifest_of(path)
+            if manifest.mode != "load":
+                raise LoraFxError(
+                    f"{fspath(path)}: a file of mode {manifest.mode} takes adapters run by run",
+                    "session.load(name, adapter), then session.run(inputs, adapter=name)",
+                )
+            external = manifest.padded(tensors_of(adapter, manifest))
+        opened = open_session(path, provider, threads, external=external)
         self.session, self.provider, self.note = opened.session, opened.provider, opened.note
         text = self.session.get_modelmeta().custom_metadata_map.get(PROPERTY)
         self.manifest = _manifest(text, fspath(path))
@@ -106,6 +124,11 @@ class Session:
         Raises:
             LoraFxError: The adapter does not fit the manifest.
         """
+        if self.manifest.mode == "load":
+            raise LoraFxError(
+                "a file of mode load takes its adapter when the session is made",
+                "Session(path, adapter=…); --mode switch exports one that switches run by run",
+            )
         tensors = tensors_of(adapter, self.manifest)
         self._arrays[name] = tensors
         self._values[name] = _values(tensors)

@@ -1,0 +1,160 @@
+"""export of an .onnx file, from whatever framework: all modes, no torch.
+
+merged   merge, then the stages of optimise where those are asked for
+others   the same passes as after a torch export; what they have to equal is the file itself in
+ONNX Runtime, with the branches that insert adds
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.osfile import check_output
+from lora_fx.compare import Report
+from lora_fx.errors import LoraFxError
+from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.load import load
+from lora_fx.onnx.matching import match
+from lora_fx.onnx.names import restore_weight_names
+from lora_fx.onnx.save import EXTERNAL_OVER
+from lora_fx.passes.batch import Source
+from lora_fx.passes.export_batch import named, write_batch
+from lora_fx.passes.export_switch import beside, write_switch
+from lora_fx.passes.find import find
+from lora_fx.passes.merge_onnx import merge_onnx
+from lora_fx.passes.modes import Writing
+from lora_fx.passes.optimise import optimise_file
+from lora_fx.passes.reference_onnx import reference_of
+from lora_fx.policy import make_plan
+from lora_fx.target import Found
+
+Selectors = str | Sequence[str] | None
+
+
+def export_onnx(
+    source: str | PathLike[str],
+    path: str | PathLike[str],
+    *,
+    adapters: Any = None,
+    mode: str = "merged",
+    include: Selectors = None,
+    exclude: Selectors = None,
+    rank: int | None = None,
+    scales: bool = False,
+    names: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    provider: str = "auto",
+    external_over: int = EXTERNAL_OVER,
+    force: bool = False,
+    optimise: bool = False,
+) -> Report:
+    """Write another .onnx file of a file; the options are those of lora_fx.passes.export.
+
+    Args:
+        source: The file; it is not changed.
+        names: Adapter key → tensor of the file, where the names do not tell.
+
+    Raises:
+        LoraFxError: An adapter that does not fit, an option that the mode would ignore.
+        NoEffectError: The outputs differ; nothing is written.
+    """
+    source = Path(source)
+    how = Writing(Path(path), provider, external_over, force)
+    check_output(path, force=force)
+    if how.target.resolve() == source.resolve():
+        raise LoraFxError(f"{path}: the output would replace the input", "choose another output")
+    if mode == "merged":
+        return _merged(source, how, adapters, names, inputs, optimise)
+    if mode == "batch":
+        adapters = named(adapters)
+    elif isinstance(adapters, Adapter):
+        adapters = {"adapter": adapters}
+    beside(how.target, adapters or {} if mode != "batch" else {}, force)
+    model = load(source)
+    renamed = restore_weight_names(model)
+    graph = OnnxGraph(model)
+    found = find(graph)
+    bound = {n: _bound(n, a, graph, found, names) for n, a in (adapters or {}).items()}
+    said = [*graph.notes]
+    if renamed:
+        said.append(f"{renamed} tensors got the names that the exporter's metadata tells")
+    with reference_of(source, graph, provider, inputs) as reference:
+        rewritten = graph.clone()
+        if mode == "batch":
+            sources = {p.name: (p.name, Source(p.shape)) for p in graph.parameters()}
+            return write_batch(
+                rewritten, reference, sources, bound, how,
+                scales=scales, fixed=bool(inputs), warnings=said,
+            )  # fmt: skip
+        keys = list(dict.fromkeys(k for a in bound.values() for k in a))
+        if not keys or include or exclude:
+            keys = _planned(found, include, exclude)
+        return write_switch(
+            rewritten, reference, keys, bound, how,
+            load=mode == "load", rank=rank, warnings=said,
+        )  # fmt: skip
+
+
+def _bound(
+    name: str, adapter: Adapter, graph: OnnxGraph, found: Found, names: Mapping[str, str] | None
+) -> Adapter:
+    """An adapter in the keys and layouts of the graph."""
+    matched = match(adapter, graph, found, names)
+    if matched.whole:
+        raise LoraFxError(
+            f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected s·b·a",
+            "lora-fx merge folds whole tensors",
+        )
+    metadata = {k: v for k, v in adapter.metadata.items() if k != "naming"}
+    return replace(adapter, entries=dict(matched.updates), metadata=metadata)
+
+
+def _planned(found: Found, include: Selectors, exclude: Selectors) -> list[str]:
+    shapes = {n: n for n in found.shapes}
+    return list(make_plan(found, shapes, rank=1, include=include, exclude=exclude).entries)
+
+
+def _merged(
+    source: Path,
+    how: Writing,
+    adapters: Any,
+    names: Mapping[str, str] | None,
+    inputs: Mapping[str, Any] | None,
+    optimise: bool,
+) -> Report:
+    """Merge, then optimise; one of the two may be left out."""
+    if isinstance(adapters, Mapping):
+        raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
+    if adapters is None and not optimise:
+        raise LoraFxError(
+            f"{source} is an .onnx file already, and there is nothing to do",
+            "give an adapter, --optimise, or a --mode",
+        )
+    if not optimise:
+        return replace(
+            merge_onnx(
+                source, [adapters], how.target, names=names, force=how.force,
+                external_over=how.external_over,
+            ),
+            command="export",
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        if adapters is not None:
+            merged = Path(folder) / "merged.onnx"
+            made = merge_onnx(
+                source, [adapters], merged, names=names, external_over=how.external_over
+            )
+            done = optimise_file(
+                merged, how.target, inputs=inputs, provider=how.provider, force=how.force
+            )
+            details = {**made.details, **done.details}
+            return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
+        return optimise_file(
+            source, how.target, inputs=inputs, provider=how.provider, force=how.force
+        )

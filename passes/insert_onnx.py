@@ -1,0 +1,172 @@
+"""insert for .onnx files: branches of trainable shapes beside the weights, and a list of them.
+
+A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that is
+proven, and that a B other than zero moves the outputs, target by target. A and B are initialisers
+named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs; `lora_fx.manifest` in the
+metadata lists them. After training, `adapter_in` reads them back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.checkpoint.osfile import check_output
+from lora_fx.compare import Report, demand
+from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.graph import Role
+from lora_fx.lowrank import Layout, LowRank, slot_names
+from lora_fx.manifest import PROPERTY, VERSION
+from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.load import load
+from lora_fx.onnx.names import restore_weight_names
+from lora_fx.onnx.save import EXTERNAL_OVER, output
+from lora_fx.onnx.session import open_session
+from lora_fx.passes.find import find
+from lora_fx.passes.insert import Insert
+from lora_fx.passes.reference_onnx import reference_of
+from lora_fx.policy import initial, make_plan
+
+Selectors = str | Sequence[str] | None
+
+
+def insert_onnx(
+    source: str | PathLike[str],
+    path: str | PathLike[str],
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    include: Selectors = None,
+    exclude: Selectors = None,
+    plan: Any = None,
+    variant: str = "lora",
+    seed: int = 0,
+    dead: str = "error",
+    inputs: Mapping[str, Any] | None = None,
+    provider: str = "auto",
+    external_over: int = EXTERNAL_OVER,
+    force: bool = False,
+) -> Report:
+    """Write the file with untrained branches.
+
+    Args:
+        source: The file; it is not changed.
+        path: Where to write.
+        rank: Of every target, capped (and said) where a side is smaller.
+        alpha: None means 2·rank.
+        include: Selectors that replace the default plan.
+        exclude: Selectors taken away from it.
+        plan: {key: rank} or {key: {rank, alpha}}.
+        variant: lora (scale alpha/rank) or rslora (alpha/√rank).
+        seed: Of the initial values; each target draws from (seed, key).
+        dead: Targets that change no output. error; drop: left out, and said; allow: not asked.
+        inputs: Arrays by input name for the check, instead of sampled ones.
+        provider: auto, cpu or cuda.
+        external_over: Bytes of weights above which they go to a file of their own.
+        force: Replace an existing file.
+
+    Raises:
+        LoraFxError: No target, a selector that matches nothing, a rank that does not fit.
+        NoEffectError: A target that changes no output; nothing is written.
+    """
+    source, target = Path(source), Path(path)
+    check_output(target, force=force)
+    if target.resolve() == source.resolve():
+        raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
+    if variant not in ("lora", "rslora"):
+        raise LoraFxError(f"no variant {variant!r}", "lora and rslora")
+    model = load(source)
+    if PROPERTY in model.metadata_props:
+        raise LoraFxError(f"{source}: it has slots for adapters already", "start from its base")
+    restore_weight_names(model)
+    graph = OnnxGraph(model)
+    found = find(graph)
+    chosen = make_plan(
+        found, {n: n for n in found.shapes}, rank=rank, alpha=alpha,
+        include=include, exclude=exclude, ranks=plan,
+    )  # fmt: skip
+    updates = dict(initial(found, chosen, variant, seed))
+    notes = [*graph.notes, *chosen.notes]
+    with reference_of(source, graph, provider, inputs) as reference:
+        if dead != "allow":
+            idle = reference.idle(Adapter({k: _visible(u) for k, u in updates.items()}))
+            if idle and (dead == "error" or len(idle) == len(updates)):
+                raise NoEffectError(
+                    f"{idle[0]!r} and {len(idle) - 1} more change no output" if len(idle) > 1
+                    else f"{idle[0]!r} changes no output",
+                    "--dead drop leaves such targets out; --inputs gives real data",
+                )  # fmt: skip
+            notes += [f"{k}: left out, it changes no output" for k in idle]
+            updates = {k: u for k, u in updates.items() if k not in idle}
+        rewritten = graph.clone()
+        Insert(updates, role=Role.TRAIN)(rewritten)
+        rewritten.model.metadata_props[PROPERTY] = _listed(updates)
+        rewritten.lint()
+        with output(target, force=force) as made:
+            made.save(rewritten.model, external_over)
+            session = open_session(made.path, provider)
+            parity = reference.prove(session.run, None, "base")
+            demand(parity, "untrained branches change the outputs")
+    notes += [session.note] if session.note else []
+    outputs = tuple(map(str, made.files))
+    trained = sum(u.a.size + u.b.size for u in updates.values())
+    details = {"targets": [found[k].to_json() for k in updates], "trained": trained}
+    return Report("insert", True, tuple(parity), outputs, tuple(notes), details)
+
+
+def adapter_in(path: str | PathLike[str]) -> Adapter:
+    """The adapter whose branches are in a file that insert wrote, trained since.
+
+    Raises:
+        LoraFxError: The file has no such branches, or one was renamed.
+    """
+    model = load(path)
+    try:
+        listed = json.loads(model.metadata_props.get(PROPERTY, "{}"))
+    except ValueError:
+        listed = {}
+    if listed.get("mode") != "insert":
+        raise LoraFxError(
+            f"{path}: an ONNX file without trainable branches",
+            "lora-fx insert X.onnx -o Y.onnx adds them; lora-fx merge takes the model as its base",
+        )
+    stored = model.graph.initializers
+    entries = {}
+    for key, row in listed["targets"].items():
+        for name in (row["a"], row["b"]):
+            value = stored.get(name)
+            if value is None or value.const_value is None:
+                raise LoraFxError(f"{path}: tensor {name!r} is missing", "was it renamed?")
+        a, b = (
+            np.array(stored[row[side]].const_value.numpy(), np.float32)  # type: ignore[union-attr]
+            for side in ("a", "b")
+        )
+        layout = Layout(*(tuple(part) for part in row["layout"]))
+        entries[key] = LowRank(a, b, row["alpha"], layout, row["variant"], row["use"])
+    return Adapter(entries)
+
+
+def _visible(update: LowRank) -> LowRank:
+    """The same with a b that is not zero."""
+    b = np.random.default_rng(0).standard_normal(update.b.shape).astype(np.float32)
+    return LowRank(update.a, b, update.alpha, update.layout, update.variant, update.use)
+
+
+def _listed(updates: Mapping[str, LowRank]) -> str:
+    targets = {}
+    for key, u in updates.items():
+        a, b = slot_names(key)
+        layout = u.layout
+        assert layout is not None
+        parts = [layout.shape, layout.batch, layout.out, layout.in_, layout.stored]
+        targets[key] = {
+            "a": a, "b": b, "rank": u.rank, "alpha": u.alpha, "variant": u.variant,
+            "use": u.use, "layout": parts,
+        }  # fmt: skip
+    return json.dumps({"version": VERSION, "mode": "insert", "targets": targets})

@@ -1,0 +1,181 @@
+"""An .onnx file as the reference of a rewrite: run as it is, or with branches that insert adds.
+
+The branches' factors are inputs, so that adapters of the same keys and ranks share one session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter import Adapter
+from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, widened
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.graph import Role
+from lora_fx.inputs import SIZES, Inputs
+from lora_fx.lowrank import LowRank, slot_names
+from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.reach import highest
+from lora_fx.onnx.save import save
+from lora_fx.onnx.session import Session, open_session, signature
+from lora_fx.passes.insert import Insert
+from lora_fx.passes.reference import Array, Run
+
+
+class OnnxReference:
+    """See Reference; made by `reference_of`.
+
+    Args:
+        graph: The base; not changed.
+        session: It in ONNX Runtime.
+        folder: Where graphs with branches are written.
+        arrays: A user's inputs by name, instead of sampled ones.
+    """
+
+    def __init__(
+        self, graph: OnnxGraph, session: Session, folder: Path, arrays: Mapping[str, Any] | None
+    ) -> None:
+        self.graph, self.session, self.folder = graph, session, folder
+        self.arrays = dict(arrays or {})
+        found = highest(graph)
+        specs = signature(session).specs
+        self.inputs = Inputs(tuple(replace(s, high=found.get(s.name)) for s in specs))
+        for name in self.arrays:
+            if name not in self.inputs.names:
+                raise LoraFxError(
+                    f"no input is named {name!r}", f"the inputs are {', '.join(self.inputs.names)}"
+                )
+        self._made: dict[Any, Path] = {}
+        self._open: dict[tuple[Path | None, bool], Session] = {(None, True): session}
+
+    def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
+        """See Reference."""
+        return {**self.inputs.sample(size, seed), **self.arrays}
+
+    def sizes(self) -> Iterator[dict[str, Array]]:
+        """Feeds of every size that differs; one where the user gave arrays."""
+        seen: list[dict[str, Any]] = []
+        for size in SIZES[:1] if self.arrays else SIZES:
+            feeds = self.feeds(size)
+            shapes = {k: v.shape for k, v in feeds.items()}
+            if shapes not in seen:
+                seen.append(shapes)
+                yield feeds
+
+    def run(self, adapter: Adapter | None) -> Run:
+        """See Reference."""
+        return partial(self._run, adapter, True)
+
+    def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
+        """How far the runtime's own rewrites move the outputs."""
+        worst: dict[str, float] = {}
+        for feeds in self.sizes():
+            plain, fused = (self._run(adapter, level, feeds) for level in (False, True))
+            for name, value in plain.items():
+                worst[name] = max(worst.get(name, 0.0), rel(value, fused[name]))
+        return worst
+
+    def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
+        """See Reference."""
+        results = []
+        for feeds in self.sizes():
+            expected = self._run(adapter, True, feeds)
+            gates = {
+                n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()
+            }
+            shapes = {k: v.shape for k, v in feeds.items()}
+            got = run(feeds)
+            parity = compare(got, expected, shapes, gates, of)
+            if not parity.ok:
+                gates = widened(gates, self.own_errors(adapter))
+                parity = compare(got, expected, shapes, gates, of)
+            results.append(parity)
+        return results
+
+    def idle(self, adapter: Adapter) -> list[str]:
+        """Keys whose update, alone, changes no output."""
+        feeds = self.feeds(SIZES[0])
+        session = self._session(adapter.lowrank, True)
+        base = session.run(feeds)
+        result = []
+        for key, u in adapter.lowrank.items():
+            changed = self._outputs(session, {**feeds, **_factors(key, u)})
+            if not any(rel(changed[n], base[n]) > 0 for n in base):
+                result.append(key)
+        return result
+
+    def _run(
+        self, adapter: Adapter | None, rewrites: bool, feeds: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        updates = {} if adapter is None else adapter.lowrank
+        session = self._session(updates, rewrites)
+        for key, u in updates.items():
+            feeds = {**feeds, **_factors(key, u)}
+        return self._outputs(session, feeds)
+
+    def _outputs(self, session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        names = [o.name for o in session.session.get_outputs()]
+        try:
+            values = session.session.run(names, dict(feeds))
+        except Exception as e:  # the runtime's exceptions have no common base
+            text = ", ".join(
+                f"{k} {list(v.shape)}" for k, v in feeds.items() if k in self.inputs.names
+            )
+            raise LoraFxError(
+                f"the model does not run at {text}: {one_line(e, 160)}",
+                "give real data with --inputs FILE.npz",
+            ) from e
+        return dict(zip(names, values, strict=True))
+
+    def _session(self, updates: Mapping[str, LowRank], rewrites: bool) -> Session:
+        path = self._path(updates) if updates else None
+        known = self._open.get((path, rewrites))
+        if known is None:
+            source = path or self._base()
+            known = open_session(source, self.session.provider, rewrites=rewrites)
+            self._open[path, rewrites] = known
+        return known
+
+    def _base(self) -> Path:
+        path = self.folder / "base.onnx"
+        if not path.exists():
+            save(self.graph.clone().model, path)
+        return path
+
+    def _path(self, updates: Mapping[str, LowRank]) -> Path:
+        """The file of the graph with branches for these keys and ranks."""
+        key = tuple((k, u.rank, u.use, str(u.layout)) for k, u in updates.items())
+        if key not in self._made:
+            graph = self.graph.clone()
+            zeros = {
+                k: replace(u, a=np.zeros_like(u.a), b=np.zeros_like(u.b), alpha=u.alpha / u.scale)
+                for k, u in updates.items()
+            }
+            Insert(zeros, role=Role.OPTIONAL_INPUT)(graph)
+            graph.model.ir_version = max(graph.model.ir_version, 4)
+            path = self.folder / f"branches-{len(self._made)}.onnx"
+            save(graph.model, path)
+            self._made[key] = path
+        return self._made[key]
+
+
+def _factors(key: str, update: LowRank) -> dict[str, Array]:
+    a, b = slot_names(key)
+    return {a: update.a, b: update.b * np.float32(update.scale)}
+
+
+@contextlib.contextmanager
+def reference_of(
+    source: Path, graph: OnnxGraph, provider: str, arrays: Mapping[str, Any] | None
+) -> Iterator[OnnxReference]:
+    """The reference of a file, and room for its variants while the block runs."""
+    session = open_session(source, provider)
+    with tempfile.TemporaryDirectory() as folder:
+        yield OnnxReference(graph, session, Path(folder), arrays)

@@ -1,0 +1,261 @@
+"""export and insert of .onnx files, against the merged weights and what torch exports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+import lora_fx
+from lora_fx.adapter import Adapter
+from lora_fx.compare import rel
+from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.onnx import Session
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.switching import manifest_of
+from lora_fx.passes import export_switch
+from lora_fx.passes.insert_onnx import adapter_in, insert_onnx
+from tests.onnx.test_switch import ADAPTERS, RANKS, Net, ids
+
+X = {"ids": ids()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.onnx"
+    lora_fx.export(Net().eval(), path, (torch.tensor(ids()),), provider="cpu")
+    return path
+
+
+def wanted(adapter: Adapter | None, x: Any = None) -> Any:
+    """W + s·BA in the torch module, fp64."""
+    net = Net().eval().double()
+    parameters = dict(net.named_parameters())
+    with torch.no_grad():
+        for key, delta in ({} if adapter is None else adapter.deltas()).items():
+            p, change = parameters[key], torch.tensor(delta)
+            p.add_(change if change.shape == p.shape else change.T)  # ONNX stores [in, out]
+        return net(torch.tensor(ids() if x is None else x))["y"].numpy()
+
+
+def ops(path: Path, folder: Path) -> list[str]:
+    """The ops that are left after the runtime's own rewrites."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "seen.onnx")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [n.op_type for n in onnx.load(folder / "seen.onnx").graph.node]
+
+
+def test_switch(base: Path, tmp_path: Path) -> None:
+    report = lora_fx.export(
+        base, tmp_path / "s.onnx", adapters=ADAPTERS, mode="switch", provider="cpu"
+    )
+    assert report and len(report.parity) == 3 * (1 + len(ADAPTERS))
+    session = Session(tmp_path / "s.onnx", "cpu")
+    for name, rank in RANKS.items():
+        session.load(name, tmp_path / f"{name}.onnx_adapter")
+        got = session.run(X, adapter=name)["y"]
+        assert rel(got, wanted(ADAPTERS[name])) < 1e-6, rank
+    assert rel(session.run(X)["y"], wanted(None)) < 1e-6
+
+
+@pytest.mark.parametrize("source", ["torch", "onnx"])
+def test_load_is_folded_by_the_runtime(source: str, base: Path, tmp_path: Path) -> None:
+    model: Any = base if source == "onnx" else Net().eval()
+    args = () if source == "onnx" else (torch.tensor(ids()),)
+    path = tmp_path / "l.onnx"
+    report = lora_fx.export(model, path, args, adapters=ADAPTERS, mode="load", provider="cpu")
+    assert report and len(report.parity) == 3 * (1 + len(ADAPTERS))
+    assert ops(path, tmp_path) == ops(base, tmp_path)
+    assert {s.rank for s in manifest_of(path).slots.values()} == {16}
+    for name in RANKS:
+        session = Session(path, "cpu", adapter=tmp_path / f"{name}.onnx_adapter")
+        assert rel(session.run(X)["y"], wanted(ADAPTERS[name])) < 1e-6
+    assert rel(Session(path, "cpu").run(X)["y"], wanted(None)) < 1e-6
+    assert rel(open_session(path, "cpu").run(X)["y"], wanted(None)) < 1e-6
+    with pytest.raises(LoraFxError, match="when the session is made"):
+        session.load("de", ADAPTERS["de"])
+    with pytest.raises(LoraFxError, match="no adapter 'de' is loaded"):
+        session.run(X, adapter="de")
+
+
+def test_load_refuses_a_rank_without_room(base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"mode": "load", "provider": "cpu"}
+    with pytest.raises(LoraFxError, match="an adapter of rank 16, and --rank 8"):
+        lora_fx.export(base, tmp_path / "l.onnx", adapters=ADAPTERS, rank=8, **options)
+    assert not list(tmp_path.iterdir())
+    lora_fx.export(base, tmp_path / "l.onnx", rank=4, include="*", **options)
+    with pytest.raises(LoraFxError, match="has rank 8; expected at most 4"):
+        Session(tmp_path / "l.onnx", "cpu", adapter=ADAPTERS["fr"])
+    with pytest.raises(LoraFxError, match="of mode switch takes adapters run by run"):
+        lora_fx.export(base, tmp_path / "s.onnx", mode="switch", provider="cpu")
+        Session(tmp_path / "s.onnx", "cpu", adapter=ADAPTERS["fr"])
+
+
+def test_batch(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b.onnx"
+    report = lora_fx.export(
+        base, path, adapters=ADAPTERS, mode="batch", scales=True, provider="cpu"
+    )
+    assert report and report.details["adapters"] == [*ADAPTERS]
+    x = ids(3)[[0, 1, 2, 0, 1]]
+    feeds = {
+        "ids": x,
+        "adapter_ids": np.array([3, 0, 1, 2, 3]),
+        "adapter_scales": np.array([1, 1, 0.5, 1, 2], np.float32),
+    }
+    got = open_session(path, "cpu").run(feeds)["y"]
+    given = [None, *ADAPTERS.values()]
+    for row, (i, w) in enumerate(zip(feeds["adapter_ids"], feeds["adapter_scales"], strict=True)):
+        one = given[i] and given[i].weighted(float(w))
+        assert rel(got[row], wanted(one, x)[row]) < 1e-6
+
+
+def test_merged_and_optimised(base: Path, tmp_path: Path) -> None:
+    for optimise in (False, True):
+        path = tmp_path / f"{optimise}.onnx"
+        report = lora_fx.export(
+            base, path, adapters=ADAPTERS["fr"], optimise=optimise, provider="cpu"
+        )
+        assert report and report.command == "export"
+        assert ("stages" in report.details) is optimise
+        assert rel(open_session(path, "cpu").run(X)["y"], wanted(ADAPTERS["fr"])) < 1e-6
+
+
+def test_insert_is_the_base_and_is_read_back(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "i.onnx"
+    report = insert_onnx(base, path, rank=3, alpha=4.5, include="*", seed=2, provider="cpu")
+    found = {t["key"] for t in report.details["targets"]}
+    assert found == {"embed.weight", "conv.weight", "fc.weight", "w", "head.weight"}
+    assert report.details["trained"] == sum(
+        u.a.size + u.b.size for u in adapter_in(path).lowrank.values()
+    )
+    assert rel(open_session(path, "cpu").run(X)["y"], wanted(None)) < 1e-6
+    model, rng = onnx.load(path), np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        if ".lora_B" in tensor.name or tensor.name.startswith("lora_B"):
+            assert not onnx.numpy_helper.to_array(tensor).any()
+            value = 0.1 * rng.standard_normal(tensor.dims).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    onnx.save(model, tmp_path / "trained.onnx")
+    adapter = adapter_in(tmp_path / "trained.onnx")
+    assert {k: (u.rank, u.scale) for k, u in adapter.lowrank.items()} == dict.fromkeys(
+        found, (3, 1.5)
+    )
+    got = open_session(tmp_path / "trained.onnx", "cpu").run(X)["y"]
+    assert rel(got, wanted(None)) > 0.05
+    assert rel(got, wanted(adapter)) < 1e-6
+    with pytest.raises(LoraFxError, match="slots for adapters already"):
+        insert_onnx(path, tmp_path / "again.onnx")
+    with pytest.raises(LoraFxError, match="without trainable branches"):
+        adapter_in(base)
+
+
+def test_a_target_without_effect(tmp_path: Path) -> None:
+    """Its product is multiplied by zero."""
+    rng = np.random.default_rng(0)
+    weights = {n: rng.standard_normal((4, 5)).astype(np.float32) for n in ("live", "dead")}
+    weights["zero"] = np.zeros(1, np.float32)
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "live"], ["a"]),
+        onnx.helper.make_node("MatMul", ["x", "dead"], ["b"]),
+        onnx.helper.make_node("Mul", ["b", "zero"], ["c"]),
+        onnx.helper.make_node("Add", ["a", "c"], ["y"]),
+    ]
+    x, y = (onnx.helper.make_tensor_value_info(n, 1, ["batch", k]) for n, k in (("x", 4), ("y", 5)))
+    stored = [onnx.numpy_helper.from_array(v, n) for n, v in weights.items()]
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], stored)
+    opset = [onnx.helper.make_opsetid("", 18)]
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+    with pytest.raises(NoEffectError, match="'dead' changes no output"):
+        insert_onnx(path, tmp_path / "i.onnx", rank=2, provider="cpu")
+    report = insert_onnx(path, tmp_path / "i.onnx", rank=2, dead="drop", provider="cpu")
+    assert [t["key"] for t in report.details["targets"]] == ["live"]
+    assert "dead: left out, it changes no output" in report.warnings
+
+
+@pytest.mark.parametrize("mode", ["switch", "load"])
+def test_a_wrong_factor_is_not_written(
+    mode: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_fx.manifest import Manifest
+
+    right = Manifest.tensors
+
+    def wrong(self: Manifest, *args: Any) -> Any:
+        return {k: v * np.float32(1.01) for k, v in right(self, *args).items()}
+
+    monkeypatch.setattr(Manifest, "tensors", wrong)
+    with pytest.raises(NoEffectError, match="ONNX Runtime differs from the model"):
+        lora_fx.export(base, tmp_path / "s.onnx", adapters=ADAPTERS, mode=mode, provider="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.onnx"
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("nothing to do", {}),
+        ("the output would replace the input", {"adapters": ADAPTERS, "mode": "switch"}),
+        ("is no target of the model|adapter tensor", {"adapters": {"x": odd()}, "mode": "switch"}),
+        ("holds the whole tensor 'fc.bias'", {"adapters": {"x": whole()}, "mode": "batch"}),
+        ("opset have no say", {"adapters": ADAPTERS["de"], "opset": 18}),
+        ("no input is named 'z'", {"mode": "switch", "inputs": {"z": ids()}}),
+        ("would ignore", {"mode": "switch", "optimise": True}),
+        ("does not run at", {"mode": "switch", "inputs": {"ids": np.array([[999]])}}),
+    ]
+    for words, options in rows:
+        target = base if "replace" in words else out
+        with pytest.raises(LoraFxError, match=words):
+            lora_fx.export(base, target, force="replace" in words, provider="cpu", **options)
+    assert not list(tmp_path.iterdir()) and len(list(base.parent.iterdir())) == 1
+
+
+def odd() -> Adapter:
+    a, b = np.ones((2, 7), np.float32), np.ones((9, 2), np.float32)
+    return Adapter({"no.weight": lora_fx.LowRank(a, b, 2.0)})
+
+
+def whole() -> Adapter:
+    return Adapter({**ADAPTERS["de"].entries, "fc.bias": lora_fx.Full(np.zeros(32, np.float32))})
+
+
+def test_an_unbounded_input_of_ids_stays_below_the_table(base: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    run = export_switch.Session.run
+
+    def spy(self: Any, inputs: Any, adapter: Any = None) -> Any:
+        seen.append(int(inputs["ids"].max()))
+        return run(self, inputs, adapter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_switch.Session, "run", spy)
+        lora_fx.export(base, tmp_path / "s.onnx", mode="switch", provider="cpu")
+    assert 50 < max(seen) < 100  # the table has 100 rows
+
+
+def test_no_torch(base: Path, tmp_path: Path) -> None:
+    lora_fx.save_adapter(ADAPTERS["de"], tmp_path / "de")
+    code = (
+        "import sys\nsys.modules['torch'] = None\nimport lora_fx\n"
+        "a = lora_fx.load_adapter(sys.argv[2])\n"
+        "for mode in ('switch', 'load', 'batch', 'merged'):\n"
+        "    one = a if mode == 'merged' else {'de': a}\n"
+        "    lora_fx.export(sys.argv[1], f'{sys.argv[3]}/{mode}.onnx', adapters=one, mode=mode,\n"
+        "                   provider='cpu', force=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(base), str(tmp_path / "de"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
