@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
-from lora_fx.cli.exported import table
+from lora_fx.cli.common import emit
+from lora_fx.cli.exported import emit_file, table, wrote
 from lora_fx.cli.options import (
+    CAPTURE,
     captured,
     force_option,
     json_option,
@@ -16,6 +17,7 @@ from lora_fx.cli.options import (
     model_options,
     named_adapters,
     refuse_given,
+    triton_options,
 )
 
 
@@ -32,6 +34,7 @@ from lora_fx.cli.options import (
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
 @click.option("--optimise", is_flag=True, help="Rewrite the graph for ONNX Runtime, proven equal.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
+@triton_options
 @model_options
 @force_option
 @json_option
@@ -40,15 +43,8 @@ def command(
     adapters: tuple[str, ...],
     output: str,
     mode: str,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    rank: int | None,
-    scales: bool,
-    names: str | None,
-    provider: str,
     opset: int,
-    optimise: bool,
-    force: bool,
+    names: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -66,6 +62,7 @@ def command(
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode batch
     lora-fx export bert.onnx ./de ./fr -o switch.onnx --mode switch
     lora-fx export model.py:build ./adapter -o model.onnx --dynamic x:0=batch,2=height
+    lora-fx export ./my-bert ./adapter -o bert.onnx --triton ./models
     """
     from lora_fx.checkpoint.osfile import check_output
     from lora_fx.errors import LoraFxError
@@ -73,41 +70,26 @@ def command(
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
-    check_output(output, force=force)
+    check_output(output, force=options["force"])
     if mode == "merged" and len(adapters) > 1:
         raise LoraFxError(
             f"merged takes one adapter, not {len(adapters)}", "--mode switch or batch"
         )
     updates = named_adapters(adapters)
-    one = next(iter(updates.values()), None)
-    arrays = load_npz(options["inputs_file"]) or None
-    chosen: dict[str, Any] = {
-        "adapters": one if mode == "merged" else updates,
-        "mode": mode,
-        "include": include or None,
-        "exclude": exclude or None,
-        "rank": rank,
-        "scales": scales,
-        "provider": provider,
-        "inputs": arrays,
-        "force": force,
-        "optimise": optimise,
-    }
+    given = {k: options.pop(k) for k in CAPTURE}
+    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    chosen["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
+    chosen |= {"mode": mode, "inputs": load_npz(given["inputs_file"]) or None}
     if model.endswith(".onnx"):
         from lora_fx.onnx.matching import read_map
 
         refuse_given(model, ("opset", "weights", "dynamic", "static", "trust"))
-        report = export(model, output, names=read_map(names), **chosen)
-        for text in report.warnings:
-            note(text)
-        shown = {k: v for k, v in report.to_json().items() if k not in ("command", "warnings")}
-        said = f"{report}{table(report)}\nwrote {output}"
-        emit(as_json, "export", said, inputs=[{"model": model}], warnings=report.warnings, **shown)
+        emit_file(as_json, model, export(model, output, names=read_map(names), **chosen))
         return
     if names:
         raise LoraFxError("--map is of .onnx files", "a model's own names tell")
-    _, cap = captured(model, **options)
+    _, cap = captured(model, **given)
     report = export(cap, output, opset=opset, **chosen)
     fields = {**report.to_json(), "inputs": cap.inputs.to_json(), "outputs": list(report.outputs)}
     fields.pop("command")
-    emit(as_json, "export", f"{report}{table(report)}\nwrote {output}", **fields)
+    emit(as_json, "export", f"{report}{table(report)}\n{wrote(report)}", **fields)

@@ -8,6 +8,7 @@ import click
 
 from lora_fx.cli.common import emit, note
 from lora_fx.cli.options import (
+    CAPTURE,
     captured,
     force_option,
     json_option,
@@ -54,8 +55,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     if model.endswith(".onnx"):
         _onnx(model, output, force, as_json, options)
         return
-    keys = ("weights", "inputs_file", "dynamic", "static", "trust")
-    _, cap = captured(model, **{k: options.pop(k) for k in keys})
+    _, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
     module = insert(cap, **chosen)
     report = module.report()

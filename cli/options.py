@@ -20,6 +20,21 @@ trust_option = click.option(
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
+def triton_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that also writes a model repository."""
+    options = [
+        click.option("--triton", metavar="DIR", help="Also into a model repository of Triton."),
+        click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust")
+"""What model_options give to captured."""
+
+
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command that loads and captures a model."""
     options = [

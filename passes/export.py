@@ -14,6 +14,7 @@ from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.save import EXTERNAL_OVER
+from lora_fx.onnx.triton import repository_of
 from lora_fx.passes.merge import is_onnx
 from lora_fx.passes.modes import Writing, meant
 
@@ -38,6 +39,8 @@ def export(
     dynamic: Any = None,
     force: bool = False,
     optimise: bool = False,
+    triton: str | PathLike[str] | None = None,
+    max_batch: int | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
@@ -68,12 +71,17 @@ def export(
         dynamic: As in capture.
         force: Replace an existing file.
         optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
+        triton: A folder of models for Triton, which gets a copy as the next version of the file's
+            stem (docs/serving.md).
+        max_batch: Of triton: above 0 the server may put requests together, up to so many rows.
 
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
     meant(mode, switch=include or exclude, batch=scales, merged=optimise, load=rank)
     check_output(path, force=force)
+    repository = repository_of(triton, path, max_batch)
+    how = Writing(Path(path), provider, external_over, force, repository)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         if args or kwargs or dynamic or opset:
             raise LoraFxError(
@@ -84,7 +92,7 @@ def export(
 
         return export_onnx(
             model,
-            path,
+            how,
             adapters=adapters,
             mode=mode,
             include=include,
@@ -93,16 +101,12 @@ def export(
             scales=scales,
             names=names,
             inputs=inputs,
-            provider=provider,
-            external_over=external_over,
-            force=force,
             optimise=optimise,
         )
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
     from lora_fx.fx.to_onnx import OPSET
 
-    how = Writing(Path(path), provider, external_over, force)
     if mode != "merged":
         from lora_fx.passes.export_slots import export_slots
 

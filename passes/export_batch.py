@@ -15,7 +15,6 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.batching import batch_symbol
 from lora_fx.onnx.graph import OnnxGraph
-from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import Batch, Source
 from lora_fx.passes.modes import Writing
@@ -68,7 +67,7 @@ def write_batch(
         for v in model.graph.inputs
         if v.shape is not None and len(v.shape) and str(v.shape[0]) == symbol
     ]
-    with output(how.target, force=how.force) as made_file:
+    with how.output() as made_file:
         made_file.save(model, how.external_over)
         session = open_session(made_file.path, how.provider)
         parity = prove_rows(session.run, reference, adapters, rowed, fixed=fixed, scales=scales)

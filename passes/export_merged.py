@@ -22,7 +22,6 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
-from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import Stage
 from lora_fx.passes.given import captured_of, opened, plain
@@ -83,7 +82,7 @@ def _write(
     stages: list[Stage] = []
     if optimise:
         model, stages = optimised(model, branched, inputs, how.provider)
-    with output(how.target, force=how.force) as made_file:
+    with how.output() as made_file:
         made_file.save(model, how.external_over)
         session = open_session(made_file.path, how.provider)
         runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")

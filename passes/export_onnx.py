@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter
-from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.matching import match
 from lora_fx.onnx.names import restore_weight_names
-from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.passes.batch import Source
 from lora_fx.passes.export_batch import named, write_batch
 from lora_fx.passes.export_switch import beside, write_switch
@@ -39,7 +37,7 @@ Selectors = str | Sequence[str] | None
 
 def export_onnx(
     source: str | PathLike[str],
-    path: str | PathLike[str],
+    how: Writing,
     *,
     adapters: Any = None,
     mode: str = "merged",
@@ -49,15 +47,13 @@ def export_onnx(
     scales: bool = False,
     names: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
-    provider: str = "auto",
-    external_over: int = EXTERNAL_OVER,
-    force: bool = False,
     optimise: bool = False,
 ) -> Report:
     """Write another .onnx file of a file; the options are those of lora_fx.passes.export.
 
     Args:
         source: The file; it is not changed.
+        how: Where and how to write.
         names: Adapter key → tensor of the file, where the names do not tell.
 
     Raises:
@@ -65,17 +61,17 @@ def export_onnx(
         NoEffectError: The outputs differ; nothing is written.
     """
     source = Path(source)
-    how = Writing(Path(path), provider, external_over, force)
-    check_output(path, force=force)
     if how.target.resolve() == source.resolve():
-        raise LoraFxError(f"{path}: the output would replace the input", "choose another output")
+        raise LoraFxError(
+            f"{how.target}: the output would replace the input", "choose another output"
+        )
     if mode == "merged":
         return _merged(source, how, adapters, names, inputs, optimise)
     if mode == "batch":
         adapters = named(adapters)
     elif isinstance(adapters, Adapter):
         adapters = {"adapter": adapters}
-    beside(how.target, adapters or {} if mode != "batch" else {}, force)
+    beside(how.target, adapters or {} if mode != "batch" else {}, how.force)
     model = load(source)
     renamed = restore_weight_names(model)
     graph = OnnxGraph(model)
@@ -84,7 +80,7 @@ def export_onnx(
     said = [*graph.notes]
     if renamed:
         said.append(f"{renamed} tensors got the names that the exporter's metadata tells")
-    with reference_of(source, graph, provider, inputs) as reference:
+    with reference_of(source, graph, how.provider, inputs) as reference:
         rewritten = graph.clone()
         if mode == "batch":
             sources = {p.name: (p.name, Source(p.shape)) for p in graph.parameters()}
@@ -136,25 +132,22 @@ def _merged(
             f"{source} is an .onnx file already, and there is nothing to do",
             "give an adapter, --optimise, or a --mode",
         )
+    last: dict[str, Any] = {"force": how.force, "repository": how.repository}
+    given: dict[str, Any] = {"names": names, "external_over": how.external_over}
+    ran: dict[str, Any] = {"inputs": inputs, "provider": how.provider}
     if not optimise:
         return replace(
-            merge_onnx(
-                source, [adapters], how.target, names=names, force=how.force,
-                external_over=how.external_over,
-            ),
-            command="export",
-        )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        if adapters is not None:
-            merged = Path(folder) / "merged.onnx"
-            made = merge_onnx(
-                source, [adapters], merged, names=names, external_over=how.external_over
-            )
-            done = optimise_file(
-                merged, how.target, inputs=inputs, provider=how.provider, force=how.force
-            )
-            details = {**made.details, **done.details}
-            return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
-        return optimise_file(
-            source, how.target, inputs=inputs, provider=how.provider, force=how.force
+            merge_onnx(source, [adapters], how.target, **given, **last), command="export"
         )
+    if adapters is None:
+        return optimise_file(source, how.target, **ran, **last)
+    with tempfile.TemporaryDirectory() as folder:
+        merged = Path(folder) / "merged.onnx"
+        try:
+            made = merge_onnx(source, [adapters], merged, **given)
+        except LoraFxError as e:
+            said = e.message.replace(str(merged), str(how.target))
+            raise LoraFxError(said, e.hint, exit_code=e.exit_code) from e
+        done = optimise_file(merged, how.target, **ran, **last)
+        details = {**made.details, **done.details}
+        return replace(done, warnings=(*made.warnings, *done.warnings), details=details)

@@ -18,7 +18,6 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import Layout, LowRank, draw
 from lora_fx.onnx.graph import OnnxGraph
-from lora_fx.onnx.save import output
 from lora_fx.onnx.switching import Session, write_adapter
 from lora_fx.passes.find import find
 from lora_fx.passes.modes import Writing
@@ -85,7 +84,7 @@ def write_switch(
     manifest = switch.made[0]
     layout_of = layouts or (lambda key: here[key].layout)
     tried = adapters or {"random": _random({k: layout_of(k) for k in manifest.slots})}
-    with output(how.target, force=how.force) as made_file:
+    with how.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
         made_file.save(graph.model, how.external_over, slots)
         serve = _serving(made_file.path, how.provider, load)

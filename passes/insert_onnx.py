@@ -3,12 +3,11 @@
 A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that is
 proven, and that a B other than zero moves the outputs, target by target. A and B are initialisers
 named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs; `lora_fx.manifest` in the
-metadata lists them. After training, `adapter_in` reads them back.
+metadata lists them, and `lora_fx.onnx.branches` reads them back.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,8 +20,9 @@ from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.graph import Role
-from lora_fx.lowrank import Layout, LowRank, slot_names
-from lora_fx.manifest import PROPERTY, VERSION
+from lora_fx.lowrank import LowRank
+from lora_fx.manifest import PROPERTY
+from lora_fx.onnx.branches import listed
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import restore_weight_names
@@ -106,7 +106,7 @@ def insert_onnx(
             updates = {k: u for k, u in updates.items() if k not in idle}
         rewritten = graph.clone()
         Insert(updates, role=Role.TRAIN)(rewritten)
-        rewritten.model.metadata_props[PROPERTY] = _listed(updates)
+        rewritten.model.metadata_props[PROPERTY] = listed(updates)
         rewritten.lint()
         with output(target, force=force) as made:
             made.save(rewritten.model, external_over)
@@ -120,53 +120,7 @@ def insert_onnx(
     return Report("insert", True, tuple(parity), outputs, tuple(notes), details)
 
 
-def adapter_in(path: str | PathLike[str]) -> Adapter:
-    """The adapter whose branches are in a file that insert wrote, trained since.
-
-    Raises:
-        LoraFxError: The file has no such branches, or one was renamed.
-    """
-    model = load(path)
-    try:
-        listed = json.loads(model.metadata_props.get(PROPERTY, "{}"))
-    except ValueError:
-        listed = {}
-    if listed.get("mode") != "insert":
-        raise LoraFxError(
-            f"{path}: an ONNX file without trainable branches",
-            "lora-fx insert X.onnx -o Y.onnx adds them; lora-fx merge takes the model as its base",
-        )
-    stored = model.graph.initializers
-    entries = {}
-    for key, row in listed["targets"].items():
-        for name in (row["a"], row["b"]):
-            value = stored.get(name)
-            if value is None or value.const_value is None:
-                raise LoraFxError(f"{path}: tensor {name!r} is missing", "was it renamed?")
-        a, b = (
-            np.array(stored[row[side]].const_value.numpy(), np.float32)  # type: ignore[union-attr]
-            for side in ("a", "b")
-        )
-        layout = Layout(*(tuple(part) for part in row["layout"]))
-        entries[key] = LowRank(a, b, row["alpha"], layout, row["variant"], row["use"])
-    return Adapter(entries)
-
-
 def _visible(update: LowRank) -> LowRank:
     """The same with a b that is not zero."""
     b = np.random.default_rng(0).standard_normal(update.b.shape).astype(np.float32)
     return LowRank(update.a, b, update.alpha, update.layout, update.variant, update.use)
-
-
-def _listed(updates: Mapping[str, LowRank]) -> str:
-    targets = {}
-    for key, u in updates.items():
-        a, b = slot_names(key)
-        layout = u.layout
-        assert layout is not None
-        parts = [layout.shape, layout.batch, layout.out, layout.in_, layout.stored]
-        targets[key] = {
-            "a": a, "b": b, "rank": u.rank, "alpha": u.alpha, "variant": u.variant,
-            "use": u.use, "layout": parts,
-        }  # fmt: skip
-    return json.dumps({"version": VERSION, "mode": "insert", "targets": targets})

@@ -29,6 +29,7 @@ from lora_fx.onnx.matching import Matched, match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external, output, weight_bytes
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.triton import Repository
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.target import Found, table
@@ -51,6 +52,7 @@ def merge_onnx(
     trust: bool = False,
     force: bool = False,
     external_over: int = EXTERNAL_OVER,
+    repository: Repository | None = None,
 ) -> Report:
     """Fold adapters into an .onnx file and write another.
 
@@ -63,6 +65,7 @@ def merge_onnx(
         trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
         force: Replace an output that exists.
         external_over: Bytes of weights above which they go to a file of their own.
+        repository: Where a copy goes, for Triton.
 
     Raises:
         LoraFxError: Every reason not to merge; nothing is written.
@@ -87,7 +90,7 @@ def merge_onnx(
         graph.store(name, value)
     model.metadata_props[METADATA] = _record(model.metadata_props.get(METADATA), parts)
     assert graph.model.graph.num_nodes() == nodes
-    with output(target, force=force) as made:
+    with output(target, force=force, repository=repository) as made:
         made.save(model, 0 if is_external(source) else external_over)
         changed = {*fold.applied.values(), *matched.whole}
         written = _prove(made.path, target, before, changed, found, matched)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.save import EXTERNAL_OVER, Output, output
+from lora_fx.onnx.triton import Repository
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,13 @@ class Writing:
 
     target: Path
     provider: str = "auto"
-    external_over: int = 0
+    external_over: int = EXTERNAL_OVER
     force: bool = False
+    repository: Repository | None = None
+
+    def output(self) -> AbstractContextManager[Output]:
+        """The file, and its copy for Triton, which get their names when the block ends."""
+        return output(self.target, force=self.force, repository=self.repository)
 
 
 OPTIONS = {

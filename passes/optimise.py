@@ -19,6 +19,7 @@ from lora_fx.onnx.names import restore_weight_names, strip_traces
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
 from lora_fx.onnx.stages import Stage, apply_stages
+from lora_fx.onnx.triton import Repository
 
 if TYPE_CHECKING:
     from lora_fx.fx.module import CapturedModule
@@ -41,8 +42,9 @@ def optimise_file(
     inputs: Mapping[str, Any] | None = None,
     provider: str = "auto",
     force: bool = False,
+    repository: Repository | None = None,
 ) -> Report:
-    """Optimise an .onnx file into another; see docs/export.md.
+    """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.export.
 
     Raises:
         LoraFxError: The file does not load or run; nothing is written.
@@ -58,7 +60,7 @@ def optimise_file(
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)
     model, stages = _cleaned(*apply_stages(opened, feeds, provider=provider))
-    with output(target, force=force) as made_file:
+    with output(target, force=force, repository=repository) as made_file:
         made_file.save(model)
     return Report(
         "export",

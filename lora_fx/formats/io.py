@@ -79,6 +79,8 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter: a file or folder of PEFT, kohya, diffusers, torchtune or ONNX Runtime.
 
+    An .onnx file is one that `insert` wrote, with branches that were trained since.
+
     Args:
         path: Local; nothing is downloaded.
         trust: Also open adapter_model.bin, a pickle, with torch's unpickler that runs no code.
@@ -94,6 +96,10 @@ def load_adapter(
             the format's reader refuses.
     """
     path = _weights(Path(path), trust)
+    if path.suffix == ".onnx":
+        from lora_fx.onnx.branches import adapter_in  # needs onnx_ir, which the others do without
+
+        return adapter_in(path)
     if trust and path.suffix == ".bin":
         return peft.read(path, trust)
     name = _sniffed(path, look(path))
@@ -137,7 +143,7 @@ def _weights(path: Path, trust: bool = False) -> Path:
 def format_of(path: str | Path) -> str:
     """The format of an adapter that is there, by its content; raises as load_adapter does."""
     path = _weights(Path(path))
-    return _sniffed(path, look(path))
+    return "onnx" if path.suffix == ".onnx" else _sniffed(path, look(path))
 
 
 def format_for(path: str | Path) -> str:

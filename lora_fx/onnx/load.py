@@ -47,6 +47,21 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
+def data_names(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the files, beside a model's, that hold its tensors; these are checked.
+
+    Raises:
+        LoraFxError: As in load.
+    """
+    file = Path(path)
+    proto = _proto(file)
+    names: dict[str, None] = {}
+    for tensor in _tensors(proto.graph, proto.functions):
+        _check(file, tensor)
+        names |= {e.value: None for e in tensor.external_data if e.key == "location"}
+    return list(names)
+
+
 def _proto(file: Path) -> onnx.ModelProto:
     try:
         with file.open("rb") as f:

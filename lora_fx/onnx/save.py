@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from lora_fx.checkpoint.osfile import replacing
 from lora_fx.errors import LoraFxError
+
+if TYPE_CHECKING:
+    from lora_fx.onnx.triton import Repository
 
 EXTERNAL_OVER = 256 << 20
 """Bytes of weights above which they go to `NAME.onnx.data` (protobuf itself ends at 2 GiB)."""
@@ -87,12 +91,16 @@ class Output:
         path: Where it is written.
         data: The name that its data gets, if it is saved with any.
         external: Whether it was.
+        repository: Where a copy goes, for Triton.
+        copies: The names of its files.
     """
 
     target: Path
     path: Path
     data: Path
     external: bool = False
+    repository: Repository | None = None
+    copies: list[Path] = field(default_factory=list)
 
     def save(
         self, model: ir.Model, external_over: int = EXTERNAL_OVER, beside: Collection[str] = ()
@@ -102,33 +110,40 @@ class Output:
             model, self.path, external_over=external_over, data=self.data.name, beside=beside
         )
         self.external = len(files) > 1
+        if self.repository is not None:
+            self.repository.config(self.path)  # refused before any proof
 
     @property
     def files(self) -> list[Path]:
         """The names of what was written."""
-        return [self.target, self.data] if self.external else [self.target]
+        return [self.target, *([self.data] if self.external else []), *self.copies]
 
 
 @contextlib.contextmanager
-def output(target: Path, *, force: bool = False) -> Iterator[Output]:
+def output(
+    target: Path, *, force: bool = False, repository: Repository | None = None
+) -> Iterator[Output]:
     """A file that gets its name, after its data, when the block ends without an error.
 
     An existing data file is never replaced: it may be an input's, and a run that is killed between
     the two names would leave a model with the data of another. The new one is then `NAME.1.data`.
+    The copy in a repository is there before the file has its name, and goes again if that fails.
 
     Raises:
         LoraFxError: The file exists and `force` is not given; its data exists and it is not.
     """
     with contextlib.ExitStack() as undo:
         with replacing(target, force=force) as temporary:
-            made = Output(target, temporary, _free(target))
+            made = Output(target, temporary, _free(target), repository=repository)
             yield made
+            if made.external and made.data.name != f"{target.name}.data" and not force:
+                raise LoraFxError(
+                    f"{target}.data exists",
+                    "choose another output, or --force to write beside it",
+                )
+            if repository is not None:
+                made.copies = repository.place(temporary, undo)
             if made.external:
-                if made.data.name != f"{target.name}.data" and not force:
-                    raise LoraFxError(
-                        f"{target}.data exists",
-                        "choose another output, or --force to write beside it",
-                    )
                 with replacing(made.data) as place:
                     temporary.with_name(made.data.name).replace(place)
                 undo.callback(made.data.unlink, missing_ok=True)

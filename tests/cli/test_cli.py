@@ -259,12 +259,12 @@ def test_ctrl_c_leaves_nothing(home: Path) -> None:
 def test_an_interrupt_while_writing_leaves_nothing(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lora_fx.passes.export as export
+    import lora_fx.passes.export_merged as export_merged
 
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "open_session", stop)  # the file is written, not yet named
+    monkeypatch.setattr(export_merged, "open_session", stop)  # the file is written, not yet named
     code, _, err = run(capsys, "export", "model.py:build", "-o", "m.onnx")
     assert code == 130 and "nothing was left behind" in err
     assert not list(home.glob("*.onnx")) and not list(home.glob(".*"))

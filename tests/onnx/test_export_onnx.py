@@ -18,10 +18,10 @@ from lora_fx.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session
+from lora_fx.onnx.branches import adapter_in
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.switching import manifest_of
-from lora_fx.passes import export_switch
-from lora_fx.passes.insert_onnx import adapter_in, insert_onnx
+from lora_fx.passes.insert_onnx import insert_onnx
 from tests.onnx.test_switch import ADAPTERS, RANKS, Net, ids
 
 X = {"ids": ids()}
@@ -230,14 +230,14 @@ def whole() -> Adapter:
 
 def test_an_unbounded_input_of_ids_stays_below_the_table(base: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    run = export_switch.Session.run
+    run = Session.run
 
     def spy(self: Any, inputs: Any, adapter: Any = None) -> Any:
         seen.append(int(inputs["ids"].max()))
         return run(self, inputs, adapter)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_switch.Session, "run", spy)
+        patch.setattr(Session, "run", spy)
         lora_fx.export(base, tmp_path / "s.onnx", mode="switch", provider="cpu")
     assert 50 < max(seen) < 100  # the table has 100 rows
 

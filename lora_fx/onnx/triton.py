@@ -1,0 +1,203 @@
+"""Model repositories for NVIDIA Triton's ONNX Runtime backend, which KServe runs too.
+
+    DIR/NAME/config.pbtxt      names, dtypes and dimensions (triton_config.py)
+    DIR/NAME/1/model.onnx      and its data under its own name, so that the reference stays true
+
+A model that is there gets the next version; its config stays as it is and has to fit. A folder
+gets its name when the copy was loaded and agrees with the config that was written.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+from lora_fx.checkpoint.osfile import explain, replacing
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.onnx.load import data_names
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.triton_config import MODEL, Config, config_of
+
+CONFIG = "config.pbtxt"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A place for one model: the next version of DIR/NAME.
+
+    Attributes:
+        folder: DIR.
+        name: NAME.
+        max_batch: None: 0, or what the config that is there says.
+    """
+
+    folder: Path
+    name: str
+    max_batch: int | None = None
+
+    @property
+    def home(self) -> Path:
+        """DIR/NAME."""
+        return self.folder / self.name
+
+    def existing(self) -> Config | None:
+        """The config that is there, before any work is done.
+
+        Raises:
+            LoraFxError: What is there is no model repository of the ONNX Runtime backend.
+        """
+        if (self.max_batch or 0) < 0:
+            raise LoraFxError(f"a batch size of {self.max_batch}", "0 or more")
+        if self.name in ("", ".", "..") or re.search(r"[/\\\0]", self.name):
+            raise LoraFxError(f"{self.name!r} is no name of a folder", "name=…")
+        for path in (self.folder, self.home):
+            if (path.exists() or path.is_symlink()) and not path.is_dir():
+                raise LoraFxError(f"{path} exists and is no folder", "choose another folder")
+        if not self.folder.parent.is_dir():
+            raise LoraFxError(f"the folder {self.folder.parent} does not exist", "create it first")
+        return _read(self.home) if self.home.exists() else None
+
+    def config(self, model: Path) -> Config:
+        """The config of an .onnx file here.
+
+        Raises:
+            LoraFxError: It does not fit the one that is there, named by what differs.
+        """
+        there = self.existing()
+        size = there.max_batch if there and self.max_batch is None else self.max_batch or 0
+        made = config_of(open_session(model, "cpu"), self.name, size)
+        if there and (found := there.difference(made)):
+            raise LoraFxError(
+                f"{self.home / CONFIG} is for another model: {found}",
+                "versions of one model have the same inputs and outputs: choose another name",
+            )
+        return made
+
+    def place(self, model: Path, undo: ExitStack) -> list[Path]:
+        """Copy an .onnx file and its data in as the next version; `undo` takes it back.
+
+        Raises:
+            LoraFxError: It does not fit what is there; nothing is written.
+        """
+        config = self.config(model)
+        data = data_names(model)
+        first = not self.home.exists()
+        number = "1" if first else str(max([0, *_versions(self.home)]) + 1)
+        made = self.home if first else self.home / number
+        with ExitStack() as failed:
+            if not self.folder.exists():
+                try:
+                    self.folder.mkdir()
+                except OSError as error:
+                    raise explain(error, self.folder) from error
+                failed.callback(_remove_empty, self.folder)
+            with replacing(made) as new:
+                version = new / number if first else new
+                version.mkdir(parents=True)
+                if first:
+                    (new / CONFIG).write_text(config.to_text(), encoding="utf-8")
+                shutil.copyfile(model, version / MODEL)
+                for name in data:
+                    if (version / name).exists():
+                        raise LoraFxError(f"{model}: its data is called {name!r}", "rename it")
+                    (version / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(model.parent / name, version / name)
+                _compare(_read(new if first else self.home), version / MODEL, self.name)
+            undo.push(failed.pop_all())
+        undo.callback(shutil.rmtree, made, ignore_errors=True)
+        return [self.home / CONFIG] * first + [self.home / number / n for n in (MODEL, *data)]
+
+
+def repository_of(
+    folder: str | PathLike[str] | None, model: str | PathLike[str], max_batch: int | None
+) -> Repository | None:
+    """Where an export of `model` goes, looked at before any work is done.
+
+    Raises:
+        LoraFxError: No place for it, or a batch size without a folder.
+    """
+    if folder is None:
+        if max_batch is not None:
+            raise LoraFxError("a batch size is of a repository", "--triton DIR, or leave it out")
+        return None
+    made = Repository(Path(folder), Path(model).stem, max_batch)
+    made.existing()
+    return made
+
+
+def write_repository(
+    model: str | PathLike[str],
+    folder: str | PathLike[str],
+    *,
+    name: str = "",
+    max_batch: int | None = None,
+) -> list[Path]:
+    """Copy an .onnx file into a model repository; returns the files that were made.
+
+    Args:
+        model: The .onnx file; its data is found.
+        folder: The repository; made where it is not there.
+        name: Of the model, instead of the file's. Where it is there, the file is its next version.
+        max_batch: Above 0: the server may put requests together, up to so many rows.
+
+    Raises:
+        LoraFxError: The server could not load it, or it has other inputs or outputs than the
+            versions that are there. Nothing is written.
+    """
+    source = Path(model)
+    with ExitStack() as undo:
+        made = Repository(Path(folder), name or source.stem, max_batch).place(source, undo)
+        undo.pop_all()
+    return made
+
+
+def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
+    """{model: its versions} of a repository, every version loaded and compared with its config.
+
+    Raises:
+        LoraFxError: A config and a model that disagree, named by what differs; no model at all.
+    """
+    found: dict[str, list[int]] = {}
+    for home in sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != "."):
+        config = _read(home)
+        found[home.name] = sorted(_versions(home))
+        for version in found[home.name]:
+            _compare(config, home / str(version) / MODEL, home.name)
+    if not any(found.values()):
+        raise LoraFxError(f"{folder}: no model in it", "a repository is DIR/NAME/1/model.onnx")
+    return found
+
+
+def _compare(config: Config, model: Path, name: str) -> None:
+    session = open_session(model, "cpu")
+    if found := config.difference(config_of(session, name, config.max_batch)):
+        raise LoraFxError(f"{model}: its {CONFIG} is not true: {found}", "write it anew")
+
+
+def _read(home: Path) -> Config:
+    path = home / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraFxError(
+            f"{path}: cannot be read: {one_line(error)}", "is the folder a model's?"
+        ) from error
+    made = Config.from_text(text, str(path))
+    return made if made.name else replace(made, name=home.name)  # as the server does
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # another run may have put a model there
+        folder.rmdir()
+
+
+def _versions(home: Path) -> Iterator[int]:
+    """Numbers of the version folders; the server reads as many digits as there are, `2b` as 2."""
+    for path in home.iterdir():
+        if path.is_dir() and (number := re.match(r"\d+", path.name)):
+            yield int(number[0])
