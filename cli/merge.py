@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import emit, note, progress_bar
-from lora_fx.cli.merging import load_numpy, merge_options
+from lora_fx.cli.merging import ONNX, load_numpy, merge_file, merge_options, onnx_options
 from lora_fx.cli.options import force_option, json_option, split_weight
 
 
@@ -25,8 +25,8 @@ from lora_fx.cli.options import force_option, json_option, split_weight
 )
 @click.option("--rank", type=int, help="Of an svd mix.")
 @merge_options
+@onnx_options
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
-@click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @force_option
 @json_option
 def command(
@@ -36,7 +36,6 @@ def command(
     dry_run: bool,
     link: bool,
     threads: int | None,
-    names: str | None,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -55,10 +54,14 @@ def command(
     if options["how"] != "svd":
         load_numpy()
     from lora_fx.checkpoint.merge import check_target, lines, plan_merge, report_json, run
+    from lora_fx.errors import LoraFxError
 
+    mine = {k: options.pop(k) for k in ONNX}
     if base.endswith(".onnx"):
-        _onnx(base, adapters, out, names, dry_run, {**options, "link": link}, force, as_json)
+        merge_file(base, adapters, out, dry_run, mine, {**options, "link": link}, force, as_json)
         return
+    if wrong := [k for k, v in mine.items() if v]:
+        raise LoraFxError(f"--{ONNX[wrong[0]]} is of .onnx files", "leave it out")
     if not dry_run:
         check_target(out, force=force)
     plan = plan_merge(base, [split_weight(a) for a in adapters], **options)
@@ -74,29 +77,3 @@ def command(
         note(text)
     outputs = list(report.outputs)
     emit(as_json, "merge", lines(report), inputs=inputs, outputs=outputs, **report_json(report))
-
-
-def _onnx(
-    base: str,
-    adapters: tuple[str, ...],
-    out: str,
-    names: str | None,
-    dry_run: bool,
-    options: dict[str, Any],
-    force: bool,
-    as_json: bool,
-) -> None:
-    from lora_fx.errors import LoraFxError
-    from lora_fx.onnx.matching import read_map
-    from lora_fx.passes.merge import merge
-    from lora_fx.passes.merge_onnx import lines
-
-    if dry_run:
-        raise LoraFxError("--dry-run is of checkpoints", "lora-fx targets X.onnx lists the targets")
-    given = [split_weight(a) for a in adapters]
-    report = merge(base, given, out, names=read_map(names), force=force, **options)
-    for text in report.warnings:
-        note(text)
-    fields = {**report.to_json(), "inputs": [{"base": base, "adapters": list(adapters)}]}
-    fields.pop("command")
-    emit(as_json, "merge", lines(report), **fields)

@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import emit, note
+from lora_fx.cli.options import split_weight
+
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
@@ -24,6 +27,22 @@ FLAGS = {
     "link": "Hard links for untouched files, instead of copies.",
     "trust": "Read an adapter_model.bin, by torch's unpickler that runs no code.",
 }
+
+
+ONNX = {"names": "map", "delta": "delta", "run": "run"}
+"""Options that .onnx files alone have: argument → option."""
+
+
+def onnx_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a merge into an .onnx file."""
+    options = [
+        click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor."),
+        click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest."),
+        click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,3 +72,38 @@ def load_numpy() -> None:
         import numpy  # noqa: F401
     finally:
         del os.environ[name]
+
+
+def merge_file(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    dry_run: bool,
+    mine: dict[str, Any],
+    options: dict[str, Any],
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Merge into an .onnx file, or print its plan."""
+    from lora_fx.onnx.matching import read_map
+    from lora_fx.passes.merge import merge, onnx_options_of
+    from lora_fx.passes.merge_onnx import lines
+
+    given = [split_weight(a) for a in adapters]
+    inputs = [{"base": base, "adapters": list(adapters)}]
+    chosen = {**options, **mine, "names": read_map(mine["names"])}
+    if dry_run:
+        from lora_fx.passes.plan_onnx import plan_onnx
+
+        planned = {k: v for k, v in onnx_options_of(chosen).items() if k not in ("delta", "run")}
+        plan = plan_onnx(base, given, **planned)
+        for text in plan.graph.notes:
+            note(text)
+        emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
+        return
+    report = merge(base, given, out, force=force, **chosen)
+    for text in report.warnings:
+        note(text)
+    fields = {**report.to_json(), "inputs": inputs}
+    fields.pop("command")
+    emit(as_json, "merge", lines(report), **fields)

@@ -25,7 +25,7 @@ from lora_fx.cli.options import (
     "adapters",
     multiple=True,
     metavar="ADAPTER[:W]",
-    help="Applied to the model that is no .onnx file; of tensor files, what A has and B has not.",
+    help="Applied to B, or to the one that is no .onnx file; of tensors: what A has and B has not.",
 )
 @click.option("--tol", type=float, help="Gate on max|a - b| / max|b|.  [default: 2e-6; tensors 0]")
 @click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
@@ -54,6 +54,7 @@ def command(
     \b
     lora-fx verify ./merged ./llama --adapter ./adapter
     lora-fx verify bert.onnx ./my-bert --adapter ./adapter
+    lora-fx verify merged.onnx bert.onnx --adapter ./adapter
     lora-fx verify ./my-bert ./adapter
     lora-fx verify switch.onnx de.onnx_adapter
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
@@ -9,7 +10,10 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 
 Path = str | PathLike[str]
-ONNX_OPTIONS = ("names", "again", "trust", "force", "external_over")
+ONNX_OPTIONS = (
+    "names", "again", "trust", "force", "external_over", "how", "rank", "delta", "run", "inputs",
+    "provider",
+)  # fmt: skip
 
 
 def merge(base: Path, adapters: Any, out: Path, **options: Any) -> Report:
@@ -36,12 +40,15 @@ def merge(base: Path, adapters: Any, out: Path, **options: Any) -> Report:
         raise LoraFxError(
             f"{fspath(out)} does not end in .onnx, and {fspath(base)} does", "-o OUT.onnx"
         )
+    return merge_onnx(base, adapters, out, **onnx_options_of(options))
+
+
+def onnx_options_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a merge into an .onnx file has; raises where another is given."""
     for name, value in options.items():
         if name not in ONNX_OPTIONS and value not in (None, False, "sum"):
             raise LoraFxError(f"{name} is an option for checkpoints, not for .onnx files")
-    return merge_onnx(
-        base, adapters, out, **{k: v for k, v in options.items() if k in ONNX_OPTIONS}
-    )
+    return {k: v for k, v in options.items() if k in ONNX_OPTIONS}
 
 
 def is_onnx(path: Path) -> bool:

@@ -33,18 +33,22 @@ class OnnxReference:
     """See Reference; made by `reference_of`.
 
     Args:
-        graph: The base; not changed.
+        graph: The base; not changed. Without it no adapter can be added.
         session: It in ONNX Runtime.
         folder: Where graphs with branches are written.
         arrays: A user's inputs by name, instead of sampled ones.
     """
 
     def __init__(
-        self, graph: OnnxGraph, session: Session, folder: Path, arrays: Mapping[str, Any] | None
+        self,
+        graph: OnnxGraph | None,
+        session: Session,
+        folder: Path,
+        arrays: Mapping[str, Any] | None,
     ) -> None:
         self.graph, self.session, self.folder = graph, session, folder
         self.arrays = dict(arrays or {})
-        found = highest(graph)
+        found = {} if graph is None else highest(graph)
         specs = signature(session).specs
         self.inputs = Inputs(tuple(replace(s, high=found.get(s.name)) for s in specs))
         for name in self.arrays:
@@ -143,17 +147,21 @@ class OnnxReference:
             self._open[path, rewrites] = known
         return known
 
+    def _clone(self) -> OnnxGraph:
+        assert self.graph is not None
+        return self.graph.clone()
+
     def _base(self) -> Path:
         path = self.folder / "base.onnx"
         if not path.exists():
-            save(self.graph.clone().model, path)
+            save(self._clone().model, path)
         return path
 
     def _path(self, updates: Mapping[str, LowRank]) -> Path:
         """The file of the graph with branches for these keys and ranks."""
         key = tuple((k, u.rank, u.use, str(u.layout)) for k, u in updates.items())
         if key not in self._made:
-            graph = self.graph.clone()
+            graph = self._clone()
             zeros = {
                 k: replace(u, a=np.zeros_like(u.a), b=np.zeros_like(u.b), alpha=u.alpha / u.scale)
                 for k, u in updates.items()
@@ -173,7 +181,7 @@ def _factors(key: str, update: LowRank) -> dict[str, Array]:
 
 @contextlib.contextmanager
 def reference_of(
-    source: Path, graph: OnnxGraph, provider: str, arrays: Mapping[str, Any] | None
+    source: Path, graph: OnnxGraph | None, provider: str, arrays: Mapping[str, Any] | None
 ) -> Iterator[OnnxReference]:
     """The reference of a file, and room for its variants while the block runs."""
     session = open_session(source, provider)

@@ -37,8 +37,8 @@ def verify(
         b: Another one, the reference; or an Adapter or its path: does it fit `a`?
         inputs: Arrays by input name, instead of sampled ones.
         adapter: Of models that are run: applied to whichever of the two is not an .onnx file (b
-            where neither is). Of tensor files: `a` should be `b` with it merged; also several,
-            and pairs (adapter, weight).
+            where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
+            several, and pairs (adapter, weight).
         tol: Gate on max|a − b| / max|b|: of each output, 2e-6; of each tensor, 0.
         provider: For .onnx files.
         run: Run tensor files too, as models.
@@ -56,6 +56,10 @@ def verify(
             return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
     if fits and _is_path(a) and str(a).endswith(".onnx"):
         return fits_switch(a, b)
+    if _is_path(a) and _is_path(b) and str(a).endswith(".onnx") and str(b).endswith(".onnx"):
+        from lora_fx.passes.verify_onnx import verify_onnx
+
+        return verify_onnx(a, b, inputs, adapter, ORT_TOL if tol is None else tol, provider)
     from lora_fx.passes.verify_run import verify_run
 
     if fits and not isinstance(b, Adapter):

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter, bind
-from lora_fx.compare import Parity, Report, compare
+from lora_fx.compare import Parity, Report
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.module import CapturedModule
-from lora_fx.inputs import SIZES, Inputs
-from lora_fx.onnx.session import open_session, signature
+from lora_fx.onnx.session import open_session
 from lora_fx.passes.given import captured_of, opened, plain
 from lora_fx.passes.pipeline import find, insert
 from lora_fx.passes.prove import prove
@@ -36,10 +35,6 @@ def verify_run(
         return _fits(a, b)
     a, b = (opened(_folder(m)) for m in (a, b))
     a_file, b_file = (isinstance(m, (str, PathLike)) for m in (a, b))
-    if a_file and b_file:
-        if adapter is not None:
-            raise LoraFxError("an adapter cannot be added to .onnx files here", "export with it")
-        return _files(Path(a), Path(b), inputs, tol, provider)
     if a_file or b_file:
         session = open_session(a if a_file else b, provider)
         module = _module(b if a_file else a, adapter)
@@ -74,22 +69,6 @@ def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
             f"cannot run a {type(model).__name__}", "pass capture(model, args) or an .onnx file"
         )
     return plain(model) if adapter is None else insert(model, adapter=adapter, dead="allow").eval()
-
-
-def _files(a: Path, b: Path, inputs: Mapping[str, Any] | None, tol: float, provider: str) -> Report:
-    first, second = open_session(a, provider), open_session(b, provider)
-    specs: Inputs = signature(second)
-    if set(first.input_names) != set(second.input_names):
-        raise LoraFxError(
-            f"{a} takes {sorted(first.input_names)}, {b} takes {sorted(second.input_names)}",
-            "two models with the same inputs can be compared",
-        )
-    parity = []
-    for size in SIZES if inputs is None else SIZES[:1]:
-        feeds = {**specs.sample(size), **(inputs or {})}
-        shapes = {k: v.shape for k, v in feeds.items()}
-        parity.append(compare(first.run(feeds), second.run(feeds), shapes, tol))
-    return _report(parity, [second.note] if second.note else [])
 
 
 def _fits(model: Any, adapter: Adapter) -> Report:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import secrets
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
 import onnx_ir as ir
 
 from lora_fx.checkpoint.osfile import replacing
@@ -42,17 +45,19 @@ def save(
     external_over: int = EXTERNAL_OVER,
     data: str = "",
     beside: Collection[str] = (),
+    delta: bool = False,
 ) -> list[Path]:
     """Write a model; returns the files that were made.
 
     A data file is called `data`, or `NAME.data` where that is empty. Initialisers named in
-    `beside` go there however small they are, since a session can replace only what lies in it.
+    `beside` go there however small they are, since a session can replace only what lies in it. With
+    `delta`, tensors that lie in a data file of the same folder stay there.
 
     Tensors are written one after the other, so that those that are computed on demand are in
     memory one at a time.
     """
-    if beside:
-        return _with_data(model, path, data or path.name + ".data", beside)
+    if beside or delta:
+        return _with_data(model, path, data or path.name + ".data", beside, delta)
     if weight_bytes(model) <= external_over:
         ir.external_data.load_to_model(model)  # else it would name the data of another file
         ir.save(model, path)
@@ -62,11 +67,15 @@ def save(
     return [path, path.with_name(data)]
 
 
-def _with_data(model: ir.Model, path: Path, data: str, beside: Collection[str]) -> list[Path]:
+def _with_data(
+    model: ir.Model, path: Path, data: str, beside: Collection[str], delta: bool
+) -> list[Path]:
     values = [
         v
         for v in model.graph.initializers.values()
-        if v.const_value is not None and (v.const_value.nbytes >= INLINE or v.name in beside)
+        if v.const_value is not None
+        and (v.const_value.nbytes >= INLINE or v.name in beside)
+        and not (delta and isinstance(v.const_value, ir.ExternalTensor))
     ]
     kept = [v.const_value for v in values]
     moved = ir.external_data.convert_tensors_to_external(
@@ -93,6 +102,7 @@ class Output:
         external: Whether it was.
         repository: Where a copy goes, for Triton.
         copies: The names of its files.
+        seen: What can be loaded before it has its name: `path`, but for one that shares data.
     """
 
     target: Path
@@ -101,17 +111,51 @@ class Output:
     external: bool = False
     repository: Repository | None = None
     copies: list[Path] = field(default_factory=list)
+    seen: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Nothing is shared yet."""
+        self.seen = self.path
 
     def save(
-        self, model: ir.Model, external_over: int = EXTERNAL_OVER, beside: Collection[str] = ()
+        self,
+        model: ir.Model,
+        external_over: int = EXTERNAL_OVER,
+        beside: Collection[str] = (),
+        *,
+        delta: bool = False,
     ) -> None:
         """Write a model, in the place of what was written before; see save."""
         files = save(
-            model, self.path, external_over=external_over, data=self.data.name, beside=beside
+            model,
+            self.path,
+            external_over=external_over,
+            data=self.data.name,
+            beside=beside,
+            delta=delta,
         )
         self.external = len(files) > 1
+        if delta:
+            self._show()
         if self.repository is not None:
             self.repository.config(self.path)  # refused before any proof
+
+    def _show(self) -> None:
+        """A copy of the model in the folder of its target, where it can read the data it shares.
+
+        Links to that data would be refused by onnx_ir and by the onnx package.
+        """
+        proto = onnx.load(self.path, load_external_data=False)
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location" and entry.value == self.data.name:
+                    entry.value = f"{self.path.parent.name}/{self.data.name}"
+        if self.seen == self.path:
+            stem = f".{self.target.name}.lora_fx_"
+            for left in self.target.parent.glob(f"{glob.escape(stem)}{'[0-9a-f]' * 8}.onnx"):
+                left.unlink()  # by a killed run: this one has the lock of the target
+            self.seen = self.target.with_name(f"{stem}{secrets.token_hex(4)}.onnx")
+        self.seen.write_bytes(proto.SerializeToString())
 
     @property
     def files(self) -> list[Path]:
@@ -135,7 +179,11 @@ def output(
     with contextlib.ExitStack() as undo:
         with replacing(target, force=force) as temporary:
             made = Output(target, temporary, _free(target), repository=repository)
-            yield made
+            try:
+                yield made
+            finally:
+                if made.seen != made.path:
+                    made.seen.unlink(missing_ok=True)
             if made.external and made.data.name != f"{target.name}.data" and not force:
                 raise LoraFxError(
                     f"{target}.data exists",

@@ -1,0 +1,88 @@
+"""Prove a merged .onnx file, tensor by tensor: nothing is run.
+
+What no update touches has the base's bytes, and rows of everything else are computed again in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import LowRank
+from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.load import load
+from lora_fx.onnx.matching import Matched
+from lora_fx.passes.fold import fold_rows
+from lora_fx.target import Found
+
+CHUNK = 1 << 24
+PROOF_ROWS = 4
+"""Rows of every touched tensor that are computed again."""
+
+Array = np.ndarray[Any, Any]
+
+
+def prove_merge(
+    temporary: Path,
+    target: Path,
+    before: Mapping[str, Any],
+    changed: set[str],
+    found: Found,
+    matched: Matched,
+) -> OnnxGraph:
+    """Open what was written, and compare it with what it has to be."""
+    written = OnnxGraph(load(temporary))
+    for name in before:
+        if name in changed:
+            continue
+        if not same(written.reader(name)(), before[name]()):
+            raise LoraFxError(f"{target}: not written: {name!r} is not the base's", "a full disk?")
+    for name, wrong in _wrong_rows(written, before, found, matched):
+        raise LoraFxError(
+            f"{target}: not written: {name!r} is off by {wrong:.2e}",
+            "was the base changed meanwhile? if not, this is a mistake of lora-fx",
+        )
+    for name, value in matched.whole.items():
+        if (
+            written.reader(name)().astype(np.float64).tobytes()
+            != value.astype(before[name]().dtype).astype(np.float64).tobytes()
+        ):
+            raise LoraFxError(f"{target}: not written: {name!r} is not the adapter's")
+    return written
+
+
+def same(a: Array, b: Array) -> bool:
+    """Equal bytes, some at a time: both may be files larger than memory."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    x, y = (np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in (a, b))
+    return all(np.array_equal(x[i : i + CHUNK], y[i : i + CHUNK]) for i in range(0, len(x), CHUNK))
+
+
+def _wrong_rows(
+    written: OnnxGraph, before: Mapping[str, Any], found: Found, matched: Matched
+) -> Iterator[tuple[str, float]]:
+    by_name: dict[str, list[tuple[Any, LowRank]]] = {}
+    for key, update in matched.updates.items():
+        t = found[key]
+        by_name.setdefault(t.parameter.name, []).append((t, update))
+    rng = np.random.default_rng()
+    for name, pairs in by_name.items():
+        base, got = before[name](), written.reader(name)()
+        if base.ndim != 2:
+            rows = slice(None)
+        else:
+            first = int(rng.integers(0, max(1, base.shape[0] - PROOF_ROWS + 1)))
+            rows = slice(first, min(base.shape[0], first + PROOF_ROWS))
+        exact = fold_rows(base, pairs, rows)
+        eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-20}.get(
+            base.dtype.name, 2.0**-40
+        )
+        size = np.abs(exact).max(initial=0.0) + np.abs(base[rows].astype(np.float64)).max(initial=0)
+        gap = float(np.abs(got[rows].astype(np.float64) - exact).max(initial=0.0))
+        if not gap <= eps * size:
+            yield name, gap
