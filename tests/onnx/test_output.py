@@ -78,7 +78,7 @@ def test_optimise_leaves_the_data_of_a_renamed_input(
     shutil.move(tmp_path / "out.onnx", tmp_path / "in.onnx")  # its data is out.onnx.data
     before = (tmp_path / "out.onnx.data").read_bytes()
     wanted = open_session(tmp_path / "in.onnx", "cpu").run({"x": X.numpy()})
-    monkeypatch.setattr(saving.Output.save, "__defaults__", (100,))
+    monkeypatch.setattr(saving.Output.save, "__defaults__", (100, ()))
     report = optimise_file(tmp_path / "in.onnx", tmp_path / "out.onnx", provider="cpu", force=True)
     assert [Path(f).name for f in report.outputs] == ["out.onnx", "out.onnx.1.data"]
     assert (tmp_path / "out.onnx.data").read_bytes() == before
