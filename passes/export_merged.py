@@ -74,14 +74,15 @@ def _write(
         demand(parity, "the fold differs from the unfolded model")
     made = to_onnx(folded, opset)
     restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
-    tensors = named_tensors(folded)[0]
-    mark_changed(made.model, {n: partial(_value, folded, n) for n in tensors})
+    values = {n: partial(_value, folded, n) for n in named_tensors(folded)[0]}
+    mark_changed(made.model, values)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
     model = made.model
     stages: list[Stage] = []
     if optimise:
         model, stages = optimised(model, branched, inputs, how.provider)
+        mark_changed(model, values)
     with how.output() as made_file:
         made_file.save(model, how.external_over)
         session = open_session(made_file.path, how.provider)

@@ -15,7 +15,7 @@ from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.load import load
-from lora_fx.onnx.names import restore_weight_names, strip_traces
+from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
 from lora_fx.onnx.stages import Stage, apply_stages
@@ -52,6 +52,9 @@ def optimise_file(
     check_output(path, force=force)
     target = Path(path)
     opened = load(source)
+    restore_weight_names(opened)
+    stored = opened.graph.initializers.items()
+    values = {str(n): v.const_value.numpy for n, v in stored if v.const_value is not None}
     session = open_session(source, provider)
     specs = signature(session)
     feeds: list[dict[str, Any]] = []
@@ -60,6 +63,7 @@ def optimise_file(
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)
     model, stages = _cleaned(*apply_stages(opened, feeds, provider=provider))
+    mark_changed(model, values)
     with output(target, force=force, repository=repository) as made_file:
         made_file.save(model)
     return Report(

@@ -57,7 +57,7 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
         free = {d: s for d, s in wanted.items() if fixed[d] is None}
         shapes.append({d: Dim.AUTO for d in free} or None)
         symbols.update({(traced.door.names[i], d): s for d, s in free.items()})
-    with _quiet(), torch.no_grad():
+    with _quiet(), norms_apart(), torch.no_grad():
         try:
             program = torch.export.export(
                 flat,
@@ -122,6 +122,30 @@ def output_paths(spec: Any, count: int) -> list[str]:
     if isinstance(dummy, int):
         return [""]
     return leaf_names({"": dummy})
+
+
+@contextlib.contextmanager
+def norms_apart() -> Iterator[None]:
+    """Batch norms stay nodes of their own, so that convolutions keep the parameters' values.
+
+    The exporter would multiply them in, and adapters of the model would no longer fit the file.
+    ONNX Runtime does the same when it loads a file, so nothing is lost. onnxscript has no option
+    for it; where its list of rules is another, weights are marked as changed (names.mark_changed).
+    """
+    from onnxscript import rewriter
+
+    name = "_DEFAULT_REWRITE_RULES"
+    rules = getattr(rewriter, name, ())
+    kept = tuple(r for r in rules if "batchnorm" not in type(r).__name__.lower()
+                 and "batchnorm" not in str(getattr(r, "name", "")).lower())  # fmt: skip
+    if not kept:
+        yield
+        return
+    setattr(rewriter, name, kept)
+    try:
+        yield
+    finally:
+        setattr(rewriter, name, rules)
 
 
 @contextlib.contextmanager
