@@ -33,6 +33,7 @@ from lora_fx.cli.options import (
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
 @click.option("--optimise", is_flag=True, help="Rewrite the graph for ONNX Runtime, proven equal.")
+@click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @triton_options
 @model_options
@@ -60,6 +61,7 @@ def command(
     lora-fx export ./my-bert ./adapter -o bert.onnx
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode switch
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode batch
+    lora-fx export ./my-llama ./adapter -o llama.onnx --cache
     lora-fx export bert.onnx ./de ./fr -o switch.onnx --mode switch
     lora-fx export model.py:build ./adapter -o model.onnx --dynamic x:0=batch,2=height
     lora-fx export ./my-bert ./adapter -o bert.onnx --triton ./models
@@ -88,7 +90,7 @@ def command(
         return
     if names:
         raise LoraFxError("--map is of .onnx files", "a model's own names tell")
-    _, cap = captured(model, **given)
+    _, cap = captured(model, **given, cache=chosen["cache"])
     report = export(cap, output, opset=opset, **chosen)
     fields = {**report.to_json(), "inputs": cap.inputs.to_json(), "outputs": list(report.outputs)}
     fields.pop("command")

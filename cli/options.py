@@ -104,8 +104,9 @@ def captured(
     trust: bool = False,
     *,
     meta: bool = False,
+    cache: bool = False,
 ) -> tuple[Any, Any]:
-    """(LoadedModel, Captured) of a MODEL argument; its notes are printed."""
+    """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
     from lora_fx.fx.capture import capture
     from lora_fx.fx.models import LoadedModel, load_model
     from lora_fx.inputs import parse_dynamic
@@ -123,6 +124,17 @@ def captured(
     loaded = load_model(model, weights=weights, meta=meta, trust=trust)
     for text in loaded.notes:
         note(text)
+    if cache:
+        if inputs_file or dynamic or static:
+            raise LoraFxError(
+                "with --cache the inputs and their dimensions are known",
+                "leave --inputs, --dynamic and --static out",
+            )
+        from lora_fx.fx.decoder import decoder
+
+        cap = decoder(loaded.module)
+        _say(cap)
+        return loaded, cap
     args, kwargs = loaded.args, dict(loaded.kwargs)
     if inputs_file:
         args, kwargs = examples(inputs_file, loaded)

@@ -1,8 +1,9 @@
 """Inputs from a signature of names, dtypes and dimensions: the sizes and values of every check.
 
 Symbols take the sizes (2, 5), (3, 7), (1, 11): the first number is the batch (dimension 0), the
-second every other symbol. Integers lie below the rows of the table they index, masks are ones,
-floats are N(0, 1), all from seed 0.
+second every other symbol; `past`, the tokens in a decoder's cache, takes first · second mod 7, and
+`past + length` their sum. Integers lie below the rows of the table they index, masks are ones (over
+a cache that is not empty, the first row is padded by one), floats are N(0, 1), from seed 0.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from lora_fx.numeric import numpy_dtype
 
 SIZES: tuple[tuple[int, int], ...] = ((2, 5), (3, 7), (1, 11))
 BATCH = "batch"
+LENGTH = "length"
+PAST = "past"
+CACHE_SIZES: tuple[tuple[int, int], ...] = (*SIZES, (2, 1))
+"""Of a decoder: 3, 0, 4 and 2 tokens in the cache; one new token is what it mostly runs on."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,12 @@ class Inputs:
         """Their names."""
         return tuple(s.name for s in self.specs)
 
+    @property
+    def checks(self) -> tuple[tuple[int, int], ...]:
+        """(batch, other) of every check."""
+        cached = any(symbol == PAST for s in self.specs for symbol in s.dims.values())
+        return CACHE_SIZES if cached else SIZES
+
     def with_dims(self, requested: Mapping[str, Mapping[int, str]]) -> Inputs:
         """The same inputs with these dimensions dynamic."""
         return Inputs(tuple(replace(s, dims=requested.get(s.name, {})) for s in self.specs))
@@ -79,7 +90,7 @@ class Inputs:
         for s in self.specs:
             shape = list(s.shape)
             for d, symbol in s.dims.items():
-                n = size[0] if symbol == BATCH else size[1]
+                n = sum(_extent(part.strip(), size) for part in symbol.split("+"))
                 shape[d] = min(n, s.upper.get(d, n))
             result[s.name] = tuple(shape)
         return result
@@ -96,6 +107,8 @@ class Inputs:
             shape, dtype = shapes[s.name], numpy_dtype(s.dtype)
             if s.is_mask:
                 result[s.name] = np.ones(shape, dtype)
+                if "+" in s.dims.get(1, "") and shape[1] > size[1]:
+                    result[s.name][:1, :1] = 0  # padding: else a graph may ignore the mask
             elif s.is_integer:
                 result[s.name] = rng.integers(0, max(1, s.high or 2), shape).astype(dtype)
             else:
@@ -105,6 +118,12 @@ class Inputs:
     def to_json(self) -> list[dict[str, Any]]:
         """Rows of `inputs[]`."""
         return [s.to_json() for s in self.specs]
+
+
+def _extent(symbol: str, size: tuple[int, int]) -> int:
+    if symbol == PAST:
+        return size[0] * size[1] % 7
+    return size[0] if symbol == BATCH else size[1]
 
 
 def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
@@ -121,7 +140,7 @@ def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
             )
         dims = {0: BATCH if s.shape[0] in (first, 1) else f"{s.name}_0"}
         if _has_length(s) and not (s.shape[1] == 1 and not s.is_integer):  # 1 is broadcast
-            dims[1] = "length" if len(lengths) == 1 else f"{s.name}_length"
+            dims[1] = LENGTH if len(lengths) == 1 else f"{s.name}_length"
         result[s.name] = dims
     return result
 

@@ -41,6 +41,7 @@ def export(
     optimise: bool = False,
     triton: str | PathLike[str] | None = None,
     max_batch: int | None = None,
+    cache: bool = False,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
@@ -74,6 +75,8 @@ def export(
         triton: A folder of models for Triton, which gets a copy as the next version of the file's
             stem (docs/serving.md).
         max_batch: Of triton: above 0 the server may put requests together, up to so many rows.
+        cache: Of a decoder of transformers, in all modes but batch: the key-value cache goes in and
+            comes out as tensors. The inputs are known, so none are given.
 
     Raises:
         NoEffectError: The outputs differ; nothing is written.
@@ -82,6 +85,21 @@ def export(
     check_output(path, force=force)
     repository = repository_of(triton, path, max_batch)
     how = Writing(Path(path), provider, external_over, force, repository)
+    if cache:
+        if mode == "batch":
+            raise LoraFxError("mode batch has no cache", "merged, switch or load")
+        if args or kwargs or dynamic or inputs:
+            raise LoraFxError(
+                "with a cache the inputs and their dimensions are known", "leave yours out"
+            )
+        if isinstance(model, (str, PathLike)) and is_onnx(model):
+            raise LoraFxError(
+                f"{fspath(model)} is a graph as it is, with a cache or without",
+                "export the model that it was made from",
+            )
+        from lora_fx.passes.given import with_cache
+
+        model, adapters = with_cache(model, adapters)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         if args or kwargs or dynamic or opset:
             raise LoraFxError(

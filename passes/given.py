@@ -7,8 +7,10 @@ from os import PathLike, fspath
 from typing import Any
 
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.attach import is_attached
 from lora_fx.fx.capture import Captured, capture
+from lora_fx.fx.decoder import decoder
 from lora_fx.fx.models import load_model
 from lora_fx.fx.module import CapturedModule, with_signature
 from lora_fx.fx.pt2 import is_program, module_of, open_program
@@ -46,6 +48,44 @@ def captured_of(
         cap.notes += loaded.notes
         return cap
     return capture(model, args, kwargs, dynamic)
+
+
+def with_cache(model: Any, adapters: Any = None) -> tuple[Captured, Any]:
+    """The capture of a decoder with its cache as tensors, and the adapters.
+
+    A module that insert returned brings its own adapter where none are given.
+
+    Raises:
+        LoraFxError: No decoder; or a module of ours whose weights the original has no more.
+    """
+    model = opened(model)
+    if is_attached(model):
+        return captured_of(model), adapters  # raises
+    if isinstance(model, CapturedModule):
+        if hasattr(model, "folded") or not _shares(model):
+            raise LoraFxError(
+                "this module's weights are no longer those of the model that was captured",
+                "export the original with adapters=…",
+            )
+        if adapters is None and isinstance(model, AdaptedModule):
+            adapters = model.adapter()
+        model = model.captured
+    elif isinstance(model, (str, PathLike)):
+        loaded = load_model(fspath(model))
+        captured = decoder(loaded.module)
+        captured.notes += loaded.notes
+        return captured, adapters
+    return decoder(model), adapters
+
+
+def _shares(module: CapturedModule) -> bool:
+    """True where the frozen weights of a module are the captured model's own."""
+    theirs = dict(module.captured.model.named_parameters())
+    return all(
+        p.requires_grad or p.data_ptr() == theirs[n].data_ptr()
+        for n, p in module.named_parameters()
+        if n in theirs
+    )
 
 
 def opened(model: Any) -> Any:

@@ -31,7 +31,7 @@ def optimise(
     """(onnx_ir model, its stages), on the inputs that export proves with."""
     from lora_fx.passes.prove import feeds_of  # imports torch, which files do without
 
-    feeds = [f for _, f in feeds_of(reference, arrays, SIZES)]
+    feeds = [f for _, f in feeds_of(reference, arrays)]
     return _cleaned(*apply_stages(model, feeds, provider=provider))
 
 
@@ -58,7 +58,7 @@ def optimise_file(
     session = open_session(source, provider)
     specs = signature(session)
     feeds: list[dict[str, Any]] = []
-    for size in SIZES if inputs is None else SIZES[:1]:
+    for size in specs.checks if inputs is None else SIZES[:1]:
         feed = {**specs.sample(size), **(inputs or {})}
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, widened
+from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.calling import leaf_names
+from lora_fx.fx.calling import leaf_names, onnx_name
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
-from lora_fx.inputs import SIZES
 
 Run = Callable[[Mapping[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]
 
@@ -30,7 +29,7 @@ def arrays_of(named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """The tensors among flattened named arguments, as arrays by ONNX input name."""
     leaves = pytree.tree_leaves(dict(named))
     return {
-        n.replace(".", "_"): to_numpy(x)
+        onnx_name(n): to_numpy(x)
         for n, x in zip(leaf_names(named), leaves, strict=True)
         if isinstance(x, torch.Tensor)
     }
@@ -41,7 +40,7 @@ def prove(
     reference: CapturedModule,
     *,
     arrays: Mapping[str, Any] | None = None,
-    sizes: Sequence[tuple[int, int]] = SIZES,
+    sizes: Sequence[tuple[int, int]] | None = None,
     tol: float = ORT_TOL,
     of: str = "",
 ) -> list[Parity]:
@@ -51,6 +50,7 @@ def prove(
         ours: {input: array} → {output: array}.
         reference: The model to be equal to, in eval mode.
         arrays: A user's inputs instead of sampled ones (one run).
+        sizes: Instead of those of the capture.
         tol: The gate in fp32.
         of: A word for the report: what is compared.
     """
@@ -58,7 +58,7 @@ def prove(
     results: list[Parity] = []
     own: dict[str, float] | None = None
     for named, feeds in feeds_of(reference, arrays, sizes):
-        shapes = {k: v.shape for k, v in feeds.items()}
+        shapes = shapes_of(feeds)
         try:
             expected = reference.flat(named)
         except (RuntimeError, ValueError) as e:
@@ -80,10 +80,11 @@ def prove(
 def feeds_of(
     reference: CapturedModule,
     arrays: Mapping[str, Any] | None = None,
-    sizes: Sequence[tuple[int, int]] = SIZES,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, np.ndarray[Any, Any]]]]:
     """(named arguments, {ONNX input: array}) of every size that the model takes, each once."""
     seen: set[tuple[Any, ...]] = set()
+    sizes = reference.captured.inputs.checks if sizes is None else sizes
     for size in sizes if arrays is None else sizes[:1]:
         named = reference.sample(size, arrays)
         feeds = arrays_of(named)
@@ -94,7 +95,7 @@ def feeds_of(
 
 
 def _banned(reference: CapturedModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return any(shapes.get(n.replace(".", "_"), (0,) * 9)[d] == 1 for n, d in reference.not_one)
+    return any(shapes.get(onnx_name(n), (0,) * 9)[d] == 1 for n, d in reference.not_one)
 
 
 def _gate(
@@ -118,7 +119,7 @@ def _gate(
 def own_errors(
     model: CapturedModule,
     arrays: Mapping[str, Any] | None = None,
-    sizes: Sequence[tuple[int, int]] = SIZES,
+    sizes: Sequence[tuple[int, int]] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> dict[str, float]:
     """Per output, the largest rel of a model's fp32 to its own fp64 values over several inputs.
@@ -133,7 +134,7 @@ def own_errors(
     worst: dict[str, float] = {}
     try:
         wide = copy.deepcopy(model).double().eval()
-        for size in sizes:
+        for size in model.captured.inputs.checks if sizes is None else sizes:
             for seed in seeds:
                 named = model.sample(size, arrays, seed)
                 if _banned(model, {k: v.shape for k, v in arrays_of(named).items()}):
@@ -154,7 +155,7 @@ def torch_run(module: CapturedModule) -> Run:
         named = module.captured.named
         leaves, spec = pytree.tree_flatten(dict(named))
         new = [
-            from_numpy(feeds[n.replace(".", "_")]) if isinstance(x, torch.Tensor) else x
+            from_numpy(feeds[onnx_name(n)]) if isinstance(x, torch.Tensor) else x
             for n, x in zip(leaf_names(named), leaves, strict=True)
         ]
         return module.flat(pytree.tree_unflatten(new, spec))

@@ -12,6 +12,7 @@ SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 PRINTS = {
     "mlp": "export: ok",
     "raw_matmul": "folded and unfolded differ by",
+    "decode": "tokens equal transformers': True\ntokens equal the base model's: False",
     "from_scratch": "2 sites found, inserted and folded",
 }
 SLOW = {"minilm_stdlib": "equal"}

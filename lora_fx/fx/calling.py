@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,12 +108,24 @@ def leaf_names(named: Mapping[str, Any]) -> list[str]:
     return result
 
 
+_CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
+
+
+def onnx_name(path: str) -> str:
+    """The name of an input or output in an ONNX file: dots stay where runtimes look for them.
+
+    >>> onnx_name("pair.0"), onnx_name("past_key_values.0.key")
+    ('pair_0', 'past_key_values.0.key')
+    """
+    return path if _CACHE.fullmatch(path) else path.replace(".", "_")
+
+
 def output_name(path: str, i: int) -> str:
     """A flat output's name: the field of a dict or output class, else output, output_1."""
     name = path.lstrip(".")
     if not name or name.split(".")[0].isdigit():
         return f"output_{name.replace('.', '_')}" if name and name != "0" else "output"
-    return name.replace(".", "_")
+    return onnx_name(name)
 
 
 def program_key(named: Mapping[str, Any], leaves: Sequence[Any]) -> tuple[Any, ...]:

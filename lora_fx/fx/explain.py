@@ -23,6 +23,11 @@ _CAUSES = (
         "a tensor's value is read (.item(), int(), bool())",
         "keep it a tensor: torch.where, masks, or a Python argument",
     ),
+    (
+        "cache_utils.",
+        "its outputs hold a key-value cache, which is no tensor",
+        "call it with use_cache=False; export(…, cache=True) has the cache as tensors",
+    ),
     ("numpy", "numpy is called on a tensor", "use torch's own functions"),
     (
         "FakeTensor",

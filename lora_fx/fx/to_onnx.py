@@ -16,7 +16,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.calling import leaf_names, output_name
+from lora_fx.fx.calling import leaf_names, onnx_name, output_name
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.portable import make_portable
 
@@ -97,7 +97,7 @@ def flat_program(
     places = [n for n in graph.nodes if n.op == "placeholder"]
     for place, name, leaf in zip(places, traced.door.names, leaves, strict=True):
         if isinstance(leaf, torch.Tensor):
-            names.append(name.replace(".", "_"))
+            names.append(onnx_name(name))
         else:
             place.replace_all_uses_with(leaf)  # a Python constant of the capture
             graph.erase_node(place)

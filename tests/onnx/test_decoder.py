@@ -1,0 +1,295 @@
+"""Decoders with their cache: the tokens of transformers' generate, from the file alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import lora_fx
+from lora_fx.adapter import Adapter
+from lora_fx.compare import rel
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.decoder import decoder
+from lora_fx.lowrank import draw
+from lora_fx.onnx import Session
+from lora_fx.onnx.session import open_session
+
+pytest.importorskip("transformers")
+STEPS = 24
+IDS = np.array([[5, 17, 29, 31, 8, 77, 12], [0, 0, 0, 0, 44, 3, 61], [0, 90, 33, 21, 4, 9, 70]])
+MASK = (np.arange(7) >= np.array([[0], [4], [1]])).astype(np.int64)
+SINGLE = (IDS[0], IDS[1, 4:], IDS[2, 6:])
+"""Prompts of seven, three and one token."""
+
+
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=96, n_positions=64, n_embd=24, n_layer=2, n_head=3, n_inner=40,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+MODELS = {"gpt2": gpt2, "llama": llama}
+
+
+def adapter(model: Any, seed: int, rank: int) -> Adapter:
+    """A random one for every layer's weights, so large that it changes what is generated."""
+    entries = {}
+    layers = [t for t in lora_fx.find(model).targets if re.search(r"\.\d+\.", t.key)]
+    for target in layers:
+        a, b = draw(target.key, target.layout, rank, seed, "probe")
+        entries[target.key] = lora_fx.LowRank(a, b, 1.0 * rank, target.layout)
+    return Adapter(entries)
+
+
+def with_delta(model: Any, updates: Adapter | None) -> Any:
+    """A copy with W + s·BA in its weights, summed in fp64."""
+    model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, delta in (updates.deltas() if updates else {}).items():
+            parameters[key].copy_(parameters[key].double() + torch.tensor(delta))
+    return model
+
+
+def generated(model: Any, ids: Any, mask: Any, cache: bool = True) -> Any:
+    call = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    out = model.generate(**call, max_new_tokens=STEPS, do_sample=False, use_cache=cache)
+    return out.numpy()
+
+
+def greedy(run: Any, inputs: Any, ids: Any, mask: Any, cache: bool = True) -> Any:
+    """Tokens by a file; without the cache the whole sequence goes in at every step."""
+    empty = {
+        i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
+        for i in inputs
+        if i.name.startswith("past_key_values.")
+    }
+    tokens, new, past = ids, ids, empty
+    for _ in range(STEPS):
+        out = run({"input_ids": new, "attention_mask": mask, **past})
+        new = out["logits"][:, -1].argmax(-1)[:, None]
+        tokens = np.concatenate([tokens, new], 1)
+        mask = np.concatenate([mask, np.ones_like(new)], 1)
+        if cache:
+            past = {n: out[n.replace("past_key_values", "present")] for n in past}
+        else:
+            new = tokens
+    return tokens
+
+
+def check(run: Any, inputs: Any, model: Any, cache: bool = True) -> Any:
+    """A batch and single prompts; the batch's tokens."""
+    expected = generated(model, IDS, MASK, cache)
+    np.testing.assert_array_equal(greedy(run, inputs, IDS, MASK, cache), expected)
+    for prompt in SINGLE:
+        ids, mask = prompt[None], np.ones((1, len(prompt)), np.int64)
+        mine = greedy(run, inputs, ids, mask, cache)
+        np.testing.assert_array_equal(mine, generated(model, ids, mask, cache))
+    return expected
+
+
+class Case:
+    """A model, two adapters of different ranks, and its files."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.model = MODELS[name]()
+        captured = decoder(self.model)
+        self.adapters = {"de": adapter(captured, 1, 3), "fr": adapter(captured, 2, 5)}
+        self.merged, self.switch = folder / "merged.onnx", folder / "switch.onnx"
+        before = copy.deepcopy(self.model.state_dict())
+        config = self.model.config.to_dict()
+        self.report = lora_fx.export(
+            captured, self.merged, adapters=self.adapters["de"], cache=True, provider="cpu"
+        )
+        lora_fx.export(
+            captured, self.switch, adapters=self.adapters, cache=True, mode="switch",
+            provider="cpu",
+        )  # fmt: skip
+        assert all(torch.equal(v, before[k]) for k, v in self.model.state_dict().items())
+        assert self.model.config.to_dict() == config
+        assert type(self.model) is type(MODELS[name]()) and not self.model.training
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_merged_gives_the_tokens_of_generate(case: Case) -> None:
+    session = open_session(case.merged, "cpu")
+    inputs, model = session.session.get_inputs(), with_delta(case.model, case.adapters["de"])
+    tokens = check(session.run, inputs, model)
+    np.testing.assert_array_equal(tokens, check(session.run, inputs, model, cache=False))
+    assert (tokens != generated(case.model, IDS, MASK)).any(1).all()
+
+
+def test_switch_gives_them_for_two_adapters_in_one_session(case: Case) -> None:
+    session = Session(case.switch, "cpu")
+    found = []
+    for name in case.adapters:
+        session.load(name, case.switch.with_name(f"{name}.onnx_adapter"))
+    for name in ("de", None, "fr"):
+        model = with_delta(case.model, case.adapters[name] if name else None)
+        found.append(
+            check(lambda f, n=name: session.run(f, n), session.session.get_inputs(), model)
+        )
+    assert (found[0] != found[1]).any() and (found[0] != found[2]).any()
+    assert (found[1] != found[2]).any()
+
+
+def test_logits_by_steps_equal_one_forward(case: Case) -> None:
+    session = open_session(case.merged, "cpu")
+    model = with_delta(case.model, case.adapters["de"])
+    tokens = np.concatenate([IDS, IDS[:, ::-1].clip(1)], 1)
+    mask = np.concatenate([MASK, np.ones_like(MASK)], 1)
+    places = torch.tensor((mask.cumsum(1) - 1).clip(0))
+    call = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
+    with torch.no_grad():
+        narrow = model(**call, position_ids=places).logits.numpy()
+        full = copy.deepcopy(model).double()(**call, position_ids=places).logits.numpy()
+    real = mask == 1  # what stands on padding is read by nothing
+    gate = 4 * rel(narrow[real], full[real]) + 4 * 2.0**-24
+    assert gate < 2e-5
+    past = {
+        i.name: np.zeros((3, i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.session.get_inputs()[2:]
+    }
+    done = 0
+    for size in (7, 1, 3, 1, 2):
+        feeds = {
+            "input_ids": tokens[:, done : done + size],
+            "attention_mask": mask[:, : done + size],
+        }
+        out = session.run({**feeds, **past})
+        past = {n: out[n.replace("past_key_values", "present")] for n in past}
+        seen = real[:, done : done + size]
+        assert rel(out["logits"][seen], full[:, done : done + size][seen]) <= gate
+        done += size
+    assert done == 14
+    for n, x in past.items():
+        assert x.shape[2] == 14 and x.shape[1] == (2 if "Llama" in type(model).__name__ else 3), n
+
+
+def test_names_and_dimensions(case: Case) -> None:
+    model = onnx.load(case.merged)
+    onnx.checker.check_model(model, full_check=True)
+
+    def named(values: Any) -> dict[str, list[Any]]:
+        return {
+            v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+            for v in values
+        }
+
+    inputs, outputs = named(model.graph.input), named(model.graph.output)
+    heads = 2 if "llama" in str(case.merged) else 3
+    pairs = [f"{i}.{k}" for i in range(2) for k in ("key", "value")]
+    assert inputs == {
+        "input_ids": ["batch", "length"],
+        "attention_mask": ["batch", "past + length"],
+        **{f"past_key_values.{p}": ["batch", heads, "past", 8] for p in pairs},
+    }
+    assert list(outputs) == ["logits", *(f"present.{p}" for p in pairs)]
+    assert outputs["logits"] == ["batch", "length", 96]
+    weights = {i.name for i in model.graph.initializer}
+    assert set(case.adapters["de"]) <= weights
+    assert {p.of for p in case.report.parity} == {"fold", "onnxruntime"}
+    pasts = {p.sizes["past_key_values.0.key"][2] for p in case.report.parity}
+    assert pasts == {3, 0, 4, 2}
+    assert {p.sizes["input_ids"][1] for p in case.report.parity} == {5, 7, 11, 1}
+
+
+def test_the_inputs_of_the_check_fit_and_have_padding() -> None:
+    inputs = decoder(gpt2()).bounded_inputs()
+    assert inputs.checks == ((2, 5), (3, 7), (1, 11), (2, 1))
+    for size, past, padded in zip(inputs.checks, (3, 0, 4, 2), (1, 0, 1, 1), strict=True):
+        drawn = inputs.sample(size)
+        assert drawn["input_ids"].shape == size and drawn["input_ids"].max() < 96
+        assert drawn["past_key_values.1.value"].shape == (size[0], 3, past, 8)
+        mask = np.ones((size[0], past + size[1]), np.int64)
+        mask[0, :padded] = 0
+        np.testing.assert_array_equal(drawn["attention_mask"], mask)
+
+
+def test_an_adapted_module_brings_its_adapter_and_the_graph_may_be_optimised(
+    tmp_path: Path,
+) -> None:
+    model = gpt2()
+    call = {"input_ids": torch.tensor(IDS), "use_cache": False}
+    module = lora_fx.insert(model, (), call, rank=3, include="c_attn")
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    path = tmp_path / "m.onnx"
+    report = lora_fx.export(module, path, cache=True, optimise=True, provider="cpu")
+    assert any(s["kept"] for s in report.details["stages"])
+    session = open_session(path, "cpu")
+    inputs, folded = session.session.get_inputs(), with_delta(model, module.adapter())
+    mask = np.ones_like(IDS[:1])
+    tokens = greedy(session.run, inputs, IDS[:1], mask)
+    np.testing.assert_array_equal(tokens, generated(folded, IDS[:1], mask))
+    assert (tokens != generated(model, IDS[:1], mask)).any()
+    module.load_state_dict(module.state_dict())  # its weights are now its own
+    with pytest.raises(LoraFxError, match="no longer those of the model"):
+        lora_fx.export(module, tmp_path / "n.onnx", cache=True)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    lora_fx.save_adapter(adapter(decoder(model), 1, 2), tmp_path / "de")
+    out = tmp_path / "m.onnx"
+    argv = ["export", str(tmp_path / "model"), str(tmp_path / "de"), "-o", str(out), "--cache"]
+    argv += ["--provider", "cpu"]
+    for more, words in (
+        (("--dynamic", "input_ids:1"), "are known"),
+        (("--mode", "batch"), "mode batch has no cache"),
+    ):
+        assert run(argv + list(more)) == 2
+        assert words in capsys.readouterr().err
+        assert not out.exists()
+    assert run([*argv, "--mode", "switch", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [i["name"] for i in shown["inputs"]][:3] == [
+        "input_ids", "attention_mask", "past_key_values.0.key",
+    ]  # fmt: skip
+    assert shown["inputs"][1]["shape"] == ["batch", "past + length"]
+    session = Session(out, "cpu")
+    session.load("de", tmp_path / "de.onnx_adapter")
+    mask = np.ones_like(IDS[:1])
+    tokens = greedy(lambda f: session.run(f, "de"), session.session.get_inputs(), IDS[:1], mask)
+    folded = with_delta(model, lora_fx.load_adapter(tmp_path / "de"))
+    np.testing.assert_array_equal(tokens, generated(folded, IDS[:1], mask))
+
+
+def run(argv: list[str]) -> int:
+    from lora_fx.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    return int(stop.value.code or 0)
