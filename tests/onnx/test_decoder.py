@@ -162,6 +162,20 @@ def test_switch_gives_them_for_two_adapters_in_one_session(case: Case) -> None:
     assert (found[1] != found[2]).any()
 
 
+def test_a_file_with_a_cache_takes_another_adapter(case: Case, tmp_path: Path) -> None:
+    report = lora_fx.export(
+        case.merged, tmp_path / "l.onnx", mode="load", adapters={"fr": case.adapters["fr"]},
+        provider="cpu",
+    )  # fmt: skip
+    assert {p.sizes["past_key_values.0.key"][2] for p in report.parity} == {3, 0, 4, 2}
+    session = Session(tmp_path / "l.onnx", "cpu", adapter=tmp_path / "fr.onnx_adapter")
+    both = with_delta(with_delta(case.model, case.adapters["de"]), case.adapters["fr"])
+    tokens = check(session.run, session.session.get_inputs(), both)
+    assert (tokens != generated(with_delta(case.model, case.adapters["de"]), IDS, MASK)).any()
+    with pytest.raises(LoraFxError, match="with a cache or without"):
+        lora_fx.export(case.merged, tmp_path / "n.onnx", cache=True)
+
+
 def test_logits_by_steps_equal_one_forward(case: Case) -> None:
     session = open_session(case.merged, "cpu")
     model = with_delta(case.model, case.adapters["de"])
