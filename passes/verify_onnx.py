@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter
-from lora_fx.compare import Report, compare
+from lora_fx.compare import Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -44,8 +44,7 @@ def verify_onnx(
         expected = reference.run(bound)
         parity = []
         for feeds in reference.sizes():
-            shapes = {k: v.shape for k, v in feeds.items()}
-            parity.append(compare(one.run(feeds), expected(feeds), shapes, tol))
+            parity.append(compare(one.run(feeds), expected(feeds), shapes_of(feeds), tol))
     ok = bool(parity) and all(p.ok for p in parity)
     return Report("verify", ok, tuple(parity), (), (one.note,) if one.note else ())
 

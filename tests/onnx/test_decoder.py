@@ -23,7 +23,7 @@ from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 
 pytest.importorskip("transformers")
-STEPS = 24
+STEPS = 20
 IDS = np.array([[5, 17, 29, 31, 8, 77, 12], [0, 0, 0, 0, 44, 3, 61], [0, 90, 33, 21, 4, 9, 70]])
 MASK = (np.arange(7) >= np.array([[0], [4], [1]])).astype(np.int64)
 SINGLE = (IDS[0], IDS[1, 4:], IDS[2, 6:])
@@ -273,10 +273,11 @@ def test_an_adapted_module_brings_its_adapter_and_the_graph_may_be_optimised(
         lora_fx.export(module, tmp_path / "n.onnx", cache=True)
 
 
-def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = llama()
+@pytest.mark.parametrize("case", ["llama"], indirect=True)
+def test_the_command_line(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = case.model
     model.save_pretrained(tmp_path / "model")
-    lora_fx.save_adapter(adapter(decoder(model), 1, 2), tmp_path / "de")
+    lora_fx.save_adapter(case.adapters["de"], tmp_path / "de")
     out = tmp_path / "m.onnx"
     argv = ["export", str(tmp_path / "model"), str(tmp_path / "de"), "-o", str(out), "--cache"]
     argv += ["--provider", "cpu"]
