@@ -72,7 +72,7 @@ def export_slots(
     keys, loose = _keys(captured, found, bound, include, exclude)
     return write_switch(
         graph, reference, keys, bound, how, loose=loose, load=mode == "load", rank=rank,
-        layouts=lambda key: found[key].layout, warnings=said,
+        found=found, warnings=said,
     )  # fmt: skip
 
 

@@ -17,12 +17,14 @@ from lora_fx.compare import Report, demand, rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import Layout, LowRank, draw
+from lora_fx.onnx.copies import copies_of
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.switching import Session, write_adapter
 from lora_fx.passes.find import find
 from lora_fx.passes.modes import Writing
 from lora_fx.passes.reference import Reference, Run
 from lora_fx.passes.switch import Switch
+from lora_fx.target import Found, Target, base_name
 
 RANK = 4
 """Of the random adapter that stands in where none is given."""
@@ -48,7 +50,7 @@ def write_switch(
     loose: bool = False,
     load: bool = False,
     rank: int | None = None,
-    layouts: Callable[[str], Layout] | None = None,
+    found: Found | None = None,
     warnings: Sequence[str] = (),
 ) -> Report:
     """Write the file, and `NAME.onnx_adapter` beside it for every adapter.
@@ -62,7 +64,7 @@ def write_switch(
         loose: Leave out keys that the graph has no target for, and say so.
         load: Mode load.
         rank: Of load: the largest that a slot takes; the adapters' largest by default.
-        layouts: Key → layout in the reference, for the random adapter; the graph's by default.
+        found: The targets as adapters know them, where those are not the graph's.
         warnings: To be reported with those found here.
 
     Raises:
@@ -76,14 +78,24 @@ def write_switch(
         left = [k for k in keys if here.get(k) is None]
         warnings += [f"{k}: left out, the exported graph has no such target" for k in left]
         keys = [k for k in keys if k not in left]
+    stored = copies_of(graph.model).values()
+    twice = [k for k in keys if base_name(k) in stored]
+    if twice and not loose:
+        raise LoraFxError(
+            f"{twice[0]!r} is stored twice in the exported graph, for two uses of a tied tensor",
+            "mode merged adapts both; here --exclude it",
+        )
+    warnings += [f"{k}: left out, a tied tensor that the graph stores twice" for k in twice]
+    keys = [k for k in keys if k not in twice]
     largest = max((u.rank for a in adapters.values() for u in a.lowrank.values()), default=0)
     if load and rank and rank < largest:
         raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
-    switch = Switch(keys, rank=(rank or largest or LOAD_RANK) if load else 0)
+    known = here if found is None else found
+    turned = {k for k in keys if here.get(k) is not None and _table(here[k]) != _table(known[k])}
+    switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, turned)
     switch(graph)
     manifest = switch.made[0]
-    layout_of = layouts or (lambda key: here[key].layout)
-    tried = adapters or {"random": _random({k: layout_of(k) for k in manifest.slots})}
+    tried = adapters or {"random": _random({k: known[k].layout for k in manifest.slots})}
     with how.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
         made_file.save(graph.model, how.external_over, slots)
@@ -114,6 +126,10 @@ def write_switch(
     details |= {"mode": manifest.mode, "targets": len(manifest.slots)}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), details)
+
+
+def _table(target: Target) -> bool:
+    return target.op == "embedding"
 
 
 def _serving(

@@ -48,6 +48,7 @@ def llama() -> Any:
     config = LlamaConfig(
         vocab_size=96, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        initializer_range=0.1,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
@@ -62,7 +63,7 @@ def adapter(model: Any, seed: int, rank: int) -> Adapter:
     layers = [t for t in lora_fx.find(model).targets if re.search(r"\.\d+\.", t.key)]
     for target in layers:
         a, b = draw(target.key, target.layout, rank, seed, "probe")
-        entries[target.key] = lora_fx.LowRank(a, b, 1.0 * rank, target.layout)
+        entries[target.key] = lora_fx.LowRank(a, b, 0.5 * rank, target.layout)
     return Adapter(entries)
 
 

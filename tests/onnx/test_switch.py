@@ -222,3 +222,48 @@ def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match="exists"):
         lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS)
     assert [p.name for p in tmp_path.iterdir()] == ["de.onnx_adapter"]
+
+
+class Tied(nn.Module):
+    """A table that is looked up, and multiplied by at the end."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(rows, 24)
+        self.mid = nn.Linear(24, 24)
+        self.head = nn.Linear(24, rows, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.head(torch.tanh(self.mid(self.embed(ids))))}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_tied_table(given: bool, tmp_path: Path) -> None:
+    """So large that the exporter does not store a transposed copy."""
+    model, args = Tied(2000).eval(), (torch.tensor(ids()),)
+    target = lora_fx.find(model, args)["embed.weight"]
+    a, b = draw("embed.weight", target.layout, 3, 0, "probe")
+    one = Adapter({"embed.weight": lora_fx.LowRank(a, b * 0.2, 3.0, target.layout)})
+    lora_fx.export(
+        model, tmp_path / "s.onnx", args, mode="switch", provider="cpu",
+        adapters={"one": one} if given else None, include=None if given else "*",
+    )  # fmt: skip
+    session = Session(tmp_path / "s.onnx", "cpu")
+    session.load("one", one)
+    wide = copy.deepcopy(model).double()
+    with torch.no_grad():
+        wide.embed.weight.add_(torch.tensor(one.deltas()["embed.weight"]))
+        expected = wide(*args)["y"].numpy()
+    assert rel(session.run({"ids": ids()}, "one")["y"], expected) <= 1e-6
+
+
+def test_a_tied_table_that_is_stored_twice(tmp_path: Path) -> None:
+    model, args = Tied(100).eval(), (torch.tensor(ids()),)
+    options: dict[str, Any] = {"mode": "switch", "provider": "cpu"}
+    with pytest.raises(LoraFxError, match=r"'embed\.weight' is stored twice"):
+        lora_fx.export(model, tmp_path / "s.onnx", args, include="*", **options)
+    report = lora_fx.export(model, tmp_path / "s.onnx", args, **options)
+    assert any("embed.weight: left out" in w for w in report.warnings)
+    assert list(manifest_of(tmp_path / "s.onnx").slots) == ["mid.weight"]
