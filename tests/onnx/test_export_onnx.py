@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -19,10 +20,16 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session
 from lora_fx.onnx.branches import adapter_in
+from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.load import load
+from lora_fx.onnx.matching import match
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.switching import manifest_of
+from lora_fx.passes.find import find
+from lora_fx.passes.insert import Insert
 from lora_fx.passes.insert_onnx import insert_onnx
 from tests.onnx.test_switch import ADAPTERS, RANKS, Net, ids
+from tests.providers import PROVIDERS
 
 X = {"ids": ids()}
 
@@ -54,12 +61,13 @@ def ops(path: Path, folder: Path) -> list[str]:
     return [n.op_type for n in onnx.load(folder / "seen.onnx").graph.node]
 
 
-def test_switch(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_switch(provider: str, base: Path, tmp_path: Path) -> None:
     report = lora_fx.export(
-        base, tmp_path / "s.onnx", adapters=ADAPTERS, mode="switch", provider="cpu"
+        base, tmp_path / "s.onnx", adapters=ADAPTERS, mode="switch", provider=provider
     )
     assert report and len(report.parity) == 3 * (1 + len(ADAPTERS))
-    session = Session(tmp_path / "s.onnx", "cpu")
+    session = Session(tmp_path / "s.onnx", provider)
     for name, rank in RANKS.items():
         session.load(name, tmp_path / f"{name}.onnx_adapter")
         got = session.run(X, adapter=name)["y"]
@@ -67,20 +75,23 @@ def test_switch(base: Path, tmp_path: Path) -> None:
     assert rel(session.run(X)["y"], wanted(None)) < 1e-6
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("source", ["torch", "onnx"])
-def test_load_is_folded_by_the_runtime(source: str, base: Path, tmp_path: Path) -> None:
+def test_load_is_folded_by_the_runtime(
+    source: str, provider: str, base: Path, tmp_path: Path
+) -> None:
     model: Any = base if source == "onnx" else Net().eval()
     args = () if source == "onnx" else (torch.tensor(ids()),)
     path = tmp_path / "l.onnx"
-    report = lora_fx.export(model, path, args, adapters=ADAPTERS, mode="load", provider="cpu")
+    report = lora_fx.export(model, path, args, adapters=ADAPTERS, mode="load", provider=provider)
     assert report and len(report.parity) == 3 * (1 + len(ADAPTERS))
     assert ops(path, tmp_path) == ops(base, tmp_path)
     assert {s.rank for s in manifest_of(path).slots.values()} == {16}
     for name in RANKS:
-        session = Session(path, "cpu", adapter=tmp_path / f"{name}.onnx_adapter")
+        session = Session(path, provider, adapter=tmp_path / f"{name}.onnx_adapter")
         assert rel(session.run(X)["y"], wanted(ADAPTERS[name])) < 1e-6
-    assert rel(Session(path, "cpu").run(X)["y"], wanted(None)) < 1e-6
-    assert rel(open_session(path, "cpu").run(X)["y"], wanted(None)) < 1e-6
+    assert rel(Session(path, provider).run(X)["y"], wanted(None)) < 1e-6
+    assert rel(open_session(path, provider).run(X)["y"], wanted(None)) < 1e-6
     with pytest.raises(LoraFxError, match="when the session is made"):
         session.load("de", ADAPTERS["de"])
     with pytest.raises(LoraFxError, match="no adapter 'de' is loaded"):
@@ -100,10 +111,11 @@ def test_load_refuses_a_rank_without_room(base: Path, tmp_path: Path) -> None:
         Session(tmp_path / "s.onnx", "cpu", adapter=ADAPTERS["fr"])
 
 
-def test_batch(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_batch(provider: str, base: Path, tmp_path: Path) -> None:
     path = tmp_path / "b.onnx"
     report = lora_fx.export(
-        base, path, adapters=ADAPTERS, mode="batch", scales=True, provider="cpu"
+        base, path, adapters=ADAPTERS, mode="batch", scales=True, provider=provider
     )
     assert report and report.details["adapters"] == [*ADAPTERS]
     x = ids(3)[[0, 1, 2, 0, 1]]
@@ -112,22 +124,23 @@ def test_batch(base: Path, tmp_path: Path) -> None:
         "adapter_ids": np.array([3, 0, 1, 2, 3]),
         "adapter_scales": np.array([1, 1, 0.5, 1, 2], np.float32),
     }
-    got = open_session(path, "cpu").run(feeds)["y"]
+    got = open_session(path, provider).run(feeds)["y"]
     given = [None, *ADAPTERS.values()]
     for row, (i, w) in enumerate(zip(feeds["adapter_ids"], feeds["adapter_scales"], strict=True)):
         one = given[i] and given[i].weighted(float(w))
         assert rel(got[row], wanted(one, x)[row]) < 1e-6
 
 
-def test_merged_and_optimised(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_merged_and_optimised(provider: str, base: Path, tmp_path: Path) -> None:
     for optimise in (False, True):
         path = tmp_path / f"{optimise}.onnx"
         report = lora_fx.export(
-            base, path, adapters=ADAPTERS["fr"], optimise=optimise, provider="cpu"
+            base, path, adapters=ADAPTERS["fr"], optimise=optimise, provider=provider
         )
         assert report and report.command == "export"
         assert ("stages" in report.details) is optimise
-        assert rel(open_session(path, "cpu").run(X)["y"], wanted(ADAPTERS["fr"])) < 1e-6
+        assert rel(open_session(path, provider).run(X)["y"], wanted(ADAPTERS["fr"])) < 1e-6
 
 
 def test_insert_is_the_base_and_is_read_back(base: Path, tmp_path: Path) -> None:
@@ -157,6 +170,24 @@ def test_insert_is_the_base_and_is_read_back(base: Path, tmp_path: Path) -> None
         insert_onnx(path, tmp_path / "again.onnx")
     with pytest.raises(LoraFxError, match="without trainable branches"):
         adapter_in(base)
+
+
+def test_both_ways_from_torch_give_the_same_numbers(base: Path, tmp_path: Path) -> None:
+    """torch → insert → export, and torch → export → insert into the file."""
+    args = (torch.tensor(ids()),)
+    module = lora_fx.insert(Net().eval(), args, adapter=ADAPTERS["fr"])
+    lora_fx.export(module, tmp_path / "s.onnx", mode="switch", provider="cpu")
+    session = Session(tmp_path / "s.onnx", "cpu")
+    session.load("fr", ADAPTERS["fr"])
+    model = load(base)
+    graph = OnnxGraph(model)
+    Insert(match(ADAPTERS["fr"], graph, find(graph)).updates)(graph)
+    ir.save(model, tmp_path / "inserted.onnx")
+    for seed in range(3):
+        x = {"ids": ids(seed)}
+        got = open_session(tmp_path / "inserted.onnx", "cpu").run(x)["y"]
+        assert rel(session.run(x, "fr")["y"], got) <= 1e-6
+        assert rel(session.run(x)["y"], got) > 0.05
 
 
 def test_a_target_without_effect(tmp_path: Path) -> None:
