@@ -39,6 +39,7 @@ def export(
     dynamic: Any = None,
     force: bool = False,
     optimise: bool = False,
+    precision: str | None = None,
     triton: str | PathLike[str] | None = None,
     max_batch: int | None = None,
     cache: bool = False,
@@ -72,6 +73,8 @@ def export(
         dynamic: As in capture.
         force: Replace an existing file.
         optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
+        precision: Of merged: float16 (nodes that need float32 keep it) or int8 (dynamic; weights by
+            channel); what it costs is measured, said, and held to a gate.
         triton: A folder of models for Triton, which gets a copy as the next version of the file's
             stem (docs/serving.md).
         max_batch: Of triton: above 0 the server may put requests together, up to so many rows.
@@ -81,7 +84,12 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
-    meant(mode, switch=include or exclude, batch=scales, merged=optimise, load=rank)
+    meant(mode, switch=include or exclude, batch=scales, merged=optimise or precision, load=rank)
+    if precision == "int8" and optimise:
+        raise LoraFxError(
+            "int8 starts from the graph as exported: fused nodes would stay in float32",
+            "leave --optimise out",
+        )
     check_output(path, force=force)
     repository = repository_of(triton, path, max_batch)
     how = Writing(Path(path), provider, external_over, force, repository)
@@ -120,6 +128,7 @@ def export(
             names=names,
             inputs=inputs,
             optimise=optimise,
+            precision=precision,
         )
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
@@ -155,4 +164,5 @@ def export(
         opset=opset or OPSET,
         dynamic=dynamic,
         optimise=optimise,
+        precision=precision,
     )

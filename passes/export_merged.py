@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lora_fx.adapter import Adapter
-from lora_fx.compare import FOLD_TOL, Parity, Report, demand
+from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.flow import tensor
@@ -22,10 +22,12 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
+from lora_fx.onnx.precision import GATES
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import Stage
 from lora_fx.passes.given import captured_of, opened, plain
 from lora_fx.passes.modes import Writing
+from lora_fx.passes.optimise import narrowed
 from lora_fx.passes.optimise import optimise as optimised
 from lora_fx.passes.pipeline import fold, grown, insert
 from lora_fx.passes.prove import prove, torch_run
@@ -42,6 +44,7 @@ def export_merged(
     opset: int,
     dynamic: Any,
     optimise: bool,
+    precision: str | None,
 ) -> Report:
     """See lora_fx.passes.export."""
     if isinstance(adapters, Mapping):
@@ -50,7 +53,7 @@ def export_merged(
     mode_before = branched.training
     branched.eval()
     try:
-        return _write(branched, how, inputs, opset, optimise)
+        return _write(branched, how, inputs, opset, optimise, precision)
     finally:
         if mode_before:
             branched.train()
@@ -62,6 +65,7 @@ def _write(
     inputs: Mapping[str, Any] | None,
     opset: int,
     optimise: bool,
+    precision: str | None,
 ) -> Report:
     """Fold, prove, translate, prove, and give the file its name."""
     folded = fold(branched) if isinstance(branched, AdaptedModule) else branched
@@ -83,11 +87,16 @@ def _write(
     if optimise:
         model, stages = optimised(model, branched, inputs, how.provider)
         mark_changed(model, values)
+    tol = ORT_TOL
+    if precision:
+        made_of = narrowed(model, branched, inputs, how.provider, precision)
+        model, tol = made_of.model, GATES[precision]
+        warnings.append(made_of.said(precision))
     with how.output() as made_file:
         made_file.save(model, how.external_over)
         session = open_session(made_file.path, how.provider)
-        runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
-        if any(s.kept for s in stages) and not all(p.ok for p in runtime):
+        runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
+        if any(s.kept for s in stages) and not precision and not all(p.ok for p in runtime):
             # each stage was near the exported graph, but together they are too far from torch
             why = "the stages together differ from torch"
             stages = [replace(s, kept=False, why=s.why or why) for s in stages]

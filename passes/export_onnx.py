@@ -48,6 +48,7 @@ def export_onnx(
     names: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
     optimise: bool = False,
+    precision: str | None = None,
 ) -> Report:
     """Write another .onnx file of a file; the options are those of lora_fx.passes.export.
 
@@ -66,7 +67,7 @@ def export_onnx(
             f"{how.target}: the output would replace the input", "choose another output"
         )
     if mode == "merged":
-        return _merged(source, how, adapters, names, inputs, optimise)
+        return _merged(source, how, adapters, names, inputs, optimise, precision)
     if mode == "batch":
         adapters = named(adapters)
     elif isinstance(adapters, Adapter):
@@ -123,19 +124,22 @@ def _merged(
     names: Mapping[str, str] | None,
     inputs: Mapping[str, Any] | None,
     optimise: bool,
+    precision: str | None,
 ) -> Report:
     """Merge, then optimise; one of the two may be left out."""
     if isinstance(adapters, Mapping):
         raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
-    if adapters is None and not optimise:
+    rewritten = optimise or precision is not None
+    if adapters is None and not rewritten:
         raise LoraFxError(
             f"{source} is an .onnx file already, and there is nothing to do",
-            "give an adapter, --optimise, or a --mode",
+            "give an adapter, --optimise, --precision or a --mode",
         )
     last: dict[str, Any] = {"force": how.force, "repository": how.repository}
     given: dict[str, Any] = {"names": names, "external_over": how.external_over}
     ran: dict[str, Any] = {"inputs": inputs, "provider": how.provider}
-    if not optimise:
+    ran |= {"optimise": optimise, "precision": precision}
+    if not rewritten:
         return replace(
             merge_onnx(source, [adapters], how.target, **given, **last), command="export"
         )

@@ -30,7 +30,7 @@ class Writing:
 OPTIONS = {
     "switch": "include and exclude",
     "batch": "scales",
-    "merged": "optimise",
+    "merged": "optimise and precision",
     "load": "rank",
 }
 

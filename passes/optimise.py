@@ -16,9 +16,10 @@ from lora_fx.compare import Report
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
+from lora_fx.onnx.precision import Narrowed, narrow
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
-from lora_fx.onnx.stages import Stage, apply_stages
+from lora_fx.onnx.stages import STAGES, Stage, apply_stages
 from lora_fx.onnx.triton import Repository
 
 if TYPE_CHECKING:
@@ -35,6 +36,20 @@ def optimise(
     return _cleaned(*apply_stages(model, feeds, provider=provider))
 
 
+def narrowed(
+    model: Any,
+    reference: CapturedModule,
+    arrays: Mapping[str, Any] | None,
+    provider: str,
+    precision: str,
+) -> Narrowed:
+    """A graph in fewer bits, on the inputs that export proves with."""
+    from lora_fx.passes.prove import feeds_of
+
+    feeds = [f for _, f in feeds_of(reference, arrays)]
+    return narrow(model, precision, feeds, provider)
+
+
 def optimise_file(
     source: str | PathLike[str],
     path: str | PathLike[str],
@@ -43,8 +58,20 @@ def optimise_file(
     provider: str = "auto",
     force: bool = False,
     repository: Repository | None = None,
+    optimise: bool = True,
+    precision: str | None = None,
 ) -> Report:
     """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.export.
+
+    Args:
+        source: The file; it is not changed.
+        path: Where to write.
+        inputs: Arrays by input name, instead of sampled ones.
+        provider: auto, cpu or cuda.
+        force: Replace an existing file.
+        repository: Where a copy goes, for Triton.
+        optimise: Apply the stages.
+        precision: float16 or int8, after them.
 
     Raises:
         LoraFxError: The file does not load or run; nothing is written.
@@ -62,15 +89,21 @@ def optimise_file(
         feed = {**specs.sample(size), **(inputs or {})}
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)
-    model, stages = _cleaned(*apply_stages(opened, feeds, provider=provider))
+    chosen = STAGES if optimise else {}
+    model, stages = _cleaned(*apply_stages(opened, feeds, chosen, provider=provider))
     mark_changed(model, values)
+    said = [session.note] if session.note else []
+    if precision:
+        made = narrow(model, precision, feeds, provider)
+        model = made.model
+        said.append(made.said(precision))
     with output(target, force=force, repository=repository) as made_file:
         made_file.save(model)
     return Report(
         "export",
         True,
         outputs=tuple(map(str, made_file.files)),
-        warnings=(session.note,) if session.note else (),
+        warnings=tuple(said),
         details={
             "provider": session.provider,
             "mode": "optimised",

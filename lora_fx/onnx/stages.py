@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_fx.compare import ORT_TOL, compare
@@ -110,6 +111,43 @@ def apply_stages(
             if row.kept:
                 model = candidate
         return model, rows
+
+
+def worst_error(
+    model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str
+) -> Callable[[ir.Model], float]:
+    """Candidate → the largest difference of its outputs to a model's; infinite if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = _open(model, Path(folder) / "base.onnx", provider)
+        wanted = [base.run(f) for f in feeds]
+
+    def error(candidate: ir.Model) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path = Path(folder) / "candidate.onnx"
+                run = _open(candidate, path, provider).run
+                both = zip(feeds, wanted, strict=True)
+                found = [compare(run(f), w, {}, ORT_TOL).rel for f, w in both]
+            except Exception:  # a graph that the runtime does not take is no candidate
+                return math.inf
+            return max(found)
+
+    return error
+
+
+def peaks(model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str) -> dict[str, float]:
+    """Value of the graph → the largest magnitude that it takes, before any rewrite."""
+    copy = model.clone()
+    shown = [v for n in copy.graph for v in n.outputs if v.name and not v.is_graph_output()]
+    copy.graph.outputs.extend(v for v in shown if v.dtype == ir.DataType.FLOAT)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        session = _open(copy, Path(folder) / "shown.onnx", provider)
+        for feed in feeds:
+            for name, value in {**feed, **session.run(feed)}.items():
+                if value.dtype == np.float32 and value.size:
+                    found[name] = max(found.get(name, 0.0), float(np.abs(value).max()))
+    return found
 
 
 def _row(name: str, model: ir.Model, why: str, error: float | None = None) -> Stage:

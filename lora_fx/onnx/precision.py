@@ -1,0 +1,183 @@
+"""Fewer bits for a graph: float16 with islands of float32, or int8 products.
+
+int8 is onnxruntime's own conversion. For float16, nodes whose values come near the end of its range
+stay in float32: on the CPU, where ONNX Runtime computes float16 in float32, nothing else would show
+that. The rest is compared: where it differs too much, further nodes go back one by one. The next
+one is found by bisection: with only the first k nodes in float16, the smallest k that fails ends
+with the node that has to go back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from lora_fx.errors import LoraFxError
+from lora_fx.onnx.rewrites.half import ToHalf
+from lora_fx.onnx.save import weight_bytes
+from lora_fx.onnx.session import Array
+from lora_fx.onnx.stages import peaks, worst_error
+
+GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}
+"""max|a − b| / max|b| of an output: eight units in the last place of what is computed with."""
+MOST = 24
+"""Nodes that may go back to float32, beside those of large values."""
+RANGE = 65504.0 / 4
+"""Values above it are too near to float16's largest number: real data may have larger ones."""
+LARGEST = (1 << 31) - (1 << 24)
+"""Bytes that a converted model may have: the converters work on one protobuf message."""
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A converted model.
+
+    Attributes:
+        model: It.
+        error: Largest difference of an output to the model before.
+        islands: Names of nodes that stayed in float32.
+    """
+
+    model: ir.Model
+    error: float
+    islands: tuple[str, ...] = ()
+
+    def said(self, precision: str) -> str:
+        """A line for the report."""
+        text = f"{precision}: outputs differ from float32 by {self.error:.1e}"
+        if self.islands:
+            some = ", ".join(self.islands[:4]) + (" …" if len(self.islands) > 4 else "")
+            text += f"; {len(self.islands)} nodes stay in float32: {some}"
+        return text
+
+
+def narrow(
+    model: ir.Model, precision: str, feeds: Sequence[Mapping[str, Array]], provider: str
+) -> Narrowed:
+    """Convert a model; it is not changed.
+
+    Args:
+        model: In float32.
+        precision: float16 or int8.
+        feeds: Inputs by name, that candidates are compared on.
+        provider: auto, cpu or cuda.
+
+    Raises:
+        LoraFxError: A model of over 2 GB, or one that differs too much whatever is left out.
+    """
+    if precision not in GATES:
+        raise LoraFxError(f"no precision {precision!r}", "float16 or int8")
+    if weight_bytes(model) > LARGEST:
+        raise LoraFxError(
+            f"{weight_bytes(model)} bytes of weights; expected less than 2 GB for {precision}",
+            "converters and runtimes take one protobuf message",
+        )
+    error = worst_error(model, feeds, provider)
+    if precision == "int8":
+        return _int8(model, error)
+    return _half(model, error, peaks(model, feeds, provider))
+
+
+def _half(
+    model: ir.Model, error: Callable[[ir.Model], float], high: Mapping[str, float]
+) -> Narrowed:
+    named = _named(model)
+    order = [str(n.name) for n in named.graph]
+    islands = [
+        str(n.name)
+        for n in named.graph
+        if any(v and high.get(str(v.name), 0.0) > RANGE for v in (*n.inputs, *n.outputs))
+    ]
+    most = len(islands) + MOST
+
+    def tried(kept: Collection[str]) -> tuple[ir.Model, float]:
+        made = named.clone()
+        ToHalf(frozenset(kept))(made)
+        _drop_unread(made)
+        return made, error(made)
+
+    while True:
+        made, found = tried(islands)
+        if found <= GATES["float16"]:
+            return Narrowed(made, found, tuple(islands))
+        first, last = 0, len(order)
+        while last - first > 1:
+            k = (first + last) // 2
+            if tried({*islands, *order[k:]})[1] <= GATES["float16"]:
+                first = k
+            else:
+                last = k
+        name = order[last - 1]
+        if name in islands or len(islands) >= most:
+            raise LoraFxError(
+                f"float16 differs by {found:.1e} with {len(islands)} nodes left in float32; the "
+                f"gate is {GATES['float16']:.1e}",
+                "the model needs float32's range or precision in too many places",
+            )
+        islands.append(name)
+
+
+def _named(model: ir.Model) -> ir.Model:
+    """A copy whose nodes have names of their own and whose values have dtypes."""
+    copy = model.clone()
+    taken: set[str] = set()
+    for i, node in enumerate(copy.graph.all_nodes()):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{i}"
+        taken.add(node.name)
+    if any(v.dtype is None for n in copy.graph for v in n.outputs):
+        ShapeInferencePass()(copy)
+    return copy
+
+
+def _drop_unread(model: ir.Model) -> None:
+    """Float32 weights that were converted go, and the new ones take their names."""
+    stored = model.graph.initializers
+    for name, value in list(stored.items()):
+        if name.endswith("_half") and (old := stored.get(name[:-5])) is not None and not old.uses():
+            del stored[name[:-5]], stored[name]
+            value.name = name[:-5]
+            if value.const_value is not None:
+                value.const_value.name = name[:-5]
+            stored[name[:-5]] = value
+
+
+def _int8(model: ir.Model, error: Callable[[ir.Model], float]) -> Narrowed:
+    """Weights by channel, activations as they come; biases and everything else stay."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        copy = model.clone()
+        ir.external_data.load_to_model(copy)
+        proto = ir.to_proto(copy)
+        del proto.graph.value_info[:]  # the converter turns weights and keeps the shapes they had
+        onnx.save(proto, before)
+        quantize_dynamic(before, after, weight_type=QuantType.QInt8, per_channel=True)
+        made = ir.load(after)
+        ir.external_data.load_to_model(made)
+    found = error(made)
+    if not found <= GATES["int8"]:
+        raise LoraFxError(
+            f"int8 differs by {found:.1e}; the gate is {GATES['int8']:.1e}",
+            "float16, or a model that was trained for int8",
+        )
+    return Narrowed(made, found)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The converters log advice that is not for our users."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

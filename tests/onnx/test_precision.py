@@ -1,0 +1,172 @@
+"""float16 with islands of float32, and int8: near enough to float32, or not written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.compare import rel
+from lora_fx.errors import LoraFxError
+from lora_fx.onnx import precision
+from lora_fx.onnx.session import open_session
+
+HALF, EIGHT = 8 * 2.0**-10, 8 * 2.0**-7
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(24, 40), nn.Linear(40, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Large(Plain):
+    """In the middle its numbers are beyond what float16 holds."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        return self.b(torch.tanh(torch.sqrt((h * 300) * (h * 300) + 1) / 300))
+
+
+X = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
+
+
+def written(model: nn.Module, path: Path, **options: Any) -> Any:
+    adapter = lora_fx.insert(model, (X,), rank=3, seed=4).eval()
+    for name, p in adapter.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, 0, 0.2)
+    report = lora_fx.export(adapter, path, provider="cpu", **options)
+    with torch.no_grad():
+        wanted = adapter(X).numpy()
+    got = next(iter(open_session(path, "cpu").run({"x": X.numpy()}).values()))
+    return report, rel(got, wanted)
+
+
+def kinds(path: Path) -> dict[str, int]:
+    """Initialiser → its ONNX dtype."""
+    return {t.name: t.data_type for t in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize("optimise", [False, True])
+def test_float16(optimise: bool, tmp_path: Path) -> None:
+    report, error = written(
+        Plain().eval(), tmp_path / "m.onnx", precision="float16", optimise=optimise
+    )
+    assert 1e-6 < error <= HALF
+    found = kinds(tmp_path / "m.onnx")
+    assert {found["a.weight"], found["b.weight"]} == {onnx.TensorProto.FLOAT16}
+    (said,) = [w for w in report.warnings if w.startswith("float16")]
+    assert "outputs differ from float32 by" in said and "stay in float32" not in said
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {1}
+
+
+def test_what_overflows_stays_in_float32(tmp_path: Path) -> None:
+    report, error = written(Large().eval(), tmp_path / "m.onnx", precision="float16")
+    assert error <= HALF
+    (said,) = [w for w in report.warnings if w.startswith("float16")]
+    assert "nodes stay in float32" in said
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.onnx"))
+    dtypes = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    of = {n.op_type: dtypes.get(n.output[0]) for n in model.graph.node}
+    assert of["Sqrt"] == onnx.TensorProto.FLOAT and of["Tanh"] == onnx.TensorProto.FLOAT16
+
+
+def narrowed(worst: Callable[[set[str]], float]) -> precision.Narrowed:
+    """A chain of ten nodes, with an error that depends on which are in float32."""
+    text = " ".join(f"v{i + 1} = Neg(v{i})" for i in range(10))
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["": 20]> m (float[3] v0) => (float[3] v10) {{ {text} }}'
+    )
+
+    def error(candidate: ir.Model) -> float:
+        half = {n.name for n in candidate.graph if n.outputs[0].dtype == ir.DataType.FLOAT16}
+        return worst({n.name for n in model.graph if n.op_type == "Neg"} - half)
+
+    for i, node in enumerate(model.graph):
+        node.name = f"n{i}"
+    return precision._half(model, error, {})
+
+
+def test_culprits_are_found_by_bisection() -> None:
+    culprits, calls = {"n2", "n7"}, 0
+
+    def worst(kept: set[str]) -> float:
+        nonlocal calls
+        calls += 1
+        return 1.0 if culprits - kept else 1e-4
+
+    made = narrowed(worst)
+    assert set(made.islands) == culprits and made.error == 1e-4
+    assert calls <= 3 + 2 * 4  # three whole ones, and log2(10) for each culprit
+
+
+def test_a_model_that_needs_float32_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "MOST", 3)
+    with pytest.raises(LoraFxError, match="with 3 nodes left in float32"):
+        narrowed(lambda kept: 1.0 if len(kept) < 9 else 1e-4)
+
+
+def test_int8(tmp_path: Path) -> None:
+    report, error = written(Plain().eval(), tmp_path / "m.onnx", precision="int8")
+    assert 1e-4 < error <= EIGHT
+    assert any(w.startswith("int8: outputs differ from float32 by") for w in report.warnings)
+    ops = {n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert ops & {"MatMulInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
+    adapter = lora_fx.insert(Plain().eval(), (X,), rank=1).adapter()
+    with pytest.raises(LoraFxError):  # a base in int8 takes no adapter
+        lora_fx.merge(tmp_path / "m.onnx", adapter, tmp_path / "n.onnx")
+
+
+def test_int8_that_is_too_far_off_is_not_written(tmp_path: Path) -> None:
+    """One huge input a row leaves the others a step of the scale or less."""
+    model = Plain().eval()
+    with torch.no_grad():
+        model.b.weight[:, 0] *= 1e-4
+        model.a.weight[0] *= 1e3
+        model.a.bias[0] = 0
+    x = np.random.default_rng(0).standard_normal((4, 24)).astype(np.float32)
+    x[:, 0] *= 1e4
+    with pytest.raises(LoraFxError, match="int8 differs by"):
+        lora_fx.export(
+            model, tmp_path / "m.onnx", (X,), provider="cpu", precision="int8", inputs={"x": x}
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_files(tmp_path: Path) -> None:
+    lora_fx.export(Plain().eval(), tmp_path / "base.onnx", (X,), provider="cpu")
+    for kind, gate in (("float16", HALF), ("int8", EIGHT)):
+        path = tmp_path / f"{kind}.onnx"
+        report = lora_fx.export(tmp_path / "base.onnx", path, precision=kind, provider="cpu")
+        assert any(w.startswith(kind) for w in report.warnings)
+        got, want = (
+            next(iter(open_session(p, "cpu").run({"x": X.numpy()}).values()))
+            for p in (path, tmp_path / "base.onnx")
+        )
+        assert 0 < rel(got, want) <= gate
+
+
+def test_refusals(tmp_path: Path) -> None:
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("no precision 'bfloat16'", {"precision": "bfloat16"}),
+        ("starts from the graph as exported", {"precision": "int8", "optimise": True}),
+        ("would ignore", {"precision": "float16", "mode": "switch"}),
+    ]
+    for words, options in rows:
+        with pytest.raises(LoraFxError, match=words):
+            lora_fx.export(Plain().eval(), tmp_path / "m.onnx", (X,), provider="cpu", **options)
+    assert not list(tmp_path.iterdir())
