@@ -25,6 +25,7 @@ from lora_fx.graph import Role
 from lora_fx.kinds import Einsum, Embedding
 from lora_fx.lowrank import Layout, LowRank
 from lora_fx.manifest import PROPERTY, Manifest
+from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.slots import settle
 from lora_fx.passes.base import PassResult
@@ -82,6 +83,8 @@ class Switch:
         for i, t in enumerate(targets):
             rank = self.rank or (0 if self._direct(t) else 1)
             slots[t.key] = settle(graph, t, self._layout(t), rank, "" if self.rank else f"rank_{i}")
+        if not self.rank:
+            accumulate(graph, slots.values())
         model.ir_version = max(model.ir_version, OLDEST_IR)
         manifest = Manifest(slots, "load" if self.rank else "switch")
         model.metadata_props[PROPERTY] = manifest.to_text()

@@ -1,7 +1,8 @@
 """Sessions on switchable ONNX files: adapters are loaded by name and chosen run by run.
 
 A and B go in as inputs (OrtValues, on the CPU side). ONNX Runtime's own active adapters do the
-same for plain runs; with IO binding it ignores them and says nothing, so here they are bound.
+same for plain runs; with IO binding it ignores them and says nothing, so here they are bound. To
+hand over two tensors a target takes as long as a small model runs, so bindings are kept.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Session:
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._arrays: dict[str, dict[str, Array]] = {}
         self._values: dict[str, dict[str, Any]] = {}
+        self._free: dict[str, list[Any]] = {}
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -132,6 +134,7 @@ class Session:
         tensors = tensors_of(adapter, self.manifest)
         self._arrays[name] = tensors
         self._values[name] = _values(tensors)
+        self._free[name] = []
 
     def run(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
         """{output: array}.
@@ -147,10 +150,33 @@ class Session:
         from onnxruntime import OrtValue
 
         self._check(inputs)
-        feeds = {
-            n: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for n, x in inputs.items()
-        }
+        arrays = {n: np.ascontiguousarray(x) for n, x in inputs.items()}
+        if adapter is None:
+            made = self.session.run(self._outputs, arrays)
+            return dict(zip(self._outputs, made, strict=True))
+        if isinstance(adapter, str) and self.provider == "cpu":
+            return self._run_bound(arrays, adapter)
+        feeds = {n: OrtValue.ortvalue_from_numpy(x) for n, x in arrays.items()}
         made = self.session.run_with_ort_values(self._outputs, {**feeds, **self.choice(adapter)})
+        return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
+
+    def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
+        """A run with a binding that has the adapter already, and that no other thread is using."""
+        self._known(name)
+        free = self._free[name]
+        try:
+            binding = free.pop()
+        except IndexError:
+            binding = self.session.io_binding()
+            for n, v in self._values[name].items():
+                binding.bind_ortvalue_input(n, v)
+        for n, x in arrays.items():
+            binding.bind_cpu_input(n, x)
+        for n in self._outputs:  # anew, or the runtime would write over what the last run gave
+            binding.bind_output(n)
+        self.session.run_with_iobinding(binding)
+        made = binding.get_outputs()
+        free.append(binding)
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
 
     def bind(self, inputs: Mapping[str, Array], adapter: Choice = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,20 +146,47 @@ def test_no_transpose_and_no_scale_of_the_factors_at_run_time(made: Path) -> Non
         }
         for k in manifest.slots
     }
-    assert readers["fc.weight"] == readers["w"] == readers["head.weight"] == {"MatMul"}
+    linear = readers["fc.weight"]
+    assert linear == readers["w"] == readers["head.weight"] == {"MatMul", "Gemm"}
     assert readers["embed.weight"] == {"Gather", "MatMul"}
     ranks = {k: s.rank for k, s in manifest.slots.items()}
     assert ranks == {k: int(k == "conv.weight") for k in ranks}
     adds = [n for n in model.graph.node if n.op_type == "Add" and "fc.bias" in n.input]
     makers = {o: n for n in model.graph.node for o in n.output}
     (inner,) = [makers[i] for i in adds[0].input if i in makers]
-    assert inner.op_type == "Add"  # the delta comes before the bias
+    assert inner.op_type == "Reshape"  # the delta comes before the bias, inside of a product
+    gemm = makers[inner.input[0]]
+    assert gemm.op_type == "Gemm" and makers[makers[gemm.input[2]].input[0]].op_type == "MatMul"
+    assert not any(n.op_type == "Add" and n.output[0] == "y" for n in model.graph.node)
     symbols = {
         i.type.tensor_type.shape.dim[-1].dim_param
         for i in model.graph.input
         if i.name.endswith("lora_A")
     }
     assert len(symbols) == len(manifest.slots)
+
+
+def test_results_are_kept_and_threads_do_not_mix(made: Path) -> None:
+    """Runs share bindings: none may write over another's inputs or outputs."""
+    session = Session(made, "cpu")
+    for i, (name, rank) in enumerate(RANKS.items()):
+        session.load(name, adapter(i, rank))
+    jobs = [(name, ids(seed)) for seed in range(8) for name in RANKS]
+    alone = [session.run({"ids": x}, adapter=name)["y"] for name, x in jobs]
+    copies = [y.copy() for y in alone]
+    with ThreadPoolExecutor(4) as pool:
+        again = list(
+            pool.map(lambda job: session.run({"ids": job[1]}, adapter=job[0])["y"], jobs * 4)
+        )
+    for i, y in enumerate(again):
+        assert np.array_equal(y, copies[i % len(jobs)])
+    assert all(np.array_equal(y, z) for y, z in zip(alone, copies, strict=True))
+    first, name = jobs[0][1], jobs[0][0]
+    one_row = session.run({"ids": first[:1]}, adapter=name)["y"]
+    assert rel(one_row, copies[0][:1]) < 1e-6
+    session.load(name, adapter(9, 5))
+    assert rel(session.run({"ids": first}, adapter=name)["y"], copies[0]) > 0.01
+    assert np.array_equal(alone[0], copies[0])
 
 
 def test_insert_before_and_after_the_export_agree(made: Path) -> None:
