@@ -1,7 +1,10 @@
 """y + (x A) B → Gemm(x A, B, y) on flat rows, where A and B are inputs of a switchable graph.
 
 The sum is then made inside the product. As an Add of its own it reads and writes every activation
-once more, which costs as much as the products of a small rank, and the same at rank 0.
+once more, which costs as much as the products of a small rank, and the same at rank 0. Where the
+result and its bias are only reshaped (the heads of q, k and v), all of it stays flat:
+Gemm(x A, B, Gemm(x, W, bias)). Elsewhere the bias is left to the runtime, which fuses it into what
+comes next.
 """
 
 from __future__ import annotations
@@ -87,11 +90,26 @@ def _rewrite(
     if not plain and (id(body), id(x)) not in flat:
         flat[id(body), id(x)] = rows(x, slot.inside)
     left = x if plain else flat[id(body), id(x)]
-    total = made("Gemm", made("MatMul", left, a), b, y if plain else rows(y, slot.out))
-    if not plain:
-        total = made("Reshape", total, made("Shape", y))
-    old = add.outputs[0]
-    total.type, total.shape = old.type, old.shape
+    old, bias = add.outputs[0], None if plain else _reshaped_bias(add, x, y)
+    if bias is not None:
+        product = y.producer()
+        assert product is not None
+        w, c = product.inputs[1], next(v for v in bias.inputs if v is not old)
+        assert w is not None and c is not None
+        whole = made("Gemm", left, w, c)
+        node = whole.producer()
+        assert node is not None
+        node.name = product.name
+        node.metadata_props.clear()
+        node.metadata_props.update(product.metadata_props)
+        total = made("Gemm", made("MatMul", left, a), b, whole)
+        old = bias.outputs[0]
+    else:
+        total = made("Gemm", made("MatMul", left, a), b, y if plain else rows(y, slot.out))
+        if not plain:
+            total = made("Reshape", total, made("Shape", y))
+        total.shape = old.shape
+    total.type = old.type
     delta = next(v for v in add.inputs if v is not y)
     assert delta is not None
     outer = delta.producer()
@@ -101,5 +119,36 @@ def _rewrite(
     ir.convenience.replace_all_uses_with(old, total, replace_graph_outputs=True)
     if total.is_graph_output():
         total.name, old.name = old.name, graph.fresh(str(old.name))
-    for dead in (add, outer, inner):
-        body.remove(dead, safe=True)
+    for dead in (bias, add, outer, inner, y.producer() if bias else None):
+        if dead is not None:
+            body.remove(dead, safe=True)
+
+
+def _reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:
+    """The Add of a bias after the sum, where all that follows reshapes it, naming every size."""
+    product, uses = y.producer(), add.outputs[0].uses()
+    if product is None or product.op_type != "MatMul" or product.domain or len(y.uses()) != 1:
+        return None
+    w, after = product.inputs[1], next(iter(uses)).node if len(uses) == 1 else None
+    if product.inputs[0] is not x or rank(w) != 2 or add.outputs[0].is_graph_output():
+        return None
+    if after is None or after.op_type != "Add" or after.domain or after.graph is not add.graph:
+        return None
+    bias, out = next(v for v in after.inputs if v is not add.outputs[0]), after.outputs[0]
+    if bias is None or bias.const_value is None or rank(bias) != 1 or out.is_graph_output():
+        return None
+    heads = [u.node for u in out.uses()]
+    flat = bool(heads) and all(
+        n.op_type == "Reshape" and n.inputs[0] is out and _no_zero(n.inputs[1]) for n in heads
+    )
+    return after if flat else None
+
+
+def _no_zero(target: ir.Value | None) -> bool:
+    """A shape that copies no size from its input: none of its constants is 0."""
+    node = target.producer() if target is not None else None
+    parts = list(node.inputs) if node is not None and node.op_type == "Concat" else [target]
+    known = [ir.convenience.get_const_tensor(v) for v in parts if v is not None]
+    if len(parts) == 1 and known[0] is None:
+        return False
+    return all(t is None or bool((t.numpy() != 0).all()) for t in known)
