@@ -2,7 +2,7 @@
 
 For a row b of the batch with the adapter i = ids[b], and x seen as [batch, m, in]:
 
-    last    (x @ A[i]) @ B[i]               A [n, in, r]   B [n, r, out]   in is the last axis of x
+    last    (x @ A[i]ᵀ) @ B[i]              A [n, r, in]   B [n, r, out]   in is the last axis of x
     middle  B[i] @ (A[i] @ x)               A [n, r, in]   B [n, out, r]   x [batch, in, m]
     lookup  A[i, x] @ B[i]                  A [n, in, r]   B [n, r, out]   x holds row numbers
 
@@ -26,6 +26,7 @@ from lora_fx.graph import Role, Site
 from lora_fx.kinds import Einsum, Embedding
 from lora_fx.kinds_conv import Conv
 from lora_fx.manifest import PROPERTY, VERSION
+from lora_fx.onnx.choice import Choice
 from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.flow import MARK, Found
 from lora_fx.onnx.graph import OnnxGraph
@@ -64,6 +65,7 @@ class Ids:
     ids: ir.Value
     size: ir.Value
     scales: ir.Value | None
+    choice: Choice
 
 
 def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids:
@@ -95,8 +97,9 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids
     zero = add_initialiser(inner, f"{IDS}_zero", np.array(0, np.int64), IDS)
     over = add_initialiser(inner, f"{IDS}_over", np.array(count, np.int64), IDS)
     checked = made("Where", made("Less", raw, zero), over, raw)
+    choice = Choice(graph, checked, size, weights, batch)
     graph.changed()
-    return Ids(checked, size, weights)
+    return Ids(checked, size, weights, choice)
 
 
 def form_of(found: Found, rows: Rows) -> str:
@@ -149,15 +152,19 @@ class BatchEmitter(OnnxEmitter):
 
     def _last(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
         """Delta in the shape of y; x is turned so that rows come first, and y's delta back."""
-        r, axis = rank(x), self.rows.axis
+        r, axis, stack_rank = rank(x), self.rows.axis, a.shape.numpy()[1]  # type: ignore[union-attr]
         assert r is not None and axis is not None
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         order = (axis, *(k for k in range(r) if k != axis))
         first = self._call("Transpose", x, perm=list(order)) if axis else x
         plain = r == 3 and self.rows.exact
         seen = first if plain else self._call("Reshape", first, self._sizes(-1, width))
-        t = self._call("MatMul", seen, self._call("Gather", a, self.ids.ids))
-        delta = self._call("MatMul", self._scaled(t), self._call("Gather", b, self.ids.ids))
+        rows = self.ids.choice
+        a, b = (self._call("Reshape", self._call("Gather", v, rows.adapters), rows.shape(size))
+                for v, size in ((a, width), (b, int(b.shape.numpy()[2]))))  # type: ignore[union-attr]  # fmt: skip
+        t = self._call("MatMul", seen, self._call("Transpose", a, perm=[0, 2, 1]))
+        t = self._call("Mul", t, rows.mask(int(stack_rank), dtype_name(x)))
+        delta = self._call("MatMul", t, b)
         if not axis:
             return delta if plain else self._shaped(delta, y)
         if not plain:
@@ -235,8 +242,10 @@ def stack(
         if update is not None:
             a, b = update
             a_all[i, : a.shape[0]], b_all[i, :, : b.shape[1]] = a, b
+    if form == "lookup":
+        a_all = a_all.transpose(0, 2, 1)
     if form != "middle":
-        a_all, b_all = a_all.transpose(0, 2, 1), b_all.transpose(0, 2, 1)
+        b_all = b_all.transpose(0, 2, 1)
     return tuple(np.ascontiguousarray(v.astype(dtype)) for v in (a_all, b_all))  # type: ignore[return-value]
 
 

@@ -1,0 +1,117 @@
+"""How the rows of a batch read their factors: one pair each, or all those in use side by side.
+
+    x [b, m, in] · Aᵀ [g, in, k·r] ⊙ mask [b, 1, k·r] · B [g, k·r, out]
+
+With g = b and k = 1 every row has its own pair: b small products, and b copies of factors. With
+g = 1 and k = u, the number of different adapters in this batch, all rows share one product with all
+of them, and the mask leaves each row its own: u times the arithmetic, u copies. Which one is a
+matter of sizes, so one graph does both, and decides by its inputs: (u − 1)·m ≤ 4, where m is the
+positions of a row. So a batch of one adapter, and steps of a few tokens with a few adapters, share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.numeric import numpy_dtype
+from lora_fx.onnx.emitter import add_initialiser
+from lora_fx.onnx.flow import MARK
+from lora_fx.onnx.graph import OnnxGraph
+
+LIMIT = 4
+"""Where b copies cost what the products of u adapters do; measured on BERT, 256 wide, rank 8."""
+NAME = "adapter_rows"
+
+
+class Choice:
+    """The nodes that decide, at the start of a graph, before everything that reads them.
+
+    Attributes:
+        adapters: int64 [g·k]: which factors to take.
+    """
+
+    def __init__(
+        self, graph: OnnxGraph, ids: ir.Value, size: ir.Value, scales: ir.Value | None, batch: str
+    ) -> None:
+        node = ids.producer()
+        assert node is not None
+        self._graph, self._last = graph, node
+        self._made: dict[tuple[Any, ...], ir.Value] = {}
+        unique = ir.node("Unique", [ids], num_outputs=3)
+        self._place(unique)
+        used, _, inverse = unique.outputs
+        count = self._call("Shape", used)
+        one = self._ints(1)
+        more = self._call("Mul", self._call("Sub", count, one), self._positions(batch))
+        few = self._call("LessOrEqual", more, self._ints(LIMIT))
+        begin = self._call("Where", few, self._ints(0), count)
+        end = self._call("Where", few, count, self._call("Add", count, size))
+        both = self._call("Concat", used, ids, axis=0)
+        self.adapters = self._call("Slice", both, begin, end)
+        self._groups = self._call("Where", few, one, size)
+        column = self._call("Mul", inverse, self._call("Cast", few, to=int(ir.DataType.INT64)))
+        depth = self._call("Where", few, count, one)
+        values = self._constant(np.array([0, 1], np.float32))
+        mine = self._call("OneHot", column, depth, values)
+        if scales is not None:
+            mine = self._call("Mul", mine, self._call("Reshape", scales, self._ints(-1, 1)))
+        self._mine = self._call("Unsqueeze", mine, self._ints(2))
+
+    def shape(self, width: int) -> ir.Value:
+        """[g, -1, width]."""
+        if ("shape", width) not in self._made:
+            made = self._call("Concat", self._groups, self._ints(-1, width), axis=0)
+            self._made["shape", width] = made
+        return self._made["shape", width]
+
+    def mask(self, rank: int, dtype: str | None) -> ir.Value:
+        """[b, 1, k·rank]: a row's weight at its own factors, 0 at the others'."""
+        key = ("mask", rank, dtype)
+        if key not in self._made:
+            ones = self._constant(np.ones(rank, np.float32))
+            wide = self._call("Mul", self._mine, ones)
+            made = self._call("Reshape", wide, self._ints(0, 1, -1))
+            if dtype not in (None, "float32"):
+                to = ir.DataType.from_numpy(numpy_dtype(str(dtype)))
+                made = self._call("Cast", made, to=int(to))
+            self._made[key] = made
+        return self._made[key]
+
+    def _positions(self, batch: str) -> ir.Value:
+        """[1]: positions of a row, by the first input with rows; features are none."""
+        found = next(
+            v for v in self._graph.model.graph.inputs if v.shape and str(v.shape[0]) == batch
+        )
+        assert found.shape is not None
+        features = found.dtype not in (ir.DataType.INT64, ir.DataType.INT32) and len(found.shape)
+        end = len(found.shape) - bool(features)
+        if end <= 1:
+            return self._ints(1)
+        sizes = self._call("Slice", self._call("Shape", found), self._ints(1), self._ints(end))
+        return self._call("ReduceProd", sizes, keepdims=1)
+
+    def _ints(self, *values: int) -> ir.Value:
+        return self._constant(np.array(values, np.int64))
+
+    def _constant(self, value: np.ndarray[Any, Any]) -> ir.Value:
+        key = (str(value.dtype), *value.tolist())
+        if key not in self._made:
+            name = self._graph.fresh(NAME)
+            self._made[key] = add_initialiser(self._graph.model.graph, name, value, NAME)
+        return self._made[key]
+
+    def _call(self, op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        node = ir.node(op, inputs, attributes)
+        self._place(node)
+        return node.outputs[0]
+
+    def _place(self, node: ir.Node) -> None:
+        node.metadata_props[MARK] = NAME
+        for value in node.outputs:
+            value.name = self._graph.fresh(NAME)
+        self._graph.model.graph.insert_after(self._last, node)
+        self._last = node
+        self._graph.changed()
