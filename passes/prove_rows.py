@@ -77,7 +77,7 @@ def prove_rows(
 def _batches(
     reference: Reference, count: int, rowed: Sequence[str], fixed: bool
 ) -> Iterator[tuple[dict[str, Array], Array]]:
-    """(inputs, ids) until every id had a row; the base's id and a repeated one are among them."""
+    """(inputs, ids) until every id had a row, one repeated; then batches of few ids."""
     order = np.random.default_rng(0).permutation(count + 1)
     todo = [*order.tolist(), int(order[-1]) or 1, 0]
     number = 0
@@ -89,6 +89,11 @@ def _batches(
         part += [int(order[(number + j) % len(order)]) for j in range(rows - len(part))]
         number += 1
         yield feeds, np.array(part, np.int64)
+    last = int(order[order > 0][-1])
+    for pattern in ((last, 0, 0, last), (last, last)):  # few adapters share one product
+        feeds = reference.feeds((len(pattern), SIZES[0][1]), number)
+        rows = next(feeds[n].shape[0] for n in rowed if n in feeds)
+        yield feeds, np.array([pattern[j % len(pattern)] for j in range(rows)], np.int64)
 
 
 def _row(

@@ -2,7 +2,7 @@
 
 For a row b of the batch with the adapter i = ids[b], and x seen as [batch, m, in]:
 
-    last    (x @ A[i]ᵀ) @ B[i]              A [n, r, in]   B [n, r, out]   in is the last axis of x
+    last    (x @ A[i]ᵀ) @ B[i]              A [n·r, in]    B [n·r, out]    in is the last axis of x
     middle  B[i] @ (A[i] @ x)               A [n, r, in]   B [n, out, r]   x [batch, in, m]
     lookup  A[i, x] @ B[i]                  A [n, in, r]   B [n, r, out]   x holds row numbers
 
@@ -64,6 +64,7 @@ class Ids:
 
     ids: ir.Value
     size: ir.Value
+    count: int
     scales: ir.Value | None
     choice: Choice
 
@@ -99,7 +100,7 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids
     checked = made("Where", made("Less", raw, zero), over, raw)
     choice = Choice(graph, checked, size, weights, batch)
     graph.changed()
-    return Ids(checked, size, weights, choice)
+    return Ids(checked, size, count, weights, choice)
 
 
 def form_of(found: Found, rows: Rows) -> str:
@@ -152,19 +153,17 @@ class BatchEmitter(OnnxEmitter):
 
     def _last(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
         """Delta in the shape of y; x is turned so that rows come first, and y's delta back."""
-        r, axis, stack_rank = rank(x), self.rows.axis, a.shape.numpy()[1]  # type: ignore[union-attr]
+        r, axis = rank(x), self.rows.axis
         assert r is not None and axis is not None
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         order = (axis, *(k for k in range(r) if k != axis))
         first = self._call("Transpose", x, perm=list(order)) if axis else x
         plain = r == 3 and self.rows.exact
         seen = first if plain else self._call("Reshape", first, self._sizes(-1, width))
-        rows = self.ids.choice
-        a, b = (self._call("Reshape", self._call("Gather", v, rows.adapters), rows.shape(size))
-                for v, size in ((a, width), (b, int(b.shape.numpy()[2]))))  # type: ignore[union-attr]  # fmt: skip
+        rows, own = self.ids.choice, int(a.shape.numpy()[0]) // self.ids.count  # type: ignore[union-attr]
+        a, b = (self._call("Gather", v, rows.rows(own)) for v in (a, b))
         t = self._call("MatMul", seen, self._call("Transpose", a, perm=[0, 2, 1]))
-        t = self._call("Mul", t, rows.mask(int(stack_rank), dtype_name(x)))
-        delta = self._call("MatMul", t, b)
+        delta = self._call("MatMul", self._call("Mul", t, rows.mask(own, dtype_name(x))), b)
         if not axis:
             return delta if plain else self._shaped(delta, y)
         if not plain:
@@ -246,6 +245,8 @@ def stack(
         a_all = a_all.transpose(0, 2, 1)
     if form != "middle":
         b_all = b_all.transpose(0, 2, 1)
+    if form == "last":
+        a_all, b_all = (v.reshape(-1, v.shape[-1]) for v in (a_all, b_all))
     return tuple(np.ascontiguousarray(v.astype(dtype)) for v in (a_all, b_all))  # type: ignore[return-value]
 
 

@@ -5,8 +5,9 @@
 With g = b and k = 1 every row has its own pair: b small products, and b copies of factors. With
 g = 1 and k = u, the number of different adapters in this batch, all rows share one product with all
 of them, and the mask leaves each row its own: u times the arithmetic, u copies. Which one is a
-matter of sizes, so one graph does both, and decides by its inputs: (u − 1)·m ≤ 4, where m is the
-positions of a row. So a batch of one adapter, and steps of a few tokens with a few adapters, share.
+matter of sizes, so one graph does both, and decides by its inputs: u·(u − 1)·m ≤ 5·b, where m is
+the positions of a row. So a batch of one adapter, and steps of a few tokens with a few adapters,
+share.
 """
 
 from __future__ import annotations
@@ -21,17 +22,14 @@ from lora_fx.onnx.emitter import add_initialiser
 from lora_fx.onnx.flow import MARK
 from lora_fx.onnx.graph import OnnxGraph
 
-LIMIT = 4
-"""Where b copies cost what the products of u adapters do; measured on BERT, 256 wide, rank 8."""
+LIMIT = 5
+"""Where b copies cost what the products of u adapters do; measured on BERT, 256 wide, rank 8, with
+4 to 32 rows of 1 to 128 tokens."""
 NAME = "adapter_rows"
 
 
 class Choice:
-    """The nodes that decide, at the start of a graph, before everything that reads them.
-
-    Attributes:
-        adapters: int64 [g·k]: which factors to take.
-    """
+    """The nodes that decide, at the start of a graph, before everything that reads them."""
 
     def __init__(
         self, graph: OnnxGraph, ids: ir.Value, size: ir.Value, scales: ir.Value | None, batch: str
@@ -40,44 +38,50 @@ class Choice:
         assert node is not None
         self._graph, self._last = graph, node
         self._made: dict[tuple[Any, ...], ir.Value] = {}
-        unique = ir.node("Unique", [ids], num_outputs=3)
+        unique = ir.node("Unique", [ids], num_outputs=1)
         self._place(unique)
-        used, _, inverse = unique.outputs
+        used = unique.outputs[0]
         count = self._call("Shape", used)
         one = self._ints(1)
-        more = self._call("Mul", self._call("Sub", count, one), self._positions(batch))
-        few = self._call("LessOrEqual", more, self._ints(LIMIT))
+        pairs = self._call("Mul", count, self._call("Sub", count, one))
+        more = self._call("Mul", pairs, self._positions(batch))
+        few = self._call("LessOrEqual", more, self._call("Mul", size, self._ints(LIMIT)))
         begin = self._call("Where", few, self._ints(0), count)
-        end = self._call("Where", few, count, self._call("Add", count, size))
-        both = self._call("Concat", used, ids, axis=0)
-        self.adapters = self._call("Slice", both, begin, end)
+        end = self._call("Where", few, count, self._ints(np.iinfo(np.int64).max))
         self._groups = self._call("Where", few, one, size)
-        column = self._call("Mul", inverse, self._call("Cast", few, to=int(ir.DataType.INT64)))
-        depth = self._call("Where", few, count, one)
-        values = self._constant(np.array([0, 1], np.float32))
-        mine = self._call("OneHot", column, depth, values)
-        if scales is not None:
-            mine = self._call("Mul", mine, self._call("Reshape", scales, self._ints(-1, 1)))
-        self._mine = self._call("Unsqueeze", mine, self._ints(2))
+        chosen = self._call("Slice", self._call("Concat", used, ids, axis=0), begin, end)
+        self._chosen = self._call("Reshape", chosen, self._shape(-1, 1))
+        self._ids, self._scales = self._call("Reshape", ids, self._ints(-1, 1, 1)), scales
 
-    def shape(self, width: int) -> ir.Value:
-        """[g, -1, width]."""
-        if ("shape", width) not in self._made:
-            made = self._call("Concat", self._groups, self._ints(-1, width), axis=0)
-            self._made["shape", width] = made
-        return self._made["shape", width]
+    def rows(self, rank: int) -> ir.Value:
+        """int64 [g, k·rank]: rows of tables [n·rank, …]."""
+        key = ("rows", rank)
+        if key not in self._made:
+            first = self._call("Mul", self._chosen, self._ints(rank))
+            each = self._call("Add", first, self._constant(np.arange(rank)))
+            self._made[key] = self._call("Reshape", each, self._shape(-1))
+        return self._made[key]
 
     def mask(self, rank: int, dtype: str | None) -> ir.Value:
         """[b, 1, k·rank]: a row's weight at its own factors, 0 at the others'."""
         key = ("mask", rank, dtype)
         if key not in self._made:
-            ones = self._constant(np.ones(rank, np.float32))
-            wide = self._call("Mul", self._mine, ones)
-            made = self._call("Reshape", wide, self._ints(0, 1, -1))
-            if dtype not in (None, "float32"):
-                to = ir.DataType.from_numpy(numpy_dtype(str(dtype)))
-                made = self._call("Cast", made, to=int(to))
+            owner = self._call("Div", self.rows(rank), self._ints(rank))
+            owner = self._call("Unsqueeze", owner, self._ints(1))
+            made = self._call("Equal", self._ids, owner)
+            to = int(ir.DataType.from_numpy(numpy_dtype(dtype or "float32")))
+            made = self._call("Cast", made, to=to)
+            if self._scales is not None:
+                weights = self._call("Reshape", self._scales, self._ints(-1, 1, 1))
+                made = self._call("Mul", made, self._call("Cast", weights, to=to))
             self._made[key] = made
+        return self._made[key]
+
+    def _shape(self, *rest: int) -> ir.Value:
+        """[g, *rest] as a shape."""
+        key = ("shape", *rest)
+        if key not in self._made:
+            self._made[key] = self._call("Concat", self._groups, self._ints(*rest), axis=0)
         return self._made[key]
 
     def _positions(self, batch: str) -> ir.Value:
