@@ -65,6 +65,7 @@ class Batch:
     def __call__(self, graph: Any) -> PassResult[Any]:
         """Edit the graph; one that has the branches already is left alone."""
         from lora_fx.onnx import batching
+        from lora_fx.onnx.flat import Flat
         from lora_fx.onnx.row_rules import SAME
         from lora_fx.onnx.rows import provenance
 
@@ -94,6 +95,7 @@ class Batch:
         ids = batching.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
         for site, row, form in zip(sites, rows, forms, strict=True):
             self._branch(graph, site, parameters[site.parameter], ids, row, form)
+        Flat(graph).heads()
         batching.write_manifest(graph.model, tuple(self.adapters), self.targets)
         return PassResult(graph, bool(sites))
 
