@@ -22,6 +22,7 @@ from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.rewrites.bias import DeltaBeforeBias
 from lora_fx.onnx.rewrites.gemm import GemmToMatMul
 from lora_fx.onnx.rewrites.libraries import DropDead, Fold, FuseForRuntime
+from lora_fx.onnx.rewrites.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import Array, Session, open_session
 
@@ -33,6 +34,8 @@ STAGES: Mapping[str, Rewrite] = {
     "onnxscript optimizer": Fold(),
     "runtime fusions": FuseForRuntime(),
 }
+CPU_STAGES: Mapping[str, Rewrite] = {"sums and norms apart": SplitSkipNorm()}
+"""After the others, where the graph runs on the CPU."""
 ROUNDS = 5
 
 
@@ -77,7 +80,7 @@ class Stage:
 def apply_stages(
     model: ir.Model,
     feeds: Sequence[Mapping[str, Array]],
-    stages: Mapping[str, Rewrite] = STAGES,
+    stages: Mapping[str, Rewrite] | None = None,
     provider: str = "cpu",
     tol: float = ORT_TOL,
 ) -> tuple[ir.Model, list[Stage]]:
@@ -86,7 +89,7 @@ def apply_stages(
     Args:
         model: Not changed.
         feeds: Inputs by name, one mapping a size; two sizes or more unless the model has one.
-        stages: Name → rewrite, in order.
+        stages: Name → rewrite, in order; None means STAGES, and CPU_STAGES on the CPU.
         provider: auto, cpu or cuda.
         tol: The gate on max|a − b| / max|b| of every output.
     """
@@ -94,6 +97,8 @@ def apply_stages(
         base = _open(model, Path(folder) / "base.onnx", provider)
         wanted = [base.run(f) for f in feeds]
         rows: list[Stage] = []
+        if stages is None:
+            stages = {**STAGES, **(CPU_STAGES if base.provider == "cpu" else {})}
         for i, (name, rewrite) in enumerate(stages.items()):
             candidate = model.clone()
             try:

@@ -11,6 +11,7 @@ rank 8; everything is exported by lora_fx.export into a temporary folder.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import statistics
 import sys
@@ -94,7 +95,7 @@ class Made:
     def open(self, kind: str) -> Session:
         """A session on one thread."""
         if kind == "eager":
-            return Eager(self.model, "cpu")
+            return Eager(copy.deepcopy(self.model), "cpu")  # none finds its weights in a cache
         if kind == "switched":
             owner = Switchable(self.file("switch"), provider="cpu", threads=1)
             owner.load("one", self.adapters[0])
@@ -228,7 +229,7 @@ def batch(bert: Made, rounds: int) -> list[Row]:
         for n in COUNTS:
             for k in distinct:
                 name = f"{k} of {n} adapters"
-                some[name] = bert.open(f"batch{n}")  # its own: none finds its weights in a cache
+                some[name] = bert.open(f"batch{n}")  # its own, as for torch
                 ids = 1 + np.arange(size[0]) % k * (n // k)
                 feeds[name] = {"input_ids": tokens(*size), "adapter_ids": ids}
                 if k <= upto:

@@ -55,8 +55,8 @@ def fused(path: Path) -> Counter[str]:
 
 
 def _is_fused(op: str) -> bool:
-    skip = op.startswith("Skip") and op.endswith("Normalization")
-    return skip or op.endswith("Gelu") or op in (*ATTENTION, "RotaryEmbedding")
+    norm = op.endswith("Normalization") and ("Skip" in op or "Simplified" in op)
+    return norm or op.endswith("Gelu") or op in (*ATTENTION, "RotaryEmbedding")
 
 
 def module(name: str, which: str) -> Any:
