@@ -171,7 +171,7 @@ def measure(
     gates: Mapping[str, Callable[[Row], float]],
     rounds: int,
 ) -> list[Row]:
-    """Time sessions in turn; the first is the baseline, the second the control.
+    """Time sessions in turn; the first is the baseline, the one named "… again" the control.
 
     Args:
         title: Of the group.
@@ -190,9 +190,13 @@ def measure(
             f"{title}: {name}", statistics.median(s.cpu for s in samples),
             statistics.median(ratios), lower, upper,
         )  # fmt: skip
-        gate = gates[name](rows[1]) if name in gates else None
-        rows.append(Row(**{**vars(row), "gate": gate}))
-        print(rows[-1], flush=True)
+        rows.append(row)
+    control = next(r for r in rows if r.what.endswith("again"))
+    rows = [
+        Row(**{**vars(r), "gate": gates[n](control) if n in gates else None})
+        for n, r in zip(found, rows, strict=True)
+    ]
+    print("\n".join(map(str, rows)), flush=True)
     return rows
 
 
@@ -248,8 +252,8 @@ def optimised(made: Made, eager: float, rounds: int) -> list[Row]:
         feeds = {n: {"input_ids": tokens(*size)} for n in opened}
         gates: dict[str, Callable[[Row], float]] = {"optimised": lambda c: max(1.0, c.upper)}
         rows += measure(f"{name} {size[0]}×{size[1]}", opened, feeds, gates, rounds)
-    opened = {"torch": made.open("eager"), "torch again": made.open("eager")}
-    opened |= {"plain": plain, "optimised": fast}
+    opened = {"torch": made.open("eager"), "plain": plain}  # torch warms its own code up
+    opened |= {"torch again": made.open("eager"), "optimised": fast}
     feeds = {n: {"input_ids": tokens(1, 8)} for n in opened}
     return rows + measure(f"{name} 1×8", opened, feeds, {"optimised": lambda c: eager}, rounds)
 

@@ -32,6 +32,7 @@ CASES = {
         True,
     ),
     "add": ("t = Add(x, h) y = LayerNormalization<axis=-1, epsilon=0.01>(t, g, e)", True),
+    "a computed bias": ("v = Neg(c) t = Add(x, v) y = LayerNormalization<axis=-1>(t, g, e)", False),
     "a bias is no skip": ("t = Add(x, c) y = LayerNormalization<axis=-1>(t, g, e)", False),
 }
 
