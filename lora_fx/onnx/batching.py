@@ -26,7 +26,7 @@ from lora_fx.graph import Role, Site
 from lora_fx.kinds import Einsum, Embedding
 from lora_fx.kinds_conv import Conv
 from lora_fx.manifest import PROPERTY, VERSION
-from lora_fx.onnx.choice import Choice
+from lora_fx.onnx.choice import IDS, Choice
 from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.flow import MARK, Found
 from lora_fx.onnx.graph import OnnxGraph
@@ -35,7 +35,7 @@ from lora_fx.onnx.views import dtype_name
 
 Array = np.ndarray[Any, Any]
 
-IDS, SCALES = "adapter_ids", "adapter_scales"
+SCALES = "adapter_scales"
 
 
 def batch_symbol(model: ir.Model) -> str:

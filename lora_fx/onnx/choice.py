@@ -25,7 +25,7 @@ from lora_fx.onnx.graph import OnnxGraph
 LIMIT = 5
 """Where b copies cost what the products of u adapters do; measured on BERT, 256 wide, rank 8, with
 4 to 32 rows of 1 to 128 tokens."""
-NAME = "adapter_rows"
+NAME, IDS = "adapter_rows", "adapter_ids"
 
 
 class Choice:
@@ -85,13 +85,13 @@ class Choice:
         return self._made[key]
 
     def _positions(self, batch: str) -> ir.Value:
-        """[1]: positions of a row, by the first input with rows; features are none."""
-        found = next(
-            v for v in self._graph.model.graph.inputs if v.shape and str(v.shape[0]) == batch
-        )
+        """[1]: positions of a row: of its tokens, else of its first input, less the last axis."""
+        rows = [v for v in self._graph.model.graph.inputs if v.shape and str(v.shape[0]) == batch]
+        tokens = [v for v in rows if v.dtype in (ir.DataType.INT64, ir.DataType.INT32)]
+        tokens = [v for v in tokens if v.name != IDS]
+        found = (tokens or rows)[0]
         assert found.shape is not None
-        features = found.dtype not in (ir.DataType.INT64, ir.DataType.INT32) and len(found.shape)
-        end = len(found.shape) - bool(features)
+        end = len(found.shape) - (not tokens)
         if end <= 1:
             return self._ints(1)
         sizes = self._call("Slice", self._call("Shape", found), self._ints(1), self._ints(end))
