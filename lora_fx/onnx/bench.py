@@ -121,7 +121,7 @@ def time_sessions(
     feeds: Mapping[str, Mapping[str, Array]],
     rounds: int,
     warmup: int = 2,
-    seconds: float = SAMPLE_SECONDS,
+    seconds: float | None = None,
 ) -> Timings:
     """Sessions by name, each on its own feeds, interleaved; `seconds` a sample of the first."""
     shapes = {k: v.shape for k, v in next(iter(feeds.values())).items()}
@@ -137,7 +137,7 @@ def time_sessions(
             ) from e
         if not first:
             first, second = one
-    repeats = max(1, math.ceil(seconds / max(second, 1e-7)))
+    repeats = max(1, math.ceil((seconds or SAMPLE_SECONDS) / max(second, 1e-7)))
     runs = {
         n: (lambda s=s, f=feeds[n]: timed(lambda: s.run(f), repeats)) for n, s in opened.items()
     }
