@@ -24,7 +24,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.modes import Writing
 from lora_fx.passes.reference import Reference, Run
 from lora_fx.passes.switch import Switch
-from lora_fx.target import Found, Target, base_name
+from lora_fx.target import Found, base_name
 
 RANK = 4
 """Of the random adapter that stands in where none is given."""
@@ -91,11 +91,12 @@ def write_switch(
     if load and rank and rank < largest:
         raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
     known = here if found is None else found
-    turned = {k for k in keys if here.get(k) is not None and _table(here[k]) != _table(known[k])}
-    switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, turned)
+    switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0)
     switch(graph)
     manifest = switch.made[0]
-    tried = adapters or {"random": _random({k: known[k].layout for k in manifest.slots})}
+    tried = adapters or {
+        "random": _random({k: known[k].layout for k in manifest.slots}, switch.rank or RANK)
+    }
     with how.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
         made_file.save(graph.model, how.external_over, slots)
@@ -128,10 +129,6 @@ def write_switch(
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), details)
 
 
-def _table(target: Target) -> bool:
-    return target.op == "embedding"
-
-
 def _serving(
     path: Path, provider: str, load: bool
 ) -> Callable[[Adapter | None], tuple[Run, Session]]:
@@ -154,10 +151,10 @@ def _serving(
     return switched
 
 
-def _random(layouts: Mapping[str, Layout]) -> Adapter:
+def _random(layouts: Mapping[str, Layout], most: int) -> Adapter:
     """An update of every target, large enough to see."""
     entries = {}
     for key, layout in layouts.items():
-        a, b = draw(key, layout, min(RANK, layout.max_rank), 0, "probe")
+        a, b = draw(key, layout, min(RANK, most, layout.max_rank), 0, "probe")
         entries[key] = LowRank(a, b, 0.5 * a.shape[-2], layout)
     return Adapter(entries)

@@ -14,7 +14,7 @@ In mode load A and B stay initialisers of a fixed rank, and every use takes the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Role
 from lora_fx.kinds import Einsum, Embedding
-from lora_fx.lowrank import Layout, LowRank
+from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph import OnnxGraph
@@ -47,14 +47,11 @@ class Switch:
         rank: 0 for inputs with defaults. Else of mode load: the size that the ranks of A and B
             have, which are initialisers then, and every use has the weight form, which ONNX
             Runtime folds when it loads the file.
-        turned: Keys whose in and out are those of the other way round, as adapters know a table
-            that is looked up and multiplied by.
         made: Receives the manifest.
     """
 
     keys: Sequence[str]
     rank: int = 0
-    turned: Collection[str] = ()
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[Any]:
@@ -77,12 +74,12 @@ class Switch:
             raise LoraFxError("no target to switch", "lora-fx targets MODEL lists them")
         role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
         for whole in (False, True):
-            some = {t.key: _zero(self._layout(t)) for t in targets if self._direct(t) is not whole}
+            some = {t.key: _zero(t) for t in targets if self._direct(t) is not whole}
             Insert(some, role=role, weight_form=whole)(graph)
         slots = {}
         for i, t in enumerate(targets):
             rank = self.rank or (0 if self._direct(t) else 1)
-            slots[t.key] = settle(graph, t, self._layout(t), rank, "" if self.rank else f"rank_{i}")
+            slots[t.key] = settle(graph, t, rank, "" if self.rank else f"rank_{i}")
         if not self.rank:
             accumulate(graph, slots.values())
         model.ir_version = max(model.ir_version, OLDEST_IR)
@@ -93,9 +90,6 @@ class Switch:
         graph.lint()
         return PassResult(graph, True)
 
-    def _layout(self, target: Target) -> Layout:
-        return target.layout.transposed() if target.key in self.turned else target.layout
-
     def _direct(self, target: Target) -> bool:
         """True where every use has a branch that never needs the rank as a number."""
         return not self.rank and all(
@@ -104,8 +98,9 @@ class Switch:
         )
 
 
-def _zero(layout: Layout) -> LowRank:
+def _zero(target: Target) -> LowRank:
     """One rank of zeros, scale 1."""
+    layout = target.layout
     a = np.zeros((*layout.batch_shape, 1, layout.in_size), np.float32)
     b = np.zeros((*layout.batch_shape, layout.out_size, 1), np.float32)
     return LowRank(a, b, 1.0, layout)

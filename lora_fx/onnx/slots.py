@@ -10,23 +10,23 @@ import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
 from lora_fx.kinds import swap_last
-from lora_fx.lowrank import Layout, slot_names
+from lora_fx.lowrank import slot_names
 from lora_fx.manifest import Slot
 from lora_fx.onnx.flow import MARK
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.target import Target
 
 
-def settle(graph: OnnxGraph, target: Target, layout: Layout, rank: int, symbol: str) -> Slot:
+def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Slot:
     """Put A and B, as they are read, in the place of what insert made.
 
     Args:
         graph: It has the branches of the target.
         target: The target.
-        layout: Which of its sides is in, and which out.
         rank: Of the default, zeros.
         symbol: Name of the rank of an input; empty: A and B are initialisers alone.
     """
+    layout = target.layout
     batch = layout.batch_shape
     names = (f"{target.key}.lora_A", f"{target.key}.lora_B")
     sides: tuple[tuple[int, int], ...] = ((layout.in_size, rank), (rank, layout.out_size))

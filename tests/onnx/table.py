@@ -90,6 +90,9 @@ ROWS = [
         "s = Constant<value = int64[2] {8, -1}>() i = Identity(w) t = Reshape(i, s) "
         "y = MatMul(x, t)", {"w": (8, 2, 3)}, (6, 8),
         lambda a, b: in_out(a, b).reshape(8, 2, 3), (3, 5, 8)),
+    Row("reshape that copies a size", "matmul", "float[N,5,8]",
+        "s = Constant<value = int64[2] {0, -1}>() t = Reshape(w, s) y = MatMul(x, t)",
+        {"w": (8, 2, 3)}, (6, 8), lambda a, b: in_out(a, b).reshape(8, 2, 3), (3, 5, 8)),
     Row("cast", "matmul", "double[N,5,8]", "t = Cast<to = 11>(w) y = MatMul(x, t)",
         {"w": (8, 6)}, (6, 8), in_out, (3, 5, 8), y="double"),
     Row("slice", "matmul", "float[N,5,8]",

@@ -10,7 +10,8 @@ import torch
 
 import lora_fx
 from lora_fx.errors import LoraFxError
-from tests.onnx.test_decoder import IDS, gpt2, llama
+from tests.onnx.decoders import gpt2, llama
+from tests.onnx.test_decoder import IDS
 
 
 def other(name: str) -> Any:

@@ -106,6 +106,13 @@ def test_load_refuses_a_rank_without_room(base: Path, tmp_path: Path) -> None:
     lora_fx.export(base, tmp_path / "l.onnx", rank=4, include="*", **options)
     with pytest.raises(LoraFxError, match="has rank 8; expected at most 4"):
         Session(tmp_path / "l.onnx", "cpu", adapter=ADAPTERS["fr"])
+    tiny = {
+        k: lora_fx.LowRank(u.a[:1], u.b[:, :1], 1.0, u.layout)
+        for k, u in ADAPTERS["de"].lowrank.items()
+    }
+    lora_fx.export(base, tmp_path / "one.onnx", rank=1, include="*", **options)  # bytes, not more
+    got = Session(tmp_path / "one.onnx", "cpu", adapter=Adapter(tiny)).run(X)["y"]
+    assert rel(got, wanted(Adapter(tiny))) < 1e-6
     with pytest.raises(LoraFxError, match="of mode switch takes adapters run by run"):
         lora_fx.export(base, tmp_path / "s.onnx", mode="switch", provider="cpu")
         Session(tmp_path / "s.onnx", "cpu", adapter=ADAPTERS["fr"])
