@@ -11,12 +11,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx_ir.passes.common import ShapeInferencePass
 from torch import nn
 
 import lora_fx
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx import precision
+from lora_fx.onnx.rewrites.half import ToHalf
 from lora_fx.onnx.session import open_session
 
 HALF, EIGHT = 8 * 2.0**-10, 8 * 2.0**-7
@@ -170,3 +172,29 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(LoraFxError, match=words):
             lora_fx.export(Plain().eval(), tmp_path / "m.onnx", (X,), provider="cpu", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_cast_a_value_and_a_cast_to_float_is_one_to_half(tmp_path: Path) -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 20]> m (float[3] x, int64[3] i) => (float[3] y) '
+        "{ a = Neg(x) f = Cast<to = 1>(i) b = Mul(a, f) c = Exp(b) d = Sin(b) y = Add(c, d) }"
+    )
+    for node in model.graph:
+        node.name = node.op_type
+    ShapeInferencePass()(model)
+    reference = model.clone()
+    assert ToHalf({"Exp", "Sin"})(model).modified
+    casts = [(str(n.inputs[0] and n.inputs[0].name), n.attributes["to"].as_int())
+             for n in model.graph if n.op_type == "Cast"]  # fmt: skip
+    assert sorted(casts) == [
+        ("b", 1), ("c", 10), ("d", 10), ("i", 10), ("x", 10), ("y_half", 1),
+    ]  # fmt: skip
+    feeds = {"x": np.array([0.5, -1.25, 2], np.float32), "i": np.array([1, 2, -1])}
+    outputs = []
+    for name, one in (("a", model), ("b", reference)):
+        ir.save(one, tmp_path / f"{name}.onnx")
+        outputs.append(open_session(tmp_path / f"{name}.onnx", "cpu").run(feeds)["y"])
+    assert outputs[0].dtype == np.float32 and rel(*outputs) <= HALF
+    assert not ToHalf()(ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 20]> m (int64[3] i) => (int64[3] y) { y = Neg(i) }'
+    )).modified  # fmt: skip
