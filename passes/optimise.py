@@ -19,7 +19,7 @@ from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
 from lora_fx.onnx.precision import Narrowed, narrow
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
-from lora_fx.onnx.stages import STAGES, Stage, apply_stages
+from lora_fx.onnx.stages import Stage, apply_stages
 from lora_fx.onnx.triton import Repository
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def optimise_file(
         feed = {**specs.sample(size), **(inputs or {})}
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)
-    chosen = STAGES if optimise else {}
+    chosen = None if optimise else {}
     model, stages = _cleaned(*apply_stages(opened, feeds, chosen, provider=provider))
     mark_changed(model, values)
     said = [session.note] if session.note else []

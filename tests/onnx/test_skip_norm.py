@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import lora_fx
 from lora_fx.compare import rel
 from lora_fx.onnx.rewrites.skip_norm import SplitSkipNorm
 from lora_fx.onnx.session import open_session
@@ -72,3 +73,12 @@ def test_one_whose_mean_is_read_stays(tmp_path: Path) -> None:
     {{ y, m = com.microsoft.SkipLayerNormalization(x, h, g) }}"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
     assert not SplitSkipNorm()(ir.load(tmp_path / "a.onnx")).modified
+
+
+def test_it_is_a_stage_for_files_on_the_cpu(tmp_path: Path) -> None:
+    text = f"""<ir_version: 10, opset_import: ["" : 20]>
+    g ({INPUTS}) => (float[b, s, 6] y) <float[6] g = {{1,2,3,4,5,6}}>
+    {{ t = Add(x, h) y = LayerNormalization<axis=-1>(t, g) }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    report = lora_fx.export(tmp_path / "a.onnx", tmp_path / "b.onnx", optimise=True, provider="cpu")
+    assert [s["name"] for s in report.details["stages"] if s["kept"]][-1] == "sums and norms apart"
