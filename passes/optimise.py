@@ -89,7 +89,7 @@ def optimise_file(
         feed = {**specs.sample(size), **(inputs or {})}
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)
-    chosen = None if optimise else {}
+    chosen: Mapping[str, Any] | None = None if optimise else {}
     model, stages = _cleaned(*apply_stages(opened, feeds, chosen, provider=provider))
     mark_changed(model, values)
     said = [session.note] if session.note else []
