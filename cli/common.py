@@ -19,9 +19,9 @@ COMMANDS = {
     "targets": "List what an adapter can attach to, and why the rest cannot.",
     "insert": "Insert untrained branches.",
     "train": "Insert, train, keep the best, and save only the adapter.",
-    "merge": "Fold adapters into the weights of a checkpoint.",
+    "merge": "Fold adapters into the weights of a checkpoint or .onnx file.",
     "merge-all": "Merge every adapter of a fleet by itself.",
-    "export": "Fold an adapter in and write an ONNX file, proven equal.",
+    "export": "Write an ONNX file: merged, or with adapters to choose from.",
     "extract": "Recover an adapter from two checkpoints, by SVD.",
     "truncate": "Fewer ranks, with the exact error that it costs.",
     "convert": "Convert an adapter between file formats.",
@@ -105,8 +105,9 @@ def two_runtimes() -> str:
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Insert, train, fold and export low-rank adapters by rewriting a model's graph; merge "
     "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
-    epilog="MODEL is a Hugging Face folder, a .safetensors or .pt2 file, package.module:factory, "
-    "file.py:factory, timm:NAME or torchvision:NAME. See docs/ for one page a command.",
+    epilog="MODEL is a Hugging Face folder, a .safetensors, .onnx or .pt2 file, "
+    "package.module:factory, file.py:factory, timm:NAME or torchvision:NAME. See docs/ for one "
+    "page a command.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and no progress.")

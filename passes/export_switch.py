@@ -22,12 +22,14 @@ from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.switching import Session, write_adapter
 from lora_fx.passes.find import find
 from lora_fx.passes.modes import Writing
-from lora_fx.passes.reference import Reference, Run
+from lora_fx.passes.reference import Array, Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.target import Found, base_name
 
 RANK = 4
 """Of the random adapter that stands in where none is given."""
+SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
+"""Of the random adapter: the first at which no output changes by more than its own size."""
 LOAD_RANK = 16
 """Of the slots of mode load where neither a rank nor an adapter is given."""
 
@@ -94,19 +96,19 @@ def write_switch(
     switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0)
     switch(graph)
     manifest = switch.made[0]
-    tried = adapters or {
-        "random": _random({k: known[k].layout for k in manifest.slots}, switch.rank or RANK)
-    }
+    layouts = {k: known[k].layout for k in manifest.slots}
     with how.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
         made_file.save(graph.model, how.external_over, slots)
         serve = _serving(made_file.path, how.provider, load)
         run, session = serve(None)
         parity = reference.prove(run, None, "base")
-        base = run(reference.feeds(SIZES[0]))
+        feeds = reference.feeds(SIZES[0])
+        base = run(feeds)
+        tried = adapters or {"random": _random(layouts, switch.rank or RANK, serve, feeds, base)}
         for name, adapter in tried.items():
             run, _ = serve(adapter)
-            changed = run(reference.feeds(SIZES[0]))
+            changed = run(feeds)
             if not any(rel(changed[k], base[k]) > 0 for k in base):
                 if not adapters:
                     raise NoEffectError(
@@ -151,10 +153,21 @@ def _serving(
     return switched
 
 
-def _random(layouts: Mapping[str, Layout], most: int) -> Adapter:
-    """An update of every target, large enough to see."""
-    entries = {}
-    for key, layout in layouts.items():
-        a, b = draw(key, layout, min(RANK, most, layout.max_rank), 0, "probe")
-        entries[key] = LowRank(a, b, 0.5 * a.shape[-2], layout)
-    return Adapter(entries)
+def _random(
+    layouts: Mapping[str, Layout],
+    most: int,
+    serve: Callable[[Adapter | None], tuple[Run, Session]],
+    feeds: Mapping[str, Array],
+    base: Mapping[str, Array],
+) -> Adapter:
+    """An update of every target, large enough to see, and not so large that rounding explodes."""
+    for size in SCALES:
+        entries = {}
+        for key, layout in layouts.items():
+            a, b = draw(key, layout, min(RANK, most, layout.max_rank), 0, "probe")
+            entries[key] = LowRank(a, b, size * a.shape[-2], layout)
+        made = Adapter(entries)
+        changed = serve(made)[0](feeds)
+        if all(rel(changed[n], base[n]) <= 1 for n in base):
+            break
+    return made

@@ -112,13 +112,25 @@ def open_session(
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(bool)": "bool"}
 
 
+IMAGE = 64
+"""Height and width of a sampled image where a file leaves them open: smaller ones would vanish in
+the strides of most models."""
+
+
 def signature(session: Session) -> Inputs:
-    """The inputs of a loaded model; names of dimensions become symbols."""
+    """The inputs of a loaded model; names of dimensions become symbols.
+
+    Open heights and widths of images (floats of four dimensions) are IMAGE, as in a capture, where
+    they are never dynamic unasked.
+    """
     specs = []
     for i in session.session.get_inputs():
         dtype = _DTYPES.get(i.type, i.type.removeprefix("tensor(").removesuffix(")"))
-        shape = tuple(d if isinstance(d, int) else 2 for d in i.shape)
-        dims = {k: str(d) for k, d in enumerate(i.shape) if not isinstance(d, int)}
+        image = len(i.shape) == 4 and "float" in dtype and not i.name.startswith("past_key_values.")
+        sizes = [IMAGE if image and k > 1 and not isinstance(d, int) else d
+                 for k, d in enumerate(i.shape)]  # fmt: skip
+        shape = tuple(d if isinstance(d, int) else 2 for d in sizes)
+        dims = {k: str(d) for k, d in enumerate(sizes) if not isinstance(d, int)}
         specs.append(
             Input(i.name, dtype, shape, {k: BATCH if k == 0 else v for k, v in dims.items()})
         )

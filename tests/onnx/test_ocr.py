@@ -12,9 +12,11 @@ import onnxruntime as ort
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+import lora_fx
 from lora_fx.compare import rel
 from lora_fx.lowrank import LowRank, draw
 from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
@@ -97,3 +99,14 @@ def test_insert_equals_fold(path: Path) -> None:
     own = max(rel(folded, run(models[1], x, level)) for level in OTHERS)
     assert rel(inserted, folded) < 2 * own + 1e-6
     assert own < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["switch", "load"])
+def test_it_takes_slots_for_adapters(mode: str, path: Path, tmp_path: Path) -> None:
+    """Proven on images of a size that the strides leave something of."""
+    report = lora_fx.export(path, tmp_path / "m.onnx", mode=mode, provider="cpu")
+    assert report and report.details["targets"] > 50
+    assert {p.sizes["x"] for p in report.parity} == {(n, 3, 48, 64) for n in (1, 2, 3)}
+    feeds = {"x": drawn(LINE)}
+    (y,) = open_session(tmp_path / "m.onnx", "cpu").run(feeds).values()
+    assert read(ir.load(path), y) == LINE
