@@ -77,10 +77,10 @@ def merge_onnx(
     check_output(target, force=force)
     if target.resolve() == source.resolve():
         raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
-    external = is_external(source)
+    plan = plan_onnx(source, adapters, names=names, again=again, trust=trust, how=how, rank=rank)
+    external = is_external(source)  # once it is known to be a file that can be read
     if delta:
         _check_delta(source, target, external, repository)
-    plan = plan_onnx(source, adapters, names=names, again=again, trust=trust, how=how, rank=rank)
     graph, matched, model = plan.graph, plan.matched, plan.graph.model
     before = {n: graph.reader(n) for n in graph.flow.stores}
     nodes = graph.model.graph.num_nodes()
