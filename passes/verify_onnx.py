@@ -32,7 +32,8 @@ def verify_onnx(
     Raises:
         LoraFxError: Inputs of other names, an adapter that does not fit b.
     """
-    one, graph = open_session(a, provider), _graph(b, needed=adapter is not None)
+    load(a)  # which names what is wrong with a file better than the runtime does
+    graph, one = _graph(b, needed=adapter is not None), open_session(a, provider)
     bound = None if graph is None or adapter is None else _bound(adapter, graph)
     with reference_of(Path(b), graph, provider, inputs) as reference:
         names = reference.session.input_names

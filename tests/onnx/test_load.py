@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lora_fx.adapter import Adapter
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.io import save_adapter
 from lora_fx.lowrank import LowRank
 from lora_fx.onnx.load import load
 from lora_fx.passes.merge import merge
@@ -173,17 +175,41 @@ def test_good_data_beside_the_file_stays_beside_it(tmp_path: Path) -> None:
     assert (tmp_path / "w.data").read_bytes() == W.tobytes()
 
 
-@pytest.mark.parametrize("case", ["traversal", "too short", "sizes below 0"])
+WAYS = {  # MODEL in every command that reads one
+    "targets": "targets M",
+    "optimise": "export M -o OUT --optimise",
+    "precision": "export M -o OUT --precision int8",
+    "merged": "export M A -o OUT",
+    "switch": "export M A -o OUT --mode switch",
+    "load": "export M -o OUT --mode load",
+    "batch": "export M A -o OUT --mode batch",
+    "insert": "insert M -o OUT",
+    "merge": "merge M A -o OUT",
+    "delta": "merge M A -o OUT --delta",
+    "plan": "merge M A -o OUT --dry-run",
+    "verify": "verify M M",
+    "read as an adapter": "convert M -o OUT.safetensors --format peft",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
 def test_every_command_that_reads_a_file_checks_it_first(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make, _ = CASES[case]
+    make, words = CASES[case]
     folder = tmp_path / "in"
     folder.mkdir()
     path = str(make(folder))
-    for line in (["targets", path], ["export", path, "-o", f"{folder}/o.onnx", "--optimise"]):
-        with pytest.raises(SystemExit) as end:
-            main(line)
-        assert end.value.code == 2
-        assert capsys.readouterr().err.startswith(f"Error: {path}: tensor 'w'")
-    assert not (folder / "o.onnx").exists()
+    save_adapter(adapter(), tmp_path / "adapter")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    names = {"M": path, "A": str(tmp_path / "adapter"), "OUT": f"{folder}/o.onnx"}
+    line = [names.get(w, w.replace("OUT", names["OUT"])) for w in WAYS[way].split()]
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert err.startswith("Error: ") and str(folder) in err.splitlines()[0]
+    assert len(err.splitlines()) == 2 and "please report" not in err, err
+    assert re.search(words, err), err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
