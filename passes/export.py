@@ -5,7 +5,9 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -133,36 +135,31 @@ def export(
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
     from lora_fx.fx.to_onnx import OPSET
+    from lora_fx.passes.eager import eager, may_help
 
-    if mode != "merged":
+    common: dict[str, Any] = {
+        "adapters": adapters,
+        "inputs": inputs,
+        "opset": opset or OPSET,
+        "dynamic": dynamic,
+    }
+    run: Callable[..., Report]
+    if mode == "merged":
+        from lora_fx.passes.export_merged import export_merged
+
+        run = partial(export_merged, optimise=optimise, precision=precision)
+    else:
         from lora_fx.passes.export_slots import export_slots
 
-        return export_slots(
-            model,
-            args,
-            kwargs,
-            how,
-            mode=mode,
-            adapters=adapters,
-            include=include,
-            exclude=exclude,
-            rank=rank,
-            scales=scales,
-            inputs=inputs,
-            opset=opset or OPSET,
-            dynamic=dynamic,
+        run = partial(
+            export_slots, mode=mode, include=include, exclude=exclude, rank=rank, scales=scales
         )
-    from lora_fx.passes.export_merged import export_merged
-
-    return export_merged(
-        model,
-        args,
-        kwargs,
-        how,
-        adapters=adapters,
-        inputs=inputs,
-        opset=opset or OPSET,
-        dynamic=dynamic,
-        optimise=optimise,
-        precision=precision,
-    )
+    try:
+        return run(model, args, kwargs, how, **common)
+    except LoraFxError as e:
+        if not may_help(model, e):
+            raise
+        with eager(model) as again:
+            report = run(again, args, kwargs, how, **common)
+        said = f"with eager attention, since the model's own failed: {e.message}"
+        return replace(report, warnings=(*report.warnings, said))
