@@ -1,4 +1,4 @@
-"""A model whose attention cannot be exported is exported with eager attention, and itself left as it was."""
+"""A model whose attention cannot be exported is exported with eager attention instead."""
 
 from __future__ import annotations
 
