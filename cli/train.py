@@ -32,6 +32,7 @@ FROM_1 = click.IntRange(min=1)
 @click.option("--batch-size", type=FROM_1, default=32, show_default=True, help="Examples a step.")
 @click.option("--lr", type=ABOVE_0, default=1e-3, show_default=True, help="Peak learning rate.")
 @click.option("--validation", type=float, default=0.1, show_default=True, help="Share held out.")
+@click.option("--patience", type=FROM_1, metavar="N", help="Validations in vain that end it.")
 @click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @target_options
@@ -62,6 +63,8 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     check_device(options["device"])
     if not 0 <= options["validation"] < 1:
         raise LoraFxError(f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual")
+    if options["patience"] and not options["validation"]:
+        raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
     keys = ("weights", "inputs_file", "dynamic", "static", "trust")
     loaded, cap = captured(model, **{k: options.pop(k) for k in keys})
     table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
@@ -71,7 +74,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     device, loss = options.pop("device"), options.pop("loss")
     settings = Settings(
         options.pop("epochs"), options.pop("steps"), options.pop("batch_size"), options.pop("lr"),
-        seed=options["seed"],
+        seed=options["seed"], patience=options.pop("patience"),
     )  # fmt: skip
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
     module = (held(cap) if cap.adapter is not None else insert(cap, **chosen)).to(device)
@@ -80,14 +83,8 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         if step == steps or step % max(1, steps // 10) == 0:
             say(f"step {step}/{steps}: loss {value:.4f}")
 
-    report = fit(
-        module,
-        training,
-        validation,
-        load_function(loss) if ":" in loss else loss,
-        settings,
-        progress,
-    )
+    loss = load_function(loss) if ":" in loss else loss
+    report = fit(module, training, validation, loss, settings, progress)
     for text in (*report.warnings, *save_adapter(module.adapter(), output, force=force)):
         note(text)
     best = report.validation.get(report.best_step)
@@ -95,7 +92,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         f", validation loss {best:.4f}" if best is not None else ""
     )
     emit(
-        as_json, "train", f"{module.report()}\n{text}\nwrote {output}",
+        as_json, "train", f"{module.report()}\n{text}\n{report.verdict}\nwrote {output}",
         inputs=cap.inputs.to_json(), outputs=[output], warnings=module.report().notes,
         targets=[module.found[k].to_json() for k in module.updates],
         examples={"training": len(training), "validation": len(validation)}, **report.to_json(),

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy
+from lora_fx.fx.train_finite import check_step, not_finite
+from lora_fx.fx.train_loss import IGNORED, Loss, check_labels, loss_function, scores_of
+from lora_fx.fx.train_report import TrainReport
 
-IGNORED = -100
-"""A label that torch's cross entropy leaves out."""
-Loss = Callable[[Any, torch.Tensor | None], torch.Tensor]
+NO_VALIDATION = (
+    "no validation data: overfitting would not be seen, and the last adapter is kept, not the best"
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `fit` may be told. `steps` overrides `epochs`; validation runs `checks` times."""
+    """What `fit` may be told. `steps` overrides `epochs`; validation runs `checks` times.
+
+    `patience` is the number of validations in a row without a new lowest loss that end the run.
+    """
 
     epochs: float = 3.0
     steps: int | None = None
@@ -35,87 +40,7 @@ class Settings:
     clip: float = 1.0
     checks: int = 10
     seed: int = 0
-
-
-@dataclass
-class TrainReport:
-    """Losses by step, and what was kept: the adapter in the model is that of `best_step`."""
-
-    losses: list[float] = field(default_factory=list)
-    validation: dict[int, float] = field(default_factory=dict)
-    best_step: int = 0
-    warnings: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """For report files."""
-        return {
-            "losses": [round(x, 6) for x in self.losses],
-            "validation": {str(k): round(v, 6) for k, v in self.validation.items()},
-            "best_step": self.best_step,
-        }
-
-
-def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) -> tuple[Loss, str]:
-    """(loss, argument that carries the labels into the model; empty where the loss takes them).
-
-    `ce` and `mse` use the model's own loss where it takes the label column as an argument and
-    returns one.
-    """
-    if callable(name):
-        return name, ""
-    if name not in ("ce", "mse"):
-        raise LoraFxError(f"no loss {name!r}", "ce, mse or module:function")
-    own = label if label and accepts(label) else ""
-
-    def loss(out: Any, labels: torch.Tensor | None) -> torch.Tensor:
-        found = _field(out, "loss")
-        if own and isinstance(found, torch.Tensor):
-            return found
-        scores = _scores(out)
-        if labels is None:
-            raise LoraFxError("the data has no label column", "name it with --label")
-        if name == "mse" and scores.squeeze(-1).shape != labels.squeeze(-1).shape:
-            raise LoraFxError(
-                f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}",
-                "mse needs a label for every output",
-            )
-        if name == "mse":
-            return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.squeeze(-1).float())
-        return _cross_entropy(scores, labels)
-
-    return loss, own
-
-
-def _scores(out: Any) -> torch.Tensor:
-    """`.logits`, else the first tensor that comes out."""
-    scores = _field(out, "logits")
-    if isinstance(scores, torch.Tensor):
-        return scores
-    return next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
-
-
-def _field(out: Any, name: str) -> Any:
-    return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
-
-
-def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    check_labels(labels, scores.shape[-1])
-    return nn.functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long())
-
-
-def check_labels(labels: torch.Tensor, classes: int) -> None:
-    """Refuse labels that are no class of the model; -100 stands for "ignore"."""
-    if labels.is_floating_point():
-        raise LoraFxError(
-            f"the labels are fractions such as {float(labels.flatten()[0]):g}; ce needs classes",
-            "--loss mse fits numbers",
-        )
-    wrong = labels[(labels >= classes) | ((labels < 0) & (labels != IGNORED))]
-    if wrong.numel():
-        raise LoraFxError(
-            f"label {int(wrong.max())}, but the model scores {classes} classes, 0 to {classes - 1}",
-            "build the model with as many labels as the data has",
-        )
+    patience: int | None = None
 
 
 def fit(
@@ -137,8 +62,9 @@ def fit(
         progress: Called as (step, steps, loss).
 
     Raises:
-        LoraFxError: A column that the model does not take, or a loss that is not finite: the
-            message names the step and the first tensor whose gradient is not.
+        LoraFxError: A column that the model does not take, patience without validation, or a
+            loss or gradient that is not finite: the message names the step and the first target
+            whose gradient is not, and no weight has moved in that step.
     """
     s = settings or Settings()
     steps = s.steps or max(1, math.ceil(s.epochs * len(training) / s.batch_size))
@@ -156,37 +82,52 @@ def fit(
     report = TrainReport()
     if loss == "ce":
         report.warnings += _heed_classes(model, training)
-    if validation is None or not len(validation):
-        report.warnings.append("no validation data: the last adapter is kept, not the best")
-    best, kept = math.inf, model.adapter()
+    held_out = validation if validation is not None and len(validation) else None
+    if held_out is None:
+        report.warnings.append(NO_VALIDATION)
+        if s.patience is not None:
+            raise LoraFxError(
+                f"patience {s.patience}, but no example is held out", "--validation 0.1 is usual"
+            )
+    best, kept, waited = math.inf, model.adapter(), 0
     every = max(1, steps // max(1, s.checks))
     torch.manual_seed(s.seed)
     step, epoch = 0, 0
-    while step < steps:
+    while step < steps and report.stopped is None:
         for batch in training.batches(s.batch_size, s.seed + epoch):
             model.train()
             value = _loss(model, batch, compute, own)
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             step += 1
-            _finite(model, value, step)
-            nn.utils.clip_grad_norm_(trained, s.clip)
+            report.losses.append(float(value.detach()))
+            gradients = [p.grad for p in trained if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            check_step(model, report.losses[-1], float(norm), step)  # clipping would spread a nan
+            nn.utils.clip_grads_with_norm_(trained, s.clip, norm)
             optimizer.step()
             schedule.step()
-            report.losses.append(float(value.detach()))
             if progress is not None:
                 progress(step, steps, report.losses[-1])
-            if validation is not None and len(validation) and (step % every == 0 or step == steps):
-                held = evaluate(model, validation, compute, own, s.batch_size)
+            if held_out is not None and (step % every == 0 or step == steps):
+                held = evaluate(model, held_out, compute, own, s.batch_size)
                 report.validation[step] = held
                 if not math.isfinite(held):
-                    raise _not_finite(step, "validation loss", held, "the held-out examples")
+                    raise not_finite(
+                        step,
+                        "validation loss",
+                        held,
+                        "look at the held-out examples",
+                    )
+                waited += 1
                 if held < best:
-                    best, kept, report.best_step = held, model.adapter(), step
-            if step == steps:
+                    best, kept, report.best_step, waited = held, model.adapter(), step, 0
+                if waited == s.patience and step < steps:
+                    report.stopped = step
+            if step == steps or report.stopped is not None:
                 break
         epoch += 1
-    if report.best_step and report.best_step != steps:
+    if report.best_step and report.best_step != step:
         model.load_adapter(kept)
     report.best_step = report.best_step or steps
     model.eval()
@@ -203,7 +144,7 @@ def _heed_classes(model: AdaptedModule, training: Table | Buckets) -> list[str]:
     model.eval()
     with torch.no_grad():
         out = model(**inputs_of(model, tables[0].rows([0, min(1, len(tables[0]) - 1)]).trimmed()))
-    scores = _scores(out)
+    scores = scores_of(out)
     if scores.dim() != 2 or scores.shape[1] < 2:
         return []
     check_labels(labels, scores.shape[1])
@@ -249,25 +190,3 @@ def evaluate(
     for batch in table.batches(batch_size):
         total += float(_loss(model, batch, compute, own)) * len(batch)
     return total / len(table)
-
-
-def _finite(model: AdaptedModule, value: torch.Tensor, step: int) -> None:
-    if bool(torch.isfinite(value)):
-        return
-    bad = next(
-        (
-            n
-            for n, p in model.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ),
-        "the inputs or the base model",
-    )
-    raise _not_finite(step, "loss", float(value.detach()), bad)
-
-
-def _not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:
-    return LoraFxError(
-        f"step {step}: the {what} is {value}; first not finite: {where}",
-        "a lower --lr, or look at the data",
-        exit_code=1,
-    )

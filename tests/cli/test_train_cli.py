@@ -1,7 +1,8 @@
-"""lora-fx train refuses labels that do not fit the model, before any step, and leaves nothing."""
+"""lora-fx train: what it refuses, what stops it, what it says; a run that stops leaves nothing."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,41 @@ def test_numbers_out_of_range(home: Path, capsys: pytest.CaptureFixture[str], op
     data(RIGHT)
     code, _, err = run(capsys, "train", "model.py:build", "d.npz", "-o", "a", option)
     assert code == 2 and "not in the range" in err
+
+
+def test_a_run_that_stops_writes_nothing_over(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data(RIGHT, "y")
+    argv = ("train", "model.py:build", "d.npz", "-o", "a", "-r", "2", "--steps", "4")
+    assert run(capsys, *argv)[0] == 0
+    before = {p: p.read_bytes() for p in (home / "a").iterdir()}
+    (home / "odd.py").write_text(
+        "import torch\n"
+        "def loss(out, y):\n"  # zero, and its gradient is nan
+        "    return torch.sqrt((out['logits'] * 0).square().sum())\n"
+    )
+    code, out, err = run(capsys, *argv, "--force", "--loss", "odd.py:loss", "--json")
+    assert code == 1 and "step 1: the norm of the gradients is nan" in err
+    assert "first not finite: the gradient of A of 'fc1.weight'" in err
+    assert not json.loads(out)["ok"] and "step 1" in json.loads(out)["error"]
+    assert {p: p.read_bytes() for p in (home / "a").iterdir()} == before
+
+
+def test_patience_and_the_verdict(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data(np.random.default_rng(1).integers(0, 5, 40), "y")  # nothing to learn
+    argv = ("train", "model.py:build", "d.npz", "-r", "4", "--steps", "60", "--lr", "0.1")
+    code, out, err = run(capsys, *argv, "-o", "a", "--patience", "2")
+    told = next(line for line in out.splitlines() if "after step" in line)
+    assert code == 0 and "validation loss rose" in told and "patience ended at step" in told
+    code, out, _ = run(capsys, *argv, "-o", "b", "--patience", "2", "--json")
+    whole = json.loads(out)
+    assert whole["verdict"] == told and whole["stopped"] == len(whole["losses"]) < 60
+    assert f"kept step {whole['best_step']};" in told
+    code, out, err = run(capsys, *argv, "-o", "c", "--validation", "0", "--json")
+    whole = json.loads(out)
+    assert whole["stopped"] is None and whole["verdict"].startswith("no validation: overfitting")
+    assert "no validation data" in whole["warnings"][-1] and "overfitting would not be seen" in err
+    code, _, err = run(capsys, *argv, "-o", "d", "--validation", "0", "--patience", "2")
+    assert code == 2 and "--patience needs held-out examples" in err
+    assert not (home / "d").exists()

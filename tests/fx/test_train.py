@@ -98,7 +98,10 @@ def test_losses() -> None:
 
 def test_what_it_says() -> None:
     report = fit(adapted(), table(), settings=Settings(steps=2))
-    assert report.warnings == ["no validation data: the last adapter is kept, not the best"]
+    assert report.warnings == [
+        "no validation data: overfitting would not be seen, and the last adapter is kept, "
+        "not the best"
+    ]
     with pytest.raises(LoraFxError, match="takes no argument 'z'"):
         fit(adapted(), Table({"z": np.zeros((4, 8), np.float32)}, ""))
     high = Table({"x": table().columns["x"], "y": np.full(200, 7)}, "y")

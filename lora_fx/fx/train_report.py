@@ -1,0 +1,73 @@
+"""What a training run did: losses by step, what was kept, and a verdict in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainReport:
+    """Losses by step, and what was kept: the adapter in the model is that of `best_step`.
+
+    `stopped` is the step at which patience ended the run, or None where it went to its end.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    validation: dict[int, float] = field(default_factory=dict)
+    best_step: int = 0
+    stopped: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the validation loss rose, in one line that names the step that was kept."""
+        line = verdict(self.validation, self.best_step)
+        return line if self.stopped is None else f"{line}; patience ended at step {self.stopped}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For report files."""
+        return {
+            "losses": [round(x, 6) for x in self.losses],
+            "validation": {str(k): round(v, 6) for k, v in self.validation.items()},
+            "best_step": self.best_step,
+            "stopped": self.stopped,
+            "verdict": self.verdict,
+        }
+
+
+def verdict(validation: Mapping[int, float], kept: int) -> str:
+    """One line on overfitting.
+
+    Args:
+        validation: Step → loss, in the order of the steps.
+        kept: The step whose adapter is kept; of `validation`, unless that is empty.
+    """
+    if not validation:
+        return f"no validation: overfitting would not be seen; kept the last step, {kept}"
+    steps, ending = list(validation), f"; kept step {kept}"
+    last = steps[-1]
+    if len(steps) == 1:
+        return f"one validation, at step {last}: no rise or fall can be seen" + ending
+    if kept == last:
+        fall = _change(validation[steps[-2]], validation[last])
+        return f"validation loss still falling at the last step (by {fall} since {steps[-2]})" + (
+            ending
+        )
+    if validation[last] == validation[kept]:
+        return f"validation loss did not fall after step {kept}" + ending
+    return (
+        f"validation loss rose {_change(validation[kept], validation[last])} after step {kept}"
+        + (ending)
+    )
+
+
+def _change(old: float, new: float) -> str:
+    """The size of a change in per cent; as a number where the old value is not above zero."""
+    if old <= 0:
+        return f"{abs(new - old):.3g}"
+    share = 100 * abs(new - old) / old
+    if share < 0.1:
+        return "less than 0.1 %"
+    return f"{share:.0f} %" if share >= 9.95 else f"{share:.1f} %"
