@@ -52,15 +52,12 @@ def verdict(validation: Mapping[int, float], kept: int) -> str:
         return f"one validation, at step {last}: no rise or fall can be seen" + ending
     if kept == last:
         fall = _change(validation[steps[-2]], validation[last])
-        return f"validation loss still falling at the last step (by {fall} since {steps[-2]})" + (
-            ending
-        )
+        line = f"validation loss still falling at the last step (by {fall} since {steps[-2]})"
+        return line + ending
     if validation[last] == validation[kept]:
         return f"validation loss did not fall after step {kept}" + ending
-    return (
-        f"validation loss rose {_change(validation[kept], validation[last])} after step {kept}"
-        + (ending)
-    )
+    rise = _change(validation[kept], validation[last])
+    return f"validation loss rose {rise} after step {kept}" + ending
 
 
 def _change(old: float, new: float) -> str:
