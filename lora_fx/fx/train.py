@@ -89,6 +89,8 @@ def fit(
             raise LoraFxError(
                 f"patience {s.patience}, but no example is held out", "--validation 0.1 is usual"
             )
+    else:
+        report.before = evaluate(model, held_out, compute, own, s.batch_size)
     best, kept, waited = math.inf, model.adapter(), 0
     every = max(1, steps // max(1, s.checks))
     torch.manual_seed(s.seed)
@@ -130,6 +132,11 @@ def fit(
     if report.best_step and report.best_step != step:
         model.load_adapter(kept)
     report.best_step = report.best_step or steps
+    if report.before is not None and not best < report.before:
+        report.warnings.append(
+            f"the lowest validation loss is {best:.4f}, before training it was "
+            f"{report.before:.4f}: the adapter makes the model no better"
+        )
     model.eval()
     return report
 

@@ -11,11 +11,13 @@ from typing import Any
 class TrainReport:
     """Losses by step, and what was kept: the adapter in the model is that of `best_step`.
 
+    `before` is the validation loss before the first step, None without validation.
     `stopped` is the step at which patience ended the run, or None where it went to its end.
     """
 
     losses: list[float] = field(default_factory=list)
     validation: dict[int, float] = field(default_factory=dict)
+    before: float | None = None
     best_step: int = 0
     stopped: int | None = None
     warnings: list[str] = field(default_factory=list)
@@ -31,6 +33,7 @@ class TrainReport:
         return {
             "losses": [round(x, 6) for x in self.losses],
             "validation": {str(k): round(v, 6) for k, v in self.validation.items()},
+            "before": None if self.before is None else round(self.before, 6),
             "best_step": self.best_step,
             "stopped": self.stopped,
             "verdict": self.verdict,

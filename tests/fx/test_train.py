@@ -45,7 +45,12 @@ def adapted(**options: Any) -> Any:
 def test_it_learns_and_keeps_the_best() -> None:
     model = adapted()
     training, validation = split(table(), 0.2, 0)
+    labels = torch.from_numpy(validation.columns["labels"])
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(validation.columns["x"]))["logits"]
+    untrained = nn.functional.cross_entropy(logits, labels).item()
     report = fit(model, training, validation, settings=Settings(steps=120, lr=3e-2, checks=12))
+    assert report.before == pytest.approx(untrained, abs=1e-5)
     assert report.losses[-1] < 0.6 * report.losses[0]
     assert report.best_step == min(report.validation, key=lambda k: report.validation[k])
     assert not model.training and not report.warnings
@@ -53,6 +58,17 @@ def test_it_learns_and_keeps_the_best() -> None:
     logits = model(**held)["logits"]
     again = nn.functional.cross_entropy(logits, torch.from_numpy(validation.columns["labels"]))
     assert again.item() == pytest.approx(report.validation[report.best_step], abs=1e-5)
+
+
+def test_an_adapter_that_makes_the_model_no_better_is_said() -> None:
+    training, validation = split(table(), 0.2, 0)
+    wrong = Table(
+        {"x": training.columns["x"], "labels": (training.columns["labels"] + 1) % 3}, "labels"
+    )
+    report = fit(adapted(), wrong, validation, settings=Settings(steps=40, lr=3e-2, checks=2))
+    assert report.before is not None and min(report.validation.values()) >= report.before
+    (said,) = [w for w in report.warnings if "no better" in w]
+    assert f"before training it was {report.before:.4f}" in said
 
 
 def test_the_best_is_restored_after_overfitting() -> None:
