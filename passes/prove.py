@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.calling import leaf_names, onnx_name
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
-
-Run = Callable[[Mapping[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]
+from lora_fx.passes.reference import Run
 
 
 def arrays_of(named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

@@ -49,13 +49,12 @@ class Cached:
         pairs = [(layer["key"], layer["value"]) for layer in past_key_values.values()]
         past, length = pairs[0][0].shape[2], input_ids.shape[1]
         torch._check(attention_mask.shape[1] == past + length)  # type: ignore[no-untyped-call]
-        named: dict[str, Any] = {_cache_name(super().forward): DynamicCache(pairs)}  # type: ignore[misc]
-        if "position_ids" in inspect.signature(super().forward).parameters:  # type: ignore[misc]
+        own: Any = super().forward  # type: ignore[misc]  # of the class that is mixed in
+        named: dict[str, Any] = {_cache_name(own): DynamicCache(pairs)}
+        if "position_ids" in inspect.signature(own).parameters:
             counted = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
             named["position_ids"] = counted.narrow(1, past, length)
-        out = super().forward(  # type: ignore[misc]
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **named
-        )
+        out = own(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **named)
         layers = _cache_of(out).layers
         present = {str(i): {"key": x.keys, "value": x.values} for i, x in enumerate(layers)}
         return {"logits": out.logits, "present": present}

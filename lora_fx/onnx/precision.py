@@ -24,7 +24,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.onnx.rewrites.half import ToHalf
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.onnx.session import Array
-from lora_fx.onnx.stages import peaks, worst_error
+from lora_fx.onnx.stages import WorstError, peaks
 
 GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}
 """max|a − b| / max|b| of an output: eight units in the last place of what is computed with."""
@@ -80,7 +80,7 @@ def narrow(
             f"{weight_bytes(model)} bytes of weights; expected less than 2 GB for {precision}",
             "converters and runtimes take one protobuf message",
         )
-    error = worst_error(model, feeds, provider)
+    error = WorstError(model, feeds, provider)
     if precision == "int8":
         return _int8(model, error)
     return _half(model, error, peaks(model, feeds, provider))
@@ -119,7 +119,7 @@ def _half(
         if name in islands or len(islands) >= most:
             raise LoraFxError(
                 f"float16 differs by {found:.1e} with {len(islands)} nodes left in float32; the "
-                f"gate is {GATES['float16']:.1e}",
+                f"gate is {GATES['float16']:.1e}{getattr(error, 'failure', '')}",
                 "the model needs float32's range or precision in too many places",
             )
         islands.append(name)
@@ -150,7 +150,7 @@ def _drop_unread(model: ir.Model) -> None:
             stored[name[:-5]] = value
 
 
-def _int8(model: ir.Model, error: Callable[[ir.Model], float]) -> Narrowed:
+def _int8(model: ir.Model, error: WorstError) -> Narrowed:
     """Weights by channel, activations as they come; biases and everything else stay."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -167,7 +167,7 @@ def _int8(model: ir.Model, error: Callable[[ir.Model], float]) -> Narrowed:
     found = error(made)
     if not found <= GATES["int8"]:
         raise LoraFxError(
-            f"int8 differs by {found:.1e}; the gate is {GATES['int8']:.1e}",
+            f"int8 differs by {found:.1e}; the gate is {GATES['int8']:.1e}{error.failure}",
             "float16, or a model that was trained for int8",
         )
     return Narrowed(made, found)

@@ -118,26 +118,33 @@ def apply_stages(
         return model, rows
 
 
-def worst_error(
-    model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str
-) -> Callable[[ir.Model], float]:
-    """Candidate → the largest difference of its outputs to a model's; infinite if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        base = _open(model, Path(folder) / "base.onnx", provider)
-        wanted = [base.run(f) for f in feeds]
+class WorstError:
+    """Candidate → the largest difference of its outputs to a model's; infinite if it fails.
 
-    def error(candidate: ir.Model) -> float:
+    Attributes:
+        failure: Why the last candidate did not load or run; empty where it did.
+    """
+
+    def __init__(
+        self, model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str
+    ) -> None:
+        self._feeds, self._provider, self.failure = feeds, provider, ""
+        with tempfile.TemporaryDirectory() as folder:
+            base = _open(model, Path(folder) / "base.onnx", provider)
+            self._wanted = [base.run(f) for f in feeds]
+
+    def __call__(self, candidate: ir.Model) -> float:
+        """The largest max|a − b| / max|b|."""
+        self.failure = ""
         with tempfile.TemporaryDirectory() as folder:
             try:
-                path = Path(folder) / "candidate.onnx"
-                run = _open(candidate, path, provider).run
-                both = zip(feeds, wanted, strict=True)
+                run = _open(candidate, Path(folder) / "candidate.onnx", self._provider).run
+                both = zip(self._feeds, self._wanted, strict=True)
                 found = [compare(run(f), w, {}, ORT_TOL).rel for f, w in both]
-            except Exception:  # a graph that the runtime does not take is no candidate
+            except Exception as e:  # the runtime's exceptions have no common base
+                self.failure = f" ({one_line(e, 160)})"
                 return math.inf
             return max(found)
-
-    return error
 
 
 def peaks(model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str) -> dict[str, float]:

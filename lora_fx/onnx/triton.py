@@ -163,6 +163,8 @@ def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
         LoraFxError: A config and a model that disagree, named by what differs; no model at all.
     """
     found: dict[str, list[int]] = {}
+    if not Path(folder).is_dir():
+        raise LoraFxError(f"{folder}: no such folder", "a repository is DIR/NAME/1/model.onnx")
     for home in sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != "."):
         config = _read(home)
         found[home.name] = sorted(_versions(home))

@@ -20,6 +20,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.onnx import precision
 from lora_fx.onnx.rewrites.half import ToHalf
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.stages import WorstError
 
 HALF, EIGHT = 8 * 2.0**-10, 8 * 2.0**-7
 
@@ -198,3 +199,11 @@ def test_one_cast_a_value_and_a_cast_to_float_is_one_to_half(tmp_path: Path) -> 
     assert not ToHalf()(ir.from_onnx_text(
         '<ir_version: 10, opset_import: ["": 20]> m (int64[3] i) => (int64[3] y) { y = Neg(i) }'
     )).modified  # fmt: skip
+
+
+def test_why_a_candidate_fails_is_kept(tmp_path: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["": 20]> m (float[3] x) => (float[3] y) {{ y = {} }}'
+    good, bad = (ir.from_onnx_text(text.format(body)) for body in ("Neg(x)", "NoSuchOp(x)"))
+    error = WorstError(good, [{"x": np.ones(3, np.float32)}], "cpu")
+    assert error(bad) == float("inf") and "invalid model" in error.failure
+    assert error(good) == 0.0 and not error.failure
