@@ -187,7 +187,8 @@ WAYS = {  # MODEL in every command that reads one
     "merge": "merge M A -o OUT",
     "delta": "merge M A -o OUT --delta",
     "plan": "merge M A -o OUT --dry-run",
-    "verify": "verify M M",
+    "verify": "verify M GOOD",
+    "verify as the reference": "verify GOOD M",
     "read as an adapter": "convert M -o OUT.safetensors --format peft",
 }
 
@@ -202,8 +203,14 @@ def test_every_command_that_reads_a_file_checks_it_first(
     folder.mkdir()
     path = str(make(folder))
     save_adapter(adapter(), tmp_path / "adapter")
-    before = sorted(p.name for p in tmp_path.rglob("*"))
-    names = {"M": path, "A": str(tmp_path / "adapter"), "OUT": f"{folder}/o.onnx"}
+    (tmp_path / "good").mkdir()
+    before = sorted(p.name for p in tmp_path.rglob("*")) + ["m.onnx", "w.data"]
+    names = {
+        "GOOD": str(external(tmp_path / "good")),
+        "M": path,
+        "A": str(tmp_path / "adapter"),
+        "OUT": f"{folder}/o.onnx",
+    }
     line = [names.get(w, w.replace("OUT", names["OUT"])) for w in WAYS[way].split()]
     with pytest.raises(SystemExit) as end:
         main(line)
@@ -212,4 +219,4 @@ def test_every_command_that_reads_a_file_checks_it_first(
     assert err.startswith("Error: ") and str(folder) in err.splitlines()[0]
     assert len(err.splitlines()) == 2 and "please report" not in err, err
     assert re.search(words, err), err
-    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(before)
