@@ -204,7 +204,7 @@ def test_every_command_that_reads_a_file_checks_it_first(
     path = str(make(folder))
     save_adapter(adapter(), tmp_path / "adapter")
     (tmp_path / "good").mkdir()
-    before = sorted(p.name for p in tmp_path.rglob("*")) + ["m.onnx", "w.data"]
+    before = ["m.onnx", "w.data", *(p.name for p in tmp_path.rglob("*"))]
     names = {
         "GOOD": str(external(tmp_path / "good")),
         "M": path,
