@@ -110,7 +110,9 @@ for i in range(-1, int(sys.argv[2])):
     time.sleep(random.random() * 1.2 * whole)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    print("complete" if scene.check(clean=False) else "absent", flush=True)
+    complete = scene.check(clean=False)
+    whole *= 0.75 if complete else 1.25  # the first one may have been slow, on a busy machine
+    print("complete" if complete else "absent", flush=True)
 scene.remove(scene.out)
 scene.merge()  # removes what the killed ones left
 assert scene.check()
