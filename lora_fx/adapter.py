@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.changes import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.errors import LoraFxError
 from lora_fx.experts import place
 from lora_fx.fused import other_split
@@ -27,7 +28,6 @@ from lora_fx.uses import (
     own_use,
     tied,
 )
-from lora_fx.variant import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 
 Array = npt.NDArray[Any]
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 
+from lora_fx.changes import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Layout, LowRank, plain_layout
-from lora_fx.variant import Entry
 
 Shapes = Callable[[str], tuple[int, ...] | None]
 Reading = tuple[tuple[str, ...], bool]

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 from lora_fx.ranks import gains, within_budget, within_loss
 from lora_fx.svd import Triplets, balanced, distance, product_svd
 from lora_fx.target import table
-from lora_fx.variant import Entry
 
 GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")
 

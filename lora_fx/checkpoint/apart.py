@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from lora_fx.changes import Entry, name_of
 from lora_fx.checkpoint.loaded import Part, Stack
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, Layout, LowRank
-from lora_fx.variant import Entry, name_of
 from lora_fx.view import Region
 
 Piece = tuple[Part, Region, Entry]

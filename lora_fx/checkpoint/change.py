@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.changes import Rows, name_of
 from lora_fx.checkpoint.blocks import Fold, arithmetic
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
@@ -20,7 +21,6 @@ from lora_fx.checkpoint.strict import DTYPES, TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Array, Full, LowRank
 from lora_fx.numeric import finfo
-from lora_fx.variant import Rows, name_of
 
 BITS = dict(DTYPES.values())
 _APART = "merge one adapter after the other"

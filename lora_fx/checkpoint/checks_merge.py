@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from lora_fx.changes import Entry
 from lora_fx.checkpoint.pair import Finding, Pair
 from lora_fx.checkpoint.plan import Given, Options, Plan, make_plan
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
-from lora_fx.variant import Entry
 
 ALLOWED = Options(
     untie=True, again=True, allow_unused=True, allow_missing=True, add=True, any_base=True

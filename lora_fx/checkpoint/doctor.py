@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_fx.changes import name_of
 from lora_fx.checkpoint import checks_base, checks_file, checks_merge
 from lora_fx.checkpoint.osfile import explain
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
@@ -20,7 +21,6 @@ from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.compare import Report
 from lora_fx.lowrank import Full
 from lora_fx.target import base_name, table
-from lora_fx.variant import name_of
 
 
 class Check(NamedTuple):

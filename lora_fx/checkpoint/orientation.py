@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Change, Entry, Rows
 from lora_fx.checkpoint.layouts import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
 from lora_fx.checkpoint.loaded import STACKED
 from lora_fx.checkpoint.renamed import Renaming
@@ -19,7 +20,6 @@ from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full
 from lora_fx.target import base_name
-from lora_fx.variant import Change, Entry, Rows
 
 MARKED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter"))
 """model_type of models whose stacks say `is_transposed`, which PEFT goes by."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Entry
 from lora_fx.checkpoint.copying import read_at
 from lora_fx.checkpoint.folder import Checkpoint, open_checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
@@ -28,7 +29,6 @@ from lora_fx.formats.peft_raw import Raw, read_raw
 from lora_fx.lowrank import Array, LowRank
 from lora_fx.numeric import numpy_dtype
 from lora_fx.target import base_name
-from lora_fx.variant import Entry
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 

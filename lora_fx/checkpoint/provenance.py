@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Dense, Hadamard, Kronecker, Rows
 from lora_fx.checkpoint.fingerprint import FIELD, same_base
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.renamed import renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Array, Full, LowRank
-from lora_fx.variant import Dense, Hadamard, Kronecker, Rows
 
 METADATA = "lora_fx.merge"
 VERSION = 1

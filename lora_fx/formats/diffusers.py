@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Dense, Entry
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.formats import diffusers_write, naming, own_names
 from lora_fx.formats.lycoris import PREFIX
@@ -44,7 +45,6 @@ from lora_fx.formats.peft_names import from_tensors
 from lora_fx.formats.sniff import Seen
 from lora_fx.formats.tensorfile import Array, read_tensors, write_tensors
 from lora_fx.lowrank import LowRank
-from lora_fx.variant import Dense, Entry
 
 SUFFIXES = (".safetensors",)
 FOLDER = True

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Dense, Entry, Hadamard, Kronecker
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.masters import File
 from lora_fx.formats.peft_config import Pattern, targets
 from lora_fx.formats.peft_source import Source
 from lora_fx.formats.tensorfile import Array
 from lora_fx.lowrank import Layout
-from lora_fx.variant import Dense, Entry, Hadamard, Kronecker
 
 PREFIX = "base_model.model."
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}

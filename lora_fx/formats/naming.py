@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_fx.adapter import Adapter, near
+from lora_fx.changes import Entry
 from lora_fx.checkpoint.headers import tensors
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.sgm import sgm_names
-from lora_fx.variant import Entry
 
 
 @dataclass(frozen=True)

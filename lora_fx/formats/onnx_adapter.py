@@ -28,12 +28,12 @@ import ml_dtypes
 import numpy as np
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Entry, is_plain, name_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.masters import File
 from lora_fx.formats.sniff import Seen
 from lora_fx.formats.tensorfile import Array, is_float
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.variant import Entry, is_plain, name_of
 
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False

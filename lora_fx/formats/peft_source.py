@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.changes import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.tensorfile import Array, is_float
 from lora_fx.lowrank import Full
-from lora_fx.variant import Entry
 
 
 def finite(array: Array) -> bool:

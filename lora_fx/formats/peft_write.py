@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Dense, Rows, name_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_build import build_config
 from lora_fx.formats.peft_can import all_or_none, one_variant, partial, split_full
@@ -17,7 +18,6 @@ from lora_fx.formats.peft_own import VERSION
 from lora_fx.formats.peft_source import finite
 from lora_fx.formats.tensorfile import Array, is_float
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.variant import Dense, Rows, name_of
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")
 """Metadata that reading takes from the config and the tensors."""

@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 from lora_fx.target import Found, Target, base_name, split_use
-from lora_fx.variant import Entry
 
 COPY_OF = "lora_fx.copy_of"
 

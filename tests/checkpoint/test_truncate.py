@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import lora_fx
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Dense, Entry, Hadamard, Kronecker, Rows
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
 from lora_fx.svd import distance, product_svd, truncated
 from lora_fx.truncation import Truncation, truncation
-from lora_fx.variant import Dense, Entry, Hadamard, Kronecker, Rows
 
 
 def update(

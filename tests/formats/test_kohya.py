@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Dense, Hadamard, Kronecker, Rows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
-from lora_fx.variant import Dense, Hadamard, Kronecker, Rows
 
 Array = np.ndarray[Any, Any]
 X = "lora_unet_mid_x"

@@ -14,10 +14,10 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Hadamard, Kronecker
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.tensorfile import write_tensors
-from lora_fx.variant import Hadamard, Kronecker
 from tests.formats.test_kohya import X, close, normal, stored, whole, wide
 
 Array = np.ndarray[Any, Any]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Dense
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.lowrank import LowRank
 from lora_fx.mix import mix
-from lora_fx.variant import Dense
 from tests.formats.merging import check_with_peft
 
 torch = pytest.importorskip("torch")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_fx.changes import Rows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft as ours
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.variant import Rows
 from tests.formats.merging import (
     check_with_peft,
     close,
