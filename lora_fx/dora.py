@@ -1,4 +1,4 @@
-"""DoRA's rescaling of a weight, in blocks. Liu et al. 2024 (arXiv:2402.09353).
+"""DoRA's rescaling of a weight, in blocks and in graphs. Liu et al. 2024 (arXiv:2402.09353).
 
 In [out, in] order V = W + s·b·a, and the new weight is diag(magnitude / ‖V‖) · V, where ‖V‖ is the
 norm of each row: over everything but out.
@@ -21,7 +21,8 @@ from __future__ import annotations
 import numpy as np
 
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array
+from lora_fx.graph import Emitter, V
+from lora_fx.lowrank import Array, Layout
 
 
 def squares(block: Array) -> Array:
@@ -58,3 +59,20 @@ def factors(magnitude: Array, sums: Array, where: str) -> Array:
             "was the adapter trained on this model?",
         )
     return np.asarray(magnitude / np.sqrt(sums).astype(magnitude.dtype))
+
+
+def rescaled(e: Emitter[V], layout: Layout, v: V, magnitude: V | None) -> V:
+    """diag(magnitude / ‖V‖) · V in the stored shape, in any IR.
+
+    The norm is no function of the factors for gradients (section 4.3 of the paper), as in PEFT.
+
+    Args:
+        e: Of the IR.
+        layout: How [*batch, out, in] lies in v.
+        v: W + s·b·a, as it is stored.
+        magnitude: [*batch, out].
+    """
+    rows = layout.from_stored(e, v)
+    norm = e.op("detach", e.op("norm", rows))
+    column = e.op("reshape", magnitude, shape=(*layout.batch_shape, layout.out_size, 1))
+    return layout.to_stored(e, e.op("mul", rows, e.op("div", column, norm)))

@@ -48,7 +48,9 @@ def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
 def _rows(entry: LowRank, parts: list[Target], sizes: list[int]) -> Iterator[tuple[str, LowRank]]:
     start = 0
     for t, n in zip(parts, sizes, strict=True):
-        yield t.key, replace(entry, b=entry.b[start : start + n], layout=None)
+        rows = slice(start, start + n)
+        size = None if entry.magnitude is None else entry.magnitude[rows]
+        yield t.key, replace(entry, b=entry.b[rows], layout=None, magnitude=size)
         start += n
 
 

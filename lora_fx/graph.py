@@ -96,6 +96,10 @@ class Emitter(Protocol[V]):
     ========== ======================================= =========================
     matmul     x, y, as numpy.matmul
     add, mul   x, y (broadcast); y may be a float
+    div        x, y (broadcast)
+    norm       x: its length along the last axis,
+               which stays with size 1
+    detach     x, through which no gradient flows
     transpose  x                                       perm
     reshape    x (sizes known)                         shape
     slice      x                                       axis, start, stop

@@ -62,34 +62,43 @@ def removed(weight: Array, rank: int, scale: float, how: str, where: str) -> Arr
     wide = weight.astype(np.float64)
     if not np.isfinite(wide).all():
         raise LoraFxError(f"{where}: the base has NaN or infinite values")
-    part = _leading(wide, rank, where) if how == "pissa" else scale * _projected(wide, rank, where)
-    return np.asarray(part.astype(np.float32))
+    left, right = factors(wide, rank, how, where)
+    return np.asarray((left @ right * (1.0 if how == "pissa" else scale)).astype(np.float32))
 
 
-def _leading(weight: Array, rank: int, where: str) -> Array:
+def factors(weight: Array, rank: int, how: str, where: str = "") -> tuple[Array, Array]:
+    """The part's two factors, [out, rank] and [rank, in] in fp64; OLoRA's still lacks the s.
+
+    One side is orthonormal: the left one of OLoRA, that of the smaller side of PiSSA. `where` is
+    given where the part is to be redone: then one that is not unique is an error.
+    """
+    return (_leading if how == "pissa" else _projected)(weight, rank, where)
+
+
+def _leading(weight: Array, rank: int, where: str) -> tuple[Array, Array]:
     """The best approximation of this rank, by the eigenvectors of the smaller Gram matrix."""
     flat = weight if weight.shape[0] <= weight.shape[1] else weight.T
     values, vectors = np.linalg.eigh(flat @ flat.T)  # ascending
     sigma = np.sqrt(np.maximum(values[::-1], 0))
-    if rank < len(sigma) and sigma[rank - 1] - sigma[rank] <= _GAP * sigma[0]:
+    if where and rank < len(sigma) and sigma[rank - 1] - sigma[rank] <= _GAP * sigma[0]:
         raise LoraFxError(
             f"{where}: singular values {rank} and {rank + 1} are equal to fp32 "
             f"({sigma[rank - 1]:g}, {sigma[rank]:g}), so PiSSA's part is not unique",
             "save the adapter again with path_initial_model_for_weight_conversion",
         )
-    top = vectors[:, len(values) - rank :]
-    part = top @ (top.T @ flat)
-    return np.asarray(part if flat is weight else part.T)
+    top = vectors[:, len(values) - rank :][:, ::-1]
+    rest = top.T @ flat
+    return (top, rest) if flat is weight else (rest.T, top.T)
 
 
-def _projected(weight: Array, rank: int, where: str) -> Array:
+def _projected(weight: Array, rank: int, where: str) -> tuple[Array, Array]:
     """The projection onto the first columns."""
     q, r = np.linalg.qr(weight[:, :rank])
     size = np.abs(np.diag(r))
-    if size.min() <= _INDEPENDENT * size.max():
+    if where and size.min() <= _INDEPENDENT * size.max():
         raise LoraFxError(
             f"{where}: the first {rank} columns are not independent, so the part that OLoRA took "
             "off is not unique",
             "save the adapter again with path_initial_model_for_weight_conversion",
         )
-    return np.asarray(q @ (q.T @ weight))
+    return q, q.T @ weight

@@ -98,6 +98,18 @@ class Layout:
                 result.append(lo if len(result) == first else 0)
         return tuple(result)
 
+    def from_stored(self, e: Emitter[V], value: V) -> V:
+        """The stored shape → [*batch, out, in], in any IR."""
+        order = self.batch + self.out + self.in_
+        whole = (*self.batch_shape, self.out_size, self.in_size)
+        if tuple(self.shape) != self.stored:
+            value = e.op("reshape", value, shape=self.shape)
+        if order != tuple(range(len(order))):
+            value = e.op("transpose", value, perm=order)
+        if tuple(self.shape[i] for i in order) != whole:
+            value = e.op("reshape", value, shape=whole)
+        return value
+
     def to_stored(self, e: Emitter[V], delta: V) -> V:
         """[*batch, out, in] → the stored shape, in any IR."""
         order = self.batch + self.out + self.in_
@@ -180,10 +192,12 @@ class LowRank:
         b: [*batch, out, rank], fp32 master.
         alpha: Numerator of the scale.
         layout: How [*batch, out, in] lies in the stored tensor; None while unbound.
-        variant: Name of the update's kind; lora: alpha/rank, rslora: alpha/√rank.
+        variant: Name of the update's kind (lora_fx.variant); rslora: alpha/√rank, else alpha/rank.
         use: The alias of the parameter through which the update applies; empty for all uses.
         magnitude: [out] of DoRA: rows of W + ΔW in [out, in] order are rescaled to these norms
             (`lora_fx.dora` has the stored axis by op); None elsewhere.
+        frozen: How many of the last ranks do not train: what a start from W or its gradient
+            takes off, so that the base stays as it is.
     """
 
     a: Array
@@ -194,6 +208,7 @@ class LowRank:
     use: str = ""
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
     magnitude: Array | None = None
+    frozen: int = 0
 
     @property
     def rank(self) -> int:
@@ -240,6 +255,11 @@ def scale_of(alpha: float, rank: int, variant: str = "lora") -> float:
     return alpha / math.sqrt(rank) if variant == "rslora" else alpha / rank
 
 
+def alpha_of(scale: float, rank: int, variant: str = "lora") -> float:
+    """The inverse of scale_of."""
+    return scale * (math.sqrt(rank) if variant == "rslora" else rank)
+
+
 def default_alpha(rank: int) -> float:
     """Alpha where none is given: 2·rank."""
     return 2.0 * rank
@@ -270,23 +290,3 @@ def draw(
     bound = 1.0 / math.sqrt(layout.in_size)
     a = rng.uniform(-bound, bound, a_shape)
     return a.astype(np.float32), np.zeros(b_shape, np.float32)
-
-
-def slot_names(key: str) -> tuple[str, str]:
-    """The dotted names of a key's a and b: `PATH.lora_A.LEAF[region]`, `PATH.lora_B.…`.
-
-    A use stands in the leaf, its dots as slashes.
-
-    >>> slot_names("h.0.attn.weight[:, 0:4]")
-    ('h.0.attn.lora_A.weight[:, 0:4]', 'h.0.attn.lora_B.weight[:, 0:4]')
-    >>> slot_names("embed.weight@lm.head.weight")[0]
-    'embed.lora_A.weight@lm/head/weight'
-    """
-    head, bracket, region = key.partition("[")
-    head, at, use = head.partition("@")
-    path, dot, leaf = head.rpartition(".")
-    leaf += at + use.replace(".", "/")
-    return (
-        f"{path}{dot}lora_A.{leaf}{bracket}{region}",
-        f"{path}{dot}lora_B.{leaf}{bracket}{region}",
-    )

@@ -17,6 +17,7 @@ import numpy as np
 from lora_fx.adapter import Adapter, check_plain
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
+from lora_fx.slots import LEARNS
 from lora_fx.svd import truncated
 
 HOWS = ("cat", "svd", "linear")
@@ -53,6 +54,7 @@ def mix(
         pairs = [(adapter.lowrank[key], w) for adapter, w in parts if key in adapter.lowrank]
         entries[key] = _mixed(key, pairs, how, rank)
     metadata = dict(parts[0][0].metadata) if parts else {}
+    metadata.pop(LEARNS, None)
     return Adapter(entries, metadata)
 
 
@@ -72,7 +74,7 @@ def _mixed(key: str, pairs: Sequence[Pair], how: str, rank: int | None) -> LowRa
     b = np.concatenate([u.b * np.float32(w * u.scale) for u, w in pairs], axis=-1)
     if how == "svd":
         a, b = truncated(a, b, rank or max(u.rank for u, _ in pairs))
-    return replace(first, a=a, b=b, alpha=float(b.shape[-1]), variant="lora")
+    return replace(first, a=a, b=b, alpha=float(b.shape[-1]), variant="lora", frozen=0)
 
 
 def _linear(key: str, pairs: Sequence[Pair]) -> LowRank:
@@ -87,4 +89,4 @@ def _linear(key: str, pairs: Sequence[Pair]) -> LowRank:
         root = math.sqrt(abs(w * u.scale))
         a = a + u.a * np.float32(math.copysign(root, w * u.scale))
         b = b + u.b * np.float32(root)
-    return replace(first, a=a, b=b, alpha=float(first.rank), variant="lora")
+    return replace(first, a=a, b=b, alpha=float(first.rank), variant="lora", frozen=0)

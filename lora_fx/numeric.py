@@ -112,6 +112,10 @@ class NumpyEmitter:
         if prim in ("add", "mul"):
             y = np.asarray(xs[1], x.dtype) if isinstance(xs[1], (int, float)) else xs[1]
             return np.asarray(x + y if prim == "add" else x * y)
+        if prim == "div":
+            return np.asarray(x / xs[1])
+        if prim == "norm":
+            return np.asarray(np.sqrt(np.square(x).sum(-1, keepdims=True)))
         if prim == "transpose":
             return np.asarray(np.transpose(x, attrs["perm"]))
         if prim == "reshape":
@@ -130,7 +134,7 @@ class NumpyEmitter:
             return conv_transpose(x, xs[1], **attrs)
         if prim == "gather":
             return np.asarray(x[xs[1]])
-        if prim == "dropout":
+        if prim in ("dropout", "detach"):
             return np.asarray(x)
         if prim == "cast":
             return np.asarray(x.astype(numpy_dtype(attrs["dtype"])))

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank, default_alpha, draw
+from lora_fx.lowrank import default_alpha
 from lora_fx.regions import check_disjoint, rest
 from lora_fx.roles import HEAD_ROWS
 from lora_fx.selectors import select, select_names
 from lora_fx.target import Found, Target, split_use
-from lora_fx.uses import each_use, matmul_use, modules, op_of, own_use, tied
+from lora_fx.uses import each_use, matmul_use, own_use
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -169,16 +169,3 @@ def _known(found: Found, ranks: Mapping[str, Any]) -> Mapping[str, Any]:
         if found.get(key) is None:
             raise LoraFxError(f"the plan names {key!r}, which is no target", "run lora-fx targets")
     return ranks
-
-
-def initial(found: Found, plan: Plan, variant: str, seed: int) -> dict[str, LowRank]:
-    """Kaiming a and zero b for every target of a plan."""
-    updates = {}
-    for key, entry in plan.entries.items():
-        target = found[key]
-        a, b = draw(key, target.layout, entry.rank, seed)
-        extra: dict[str, Any] = {"op": op_of(target, entry.use)}
-        if (tied(target) or len(modules(target)) > 1) and not entry.use:
-            extra["tied"] = True  # several modules: no file of another tool can say that
-        updates[key] = LowRank(a, b, entry.alpha, target.layout, variant, entry.use, extra)
-    return updates

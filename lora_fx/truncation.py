@@ -20,6 +20,7 @@ from lora_fx.changes import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 from lora_fx.ranks import gains, within_budget, within_loss
+from lora_fx.slots import LEARNS
 from lora_fx.svd import Triplets, balanced, distance, product_svd
 from lora_fx.target import table
 
@@ -277,12 +278,14 @@ def _built(
         error = norm
         if new:
             a, b = balanced(u, s, vt, new)
-            entries[key] = replace(entry, a=a, b=b, alpha=float(new), variant="lora")
+            whole = replace(entry, alpha=float(new), variant="lora", frozen=0)
+            entries[key] = replace(whole, a=a, b=b)
             error = distance(entry.a, entry.b * np.float64(entry.scale), a, b)
         rows.append(Truncated(key, entry.rank, new, norm, error, saved))
     kept = [e for e in entries.values() if isinstance(e, LowRank)]
     size = sum(e.a.size + e.b.size for e in kept)
-    return Truncation(replace(adapter, entries=entries), tuple(rows), size)
+    metadata = {k: v for k, v in adapter.metadata.items() if k != LEARNS}  # of the old ranks
+    return Truncation(Adapter(entries, metadata), tuple(rows), size)
 
 
 def _as_lora(entry: LowRank) -> LowRank:

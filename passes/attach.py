@@ -7,21 +7,23 @@ fused path reads its weight raw) changes to the weight form first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lora_fx.adapter import Adapter, bind
+from lora_fx.adapter import Adapter
+from lora_fx.binding import bind
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx.attach import Attachment, attachment, is_attached
 from lora_fx.fx.calling import Called, Signature
 from lora_fx.fx.capture import Captured, capture
+from lora_fx.fx.flow import tensor
 from lora_fx.fx.live import REGISTRY
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.partial import partial_graphs
-from lora_fx.fx.tensors import named_tensors
+from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.forms import GraphPlanner
 from lora_fx.passes.pipeline import Selectors, insert, plan_of
@@ -33,7 +35,8 @@ from lora_fx.passes.prove_live import (
     prove_live,
     random_values,
 )
-from lora_fx.policy import initial
+from lora_fx.passes.started import check_variant, started
+from lora_fx.slots import learning, relearning
 
 
 def attach(
@@ -54,6 +57,9 @@ def attach(
     dynamic: Any = None,
     norm_stats: str = "frozen",
     dead: str = "error",
+    init: str = "kaiming",
+    data: Iterable[Mapping[str, Any]] | None = None,
+    loss: Any = "ce",
 ) -> Any:
     """Adapt a live module in place, with the targets and numbers that insert would give.
 
@@ -65,7 +71,8 @@ def attach(
         model: An nn.Module, or a Captured of one. It is changed.
         args: Example inputs.
         kwargs: Example inputs by keyword.
-        rank: As in insert, like alpha, include, exclude, also_train, variant, plan and seed.
+        rank: As in insert, like alpha, include, exclude, also_train, variant, plan, seed, init,
+            data and loss.
         dropout: On the input of each branch, in train mode; a weight that is computed as
             W + s·B·A has none.
         adapter: Start from this adapter; its targets and ranks replace the plan.
@@ -85,7 +92,8 @@ def attach(
         raise LoraFxError(
             "an adapter is attached to this model already", "detach it, or use load_adapter"
         )
-    _check(variant, dropout, norm_stats)
+    said = check_variant(variant, init, dropout, data)
+    _check(dropout, norm_stats)
     if adapter is not None and (include or exclude or also_train or plan is not None):
         raise LoraFxError(
             "an adapter brings its own targets and ranks",
@@ -105,13 +113,19 @@ def attach(
     if adapter is None:
         names = named_tensors(model)[0]
         chosen = plan_of(found, names, rank, alpha, include, exclude, also_train, plan)
-        updates = initial(found, chosen, variant, seed)
-        whole, notes = chosen.also_train, chosen.notes
+        read = cap.fx_graph().read if cap else lambda name: to_numpy(tensor(model, name))
+        updates, more = started(cap, found, chosen, read, variant, seed, init, data, loss)
+        whole, notes = chosen.also_train, (*chosen.notes, *said, *more)
     else:
         ready = bind(adapter, found)
-        updates, whole, notes = ready.lowrank, tuple(ready.full), ()
-        metadata = {**adapter.metadata, **metadata}
-    inserted = insert(cap, adapter=Adapter(updates), dead=dead) if cap and updates else None
+        updates, own = relearning(ready.lowrank, ready.metadata)
+        whole, notes = tuple(ready.full), ()
+        metadata = {**own, **metadata}
+    inserted = (
+        insert(cap, adapter=Adapter(updates, learning(updates)), dead=dead)
+        if cap and updates
+        else None
+    )
     if inserted is not None and len(inserted.updates) < len(updates):
         notes = (*notes, *inserted.notes)
         updates = {k: u for k, u in updates.items() if k in inserted.updates}
@@ -128,7 +142,7 @@ def attach(
         reference: Reference = Explicit(state, Signature(model.forward), args, kwargs)
     else:
         if inserted is not None:
-            inserted.load_adapter(Adapter(probe))
+            inserted.load_adapter(Adapter(probe, learning(probe)))
         reference = InGraph(state, cap, inserted)
     model.__dict__[REGISTRY] = state
     try:
@@ -162,9 +176,7 @@ def detach(model: Any) -> Any:
     return model
 
 
-def _check(variant: str, dropout: float, norm_stats: str) -> None:
-    if variant not in ("lora", "rslora"):
-        raise LoraFxError(f"no variant {variant!r}", "lora and rslora")
+def _check(dropout: float, norm_stats: str) -> None:
     if not 0.0 <= dropout < 1.0:
         raise LoraFxError(f"dropout {dropout} is not in [0, 1)", "0.05 is usual")
     if norm_stats not in ("frozen", "update"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter import Adapter, check_plain
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.batching import batch_symbol
@@ -52,6 +52,7 @@ def write_batch(
         NoEffectError: A row differs from its adapter alone; nothing is written.
     """
     for name, adapter in adapters.items():
+        check_plain(adapter, f"{name}: a file of one adapter a row")
         if adapter.full:
             raise LoraFxError(
                 f"{name}: it holds the whole tensor {min(adapter.full)!r}",

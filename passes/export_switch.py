@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter import Adapter, check_plain
 from lora_fx.checkpoint.osfile import check_output, replacing
 from lora_fx.compare import Report, demand, rel
 from lora_fx.errors import LoraFxError, NoEffectError
@@ -74,6 +74,8 @@ def write_switch(
         NoEffectError: The outputs differ, or a target changes nothing.
     """
     paths = beside(how.target, adapters, how.force)
+    for name, adapter in adapters.items():
+        check_plain(adapter, f"{name}: a switchable file")
     warnings = list(warnings)
     here = find(graph)
     if loose:

@@ -2,6 +2,8 @@
 
     W'[region] = W[region] + cast(s · (b @ a)),   b @ a, then s, then + W in fp32, rounded once
 
+DoRA's W' is m/‖V‖ · V with V that sum.
+
 Uses of a parameter that take the same updates share one constant. When these are all uses of the
 parameter (or, in a graph alone with its constants, the rest read none of the regions that change)
 its own constant is replaced; tied uses that differ get a constant of their own, so an update of a
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Deferred, Graph, Site, V
+from lora_fx.graph import Deferred, Emitter, Graph, Site, V
 from lora_fx.kinds import delta
 from lora_fx.lowrank import LowRank
 from lora_fx.numeric import NumpyEmitter
@@ -28,6 +30,7 @@ from lora_fx.passes.insert import reads_otherwise
 from lora_fx.regions import overlap
 from lora_fx.target import Found, Target
 from lora_fx.uses import applies
+from lora_fx.variant import variant_of
 from lora_fx.view import Region
 
 
@@ -177,10 +180,8 @@ def fold_value(
         before: npt.NDArray[Any] = base[rows].astype(work, copy=False)
         wide: npt.NDArray[Any] = np.array(before)
         for target, low in block:
-            a, b = low.a.astype(work), low.b.astype(work)
-            change = delta(NumpyEmitter(), low.layout or target.layout, a, b, float(low.scale))
             part = tuple(slice(lo, hi) for lo, hi in target.region)
-            wide[part] = wide[part] + change
+            wide[part] = _changed(wide[part], target, low)
         value[rows] = wide.astype(base.dtype, copy=False)
         if base.dtype == work:
             continue  # the sum as it is: nothing is rounded away
@@ -200,16 +201,26 @@ def fold_rows(
         base, rows = base[rows], slice(None)
     wide = base.astype(np.float64)
     for target, low in updates:
-        a, b = low.a.astype(np.float64), low.b.astype(np.float64)
-        change = delta(NumpyEmitter(), low.layout or target.layout, a, b, float(low.scale))
-        wide[tuple(slice(lo, hi) for lo, hi in target.region)] += change
+        part = tuple(slice(lo, hi) for lo, hi in target.region)
+        wide[part] = _changed(wide[part], target, low)
     return np.asarray(wide[rows])
+
+
+def _changed(part: npt.NDArray[Any], target: Target, low: LowRank) -> npt.NDArray[Any]:
+    """A region of W with its update in it, in the dtype of `part`."""
+    e: Emitter[npt.NDArray[Any]] = NumpyEmitter()
+    layout, work = low.layout or target.layout, part.dtype
+    change = delta(e, layout, low.a.astype(work), low.b.astype(work), float(low.scale))
+    size = None if low.magnitude is None else low.magnitude.astype(work)
+    return np.asarray(part + variant_of(low).change(e, layout, part, change, size))
 
 
 def _flat(base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]) -> bool:
     """True for updates of a whole matrix, whose rows can be had one by one."""
     return base.ndim == 2 and all(
-        (low.layout or t.layout).shape == base.shape and t.region == _whole(base)
+        (low.layout or t.layout).shape == base.shape
+        and t.region == _whole(base)
+        and (low.magnitude is None or (low.layout or t.layout).out == (0,))
         for t, low in updates
     )
 
@@ -237,7 +248,8 @@ def _narrowed(t: Target, low: LowRank, rows: slice, columns: int) -> tuple[Targe
     layout = (low.layout or t.layout).narrow(((rows.start, rows.stop), (0, columns)))
     assert layout is not None  # one axis is out, the other in
     if layout.out == (0,):
-        part = replace(low, b=low.b[rows], layout=layout)
+        size = None if low.magnitude is None else low.magnitude[rows]
+        part = replace(low, b=low.b[rows], layout=layout, magnitude=size)
     else:
         part = replace(low, a=low.a[:, rows], layout=layout)
     return replace(t, region=region), part

@@ -3,7 +3,7 @@
     output form    the module's forward returns y + B(A x)·s: only where the graph shows that
                    this forward is one op on the weight, and that every use of the weight that
                    the update reaches is in it
-    weight form    every read of `module.leaf` gives W + s·B·A: everywhere else
+    weight form    every read of `module.leaf` gives W + s·B·A, or DoRA's W': everywhere else
 
 An output head whose uses all lie inside has both: trainers that never make all logits read its
 weight outside its forward.
@@ -31,7 +31,7 @@ from lora_fx.fx.nodes import argument
 from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.graph import Parameter, Role, Site
 from lora_fx.lowrank import LowRank
-from lora_fx.passes.insert import Insert, factors
+from lora_fx.passes.insert import Insert, changed
 from lora_fx.target import Found, Target, split_use
 from lora_fx.uses import applies
 
@@ -202,14 +202,11 @@ def _inseparable(target: Target, why: str) -> LoraFxError:
 
 
 def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
-    """W + Σ s·b·a over the updates of one parameter, in its stored shape."""
+    """W with the updates of one parameter in it, in its stored shape."""
     e = Recorder()
     w = total = e.input(0)
     for target, update in group:
-        a, b = factors(e, target.key, update, w, Role.TRAIN)
-        change = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
-        change = kinds.pad_region(e, change, target.region, target.parameter.shape)
-        total = e.op("add", total, change)
+        total = changed(e, target, update, w, total, Role.TRAIN)
     return e.program(total)
 
 

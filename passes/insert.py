@@ -9,6 +9,10 @@ scale multiplies b, the smaller factor. In training, dropout acts on the branch'
 (the weight form has none, and says so). One update serves all uses of its target; a use that
 reads the tensor the other way round takes a = bᵀ, b = aᵀ. Updates of parts of one weight add up at
 its use, each with zeros around its factors.
+
+Frozen ranks, −b₀a₀ of a start that was taken from W, are a branch of their own: at the start both
+have the same numbers but for a sign, so that their sum is an exact zero. Dropout leaves them
+alone. A variant that is no sum, as DoRA, has the weight form: `changed`.
 """
 
 from __future__ import annotations
@@ -19,14 +23,16 @@ from typing import Any
 
 from lora_fx import kinds
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Graph, Role, Site, V
+from lora_fx.graph import Emitter, Graph, Role, Site, V
 from lora_fx.kinds import Factors, swap_last
-from lora_fx.lowrank import Layout, LowRank, slot_names
+from lora_fx.lowrank import Layout, LowRank
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
 from lora_fx.regions import contains, relative, widen
+from lora_fx.slots import Half, Slot, halves, slots_of
 from lora_fx.target import Found, Target, base_name
 from lora_fx.uses import applies
+from lora_fx.variant import variant_of
 from lora_fx.view import Region
 
 Pair = tuple[Target, LowRank]
@@ -81,27 +87,30 @@ class Insert:
         if self.weight_form or isinstance(site.kind, kinds.WeightForm) or read is None:
             return False
         ways = [_way(read, target, update) for target, update in pairs]
-        if "" in ways:
+        if "" in ways or not all(variant_of(update).branches for _, update in pairs):
             return False
         e = graph.emit(site)
         total = graph.output(site)
         for (target, update), way in zip(pairs, ways, strict=True):
-            x = graph.activation(site)
-            lookup = site.kind.name == "embedding"
-            if self.training and self.dropout and not lookup:
-                x = e.op("dropout", x, p=self.dropout)
-            like = graph.output(site) if lookup else x
-            scale = update.scale * site.gain
-            a, b = factors(e, target.key, update, like, self.role, scale)
             layout = update.layout or target.layout
-            if way == "flipped":
-                a, b = (e.op("transpose", t, perm=swap_last(0)) for t in (b, a))
-                layout = layout.transposed()
-            start = read[1].starts(relative(target.region, read[0]))
-            a, b = widen(e, read[1], layout, start, a, b, update.rank)
-            y = site.kind.branch(e, site, x, Factors(a, b, update.rank, read[1]))
-            if y is None:
-                return False
+            y: V | None = None
+            for half in halves(target.key, update, split=self.role is Role.TRAIN):
+                x = graph.activation(site)
+                lookup = site.kind.name == "embedding"
+                if self.training and self.dropout and half.trained and not lookup:
+                    x = e.op("dropout", x, p=self.dropout)
+                like = graph.output(site) if lookup else x
+                a, b = factors(e, half, like, self.role, update.scale * site.gain)
+                read_as = layout
+                if way == "flipped":
+                    a, b = (e.op("transpose", t, perm=swap_last(0)) for t in (b, a))
+                    read_as = layout.transposed()
+                start = read[1].starts(relative(target.region, read[0]))
+                a, b = widen(e, read[1], read_as, start, a, b, half.rank)
+                part = site.kind.branch(e, site, x, Factors(a, b, half.rank, read[1]))
+                if part is None:
+                    return False
+                y = part if y is None else e.op("add", y, part)
             total = e.op("add", total, y)
         graph.replace_output(site, total)
         return True
@@ -110,10 +119,7 @@ class Insert:
         e = graph.emit(site, before=True)
         stored = w = graph.weight(site)
         for target, update in pairs:
-            a, b = factors(e, target.key, update, stored, self.role)
-            change = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
-            change = kinds.pad_region(e, change, target.region, target.parameter.shape)
-            w = e.op("add", w, change)
+            w = changed(e, target, update, stored, w, self.role)
         graph.rebase(site, w)
 
 
@@ -137,13 +143,49 @@ def reads_otherwise(found: Found, key: str) -> bool:
     return any(t.parameter.name == base_name(key) for t in found.targets)
 
 
-def factors(
-    e: Any, key: str, update: LowRank, like: V, role: Role, scale: float | None = None
-) -> tuple[V, V]:
-    """A and scale·b as values in the dtype of `like`, from the tensors of one update."""
-    a_name, b_name = slot_names(key)
-    a = e.op("cast_like", e.parameter(a_name, update.a, role), like)
-    b = e.parameter(b_name, update.b, role)
+def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, role: Role) -> V:
+    """A weight with one update in it.
+
+    Args:
+        e: Of any IR.
+        target: Of the update.
+        update: Bound.
+        stored: The parameter as it is stored.
+        w: The same with the updates of other regions in it already.
+        role: Of the update's tensors.
+    """
+    layout, variant = update.layout or target.layout, variant_of(update)
+    change: V | None = None
+    for half in halves(target.key, update, split=role is Role.TRAIN):
+        a, b = factors(e, half, stored, role)
+        one = kinds.delta(e, layout, a, b, update.scale)
+        change = one if change is None else e.op("add", change, one)
+    assert change is not None
+    size = next((s for s in slots_of(target.key, update) if s.field == "magnitude"), None)
+    if size is not None:
+        magnitude = e.op("cast_like", e.parameter(size.name, size.value, role), stored)
+        change = variant.change(e, layout, _part(e, stored, target), change, magnitude)
+    return e.op("add", w, kinds.pad_region(e, change, target.region, target.parameter.shape))
+
+
+def _part(e: Emitter[V], stored: V, target: Target) -> V:
+    """The region of a target; the tensor itself where that is all of it."""
+    for axis, ((lo, hi), n) in enumerate(zip(target.region, target.parameter.shape, strict=True)):
+        if (lo, hi) != (0, n):
+            stored = e.op("slice", stored, axis=axis, start=lo, stop=hi)
+    return stored
+
+
+def factors(e: Any, half: Half, like: V, role: Role, scale: float | None = None) -> tuple[V, V]:
+    """A and scale·b as values in the dtype of `like`, from the tensors of one branch."""
+
+    def stored(slot: Slot) -> V:
+        own = Role.FROZEN if role is Role.TRAIN and not slot.trained else role
+        made: V = e.parameter(slot.name, slot.value, own)
+        return made
+
+    a = e.op("cast_like", stored(half.a), like)
+    b = stored(half.b)
     if scale is not None:
         b = e.op("mul", b, float(scale))
     return a, e.op("cast_like", b, like)

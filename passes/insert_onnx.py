@@ -31,7 +31,10 @@ from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.reference_onnx import reference_of
-from lora_fx.policy import initial, make_plan
+from lora_fx.policy import make_plan
+from lora_fx.slots import slots_of
+from lora_fx.start import OF_DATA, initial
+from lora_fx.variant import named_variant
 
 Selectors = str | Sequence[str] | None
 
@@ -47,6 +50,7 @@ def insert_onnx(
     plan: Any = None,
     variant: str = "lora",
     seed: int = 0,
+    init: str = "kaiming",
     dead: str = "error",
     inputs: Mapping[str, Any] | None = None,
     provider: str = "auto",
@@ -63,8 +67,9 @@ def insert_onnx(
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
         plan: {key: rank} or {key: {rank, alpha}}.
-        variant: lora (scale alpha/rank) or rslora (alpha/√rank).
+        variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.variant.
         seed: Of the initial values; each target draws from (seed, key).
+        init: What a and b start from, see lora_fx.start; those that read data are refused.
         dead: Targets that change no output. error; drop: left out, and said; allow: not asked.
         inputs: Arrays by input name for the check, instead of sampled ones.
         provider: auto, cpu or cuda.
@@ -79,8 +84,12 @@ def insert_onnx(
     check_output(target, force=force)
     if target.resolve() == source.resolve():
         raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
-    if variant not in ("lora", "rslora"):
-        raise LoraFxError(f"no variant {variant!r}", "lora and rslora")
+    named_variant(variant)
+    if init in OF_DATA:
+        raise LoraFxError(
+            f"init {init!r} starts from data, and an .onnx file has no gradients",
+            "kaiming, gaussian, orthogonal, pissa or olora",
+        )
     model = load(source)
     if PROPERTY in model.metadata_props:
         raise LoraFxError(f"{source}: it has slots for adapters already", "start from its base")
@@ -91,8 +100,8 @@ def insert_onnx(
         found, {n: n for n in found.shapes}, rank=rank, alpha=alpha,
         include=include, exclude=exclude, ranks=plan,
     )  # fmt: skip
-    updates = dict(initial(found, chosen, variant, seed))
-    notes = [*graph.notes, *chosen.notes]
+    updates, lowered = initial(found, chosen, variant, seed, init, graph.read)
+    notes = [*graph.notes, *chosen.notes, *lowered]
     with reference_of(source, graph, provider, inputs) as reference:
         if dead != "allow":
             idle = reference.idle(Adapter({k: _visible(u) for k, u in updates.items()}))
@@ -115,7 +124,8 @@ def insert_onnx(
             demand(parity, "untrained branches change the outputs")
     notes += [session.note] if session.note else []
     outputs = tuple(map(str, made.files))
-    trained = sum(u.a.size + u.b.size for u in updates.values())
+    slots = [slot for k, u in updates.items() for slot in slots_of(k, u)]
+    trained = sum(slot.value.size for slot in slots if slot.trained)
     details = {"targets": [found[k].to_json() for k in updates], "trained": trained}
     return Report("insert", True, tuple(parity), outputs, tuple(notes), details)
 

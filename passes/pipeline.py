@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_fx.adapter import Adapter, bind
+from lora_fx.adapter import Adapter
+from lora_fx.binding import bind
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.capture import Captured
@@ -24,7 +25,9 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
 from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.insert import Insert
-from lora_fx.policy import Plan, initial, make_plan
+from lora_fx.passes.started import check_variant, started
+from lora_fx.policy import Plan, make_plan
+from lora_fx.slots import relearning
 from lora_fx.target import Found
 
 Selectors = str | Sequence[str] | None
@@ -102,6 +105,9 @@ def insert(
     dynamic: Any = None,
     norm_stats: str = "frozen",
     dead: str = "error",
+    init: str = "kaiming",
+    data: Iterable[Mapping[str, Any]] | None = None,
+    loss: Any = "ce",
 ) -> AdaptedModule:
     """A trainable module with low-rank branches; the user's module is not touched.
 
@@ -114,7 +120,7 @@ def insert(
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
         also_train: Tensors trained whole, such as a new head.
-        variant: lora (scale alpha/rank) or rslora (alpha/√rank).
+        variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.variant.
         dropout: On the input of each branch, in train mode.
         plan: {key: rank} or {key: {rank, alpha}}, or a Plan.
         adapter: Start from this adapter; its targets and ranks replace the plan.
@@ -124,6 +130,10 @@ def insert(
             they behave as in the original, and the copied statistics move.
         dead: Every target is proven to take effect. error: one that does not is an error. drop:
             it is left out, and said. allow: nothing is proven.
+        init: What a and b start from: kaiming, gaussian, orthogonal, pissa, olora, eva or
+            lora-ga, see lora_fx.start. The base is never changed.
+        data: Batches by argument name, for eva and lora-ga.
+        loss: ce, mse, or a function of (output, labels), for lora-ga.
 
     Returns:
         An AdaptedModule. Parameters share the storage of the user's model; buffers are copies.
@@ -133,8 +143,7 @@ def insert(
         NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
         CaptureError: The model cannot be captured.
     """
-    if variant not in ("lora", "rslora"):
-        raise LoraFxError(f"no variant {variant!r}", "lora and rslora")
+    said = check_variant(variant, init, dropout, data)
     if not 0.0 <= dropout < 1.0:
         raise LoraFxError(f"dropout {dropout} is not in [0, 1)", "0.05 is usual")
     if dead not in ("error", "drop", "allow"):
@@ -161,12 +170,14 @@ def insert(
     metadata: dict[str, Any] = {"dropout": dropout}
     if adapter is None:
         chosen = plan_of(found, names, rank, alpha, include, exclude, also_train, plan)
-        updates = initial(found, chosen, variant, seed)
-        whole, notes = chosen.also_train, chosen.notes
+        read = cap.fx_graph().read
+        updates, more = started(cap, found, chosen, read, variant, seed, init, data, loss)
+        whole, notes = chosen.also_train, (*chosen.notes, *said, *more)
     else:
         bound = bind(adapter, found)
-        updates, whole, notes = bound.lowrank, tuple(bound.full), ()
-        metadata = {**adapter.metadata, "dropout": dropout}
+        updates, metadata = relearning(bound.lowrank, bound.metadata)
+        whole, notes = tuple(bound.full), ()
+        metadata["dropout"] = dropout
 
     module = _adapted(cap, found, updates, whole, notes, metadata, dropout, norm_stats)
     if dead != "allow" and module.base_dtype is not None and updates:

@@ -120,7 +120,8 @@ def _sum(
     each = [match(p.adapter, graph, found, names) for p in parts]
     if len(parts) == 1 and how == "cat":
         (one,) = each
-        updates = {k: replace(u, alpha=u.alpha * parts[0].weight) for k, u in one.updates.items()}
+        as_one = replace(parts[0].adapter, entries=dict(one.updates)).weighted(parts[0].weight)
+        updates = as_one.lowrank
         if one.whole and parts[0].weight != 1.0:
             raise LoraFxError(
                 f"{parts[0].where}: weight {parts[0].weight:g}, and it holds whole tensors",

@@ -28,6 +28,7 @@ from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.prove import arrays_of, prove
+from lora_fx.slots import slots_of, with_values
 from lora_fx.target import base_name, split_key
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -135,8 +136,10 @@ def _data(
 def random_values(key: str, update: LowRank) -> LowRank:
     """The same shapes with random a and b."""
     assert update.layout is not None
-    a, b = draw(key, update.layout, update.rank, 0, "probe")
-    return replace(update, a=a, b=b)
+    values = {s.field: s.value for s in slots_of(key, update)}
+    rank = update.rank - update.frozen
+    values["a"], values["b"] = draw(key, update.layout, rank, 0, "probe")
+    return with_values(update, values)
 
 
 @contextlib.contextmanager

@@ -20,13 +20,14 @@ from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, w
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.graph import Role
 from lora_fx.inputs import SIZES, Inputs
-from lora_fx.lowrank import LowRank, slot_names
+from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.reach import highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import Session, open_session, signature
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.reference import Array, Run
+from lora_fx.slots import slots_of
 
 
 class OnnxReference:
@@ -159,7 +160,9 @@ class OnnxReference:
 
     def _path(self, updates: Mapping[str, LowRank]) -> Path:
         """The file of the graph with branches for these keys and ranks."""
-        key = tuple((k, u.rank, u.use, str(u.layout)) for k, u in updates.items())
+        key = tuple(
+            (k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items()
+        )
         if key not in self._made:
             graph = self._clone()
             zeros = {
@@ -175,8 +178,8 @@ class OnnxReference:
 
 
 def _factors(key: str, update: LowRank) -> dict[str, Array]:
-    a, b = slot_names(key)
-    return {a: update.a, b: update.b * np.float32(update.scale)}
+    scaled = replace(update, b=update.b * np.float32(update.scale), frozen=0)
+    return {slot.name: slot.value for slot in slots_of(key, scaled)}
 
 
 @contextlib.contextmanager

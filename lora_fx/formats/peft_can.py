@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_config import conflicts
 from lora_fx.lowrank import Full, LowRank
+from lora_fx.variant import named_variant
 
 
 def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], dict[str, str]]:
@@ -51,16 +52,11 @@ def all_or_none(has: Mapping[str, bool], what: str = "DoRA") -> bool:
 
 
 def one_variant(updates: Mapping[str, LowRank]) -> str:
-    """The one variant of all updates."""
+    """The one scale of all updates, lora or rslora; how an update learns is not in the file."""
     first: dict[str, str] = {}
     for key, low in updates.items():
-        first.setdefault(low.variant, key)
-    odd = next((v for v in first if v not in ("lora", "rslora")), None)
-    if odd is not None:
-        raise LoraFxError(
-            f"the update of {first[odd]!r} is of variant {odd!r}; expected lora or rslora",
-            "fold it instead",
-        )
+        name = named_variant(low.variant).name
+        first.setdefault(name if name == "rslora" else "lora", key)
     if len(first) > 1:
         raise LoraFxError(
             f"{first['lora']!r} is lora and {first['rslora']!r} is rslora; expected one variant: "

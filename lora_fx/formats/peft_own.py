@@ -133,7 +133,8 @@ def _pair(reader: Reader, names: tuple[str, str], entry: Any, taken: set[str]) -
     magnitude = None
     if "magnitude" in entry:
         taken.add(entry["magnitude"])
-        magnitude = reader.source.vector(entry["magnitude"], b.shape[-2])
+        size = math.prod(b.shape[:-1])
+        magnitude = reader.source.vector(entry["magnitude"], size).reshape(b.shape[:-1])
     alpha, variant = float(entry["alpha"]), str(entry["variant"])
     return LowRank(a, b, alpha, None, variant, magnitude=magnitude)
 

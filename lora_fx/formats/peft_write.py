@@ -107,7 +107,7 @@ class _Writer:
             values = {names["a"]: low.a, names["b"]: low.b}
             if low.magnitude is not None:
                 names["magnitude"] = f"{lead}.magnitude"
-                values[names["magnitude"]] = low.magnitude
+                values[names["magnitude"]] = low.magnitude.reshape(-1)
             self.notes.append(f"PEFT will not see the update of {key!r}: {form.why}")
         else:
             names = dict(zip("ab", form.names, strict=True))

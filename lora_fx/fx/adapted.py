@@ -11,18 +11,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.adapter import Adapter, bind
+from lora_fx.adapter import Adapter
+from lora_fx.binding import bind
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.based import Base
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.effect import Effect
+from lora_fx.fx.held import grouped, moved
 from lora_fx.fx.module import CapturedModule, Rewriter
 from lora_fx.fx.ones import prove_ones
 from lora_fx.fx.reports import AdaptedReport
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
-from lora_fx.lowrank import Full, LowRank, slot_names
+from lora_fx.lowrank import Full, LowRank
 from lora_fx.mix import mix
+from lora_fx.slots import Slot, asked, frame, learning, relearning, slots_of, with_values
 from lora_fx.target import Found
+from lora_fx.variant import variant_of
 
 Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
 
@@ -78,17 +82,36 @@ class AdaptedModule(CapturedModule):
             self._inserter, self._programs = was, programs
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Key → the tensors a and b that the branches of the active adapter read."""
-        pairs = {}
-        for key in self._updates:
-            sides = []
-            for name in slot_names(key):
-                m, leaf = owner(self, name)
-                p = m._parameters[leaf]
-                assert p is not None
-                sides.append(p)
-            pairs[key] = (sides[0], sides[1])
-        return pairs
+        """Key → the tensors a and b that the branches of the active adapter read, as trained."""
+        return {key: (held["a"], held["b"]) for key, held in self.tensors().items()}
+
+    def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Key → every tensor of its update by field: a, b, and what `lora_fx.slots` adds."""
+        held: dict[str, dict[str, nn.Parameter]] = {}
+        for key, slot in self._slots():
+            m, leaf = owner(self, slot.name)
+            p = m._parameters[leaf]
+            assert p is not None
+            held.setdefault(key, {})[slot.field] = p
+        return held
+
+    def _slots(self) -> Iterator[tuple[str, Slot]]:
+        for key, update in self._updates.items():
+            for slot in slots_of(key, update):
+                yield key, slot
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """What trains, for an optimizer: one group for each learning rate of the variant.
+
+        Args:
+            lr: Of a, and of tensors trained whole; LoRA+ trains b faster.
+            weight_decay: Of every group.
+        """
+        rates: dict[int, float] = {}
+        for key, held in self.tensors().items():
+            by_field = variant_of(self._updates[key]).rates(lr)
+            rates |= {id(p): by_field.get(field, lr) for field, p in held.items()}
+        return grouped(self.parameters(), rates, lr, weight_decay)
 
     @property
     def found(self) -> Found:
@@ -113,16 +136,14 @@ class AdaptedModule(CapturedModule):
         if not self._active:
             return Adapter({})
         entries: dict[str, LowRank | Full] = {}
-        for key, (a, b) in self.slots().items():
-            update = self._updates[key]
-            one = (to_numpy(t).astype(np.float32, copy=True) for t in (a, b))
-            entries[key] = replace(update, a=next(one), b=next(one))
+        for key, held in self.tensors().items():
+            values = {k: to_numpy(t).astype(np.float32, copy=True) for k, t in held.items()}
+            entries[key] = with_values(self._updates[key], values)
         for name in self._also:
             m, leaf = owner(self, name)
             entries[name] = Full(to_numpy(m._parameters[leaf]).copy())
-        return Adapter(
-            entries, {**self._metadata, **self._sampled.now(self._updates, self._tensor)}
-        )
+        own = {**learning(self._updates), **self._sampled.now(self._updates, self._tensor)}
+        return Adapter(entries, {**self._metadata, **own})
 
     def _tensor(self, name: str) -> torch.Tensor:
         m, leaf = owner(self, name)
@@ -133,8 +154,8 @@ class AdaptedModule(CapturedModule):
 
     def changes_anything(self) -> bool:
         """False while every update is zero, as after insert, and no tensor is trained whole."""
-        pairs = self.slots().values()
-        return bool(self._also) or any(bool(a.any()) and bool(b.any()) for a, b in pairs)
+        pairs = self.tensors().items()
+        return bool(self._also) or any(moved(self._updates[k], held) for k, held in pairs)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -192,9 +213,9 @@ class AdaptedModule(CapturedModule):
             lone = len(wanted) == 1 and 1.0 in wanted.values()
             parts = [(self._stored[n], w) for n, w in wanted.items()]
             self._put(parts[0][0] if lone else mix(parts))
-            for pair in self.slots().values():
-                for p in pair:
-                    p.requires_grad_(lone)
+            held = self.tensors()
+            for key, slot in self._slots():
+                held[key][slot.field].requires_grad_(lone and slot.trained)
         self._active = wanted
 
     def scale(self, factor: float) -> None:
@@ -207,6 +228,8 @@ class AdaptedModule(CapturedModule):
 
     def _bound(self, adapter: Adapter) -> Adapter:
         bound = bind(adapter, self._found)
+        updates, metadata = relearning(bound.lowrank, bound.metadata)
+        bound = Adapter({**bound.entries, **updates}, metadata)
         names, _ = named_tensors(self)
         for name in bound.full:
             if names[name] not in self._also:
@@ -219,22 +242,23 @@ class AdaptedModule(CapturedModule):
     @torch.no_grad()
     def _put(self, bound: Adapter) -> None:
         """Put an adapter into the branches; equal shapes and scales keep the programs."""
-        if _form(bound.lowrank) == _form(self._updates):
-            for key, pair in self.slots().items():
-                update = bound.lowrank[key]
-                for side, value in zip(pair, (update.a, update.b), strict=True):
-                    side.copy_(torch.from_numpy(value))
+        if frame(bound.lowrank) == frame(self._updates):
             self._updates = dict(bound.lowrank)
+            held = self.tensors()
+            for key, slot in self._slots():
+                held[key][slot.field].copy_(torch.from_numpy(np.ascontiguousarray(slot.value)))
         else:
-            for key in self.slots():
-                self._drop(key)
+            for _, slot in self._slots():
+                m, leaf = owner(self, slot.name)
+                del m._parameters[leaf]
             device = next(self.parameters()).device
             self._updates = dict(bound.lowrank)  # the passes read it
             self._programs.compiled.clear()
             self._programs.codes.clear()
             self._graph(False, self._programs.captured.named)
-            for a, b in self.slots().values():
-                a.data, b.data = a.data.to(device), b.data.to(device)
+            for tensors in self.tensors().values():
+                for tensor in tensors.values():
+                    tensor.data = tensor.data.to(device)
         names, _ = named_tensors(self)
         originals = dict(self.captured.model.named_parameters())
         for name in self._also:  # what the adapter does not hold goes back to the model's own
@@ -245,18 +269,11 @@ class AdaptedModule(CapturedModule):
             p.copy_(originals[name] if full is None else from_numpy(full.value, like=p))
         self._metadata = dict(bound.metadata)
 
-    def _drop(self, key: str) -> None:
-        for name in slot_names(key):
-            m, leaf = owner(self, name)
-            del m._parameters[leaf]
-
     def report(self) -> AdaptedReport:
         """What is adapted, what is trained, and what had to be said."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
-        rows = tuple(
-            (key, u.rank, u.alpha, self._found[key].flops) for key, u in self._updates.items()
-        )
+        rows = tuple((key, *asked(u), self._found[key].flops) for key, u in self._updates.items())
         return AdaptedReport(
             rows,
             self._also,
@@ -267,8 +284,3 @@ class AdaptedModule(CapturedModule):
             self.effect,
             self.adapters if len(self.adapters) > 1 else (),
         )
-
-
-def _form(updates: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
-    """What programs depend on: the scale is a constant of the graph."""
-    return {k: (u.rank, u.scale, u.layout, u.use) for k, u in updates.items()}

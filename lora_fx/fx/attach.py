@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.adapter import Adapter, bind
+from lora_fx.adapter import Adapter
+from lora_fx.binding import bind
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.based import Base
 from lora_fx.fx.eager import bound
@@ -24,7 +24,8 @@ from lora_fx.fx.forms import Form, Planner
 from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, restore, swap
 from lora_fx.fx.reports import AdaptedReport
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, to_numpy
-from lora_fx.lowrank import Full, LowRank, slot_names
+from lora_fx.lowrank import Full, LowRank
+from lora_fx.slots import SIDES, asked, frame, learning, relearning, slots_of, with_values
 from lora_fx.target import Found, base_name
 
 
@@ -77,10 +78,10 @@ class Attachment:
             computed = "~" in key  # such a weight is where its parameters are
             stored = self.found[key].sites[0].behind[0] if computed else base_name(key)
             device = self._parameter(stored).device
-            for name, value in zip(slot_names(key), (update.a, update.b), strict=True):
-                module, leaf = owner(self.model, name, create=True)
-                tensor = torch.from_numpy(np.array(value, np.float32)).to(device)
-                module.register_parameter(leaf, nn.Parameter(tensor))
+            for slot in slots_of(key, update):
+                module, leaf = owner(self.model, slot.name, create=True)
+                tensor = torch.tensor(slot.value, dtype=torch.float32, device=device)
+                module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
         for n in self._flags:
             self._parameter(n).requires_grad_(n in self._also)
         try:
@@ -129,7 +130,7 @@ class Attachment:
             restore(module, base)
         self._swapped.clear()
         for module in list(self.model.modules()):
-            for name in ("lora_A", "lora_B"):
+            for name in SIDES:
                 if isinstance(module._modules.get(name), AdapterTensors):
                     del module._modules[name]
 
@@ -184,28 +185,30 @@ class Attachment:
         return p
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Key → the parameters A and B."""
-        names = {key: slot_names(key) for key in self.updates}
-        return {key: (self._parameter(a), self._parameter(b)) for key, (a, b) in names.items()}
+        """Key → the parameters A and B, as trained."""
+        held = {key: slots_of(key, u) for key, u in self.updates.items()}
+        return {
+            key: (self._parameter(s[0].name), self._parameter(s[1].name)) for key, s in held.items()
+        }
 
     @torch.no_grad()
     def fill(self, updates: Mapping[str, LowRank]) -> None:
-        """Write the values of `updates`, of the shapes installed, into A and B."""
-        for key, (a, b) in self.slots().items():
-            a.copy_(torch.from_numpy(updates[key].a))
-            b.copy_(torch.from_numpy(updates[key].b))
+        """Write the values of `updates`, of the shapes installed, into their parameters."""
+        for key in self.updates:
+            for slot in slots_of(key, updates[key]):
+                self._parameter(slot.name).copy_(torch.from_numpy(np.array(slot.value)))
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
         entries: dict[str, LowRank | Full] = {}
-        for key, (a, b) in self.slots().items():
-            first, second = (_whole(t).astype(np.float32, copy=True) for t in (a, b))
-            entries[key] = replace(self.updates[key], a=first, b=second)
+        for key, update in self.updates.items():
+            slots = {s.field: self._parameter(s.name) for s in slots_of(key, update)}
+            values = {k: _whole(p).astype(np.float32, copy=True) for k, p in slots.items()}
+            entries[key] = with_values(update, values)
         for name in self._also:
             entries[name] = Full(_whole(self._parameter(name)).copy())
-        return Adapter(
-            entries, {**self.metadata, **self._sampled.now(self.updates, self._parameter)}
-        )
+        own = {**learning(self.updates), **self._sampled.now(self.updates, self._parameter)}
+        return Adapter(entries, {**self.metadata, **own})
 
     @torch.no_grad()
     def load_adapter(self, adapter: Adapter) -> None:
@@ -219,7 +222,8 @@ class Attachment:
                 proven, or a whole tensor that is not among `also_train`.
         """
         found = bind(adapter, self.found)
-        for key, update in found.lowrank.items():
+        updates, metadata = relearning(found.lowrank, found.metadata)
+        for key, update in updates.items():
             if self.proven.get(key) != update.use:
                 raise LoraFxError(
                     f"{key!r} was not adapted when attach compared the model with its graph",
@@ -233,14 +237,14 @@ class Attachment:
                     f"the adapter holds the whole tensor {name!r}",
                     f"attach with also_train={name!r} before loading it",
                 )
-        if _frame(found.lowrank) == _frame(self.updates):
-            self.fill(found.lowrank)
+        if frame(updates) == frame(self.updates):
+            self.fill(updates)
         else:
-            self.install(found.lowrank)
+            self.install(updates)
         for name in self._also:  # what the adapter does not hold goes back to the model's own
             p = self._parameter(name)
             p.copy_(from_numpy(full[name].value, like=p) if name in full else self._originals[name])
-        self.metadata = dict(adapter.metadata)
+        self.metadata = metadata
         self.check_base(adapter)
 
     def check_base(self, adapter: Adapter) -> None:
@@ -251,7 +255,7 @@ class Attachment:
         """What is adapted, in which form, what is trained, and what had to be said."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
-        rows = tuple((k, u.rank, u.alpha, self.found[k].flops) for k, u in self.updates.items())
+        rows = tuple((k, *asked(u), self.found[k].flops) for k, u in self.updates.items())
         leaves = [
             f"{path}.{leaf}".lstrip(".")
             for path, f in self.forms.items()
@@ -269,11 +273,6 @@ class Attachment:
         ]
         notes = (*self._notes, *self._sampled.said, *self.planner.notes, *forms)
         return AdaptedReport(rows, self._also, trained, total - trained, self.found, notes)
-
-
-def _frame(updates: Mapping[str, LowRank]) -> dict[str, Any]:
-    """What the forms depend on: all but the numbers."""
-    return {k: (u.rank, u.alpha, u.layout, u.variant, u.use) for k, u in updates.items()}
 
 
 def _whole(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

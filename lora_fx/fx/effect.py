@@ -102,7 +102,8 @@ def prove_gradients(module: AdaptedModule, named: Mapping[str, Any]) -> Effect:
 def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn.Parameter]]]:
     """Random a and b in a module's updates, mode and buffers put back afterwards."""
     pairs = module.slots()
-    kept = [(p, p.detach().clone()) for pair in pairs.values() for p in pair]
+    held = module.tensors()
+    kept = [(p, p.detach().clone()) for h in held.values() for p in h.values()]
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
     was = module.training
     try:
@@ -110,9 +111,11 @@ def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn
             for key, (a, b) in pairs.items():
                 u = module.updates[key]
                 assert u.layout is not None
-                new_a, new_b = draw(key, u.layout, u.rank, 1, "probe")
+                new_a, new_b = draw(key, u.layout, u.rank - u.frozen, 1, "probe")
                 a.copy_(torch.from_numpy(new_a))
                 b.copy_(torch.from_numpy(new_b * np.float32(SIZE / abs(u.scale or 1.0))))
+                if u.frozen:  # a large part of W; the probe is small and random
+                    held[key]["b0"].mul_(SIZE)
         yield pairs
     finally:
         with torch.no_grad():

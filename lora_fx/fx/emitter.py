@@ -68,6 +68,12 @@ class FxEmitter:
             scalar = isinstance(xs[1], (int, float))
             packet = getattr(aten, prim)
             return self._call(packet.Scalar if scalar and prim == "mul" else packet.Tensor, xs)
+        if prim == "div":
+            return self._call(aten.div.Tensor, xs)
+        if prim == "norm":
+            return self._call(aten.linalg_vector_norm.default, (x, 2, [-1], True))
+        if prim == "detach":
+            return self._call(aten.detach.default, xs)
         if prim == "transpose":
             return self._call(aten.permute.default, (x, list(attrs["perm"])))
         if prim == "reshape":

@@ -164,6 +164,8 @@ def _call(flow: Flow, node: fx.Node) -> None:
         if source is not None:  # W + ΔW of the weight form: the weight is what it adds to
             flow.weights[node], flow.behind[node] = source, source.behind
         return
+    if is_marked(node) and "val" not in node.meta:
+        return  # a step on the way to ΔW; the copy of a chain behind it has its value's shape
     if source is not None:
         seen = _view(node, found[0], source)
         if seen is not None:

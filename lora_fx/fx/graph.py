@@ -179,6 +179,7 @@ class FxGraph:
 
     def rebase(self, site: Site, w: fx.Node) -> None:
         """The site reads w through a copy of its own chain; the copy is part of its branch."""
+        w.meta["val"] = self.weight(site).meta.get("val")  # what follows it reads shape and dtype
         self._replay(site, w, marked=True)
 
     def _replay(self, site: Site, start: fx.Node, *, marked: bool = False) -> None:
@@ -263,7 +264,8 @@ class FxGraph:
         module, leaf = owner(self.root, name, create=True)
         if leaf not in module._parameters:
             device = next((p.device for p in self.root.parameters()), None)
-            tensor = torch.from_numpy(np.array(value)).to(device)
+            # Torch's own memory is aligned, so that a run gives the same bits again.
+            tensor = torch.from_numpy(np.array(value)).clone().to(device)
             module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
 
 

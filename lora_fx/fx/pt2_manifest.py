@@ -14,7 +14,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.lowrank import Full, Layout, LowRank, slot_names
+from lora_fx.lowrank import Full, Layout, LowRank
+from lora_fx.slots import FIELDS, slots_of, with_values
 
 VERSION = 1
 _KINDS = {
@@ -60,11 +61,10 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> dict[s
 def _adapter(module: AdaptedModule) -> dict[str, Any]:
     rows = {}
     for key, u in module.updates.items():
-        a, b = slot_names(key)
         assert u.layout is not None
         rows[key] = {
-            "a": a,
-            "b": b,
+            **{slot.field: slot.name for slot in slots_of(key, u)},
+            "frozen": u.frozen,
             "rank": u.rank,
             "alpha": u.alpha,
             "scale": u.scale,
@@ -85,13 +85,15 @@ def read_adapter(manifest: Mapping[str, Any], state: Mapping[str, torch.Tensor])
         return None
     entries: dict[str, LowRank | Full] = {}
     for key, row in data["updates"].items():
-        a, b = (_values(state, row[side]) for side in ("a", "b"))
+        values = {f: _values(state, row[f]) for f in FIELDS if f in row}
+        frozen = int(row.get("frozen", 0))
         layout, extra = Layout.from_json(row["layout"]), dict(row["extra"])
         alpha, variant, use = float(row["alpha"]), str(row["variant"]), str(row["use"])
-        entries[key] = LowRank(a, b, alpha, layout, variant, use, extra)
-        if entries[key].rank != row["rank"]:  # type: ignore[union-attr]
+        low = LowRank(values["a"], values["b"], alpha, layout, variant, use, extra, frozen=frozen)
+        entries[key] = low = with_values(low, values)
+        if low.rank != row["rank"]:
             raise LoraFxError(
-                f"the manifest says rank {row['rank']} of {key!r}, its tensors {a.shape[-2]}",
+                f"the manifest says rank {row['rank']} of {key!r}, its tensors {low.rank}",
                 "the file is damaged",
             )
     for name in data["also_train"]:
@@ -109,7 +111,7 @@ def _values(state: Mapping[str, torch.Tensor], name: str) -> Any:
 def adapter_names(manifest: Mapping[str, Any]) -> frozenset[str]:
     """Names of the low-rank tensors in a file."""
     rows = (manifest.get("adapter") or {"updates": {}})["updates"].values()
-    return frozenset(row[side] for row in rows for side in ("a", "b"))
+    return frozenset(row[side] for row in rows for side in FIELDS if side in row)
 
 
 # --- the call ------------------------------------------------------------------------------------

@@ -14,22 +14,22 @@ import onnx_ir as ir
 
 from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array, Layout, LowRank, slot_names
+from lora_fx.lowrank import Array, Layout, LowRank
 from lora_fx.manifest import PROPERTY, VERSION
 from lora_fx.onnx.load import load
+from lora_fx.slots import FIELDS, learning, slots_of, with_values
 
 
 def listed(updates: Mapping[str, LowRank]) -> str:
     """JSON, for the model's metadata: bound updates by key."""
     targets = {}
     for key, u in updates.items():
-        a, b = slot_names(key)
         layout = u.layout
         assert layout is not None
         parts = [layout.shape, layout.batch, layout.out, layout.in_, layout.stored]
         targets[key] = {
-            "a": a, "b": b, "rank": u.rank, "alpha": u.alpha, "variant": u.variant,
-            "use": u.use, "layout": parts,
+            **{slot.field: slot.name for slot in slots_of(key, u)}, "frozen": u.frozen,
+            "rank": u.rank, "alpha": u.alpha, "variant": u.variant, "use": u.use, "layout": parts,
         }  # fmt: skip
     return json.dumps({"version": VERSION, "mode": "insert", "targets": targets})
 
@@ -52,10 +52,14 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
         )
     entries = {}
     for key, row in found["targets"].items():
-        a, b = (_tensor(model, row[side], path) for side in ("a", "b"))
+        values = {f: _tensor(model, row[f], path) for f in FIELDS if f in row}
         layout = Layout(*(tuple(part) for part in row["layout"]))
-        entries[key] = LowRank(a, b, row["alpha"], layout, row["variant"], row["use"])
-    return Adapter(entries)
+        low = LowRank(
+            values["a"], values["b"], row["alpha"], layout, row["variant"], row["use"],
+            frozen=row.get("frozen", 0),
+        )  # fmt: skip
+        entries[key] = with_values(low, values)
+    return Adapter(entries, learning(entries))
 
 
 def _tensor(model: ir.Model, name: str, path: str | PathLike[str]) -> Array:

@@ -76,6 +76,12 @@ def _turned(entry: LowRank, lookup: bool) -> LowRank:
     turned = replace(entry, use="", layout=None, extra=extra)
     if lookup == was_lookup:
         return turned
+    if entry.magnitude is not None:
+        raise LoraFxError(
+            "a DoRA update is for both the lookup and the head of a tied tensor, whose rows are "
+            "the columns of the other",
+            "give the update to one of them",
+        )
     a, b = np.swapaxes(entry.b, -1, -2), np.swapaxes(entry.a, -1, -2)
     op = "embedding" if lookup else "linear"
     return replace(turned, a=a, b=b, extra={**turned.extra, "op": op})

@@ -97,6 +97,15 @@ class OnnxEmitter:
                 kind = numpy_dtype(dtype_name(x) or "float32")
                 y = self._constant(np.array(y, np.float32).astype(kind))
             return self._call(prim.title(), x, y)
+        if prim == "div":
+            return self._call("Div", *xs)
+        if prim == "norm":
+            if self.owner.model.opset_imports.get("", 0) < 18:
+                return self._call("ReduceL2", xs[0], axes=[-1], keepdims=1)
+            return self._call("ReduceL2", xs[0], self._ints(-1), keepdims=1)
+        if prim == "detach":  # a file has no gradients
+            assert isinstance(xs[0], ir.Value)
+            return xs[0]
         if prim == "transpose":
             return self._call("Transpose", xs[0], perm=list(attrs["perm"]))
         if prim == "reshape":

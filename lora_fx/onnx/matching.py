@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter, bind, near
+from lora_fx.adapter import Adapter, near
+from lora_fx.binding import bind
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.onnx.copies import copies_of, spread

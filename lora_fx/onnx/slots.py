@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
 from lora_fx.kinds import swap_last
-from lora_fx.lowrank import slot_names
 from lora_fx.manifest import Slot
 from lora_fx.onnx.flow import MARK
 from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.slots import slot_names
 from lora_fx.target import Target
 
 

@@ -1,0 +1,158 @@
+"""Where the tensors of an update live beside the parameter: their names, values, what trains.
+
+==========  ==========================  ==================  ============================
+field       name                        shape               trained
+==========  ==========================  ==================  ============================
+a           PATH.lora_A.LEAF            [*batch, r, in]     yes, but for lora-fa
+b           PATH.lora_B.LEAF            [*batch, out, r]    yes
+a0, b0      PATH.lora_A0.LEAF, …        the same            no: the last `frozen` ranks
+magnitude   PATH.lora_magnitude.LEAF    [*batch, out]       yes
+==========  ==========================  ==================  ============================
+
+r is the trained rank. An update whose start was taken from W or its gradient has −b₀a₀ in its
+frozen ranks, so that ΔW is zero at first while W stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lora_fx.lowrank import Array, LowRank, alpha_of
+
+FIELDS = ("a", "b", "a0", "b0", "magnitude")
+SIDES = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude")
+"""Names of the modules that hold them, beside the parameter."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an update."""
+
+    field: str
+    name: str
+    value: Array
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Half:
+    """Two factors that make one branch: the trained ranks of an update, or its frozen ones."""
+
+    a: Slot
+    b: Slot
+
+    @property
+    def rank(self) -> int:
+        """Columns of b."""
+        return int(self.b.value.shape[-1])
+
+    @property
+    def trained(self) -> bool:
+        """False for the frozen ranks."""
+        return self.b.trained
+
+
+def slots_of(key: str, low: LowRank) -> tuple[Slot, ...]:
+    """Every tensor of an update."""
+    slots = [slot for half in halves(key, low) for slot in (half.a, half.b)]
+    if low.magnitude is not None:
+        slots.append(Slot("magnitude", _name(key, "magnitude"), low.magnitude))
+    return tuple(slots)
+
+
+def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
+    """The trained ranks of an update, then the frozen ones if it has such.
+
+    Args:
+        key: Of the update.
+        low: The update.
+        split: False gives one half with all ranks, for graphs that train nothing.
+    """
+    first, second = slot_names(key)
+    r = low.rank - low.frozen if split else low.rank
+    a = Slot("a", first, low.a[..., :r, :], low.variant != "lora-fa")
+    top = Half(a, Slot("b", second, low.b[..., :r]))
+    if r == low.rank:
+        return (top,)
+    a0 = Slot("a0", _name(key, "A0"), low.a[..., r:, :], False)
+    return (top, Half(a0, Slot("b0", _name(key, "B0"), low.b[..., r:], False)))
+
+
+def with_values(low: LowRank, values: Mapping[str, Array]) -> LowRank:
+    """The update with other numbers.
+
+    Args:
+        low: The update.
+        values: Arrays by field, for every field that `slots_of` names.
+    """
+    a, b = values["a"], values["b"]
+    if low.frozen:
+        a = np.concatenate([a, values["a0"]], axis=-2)
+        b = np.concatenate([b, values["b0"]], axis=-1)
+    return replace(low, a=a, b=b, magnitude=values.get("magnitude"))
+
+
+def asked(low: LowRank) -> tuple[int, float]:
+    """Rank and alpha without the frozen ranks, as whoever inserted the update gave them."""
+    rank = low.rank - low.frozen
+    return rank, low.alpha if not low.frozen else alpha_of(low.scale, rank, low.variant)
+
+
+LEARNS = "learns"
+"""The adapter metadata that keeps what no format says: how the updates learn."""
+
+
+def learning(updates: Mapping[str, LowRank]) -> dict[str, Any]:
+    """Metadata of an adapter, from which `relearning` has the variants and frozen ranks again."""
+    variants = {k: u.variant for k, u in updates.items() if u.variant not in ("lora", "rslora")}
+    frozen = {k: u.frozen for k, u in updates.items() if u.frozen}
+    return {LEARNS: {"variants": variants, "frozen": frozen}} if variants or frozen else {}
+
+
+def relearning(
+    updates: Mapping[str, LowRank], metadata: Mapping[str, Any]
+) -> tuple[dict[str, LowRank], dict[str, Any]]:
+    """Updates that learn as the metadata says, and the metadata without that."""
+    said = metadata.get(LEARNS) or {}
+    variants, frozen = said.get("variants", {}), said.get("frozen", {})
+    result = {}
+    for key, u in updates.items():
+        if u.variant == "lora" and variants.get(key) in ("lora-fa", "lora+"):
+            u = replace(u, variant=variants[key])
+        if isinstance(frozen.get(key), int) and 0 < frozen[key] < u.rank:
+            u = replace(u, frozen=frozen[key])
+        result[key] = u
+    return result, {k: v for k, v in metadata.items() if k != LEARNS}
+
+
+def frame(updates: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
+    """What programs depend on: all but the numbers; the scale is a constant of a graph."""
+    return {
+        k: (u.rank, u.frozen, u.scale, u.layout, u.use, u.variant, u.magnitude is None)
+        for k, u in updates.items()
+    }
+
+
+def slot_names(key: str) -> tuple[str, str]:
+    """The dotted names of a key's a and b: `PATH.lora_A.LEAF[region]`, `PATH.lora_B.…`.
+
+    A use stands in the leaf, its dots as slashes.
+
+    >>> slot_names("h.0.attn.weight[:, 0:4]")
+    ('h.0.attn.lora_A.weight[:, 0:4]', 'h.0.attn.lora_B.weight[:, 0:4]')
+    >>> slot_names("embed.weight@lm.head.weight")[0]
+    'embed.lora_A.weight@lm/head/weight'
+    """
+    return _name(key, "A"), _name(key, "B")
+
+
+def _name(key: str, side: str) -> str:
+    head, bracket, region = key.partition("[")
+    head, at, use = head.partition("@")
+    path, dot, leaf = head.rpartition(".")
+    leaf += at + use.replace(".", "/")
+    return f"{path}{dot}lora_{side}.{leaf}{bracket}{region}"

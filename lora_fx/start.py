@@ -1,0 +1,227 @@
+"""The values that an update starts from; the base weight is never changed.
+
+===========  ==========================================  =======  ==============================
+name         a, b                                        reads    source
+===========  ==========================================  =======  ==============================
+kaiming      a uniform in ±1/√in; b = 0                  nothing  PEFT's default
+gaussian     a normal with variance 1/r²; b = 0          nothing  PEFT
+orthogonal   b·a = 0, neither of them zero; even r       nothing  PEFT
+pissa        s·b·a = the best rank-r part of W           W        Meng et al. 2024, 2404.02948
+olora        b·a = Q_r R_r of W = QR                     W        Büyükakyüz 2024, 2406.01775
+eva          a = the first r principal axes of x; b = 0  data     Paischer et al., 2410.07170
+lora-ga      singular vectors of ∂L/∂W: a the first r,   data     Wang et al. 2024, 2407.05000
+             b the next r
+===========  ==========================================  =======  ==============================
+
+Where s·b·a is not zero at the start (pissa, olora, lora-ga), the papers take it off W. Here W
+stays, and −s·b₀a₀ is a frozen half of the update: ΔW = s·(b·a − b₀a₀), of rank 2r and zero at the
+start. Such an adapter is plain LoRA for every reader, and `truncate` brings its rank back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from lora_fx import initial as taken
+from lora_fx.errors import LoraFxError
+from lora_fx.lowrank import Array, Layout, LowRank, alpha_of, draw, generator
+from lora_fx.numeric import NumpyEmitter
+from lora_fx.policy import Entry, Plan
+from lora_fx.target import Found, Target
+from lora_fx.uses import modules, op_of, tied
+from lora_fx.variant import named_variant
+
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga")
+OF_WEIGHT = frozenset({"pissa", "olora"})
+OF_DATA: Mapping[str, str] = {"eva": "inputs", "lora-ga": "gradient"}
+"""The statistic that a start reads, by the start's name."""
+GAMMA = 16.0
+"""LoRA-GA's γ: of how large an update starts (its authors' and PEFT's default)."""
+
+
+class Moments(Protocol):
+    """What one calibration pass saw at a target."""
+
+    @property
+    def inputs(self) -> Array | None:
+        """E[x xᵀ], [*batch, in, in]."""
+        ...
+
+    @property
+    def gradient(self) -> Array | None:
+        """∂L/∂W, [*batch, out, in]."""
+        ...
+
+
+def check_init(init: str) -> None:
+    """Raise for a start that is not known."""
+    if init not in INITS:
+        raise LoraFxError(f"no init {init!r}", f"the starts are {', '.join(INITS)}")
+
+
+def initial(
+    found: Found,
+    plan: Plan,
+    variant: str = "lora",
+    seed: int = 0,
+    init: str = "kaiming",
+    read: Callable[[str], Array] | None = None,
+    moments: Mapping[str, Moments] | None = None,
+) -> tuple[dict[str, LowRank], tuple[str, ...]]:
+    """The updates of a plan at their start, and notes on ranks that a start cannot have.
+
+    Args:
+        found: The model's targets.
+        plan: Target key → rank and alpha.
+        variant: A name of `lora_fx.variant`.
+        seed: Each target draws from (seed, key).
+        init: A name of the table above.
+        read: The stored tensor of a parameter, for pissa, olora, and DoRA's magnitudes.
+        moments: By key, for eva and lora-ga.
+
+    Raises:
+        LoraFxError: A name that is not known, a rank that the start cannot have, a part of W that
+            is not unique, a row of W without a direction.
+    """
+    check_init(init)
+    kind = named_variant(variant)
+    updates, notes = {}, []
+    for key, entry in plan.entries.items():
+        target = found[key]
+        fitted = _fitted(key, entry, target.layout, init)
+        if fitted.rank != entry.rank:
+            notes.append(f"{key}: rank {entry.rank} lowered to {fitted.rank} for {init}")
+        weight = None
+        if read is not None and (init in OF_WEIGHT or not kind.branches):
+            weight = matrix(target, read(target.parameter.name))
+        scale = kind.scale(fitted.alpha, fitted.rank)
+        seen = (moments or {}).get(key)
+        a, b = _start(key, target.layout, fitted.rank, scale, seed, init, weight, seen)
+        low = LowRank(a, b, fitted.alpha, target.layout, variant, entry.use, _extra(target, entry))
+        if b.any() and init != "orthogonal":
+            low = _with_frozen(low, scale)
+        updates[key] = kind.prepared(low, weight, repr(key))
+    return updates, tuple(notes)
+
+
+def matrix(target: Target, stored: Array) -> Array:
+    """A target's part of a stored tensor as [*batch, out, in], fp64."""
+    part = stored[tuple(slice(lo, hi) for lo, hi in target.region)].astype(np.float64)
+    return np.asarray(target.layout.from_stored(NumpyEmitter(), part))
+
+
+def _extra(target: Target, entry: Entry) -> dict[str, Any]:
+    extra: dict[str, Any] = {"op": op_of(target, entry.use)}
+    if (tied(target) or len(modules(target)) > 1) and not entry.use:
+        extra["tied"] = True  # several modules: no file of another tool can say that
+    return extra
+
+
+def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
+    """The entry with the highest rank that the start allows; alpha/rank stays."""
+    rank = entry.rank
+    if init == "orthogonal":
+        rank -= rank % 2 if entry.rank == layout.max_rank else 0
+        if rank % 2 or not rank:
+            raise LoraFxError(
+                f"{key!r}: an orthogonal start has an even rank, not {entry.rank}",
+                "--rank 8, or exclude it",
+            )
+    if init == "lora-ga":  # a and b are different singular vectors
+        rank = min(rank, layout.max_rank // 2)
+        if not rank:
+            raise LoraFxError(
+                f"{key!r}: LoRA-GA takes two singular vectors a rank; its smaller side is 1",
+                "exclude it",
+            )
+    return replace(entry, rank=rank, alpha=entry.alpha * rank / entry.rank)
+
+
+def _with_frozen(low: LowRank, scale: float) -> LowRank:
+    """The update with −b₀a₀ in its last ranks, so that it is zero."""
+    a, b = np.concatenate([low.a, low.a], -2), np.concatenate([low.b, -low.b], -1)
+    alpha = alpha_of(scale, 2 * low.rank, low.variant)
+    return replace(low, a=a, b=b, alpha=alpha, frozen=low.rank)
+
+
+def _start(
+    key: str,
+    layout: Layout,
+    rank: int,
+    scale: float,
+    seed: int,
+    init: str,
+    weight: Array | None,
+    seen: Moments | None,
+) -> tuple[Array, Array]:
+    """A [*batch, rank, in] and b [*batch, out, rank], fp32."""
+    if init == "kaiming":
+        return draw(key, layout, rank, seed)
+    zero = np.zeros((*layout.batch_shape, layout.out_size, rank), np.float32)
+    if init == "gaussian":
+        shape = (*layout.batch_shape, rank, layout.in_size)
+        return (generator(key, seed).standard_normal(shape) / rank).astype(np.float32), zero
+    if init == "orthogonal":
+        return _orthogonal(key, layout, rank, seed)
+    if init in OF_WEIGHT:
+        assert weight is not None
+        return _each(weight, lambda w: _of_weight(w, rank, scale, init))
+    field = OF_DATA[init]
+    value = getattr(seen, field, None)
+    if value is None:
+        raise LoraFxError(
+            f"{key!r}: {init} starts from data, and calibration could not read this target",
+            "exclude it, or take another --init",
+        )
+    wide = np.asarray(value, np.float64)
+    if init == "eva":
+        axes = np.linalg.eigh(wide)[1][..., ::-1][..., :rank]  # eigh ascends
+        return np.ascontiguousarray(np.swapaxes(axes, -1, -2), np.float32), zero
+    if not np.isfinite(wide).all() or not wide.any():
+        raise LoraFxError(
+            f"{key!r}: its gradient is zero or not finite, so LoRA-GA has no start",
+            "exclude it, or look at the data",
+        )
+    return _each(wide, lambda g: _of_gradient(g, rank))
+
+
+def _each(matrices: Array, function: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
+    """(a, b) of every matrix of a stack, fp32."""
+    made = [function(m) for m in matrices.reshape(-1, *matrices.shape[-2:])]
+    sides = (np.stack(side).astype(np.float32) for side in zip(*made, strict=True))
+    a, b = (side.reshape(*matrices.shape[:-2], *side.shape[1:]) for side in sides)
+    return a, b
+
+
+def _orthogonal(key: str, layout: Layout, rank: int, seed: int) -> tuple[Array, Array]:
+    """Rows of one orthogonal matrix, the odd ones for a and the even ones for b."""
+    rng = generator(key, seed)
+    q = np.linalg.qr(rng.standard_normal((*layout.batch_shape, rank, rank)))[0]
+    odd, even = q[..., 0::2, :], q[..., 1::2, :]
+    half = (*layout.batch_shape, rank // 2)
+    right = rng.standard_normal((*half, layout.in_size)) / 10
+    left = rng.standard_normal((*half, layout.out_size)) / 10
+    a, b = np.swapaxes(odd, -1, -2) @ right, np.swapaxes(left, -1, -2) @ even
+    return a.astype(np.float32), b.astype(np.float32)
+
+
+def _of_weight(weight: Array, rank: int, scale: float, init: str) -> tuple[Array, Array]:
+    left, right = taken.factors(weight, rank, init)
+    if init == "olora":
+        return right, left
+    wide = left.shape[0] <= right.shape[1]  # then left is orthonormal, and right has the σ
+    sigma = np.linalg.norm(right, axis=1) if wide else np.linalg.norm(left, axis=0)
+    root = np.sqrt(np.maximum(sigma, np.finfo(np.float64).tiny)) ** (1 if wide else -1)
+    left, right = left * root, right / root[:, None]  # √σ for each side
+    return right / math.sqrt(scale), left / math.sqrt(scale)
+
+
+def _of_gradient(gradient: Array, rank: int) -> tuple[Array, Array]:
+    u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+    size = gradient.shape[0] ** 0.25 / math.sqrt(GAMMA)
+    return vt[:rank] * size, u[:, rank : 2 * rank] * size

@@ -1,0 +1,62 @@
+"""The updates that insert and attach start from, and the weights and data that those read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture import Captured
+from lora_fx.lowrank import Array, LowRank
+from lora_fx.policy import Plan
+from lora_fx.start import OF_DATA, OF_WEIGHT, check_init, initial
+from lora_fx.target import Found
+from lora_fx.variant import named_variant
+
+
+def check_variant(variant: str, init: str, dropout: float, data: object) -> tuple[str, ...]:
+    """Notes on what options have no say together; raises for a name that is not known."""
+    kind = named_variant(variant)
+    check_init(init)
+    if init in OF_DATA and data is None:
+        raise LoraFxError(
+            f"init {init!r} starts from data, and there is none", "data=… in Python, --data FILE"
+        )
+    if dropout and not kind.branches:
+        return (f"dropout {dropout:g} acts on branches, and {variant} computes its weight instead",)
+    return ()
+
+
+def started(
+    cap: Captured | None,
+    found: Found,
+    plan: Plan,
+    read: Callable[[str], Array],
+    variant: str,
+    seed: int,
+    init: str,
+    data: Iterable[Mapping[str, Any]] | None,
+    loss: Any,
+) -> tuple[dict[str, LowRank], tuple[str, ...]]:
+    """See `lora_fx.start.initial`.
+
+    Args:
+        cap: The model, for a start from data.
+        found: Its targets.
+        plan: Target key → rank and alpha.
+        read: The stored tensor of a parameter.
+        variant: A name of `lora_fx.variant`.
+        seed: Each target draws from (seed, key).
+        init: A name of `lora_fx.start`.
+        data: Batches by argument name, for eva and lora-ga.
+        loss: ce, mse, or a function of (output, labels).
+    """
+    moments = None
+    if init in OF_DATA:
+        from lora_fx.fx.calibrate import calibrate
+
+        if cap is None or data is None:
+            raise LoraFxError(f"init {init!r} needs a model that one graph can hold, and data")
+        moments = calibrate(cap, list(plan.entries), data, loss, (OF_DATA[init],))
+    wanted = init in OF_WEIGHT or not named_variant(variant).branches
+    return initial(found, plan, variant, seed, init, read if wanted else None, moments)
