@@ -73,7 +73,22 @@ def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="SELECTORS",
             help="Tensors trained whole, such as a new head.",
         ),
-        click.option("--variant", default="lora", show_default=True, help="lora or rslora."),
+        click.option(
+            "--variant",
+            type=click.Choice(["lora", "rslora", "dora", "lora-fa", "lora+"]),
+            default="lora",
+            show_default=True,
+            help="What an update is and how it learns.",
+        ),
+        click.option(
+            "--init",
+            type=click.Choice(
+                ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+            ),
+            default="kaiming",
+            show_default=True,
+            help="What A and B start from.",
+        ),
         click.option(
             "--dropout",
             type=float,
@@ -166,7 +181,7 @@ def held(cap: Any) -> Any:
     from lora_fx.fx.pt2 import module_of
 
     ctx = click.get_current_context()
-    for name in ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout"):
+    for name in ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init"):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise LoraFxError(
                 f"{cap.path} holds an adapter, which is trained on, so --{name.replace('_', '-')} "

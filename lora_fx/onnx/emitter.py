@@ -10,7 +10,7 @@ import onnx_ir as ir
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Deferred, Role, Site
 from lora_fx.numeric import numpy_dtype
-from lora_fx.onnx.flow import MARK, Found
+from lora_fx.onnx.flow import MARK, VIEW, Found
 from lora_fx.onnx.views import dtype_name
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class OnnxEmitter:
         self.site = found.site
         self.node = found.node
         self.before = before
+        self.viewing = False
         self.last = found.node
 
     def _call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
@@ -57,6 +58,8 @@ class OnnxEmitter:
 
     def _place(self, new: ir.Node) -> ir.Value:
         new.metadata_props[MARK] = self.site.id
+        if self.viewing:
+            new.metadata_props[VIEW] = "of the weight form"
         new.outputs[0].name = self.owner.fresh(f"{self.site.id}_lora")
         graph = self.node.graph
         assert graph is not None

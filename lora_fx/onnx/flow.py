@@ -18,6 +18,8 @@ from lora_fx.products import Shape
 from lora_fx.view import View
 
 MARK = "lora_fx"
+VIEW = "lora_fx.view"
+"""On the views of a use in weight form: they start at a sum instead of the weight."""
 WAS = "lora_fx.was"
 """On the value of a site whose name went to the sum with its branches."""
 
@@ -130,6 +132,8 @@ def _visit(flow: Flow, node: ir.Node) -> None:
     if MARK in node.metadata_props:
         if node.op_type == "Add" and weight is not None:
             flow.weights[node.outputs[0]] = weight  # W + ΔW of the weight form
+        elif VIEW in node.metadata_props and weight is not None:
+            _through(flow, node, weight)
         return
     if weight is not None and _through(flow, node, weight):
         return

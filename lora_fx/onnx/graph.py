@@ -152,7 +152,9 @@ class OnnxGraph:
 
     def rebase(self, site: Site, w: ir.Value) -> None:
         """The site reads w through a view of its own."""
-        operand = site.view.replay(self.emit(site, before=True), w)
+        e = self.emit(site, before=True)
+        e.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
+        operand = site.view.replay(e, w)
         self.at(site).node.replace_input_with(site.slot[0], operand)
         self.changed()
 

@@ -102,6 +102,55 @@ def test_zero_b_changes_nothing(row: Row) -> None:
     np.testing.assert_array_equal(run(graph.model, x), base)
 
 
+VARIANTS = {
+    "dora": lambda u: replace(u, magnitude=_sizes(u)),
+    "frozen ranks": lambda u: replace(u, frozen=1),
+    "lora-fa": lambda u: replace(u, variant="lora-fa"),
+}
+
+
+def _sizes(u: LowRank) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(1).uniform(0.5, 2, u.shape[:-1]).astype(np.float32)
+
+
+def varied(row: Row, u: LowRank) -> dict[str, np.ndarray[Any, Any]]:
+    """The weights with W' in place of W, axis by axis of the stored tensor."""
+    values = by_hand(row, u)
+    if u.magnitude is None:
+        return values
+    name, _, region = row.key.partition("[")
+    part = eval(f"np.s_[{region[:-1]}]") if region else ...  # our own keys, in a test
+    plain = weights_of(row)[name].astype(np.float64)
+    change = u.scale * row.change(u.a.astype(np.float64), u.b.astype(np.float64))
+    v, layout = (plain + change)[part], u.layout
+    assert layout is not None
+    own = [*layout.batch, *layout.out]
+    split = v.reshape(layout.shape)
+    sides = tuple(i for i in range(split.ndim) if i not in own)
+    length = np.sqrt((split * split).sum(axis=sides, keepdims=True))
+    sizes = u.magnitude.astype(np.float64).reshape([layout.shape[i] for i in own])
+    sizes = sizes.transpose(np.argsort(own)).reshape(length.shape)
+    plain[part] = (split * sizes / length).reshape(v.shape)
+    return {**values, name: plain.astype(np.float32)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("opset", [13, 18])
+@ids
+def test_variants_equal_the_weight_by_hand(row: Row, opset: int, variant: str) -> None:
+    x = example(row)
+    base = run(model_of(row, opset, weights_of(row)), x)
+    u = VARIANTS[variant](update(row, OnnxGraph(model_of(row, opset, weights_of(row)))))
+    want = run(model_of(row, opset, varied(row, u)), x)
+    assert rel(want, base) > 0.02, "a test of a no-op proves nothing"
+    for step in (Insert({row.key: u}, role=Role.TRAIN), Fold({row.key: u})):
+        graph = OnnxGraph(model_of(row, opset, weights_of(row)))
+        assert step(graph).modified
+        graph.lint()
+        assert rel(run(graph.model, x), want) < 5e-6, type(step).__name__
+        assert not step(graph).modified
+
+
 @ids
 def test_found(row: Row) -> None:
     found = find(OnnxGraph(model_of(row, 18, weights_of(row))))
