@@ -72,7 +72,12 @@ def rescaled(e: Emitter[V], layout: Layout, v: V, magnitude: V | None) -> V:
         v: W + s·b·a, as it is stored.
         magnitude: [*batch, out].
     """
-    rows = layout.from_stored(e, v)
-    norm = e.op("detach", e.op("norm", rows))
+    rows = e.op("mul", layout.from_stored(e, v), stretch(e, layout, v, magnitude))
+    return layout.to_stored(e, rows)
+
+
+def stretch(e: Emitter[V], layout: Layout, v: V, magnitude: V | None) -> V:
+    """Magnitude / ‖V‖ as [*batch, out, 1]; see `rescaled`."""
+    norm = e.op("detach", e.op("norm", layout.from_stored(e, v)))
     column = e.op("reshape", magnitude, shape=(*layout.batch_shape, layout.out_size, 1))
-    return layout.to_stored(e, e.op("mul", rows, e.op("div", column, norm)))
+    return e.op("div", column, norm)

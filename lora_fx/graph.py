@@ -180,6 +180,10 @@ class Graph(Protocol[V]):
         """The result of the site's op."""
         ...
 
+    def product(self, site: Site, e: Emitter[V]) -> V | None:
+        """The result of the site's op without its bias; None where that cannot be had apart."""
+        ...
+
     def emit(self, site: Site, *, before: bool = False) -> Emitter[V]:
         """An emitter that inserts after the site, or before it, and marks what it makes."""
         ...

@@ -58,6 +58,10 @@ class Kind(Protocol):
         """b·(a·x) in the shape of the op's output; None where only the weight form exists."""
         ...
 
+    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
+        """The shape in which a number a row of W goes with the result; empty where none does."""
+        ...
+
 
 def delta(e: Emitter[V], layout: Layout, a: V, b: V, scale: float) -> V:
     """s·b·a in the stored shape: b @ a first, then the scale, as PEFT does."""
@@ -76,6 +80,14 @@ def pad_region(e: Emitter[V], value: V, region: Region, shape: tuple[int, ...]) 
 def swap_last(n_batch: int) -> tuple[int, ...]:
     """The permutation that transposes the matrices of a stack."""
     return (*range(n_batch), n_batch + 1, n_batch)
+
+
+class Apart:
+    """A Kind whose rows of W are no axis of the result, or that nobody has written it for."""
+
+    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
+        """See Kind."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,10 @@ class Einsum:
         t = e.op("einsum", x, a, equation=f"{self.x},{batch}{rank}{in_}->{free}{rank}")
         return e.op("einsum", t, b, equation=f"{free}{rank},{batch}{out}{rank}->{self.y}")
 
+    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
+        """The last axis of x @ W."""
+        return (out,) if self.form == "right" and len(site.operand) == 2 else ()
+
 
 def linear(batch: str = "") -> Einsum:
     """X [..., in] with w [*batch, out, in]."""
@@ -154,7 +170,7 @@ def _y(batch: str) -> str:
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(Apart):
     """A gather of rows: w [in, out] by ids; in is the number of rows."""
 
     @property
@@ -177,7 +193,7 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class EmbeddingBag:
+class EmbeddingBag(Apart):
     """Rows of w [in, out] gathered by ids and reduced a bag at a time by sum, mean or max."""
 
     mode: str = "sum"
@@ -204,7 +220,7 @@ class EmbeddingBag:
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Apart):
     """Rows of x [n, in] sorted by group, each group times its own matrix of w [groups, in, out]."""
 
     @property
@@ -229,7 +245,7 @@ class Grouped:
 
 
 @dataclass(frozen=True)
-class WeightForm:
+class WeightForm(Apart):
     """A contraction whose low-rank part cannot be had from its output: only W + s·b·a.
 
     The gates of a recurrent op (the low-rank part would have to run at every step inside it), a

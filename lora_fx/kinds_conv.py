@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_fx.graph import Emitter, Site, V
-from lora_fx.kinds import Axes, Factors
+from lora_fx.kinds import Apart, Axes, Factors
 from lora_fx.view import Reshape
 
 
@@ -38,9 +38,13 @@ class Conv:
         b = e.op("reshape", f.b, shape=(site.operand[0], f.rank, *(1 for _ in window[1:])))
         return e.op("conv", e.like(site, x, a), b, groups=g)
 
+    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
+        """The axis of the channels, before those of the size."""
+        return (out, *(1 for _ in site.operand[2:]))
+
 
 @dataclass(frozen=True)
-class ConvTranspose:
+class ConvTranspose(Apart):
     """A transposed convolution: w [g·in, out, *kernel] over x [n, g·in, *size].
 
     Every input element is spread over the kernel, so here out spans it: out = C_out/g · ∏kernel.

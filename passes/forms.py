@@ -259,5 +259,8 @@ class _Recorded:
         with contextlib.suppress(LoraFxError):  # a primitive without a torch function
             self.programs[site.id] = self.emitters[site.id].program(y)
 
+    def product(self, site: Site, e: object) -> Value | None:
+        return None
+
     def rebase(self, site: Site, w: Value) -> None:
         pass

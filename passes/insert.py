@@ -12,7 +12,10 @@ its use, each with zeros around its factors.
 
 Frozen ranks, −b₀a₀ of a start that was taken from W, are a branch of their own: at the start both
 have the same numbers but for a sign, so that their sum is an exact zero. Dropout leaves them
-alone. A variant that is no sum, as DoRA, has the weight form: `changed`.
+alone. DoRA's g = m/‖V‖ multiplies the rows of V = W + s·b·a:
+
+    output form    y' = y + (g − 1)·(y − bias) + g·s·B(A x)   where out is one axis of the result
+    weight form    y' = op(x, view(W + (g·V − W)))            for every other use
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx import kinds
+from lora_fx import dora, kinds
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Emitter, Graph, Role, Site, V
 from lora_fx.kinds import Factors, swap_last
@@ -87,32 +90,79 @@ class Insert:
         if self.weight_form or isinstance(site.kind, kinds.WeightForm) or read is None:
             return False
         ways = [_way(read, target, update) for target, update in pairs]
-        if "" in ways or not all(variant_of(update).branches for _, update in pairs):
+        if "" in ways:
             return False
+        if not all(variant_of(update).branches for _, update in pairs):
+            return self._stretched_form(graph, site, pairs, ways)
         e = graph.emit(site)
         total = graph.output(site)
         for (target, update), way in zip(pairs, ways, strict=True):
-            layout = update.layout or target.layout
-            y: V | None = None
-            for half in halves(target.key, update, split=self.role is Role.TRAIN):
-                x = graph.activation(site)
-                lookup = site.kind.name == "embedding"
-                if self.training and self.dropout and half.trained and not lookup:
-                    x = e.op("dropout", x, p=self.dropout)
-                like = graph.output(site) if lookup else x
-                a, b = factors(e, half, like, self.role, update.scale * site.gain)
-                read_as = layout
-                if way == "flipped":
-                    a, b = (e.op("transpose", t, perm=swap_last(0)) for t in (b, a))
-                    read_as = layout.transposed()
-                start = read[1].starts(relative(target.region, read[0]))
-                a, b = widen(e, read[1], read_as, start, a, b, half.rank)
-                part = site.kind.branch(e, site, x, Factors(a, b, half.rank, read[1]))
-                if part is None:
-                    return False
-                y = part if y is None else e.op("add", y, part)
+            y = self._branch(graph, e, site, target, update, way)
+            if y is None:
+                return False
             total = e.op("add", total, y)
         graph.replace_output(site, total)
+        return True
+
+    def _branch(
+        self,
+        graph: Graph[V],
+        e: Emitter[V],
+        site: Site,
+        target: Target,
+        update: LowRank,
+        way: str,
+        stretch: V | None = None,
+    ) -> V | None:
+        """s·b(a x) in the shape of the result; the rows of b times `stretch` [*batch, out, 1]."""
+        read = site_layout(site, target.parameter.shape)
+        assert read is not None
+        layout = update.layout or target.layout
+        y: V | None = None
+        for half in halves(target.key, update, split=self.role is Role.TRAIN):
+            x = graph.activation(site)
+            lookup = site.kind.name == "embedding"
+            if self.training and self.dropout and half.trained and not lookup:
+                x = e.op("dropout", x, p=self.dropout)
+            like = graph.output(site) if lookup else x
+            a, b = factors(e, half, like, self.role, update.scale * site.gain)
+            if stretch is not None:
+                b = e.op("mul", b, stretch)
+            read_as = layout
+            if way == "flipped":
+                a, b = (e.op("transpose", t, perm=swap_last(0)) for t in (b, a))
+                read_as = layout.transposed()
+            start = read[1].starts(relative(target.region, read[0]))
+            a, b = widen(e, read[1], read_as, start, a, b, half.rank)
+            part = site.kind.branch(e, site, x, Factors(a, b, half.rank, read[1]))
+            if part is None:
+                return None
+            y = part if y is None else e.op("add", y, part)
+        return y
+
+    def _stretched_form(
+        self, graph: Graph[V], site: Site, pairs: Sequence[Pair], ways: Sequence[str]
+    ) -> bool:
+        """DoRA beside the op: see the formula above; False where the result has no such form."""
+        (target, update), *others = pairs
+        layout, stored = update.layout or target.layout, graph.weight(site)
+        whole = target.region == tuple((0, n) for n in target.parameter.shape)
+        if others or ways[0] != "straight" or not whole or layout.batch or site.gain != 1.0:
+            return False
+        shape = site.kind.along_out(site, layout.out_size)
+        e = graph.emit(site)
+        product = graph.product(site, e) if shape and not self.dropout else None
+        if product is None:
+            return False
+        v = e.op("add", stored, e.op("detach", _delta(e, target, update, stored, self.role)))
+        column = dora.stretch(e, layout, v, _magnitude(e, target, update, stored, self.role))
+        y = graph.output(site)
+        g = e.op("cast_like", column, y)
+        part = self._branch(graph, e, site, target, update, "straight", g)
+        if part is None:
+            return False
+        less = e.op("add", e.op("reshape", g, shape=shape), -1.0)
+        graph.replace_output(site, e.op("add", y, e.op("add", e.op("mul", product, less), part)))
         return True
 
     def _weight_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> None:
@@ -155,17 +205,28 @@ def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, rol
         role: Of the update's tensors.
     """
     layout, variant = update.layout or target.layout, variant_of(update)
-    change: V | None = None
-    for half in halves(target.key, update, split=role is Role.TRAIN):
-        a, b = factors(e, half, stored, role)
-        one = kinds.delta(e, layout, a, b, update.scale)
-        change = one if change is None else e.op("add", change, one)
-    assert change is not None
-    size = next((s for s in slots_of(target.key, update) if s.field == "magnitude"), None)
-    if size is not None:
-        magnitude = e.op("cast_like", e.parameter(size.name, size.value, role), stored)
+    change = _delta(e, target, update, stored, role)
+    if update.magnitude is not None:
+        magnitude = _magnitude(e, target, update, stored, role)
         change = variant.change(e, layout, _part(e, stored, target), change, magnitude)
     return e.op("add", w, kinds.pad_region(e, change, target.region, target.parameter.shape))
+
+
+def _delta(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> V:
+    """s·b·a in the stored shape of the target's region, in the dtype of `stored`."""
+    total: V | None = None
+    for half in halves(target.key, update, split=role is Role.TRAIN):
+        a, b = factors(e, half, stored, role)
+        one = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
+        total = one if total is None else e.op("add", total, one)
+    assert total is not None
+    return total
+
+
+def _magnitude(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> V:
+    """DoRA's magnitude, [*batch, out], in the dtype of `stored`."""
+    slot = next(s for s in slots_of(target.key, update) if s.field == "magnitude")
+    return e.op("cast_like", e.parameter(slot.name, slot.value, role), stored)
 
 
 def _part(e: Emitter[V], stored: V, target: Target) -> V:

@@ -16,7 +16,7 @@ from lora_fx.fx.computed import evaluate
 from lora_fx.fx.emitter import MARK, FxEmitter, is_marked, mark
 from lora_fx.fx.flops import data_flops
 from lora_fx.fx.flow import Flow, tensor, weight_flow
-from lora_fx.fx.nodes import dtype_name, value
+from lora_fx.fx.nodes import argument, dtype_name, value
 from lora_fx.fx.sites import Found, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.graph import Deferred, Parameter, Role, Site
@@ -153,6 +153,21 @@ class FxGraph:
         if first:
             return _node(first[0])
         raise LoraFxError(f"nothing reads the result of site {site.id!r}")
+
+    def product(self, site: Site, e: Any) -> fx.Node | None:
+        """See lora_fx.graph.Graph; torch knows it of linear layers and convolutions."""
+        node, y = self._at(site), self.output(site)
+        row = ops.row_of(node)
+        assert row is not None
+        bias = None if row.bias is None else ops.pick(node, (row.bias,))
+        if not isinstance(bias, fx.Node):
+            return y
+        if row.op == "addmm" and float(argument(node, "beta", 1)) != 1.0:
+            return None
+        if row.op.startswith("conv"):
+            bias = e.op("reshape", bias, shape=(-1, *(1 for _ in site.operand[2:])))
+        less = e.op("cast_like", e.op("mul", bias, -1.0), y)
+        return _node(e.op("add", less, y))
 
     def emit(self, site: Site, *, before: bool = False) -> FxEmitter:
         """An emitter at the site: after its node (branch) or before it (weight form)."""

@@ -150,6 +150,10 @@ class OnnxGraph:
                 graph.outputs[i] = y
         self.changed()
 
+    def product(self, site: Site, e: object) -> ir.Value | None:
+        """None: files serve and start from the weight form."""
+        return None
+
     def rebase(self, site: Site, w: ir.Value) -> None:
         """The site reads w through a view of its own."""
         e = self.emit(site, before=True)

@@ -145,7 +145,7 @@ def test_attach_is_insert(variant: str, init: str) -> None:
 def test_dora_learns_as_in_peft() -> None:
     """Same A, same batches, no dropout: losses equal step by step; the norm is a constant."""
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["conv", "up", "out"], use_dora=True)
-    theirs = peft.get_peft_model(model(), config)  # type: ignore[arg-type]
+    theirs = peft.get_peft_model(model(), config)
     ours = lora_fx.insert(model(), (X,), rank=2, include="conv,up,out", variant="dora")
     first = dict(theirs.named_parameters())
     with torch.no_grad():
@@ -171,8 +171,8 @@ def test_dora_learns_as_in_peft() -> None:
 def test_starts_are_those_of_peft(init: str) -> None:
     """PEFT takes the part off W; here a frozen half does. The products are the same."""
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["up"], init_lora_weights=init)
-    theirs = peft.get_peft_model(model(), config)  # type: ignore[arg-type]
-    layer: Any = theirs.base_model.model.up  # type: ignore[union-attr]
+    theirs = peft.get_peft_model(model(), config)
+    layer: Any = theirs.base_model.model.up
     (a, b), scale = (layer.lora_A.default.weight, layer.lora_B.default.weight), 3.0
     ours = lora_fx.insert(model(), (X,), rank=2, alpha=6, include="up", init=init)
     a1, b1 = ours.slots()["up.weight"]
