@@ -17,6 +17,7 @@ from lora_fx.cli.options import (
     refuse_given,
     target_options,
 )
+from lora_fx.cli.starting import START, start_from, start_options
 
 
 @click.command("insert")
@@ -29,6 +30,7 @@ from lora_fx.cli.options import (
     help="Folder, .safetensors, .pt2; .onnx from .onnx.",
 )
 @target_options
+@start_options
 @model_options
 @force_option
 @json_option
@@ -55,9 +57,10 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     if model.endswith(".onnx"):
         _onnx(model, output, force, as_json, options)
         return
-    _, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
+    loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
+    start = start_from(loaded, cap, options["init"], **{k: options.pop(k) for k in START})
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
-    module = insert(cap, **chosen)
+    module = insert(cap, **chosen, **start)
     report = module.report()
     if output.endswith(".pt2"):
         from lora_fx.fx.pt2 import save_program
@@ -87,7 +90,7 @@ def _onnx(model: str, output: str, force: bool, as_json: bool, options: dict[str
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")
     arrays = load_npz(options.pop("inputs_file")) or None
-    no_say = ("also_train", "dropout", "weights", "dynamic", "static", "trust")
+    no_say = ("also_train", "dropout", *START, "weights", "dynamic", "static", "trust")
     refuse_given(model, no_say)
     kept = {k: v for k, v in options.items() if k not in no_say}
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in kept.items()}

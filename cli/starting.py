@@ -1,0 +1,55 @@
+"""Options of a start that reads data (--init eva, lora-ga), and the batches that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from lora_fx.errors import LoraFxError
+
+START = ("data", "label", "loss")
+"""What start_options give to start_from."""
+BATCH = 32
+"""Examples that run at a time."""
+
+
+def start_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that inserts and trains nothing."""
+    options = [
+        click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
+        click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
+        click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def start_from(
+    loaded: Any, cap: Any, init: str, data: str | None, label: str, loss: str
+) -> dict[str, Any]:
+    """Keyword arguments of insert; empty for a start that reads no data."""
+    from lora_fx.fx.factory import load_function
+    from lora_fx.start import OF_DATA
+
+    if init not in OF_DATA:
+        if data:
+            raise LoraFxError(f"--init {init} reads no data", f"--init {' or '.join(OF_DATA)}")
+        return {}
+    if not data:
+        raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
+    from lora_fx.cli.options import training_data
+
+    table = training_data(data, loaded, cap, label, 128)
+    return {
+        "data": batches_of(table),
+        "loss": load_function(loss) if ":" in loss else loss,
+    }
+
+
+def batches_of(table: Any, seed: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The columns of one pass over the data."""
+    for batch in table.batches(BATCH, seed):
+        yield batch.columns
