@@ -122,17 +122,19 @@ def two_runtimes() -> str:
 @click.pass_context
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """Every command is in COMMANDS."""
-    ctx.obj = {"verbose": verbose, "quiet": quiet, "notes": []}
+    argv = (ctx.obj or {}).get("argv")  # main's
+    ctx.obj = {"verbose": verbose, "quiet": quiet, "notes": [], "argv": argv}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every way out has its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     everywhere = [a for a in argv if a in ("-v", "--verbose", "-q", "--quiet")]
+    given = {"argv": argv}
     argv = everywhere + [a for a in argv if a not in everywhere]
     try:
         with stopping():
-            code = group.main(argv, prog_name="lora-fx", standalone_mode=False)
+            code = group.main(argv, prog_name="lora-fx", standalone_mode=False, obj=given)
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as e:
         _fail(e, argv, e.exit_code)
@@ -220,7 +222,7 @@ def emit(
     refused: LoraFxError | None = None,
     **fields: Any,
 ) -> None:
-    """The result: text for people, or the one JSON object of docs/json.md.
+    """The result: text for people, or the one JSON object of docs/json.md; and its --report.
 
     `refused` ends the command after its result was shown: the object says ok = false, and the
     error follows on stderr with its exit code.
@@ -230,7 +232,8 @@ def emit(
     if refused is not None:
         ok, refused.told = False, True
         fields |= {"error": refused.message, "hint": refused.hint}
-    if as_json:
+    page, force = (ctx.find_root().obj or {}).get("report", (None, False)) if ctx else (None, False)
+    if as_json or page:
         from lora_fx import __version__
 
         whole = {
@@ -242,6 +245,12 @@ def emit(
             "warnings": list(dict.fromkeys([*said, *warnings])),
             **fields,
         }
+    if page:
+        from lora_fx.cli.reporting import write
+
+        write(whole, page, force)
+        text = f"{text}\nwrote {page}".lstrip()
+    if as_json:
         click.echo(json.dumps(whole, indent=1, default=str))
     elif text:
         click.echo(text)

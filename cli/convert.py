@@ -8,6 +8,7 @@ import click
 
 from lora_fx.cli.common import emit, note
 from lora_fx.cli.options import force_option, json_option, trust_option
+from lora_fx.cli.reporting import report_option
 
 _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 
@@ -35,6 +36,7 @@ _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 @trust_option
 @force_option
 @json_option
+@report_option
 def command(
     adapter: str,
     output: str,

@@ -19,6 +19,7 @@ from lora_fx.cli.options import (
     refuse_given,
     triton_options,
 )
+from lora_fx.cli.reporting import report_option
 
 
 @click.command("export")
@@ -40,6 +41,7 @@ from lora_fx.cli.options import (
 @model_options
 @force_option
 @json_option
+@report_option
 def command(
     model: str,
     adapters: tuple[str, ...],

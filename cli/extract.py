@@ -10,6 +10,7 @@ import click
 
 from lora_fx.cli.common import emit, note, say
 from lora_fx.cli.options import force_option, json_option
+from lora_fx.cli.reporting import report_option
 
 
 @click.command("extract")
@@ -31,6 +32,7 @@ from lora_fx.cli.options import force_option, json_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random subspaces.")
 @force_option
 @json_option
+@report_option
 def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 

@@ -17,6 +17,7 @@ from lora_fx.cli.options import (
     refuse_given,
     target_options,
 )
+from lora_fx.cli.reporting import report_option
 from lora_fx.cli.starting import START, start_from, start_options
 
 
@@ -34,6 +35,7 @@ from lora_fx.cli.starting import START, start_from, start_options
 @model_options
 @force_option
 @json_option
+@report_option
 def command(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Insert untrained branches and write them.
 
@@ -77,9 +79,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
         inputs=cap.inputs.to_json(),
         outputs=[output],
         warnings=report.notes,
-        targets=[module.found[k].to_json() for k in module.updates],
-        trained=report.trained,
-        frozen=report.frozen,
+        **report.to_json(),
     )
 
 

@@ -9,6 +9,7 @@ import click
 from lora_fx.cli.common import emit, note, progress_bar
 from lora_fx.cli.merging import ONNX, load_numpy, merge_file, merge_options, onnx_options
 from lora_fx.cli.options import force_option, json_option, split_weight
+from lora_fx.cli.reporting import report_option
 
 
 @click.command("merge")
@@ -29,6 +30,7 @@ from lora_fx.cli.options import force_option, json_option, split_weight
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
 @force_option
 @json_option
+@report_option
 def command(
     base: str,
     adapters: tuple[str, ...],

@@ -11,6 +11,7 @@ import click
 from lora_fx.cli.common import emit
 from lora_fx.cli.merging import arguments, load_numpy, merge_options
 from lora_fx.cli.options import force_option, json_option, split_weight
+from lora_fx.cli.reporting import report_option
 from lora_fx.errors import LoraFxError, NoEffectError
 
 
@@ -36,6 +37,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 @merge_options
 @force_option
 @json_option
+@report_option
 def command(
     base: str,
     adapters: tuple[str, ...],

@@ -16,6 +16,7 @@ from lora_fx.cli.options import (
     target_options,
     training_data,
 )
+from lora_fx.cli.reporting import report_option
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
 FROM_1 = click.IntRange(min=1)
@@ -39,6 +40,7 @@ FROM_1 = click.IntRange(min=1)
 @model_options
 @force_option
 @json_option
+@report_option
 def command(model: str, data: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
@@ -94,6 +96,6 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     emit(
         as_json, "train", f"{module.report()}\n{text}\n{report.verdict}\nwrote {output}",
         inputs=cap.inputs.to_json(), outputs=[output], warnings=module.report().notes,
-        targets=[module.found[k].to_json() for k in module.updates],
+        **module.report().to_json(),
         examples={"training": len(training), "validation": len(validation)}, **report.to_json(),
     )  # fmt: skip

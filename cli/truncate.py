@@ -6,6 +6,7 @@ import click
 
 from lora_fx.cli.common import emit, note
 from lora_fx.cli.options import adapter_of, force_option, json_option, trust_option
+from lora_fx.cli.reporting import report_option
 
 
 @click.command("truncate")
@@ -19,6 +20,7 @@ from lora_fx.cli.options import adapter_of, force_option, json_option, trust_opt
 @trust_option
 @force_option
 @json_option
+@report_option
 def command(
     adapter: str, output: str, trust: bool, force: bool, as_json: bool, **goal: float | None
 ) -> None:

@@ -15,6 +15,7 @@ from lora_fx.cli.options import (
     model_options,
     split_weight,
 )
+from lora_fx.cli.reporting import report_option
 
 
 @click.command("verify")
@@ -33,6 +34,7 @@ from lora_fx.cli.options import (
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @model_options
 @json_option
+@report_option
 def command(
     a: str,
     b: str,

@@ -41,6 +41,13 @@ def product_svd(a: Array, b: Array) -> Triplets:
     return qb @ u, s, vt @ np.swapaxes(qa, -1, -2)
 
 
+def product_values(a: Array, b: Array) -> Array:
+    """The singular values of b @ a alone, [*batch, k] in descending order, in fp64."""
+    rb = np.linalg.qr(b.astype(np.float64), mode="r")
+    ra = np.linalg.qr(np.swapaxes(a, -1, -2).astype(np.float64), mode="r")
+    return np.asarray(np.linalg.svd(rb @ np.swapaxes(ra, -1, -2), compute_uv=False))
+
+
 def balanced(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
     """√S·Vᵀ as a and U·√S as b, of the first `rank` triplets, in fp32."""
     root = np.sqrt(s[..., :rank])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lora_fx.fx.effect import Effect
 from lora_fx.target import Found, human
@@ -26,6 +27,24 @@ class AdaptedReport:
         """Share of the weight FLOPs that run through an adapted target."""
         total = self.found.flops["reached"] + self.found.flops["refused"]
         return sum(t[3] for t in self.targets) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The parts of docs/json.md that an adapted module knows."""
+        targets = []
+        for key, rank, alpha, _ in self.targets:
+            target = self.found[key]
+            elements = {"parameters": target.layout.parameters(rank)}
+            targets.append({**target.to_json(), "rank": rank, "alpha": alpha, **elements})
+        rest = {k: v for k, v in self.found.to_json().items() if k not in ("targets",)}
+        return {
+            "targets": targets,
+            "also_train": list(self.also_train),
+            "trained": self.trained,
+            "frozen": self.frozen,
+            "adapted_share": round(self.adapted_share, 6),
+            "effect": None if self.effect is None else str(self.effect),
+            **rest,
+        }
 
     def __str__(self) -> str:
         """A few lines."""

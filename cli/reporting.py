@@ -1,0 +1,186 @@
+"""--report PAGE.html: the result of a command as one HTML file, beside what it prints.
+
+`report_option` is on every command that changes or judges a model. The path is checked before the
+work starts; emit() hands over the JSON object, whatever its answer, and an answer that is an error
+with exit code 1 makes a page too.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_fx.cli.options import force_option, split_weight
+from lora_fx.errors import LoraFxError
+
+LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+FILES = 100
+"""Of a folder that are hashed."""
+
+
+def report_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option --report; with it comes --force, where the command has none."""
+    own = any(p.name == "force" for p in getattr(function, "__click_params__", ()))
+
+    @functools.wraps(function)
+    def command(*args: Any, report: str | None, force: bool, **kwargs: Any) -> Any:
+        if own:
+            kwargs["force"] = force
+        if report is None:
+            return function(*args, **kwargs)
+        _check(report, force, kwargs)
+        ctx = click.get_current_context()
+        ctx.find_root().ensure_object(dict)["report"] = (report, force)
+        try:
+            return function(*args, **kwargs)
+        except LoraFxError as e:
+            if e.exit_code == 1 and not e.told:
+                write(_stopped(ctx, e), report, force)
+            raise
+
+    made: Callable[..., Any] = command if own else force_option(command)
+    return click.option(
+        "--report", metavar="PAGE.html", help="Write a page of the result: tables, curves, hashes."
+    )(made)
+
+
+def _check(report: str, force: bool, given: Mapping[str, Any]) -> None:
+    """Refuse, before any work, a page that cannot be written or that would be something else."""
+    from lora_fx.checkpoint.osfile import check_output
+
+    if not report.endswith((".html", ".htm")):
+        raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
+    for path in _paths(given):
+        if path.exists() and Path(report).resolve() == path.resolve():
+            raise LoraFxError(f"--report {report} is also an input", "choose another name")
+    output = given.get("output") or given.get("out")
+    if output and Path(report).resolve() == Path(output).resolve():
+        raise LoraFxError(f"--report {report} is also the output", "choose another name")
+    check_output(report, force=force)
+    if Path(report).is_dir():
+        raise LoraFxError(f"--report {report} is a folder", "choose another name")
+
+
+def _stopped(ctx: click.Context, e: LoraFxError) -> dict[str, Any]:
+    from lora_fx import __version__
+
+    said = ctx.find_root().obj.get("notes", [])
+    head = {"command": ctx.info_name or "", "version": __version__, "ok": False}
+    rest = {"inputs": [], "outputs": [], "warnings": list(dict.fromkeys(said))}
+    return {**head, **rest, "error": e.message, "hint": e.hint}
+
+
+def write(result: Mapping[str, Any], path: str, force: bool) -> None:
+    """Write the page of a result, all of it or nothing."""
+    from lora_fx.checkpoint.osfile import replacing
+    from lora_fx.page import page
+
+    ctx = click.get_current_context()
+    added: dict[str, Any] = {"argv": ctx.find_root().obj.get("argv") or [], "versions": versions()}
+    outputs = [Path(p) for p in result["outputs"]]
+    source = [p for p in _paths(ctx.params) if p not in outputs]
+    added |= _hashed([("input", p) for p in source] + [("output", p) for p in outputs], path)
+    trust = bool(ctx.params.get("trust"))
+    added["adapters"], said = _adapters(outputs, ctx.params, trust)
+    added["unhashed"] += said
+    text = page({**result, "page": added})
+    with replacing(path, force=force) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """{library: version} of those that are installed; nothing is imported."""
+    import platform
+    from importlib import metadata
+
+    from lora_fx import __version__
+
+    found = {"lora-fx": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "platform": platform.platform(terse=True)}
+
+
+def _paths(given: Mapping[str, Any]) -> list[Path]:
+    """Arguments and options that name files: weights and functions of `file.py:name` cut off."""
+    found: dict[Path, None] = {}
+    for name, value in given.items():
+        if name in ("report", "output", "out", "triton"):
+            continue
+        for text in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(text, str) and text and "\0" not in text:
+                plain = split_weight(text)[0]
+                for path in (Path(plain), Path(plain.partition(":")[0])):
+                    if path.name and len(plain) < 4096 and path.exists():
+                        found[path] = None
+                        break
+    return list(found)
+
+
+def _hashed(paths: list[tuple[str, Path]], page: str) -> dict[str, Any]:
+    """Rows of files with their hashes; of a folder the files in it, hidden ones left out."""
+    rows: list[dict[str, Any]] = []
+    said: list[str] = []
+    seen: set[Path] = set()
+    for of, path in paths:
+        files = sorted(f for f in path.iterdir() if f.name[0] != ".") if path.is_dir() else [path]
+        plain = [f for f in files if f.is_file() and f.resolve() != Path(page).resolve()]
+        for file in plain[:FILES]:
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            try:
+                with file.open("rb") as f:
+                    digest = hashlib.file_digest(f, "sha256").hexdigest()
+                size = file.stat().st_size
+            except OSError as e:
+                said.append(f"{file}: not hashed: {e.strerror or e}")
+                continue
+            rows.append({"of": of, "path": str(file), "bytes": size, "sha256": digest})
+        if len(plain) > FILES:
+            said.append(f"{path}: {len(plain) - FILES} more files are not hashed")
+    return {"files": rows, "unhashed": said}
+
+
+def _adapters(
+    outputs: list[Path], given: Mapping[str, Any], trust: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The adapters that were written, or else those that were given, with their spectra."""
+    found, said = [], []
+    for path, weight in list(_loadable([(str(p), 1.0) for p in outputs])) or list(
+        _loadable(_weighted(given))
+    ):
+        from lora_fx.formats.io import load_adapter
+        from lora_fx.spectra import summary
+
+        try:
+            loaded = load_adapter(path, trust, base=given.get("base") if given else None)
+            rows = summary(loaded.weighted(weight))
+        except LoraFxError as e:
+            said.append(f"{path}: no spectra: {e.message}")
+            continue
+        found.append({"path": path, "weight": weight, "updates": rows})
+    return found, said
+
+
+def _weighted(given: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name in ("adapter", "adapters", "b"):
+        value = given.get(name) or ()
+        for text in value if isinstance(value, (tuple, list)) else [value]:
+            yield split_weight(text)
+
+
+def _loadable(paths: Any) -> Iterator[tuple[str, float]]:
+    from lora_fx.formats.io import is_adapter
+
+    for path, weight in paths:
+        if not path.endswith((".onnx", ".pt2", ".data")) and is_adapter(path):
+            yield path, weight

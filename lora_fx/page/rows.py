@@ -1,0 +1,148 @@
+"""One row per target, from whatever a command's result says about it.
+
+Commands name their rows differently (`targets`, `tensors`, `extracted`, `truncated`, `updates`,
+`differences`); what the adapter's file says comes from `page.adapters`. Rows of one key are one:
+an adapter's key is that of a target when both end in the same path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from lora_fx.page.text import Json
+
+
+@dataclass
+class Row:
+    """What is known about one target; a field that no part of the result knows is None.
+
+    Attributes:
+        share: Of the weight FLOPs.
+        effect: ‖Δ‖/‖W‖.
+        rounding: Share of the update that the output's dtype lost.
+        unmoved: Share of the elements that rounding left where they were.
+        error: Error of the fold, as its check measured it.
+        spectra: One of each adapter: {sigma, norm, stable}.
+    """
+
+    key: str
+    op: str = ""
+    role: str = ""
+    shape: list[int] = field(default_factory=list)
+    rank: list[int] = field(default_factory=list)
+    alpha: list[float] = field(default_factory=list)
+    parameters: int | None = None
+    share: float | None = None
+    effect: float | None = None
+    rounding: float | None = None
+    unmoved: float | None = None
+    error: float | None = None
+    spectra: list[Json] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+
+def rows_of(result: Json) -> list[Row]:
+    """A row for every target of a result, in the result's order."""
+    rows: dict[str, Row] = {}
+    flops = result.get("flops") or {}
+    total = (flops.get("reached") or 0) + (flops.get("refused") or 0)
+    for found in _dicts(result, "targets"):
+        row = rows.setdefault(str(found["key"]), Row(str(found["key"])))
+        _target(row, found, total)
+    for found in _dicts(result, "tensors"):
+        key = str(found.get("key", ""))
+        row = rows.setdefault(key, Row(key))
+        row.shape = row.shape or list(found.get("shape") or [])
+        gain = found.get("gain")
+        row.rounding = None if gain is None else 1 - gain
+        row.unmoved, row.effect = found.get("lost"), found.get("ratio")
+        row.said += [str(u) for u in found.get("updates") or []]
+        if (int8 := found.get("int8")) and int8.get("error") is not None:
+            row.rounding = int8["error"]
+    for name in ("extracted", "truncated"):
+        for found in _dicts(result, name):
+            row = rows.setdefault(str(found["key"]), Row(str(found["key"])))
+            row.shape = list(found.get("shape") or row.shape)
+            row.rank = [found.get("rank", found.get("after"))]
+            row.effect, row.error = found.get("change"), found.get("relative")
+            if "before" in found:
+                row.said.append(f"rank {found['before']} → {found['after']}")
+    for found in _dicts(result, "differences"):
+        row = rows.setdefault(str(found["key"]), Row(str(found["key"])))
+        row.error = found.get("ratio") if found.get("ratio") is not None else found.get("rel")
+        row.said.append(str(found.get("what", "")))
+    _adapters(rows, result)
+    return list(rows.values())
+
+
+def _target(row: Row, found: Json, total: int) -> None:
+    row.op, row.role = str(found.get("op", "")), str(found.get("role", ""))
+    row.shape = list(found.get("shape") or [])
+    if found.get("rank") is not None:
+        row.rank = [found["rank"]]
+    if found.get("alpha") is not None:
+        row.alpha = [found["alpha"]]
+    row.parameters = found.get("parameters")
+    if total and found.get("flops") is not None:
+        row.share = found["flops"] / total
+    if row.parameters is None and row.rank and "in" in found and "out" in found:
+        row.parameters = prod(found.get("batch") or []) * row.rank[0] * (found["in"] + found["out"])
+
+
+def _adapters(rows: dict[str, Row], result: Json) -> None:
+    """What the files of the adapters say, on the row that each of their keys means."""
+    have = {k: _path(k) for k in rows}
+    exact = {path: k for k, path in have.items()}
+    tails: dict[str, list[str]] = {}
+    for key, path in have.items():
+        tails.setdefault(path.rpartition("_")[2], []).append(key)
+    for adapter in (result.get("page") or {}).get("adapters") or []:
+        for found in adapter["updates"]:
+            key = str(found["key"])
+            at = key if key in rows else exact.get(_path(key)) or _nearest(key, tails, have)
+            row = rows.setdefault(at or key, Row(at or key))
+            _update(row, found, fresh=not row.rank)
+
+
+def _update(row: Row, found: Json, fresh: bool) -> None:
+    row.shape = row.shape or list(found.get("shape") or [])
+    if found.get("sigma") is not None:
+        row.spectra.append(found)
+    if fresh or len(row.spectra) > 1:
+        row.rank += [found["rank"]] if found.get("rank") is not None else []
+        row.parameters = (row.parameters or 0) + found["parameters"]
+    elif row.parameters is None:
+        row.parameters = found["parameters"]
+    if found.get("alpha") is not None and len(row.alpha) < len(row.rank):
+        row.alpha.append(found["alpha"])
+    if found.get("kind") not in ("lora", None):
+        row.said.append(str(found["kind"]))
+
+
+def _path(key: str) -> str:
+    """A key without its region and its last word, the dots as underscores, as kohya writes."""
+    name = key.partition("[")[0].partition("@")[0].rstrip("~")
+    return re.sub(r"[._]+", "_", name.removesuffix(".weight"))
+
+
+def _nearest(key: str, tails: dict[str, list[str]], have: dict[str, str]) -> str | None:
+    """The only key whose path is the end of this one's, or the other way round."""
+    path = "_" + _path(key)
+    last = path.rpartition("_")[2]
+    hits = [
+        k
+        for k in tails.get(last, ())
+        if path.endswith("_" + have[k]) or ("_" + have[k]).endswith(path)
+    ]
+    return hits[0] if len(hits) == 1 else None
+
+
+def _dicts(result: Json, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a list of the result; verify has a number under a name that merge has rows."""
+    found = result.get(name)
+    if isinstance(found, list):
+        yield from (x for x in found if isinstance(x, dict) and ("key" in x))

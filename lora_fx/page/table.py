@@ -1,0 +1,87 @@
+"""The table of targets: one row each, and only the columns that some row has something in.
+
+End tags that HTML lets out are left out: it is most of the page at 500 targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lora_fx.page.curves import spark
+from lora_fx.page.rows import Row
+from lora_fx.page.text import Json, esc, number, percent, shape
+
+ERROR = {
+    "extract": "error",
+    "truncate": "error",
+    "verify": "difference",
+}
+"""What `Row.error` is, by command."""
+
+
+class Column(NamedTuple):
+    """A heading, what it means, the cell of a row (empty: nothing known), and if it is a number."""
+
+    head: str
+    title: str
+    cell: Callable[[Row], str]
+    numeric: bool = True
+
+
+def _columns(command: str) -> list[Column]:
+    return [
+        Column("op", "operation that reads the weight", lambda r: esc(r.op), False),
+        Column("role", "", lambda r: esc(r.role), False),
+        Column("shape", "as stored", lambda r: esc(shape(r.shape)) if r.shape else ""),
+        Column("rank", "", lambda r: " + ".join(map(str, r.rank))),
+        Column("α", "the scale is α/rank", lambda r: " + ".join(f"{a:g}" for a in r.alpha)),
+        Column("params", "elements of A and B", lambda r: _number(r.parameters)),
+        Column("FLOPs", "share of the weight FLOPs", lambda r: _percent(r.share)),
+        Column("effect", "‖Δ‖/‖W‖", lambda r: _percent(r.effect)),
+        Column("rounding", "share of the update lost", lambda r: _percent(r.rounding)),
+        Column("unmoved", "share of the elements", lambda r: _percent(r.unmoved)),
+        Column(ERROR.get(command, "fold error"), "relative", lambda r: _number(r.error)),
+        Column("‖ΔW‖", "", lambda r: _some(r, "norm")),
+        Column("stable rank", "‖ΔW‖²/σ₁²", lambda r: _some(r, "stable")),
+        Column("spectrum", "singular values of s·BA", lambda r: "".join(map(spark, r.spectra))),
+        Column("", "", lambda r: esc("; ".join(dict.fromkeys(filter(None, r.said)))), False),
+    ]
+
+
+def table(result: Json, rows: list[Row]) -> str:
+    """The table as HTML; empty without rows."""
+    if not rows:
+        return ""
+    used = []
+    for column in _columns(str(result.get("command", ""))):
+        cells = [column.cell(r) for r in rows]
+        if any(cells):
+            used.append((column, cells))
+    heads = "".join(_head(c) for c, _ in used)
+    body = []
+    for i, row in enumerate(rows):
+        cells = [f"<td{'' if c.numeric else ' class=t'}>{given[i]}" for c, given in used]
+        body.append(f"<tr><th scope=row>{esc(row.key)}{''.join(cells)}")
+    return (
+        '<div class=across tabindex=0 role=region aria-label="Table of targets">'
+        "<table class=targets id=targets><thead><tr><th scope=col>target"
+        f"{heads}</thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _head(c: Column) -> str:
+    title = f' title="{esc(c.title)}"' if c.title else ""
+    return f"<th scope=col{'' if c.numeric else ' class=t'}{title}>{esc(c.head) or 'said'}"
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else number(x)
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else percent(x)
+
+
+def _some(row: Row, name: str) -> str:
+    return " + ".join(number(float(s[name])) for s in row.spectra)

@@ -1,0 +1,114 @@
+"""Text for HTML: escaping, and how numbers look. Nothing here trusts a name.
+
+Keys and paths come from files. A character that is not seen, or that turns the text round it
+(U+202E), is shown by its code; the rest is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+THIN = "\u202f"
+"""A narrow space that does not break: between groups of three digits."""
+
+Json = Mapping[str, Any]
+
+
+def visible(text: object) -> str:
+    r"""The text with control, format and lone surrogate characters as their codes.
+
+    >>> visible("a\u202eb\n")
+    'a\\u202eb\\u000a'
+    """
+    return "".join(_shown(c) if not c.isprintable() and c != " " else c for c in str(text))
+
+
+def _shown(c: str) -> str:
+    if unicodedata.category(c) == "Zs":
+        return c
+    return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+
+
+def esc(text: object) -> str:
+    """Visible and escaped, for an element or a quoted attribute.
+
+    >>> esc("<b a='1'>&")
+    '&lt;b a=&#x27;1&#x27;&gt;&amp;'
+    """
+    return html.escape(visible(text))
+
+
+def number(value: object) -> str:
+    """A number in at most four digits; whole numbers in full, and no number as a dash.
+
+    >>> number(1.23456e-7), number(0.123456), number(12345678), number(None), number(1234.56)
+    ('1.23e-07', '0.1235', '12\u202f345\u202f678', '–', '1235')
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", THIN)
+    if math.isnan(value) or math.isinf(value):
+        return "∞" if value > 0 else "NaN" if math.isnan(value) else "−∞"
+    if value == 0:
+        return "0"
+    return f"{value:.2e}" if not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+
+
+def percent(value: object) -> str:
+    """A share in per cent, three digits; tiny ones in powers of ten, and none as a dash.
+
+    >>> percent(0.0123456), percent(1.0), percent(2e-7), percent(0.9999), percent(None)
+    ('1.23 %', '100 %', '2.0e-05 %', '99.99 %', '–')
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "–"
+    points = 100 * value
+    if points and abs(points) < 0.01:
+        return f"{points:.1e}\u00a0%"
+    if 99 < points < 100:
+        return f"{points:.2f}\u00a0%"
+    return f"{points:.3g}\u00a0%" if points < 999.5 else f"{points:.0f}\u00a0%"
+
+
+def size(count: object) -> str:
+    """Bytes for people.
+
+    >>> size(999), size(12_345_678)
+    ('999 B', '12.3 MB')
+    """
+    if not isinstance(count, int):
+        return "–"
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f}\u00a0{unit}" if unit == "B" else f"{value:.3g}\u00a0{unit}"
+
+
+def shape(dims: Sequence[object]) -> str:
+    """A shape with multiplication signs.
+
+    >>> shape([768, 3072])
+    '768 × 3072'
+    """
+    return " × ".join(map(str, dims)) if dims else "scalar"
+
+
+def plural(count: int, word: str) -> str:
+    """A count and its word.
+
+    >>> plural(1, "target"), plural(2, "target")
+    ('1 target', '2 targets')
+    """
+    return f"{number(count)} {word}{'' if count == 1 else 's'}"
+
+
+def code(text: object) -> str:
+    """A name from a file: its own direction, and set apart from the text round it."""
+    return f"<code>{esc(text)}</code>"
