@@ -14,6 +14,7 @@ _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 
 
 @click.command("convert")
+@report_option
 @click.argument("adapter")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The file or folder to write.")
 @click.option(
@@ -36,7 +37,6 @@ _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 @trust_option
 @force_option
 @json_option
-@report_option
 def command(
     adapter: str,
     output: str,

@@ -23,6 +23,7 @@ from lora_fx.cli.reporting import report_option
 
 
 @click.command("export")
+@report_option
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
@@ -41,7 +42,6 @@ from lora_fx.cli.reporting import report_option
 @model_options
 @force_option
 @json_option
-@report_option
 def command(
     model: str,
     adapters: tuple[str, ...],

@@ -14,6 +14,7 @@ from lora_fx.cli.reporting import report_option
 
 
 @click.command("extract")
+@report_option
 @click.argument("base")
 @click.argument("tuned")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
@@ -32,7 +33,6 @@ from lora_fx.cli.reporting import report_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random subspaces.")
 @force_option
 @json_option
-@report_option
 def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 

@@ -22,6 +22,7 @@ from lora_fx.cli.starting import START, start_from, start_options
 
 
 @click.command("insert")
+@report_option
 @click.argument("model")
 @click.option(
     "-o",
@@ -35,7 +36,6 @@ from lora_fx.cli.starting import START, start_from, start_options
 @model_options
 @force_option
 @json_option
-@report_option
 def command(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Insert untrained branches and write them.
 

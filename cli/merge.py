@@ -13,6 +13,7 @@ from lora_fx.cli.reporting import report_option
 
 
 @click.command("merge")
+@report_option
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")
@@ -30,7 +31,6 @@ from lora_fx.cli.reporting import report_option
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
 @force_option
 @json_option
-@report_option
 def command(
     base: str,
     adapters: tuple[str, ...],

@@ -23,6 +23,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 
 
 @click.command("merge-all")
+@report_option
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="DIR", help="The folder of the outputs.")
@@ -37,7 +38,6 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 @merge_options
 @force_option
 @json_option
-@report_option
 def command(
     base: str,
     adapters: tuple[str, ...],

@@ -24,7 +24,7 @@ FILES = 100
 
 
 def report_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The option --report; with it comes --force, where the command has none."""
+    """The option --report, above all others; with it comes --force, where the command has none."""
     own = any(p.name == "force" for p in getattr(function, "__click_params__", ()))
 
     @functools.wraps(function)
@@ -44,9 +44,10 @@ def report_option(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     made: Callable[..., Any] = command if own else force_option(command)
-    return click.option(
-        "--report", metavar="PAGE.html", help="Write a page of the result: tables, curves, hashes."
-    )(made)
+    added = click.Option(["--report"], metavar="PAGE.html", help="Write the result as a page.")
+    params: list[click.Parameter] = made.__click_params__  # type: ignore[attr-defined]
+    params.insert(0, added)  # click reverses the list: the last one in --help
+    return made
 
 
 def _check(report: str, force: bool, given: Mapping[str, Any]) -> None:
@@ -88,9 +89,21 @@ def write(result: Mapping[str, Any], path: str, force: bool) -> None:
     trust = bool(ctx.params.get("trust"))
     added["adapters"], said = _adapters(outputs, ctx.params, trust)
     added["unhashed"] += said
+    _once(added["adapters"], result)
     text = page({**result, "page": added})
     with replacing(path, force=force) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _once(adapters: list[dict[str, Any]], result: Mapping[str, Any]) -> None:
+    """Take out of the adapters' rows what the result's own row of the same key says."""
+    own = result.get("targets")
+    told = {t["key"]: t for t in own} if isinstance(own, list) else {}
+    for adapter in adapters:
+        for i, row in enumerate(adapter["updates"]):
+            same = told.get(row["key"], {})
+            kept = {k: v for k, v in row.items() if k == "key" or k not in same or same[k] != v}
+            adapter["updates"][i] = kept
 
 
 def versions() -> dict[str, str]:
@@ -116,12 +129,12 @@ def _paths(given: Mapping[str, Any]) -> list[Path]:
         if name in ("report", "output", "out", "triton"):
             continue
         for text in value if isinstance(value, (tuple, list)) else [value]:
-            if isinstance(text, str) and text and "\0" not in text:
-                plain = split_weight(text)[0]
-                for path in (Path(plain), Path(plain.partition(":")[0])):
-                    if path.name and len(plain) < 4096 and path.exists():
-                        found[path] = None
-                        break
+            if not isinstance(text, str) or "\0" in text or len(text) > 4096:
+                continue
+            for path in (Path(text), Path(text.rpartition(":")[0])):
+                if path.name and path.exists():
+                    found[path] = None
+                    break
     return list(found)
 
 
@@ -155,6 +168,8 @@ def _adapters(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The adapters that were written, or else those that were given, with their spectra."""
     found, said = [], []
+    base = given.get("base")
+    base = base if base and not str(base).endswith(".onnx") else None
     for path, weight in list(_loadable([(str(p), 1.0) for p in outputs])) or list(
         _loadable(_weighted(given))
     ):
@@ -162,7 +177,7 @@ def _adapters(
         from lora_fx.spectra import summary
 
         try:
-            loaded = load_adapter(path, trust, base=given.get("base") if given else None)
+            loaded = load_adapter(path, trust, base=base)
             rows = summary(loaded.weighted(weight))
         except LoraFxError as e:
             said.append(f"{path}: no spectra: {e.message}")
@@ -175,7 +190,8 @@ def _weighted(given: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name in ("adapter", "adapters", "b"):
         value = given.get(name) or ()
         for text in value if isinstance(value, (tuple, list)) else [value]:
-            yield split_weight(text)
+            if isinstance(text, str):
+                yield split_weight(text)
 
 
 def _loadable(paths: Any) -> Iterator[tuple[str, float]]:

@@ -23,6 +23,7 @@ FROM_1 = click.IntRange(min=1)
 
 
 @click.command("train")
+@report_option
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
@@ -40,7 +41,6 @@ FROM_1 = click.IntRange(min=1)
 @model_options
 @force_option
 @json_option
-@report_option
 def command(model: str, data: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 

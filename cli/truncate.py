@@ -10,6 +10,7 @@ from lora_fx.cli.reporting import report_option
 
 
 @click.command("truncate")
+@report_option
 @click.argument("adapter")
 @click.option("-o", "--output", required=True, metavar="OUT", help="Folder or .safetensors.")
 @click.option("--rank", "-r", type=int, help="No update has a higher one.")
@@ -20,7 +21,6 @@ from lora_fx.cli.reporting import report_option
 @trust_option
 @force_option
 @json_option
-@report_option
 def command(
     adapter: str, output: str, trust: bool, force: bool, as_json: bool, **goal: float | None
 ) -> None:

@@ -19,6 +19,7 @@ from lora_fx.cli.reporting import report_option
 
 
 @click.command("verify")
+@report_option
 @click.argument("a")
 @click.argument("b")
 @click.option(
@@ -34,7 +35,6 @@ from lora_fx.cli.reporting import report_option
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @model_options
 @json_option
-@report_option
 def command(
     a: str,
     b: str,

@@ -16,20 +16,21 @@ from lora_fx.changes import Entry, name_of
 from lora_fx.lowrank import LowRank
 from lora_fx.svd import product_values
 
-MOST = 32
-"""Values that are written of one update, the largest."""
+MOST, FEW, MANY = 32, 12, 200
+"""Values that are written of one update, the largest; and of each of more than MANY."""
 
 
 def summary(adapter: Adapter) -> list[dict[str, Any]]:
-    """A row of {key, kind, rank, alpha, parameters, shape, sigma, norm, stable} for every entry.
+    """A row of {key, kind, rank, alpha, parameters, shape, sigma, norm} for every entry.
 
-    `sigma` holds the largest values of s·b·a, descending, in four digits; of DoRA this is the
+    `sigma` holds the largest values of s·b·a, descending, in three digits; of DoRA this is the
     update before its rows are rescaled. It is None where the entry has no factors b and a.
     """
-    return [_row(key, entry) for key, entry in adapter.entries.items()]
+    most = MOST if len(adapter) <= MANY else FEW
+    return [_row(key, entry, most) for key, entry in adapter.entries.items()]
 
 
-def _row(key: str, entry: Entry) -> dict[str, Any]:
+def _row(key: str, entry: Entry, most: int) -> dict[str, Any]:
     arrays = [v for v in vars(entry).values() if isinstance(v, np.ndarray)]
     row: dict[str, Any] = {
         "key": key,
@@ -43,10 +44,8 @@ def _row(key: str, entry: Entry) -> dict[str, Any]:
     if isinstance(entry, LowRank) and np.isfinite(entry.a).all() and np.isfinite(entry.b).all():
         values = np.sort(abs(entry.scale) * product_values(entry.a, entry.b), axis=None)[::-1]
         total = float(np.sum(values**2))
-        top = float(values[0]) if values.size else 0.0
-        row["sigma"] = [float(f"{x:.4g}") for x in values[:MOST]]
-        row["norm"] = float(f"{total**0.5:.6g}")
-        row["stable"] = float(f"{total / top**2:.6g}") if top else 0.0
+        row["sigma"] = [float(f"{x:.3g}") for x in values[:most]]
+        row["norm"] = float(f"{total**0.5:.5g}")
     return row
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lora_fx.page.rows import Row
-from lora_fx.page.text import esc, number, percent, plural, visible
+from lora_fx.page.text import esc, percent, visible
 
 SHADES = 5
 MOST = 16
@@ -36,14 +36,15 @@ def blocks(rows: list[Row]) -> str:
     if not rows:
         return ""
     value, shade, legend = _scale(rows)
+    total = sum(r.parameters or 0 for r in rows)
     boxes = []
     for name, held in grouped(rows):
         cells = [Cell(_label(r, name), value(r), shade(r)) for r in held]
-        boxes.append(_box(name, held, cells))
+        boxes.append(_box(name, _part(held, total), cells))
     swatches = "".join(f"<i class=s{i}></i>" for i in range(SHADES))
     return (
-        '<figure class=structure aria-labelledby=structure-is><figcaption id=structure-is>'
-        f"A box per block, a cell per target. {esc(legend[0])} "
+        "<figure class=structure aria-labelledby=structure-is><figcaption id=structure-is>"
+        f"A box per block, with its share of the parameters; a cell per target. {esc(legend[0])} "
         f"<span class=legend>{esc(legend[1])} {swatches} {esc(legend[2])}</span></figcaption>"
         f"<div class=boxes>{''.join(boxes)}</div></figure>"
     )
@@ -123,7 +124,12 @@ def _rank(row: Row) -> str:
     return "+".join(map(str, row.rank)) or "·"
 
 
-def _box(name: str, rows: list[Row], cells: list[Cell]) -> str:
+def _part(rows: list[Row], total: int) -> str:
+    """Which share of the adapter's parameters a block holds."""
+    return percent(sum(r.parameters or 0 for r in rows) / total) if total else ""
+
+
+def _box(name: str, part: str, cells: list[Cell]) -> str:
     """One block as a figure; its label says every cell in words."""
     x = y = widest = 0
     drawn = []
@@ -135,18 +141,16 @@ def _box(name: str, rows: list[Row], cells: list[Cell]) -> str:
         drawn.append(
             f'<g class=s{cell.shade}><path d="M{x} {y}h{wide}v{HEIGHT}h-{wide}"/>'
             f"<text x={middle:g} y={y + 13}>{esc(cell.label)}</text>"
-            f"<text class=n x={middle:g} y={y + 27}>{esc(cell.value)}</text></g>"
+            f"<text x={middle:g} y={y + 27}>{esc(cell.value)}</text></g>"
         )
         x += wide + 2
         widest = max(widest, x)
-    known = [r.parameters for r in rows if r.parameters is not None]
-    sum_of = f"{number(sum(known))} parameters" if known else plural(len(rows), "target")
     words = "; ".join(f"{c.label} rank {c.value}" for c in cells)
     title = name or "model"
-    label = esc(f"{title}: {words}")
+    label = esc(f"{title}, {part}: {words}" if part else f"{title}: {words}")
     high = y + HEIGHT
     return (
-        f"<div class=box><p><b>{esc(title)}</b> <span>{sum_of}</span></p>"
+        f"<div class=box><p><b>{esc(title)}</b> <span>{part}</span></p>"
         f'<svg role=img aria-label="{label}" width={widest - 2} height={high} '
         f'viewBox="0 0 {widest - 2} {high}">{"".join(drawn)}</svg></div>'
     )

@@ -50,22 +50,24 @@ def training(result: Json) -> str:
     side = "right" if kept > last / 2 else "left"
     at = 100 * (1 - kept / max(1, last)) if side == "right" else 100 * kept / max(1, last)
     left = "".join(
-        f"<span style=top:{100 * (high - t) / (high - low):.1f}%>{number(float(t))}</span>"
-        for t in ticks
+        f"<span style=top:{100 * (high - t) / (high - low):.1f}%>{t:g}</span>" for t in ticks
     )
     steps = _steps(last)
     below = "".join(f"<span style=left:{100 * s / last:.1f}%>{number(s)}</span>" for s in steps)
-    key = "<i class=train></i> training, each step" if len(losses) <= POINTS else (
-        f"<i class=train></i> training, means of {plural(math.ceil(last / POINTS), 'step')}"
+    key = (
+        "<i class=train></i> training, each step"
+        if len(losses) <= POINTS
+        else (f"<i class=train></i> training, means of {plural(math.ceil(last / POINTS), 'step')}")
     )
     key += " <i class=held></i> validation" if points else ""
     return (
         f"<figure class=curve><figcaption>Loss by step. <span class=legend>{key}</span>"
         f"</figcaption><div class=plot><div class=left aria-hidden=true>{left}</div>"
         f'<svg role=img aria-label="{esc(label)}" viewBox="0 0 {WIDE} {HIGH}" '
-        f'preserveAspectRatio=none>{"".join(body)}</svg>'
+        f"preserveAspectRatio=none>{''.join(body)}</svg>"
         f"<span class=mark style={side}:{at:.1f}%>kept: step {number(kept)}</span>"
-        f"<div class=below aria-hidden=true>{below}</div></div></figure>{_table(points, kept)}"
+        f"<div class=below aria-hidden=true>{below}</div></div></figure>"
+        + _validations(points, kept)
     )
 
 
@@ -102,7 +104,7 @@ def spark(spectrum: Json) -> str:
     )
     label = f"σ {number(float(sigma[0]))} to {number(float(sigma[-1]))}"
     return (
-        f'<svg class=p{step} role=img aria-label="{label}" width={len(sigma) * step} height=22>'
+        f'<svg{" class=p3" * (step == 3)} role=img aria-label="{label}" width={len(sigma) * step}>'
         f'<path d="{bars}"/></svg>'
     )
 
@@ -116,28 +118,27 @@ def _words(
     return f"{text}; kept step {kept}"
 
 
-def _table(points: Sequence[tuple[int, float]], kept: int) -> str:
-    """The validations in words: what the curve shows, for who does not see it."""
+def _validations(points: Sequence[tuple[int, float]], kept: int) -> str:
+    """The validations in numbers: what the curve shows, for who does not see it."""
     if not points:
         return ""
-    cells = "".join(
-        f"<tr{' class=kept' if s == kept else ''}><th scope=row>{number(s)}"
-        f"{' (kept)' if s == kept else ' (before)' if s == 0 else ''}</th><td>{number(float(v))}"
-        for s, v in points
-    )
-    return (
-        "<details open><summary>Validations</summary><div class=across><table class=small>"
-        "<thead><tr><th scope=col>step<th scope=col>validation loss</thead>"
-        f"<tbody>{cells}</tbody></table></div></details>"
-    )
+    items = []
+    for step, loss in points:
+        what = "before" if step == 0 else f"step {number(step)}"
+        value = number(float(loss))
+        items.append(
+            f"<li><b>{what} (kept) {value}</b>"
+            if step == kept
+            else f"<li><span>{what}</span> {value}"
+        )
+    return f"<h3>Validation loss</h3><ul class=steps>{''.join(items)}</ul>"
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
     size = math.ceil(len(points) / POINTS)
     spans = [points[i : i + size] for i in range(0, len(points), size)] if size else []
     return [
-        (sum(s for s, _ in span) / len(span), sum(v for _, v in span) / len(span))
-        for span in spans
+        (sum(s for s, _ in span) / len(span), sum(v for _, v in span) / len(span)) for span in spans
     ]
 
 

@@ -26,7 +26,7 @@ def page(result: Json) -> str:
     Args:
         result: With what only a page shows under `page`: `argv`, `versions`, `files` rows of
             {of, path, bytes, sha256}, `adapters` rows of {path, updates: rows of {key, kind, rank,
-            alpha, parameters, shape, sigma, norm, stable}}; all may be missing.
+            alpha, parameters, shape, sigma, norm}}; all may be missing.
     """
     rows = rows_of(result)
     title = f"lora-fx {result.get('command', '')}: {'done' if result.get('ok') else 'no'}"

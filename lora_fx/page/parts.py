@@ -31,8 +31,9 @@ def _bar(p: Json) -> str:
     """How much of the gate is used up."""
     share = 1.0 if p["rel"] is None else min(1.0, p["rel"] / max(p["tol"], 1e-30))
     label = f"{percent(share)} of the gate" if p["ok"] else "over the gate"
+    state = "gauge" if p["ok"] else '"gauge bad"'
     return (
-        f'<svg class="gauge{"" if p["ok"] else " bad"}" role=img aria-label="{esc(label)}" width=80 '
+        f'<svg class={state} role=img aria-label="{esc(label)}" width=80 '
         f'height=8><path class=all d="M0 4h80"/><path d="M0 4h{max(1, round(80 * share))}"/></svg>'
     )
 

@@ -26,7 +26,7 @@ class Row:
         rounding: Share of the update that the output's dtype lost.
         unmoved: Share of the elements that rounding left where they were.
         error: Error of the fold, as its check measured it.
-        spectra: One of each adapter: {sigma, norm, stable}.
+        spectra: One of each adapter: {sigma, norm}.
     """
 
     key: str
@@ -67,7 +67,7 @@ def rows_of(result: Json) -> list[Row]:
         for found in _dicts(result, name):
             row = rows.setdefault(str(found["key"]), Row(str(found["key"])))
             row.shape = list(found.get("shape") or row.shape)
-            row.rank = [found.get("rank", found.get("after"))]
+            row.rank = [int(found["rank"] if "rank" in found else found["after"])]
             row.effect, row.error = found.get("change"), found.get("relative")
             if "before" in found:
                 row.said.append(f"rank {found['before']} → {found['after']}")
@@ -75,8 +75,15 @@ def rows_of(result: Json) -> list[Row]:
         row = rows.setdefault(str(found["key"]), Row(str(found["key"])))
         row.error = found.get("ratio") if found.get("ratio") is not None else found.get("rel")
         row.said.append(str(found.get("what", "")))
+    known = len(rows)
     _adapters(rows, result)
-    return list(rows.values())
+    every = list(rows.values())
+    return every[:known] + sorted(every[known:], key=lambda r: _natural(r.key))
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """For an order in which layer 2 comes before layer 10: files sort by letters."""
+    return [(int(x), "") if x.isascii() and x.isdigit() else (-1, x) for x in key.split(".")]
 
 
 def _target(row: Row, found: Json, total: int) -> None:
@@ -109,14 +116,15 @@ def _adapters(rows: dict[str, Row], result: Json) -> None:
 
 
 def _update(row: Row, found: Json, fresh: bool) -> None:
-    row.shape = row.shape or list(found.get("shape") or [])
+    """What a file says of one update: of the first adapter only what the result has not said."""
     if found.get("sigma") is not None:
         row.spectra.append(found)
+    row.shape = row.shape or list(found.get("shape") or [])
     if fresh or len(row.spectra) > 1:
         row.rank += [found["rank"]] if found.get("rank") is not None else []
-        row.parameters = (row.parameters or 0) + found["parameters"]
+        row.parameters = (row.parameters or 0) + (found.get("parameters") or 0)
     elif row.parameters is None:
-        row.parameters = found["parameters"]
+        row.parameters = found.get("parameters")
     if found.get("alpha") is not None and len(row.alpha) < len(row.rank):
         row.alpha.append(found["alpha"])
     if found.get("kind") not in ("lora", None):

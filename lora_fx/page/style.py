@@ -6,7 +6,11 @@ it in both. Sizes are few: 13 px for text, 12 for cells, 20 for the verdict.
 
 from __future__ import annotations
 
-CSS = """
+_LEFT = ",".join(f".l{i} :is(th,td):nth-child({i})" for i in range(2, 18))
+"""Columns of text, by the classes of the table: a class in every cell would be most of it."""
+
+CSS = (
+    """
 :root{color-scheme:light dark;--paper:#fff;--soft:#f5f6f8;--line:#d9dde3;--ink:#1b2028;
 --quiet:#545d6b;--good:#0a6b3d;--bad:#b3231c;--warn:#8a5300;--blue:#1f5fbf;--held:#b0480a;
 --s0:#e8eff9;--s1:#c3d8f3;--s2:#8fb7e8;--s3:#2e6cc4;--s4:#153f80;--on0:#1b2028;--on4:#fff}
@@ -32,9 +36,9 @@ monospace;font-size:12px;unicode-bidi:isolate;overflow-wrap:anywhere}
 .badge{color:var(--good);margin-right:4px}
 .no .badge{color:var(--bad)}
 .hint{margin-top:6px;color:var(--quiet)}
-.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(152px,1fr));gap:1px;
-margin-top:14px;background:var(--line);border:1px solid var(--line)}
-.facts div{background:var(--paper);padding:8px 12px 9px;box-shadow:0 0 0 1px var(--line)}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,148px),1fr));gap:1px;
+margin-top:14px;padding:1px;max-width:1180px}
+.facts div{padding:8px 12px 9px;box-shadow:0 0 0 1px var(--line)}
 .facts dt,.beside,.count,.versions dt{color:var(--quiet);font-size:12px}
 .value{font-size:19px;line-height:1.35;font-weight:600;letter-spacing:-.01em}
 .good .value,b.good{color:var(--good)}
@@ -50,12 +54,13 @@ figcaption{color:var(--quiet);margin-bottom:8px}
 .legend i.held{background:var(--held)}
 .boxes{display:flex;flex-wrap:wrap;gap:8px}
 .box{border:1px solid var(--line);padding:6px 8px 8px;max-width:100%;break-inside:avoid}
-.box p{font-size:12px;line-height:1.35;margin-bottom:5px;overflow-wrap:anywhere;unicode-bidi:isolate}
+.box p{font-size:12px;line-height:1.35;margin-bottom:5px;overflow-wrap:anywhere;
+unicode-bidi:isolate}
 .box span{color:var(--quiet);white-space:nowrap}
 .box b{font-weight:600}
 svg{display:block;max-width:100%}
 .box text{font-size:10px;text-anchor:middle;fill:var(--on0)}
-.box .n{font-size:11px;font-weight:600}
+.box text+text{font-size:11px;font-weight:600}
 .box .s3 text,.box .s4 text{fill:var(--on4)}
 .s0{fill:var(--s0)}i.s0{background:var(--s0)}.s1{fill:var(--s1)}i.s1{background:var(--s1)}
 .s2{fill:var(--s2)}i.s2{background:var(--s2)}.s3{fill:var(--s3)}i.s3{background:var(--s3)}
@@ -76,26 +81,23 @@ svg{display:block;max-width:100%}
 .bars path{stroke:var(--held)}
 .across{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:12px;line-height:1.4}
-.targets{width:100%}
+.targets th,.targets td{padding-right:18px}
 .small{min-width:min(100%,320px)}
 th,td{padding:4px 10px 4px 0;text-align:right;white-space:nowrap;vertical-align:middle;
 border-bottom:1px solid var(--line)}
 thead th{font-weight:600;color:var(--quiet);vertical-align:bottom;border-bottom-color:var(--quiet)}
-.t,.targets th:first-child,.small tbody th{text-align:left}
-.small tbody th{font-weight:400}
-.targets tbody th{font-weight:400;white-space:normal;min-width:150px}
-td:last-child.t,.small .t{white-space:normal}
-.targets td:not(.t) svg{margin-left:auto}
+.t,.targets th:first-child{text-align:left}
+.targets tbody th{font-weight:400;white-space:normal;min-width:150px;overflow-wrap:break-word}
+.targets td:last-child,.small .t{white-space:normal}
 .targets tbody tr:hover{background:var(--soft)}
-.small tr.kept{font-weight:600}
-.small tr.kept th{font-weight:600}
+.targets svg{height:22px}
 td svg path{stroke:var(--blue);stroke-width:4}
 td .p3 path{stroke-width:2}
 .gauge path{stroke:var(--good);stroke-width:6}
 .gauge .all{stroke:var(--line)}
 .gauge.bad path{stroke:var(--bad)}
-details{margin-top:6px}
-summary{color:var(--quiet);cursor:pointer}
+.steps{display:flex;flex-wrap:wrap;gap:2px 22px;margin-top:8px}
+.steps b{font-weight:600}
 pre{white-space:pre-wrap;background:var(--soft);padding:10px 12px}
 .versions{display:flex;flex-wrap:wrap;gap:4px 24px;margin-top:10px}
 .versions dt,.versions dd{display:inline;margin-right:6px}
@@ -110,9 +112,11 @@ border:1px solid var(--quiet);padding:4px 8px;margin:6px 0}
 tr,figure.curve,.facts{break-inside:avoid}h2{break-after:avoid}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
+    + f"{_LEFT}{{text-align:left}}"
+)
 
 SCRIPT = """
-(()=>{const t=document.getElementById('targets');if(!t)return;const b=t.tBodies[0];
+(()=>{const t=document.getElementById('rows');if(!t)return;const b=t.tBodies[0];
 const rows=[...b.rows],first=rows.slice();
 const value=(r,i)=>{const s=r.cells[i].textContent.replace(/[\\u202f\\u00a0%]/g,'');
 const n=parseFloat(s);return Number.isNaN(n)?s:n};

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lora_fx.page.curves import spark
 from lora_fx.page.rows import Row
-from lora_fx.page.text import Json, esc, number, percent, shape
+from lora_fx.page.text import Json, broken, esc, number, percent, shape
 
 ERROR = {
     "extract": "error",
@@ -43,8 +43,10 @@ def _columns(command: str) -> list[Column]:
         Column("unmoved", "share of the elements", lambda r: _percent(r.unmoved)),
         Column(ERROR.get(command, "fold error"), "relative", lambda r: _number(r.error)),
         Column("‖ΔW‖", "", lambda r: _some(r, "norm")),
-        Column("stable rank", "‖ΔW‖²/σ₁²", lambda r: _some(r, "stable")),
-        Column("spectrum", "singular values of s·BA", lambda r: "".join(map(spark, r.spectra))),
+        Column("stable rank", "‖ΔW‖²/σ₁²", lambda r: " + ".join(map(_stable, r.spectra))),
+        Column(
+            "spectrum", "singular values of s·BA", lambda r: "".join(map(spark, r.spectra)), False
+        ),
         Column("", "", lambda r: esc("; ".join(dict.fromkeys(filter(None, r.said)))), False),
     ]
 
@@ -61,18 +63,19 @@ def table(result: Json, rows: list[Row]) -> str:
     heads = "".join(_head(c) for c, _ in used)
     body = []
     for i, row in enumerate(rows):
-        cells = [f"<td{'' if c.numeric else ' class=t'}>{given[i]}" for c, given in used]
-        body.append(f"<tr><th scope=row>{esc(row.key)}{''.join(cells)}")
+        line = "".join(f"<td>{given[i]}" for _, given in used)
+        body.append(f"<tr><th scope=row>{broken(row.key)}{line}")
+    left = "".join(f" l{i + 2}" for i, (c, _) in enumerate(used) if not c.numeric)
     return (
         '<div class=across tabindex=0 role=region aria-label="Table of targets">'
-        "<table class=targets id=targets><thead><tr><th scope=col>target"
+        f'<table class="targets{left}" id=rows><thead><tr><th scope=col>target'
         f"{heads}</thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
 def _head(c: Column) -> str:
     title = f' title="{esc(c.title)}"' if c.title else ""
-    return f"<th scope=col{'' if c.numeric else ' class=t'}{title}>{esc(c.head) or 'said'}"
+    return f"<th scope=col{title}>{esc(c.head) or 'said'}"
 
 
 def _number(x: float | None) -> str:
@@ -81,6 +84,11 @@ def _number(x: float | None) -> str:
 
 def _percent(x: float | None) -> str:
     return "" if x is None else percent(x)
+
+
+def _stable(spectrum: Json) -> str:
+    top = spectrum["sigma"][0] if spectrum["sigma"] else 0
+    return number((spectrum["norm"] / top) ** 2) if top else "–"
 
 
 def _some(row: Row, name: str) -> str:

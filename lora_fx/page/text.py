@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,8 +43,18 @@ def esc(text: object) -> str:
     return html.escape(visible(text))
 
 
+def broken(key: str) -> str:
+    """A key as HTML that a line may break after a dot of, in pieces of a dozen characters.
+
+    >>> broken("model.layers.0.self_attn.q_proj.weight")
+    'model.layers.<wbr>0.self_attn.<wbr>q_proj.weight'
+    """
+    pieces = re.findall(r".{10,}?\.(?=.{10})|.+", key, re.S)
+    return "<wbr>".join(map(esc, pieces))
+
+
 def number(value: object) -> str:
-    """A number in at most four digits; whole numbers in full, and no number as a dash.
+    r"""A number in at most four digits; whole numbers in full, and no number as a dash.
 
     >>> number(1.23456e-7), number(0.123456), number(12345678), number(None), number(1234.56)
     ('1.23e-07', '0.1235', '12\u202f345\u202f678', '–', '1235')
@@ -56,14 +67,14 @@ def number(value: object) -> str:
         return "∞" if value > 0 else "NaN" if math.isnan(value) else "−∞"
     if value == 0:
         return "0"
-    return f"{value:.2e}" if not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+    return f"{value:.2e}" if not 1e-3 <= abs(value) < 1e5 else f"{value:#.4g}".rstrip(".")
 
 
 def percent(value: object) -> str:
-    """A share in per cent, three digits; tiny ones in powers of ten, and none as a dash.
+    r"""A share in per cent, three digits; tiny ones in powers of ten, and none as a dash.
 
     >>> percent(0.0123456), percent(1.0), percent(2e-7), percent(0.9999), percent(None)
-    ('1.23 %', '100 %', '2.0e-05 %', '99.99 %', '–')
+    ('1.23\xa0%', '100\xa0%', '2.0e-05\xa0%', '99.99\xa0%', '–')
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
@@ -72,14 +83,14 @@ def percent(value: object) -> str:
         return f"{points:.1e}\u00a0%"
     if 99 < points < 100:
         return f"{points:.2f}\u00a0%"
-    return f"{points:.3g}\u00a0%" if points < 999.5 else f"{points:.0f}\u00a0%"
+    return f"{points:#.3g}".rstrip(".") + "\u00a0%" if points < 999.5 else f"{points:.0f}\u00a0%"
 
 
 def size(count: object) -> str:
-    """Bytes for people.
+    r"""Bytes for people.
 
     >>> size(999), size(12_345_678)
-    ('999 B', '12.3 MB')
+    ('999\xa0B', '12.3\xa0MB')
     """
     if not isinstance(count, int):
         return "–"

@@ -1,0 +1,135 @@
+"""Headless Chromium over its debugging pipe: pages with computed styles, and nothing to install.
+
+The protocol's messages go over file descriptors 3 and 4, each ended by a zero byte.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+WAIT = 120.0
+"""Seconds for one answer; a loaded machine is slow, a hung browser is not waited for."""
+
+
+class Browser:
+    """One tab. `requests` lists the addresses that it asked for, `errors` what its console said."""
+
+    def __init__(self, profile: Path) -> None:
+        read, self._write = os.pipe()
+        self._read, write = os.pipe()
+        shell = 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"'
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        self._process = subprocess.Popen(
+            ["bash", "-c", shell, str(read), str(write), str(PROGRAM), *options,
+             "--hide-scrollbars", f"--user-data-dir={profile}", "--no-first-run", "about:blank"],
+            pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(read)
+        os.close(write)
+        self._ids, self._rest = itertools.count(1), b""
+        self._session = ""
+        self._events: list[dict[str, Any]] = []
+        tabs = self._call("Target.getTargets")["targetInfos"]
+        tab = next(t["targetId"] for t in tabs if t["type"] == "page")
+        attached = self._call("Target.attachToTarget", targetId=tab, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self._call(f"{domain}.enable")
+
+    def open(
+        self, page: Path, *, width: int = 1280, dark: bool = False, script: bool = True
+    ) -> None:
+        """Show a file at a width, in a theme, with JavaScript of its own or without."""
+        self._call("Emulation.setScriptExecutionDisabled", value=not script)
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=900, deviceScaleFactor=1, mobile=False,
+        )  # fmt: skip
+        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", media="screen", features=[theme])
+        self._events.clear()
+        self._call("Page.navigate", url=page.resolve().as_uri())
+        deadline = time.monotonic() + WAIT
+        while not any(e["method"] == "Page.loadEventFired" for e in self._events):
+            assert time.monotonic() < deadline, f"{page} is not loaded"
+            self._events.append(self._message())
+
+    @property
+    def requests(self) -> list[str]:
+        """Addresses that were asked for since open."""
+        sent = (e for e in self._events if e["method"] == "Network.requestWillBeSent")
+        return [e["params"]["request"]["url"] for e in sent]
+
+    @property
+    def errors(self) -> list[str]:
+        """What the console said and what was thrown since open."""
+        bad = ("Log.entryAdded", "Runtime.exceptionThrown")
+        return [json.dumps(e["params"]) for e in self._events if e["method"] in bad]
+
+    def value(self, expression: str) -> Any:
+        """What a JavaScript expression is, as JSON; the tool's own scripts always run."""
+        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def picture(self, path: Path) -> None:
+        """The whole page as a .png."""
+        answer = self._call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+    def close(self) -> None:
+        """End the browser."""
+        with contextlib.suppress(OSError, AssertionError):
+            self._session = ""
+            self._call("Browser.close")
+        os.close(self._write)
+        os.close(self._read)
+        self._process.wait(WAIT)
+
+    def _call(self, method: str, **params: Any) -> dict[str, Any]:
+        number = next(self._ids)
+        message: dict[str, Any] = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._message()
+            if answer.get("id") == number:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                result: dict[str, Any] = answer["result"]
+                return result
+            if "method" in answer:
+                self._events.append(answer)
+
+    def _message(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._read], [], [], WAIT)
+            assert ready, "the browser does not answer"
+            more = os.read(self._read, 1 << 20)
+            assert more, "the browser ended"
+            self._rest += more
+        one, _, self._rest = self._rest.partition(b"\0")
+        answer: dict[str, Any] = json.loads(one)
+        return answer
+
+
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Browser]:
+    """A browser that ends with the block."""
+    one = Browser(profile)
+    try:
+        yield one
+    finally:
+        one.close()
