@@ -16,7 +16,7 @@ from lora_fx.changes import Entry, name_of
 from lora_fx.lowrank import LowRank
 from lora_fx.svd import product_values
 
-MOST, FEW, MANY = 32, 12, 200
+MOST, FEW, MANY = 32, 10, 200
 """Values that are written of one update, the largest; and of each of more than MANY."""
 
 

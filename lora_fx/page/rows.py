@@ -27,6 +27,7 @@ class Row:
         unmoved: Share of the elements that rounding left where they were.
         error: Error of the fold, as its check measured it.
         spectra: One of each adapter: {sigma, norm}.
+        updates: What changes the tensor, in words; ranks and scales where no adapter says them.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Row:
     unmoved: float | None = None
     error: float | None = None
     spectra: list[Json] = field(default_factory=list)
+    updates: str = ""
     said: list[str] = field(default_factory=list)
 
 
@@ -60,7 +62,7 @@ def rows_of(result: Json) -> list[Row]:
         gain = found.get("gain")
         row.rounding = None if gain is None else 1 - gain
         row.unmoved, row.effect = found.get("lost"), found.get("ratio")
-        row.said += [str(u) for u in found.get("updates") or []]
+        row.updates = "; ".join(map(str, found.get("updates") or []))
         if (int8 := found.get("int8")) and int8.get("error") is not None:
             row.rounding = int8["error"]
     for name in ("extracted", "truncated"):

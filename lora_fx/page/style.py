@@ -36,7 +36,7 @@ monospace;font-size:12px;unicode-bidi:isolate;overflow-wrap:anywhere}
 .badge{color:var(--good);margin-right:4px}
 .no .badge{color:var(--bad)}
 .hint{margin-top:6px;color:var(--quiet)}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,148px),1fr));gap:1px;
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,148px),1fr));gap:1px;
 margin-top:14px;padding:1px;max-width:1180px}
 .facts div{padding:8px 12px 9px;box-shadow:0 0 0 1px var(--line)}
 .facts dt,.beside,.count,.versions dt{color:var(--quiet);font-size:12px}

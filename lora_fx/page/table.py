@@ -47,7 +47,7 @@ def _columns(command: str) -> list[Column]:
         Column(
             "spectrum", "singular values of s·BA", lambda r: "".join(map(spark, r.spectra)), False
         ),
-        Column("", "", lambda r: esc("; ".join(dict.fromkeys(filter(None, r.said)))), False),
+        Column("", "", _said, False),
     ]
 
 
@@ -84,6 +84,11 @@ def _number(x: float | None) -> str:
 
 def _percent(x: float | None) -> str:
     return "" if x is None else percent(x)
+
+
+def _said(row: Row) -> str:
+    texts = [*row.said, row.updates if not row.rank else ""]
+    return esc("; ".join(dict.fromkeys(filter(None, texts))))
 
 
 def _stable(spectrum: Json) -> str:

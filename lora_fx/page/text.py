@@ -67,7 +67,7 @@ def number(value: object) -> str:
         return "∞" if value > 0 else "NaN" if math.isnan(value) else "−∞"
     if value == 0:
         return "0"
-    return f"{value:.2e}" if not 1e-3 <= abs(value) < 1e5 else f"{value:#.4g}".rstrip(".")
+    return f"{value:.2e}" if not 1e-2 <= abs(value) < 1e5 else f"{value:#.4g}".rstrip(".")
 
 
 def percent(value: object) -> str:
