@@ -249,7 +249,7 @@ def emit(
         from lora_fx.cli.reporting import write
 
         write(whole, page, force)
-        text = f"{text}\nwrote {page}".lstrip()
+        say(f"wrote {page}")
     if as_json:
         click.echo(json.dumps(whole, indent=1, default=str))
     elif text:

@@ -103,8 +103,8 @@ class Target:
         """The ops that read this tensor, each once, in execution order."""
         return tuple(dict.fromkeys(s.op for s in self.sites))
 
-    def to_json(self) -> dict[str, Any]:
-        """One row of `targets[]` in docs/json.md."""
+    def to_json(self, rank: int | None = None, alpha: float | None = None) -> dict[str, Any]:
+        """One row of `targets[]` in docs/json.md; with the rank and alpha of an update there."""
         return {
             "key": self.key,
             "aliases": list(self.parameter.aliases),
@@ -121,6 +121,8 @@ class Target:
             "default": self.default,
             "why_not": self.why_not,
             "parts": [{"role": r, "key": k} for r, k in self.parts],
+            "rank": rank,
+            "alpha": alpha,
         }
 
 

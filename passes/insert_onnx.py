@@ -126,7 +126,8 @@ def insert_onnx(
     outputs = tuple(map(str, made.files))
     slots = [slot for k, u in updates.items() for slot in slots_of(k, u)]
     trained = sum(slot.value.size for slot in slots if slot.trained)
-    details = {"targets": [found[k].to_json() for k in updates], "trained": trained}
+    rows = [found[k].to_json(u.rank, u.alpha) for k, u in updates.items()]
+    details = {"targets": rows, "trained": trained}
     return Report("insert", True, tuple(parity), outputs, tuple(notes), details)
 
 

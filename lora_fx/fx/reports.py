@@ -30,20 +30,14 @@ class AdaptedReport:
 
     def to_json(self) -> dict[str, Any]:
         """The parts of docs/json.md that an adapted module knows."""
-        targets = []
-        for key, rank, alpha, _ in self.targets:
-            target = self.found[key]
-            elements = {"parameters": target.layout.parameters(rank)}
-            targets.append({**target.to_json(), "rank": rank, "alpha": alpha, **elements})
-        rest = {k: v for k, v in self.found.to_json().items() if k not in ("targets",)}
         return {
-            "targets": targets,
+            **self.found.to_json(),
+            "targets": [self.found[k].to_json(r, a) for k, r, a, _ in self.targets],
             "also_train": list(self.also_train),
             "trained": self.trained,
             "frozen": self.frozen,
             "adapted_share": round(self.adapted_share, 6),
             "effect": None if self.effect is None else str(self.effect),
-            **rest,
         }
 
     def __str__(self) -> str:

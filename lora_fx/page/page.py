@@ -30,7 +30,7 @@ def page(result: Json) -> str:
     """
     rows = rows_of(result)
     title = f"lora-fx {result.get('command', '')}: {'done' if result.get('ok') else 'no'}"
-    count = plural(len(rows), "target")
+    count = esc("; ".join(filter(None, [plural(len(rows), "target"), result.get("effect")])))
     body = [
         verdict(result, rows),
         "<main>",

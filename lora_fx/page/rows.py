@@ -95,10 +95,9 @@ def _target(row: Row, found: Json, total: int) -> None:
         row.rank = [found["rank"]]
     if found.get("alpha") is not None:
         row.alpha = [found["alpha"]]
-    row.parameters = found.get("parameters")
     if total and found.get("flops") is not None:
         row.share = found["flops"] / total
-    if row.parameters is None and row.rank and "in" in found and "out" in found:
+    if row.rank and "in" in found and "out" in found:
         row.parameters = prod(found.get("batch") or []) * row.rank[0] * (found["in"] + found["out"])
 
 
@@ -125,8 +124,8 @@ def _update(row: Row, found: Json, fresh: bool) -> None:
     if fresh or len(row.spectra) > 1:
         row.rank += [found["rank"]] if found.get("rank") is not None else []
         row.parameters = (row.parameters or 0) + (found.get("parameters") or 0)
-    elif row.parameters is None:
-        row.parameters = found.get("parameters")
+    else:
+        row.parameters = found.get("parameters") or row.parameters
     if found.get("alpha") is not None and len(row.alpha) < len(row.rank):
         row.alpha.append(found["alpha"])
     if found.get("kind") not in ("lora", None):

@@ -35,7 +35,7 @@ def target(key: str, role: str, out: int, in_: int, rank: int) -> dict[str, Any]
         "key": key, "aliases": [], "op": "linear", "uses": ["linear"], "shape": [out, in_],
         "in": in_, "out": out, "batch": [], "dtype": "bfloat16", "sites": 1,
         "flops": 200 * out * in_, "role": role, "default": True, "why_not": "", "parts": [],
-        "rank": rank, "alpha": 2.0 * rank, "parameters": rank * (out + in_),
+        "rank": rank, "alpha": 2.0 * rank,
     }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def trained(layers: int, *, most: int = 10, steps: int = 2000) -> dict[str, Any]
     return {
         "command": "train", "version": "0.1.0", "ok": True, "inputs": [], "outputs": ["adapter"],
         "warnings": ["a warning that is said"], "targets": targets, "also_train": [],
-        "trained": sum(t["parameters"] for t in targets), "frozen": 8_030_261_248,
+        "trained": sum(t["rank"] * (t["in"] + t["out"]) for t in targets), "frozen": 8_030_261_248,
         "adapted_share": 0.934512, "refusals": [head],
         "unreached": [{"key": "pos", "shape": [8, 32], "reason": "no weight matmul uses it"}],
         "pinned": [{"input": "x", "dim": 1, "size": 8, "op": "reshape"}],

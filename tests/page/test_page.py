@@ -40,7 +40,9 @@ def test_one_row_per_target_with_its_numbers() -> None:
     spectra = result["page"]["adapters"][0]["updates"]
     for row, t, s in zip(seen, result["targets"], spectra, strict=True):
         assert row["rank"] == str(t["rank"]) and row["α"] == f"{t['alpha']:g}"
-        assert row["params"] == number(t["parameters"]) and row["role"] == t["role"]
+        assert (
+            row["params"] == number(t["rank"] * (t["in"] + t["out"])) and row["role"] == t["role"]
+        )
         assert row["shape"] == f"{t['shape'][0]} × {t['shape'][1]}"
         assert row["FLOPs"] == percent(t["flops"] / total)
         assert row["‖ΔW‖"] == number(s["norm"])

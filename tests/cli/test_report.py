@@ -1,0 +1,229 @@
+"""--report: every command's page says what its --json says, and files are as they should be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_fx.adapter import Adapter
+from lora_fx.formats.io import load_adapter, save_adapter
+from lora_fx.lowrank import LowRank
+from lora_fx.page.text import number, percent
+from lora_fx.spectra import FEW, MANY, summary
+from tests.cli.test_cli import run
+from tests.page.read import Page
+
+MODEL = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 5)
+        self.pos = nn.Parameter(torch.zeros(1, 8))
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x + self.pos)))
+def build():
+    return Net().eval(), (torch.randn(3, 8),), {}
+"""
+SHAPES = {"fc1.weight": (12, 8), "fc2.weight": (5, 12)}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model, a training table, an adapter with an effect, and a base to merge it into."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    draw = rng.standard_normal
+    x = draw((60, 8)).astype("f4")
+    np.savez("d.npz", x=x, labels=x[:, :5].argmax(1))
+    save_adapter(Adapter(updates(rng), {"dropout": 0.0}), "ad")
+    base = {k: draw(s).astype("f4") for k, s in SHAPES.items()} | {"fc1.bias": np.zeros(12, "f4")}
+    save_file(base, "base.safetensors")
+    delta = Adapter(load_adapter("ad").entries).deltas()
+    save_file(base | {k: (base[k] + d).astype("f4") for k, d in delta.items()}, "tuned.safetensors")
+    return tmp_path
+
+
+def updates(rng: np.random.Generator) -> dict[str, LowRank]:
+    f4 = "float32"
+    return {
+        k: LowRank(
+            rng.standard_normal((3, i)).astype(f4), rng.standard_normal((o, 3)).astype(f4), 6.0
+        )
+        for k, (o, i) in SHAPES.items()
+    }
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> tuple[Page, Any]:
+    """(the page, the --json object) of one run."""
+    got, out, err = run(capsys, *argv, "--report", "page.html", "--json")
+    assert got == code, err
+    assert "wrote page.html" in err or code == 1
+    return Page(Path("page.html").read_text(encoding="utf-8")), json.loads(out)
+
+
+COMMANDS = {
+    "insert": ["insert", "model.py:build", "-o", "out", "--rank", "2"],
+    "train": ["train", "model.py:build", "d.npz", "-o", "out", "--rank", "2", "--steps", "12"],
+    "export": ["export", "model.py:build", "ad", "-o", "m.onnx", "--provider", "cpu"],
+    "merge": ["merge", "base.safetensors", "ad", "-o", "m.safetensors", "--dtype", "bfloat16"],
+    "merge-all": ["merge-all", "base.safetensors", "ad", "-o", "fleet"],
+    "extract": ["extract", "base.safetensors", "tuned.safetensors", "-o", "out", "--rank", "2"],
+    "truncate": ["truncate", "ad", "-o", "out", "--rank", "1"],
+    "convert": ["convert", "ad", "-o", "out.onnx_adapter"],
+    "verify": ["verify", "tuned.safetensors", "base.safetensors", "--adapter", "ad"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_holds_what_json_says(
+    home: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    page, whole = shown(capsys, *COMMANDS[name])
+    added = page.data.pop("page")
+    assert page.data == whole and whole["command"] == name and whole["ok"]
+    assert added["argv"] == [*COMMANDS[name], "--report", "page.html", "--json"]
+    assert added["versions"]["lora-fx"] == whole["version"]
+    for file in added["files"]:
+        data = Path(file["path"]).read_bytes()
+        assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert file["sha256"] in page.text
+    given = [Path(a.rpartition(":")[0] or a) for a in COMMANDS[name][1:3]]
+    wanted = {("input", p) for p in given if p.exists()} | {
+        ("output", Path(o)) for o in whole["outputs"]
+    }
+    held = {(f["of"], Path(f["path"])) for f in added["files"]}
+    for of, path in wanted:
+        assert any(of == o and (p == path or path in p.parents) for o, p in held), path
+    assert {t["target"] for t in page.targets} == set(SHAPES)
+
+
+def test_numbers_of_a_training(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, whole = shown(capsys, *COMMANDS["train"])
+    assert whole["verdict"] in page.text
+    assert number(whole["validation"][str(whole["best_step"])]) in page.text
+    assert percent(whole["trained"] / (whole["trained"] + whole["frozen"])) in page.text
+    assert percent(whole["adapted_share"]) in page.text
+    assert whole["unreached"][0]["reason"] in page.text and "pos" in page.text
+    for row, t in zip(page.targets, whole["targets"], strict=True):
+        out, in_ = SHAPES[t["key"]]
+        assert t["rank"] == 2 and t["alpha"] == 4.0
+        assert row["params"] == str(2 * (out + in_))
+        total = 2 * 3 * sum(o * i for o, i in SHAPES.values())
+        assert row["FLOPs"] == percent(2 * 3 * out * in_ / total)
+
+
+def test_numbers_of_a_merge(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, _ = shown(capsys, *COMMANDS["merge"])
+    base, merged = load_file("base.safetensors"), load_file("m.safetensors")
+    for row in page.targets:
+        key = row["target"]
+        low = load_adapter("ad").lowrank[key]
+        delta = 2.0 * low.b.astype("f8") @ low.a.astype("f8")
+        applied = merged[key].astype("f8") - base[key]
+        gain = (applied * delta).sum() / (delta**2).sum()
+        assert float(row["rounding"].rstrip("\u00a0%")) == pytest.approx(100 * (1 - gain), rel=6e-3)
+        ratio = np.linalg.norm(delta) / np.linalg.norm(base[key])
+        assert float(row["effect"].rstrip("\u00a0%")) == pytest.approx(100 * ratio, rel=6e-3)
+
+
+def test_spectra_are_those_of_the_whole_product(home: Path) -> None:
+    rng = np.random.default_rng(1)
+    stack = LowRank(
+        rng.standard_normal((4, 2, 6)).astype("f4"),
+        rng.standard_normal((4, 9, 2)).astype("f4"),
+        -3.0,
+    )
+    adapter = Adapter({**load_adapter("ad").entries, "experts": stack})
+    for row in summary(adapter):
+        low = adapter.lowrank[row["key"]]
+        sigma = np.linalg.svd(low.matrix("f8"), compute_uv=False)[..., : low.rank]
+        wanted = np.sort(sigma, axis=None)[::-1]
+        assert np.allclose(row["sigma"], wanted, rtol=5.1e-3) and len(row["sigma"]) == wanted.size
+        assert row["norm"] == pytest.approx(np.linalg.norm(low.matrix("f8")), rel=1e-4)
+        assert row["parameters"] == low.a.size + low.b.size and row["rank"] == low.rank
+    many = Adapter({f"h.{i}.q": updates(rng)["fc1.weight"] for i in range(MANY + 1)})
+    wide = LowRank(np.ones((20, 30), "f4"), np.ones((40, 20), "f4"), 1.0)
+    assert len(summary(Adapter({**many.entries, "wide": wide}))[-1]["sigma"]) == FEW
+
+
+def test_spectra_are_weighted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, _ = shown(capsys, "merge", "base.safetensors", "ad:0.5", "-o", "m.safetensors")
+    (adapter,) = page.data["page"]["adapters"]
+    low = load_adapter("ad").lowrank["fc1.weight"]
+    sigma = np.linalg.svd(low.matrix("f8"), compute_uv=False)[:3]
+    row = next(r for r in adapter["updates"] if r["key"] == "fc1.weight")
+    assert np.allclose(row["sigma"], sigma / 2, rtol=5.1e-3)
+
+
+def test_a_page_that_exists_is_kept(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("page.html").write_text("mine")
+    code, _, err = run(capsys, *COMMANDS["truncate"], "--report", "page.html")
+    assert code == 2 and "page.html exists" in err and "--force" in err
+    assert Path("page.html").read_text() == "mine"
+    assert not Path("out").exists(), "refused before any work"
+    code, _, _ = run(capsys, *COMMANDS["truncate"], "--report", "page.html", "--force")
+    assert code == 0 and "Truncated" in Path("page.html").read_text()
+    code, _, err = run(capsys, *COMMANDS["verify"], "--report", "page.html")
+    assert code == 2 and "page.html exists" in err
+    code, _, err = run(capsys, *COMMANDS["verify"], "--report", "page.html", "--force")
+    assert code == 0 and "as they should be" in Path("page.html").read_text()
+    assert not [p for p in os.listdir() if "lora_fx_" in p]
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("page.txt", "does not end in .html"),
+        ("gone/page.html", "does not exist"),
+        ("out.html", "also the output"),
+        ("in.html", "also an input"),
+        ("folder.html", "is a folder"),
+    ],
+)
+def test_pages_that_are_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], path: str, why: str
+) -> None:
+    Path("folder.html").mkdir()
+    os.rename("ad", "in.html")
+    argv = ("truncate", "in.html", "-o", "out.html", "--rank", "1", "--force", "--report", path)
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and why in err
+    assert not Path("out.html").exists() and load_adapter("in.html")
+
+
+def test_the_answer_no_has_its_page(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, whole = shown(capsys, "verify", "base.safetensors", "tuned.safetensors", code=1)
+    assert not whole["ok"] and "They differ" in page.text
+    assert {r["target"] for r in page.targets} == set(SHAPES)
+    argv = ["merge-all", "base.safetensors", "ad", "base.safetensors", "-o", "fleet", "--force"]
+    page, whole = shown(capsys, *argv, code=1)
+    assert whole["error"] in page.text and "1 of 2" in page.text
+    assert page.data["hint"] == whole["hint"]
+
+
+def test_an_error_with_exit_code_1_has_its_page(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("extract", "base.safetensors", "base.safetensors", "-o", "out")
+    page, whole = shown(capsys, *argv, code=1)
+    assert "Stopped" in page.text and whole["error"] in page.text
+    assert page.data["error"] == whole["error"] and not page.data["ok"]
+    code, _, _ = run(capsys, "truncate", "ad", "-o", "out", "--report", "other.html")
+    assert code == 2 and not Path("other.html").exists(), "misuse has no result"
+
+
+def test_no_page_without_the_option(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, *COMMANDS["truncate"], "--json")
+    assert code == 0 and "page" not in json.loads(out)
+    assert not list(Path().glob("*.html"))
