@@ -23,8 +23,9 @@ MOST, FEW, MANY = 32, 10, 200
 def summary(adapter: Adapter) -> list[dict[str, Any]]:
     """A row of {key, kind, rank, alpha, parameters, shape, sigma, norm} for every entry.
 
-    `sigma` holds the largest values of s·b·a, descending, in three digits; of DoRA this is the
-    update before its rows are rescaled. It is None where the entry has no factors b and a.
+    `sigma` holds the largest values of s·b·a, descending, the first in six digits and the others
+    in three; of DoRA this is the update before its rows are rescaled. It is None where the entry
+    has no factors b and a.
     """
     most = MOST if len(adapter) <= MANY else FEW
     return [_row(key, entry, most) for key, entry in adapter.entries.items()]
@@ -44,8 +45,8 @@ def _row(key: str, entry: Entry, most: int) -> dict[str, Any]:
     if isinstance(entry, LowRank) and np.isfinite(entry.a).all() and np.isfinite(entry.b).all():
         values = np.sort(abs(entry.scale) * product_values(entry.a, entry.b), axis=None)[::-1]
         total = float(np.sum(values**2))
-        row["sigma"] = [float(f"{x:.3g}") for x in values[:most]]
-        row["norm"] = float(f"{total**0.5:.5g}")
+        row["sigma"] = [float(f"{x:.{3 if i else 6}g}") for i, x in enumerate(values[:most])]
+        row["norm"] = float(f"{total**0.5:.6g}")
     return row
 
 

@@ -32,8 +32,8 @@ class Cell(NamedTuple):
 
 
 def blocks(rows: list[Row]) -> str:
-    """The figure as HTML; empty without rows."""
-    if not rows:
+    """The figure as HTML; empty where no rank and no size is known, as of a comparison."""
+    if not any(r.rank or r.parameters for r in rows):
         return ""
     value, shade, legend = _scale(rows)
     total = sum(r.parameters or 0 for r in rows)
@@ -113,9 +113,7 @@ def _scale(
         return round((SHADES - 1) * (row.parameters or 0) / top) if top else 0
 
     number_is = "Number: the rank. " if ranks else ""
-    if not top:
-        return _rank, by_share, (number_is + "No sizes are known.", "", "")
-    most = percent(top / total)
+    most = percent(top / max(1, total))
     text = f"{number_is}Colour: the share of the adapter's parameters."
     return _rank, by_share, (text, "0", most)
 

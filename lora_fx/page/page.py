@@ -30,7 +30,8 @@ def page(result: Json) -> str:
     """
     rows = rows_of(result)
     title = f"lora-fx {result.get('command', '')}: {'done' if result.get('ok') else 'no'}"
-    count = esc("; ".join(filter(None, [plural(len(rows), "target"), result.get("effect")])))
+    what = "tensor" if result.get("command") in ("merge", "verify") else "target"
+    count = esc("; ".join(filter(None, [plural(len(rows), what), result.get("effect")])))
     body = [
         verdict(result, rows),
         "<main>",
@@ -40,7 +41,9 @@ def page(result: Json) -> str:
         parts.parity(result),
         parts.section("Structure", blocks(rows)),
         parts.section("Rounding", curves.rounding(rows)),
-        parts.section("Targets", f"<p class=count>{count}</p>{table(result, rows)}" * bool(rows)),
+        parts.section(
+            f"{what.capitalize()}s", f"<p class=count>{count}</p>{table(result, rows)}" * bool(rows)
+        ),
         parts.stages(result),
         parts.unhandled(result),
         parts.files(result),

@@ -91,6 +91,7 @@ thead th{font-weight:600;color:var(--quiet);vertical-align:bottom;border-bottom-
 .targets td:last-child,.small .t{white-space:normal}
 .targets tbody tr:hover{background:var(--soft)}
 .targets svg{height:22px}
+.across+.count{margin-top:6px}
 td svg path{stroke:var(--blue);stroke-width:4}
 td .p3 path{stroke-width:2}
 .gauge path{stroke:var(--good);stroke-width:6}
@@ -118,7 +119,8 @@ tr,figure.curve,.facts{break-inside:avoid}h2{break-after:avoid}
 SCRIPT = """
 (()=>{const t=document.getElementById('rows');if(!t)return;const b=t.tBodies[0];
 const rows=[...b.rows],first=rows.slice();
-const value=(r,i)=>{const s=r.cells[i].textContent.replace(/[\\u202f\\u00a0%]/g,'');
+const value=(r,i)=>{const s=r.cells[i].textContent.replace(/[\\u202f\\u00a0%]/g,'')
+.replace('\\u2212','-');
 const n=parseFloat(s);return Number.isNaN(n)?s:n};
 [...t.tHead.rows[0].cells].forEach((h,i)=>{const k=document.createElement('button');
 k.type='button';k.textContent=h.textContent;h.textContent='';h.append(k);

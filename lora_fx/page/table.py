@@ -21,7 +21,7 @@ ERROR = {
 
 
 class Column(NamedTuple):
-    """A heading, what it means, the cell of a row (empty: nothing known), and if it is a number."""
+    """A heading and its meaning, the cell of a row (empty: nothing known), whether a number."""
 
     head: str
     title: str
@@ -31,18 +31,22 @@ class Column(NamedTuple):
 
 def _columns(command: str) -> list[Column]:
     return [
-        Column("op", "operation that reads the weight", lambda r: esc(r.op), False),
+        Column("op", "", lambda r: esc(r.op), False),
         Column("role", "", lambda r: esc(r.role), False),
-        Column("shape", "as stored", lambda r: esc(shape(r.shape)) if r.shape else ""),
+        Column("shape", "", lambda r: esc(shape(r.shape)) if r.shape else ""),
         Column("rank", "", lambda r: " + ".join(map(str, r.rank))),
-        Column("α", "the scale is α/rank", lambda r: " + ".join(f"{a:g}" for a in r.alpha)),
+        Column("α", "", lambda r: " + ".join(f"{a:g}" for a in r.alpha)),
         Column("params", "elements of A and B", lambda r: _number(r.parameters)),
         Column("FLOPs", "share of the weight FLOPs", lambda r: _percent(r.share)),
         Column("effect", "‖Δ‖/‖W‖", lambda r: _percent(r.effect)),
         Column("rounding", "share of the update lost", lambda r: _percent(r.rounding)),
-        Column("unmoved", "share of the elements", lambda r: _percent(r.unmoved)),
-        Column(ERROR.get(command, "fold error"), "relative", lambda r: _number(r.error)),
-        Column("‖ΔW‖", "", lambda r: _some(r, "norm")),
+        Column(
+            "unmoved",
+            "share of the elements",
+            lambda r: _percent(r.unmoved),
+        ),
+        Column(ERROR.get(command, "error"), "relative", lambda r: _number(r.error)),
+        Column("‖ΔW‖", "of s·BA", lambda r: _some(r, "norm")),
         Column("stable rank", "‖ΔW‖²/σ₁²", lambda r: " + ".join(map(_stable, r.spectra))),
         Column(
             "spectrum", "singular values of s·BA", lambda r: "".join(map(spark, r.spectra)), False
@@ -60,7 +64,8 @@ def table(result: Json, rows: list[Row]) -> str:
         cells = [column.cell(r) for r in rows]
         if any(cells):
             used.append((column, cells))
-    heads = "".join(_head(c) for c, _ in used)
+    heads = "".join(f"<th scope=col>{esc(c.head) or 'note'}" for c, _ in used)
+    means = " · ".join(f"{c.head}: {c.title}" for c, _ in used if c.title)
     body = []
     for i, row in enumerate(rows):
         line = "".join(f"<td>{given[i]}" for _, given in used)
@@ -70,12 +75,8 @@ def table(result: Json, rows: list[Row]) -> str:
         '<div class=across tabindex=0 role=region aria-label="Table of targets">'
         f'<table class="targets{left}" id=rows><thead><tr><th scope=col>target'
         f"{heads}</thead><tbody>{''.join(body)}</tbody></table></div>"
+        + (f"<p class=count>{esc(means)}</p>" if means else "")
     )
-
-
-def _head(c: Column) -> str:
-    title = f' title="{esc(c.title)}"' if c.title else ""
-    return f"<th scope=col{title}>{esc(c.head) or 'said'}"
 
 
 def _number(x: float | None) -> str:

@@ -67,36 +67,44 @@ def number(value: object) -> str:
         return "∞" if value > 0 else "NaN" if math.isnan(value) else "−∞"
     if value == 0:
         return "0"
+    if value < 0:
+        return "−" + number(-value)
     return f"{value:.2e}" if not 1e-2 <= abs(value) < 1e5 else f"{value:#.4g}".rstrip(".")
 
 
 def percent(value: object) -> str:
     r"""A share in per cent, three digits; tiny ones in powers of ten, and none as a dash.
 
-    >>> percent(0.0123456), percent(1.0), percent(2e-7), percent(0.9999), percent(None)
+    >>> percent(0.0123456), percent(1.0), percent(2e-7), percent(0.99999), percent(None)
     ('1.23\xa0%', '100\xa0%', '2.0e-05\xa0%', '99.99\xa0%', '–')
+    >>> percent(-3.21e-5), percent(0)
+    ('−0.0032\xa0%', '0\xa0%')
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
+    if value < 0:
+        return "−" + percent(-value)
     points = 100 * value
-    if points and abs(points) < 0.01:
-        return f"{points:.1e}\u00a0%"
+    if points < 1e-4:
+        return f"{points:.1e}\u00a0%" if points else "0\u00a0%"
+    if points < 0.01:
+        return f"{points:#.2g}\u00a0%"
     if 99 < points < 100:
-        return f"{points:.2f}\u00a0%"
+        return f"{min(points, 99.99):.2f}\u00a0%"
     return f"{points:#.3g}".rstrip(".") + "\u00a0%" if points < 999.5 else f"{points:.0f}\u00a0%"
 
 
 def size(count: object) -> str:
     r"""Bytes for people.
 
-    >>> size(999), size(12_345_678)
-    ('999\xa0B', '12.3\xa0MB')
+    >>> size(999), size(12_345_678), size(999_999)
+    ('999\xa0B', '12.3\xa0MB', '1\xa0MB')
     """
     if not isinstance(count, int):
         return "–"
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
+        if value < 999.5 or unit == "TB":
             break
         value /= 1000
     return f"{value:.0f}\u00a0{unit}" if unit == "B" else f"{value:.3g}\u00a0{unit}"

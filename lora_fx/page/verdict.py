@@ -131,7 +131,7 @@ def facts(result: Json, rows: list[Row]) -> list[Fact]:
     made += _rounding(rows)
     if "relative" in result:
         made.append(Fact("Error of all updates", percent(result["relative"]), "‖Δ − Δ′‖/‖Δ‖"))
-    if rows:
+    if any(r.rank or r.parameters for r in rows):
         ranks = sorted({r for row in rows for r in row.rank if isinstance(r, int)})
         some = f"rank {ranks[0]}" if len(ranks) == 1 else ""
         some = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else some

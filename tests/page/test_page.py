@@ -45,6 +45,7 @@ def test_one_row_per_target_with_its_numbers() -> None:
         )
         assert row["shape"] == f"{t['shape'][0]} × {t['shape'][1]}"
         assert row["FLOPs"] == percent(t["flops"] / total)
+        assert row["stable rank"] == number((s["norm"] / s["sigma"][0]) ** 2)
         assert row["‖ΔW‖"] == number(s["norm"])
         assert row["spectrum"] == f"[σ {number(s['sigma'][0])} to {number(s['sigma'][-1])}]"
 
