@@ -19,6 +19,11 @@ from lora_fx.cli.options import force_option, split_weight
 from lora_fx.errors import LoraFxError
 
 LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+NAMED = (
+    "model", "data", "base", "tuned", "adapter", "adapters", "a", "b",
+    "weights", "inputs_file", "names", "plan",
+)  # fmt: skip
+"""Arguments and options that can name a file. Not every word that is one's name is meant so."""
 FILES = 100
 """Of a folder that are hashed."""
 
@@ -123,11 +128,9 @@ def versions() -> dict[str, str]:
 
 
 def _paths(given: Mapping[str, Any]) -> list[Path]:
-    """Arguments and options that name files: weights and functions of `file.py:name` cut off."""
+    """The files that were given: weights, and the function of `file.py:name`, cut off."""
     found: dict[Path, None] = {}
-    for name, value in given.items():
-        if name in ("report", "output", "out", "triton"):
-            continue
+    for value in (given[n] for n in NAMED if n in given):
         for text in value if isinstance(value, (tuple, list)) else [value]:
             if not isinstance(text, str) or "\0" in text or len(text) > 4096:
                 continue

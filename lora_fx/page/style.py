@@ -89,7 +89,8 @@ thead th{font-weight:600;color:var(--quiet);vertical-align:bottom;border-bottom-
 .t,.targets th:first-child{text-align:left}
 .targets tbody th{font-weight:400;white-space:normal;min-width:150px;overflow-wrap:break-word}
 .targets td:last-child,.small .t{white-space:normal}
-.targets tbody tr:hover{background:var(--soft)}
+.targets th:first-child{position:sticky;left:0;background:var(--paper)}
+.targets tbody tr:hover,.targets tbody tr:hover th{background:var(--soft)}
 .targets svg{height:22px}
 .across+.count{margin-top:6px}
 td svg path{stroke:var(--blue);stroke-width:4}

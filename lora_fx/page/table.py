@@ -42,7 +42,7 @@ def _columns(command: str) -> list[Column]:
         Column("rounding", "share of the update lost", lambda r: _percent(r.rounding)),
         Column(
             "unmoved",
-            "share of the elements",
+            "share of the elements that stayed",
             lambda r: _percent(r.unmoved),
         ),
         Column(ERROR.get(command, "error"), "relative", lambda r: _number(r.error)),

@@ -49,7 +49,7 @@ def broken(key: str) -> str:
     >>> broken("model.layers.0.self_attn.q_proj.weight")
     'model.layers.<wbr>0.self_attn.<wbr>q_proj.weight'
     """
-    pieces = re.findall(r".{10,}?\.(?=.{10})|.+", key, re.S)
+    pieces = re.findall(r".{10,}?\.(?=.{6})|.+", key, re.S)
     return "<wbr>".join(map(esc, pieces))
 
 

@@ -224,6 +224,15 @@ def test_an_error_with_exit_code_1_has_its_page(
     assert code == 2 and not Path("other.html").exists(), "misuse has no result"
 
 
+def test_a_word_is_no_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that happens to be called as the mode is no input."""
+    os.rename("ad", "merged")
+    os.symlink("merged", "cpu")
+    page, _ = shown(capsys, "export", "model.py:build", "-o", "m.onnx", "--provider", "cpu")
+    assert {f["path"] for f in page.data["page"]["files"]} == {"model.py", "m.onnx"}
+    assert page.targets == []
+
+
 def test_no_page_without_the_option(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *COMMANDS["truncate"], "--json")
     assert code == 0 and "page" not in json.loads(out)
