@@ -229,3 +229,25 @@ def test_a_long_run_is_drawn_as_means_and_one_without_validation_says_so() -> No
     assert "nan" not in flat and "<svg" in flat
     target_free = {"key": "a.weight", "rank": 0}
     assert "<svg" in page({"targets": [target("a.weight", "", 2, 2, 0) | target_free]})
+
+
+def test_the_curve_lies_where_the_losses_are() -> None:
+    held = {"10": 2.0, "20": 1.0, "40": 3.0}
+    result = trained(1, steps=40) | {"losses": [4.0, *[2.0] * 39], "validation": held}
+    text = page(result | {"before": None, "best_step": 20})
+    assert 'class=kept d="M500 0v300"' in text, "half of the way"
+    assert "<b>step 20 (kept) 1.000</b>" in text and text.count("(kept)") == 1
+    line = re.search(r'class="line held" d="M([^"]*)"', text)
+    assert line
+    found = [tuple(map(float, p.split())) for p in line[1].split("L")]
+    assert [x for x, _ in found] == [250, 500, 1000]
+    marks = [float(y) for y in re.findall(r"top:[\d.]+%>([\d.]+)</span>", text)]
+    low, high = min(marks), max(marks)
+    assert [high - y / 300 * (high - low) for _, y in found] == pytest.approx([2, 1, 3])
+
+
+def test_a_column_needs_one_row_that_knows() -> None:
+    rows = [target("a.weight", "", 2, 3, 4), target("b.weight", "q", 2, 3, 4)]
+    first, second = Page(page({"targets": rows})).targets
+    assert (first["role"], second["role"]) == ("", "q")
+    assert "rounding" not in first and "spectrum" not in first
