@@ -15,7 +15,7 @@ from lora_fx.page.text import esc, percent, visible
 
 SHADES = 5
 MOST = 16
-"""Cells of a block; above, it is split at the next index of its keys."""
+"""Cells of a block. Above, or with two cells of one name, it is split at the next index."""
 WIDTH = 264
 """Of the cells of one block, in pixels: a box fits a narrow screen."""
 HEIGHT = 34
@@ -70,9 +70,9 @@ def _split(rows: list[tuple[Row, list[str]]], start: int) -> list[tuple[str, lis
         ends[name] = at
     result = []
     for name, held in groups.items():
-        deeper = len(held) > MOST and any(
-            p.isdigit() for _, parts in held for p in parts[ends[name] : -1]
-        )
+        labels = {_label(row, name) for row, _ in held}
+        more = any(p.isdigit() for _, parts in held for p in parts[ends[name] : -1])
+        deeper = more and (len(held) > MOST or len(labels) < len(held))
         result += _split(held, ends[name]) if deeper else [(name, [r for r, _ in held])]
     return result
 
@@ -91,7 +91,7 @@ def _label(row: Row, block: str) -> str:
         return row.role
     last = ".".join(_parts(row.key))[len(block) :].lstrip(".").rpartition(".")[2]
     last = visible(last.removesuffix("_proj").removesuffix("_lin"))
-    return last if len(last) <= 10 else last[:9] + "…"
+    return last if len(last) <= 12 else last[:11] + "…"
 
 
 def _scale(

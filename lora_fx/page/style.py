@@ -52,7 +52,7 @@ figcaption{color:var(--quiet);margin-bottom:8px}
 .legend i{display:inline-block;width:14px;height:10px;margin:0 1px}
 .legend i.train,.legend i.held{height:2px;width:18px;margin:0 4px 4px 8px;background:var(--blue)}
 .legend i.held{background:var(--held)}
-.boxes{display:flex;flex-wrap:wrap;gap:8px}
+.boxes{display:flex;flex-wrap:wrap;align-items:flex-start;gap:8px}
 .box{border:1px solid var(--line);padding:6px 8px 8px;max-width:100%;break-inside:avoid}
 .box p{font-size:12px;line-height:1.35;margin-bottom:5px;overflow-wrap:anywhere;
 unicode-bidi:isolate}

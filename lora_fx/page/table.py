@@ -6,6 +6,7 @@ End tags that HTML lets out are left out: it is most of the page at 500 targets.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from lora_fx.page.curves import spark
@@ -59,6 +60,8 @@ def table(result: Json, rows: list[Row]) -> str:
     """The table as HTML; empty without rows."""
     if not rows:
         return ""
+    if not any(s["norm"] for r in rows for s in r.spectra):
+        rows = [replace(r, spectra=[]) for r in rows]  # nothing is trained yet
     used = []
     for column in _columns(str(result.get("command", ""))):
         cells = [column.cell(r) for r in rows]

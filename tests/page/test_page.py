@@ -149,6 +149,9 @@ def test_blocks_follow_the_keys() -> None:
         ("h.1", ["h.1.q.weight", "h.1.c_attn.weight[:, 0:768]"]),
         ("pool", ["pool.dense.weight"]),
     ]
+    swin = [Row(f"layers.{i}.blocks.{j}.qkv.weight") for i in (0, 1) for j in range(1 + i)]
+    names = [n for n, _ in grouped(swin)]
+    assert names == ["layers.0", "layers.1.blocks.0", "layers.1.blocks.1"]
     experts = [Row(f"h.0.experts.{i}.{p}.weight") for i in range(9) for p in ("up", "down")]
     assert [n for n, _ in grouped(experts)] == [f"h.0.experts.{i}" for i in range(9)]
 
@@ -244,6 +247,15 @@ def test_the_curve_lies_where_the_losses_are() -> None:
     marks = [float(y) for y in re.findall(r"top:[\d.]+%>([\d.]+)</span>", text)]
     low, high = min(marks), max(marks)
     assert [high - y / 300 * (high - low) for _, y in found] == pytest.approx([2, 1, 3])
+
+
+def test_untrained_updates_have_no_spectra() -> None:
+    zero = {"key": "a.weight", "parameters": 5, "sigma": [0.0], "norm": 0.0}
+    some = {**zero, "key": "b.weight", "sigma": [2.0], "norm": 2.0}
+    (row,) = Page(page({"page": {"adapters": [{"updates": [zero]}]}})).targets
+    assert row == {"target": "a.weight", "params": "5"}
+    first, second = Page(page({"page": {"adapters": [{"updates": [zero, some]}]}})).targets
+    assert first["spectrum"] == "all zero" and second["stable rank"] == "1.000"
 
 
 def test_a_column_needs_one_row_that_knows() -> None:
