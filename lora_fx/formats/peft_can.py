@@ -56,6 +56,12 @@ def one_variant(updates: Mapping[str, LowRank]) -> str:
     first: dict[str, str] = {}
     for key, low in updates.items():
         name = named_variant(low.variant).name
+        if name == "dora":  # an update with a magnitude is DoRA's; its variant says the scale
+            raise LoraFxError(
+                f"the update of {key!r} is of variant 'dora'; expected lora or rslora, and a "
+                "magnitude",
+                "insert(variant='dora') makes both",
+            )
         first.setdefault(name if name == "rslora" else "lora", key)
     if len(first) > 1:
         raise LoraFxError(
