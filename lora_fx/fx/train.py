@@ -69,7 +69,7 @@ def fit(
     s = settings or Settings()
     steps = s.steps or max(1, math.ceil(s.epochs * len(training) / s.batch_size))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameter_groups(s.lr, s.weight_decay))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(steps, s.warmup))
     signature = model.captured.signature
     known = signature.keywords

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,3 +113,64 @@ def test_patience_and_the_verdict(home: Path, capsys: pytest.CaptureFixture[str]
     code, _, err = run(capsys, *argv, "-o", "d", "--validation", "0", "--patience", "2")
     assert code == 2 and "--patience needs held-out examples" in err
     assert not (home / "d").exists()
+
+
+def test_a_tenth_of_every_label_is_held_out(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lora_fx.data
+
+    held: list[np.ndarray] = []
+    real = lora_fx.data.split
+
+    def seen(*args: Any) -> Any:
+        result = real(*args)
+        held.append(result[1].columns["labels"])
+        return result
+
+    monkeypatch.setattr(lora_fx.data, "split", seen)
+    data(np.array([0] * 60 + [1] * 30 + [2] * 10))
+    for seed in ("0", "0", "1"):
+        argv = (
+            "train",
+            "model.py:build",
+            "d.npz",
+            "-o",
+            f"a{len(held)}",
+            "-r",
+            "1",
+            "--steps",
+            "1",
+        )
+        assert run(capsys, *argv, "--seed", seed)[0] == 0
+    assert [np.bincount(h).tolist() for h in held] == [[6, 3, 1]] * 3
+
+
+def test_two_runs_with_one_seed_write_the_same_bytes(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data(RIGHT)
+    argv = ("train", "model.py:build", "d.npz", "-r", "2", "--steps", "12", "--lr", "0.03")
+    written = {}
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert run(capsys, *argv, "--dropout", "0.3", "-o", name, "--seed", seed)[0] == 0
+        files = {p.name: p.read_bytes() for p in sorted((home / name).iterdir())}
+        written[name] = files
+    assert set(written["a"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert written["a"] == written["b"]
+    assert written["a"]["adapter_model.safetensors"] != written["c"]["adapter_model.safetensors"]
+
+
+def test_lora_plus_trains_b_faster(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.numpy import load_file
+
+    data(RIGHT)
+    argv = ("train", "model.py:build", "d.npz", "-r", "2", "--steps", "1", "--validation", "0")
+    moved = {}
+    for variant in ("lora", "lora+"):
+        done = run(capsys, *argv, "--variant", variant, "-o", variant)
+        assert done[0] == 0
+        tensors = load_file(home / variant / "adapter_model.safetensors")
+        moved[variant] = {k: float(np.abs(v).max()) for k, v in tensors.items() if "lora_B" in k}
+    for key, value in moved["lora"].items():  # Adam's first step is the learning rate
+        assert moved["lora+"][key] == pytest.approx(16 * value, rel=1e-3)

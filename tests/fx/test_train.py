@@ -96,6 +96,37 @@ def test_two_runs_with_one_seed_are_equal() -> None:
     assert fit(adapted(dropout=0.2), table(), settings=Settings(steps=15, seed=1)).losses != runs[0]
 
 
+@pytest.mark.parametrize("variant", ["lora", "lora+", "lora-fa"])
+def test_it_is_the_loop_that_a_hand_writes(variant: str) -> None:
+    s = Settings(steps=100, lr=2e-2, weight_decay=0.1, batch_size=16, warmup=0.1, clip=0.5)
+    report = fit(adapted(variant=variant), table(), settings=s)
+    model = adapted(variant=variant).train()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    fast = [p for n, p in named.items() if variant == "lora+" and "lora_B" in n]
+    slow = [p for n, p in named.items() if not any(p is q for q in fast)]
+    assert len(fast) == 2 * (variant == "lora+") and all(
+        ("lora_A" in n) <= (variant != "lora-fa") for n in named
+    )
+    optimizer = torch.optim.AdamW([{"params": slow}, {"params": fast}], weight_decay=0.1)
+    data, differences = table(), []
+    for step in range(100):
+        epoch, at = divmod(step, 13)  # 200 examples make 13 batches
+        order = np.arange(200)
+        np.random.default_rng(epoch).shuffle(order)
+        rows = order[16 * at : 16 * at + 16]
+        x, y = (torch.from_numpy(data.columns[n][rows]) for n in ("x", "labels"))
+        share = (step + 1) / 10 if step < 10 else (1 + np.cos(np.pi * (step - 10) / 90)) / 2
+        for group, ratio in zip(optimizer.param_groups, (1, 16), strict=True):
+            group["lr"] = 2e-2 * ratio * share
+        value = nn.functional.cross_entropy(model(x)["logits"], y)
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(named.values(), 0.5)
+        optimizer.step()
+        differences.append(abs(value.item() - report.losses[step]))
+    assert report.losses[-1] < report.losses[0] and max(differences) < 1e-6
+
+
 def test_losses() -> None:
     without = Table({"x": table().columns["x"], "y": table().columns["labels"]}, "y")
     assert fit(adapted(), without, settings=Settings(steps=3)).losses == pytest.approx(
