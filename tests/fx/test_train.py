@@ -120,7 +120,7 @@ def test_it_is_the_loop_that_a_hand_writes(variant: str) -> None:
             group["lr"] = 2e-2 * ratio * share
         value = nn.functional.cross_entropy(model(x)["logits"], y)
         optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(named.values(), 0.5)
         optimizer.step()
         differences.append(abs(value.item() - report.losses[step]))
