@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort) as e:
         ended = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
         what = "terminated" if ended else "interrupted"
-        click.echo(f"{what}; nothing was left behind", err=True)
+        left = getattr(e, "left", None) or getattr(e.__cause__, "left", None)
+        click.echo(f"{what}; {left or 'nothing was left behind'}", err=True)
         sys.exit(143 if ended else 130)
     except BrokenPipeError:
         sys.exit(0)

@@ -8,6 +8,7 @@ import click
 
 from lora_fx.cli.common import emit, note, say
 from lora_fx.cli.options import (
+    CAPTURE,
     captured,
     force_option,
     held,
@@ -17,9 +18,7 @@ from lora_fx.cli.options import (
     training_data,
 )
 from lora_fx.cli.reporting import report_option
-
-ABOVE_0 = click.FloatRange(min=0, min_open=True)
-FROM_1 = click.IntRange(min=1)
+from lora_fx.cli.training import loop_options, saving_of, settings_of, stateful
 
 
 @click.command("train")
@@ -29,14 +28,10 @@ FROM_1 = click.IntRange(min=1)
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
 @click.option("--label", default="", metavar="COL", help="Column to predict.  [default: labels]")
 @click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
-@click.option("--epochs", type=ABOVE_0, default=3.0, show_default=True, help="Passes over DATA.")
-@click.option("--steps", type=FROM_1, help="Steps, instead of epochs.")
-@click.option("--batch-size", type=FROM_1, default=32, show_default=True, help="Examples a step.")
-@click.option("--lr", type=ABOVE_0, default=1e-3, show_default=True, help="Peak learning rate.")
 @click.option("--validation", type=float, default=0.1, show_default=True, help="Share held out.")
-@click.option("--patience", type=FROM_1, metavar="N", help="Validations in vain that end it.")
 @click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@loop_options
 @target_options
 @model_options
 @force_option
@@ -58,7 +53,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     from lora_fx.formats.io import save_adapter
     from lora_fx.fx.factory import load_function
     from lora_fx.fx.models import check_device
-    from lora_fx.fx.train import Settings, fit
+    from lora_fx.fx.train import fit
     from lora_fx.passes.pipeline import insert
 
     check_output(output, force=force)
@@ -67,17 +62,14 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         raise LoraFxError(f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual")
     if options["patience"] and not options["validation"]:
         raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
-    keys = ("weights", "inputs_file", "dynamic", "static", "trust")
-    loaded, cap = captured(model, **{k: options.pop(k) for k in keys})
+    settings, saving = settings_of(options), saving_of(options, force)
+    loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
     table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
     if table.words:
         note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
     training, validation = split(table, options.pop("validation"), options["seed"])
     device, loss = options.pop("device"), options.pop("loss")
-    settings = Settings(
-        options.pop("epochs"), options.pop("steps"), options.pop("batch_size"), options.pop("lr"),
-        seed=options["seed"], patience=options.pop("patience"),
-    )  # fmt: skip
+    loss = load_function(loss) if ":" in loss else loss
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
     module = (held(cap) if cap.adapter is not None else insert(cap, **chosen)).to(device)
 
@@ -85,16 +77,12 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         if step == steps or step % max(1, steps // 10) == 0:
             say(f"step {step}/{steps}: loss {value:.4f}")
 
-    loss = load_function(loss) if ":" in loss else loss
-    report = fit(module, training, validation, loss, settings, progress)
+    with stateful(saving):
+        report = fit(module, training, validation, loss, settings, progress, saving=saving)
     for text in (*report.warnings, *save_adapter(module.adapter(), output, force=force)):
         note(text)
-    best = report.validation.get(report.best_step)
-    text = f"kept step {report.best_step} of {len(report.losses)}" + (
-        f", validation loss {best:.4f}" if best is not None else ""
-    )
     emit(
-        as_json, "train", f"{module.report()}\n{text}\n{report.verdict}\nwrote {output}",
+        as_json, "train", f"{module.report()}\n{report}\nwrote {output}",
         inputs=cap.inputs.to_json(), outputs=[output], warnings=module.report().notes,
         **module.report().to_json(),
         examples={"training": len(training), "validation": len(validation)}, **report.to_json(),

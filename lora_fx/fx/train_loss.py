@@ -29,7 +29,7 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
     own = label if label and accepts(label) else ""
 
     def loss(out: Any, labels: torch.Tensor | None) -> torch.Tensor:
-        found = _field(out, "loss")
+        found = field_of(out, "loss")
         if own and isinstance(found, torch.Tensor):
             return found
         scores = scores_of(out)
@@ -49,13 +49,14 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
 
 def scores_of(out: Any) -> torch.Tensor:
     """`.logits`, else the first tensor that comes out."""
-    scores = _field(out, "logits")
+    scores = field_of(out, "logits")
     if isinstance(scores, torch.Tensor):
         return scores
     return next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
 
 
-def _field(out: Any, name: str) -> Any:
+def field_of(out: Any, name: str) -> Any:
+    """An output's field, of a mapping or an object; None where it has none."""
     return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
 
 

@@ -13,6 +13,7 @@ class TrainReport:
 
     `before` is the validation loss before the first step, None without validation.
     `stopped` is the step at which patience ended the run, or None where it went to its end.
+    `resumed` is the step from which the run went on, None where it began at the first.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -20,6 +21,7 @@ class TrainReport:
     before: float | None = None
     best_step: int = 0
     stopped: int | None = None
+    resumed: int | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -27,6 +29,14 @@ class TrainReport:
         """Whether the validation loss rose, in one line that names the step that was kept."""
         line = verdict(self.validation, self.best_step)
         return line if self.stopped is None else f"{line}; patience ended at step {self.stopped}"
+
+    def __str__(self) -> str:
+        """Which step was kept, from where the run went on, and the verdict."""
+        best = self.validation.get(self.best_step)
+        said = f"kept step {self.best_step} of {len(self.losses)}"
+        said += f", validation loss {best:.4f}" if best is not None else ""
+        said += f" (went on from step {self.resumed})" if self.resumed is not None else ""
+        return f"{said}\n{self.verdict}"
 
     def to_json(self) -> dict[str, Any]:
         """For report files."""
@@ -36,6 +46,7 @@ class TrainReport:
             "before": None if self.before is None else round(self.before, 6),
             "best_step": self.best_step,
             "stopped": self.stopped,
+            "resumed": self.resumed,
             "verdict": self.verdict,
         }
 

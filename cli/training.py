@@ -1,0 +1,110 @@
+"""What lora-fx train has beside its own file: the options of the loop, states, processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import say
+from lora_fx.errors import LoraFxError
+
+ABOVE_0 = click.FloatRange(min=0, min_open=True)
+FROM_0 = click.FloatRange(min=0)
+FROM_1 = click.IntRange(min=1)
+SHARE = click.FloatRange(min=0, max=1, max_open=True)
+
+
+def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the loop, in the order of `Settings`, and those of its states."""
+    shown: dict[str, Any] = {"show_default": True}
+    options = [
+        click.option("--epochs", type=ABOVE_0, default=3.0, **shown, help="Passes over DATA."),
+        click.option("--steps", type=FROM_1, metavar="N", help="Steps, instead of epochs."),
+        click.option("--batch-size", type=FROM_1, default=32, **shown, help="Examples a step."),
+        click.option("--lr", type=ABOVE_0, default=1e-3, **shown, help="Peak learning rate."),
+        click.option(
+            "--weight-decay", type=FROM_0, default=0.01, **shown, help="Of AdamW, times the rate."
+        ),
+        click.option(
+            "--warmup", type=SHARE, default=0.05, **shown, help="Share of the steps that warm up."
+        ),
+        click.option(
+            "--clip", type=FROM_0, default=1.0, **shown, help="Longest gradient (norm); 0 for any."
+        ),
+        click.option("--checks", type=FROM_1, default=10, **shown, help="Validations in the run."),
+        click.option(
+            "--patience", type=FROM_1, metavar="N", help="Validations in vain that end the run."
+        ),
+        click.option("--save-state", metavar="DIR", help="Keep a state there to --resume from."),
+        click.option(
+            "--save-every",
+            type=FROM_1,
+            metavar="N",
+            help="Steps between two states.  [default: one at every validation]",
+        ),
+        click.option(
+            "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def settings_of(options: dict[str, Any]) -> Any:
+    """Takes the loop's settings out of a command's options."""
+    from lora_fx.fx.train import Settings
+
+    names = ("epochs", "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "checks",
+             "patience")  # fmt: skip
+    return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
+
+
+def saving_of(options: dict[str, Any], force: bool) -> Any:
+    """Takes what says where states are out of a command's options; checks the folder."""
+    from pathlib import Path
+
+    from lora_fx.fx.train import Saving
+    from lora_fx.fx.train_folder import check_folder
+
+    every, resume = options.pop("save_every"), options.pop("resume")
+    folder = options.pop("save_state") or resume
+    if every and not folder:
+        raise LoraFxError("--save-every, but no state is kept", "--save-state DIR")
+    if folder:
+        again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
+        check_folder(folder, force=force or again)
+    return Saving(folder, every, resume)
+
+
+@contextlib.contextmanager
+def stateful(saving: Any) -> Iterator[None]:
+    """What is stopped in this block says which state it leaves."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        step = _saved(saving.folder)
+        if step is not None:
+            stop.left = (  # type: ignore[attr-defined]
+                f"{saving.folder} holds the state of step {step}: --resume {saving.folder} "
+                "goes on from there"
+            )
+        raise
+    except LoraFxError as e:
+        step = _saved(saving.folder) if e.exit_code == 1 else None
+        if step is not None:
+            say(f"{saving.folder} holds the state of step {step}")
+        raise
+
+
+def _saved(folder: str | None) -> int | None:
+    """The step of a state; None where there is none."""
+    from lora_fx.fx.train_folder import read_folder
+
+    try:
+        return int(read_folder(folder)[0]["step"]) if folder else None
+    except (LoraFxError, LookupError, TypeError, ValueError):
+        return None

@@ -1,0 +1,146 @@
+"""The loss of a batch, in parts: what each part weighs, so that their sum is that of the whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_fx.data import Buckets, Table
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.tensors import from_numpy
+from lora_fx.fx.train_loss import IGNORED, Loss, check_labels, field_of, loss_function, scores_of
+from lora_fx.fx.train_processes import ALONE, Processes
+
+PROBE = 8
+"""Examples from which it is found out what the model's own loss is a mean of."""
+UNKNOWN = (
+    "the model's own loss is no cross entropy over its labels: the parts of a batch count by their "
+    "examples"
+)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run makes small.
+
+    Args:
+        model: The model.
+        compute: The loss of (output, labels), a mean.
+        own: The argument that carries the labels into the model; empty where the loss takes them.
+        counts: What it is a mean over: examples, labels, or next (labels but an example's first).
+        half: Whether products run in bfloat16.
+    """
+
+    model: AdaptedModule
+    compute: Loss
+    own: str = ""
+    counts: str = "examples"
+    half: bool = False
+
+    def weight(self, batch: Table) -> int:
+        """Over how many items the loss of a batch is a mean."""
+        labels = batch.columns.get(batch.label)
+        if self.counts == "examples" or labels is None:
+            return len(batch)
+        return int((labels[:, 1:] if self.counts == "next" else labels).__ne__(IGNORED).sum())
+
+    def loss(self, batch: Table) -> torch.Tensor:
+        """The mean loss, with its graph, in the mode that the model is in."""
+        labels = batch.columns.get(batch.label)
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
+            out = self.model(**inputs_of(self.model, batch, self.own))
+            return self.compute(out, None if labels is None else from_numpy(labels).to(device))
+
+    @torch.no_grad()
+    def mean(self, table: Table, batch_size: int, world: Processes = ALONE) -> float:
+        """Mean loss over a table, in eval mode; the processes share the batches."""
+        self.model.eval()
+        total, weight = 0.0, 0.0
+        for i, batch in enumerate(table.batches(batch_size)):
+            count = self.weight(batch) if i % world.size == world.rank else 0
+            if count:
+                total, weight = total + float(self.loss(batch)) * count, weight + count
+        total, weight = world.total(total, weight)
+        return total / weight if weight else math.nan
+
+
+def objective(
+    model: AdaptedModule, training: Table | Buckets, loss: str | Loss, half: bool
+) -> tuple[Objective, list[str]]:
+    """What a run makes small, and warnings.
+
+    Raises:
+        LoraFxError: A column that the model does not take, or a label that is no class of it.
+    """
+    signature = model.captured.signature
+    known = signature.keywords
+    for name in training.columns:
+        if name != training.label and name not in known and not signature.open:
+            raise LoraFxError(
+                f"the model takes no argument {name!r}", f"it takes {', '.join(sorted(known))}"
+            )
+    compute, own = loss_function(loss, training.label, lambda n: n in known)
+    labels = training.columns.get(training.label)
+    counted = loss == "ce" and labels is not None and labels.dtype.kind in "iu"
+    made = Objective(model, compute, own, "labels" if counted else "examples", half)
+    warnings = _heed_classes(model, training) if loss == "ce" else []
+    if own and counted and labels is not None and labels.ndim > 1:
+        counts = _counted(made, training)
+        warnings += [] if counts else [UNKNOWN]
+        made = Objective(model, compute, own, counts or "examples", half)
+    return made, warnings
+
+
+@torch.no_grad()
+def _counted(made: Objective, training: Table | Buckets) -> str:
+    """What the model's own loss of labels [rows, …] is a mean over; empty where it is neither."""
+    table = training.tables[0] if isinstance(training, Buckets) else training
+    batch = table.rows(np.arange(min(PROBE, len(table)))).trimmed()
+    made.model.eval()
+    out = made.model(**inputs_of(made.model, batch, made.own))
+    own, scores = field_of(out, "loss"), scores_of(out).float()
+    labels = from_numpy(batch.columns[batch.label]).to(scores.device)
+    if not isinstance(own, torch.Tensor) or scores.shape[:-1] != labels.shape:
+        return "" if isinstance(own, torch.Tensor) else "labels"
+    for counts, ours, theirs in (
+        ("labels", scores, labels),
+        ("next", scores[:, :-1], labels[:, 1:]),
+    ):
+        mean = nn.functional.cross_entropy(ours.flatten(0, -2), theirs.flatten().long())
+        if torch.allclose(mean, own.float(), rtol=1e-2, atol=0):
+            return counts
+    return ""
+
+
+def _heed_classes(model: AdaptedModule, training: Table | Buckets) -> list[str]:
+    """Check one label an example against the model's scores, before any step; returns warnings."""
+    tables = training.tables if isinstance(training, Buckets) else [training]
+    needed = training.label in model.captured.signature.required
+    if needed or tables[0].columns.get(training.label, np.zeros(())).ndim != 1:
+        return []
+    labels = torch.cat([from_numpy(np.asarray(t.columns[training.label])) for t in tables])
+    model.eval()
+    with torch.no_grad():
+        out = model(**inputs_of(model, tables[0].rows([0, min(1, len(tables[0]) - 1)]).trimmed()))
+    scores = scores_of(out)
+    if scores.dim() != 2 or scores.shape[1] < 2:
+        return []
+    check_labels(labels, scores.shape[1])
+    used = len(np.unique(labels[labels != IGNORED].numpy()))
+    if used < scores.shape[1]:
+        return [f"the data has {used} labels, the model scores {scores.shape[1]} classes"]
+    return []
+
+
+def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, Any]:
+    """A batch as the model's arguments, on its device."""
+    device = next(model.parameters()).device
+    keep = {k: v for k, v in batch.columns.items() if k != batch.label or own}
+    return {k: from_numpy(v).to(device) for k, v in keep.items()}
