@@ -33,6 +33,7 @@ def from_numpy(value: np.ndarray[Any, Any], like: torch.Tensor | None = None) ->
         t = torch.from_numpy(np.ascontiguousarray(value).view(np.int16)).view(torch.bfloat16)
     else:
         t = torch.from_numpy(np.ascontiguousarray(value))
+    t = t.reshape(value.shape)  # ascontiguousarray gives a scalar a dimension
     return t if like is None else t.to(dtype=like.dtype, device=like.device)
 
 

@@ -47,23 +47,21 @@ class Optimizer:
             group["lr"] = peak * share
         self._adam.step()
 
+    @property
+    def moved(self) -> list[str]:
+        """Names of what has moments: all but what never had a gradient."""
+        return [name for name, p in self.named.items() if self._adam.state.get(p)]
+
     def moments(self) -> dict[str, torch.Tensor]:
         """`NAME/exp_avg` … of every tensor that has moved."""
+        state = self._adam.state
         return {
-            f"{name}/{field}": self._adam.state[p][field]
-            for name, p in self.named.items()
-            for field in MOMENTS
-            if self._adam.state.get(p)
+            f"{n}/{field}": state[self.named[n]][field] for n in self.moved for field in MOMENTS
         }
 
-    def put(self, moments: dict[str, torch.Tensor]) -> None:
-        """Go on from such moments."""
-        for name, p in self.named.items():
-            if f"{name}/{MOMENTS[0]}" not in moments:
-                continue
-            found = {field: moments[f"{name}/{field}"] for field in MOMENTS}
-            count = found.pop("step").clone()  # stays on the CPU
-            self._adam.state[p] = {"step": count} | {k: v.to(p.device) for k, v in found.items()}
+    def put(self, name: str, moments: dict[str, torch.Tensor]) -> None:
+        """Go on from such moments of one tensor, by field."""
+        self._adam.state[self.named[name]] = dict(moments)
 
 
 def factor(step: int, steps: int, warmup: float) -> float:

@@ -22,7 +22,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train_facts import Facts, differences
 from lora_fx.fx.train_folder import TENSORS, WORDS, read_folder, write_folder
-from lora_fx.fx.train_optimizer import Optimizer
+from lora_fx.fx.train_optimizer import MOMENTS, Optimizer
 from lora_fx.fx.train_processes import Processes
 from lora_fx.fx.train_report import TrainReport
 from lora_fx.lowrank import Array
@@ -55,6 +55,7 @@ class Trail:
         best: The lowest validation loss.
         kept: What is trained, as it was then; empty before the first validation.
         report: What the run has to say so far.
+        moved: What a state has moments of.
     """
 
     step: int = 0
@@ -64,6 +65,7 @@ class Trail:
     best: float = math.inf
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     report: TrainReport = field(default_factory=TrainReport)
+    moved: list[str] = field(default_factory=list)
 
 
 def snapshot(optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -108,6 +110,7 @@ def save_state(
         "before": report.before,
         "stopped": report.stopped,
         "validation": {str(k): v for k, v in report.validation.items()},
+        "moments": optimizer.moved,
         "facts": facts,
     }
     write_folder(folder, words, tensors)
@@ -137,8 +140,10 @@ def load_state(folder: str, optimizer: Optimizer, facts: Facts, world: Processes
     put_back(optimizer, {n: _like(f"now/{n}", p, tensors, where) for n, p in named.items()})
     if trail.kept:
         trail.kept = {n: _like(f"best/{n}", p, tensors, where) for n, p in named.items()}
-    start = len("adam/")
-    optimizer.put({k[start:]: from_numpy(v) for k, v in tensors.items() if k[:start] == "adam/"})
+    for name in trail.moved:
+        like = {field: named[name] for field in MOMENTS} | {"step": torch.zeros(())}
+        of = f"adam/{name}/"
+        optimizer.put(name, {f: _like(of + f, p, tensors, where) for f, p in like.items()})
     _put_rng(_like(f"rng/{world.rank}", None, tensors, where), named[next(iter(named))].device)
     return trail
 
@@ -153,7 +158,10 @@ def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimize
     )
     if len(report.losses) != words["step"]:
         raise ValueError(f"{len(report.losses)} losses of {words['step']} steps")
-    trail = Trail(report=report)
+    trail = Trail(report=report, moved=list(words["moments"]))
+    for name in trail.moved:
+        if name not in optimizer.named:
+            raise KeyError(name)
     trail.step, trail.epoch, trail.at, trail.waited = (
         int(words[k]) for k in ("step", "epoch", "at", "waited")
     )

@@ -158,6 +158,7 @@ def test_damaged_states(state: Path, tmp_path: Path) -> None:
         (lambda w: w.update(step=3), None, "4 losses of 3 steps"),
         (lambda w: [w], None, "damaged: no object"),
         (None, without(a), f"no tensor '{a}'"),
+        (lambda w: w["moments"].append("odd"), None, "damaged: KeyError('odd')"),
         (None, without("rng/0"), "no tensor 'rng/0'"),
         (None, without("adam/fc1.lora_A.weight/exp_avg_sq"), "no tensor 'adam/fc1.lora_A"),
         (None, lambda h: {**h, a: h[a][:1]}, "is torch.float32 [1, 8]; expected torch.float32 [2"),
