@@ -31,7 +31,6 @@ def start_from(
     loaded: Any, cap: Any, init: str, data: str | None, label: str, loss: str
 ) -> dict[str, Any]:
     """Keyword arguments of insert; empty for a start that reads no data."""
-    from lora_fx.fx.factory import load_function
     from lora_fx.start import OF_DATA
 
     if init not in OF_DATA:
@@ -42,11 +41,17 @@ def start_from(
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
     from lora_fx.cli.options import training_data
 
-    table = training_data(data, loaded, cap, label, 128)
-    return {
-        "data": batches_of(table),
-        "loss": load_function(loss) if ":" in loss else loss,
-    }
+    return of_training(training_data(data, loaded, cap, label, 128), init, loss)
+
+
+def of_training(table: Any, init: str, loss: str) -> dict[str, Any]:
+    """Keyword arguments of insert for a start from the data that is trained on."""
+    from lora_fx.fx.factory import load_function
+    from lora_fx.start import OF_DATA
+
+    if init not in OF_DATA:
+        return {}
+    return {"data": batches_of(table), "loss": load_function(loss) if ":" in loss else loss}
 
 
 def batches_of(table: Any, seed: int = 0) -> Iterator[Mapping[str, Any]]:

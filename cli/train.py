@@ -18,6 +18,7 @@ from lora_fx.cli.options import (
     training_data,
 )
 from lora_fx.cli.reporting import report_option
+from lora_fx.cli.starting import of_training
 from lora_fx.cli.training import loop_options, saving_of, settings_of, stateful
 
 
@@ -71,6 +72,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     device, loss = options.pop("device"), options.pop("loss")
     loss = load_function(loss) if ":" in loss else loss
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    chosen |= of_training(training, options["init"], loss)
     module = (held(cap) if cap.adapter is not None else insert(cap, **chosen)).to(device)
 
     def progress(step: int, steps: int, value: float) -> None:

@@ -49,7 +49,7 @@ class Moments(Protocol):
 
     @property
     def inputs(self) -> Array | None:
-        """E[x xᵀ], [*batch, in, in]."""
+        """E[x xᵀ], [*batch, in, in]; [in], its diagonal, for lookups."""
         ...
 
     @property
@@ -180,7 +180,11 @@ def _start(
         )
     wide = np.asarray(value, np.float64)
     if init == "eva":
-        axes = np.linalg.eigh(wide)[1][..., ::-1][..., :rank]  # eigh ascends
+        if wide.ndim == 1:  # of one-hot x: the rows that are looked up most
+            axes = np.zeros((len(wide), rank))
+            axes[np.argsort(-wide, kind="stable")[:rank], np.arange(rank)] = 1.0
+        else:
+            axes = np.linalg.eigh(wide)[1][..., ::-1][..., :rank]  # eigh ascends
         return np.ascontiguousarray(np.swapaxes(axes, -1, -2), np.float32), zero
     if not np.isfinite(wide).all() or not wide.any():
         raise LoraFxError(

@@ -51,12 +51,15 @@ def started(
         data: Batches by argument name, for eva and lora-ga.
         loss: ce, mse, or a function of (output, labels).
     """
-    moments = None
+    moments, said = None, tuple[str, ...]()
     if init in OF_DATA:
-        from lora_fx.fx.calibrate import calibrate
+        from lora_fx.passes.calibrate import calibrate
 
         if cap is None or data is None:
             raise LoraFxError(f"init {init!r} needs a model that one graph can hold, and data")
-        moments = calibrate(cap, list(plan.entries), data, loss, (OF_DATA[init],))
+        uses = {key: entry.use for key, entry in plan.entries.items()}
+        seen = calibrate(cap, uses, data, loss, (OF_DATA[init],))
+        moments, said = seen.moments, seen.notes
     wanted = init in OF_WEIGHT or not named_variant(variant).branches
-    return initial(found, plan, variant, seed, init, read if wanted else None, moments)
+    made, notes = initial(found, plan, variant, seed, init, read if wanted else None, moments)
+    return made, (*said, *notes)

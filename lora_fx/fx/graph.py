@@ -215,6 +215,10 @@ class FxGraph:
             chain.insert(0, _node(chain[0].args[0]))
         return chain
 
+    def places(self, site: Site) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """The site's node, and its weight's way to it, both ends included."""
+        return self._at(site), tuple(self._chain(site))
+
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when these sites are all that reads a parameter in this graph."""
         chains = [self._chain(s) for s in sites]

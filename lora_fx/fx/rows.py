@@ -1,0 +1,168 @@
+"""x and dy of a use as rows: [*batch, rows, in] and [*batch, rows, out] in the axes of its Kind.
+
+With these rows ∂L/∂W = Σ dy xᵀ, whatever the op: a convolution's x is cut into its windows, a
+transposed one's dy; the rows of a grouped op are padded with zeros to the largest group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_fx import kinds, kinds_conv
+from lora_fx.graph import Site
+from lora_fx.lowrank import Layout
+from lora_fx.view import Gather
+
+DOTS = "ABCDEFGH"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch.
+
+    Attributes:
+        value: [*batch, rows, side]; [rows] ids where x is one-hot.
+        count: Without those that are padding.
+        one_hot: The number of ids; 0 where the rows are there themselves.
+    """
+
+    value: Tensor
+    count: int
+    one_hot: int = 0
+
+
+def readable(site: Site) -> bool:
+    """True when a use's x and dy can be had as rows; else only its gradient can."""
+    known = (kinds.Einsum, kinds.Embedding, kinds.Grouped, kinds_conv.Conv)
+    gathered = any(isinstance(s, Gather) for s in site.view.steps)
+    return isinstance(site.kind, (*known, kinds_conv.ConvTranspose)) and not gathered
+
+
+def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> Rows | None:
+    """The rows of x; None where its sizes are broadcast. `ends` are those of the groups."""
+    kind = site.kind
+    if isinstance(kind, kinds.Embedding):
+        ids = x.reshape(-1)
+        return Rows(ids, ids.numel(), site.operand[0])
+    if isinstance(kind, kinds.Einsum):
+        return _einsum(site, x, kind.x, kind.axes(site.operand).in_)
+    if isinstance(kind, kinds.Grouped):
+        assert ends is not None
+        return _grouped(x, ends)
+    if isinstance(kind, kinds_conv.Conv):
+        return _channels(kind.groups, _windows(site, _images(site, x)), site)
+    assert isinstance(kind, kinds_conv.ConvTranspose)
+    return _channels(kind.groups, _images(site, x), site)
+
+
+def rows_out(site: Site, dy: Tensor, x: Sequence[int], ends: Tensor | None = None) -> Rows | None:
+    """The rows of dy, in the order of those of x, whose shape is given."""
+    kind = site.kind
+    if isinstance(kind, kinds.Embedding):
+        flat = dy.reshape(-1, math.prod(site.operand[1:]))
+        return Rows(flat, len(flat))
+    if isinstance(kind, kinds.Einsum):
+        return _einsum(site, dy, kind.y, kind.axes(site.operand).out)
+    if isinstance(kind, kinds.Grouped):
+        assert ends is not None
+        return _grouped(dy, ends)
+    if isinstance(kind, kinds_conv.Conv):
+        return _channels(kind.groups, _images(site, dy), site)
+    assert isinstance(kind, kinds_conv.ConvTranspose)
+    spots = tuple(x)[-(len(site.operand) - 2) :]
+    return _channels(kind.groups, _windows(site, _images(site, dy), spots), site)
+
+
+def part(rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: bool) -> Tensor:
+    """The rows of a part of what a use reads.
+
+    Args:
+        rows: [*batch, rows, side] of the use.
+        read: The Layout of the use.
+        start: Where the part begins, per axis of `read.shape`.
+        own: The Layout of the part.
+        out: Whether the side is out, else in.
+    """
+    if own == read:
+        return rows
+    side = read.out if out else read.in_
+    lead, inner = ([read.shape[i] for i in axes] for axes in (read.batch, side))
+    split = rows.reshape(*lead, rows.shape[-2], *inner)
+    cut = [slice(start[i], start[i] + own.shape[i]) for i in read.batch]
+    cut += [slice(None), *(slice(start[i], start[i] + own.shape[i]) for i in side)]
+    size = own.out_size if out else own.in_size
+    return split[tuple(cut)].reshape(*own.batch_shape, rows.shape[-2], size)
+
+
+def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> Rows | None:
+    kind = site.kind
+    assert isinstance(kind, kinds.Einsum)
+    batch = kind.axes(site.operand).batch
+    spelled = term.replace("...", DOTS[: t.dim() - len(term.replace("...", ""))])
+    places = [[spelled.index(kind.w[i]) for i in axes] for axes in (batch, side)]
+    every = [*places[0], *places[1]]
+    if [t.shape[p] for p in every] != [site.operand[i] for i in (*batch, *side)]:
+        return None
+    rest = [i for i in range(t.dim()) if i not in every]
+    moved = t.permute(*places[0], *rest, *places[1])
+    lead = [site.operand[i] for i in batch]
+    flat = moved.reshape(*lead, -1, math.prod(site.operand[i] for i in side))
+    return Rows(flat, flat.shape[-2])
+
+
+def _grouped(t: Tensor, ends: Tensor) -> Rows:
+    """Rows sorted by group as [groups, largest, side]; `ends` are the groups' last rows + 1."""
+    stops = ends.tolist()
+    parts = [t[a:b] for a, b in zip([0, *stops], stops, strict=False)]
+    return Rows(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), len(t))
+
+
+def _images(site: Site, t: Tensor) -> Tensor:
+    """With an axis of examples, which torch's convolutions may go without."""
+    return t if t.dim() == len(site.operand) else t.unsqueeze(0)
+
+
+def _channels(groups: int, t: Tensor, site: Site) -> Rows:
+    """[n, g·c, *spots, *taps] → [g, n·∏spots, c·∏taps]; taps are there after _windows."""
+    dims = len(site.operand) - 2
+    n, spots, taps = t.shape[0], t.shape[2 : 2 + dims], t.shape[2 + dims :]
+    split = t.reshape(n, groups, -1, *spots, *taps)
+    end = 3 + dims
+    moved = split.permute(1, 0, *range(3, end), 2, *range(end, end + len(taps)))
+    flat = moved.reshape(groups, n * math.prod(spots), -1)
+    return Rows(flat[0] if groups == 1 else flat, flat.shape[1])
+
+
+def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
+    """[n, c, *size] → [n, c, *spots, *kernel]; `spots`: as many windows, whatever the size."""
+    kernel, attrs = site.operand[2:], site.attrs
+    k = len(kernel)
+    stride, dilation = (_each(attrs[name], k) for name in ("stride", "dilation"))
+    reach = [d * (s - 1) + 1 for d, s in zip(dilation, kernel, strict=True)]
+    padding = attrs["padding"]
+    if padding == "same":
+        before = [(r - 1) // 2 for r in reach]
+        after = [r - 1 - b for r, b in zip(reach, before, strict=True)]
+    else:
+        before = after = [0] * k if padding == "valid" else _each(padding, k)
+    if spots:  # of a transposed convolution: a window for every element of its x
+        have = [n + b for n, b in zip(t.shape[2:], before, strict=True)]
+        need = [(n - 1) * s + r for n, s, r in zip(spots, stride, reach, strict=True)]
+        after = [max(0, n - h) for n, h in zip(need, have, strict=True)]
+    pairs = [width for b, a in zip(before[::-1], after[::-1], strict=True) for width in (b, a)]
+    t = torch.nn.functional.pad(t, pairs)
+    for axis in range(k):
+        t = t.unfold(2 + axis, reach[axis], stride[axis])
+        t = t[..., :: dilation[axis]]
+        if spots:
+            t = t.narrow(2 + axis, 0, spots[axis])
+    return t
+
+
+def _each(value: Sequence[int], n: int) -> list[int]:
+    return list(value) * n if len(value) == 1 else list(value)

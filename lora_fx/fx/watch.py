@@ -1,0 +1,188 @@
+"""A captured model that says what its targets read and which gradients reach them.
+
+The captured graph runs node by node (torch.fx.Interpreter). A watched use reads a leaf in place
+of its weight, through a copy of the weight's own chain of views, and zeros that require grad are
+added to what it makes. So torch.autograd.grad of the loss gives ∂L/∂W and dy = ∂L/∂y exactly, and
+only for the uses that are meant. Nothing is hooked, and the model is not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.calling import Door, program_key
+from lora_fx.fx.capture import Captured
+from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.rows import Rows, readable, rows_in, rows_out
+from lora_fx.graph import Site
+from lora_fx.kinds import Grouped
+
+Choose = Callable[[FxGraph], Sequence[tuple[Site, tuple[str, ...]]]]
+"""The uses of a graph to watch, with the keys of the updates that reach them."""
+Saw = Callable[[Site, tuple[str, ...], Rows | None], None]
+"""Gets the rows of x when a use runs: an op further on may write over x."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One watched use in one program: its node, its chain of views, and where its result is."""
+
+    site: Site
+    keys: tuple[str, ...]
+    node: fx.Node
+    chain: tuple[fx.Node, ...]
+    output: tuple[fx.Node, ...]
+    activation: fx.Node | None
+
+
+@dataclass
+class Run:
+    """What one call left behind.
+
+    Attributes:
+        leaves: (keys, root of the weight) → the leaf, in the stored shape.
+        zeros: The uses whose dy can be had, each with the leaf at its result.
+    """
+
+    leaves: dict[tuple[tuple[str, ...], str], Tensor] = field(default_factory=dict)
+    zeros: list[Made] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The result of a use: zeros that were added to it, and what its rows need to know."""
+
+    tap: Tap
+    zeros: Tensor
+    shape: tuple[int, ...]
+    ends: Tensor | None
+
+    def rows(self, dy: Tensor) -> Rows | None:
+        """Those of dy = ∂L/∂zeros."""
+        return rows_out(self.tap.site, dy, self.shape, self.ends)
+
+
+class Watched(CapturedModule):
+    """The model with taps; `last` is what the last call left behind.
+
+    Args:
+        captured: The model.
+        choose: The uses to watch.
+        saw: Called as each of them runs.
+        weights: Whether leaves stand for the weights.
+        results: Whether zeros are added to the results.
+    """
+
+    def __init__(
+        self, captured: Captured, choose: Choose, saw: Saw, *, weights: bool, results: bool
+    ) -> None:
+        super().__init__(captured, blocks=False)
+        self.last = Run()
+        self._choose, self._saw = choose, saw
+        self._weights, self._results = weights, results
+        self._watching: dict[Any, tuple[fx.Graph, tuple[Tap, ...], Door, Any]] = {}
+        try:
+            captured.allows(False)
+        except LoraFxError:
+            self.train()  # a file with a train program only
+
+    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        named = self.captured.signature.bind(args, kwargs)
+        leaves = pytree.tree_leaves(named)
+        key = program_key(named, leaves)
+        if key not in self._watching:
+            self._watching[key] = self._watch(named)
+        graph, taps, door, spec = self._watching[key]
+        door.check(leaves)
+        self.last = Run()
+        run = _Interpreter(self, graph, taps, self._saw)
+        run.along = _by(taps, lambda t: t.chain) if self._weights else {}
+        run.after = _by(taps, lambda t: t.output) if self._results else {}
+        with torch.set_grad_enabled(self._weights or self._results):
+            out = run.run(*leaves, enable_io_processing=False)
+        return pytree.tree_unflatten(list(out), spec)
+
+    def _watch(self, named: Mapping[str, Any]) -> tuple[fx.Graph, tuple[Tap, ...], Door, Any]:
+        traced = self.captured.traced(self.training, named, self._dtype)
+        graph = self._graph(self.training, named)
+        taps = []
+        for site, keys in self._choose(graph):
+            node, chain = graph.places(site)
+            known = readable(site)
+            output = (graph.output(site),) if known else ()
+            taps.append(
+                Tap(site, keys, node, chain, output, graph.activation(site) if known else None)
+            )
+        return graph.graph, tuple(taps), traced.door, traced.out_spec
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph with taps."""
+
+    def __init__(self, root: Watched, graph: fx.Graph, taps: Sequence[Tap], saw: Saw) -> None:
+        super().__init__(root, graph=graph)
+        self.last, self.saw = root.last, saw
+        self.at = _by(taps, lambda t: (t.node,))
+        self.along: dict[fx.Node, list[Tap]] = {}
+        self.after: dict[fx.Node, list[Tap]] = {}
+        self.leaves: dict[tuple[tuple[str, ...], str], dict[fx.Node, Any]] = {}
+        self.shapes: dict[Tap, tuple[tuple[int, ...], Tensor | None]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node; where a watched weight passes, its leaf beside it."""
+        for tap in self.at.get(n, ()):
+            if tap.activation is not None:
+                x, site = self.env[tap.activation], tap.site
+                grouped = isinstance(site.kind, Grouped)
+                ends: Any = map_arg(n.args[2], lambda m: self.env[m]) if grouped else None
+                self.shapes[tap] = tuple(x.shape), ends
+                self.saw(site, tap.keys, rows_in(site, x.detach(), ends))
+        value = self._call(n, {}) if self.along and n in self.at else super().run_node(n)
+        if n.op == "get_attr" and isinstance(value, Tensor):
+            value = value.detach()  # the model's own need no gradient
+        for tap in self.along.get(n, ()):
+            name = tap.keys, tap.chain[0].name
+            beside = self.leaves.setdefault(name, {})
+            if n is tap.chain[0] and n not in beside:
+                beside[n] = self.last.leaves[name] = value.detach().requires_grad_()
+            elif n not in beside:
+                beside[n] = self._call(n, beside)
+        for tap in self.after.get(n, ()):
+            zeros = torch.zeros_like(value, requires_grad=True)
+            self.last.zeros.append(Made(tap, zeros, *self.shapes[tap]))
+            value = value + zeros
+        return value
+
+    def _call(self, n: fx.Node, beside: Mapping[fx.Node, Any]) -> Any:
+        """The node with other values for some of its inputs, and leaves for watched weights."""
+        args, kwargs = map_arg((n.args, n.kwargs), lambda m: beside.get(m, self.env.get(m)))
+        for tap in self.at.get(n, ()):
+            given = self.leaves[tap.keys, tap.chain[0].name][tap.chain[-1]]
+            args = _replaced(args, tap.site.slot, given)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+
+def _by(taps: Sequence[Tap], nodes: Callable[[Tap], Sequence[fx.Node]]) -> dict[fx.Node, list[Tap]]:
+    found: dict[fx.Node, list[Tap]] = {}
+    for tap in taps:
+        for node in nodes(tap):
+            found.setdefault(node, []).append(tap)
+    return found
+
+
+def _replaced(args: Any, path: Sequence[int], value: Any) -> Any:
+    """The arguments with another value at a path."""
+    if not path:
+        return value
+    changed = list(args)
+    changed[path[0]] = _replaced(changed[path[0]], path[1:], value)
+    return tuple(changed) if isinstance(args, tuple) else changed
