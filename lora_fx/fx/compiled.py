@@ -50,17 +50,19 @@ def _function(graph: fx.Graph, name: str) -> Callable[..., Any]:
     return function
 
 
+def inside(node: fx.Node, path: str) -> bool:
+    """True for a node that was made inside the module at this path."""
+    stack = node.meta.get("nn_module_stack", {}).values()
+    return any(str(v[0]).split("@")[0] == path for v in stack)
+
+
 def outline(graph: fx.Graph, path: str, ident: str) -> fx.Graph | None:
     """Move the nodes made inside one module into a graph of their own, called by a node.
 
     Returns None, and leaves the graph alone, where a node between them depends on the block.
     """
-
-    def inside(n: fx.Node) -> bool:
-        stack = n.meta.get("nn_module_stack", {}).values()
-        return any(str(v[0]).split("@")[0] == path for v in stack)
-
-    body = [n for n in graph.nodes if n.op in ("call_function", "call_module") and inside(n)]
+    made = [n for n in graph.nodes if n.op in ("call_function", "call_module")]
+    body = [n for n in made if inside(n, path)]
     if not body:
         return None
     member = set(body)

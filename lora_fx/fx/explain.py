@@ -26,7 +26,8 @@ _CAUSES = (
     (
         "cache_utils.",
         "its outputs hold a key-value cache, which is no tensor",
-        "call it with use_cache=False; export(…, cache=True) has the cache as tensors",
+        "call it with use_cache=False, or set config.use_cache = False before; "
+        "export(…, cache=True) has the cache as tensors",
     ),
     ("numpy", "numpy is called on a tensor", "use torch's own functions"),
     (

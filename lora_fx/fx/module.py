@@ -26,8 +26,9 @@ from lora_fx.fx.experts import has_grouped
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.inputs import sample_call
 from lora_fx.fx.norms import freeze_norms
-from lora_fx.fx.skeleton import Scope, skeleton
-from lora_fx.fx.tensors import named_tensors, owner, to_numpy
+from lora_fx.fx.recompute import Recomputing, apart, left_in
+from lora_fx.fx.skeleton import Scope, blocks_of, skeleton
+from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.inputs import SIZES
 
 Rewriter = Callable[[FxGraph], object]
@@ -42,13 +43,14 @@ class Programs:
     compiled: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
     blocks: bool = True
     not_one: frozenset[tuple[str, int]] = frozenset()
+    inlined: set[str] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
         """Shallow copies of the dictionaries."""
         return replace(self, codes=dict(self.codes), compiled=dict(self.compiled))
 
 
-class CapturedModule(Scope):
+class CapturedModule(Recomputing, Scope):
     """A captured model as a module again: original names, signature and output type."""
 
     def __init__(
@@ -126,27 +128,22 @@ class CapturedModule(Scope):
         names = traced.door.names
         banned = tuple((names.index(n), d) for n, d in programs.not_one if n in names)
         door = replace(traced.door, not_one=banned)
-        block_paths = self._block_paths() if programs.blocks else ()
-        codes = compile_program(graph.graph, ident, block_paths)
+        blocks = self._blocks() if programs.blocks else {}
+        codes = compile_program(graph.graph, ident, tuple(blocks))
+        programs.inlined |= left_in(graph.graph, tuple(blocks))
+        apart({p: b for p, b in blocks.items() if b.recompute}, programs.inlined)
         programs.codes.update({(ident, path): code for path, code in codes.items()})
         program = Compiled(ident, door, traced.out_spec)
         programs.compiled[key] = program
         return program
 
-    def _block_paths(self) -> list[str]:
-        """Children of the outermost ModuleLists and Sequentials."""
-        paths: list[str] = []
-        for name, m in self.named_modules():
-            inside = any(name.startswith(p + ".") or name == p for p in paths)
-            if inside or type(m).__name__ not in ("ModuleList", "Sequential"):
-                continue
-            children = [f"{name}.{k}" if name else k for k in m._modules]
-            paths += [p for p in children if isinstance(owner(self, p + ".x")[0], Scope)]
-        for path in paths:
-            block = owner(self, path + ".x")[0]
-            object.__setattr__(block, "_path", path)
-            object.__setattr__(block, "_programs", self._programs)
-        return paths
+    def _blocks(self) -> dict[str, Scope]:
+        """Path → the parts that programs call."""
+        blocks = blocks_of(self)
+        for path, block in blocks.items():
+            moves = self._norm_stats == "update" and next(block.buffers(), None) is not None
+            block.__dict__ |= {"_path": path, "_programs": self._programs, "_moves": moves}
+        return blocks
 
     def _place_constants(self, graph: FxGraph, constants: Mapping[str, torch.Tensor]) -> None:
         """Tensors that forward made become `_constN` buffers, equal ones once."""

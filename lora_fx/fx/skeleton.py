@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils.checkpoint import checkpoint
 
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.recompute import checkpointer
 from lora_fx.fx.tensors import AdapterTensors
 
 
@@ -27,6 +27,7 @@ class Scope(nn.Module):
 
     recompute = False
     """Save this block's inputs only, and run it again in backward (torch.utils.checkpoint)."""
+    _again = staticmethod(checkpointer({}))
 
     def __getitem__(self, index: int | str) -> nn.Module:
         """A child by position or name, as Sequential and ModuleDict have it."""
@@ -47,7 +48,7 @@ class Scope(nn.Module):
             )
         code = programs.codes[program, self._path]
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(code, self, *args, use_reentrant=False)
+            return self._again(code, self, *args)
         return code(self, *args)
 
 
@@ -59,6 +60,20 @@ def scope_class(name: str, base: type[Any] = Scope) -> type[Any]:
     if (name, base) not in _classes:
         _classes[name, base] = type(name, (base,), {"__module__": __name__})
     return _classes[name, base]
+
+
+def blocks_of(root: nn.Module) -> dict[str, Scope]:
+    """Path → children of the outermost ModuleLists and Sequentials, each module once."""
+    blocks: dict[str, Scope] = {}
+    for name, m in root.named_modules():
+        names = {c.__name__ for c in type(m).__mro__}  # tools such as FSDP2 make subclasses
+        inner = any(name == p or name.startswith(f"{p}.") for p in blocks)
+        if inner or not names & {"ModuleList", "Sequential"}:
+            continue
+        for key, child in m._modules.items():
+            if isinstance(child, Scope) and all(child is not b for b in blocks.values()):
+                blocks[f"{name}.{key}".lstrip(".")] = child
+    return blocks
 
 
 def skeleton(
