@@ -6,9 +6,9 @@ weights learns rows of numbers by heart; a second run goes on from a checkpoint 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -32,8 +32,11 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]
     """Trainer whose checkpoints are adapter folders."""
 
 
-def train(folder: Path, resume: Path | None = None) -> Any:
-    model = lora_fx.insert(base, (), example, rank=4, exclude="role:head")
+start = lora_fx.insert(base, (), example, rank=4, exclude="role:head")
+
+
+def train(folder: Path, resume: Path | None = None) -> lora_fx.Adapter:
+    model = copy.deepcopy(start)
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=16, per_device_train_batch_size=4, learning_rate=0.02,
         lr_scheduler_type="constant", activation_checkpointing=True, save_steps=8, report_to=[],
