@@ -1,8 +1,8 @@
 """Hugging Face's accelerate around the module that insert returns: bf16, states, several processes.
 
-`python samples/accelerate_loop.py`, or torchrun or accelerate launch for several processes; needs
-`pip install lora-fx accelerate`. A small network learns which of three numbers is largest. States hold the adapter
-and no weight of the base, and a run goes on from one.
+`python samples/accelerate_loop.py`, or torchrun or accelerate launch for several processes, needs
+`pip install lora-fx accelerate`. A small network learns which of three numbers is largest. States
+hold the adapter and no weight of the base, and a run goes on from one.
 """
 
 from __future__ import annotations

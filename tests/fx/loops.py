@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+import lora_fx
+from tests.zoo.models import ZOO
 
 STEPS, ROWS = 20, 3
 
@@ -48,6 +52,14 @@ class Rows(torch.utils.data.Dataset[Any]):
     def batch(self, step: int) -> dict[str, Any]:
         rows = slice(step * ROWS, (step + 1) * ROWS)
         return {k: v[rows] for k, v in self.columns.items() if k != "junk"}
+
+
+@functools.cache
+def tied() -> tuple[Any, Any]:
+    """gpt2, whose head is its embedding, and what insert makes of it; to be copied."""
+    model, _, kwargs = ZOO["hf_gpt2"].build()
+    example = {**kwargs, "labels": kwargs["input_ids"]}
+    return model, lora_fx.insert(still(model), (), example, rank=4, exclude="lm_head")
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

@@ -14,25 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-import lora_fx
 from tests.fx.attached import adapter_gap, gap
-from tests.fx.loops import ROWS, Rows, fresh_accelerator, optimizer_of, still
+from tests.fx.loops import ROWS, Rows, fresh_accelerator, optimizer_of, tied
 from tests.test_samples import SAMPLES
-from tests.zoo.models import ZOO
 
 accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures(fresh_accelerator.__name__)
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 STEPS, EVERY, NORM = 8, 2, 0.5
-
-
-@pytest.fixture(scope="module")
-def tied() -> Any:
-    """What insert makes of gpt2, whose head is its embedding; to be copied."""
-    model, _, kwargs = ZOO["hf_gpt2"].build()
-    labels = kwargs["input_ids"]
-    return lora_fx.insert(still(model), (), {**kwargs, "labels": labels}, rank=4, exclude="lm_head")
 
 
 def plain(model: nn.Module, data: Rows, dtype: torch.dtype | None = None) -> list[float]:
@@ -83,8 +73,8 @@ class Prepared:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_losses_of_the_plain_loop(tied: Any, precision: str) -> None:
-    model, hand = copy.deepcopy(tied), copy.deepcopy(tied)
+def test_the_losses_of_the_plain_loop(precision: str) -> None:
+    model, hand = copy.deepcopy(tied()[1]), copy.deepcopy(tied()[1])
     dtype = torch.bfloat16 if precision == "bf16" else None
     want = plain(hand, Rows(labels=0), dtype)
     prepared = Prepared(model, Rows(labels=0), mixed_precision=precision)
@@ -94,7 +84,7 @@ def test_the_losses_of_the_plain_loop(tied: Any, precision: str) -> None:
     whole = prepared.accelerator.unwrap_model(prepared.model)
     assert adapter_gap(whole.adapter(), hand.adapter()) < 1e-6
     trained = {n: p for n, p in whole.named_parameters() if p.requires_grad}
-    start = dict(tied.named_parameters())
+    start = dict(tied()[1].named_parameters())
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert all(not torch.equal(p, start[n]) for n, p in trained.items())
     kwargs = {"input_ids": Rows(labels=0).batch(0)["input_ids"]}
@@ -102,9 +92,9 @@ def test_the_losses_of_the_plain_loop(tied: Any, precision: str) -> None:
     assert gap(own.eval()(**kwargs), hand.eval()(**kwargs)) < 1e-5, "without its wrapper too"
 
 
-def test_states_of_a_tied_model(tied: Any, tmp_path: Path) -> None:
+def test_states_of_a_tied_model(tmp_path: Path) -> None:
     """save_state writes the whole model, tied or not, and a run goes on from it."""
-    model, resumed = copy.deepcopy(tied), copy.deepcopy(tied)
+    model, resumed = copy.deepcopy(tied()[1]), copy.deepcopy(tied()[1])
     data, half = Rows(labels=0), STEPS // 2
     first = Prepared(model, data)
     first.run(range(half))
@@ -116,7 +106,7 @@ def test_states_of_a_tied_model(tied: Any, tmp_path: Path) -> None:
     assert adapter_gap(resumed.adapter(), model.adapter()) == 0.0
     assert not torch.equal(
         resumed.transformer.h[0].attn.c_attn.lora_B.weight,
-        tied.transformer.h[0].attn.c_attn.lora_B.weight,
+        tied()[1].transformer.h[0].attn.c_attn.lora_B.weight,
     )
 
 

@@ -22,6 +22,7 @@ from tests.fx.loops import (
     fresh_accelerator,
     peft_of,
     still,
+    tied,
     trained,
     worst,
 )
@@ -33,14 +34,6 @@ CLASSES = 10
 
 
 @pytest.fixture(scope="module")
-def tied() -> tuple[Any, Any]:
-    """gpt2, whose head is its embedding, and what insert made of it; to be copied."""
-    model, _, kwargs = ZOO["hf_gpt2"].build()
-    still(model)
-    return model, lora_fx.insert(model, (), kwargs, rank=4, exclude="lm_head")
-
-
-@pytest.fixture(scope="module")
 def bert() -> tuple[Any, Any]:
     model, _, kwargs = ZOO["hf_bert"].build()
     still(model)
@@ -48,8 +41,8 @@ def bert() -> tuple[Any, Any]:
     return model, lora_fx.insert(model, (), {**kwargs, "labels": labels}, rank=4)
 
 
-def test_checkpoints_of_a_tied_model(tied: tuple[Any, Any], tmp_path: Path) -> None:
-    base, inserted = tied
+def test_checkpoints_of_a_tied_model(tmp_path: Path) -> None:
+    base, inserted = tied()
     data, half = Rows(labels=0), STEPS // 2
     saving: Any = {"save_strategy": "steps", "save_steps": half}
     with pytest.raises(RuntimeError, match="share memory"):  # Trainer's own checkpoints
