@@ -20,11 +20,15 @@ from lora_fx.fx.pt2_captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.graph import Graph
 from lora_fx.lowrank import LowRank
+from lora_fx.passes.clean import Clean
 from lora_fx.passes.effect import prove_effect
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
+from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.share import Share
 from lora_fx.passes.started import check_variant, started
 from lora_fx.policy import Plan, make_plan
 from lora_fx.slots import relearning
@@ -108,6 +112,7 @@ def insert(
     init: str = "kaiming",
     data: Iterable[Mapping[str, Any]] | None = None,
     loss: Any = "ce",
+    fast: bool = True,
 ) -> AdaptedModule:
     """A trainable module with low-rank branches; the user's module is not touched.
 
@@ -134,6 +139,8 @@ def insert(
             lora-ga, see lora_fx.start. The base is never changed.
         data: Batches by argument name, for eva and lora-ga.
         loss: ce, mse, or a function of (output, labels), for lora-ga.
+        fast: Rewrite train programs so that they keep less for backward, with the same gradients:
+            see docs/speed.md. False runs the graph as it was captured, with its branches.
 
     Returns:
         An AdaptedModule. Parameters share the storage of the user's model; buffers are copies.
@@ -179,19 +186,25 @@ def insert(
         whole, notes = tuple(bound.full), ()
         metadata["dropout"] = dropout
 
-    module = _adapted(cap, found, updates, whole, notes, metadata, dropout, norm_stats)
+    module = _adapted(cap, found, updates, whole, notes, metadata, dropout, norm_stats, fast)
     if dead != "allow" and module.base_dtype is not None and updates:
         idle = prove_effect(module, drop=dead == "drop")
         if idle:
             kept = {k: u for k, u in updates.items() if k not in idle}
             notes = (*notes, *(f"{k}: left out, no gradient reaches it" for k in idle))
-            module = _adapted(cap, found, kept, whole, notes, metadata, dropout, norm_stats)
+            module = _adapted(cap, found, kept, whole, notes, metadata, dropout, norm_stats, fast)
             prove_effect(module)
     if adapter is not None and bound.full:
         module.load_adapter(bound)
     if adapter is not None:
         module.check_base(adapter)
     return module
+
+
+def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], Any]]:
+    """The passes of train programs, in order."""
+    paths = tuple(blocks)
+    return [Clean(), Share(paths), Fuse(), Recompute(paths)]
 
 
 def _adapted(
@@ -203,6 +216,7 @@ def _adapted(
     metadata: Mapping[str, Any],
     dropout: float,
     norm_stats: str,
+    fast: bool,
 ) -> AdaptedModule:
     def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], Any]:
         return Insert(now, dropout=dropout, training=training, missing="skip")
@@ -216,6 +230,7 @@ def _adapted(
         norm_stats=norm_stats,
         notes=notes,
         metadata=metadata,
+        speedups=speedups if fast else None,
     )
     assert isinstance(module, AdaptedModule)
     return module

@@ -29,6 +29,8 @@ from lora_fx.target import Found
 from lora_fx.variant import variant_of
 
 Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
+Speedups = Callable[[Sequence[str]], list[Rewriter]]
+"""The passes that make train programs cheaper, for the paths of a module's blocks."""
 
 
 DEFAULT = "default"
@@ -52,8 +54,10 @@ class AdaptedModule(CapturedModule):
         norm_stats: str = "frozen",
         notes: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
+        speedups: Speedups | None = None,
     ) -> None:
         super().__init__(captured, also_train, norm_stats=norm_stats)
+        self._fast = speedups
         self._found = found
         self._updates = dict(updates)
         self._inserter = inserter
@@ -70,16 +74,19 @@ class AdaptedModule(CapturedModule):
     def _rewriters(self, training: bool) -> list[Rewriter]:
         return [self._inserter(self._updates, training)]
 
+    def _speedups(self, training: bool, blocks: Sequence[str]) -> list[Rewriter]:
+        return self._fast(blocks) if training and self._fast is not None else []
+
     @contextlib.contextmanager
     def inserting(self, inserter: Inserter) -> Iterator[None]:
         """Within this block other passes make the branches, in programs of their own."""
-        was, programs = self._inserter, self._programs
-        self._inserter = inserter
+        was, programs, fast = self._inserter, self._programs, self._fast
+        self._inserter, self._fast = inserter, None
         self._programs = replace(programs, codes={}, compiled={}, blocks=False)
         try:
             yield
         finally:
-            self._inserter, self._programs = was, programs
+            self._inserter, self._programs, self._fast = was, programs, fast
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Key → the tensors a and b that the branches of the active adapter read, as trained."""

@@ -34,12 +34,13 @@ def compile_program(
     for path in blocks:
         part = outline(graph, path, ident)
         if part is not None:
-            codes[path] = _function(part, f"{ident}:{path}")
-    codes[""] = _function(graph, ident)
+            codes[path] = function(part, f"{ident}:{path}")
+    codes[""] = function(graph, ident)
     return codes
 
 
-def _function(graph: fx.Graph, name: str) -> Callable[..., Any]:
+def function(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """A graph as a function of (module, *values); `name` is what tracebacks show."""
     graph.set_codegen(fx.graph.CodeGen())
     code = graph.python_code("self")
     file = f"<lora_fx {name}>"

@@ -107,7 +107,7 @@ def _follow(
     flow = Flow()
     for node, weight in given.items():
         flow.weights[node], flow.behind[node] = weight, weight.behind
-    written = _written(graph)
+    changed = written(graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             name = names.get(str(node.target))
@@ -120,7 +120,7 @@ def _follow(
         elif node.op == "call_function" and node not in layers:
             _call(flow, node)
         known = flow.weights.get(node)
-        if node in written and known is not None and known.name:
+        if node in changed and known is not None and known.name:
             flow.weights[node] = _edited(known)
     return flow
 
@@ -186,7 +186,7 @@ def _call(flow: Flow, node: fx.Node) -> None:
         flow.weights[node] = Weight("", View(), shape, node, behind, edited)
 
 
-def _written(graph: fx.Graph) -> set[fx.Node]:
+def written(graph: fx.Graph) -> set[fx.Node]:
     """Values that an op changes in place, and the values that they are views of."""
     result: set[fx.Node] = set()
     for node in graph.nodes:

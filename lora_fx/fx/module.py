@@ -93,6 +93,10 @@ class CapturedModule(Recomputing, Scope):
         """The passes that turn a captured graph into this module's program."""
         return []
 
+    def _speedups(self, training: bool, blocks: Sequence[str]) -> list[Rewriter]:
+        """Passes that change what a program costs, not its numbers."""
+        return []
+
     def graph(self, training: bool = False, *, portable: bool = False) -> FxGraph:
         """The rewritten graph for the captured arguments; passes may edit it.
 
@@ -124,11 +128,14 @@ class CapturedModule(Recomputing, Scope):
         programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
         graph = self._graph(self.training, named)
+        blocks = self._blocks() if programs.blocks else {}
+        for speed in self._speedups(self.training, tuple(blocks)) if self._adapted else ():
+            speed(graph)
+        graph.lint()
         ident = f"program_{len(programs.compiled)}"
         names = traced.door.names
         banned = tuple((names.index(n), d) for n, d in programs.not_one if n in names)
         door = replace(traced.door, not_one=banned)
-        blocks = self._blocks() if programs.blocks else {}
         codes = compile_program(graph.graph, ident, tuple(blocks))
         programs.inlined |= left_in(graph.graph, tuple(blocks))
         apart({p: b for p, b in blocks.items() if b.recompute}, programs.inlined)
@@ -180,12 +187,9 @@ class CapturedModule(Recomputing, Scope):
         device = next((p.device for p in self.parameters()), value.device)
         for name, b in self._buffers.items():
             alike = name.startswith("_const") and b is not None and b.dtype == value.dtype
-            if (
-                alike
-                and b is not None
-                and b.shape == value.shape
-                and torch.equal(b, value.to(b.device))
-            ):
+            if b is None or not alike or b.shape != value.shape:
+                continue
+            if torch.equal(b, value.to(b.device)):
                 return name
         name = f"_const{sum(n.startswith('_const') for n in self._buffers)}"
         self.register_buffer(name, value.detach().clone().to(device), persistent=False)

@@ -45,7 +45,7 @@ def text(graph: FxGraph) -> str:
         if n.op == "get_attr":
             lines.append(f"{n.name} = {n.target}")
         elif n.op == "call_function":
-            op = getattr(n.target, "_opname", n.target)
+            op = getattr(n.target, "_opname", getattr(n.target, "__name__", n.target))
             lines.append(f"{n.name} = {op}({', '.join(map(str, n.args))})")
     return "\n".join(lines)
 

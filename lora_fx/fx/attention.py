@@ -1,0 +1,111 @@
+"""scaled_dot_product_attention as a graph has it, with what its masks and heads really are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.fx.coordinates import Formulas
+from lora_fx.fx.formulas import Where, causal, constant
+from lora_fx.fx.nodes import argument, shape_of
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+MASK, CAUSAL, SHARED = "attn_mask", "is_causal", "enable_gqa"
+END = 9223372036854775807
+
+
+def give(node: fx.Node, **changes: Any) -> None:
+    """Set arguments by their names in the op's schema; those after query, key, value by keyword."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    now = {a.name: argument(node, a.name) for a in schema} | changes
+    defaults = {a.name: a.default_value for a in schema[3:] if a.has_default_value()}
+    node.args = tuple(now.pop(a.name) for a in schema[:3])
+    node.kwargs = {k: v for k, v in now.items() if v is not None and v != defaults.get(k)}
+
+
+def plain_mask(node: fx.Node, formulas: Formulas) -> bool:
+    """Replace a mask that is causal, or lets everything through, at every size; say if it was."""
+    mask = argument(node, MASK)
+    if not isinstance(mask, fx.Node) or argument(node, CAUSAL, False):
+        return False
+    truth = formulas.of(mask)
+    if not isinstance(truth, Where) or truth.form not in ("bool", "open"):
+        return False
+    if truth.as_("bool") == constant(True):
+        give(node, attn_mask=None)
+        return True
+    if truth.as_("bool") != causal() or len(shape_of(mask) or ()) < 2:
+        return False
+    give(node, attn_mask=None, is_causal=True)
+    return True
+
+
+def shared_heads(node: fx.Node) -> bool:
+    """Let key and value heads be shared by the op where the graph repeats them; say if it did."""
+    if argument(node, SHARED, False):
+        return False
+    key, value = argument(node, "key"), argument(node, "value")
+    one, two = _repeated(key), _repeated(value)
+    if one is None or two is None or one[1] != two[1]:
+        return False
+    give(node, key=one[0], value=two[0], enable_gqa=True)
+    return True
+
+
+def _repeated(node: Any) -> tuple[fx.Node, int] | None:
+    """(k [n, heads, length, width], times) of what repeats each head of k `times` over.
+
+    That is k.unsqueeze(2).expand(n, heads, times, length, width).reshape(n, heads·times, …), and
+    k.repeat_interleave(times, 1).
+    """
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is aten.repeat_interleave.self_int:
+        k, times = node.args[:2]
+        known = shape_of(k)
+        if known is None or len(known) != 4 or argument(node, "dim") not in (1, -3):
+            return None
+        return (k, times) if isinstance(times, int) else None  # type: ignore[return-value]
+    if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+        return None
+    wide = whole(node.args[0])
+    if not isinstance(wide, fx.Node) or wide.target is not aten.expand.default:
+        return None
+    stretched = whole(wide.args[0])
+    if not isinstance(stretched, fx.Node) or stretched.target is not aten.unsqueeze.default:
+        return None
+    k = whole(stretched.args[0])
+    before, between, after = (_sizes(n) for n in (k, wide, node))
+    if len(before) != 4 or len(between) != 5 or int(stretched.args[1]) not in (2, -3):  # type: ignore[arg-type]
+        return None
+    times, heads = between[2], before[1]
+    if not times.isdigit() or not heads.isdigit():
+        return None
+    n, _, length, width = before
+    if between != (n, heads, times, length, width):
+        return None
+    if after != (n, str(int(heads) * int(times)), length, width):
+        return None
+    return k, int(times)
+
+
+def _sizes(node: Any) -> tuple[str, ...]:
+    return tuple(str(s) for s in shape_of(node) or ())
+
+
+def whole(node: Any) -> Any:
+    """What a node is a slice of, where the slice is all of it."""
+    while isinstance(node, fx.Node) and is_whole(node):
+        node = node.args[0]
+    return node
+
+
+def is_whole(node: fx.Node) -> bool:
+    """True for a slice from 0 to the end in steps of 1."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    start, step, end = (argument(node, k) for k in ("start", "step", "end"))
+    return start in (None, 0) and step == 1 and (end is None or end == END)

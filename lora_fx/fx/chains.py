@@ -1,0 +1,226 @@
+"""Which cheap steps make a value, from what, and what autograd keeps for them.
+
+A chain is a norm, an activation, a gate, with the casts and views around it. Running it again
+costs a pass over memory, which is little beside a matrix product; keeping its result and what its
+steps keep costs bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.fx.emitter import is_marked
+from lora_fx.fx.nodes import numel, value
+from lora_fx.fx.tensors import owner
+
+aten = torch.ops.aten
+
+VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+}
+CASTS = {aten.to.dtype, aten._to_copy.default, aten.type_as.default}
+NOTHING = {
+    aten.mean.dim,
+    aten.neg.default,
+    aten.mul.Scalar,
+    aten.add.Scalar,
+    aten.sub.Scalar,
+}
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
+INPUT = {
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.group_norm.default,
+    aten.pow.Tensor_Scalar,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.mish.default,
+    aten.softplus.default,
+    aten.hardswish.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+    aten.square.default,
+}
+OUTPUT = {
+    aten.relu.default,
+    aten.rsqrt.default,
+    aten.sqrt.default,
+    aten.reciprocal.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.exp.default,
+}
+PRODUCTS = {aten.mul.Tensor, aten.div.Tensor}
+CHEAP = VIEWS | CASTS | NOTHING | SUMS | INPUT | OUTPUT | PRODUCTS
+"""Sets are by what the op keeps for its backward: nothing, its input, its output, the factors."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps that make a value, in the order of the graph.
+
+    Attributes:
+        steps: The nodes; the value is the last.
+        given: What they read: tensors, parameters and sizes.
+        gain: Bytes at the example's sizes that are not kept when the chain runs again, less those
+            of what it is given.
+    """
+
+    steps: tuple[fx.Node, ...]
+    given: tuple[fx.Node, ...]
+    gain: int
+
+
+def chain_of(
+    x: fx.Node, differentiable: Mapping[fx.Node, bool], written: Collection[fx.Node]
+) -> Chain | None:
+    """The steps to run again for x; None where that gains nothing.
+
+    Args:
+        x: The value.
+        differentiable: Nodes through which a gradient can flow.
+        written: Nodes that some op changes in place.
+    """
+    best: Chain | None = None
+    for sums in (False, True):
+        found = _walk(x, written, sums)
+        chain = None if found is None else _weigh(x, *found, differentiable)
+        if chain is not None and (best is None or chain.gain > best.gain):
+            best = chain
+    return best if best is not None and 4 * best.gain >= nbytes(x) else None
+
+
+def _walk(
+    x: fx.Node, written: Collection[fx.Node], sums: bool
+) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """(steps, what they read): every cheap node whose users are all among the steps."""
+    steps: set[fx.Node] = set()
+    for node in reversed(list(x.graph.nodes)):
+        at_end = node is x or (node in _trail(x))
+        inside = bool(node.users) and all(u in steps for u in node.users)
+        if (at_end or inside) and _cheap(node, x, written, sums):
+            steps.add(node)
+    if x not in steps:
+        return None
+    order = [n for n in x.graph.nodes if n in steps and _reaches(n, x, steps)]
+    kept = set(order)
+    given = dict.fromkeys(i for n in order for i in n.all_input_nodes if i not in kept)
+    if any(g in written for g in given) or all(n.target in VIEWS | CASTS for n in order):
+        return None
+    return order, list(given)
+
+
+def _trail(x: fx.Node) -> list[fx.Node]:
+    """The values that x is a view of: others may read them too."""
+    trail = []
+    while x.target in VIEWS and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+        trail.append(x)
+    return trail
+
+
+def _reaches(node: fx.Node, x: fx.Node, steps: Collection[fx.Node]) -> bool:
+    return node is x or any(u in steps for u in node.users)
+
+
+def _cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) -> bool:
+    if node.op != "call_function" or node.target not in CHEAP or is_marked(node):
+        return False
+    if node in written or not isinstance(value(node), torch.Tensor):
+        return False
+    if node.target in SUMS and not sums:
+        large = [a for a in node.args if isinstance(a, fx.Node) and _large(a, x)]
+        return len(large) < 2
+    return True
+
+
+def _large(node: fx.Node, x: fx.Node) -> bool:
+    return node.op != "get_attr" and nbytes(node) * 2 > nbytes(x)
+
+
+def _weigh(
+    x: fx.Node,
+    steps: list[fx.Node],
+    given: list[fx.Node],
+    differentiable: Mapping[fx.Node, bool],
+) -> Chain:
+    kept = {stored(x)}
+    for node in steps:
+        kept |= {stored(n) for n in keeps(node, differentiable)}
+    kept = {n for n in kept if n.op != "get_attr"}
+    reads = {stored(g) for g in given if g.op != "get_attr"}
+    gain = sum(map(nbytes, kept - reads)) - sum(map(nbytes, reads - kept))
+    return Chain(tuple(steps), tuple(given), gain)
+
+
+def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node]:
+    """What autograd keeps of a cheap node's operands and result."""
+    if not differentiable.get(node):
+        return []
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    if node.target in INPUT:
+        return operands[:1]
+    if node.target in OUTPUT:
+        return [node]
+    if node.target in PRODUCTS and len(operands) == 2:
+        first, second = operands
+        return [a for a, b in ((first, second), (second, first)) if differentiable.get(b)]
+    return []
+
+
+def stored(node: fx.Node) -> fx.Node:
+    """The node whose memory a value lies in, through views and casts to its own dtype."""
+    while True:
+        source = node.args[0] if node.args else None
+        if node.op != "call_function" or not isinstance(source, fx.Node):
+            return node
+        same = node.target in CASTS and _dtype(node) == _dtype(source)
+        if node.target not in VIEWS and not same:
+            return node
+        node = source
+
+
+def _dtype(node: fx.Node) -> Any:
+    return getattr(value(node), "dtype", None)
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of a node's tensor at the example's sizes; 0 for anything else."""
+    v = value(node)
+    return numel(tuple(v.shape)) * v.element_size() if isinstance(v, torch.Tensor) else 0
+
+
+def differentiable_nodes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, bool]:
+    """Which values a gradient may flow through: inputs, what is trained, and what depends on them.
+
+    Args:
+        graph: Nodes with the values that the capture saw.
+        root: Holds the tensors.
+    """
+    found: dict[fx.Node, bool] = {}
+    for node in graph.nodes:
+        v = value(node)
+        if isinstance(v, torch.Tensor) and not v.is_floating_point():
+            found[node] = False
+        elif node.op == "placeholder":
+            found[node] = isinstance(v, torch.Tensor)
+        elif node.op == "get_attr":
+            found[node] = _trained(root, str(node.target))
+        else:
+            found[node] = any(found.get(i, False) for i in node.all_input_nodes)
+    return found
+
+
+def _trained(root: nn.Module, name: str) -> bool:
+    module, leaf = owner(root, name)
+    p = module._parameters.get(leaf)
+    return p is not None and p.requires_grad

@@ -1,0 +1,93 @@
+"""recompute: the norm or the activation that feeds branches runs again in backward.
+
+x = f(v), tᵢ = x·aᵢᵀ        becomes        (x, t₁ …) = recomputed(a₁ …; v)
+
+with the same numbers, in forward and in backward. Autograd kept x for ∂L/∂aᵢ, and what the steps of
+f keep; the region keeps v only, and a frozen layer that reads x keeps nothing of it. What f is, and
+whether keeping v is less, is read from the graph: see lora_fx.fx.chains. Left alone: values that
+are no such chain, whose chain keeps as little already (a ReLU), that an op changes in place, whose
+branch has a dropout of its own, and branches in another block than their input.
+
+This pass is torch's own: what is kept for backward is no property of other IRs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.fx.branches import Maker, Projection, block_of, projections
+from lora_fx.fx.chains import Chain, chain_of, differentiable_nodes
+from lora_fx.fx.compiled import function
+from lora_fx.fx.flow import written
+from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.rerun import Code, region
+from lora_fx.passes.base import PassResult
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Let regions keep their inputs only.
+
+    Attributes:
+        blocks: Paths of modules that will be functions of their own; a region stays in one.
+    """
+
+    blocks: Sequence[str] = ()
+
+    def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
+        """Edit the graph; a second run finds the regions made and leaves them alone."""
+        groups: dict[tuple[fx.Node, str], list[Projection]] = {}
+        for p in projections(graph.graph):
+            groups.setdefault((p.x, block_of(p.node, self.blocks)), []).append(p)
+        modified = False
+        for (x, block), group in groups.items():
+            if block_of(x, self.blocks) != block:
+                continue  # a block's tensors may be gathered for its own forward only
+            flows = differentiable_nodes(graph.graph, graph.root)
+            chain = chain_of(x, flows, written(graph.graph))
+            if chain is not None:
+                modified |= _replace(graph.graph, x, chain, group)
+        return PassResult(graph, modified)
+
+
+def _replace(graph: fx.Graph, x: fx.Node, chain: Chain, group: Sequence[Projection]) -> bool:
+    """Let one call make x and the products of its branches."""
+    inside = set(chain.steps)
+    outer = {n: [u for u in n.users if u not in inside] for n in chain.steps if n is not x}
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    if any(order[u] < order[x] for users in outer.values() for u in users):
+        return False  # read before x is made: the call would come too late
+    made = [x, *(n for n, users in outer.items() if users)]
+    emit = Maker(x, group[0].node)
+    factors = [tuple(emit.get_attr(str(a.target)) for a in p.factors) for p in group]
+    call = emit.call(region(_code(chain, made)), (factors, *chain.given))
+    for i, old in enumerate([*made, *(p.node for p in group)]):
+        new = emit.call(getitem, (call, i))
+        if "val" in old.meta:
+            new.meta["val"] = old.meta["val"]
+        old.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
+    return True
+
+
+def _code(chain: Chain, made: Sequence[fx.Node]) -> Code:
+    """The steps as a function of what they are given."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in chain.given:
+        env[node] = graph.placeholder(node.name)
+    for node in chain.steps:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[n] for n in made))
+    run = function(graph, f"recomputed {made[0].name}")
+
+    def code(*values: Any) -> tuple[torch.Tensor, ...]:
+        result: tuple[torch.Tensor, ...] = run(None, *values)
+        return result
+
+    return code

@@ -1,0 +1,73 @@
+"""share: branches that read one value run their first products as one.
+
+tᵢ = x·aᵢᵀ for i = 1 … n        becomes        (t₁ … tₙ) = split(x·[a₁; …; aₙ]ᵀ)
+
+q, k and v of an attention, gate and up of an MLP: x is read once where it was read n times, and
+products of a few columns are slow ones. Backward has one product for all ∂L/∂aᵢ, and one for their
+part of ∂L/∂x. The a's stay tensors of their own. Left alone: a branch with a dropout of its own,
+whose input is another value, factors that are read through a view, and branches of different
+blocks, since the tensors of a block may be gathered for its own forward only.
+
+This pass is torch's own: it reads the nodes that the fx emitter writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import getitem
+
+import torch
+from torch import fx
+
+from lora_fx.fx.branches import Maker, Projection, block_of, projections
+from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.tensors import owner
+from lora_fx.passes.base import PassResult
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Share:
+    """Join the first products of branches.
+
+    Attributes:
+        blocks: Paths of modules that will be functions of their own; products stay in one.
+    """
+
+    blocks: Sequence[str] = ()
+
+    def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
+        """Edit the graph; a second run finds one product for each value."""
+        groups: dict[tuple[fx.Node, str], list[Projection]] = {}
+        for p in projections(graph.graph):
+            groups.setdefault((p.x, block_of(p.node, self.blocks)), []).append(p)
+        several = [g for g in groups.values() if len(g) > 1]
+        for group in several:
+            _join(graph, group)
+        if several:
+            graph.graph.eliminate_dead_code()
+        return PassResult(graph, bool(several))
+
+
+def _join(graph: FxGraph, group: Sequence[Projection]) -> None:
+    first = group[0]
+    emit = Maker(first.node, first.node)
+    factors = [a for p in group for a in p.factors]
+    ranks = [sum(_rank(graph, a) for a in p.factors) for p in group]
+    a = emit.call(aten.cat.default, ([emit.get_attr(str(f.target)) for f in factors],))
+    turned = emit.call(
+        aten.permute.default, (emit.call(aten.type_as.default, (a, first.x)), [1, 0])
+    )
+    t = emit.call(aten.matmul.default, (first.x, turned))
+    parts = emit.call(aten.split_with_sizes.default, (t, ranks, -1))
+    for i, p in enumerate(group):
+        p.node.replace_all_uses_with(emit.call(getitem, (parts, i)))
+
+
+def _rank(graph: FxGraph, factor: fx.Node) -> int:
+    module, leaf = owner(graph.root, str(factor.target))
+    held = module._parameters[leaf]
+    assert held is not None
+    return int(held.shape[0])

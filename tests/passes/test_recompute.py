@@ -1,0 +1,283 @@
+"""The norm or activation that feeds branches runs again in backward: text, twins, numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora_fx
+from lora_fx.fx.capture import capture
+from lora_fx.fx.graph import FxGraph
+from lora_fx.passes.insert import Insert
+from lora_fx.passes.recompute import Recompute
+from tests.fx.saved_bytes import saved_bytes
+from tests.passes.test_golden import dedent, text, updates
+
+
+class Net(nn.Module):
+    """What feeds `out` is a norm, a gate or what a subclass says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.gate = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.norm = nn.LayerNorm(16)
+        self.out, self.also = nn.Linear(16, 5), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.mid(self.up(x), self.gate(x)))
+
+    def mid(self, u: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return self.norm(u + g)
+
+    def end(self, h: torch.Tensor) -> torch.Tensor:
+        return self.out(h) * self.also(h)
+
+
+class Gate(Net):
+    def mid(self, u: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return F.silu(g) * u
+
+
+class Residual(Net):
+    """The norm's result is read beside the layers too."""
+
+    def end(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.out(h.flatten(0, -2)).view(*h.shape[:-1], 5), h], -1)
+
+
+class Relu(Net):
+    """A ReLU keeps its result, which is what the branch keeps."""
+
+    def mid(self, u: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return F.relu(u + g)
+
+
+class Written(Net):
+    """Something in the chain is changed in place."""
+
+    def mid(self, u: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        s = u + g
+        h = F.silu(s)
+        s.mul_(2.0)
+        return h
+
+
+class Random(Net):
+    """A dropout must not be drawn twice."""
+
+    def mid(self, u: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return F.dropout(F.gelu(u + g), 0.5, self.training)
+
+
+def inserted(net: nn.Module, *keys: str, dropout: float = 0.0) -> FxGraph:
+    cap = capture(net.eval(), (torch.randn(3, 7, 6),))
+    graph = cap.fx_graph(training=True)
+    Insert(updates(cap, *keys), dropout=dropout, training=True)(graph)
+    return graph
+
+
+def test_golden() -> None:
+    graph = inserted(Gate(), "out.weight")
+    step = Recompute()
+    assert step(graph).modified
+    assert text(graph) == dedent("""
+        up_weight = up.weight
+        up_bias = up.bias
+        gate_weight = gate.weight
+        gate_bias = gate.bias
+        out_weight = out.weight
+        out_bias = out.bias
+        also_weight = also.weight
+        also_bias = also.bias
+        linear = linear(named_x, up_weight, up_bias)
+        linear_1 = linear(named_x, gate_weight, gate_bias)
+        out_lora_a_weight_1 = out.lora_A.weight
+        lora_recomputed = recomputed([(out_lora_a_weight_1,)], linear_1, linear)
+        lora_getitem = getitem(lora_recomputed, 0)
+        lora_getitem_1 = getitem(lora_recomputed, 1)
+        linear_2 = linear(lora_getitem, out_weight, out_bias)
+        out_lora_b_weight = out.lora_B.weight
+        lora_mul = mul(out_lora_b_weight, 2.0)
+        lora_type_as_1 = type_as(lora_mul, lora_getitem)
+        lora_permute_1 = permute(lora_type_as_1, [1, 0])
+        lora_matmul_1 = matmul(lora_getitem_1, lora_permute_1)
+        lora_add = add(linear_2, lora_matmul_1)
+        linear_3 = linear(lora_getitem, also_weight, also_bias)
+        mul_1 = mul(lora_add, linear_3)
+    """)
+    before = text(graph)
+    assert not step(graph).modified
+    assert text(graph) == before
+    graph.lint()
+
+
+@pytest.mark.parametrize("make", [Relu, Written, Random], ids=lambda m: m.__name__)
+def test_twins_stay_as_they_are(make: Callable[[], Net]) -> None:
+    graph = inserted(make(), "out.weight")
+    before = text(graph)
+    assert not Recompute()(graph).modified
+    assert text(graph) == before
+
+
+def test_a_branch_with_dropout_keeps_what_it_dropped() -> None:
+    graph = inserted(Net(), "out.weight", dropout=0.2)
+    assert not Recompute()(graph).modified
+
+
+def test_a_region_stays_in_one_block() -> None:
+    net = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 4))
+    for blocks, expected in (((), True), (("1", "2"), False)):
+        graph = inserted(net, "2.weight")
+        assert Recompute(blocks)(graph).modified == expected
+
+
+def pair(make: Callable[[], nn.Module], x: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+    """The same module with and without the passes, b not zero."""
+    made, cap = [], capture(make(), (x,))
+    for fast in (True, False):
+        m = lora_fx.insert(cap, rank=2, fast=fast, dead="allow", **options).train()
+        g = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, p in m.named_parameters():
+                if "lora_B" in name:
+                    p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+        m(x)  # captured now, not under a transform
+        made.append(m)
+    return made[0], made[1]
+
+
+def gradients(m: Any, x: torch.Tensor, run: Any = None) -> dict[str, torch.Tensor]:
+    """Of the adapter and of the input."""
+    x = x.clone().requires_grad_()
+    y = (m if run is None else run)(x)
+    torch.manual_seed(5)
+    (y.float() * torch.randn(y.shape)).sum().backward()
+    found = {n: p.grad for n, p in m.named_parameters() if p.requires_grad}
+    m.zero_grad()
+    return {"": y.detach(), "x": x.grad, **found}
+
+
+def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tol: float) -> None:
+    assert got.keys() == want.keys()
+    for name, w in want.items():
+        assert w.abs().max() > 0, name
+        error = float((got[name] - w).abs().max() / w.abs().max())
+        assert error <= tol, (name, error)
+
+
+@pytest.mark.parametrize("make", [Net, Gate, Residual, Relu], ids=lambda m: m.__name__)
+def test_gradients(make: Callable[[], Net]) -> None:
+    x = torch.randn(3, 7, 6)
+    fast, plain = pair(make, x, also_train="norm" if make in (Net, Residual) else None)
+    want = gradients(plain, x)
+    if make in (Net, Residual):
+        assert "norm.weight" in want
+    same(gradients(fast, x), want, 1e-6)
+    kept = [saved_bytes(m, lambda m=m: m(x))[0] for m in (fast, plain)]  # type: ignore[misc]
+    assert kept[0] < kept[1] or make is Relu
+
+
+def test_nothing_is_kept_of_what_runs_again() -> None:
+    x = torch.randn(4, 32, 6)
+    fast, plain = pair(Gate, x)
+    rows = 4 * 32 * 4
+    kept, _ = saved_bytes(fast, lambda: fast(x))
+    expected = rows * (6 + 16 + 16 + 4 * 2 + 5 + 5)
+    assert kept == expected, "x, up, gate, four xa, the two that are multiplied"
+    scaled = (2 * 16 + 2 * 5) * 2 * 4
+    assert saved_bytes(plain, lambda: plain(x))[0] == expected + rows * (16 + 16) + scaled
+
+
+def test_autocast() -> None:
+    x = torch.randn(3, 7, 6)
+    for make in (Net, Gate):
+        fast, plain = pair(make, x)
+
+        def run(m: Any) -> Callable[[torch.Tensor], Any]:
+            def call(x: torch.Tensor) -> Any:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return m(x)
+
+            return call
+
+        got, want = gradients(fast, x, run(fast)), gradients(plain, x, run(plain))
+        assert got[""].dtype == want[""].dtype
+        same(got, want, 2**-6)  # bfloat16 has eight bits
+
+
+def test_narrow_base_keeps_wide_masters() -> None:
+    x = torch.randn(3, 7, 6).bfloat16()
+    fast, plain = pair(lambda: Gate().bfloat16(), x)
+    want = gradients(plain, x)
+    same(gradients(fast, x), want, 2**-4)  # several steps of eight bits each
+    masters = [p for n, p in fast.named_parameters() if "lora_" in n]
+    assert {p.dtype for p in masters} == {torch.float32}
+    assert want["out.lora_A.weight"].dtype == torch.float32
+
+
+def test_compile_copies_and_no_grad() -> None:
+    x = torch.randn(3, 7, 6)
+    fast, plain = pair(Gate, x)
+    want = gradients(plain, x)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    same(gradients(fast, x, compiled), want, 1e-6)
+    twin = copy.deepcopy(fast)
+    same(gradients(twin, x), want, 1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x))
+    fast.eval(), plain.eval()
+    assert torch.equal(fast(x), plain(x)), "eval programs are not rewritten"
+
+
+def test_second_derivatives() -> None:
+    x = torch.randn(3, 7, 6)
+    found = []
+    for m in pair(Gate, x):
+        given = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(m(given).square().sum(), given, create_graph=True)
+        g.square().sum().backward()
+        found.append({n: p.grad for n, p in m.named_parameters() if p.requires_grad})
+    same(found[0], found[1], 1e-5)
+
+
+def test_gradients_of_each_row() -> None:
+    x = torch.randn(3, 7, 6)
+    found = []
+    for m in pair(Gate, x):
+        own = {n: p.detach() for n, p in m.named_parameters() if p.requires_grad}
+
+        def loss(own: Any, row: torch.Tensor, m: Any = m) -> torch.Tensor:
+            made: torch.Tensor = torch.func.functional_call(m, own, (row[None],))
+            return made.square().sum()
+
+        found.append(torch.func.vmap(torch.func.grad(loss), (None, 0))(own, x))
+    same(found[0], found[1], 1e-6)
+
+
+def test_with_blocks_that_run_again() -> None:
+    class Block(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(16, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.out(self.mid(self.up(x), self.gate(x)))
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Block(), Block())
+
+    x = torch.randn(3, 7, 6)
+    fast, plain = pair(make, x)
+    want = gradients(plain, x)
+    same(gradients(fast, x), want, 1e-6)
+    for block in (fast[0], fast[1]):
+        block.recompute = True
+    same(gradients(fast, x), want, 1e-6)
