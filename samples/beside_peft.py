@@ -1,0 +1,84 @@
+"""PEFT's wheel beside lora-fx: the same A and B to start from, the same batches, one optimizer.
+
+Both are trained in eval mode, where gradients are as in training, and neither dropout nor the
+running statistics of a batch norm can make a difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.fx.adapted import AdaptedModule
+
+Batch = dict[str, torch.Tensor]
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Losses of every step, before it, and PEFT's trained model."""
+
+    ours: list[float]
+    theirs: list[float]
+    peft: nn.Module
+
+    @property
+    def gap(self) -> float:
+        """The largest difference of two losses of one step."""
+        return max(abs(a - b) for a, b in zip(self.ours, self.theirs, strict=True))
+
+    def __str__(self) -> str:
+        early = Beside(self.ours[:20], self.theirs[:20], self.peft)
+        return (
+            f"{len(self.ours)} steps: loss {self.ours[0]:.4f} → {self.ours[-1]:.4f}, PEFT's "
+            f"{self.theirs[0]:.4f} → {self.theirs[-1]:.4f}; they differ by {early.gap:.1e} or less "
+            f"in {len(early.ours)} steps, by {self.gap:.1e} or less in all"
+        )
+
+
+def twin(model: nn.Module, adapted: AdaptedModule) -> nn.Module:
+    """PEFT's model of a copy of `model`, with the adapter that `adapted` has now."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora_fx.save_adapter(adapted.adapter(), folder)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder, is_trainable=True)
+    return theirs.eval()
+
+
+def train(model: nn.Module, batches: Sequence[Batch], loss: Loss, lr: float) -> list[float]:
+    """AdamW with a linear warm-up of three steps, then down to zero; one batch a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    steps = len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 3, (steps - step) / max(1, steps - 2))
+    )
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        value = loss(model.eval(), batch)
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(value.item())
+    return losses
+
+
+def train_both(
+    model: nn.Module, adapted: AdaptedModule, batches: Sequence[Batch], loss: Loss, lr: float
+) -> Beside:
+    """Train `adapted`, and PEFT's model of `model` from the same A and B."""
+    theirs = twin(model, adapted)
+    counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (adapted, theirs)]
+    assert counts[0] == counts[1], f"trained parameters: {counts[0]}, PEFT {counts[1]}"
+    return Beside(train(adapted, batches, loss, lr), train(theirs, batches, loss, lr), theirs)
