@@ -123,27 +123,35 @@ def own_errors(
 ) -> dict[str, float]:
     """Per output, the largest rel of a model's fp32 to its own fp64 values over several inputs.
 
-    One input may round well by chance, so every size is drawn with every seed. Empty where the
-    model does not run in fp64 (it has fp32 constants that do not mix with it).
+    One input may round well by chance, a user's too, so every size is drawn with every seed.
+    Empty where the model does not run in fp64 (it has fp32 constants that do not mix with it).
     """
 
     def up(x: Any) -> Any:
         return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
+    sizes = model.captured.inputs.checks if sizes is None else sizes
+    draws: list[tuple[tuple[int, int], Any, int]]
+    draws = [(size, None, seed) for size in sizes for seed in seeds]
+    if arrays is not None:
+        draws.insert(0, (sizes[0], arrays, 0))
     worst: dict[str, float] = {}
     try:
         wide = copy.deepcopy(model).double().eval()
-        for size in model.captured.inputs.checks if sizes is None else sizes:
-            for seed in seeds:
-                named = model.sample(size, arrays, seed)
-                if _banned(model, {k: v.shape for k, v in arrays_of(named).items()}):
-                    continue
-                exact = wide.flat(pytree.tree_map(up, dict(named)))
-                for name, value in model.flat(named).items():
-                    found = rel(value, exact[name])
-                    worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
     except (LoraFxError, RuntimeError, TypeError):
         return {}
+    for size, given, seed in draws:
+        try:
+            named = model.sample(size, given, seed)
+            if _banned(model, {k: v.shape for k, v in arrays_of(named).items()}):
+                continue
+            exact = wide.flat(pytree.tree_map(up, dict(named)))
+            for name, value in model.flat(named).items():
+                found = rel(value, exact[name])
+                worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
+        except (LoraFxError, RuntimeError, TypeError, ValueError, IndexError):
+            if arrays is None:  # with a user's inputs, sampled ones need not fit
+                return {}
     return worst
 
 

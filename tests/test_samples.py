@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sources import fashion
+
+from lora_fx.errors import LoraFxError
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 PRINTS = {
@@ -19,13 +23,18 @@ PRINTS = {
     "from_scratch": "2 sites found, inserted and folded",
 }
 SLOW = {"minilm_stdlib": "equal"}
+BESIDE_PEFT = {
+    "efficientnet_fashion": fashion,
+}
+"""Samples on real weights, and what finds the data or weights that no extra installs."""
+STAND_INS = {"efficientnet_fashion": ["--digits"]}
 SHARED = ("beside_peft", "sources")
 """What samples import of each other; no program."""
 
 
 def test_every_sample_is_listed_and_short() -> None:
     files = {p.stem: p for p in SAMPLES.glob("*.py")}
-    assert set(files) == {*PRINTS, *SLOW, *SHARED}
+    assert set(files) == {*PRINTS, *SLOW, *BESIDE_PEFT, *SHARED}
     assert all(len(p.read_text().splitlines()) < 120 for p in files.values())
 
 
@@ -52,3 +61,36 @@ def test_the_sample_on_real_weights(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "predict equal classes for 150 of 150" in done.stdout
+
+
+def beside_peft(name: str, tmp_path: Path, *options: str) -> None:
+    """The losses, the trained models' predictions and ONNX Runtime's, as the sample says them."""
+    done = subprocess.run(
+        [sys.executable, str(SAMPLES / f"{name}.py"), "--quick", *options],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    gap = re.search(r"differ by (\S+) or less in \d+ steps, by (\S+) or less in all", done.stdout)
+    assert gap and max(map(float, gap.groups())) < 1e-4, done.stdout
+    moved = re.search(r"(\d+) predictions moved, (\d+) differ from PEFT's", done.stdout)
+    assert moved and int(moved[1]) > 3 >= int(moved[2]), done.stdout
+    assert "export: ok" in done.stdout
+    equal = re.search(r"ONNX Runtime and torch predict equal .* for (\d+) of (\d+)", done.stdout)
+    assert equal and equal[1] == equal[2], done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_the_sample_on_other_data(name: str, tmp_path: Path) -> None:
+    beside_peft(name, tmp_path, *STAND_INS[name])
+
+
+@pytest.mark.parametrize("name", BESIDE_PEFT)
+def test_the_sample_beside_peft(name: str, tmp_path: Path) -> None:
+    try:
+        BESIDE_PEFT[name]()
+    except LoraFxError as e:
+        pytest.skip(str(e))
+    beside_peft(name, tmp_path)

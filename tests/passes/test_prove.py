@@ -1,0 +1,40 @@
+"""What the gates of a proof are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.passes.prove import own_errors
+
+
+def test_one_input_that_rounds_well_does_not_narrow_the_gate() -> None:
+    """Zeros have no rounding error at all; the model has."""
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 3, bias=False))
+    adapted = lora_fx.insert(m.eval(), (torch.randn(2, 32),), rank=2)
+    zeros = {"input": np.zeros((2, 32), np.float32)}
+    assert 0 < own_errors(adapted)["output"] < 1e-6
+    assert own_errors(adapted, zeros) == own_errors(adapted)
+
+
+class Rows(nn.Module):
+    """Rows by a float number: of no use with random ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(40, 8))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.table[x.long() - 300])
+
+
+def test_inputs_that_fit_count_where_sampled_ones_do_not() -> None:
+    torch.manual_seed(0)
+    x = torch.full((2, 4), 303.0)
+    adapted = lora_fx.insert(Rows().eval(), (x,), rank=2, include="fc")
+    assert own_errors(adapted) == {}
+    assert 0 < own_errors(adapted, {"x": x.numpy()})["output"] < 1e-6
