@@ -19,6 +19,7 @@ PRINTS = {
     "decode": "tokens equal transformers': True\ntokens equal the base model's: False",
     "accelerate_loop": "resumed in the middle, the same adapter: True",
     "fabric_loop": "resumed in the middle, the same adapter: True",
+    "torchrun_loop": "resumed in the middle, the same adapter: True",
     "hf_trainer": "resumed in the middle, the same adapter: True",
     "from_scratch": "2 sites found, inserted and folded",
 }

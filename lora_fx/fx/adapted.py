@@ -21,7 +21,8 @@ from lora_fx.fx.held import grouped, moved
 from lora_fx.fx.module import CapturedModule, Rewriter
 from lora_fx.fx.ones import prove_ones
 from lora_fx.fx.reports import AdaptedReport
-from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
+from lora_fx.fx.sharded import is_sharded, put, settle, whole
+from lora_fx.fx.tensors import from_numpy, named_tensors, owner
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.mix import mix
 from lora_fx.slots import Slot, asked, frame, learning, relearning, slots_of, with_values
@@ -70,6 +71,7 @@ class AdaptedModule(CapturedModule):
         self.effect: Effect | None = None
         prove_ones(self)
         self._graph(False, captured.named)  # registers the adapter's tensors
+        self._sampled.now(self._updates, self._tensor)  # while tensors are whole
 
     def _rewriters(self, training: bool) -> list[Rewriter]:
         return [self._inserter(self._updates, training)]
@@ -96,10 +98,7 @@ class AdaptedModule(CapturedModule):
         """Key → every tensor of its update by field: a, b, and what `lora_fx.slots` adds."""
         held: dict[str, dict[str, nn.Parameter]] = {}
         for key, slot in self._slots():
-            m, leaf = owner(self, slot.name)
-            p = m._parameters[leaf]
-            assert p is not None
-            held.setdefault(key, {})[slot.field] = p
+            held.setdefault(key, {})[slot.field] = self._tensor(slot.name)
         return held
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
@@ -136,23 +135,29 @@ class AdaptedModule(CapturedModule):
         return self._updates
 
     def adapter(self, name: str | None = None) -> Adapter:
-        """The active adapter (or mix) as it is now, or a loaded one, bound to this model's keys."""
+        """The active adapter (or mix) as it is now, or a loaded one, bound to this model's keys.
+
+        Sharded tensors are gathered, so every process has to call it.
+        """
         if name is not None and self._active != {name: 1.0}:
             self._known(name)
             return self._stored[name]
         if not self._active:
             return Adapter({})
+        settle(self)
         entries: dict[str, LowRank | Full] = {}
-        for key, held in self.tensors().items():
-            values = {k: to_numpy(t).astype(np.float32, copy=True) for k, t in held.items()}
-            entries[key] = with_values(self._updates[key], values)
+        for key, update in self._updates.items():
+            values = {}
+            for s in slots_of(key, update):
+                value = whole(s.name, self._tensor(s.name), s.value.shape)
+                values[s.field] = value.astype(np.float32, copy=False)
+            entries[key] = with_values(update, values)
         for name in self._also:
-            m, leaf = owner(self, name)
-            entries[name] = Full(to_numpy(m._parameters[leaf]).copy())
+            entries[name] = Full(whole(name, self._tensor(name)))
         own = {**learning(self._updates), **self._sampled.now(self._updates, self._tensor)}
         return Adapter(entries, {**self._metadata, **own})
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str) -> nn.Parameter:
         m, leaf = owner(self, name)
         p = m._parameters.get(leaf)
         if p is None:
@@ -249,11 +254,17 @@ class AdaptedModule(CapturedModule):
     @torch.no_grad()
     def _put(self, bound: Adapter) -> None:
         """Put an adapter into the branches; equal shapes and scales keep the programs."""
+        settle(self)
         if frame(bound.lowrank) == frame(self._updates):
             self._updates = dict(bound.lowrank)
-            held = self.tensors()
-            for key, slot in self._slots():
-                held[key][slot.field].copy_(torch.from_numpy(np.ascontiguousarray(slot.value)))
+            for _, slot in self._slots():
+                value = torch.from_numpy(np.ascontiguousarray(slot.value))
+                put(slot.name, self._tensor(slot.name), value)
+        elif any(is_sharded(p) for p in self.parameters()):
+            raise LoraFxError(
+                "a sharded model keeps the targets and ranks of its adapter",
+                "load this one before fully_shard",
+            )
         else:
             for _, slot in self._slots():
                 m, leaf = owner(self, slot.name)
@@ -269,11 +280,12 @@ class AdaptedModule(CapturedModule):
         names, _ = named_tensors(self)
         originals = dict(self.captured.model.named_parameters())
         for name in self._also:  # what the adapter does not hold goes back to the model's own
-            m, leaf = owner(self, name)
-            p = m._parameters[leaf]
-            assert p is not None
             full = {names[k]: v for k, v in bound.full.items()}.get(name)
-            p.copy_(originals[name] if full is None else from_numpy(full.value, like=p))
+            put(
+                name,
+                self._tensor(name),
+                originals[name] if full is None else from_numpy(full.value),
+            )
         self._metadata = dict(bound.metadata)
 
     def report(self) -> AdaptedReport:

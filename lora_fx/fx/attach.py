@@ -8,7 +8,7 @@ takes them off again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from lora_fx.fx.eager import bound
 from lora_fx.fx.forms import Form, Planner
 from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, restore, swap
 from lora_fx.fx.reports import AdaptedReport
-from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, to_numpy
+from lora_fx.fx.sharded import put, settle, whole
+from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.slots import SIDES, asked, frame, learning, relearning, slots_of, with_values
 from lora_fx.target import Found, base_name
@@ -194,19 +195,25 @@ class Attachment:
     @torch.no_grad()
     def fill(self, updates: Mapping[str, LowRank]) -> None:
         """Write the values of `updates`, of the shapes installed, into their parameters."""
+        settle(self.model)
         for key in self.updates:
             for slot in slots_of(key, updates[key]):
-                self._parameter(slot.name).copy_(torch.from_numpy(np.array(slot.value)))
+                put(slot.name, self._parameter(slot.name), torch.from_numpy(np.array(slot.value)))
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
+        settle(self.model)
         entries: dict[str, LowRank | Full] = {}
         for key, update in self.updates.items():
-            slots = {s.field: self._parameter(s.name) for s in slots_of(key, update)}
-            values = {k: _whole(p).astype(np.float32, copy=True) for k, p in slots.items()}
-            entries[key] = with_values(update, values)
+            values = {
+                s.field: whole(s.name, self._parameter(s.name), s.value.shape)
+                for s in slots_of(key, update)
+            }
+            copies = {k: v.astype(np.float32, copy=False) for k, v in values.items()}
+            entries[key] = with_values(update, copies)
         for name in self._also:
-            entries[name] = Full(_whole(self._parameter(name)).copy())
+            shape = tuple(self._originals[name].shape)
+            entries[name] = Full(whole(name, self._parameter(name), shape))
         own = {**learning(self.updates), **self._sampled.now(self.updates, self._parameter)}
         return Adapter(entries, {**self.metadata, **own})
 
@@ -242,8 +249,8 @@ class Attachment:
         else:
             self.install(updates)
         for name in self._also:  # what the adapter does not hold goes back to the model's own
-            p = self._parameter(name)
-            p.copy_(from_numpy(full[name].value, like=p) if name in full else self._originals[name])
+            value = from_numpy(full[name].value) if name in full else self._originals[name]
+            put(name, self._parameter(name), value)
         self.metadata = metadata
         self.check_base(adapter)
 
@@ -273,12 +280,6 @@ class Attachment:
         ]
         notes = (*self._notes, *self._sampled.said, *self.planner.notes, *forms)
         return AdaptedReport(rows, self._also, trained, total - trained, self.found, notes)
-
-
-def _whole(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A tensor as an array; a sharded one is gathered (every process has to take part)."""
-    gather: Callable[[], torch.Tensor] | None = getattr(tensor.detach(), "full_tensor", None)
-    return to_numpy(tensor if gather is None else gather())
 
 
 def attachment(model: nn.Module) -> Attachment:

@@ -101,5 +101,5 @@ def _sample(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], Arra
         raise LoraFxError(f"{name!r} is sharded: every process would have to gather it")
     if str(tensor.dtype).removeprefix("torch.") not in WEIGHTS:
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no dtype of plain weights")
-    both = [to_numpy(part) for part in ends(tensor.detach().reshape(-1))]
+    both = [to_numpy(part.clone()) for part in ends(tensor.detach().reshape(-1))]
     return name, tuple(tensor.shape), np.concatenate(both)
