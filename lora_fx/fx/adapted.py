@@ -21,7 +21,7 @@ from lora_fx.fx.held import grouped, moved
 from lora_fx.fx.module import CapturedModule, Rewriter
 from lora_fx.fx.ones import prove_ones
 from lora_fx.fx.reports import AdaptedReport
-from lora_fx.fx.sharded import is_sharded, put, settle, whole
+from lora_fx.fx.sharded import put, refuse_shards, settle, whole
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.mix import mix
@@ -260,12 +260,8 @@ class AdaptedModule(CapturedModule):
             for _, slot in self._slots():
                 value = torch.from_numpy(np.ascontiguousarray(slot.value))
                 put(slot.name, self._tensor(slot.name), value)
-        elif any(is_sharded(p) for p in self.parameters()):
-            raise LoraFxError(
-                "a sharded model keeps the targets and ranks of its adapter",
-                "load this one before fully_shard",
-            )
         else:
+            refuse_shards(self)
             for _, slot in self._slots():
                 m, leaf = owner(self, slot.name)
                 del m._parameters[leaf]

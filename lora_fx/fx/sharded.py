@@ -27,6 +27,15 @@ def settle(root: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
+def refuse_shards(root: nn.Module) -> None:
+    """Raise LoraFxError for a sharded model, before a change of the shapes of its adapter."""
+    if any(is_sharded(p) for p in root.parameters()):
+        raise LoraFxError(
+            "a sharded model keeps the targets and ranks of its adapter",
+            "load this one before fully_shard",
+        )
+
+
 def whole(
     name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None
 ) -> np.ndarray[Any, Any]:
