@@ -275,13 +275,9 @@ class AdaptedModule(CapturedModule):
                     tensor.data = tensor.data.to(device)
         names, _ = named_tensors(self)
         originals = dict(self.captured.model.named_parameters())
+        full = {names[k]: from_numpy(v.value) for k, v in bound.full.items()}
         for name in self._also:  # what the adapter does not hold goes back to the model's own
-            full = {names[k]: v for k, v in bound.full.items()}.get(name)
-            put(
-                name,
-                self._tensor(name),
-                originals[name] if full is None else from_numpy(full.value),
-            )
+            put(name, self._tensor(name), full.get(name, originals[name]))
         self._metadata = dict(bound.metadata)
 
     def report(self) -> AdaptedReport:
