@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "Write an ONNX file: merged, or with adapters to choose from.",
     "extract": "Recover an adapter from two checkpoints, by SVD.",
     "truncate": "Fewer ranks, with the exact error that it costs.",
+    "plan": "A rank for every target, under one budget.",
     "convert": "Convert an adapter between file formats.",
     "verify": "Compare two models, or tensor files; or: does an adapter fit?",
     "doctor": "Say what is wrong with a base and an adapter.",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import note
+from lora_fx.cli.planning import given_option, plan_option
 from lora_fx.errors import LoraFxError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -107,7 +108,7 @@ def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ]
     for option in reversed(options):
         function = option(function)
-    return function
+    return plan_option(function)
 
 
 def captured(
@@ -167,9 +168,8 @@ def _say(cap: Any) -> None:
 
 def refuse_given(model: str, names: Sequence[str]) -> None:
     """Raise for an option that was given and has no say for an .onnx file."""
-    ctx = click.get_current_context()
     for name in names:
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+        if given_option(name):
             option = name.replace("_", "-")
             raise LoraFxError(
                 f"--{option} has no say for {model}, a graph as it is", "leave it out"
@@ -180,9 +180,9 @@ def held(cap: Any) -> Any:
     """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
     from lora_fx.fx.pt2 import module_of
 
-    ctx = click.get_current_context()
-    for name in ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init"):
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+    chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
+    for name in (*chosen, "plan"):
+        if given_option(name):
             raise LoraFxError(
                 f"{cap.path} holds an adapter, which is trained on, so --{name.replace('_', '-')} "
                 "has no say",

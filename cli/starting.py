@@ -58,3 +58,20 @@ def batches_of(table: Any, seed: int = 0) -> Iterator[Mapping[str, Any]]:
     """The columns of one pass over the data."""
     for batch in table.batches(BATCH, seed):
         yield batch.columns
+
+
+def some_batches(
+    data: str | None, loaded: Any, cap: Any, options: dict[str, Any]
+) -> Iterator[Mapping[str, Any]] | None:
+    """Batches of at most --examples of DATA, drawn by --seed; takes its options out."""
+    import numpy as np
+
+    from lora_fx.cli.options import training_data
+
+    label, longest = options.pop("label"), options.pop("max_length")
+    most, seed = options.pop("examples"), options.pop("seed")
+    if not data:
+        return None
+    table = training_data(data, loaded, cap, label, longest)
+    some = np.random.default_rng(seed).permutation(len(table))[:most]
+    return batches_of(table.rows(some), seed)

@@ -17,6 +17,7 @@ _WHERE = {
     "export": "lora_fx.passes.export",
     "extract": "lora_fx.checkpoint.extraction",
     "truncate": "lora_fx.truncation",
+    "plan": "lora_fx.passes.plan",
     "verify": "lora_fx.passes.verify",
     "attach": "lora_fx.passes.attach",
     "detach": "lora_fx.passes.attach",
@@ -52,6 +53,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "merge",
+    "plan",
     "save_adapter",
     "truncate",
     "verify",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from lora_fx.passes.export import export
     from lora_fx.passes.merge import merge
     from lora_fx.passes.pipeline import find, fold, insert
+    from lora_fx.passes.plan import plan
     from lora_fx.passes.verify import verify
     from lora_fx.truncation import truncate
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import default_alpha
+from lora_fx.planned import given_ranks
 from lora_fx.regions import check_disjoint, rest
 from lora_fx.roles import HEAD_ROWS
-from lora_fx.selectors import select, select_names
+from lora_fx.selectors import near_names, select, select_names
 from lora_fx.target import Found, Target, split_use
 from lora_fx.uses import each_use, matmul_use, own_use
 
@@ -68,7 +69,7 @@ def make_plan(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     also_train: str | Sequence[str] | None = None,
-    ranks: Mapping[str, Any] | None = None,
+    ranks: Any = None,
 ) -> Plan:
     """The Plan that the options ask for.
 
@@ -80,7 +81,8 @@ def make_plan(
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
         also_train: Tensors trained whole.
-        ranks: key → rank, or {rank, alpha}, from a plan file; replaces the default plan too.
+        ranks: key → rank or {rank, alpha}, a Planned, or the path of a plan file; these are the
+            targets then, less what `exclude` takes away.
 
     Raises:
         LoraFxError: No target, a selector without a match, a rank that no target can hold.
@@ -95,8 +97,14 @@ def make_plan(
     whole: tuple[str, ...] = ()
     if also_train:
         whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train)))
+    ranks, where = given_ranks(ranks)
     if ranks is not None:
-        ranks = {found[k].key: v for k, v in _known(found, ranks).items()}
+        if include is not None:
+            raise LoraFxError(
+                f"{where} names its targets, so include has no say",
+                "leave it out; exclude takes targets away",
+            )
+        ranks = {found[k].key: v for k, v in _known(found, ranks, where).items()}
         chosen = {k: own_use(k) for k in ranks}
     elif include is not None:
         chosen = select(found, include)
@@ -146,7 +154,7 @@ def make_plan(
         if r > limits[key]:
             if ranks is not None:
                 raise LoraFxError(
-                    f"rank {r} of {key} is above its smaller side {limits[key]}",
+                    f"{where}: rank {r} of {key!r} is above its smaller side {limits[key]}",
                     "lower it in the plan",
                 )
             notes.append(f"{key}: rank {r} capped to {limits[key]}, its smaller side")
@@ -164,8 +172,9 @@ def _asked(
     return int(given), alpha
 
 
-def _known(found: Found, ranks: Mapping[str, Any]) -> Mapping[str, Any]:
+def _known(found: Found, ranks: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     for key in ranks:
         if found.get(key) is None:
-            raise LoraFxError(f"the plan names {key!r}, which is no target", "run lora-fx targets")
+            names = [n for t in found.targets for n in (t.key, *t.parameter.aliases)]
+            raise LoraFxError(f"{where} names {key!r}, which is no target", near_names(key, names))
     return ranks

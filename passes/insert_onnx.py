@@ -66,7 +66,7 @@ def insert_onnx(
         alpha: None means 2·rank.
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
-        plan: {key: rank} or {key: {rank, alpha}}.
+        plan: A plan file, {key: rank} or {key: {rank, alpha}}.
         variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.variant.
         seed: Of the initial values; each target draws from (seed, key).
         init: What a and b start from, see lora_fx.start; those that read data are refused.

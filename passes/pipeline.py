@@ -127,7 +127,7 @@ def insert(
         also_train: Tensors trained whole, such as a new head.
         variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.variant.
         dropout: On the input of each branch, in train mode.
-        plan: {key: rank} or {key: {rank, alpha}}, or a Plan.
+        plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
         adapter: Start from this adapter; its targets and ranks replace the plan.
         seed: Of the initial values; each target draws from (seed, key).
         dynamic: As in capture.

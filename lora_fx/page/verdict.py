@@ -88,6 +88,11 @@ def _truncate(r: Json) -> str:
     return f"Truncated from {number(before)} to {number(after)} parameters"
 
 
+def _plan(r: Json) -> str:
+    ranks = [t["rank"] for t in r.get("targets") or () if t["rank"]]
+    return f"Planned {plural(len(ranks), 'target')} by {r['method']} under {r['budget']}"
+
+
 def _convert(r: Json) -> str:
     return f"Converted {plural(r.get('updates') or 0, 'update')} from {r.get('from')} to {r['to']}"
 
@@ -109,6 +114,7 @@ _SENTENCES: dict[str, Callable[[Json], str]] = {
     "export": _export,
     "extract": _extract,
     "truncate": _truncate,
+    "plan": _plan,
     "convert": _convert,
     "verify": _verify,
 }
@@ -129,6 +135,9 @@ def facts(result: Json, rows: list[Row]) -> list[Fact]:
         made.append(Fact("Largest relative error", rel, gate, all(p["ok"] for p in parity)))
     made += _training(result)
     made += _rounding(rows)
+    if "limit" in result:
+        spent = f"{number(result['used'])} of {number(result['limit'])} {result['unit']}"
+        made.append(Fact("Budget used", percent(result["used"] / result["limit"]), spent))
     if "relative" in result:
         made.append(Fact("Error of all updates", percent(result["relative"]), "‖Δ − Δ′‖/‖Δ‖"))
     if any(r.rank or r.parameters for r in rows):

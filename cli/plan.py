@@ -1,0 +1,90 @@
+"""lora-fx plan: a rank for every target under one budget, from one pass over data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lora_fx.cli.common import emit, note
+from lora_fx.cli.options import CAPTURE, captured, force_option, json_option, model_options
+from lora_fx.cli.reporting import report_option
+from lora_fx.cli.starting import some_batches
+
+FROM_1 = click.IntRange(min=1)
+
+
+@click.command("plan")
+@report_option
+@click.argument("model")
+@click.argument("data", required=False)
+@click.option("-o", "--output", required=True, metavar="PLAN", help="A .json file.")
+@click.option(
+    "--budget",
+    default="uniform:8",
+    show_default=True,
+    metavar="BUDGET",
+    help="params:N, flops:N, flops:F% or uniform:R, what rank R would take everywhere.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["uniform", "importance", "kfac", "eva"]),
+    default="uniform",
+    show_default=True,
+    help="What a rank is worth; all but uniform read DATA.",
+)
+@click.option("--scale", type=float, default=2.0, show_default=True, help="alpha/rank everywhere.")
+@click.option("--label", default="", metavar="COL", help="Column to predict.  [default: labels]")
+@click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
+@click.option("--examples", type=FROM_1, default=1024, show_default=True, help="Of DATA, at most.")
+@click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
+@click.option("--include", multiple=True, metavar="SELECTORS", help="Targets to choose from.")
+@click.option("--exclude", multiple=True, metavar="SELECTORS", help="Targets to leave out.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of examples.")
+@model_options
+@force_option
+@json_option
+def command(
+    model: str, data: str | None, output: str, force: bool, as_json: bool, **options: Any
+) -> None:
+    r"""Plan a rank for every target of MODEL under one budget, and write it.
+
+    One pass over DATA (as for train) says where low rank is worth its cost. insert and train take
+    the file with --plan; adapters made from it carry PEFT's rank_pattern.
+
+    \b
+    lora-fx plan model.py:build data.npz -o plan.json --method kfac --budget uniform:4
+    lora-fx train model.py:build data.npz -o adapter --plan plan.json
+    """
+    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.errors import LoraFxError
+    from lora_fx.fx.factory import load_function
+    from lora_fx.passes.pipeline import find
+    from lora_fx.passes.plan import plan
+    from lora_fx.ranking import METHODS
+
+    check_output(output, force=force)
+    if not output.endswith(".json"):
+        raise LoraFxError(f"{output} does not end in .json", "-o plan.json")
+    if METHODS[options["method"]].wanted and not data:
+        raise LoraFxError(f"--method {options['method']} reads data", "lora-fx plan MODEL DATA …")
+    loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
+    batches = some_batches(data, loaded, cap, options)
+    loss = options.pop("loss")
+    loss = load_function(loss) if ":" in loss else loss
+    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    made = plan(cap, data=batches, loss=loss, name=model, **chosen)
+    made.save(output, force=force)
+    for text in made.notes:
+        note(text)
+    found = find(cap)
+    whole = made.to_json()
+    emit(
+        as_json,
+        "plan",
+        f"{made}\nwrote {output}",
+        inputs=cap.inputs.to_json(),
+        outputs=[output],
+        targets=[found[r.key].to_json(r.rank, r.alpha) for r in made.rows],
+        **{k: whole[k] for k in ("method", "budget", "unit", "limit", "used", "examples")},
+    )
