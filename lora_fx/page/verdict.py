@@ -84,6 +84,8 @@ def _extract(r: Json) -> str:
 
 
 def _truncate(r: Json) -> str:
+    if "table" in r:
+        return f"Losses at {plural(len(r['table']), 'rank')}, of {plural(r['examples'], 'example')}"
     before, after = r.get("parameters_before"), r.get("parameters")
     return f"Truncated from {number(before)} to {number(after)} parameters"
 
