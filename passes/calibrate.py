@@ -8,6 +8,7 @@ insert reaches; x and dy are not for weights inside a recurrent op, a body of co
 where the op broadcasts or gathers the weight. What could not be read is said by name.
 
 The graph is that of eval mode: no dropout, running statistics. One batch is in memory at a time.
+Positions that an `attention_mask` leaves out are no x; what gradient they get counts.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def calibrate(
     total, count = 0.0, 0
     for i, batch in enumerate(data):
         n = len(next(iter(batch.values())))
+        seen.mask = _mask(batch)
         with torch.set_grad_enabled(weights or results):
             value = _run(module, batch, loss, backward=weights or results)
         if value is not None:
@@ -108,6 +110,13 @@ def _run(module: Any, batch: Batch, loss: str | Loss, *, backward: bool) -> Tens
     return compute(out, given.get(label)) if backward else None
 
 
+def _mask(batch: Batch) -> Tensor | None:
+    """The attention mask [examples, positions] of a batch of texts."""
+    mask = batch.get("attention_mask")
+    found = None if mask is None else mask if isinstance(mask, Tensor) else from_numpy(mask)
+    return found if found is not None and found.dim() == 2 else None
+
+
 class _Seen:
     """The sums of all targets, and what had to be said."""
 
@@ -115,6 +124,7 @@ class _Seen:
         self.uses, self.wanted = uses, wanted
         self.sums = {key: Sums() for key in uses}
         self.notes: dict[str, None] = {}
+        self.mask: Tensor | None = None
         self.targets: dict[str, Target] = {}
 
     def choose(self, graph: FxGraph) -> Sequence[tuple[Site, tuple[str, ...]]]:
@@ -136,7 +146,9 @@ class _Seen:
         return list(here.values())
 
     def inputs(self, site: Site, keys: tuple[str, ...], rows: Rows | None) -> None:
-        """Add the x of one use."""
+        """Add the x of one use; positions that are padding have none."""
+        if rows is not None and self.mask is not None:
+            rows = rows.kept(self.mask.to(rows.value.device))
         for key in keys if self.wanted & {"inputs", "power"} else ():
             x = self._rows(key, site, rows, out=False)
             if x is None or rows is None:

@@ -29,11 +29,21 @@ class Rows:
         value: [*batch, rows, side]; [rows] ids where x is one-hot.
         count: Without those that are padding.
         one_hot: The number of ids; 0 where the rows are there themselves.
+        lead: The sizes that rows were made of; empty where they were moved or cut.
     """
 
     value: Tensor
     count: int
     one_hot: int = 0
+    lead: tuple[int, ...] = ()
+
+    def kept(self, mask: Tensor) -> Rows:
+        """Without the rows that a mask [examples, positions] leaves out, if it is one of these."""
+        lead = (tuple(mask.shape), (mask.numel(),))
+        if self.lead not in lead or self.value.dim() > 2:
+            return self
+        value = self.value[mask.reshape(-1) != 0]
+        return Rows(value, len(value), self.one_hot, self.lead)
 
 
 def readable(site: Site) -> bool:
@@ -48,7 +58,7 @@ def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> Rows | None:
     kind = site.kind
     if isinstance(kind, kinds.Embedding):
         ids = x.reshape(-1)
-        return Rows(ids, ids.numel(), site.operand[0])
+        return Rows(ids, ids.numel(), site.operand[0], tuple(x.shape))
     if isinstance(kind, kinds.Einsum):
         return _einsum(site, x, kind.x, kind.axes(site.operand).in_)
     if isinstance(kind, kinds.Grouped):
@@ -112,7 +122,7 @@ def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> Rows | Non
     moved = t.permute(*places[0], *rest, *places[1])
     lead = [site.operand[i] for i in batch]
     flat = moved.reshape(*lead, -1, math.prod(site.operand[i] for i in side))
-    return Rows(flat, flat.shape[-2])
+    return Rows(flat, flat.shape[-2], lead=tuple(t.shape[i] for i in rest))
 
 
 def _grouped(t: Tensor, ends: Tensor) -> Rows:

@@ -261,3 +261,32 @@ def test_train_reads_its_own_data(init: str, tmp_path: Path) -> None:
         main(args)
     assert done.value.code == 0
     assert lora_fx.load_adapter(tmp_path / "a").lowrank.keys() == {"0.weight", "2.weight"}
+
+
+class Text(nn.Module):
+    """Mean of the tokens that the mask keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.out = nn.Embedding(11, 6), nn.Linear(6, 9), nn.Linear(9, 3)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = torch.tanh(self.up(self.table(ids))) * attention_mask.unsqueeze(-1)
+        out: Tensor = self.out(h.sum(1) / attention_mask.sum(1, keepdim=True))
+        return out
+
+
+def test_padding_is_no_input() -> None:
+    torch.manual_seed(0)
+    model = Text().eval()
+    ids = torch.randint(0, 10, (4, 5))
+    mask = (torch.arange(5) < torch.tensor([[5], [3], [2], [4]])).long()
+    ids[mask == 0] = 10
+    batch = {"ids": ids.numpy(), "attention_mask": mask.numpy(), "labels": np.arange(4) % 3}
+    use = {"up.weight": "", "table.weight": "", "out.weight": ""}
+    seen = calibrate(capture(model, (ids, mask)), use, [batch], "ce", EVERY).moments
+    x = model.table.weight.detach().double().numpy()[ids[mask == 1]]
+    np.testing.assert_allclose(seen["up.weight"].inputs, x.T @ x / 14, rtol=1e-6)
+    want = np.bincount(ids[mask == 1], minlength=11) / 14
+    np.testing.assert_allclose(seen["table.weight"].inputs, want, rtol=1e-12)
+    assert want[10] == 0 and seen["out.weight"].rows == 1.0
