@@ -3,13 +3,13 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/ranks.py [--seeds 100-115] [--uniform 1]
 
 scikit-learn's digits (8 × 8; it has to be installed). A net of three pre-norm transformer blocks
-(16 patches, D = 32, MLP 128, 18 target matmuls) learns classes 0 to 4; it is adapted to 5 to 9 with 20
-images a class, and judged on 450 others. Its new head is a linear probe of the frozen net, and trains along. Every
-method spends the elements of uniform rank R; scale 2 for every rank, AdamW at 1e-2, 30 epochs,
-batches of 20. A seed draws the net, its training and the split; methods share all of that, so
-that differences are paired. `random` (Dirichlet shares) is a control: a method that is no better
-than it has chosen nothing. Nothing was tuned for a method, and the seeds were named before any of
-them ran; 0 to 3 served to see that the task can be learned.
+(16 patches, D = 32, MLP 128, 18 target matmuls) learns classes 0 to 4; it is adapted to 5 to 9 with
+20 images a class, and judged on 450 others. Its new head is a linear probe of the frozen net, and
+trains along. Every method spends the elements of uniform rank R; scale 2 for every rank, AdamW at
+1e-2, 30 epochs, batches of 20. A seed draws the net, its training and the split; methods share all
+of that, so that differences are paired. `random` (Dirichlet shares) is a control: a method that is
+no better than it has chosen nothing. Nothing was tuned for a method, and the seeds were named
+before any of them ran; 0 to 3 served to see that the task can be learned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lora_fx
