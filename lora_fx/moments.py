@@ -49,12 +49,14 @@ class Calibration:
         notes: What could not be read, by name.
         examples: How many ran.
         loss: Their mean loss; None where no gradient was wanted.
+        dead: Keys that no gradient reaches, as far as gradients were wanted.
     """
 
     moments: Mapping[str, Moments]
     notes: tuple[str, ...] = ()
     examples: int = 0
     loss: float | None = None
+    dead: tuple[str, ...] = ()
 
 
 @dataclass

@@ -86,7 +86,8 @@ def calibrate(
     if not count:
         raise LoraFxError("the data has no batch", "an iterator can be read once only")
     mean = total / count if weights or results else None
-    return Calibration(seen.moments(count), tuple(seen.notes), count, mean)
+    moments = seen.moments(count)
+    return Calibration(moments, tuple(seen.notes), count, mean, seen.dead)
 
 
 def _run(module: Any, batch: Batch, loss: str | Loss, *, backward: bool) -> Tensor | None:
@@ -125,6 +126,8 @@ class _Seen:
         self.sums = {key: Sums() for key in uses}
         self.notes: dict[str, None] = {}
         self.mask: Tensor | None = None
+        self.asked: set[str] = set()
+        self.reached: set[str] = set()
         self.targets: dict[str, Target] = {}
 
     def choose(self, graph: FxGraph) -> Sequence[tuple[Site, tuple[str, ...]]]:
@@ -171,6 +174,10 @@ class _Seen:
                 "look at the loss, and at what lora-fx targets lists",
             )
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+        asked = [*(keys for keys, _ in run.leaves), *(made.tap.keys for made in run.zeros)]
+        for keys, grad in zip(asked, grads, strict=True):
+            self.asked.update(keys)
+            self.reached.update(keys if grad is not None else ())
         for (keys, _), grad in zip(run.leaves, grads, strict=False):
             for key in keys if grad is not None else ():
                 own = matrix(self.targets[key], to_numpy(grad))
@@ -185,10 +192,14 @@ class _Seen:
 
     def moments(self, examples: int) -> dict[str, Moments]:
         """By key, in the order that was asked for."""
-        for key, sums in self.sums.items():
-            if "gradient" in self.wanted and "gradient" not in sums.total:
-                self.say(key, "no gradient reaches it")
+        for key in self.dead:
+            self.say(key, "no gradient reaches it")
         return {key: sums.moments(examples) for key, sums in self.sums.items()}
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """The targets of which a gradient was asked for and never came."""
+        return tuple(key for key in self.uses if key in self.asked - self.reached)
 
     def say(self, key: str, why: str) -> None:
         """A note, once."""

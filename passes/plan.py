@@ -84,7 +84,7 @@ def plan(
     if way.wanted and data is not None:
         seen = calibrate(cap, uses, data, loss, way.wanted)
     graph, gains, notes = cap.fx_graph(), {}, list(seen.notes)
-    for key, target in ((k, found[k]) for k in uses):
+    for key, target in ((k, found[k]) for k in uses if k not in seen.dead):
 
         def weight(target: Any = target) -> Any:
             return matrix(target, graph.read(target.parameter.name))
@@ -92,8 +92,11 @@ def plan(
         gains[key] = way.gains(Seen(target.layout, costs[key], seen.moments[key], weight))
         if gains[key] is None:
             notes.append(f"{key}: {method} has nothing to read there; it gets uniform's rank")
+    if not gains:
+        raise LoraFxError("no gradient reaches any target", "look at the data and the loss")
     ranks = allocate(gains, costs, most, limit)
-    rows = tuple(Ranked(k, r, scale * r, costs[k], most[k]) for k, r in ranks.items())
+    each = {key: ranks.get(key, 0) for key in uses}  # a dead one has none
+    rows = tuple(Ranked(k, r, scale * r, costs[k], most[k]) for k, r in each.items())
     return Planned(rows, method, budget, asked.unit, limit, name, seen.examples, tuple(notes))
 
 

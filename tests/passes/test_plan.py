@@ -162,6 +162,22 @@ def test_what_a_method_cannot_read_gets_the_rank_of_uniform() -> None:
     assert seen.used <= seen.limit and not seen.notes
 
 
+def test_a_target_that_no_gradient_reaches_has_no_rank() -> None:
+    row = next(r for r in ROWS if r.name == "no_grad")
+    x = example(row)
+    for method in ("kfac", "importance"):
+        made = plan(
+            Model(row), (x,), data=[{"x": x}], budget="uniform:2", method=method, loss=_square,
+            include="w,v",
+        )  # fmt: skip
+        ranks = {r.key: r.rank for r in made.rows}
+        assert ranks == {"w": 0, "v": 4} and "w: no gradient reaches it" in made.notes
+        assert made.limit == 2 * 14 + 2 * 11, "four of 11, a fifth does not fit"
+        assert list(lora_fx.insert(Model(row), (x,), plan=made).updates) == ["v"]
+    with pytest.raises(LoraFxError, match="no gradient reaches any target"):
+        plan(Model(row), (x,), data=[{"x": x}], method="kfac", loss=_square, include="w")
+
+
 def _square(out: Any, labels: Any) -> Tensor:
     value: Tensor = out.square().mean()
     return value
