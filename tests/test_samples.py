@@ -39,7 +39,12 @@ def test_every_sample_is_listed_and_short() -> None:
     assert all(len(p.read_text().splitlines()) < 120 for p in files.values())
 
 
-@pytest.mark.parametrize("name", PRINTS)
+LONG = {"hf_trainer", "torchrun_loop"}  # half a minute
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in PRINTS]
+)
 def test_sample(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(SAMPLES / f"{name}.py")],

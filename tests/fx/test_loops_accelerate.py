@@ -110,6 +110,7 @@ def test_states_of_a_tied_model(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_sample_in_two_processes(tmp_path: Path) -> None:
     """The same adapter after resuming, and states without the base."""
     done = subprocess.run(

@@ -105,6 +105,7 @@ def test_parts_that_another_tool_keeps_are_no_adapter() -> None:
         model.adapter()
 
 
+@pytest.mark.slow
 def test_the_sample(tmp_path: Path) -> None:
     plain, sharded = (
         torchrun(tmp_path, str(SAMPLES / "torchrun_loop.py"), *way) for way in (["ddp"], ["fsdp"])
