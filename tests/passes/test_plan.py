@@ -174,8 +174,10 @@ def test_a_target_that_no_gradient_reaches_has_no_rank() -> None:
         assert ranks == {"w": 0, "v": 4} and "w: no gradient reaches it" in made.notes
         assert made.limit == 2 * 14 + 2 * 11, "four of 11, a fifth does not fit"
         assert list(lora_fx.insert(Model(row), (x,), plan=made).updates) == ["v"]
-    with pytest.raises(LoraFxError, match="no gradient reaches any target"):
-        plan(Model(row), (x,), data=[{"x": x}], method="kfac", loss=_square, include="w")
+    own = nn.Parameter(torch.ones(()))
+    for loss in (_square, lambda out, labels: own * out.detach().mean()):
+        with pytest.raises(LoraFxError, match="no gradient reaches any"):
+            plan(Model(row), (x,), data=[{"x": x}], method="kfac", loss=loss, include="w")
 
 
 def _square(out: Any, labels: Any) -> Tensor:
