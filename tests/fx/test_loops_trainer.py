@@ -79,6 +79,20 @@ def test_checkpoints_of_a_tied_model(tmp_path: Path) -> None:
         trained(copy.deepcopy(base), data, tmp_path / "d", **saving, resume=first)
 
 
+@pytest.mark.slow
+def test_checkpoints_of_an_attached_model(tmp_path: Path) -> None:
+    model, _, kwargs = ZOO["hf_gpt2"].build()
+    lora_fx.attach(still(model), (), kwargs, rank=4, exclude="lm_head")
+    again, data, half = copy.deepcopy(model), Rows(labels=0), STEPS // 2
+    saving: Any = {"save_strategy": "steps", "save_steps": half, "mixed": (AdapterCheckpoints,)}
+    want = trained(model, data, tmp_path / "a", **saving).losses
+    first = tmp_path / "a" / f"checkpoint-{half}"
+    rest = trained(again, data, tmp_path / "b", **saving, resume=first).losses
+    assert max(abs(a - b) for a, b in zip(rest, want[half:], strict=True)) < 1e-5
+    assert adapter_gap(by_key(again), by_key(model)) < 1e-6
+    assert not (first / "model.safetensors").exists()
+
+
 def by_key(source: Any, like: Any = None) -> lora_fx.Adapter:
     """The adapter of a model or folder in the order of its keys."""
     folder = isinstance(source, Path)
