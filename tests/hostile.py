@@ -122,6 +122,7 @@ def commands(models: list[str], adapters: list[str]) -> list[list[str]]:
         lines += [
             ["targets", m],
             ["insert", m, "-o", "out.pt2"],
+            ["plan", m, "-o", "out.json"],
             ["merge", m, fine, "-o", "out"],
             ["merge-all", m, fine, "-o", "outs"],
             ["export", m, fine, "-o", "out.onnx"],
@@ -187,7 +188,9 @@ def main() -> None:
             except SystemExit as end:
                 ran[now[0]] = end.code if isinstance(end.code, int) else 0
         now[0] = ""
-        subprocess.run(["rm", "-rf", "out", "outs", "out.pt2", "out.onnx", "out.safetensors"])
+        subprocess.run(
+            ["rm", "-rf", "out", "outs", "out.pt2", "out.onnx", "out.safetensors", "out.json"]
+        )
     left = sorted(p.name for p in root.rglob(MARK))
     print(json.dumps({"ran": ran, "events": events, "canary": left}))
 

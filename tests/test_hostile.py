@@ -12,7 +12,7 @@ from lora_fx.cli.common import COMMANDS
 from tests.hostile import MARK, Payload
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_FILES = {"demo", "train", "bench", "plan"}
+NO_FILES = {"demo", "train", "bench"}
 """Commands that take no file of somebody else's, or run code that the user names."""
 
 

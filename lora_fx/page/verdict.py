@@ -91,8 +91,8 @@ def _truncate(r: Json) -> str:
 
 
 def _plan(r: Json) -> str:
-    ranks = [t["rank"] for t in r.get("targets") or () if t["rank"]]
-    return f"Planned {plural(len(ranks), 'target')} by {r['method']} under {r['budget']}"
+    ranked = [t for t in r.get("targets") or () if t.get("rank")]
+    return f"Planned {plural(len(ranked), 'target')} by {r.get('method')} under {r.get('budget')}"
 
 
 def _convert(r: Json) -> str:
@@ -137,7 +137,7 @@ def facts(result: Json, rows: list[Row]) -> list[Fact]:
         made.append(Fact("Largest relative error", rel, gate, all(p["ok"] for p in parity)))
     made += _training(result)
     made += _rounding(rows)
-    if "limit" in result:
+    if result.get("limit"):
         spent = f"{number(result['used'])} of {number(result['limit'])} {result['unit']}"
         made.append(Fact("Budget used", percent(result["used"] / result["limit"]), spent))
     if "relative" in result:

@@ -75,6 +75,7 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> tupl
 COMMANDS = {
     "insert": ["insert", "model.py:build", "-o", "out", "--rank", "2"],
     "train": ["train", "model.py:build", "d.npz", "-o", "out", "--rank", "2", "--steps", "12"],
+    "plan": ["plan", "model.py:build", "d.npz", "-o", "plan.json", "--method", "kfac"],
     "export": ["export", "model.py:build", "ad", "-o", "m.onnx", "--provider", "cpu"],
     "merge": ["merge", "base.safetensors", "ad", "-o", "m.safetensors", "--dtype", "bfloat16"],
     "merge-all": ["merge-all", "base.safetensors", "ad", "-o", "fleet"],
