@@ -1,7 +1,7 @@
 """Greedy decoding with a key-value cache in ONNX Runtime: the tokens that transformers generates.
 
 `python samples/decode.py` needs `pip install 'lora-fx[hf]'`. A tiny Llama with random weights and
-an adapter is exported with its cache; the loop is numpy only, and fits any decoder's file.
+an adapter is exported with its cache; the loop in `greedy.py` is numpy only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from greedy import greedy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_fx
@@ -38,27 +39,10 @@ for name, parameter in adapted.named_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
 
 
-def greedy(session: lora_fx.onnx.session.Session, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[batch, length] prompts → [batch, length + STEPS]."""
-    past = {
-        i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
-        for i in session.session.get_inputs()
-        if i.name.startswith("past_key_values.")
-    }
-    tokens = new = ids
-    for _ in range(STEPS):
-        out = session.run({"input_ids": new, "attention_mask": mask, **past})
-        new = out["logits"][:, -1].argmax(-1)[:, None]
-        past = {n: out[n.replace("past_key_values", "present")] for n in past}
-        tokens = np.concatenate([tokens, new], 1)
-        mask = np.concatenate([mask, np.ones_like(new)], 1)
-    return tokens
-
-
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "llama.onnx"
     print(lora_fx.export(adapted, path, cache=True, provider="cpu"))
-    ours = greedy(open_session(path, "cpu"), ids, mask)
+    ours = greedy(open_session(path, "cpu"), ids, mask, STEPS)
 
 lora_fx.attach(model, (), {**feeds, "use_cache": False}, adapter=adapted.adapter())
 theirs = model.generate(**feeds, max_new_tokens=STEPS, do_sample=False)

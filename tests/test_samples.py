@@ -24,18 +24,17 @@ PRINTS = {
     "from_scratch": "2 sites found, inserted and folded",
 }
 SLOW = {"minilm_stdlib": "equal"}
-BESIDE_PEFT = {
-    "efficientnet_fashion": fashion,
-}
+BESIDE_PEFT = {"efficientnet_fashion": fashion}
 """Samples on real weights, and what finds the data or weights that no extra installs."""
-STAND_INS = {"efficientnet_fashion": ["--digits"]}
-SHARED = ("beside_peft", "sources")
+NOTHING_MISSING = {"efficientnet_fashion": ["--digits"], "t5_pairs": []}
+"""Samples that always run, and the options with which they do."""
+SHARED = ("beside_peft", "greedy", "sources")
 """What samples import of each other; no program."""
 
 
 def test_every_sample_is_listed_and_short() -> None:
     files = {p.stem: p for p in SAMPLES.glob("*.py")}
-    assert set(files) == {*PRINTS, *SLOW, *BESIDE_PEFT, *SHARED}
+    assert set(files) == {*PRINTS, *SLOW, *BESIDE_PEFT, *NOTHING_MISSING, *SHARED}
     assert all(len(p.read_text().splitlines()) < 120 for p in files.values())
 
 
@@ -88,9 +87,9 @@ def beside_peft(name: str, tmp_path: Path, *options: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", STAND_INS)
-def test_the_sample_on_other_data(name: str, tmp_path: Path) -> None:
-    beside_peft(name, tmp_path, *STAND_INS[name])
+@pytest.mark.parametrize("name", NOTHING_MISSING)
+def test_the_sample_from_the_extras_alone(name: str, tmp_path: Path) -> None:
+    beside_peft(name, tmp_path, *NOTHING_MISSING[name])
 
 
 @pytest.mark.parametrize("name", BESIDE_PEFT)
