@@ -191,7 +191,7 @@ def tiled(k: Tensor) -> Tensor:
         (tiled, tiled, False),
         (expanded, tiled, False),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_repeated_heads(
     key: Callable[[Tensor], Tensor], value: Callable[[Tensor], Tensor], folded: bool
