@@ -1,6 +1,7 @@
 """Which way of choosing ranks is worth it: adapters of one budget on digits that a net never saw.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/ranks.py [--seeds 100-115] [--uniform 1]
+    OMP_NUM_THREADS=1 python tests/benchmarks/ranks.py --cut-from 8   # one run, truncated
 
 scikit-learn's digits (8 × 8; it has to be installed). A net of three pre-norm transformer blocks
 (16 patches, D = 32, MLP 128, 18 target matmuls) learns classes 0 to 4; it is adapted to 5 to 9 with
@@ -31,6 +32,7 @@ from lora_fx.fx.capture import Captured, capture
 from lora_fx.lowrank import generator
 from lora_fx.passes.plan import plan
 from lora_fx.ranking import METHODS
+from lora_fx.truncation import truncation
 
 CONTROL = "random"
 DIM, HEADS, WIDE, CLASSES = 32, 4, 128, 5
@@ -172,10 +174,32 @@ def one(seed: int, uniform: int, methods: list[str]) -> dict[str, tuple[float, f
     return result
 
 
+def cut(seed: int, uniform: int, high: int) -> dict[str, tuple[float, float, int]]:
+    """One run at a high rank, cut to the elements of a low one, and a run at the low rank."""
+    old, few, rest = digits(seed)
+    cap = capture(pretrained(seed, old, few), (few[0][:2],))
+    limit = plan(cap, budget=f"uniform:{uniform}", include="blocks.*").limit
+    result: dict[str, tuple[float, float, int]] = {}
+    for name, rank in (("uniform", uniform), (f"rank {high}", high)):
+        ranks = plan(cap, budget=f"uniform:{rank}", include="blocks.*").ranks
+        module = lora_fx.insert(cap, plan=ranks, also_train="head.*", seed=seed, dead="allow")
+        torch.manual_seed(seed)
+        train(module, few, 1e-2, 30, 20)
+        size = sum(a.numel() + b.numel() for a, b in module.slots().values())
+        result[name] = (*judge(module, rest), size)
+    adapter = module.adapter()
+    for name, goal in (("cut, spread", {"params": limit}), ("cut, even", {"rank": uniform})):
+        made = truncation(adapter, **goal)
+        module.load_adapter(made.adapter)
+        result[name] = (*judge(module, rest), made.parameters)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="100-115")
     parser.add_argument("--uniform", type=int, default=1)
+    parser.add_argument("--cut-from", type=int, help="Rank of a run that is cut, instead.")
     parser.add_argument("--methods", default=f"{','.join(METHODS)},{CONTROL}")
     options = parser.parse_args()
     first, _, last = options.seeds.partition("-")
@@ -183,7 +207,9 @@ def main() -> None:
     runs: list[dict[str, tuple[float, float, int]]] = []
     start = time.time()
     for seed in range(int(first), int(last or first) + 1):
-        runs.append(one(seed, options.uniform, methods))
+        high = options.cut_from
+        made = cut(seed, options.uniform, high) if high else one(seed, options.uniform, methods)
+        runs.append(made)
         said = "  ".join(f"{m} {v[0]:.3f}/{v[1]:.3f}/{v[2]}" for m, v in runs[-1].items())
         print(f"seed {seed} ({time.time() - start:.0f} s): {said}", flush=True)
     print(f"\n{len(runs)} seeds; mean (standard error); paired with uniform")
@@ -197,7 +223,7 @@ def main() -> None:
             paired = [[r[m][i] - r["uniform"][i] for r in runs] for i in (0, 1)]
             cells += [_mean(d) for d in paired]
             cells.append(f"{sum(d > 0 for d in paired[0])} of {len(runs)}")
-        print(f"{m:10s}  " + "  ".join(cells))
+        print(f"{m:11s}  " + "  ".join(cells))
 
 
 def _mean(values: list[float]) -> str:
