@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-WIDTH, HEADS, RANK = 128, 4, 4
-TOKENS = (2, 48)
+RANK = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a trunk of two layers: width, heads, rows of a batch, and tokens of a row."""
+
+    width: int = 128
+    heads: int = 4
+    rows: int = 2
+    tokens: int = 49
 
 
 def saved_bytes(module: nn.Module, run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
@@ -49,76 +60,75 @@ class Trunk:
     targets: tuple[str, ...]
 
 
-def gpt2(dropout: float = 0.0) -> Trunk:
+def gpt2(size: Size) -> Trunk:
     """Conv1D with one fused qkv, GELU by its tanh formula."""
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
     config = GPT2Config(
-        n_embd=WIDTH,
+        n_embd=size.width,
         n_layer=2,
-        n_head=HEADS,
-        n_positions=64,
+        n_head=size.heads,
+        n_positions=size.tokens,
         vocab_size=99,
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
-    return Trunk(GPT2Model(config), _ids(), ("c_attn", "c_proj", "c_fc"))
+    return Trunk(GPT2Model(config), _ids(size), ("c_attn", "c_proj", "c_fc"))
 
 
-def llama() -> Trunk:
+def llama(size: Size) -> Trunk:
     """RMS norms, rotary positions, two heads to a key, SiLU gates."""
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=WIDTH,
+        hidden_size=size.width,
         num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
-        intermediate_size=WIDTH * 11 // 4,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads // 2,
+        intermediate_size=size.width * 11 // 4,
         vocab_size=99,
         use_cache=False,
     )
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return Trunk(LlamaModel(config), _ids(), names)
+    return Trunk(LlamaModel(config), _ids(size), names)
 
 
-def vit() -> Trunk:
+def vit(size: Size) -> Trunk:
     """Layer norms, q, k and v apart, one GELU."""
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
+    side = 8 * math.isqrt(size.tokens)
     config = ViTConfig(
-        hidden_size=WIDTH,
+        hidden_size=size.width,
         num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        intermediate_size=WIDTH * 4,
-        image_size=56,
+        num_attention_heads=size.heads,
+        intermediate_size=size.width * 4,
+        image_size=side,
         patch_size=8,
     )
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-    inputs = {"pixel_values": torch.randn(2, 3, 56, 56)}
+    inputs = {"pixel_values": torch.randn(size.rows, 3, side, side)}
     return Trunk(ViTModel(config, add_pooling_layer=False), inputs, names)
 
 
-def _ids() -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.randint(0, 99, TOKENS)}
+def _ids(size: Size) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 99, (size.rows, size.tokens))}
 
 
-TRUNKS: Mapping[str, Callable[[], Trunk]] = {"gpt2": gpt2, "llama": llama, "vit": vit}
+TRUNKS: Mapping[str, Callable[[Size], Trunk]] = {"gpt2": gpt2, "llama": llama, "vit": vit}
 
 
-def with_peft(trunk: Trunk, **options: Any) -> nn.Module:
-    """The same model adapted by PEFT, b at random numbers of seed 1."""
-    import copy
-
+def with_peft(trunk: Trunk, rank: int = RANK, **options: Any) -> nn.Module:
+    """A copy of the model, adapted by PEFT with its own initial values."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(trunk.targets))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(trunk.targets))
     made: nn.Module = get_peft_model(copy.deepcopy(trunk.model), config, **options)
     return made.train()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora_fx
-from tests.fx.saved_bytes import RANK, TRUNKS, saved_bytes, with_peft
+from tests.fx.saved_bytes import RANK, TRUNKS, Size, saved_bytes, with_peft
 
 LIMITS = {
     ("gpt2", torch.float32): 0.45,
@@ -34,7 +34,7 @@ def kept(model: Any, inputs: Any) -> tuple[int, dict[str, torch.Tensor]]:
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore::FutureWarning")
 @pytest.mark.parametrize(("name", "dtype"), LIMITS, ids=lambda v: str(v).removeprefix("torch."))
 def test_saved_bytes(name: str, dtype: torch.dtype) -> None:
-    trunk = TRUNKS[name]()
+    trunk = TRUNKS[name](Size())
     model = trunk.model.to(dtype)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in trunk.inputs.items()}
     theirs = with_peft(trunk)
