@@ -45,35 +45,52 @@ class Recompute:
         groups: dict[tuple[fx.Node, str], list[Projection]] = {}
         for p in projections(graph.graph):
             groups.setdefault((p.x, block_of(p.node, self.blocks)), []).append(p)
-        modified = False
+        flows = differentiable_nodes(graph.graph, graph.root) if groups else {}
+        changed, modified = written(graph.graph), False
         for (x, block), group in groups.items():
+            if x not in flows:
+                continue  # another region makes it
             if block_of(x, self.blocks) != block:
                 continue  # a block's tensors may be gathered for its own forward only
-            flows = differentiable_nodes(graph.graph, graph.root)
-            chain = chain_of(x, flows, written(graph.graph))
+            chain = chain_of(x, flows, changed)
             if chain is not None:
-                modified |= _replace(graph.graph, x, chain, group)
+                modified |= _replace(x, chain, group, flows)
         return PassResult(graph, modified)
 
 
-def _replace(graph: fx.Graph, x: fx.Node, chain: Chain, group: Sequence[Projection]) -> bool:
-    """Let one call make x and the products of its branches."""
+def _replace(
+    x: fx.Node, chain: Chain, group: Sequence[Projection], flows: dict[fx.Node, bool]
+) -> bool:
+    """Let one call make x and the products of its branches; `flows` follows what is there."""
     inside = set(chain.steps)
     outer = {n: [u for u in n.users if u not in inside] for n in chain.steps if n is not x}
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    if any(order[u] < order[x] for users in outer.values() for u in users):
+    if any(u < x for users in outer.values() for u in users):
         return False  # read before x is made: the call would come too late
     made = [x, *(n for n, users in outer.items() if users)]
     emit = Maker(x, group[0].node)
     factors = [tuple(emit.get_attr(str(a.target)) for a in p.factors) for p in group]
     call = emit.call(region(_code(chain, made)), (factors, *chain.given))
+    flows[call] = True
+    idle = [*(n for p in group for n in _reads(p)), *chain.steps]
     for i, old in enumerate([*made, *(p.node for p in group)]):
         new = emit.call(getitem, (call, i))
         if "val" in old.meta:
             new.meta["val"] = old.meta["val"]
+        flows[new] = flows.get(old, True)
         old.replace_all_uses_with(new)
-    graph.eliminate_dead_code()
+    for node in reversed(idle):
+        if not node.users:
+            node.graph.erase_node(node)
+            flows.pop(node, None)
     return True
+
+
+def _reads(p: Projection) -> list[fx.Node]:
+    """A product and what was made for it alone, inputs first."""
+    nodes: list[fx.Node] = [p.node]
+    while nodes[-1].op != "get_attr":
+        nodes.append(next(i for i in reversed(nodes[-1].all_input_nodes) if i is not p.x))
+    return [*p.factors, *reversed(nodes[:-1])]
 
 
 def _code(chain: Chain, made: Sequence[fx.Node]) -> Code:

@@ -103,20 +103,21 @@ def _walk(
     x: fx.Node, written: Collection[fx.Node], sums: bool
 ) -> tuple[list[fx.Node], list[fx.Node]] | None:
     """(steps, what they read): every cheap node whose users are all among the steps."""
-    steps: set[fx.Node] = set()
-    for node in reversed(list(x.graph.nodes)):
-        at_end = node is x or (node in _trail(x))
-        inside = bool(node.users) and all(u in steps for u in node.users)
-        if (at_end or inside) and _cheap(node, x, written, sums):
-            steps.add(node)
-    if x not in steps:
+    steps: dict[fx.Node, None] = {}
+    trail, todo, node = _trail(x), {x}, x
+    while todo:
+        if node in todo:
+            todo.remove(node)
+            inside = all(u in steps for u in node.users)
+            if (inside or node is x or node in trail) and _cheap(node, x, written, sums):
+                steps[node] = None
+                todo |= {i for i in node.all_input_nodes if i.target in CHEAP}
+        node = node.prev
+    order = list(reversed(steps))
+    given = dict.fromkeys(i for n in order for i in n.all_input_nodes if i not in steps)
+    if x not in steps or any(g in written for g in given):
         return None
-    order = [n for n in x.graph.nodes if n in steps and _reaches(n, x, steps)]
-    kept = set(order)
-    given = dict.fromkeys(i for n in order for i in n.all_input_nodes if i not in kept)
-    if any(g in written for g in given) or all(n.target in VIEWS | CASTS for n in order):
-        return None
-    return order, list(given)
+    return None if all(n.target in VIEWS | CASTS for n in order) else (order, list(given))
 
 
 def _trail(x: fx.Node) -> list[fx.Node]:
@@ -126,10 +127,6 @@ def _trail(x: fx.Node) -> list[fx.Node]:
         x = x.args[0]
         trail.append(x)
     return trail
-
-
-def _reaches(node: fx.Node, x: fx.Node, steps: Collection[fx.Node]) -> bool:
-    return node is x or any(u in steps for u in node.users)
 
 
 def _cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) -> bool:

@@ -52,6 +52,13 @@ class Residual(Net):
         return torch.cat([self.out(h.flatten(0, -2)).view(*h.shape[:-1], 5), h], -1)
 
 
+class Both(Net):
+    """A branch reads the norm's result, and another a view of it."""
+
+    def end(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.out(h.flatten(0, -2)).view(*h.shape[:-1], 5), self.also(h)], -1)
+
+
 class Relu(Net):
     """A ReLU keeps its result, which is what the branch keeps."""
 
@@ -172,7 +179,7 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tol: float
         assert error <= tol, (name, error)
 
 
-@pytest.mark.parametrize("make", [Net, Gate, Residual, Relu], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("make", [Net, Gate, Residual, Both, Relu], ids=lambda m: m.__name__)
 def test_gradients(make: Callable[[], Net]) -> None:
     x = torch.randn(3, 7, 6)
     fast, plain = pair(make, x, also_train="norm" if make in (Net, Residual) else None)
