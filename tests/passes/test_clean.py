@@ -94,9 +94,9 @@ def penalty(x: Tensor) -> Tensor:
 
 
 def from_the_end(x: Tensor) -> Tensor:
-    """A negative index counts from the end."""
+    """The first query's index is negative: it counts from the end, and lets every key through."""
     at = arange(x)
-    return at[at - 1][None, :] <= at[:, None]
+    return at[None, :] <= (at + 1)[at - 1][:, None]
 
 
 def everything(x: Tensor) -> Tensor:
