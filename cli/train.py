@@ -19,7 +19,7 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.reporting import report_option
 from lora_fx.cli.starting import of_training
-from lora_fx.cli.training import loop_options, saving_of, settings_of, stateful
+from lora_fx.cli.training import loop_options, saving_of, settings_of, stateful, together
 
 
 @click.command("train")
@@ -48,6 +48,14 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     lora-fx train ./my-bert reviews.csv --label stars -o adapter --also-train classifier
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     """
+    with together(options.pop("device")) as (world, device):
+        _train(world, device, model, data, output, force, as_json, options)
+
+
+def _train(
+    world: Any, device: str, model: str, data: str, output: str, force: bool, as_json: bool,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
     from lora_fx.checkpoint.osfile import check_output
     from lora_fx.data import split
     from lora_fx.errors import LoraFxError
@@ -58,7 +66,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     from lora_fx.passes.pipeline import insert
 
     check_output(output, force=force)
-    check_device(options["device"])
+    check_device(device)
     if not 0 <= options["validation"] < 1:
         raise LoraFxError(f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual")
     if options["patience"] and not options["validation"]:
@@ -69,7 +77,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     if table.words:
         note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
     training, validation = split(table, options.pop("validation"), options["seed"])
-    device, loss = options.pop("device"), options.pop("loss")
+    loss = options.pop("loss")
     loss = load_function(loss) if ":" in loss else loss
     chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
     chosen |= of_training(training, options["init"], loss)
@@ -80,7 +88,11 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
             say(f"step {step}/{steps}: loss {value:.4f}")
 
     with stateful(saving):
-        report = fit(module, training, validation, loss, settings, progress, saving=saving)
+        report = fit(
+            module, training, validation, loss, settings, progress, saving=saving, world=world
+        )
+    if not world.first:
+        return
     for text in (*report.warnings, *save_adapter(module.adapter(), output, force=force)):
         note(text)
     emit(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import say
+from lora_fx.cli.common import note, say
 from lora_fx.errors import LoraFxError
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
@@ -38,6 +38,23 @@ def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--patience", type=FROM_1, metavar="N", help="Validations in vain that end the run."
         ),
+        click.option(
+            "--accumulate",
+            type=FROM_1,
+            default=1,
+            **shown,
+            metavar="N",
+            envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            help="Parts that a step runs in, one after another, to save memory.",
+        ),
+        click.option(
+            "--mixed-precision",
+            type=click.Choice(["no", "bf16"]),
+            default="no",
+            **shown,
+            envvar="ACCELERATE_MIXED_PRECISION",
+            help="bf16: products in bfloat16; what is trained stays float32.",
+        ),
         click.option("--save-state", metavar="DIR", help="Keep a state there to --resume from."),
         click.option(
             "--save-every",
@@ -59,7 +76,7 @@ def settings_of(options: dict[str, Any]) -> Any:
     from lora_fx.fx.train import Settings
 
     names = ("epochs", "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "checks",
-             "patience")  # fmt: skip
+             "patience", "accumulate", "mixed_precision")  # fmt: skip
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 
@@ -78,6 +95,31 @@ def saving_of(options: dict[str, Any], force: bool) -> Any:
         again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
         check_folder(folder, force=force or again)
     return Saving(folder, every, resume)
+
+
+@contextlib.contextmanager
+def together(device: str) -> Iterator[Any]:
+    """The processes of the run, of which the first alone prints; a place for each on `device`.
+
+    Yields (Processes, device). A process that ends because another one failed says nothing.
+    """
+    from lora_fx.fx.train_processes import Elsewhere, one_by_accelerate, processes
+
+    try:
+        with processes(device == "cuda") as world:
+            if not world.first:
+                click.get_current_context().find_root().obj["quiet"] = True
+            if world.size > 1:
+                note(f"{world.size} processes: each takes a share of every batch")
+                device = f"cuda:{world.local}" if device == "cuda" else device
+            elif one_by_accelerate():
+                note(
+                    "accelerate launch started one process: on CPUs it starts several with "
+                    "--mpirun_hostfile only; torchrun --nproc-per-node N starts N"
+                )
+            yield world, device
+    except Elsewhere as e:
+        raise click.exceptions.Exit(e.exit_code) from None
 
 
 @contextlib.contextmanager

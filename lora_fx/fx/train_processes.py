@@ -153,6 +153,11 @@ def found_processes(environ: Mapping[str, str]) -> Processes:
     return Processes(rank, size, number(LOCAL, rank))
 
 
+def one_by_accelerate() -> bool:
+    """Whether accelerate was asked for several processes and, without MPI, started this one."""
+    return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ
+
+
 @contextlib.contextmanager
 def processes(cuda: bool = False) -> Iterator[Processes]:
     """The processes that a launcher started, connected; ALONE where it started one.

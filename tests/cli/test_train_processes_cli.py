@@ -1,0 +1,124 @@
+"""torchrun … lora-fx train, and accelerate's: one result, one error line, no process that waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.cli.test_cli import run
+from tests.cli.test_train_cli import MODEL
+from tests.fx.test_train_processes import free_ports
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ("train", "model.py:build", "d.npz", "-r", "2", "--steps", "20", "--lr", "0.01")
+LOSS = """
+import os
+import torch
+calls = []
+def odd(out, labels):
+    calls.append(1)
+    if len(calls) == 3 and os.environ.get("RANK") == "1":
+        raise ValueError("the third call")
+    return torch.nn.functional.cross_entropy(out["logits"], labels)
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "odd.py").write_text(LOSS)
+    x = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, y=x[:, :5].argmax(1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def launched(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *argv], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_torchrun_is_one_process(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, *TRAIN, "-o", "one", "--json")
+    one = json.loads(out)
+    assert code == 0
+    done = launched(
+        "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_ports(1)[0]}",
+        "-m", "lora_fx.cli", *TRAIN, "-o", "two", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)  # one object, of the first process
+    assert done.stderr.count("step 20/20") == 1
+    assert two["warnings"] == ["2 processes: each takes a share of every batch"]
+    assert two["losses"] == pytest.approx(one["losses"], abs=2e-6)  # which are rounded to 1e-6
+    assert two["validation"] == pytest.approx(one["validation"], abs=2e-6)
+    a, b = (load_file(home / n / "adapter_model.safetensors") for n in ("one", "two"))
+    assert all(np.allclose(a[k], b[k], atol=1e-5) for k in a) and set(a) == set(b)
+
+
+def by_hand(*argv: str) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of two processes."""
+    env: dict[str, Any] = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env["MASTER_PORT"] = free_ports(1)[0]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lora_fx.cli", *argv],
+            env={**env, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outs = [p.communicate(timeout=300) for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    return [(p.returncode, *out) for p, out in zip(started, outs, strict=True)]
+
+
+def test_an_error_in_one_process_ends_all(home: Path) -> None:
+    first, second = by_hand(*TRAIN, "-o", "a", "--loss", "odd.py:odd", "--save-state", "state",
+                            "--save-every", "1", "--json")  # fmt: skip
+    assert first[0] == second[0] == 2
+    assert "Error" not in first[2] and first[1] == ""
+    errors = [line for line in second[2].splitlines() if line.startswith("Error: ")]
+    assert errors == ["Error: ValueError: the third call"]
+    assert not json.loads(second[1])["ok"]
+    assert json.loads((home / "state" / "state.json").read_text())["step"] == 2
+    assert not (home / "a").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_is_said_once(home: Path) -> None:
+    first, second = by_hand(*TRAIN, "-o", "gone/a")
+    assert first[0] == second[0] == 2
+    assert first[2].count("\nError: ") == 1 and "the folder gone does not exist" in first[2]
+    assert second[1] == second[2] == ""
+
+
+@pytest.mark.slow
+def test_accelerate_launch(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its CPU launcher starts one process, which is said; the precision that it has is taken."""
+    done = launched(
+        "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2",
+        "--mixed_precision=bf16", "-m", "lora_fx.cli", *TRAIN, "-o", "a",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "accelerate launch started one process" in done.stderr
+    code, out, _ = run(capsys, *TRAIN, "-o", "b", "--mixed-precision", "bf16")
+    assert code == 0 and out.replace("wrote b", "wrote a") == done.stdout
+    code, out, _ = run(capsys, *TRAIN, "-o", "c")
+    assert code == 0 and out.replace("wrote c", "wrote a") != done.stdout
