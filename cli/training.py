@@ -114,8 +114,8 @@ def together(device: str) -> Iterator[Any]:
                 device = f"cuda:{world.local}" if device == "cuda" else device
             elif one_by_accelerate():
                 note(
-                    "accelerate launch started one process: on CPUs it starts several with "
-                    "--mpirun_hostfile only; torchrun --nproc-per-node N starts N"
+                    "accelerate launch --cpu started one process: it starts several by MPI alone "
+                    "(--mpirun_hostfile); --multi_gpu or torchrun starts them"
                 )
             yield world, device
     except Elsewhere as e:

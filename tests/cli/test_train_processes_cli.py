@@ -109,15 +109,28 @@ def test_a_mistake_of_all_is_said_once(home: Path) -> None:
     assert second[1] == second[2] == ""
 
 
+ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--num_processes=2")
+
+
 @pytest.mark.slow
-def test_accelerate_launch(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its CPU launcher starts one process, which is said; the precision that it has is taken."""
-    done = launched(
-        "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2",
-        "--mixed_precision=bf16", "-m", "lora_fx.cli", *TRAIN, "-o", "a",
-    )  # fmt: skip
+def test_accelerate_starts_two(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port = f"--main_process_port={free_ports(1)[0]}"
+    command = ("--multi_gpu", port, "-m", "lora_fx.cli", *TRAIN, "-o", "two", "--json")
+    done = launched(*ACCELERATE, *command)
     assert done.returncode == 0, done.stderr
-    assert "accelerate launch started one process" in done.stderr
+    two = json.loads(done.stdout)
+    assert two["warnings"] == ["2 processes: each takes a share of every batch"]
+    one = json.loads(run(capsys, *TRAIN, "-o", "one", "--json")[1])
+    assert two["losses"] == pytest.approx(one["losses"], abs=2e-6)
+
+
+@pytest.mark.slow
+def test_accelerate_starts_one(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On CPUs, which is said; the precision that it was given is taken."""
+    command = ("--cpu", "--mixed_precision=bf16", "-m", "lora_fx.cli", *TRAIN, "-o", "a")
+    done = launched(*ACCELERATE, *command)
+    assert done.returncode == 0, done.stderr
+    assert "accelerate launch --cpu started one process" in done.stderr
     code, out, _ = run(capsys, *TRAIN, "-o", "b", "--mixed-precision", "bf16")
     assert code == 0 and out.replace("wrote b", "wrote a") == done.stdout
     code, out, _ = run(capsys, *TRAIN, "-o", "c")
