@@ -31,6 +31,7 @@ def start_from(
     loaded: Any, cap: Any, init: str, data: str | None, label: str, loss: str
 ) -> dict[str, Any]:
     """Keyword arguments of insert; empty for a start that reads no data."""
+    from lora_fx.fx.factory import load_function
     from lora_fx.start import OF_DATA
 
     if init not in OF_DATA:
@@ -41,17 +42,21 @@ def start_from(
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
     from lora_fx.cli.options import training_data
 
-    return of_training(training_data(data, loaded, cap, label, 128), init, loss)
+    computed = load_function(loss) if ":" in loss else loss
+    return of_training(training_data(data, loaded, cap, label, 128), init, computed)
 
 
-def of_training(table: Any, init: str, loss: str) -> dict[str, Any]:
-    """Keyword arguments of insert for a start from the data that is trained on."""
-    from lora_fx.fx.factory import load_function
+def of_training(table: Any, init: str, loss: Any) -> dict[str, Any]:
+    """Keyword arguments of insert for a start from the data that is trained on.
+
+    Args:
+        table: The data.
+        init: The start; {} for one that reads no data.
+        loss: ce, mse, or a function.
+    """
     from lora_fx.start import OF_DATA
 
-    if init not in OF_DATA:
-        return {}
-    return {"data": batches_of(table), "loss": load_function(loss) if ":" in loss else loss}
+    return {"data": batches_of(table), "loss": loss} if init in OF_DATA else {}
 
 
 def batches_of(table: Any, seed: int = 0) -> Iterator[Mapping[str, Any]]:

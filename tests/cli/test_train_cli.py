@@ -174,3 +174,13 @@ def test_lora_plus_trains_b_faster(home: Path, capsys: pytest.CaptureFixture[str
         moved[variant] = {k: float(np.abs(v).max()) for k, v in tensors.items() if "lora_B" in k}
     for key, value in moved["lora"].items():  # Adam's first step is the learning rate
         assert moved["lora+"][key] == pytest.approx(16 * value, rel=1e-3)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora-ga"])
+def test_a_start_from_data_with_a_loss_of_ones_own(
+    home: Path, capsys: pytest.CaptureFixture[str], init: str
+) -> None:
+    data(RIGHT, "y")
+    (home / "own.py").write_text("def loss(out, y):\n    return out['logits'].square().mean()\n")
+    argv = ("train", "model.py:build", "d.npz", "-r", "2", "--steps", "3", "--init", init)
+    assert run(capsys, *argv, "--loss", "own.py:loss", "-o", "a")[0] == 0
