@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -41,15 +42,20 @@ def call_factory(spec: str) -> Result:
 
 
 def load_function(spec: str) -> Any:
-    """The function of `package.module:NAME` or `path/file.py:NAME`: a loss or a data loader.
+    """The function of `package.module:NAME` or `path/file.py:NAME`, such as a loss.
 
     Raises:
-        LoraFxError: As call_factory.
+        LoraFxError: As call_factory; so does the function, where it raises.
     """
     with _found(spec) as function:
         if not callable(function):
             raise LoraFxError(f"{spec} is a {type(function).__name__}, not a function", "name one")
-        return function
+
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            return _run(spec, lambda: function(*args))
+
+        return run
 
 
 def call_function(spec: str) -> Any:

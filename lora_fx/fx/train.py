@@ -75,6 +75,13 @@ def fit(
             raise LoraFxError(
                 f"patience {s.patience}, but no example is held out", "--validation 0.1 is usual"
             )
+    alone = world.size * s.accumulate == 1 and not saving.folder and not saving.resume
+    if model.norm_stats == "update" and not alone:
+        raise LoraFxError(
+            "norm_stats='update': running statistics would depend on how a batch is cut up, and no "
+            "state keeps them",
+            "norm_stats='frozen', or one process, one part and no state",
+        )
     facts: Facts = {}
     if saving.folder or saving.resume or world.size > 1:
         facts = facts_of(model, training, held_out, loss, s, steps, world.size)

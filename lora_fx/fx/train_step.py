@@ -66,8 +66,9 @@ class Stepper:
         if count == 1 or not whole:
             yield batch, 1.0 / self.world.size
             return
+        least = 2 if any(d == 0 for _, d in self.objective.model.not_one) else 1
         first = self.world.rank * self.parts
-        rows = np.array_split(np.arange(len(batch)), count)
+        rows = np.array_split(np.arange(len(batch)), min(count, max(1, len(batch) // least)))
         for index in rows[first : first + self.parts]:
             part = batch.rows(index)  # not trimmed: as in the whole batch
             weight = self.objective.weight(part)

@@ -95,7 +95,9 @@ def test_an_error_in_one_process_ends_all(home: Path) -> None:
     assert first[0] == second[0] == 2
     assert "Error" not in first[2] and first[1] == ""
     errors = [line for line in second[2].splitlines() if line.startswith("Error: ")]
-    assert errors == ["Error: ValueError: the third call"]
+    line = LOSS.splitlines().index('        raise ValueError("the third call")') + 1
+    said = f"odd.py:odd failed at {home}/odd.py:{line}: ValueError: the third call"
+    assert errors == [f"Error: {said}"]
     assert not json.loads(second[1])["ok"]
     assert json.loads((home / "state" / "state.json").read_text())["step"] == 2
     assert not (home / "a").exists()

@@ -12,10 +12,11 @@ from torch import nn
 
 import lora_fx
 from lora_fx.data import Table
-from lora_fx.fx.train import Settings, fit
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.train import Saving, Settings, fit
 from lora_fx.fx.train_objective import UNKNOWN, objective
 from lora_fx.fx.train_optimizer import factor
-from tests.fx.test_train import adapted, table
+from tests.fx.test_train import Net, adapted, table
 from tests.fx.two_processes import Tokens, token_model, tokens
 
 S = Settings(steps=30, lr=0.03, batch_size=13, checks=3)
@@ -50,6 +51,35 @@ def test_labels_count_not_examples(loss: str) -> None:
     whole = fit(model, data, settings=replace(S, batch_size=6))
     report = fit(token_model(), data, settings=replace(S, batch_size=6, accumulate=4))
     assert report.losses == pytest.approx(whole.losses, abs=1e-6)
+
+
+class Branch(Net):
+    """Takes another path for one example."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor
+    ) -> torch.Tensor:
+        logits: torch.Tensor = self.fc2(torch.tanh(self.fc1(x)))
+        return logits * 100 if x.shape[0] == 1 else logits
+
+
+def test_no_part_is_smaller_than_the_model_takes() -> None:
+    losses = []
+    for parts in (1, 9):
+        model = lora_fx.insert(Branch().eval(), (torch.randn(4, 8),), rank=2)
+        assert ("x", 0) in model.not_one
+        s = replace(S, steps=6, batch_size=9, accumulate=parts)
+        losses.append(fit(model, table(20), settings=s).losses)  # batches of 9, 9 and 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_moving_statistics_are_refused() -> None:
+    model = adapted(norm_stats="update")
+    with pytest.raises(LoraFxError, match="running statistics would depend"):
+        fit(model, table(), settings=replace(S, accumulate=2))
+    with pytest.raises(LoraFxError, match="no state keeps them"):
+        fit(model, table(), settings=S, saving=Saving("state"))
+    assert len(fit(model, table(), settings=replace(S, steps=1)).losses) == 1
 
 
 class Odd(Tokens):
