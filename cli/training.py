@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import note, say
+from lora_fx.cli.terminated import Terminated
 from lora_fx.errors import LoraFxError
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
@@ -106,7 +107,7 @@ def together(device: str) -> Iterator[Any]:
     from lora_fx.fx.train_processes import Elsewhere, one_by_accelerate, processes
 
     try:
-        with processes(device == "cuda") as world:
+        with processes(device.startswith("cuda")) as world:
             if not world.first:
                 click.get_current_context().find_root().obj["quiet"] = True
             if world.size > 1:
@@ -117,7 +118,12 @@ def together(device: str) -> Iterator[Any]:
                     "accelerate launch --cpu started one process: it starts several by MPI alone "
                     "(--mpirun_hostfile); --multi_gpu or torchrun starts them"
                 )
-            yield world, device
+            try:
+                yield world, device
+            except KeyboardInterrupt as stop:  # which came to all of them
+                if world.first:
+                    raise
+                raise click.exceptions.Exit(143 if isinstance(stop, Terminated) else 130) from None
     except Elsewhere as e:
         raise click.exceptions.Exit(e.exit_code) from None
 
@@ -125,28 +131,25 @@ def together(device: str) -> Iterator[Any]:
 @contextlib.contextmanager
 def stateful(saving: Any) -> Iterator[None]:
     """What is stopped in this block says which state it leaves."""
+    from lora_fx.fx.train_folder import step_of
+
+    before = None if saving.resume else _written(saving.folder)
     try:
         yield
-    except KeyboardInterrupt as stop:
-        step = _saved(saving.folder)
-        if step is not None:
-            stop.left = (  # type: ignore[attr-defined]
-                f"{saving.folder} holds the state of step {step}: --resume {saving.folder} "
-                "goes on from there"
-            )
-        raise
-    except LoraFxError as e:
-        step = _saved(saving.folder) if e.exit_code == 1 else None
-        if step is not None:
-            say(f"{saving.folder} holds the state of step {step}")
+    except (KeyboardInterrupt, LoraFxError) as stop:
+        folder = saving.folder if _written(saving.folder) != before else None
+        step = step_of(folder) if folder else None
+        said = f"{folder} holds the state of step {step}"
+        if step is not None and isinstance(stop, KeyboardInterrupt):
+            stop.left = f"{said}: --resume {folder} goes on from there"  # type: ignore[attr-defined]
+        elif step is not None and not saving.resume:
+            say(said)
         raise
 
 
-def _saved(folder: str | None) -> int | None:
-    """The step of a state; None where there is none."""
-    from lora_fx.fx.train_folder import read_folder
+def _written(folder: str | None) -> tuple[int, int] | None:
+    """Tells one state from the next; None where there is none."""
+    from pathlib import Path
 
-    try:
-        return int(read_folder(folder)[0]["step"]) if folder else None
-    except (LoraFxError, LookupError, TypeError, ValueError):
-        return None
+    path = Path(folder or "")
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if folder and path.is_dir() else None

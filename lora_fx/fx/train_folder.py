@@ -44,6 +44,14 @@ def write_folder(folder: str, words: Mapping[str, Any], tensors: Mapping[str, Ar
         write_tensors(stage / TENSORS, tensors, {})
 
 
+def step_of(folder: str) -> int | None:
+    """The step of a state; None where there is none."""
+    try:
+        return int(read_folder(folder)[0]["step"])
+    except (LoraFxError, LookupError, TypeError, ValueError):
+        return None
+
+
 def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
     """A state's JSON and tensors.
 

@@ -174,6 +174,8 @@ def processes(cuda: bool = False) -> Iterator[Processes]:
         yield world
         return
     try:
+        if cuda and world.local < torch.cuda.device_count():
+            torch.cuda.set_device(world.local)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
     except (RuntimeError, ValueError) as e:

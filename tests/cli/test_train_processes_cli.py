@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def test_torchrun_is_one_process(home: Path, capsys: pytest.CaptureFixture[str])
     assert all(np.allclose(a[k], b[k], atol=1e-5) for k in a) and set(a) == set(b)
 
 
-def by_hand(*argv: str) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of two processes."""
+def by_hand(*argv: str, until: Path | None = None) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of two processes; SIGTERM for both once a file is there."""
     env: dict[str, Any] = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     env["MASTER_PORT"] = free_ports(1)[0]
     started = [
@@ -82,6 +83,10 @@ def by_hand(*argv: str) -> list[tuple[int, str, str]]:
         for rank in range(2)
     ]
     try:
+        while until is not None and not until.exists() and started[0].poll() is None:
+            time.sleep(0.1)
+        for p in started if until else ():
+            p.terminate()
         outs = [p.communicate(timeout=300) for p in started]
     finally:
         for p in started:
@@ -101,6 +106,19 @@ def test_an_error_in_one_process_ends_all(home: Path) -> None:
     assert not json.loads(second[1])["ok"]
     assert json.loads((home / "state" / "state.json").read_text())["step"] == 2
     assert not (home / "a").exists()
+
+
+@pytest.mark.slow
+def test_both_are_stopped(home: Path) -> None:
+    (home / "slow.py").write_text(
+        "import time, torch\ndef loss(out, labels):\n    time.sleep(0.05)\n"
+        "    return torch.nn.functional.cross_entropy(out['logits'], labels)\n"
+    )
+    argv = (*TRAIN, "-o", "a", "--loss", "slow.py:loss", "--steps", "4000", "--save-state", "state")
+    first, second = by_hand(*argv, "--save-every", "2", until=home / "state")
+    assert first[0] == second[0] == 143
+    assert "terminated; state holds the state of step" in first[2] and second[1:] == ("", "")
+    assert {p.name for p in home.iterdir() if p.name[0] == "."} == set()
 
 
 @pytest.mark.slow
