@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.data import Buckets, Table
+from lora_fx.data import Array, Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy
@@ -100,23 +100,35 @@ def objective(
 
 @torch.no_grad()
 def _counted(made: Objective, training: Table | Buckets) -> str:
-    """What the model's own loss of labels [rows, …] is a mean over; empty where it is neither."""
+    """What the model's own loss of labels [rows, …] is a mean over; empty where it is neither.
+
+    Whether the first label of an example counts is tried, since an untrained model has nearly the
+    same loss without it. Then the loss of a few examples must be that mean.
+    """
     table = training.tables[0] if isinstance(training, Buckets) else training
     batch = table.rows(np.arange(min(PROBE, len(table)))).trimmed()
+    labels = np.asarray(batch.columns[batch.label])
+    only = np.full_like(labels, IGNORED)
+    only[:, 0] = 0
     made.model.eval()
-    out = made.model(**inputs_of(made.model, batch, made.own))
-    own, scores = field_of(out, "loss"), scores_of(out).float()
-    labels = from_numpy(batch.columns[batch.label]).to(scores.device)
-    if not isinstance(own, torch.Tensor) or scores.shape[:-1] != labels.shape:
-        return "" if isinstance(own, torch.Tensor) else "labels"
-    for counts, ours, theirs in (
-        ("labels", scores, labels),
-        ("next", scores[:, :-1], labels[:, 1:]),
-    ):
-        mean = nn.functional.cross_entropy(ours.flatten(0, -2), theirs.flatten().long())
-        if torch.allclose(mean, own.float(), rtol=1e-2, atol=0):
-            return counts
-    return ""
+
+    def run(labels: Array) -> tuple[Any, torch.Tensor]:
+        asked = Table({**batch.columns, batch.label: labels}, batch.label)
+        out = made.model(**inputs_of(made.model, asked, made.own))
+        return field_of(out, "loss"), scores_of(out).float()
+
+    own, scores = run(labels)
+    if not isinstance(own, torch.Tensor):
+        return "labels"  # ours is used
+    targets = from_numpy(labels).to(scores.device).long()
+    if scores.shape[:-1] != targets.shape:
+        return ""
+    first, _ = run(only)
+    counts = "labels" if bool(first.isfinite()) and bool(first != 0) else "next"
+    if counts == "next":
+        scores, targets = scores[:, :-1], targets[:, 1:]
+    mean = nn.functional.cross_entropy(scores.flatten(0, -2), targets.flatten())
+    return counts if torch.allclose(mean, own.float(), rtol=1e-3, atol=0) else ""
 
 
 def _heed_classes(model: AdaptedModule, training: Table | Buckets) -> list[str]:

@@ -46,7 +46,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def launched(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", *argv], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", *argv], capture_output=True, text=True, timeout=900, check=False
     )
 
 
@@ -87,7 +87,7 @@ def by_hand(*argv: str, until: Path | None = None) -> list[tuple[int, str, str]]
             time.sleep(0.1)
         for p in started if until else ():
             p.terminate()
-        outs = [p.communicate(timeout=300) for p in started]
+        outs = [p.communicate(timeout=900) for p in started]
     finally:
         for p in started:
             p.kill()
