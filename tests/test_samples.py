@@ -65,7 +65,9 @@ def test_the_sample_on_real_weights(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "predict equal classes for 150 of 150" in done.stdout
+    equal = re.search(r"predict equal classes for (\d+) of (\d+)", done.stdout)
+    assert equal and equal[1] == equal[2], done.stdout
+    assert int(equal[2]) > 100  # how many there are depends on the standard library
 
 
 def beside_peft(name: str, tmp_path: Path, *options: str) -> None:
