@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sources import fashion
+from sources import fashion, smollm2_file
 
 from lora_fx.errors import LoraFxError
 
@@ -24,7 +24,7 @@ PRINTS = {
     "from_scratch": "2 sites found, inserted and folded",
 }
 SLOW = {"minilm_stdlib": "equal"}
-BESIDE_PEFT = {"efficientnet_fashion": fashion}
+BESIDE_PEFT = {"efficientnet_fashion": fashion, "smollm2_text": smollm2_file}
 """Samples on real weights, and what finds the data or weights that no extra installs."""
 NOTHING_MISSING = {"efficientnet_fashion": ["--digits"], "t5_pairs": []}
 """Samples that always run, and the options with which they do."""
