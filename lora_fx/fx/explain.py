@@ -29,6 +29,11 @@ _CAUSES = (
         "call it with use_cache=False, or set config.use_cache = False before; "
         "export(…, cache=True) has the cache as tensors",
     ),
+    (
+        "references nonexistent attribute",
+        "torch.fx has a use of its own for the name of a module, such as graph, that holds weights",
+        "rename the module",
+    ),
     ("numpy", "numpy is called on a tensor", "use torch's own functions"),
     (
         "FakeTensor",

@@ -89,7 +89,12 @@ def skeleton(
         memo: id of an original → its counterpart; keeps ties and shared modules.
         root: The object to fill, for the top of the tree.
         own: ids of parameters that get a copy of their storage (they will be trained).
+
+    Raises:
+        LoraFxError: The top of the tree holds something under a name that `root` has a use for.
     """
+    if root is not None:
+        _check_free(module, type(root))
     if id(module) in memo:
         done: nn.Module = memo[id(module)]
         return done
@@ -114,6 +119,18 @@ def skeleton(
         new._modules[name] = None if child is None else skeleton(child, memo, own=own)
     new.training = module.training
     return new
+
+
+def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
+    """Raise for a tensor, or a child with tensors, that a method of `root` would hide."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name in dict.fromkeys(n.partition(".")[0] for n, _ in tensors):
+        if hasattr(root, name):
+            raise LoraFxError(
+                f"{type(module).__name__}.{name} holds weights, and {name} is a method of the "
+                "module that insert returns",
+                "rename it, or lora_fx.attach adapts your own module instead",
+            )
 
 
 def weightless(

@@ -105,3 +105,18 @@ def test_two_weights_in_one_einsum_are_refused_by_name() -> None:
         ("a", "the weight is computed by einsum with another weight from a")
     ]
     assert [u.key for u in found.unreached] == ["b"]
+
+
+def test_a_weight_under_a_name_that_is_taken_is_named() -> None:
+    x = torch.randn(2, 4)
+
+    def named(name: str) -> nn.Module:
+        net = nn.Sequential()
+        net.add_module(name, nn.Linear(4, 6))
+        return net
+
+    assert lora_fx.insert(named("fold"), (x,), rank=2)(x).shape == (2, 6)
+    with pytest.raises(lora_fx.LoraFxError, match=r"Sequential\.adapter holds weights"):
+        lora_fx.insert(named("adapter"), (x,), rank=2)
+    with pytest.raises(CaptureError, match=r"torch\.fx has a use .* such as graph"):
+        lora_fx.find(named("graph"), (x,))
