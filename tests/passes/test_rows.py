@@ -95,7 +95,9 @@ def test_insert_and_fold_equal_the_explicit_sum(row: Row) -> None:
     assert rel(outputs["Insert"], want) < FOLD_TOL
     assert rel(outputs["Fold"], want) < FOLD_TOL
     assert rel(outputs["Fold"], outputs["Insert"]) < FOLD_TOL
-    np.testing.assert_array_equal(run(cap.fx_graph(), model, x), model(x).numpy())
+    with torch.no_grad():  # with gradients, torch has another kernel for an LSTM
+        want = model(x).numpy()
+    np.testing.assert_array_equal(run(cap.fx_graph(), model, x), want)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx.adapter import Adapter
-from lora_fx.compare import FOLD_TOL, Parity, Report, rel
+from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, rel
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import draw
 from lora_fx.passes.prove import arrays_of, prove, torch_run
@@ -90,6 +90,12 @@ def effects(module: Any) -> list[float]:
 def same(ours: Any, reference: Any) -> bool:
     """True when two outputs have equal bits."""
     return all(np.array_equal(a, b) for a, b in zip(flat(ours), flat(reference), strict=True))
+
+
+def near(ours: Any, reference: Any) -> bool:
+    """True when two outputs differ by rounding at most."""
+    pairs = zip(flat(ours), flat(reference), strict=True)
+    return all(np.array_equal(a, b) or rel(a, b) < ORT_TOL for a, b in pairs)
 
 
 def explicit_parity(name: str, module: Any) -> list[Parity]:

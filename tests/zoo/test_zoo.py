@@ -37,6 +37,7 @@ def plain_attention() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", CAPTURED)
 def test_zero_b_changes_nothing_in_both_modes(name: str) -> None:
+    """To the bit, but for a GELU in many steps, which train programs compute in one."""
     s = checks.built(name)
     module = checks.adapted(name, norm_stats="update")
     with torch.no_grad():
@@ -48,7 +49,7 @@ def test_zero_b_changes_nothing_in_both_modes(name: str) -> None:
         torch.manual_seed(0)
         got = module(*s.args, **s.kwargs)
         torch.manual_seed(0)
-        assert checks.same(got, own(*s.args, **s.kwargs))
+        assert checks.near(got, own(*s.args, **s.kwargs))
 
 
 @pytest.mark.parametrize("name", CAPTURED)
