@@ -89,11 +89,13 @@ def beside_peft(name: str, tmp_path: Path, *options: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTHING_MISSING)
 def test_the_sample_from_the_extras_alone(name: str, tmp_path: Path) -> None:
     beside_peft(name, tmp_path, *NOTHING_MISSING[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BESIDE_PEFT)
 def test_the_sample_beside_peft(name: str, tmp_path: Path) -> None:
     try:
