@@ -50,6 +50,7 @@ def launched(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow  # tests/fx/test_train_processes.py starts processes too
 def test_torchrun_is_one_process(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *TRAIN, "-o", "one", "--json")
     one = json.loads(out)
