@@ -64,11 +64,9 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
     if not isinstance(node, fx.Node):
         return None
     if node.target is aten.repeat_interleave.self_int:
-        k, times = node.args[:2]
-        known = shape_of(k)
-        if known is None or len(known) != 4 or argument(node, "dim") not in (1, -3):
-            return None
-        return (k, times) if isinstance(times, int) else None  # type: ignore[return-value]
+        k, times = argument(node, "self"), argument(node, "repeats")
+        by_head = len(shape_of(k) or ()) == 4 and argument(node, "dim") in (1, -3)
+        return (k, times) if by_head and isinstance(times, int) else None
     if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
         return None
     wide = whole(node.args[0])
@@ -79,7 +77,7 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
         return None
     k = whole(stretched.args[0])
     before, between, after = (_sizes(n) for n in (k, wide, node))
-    if len(before) != 4 or len(between) != 5 or int(stretched.args[1]) not in (2, -3):  # type: ignore[arg-type]
+    if len(before) != 4 or len(between) != 5 or argument(stretched, "dim") not in (2, -3):
         return None
     times, heads = between[2], before[1]
     if not times.isdigit() or not heads.isdigit():

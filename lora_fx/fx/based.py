@@ -19,6 +19,8 @@ from lora_fx.checkpoint.fingerprint import (
 )
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.nodes import dtype_name
+from lora_fx.fx.sharded import is_sharded
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.lowrank import Array
 from lora_fx.numeric import numpy_dtype
@@ -97,9 +99,9 @@ def _cast_sample(
 
 
 def _sample(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], Array]:
-    if hasattr(tensor, "full_tensor"):
+    if is_sharded(tensor):
         raise LoraFxError(f"{name!r} is sharded: every process would have to gather it")
-    if str(tensor.dtype).removeprefix("torch.") not in WEIGHTS:
+    if dtype_name(tensor.dtype) not in WEIGHTS:
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no dtype of plain weights")
     both = [to_numpy(part.clone()) for part in ends(tensor.detach().reshape(-1))]
     return name, tuple(tensor.shape), np.concatenate(both)

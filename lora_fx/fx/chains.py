@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lora_fx.fx.emitter import is_marked
-from lora_fx.fx.nodes import numel, value
+from lora_fx.fx.nodes import dtype_of, numel, value
 from lora_fx.fx.tensors import owner
 
 aten = torch.ops.aten
@@ -180,14 +179,10 @@ def stored(node: fx.Node) -> fx.Node:
         source = node.args[0] if node.args else None
         if node.op != "call_function" or not isinstance(source, fx.Node):
             return node
-        same = node.target in CASTS and _dtype(node) == _dtype(source)
+        same = node.target in CASTS and dtype_of(node) == dtype_of(source)
         if node.target not in VIEWS and not same:
             return node
         node = source
-
-
-def _dtype(node: fx.Node) -> Any:
-    return getattr(value(node), "dtype", None)
 
 
 def nbytes(node: fx.Node) -> int:

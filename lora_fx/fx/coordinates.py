@@ -24,7 +24,7 @@ from lora_fx.fx.formulas import (
     negated,
     where,
 )
-from lora_fx.fx.nodes import argument, op_name, value
+from lora_fx.fx.nodes import argument, op_name, shape_of, value
 
 aten = torch.ops.aten
 INTEGERS = (torch.int64, torch.int32)
@@ -53,7 +53,7 @@ class Formulas:
         if not isinstance(node, fx.Node) or node.op != "call_function" or node in self._written:
             return None
         if node not in self._known:
-            rule, shape = RULES.get(node.target), _shape(node)
+            rule, shape = RULES.get(node.target), shape_of(node)
             formula = None if rule is None or shape is None else rule(self, node)
             if formula is not None and shape is not None:
                 long = {-1 - n for n, size in enumerate(reversed(shape)) if str(size) != "1"}
@@ -62,19 +62,14 @@ class Formulas:
         return self._known[node]
 
 
-def _shape(node: Any) -> tuple[Any, ...] | None:
-    v = value(node)
-    return tuple(v.shape) if isinstance(v, torch.Tensor) else None
-
-
 def _rank(node: fx.Node) -> int:
-    return len(_shape(node) or ())
+    return len(shape_of(node) or ())
 
 
 def _same(f: Formulas, node: fx.Node) -> Formula | None:
     """Expand: an axis is what it was, or was of size 1."""
-    source = _shape(node.args[0]) or ()
-    for old, new in zip(reversed(source), reversed(_shape(node) or ()), strict=False):
+    source = shape_of(node.args[0]) or ()
+    for old, new in zip(reversed(source), reversed(shape_of(node) or ()), strict=False):
         if str(old) not in ("1", str(new)):
             return None
     return f.of(node.args[0])
@@ -110,7 +105,7 @@ def _slice(f: Formulas, node: fx.Node) -> Formula | None:
 def _index(f: Formulas, node: fx.Node) -> Formula | None:
     """x[i₁, i₂ …] with an index for every axis; a negative one would count from the end."""
     formula, given = f.of(node.args[0]), node.args[1]
-    rank = len(_shape(node.args[0]) or ())
+    rank = len(shape_of(node.args[0]) or ())
     if formula is None or not isinstance(given, (list, tuple)) or len(given) != rank:
         return None
     places = {}
@@ -247,7 +242,7 @@ def _steps(f: Formulas, node: fx.Node) -> Formula | None:
     if before is not None:
         start = f.of(before)
         first = formula.at({a: coordinate(a) for a in range(-rank, 0) if a != axis})
-        if str((_shape(before) or ("",) * rank)[axis]) != "1" or not isinstance(start, Affine):
+        if str((shape_of(before) or ("",) * rank)[axis]) != "1" or not isinstance(start, Affine):
             return None
         if first.plus(start, -1) != step:
             return None

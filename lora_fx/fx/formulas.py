@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 LOWEST = -1e30
-"""What adds at most this to a score removes it: −∞, and the lowest numbers of 32 and 16 bits."""
+"""What adds at most this to a score removes it: −∞, and the lowest of float32 and bfloat16."""
 
 
 @dataclass(frozen=True)

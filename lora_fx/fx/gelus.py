@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.nodes import value
+from lora_fx.fx.nodes import dtype_of
 
 aten = torch.ops.aten
 Poly = dict[int, float]
@@ -50,7 +50,7 @@ def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] 
     if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor):
         return None
     for x in _behind(node):
-        form = _form(node, x, written) if _dtype(x) == _dtype(node) else None
+        form = _form(node, x, written) if dtype_of(x) == dtype_of(node) else None
         if form is None or form.r is None or not _close(form.p, HALF) or not _close(form.q, HALF):
             continue
         for approximate, (name, r) in KINDS.items():
@@ -78,7 +78,7 @@ def _form(node: Any, x: fx.Node, written: Collection[fx.Node]) -> _Form | None:
         return _Form({0: float(node)}, {})
     if not isinstance(node, fx.Node) or node.target not in STEPS or node in written:
         return None
-    if _dtype(node) != _dtype(x) or node.kwargs:
+    if dtype_of(node) != dtype_of(x) or node.kwargs:
         return None
     parts = [_form(a, x, written) for a in node.args]
     known = [f for f in parts if f is not None]
@@ -145,10 +145,6 @@ def _times(a: Poly, b: Poly) -> Poly:
 
 def _close(a: Poly, b: Poly) -> bool:
     return a.keys() == b.keys() and all(abs(a[n] - c) <= CLOSE * abs(c) for n, c in b.items())
-
-
-def _dtype(node: fx.Node) -> Any:
-    return getattr(value(node), "dtype", None)
 
 
 FUNCTIONS = (aten.tanh.default, aten.erf.default)

@@ -26,6 +26,7 @@ from lora_fx.checkpoint.strict import CONVERT
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.factory import call_factory
 from lora_fx.fx.huggingface import load_folder
+from lora_fx.fx.nodes import dtype_name
 
 FORMS = (
     "MODEL is a Hugging Face folder, package.module:FACTORY, path/file.py:FACTORY, timm:NAME or "
@@ -237,7 +238,7 @@ def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
     state = module.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     ties = {name: first.setdefault(id(t), name) for name, t in state.items()}
-    wanted = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in state.items()}
+    wanted = {n: (tuple(t.shape), dtype_name(t.dtype)) for n, t in state.items()}
     optional = [n for n in state if n.endswith("num_batches_tracked")]
     notes = check_fit(found, wanted, ties, str(path), optional)
     filled: dict[str, str] = {}

@@ -21,6 +21,12 @@ def shape_of(node: Any) -> Shape | None:
     return tuple(v.shape) if isinstance(v, torch.Tensor) else None
 
 
+def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of a node's tensor; None for anything else."""
+    v = value(node)
+    return v.dtype if isinstance(v, torch.Tensor) else None
+
+
 def hint(size: Any) -> int:
     """A size at the example's sizes; 2 for one that depends on a tensor's values."""
     if not isinstance(size, torch.SymInt):

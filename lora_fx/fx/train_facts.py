@@ -19,6 +19,7 @@ import torch
 from lora_fx.checkpoint.fingerprint import ends
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.nodes import dtype_name
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.train_loss import Loss
 from lora_fx.fx.train_settings import Settings
@@ -42,7 +43,7 @@ def facts_of(
         for key, u in model.updates.items()
     }
     named = list(model.named_parameters())
-    trained = {n: f"{_dtype(p)} {list(p.shape)}" for n, p in named if p.requires_grad}
+    trained = {n: f"{dtype_name(p.dtype)} {list(p.shape)}" for n, p in named if p.requires_grad}
     frozen = [*((n, p) for n, p in named if n not in trained), *model.named_buffers()]
     graph = str(model.graph(True).graph)
     return {
@@ -91,14 +92,10 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     whole = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda row: row[0]):
-        whole.update(json.dumps([name, list(tensor.shape), _dtype(tensor)]).encode())
+        whole.update(json.dumps([name, list(tensor.shape), dtype_name(tensor.dtype)]).encode())
         for part in ends(tensor.detach().reshape(-1)):
             whole.update(np.ascontiguousarray(to_numpy(part)).tobytes())
     return whole.hexdigest()

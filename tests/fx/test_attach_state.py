@@ -107,6 +107,7 @@ def test_names_of_the_models_own() -> None:
 
 
 def test_wide_masters_on_a_narrow_base() -> None:
+    torch.manual_seed(0)  # the norm of six numbers that are nearly equal magnifies rounding
     model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 5)).bfloat16()
     x = torch.randn(4, 8).bfloat16()
     lora_fx.attach(model, (x,), rank=2)
