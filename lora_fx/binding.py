@@ -10,10 +10,11 @@ import numpy as np
 
 from lora_fx.adapter import Adapter, near
 from lora_fx.changes import Entry, is_plain, name_of
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.experts import place
 from lora_fx.fused import other_split
-from lora_fx.lowrank import Array, Full, Layout, LowRank
+from lora_fx.lowrank import Full, Layout, LowRank
 from lora_fx.regions import check_disjoint
 from lora_fx.target import Found
 from lora_fx.uses import (

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array
 from lora_fx.ranks import within_budget
 from lora_fx.target import Found, Target
 from lora_fx.uses import applies

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lora_fx.lowrank import Array, Full, Layout, LowRank
+from lora_fx.dtypes import Array
+from lora_fx.lowrank import Full, Layout, LowRank
 
 
 class Change(Protocol):

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from lora_fx.datafiles import READERS
 from lora_fx.datafiles import read_npz as read_npz
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 
-Array = npt.NDArray[Any]
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
 LABELS = ("labels", "label", "y", "target")
 

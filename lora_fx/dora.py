@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Emitter, V
-from lora_fx.lowrank import Array, Layout
+from lora_fx.lowrank import Layout
 
 
 def squares(block: Array) -> Array:

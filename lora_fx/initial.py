@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array, LowRank
+from lora_fx.lowrank import LowRank
 
 _GAP = 1e-5
 """σ_r − σ_{r+1} over σ₁ under which fp32 on another device would take another part off."""

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.dtypes import numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.numeric import numpy_dtype
 
 SIZES: tuple[tuple[int, int], ...] = ((2, 5), (3, 7), (1, 11))
 BATCH = "batch"

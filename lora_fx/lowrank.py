@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.dtypes import Array
 from lora_fx.graph import Emitter, V
 from lora_fx.product import product
 from lora_fx.view import Opaque, Region, Tracked
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

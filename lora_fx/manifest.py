@@ -12,14 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter import Adapter, check_plain, near
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-
-Array = np.ndarray[Any, Any]
 
 PROPERTY = "lora_fx.manifest"
 VERSION = 1

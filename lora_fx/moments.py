@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_fx.lowrank import Array
+from lora_fx.dtypes import Array
 
 STATISTICS = ("inputs", "power", "outputs", "gradient")
 """What can be wanted of a pass."""

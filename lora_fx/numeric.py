@@ -5,28 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Role, Site
-
-Array = npt.NDArray[Any]
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a name such as float32 or bfloat16."""
-    if hasattr(ml_dtypes, name):
-        narrow: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return narrow
-    return np.dtype(name)
-
-
-def finfo(dtype: str | np.dtype[Any]) -> Any:
-    """What numpy.finfo says of a floating dtype, narrow ones too."""
-    wanted = numpy_dtype(dtype) if isinstance(dtype, str) else dtype
-    return ml_dtypes.finfo(wanted)  # type: ignore[no-untyped-call]
 
 
 def conv(

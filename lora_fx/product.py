@@ -13,7 +13,7 @@ import functools
 
 import numpy as np
 
-from lora_fx.numeric import Array
+from lora_fx.dtypes import Array
 
 SMALL = 10**6
 """Rows · columns · rank that OpenBLAS takes for a small product."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_fx.lowrank import Array
+from lora_fx.dtypes import Array
 
 
 def gains(s: Array) -> Array:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_fx.lowrank import Array
+from lora_fx.dtypes import Array
 
 TRACY_WIDOM = 2.02
 """99 % point of the Tracy-Widom distribution of order 1."""

@@ -25,9 +25,10 @@ from typing import ClassVar
 import numpy as np
 
 from lora_fx import dora
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Emitter, V
-from lora_fx.lowrank import Array, Layout, LowRank, scale_of
+from lora_fx.lowrank import Layout, LowRank, scale_of
 
 
 class Lora:

@@ -18,19 +18,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Parameter, Site
 from lora_fx.lowrank import Layout, LowRank, layout_of
 from lora_fx.manifest import PROPERTY
-from lora_fx.numeric import NumpyEmitter, numpy_dtype
+from lora_fx.numeric import NumpyEmitter
 from lora_fx.passes.base import PassResult
 from lora_fx.regions import widen
 from lora_fx.target import base_name, split_key
 from lora_fx.view import Opaque, Permute, track
 
-Array = npt.NDArray[Any]
 Pair = tuple[Array, Array]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from lora_fx.adapter import Adapter, check_plain
 from lora_fx.checkpoint.osfile import check_output, replacing
 from lora_fx.compare import Report, demand, rel
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import Layout, LowRank, draw
@@ -22,7 +23,7 @@ from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.switching import Session, write_adapter
 from lora_fx.passes.find import find
 from lora_fx.passes.modes import Writing
-from lora_fx.passes.reference import Array, Reference, Run
+from lora_fx.passes.reference import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.target import Found, base_name
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
@@ -22,8 +23,6 @@ from lora_fx.target import Found
 CHUNK = 1 << 24
 PROOF_ROWS = 4
 """Rows of every touched tensor that are computed again."""
-
-Array = np.ndarray[Any, Any]
 
 
 def prove_merge(

@@ -14,11 +14,12 @@ import numpy as np
 
 from lora_fx.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, widened
+from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.batching import SCALES
 from lora_fx.onnx.choice import IDS
-from lora_fx.passes.reference import Array, Reference, Run
+from lora_fx.passes.reference import Reference, Run
 
 AT_ONCE = 16
 """Rows of one batch of the check."""

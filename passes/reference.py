@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from lora_fx.adapter import Adapter
 from lora_fx.compare import Parity
+from lora_fx.dtypes import Array
 
-Array = np.ndarray[Any, Any]
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from lora_fx.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.graph import Role
 from lora_fx.inputs import SIZES, Inputs
@@ -26,7 +27,7 @@ from lora_fx.onnx.reach import highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import Session, open_session, signature
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.reference import Array, Run
+from lora_fx.passes.reference import Run
 from lora_fx.slots import slots_of
 
 

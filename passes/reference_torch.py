@@ -7,12 +7,13 @@ from typing import Any
 
 from lora_fx.adapter import Adapter
 from lora_fx.compare import Parity
+from lora_fx.dtypes import Array
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.module import CapturedModule
 from lora_fx.passes.given import plain
 from lora_fx.passes.pipeline import insert
 from lora_fx.passes.prove import arrays_of, own_errors, prove, torch_run
-from lora_fx.passes.reference import Array, Run
+from lora_fx.passes.reference import Run
 
 
 class TorchReference:

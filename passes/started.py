@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
-from lora_fx.lowrank import Array, LowRank
+from lora_fx.lowrank import LowRank
 from lora_fx.policy import Plan
 from lora_fx.start import OF_DATA, OF_WEIGHT, check_init, initial
 from lora_fx.target import Found

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lora_fx import dora
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array
 
 
 def weight() -> tuple[Array, Array]:

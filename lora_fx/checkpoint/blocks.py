@@ -17,9 +17,8 @@ import numpy as np
 
 from lora_fx.checkpoint.rectangles import WINDOW, Matrix, Rectangle
 from lora_fx.dora import factors, squares
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array
-from lora_fx.numeric import numpy_dtype
 
 BLOCK = 1 << 19
 """Elements of a block. Fewer fit a core's cache better, but threads then meet at Python's lock

@@ -18,9 +18,9 @@ from lora_fx.checkpoint.match import Placed
 from lora_fx.checkpoint.quantised import HINT, stored_as
 from lora_fx.checkpoint.rectangles import Matrix, in_dtype, joined, region
 from lora_fx.checkpoint.strict import DTYPES, TensorInfo
+from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array, Full, LowRank
-from lora_fx.numeric import finfo
+from lora_fx.lowrank import Full, LowRank
 
 BITS = dict(DTYPES.values())
 _APART = "merge one adapter after the other"

@@ -16,9 +16,9 @@ from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, s
 from lora_fx.checkpoint.provenance import base_note
 from lora_fx.checkpoint.quantised import HINT, scheme_of, stored_as
 from lora_fx.checkpoint.renamed import absent_of
+from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.numeric import finfo
 from lora_fx.target import base_name
 
 LARGE = 1.0

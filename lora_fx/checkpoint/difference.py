@@ -14,9 +14,8 @@ import numpy as np
 
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.strict import AGAIN, TensorInfo
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array
-from lora_fx.numeric import numpy_dtype
 
 BLOCK = 1 << 18
 """Elements of one block."""

@@ -23,8 +23,9 @@ from lora_fx.checkpoint.headers import WEIGHTS, targets_of, tensors
 from lora_fx.checkpoint.layouts import Use, config_of, uses
 from lora_fx.checkpoint.scope import scope_of
 from lora_fx.checkpoint.sides import check_lookups, sides_of
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.lowrank import Array, Full, LowRank, generator
+from lora_fx.lowrank import Full, LowRank, generator
 from lora_fx.svd import Triplets, above_noise, balanced, leading, squared_distance
 
 RANK = 16

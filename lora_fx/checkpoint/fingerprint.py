@@ -21,8 +21,7 @@ import numpy as np
 from lora_fx.checkpoint.copying import read_at
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.strict import TensorInfo
-from lora_fx.lowrank import Array
-from lora_fx.numeric import numpy_dtype
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.target import base_name
 
 FIELD = "base"

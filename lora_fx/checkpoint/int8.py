@@ -18,9 +18,8 @@ import numpy as np
 from lora_fx.checkpoint.blocks import Fold, Space, Stats
 from lora_fx.checkpoint.rows import read_rows
 from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array
-from lora_fx.numeric import finfo, numpy_dtype
 
 TOP = 127
 """The largest code that is written; -128 is read, but has no positive twin."""

@@ -23,11 +23,11 @@ from lora_fx.checkpoint.quantised import stored_as
 from lora_fx.checkpoint.renamed import Renaming, renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import Tie, tie_of
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft_raw import Raw, read_raw
-from lora_fx.lowrank import Array, LowRank
-from lora_fx.numeric import numpy_dtype
+from lora_fx.lowrank import LowRank
 from lora_fx.target import base_name
 
 ERROR, WARNING, NOTE = "error", "warning", "note"

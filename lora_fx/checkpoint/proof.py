@@ -33,8 +33,8 @@ from lora_fx.checkpoint.plan import Plan
 from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
 from lora_fx.checkpoint.rows import prepared, read_rows
 from lora_fx.checkpoint.strict import TensorInfo
-from lora_fx.lowrank import Array, LowRank
-from lora_fx.numeric import finfo, numpy_dtype
+from lora_fx.dtypes import Array, finfo, numpy_dtype
+from lora_fx.lowrank import LowRank
 
 CHUNK = 1 << 20
 ROWS = 4

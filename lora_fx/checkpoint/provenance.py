@@ -21,8 +21,9 @@ from lora_fx.checkpoint.fingerprint import FIELD, same_base
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.renamed import renaming
 from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array, Full, LowRank
+from lora_fx.lowrank import Full, LowRank
 
 METADATA = "lora_fx.merge"
 VERSION = 1

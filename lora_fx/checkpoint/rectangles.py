@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from lora_fx.changes import Change, Dense
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Array, LowRank
+from lora_fx.lowrank import LowRank
 from lora_fx.numeric import NumpyEmitter
 from lora_fx.view import Region
 

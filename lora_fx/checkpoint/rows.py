@@ -11,9 +11,9 @@ from lora_fx.checkpoint.copying import read_into
 from lora_fx.checkpoint.rectangles import Rectangle
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.dora import factors, squares
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.initial import residual
-from lora_fx.lowrank import Array, LowRank
-from lora_fx.numeric import numpy_dtype
+from lora_fx.lowrank import LowRank
 
 
 def prepared(fold: Fold, source: TensorInfo) -> Fold:

@@ -15,8 +15,7 @@ import numpy as np
 
 from lora_fx.checkpoint.copying import read_at
 from lora_fx.checkpoint.strict import DTYPES, TensorInfo
-from lora_fx.lowrank import Array
-from lora_fx.numeric import numpy_dtype
+from lora_fx.dtypes import Array, numpy_dtype
 
 CHUNK = 1 << 18
 """Elements of a block."""

@@ -29,8 +29,7 @@ from lora_fx.checkpoint.provenance import record
 from lora_fx.checkpoint.rows import prepared, read_rows
 from lora_fx.checkpoint.shards import Shard, lay_out
 from lora_fx.checkpoint.strict import Header
-from lora_fx.lowrank import Array
-from lora_fx.numeric import numpy_dtype
+from lora_fx.dtypes import Array, numpy_dtype
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""

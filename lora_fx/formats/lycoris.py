@@ -24,11 +24,11 @@ import numpy as np
 
 from lora_fx.adapter import Adapter
 from lora_fx.changes import Dense, Entry, Hadamard, Kronecker
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.masters import File
 from lora_fx.formats.peft_config import Pattern, targets
 from lora_fx.formats.peft_source import Source
-from lora_fx.formats.tensorfile import Array
 from lora_fx.lowrank import Layout
 
 PREFIX = "base_model.model."

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_source import finite
-from lora_fx.formats.tensorfile import Array, is_float
+from lora_fx.formats.tensorfile import is_float
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.tensorfile import Array
 
 PREFIX = "base_model.model."
 OWN = "lora_fx."

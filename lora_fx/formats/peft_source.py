@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from lora_fx.changes import Entry
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.tensorfile import Array, is_float
+from lora_fx.formats.tensorfile import is_float
 from lora_fx.lowrank import Full
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_config import MERGE, Pattern, mutation
 from lora_fx.formats.peft_names import Group
 from lora_fx.formats.peft_source import Source
-from lora_fx.formats.tensorfile import Array
 from lora_fx.lowrank import LowRank
 
 

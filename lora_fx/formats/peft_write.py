@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_fx.adapter import Adapter
 from lora_fx.changes import Dense, Rows, name_of
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_build import build_config
 from lora_fx.formats.peft_can import all_or_none, one_variant, partial, split_full
@@ -16,7 +17,7 @@ from lora_fx.formats.peft_forms import OUT, Form, forms_of, to_tensors
 from lora_fx.formats.peft_names import DELTA, OWN, PREFIX, WRAPPER
 from lora_fx.formats.peft_own import VERSION
 from lora_fx.formats.peft_source import finite
-from lora_fx.formats.tensorfile import Array, is_float
+from lora_fx.formats.tensorfile import is_float
 from lora_fx.lowrank import Full, LowRank
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")

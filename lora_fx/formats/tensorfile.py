@@ -15,12 +15,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-
-Array = npt.NDArray[Any]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),

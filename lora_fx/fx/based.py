@@ -18,12 +18,11 @@ from lora_fx.checkpoint.fingerprint import (
     parameters_of,
 )
 from lora_fx.checkpoint.headers import WEIGHTS
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.nodes import dtype_name
 from lora_fx.fx.sharded import is_sharded
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.lowrank import Array
-from lora_fx.numeric import numpy_dtype
 
 
 class Base:

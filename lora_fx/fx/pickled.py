@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.lowrank import Array
 
 
 def read_pickle(path: Path) -> dict[str, Array]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.checkpoint.osfile import check_output, replacing
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.formats.tensorfile import Array, read_tensors, write_tensors
+from lora_fx.formats.tensorfile import read_tensors, write_tensors
 
 VERSION = 1
 WORDS, TENSORS = "state.json", "state.safetensors"

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.data import Array, Buckets, Table
+from lora_fx.data import Buckets, Table
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train_facts import Facts, differences
@@ -25,7 +26,6 @@ from lora_fx.fx.train_folder import TENSORS, WORDS, read_folder, write_folder
 from lora_fx.fx.train_optimizer import MOMENTS, Optimizer
 from lora_fx.fx.train_processes import Processes
 from lora_fx.fx.train_report import TrainReport
-from lora_fx.lowrank import Array
 
 
 @dataclass(frozen=True)

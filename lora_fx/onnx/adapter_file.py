@@ -15,9 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-
-Array = np.ndarray[Any, Any]
 
 _BF16 = 16
 """BFLOAT16 in onnx.TensorProto.DataType."""

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Role, Site
 from lora_fx.kinds import Einsum, Embedding
@@ -32,8 +33,6 @@ from lora_fx.onnx.flow import MARK, Found
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.row_rules import Rows, rank
 from lora_fx.onnx.views import dtype_name
-
-Array = np.ndarray[Any, Any]
 
 SCALES = "adapter_scales"
 
@@ -218,7 +217,7 @@ class BatchEmitter(OnnxEmitter):
 
 
 def _numpy(value: ir.Value) -> Any:
-    from lora_fx.numeric import numpy_dtype
+    from lora_fx.dtypes import numpy_dtype
 
     return numpy_dtype(dtype_name(value) or "float32")
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.onnx.session import Array, Session, open_session, signature
+from lora_fx.onnx.session import Session, open_session, signature
 from lora_fx.timing import Sample, interleave, summary, timed
 
 SIZES = ((1, 8), (1, 32))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.numeric import numpy_dtype
+from lora_fx.dtypes import numpy_dtype
 from lora_fx.onnx.emitter import add_initialiser
 from lora_fx.onnx.flow import MARK
 from lora_fx.onnx.graph import OnnxGraph

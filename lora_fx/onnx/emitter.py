@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Deferred, Role, Site
-from lora_fx.numeric import numpy_dtype
 from lora_fx.onnx.flow import MARK, VIEW, Found
 from lora_fx.onnx.views import dtype_name
 
 if TYPE_CHECKING:
     from lora_fx.onnx.graph import OnnxGraph
-
-Array = np.ndarray[Any, Any]
 
 
 def as_tensor(value: Array | Deferred, name: str) -> ir.TensorProtocol:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.graph import Deferred, Parameter, Site
 from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser, as_tensor
 from lora_fx.onnx.flow import MARK, WAS, Flow, Found, follow, shape_of, site_name
 from lora_fx.onnx.ops import row_of
-
-Array = np.ndarray[Any, Any]
 
 OLDEST = 11
 """Since this opset Slice and Pad take their sizes as operands, as the emitter writes them."""

@@ -22,14 +22,13 @@ import numpy as np
 
 from lora_fx.adapter import Adapter, near
 from lora_fx.binding import bind
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.onnx.copies import copies_of, spread
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED
 from lora_fx.target import Found, Target
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

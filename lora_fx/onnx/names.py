@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.dtypes import Array
 from lora_fx.onnx.copies import COPY_OF
 
 CHANGED = "lora_fx.changed"
 """On a weight that is no longer the parameter whose name it has."""
-Array = np.ndarray[Any, Any]
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 

@@ -20,10 +20,10 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.rewrites.half import ToHalf
 from lora_fx.onnx.save import weight_bytes
-from lora_fx.onnx.session import Array
 from lora_fx.onnx.stages import WorstError, peaks
 
 GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
-import numpy as np
-
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import BATCH, Input, Inputs
-
-Array = np.ndarray[Any, Any]
 
 
 def driver_present() -> bool:

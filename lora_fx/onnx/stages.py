@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.compare import ORT_TOL, compare
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.rewrites.bias import DeltaBeforeBias
@@ -24,7 +25,7 @@ from lora_fx.onnx.rewrites.gemm import GemmToMatMul
 from lora_fx.onnx.rewrites.libraries import DropDead, Fold, FuseForRuntime
 from lora_fx.onnx.rewrites.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
-from lora_fx.onnx.session import Array, Session, open_session
+from lora_fx.onnx.session import Session, open_session
 
 Rewrite = Callable[[ir.Model], ir.passes.PassResult]
 STAGES: Mapping[str, Rewrite] = {

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter import Adapter, near
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.adapter_file import read_file, write_file
 from lora_fx.onnx.session import open_session
 
-Array = np.ndarray[Any, Any]
 Choice = str | Mapping[str, float] | None
 
 

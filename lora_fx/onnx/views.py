@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.dtypes import Array
 from lora_fx.view import Cast, Permute, Reshape, Slice, Step
 
-Array = np.ndarray[Any, Any]
 Steps = list[Step] | None
 Rule = Callable[[ir.Node, tuple[int, ...], int], Steps]
 """(node, shape of its first operand, which result) → steps, or None where it is no view."""

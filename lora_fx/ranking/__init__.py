@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from lora_fx.lowrank import Array
+from lora_fx.dtypes import Array
 from lora_fx.ranking import eva, importance, kfac, uniform
 from lora_fx.ranking.seen import Seen
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_fx.lowrank import Array
+from lora_fx.dtypes import Array
 from lora_fx.ranking.seen import Seen
 
 WANTED = ("inputs",)

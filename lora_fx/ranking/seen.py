@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_fx.lowrank import Array, Layout
+from lora_fx.dtypes import Array
+from lora_fx.lowrank import Layout
 from lora_fx.moments import Moments
 
 

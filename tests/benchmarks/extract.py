@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.lowrank import Array, generator
+from lora_fx.dtypes import Array
+from lora_fx.lowrank import generator
 from lora_fx.svd import leading
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lora_fx.adapter import Adapter
+from lora_fx.dtypes import numpy_dtype
 from lora_fx.lowrank import LowRank
-from lora_fx.numeric import numpy_dtype
 from tests.checkpoint.made import Array, adapter, checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")

@@ -18,7 +18,8 @@ import torch
 import transformers
 from torch import nn
 
-from lora_fx.formats.tensorfile import Array, read_tensors, write_tensors
+from lora_fx.dtypes import Array
+from lora_fx.formats.tensorfile import read_tensors, write_tensors
 
 VOCABULARY = 48
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -259,7 +259,7 @@ def test_file_targets(tmp_path: Path) -> None:
 
 
 def test_dtype_names_are_numpys() -> None:
-    from lora_fx.numeric import numpy_dtype
+    from lora_fx.dtypes import numpy_dtype
 
     for name, bits in DTYPES.values():
         dtype = numpy_dtype(name)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from lora_fx import merge
+from lora_fx.dtypes import numpy_dtype
 from lora_fx.errors import NoEffectError
-from lora_fx.numeric import numpy_dtype
 from tests.checkpoint.made import Array, read
 from tests.checkpoint.merge_cases import Case, build, cases
 

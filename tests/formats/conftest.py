@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lora_fx.adapter import Adapter
-from lora_fx.formats.tensorfile import Array, write_tensors
+from lora_fx.dtypes import Array
+from lora_fx.formats.tensorfile import write_tensors
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
 
 Write = Callable[..., Path]

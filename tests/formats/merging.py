@@ -13,10 +13,11 @@ import numpy as np
 from lora_fx import dora
 from lora_fx.adapter import Adapter
 from lora_fx.changes import Dense, Rows
+from lora_fx.dtypes import Array
 from lora_fx.experts import place
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.initial import residual
-from lora_fx.lowrank import Array, Full, LowRank
+from lora_fx.lowrank import Full, LowRank
 from lora_fx.numeric import NumpyEmitter
 
 Tensors = dict[str, Array]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from lora_fx.adapter import Adapter
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft
-from lora_fx.formats.tensorfile import Array, read_tensors, write_tensors
+from lora_fx.formats.tensorfile import read_tensors, write_tensors
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
 
 Same = Callable[[Adapter, Adapter], None]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from lora_fx.adapter import Adapter
+from lora_fx.dtypes import Array
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.peft_names import OWN
-from lora_fx.formats.tensorfile import Array, read_tensors
+from lora_fx.formats.tensorfile import read_tensors
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
 
 torch = pytest.importorskip("torch")

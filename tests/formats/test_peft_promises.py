@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter
-from lora_fx.formats.tensorfile import Array
 
 Write = Callable[..., Path]
 LEAD = "base_model.model."

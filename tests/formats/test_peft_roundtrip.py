@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lora_fx.adapter import Adapter
 from lora_fx.changes import Dense, Entry, Hadamard, Rows
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft
-from lora_fx.formats.tensorfile import Array
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
 from tests.formats.merging import same_entries
 

@@ -13,9 +13,10 @@ import torch
 
 from lora_fx.adapter import Adapter
 from lora_fx.compare import FOLD_TOL, rel
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.emitter import is_marked
-from lora_fx.lowrank import Array, LowRank, draw
+from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.onnx.session import Array
+from lora_fx.dtypes import Array
 
 
 @dataclass(frozen=True)
