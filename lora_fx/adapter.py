@@ -129,13 +129,3 @@ def check_plain(adapter: Adapter, what: str) -> None:
             f"{what}: the adapter's {key!r} is {kind}; expected lora, rslora or a whole tensor",
             "lora-fx merge folds it into a checkpoint",
         )
-
-
-def near(name: str, names: Mapping[str, Any] | list[str]) -> str:
-    """A hint with the closest known names."""
-    import difflib
-
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
-    return (
-        f"nearest names: {', '.join(close)}" if close else "run lora-fx targets MODEL for the names"
-    )

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.adapter import Adapter, near
+from lora_fx.adapter import Adapter
 from lora_fx.changes import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -17,6 +17,7 @@ from lora_fx.fused import other_split
 from lora_fx.lowrank import Full, Layout, LowRank
 from lora_fx.regions import check_disjoint
 from lora_fx.target import Found
+from lora_fx.text import near
 from lora_fx.uses import (
     disjoint,
     each_use,

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from lora_fx.adapter import Adapter, check_plain, near
+from lora_fx.adapter import Adapter, check_plain
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.text import near
 
 PROPERTY = "lora_fx.manifest"
 VERSION = 1

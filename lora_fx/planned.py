@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.selectors import near_names
-from lora_fx.target import table
+from lora_fx.text import near_names, table
 
 FORMAT = "lora-fx plan"
 VERSION = 1

@@ -11,8 +11,9 @@ from lora_fx.lowrank import default_alpha
 from lora_fx.planned import given_ranks
 from lora_fx.regions import check_disjoint, rest
 from lora_fx.roles import HEAD_ROWS
-from lora_fx.selectors import near_names, select, select_names
+from lora_fx.selectors import select, select_names
 from lora_fx.target import Found, Target, split_use
+from lora_fx.text import near_names
 from lora_fx.uses import each_use, matmul_use, own_use
 
 

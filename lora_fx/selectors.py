@@ -23,6 +23,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.regions import contains, part
 from lora_fx.roles import ROLES
 from lora_fx.target import Found, Target, base_name, split_use
+from lora_fx.text import near_names
 from lora_fx.uses import each_use, lookup_use, matmul_use, modules, named_use, of_use, own_use
 
 
@@ -175,16 +176,6 @@ def _match(t: Target, text: str) -> list[str]:
 
 def _one_use(t: Target, uses: set[str]) -> str:
     return next(iter(uses)) if len(uses) == 1 else ""
-
-
-def near_names(text: str, names: Sequence[str]) -> str:
-    """A hint with the nearest names."""
-    import difflib
-
-    words = {n.removesuffix(".weight") for n in names}
-    words |= {n.rpartition(".")[2] for n in words}
-    close = difflib.get_close_matches(text, sorted(words), n=3, cutoff=0.3)
-    return f"nearest names: {', '.join(close)}" if close else "run lora-fx targets MODEL"
 
 
 def _hint(text: str, found: Found) -> str:

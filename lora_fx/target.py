@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.graph import Parameter, Site
 from lora_fx.lowrank import Layout
+from lora_fx.text import human, table
 from lora_fx.view import Region
 
 
@@ -256,22 +256,3 @@ class Found:
         lines += [f"pinned: {p}" for p in self.pinned]
         lines += [f"note: {n}" for n in self.notes]
         return "\n".join(lines)
-
-
-def table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as aligned text columns, the first row underlined."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
-
-
-def human(n: float) -> str:
-    """A count with an SI prefix.
-
-    >>> human(950), human(12_300_000)
-    ('950', '12.3 M')
-    """
-    if n < 1000:
-        return f"{n:.0f}"
-    power = min(5, int(math.log10(n) // 3))
-    return f"{n / 1000**power:.1f} {' kMGTP'[power]}"

@@ -17,7 +17,7 @@ from lora_fx.fx.capture import Captured
 from lora_fx.fx.train_loss import Loss
 from lora_fx.fx.train_objective import objective
 from lora_fx.passes.pipeline import insert
-from lora_fx.target import table as columns
+from lora_fx.text import table as columns
 from lora_fx.truncation import truncation
 
 BATCH = 64

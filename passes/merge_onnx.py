@@ -28,7 +28,7 @@ from lora_fx.passes.fold import Fold
 from lora_fx.passes.plan_onnx import METADATA, history, plan_onnx
 from lora_fx.passes.prove_merge import prove_merge, same
 from lora_fx.passes.reference_onnx import reference_of
-from lora_fx.target import table
+from lora_fx.text import table
 
 
 def merge_onnx(

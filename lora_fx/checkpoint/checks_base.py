@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lora_fx.adapter import near
 from lora_fx.checkpoint.blocks import arithmetic
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
@@ -20,6 +19,7 @@ from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.target import base_name
+from lora_fx.text import near
 
 LARGE = 1.0
 """‖ΔW‖/‖W‖ above which an update is worth a look: usual ones are below .3."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_fx.adapter import Adapter
-from lora_fx.target import table
+from lora_fx.text import table
 
 
 @dataclass(frozen=True)

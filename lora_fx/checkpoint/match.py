@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_fx.adapter import Adapter, near
+from lora_fx.adapter import Adapter
 from lora_fx.changes import Change, Dense, Entry, Rows
 from lora_fx.checkpoint.apart import apart
 from lora_fx.checkpoint.loaded import Stack
@@ -22,6 +22,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.experts import place
 from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
 from lora_fx.target import base_name, split_key, split_use
+from lora_fx.text import near
 from lora_fx.view import Region
 
 

@@ -24,7 +24,7 @@ from lora_fx.checkpoint.quantised import HINT
 from lora_fx.checkpoint.write import Progress, write
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.target import table
+from lora_fx.text import table
 
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""

@@ -123,7 +123,7 @@ def check_space(folder: str | os.PathLike[str], needed: int) -> None:
     except OSError as error:
         raise explain(error, folder) from error
     if disk.total and disk.free < needed:  # a total of 0: the file system does not say
-        from lora_fx.target import human  # imports numpy
+        from lora_fx.text import human  # imports numpy
 
         raise LoraFxError(
             f"{os.fspath(folder)}: {human(disk.free)}B free, expected at least {human(needed)}B",

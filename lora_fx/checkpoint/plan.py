@@ -32,7 +32,7 @@ from lora_fx.checkpoint.tied import (
 )
 from lora_fx.errors import LoraFxError
 from lora_fx.mix import mix
-from lora_fx.target import human, table
+from lora_fx.text import human, table
 
 __all__ = ["HOWS", "Change", "Given", "Options", "Plan", "make_plan"]
 HOWS = ("sum", "cat", "linear", "svd")

@@ -22,11 +22,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_fx.adapter import Adapter, near
+from lora_fx.adapter import Adapter
 from lora_fx.changes import Entry
 from lora_fx.checkpoint.headers import tensors
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.sgm import sgm_names
+from lora_fx.text import near
 
 
 @dataclass(frozen=True)

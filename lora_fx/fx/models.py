@@ -211,7 +211,7 @@ def _torchvision(torchvision: Any, name: str) -> tuple[nn.Module, tuple[int, ...
 
 
 def _no_name(library: str, name: str, names: list[str]) -> LoraFxError:
-    from lora_fx.adapter import near
+    from lora_fx.text import near
 
     return LoraFxError(f"{library} has no model {name!r}", near(name, names))
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_fx.fx.effect import Effect
-from lora_fx.target import Found, human
+from lora_fx.target import Found
+from lora_fx.text import human
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter, near
+from lora_fx.adapter import Adapter
 from lora_fx.binding import bind
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -29,6 +29,7 @@ from lora_fx.onnx.copies import copies_of, spread
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED
 from lora_fx.target import Found, Target
+from lora_fx.text import near
 
 
 @dataclass(frozen=True)

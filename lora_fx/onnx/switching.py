@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter, near
+from lora_fx.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.adapter_file import read_file, write_file
 from lora_fx.onnx.session import open_session
+from lora_fx.text import near
 
 Choice = str | Mapping[str, float] | None
 
