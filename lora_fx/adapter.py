@@ -12,8 +12,9 @@ import numpy.typing as npt
 from lora_fx.changes import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full, LowRank, plain_layout
-from lora_fx.numeric import NumpyEmitter
+from lora_fx.ir.layout import plain_layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.lowrank import Full, LowRank
 from lora_fx.target import Found
 
 

@@ -14,7 +14,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.experts import place
 from lora_fx.fused import other_split
-from lora_fx.lowrank import Full, Layout, LowRank
+from lora_fx.ir.layout import Layout
+from lora_fx.lowrank import Full, LowRank
 from lora_fx.regions import check_disjoint
 from lora_fx.target import Found
 from lora_fx.text import near

@@ -22,8 +22,9 @@ import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Emitter, V
-from lora_fx.lowrank import Layout
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Emitter
+from lora_fx.ir.layout import Layout
 
 
 def squares(block: Array) -> Array:

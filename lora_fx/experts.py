@@ -14,7 +14,8 @@ from itertools import permutations
 
 from lora_fx.changes import Entry
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Layout, LowRank, plain_layout
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.lowrank import LowRank
 
 Shapes = Callable[[str], tuple[int, ...] | None]
 Reading = tuple[tuple[str, ...], bool]

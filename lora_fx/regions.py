@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Emitter, V
-from lora_fx.lowrank import Layout
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Emitter
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region
 from lora_fx.target import Target, base_name, make_key, split_key
 from lora_fx.uses import disjoint
-from lora_fx.view import Region
 
 
 def overlap(r: Region, s: Region) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lora_fx.graph import Site
-from lora_fx.lowrank import Layout
+from lora_fx.ir.graph import Site
+from lora_fx.ir.layout import Layout
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "head", "embedding", "router")
 HEAD_ROWS = 1000

@@ -30,8 +30,9 @@ import numpy as np
 from lora_fx import initial as taken
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Layout, LowRank, alpha_of, draw, generator
-from lora_fx.numeric import NumpyEmitter
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.lowrank import LowRank, alpha_of, draw, generator
 from lora_fx.policy import Entry, Plan
 from lora_fx.target import Found, Target
 from lora_fx.uses import modules, op_of, tied

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx.graph import Parameter, Site
-from lora_fx.lowrank import Layout
+from lora_fx.ir.emitter import Parameter
+from lora_fx.ir.graph import Site
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region
 from lora_fx.text import human, table
-from lora_fx.view import Region
 
 
 def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:

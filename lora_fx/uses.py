@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from lora_fx.graph import Site
+from lora_fx.ir.graph import Site
 from lora_fx.target import Target, split_use
 
 

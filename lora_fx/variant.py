@@ -27,8 +27,10 @@ import numpy as np
 from lora_fx import dora
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Emitter, V
-from lora_fx.lowrank import Layout, LowRank, scale_of
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Emitter
+from lora_fx.ir.layout import Layout
+from lora_fx.lowrank import LowRank, scale_of
 
 
 class Lora:

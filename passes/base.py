@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
-from lora_fx.graph import Graph, V
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Graph
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,16 @@ import numpy as np
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Parameter, Site
-from lora_fx.lowrank import Layout, LowRank, layout_of
+from lora_fx.ir.emitter import Parameter
+from lora_fx.ir.graph import Site
+from lora_fx.ir.layout import Layout, layout_of
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.view import Opaque, Permute, track
+from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY
-from lora_fx.numeric import NumpyEmitter
 from lora_fx.passes.base import PassResult
 from lora_fx.regions import widen
 from lora_fx.target import base_name, split_key
-from lora_fx.view import Opaque, Permute, track
 
 Pair = tuple[Array, Array]
 

@@ -29,8 +29,8 @@ from lora_fx.fx.rows import Rows, part, readable
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train_loss import Loss, loss_function
 from lora_fx.fx.watch import Run, Watched
-from lora_fx.graph import Site
-from lora_fx.lowrank import Layout
+from lora_fx.ir.graph import Site
+from lora_fx.ir.layout import Layout
 from lora_fx.moments import STATISTICS, WIDE, Calibration, Moments, Sums
 from lora_fx.passes.find import find, site_layout
 from lora_fx.regions import contains, relative

@@ -17,7 +17,8 @@ from lora_fx.compare import Report, demand, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.inputs import SIZES
-from lora_fx.lowrank import Layout, LowRank, draw
+from lora_fx.ir.layout import Layout
+from lora_fx.lowrank import LowRank, draw
 from lora_fx.onnx.copies import copies_of
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.switching import Session, write_adapter

@@ -21,13 +21,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_fx.graph import Graph, Parameter, Site
-from lora_fx.lowrank import Layout, layout_of, plain_layout
+from lora_fx.ir.emitter import Parameter
+from lora_fx.ir.graph import Graph, Site
+from lora_fx.ir.layout import Layout, layout_of, plain_layout
+from lora_fx.ir.view import Opaque, Region, track
 from lora_fx.policy import default_plan
 from lora_fx.regions import overlap
 from lora_fx.roles import role_of
 from lora_fx.target import Found, Refusal, Target, Unreached, make_key
-from lora_fx.view import Opaque, Region, track
 
 
 def find(graph: Graph[Any]) -> Found:

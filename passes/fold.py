@@ -20,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Deferred, Emitter, Graph, Site, V
-from lora_fx.kinds import delta
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Deferred, Emitter, Graph, Site
+from lora_fx.ir.kinds import delta
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.view import Region
 from lora_fx.lowrank import LowRank
-from lora_fx.numeric import NumpyEmitter
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import reads_otherwise
@@ -31,7 +33,6 @@ from lora_fx.regions import overlap
 from lora_fx.target import Found, Target
 from lora_fx.uses import applies
 from lora_fx.variant import variant_of
-from lora_fx.view import Region
 
 
 @dataclass(frozen=True)

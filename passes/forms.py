@@ -20,7 +20,6 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_fx import kinds
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.body import one_argument, one_op
 from lora_fx.fx.eager import Program, Recorder, Value
@@ -29,7 +28,9 @@ from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.live import ALWAYS, INSIDE, OUTSIDE
 from lora_fx.fx.nodes import argument
 from lora_fx.fx.tensors import named_tensors, owner
-from lora_fx.graph import Parameter, Role, Site
+from lora_fx.ir import kinds
+from lora_fx.ir.emitter import Parameter, Role
+from lora_fx.ir.graph import Site
 from lora_fx.lowrank import LowRank
 from lora_fx.passes.insert import Insert, changed
 from lora_fx.target import Found, Target, split_use

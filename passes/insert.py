@@ -24,11 +24,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx import dora, kinds
+from lora_fx import dora
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Emitter, Graph, Role, Site, V
-from lora_fx.kinds import Factors, swap_last
-from lora_fx.lowrank import Layout, LowRank
+from lora_fx.ir import kinds
+from lora_fx.ir.emitter import Role, V
+from lora_fx.ir.graph import Emitter, Factors, Graph, Site
+from lora_fx.ir.kinds import swap_last
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region
+from lora_fx.lowrank import LowRank
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
 from lora_fx.regions import contains, relative, widen
@@ -36,7 +40,6 @@ from lora_fx.slots import Half, Slot, halves, slots_of
 from lora_fx.target import Found, Target, base_name
 from lora_fx.uses import applies
 from lora_fx.variant import variant_of
-from lora_fx.view import Region
 
 Pair = tuple[Target, LowRank]
 

@@ -19,7 +19,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.graph import Role
+from lora_fx.ir.emitter import Role
 from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY
 from lora_fx.onnx.branches import listed

@@ -18,7 +18,7 @@ from lora_fx.fx.module import CapturedModule, with_signature
 from lora_fx.fx.pt2 import is_program, open_program
 from lora_fx.fx.pt2_captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors
-from lora_fx.graph import Graph
+from lora_fx.ir.graph import Graph
 from lora_fx.lowrank import LowRank
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.effect import prove_effect

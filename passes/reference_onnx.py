@@ -19,8 +19,8 @@ from lora_fx.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.graph import Role
 from lora_fx.inputs import SIZES, Inputs
+from lora_fx.ir.emitter import Role
 from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.reach import highest

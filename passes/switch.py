@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Role
-from lora_fx.kinds import Einsum, Embedding
+from lora_fx.ir.emitter import Role
+from lora_fx.ir.kinds import Einsum, Embedding
 from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.accumulate import accumulate

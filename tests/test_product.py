@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_fx import product as module
-from lora_fx.product import product
+from lora_fx.ir import numpy_emitter as module
+from lora_fx.ir.numpy_emitter import product
 
 CASES = [
     (rows, rank, columns)

@@ -12,8 +12,8 @@ from pathlib import Path
 from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.heads import is_head
 from lora_fx.checkpoint.strict import TensorInfo
-from lora_fx.graph import Parameter
-from lora_fx.lowrank import plain_layout
+from lora_fx.ir.emitter import Parameter
+from lora_fx.ir.layout import plain_layout
 from lora_fx.policy import default_plan
 from lora_fx.roles import HEAD_ROWS, role_of
 from lora_fx.target import Found, Refusal, Target

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.checkpoint.strict import TensorInfo, read_json
-from lora_fx.lowrank import Layout, plain_layout
+from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.target import Found
 
 CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))

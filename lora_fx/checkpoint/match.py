@@ -20,10 +20,11 @@ from lora_fx.checkpoint.renamed import Renaming, check_present, renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.experts import place
-from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.ir.view import Region
+from lora_fx.lowrank import Full, LowRank
 from lora_fx.target import base_name, split_key, split_use
 from lora_fx.text import near
-from lora_fx.view import Region
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats.masters import File
 from lora_fx.formats.peft_config import Pattern, targets
 from lora_fx.formats.peft_source import Source
-from lora_fx.lowrank import Layout
+from lora_fx.ir.layout import Layout
 
 PREFIX = "base_model.model."
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}

@@ -16,7 +16,8 @@ from typing import Any
 from lora_fx.adapter import Adapter
 from lora_fx.changes import Entry, Kronecker, Rows
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.lowrank import Full, Layout, LowRank
+from lora_fx.ir.layout import Layout
+from lora_fx.lowrank import Full, LowRank
 
 FIELD = "lora_fx_names"
 VERSION = 1

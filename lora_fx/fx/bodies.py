@@ -16,8 +16,9 @@ from lora_fx.fx import ops
 from lora_fx.fx.flops import site_flops
 from lora_fx.fx.flow import Weight, weight_flow
 from lora_fx.fx.nodes import hint, shape_of
-from lora_fx.kinds import Axes, WeightForm
-from lora_fx.view import View
+from lora_fx.ir.graph import Axes
+from lora_fx.ir.kinds import WeightForm
+from lora_fx.ir.view import View
 
 
 def body_uses(

@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx.fx.nodes import shape_of, value
-from lora_fx.graph import Site
-from lora_fx.kinds import Einsum
+from lora_fx.ir.graph import Site
+from lora_fx.ir.kinds import Einsum
 
 aten = torch.ops.aten
 RESHAPES = {

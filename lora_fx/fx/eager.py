@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Role, Site
-from lora_fx.kinds import Einsum
-from lora_fx.kinds_conv import Conv, ConvTranspose
+from lora_fx.ir.emitter import Role
+from lora_fx.ir.graph import Site
+from lora_fx.ir.kinds import Conv, ConvTranspose, Einsum
 
 INPUTS = 2
 """Values that a call brings: the activation (or the stored weight), and the op's result."""
@@ -69,7 +69,7 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
     "cast_like": lambda x, y: x.to(y.dtype),
 }
-"""One line a primitive of lora_fx.graph.Emitter."""
+"""One line a primitive of lora_fx.ir.graph.Emitter."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Recorder:
         return Value(index)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> Value:
-        """One primitive of the closed set (see lora_fx.graph.Emitter)."""
+        """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
         operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
         fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
         return self._add("step", prim, tuple(o.index for o in operands), fixed)

@@ -11,7 +11,8 @@ from torch import fx
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import ops
-from lora_fx.graph import Role, Site
+from lora_fx.ir.emitter import Role
+from lora_fx.ir.graph import Site
 
 if TYPE_CHECKING:
     from lora_fx.fx.graph import FxGraph
@@ -60,7 +61,7 @@ class FxEmitter:
         return new
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:
-        """One primitive of the closed set (see lora_fx.graph.Emitter)."""
+        """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
         x = xs[0]
         if prim == "matmul":
             return self._call(aten.matmul.default, xs)

@@ -7,7 +7,7 @@ from torch import fx
 
 from lora_fx.fx.nodes import hint, numel, op_name, shape_of
 from lora_fx.fx.ops import Use, pick
-from lora_fx.products import letters
+from lora_fx.ir.kinds import letters
 
 aten = torch.ops.aten
 

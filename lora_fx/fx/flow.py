@@ -18,7 +18,7 @@ from lora_fx.fx.nodes import hint, shape_of
 from lora_fx.fx.ops import OPS, PRODUCTS, pick, row_of
 from lora_fx.fx.tensors import owner
 from lora_fx.fx.views import SPLITS, VIEWS, gather
-from lora_fx.view import View
+from lora_fx.ir.view import View
 
 aten = torch.ops.aten
 

@@ -19,7 +19,8 @@ from lora_fx.fx.flow import Flow, tensor, weight_flow
 from lora_fx.fx.nodes import argument, dtype_name, value
 from lora_fx.fx.sites import Found, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
-from lora_fx.graph import Deferred, Parameter, Role, Site
+from lora_fx.ir.emitter import Parameter, Role
+from lora_fx.ir.graph import Deferred, Site
 
 
 class FxGraph:
@@ -155,7 +156,7 @@ class FxGraph:
         raise LoraFxError(f"nothing reads the result of site {site.id!r}")
 
     def product(self, site: Site, e: Any) -> fx.Node | None:
-        """See lora_fx.graph.Graph; torch knows it of linear layers and convolutions."""
+        """See lora_fx.ir.graph.Graph; torch knows it of linear layers and convolutions."""
         node, y = self._at(site), self.output(site)
         row = ops.row_of(node)
         assert row is not None
@@ -234,7 +235,7 @@ class FxGraph:
     def replace_parameter(
         self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any] | Deferred
     ) -> str:
-        """See lora_fx.graph.Graph. A constant of their own is `NAME_folded[_1]`."""
+        """See lora_fx.ir.graph.Graph. A constant of their own is `NAME_folded[_1]`."""
         value = value.compute() if isinstance(value, Deferred) else value
         stored = name.replace("~", "")
         module, leaf = owner(self.root, stored)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lora_fx import kinds, kinds_conv
 from lora_fx.fx.nodes import argument, op_name, shape_of, value
-from lora_fx.kinds import Axes, Kind
-from lora_fx.products import VECTOR, contraction, letters, product
+from lora_fx.ir import kinds
+from lora_fx.ir.graph import Axes, Kind
+from lora_fx.ir.kinds import VECTOR, contraction, letters, product
 
 aten = torch.ops.aten
 Path = tuple[int, ...]
@@ -114,7 +114,7 @@ def _conv(node: Node) -> Iterator[Use]:
     lone = w is not None and groups > 1 and w[1] == 1
     attrs = _window(node, "stride", "padding", "dilation")
     why = DEPTHWISE if lone else ""
-    yield Use((1,), (0,), kinds_conv.Conv(groups), attrs, why, allowed=lone)
+    yield Use((1,), (0,), kinds.Conv(groups), attrs, why, allowed=lone)
 
 
 def _conv_transpose(node: Node) -> Iterator[Use]:
@@ -123,7 +123,7 @@ def _conv_transpose(node: Node) -> Iterator[Use]:
     lone = w is not None and groups > 1 and w[0] == groups
     attrs = _window(node, "stride", "padding", "output_padding", "dilation")
     why = DEPTHWISE if lone else ""
-    yield Use((1,), (0,), kinds_conv.ConvTranspose(groups), attrs, why, allowed=lone)
+    yield Use((1,), (0,), kinds.ConvTranspose(groups), attrs, why, allowed=lone)
 
 
 def _window(node: Node, *names: str) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from lora_fx.fx.capture import Captured
 from lora_fx.fx.export import _quiet
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.tensors import owner
-from lora_fx.graph import Parameter, Site
+from lora_fx.ir.emitter import Parameter
+from lora_fx.ir.graph import Site
 
 
 class PartialGraphs:

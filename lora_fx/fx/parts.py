@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from lora_fx.fx import ops
 from lora_fx.fx.nodes import hint, numel, shape_of, value
 from lora_fx.fx.views import SPLITS, VIEWS
-from lora_fx.kinds import Kind
+from lora_fx.ir.graph import Kind
 
 aten = torch.ops.aten
 Part = tuple[str, int, int]

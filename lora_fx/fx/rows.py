@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_fx import kinds, kinds_conv
-from lora_fx.graph import Site
-from lora_fx.lowrank import Layout
-from lora_fx.view import Gather
+from lora_fx.ir import kinds
+from lora_fx.ir.graph import Site
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Gather
 
 DOTS = "ABCDEFGH"
 
@@ -48,9 +48,9 @@ class Rows:
 
 def readable(site: Site) -> bool:
     """True when a use's x and dy can be had as rows; else only its gradient can."""
-    known = (kinds.Einsum, kinds.Embedding, kinds.Grouped, kinds_conv.Conv)
+    known = (kinds.Einsum, kinds.Embedding, kinds.Grouped, kinds.Conv)
     gathered = any(isinstance(s, Gather) for s in site.view.steps)
-    return isinstance(site.kind, (*known, kinds_conv.ConvTranspose)) and not gathered
+    return isinstance(site.kind, (*known, kinds.ConvTranspose)) and not gathered
 
 
 def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> Rows | None:
@@ -64,9 +64,9 @@ def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> Rows | None:
     if isinstance(kind, kinds.Grouped):
         assert ends is not None
         return _grouped(x, ends)
-    if isinstance(kind, kinds_conv.Conv):
+    if isinstance(kind, kinds.Conv):
         return _channels(kind.groups, _windows(site, _images(site, x)), site)
-    assert isinstance(kind, kinds_conv.ConvTranspose)
+    assert isinstance(kind, kinds.ConvTranspose)
     return _channels(kind.groups, _images(site, x), site)
 
 
@@ -81,9 +81,9 @@ def rows_out(site: Site, dy: Tensor, x: Sequence[int], ends: Tensor | None = Non
     if isinstance(kind, kinds.Grouped):
         assert ends is not None
         return _grouped(dy, ends)
-    if isinstance(kind, kinds_conv.Conv):
+    if isinstance(kind, kinds.Conv):
         return _channels(kind.groups, _images(site, dy), site)
-    assert isinstance(kind, kinds_conv.ConvTranspose)
+    assert isinstance(kind, kinds.ConvTranspose)
     spots = tuple(x)[-(len(site.operand) - 2) :]
     return _channels(kind.groups, _windows(site, _images(site, dy), spots), site)
 

@@ -17,7 +17,7 @@ from lora_fx.fx.flow import Flow, Weight, scope_of
 from lora_fx.fx.inline import NO_GRAD
 from lora_fx.fx.nodes import hint, op_name, shape_of
 from lora_fx.fx.parts import out_axis, parts_of
-from lora_fx.graph import Site
+from lora_fx.ir.graph import Site
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from lora_fx.fx.nodes import Shape, argument, dtype_name, numel, shape_of, value
-from lora_fx.view import Cast, Gather, Permute, Reshape, Slice, Step
+from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step
 
 aten = torch.ops.aten
 

@@ -23,8 +23,8 @@ from lora_fx.fx.capture import Captured
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.rows import Rows, readable, rows_in, rows_out
-from lora_fx.graph import Site
-from lora_fx.kinds import Grouped
+from lora_fx.ir.graph import Site
+from lora_fx.ir.kinds import Grouped
 
 Choose = Callable[[FxGraph], Sequence[tuple[Site, tuple[str, ...]]]]
 """The uses of a graph to watch, with the keys of the updates that reach them."""

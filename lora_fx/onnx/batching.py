@@ -23,9 +23,9 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Role, Site
-from lora_fx.kinds import Einsum, Embedding
-from lora_fx.kinds_conv import Conv
+from lora_fx.ir.emitter import Role
+from lora_fx.ir.graph import Site
+from lora_fx.ir.kinds import Conv, Einsum, Embedding
 from lora_fx.manifest import PROPERTY, VERSION
 from lora_fx.onnx.choice import IDS, Choice
 from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser

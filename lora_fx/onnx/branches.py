@@ -15,7 +15,8 @@ import onnx_ir as ir
 from lora_fx.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Layout, LowRank
+from lora_fx.ir.layout import Layout
+from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY, VERSION
 from lora_fx.onnx.load import load
 from lora_fx.slots import FIELDS, learning, slots_of, with_values

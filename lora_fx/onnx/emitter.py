@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Deferred, Role, Site
+from lora_fx.ir.emitter import Role
+from lora_fx.ir.graph import Deferred, Site
 from lora_fx.onnx.flow import MARK, VIEW, Found
 from lora_fx.onnx.views import dtype_name
 
@@ -77,7 +78,7 @@ class OnnxEmitter:
         return add_initialiser(self.owner.model.graph, name, value, self.site.id)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        """One primitive of the closed set (see lora_fx.graph.Emitter)."""
+        """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
         made = self._op(prim, *xs, **attrs)
         if made.dtype is None:  # later casts ask for it
             dtype = self._dtype(xs, attrs)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.graph import Parameter, Site
+from lora_fx.ir.emitter import Parameter
+from lora_fx.ir.graph import Site
+from lora_fx.ir.kinds import Shape
+from lora_fx.ir.view import View
 from lora_fx.onnx.ops import DATA_OPS, QUANTISED, Row, Use, row_of
 from lora_fx.onnx.views import VIEWS, after, tensor_dtype
-from lora_fx.products import Shape
-from lora_fx.view import View
 
 MARK = "lora_fx"
 VIEW = "lora_fx.view"

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.graph import Deferred, Parameter, Site
+from lora_fx.ir.emitter import Parameter
+from lora_fx.ir.graph import Deferred, Site
 from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser, as_tensor
 from lora_fx.onnx.flow import MARK, WAS, Flow, Found, follow, shape_of, site_name
 from lora_fx.onnx.ops import row_of
@@ -181,7 +182,7 @@ class OnnxGraph:
             self.rebase(site, self.flow.stores[stored].value)
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """See lora_fx.graph.Graph. A constant of their own is `NAME_folded`."""
+        """See lora_fx.ir.graph.Graph. A constant of their own is `NAME_folded`."""
         if self.covers(name, sites):
             store = self.flow.stores[name]
             store.put(as_tensor(value, str(store.tensor.name)))

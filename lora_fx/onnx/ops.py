@@ -13,9 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lora_fx import kinds, kinds_conv
-from lora_fx.kinds import Axes, Einsum, Kind, WeightForm
-from lora_fx.products import VECTOR, Shape, contraction, letters, product
+from lora_fx.ir import kinds
+from lora_fx.ir.graph import Axes, Kind
+from lora_fx.ir.kinds import VECTOR, Einsum, Shape, WeightForm, contraction, letters, product
 
 MS = "com.microsoft"
 DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
@@ -126,15 +126,15 @@ def _window(node: ir.Node, shape: Shapes, extra: str) -> Iterator[Use]:
     if w is None:
         return
     if len(w) < 3:
-        yield Use(1, 0, kinds_conv.Conv(groups), VECTOR)
+        yield Use(1, 0, kinds.Conv(groups), VECTOR)
         return
     lone = groups > 1 and (w[0] == groups if extra else w[1] == 1)
     why = DEPTHWISE if lone else ""
     if attr(node, "activation", ""):  # of the fused form: nothing can be added to the product
-        axes = kinds_conv.Conv(groups).axes(w)
+        axes = kinds.Conv(groups).axes(w)
         yield Use(1, 0, WeightForm("conv", axes), why, allowed=lone)
         return
-    kind = kinds_conv.ConvTranspose(groups) if extra else kinds_conv.Conv(groups)
+    kind = kinds.ConvTranspose(groups) if extra else kinds.Conv(groups)
     yield Use(1, 0, kind, why, allowed=lone)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_fx.kinds import Embedding
+from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.graph import OnnxGraph
 
 SAME_NUMBERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose",

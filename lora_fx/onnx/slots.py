@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
-from lora_fx.kinds import swap_last
+from lora_fx.ir.kinds import swap_last
 from lora_fx.manifest import Slot
 from lora_fx.onnx.flow import MARK
 from lora_fx.onnx.graph import OnnxGraph

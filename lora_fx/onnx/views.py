@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array
-from lora_fx.view import Cast, Permute, Reshape, Slice, Step
+from lora_fx.ir.view import Cast, Permute, Reshape, Slice, Step
 
 Steps = list[Step] | None
 Rule = Callable[[ir.Node, tuple[int, ...], int], Steps]

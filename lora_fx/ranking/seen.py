@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_fx.dtypes import Array
-from lora_fx.lowrank import Layout
+from lora_fx.ir.layout import Layout
 from lora_fx.moments import Moments
 
 

@@ -13,6 +13,7 @@ import pytest
 import lora_fx
 from lora_fx.adapter import Adapter
 from lora_fx.errors import LoraFxError
+from lora_fx.ir.layout import Layout
 from lora_fx.lowrank import Full, LowRank
 from tests.checkpoint.int8_bases import BNB, CT, SCALES, SCHEMES, Q, base, config, quantised, wide
 from tests.checkpoint.made import Array, adapter, checkpoint, factors, read
@@ -101,7 +102,7 @@ def test_a_square_layer_of_gpt2_is_out_in(tmp_path: Path) -> None:
     step = np.abs(want).max(axis=1, keepdims=True) / 127
     assert (np.abs(wide(read(tmp_path / "out"), name, BNB) - want) <= 0.5001 * step).all()
     # One that says where it lies, of a float Conv1D, is no update of these codes.
-    low = LowRank(a, b, 6.0, lora_fx.lowrank.Layout((24, 24), (), (1,), (0,), (24, 24)))
+    low = LowRank(a, b, 6.0, Layout((24, 24), (), (1,), (0,), (24, 24)))
     refused(
         tmp_path / "base",
         Adapter({f"{name}.weight": low}),

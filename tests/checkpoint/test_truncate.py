@@ -16,7 +16,8 @@ import lora_fx
 from lora_fx.adapter import Adapter
 from lora_fx.changes import Dense, Entry, Hadamard, Kronecker, Rows
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.lowrank import Full, LowRank
 from lora_fx.svd import distance, product_svd, truncated
 from lora_fx.truncation import Truncation, truncation
 

@@ -17,8 +17,8 @@ from lora_fx.dtypes import Array
 from lora_fx.experts import place
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.initial import residual
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.numeric import NumpyEmitter
 
 Tensors = dict[str, Array]
 

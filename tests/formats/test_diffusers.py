@@ -17,7 +17,8 @@ from lora_fx.changes import Dense
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import diffusers
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
-from lora_fx.lowrank import LowRank, plain_layout
+from lora_fx.ir.layout import plain_layout
+from lora_fx.lowrank import LowRank
 
 Array = np.ndarray[Any, Any]
 A = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)

@@ -15,7 +15,8 @@ from lora_fx.changes import Dense, Hadamard, Kronecker, Rows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
-from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.lowrank import Full, LowRank
 
 Array = np.ndarray[Any, Any]
 X = "lora_unet_mid_x"

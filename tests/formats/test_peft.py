@@ -18,7 +18,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft
 from lora_fx.formats.tensorfile import read_tensors, write_tensors
-from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.lowrank import Full, LowRank
 
 Same = Callable[[Adapter, Adapter], None]
 Write = Callable[..., Path]

@@ -16,7 +16,8 @@ from lora_fx.dtypes import Array
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.peft_names import OWN
 from lora_fx.formats.tensorfile import read_tensors
-from lora_fx.lowrank import Full, Layout, LowRank, plain_layout
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.lowrank import Full, LowRank
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from lora_fx.compare import rel
-from lora_fx.graph import Role
+from lora_fx.ir.emitter import Role
 from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.passes.find import find

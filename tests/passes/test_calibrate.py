@@ -17,7 +17,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured, capture
 from lora_fx.fx.rows import Rows, part
 from lora_fx.fx.watch import Watched
-from lora_fx.graph import Site
+from lora_fx.ir.graph import Site
 from lora_fx.passes.calibrate import _Seen, _straight, calibrate
 from lora_fx.start import matrix
 from tests.table import ROWS, Model, Row, example

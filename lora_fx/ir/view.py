@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lora_fx.graph import Emitter
+from lora_fx.ir.emitter import Ops
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class View:
         """This view followed by more steps."""
         return View(self.steps + steps)
 
-    def replay(self, emitter: Emitter[Any], value: Any) -> Any:
+    def replay(self, emitter: Ops[Any], value: Any) -> Any:
         """Run the steps on a value of the emitter's IR that has the stored shape."""
         for step in self.steps:
             if isinstance(step, Permute):

@@ -1,43 +1,20 @@
 """The protocols that let one set of passes serve several IRs: Graph, Emitter and Site.
 
 A pass sees a graph only through these. `lora_fx.fx` and `lora_fx.onnx` implement them;
-`lora_fx.numeric` is the emitter that computes with numpy at once.
+`lora_fx.ir.numpy_emitter` is the emitter that computes with numpy at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol
 
 import numpy as np
 
-from lora_fx.view import View
-
-if TYPE_CHECKING:
-    from lora_fx.kinds import Kind
-
-V = TypeVar("V")
-
-
-class Role(Enum):
-    """What a parameter that an emitter adds is for."""
-
-    TRAIN = "train"
-    FROZEN = "frozen"
-    OPTIONAL_INPUT = "optional input"
-    REQUIRED_INPUT = "required input"
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One stored tensor: all its names (the first is the canonical one), shape and dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    aliases: tuple[str, ...] = ()
+from lora_fx.ir.emitter import Ops, Parameter, Role, V
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Step, View
 
 
 @dataclass(frozen=True)
@@ -86,37 +63,8 @@ class Site:
     attrs: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 
-class Emitter(Protocol[V]):
-    """Builds nodes in one IR, at one place.
-
-    The primitives of `op` are a closed set:
-
-    ========== ======================================= =========================
-    prim       operands                                attributes
-    ========== ======================================= =========================
-    matmul     x, y, as numpy.matmul
-    add, mul   x, y (broadcast); y may be a float
-    div        x, y (broadcast)
-    norm       x: its length along the last axis,
-               which stays with size 1
-    detach     x, through which no gradient flows
-    transpose  x                                       perm
-    reshape    x (sizes known)                         shape
-    slice      x                                       axis, start, stop
-    pad        x, zeros around                         before, after (per axis)
-    einsum     x, y                                    equation
-    conv       x, w [g·out, in, *kernel]               stride padding dilation groups
-    conv_tr…   x, w [g·in, out, *kernel]               the same and output_padding
-    gather     w [rows, n], ids                        picks rows
-    dropout    x, in training                          p
-    cast       x                                       dtype
-    cast_like  x, y                                    x in the dtype of y
-    ========== ======================================= =========================
-    """
-
-    def op(self, prim: str, *xs: Any, **attrs: Any) -> V:
-        """Build one primitive."""
-        ...
+class Emitter(Ops[V], Protocol[V]):
+    """Builds nodes in one IR, at one place."""
 
     def like(self, site: Site, x: V, w: V) -> V:
         """The site's own op, attributes kept and bias left out, with other operands."""
@@ -220,4 +168,52 @@ class Graph(Protocol[V]):
 
     def lint(self) -> None:
         """Raise if the graph is not valid."""
+        ...
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The part that each axis of the operand plays, after `steps` have split it where needed."""
+
+    batch: tuple[int, ...]
+    out: tuple[int, ...]
+    in_: tuple[int, ...]
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Factors(Generic[V]):
+    """The two factors as values of an IR, in the layout that the site reads.
+
+    `a` [*batch, rank, in], `b` [*batch, out, rank]; the scale is already in b.
+    """
+
+    a: V
+    b: V
+    rank: int
+    layout: Layout
+
+
+class Kind(Protocol):
+    """One kind of contraction."""
+
+    @property
+    def name(self) -> str:
+        """linear, conv, embedding, einsum, recurrent."""
+        ...
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """The parts of the operand's axes."""
+        ...
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """The op itself from primitives, without bias."""
+        ...
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """b·(a·x) in the shape of the op's output; None where only the weight form exists."""
+        ...
+
+    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
+        """The shape in which a number a row of W goes with the result; empty where none does."""
         ...

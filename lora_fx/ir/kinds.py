@@ -8,59 +8,12 @@ operands (`apply`), and how to compute the low-rank part of the output without t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import Any
 
-from lora_fx.graph import Emitter, Site, V
-from lora_fx.lowrank import Layout
-from lora_fx.view import Region, Step
-
-
-@dataclass(frozen=True)
-class Axes:
-    """The part that each axis of the operand plays, after `steps` have split it where needed."""
-
-    batch: tuple[int, ...]
-    out: tuple[int, ...]
-    in_: tuple[int, ...]
-    steps: tuple[Step, ...] = ()
-
-
-@dataclass(frozen=True)
-class Factors(Generic[V]):
-    """The two factors as values of an IR, in the layout that the site reads.
-
-    `a` [*batch, rank, in], `b` [*batch, out, rank]; the scale is already in b.
-    """
-
-    a: V
-    b: V
-    rank: int
-    layout: Layout
-
-
-class Kind(Protocol):
-    """One kind of contraction."""
-
-    @property
-    def name(self) -> str:
-        """linear, conv, embedding, einsum, recurrent."""
-        ...
-
-    def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The parts of the operand's axes."""
-        ...
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """The op itself from primitives, without bias."""
-        ...
-
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
-        """b·(a·x) in the shape of the op's output; None where only the weight form exists."""
-        ...
-
-    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """The shape in which a number a row of W goes with the result; empty where none does."""
-        ...
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Axes, Emitter, Factors, Kind, Site
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region, Reshape
 
 
 def delta(e: Emitter[V], layout: Layout, a: V, b: V, scale: float) -> V:
@@ -270,3 +223,150 @@ class WeightForm(Apart):
 
 RECURRENT = WeightForm("recurrent", Axes((), (0,), (1,)))
 """A weight [gates·hidden, in] of an LSTM, GRU or RNN: all gates are one matrix."""
+
+
+# Convolutions and their transposes as contractions: groups are batch, the kernel counts.
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution: w [g·out, in, *kernel] over x [n, g·in, *size]; in spans the kernel too."""
+
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """Conv, whatever the number of dimensions."""
+        return "conv"
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """Groups are batch; in is C_in/groups · ∏kernel."""
+        if self.groups == 1:
+            return Axes((), (0,), tuple(range(1, len(operand))))
+        split = (self.groups, operand[0] // self.groups, *operand[1:])
+        return Axes((0,), (1,), tuple(range(2, len(split))), (Reshape(split),))
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """One convolution."""
+        return e.op("conv", x, w, groups=self.groups, **site.attrs)
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """The site's own convolution to g·rank channels, then a 1×1 one with b."""
+        g, window = self.groups, site.operand[1:]
+        a = e.op("reshape", f.a, shape=(g * f.rank, *window))
+        b = e.op("reshape", f.b, shape=(site.operand[0], f.rank, *(1 for _ in window[1:])))
+        return e.op("conv", e.like(site, x, a), b, groups=g)
+
+    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
+        """The axis of the channels, before those of the size."""
+        return (out, *(1 for _ in site.operand[2:]))
+
+
+@dataclass(frozen=True)
+class ConvTranspose(Apart):
+    """A transposed convolution: w [g·in, out, *kernel] over x [n, g·in, *size].
+
+    Every input element is spread over the kernel, so here out spans it: out = C_out/g · ∏kernel.
+    """
+
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """conv_transpose, whatever the number of dimensions."""
+        return "conv_transpose"
+
+    def axes(self, operand: tuple[int, ...]) -> Axes:
+        """Groups are batch; out is C_out/groups · ∏kernel."""
+        if self.groups == 1:
+            return Axes((), tuple(range(1, len(operand))), (0,))
+        split = (self.groups, operand[0] // self.groups, *operand[1:])
+        return Axes((0,), tuple(range(2, len(split))), (1,), (Reshape(split),))
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """One transposed convolution."""
+        return e.op("conv_transpose", x, w, groups=self.groups, **site.attrs)
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+        """A 1×1 convolution with a to g·rank channels, then the site's own op with b."""
+        g, window = self.groups, site.operand[1:]
+        ones = tuple(1 for _ in window[1:])
+        a = e.op("reshape", f.a, shape=(g * f.rank, site.operand[0] // g, *ones))
+        swap = (0, 2, 1) if f.layout.batch_shape else (1, 0)
+        b = e.op("reshape", e.op("transpose", f.b, perm=swap), shape=(g * f.rank, *window))
+        return e.like(site, e.op("conv", x, a, groups=g), b)
+
+
+# What kind of contraction the shapes of a product make: matmul and einsum, whatever they mean.
+
+
+Shape = tuple[Any, ...]
+"""Sizes; what is no whole number is symbolic."""
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+VECTOR = "the weight has one dimension"
+
+
+def product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, str]:
+    """The Kind of x @ w (or w @ x) from the two shapes; why it is refused, or an empty text."""
+    if len(w) < 2:
+        return matmul_right(), VECTOR
+    lead = w[:-2]
+    if not lead:
+        return matmul_left(vector=len(x) == 1) if left else matmul_right(), ""
+    # i, o and n name the matrix axes; LETTERS[:len] reaches i only past eight batch axes
+    batch = LETTERS[: len(lead)]
+    inner = tuple(x[-2 - len(lead) : -2])
+    fits = len(x) >= len(w) and all(
+        isinstance(n, int) and n == m for n, m in zip(inner, lead, strict=True)
+    )
+    if fits:
+        return matmul_left(batch) if left else matmul_right(batch), ""
+    n = len(lead)
+    out, in_ = (n, n + 1) if left else (n + 1, n)
+    return WeightForm("linear", Axes(tuple(range(n)), (out,), (in_,))), ""
+
+
+def contraction(terms: list[str], i: int) -> tuple[Kind, str]:
+    """The Kind of operand i of an einsum, from the letters of its operands and its result."""
+    w, y = terms[i], terms[-1]
+    others = [t for j, t in enumerate(terms[:-1]) if j != i]
+    x = "".join(others)
+    why = ""
+    if not others:
+        why = "einsum of one operand"
+    elif len(set(w)) < len(w) or any(len(set(t)) < len(t) for t in others):
+        why = "a letter stands twice in one operand"
+    elif all(c in x for c in w) and all(c in y for c in w):
+        why = "no contraction: nothing of low rank"
+    elif all(c in y for c in w) or all(c in x or c not in y for c in w):
+        why = "one side of the weight has no axis: nothing of low rank"
+    summed = any(c not in x and c not in y for c in w)
+    if len(others) == 1 and (why or not summed):
+        return Einsum(others[0], w, y), why
+    in_ = tuple(k for k, c in enumerate(w) if c not in y)
+    batch = tuple(k for k, c in enumerate(w) if c in y and c in x)
+    out = tuple(k for k, c in enumerate(w) if c in y and c not in x)
+    return WeightForm("einsum", Axes(batch, out, in_)), why
+
+
+def letters(equation: str, ranks: list[int]) -> list[str]:
+    """The operands' and the result's letters, with the ellipsis spelled out."""
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    free = [c for c in LETTERS if c not in equation]
+    longest = max(
+        (n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True) if "..." in t),
+        default=0,
+    )
+    dots = "".join(free[:longest])
+    spelled = []
+    for t, n in zip(terms, ranks, strict=True):
+        width = n - len(t.replace("...", ""))
+        spelled.append(t.replace("...", dots[longest - width :]))
+    if arrow:
+        result = right.replace("...", dots)
+    else:
+        every = "".join(terms).replace(".", "")
+        result = dots + "".join(sorted(c for c in set(every) if every.count(c) == 1))
+    return [*spelled, result]

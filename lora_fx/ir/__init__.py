@@ -1,0 +1,1 @@
+"""What a pass sees of a graph, in no graph library: sites, views, layouts, kinds, emitters."""

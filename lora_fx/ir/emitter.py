@@ -1,0 +1,60 @@
+"""What builds a node in some IR, and what the nodes that it adds are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+V = TypeVar("V")
+V_co = TypeVar("V_co", covariant=True)
+
+
+class Ops(Protocol[V_co]):
+    """Builds primitives of one closed set; `lora_fx.ir.graph.Emitter` is all that a pass asks for.
+
+    ========== ======================================= =========================
+    prim       operands                                attributes
+    ========== ======================================= =========================
+    matmul     x, y, as numpy.matmul
+    add, mul   x, y (broadcast); y may be a float
+    div        x, y (broadcast)
+    norm       x: its length along the last axis,
+               which stays with size 1
+    detach     x, through which no gradient flows
+    transpose  x                                       perm
+    reshape    x (sizes known)                         shape
+    slice      x                                       axis, start, stop
+    pad        x, zeros around                         before, after (per axis)
+    einsum     x, y                                    equation
+    conv       x, w [g·out, in, *kernel]               stride padding dilation groups
+    conv_tr…   x, w [g·in, out, *kernel]               the same and output_padding
+    gather     w [rows, n], ids                        picks rows
+    dropout    x, in training                          p
+    cast       x                                       dtype
+    cast_like  x, y                                    x in the dtype of y
+    ========== ======================================= =========================
+    """
+
+    def op(self, prim: str, *xs: Any, **attrs: Any) -> V_co:
+        """Build one primitive."""
+        ...
+
+
+class Role(Enum):
+    """What a parameter that an emitter adds is for."""
+
+    TRAIN = "train"
+    FROZEN = "frozen"
+    OPTIONAL_INPUT = "optional input"
+    REQUIRED_INPUT = "required input"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One stored tensor: all its names (the first is the canonical one), shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    aliases: tuple[str, ...] = ()

@@ -1,0 +1,170 @@
+"""How the matrices of an update lie in a stored tensor: which of its axes are batch, out and in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lora_fx.ir.emitter import Ops, V
+from lora_fx.ir.view import Opaque, Region, Tracked
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How [*batch, out, in] lies in a stored tensor (or a region of one).
+
+    Attributes:
+        shape: The stored shape, with an axis split where only a part of it is batch, out or in.
+        batch: Axes of `shape` that are batch (experts of a stack, groups of a convolution).
+        out: Axes of `shape` that make up out, major first.
+        in_: Axes of `shape` that make up in, major first.
+        stored: The stored shape itself.
+    """
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    out: tuple[int, ...]
+    in_: tuple[int, ...]
+    stored: tuple[int, ...]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the batch axes; empty for a plain matrix."""
+        return tuple(self.shape[i] for i in self.batch)
+
+    @property
+    def out_size(self) -> int:
+        """Rows of one matrix."""
+        return math.prod(self.shape[i] for i in self.out)
+
+    @property
+    def in_size(self) -> int:
+        """Columns of one matrix."""
+        return math.prod(self.shape[i] for i in self.in_)
+
+    @property
+    def max_rank(self) -> int:
+        """The smaller side of one matrix: no update has a higher rank."""
+        return min(self.out_size, self.in_size)
+
+    def parameters(self, rank: int) -> int:
+        """Number of elements in a and b together."""
+        return math.prod(self.batch_shape) * rank * (self.out_size + self.in_size)
+
+    def transposed(self) -> Layout:
+        """The layout of a use that reads the tensor the other way round."""
+        return Layout(self.shape, self.batch, self.in_, self.out, self.stored)
+
+    def narrow(self, bounds: Region) -> Layout | None:
+        """The layout of a part of the stored tensor; None where it cuts an axis that is split.
+
+        Args:
+            bounds: Half-open, per stored axis of this layout.
+        """
+        shape = list(self.shape)
+        at = 0
+        for (lo, hi), n in zip(bounds, self.stored, strict=True):
+            first = at
+            while at < len(shape) and (at == first or math.prod(shape[first:at]) < n):
+                at += 1
+            if (lo, hi) != (0, n):
+                if at - first != 1 or not 0 <= lo < hi <= n:
+                    return None
+                shape[first] = hi - lo
+        stored = tuple(hi - lo for lo, hi in bounds)
+        return Layout(tuple(shape), self.batch, self.out, self.in_, stored)
+
+    def starts(self, bounds: Region) -> tuple[int, ...]:
+        """Where a part that `narrow` allows begins, per axis of `shape`."""
+        result: list[int] = []
+        for (lo, _), n in zip(bounds, self.stored, strict=True):
+            first = len(result)
+            while len(result) < len(self.shape) and (
+                len(result) == first or math.prod(self.shape[first : len(result)]) < n
+            ):
+                result.append(lo if len(result) == first else 0)
+        return tuple(result)
+
+    def from_stored(self, e: Ops[V], value: V) -> V:
+        """The stored shape → [*batch, out, in], in any IR."""
+        order = self.batch + self.out + self.in_
+        whole = (*self.batch_shape, self.out_size, self.in_size)
+        if tuple(self.shape) != self.stored:
+            value = e.op("reshape", value, shape=self.shape)
+        if order != tuple(range(len(order))):
+            value = e.op("transpose", value, perm=order)
+        if tuple(self.shape[i] for i in order) != whole:
+            value = e.op("reshape", value, shape=whole)
+        return value
+
+    def to_stored(self, e: Ops[V], delta: V) -> V:
+        """[*batch, out, in] → the stored shape, in any IR."""
+        order = self.batch + self.out + self.in_
+        split = tuple(self.shape[i] for i in order)
+        inverse = tuple(order.index(i) for i in range(len(order)))
+        whole = (*self.batch_shape, self.out_size, self.in_size)
+        if split != whole:
+            delta = e.op("reshape", delta, shape=split)
+        if inverse != tuple(range(len(inverse))):
+            delta = e.op("transpose", delta, perm=inverse)
+        if tuple(self.shape) != self.stored:
+            delta = e.op("reshape", delta, shape=self.stored)
+        return delta
+
+    def to_json(self) -> dict[str, list[int]]:
+        """Plain lists, for a manifest."""
+        return {k: list(getattr(self, k)) for k in ("shape", "batch", "out", "in_", "stored")}
+
+    @classmethod
+    def from_json(cls, data: dict[str, list[int]]) -> Layout:
+        """The inverse of to_json."""
+        return cls(**{k: tuple(v) for k, v in data.items()})
+
+
+def plain_layout(shape: tuple[int, ...]) -> Layout:
+    """Axis 0 is out and the rest is in: what nn.Linear and an ungrouped convolution store."""
+    return Layout(shape, (), (0,), tuple(range(1, len(shape))), shape)
+
+
+def layout_of(
+    tracked: Tracked, batch: tuple[int, ...], out: tuple[int, ...], in_: tuple[int, ...]
+) -> Layout:
+    """The Layout of an operand whose axes play these parts.
+
+    Runs of one stored axis that stayed neighbours in the same part are joined again, so that two
+    uses of a tensor compare equal however they split it.
+
+    Raises:
+        Opaque: An operand axis is read by no part.
+    """
+    parts = [[a for axis in axes for a in tracked.axes[axis]] for axes in (batch, out, in_)]
+    parts = [[a for a in part if tracked.size[a] != 1] for part in parts]
+    runs: list[tuple[int, list[int]]] = []  # (part, atoms), in stored order
+    for row in tracked.stored:
+        fresh = True
+        for atom in (a for a in row if tracked.size[a] != 1):
+            part = next((p for p, atoms in enumerate(parts) if atom in atoms), -1)
+            if part < 0:
+                raise Opaque("a stored axis is not read")
+            if not fresh and runs[-1][0] == part:
+                last = parts[part].index(runs[-1][1][-1])
+                if part and parts[part][last + 1 : last + 2] == [atom]:
+                    runs[-1][1].append(atom)
+                    continue
+            runs.append((part, [atom]))
+            fresh = False
+        if fresh:  # an axis of size 1: keep it, as out if out is empty, else as in
+            runs.append((-1, []))
+    sides = [
+        sorted(
+            (i for i, (p, _) in enumerate(runs) if p == part),
+            key=lambda i, part=part: parts[part].index(runs[i][1][0]),  # type: ignore[misc]
+        )
+        for part in range(3)
+    ]
+    for i, (part, _) in enumerate(runs):
+        if part < 0:
+            sides[1 if not sides[1] else 2].append(i)
+    shape = tuple(math.prod(tracked.size[a] for a in atoms) for _, atoms in runs)
+    stored = tuple(hi - lo for lo, hi in tracked.region)
+    return Layout(shape, tuple(sides[0]), tuple(sides[1]), tuple(sides[2]), stored)
