@@ -61,7 +61,7 @@ def command(
     from lora_fx.fx.factory import load_function
     from lora_fx.passes.pipeline import find
     from lora_fx.passes.plan import plan
-    from lora_fx.ranking import METHODS
+    from lora_fx.targets.ranking import METHODS
 
     check_output(output, force=force)
     if not output.endswith(".json"):

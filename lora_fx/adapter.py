@@ -15,7 +15,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import plain_layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
 
 
 @dataclass(frozen=True)

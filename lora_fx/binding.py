@@ -16,10 +16,9 @@ from lora_fx.experts import place
 from lora_fx.fused import other_split
 from lora_fx.ir.layout import Layout
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.regions import check_disjoint
-from lora_fx.target import Found
-from lora_fx.text import near
-from lora_fx.uses import (
+from lora_fx.targets.found import Found
+from lora_fx.targets.regions import (
+    check_disjoint,
     disjoint,
     each_use,
     lookup_use,
@@ -30,6 +29,7 @@ from lora_fx.uses import (
     own_use,
     tied,
 )
+from lora_fx.text import near
 
 
 def bind(adapter: Adapter, found: Found) -> Adapter:

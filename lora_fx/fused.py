@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lora_fx.lowrank import LowRank
-from lora_fx.roles import role_by_name
-from lora_fx.target import Found, Target
+from lora_fx.targets.found import Found
+from lora_fx.targets.roles import role_by_name
+from lora_fx.targets.target import Target
 
 _FUSED = (
     (re.compile(r"(^|\.)(qkv|qkv_proj|Wqkv|c_attn|in_proj|in_proj_weight)$"), ("q", "k", "v")),

@@ -97,11 +97,6 @@ def alpha_of(scale: float, rank: int, variant: str = "lora") -> float:
     return scale * (math.sqrt(rank) if variant == "rslora" else rank)
 
 
-def default_alpha(rank: int) -> float:
-    """Alpha where none is given: 2·rank."""
-    return 2.0 * rank
-
-
 def generator(key: str, seed: int) -> np.random.Generator:
     """A generator of its own for one key: the same numbers whatever else is drawn."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()

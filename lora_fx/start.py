@@ -33,9 +33,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.lowrank import LowRank, alpha_of, draw, generator
-from lora_fx.policy import Entry, Plan
-from lora_fx.target import Found, Target
-from lora_fx.uses import modules, op_of, tied
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Entry, Plan
+from lora_fx.targets.regions import modules, op_of, tied
+from lora_fx.targets.target import Target
 from lora_fx.variant import named_variant
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga")

@@ -19,9 +19,9 @@ from lora_fx.adapter import Adapter
 from lora_fx.changes import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
-from lora_fx.ranks import gains, within_budget, within_loss
 from lora_fx.slots import LEARNS
 from lora_fx.svd import Triplets, balanced, distance, product_svd
+from lora_fx.targets.budget import gains, within_budget, within_loss
 from lora_fx.text import table
 
 GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")

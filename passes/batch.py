@@ -29,8 +29,8 @@ from lora_fx.ir.view import Opaque, Permute, track
 from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
-from lora_fx.regions import widen
-from lora_fx.target import base_name, split_key
+from lora_fx.targets.regions import widen
+from lora_fx.targets.target import base_name, split_key
 
 Pair = tuple[Array, Array]
 

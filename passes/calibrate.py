@@ -3,8 +3,8 @@
     Cx = E[x xᵀ]      Cy = E[dy dyᵀ]      G = ∂L/∂W      in the axes of each target's Layout
 
 x are a target's inputs and dy the gradients of the loss at its results, a row a position (see
-lora_fx.moments). G is the gradient of the weight itself, so that it is there for every op that
-insert reaches; x and dy are not for weights inside a recurrent op, a body of control flow, or
+lora_fx.targets.ranking). G is the gradient of the weight itself, so that it is there for every op
+that insert reaches; x and dy are not for weights inside a recurrent op, a body of control flow, or
 where the op broadcasts or gathers the weight. What could not be read is said by name.
 
 The graph is that of eval mode: no dropout, running statistics. One batch is in memory at a time.
@@ -31,12 +31,11 @@ from lora_fx.fx.train_loss import Loss, loss_function
 from lora_fx.fx.watch import Run, Watched
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
-from lora_fx.moments import STATISTICS, WIDE, Calibration, Moments, Sums
 from lora_fx.passes.find import find, site_layout
-from lora_fx.regions import contains, relative
 from lora_fx.start import matrix
-from lora_fx.target import Target
-from lora_fx.uses import applies
+from lora_fx.targets.ranking import STATISTICS, WIDE, Calibration, Moments, Sums
+from lora_fx.targets.regions import applies, contains, relative
+from lora_fx.targets.target import Target
 
 Batch = Mapping[str, Any]
 
@@ -55,7 +54,8 @@ def calibrate(
         uses: Target key → the alias through which its update applies; empty for all uses.
         data: Batches of arrays or tensors by argument name, with a column of labels.
         loss: ce, mse, or a function of (output, labels), as for train.
-        wanted: Of lora_fx.moments.STATISTICS. Without outputs and gradient no label is needed.
+        wanted: Of lora_fx.targets.ranking.STATISTICS. Without outputs and gradient no label is
+        needed.
 
     Raises:
         LoraFxError: No batch, a column that the model does not take, a loss that is not finite.

@@ -29,8 +29,8 @@ from lora_fx.passes.merge_onnx import merge_onnx
 from lora_fx.passes.modes import Writing
 from lora_fx.passes.optimise import optimise_file
 from lora_fx.passes.reference_onnx import reference_of
-from lora_fx.policy import make_plan
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import make_plan
 
 Selectors = str | Sequence[str] | None
 

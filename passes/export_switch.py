@@ -26,7 +26,8 @@ from lora_fx.passes.find import find
 from lora_fx.passes.modes import Writing
 from lora_fx.passes.reference import Reference, Run
 from lora_fx.passes.switch import Switch
-from lora_fx.target import Found, base_name
+from lora_fx.targets.found import Found
+from lora_fx.targets.target import base_name
 
 RANK = 4
 """Of the random adapter that stands in where none is given."""

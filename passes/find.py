@@ -25,10 +25,11 @@ from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Graph, Site
 from lora_fx.ir.layout import Layout, layout_of, plain_layout
 from lora_fx.ir.view import Opaque, Region, track
-from lora_fx.policy import default_plan
-from lora_fx.regions import overlap
-from lora_fx.roles import role_of
-from lora_fx.target import Found, Refusal, Target, Unreached, make_key
+from lora_fx.targets.found import Found, Refusal, Unreached
+from lora_fx.targets.plan import default_plan
+from lora_fx.targets.regions import overlap
+from lora_fx.targets.roles import role_of
+from lora_fx.targets.target import Target, make_key
 
 
 def find(graph: Graph[Any]) -> Found:

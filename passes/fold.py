@@ -29,9 +29,9 @@ from lora_fx.lowrank import LowRank
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import reads_otherwise
-from lora_fx.regions import overlap
-from lora_fx.target import Found, Target
-from lora_fx.uses import applies
+from lora_fx.targets.found import Found
+from lora_fx.targets.regions import applies, overlap
+from lora_fx.targets.target import Target
 from lora_fx.variant import variant_of
 
 

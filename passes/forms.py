@@ -33,8 +33,9 @@ from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Site
 from lora_fx.lowrank import LowRank
 from lora_fx.passes.insert import Insert, changed
-from lora_fx.target import Found, Target, split_use
-from lora_fx.uses import applies
+from lora_fx.targets.found import Found
+from lora_fx.targets.regions import applies
+from lora_fx.targets.target import Target, split_use
 
 Owner = tuple[str, str]
 """Module path and leaf."""

@@ -35,10 +35,10 @@ from lora_fx.ir.view import Region
 from lora_fx.lowrank import LowRank
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
-from lora_fx.regions import contains, relative, widen
 from lora_fx.slots import Half, Slot, halves, slots_of
-from lora_fx.target import Found, Target, base_name
-from lora_fx.uses import applies
+from lora_fx.targets.found import Found
+from lora_fx.targets.regions import applies, contains, relative, widen
+from lora_fx.targets.target import Target, base_name
 from lora_fx.variant import variant_of
 
 Pair = tuple[Target, LowRank]

@@ -31,9 +31,9 @@ from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.reference_onnx import reference_of
-from lora_fx.policy import make_plan
 from lora_fx.slots import slots_of
 from lora_fx.start import OF_DATA, initial
+from lora_fx.targets.plan import make_plan
 from lora_fx.variant import named_variant
 
 Selectors = str | Sequence[str] | None

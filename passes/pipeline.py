@@ -30,9 +30,9 @@ from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
 from lora_fx.passes.started import check_variant, started
-from lora_fx.policy import Plan, make_plan
 from lora_fx.slots import relearning
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Plan, make_plan
 
 Selectors = str | Sequence[str] | None
 

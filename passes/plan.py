@@ -3,9 +3,9 @@
     Σ cost_k · r_k ≤ budget,   taken greedily by gain_k(r)/cost_k
 
 One calibration pass reads what the method wants (lora_fx.passes.calibrate), the method says what
-the next rank of each target is worth (lora_fx.ranking), and the budget is spent in that order
-(lora_fx.budget). alpha = scale · rank, so that the scale of every update is the same and a rank
-does not change its learning rate.
+the next rank of each target is worth (lora_fx.targets.ranking), and the budget is spent in that
+order (lora_fx.targets.budget). alpha = scale · rank, so that the scale of every update is the same
+and a rank does not change its learning rate.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_fx.budget import allocate, cost_of, limit_of, parse_budget
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.tensors import named_tensors
-from lora_fx.moments import Calibration, Moments
 from lora_fx.passes.calibrate import calibrate
 from lora_fx.passes.given import captured_of
 from lora_fx.passes.pipeline import Selectors, find
-from lora_fx.planned import Planned, Ranked
-from lora_fx.policy import make_plan
-from lora_fx.ranking import METHODS
-from lora_fx.ranking.seen import Seen
 from lora_fx.start import matrix
-from lora_fx.target import split_use
-from lora_fx.uses import of_use
+from lora_fx.targets.budget import allocate, cost_of, limit_of, parse_budget
+from lora_fx.targets.plan import Planned, Ranked, make_plan
+from lora_fx.targets.ranking import METHODS, Calibration, Moments, Seen
+from lora_fx.targets.regions import of_use
+from lora_fx.targets.target import split_use
 
 
 def plan(
@@ -51,8 +48,8 @@ def plan(
         args: Example inputs.
         kwargs: Example inputs by keyword.
         data: Batches by argument name, with a column of labels; none are needed for uniform.
-        budget: params:N, flops:N, flops:F% or uniform:R (lora_fx.budget).
-        method: uniform, importance, kfac or eva (lora_fx.ranking).
+        budget: params:N, flops:N, flops:F% or uniform:R (lora_fx.targets.budget).
+        method: uniform, importance, kfac or eva (lora_fx.targets.ranking).
         loss: ce, mse, or a function of (output, labels).
         include: Selectors, as for insert.
         exclude: Likewise.

@@ -19,7 +19,7 @@ from lora_fx.onnx.matching import Matched, match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.passes.find import find
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.text import table
 
 METADATA = "lora_fx.merge"

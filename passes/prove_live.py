@@ -29,7 +29,7 @@ from lora_fx.inputs import SIZES
 from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.prove import arrays_of, prove
 from lora_fx.slots import slots_of, with_values
-from lora_fx.target import base_name, split_key
+from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 TOLERANCE = {"float32": 1e-5, "float16": 2.0**-7, "bfloat16": 2.0**-4}

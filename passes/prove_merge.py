@@ -18,7 +18,7 @@ from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.matching import Matched
 from lora_fx.passes.fold import fold_rows
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
 
 CHUNK = 1 << 24
 PROOF_ROWS = 4

@@ -9,9 +9,9 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
 from lora_fx.lowrank import LowRank
-from lora_fx.policy import Plan
 from lora_fx.start import OF_DATA, OF_WEIGHT, check_init, initial
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Plan
 from lora_fx.variant import named_variant
 
 

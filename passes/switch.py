@@ -31,7 +31,7 @@ from lora_fx.onnx.slots import settle
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
-from lora_fx.target import Target
+from lora_fx.targets.target import Target
 
 OLDEST_IR = 4
 """Since this version of the file format an initialiser need not be an input, so one that is has

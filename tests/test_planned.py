@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.budget import allocate, parse_budget
 from lora_fx.errors import LoraFxError
-from lora_fx.planned import Planned, Ranked, read_plan
+from lora_fx.targets.budget import allocate, parse_budget
+from lora_fx.targets.plan import Planned, Ranked, read_plan
 
 
 @pytest.mark.parametrize("seed", range(30))

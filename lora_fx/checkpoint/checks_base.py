@@ -18,7 +18,7 @@ from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.target import base_name
+from lora_fx.targets.target import base_name
 from lora_fx.text import near
 
 LARGE = 1.0

@@ -20,7 +20,7 @@ from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pa
 from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.compare import Report
 from lora_fx.lowrank import Full
-from lora_fx.target import base_name
+from lora_fx.targets.target import base_name
 from lora_fx.text import table
 
 

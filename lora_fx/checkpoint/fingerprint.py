@@ -22,7 +22,7 @@ from lora_fx.checkpoint.copying import read_at
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.target import base_name
+from lora_fx.targets.target import base_name
 
 FIELD = "base"
 VERSION = 1

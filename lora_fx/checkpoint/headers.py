@@ -14,9 +14,10 @@ from lora_fx.checkpoint.heads import is_head
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.layout import plain_layout
-from lora_fx.policy import default_plan
-from lora_fx.roles import HEAD_ROWS, role_of
-from lora_fx.target import Found, Refusal, Target
+from lora_fx.targets.found import Found, Refusal
+from lora_fx.targets.plan import default_plan
+from lora_fx.targets.roles import HEAD_ROWS, role_of
+from lora_fx.targets.target import Target
 
 WEIGHTS = frozenset(("float16", "bfloat16", "float32", "float64"))
 """dtypes of weights that an update can be added to."""

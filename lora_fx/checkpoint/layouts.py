@@ -20,7 +20,7 @@ from typing import Any
 
 from lora_fx.checkpoint.strict import TensorInfo, read_json
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
 
 CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 """model_type of models whose linear layers store [in, out]."""

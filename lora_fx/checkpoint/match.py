@@ -23,7 +23,7 @@ from lora_fx.experts import place
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
 from lora_fx.lowrank import Full, LowRank
-from lora_fx.target import base_name, split_key, split_use
+from lora_fx.targets.target import base_name, split_key, split_use
 from lora_fx.text import near
 
 

@@ -19,7 +19,7 @@ from lora_fx.checkpoint.renamed import Renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full
-from lora_fx.target import base_name
+from lora_fx.targets.target import base_name
 
 MARKED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter"))
 """model_type of models whose stacks say `is_transposed`, which PEFT goes by."""

@@ -28,7 +28,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft_raw import Raw, read_raw
 from lora_fx.lowrank import LowRank
-from lora_fx.target import base_name
+from lora_fx.targets.target import base_name
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 

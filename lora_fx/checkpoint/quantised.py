@@ -24,7 +24,7 @@ from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import Full
-from lora_fx.target import base_name
+from lora_fx.targets.target import base_name
 
 _SIBLINGS = {
     "qweight": "GPTQ or AWQ, 4-bit codes",

@@ -11,7 +11,7 @@ from lora_fx.checkpoint.loaded import Loaded, Stack, loaded_of
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_targets import missing
-from lora_fx.target import base_name
+from lora_fx.targets.target import base_name
 
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.selectors import select, select_names, split
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.selectors import select, select_names, split
 
 Side = tuple[str, Mapping[str, TensorInfo]]
 """A path, for messages, and its tensors."""

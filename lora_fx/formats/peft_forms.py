@@ -16,7 +16,7 @@ from lora_fx.dtypes import Array
 from lora_fx.formats.peft_names import PREFIX, WRAPPER, unwrapped
 from lora_fx.formats.peft_stack import packed
 from lora_fx.lowrank import LowRank
-from lora_fx.target import split_use
+from lora_fx.targets.target import split_use
 
 _LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm"))
 _CONV_OPS = frozenset(("", "conv1d", "conv2d", "conv3d"))

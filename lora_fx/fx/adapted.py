@@ -26,7 +26,7 @@ from lora_fx.fx.tensors import from_numpy, named_tensors, owner
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.mix import mix
 from lora_fx.slots import Slot, asked, frame, learning, relearning, slots_of, with_values
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.variant import variant_of
 
 Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]

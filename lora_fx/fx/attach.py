@@ -27,7 +27,8 @@ from lora_fx.fx.sharded import put, settle, whole
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner
 from lora_fx.lowrank import Full, LowRank
 from lora_fx.slots import SIDES, asked, frame, learning, relearning, slots_of, with_values
-from lora_fx.target import Found, base_name
+from lora_fx.targets.found import Found
+from lora_fx.targets.target import base_name
 
 
 class Attachment:

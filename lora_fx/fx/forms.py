@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_fx.fx.eager import Program
 from lora_fx.lowrank import LowRank
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_fx.fx.effect import Effect
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.text import human
 
 

@@ -17,7 +17,8 @@ from lora_fx.adapter import Adapter
 from lora_fx.changes import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.lowrank import LowRank
-from lora_fx.target import Found, Target, base_name, split_use
+from lora_fx.targets.found import Found
+from lora_fx.targets.target import Target, base_name, split_use
 
 COPY_OF = "lora_fx.copy_of"
 

@@ -28,7 +28,8 @@ from lora_fx.lowrank import Full, LowRank
 from lora_fx.onnx.copies import copies_of, spread
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED
-from lora_fx.target import Found, Target
+from lora_fx.targets.found import Found
+from lora_fx.targets.target import Target
 from lora_fx.text import near
 
 

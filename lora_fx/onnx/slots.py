@@ -14,7 +14,7 @@ from lora_fx.manifest import Slot
 from lora_fx.onnx.flow import MARK
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.slots import slot_names
-from lora_fx.target import Target
+from lora_fx.targets.target import Target
 
 
 def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Slot:

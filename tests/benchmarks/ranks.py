@@ -27,11 +27,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.budget import allocate
 from lora_fx.fx.capture import Captured, capture
 from lora_fx.lowrank import generator
 from lora_fx.passes.plan import plan
-from lora_fx.ranking import METHODS
+from lora_fx.targets.budget import allocate
+from lora_fx.targets.ranking import METHODS
 from lora_fx.truncation import truncation
 
 CONTROL = "random"

@@ -15,7 +15,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import capture
 from lora_fx.fx.models import LoadedModel, load_model
 from lora_fx.passes.find import find
-from lora_fx.target import Found
+from lora_fx.targets.found import Found
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.passes.find import find
-from lora_fx.selectors import select
+from lora_fx.targets.selectors import select
 from tests.zoo.models import ZOO
 
 ROOT = Path(__file__).resolve().parents[2]

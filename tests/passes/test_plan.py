@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.budget import cost_of
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.plan import plan
-from lora_fx.planned import read_plan
-from lora_fx.ranking import METHODS
+from lora_fx.targets.budget import cost_of
+from lora_fx.targets.plan import read_plan
+from lora_fx.targets.ranking import METHODS
 from tests.table import ROWS, Model, example
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
@@ -79,9 +79,8 @@ def seen(name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndar
 def gains(method: str, key: str) -> np.ndarray[Any, Any]:
     """What a method gives a target, by the pass."""
     from lora_fx.fx.capture import capture
-    from lora_fx.moments import STATISTICS
     from lora_fx.passes.calibrate import calibrate
-    from lora_fx.ranking.seen import Seen
+    from lora_fx.targets.ranking import STATISTICS, Seen
 
     cap = capture(net(), (X[:2],))
     target = lora_fx.find(net(), (X[:2],))[key]

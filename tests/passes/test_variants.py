@@ -20,10 +20,11 @@ from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
-from lora_fx.policy import Entry, Plan
 from lora_fx.slots import slots_of, with_values
 from lora_fx.start import INITS, OF_DATA, initial
-from lora_fx.target import Found, Target
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Entry, Plan
+from lora_fx.targets.target import Target
 from lora_fx.variant import VARIANTS
 from tests.passes.test_rows import captured, run
 from tests.table import ROWS, Model, Row

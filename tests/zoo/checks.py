@@ -23,7 +23,8 @@ from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, rel
 from lora_fx.inputs import SIZES
 from lora_fx.lowrank import draw
 from lora_fx.passes.prove import arrays_of, prove, torch_run
-from lora_fx.target import Found, base_name
+from lora_fx.targets.found import Found
+from lora_fx.targets.target import base_name
 
 from .models import ZOO
 from .oracles import Subject, doubled, explicit, flat, matters, multiplied

@@ -18,7 +18,7 @@ from lora_fx.fx.calling import leaf_names
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.passes.reference import Run
-from lora_fx.target import base_name, split_key
+from lora_fx.targets.target import base_name, split_key
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,21 @@ import re
 from collections.abc import Sequence
 
 from lora_fx.errors import LoraFxError
-from lora_fx.regions import contains, part
-from lora_fx.roles import ROLES
-from lora_fx.target import Found, Target, base_name, split_use
+from lora_fx.targets.found import Found
+from lora_fx.targets.regions import (
+    contains,
+    each_use,
+    lookup_use,
+    matmul_use,
+    modules,
+    named_use,
+    of_use,
+    own_use,
+    part,
+)
+from lora_fx.targets.roles import ROLES
+from lora_fx.targets.target import Target, base_name, split_use
 from lora_fx.text import near_names
-from lora_fx.uses import each_use, lookup_use, matmul_use, modules, named_use, of_use, own_use
 
 
 def split(selectors: str | Sequence[str]) -> list[str]:

@@ -1,0 +1,144 @@
+"""What find saw of a model: its targets, its refusals and the parameters that nothing reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_fx.targets.target import Target, split_use
+from lora_fx.text import human, table
+
+
+@dataclass(frozen=True)
+class Found:
+    """What find saw: targets, refusals and unreached parameters, in definition order.
+
+    `optional` are weights that are refused by default only: `include` can name them.
+    """
+
+    targets: tuple[Target, ...]
+    refusals: tuple[Refusal, ...] = ()
+    unreached: tuple[Unreached, ...] = ()
+    data_flops: int = 0
+    pinned: tuple[Any, ...] = ()
+    notes: tuple[str, ...] = field(default_factory=tuple)
+    optional: tuple[Target, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, key: str) -> Target:
+        """The target of a key, of one of its aliases, of a region within it, or of one use."""
+        target = self.get(key)
+        if target is None:
+            raise KeyError(key)
+        return target
+
+    def get(self, key: str) -> Target | None:
+        """As indexing; None where there is none."""
+        from lora_fx.targets.regions import (
+            of_use,
+            part,  # a part is a target: both know this module
+        )
+
+        whole = self.by_key.get(key)
+        if whole is not None:
+            return whole
+        plain, use = split_use(key)
+        if use:
+            shared = self.get(plain)
+            return None if shared is None else of_use(shared, use)
+        if not key.endswith("]"):
+            return None
+        every = (part(t, key) for t in (*self.targets, *self.optional))
+        return next((t for t in every if t is not None), None)
+
+    @property
+    def by_key(self) -> Mapping[str, Target]:
+        """Targets by key, and by alias where the key is a whole parameter; optional ones too."""
+        every = (*self.targets, *self.optional)
+        names = {a: t for t in every if "[" not in t.key for a in t.parameter.aliases}
+        return {**names, **{t.key: t for t in every}}
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """FLOPs reached by targets, refused, and between activations."""
+        return {
+            "reached": sum(t.flops for t in self.targets),
+            "refused": sum(r.flops for r in self.refusals),
+            "data": self.data_flops,
+        }
+
+    @property
+    def reached_share(self) -> float:
+        """Share of the weight FLOPs that targets reach; 1 where no weight matmul costs any."""
+        flops = self.flops
+        total = flops["reached"] + flops["refused"]
+        return flops["reached"] / total if total else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
+        return {
+            "targets": [t.to_json() for t in self.targets],
+            "refusals": [r.to_json() for r in self.refusals],
+            "unreached": [u.to_json() for u in self.unreached],
+            "pinned": [p.to_json() for p in self.pinned],
+            "flops": self.flops,
+            "reached_share": round(self.reached_share, 6),
+        }
+
+    def __str__(self) -> str:
+        """A table for people."""
+        head = ("key", "op", "in", "out", "sites", "share", "role", "default")
+        total = max(1, self.flops["reached"] + self.flops["refused"])
+        rows = [
+            (
+                t.key,
+                "+".join(t.uses),
+                "×".join(map(str, (*t.layout.batch_shape, t.layout.in_size))),
+                str(t.layout.out_size),
+                str(len(t.sites)),
+                f"{t.flops / total:6.1%}",
+                t.role or "+".join(r or "?" for r, _ in t.parts),
+                "yes" if t.default else f"no: {t.why_not}",
+            )
+            for t in self.targets
+        ]
+        lines = table([head, *rows]) if rows else ["no target"]
+        if any(t.sites for t in self.targets):
+            lines.append(
+                f"{len(self.targets)} targets reach {self.reached_share:.1%} of the weight FLOPs "
+                f"({human(self.flops['reached'])} of {human(total)}; "
+                f"between activations {human(self.data_flops)})"
+            )
+        lines += [f"refused: {r.key} ({r.op}): {r.reason}" for r in self.refusals]
+        lines += [f"unreached: {u.key} {list(u.shape)}: {u.reason}" for u in self.unreached]
+        lines += [f"pinned: {p}" for p in self.pinned]
+        lines += [f"note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A use of a parameter that cannot be adapted, and why."""
+
+    key: str
+    op: str
+    reason: str
+    flops: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `refusals[]`."""
+        return {"key": self.key, "op": self.op, "reason": self.reason, "flops": self.flops}
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """A parameter of two or more dimensions that no weight matmul uses."""
+
+    key: str
+    shape: tuple[int, ...]
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `unreached[]`."""
+        return {"key": self.key, "shape": list(self.shape), "reason": self.reason}

@@ -1,0 +1,369 @@
+"""Which targets an adapter takes by default, and the Plan: target → rank and alpha."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.targets.found import Found
+from lora_fx.targets.regions import check_disjoint, each_use, matmul_use, own_use, rest
+from lora_fx.targets.roles import HEAD_ROWS
+from lora_fx.targets.selectors import select, select_names
+from lora_fx.targets.target import Target, split_use
+from lora_fx.text import near_names, table
+
+
+def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The targets with `default` set, and `why_not` where it is not.
+
+    Every weight matmul except output heads, embeddings and expert routers; convolutions when
+    they carry most of the weight FLOPs.
+    """
+    total = sum(t.flops for t in targets)
+    conv = sum(t.flops for t in targets if t.op.startswith("conv"))
+    with_conv = 2 * conv > total
+    result = []
+    for t in targets:
+        why = ""
+        if t.role == "embedding":
+            why = "embedding"
+        elif t.role == "head" and max(t.layout.out_size, t.layout.in_size) >= HEAD_ROWS:
+            why = "output head"
+        elif t.role == "router":
+            why = "router"
+        elif t.no_grad:
+            why = "runs under no_grad: no gradient reaches it"
+        elif t.op.startswith("conv") and not with_conv:
+            why = "convolutions carry less than half of the FLOPs"
+        result.append(replace(t, default=not why, why_not=why))
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one target gets. `use`: the alias through which it applies; empty for all uses."""
+
+    rank: int
+    alpha: float
+    use: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Target key → Entry, the tensors trained whole, and what had to be said on the way."""
+
+    entries: Mapping[str, Entry]
+    also_train: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(
+    found: Found,
+    names: Mapping[str, str],
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    also_train: str | Sequence[str] | None = None,
+    ranks: Any = None,
+) -> Plan:
+    """The Plan that the options ask for.
+
+    Args:
+        found: The model's targets.
+        names: Every parameter name → its first name, for also_train.
+        rank: For every target; capped by name where one side of a target is smaller.
+        alpha: None means 2·rank.
+        include: Selectors that replace the default plan.
+        exclude: Selectors taken away from it.
+        also_train: Tensors trained whole.
+        ranks: key → rank or {rank, alpha}, a Planned, or the path of a plan file; these are the
+            targets then, less what `exclude` takes away.
+
+    Raises:
+        LoraFxError: No target, a selector without a match, a rank that no target can hold.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+        raise LoraFxError(f"rank {rank!r} is not a positive whole number", "8 or 16 is usual")
+    if not found.targets and not (include and found.optional):
+        raise LoraFxError(
+            "the model has no weight matmul that an adapter could attach to",
+            "run lora-fx targets MODEL: it says what was refused and why",
+        )
+    whole: tuple[str, ...] = ()
+    if also_train:
+        whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train)))
+    ranks, where = given_ranks(ranks)
+    if ranks is not None:
+        if include is not None:
+            raise LoraFxError(
+                f"{where} names its targets, so include has no say",
+                "leave it out; exclude takes targets away",
+            )
+        ranks = {found[k].key: v for k, v in _known(found, ranks, where).items()}
+        chosen = {k: own_use(k) for k in ranks}
+    elif include is not None:
+        chosen = select(found, include)
+    else:
+        chosen = {t.key: matmul_use(t) for t in found.targets if t.default}
+    if exclude is not None:
+        gone = select(found, exclude)
+        for t in found.targets:  # without some of its parts, a fused weight is the others
+            left = rest(t, gone)
+            if t.key in chosen and left and len(left) < len(t.parts):
+                instead = dict.fromkeys(left, chosen[t.key])
+                chosen = dict(
+                    item
+                    for k, use in chosen.items()
+                    for item in (instead.items() if k == t.key else [(k, use)])
+                )
+        for key in gone:
+            chosen.pop(key, None)
+            plain, use = split_use(key)
+            if use and plain in chosen:
+                raise LoraFxError(
+                    f"exclude {key!r} is one use of {plain!r}, which has one update for all",
+                    f"include the uses that are meant: {', '.join(each_use(found[plain]))}",
+                )
+            for k in [k for k in chosen if split_use(k)[0] == key]:
+                del chosen[k]
+    chosen = {k: use for k, use in chosen.items() if found[k].parameter.name not in whole}
+    if not chosen and not whole:
+        raise LoraFxError(
+            "no target is left: the default plan leaves out heads, embeddings and routers",
+            "name some with include (--include '*' takes all); run lora-fx targets MODEL",
+        )
+    check_disjoint(found[k] for k in chosen)
+    limits = {k: found[k].layout.max_rank for k in chosen}
+    if chosen and ranks is None and rank > max(limits.values()):
+        key = max(limits, key=lambda k: limits[k])
+        raise LoraFxError(
+            f"rank {rank} is above the smaller side of every target; the largest is "
+            f"{limits[key]} ({key})",
+            f"choose a rank of at most {limits[key]}",
+        )
+    entries, notes = {}, []
+    for key, use in chosen.items():
+        r, al = _asked(key, ranks, rank, alpha)
+        if r <= 0:
+            raise LoraFxError(f"rank {r} of {key} is not a positive whole number", "8 is usual")
+        if r > limits[key]:
+            if ranks is not None:
+                raise LoraFxError(
+                    f"{where}: rank {r} of {key!r} is above its smaller side {limits[key]}",
+                    "lower it in the plan",
+                )
+            notes.append(f"{key}: rank {r} capped to {limits[key]}, its smaller side")
+            r = limits[key]
+        entries[key] = Entry(r, default_alpha(r) if al is None else float(al), use)
+    return Plan(entries, whole, tuple(notes))
+
+
+def _asked(
+    key: str, ranks: Mapping[str, Any] | None, rank: int, alpha: float | None
+) -> tuple[int, float | None]:
+    given = (ranks or {}).get(key, rank)
+    if isinstance(given, Mapping):
+        return int(given.get("rank", rank)), given.get("alpha", alpha)
+    return int(given), alpha
+
+
+def _known(found: Found, ranks: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    for key in ranks:
+        if found.get(key) is None:
+            names = [n for t in found.targets for n in (t.key, *t.parameter.aliases)]
+            raise LoraFxError(f"{where} names {key!r}, which is no target", near_names(key, names))
+    return ranks
+
+
+# A plan as a file: which rank every target gets, in JSON that people read and edit.
+#
+#     {"format": "lora-fx plan", "version": 1, "model": …, "method": …, "budget": …, "unit": …,
+#      "limit": …, "used": …, "examples": …, "targets": {KEY: {"rank": 3, "alpha": 6}, …}}
+#
+# `targets` are what `insert` and `train` take; a target of rank 0 is left out. The other fields say
+# where the ranks come from, and may be missing in a file that was written by hand.
+
+
+FORMAT = "lora-fx plan"
+VERSION = 1
+FIELDS = {
+    "format": str, "version": int, "model": str, "method": str, "budget": str, "unit": str,
+    "limit": int, "used": int, "examples": int, "targets": dict,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One target: its rank and alpha, what one rank costs, and the highest that it can have."""
+
+    key: str
+    rank: int
+    alpha: float
+    cost: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Ranks under a budget.
+
+    Attributes:
+        rows: One a target, rank 0 where it is left out.
+        method: Of lora_fx.targets.ranking.
+        budget: As it was asked for.
+        unit: params or flops.
+        limit: The budget in its unit.
+        model: What was planned for; empty for a module.
+        examples: How many calibration read.
+        notes: What had to be said.
+    """
+
+    rows: tuple[Ranked, ...]
+    method: str
+    budget: str
+    unit: str
+    limit: int
+    model: str = ""
+    examples: int = 0
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def used(self) -> int:
+        """Of the limit."""
+        return sum(r.cost * r.rank for r in self.rows)
+
+    @property
+    def ranks(self) -> dict[str, dict[str, Any]]:
+        """Key → rank and alpha: what insert takes as plan."""
+        return {r.key: {"rank": r.rank, "alpha": r.alpha} for r in self.rows if r.rank}
+
+    def to_json(self) -> dict[str, Any]:
+        """The file."""
+        targets = {r.key: {"rank": r.rank, "alpha": _plain(r.alpha)} for r in self.rows}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "method": self.method,
+            "budget": self.budget,
+            "unit": self.unit,
+            "limit": self.limit,
+            "used": self.used,
+            "examples": self.examples,
+            "targets": targets,
+        }
+
+    def text(self) -> str:
+        """The file's text, a target a line."""
+        whole = self.to_json()
+        rows = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in whole.pop("targets").items()]
+        head = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in whole.items()]
+        return "\n".join(["{", *head, '  "targets": {', ",\n".join(rows), "  }", "}", ""])
+
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Write the file, all of it or nothing."""
+        from lora_fx.checkpoint.osfile import replacing
+
+        with replacing(fspath(path), force=force) as temporary:
+            temporary.write_text(self.text(), encoding="utf-8")
+
+    def __str__(self) -> str:
+        """The report for people."""
+        rows = [(r.key, str(r.rank), f"{r.alpha:g}", str(r.cost * r.rank)) for r in self.rows]
+        lines = table([("key", "rank", "alpha", self.unit), *rows])
+        kept = [r.rank for r in self.rows if r.rank]
+        lines.append(
+            f"{self.method}: {len(kept)} of {len(self.rows)} targets, ranks {min(kept)} to "
+            f"{max(kept)}; {self.used} of {self.limit} {self.unit} used "
+            f"({self.used / self.limit:.1%})"
+        )
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def given_ranks(plan: Any) -> tuple[Mapping[str, Any] | None, str]:
+    """(key → rank or {rank, alpha}, what to call it in an error) of what insert takes as plan."""
+    if isinstance(plan, Planned):
+        return plan.ranks, "the plan"
+    if isinstance(plan, (str, PathLike)):
+        return read_plan(plan), fspath(plan)
+    return plan, "the plan"
+
+
+def read_plan(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Key → rank and alpha of a plan file; targets of rank 0 are left out.
+
+    Raises:
+        LoraFxError: No such file, no JSON, a field or a value that no plan has.
+    """
+    where = fspath(path)
+    if not Path(where).is_file():
+        raise LoraFxError(f"{where}: no such file", "lora-fx plan MODEL DATA -o FILE writes one")
+    try:
+        data = json.loads(Path(where).read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as e:
+        raise LoraFxError(f"{where} is no JSON: {one_line(e, 100)}", "write it again") from e
+    if not isinstance(data, dict) or not isinstance(data.get("targets"), dict):
+        raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")
+    for name, value in data.items():
+        if name not in FIELDS:
+            raise LoraFxError(f"{where}: no field {name!r} in a plan", near_names(name, [*FIELDS]))
+        if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
+            kind = FIELDS[name].__name__
+            raise LoraFxError(f"{where}: {name} is {value!r}, expected {kind}", "correct the file")
+    if data.get("format", FORMAT) != FORMAT or data.get("version", VERSION) != VERSION:
+        raise LoraFxError(
+            f"{where}: {data.get('format')!r} version {data.get('version')}; this is version "
+            f"{VERSION} of {FORMAT!r}",
+            "write the plan again",
+        )
+    found = {key: _entry(where, key, value) for key, value in data["targets"].items()}
+    kept = {key: entry for key, entry in found.items() if entry["rank"]}
+    if not kept:
+        raise LoraFxError(f"{where}: no target has a rank above 0", "there is nothing to adapt")
+    return kept
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [k for k, _ in pairs]
+        twice = next(k for k in names if names.count(k) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
+
+
+def _entry(where: str, key: str, value: Any) -> dict[str, Any]:
+    given = {"rank": value} if isinstance(value, int) else value
+    if not isinstance(given, Mapping) or "rank" not in given or set(given) - {"rank", "alpha"}:
+        raise LoraFxError(
+            f'{where}: {key!r} is {value!r}; expected {{"rank": 8, "alpha": 16}}',
+            "correct the file",
+        )
+    rank, alpha = given["rank"], given.get("alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise LoraFxError(
+            f"{where}: the rank of {key!r} is {rank!r}; expected a whole number from 0 up",
+            "correct the file",
+        )
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if alpha is not None and not (number and 0 <= alpha < float("inf")):
+        raise LoraFxError(
+            f"{where}: the alpha of {key!r} is {alpha!r}; expected a number", "correct the file"
+        )
+    return {"rank": rank, **({} if alpha is None else {"alpha": float(alpha)})}
+
+
+def default_alpha(rank: int) -> float:
+    """Alpha where none is given: 2·rank."""
+    return 2.0 * rank

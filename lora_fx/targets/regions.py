@@ -1,0 +1,218 @@
+"""Parts of a target: a region of its tensor as a target of its own.
+
+A fused weight (q, k, v in one matrix; gate and up; a stack of experts) is one target unless a
+selector, a plan or an adapter asks for its parts. The part's factors are the whole's with zeros
+around them, so every op that serves the whole serves a part:
+
+    ΔW[part] = s·b·a   ⇔   ΔW = s·pad(b)·pad(a)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lora_fx.errors import LoraFxError
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Emitter, Site
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region
+from lora_fx.targets.target import Target, base_name, make_key, split_key, split_use
+
+
+def overlap(r: Region, s: Region) -> bool:
+    """True when two regions of one tensor share an element."""
+    return all(a < d and c < b for (a, b), (c, d) in zip(r, s, strict=True))
+
+
+def contains(outer: Region, inner: Region) -> bool:
+    """True when a region lies within another."""
+    return all(a <= c and d <= b for (a, b), (c, d) in zip(outer, inner, strict=True))
+
+
+def relative(inner: Region, outer: Region) -> Region:
+    """The bounds of a region within another."""
+    return tuple((c - a, d - a) for (a, _), (c, d) in zip(outer, inner, strict=True))
+
+
+def part(t: Target, key: str, role: str = "") -> Target | None:
+    """The target of a key that names a region within `t`; None where it is no such region."""
+    if base_name(key) not in (t.parameter.name, *t.parameter.aliases) or key == base_name(key):
+        return None
+    try:
+        _, region = split_key(key, t.parameter.shape)
+    except ValueError:
+        return None
+    if len(region) != len(t.region) or not contains(t.region, region):
+        return None
+    layout = t.layout.narrow(relative(region, t.region))
+    if layout is None:
+        return None
+    name = make_key(t.parameter.name, region, t.parameter.shape)
+    found = role or next((r for r, k in t.parts if k == name), t.role)
+    return replace(t, key=name, region=region, layout=layout, role=found, parts=())
+
+
+def rest(t: Target, taken: Iterable[str]) -> list[str]:
+    """Keys of a target's parts without those that are taken."""
+    gone = set(taken)
+    return [k for _, k in t.parts if k not in gone]
+
+
+def check_disjoint(targets: Iterable[Target]) -> None:
+    """Raise where two regions of one tensor overlap at one of its uses."""
+    by_name: dict[str, list[Target]] = {}
+    for t in targets:
+        for other in by_name.setdefault(t.parameter.name, []):
+            apart = t.sites and disjoint((t, other))
+            if overlap(t.region, other.region) and not apart:
+                raise LoraFxError(
+                    f"{other.key!r} and {t.key!r} share elements of one tensor",
+                    "regions of one parameter, and its uses, must not overlap",
+                )
+        by_name[t.parameter.name].append(t)
+
+
+def widen(
+    e: Emitter[V], whole: Layout, narrow: Layout, start: tuple[int, ...], a: V, b: V, rank: int
+) -> tuple[V, V]:
+    """Factors of a part with zeros around them, as factors of the whole.
+
+    Args:
+        whole: Layout of the whole target.
+        narrow: That of the part.
+        start: Where the part begins, per axis of the layouts' `shape`.
+        a: [*batch, rank, in] of the part.
+        b: [*batch, out, rank] of the part.
+        rank: Their rank.
+    """
+    lead = len(whole.batch)
+
+    def spread(x: V, axes: tuple[int, ...], *, rank_first: bool) -> V:
+        order = (*whole.batch, *axes)
+        if all(whole.shape[i] == narrow.shape[i] for i in order):
+            return x
+        at = lead if rank_first else len(order)
+        before, after, split = [], [], []
+        for i in order:
+            before.append(start[i])
+            after.append(whole.shape[i] - narrow.shape[i] - start[i])
+            split.append(narrow.shape[i])
+        for values, filler in ((before, 0), (after, 0), (split, rank)):
+            values.insert(at, filler)
+        if len(axes) != 1:
+            x = e.op("reshape", x, shape=tuple(split))
+        x = e.op("pad", x, before=tuple(before), after=tuple(after))
+        if len(axes) != 1:
+            size = whole.in_size if rank_first else whole.out_size
+            side = (rank, size) if rank_first else (size, rank)
+            x = e.op("reshape", x, shape=(*whole.batch_shape, *side))
+        return x
+
+    return spread(a, whole.in_, rank_first=True), spread(b, whole.out, rank_first=False)
+
+
+# Which uses of a tied, shared or repeated tensor an update reaches.
+#
+# A tensor has one key, and by default one update for all its uses. A use is named by
+#
+# ==========  ===================================================================
+# alias       a name of the parameter: the uses inside that name's module
+# op:NAME     the uses by that op
+# call:N      the N-th use in execution order, from 0
+# ==========  ===================================================================
+#
+# `LowRank.use` limits the one update to some uses. `NAME@USE` is the key of an update that has
+# these uses for itself, so that another use of the tensor can have an update of its own.
+
+
+def tied(t: Target) -> bool:
+    """True when a lookup shares the tensor with another op."""
+    return "embedding" in t.uses and len(t.uses) > 1
+
+
+def matmul_use(t: Target) -> str:
+    """The use that leaves the lookup of a tied tensor alone; empty where nothing is tied."""
+    return _use(t, (s for s in t.sites if s.op != "embedding")) if tied(t) else ""
+
+
+def lookup_use(t: Target) -> str:
+    """The use that means the lookup of a tied tensor only; empty where nothing is tied."""
+    return _use(t, (s for s in t.sites if s.op == "embedding")) if tied(t) else ""
+
+
+def named_use(t: Target, name: str) -> str:
+    """The use that one name of a tied tensor means: its own module's, else the matmul's."""
+    if not tied(t):
+        return ""
+    scope = name.rpartition(".")[0]
+    return name if any(s.scope == scope for s in t.sites) else matmul_use(t)
+
+
+def _use(t: Target, sites: Iterable[Site]) -> str:
+    op = ""
+    for site in sites:
+        for name in (t.parameter.name, *t.parameter.aliases):
+            if site.scope and name.rpartition(".")[0] == site.scope:
+                return name
+        op = op or f"op:{site.op}"
+    return op
+
+
+def applies(use: str, site: Site) -> bool:
+    """True when an update with this `use` reaches a site of its target."""
+    if not use or use.startswith("call:"):  # a call is in the key, and its target has no other site
+        return True
+    if use.startswith("op:"):
+        return site.op == use[3:]
+    return site.scope == use.rpartition(".")[0]
+
+
+def of_use(t: Target, use: str) -> Target | None:
+    """The target with some of its uses only, under the key `NAME@USE`; None where it has none."""
+    known = use.startswith(("op:", "call:")) or use in (t.parameter.name, *t.parameter.aliases)
+    if use.startswith("call:"):
+        sites = tuple(s for i, s in enumerate(t.sites) if use == f"call:{i}")
+    else:
+        sites = tuple(s for s in t.sites if known and applies(use, s))
+    if not sites:
+        return None
+    name, bracket, region = t.key.partition("[")
+    op = next((s.op for s in sites if s.op != "embedding"), "embedding")
+    return replace(t, key=f"{name}@{use}{bracket}{region}", sites=sites, op=op, parts=())
+
+
+def each_use(t: Target) -> tuple[str, ...]:
+    """A name for every use of a target: its alias or op where that is its alone, else the call."""
+    names = (t.parameter.name, *t.parameter.aliases)
+    result = []
+    for i, site in enumerate(t.sites):
+        own = [n for n in names if site.scope and n.rpartition(".")[0] == site.scope]
+        options = [*own, f"op:{site.op}"]
+        alone = (u for u in options if [s.id for s in t.sites if applies(u, s)] == [site.id])
+        result.append(next(alone, f"call:{i}"))
+    return tuple(result)
+
+
+def own_use(key: str) -> str:
+    """What `LowRank.use` says of a key's use: nothing of a call, which no other place can tell."""
+    use = split_use(key)[1]
+    return "" if use.startswith("call:") else use
+
+
+def disjoint(targets: Iterable[Target]) -> bool:
+    """True when no site is among the uses of two of these targets of one tensor."""
+    ids = [s.id for t in targets for s in t.sites]
+    return len(ids) == len(set(ids))
+
+
+def modules(t: Target) -> tuple[str, ...]:
+    """The names of a tensor in whose modules it is used."""
+    names = (t.parameter.name, *t.parameter.aliases)
+    scopes = {s.scope for s in t.sites if s.scope}
+    return tuple(n for n in names if n.rpartition(".")[0] in scopes)
+
+
+def op_of(t: Target, use: str) -> str:
+    """The op that an update reaches: what a file format needs to know."""
+    return next((s.op for s in t.sites if applies(use, s) and s.op != "embedding"), "embedding")

@@ -1,0 +1,125 @@
+"""Targets, refusals, and the result of find: what an adapter can attach to, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora_fx.ir.emitter import Parameter
+from lora_fx.ir.graph import Site
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region
+
+
+def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:
+    """`NAME`, or `NAME[a:b, c:d]` for a region: stored axes, half-open, full tail left out.
+
+    >>> make_key("w", ((0, 4), (0, 6)), (4, 6)), make_key("w", ((1, 4), (0, 6)), (4, 6))
+    ('w', 'w[1:4]')
+    >>> make_key("w", ((0, 4), (2, 6)), (4, 6)), make_key("e", ((3, 4), (0, 6)), (8, 6))
+    ('w[:, 2:6]', 'e[3]')
+    """
+    bounds = list(zip(region, shape, strict=True))
+    while bounds and bounds[-1][0] == (0, bounds[-1][1]):
+        bounds.pop()
+    if not bounds:
+        return name
+    if len(bounds) == 1 and bounds[0][0][1] - bounds[0][0][0] == 1 and len(shape) > 1:
+        return f"{name}[{bounds[0][0][0]}]"
+    text = ", ".join(":" if (lo, hi) == (0, n) else f"{lo}:{hi}" for (lo, hi), n in bounds)
+    return f"{name}[{text}]"
+
+
+def split_key(key: str, shape: tuple[int, ...]) -> tuple[str, Region]:
+    """The parameter's name and the region of a key, given the stored shape.
+
+    >>> split_key("w[:, 2:6]", (4, 6))
+    ('w', ((0, 4), (2, 6)))
+    """
+    if not key.endswith("]"):
+        return key, tuple((0, n) for n in shape)
+    name, _, text = key[:-1].rpartition("[")
+    region = []
+    for part, n in zip(text.split(","), shape, strict=False):
+        lo, colon, hi = part.strip().partition(":")
+        first = int(lo or 0)
+        region.append((first, int(hi or n)) if colon else (first, first + 1))
+    return name, (*region, *((0, n) for n in shape[len(region) :]))
+
+
+def base_name(key: str) -> str:
+    """The parameter's name of a key.
+
+    >>> base_name("w[1:4]"), base_name("embed.weight@head.weight"), base_name("w@call:1[2:4]")
+    ('w', 'embed.weight', 'w')
+    """
+    name = key.rpartition("[")[0] if key.endswith("]") else key
+    return name.partition("@")[0]
+
+
+def split_use(key: str) -> tuple[str, str]:
+    """The key without its use, and the use; empty where it stands for all uses.
+
+    >>> split_use("w@call:1[2:4]"), split_use("w[2:4]")
+    (('w[2:4]', 'call:1'), ('w[2:4]', ''))
+    """
+    name, bracket, region = key.partition("[")
+    name, _, use = name.partition("@")
+    return name + bracket + region, use
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor, or a region of one, that an update can attach to.
+
+    `op` is that of the first use that is no lookup; `uses` has every op that reads the tensor.
+    `parts` are (role, key) of what a fused weight holds.
+    """
+
+    key: str
+    parameter: Parameter
+    region: Region
+    layout: Layout
+    op: str
+    sites: tuple[Site, ...]
+    role: str = ""
+    default: bool = True
+    why_not: str = ""
+    parts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """2 · multiply-adds of all uses at the example's sizes."""
+        return sum(s.flops for s in self.sites)
+
+    @property
+    def no_grad(self) -> bool:
+        """True when the model switches gradients off around every use."""
+        return bool(self.sites) and all(s.no_grad for s in self.sites)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The ops that read this tensor, each once, in execution order."""
+        return tuple(dict.fromkeys(s.op for s in self.sites))
+
+    def to_json(self, rank: int | None = None, alpha: float | None = None) -> dict[str, Any]:
+        """One row of `targets[]` in docs/json.md; with the rank and alpha of an update there."""
+        return {
+            "key": self.key,
+            "aliases": list(self.parameter.aliases),
+            "op": self.op,
+            "uses": list(self.uses),
+            "shape": list(self.layout.stored),
+            "in": self.layout.in_size,
+            "out": self.layout.out_size,
+            "batch": list(self.layout.batch_shape),
+            "dtype": self.parameter.dtype,
+            "sites": len(self.sites),
+            "flops": self.flops,
+            "role": self.role,
+            "default": self.default,
+            "why_not": self.why_not,
+            "parts": [{"role": r, "key": k} for r, k in self.parts],
+            "rank": rank,
+            "alpha": alpha,
+        }
