@@ -176,8 +176,8 @@ def _adapters(
     for path, weight in list(_loadable([(str(p), 1.0) for p in outputs])) or list(
         _loadable(_weighted(given))
     ):
+        from lora_fx.adapter.truncate import summary
         from lora_fx.formats.io import load_adapter
-        from lora_fx.spectra import summary
 
         try:
             loaded = load_adapter(path, trust, base=base)

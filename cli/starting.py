@@ -31,8 +31,8 @@ def start_from(
     loaded: Any, cap: Any, init: str, data: str | None, label: str, loss: str
 ) -> dict[str, Any]:
     """Keyword arguments of insert; empty for a start that reads no data."""
+    from lora_fx.adapter.initial import OF_DATA
     from lora_fx.fx.factory import load_function
-    from lora_fx.start import OF_DATA
 
     if init not in OF_DATA:
         if data:
@@ -54,7 +54,7 @@ def of_training(table: Any, init: str, loss: Any) -> dict[str, Any]:
         init: The start; {} for one that reads no data.
         loss: ce, mse, or a function.
     """
-    from lora_fx.start import OF_DATA
+    from lora_fx.adapter.initial import OF_DATA
 
     return {"data": batches_of(table), "loss": loss} if init in OF_DATA else {}
 

@@ -39,9 +39,9 @@ def command(
     lora-fx truncate ./adapter -o small --max-error 0.05
     lora-fx truncate ./adapter --table held-out.npz --model model.py:build
     """
+    from lora_fx.adapter.truncate import truncation
     from lora_fx.checkpoint.osfile import check_output
     from lora_fx.formats.io import save_adapter
-    from lora_fx.truncation import truncation
 
     options = {k: goal.pop(k) for k in TABLE}
     if options["table"]:

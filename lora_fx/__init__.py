@@ -16,7 +16,7 @@ _WHERE = {
     "fold": "lora_fx.passes.pipeline",
     "export": "lora_fx.passes.export",
     "extract": "lora_fx.checkpoint.extraction",
-    "truncate": "lora_fx.truncation",
+    "truncate": "lora_fx.adapter.truncate",
     "plan": "lora_fx.passes.plan",
     "verify": "lora_fx.passes.verify",
     "attach": "lora_fx.passes.attach",
@@ -26,12 +26,12 @@ _WHERE = {
     "save_adapter": "lora_fx.formats.io",
     "load_adapter": "lora_fx.formats.io",
     "load_model": "lora_fx.fx.models",
-    "Adapter": "lora_fx.adapter",
+    "Adapter": "lora_fx.adapter.adapter",
     "Captured": "lora_fx.fx.capture",
     "AdaptedModule": "lora_fx.fx.adapted",
     "LoraFxError": "lora_fx.errors",
-    "LowRank": "lora_fx.lowrank",
-    "Full": "lora_fx.lowrank",
+    "LowRank": "lora_fx.adapter.lowrank",
+    "Full": "lora_fx.adapter.lowrank",
 }
 __all__ = [
     "AdaptedModule",
@@ -60,7 +60,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lora_fx.adapter import Adapter
+    from lora_fx.adapter.adapter import Adapter
+    from lora_fx.adapter.lowrank import Full, LowRank
+    from lora_fx.adapter.truncate import truncate
     from lora_fx.checkpoint.doctor import doctor
     from lora_fx.checkpoint.extraction import extract
     from lora_fx.errors import LoraFxError
@@ -68,14 +70,12 @@ if TYPE_CHECKING:
     from lora_fx.fx.adapted import AdaptedModule
     from lora_fx.fx.capture import Captured, capture
     from lora_fx.fx.models import load_model
-    from lora_fx.lowrank import Full, LowRank
     from lora_fx.passes.attach import attach, detach
     from lora_fx.passes.export import export
     from lora_fx.passes.merge import merge
     from lora_fx.passes.pipeline import find, fold, insert
     from lora_fx.passes.plan import plan
     from lora_fx.passes.verify import verify
-    from lora_fx.truncation import truncate
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from lora_fx.adapter import Adapter, check_plain
+from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.text import near

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapter import Adapter
-from lora_fx.binding import bind
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.factors import learning, relearning
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx.attach import Attachment, attachment, is_attached
 from lora_fx.fx.calling import Called, Signature
@@ -36,7 +36,6 @@ from lora_fx.passes.prove_live import (
     random_values,
 )
 from lora_fx.passes.started import check_variant, started
-from lora_fx.slots import learning, relearning
 
 
 def attach(

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Parameter
@@ -26,7 +27,6 @@ from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Opaque, Permute, track
-from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.regions import widen

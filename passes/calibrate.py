@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_fx.adapter.initial import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
@@ -32,7 +33,6 @@ from lora_fx.fx.watch import Run, Watched
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout
-from lora_fx.start import matrix
 from lora_fx.targets.ranking import STATISTICS, WIDE, Calibration, Moments, Sums
 from lora_fx.targets.regions import applies, contains, relative
 from lora_fx.targets.target import Target

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_fx.adapter import Adapter, check_plain
+from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.batching import batch_symbol

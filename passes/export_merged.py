@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.binding import bind
+from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule

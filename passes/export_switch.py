@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter, check_plain
+from lora_fx.adapter.adapter import Adapter, check_plain
+from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.checkpoint.osfile import check_output, replacing
 from lora_fx.compare import Report, demand, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.inputs import SIZES
 from lora_fx.ir.layout import Layout
-from lora_fx.lowrank import LowRank, draw
 from lora_fx.onnx.copies import copies_of
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.switching import Session, write_adapter

@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Deferred, Emitter, Graph, Site
 from lora_fx.ir.kinds import delta
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Region
-from lora_fx.lowrank import LowRank
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import reads_otherwise
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import applies, overlap
 from lora_fx.targets.target import Target
-from lora_fx.variant import variant_of
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.body import one_argument, one_op
 from lora_fx.fx.eager import Program, Recorder, Value
@@ -31,7 +32,6 @@ from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Site
-from lora_fx.lowrank import LowRank
 from lora_fx.passes.insert import Insert, changed
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import applies

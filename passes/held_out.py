@@ -2,7 +2,8 @@
 
 For r = 1, 2, 4 … up to the adapter's own rank, the loss of two adapters of the same size is
 measured: every update cut to rank r, and the same number of elements spread over the updates by
-σ²/cost (`lora_fx.truncation`). No training: each adapter is put into one inserted module and run.
+σ²/cost (`lora_fx.adapter.truncate`). No training: each adapter is put into one inserted module and
+run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.truncate import truncation
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
@@ -18,7 +20,6 @@ from lora_fx.fx.train_loss import Loss
 from lora_fx.fx.train_objective import objective
 from lora_fx.passes.pipeline import insert
 from lora_fx.text import table as columns
-from lora_fx.truncation import truncation
 
 BATCH = 64
 """Examples that run at a time."""

@@ -24,7 +24,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx import dora
+from lora_fx.adapter import variant as dora
+from lora_fx.adapter.factors import Half, Slot, halves, slots_of
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Role, V
@@ -32,14 +35,11 @@ from lora_fx.ir.graph import Emitter, Factors, Graph, Site
 from lora_fx.ir.kinds import swap_last
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
-from lora_fx.lowrank import LowRank
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
-from lora_fx.slots import Half, Slot, halves, slots_of
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import applies, contains, relative, widen
 from lora_fx.targets.target import Target, base_name
-from lora_fx.variant import variant_of
 
 Pair = tuple[Target, LowRank]
 

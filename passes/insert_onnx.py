@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factors import slots_of
+from lora_fx.adapter.initial import OF_DATA, initial
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant import named_variant
 from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.ir.emitter import Role
-from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY
 from lora_fx.onnx.branches import listed
 from lora_fx.onnx.graph import OnnxGraph
@@ -31,10 +34,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.reference_onnx import reference_of
-from lora_fx.slots import slots_of
-from lora_fx.start import OF_DATA, initial
 from lora_fx.targets.plan import make_plan
-from lora_fx.variant import named_variant
 
 Selectors = str | Sequence[str] | None
 
@@ -67,11 +67,11 @@ def insert_onnx(
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}.
-        variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.variant.
+        variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.adapter.variant.
         seed: Of the initial values; each target draws from (seed, key).
-        init: What a and b start from, see lora_fx.start; those that read data are refused.
-        dead: Targets that change no output. error; drop: left out, and said; allow: not asked.
-        inputs: Arrays by input name for the check, instead of sampled ones.
+        init: What a and b start from, see lora_fx.adapter.initial; those that read data are
+        refused. dead: Targets that change no output. error; drop: left out, and said; allow: not
+        asked. inputs: Arrays by input name for the check, instead of sampled ones.
         provider: auto, cpu or cuda.
         external_over: Bytes of weights above which they go to a file of their own.
         force: Replace an existing file.

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.merge import GAIN
 from lora_fx.checkpoint.osfile import check_output
 from lora_fx.checkpoint.plan import Given

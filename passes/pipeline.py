@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_fx.adapter import Adapter
-from lora_fx.binding import bind
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.factors import relearning
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.capture import Captured
@@ -19,7 +20,6 @@ from lora_fx.fx.pt2 import is_program, open_program
 from lora_fx.fx.pt2_captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.ir.graph import Graph
-from lora_fx.lowrank import LowRank
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.effect import prove_effect
 from lora_fx.passes.find import find as find_graph
@@ -30,7 +30,6 @@ from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
 from lora_fx.passes.started import check_variant, started
-from lora_fx.slots import relearning
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Plan, make_plan
 
@@ -125,7 +124,7 @@ def insert(
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
         also_train: Tensors trained whole, such as a new head.
-        variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.variant.
+        variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.adapter.variant.
         dropout: On the input of each branch, in train mode.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
         adapter: Start from this adapter; its targets and ranks replace the plan.
@@ -136,7 +135,7 @@ def insert(
         dead: Every target is proven to take effect. error: one that does not is an error. drop:
             it is left out, and said. allow: nothing is proven.
         init: What a and b start from: kaiming, gaussian, orthogonal, pissa, olora, eva or
-            lora-ga, see lora_fx.start. The base is never changed.
+            lora-ga, see lora_fx.adapter.initial. The base is never changed.
         data: Batches by argument name, for eva and lora-ga.
         loss: ce, mse, or a function of (output, labels), for lora-ga.
         fast: Rewrite train programs so that they keep less for backward, with the same gradients:

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_fx.adapter.initial import matrix
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.passes.calibrate import calibrate
 from lora_fx.passes.given import captured_of
 from lora_fx.passes.pipeline import Selectors, find
-from lora_fx.start import matrix
 from lora_fx.targets.budget import allocate, cost_of, limit_of, parse_budget
 from lora_fx.targets.plan import Planned, Ranked, make_plan
 from lora_fx.targets.ranking import METHODS, Calibration, Moments, Seen

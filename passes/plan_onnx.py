@@ -9,10 +9,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lora_fx.adapter.adapter import HOWS, mix
 from lora_fx.checkpoint.merge import given
 from lora_fx.checkpoint.plan import Given
 from lora_fx.errors import LoraFxError
-from lora_fx.mix import HOWS, mix
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.matching import Matched, match

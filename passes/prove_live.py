@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factors import slots_of, with_values
+from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import Parity, compare
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.adapted import AdaptedModule
@@ -26,9 +28,7 @@ from lora_fx.fx.calling import Signature, leaf_names, output_name
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import SIZES
-from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.prove import arrays_of, prove
-from lora_fx.slots import slots_of, with_values
 from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.matching import Matched

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError

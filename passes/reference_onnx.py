@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factors import slots_of
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import SIZES, Inputs
 from lora_fx.ir.emitter import Role
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.reach import highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import Session, open_session, signature
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.reference import Run
-from lora_fx.slots import slots_of
 
 
 class OnnxReference:

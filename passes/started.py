@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lora_fx.adapter.initial import OF_DATA, OF_WEIGHT, check_init, initial
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
-from lora_fx.lowrank import LowRank
-from lora_fx.start import OF_DATA, OF_WEIGHT, check_init, initial
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Plan
-from lora_fx.variant import named_variant
 
 
 def check_variant(variant: str, init: str, dropout: float, data: object) -> tuple[str, ...]:
@@ -39,16 +39,16 @@ def started(
     data: Iterable[Mapping[str, Any]] | None,
     loss: Any,
 ) -> tuple[dict[str, LowRank], tuple[str, ...]]:
-    """See `lora_fx.start.initial`.
+    """See `lora_fx.adapter.initial.initial`.
 
     Args:
         cap: The model, for a start from data.
         found: Its targets.
         plan: Target key → rank and alpha.
         read: The stored tensor of a parameter.
-        variant: A name of `lora_fx.variant`.
+        variant: A name of `lora_fx.adapter.variant`.
         seed: Each target draws from (seed, key).
-        init: A name of `lora_fx.start`.
+        init: A name of `lora_fx.adapter.initial`.
         data: Batches by argument name, for eva and lora-ga.
         loss: ce, mse, or a function of (output, labels).
     """

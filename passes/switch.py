@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.kinds import Einsum, Embedding
-from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph import OnnxGraph

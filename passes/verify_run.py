@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.binding import bind
+from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import Parity, Report
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured

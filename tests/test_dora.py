@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_fx import dora
+from lora_fx.adapter import variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 
@@ -17,7 +17,7 @@ def weight() -> tuple[Array, Array]:
 
 def test_rows_get_the_norms_of_the_magnitude() -> None:
     v, magnitude = weight()
-    new = dora.factors(magnitude, dora.squares(v), "w")[:, None] * v
+    new = variant.factors(magnitude, variant.squares(v), "w")[:, None] * v
     assert new.dtype == np.float32
     wide = v.astype(np.float64)
     want = magnitude[:, None] * wide / np.linalg.norm(wide, axis=1, keepdims=True)
@@ -26,15 +26,15 @@ def test_rows_get_the_norms_of_the_magnitude() -> None:
 
 def test_blocks_of_columns_give_the_same_norms() -> None:
     v, magnitude = weight()
-    sums = dora.squares(v[:, :4]) + dora.squares(v[:, 4:])
-    whole = dora.factors(magnitude, dora.squares(v), "w")
-    np.testing.assert_allclose(dora.factors(magnitude, sums, "w"), whole, rtol=1e-7)
+    sums = variant.squares(v[:, :4]) + variant.squares(v[:, 4:])
+    whole = variant.factors(magnitude, variant.squares(v), "w")
+    np.testing.assert_allclose(variant.factors(magnitude, sums, "w"), whole, rtol=1e-7)
 
 
 def test_what_cannot_be_rescaled() -> None:
     v, magnitude = weight()
     with pytest.raises(LoraFxError, match="6 numbers; the weight has 7 rows"):
-        dora.factors(magnitude[:6], dora.squares(v), "w")
+        variant.factors(magnitude[:6], variant.squares(v), "w")
     v[2] = 0
     with pytest.raises(LoraFxError, match="w: row 2"):
-        dora.factors(magnitude, dora.squares(v), "w")
+        variant.factors(magnitude, variant.squares(v), "w")

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_fx.adapter.lowrank import LowRank, draw, scale_of
 from lora_fx.compare import compare, rel
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import SIZES, Input, Inputs, default_dynamic, merge_dynamic
 from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter, conv
 from lora_fx.ir.view import Cast, Opaque, Permute, Reshape, Slice, View, track
-from lora_fx.lowrank import LowRank, draw, scale_of
 from lora_fx.passes.fold import fold_value
 from lora_fx.targets.plan import default_alpha
 from lora_fx.targets.target import Target, make_key, split_key

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.changes import Entry, name_of
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.checkpoint.loaded import Part, Stack
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
-from lora_fx.lowrank import Full, LowRank
 
 Piece = tuple[Part, Region, Entry]
 """(the tensor, the region of it that changes, what is done to that)."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.variant import factors, squares
 from lora_fx.checkpoint.rectangles import WINDOW, Matrix, Rectangle
-from lora_fx.dora import factors, squares
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 

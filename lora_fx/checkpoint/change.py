@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.changes import Rows, name_of
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Rows, name_of
 from lora_fx.checkpoint.blocks import Fold, arithmetic
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
@@ -20,7 +21,6 @@ from lora_fx.checkpoint.rectangles import Matrix, in_dtype, joined, region
 from lora_fx.checkpoint.strict import DTYPES, TensorInfo
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full, LowRank
 
 BITS = dict(DTYPES.values())
 _APART = "merge one adapter after the other"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.checkpoint.blocks import arithmetic
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
@@ -17,7 +18,6 @@ from lora_fx.checkpoint.quantised import HINT, scheme_of, stored_as
 from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full, LowRank
 from lora_fx.targets.target import base_name
 from lora_fx.text import near
 

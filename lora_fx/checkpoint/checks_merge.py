@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from lora_fx.changes import Entry
+from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.pair import Finding, Pair
 from lora_fx.checkpoint.plan import Given, Options, Plan, make_plan
 from lora_fx.checkpoint.provenance import history

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.text import table
 
 

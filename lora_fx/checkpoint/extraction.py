@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Entry
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank, generator
+from lora_fx.adapter.svd import Triplets, above_noise, balanced, leading, squared_distance
+from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import Pair, pairs, read_floats
 from lora_fx.checkpoint.extracted import Extracted, Extraction
 from lora_fx.checkpoint.fingerprint import file_fingerprint
@@ -25,8 +27,6 @@ from lora_fx.checkpoint.scope import scope_of
 from lora_fx.checkpoint.sides import check_lookups, sides_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.lowrank import Full, LowRank, generator
-from lora_fx.svd import Triplets, above_noise, balanced, leading, squared_distance
 
 RANK = 16
 MAX_RANK = 128

@@ -11,18 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Change, Dense, Entry, Rows
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.fused import place
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Change, Dense, Entry, Rows
 from lora_fx.checkpoint.apart import apart
 from lora_fx.checkpoint.loaded import Stack
 from lora_fx.checkpoint.orientation import lookup, stacks_turned, turned_weights
 from lora_fx.checkpoint.renamed import Renaming, check_present, renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
-from lora_fx.experts import place
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
-from lora_fx.lowrank import Full, LowRank
 from lora_fx.targets.target import base_name, split_key, split_use
 from lora_fx.text import near
 

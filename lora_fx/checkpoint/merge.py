@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.beside import REPORTS, report_name
 from lora_fx.checkpoint.blocks import Stats
 from lora_fx.checkpoint.folder import open_checkpoint

@@ -11,14 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Change, Entry, Rows
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Change, Entry, Rows
 from lora_fx.checkpoint.layouts import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
 from lora_fx.checkpoint.loaded import STACKED
 from lora_fx.checkpoint.renamed import Renaming
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full
 from lora_fx.targets.target import base_name
 
 MARKED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter"))

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Entry
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.copying import read_at
 from lora_fx.checkpoint.folder import Checkpoint, open_checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
@@ -27,7 +28,6 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft_raw import Raw, read_raw
-from lora_fx.lowrank import LowRank
 from lora_fx.targets.target import base_name
 
 ERROR, WARNING, NOTE = "error", "warning", "note"

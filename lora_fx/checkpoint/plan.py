@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter, mix
 from lora_fx.checkpoint.change import Change, change_of
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
@@ -31,7 +31,6 @@ from lora_fx.checkpoint.tied import (
     tie_of,
 )
 from lora_fx.errors import LoraFxError
-from lora_fx.mix import mix
 from lora_fx.text import human, table
 
 __all__ = ["HOWS", "Change", "Given", "Options", "Plan", "make_plan"]

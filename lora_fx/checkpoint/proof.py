@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.blocks import Fold, Space, arithmetic, one_blas_thread, rows_per_block
 from lora_fx.checkpoint.change import Change, Stage
 from lora_fx.checkpoint.copying import read_at, read_into
@@ -34,7 +35,6 @@ from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
 from lora_fx.checkpoint.rows import prepared, read_rows
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.dtypes import Array, finfo, numpy_dtype
-from lora_fx.lowrank import LowRank
 
 CHUNK = 1 << 20
 ROWS = 4

@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_fx.changes import Entry
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full
 from lora_fx.targets.target import base_name
 
 _SIBLINGS = {

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.changes import Change, Dense
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Change, Dense
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Region
-from lora_fx.lowrank import LowRank
 
 WINDOW = 16
 """Rows that a product is computed for at least: BLAS sums few rows in another order than many."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.loaded import Loaded, Stack, loaded_of
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError

@@ -10,12 +10,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_fx.changes import Rows
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Rows
 from lora_fx.checkpoint.heads import family_of, generates, is_head, is_table
 from lora_fx.checkpoint.match import Placed, use_of
 from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank
 
 _SCALED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"))
 """model_type of models whose logits are scaled where the head is tied, unless the config says."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.chain import chain_of
 from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.headers import file_targets

@@ -33,8 +33,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Dense, Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.formats import diffusers_write, naming, own_names
@@ -45,7 +46,6 @@ from lora_fx.formats.peft_config import MERGE, Pattern, check_config, mutation
 from lora_fx.formats.peft_names import from_tensors
 from lora_fx.formats.sniff import Seen
 from lora_fx.formats.tensorfile import read_tensors, write_tensors
-from lora_fx.lowrank import LowRank
 
 SUFFIXES = (".safetensors",)
 FOLDER = True

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import is_plain, name_of
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.naming import COMPONENTS, guess_component, split_component
 from lora_fx.formats.peft_build import build_config
 from lora_fx.formats.peft_forms import form_of, to_tensors
 from lora_fx.formats.peft_names import PREFIX
-from lora_fx.lowrank import LowRank
 
 _HINT = "save it as peft, which keeps everything"
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.osfile import explain, replacing
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.formats import diffusers, kohya, naming, onnx_adapter, peft, torchtune

@@ -32,15 +32,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Dense, Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya_write, lycoris, naming, own_names
 from lora_fx.formats.masters import File
 from lora_fx.formats.sniff import Seen
 from lora_fx.formats.tensorfile import read_tensors, write_tensors
-from lora_fx.lowrank import LowRank
 
 SUFFIXES = (".safetensors",)
 FOLDER = False

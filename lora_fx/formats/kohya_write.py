@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import lycoris
 from lora_fx.formats.naming import COMPONENTS, guess_component, split_component
 from lora_fx.formats.peft_forms import form_of, to_tensors
-from lora_fx.lowrank import LowRank
 
 _HINT = "save it as peft, which keeps everything"
 

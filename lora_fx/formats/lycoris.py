@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry, Hadamard, Kronecker
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.masters import File

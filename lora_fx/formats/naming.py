@@ -22,8 +22,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Entry
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.headers import tensors
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.sgm import sgm_names

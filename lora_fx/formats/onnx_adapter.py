@@ -27,14 +27,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Entry, is_plain, name_of
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.masters import File
 from lora_fx.formats.sniff import Seen
 from lora_fx.formats.tensorfile import is_float
-from lora_fx.lowrank import Full, LowRank
 
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Entry, Kronecker, Rows
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Entry, Kronecker, Rows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.ir.layout import Layout
-from lora_fx.lowrank import Full, LowRank
 
 FIELD = "lora_fx_names"
 VERSION = 1

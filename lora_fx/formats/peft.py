@@ -3,7 +3,8 @@
 ΔW of a module X is s · B · A with s = lora_alpha / r, or lora_alpha / √r with use_rslora; the rank
 and alpha of single modules come from rank_pattern and alpha_pattern. Modules of modules_to_save
 are stored whole under their own names. With use_dora the rows of W + s · B · A (in [out, in]
-order, see `lora_fx.dora`) get the norms lora_magnitude_vector. Checked against peft 0.21.2.
+order, see `lora_fx.adapter.variant`) get the norms lora_magnitude_vector. Checked against peft
+0.21.2.
 
 What PEFT cannot say (parts of a tensor, stacks, parameters that are no `.weight`) goes into the
 same file under names that PEFT passes over, and is described, with the layouts of all updates,
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.formats import lycoris, peft_read, peft_write
@@ -60,8 +61,8 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
           {"op": "embedding"} with in = rows, out = dim, and "tied": other names of the tensor, to
           which the same change applies; {"op": "conv2d", "kernel": [3, 3]} with in = C_in · ∏k;
           {"op": "experts", …} for a parameter, `a` [E, r, in] and `b` [E, out, r], to be given to
-          `lora_fx.experts.place` before keys are matched; "mutated": pissa or olora where the
-          update is meant for `lora_fx.initial.residual` of the base weight.
+          `lora_fx.adapter.fused.place` before keys are matched; "mutated": pissa or olora where the
+          update is meant for `lora_fx.adapter.initial.residual` of the base weight.
         * Dense [out] for a bias of B, Rows for trained tokens, Full for biases and modules that
           were trained whole.
 

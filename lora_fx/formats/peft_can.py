@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.variant import named_variant
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_config import conflicts
-from lora_fx.lowrank import Full, LowRank
-from lora_fx.variant import named_variant
 
 
 def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], dict[str, str]]:

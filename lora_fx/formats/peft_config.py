@@ -34,7 +34,8 @@ REFUSED: dict[str, tuple[str, str]] = {
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Names in init_lora_weights that leave the base weights as they are; so do true, false, null."""
 REDONE = ("pissa", "olora")
-"""Names that change the base in a way that `lora_fx.initial` can redo from the base alone."""
+"""Names that change the base in a way that `lora_fx.adapter.initial` can redo from the base
+alone."""
 _LOST = {
     "pissa_niter_": "its fast SVD starts from random numbers",
     "corda": "what it took off depends on the data it saw",

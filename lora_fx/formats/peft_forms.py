@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array
 from lora_fx.formats.peft_names import PREFIX, WRAPPER, unwrapped
 from lora_fx.formats.peft_stack import packed
-from lora_fx.lowrank import LowRank
 from lora_fx.targets.target import split_use
 
 _LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm"))

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_fx.changes import Dense, Entry, Rows
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Dense, Entry, Rows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.formats.peft_names import OWN, PREFIX, Group, split_name
 from lora_fx.formats.tensorfile import is_float
 from lora_fx.ir.layout import Layout
-from lora_fx.lowrank import LowRank
 
 if TYPE_CHECKING:
     from lora_fx.formats.peft_read import Reader

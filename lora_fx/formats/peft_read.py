@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense, Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft_own, peft_rest
@@ -32,7 +33,6 @@ from lora_fx.formats.peft_names import (
 from lora_fx.formats.peft_source import Source
 from lora_fx.formats.peft_stack import candidates, read_stacks
 from lora_fx.formats.peft_targets import facts
-from lora_fx.lowrank import Full, LowRank
 
 _OUT = f".{WRAPPER}.out_proj"
 

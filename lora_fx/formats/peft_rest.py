@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.changes import Dense, Entry, Rows
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Dense, Entry, Rows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_config import saved_whole
 from lora_fx.formats.peft_names import DELTA, OWN, PREFIX, WRAPPER, Group, unknown_name, unwrapped
 from lora_fx.formats.peft_source import Source
-from lora_fx.lowrank import Full
 
 
 def read_rest(

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.changes import Entry
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.tensorfile import is_float
-from lora_fx.lowrank import Full
 
 
 def finite(array: Array) -> bool:

@@ -7,8 +7,9 @@ is E = 1. r is in the config only.
 Two parameters of one module are two wrappers, one inside the other, in the order in which the
 module defines its parameters, the first innermost; the file does not name them. Where names and
 ranks leave one way only to give them out, it is taken. Otherwise the entry gets the key
-`MODULE.(P|Q)#DEPTH` and `extra` says what it may be; `lora_fx.experts.place` decides by the base's
-shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` and `lora.ParamWrapper`.
+`MODULE.(P|Q)#DEPTH` and `extra` says what it may be; `lora_fx.adapter.fused.place` decides by the
+base's shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` and
+`lora.ParamWrapper`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_config import MERGE, Pattern, mutation
 from lora_fx.formats.peft_names import Group
 from lora_fx.formats.peft_source import Source
-from lora_fx.lowrank import LowRank
 
 
 def candidates(config: Mapping[str, Any], module: str) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Rows, name_of
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense, Rows, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft_build import build_config
@@ -18,7 +19,6 @@ from lora_fx.formats.peft_names import DELTA, OWN, PREFIX, WRAPPER
 from lora_fx.formats.peft_own import VERSION
 from lora_fx.formats.peft_source import finite
 from lora_fx.formats.tensorfile import is_float
-from lora_fx.lowrank import Full, LowRank
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")
 """Metadata that reading takes from the config and the tensors."""

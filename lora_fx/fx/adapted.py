@@ -11,8 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.adapter import Adapter
-from lora_fx.binding import bind
+from lora_fx.adapter.adapter import Adapter, bind, mix
+from lora_fx.adapter.factors import (
+    Slot,
+    asked,
+    frame,
+    learning,
+    relearning,
+    slots_of,
+    with_values,
+)
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.based import Base
 from lora_fx.fx.capture import Captured
@@ -23,11 +33,7 @@ from lora_fx.fx.ones import prove_ones
 from lora_fx.fx.reports import AdaptedReport
 from lora_fx.fx.sharded import put, refuse_shards, settle, whole
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner
-from lora_fx.lowrank import Full, LowRank
-from lora_fx.mix import mix
-from lora_fx.slots import Slot, asked, frame, learning, relearning, slots_of, with_values
 from lora_fx.targets.found import Found
-from lora_fx.variant import variant_of
 
 Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
 Speedups = Callable[[Sequence[str]], list[Rewriter]]
@@ -95,7 +101,7 @@ class AdaptedModule(CapturedModule):
         return {key: (held["a"], held["b"]) for key, held in self.tensors().items()}
 
     def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Key → every tensor of its update by field: a, b, and what `lora_fx.slots` adds."""
+        """Key → every tensor of its update by field: a and b, and a variant's own."""
         held: dict[str, dict[str, nn.Parameter]] = {}
         for key, slot in self._slots():
             held.setdefault(key, {})[slot.field] = self._tensor(slot.name)

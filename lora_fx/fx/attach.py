@@ -15,8 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.adapter import Adapter
-from lora_fx.binding import bind
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.factors import (
+    SIDES,
+    asked,
+    frame,
+    learning,
+    relearning,
+    slots_of,
+    with_values,
+)
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.based import Base
 from lora_fx.fx.eager import bound
@@ -25,8 +34,6 @@ from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, r
 from lora_fx.fx.reports import AdaptedReport
 from lora_fx.fx.sharded import put, settle, whole
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner
-from lora_fx.lowrank import Full, LowRank
-from lora_fx.slots import SIDES, asked, frame, learning, relearning, slots_of, with_values
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
 

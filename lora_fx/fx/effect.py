@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.adapter.lowrank import draw
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.lowrank import draw
 
 if TYPE_CHECKING:
     from lora_fx.fx.adapted import AdaptedModule

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.module import CapturedModule, Rewriter

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.fx.eager import Program
-from lora_fx.lowrank import LowRank
 from lora_fx.targets.found import Found
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.lowrank import LowRank
 
 
 def grouped(

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factors import FIELDS, slots_of, with_values
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.layout import Layout
-from lora_fx.lowrank import Full, LowRank
-from lora_fx.slots import FIELDS, slots_of, with_values
 
 VERSION = 1
 _KINDS = {

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_fx.adapter.factors import asked
 from lora_fx.checkpoint.fingerprint import ends
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.adapted import AdaptedModule
@@ -23,7 +24,6 @@ from lora_fx.fx.nodes import dtype_name
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.train_loss import Loss
 from lora_fx.fx.train_settings import Settings
-from lora_fx.slots import asked
 
 Facts = dict[str, dict[str, Any]]
 

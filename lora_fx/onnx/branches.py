@@ -12,14 +12,14 @@ from os import PathLike
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factors import FIELDS, learning, slots_of, with_values
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
-from lora_fx.lowrank import LowRank
 from lora_fx.manifest import PROPERTY, VERSION
 from lora_fx.onnx.load import load
-from lora_fx.slots import FIELDS, learning, slots_of, with_values
 
 
 def listed(updates: Mapping[str, LowRank]) -> str:

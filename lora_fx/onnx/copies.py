@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Entry
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Entry
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import Target, base_name, split_use
 

@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
-from lora_fx.binding import bind
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full, LowRank
 from lora_fx.onnx.copies import copies_of, spread
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED

@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.adapter.factors import slot_names
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
 from lora_fx.manifest import Slot
 from lora_fx.onnx.flow import MARK
 from lora_fx.onnx.graph import OnnxGraph
-from lora_fx.slots import slot_names
 from lora_fx.targets.target import Target
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.manifest import PROPERTY, Manifest

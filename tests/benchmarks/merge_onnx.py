@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.formats.io import save_adapter
-from lora_fx.lowrank import LowRank
 
 ROWS, COLUMNS, RANK = 4096, 6144, 16
 PLAIN = (

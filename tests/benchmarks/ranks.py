@@ -27,12 +27,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.adapter.lowrank import generator
+from lora_fx.adapter.truncate import truncation
 from lora_fx.fx.capture import Captured, capture
-from lora_fx.lowrank import generator
 from lora_fx.passes.plan import plan
 from lora_fx.targets.budget import allocate
 from lora_fx.targets.ranking import METHODS
-from lora_fx.truncation import truncation
 
 CONTROL = "random"
 DIM, HEADS, WIDE, CLASSES = 32, 4, 128, 5

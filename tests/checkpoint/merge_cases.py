@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import numpy_dtype
-from lora_fx.lowrank import LowRank
 from tests.checkpoint.made import Array, adapter, checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")

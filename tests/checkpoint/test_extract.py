@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_fx
+from lora_fx.adapter.lowrank import generator
+from lora_fx.adapter.svd import above_noise, leading
 from lora_fx.checkpoint.extraction import extraction
 from lora_fx.errors import NoEffectError
-from lora_fx.lowrank import generator
-from lora_fx.svd import above_noise, leading
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -251,7 +251,7 @@ def test_peak_memory_is_that_of_one_matrix(tmp_path: Path) -> None:
 
 def test_needs_no_torch() -> None:
     code = (
-        "import sys, lora_fx.checkpoint.extraction, lora_fx.truncation, lora_fx.formats.io\n"
+        "import sys, lora_fx.checkpoint.extraction, lora_fx.adapter.truncate, lora_fx.formats.io\n"
         "print({'torch', 'onnx'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import lora_fx
+from lora_fx.adapter.truncate import truncation
 from lora_fx.checkpoint.extraction import extraction
-from lora_fx.truncation import truncation
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

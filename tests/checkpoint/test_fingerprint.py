@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.fingerprint import ENDS, same_base
 from lora_fx.checkpoint.headers import tensors
 from lora_fx.errors import LoraFxError

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
-from lora_fx.lowrank import Full, LowRank
 from tests.checkpoint.int8_bases import BNB, CT, SCALES, SCHEMES, Q, base, config, quantised, wide
 from tests.checkpoint.made import Array, adapter, checkpoint, factors, read
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lora_fx import merge
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry, Hadamard, Kronecker, Rows
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rows
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full, LowRank
 from tests.checkpoint.made import Array, checkpoint, factors, read
 
 OUT, IN = 24, 36

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from lora_fx import merge
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli import main
 from lora_fx.errors import NoEffectError
-from lora_fx.lowrank import LowRank
 from tests.checkpoint.made import Array, adapter, checkpoint, factors, header, read, tree
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,12 +12,12 @@ import torch
 import transformers
 
 import lora_fx
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense
 from lora_fx.checkpoint.orientation import stacks_turned
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.lowrank import Full, LowRank
 from tests.checkpoint.made import Array, adapter, checkpoint, factors, read
 from tests.checkpoint.test_loaded_names import MODELS, TEXT, saved
 from tests.checkpoint.test_merge_loaded_names import tuned

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_fx
 from lora_fx import Adapter, LowRank
-from lora_fx.changes import Rows
+from lora_fx.adapter.updates import Rows
 from lora_fx.ir.layout import plain_layout
 
 TABLE, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.w.weight"

@@ -13,13 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lora_fx
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry, Hadamard, Kronecker, Rows
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.svd import distance, product_svd, truncated
+from lora_fx.adapter.truncate import Truncation, truncation
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rows
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.lowrank import Full, LowRank
-from lora_fx.svd import distance, product_svd, truncated
-from lora_fx.truncation import Truncation, truncation
 
 
 def update(

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.truncate import FEW, MANY, summary
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.lowrank import LowRank
 from lora_fx.page.text import number, percent
-from lora_fx.spectra import FEW, MANY, summary
 from tests.cli.test_cli import run
 from tests.page.read import Page
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.formats.tensorfile import write_tensors
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.lowrank import Full, LowRank
 
 Write = Callable[..., Path]
 

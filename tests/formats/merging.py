@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx import dora
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Rows
+from lora_fx.adapter import variant
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.fused import place
+from lora_fx.adapter.initial import residual
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense, Rows
 from lora_fx.dtypes import Array
-from lora_fx.experts import place
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.initial import residual
 from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.lowrank import Full, LowRank
 
 Tensors = dict[str, Array]
 
@@ -53,7 +53,7 @@ def _updated(key: str, old: Array, low: LowRank, turned: bool) -> Array:
         matrix = residual(matrix, low, key)
     wide = matrix.astype(np.float32) + low.block(0, slice(None), slice(None))
     if low.magnitude is not None:
-        wide = dora.factors(low.magnitude, dora.squares(wide), key)[:, None] * wide
+        wide = variant.factors(low.magnitude, variant.squares(wide), key)[:, None] * wide
     return wide.T if flip else wide.reshape(old.shape)
 
 

@@ -12,13 +12,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Dense
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import diffusers
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
 from lora_fx.ir.layout import plain_layout
-from lora_fx.lowrank import LowRank
 
 Array = np.ndarray[Any, Any]
 A = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)

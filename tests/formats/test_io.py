@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.lowrank import LowRank
 
 Same = Callable[[Adapter, Adapter], None]
 Write = Callable[..., Path]

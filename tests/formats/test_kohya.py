@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Hadamard, Kronecker, Rows
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, Rows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.lowrank import Full, LowRank
 
 Array = np.ndarray[Any, Any]
 X = "lora_unet_mid_x"

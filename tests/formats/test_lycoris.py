@@ -13,8 +13,8 @@ from peft import LoHaConfig, LoKrConfig, get_peft_model
 from safetensors.numpy import save_file
 from torch import nn
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Hadamard, Kronecker
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.updates import Hadamard, Kronecker
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.tensorfile import write_tensors

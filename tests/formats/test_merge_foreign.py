@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Rows
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Rows
 from lora_fx.checkpoint.merge import merge
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter
-from lora_fx.lowrank import LowRank
 
 Array = np.ndarray[Any, Any]
 SHAPES = {

@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import diffusers, kohya
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.lowrank import LowRank
 
 LOW = LowRank(np.ones((2, 4), np.float32), np.ones((3, 2), np.float32), 2.0)
 UNET = (

@@ -12,12 +12,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import onnx_adapter
 from lora_fx.formats.io import format_of, is_adapter, load_adapter, save_adapter
-from lora_fx.lowrank import Full, LowRank
 from lora_fx.onnx.adapter_file import read_file, write_file
 
 Array = np.ndarray[Any, Any]

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft
 from lora_fx.formats.tensorfile import read_tensors, write_tensors
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.lowrank import Full, LowRank
 
 Same = Callable[[Adapter, Adapter], None]
 Write = Callable[..., Path]

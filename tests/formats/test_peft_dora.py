@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense
+from lora_fx.adapter.adapter import Adapter, mix
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Dense
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.lowrank import LowRank
-from lora_fx.mix import mix
 from tests.formats.merging import check_with_peft
 
 torch = pytest.importorskip("torch")

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lora_fx.adapter.initial import removed, residual
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.initial import removed, residual
-from lora_fx.lowrank import LowRank
 from tests.formats.merging import check_with_peft, numbers, randomise
 
 torch = pytest.importorskip("torch")
@@ -154,7 +154,7 @@ def test_parts_that_are_not_unique() -> None:
 
 
 def test_one_flag_for_all(tmp_path: Path) -> None:
-    from lora_fx.adapter import Adapter
+    from lora_fx.adapter.adapter import Adapter
 
     a, b = np.ones((2, 3), np.float32), np.ones((4, 2), np.float32)
     marked = LowRank(a, b, 2.0, extra={"mutated": "pissa"})

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.peft_names import OWN
 from lora_fx.formats.tensorfile import read_tensors
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.lowrank import Full, LowRank
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

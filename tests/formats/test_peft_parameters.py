@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.fused import place
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.experts import place
 from lora_fx.formats.io import load_adapter
-from lora_fx.lowrank import LowRank
 from tests.formats.merging import check_with_peft, numbers
 
 torch = pytest.importorskip("torch")

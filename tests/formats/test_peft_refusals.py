@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry, Hadamard, Rows
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Rows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.lowrank import Full, LowRank
 from tests.formats.merging import same_entries
 
 MODULES = ["a", "h.0.fc", "h.1.fc", "emb", "mha", "moe.experts", "conv"]

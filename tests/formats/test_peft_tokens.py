@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.changes import Rows
+from lora_fx.adapter.updates import Rows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import peft as ours
 from lora_fx.formats.io import load_adapter, save_adapter

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lora_fx.adapter import Adapter
-from lora_fx.changes import Dense, Entry, Hadamard, Kronecker
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.ir.layout import plain_layout
-from lora_fx.lowrank import LowRank
 
 FILE = {"peft": "x", "kohya": "x.safetensors", "diffusers": "x.safetensors"}
 NAMES = ("up_blocks.0.a_b", "up_blocks.0.c", "mid_block.to_q", "down_blocks.1.x.0")

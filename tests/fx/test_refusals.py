@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import CaptureError, LoraFxError
 from tests.fx.test_module import Net, net
 

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter, mix
+from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import plain_layout
-from lora_fx.lowrank import LowRank, draw
-from lora_fx.mix import mix
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL
-from lora_fx.lowrank import draw
 from lora_fx.targets.target import base_name, split_key
 from tests.fx.attached import effect, gap, wide
 from tests.silent import MODELS, built

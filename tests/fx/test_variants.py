@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.adapter.initial import INITS, OF_DATA
+from lora_fx.adapter.variant import VARIANTS
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.pt2 import load_program, save_program
-from lora_fx.start import INITS, OF_DATA
-from lora_fx.variant import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 FREE = [i for i in INITS if i not in OF_DATA]

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import batch as batch_pass

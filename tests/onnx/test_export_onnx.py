@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session

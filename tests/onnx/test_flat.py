@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 import lora_fx
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx import Session
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.passes.find import find

@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import save_adapter
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx.load import load
 from lora_fx.passes.merge import merge
 

@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx.load import load
 from lora_fx.passes.merge_onnx import merge_onnx
 

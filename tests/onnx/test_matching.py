@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx.load import load
 from lora_fx.onnx.matching import read_map
 from lora_fx.onnx.names import FOLDED_FROM

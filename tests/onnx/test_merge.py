@@ -18,10 +18,10 @@ import torch
 from onnx import numpy_helper
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
 from tests.zoo import checks

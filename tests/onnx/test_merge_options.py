@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import draw
 from lora_fx.cli import main
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.lowrank import draw
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import fold, merge_onnx

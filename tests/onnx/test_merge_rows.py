@@ -13,10 +13,10 @@ import onnxruntime as ort
 import pytest
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.passes.merge_onnx import merge_onnx

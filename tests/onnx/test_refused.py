@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold

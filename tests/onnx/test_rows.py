@@ -11,9 +11,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.ir.emitter import Role
-from lora_fx.lowrank import LowRank
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold

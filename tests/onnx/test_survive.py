@@ -17,9 +17,9 @@ import onnxruntime as ort
 import pytest
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import rel
-from lora_fx.lowrank import LowRank, draw
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.prove import arrays_of
 from tests.zoo import checks

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import draw
 from lora_fx.onnx import Session
 from lora_fx.onnx.adapter_file import write_file
 from lora_fx.onnx.session import open_session

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
-from lora_fx.lowrank import LowRank
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 
 IDS = torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(0))
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.adapter.initial import matrix
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import Captured, capture
@@ -19,7 +20,6 @@ from lora_fx.fx.rows import Rows, part
 from lora_fx.fx.watch import Watched
 from lora_fx.ir.graph import Site
 from lora_fx.passes.calibrate import _Seen, _straight, calibrate
-from lora_fx.start import matrix
 from tests.table import ROWS, Model, Row, example
 
 EVERY = ("inputs", "power", "outputs", "gradient")

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.fx.capture import Captured, capture
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.norms import freeze_norms
-from lora_fx.lowrank import LowRank, draw
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert

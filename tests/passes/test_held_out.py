@@ -12,12 +12,12 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Adapter, LowRank
+from lora_fx.adapter.truncate import truncation
 from lora_fx.cli import main
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture import capture
 from lora_fx.passes.held_out import held_out
-from lora_fx.truncation import truncation
 
 MODEL = """
 import torch

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import rel
 from lora_fx.fx.capture import capture
-from lora_fx.lowrank import LowRank, draw
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
@@ -92,7 +92,7 @@ def test_same_keys_and_numbers_in_both_irs() -> None:
     assert [len(t.sites) for t in found.targets] == [2, 1, 1]
 
     change = updates(found)
-    from lora_fx.adapter import Adapter
+    from lora_fx.adapter.adapter import Adapter
 
     want = reference(x, Adapter(change).deltas())
     base = reference(x, {})
@@ -137,7 +137,7 @@ def test_lstm_in_weight_form(training: bool) -> None:
     model = nn.LSTM(6, 5, num_layers=2, batch_first=True).eval()
     x = torch.randn(3, 7, 6)
     import lora_fx
-    from lora_fx.adapter import Adapter
+    from lora_fx.adapter.adapter import Adapter
 
     module = lora_fx.insert(model, (x,), rank=2)
     assert len(module.updates) == 4

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import draw
 from tests.zoo.models import ZOO
 
 

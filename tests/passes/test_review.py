@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank, draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import Full, LowRank, draw
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.prove import prove, torch_run
 

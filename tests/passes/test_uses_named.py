@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.lowrank import draw
 from tests.passes.test_uses import Tied, adapted, built, out
 
 

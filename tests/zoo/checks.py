@@ -18,10 +18,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 import lora_fx
-from lora_fx.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, rel
 from lora_fx.inputs import SIZES
-from lora_fx.lowrank import draw
 from lora_fx.passes.prove import arrays_of, prove, torch_run
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.ir.layout import Layout
-from lora_fx.lowrank import Full, LowRank
 
 
 class Change(Protocol):

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.dtypes import Array
-from lora_fx.lowrank import LowRank, alpha_of
 
 FIELDS = ("a", "b", "a0", "b0", "magnitude")
 SIDES = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude")

@@ -29,10 +29,11 @@ class LowRank:
         b: [*batch, out, rank], fp32 master.
         alpha: Numerator of the scale.
         layout: How [*batch, out, in] lies in the stored tensor; None while unbound.
-        variant: Name of the update's kind (lora_fx.variant); rslora: alpha/√rank, else alpha/rank.
-        use: The alias of the parameter through which the update applies; empty for all uses.
-        magnitude: [out] of DoRA: rows of W + ΔW in [out, in] order are rescaled to these norms
-            (`lora_fx.dora` has the stored axis by op); None elsewhere.
+        variant: Name of the update's kind (lora_fx.adapter.variant); rslora: alpha/√rank, else
+        alpha/rank. use: The alias of the parameter through which the update applies; empty for all
+        uses. magnitude: [out] of DoRA: rows of W + ΔW in [out, in] order are rescaled to these
+        norms
+            (`lora_fx.adapter.variant` has the stored axis by op); None elsewhere.
         frozen: How many of the last ranks do not train: what a start from W or its gradient
             takes off, so that the base stays as it is.
     """

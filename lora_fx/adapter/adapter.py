@@ -1,0 +1,383 @@
+"""The Adapter: a named set of updates, key → LowRank or Full, that knows no file format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_fx.adapter.factors import LEARNS
+from lora_fx.adapter.fused import other_split, place
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.svd import truncated
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.targets.found import Found
+from lora_fx.targets.regions import (
+    check_disjoint,
+    disjoint,
+    each_use,
+    lookup_use,
+    modules,
+    named_use,
+    of_use,
+    op_of,
+    own_use,
+    tied,
+)
+from lora_fx.text import near
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates by key, plus metadata (dropout, base name, where it was trained).
+
+    An adapter from a file is *unbound*: its keys are the file's names and its layouts are not
+    known. `bind` gives it those of a model.
+    """
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of updates."""
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys."""
+        return iter(self.entries)
+
+    @property
+    def lowrank(self) -> dict[str, LowRank]:
+        """The low-rank updates."""
+        return {k: v for k, v in self.entries.items() if isinstance(v, LowRank)}
+
+    @property
+    def full(self) -> dict[str, Full]:
+        """The whole tensors."""
+        return {k: v for k, v in self.entries.items() if isinstance(v, Full)}
+
+    @property
+    def others(self) -> dict[str, str]:
+        """{key: what it is} of entries that only a merge of checkpoints can apply."""
+        return {k: name_of(v) for k, v in self.entries.items() if not is_plain(v)}
+
+    @property
+    def bound(self) -> bool:
+        """True when every low-rank update knows its layout."""
+        return all(v.layout is not None for v in self.lowrank.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained elements."""
+        fields = (v for entry in self.entries.values() for v in vars(entry).values())
+        return sum(v.size for v in fields if isinstance(v, np.ndarray))
+
+    def deltas(self, base: object = None, dtype: npt.DTypeLike = "float64") -> dict[str, Array]:
+        """{key: ΔW in stored layout}; an unbound update is taken as [out, in].
+
+        Args:
+            base: Not needed by lora and rslora.
+            dtype: Of the arithmetic and of the result.
+
+        Raises:
+            LoraFxError: An update whose effect depends on the base (DoRA, PiSSA, OLoRA).
+        """
+        e = NumpyEmitter()
+        result = {}
+        for key, low in self.lowrank.items():
+            if not is_plain(low):
+                raise LoraFxError(
+                    f"the adapter's {key!r} is {name_of(low)}; it has no ΔW of its own",
+                    "merge it into its base",
+                )
+            matrix = low.matrix(dtype)
+            layout = low.layout or plain_layout(matrix.shape)
+            result[key] = layout.to_stored(e, matrix)
+        return result
+
+    def weighted(self, weight: float) -> Adapter:
+        """Every change times `weight`; whole tensors and rows cannot be scaled.
+
+        Raises:
+            LoraFxError: The weight is not 1 and the adapter holds whole tensors, rows, or DoRA,
+                whose effect is not in proportion to its update.
+        """
+        if weight == 1.0:
+            return self
+        scaled: dict[str, Entry] = {}
+        for key, entry in self.entries.items():
+            if isinstance(entry, Hadamard) or (
+                isinstance(entry, LowRank) and key not in self.others
+            ):
+                scaled[key] = replace(entry, alpha=entry.alpha * weight)
+            elif isinstance(entry, (Kronecker, Dense)):
+                scaled[key] = replace(entry, scale=entry.scale * weight)
+            else:
+                raise LoraFxError(
+                    f"weight {weight:g}: the adapter's {key!r} is {name_of(entry)}",
+                    "only updates in proportion to their scale can be weighted",
+                )
+        return replace(self, entries=scaled)
+
+    def bind(self, model: Any, args: Any = (), kwargs: Any = None) -> Adapter:
+        """This adapter in the keys and layouts of a model (module, Captured, Found or folder).
+
+        Raises:
+            LoraFxError: A key that the model lacks, or a shape that does not fit.
+        """
+        import lora_fx  # the verbs live above this module; only the facade knows them
+
+        found = model if isinstance(model, Found) else lora_fx.find(model, args, kwargs)
+        return bind(self, found)
+
+
+def check_plain(adapter: Adapter, what: str) -> None:
+    """Raise for an entry that is more than s·b·a or a whole tensor."""
+    for key, kind in adapter.others.items():
+        raise LoraFxError(
+            f"{what}: the adapter's {key!r} is {kind}; expected lora, rslora or a whole tensor",
+            "lora-fx merge folds it into a checkpoint",
+        )
+
+
+# bind: an adapter in the keys and layouts of a model; every misfit is named.
+
+
+def bind(adapter: Adapter, found: Found) -> Adapter:
+    """An adapter in the keys and layouts of `found`; every misfit is named.
+
+    Args:
+        adapter: Bound or not; its keys may be aliases.
+        found: The model's targets.
+    """
+    stacks = place(adapter.entries, found.shapes.get, tuple(found.shapes))
+    adapter = replace(adapter, entries=stacks)
+    _check_graph(adapter)
+    if "naming" in adapter.metadata:  # a file that does not name parameters
+        from lora_fx.formats.naming import resolve  # formats are built on this module
+
+        adapter = resolve(adapter, found.shapes)
+    entries: dict[str, Entry] = {}
+    first = {
+        a: t.parameter.name
+        for t in found.targets
+        for a in t.parameter.aliases
+        if not t.parameter.name.endswith("~")  # there the alias is no tensor
+    }
+    for key, entry in _resplit(adapter, found).items():
+        bound: LowRank | Full
+        if isinstance(entry, Full):
+            name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
+        else:
+            name, bound = _bind_lowrank(key, entry, found)
+            if name in entries:
+                name = _apart(name, entries, bound, found)
+        if name in entries:
+            raise LoraFxError(
+                f"adapter keys name {name!r} twice ({key!r} is an alias)",
+                "one tensor has one update; merge the two first",
+            )
+        entries[name] = bound
+    low = {k: v for k, v in entries.items() if isinstance(v, LowRank)}
+    check_disjoint((v.use and of_use(found[k], v.use)) or found[k] for k, v in low.items())
+    return replace(adapter, entries=entries)
+
+
+def _check_graph(adapter: Adapter) -> None:
+    """Raise for an entry that no graph can hold: all but low-rank updates and whole tensors."""
+    for key, entry in adapter.entries.items():
+        plain = replace(entry, magnitude=None) if isinstance(entry, LowRank) else entry
+        if not is_plain(plain):
+            raise LoraFxError(
+                f"a graph: the adapter's {key!r} is {name_of(plain)}; expected lora, rslora, dora "
+                "or a whole tensor",
+                "lora-fx merge folds it into a checkpoint",
+            )
+
+
+def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
+    """Updates of split projections for a fused weight, and the reverse, under the model's keys."""
+    entries: dict[str, LowRank | Full] = {}
+    for key, entry in adapter.entries.items():
+        if not isinstance(entry, LowRank):
+            assert isinstance(entry, Full)  # check_plain
+            entries[key] = entry
+        elif found.get(key) is not None:
+            entries[key] = entry
+        else:
+            entries |= other_split(key, entry, found) or {key: entry}
+    return entries
+
+
+def _apart(name: str, entries: dict[str, Entry], new: LowRank, found: Found) -> str:
+    """The key of an update whose tensor has one already, each at uses of its own; else `name`."""
+    old, t = entries[name], found[name]
+    if not isinstance(old, LowRank) or not old.use or not new.use:
+        return name
+    first, second = of_use(t, old.use), of_use(t, new.use)
+    if first is None or second is None or not disjoint((first, second)):
+        return name
+    del entries[name]
+    entries[first.key] = old
+    return second.key
+
+
+def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> Full:
+    if key not in shapes:
+        raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
+    have, want = tuple(entry.value.shape), tuple(shapes[key])
+    if have != want:
+        raise LoraFxError(
+            f"adapter tensor {key!r} is {list(have)}; the model's is {list(want)}",
+            "was the adapter trained on another model?",
+        )
+    return entry
+
+
+def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]:
+    target = found.get(key)
+    if target is None:
+        raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
+    layout, use = target.layout, entry.use or own_use(key)
+    lookup = entry.extra.get("op") == "embedding"
+    if tied(target) and entry.layout is None:  # a file names a module, so it means one use
+        if not entry.extra.get("tied"):  # there the file means all uses
+            use = use or (lookup_use(target) if lookup else named_use(target, key))
+        if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
+            entry = _turnable(key, entry)
+            entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
+    elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
+        use = use or key
+    if entry.extra.get("op") == "experts" and entry.layout == layout.transposed():
+        # PEFT goes by the stored axes, the graph by what the product contracts.
+        entry = _turnable(key, entry)
+        entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
+    if entry.magnitude is not None:
+        entry = replace(entry, magnitude=_lengths(key, entry, layout))
+    a = (*layout.batch_shape, entry.rank, layout.in_size)
+    b = (*layout.batch_shape, layout.out_size, entry.rank)
+    if entry.a.shape != a or entry.b.shape != b:
+        raise LoraFxError(
+            f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
+            f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}",
+            "was the adapter trained on another model?",
+        )
+    if use and target.sites and of_use(target, use) is None:
+        raise LoraFxError(
+            f"the update of {key!r} acts on its use {use!r}, and the model has no such use",
+            f"its uses are {', '.join(each_use(target))}",
+        )
+    extra = {**entry.extra, "op": op_of(target, use)}
+    return target.key, replace(entry, layout=layout, use=use, extra=extra)
+
+
+def _turnable(key: str, entry: LowRank) -> LowRank:
+    """The entry itself; raises for DoRA's, which has lengths of rows and none of columns."""
+    if entry.magnitude is not None:
+        raise LoraFxError(
+            f"the DoRA update of {key!r} is for a use that reads the tensor the other way round; "
+            "the model has one weight for both",
+            "lora-fx merge folds it into a checkpoint",
+        )
+    return entry
+
+
+def _lengths(key: str, entry: LowRank, layout: Layout) -> Array:
+    """DoRA's magnitude as [*batch, out]."""
+    assert entry.magnitude is not None
+    shape = (*layout.batch_shape, layout.out_size)
+    if entry.magnitude.size != math.prod(shape):
+        raise LoraFxError(
+            f"the DoRA magnitude of {key!r} has {entry.magnitude.size} numbers; the weight has "
+            f"{math.prod(shape)} rows",
+            "was the adapter trained on another model?",
+        )
+    return entry.magnitude.reshape(shape)
+
+
+# Mixes of adapters: one adapter whose updates are weighted sums of others'.
+#
+# cat      a = [a₁; a₂; …], b = [w₁s₁b₁, w₂s₂b₂, …]: exact, the ranks add up
+# svd      the best approximation of Σ wᵢsᵢbᵢaᵢ of a given rank (Eckart and Young 1936)
+# linear   a = Σ ±√|wᵢsᵢ| aᵢ, b = Σ √|wᵢsᵢ| bᵢ: PEFT's linear, equal ranks; not the weighted sum of
+# the changes, since it has cross terms bᵢaⱼ
+
+
+HOWS = ("cat", "svd", "linear")
+Pair = tuple[LowRank, float]
+
+
+def mix(
+    parts: Sequence[tuple[Adapter, float]], how: str = "cat", rank: int | None = None
+) -> Adapter:
+    """One adapter from several, each with a weight.
+
+    Args:
+        parts: (adapter, weight); bound to one model, or files of one naming.
+        how: cat, svd or linear.
+        rank: For svd; the largest rank of the parts where none is given.
+
+    Raises:
+        LoraFxError: A whole tensor, unequal ranks in a linear mix, updates that do not fit.
+    """
+    if how not in HOWS:
+        raise LoraFxError(f"no mix {how!r}", f"the mixes are {', '.join(HOWS)}")
+    if rank is not None and how != "svd":
+        raise LoraFxError(f"a {how} mix has no rank to choose", "rank belongs to svd")
+    for adapter, _ in parts:
+        if adapter.full:
+            raise LoraFxError(
+                f"a mix cannot hold the whole tensor {next(iter(adapter.full))!r}",
+                "only low-rank updates can be mixed",
+            )
+        check_plain(adapter, "a mix")
+    keys = dict.fromkeys(k for adapter, _ in parts for k in adapter.lowrank)
+    entries = {}
+    for key in keys:
+        pairs = [(adapter.lowrank[key], w) for adapter, w in parts if key in adapter.lowrank]
+        entries[key] = _mixed(key, pairs, how, rank)
+    metadata = dict(parts[0][0].metadata) if parts else {}
+    metadata.pop(LEARNS, None)
+    return Adapter(entries, metadata)
+
+
+def _mixed(key: str, pairs: Sequence[Pair], how: str, rank: int | None) -> LowRank:
+    first = pairs[0][0]
+    for u, _ in pairs[1:]:
+        same = u.a.shape[-1] == first.a.shape[-1] and u.b.shape[-2] == first.b.shape[-2]
+        if (u.layout, u.use) != (first.layout, first.use) or not same:
+            raise LoraFxError(
+                f"the updates of {key!r} do not fit each other: in {first.a.shape[-1]}, out "
+                f"{first.b.shape[-2]} and in {u.a.shape[-1]}, out {u.b.shape[-2]}",
+                "bind both to the same model first",
+            )
+    if how == "linear":
+        return _linear(key, pairs)
+    a = np.concatenate([u.a for u, _ in pairs], axis=-2)
+    b = np.concatenate([u.b * np.float32(w * u.scale) for u, w in pairs], axis=-1)
+    if how == "svd":
+        a, b = truncated(a, b, rank or max(u.rank for u, _ in pairs))
+    return replace(first, a=a, b=b, alpha=float(b.shape[-1]), variant="lora", frozen=0)
+
+
+def _linear(key: str, pairs: Sequence[Pair]) -> LowRank:
+    first = pairs[0][0]
+    ranks = {u.rank for u, _ in pairs}
+    if len(ranks) > 1:
+        raise LoraFxError(
+            f"a linear mix needs equal ranks; {key!r} has {sorted(ranks)}", "use cat or svd"
+        )
+    a, b = np.zeros_like(first.a), np.zeros_like(first.b)
+    for u, w in pairs:
+        root = math.sqrt(abs(w * u.scale))
+        a = a + u.a * np.float32(math.copysign(root, w * u.scale))
+        b = b + u.b * np.float32(root)
+    return replace(first, a=a, b=b, alpha=float(first.rank), variant="lora", frozen=0)
