@@ -84,8 +84,8 @@ def _write_for(adapter: Any, model: str, output: str, name: str, force: bool) ->
     """OUT with the names, shapes and dtypes of a switchable file's manifest."""
     from pathlib import Path
 
-    from lora_fx.checkpoint.osfile import check_output, replacing
     from lora_fx.errors import LoraFxError
+    from lora_fx.files.atomic import check_output, replacing
     from lora_fx.onnx.switching import manifest_of, write_adapter
 
     if name != "onnx_adapter":

@@ -33,8 +33,8 @@ def command(output: str, quick: bool, force: bool, as_json: bool) -> None:
     """
     # Threads spin shortly, then sleep: nothing lost on idle cores, half the time on shared ones.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from lora_fx.checkpoint.osfile import replacing
     from lora_fx.cli.demo_stages import Size, refusal, run, table
+    from lora_fx.files.atomic import replacing
 
     if quick:
         note("--quick: the accuracy after training is printed, not demanded")

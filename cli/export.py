@@ -69,8 +69,8 @@ def command(
     lora-fx export model.py:build ./adapter -o model.onnx --dynamic x:0=batch,2=height
     lora-fx export ./my-bert ./adapter -o bert.onnx --triton ./models
     """
-    from lora_fx.checkpoint.osfile import check_output
     from lora_fx.errors import LoraFxError
+    from lora_fx.files.atomic import check_output
     from lora_fx.passes.export import export
 
     if not output.endswith(".onnx"):

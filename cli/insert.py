@@ -51,7 +51,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     lora-fx insert model.py:build -o model.pt2
     lora-fx insert bert.onnx -o branches.onnx --rank 4
     """
-    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import save_adapter
     from lora_fx.passes.pipeline import insert
 

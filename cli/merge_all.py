@@ -59,7 +59,7 @@ def command(
     """
     load_numpy()
     from lora_fx.checkpoint.fleet import jobs_of, merge_all
-    from lora_fx.checkpoint.folder import open_checkpoint
+    from lora_fx.files.checkpoint import open_checkpoint
 
     # A base that cannot be read is one error, not one for every adapter.
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"

@@ -56,8 +56,8 @@ def command(
     lora-fx plan model.py:build data.npz -o plan.json --method kfac --budget uniform:4
     lora-fx train model.py:build data.npz -o adapter --plan plan.json
     """
-    from lora_fx.checkpoint.osfile import check_output
     from lora_fx.errors import LoraFxError
+    from lora_fx.files.atomic import check_output
     from lora_fx.fx.factory import load_function
     from lora_fx.passes.pipeline import find
     from lora_fx.passes.plan import plan

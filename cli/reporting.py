@@ -57,7 +57,7 @@ def report_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check(report: str, force: bool, given: Mapping[str, Any]) -> None:
     """Refuse, before any work, a page that cannot be written or that would be something else."""
-    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.files.atomic import check_output
 
     if not report.endswith((".html", ".htm")):
         raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
@@ -83,7 +83,7 @@ def _stopped(ctx: click.Context, e: LoraFxError) -> dict[str, Any]:
 
 def write(result: Mapping[str, Any], path: str, force: bool) -> None:
     """Write the page of a result, all of it or nothing."""
-    from lora_fx.checkpoint.osfile import replacing
+    from lora_fx.files.atomic import replacing
     from lora_fx.page import page
 
     ctx = click.get_current_context()

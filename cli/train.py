@@ -56,9 +56,9 @@ def _train(
     world: Any, device: str, model: str, data: str, output: str, force: bool, as_json: bool,
     options: dict[str, Any],
 ) -> None:  # fmt: skip
-    from lora_fx.checkpoint.osfile import check_output
     from lora_fx.data import split
     from lora_fx.errors import LoraFxError
+    from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import save_adapter
     from lora_fx.fx.factory import load_function
     from lora_fx.fx.models import check_device

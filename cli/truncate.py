@@ -40,7 +40,7 @@ def command(
     lora-fx truncate ./adapter --table held-out.npz --model model.py:build
     """
     from lora_fx.adapter.truncate import truncation
-    from lora_fx.checkpoint.osfile import check_output
+    from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import save_adapter
 
     options = {k: goal.pop(k) for k in TABLE}

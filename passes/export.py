@@ -12,9 +12,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import check_output
 from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
 from lora_fx.passes.merge import is_onnx

@@ -13,10 +13,10 @@ from typing import Any
 
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.checkpoint.osfile import check_output, replacing
 from lora_fx.compare import Report, demand, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import SIZES
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.copies import copies_of

@@ -20,9 +20,9 @@ from lora_fx.adapter.factors import slots_of
 from lora_fx.adapter.initial import OF_DATA, initial
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import named_variant
-from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.files.atomic import check_output
 from lora_fx.ir.emitter import Role
 from lora_fx.manifest import PROPERTY
 from lora_fx.onnx.branches import listed

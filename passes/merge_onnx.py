@@ -15,10 +15,10 @@ from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.merge import GAIN
-from lora_fx.checkpoint.osfile import check_output
 from lora_fx.checkpoint.plan import Given
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.files.atomic import check_output
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.matching import Matched
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external, output, weight_bytes

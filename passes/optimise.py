@@ -11,8 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_fx.checkpoint.osfile import check_output
 from lora_fx.compare import Report
+from lora_fx.files.atomic import check_output
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.checkpoint.plan import Plan
-from lora_fx.checkpoint.strict import read_json
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import read_json
 
 REPORTS = ("report.json", "lora-fx-report.json")
 """Names of what a merge leaves beside its output; the second where the base has its own first."""

@@ -14,11 +14,11 @@ from typing import Any
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.beside import untied
 from lora_fx.checkpoint.change import Change, Stage
-from lora_fx.checkpoint.folder import Checkpoint
-from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.plan import HOWS, Given, Options, Plan, make_plan
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.safetensors import WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ import numpy as np
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Rows, name_of
 from lora_fx.checkpoint.blocks import Fold, arithmetic
-from lora_fx.checkpoint.folder import Checkpoint
-from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.match import Placed
 from lora_fx.checkpoint.quantised import HINT, stored_as
 from lora_fx.checkpoint.rectangles import Matrix, in_dtype, joined, region
-from lora_fx.checkpoint.strict import DTYPES, TensorInfo
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.safetensors import DTYPES, WEIGHTS, TensorInfo
 
 BITS = dict(DTYPES.values())
 _APART = "merge one adapter after the other"

@@ -11,13 +11,13 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.checkpoint.blocks import arithmetic
-from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.provenance import base_note
 from lora_fx.checkpoint.quantised import HINT, scheme_of, stored_as
 from lora_fx.checkpoint.renamed import absent_of
 from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import WEIGHTS
 from lora_fx.targets.target import base_name
 from lora_fx.text import near
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_fx.checkpoint.headers import WEIGHTS
-from lora_fx.checkpoint.strict import AGAIN, TensorInfo
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import AGAIN, WEIGHTS, TensorInfo
 
 BLOCK = 1 << 18
 """Elements of one block."""

@@ -21,12 +21,14 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import Pair, pairs, read_floats
 from lora_fx.checkpoint.extracted import Extracted, Extraction
 from lora_fx.checkpoint.fingerprint import file_fingerprint
-from lora_fx.checkpoint.headers import WEIGHTS, targets_of, tensors
+from lora_fx.checkpoint.headers import targets_of
 from lora_fx.checkpoint.layouts import Use, config_of, uses
 from lora_fx.checkpoint.scope import scope_of
 from lora_fx.checkpoint.sides import check_lookups, sides_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.files.checkpoint import tensors
+from lora_fx.files.safetensors import WEIGHTS
 
 RANK = 16
 MAX_RANK = 128

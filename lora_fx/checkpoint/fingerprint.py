@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.checkpoint.copying import read_at
-from lora_fx.checkpoint.headers import WEIGHTS
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.files.copying import read_at
+from lora_fx.files.safetensors import WEIGHTS, TensorInfo
 from lora_fx.targets.target import base_name
 
 FIELD = "base"

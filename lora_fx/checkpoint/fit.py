@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from lora_fx.checkpoint.headers import WEIGHTS
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import WEIGHTS, TensorInfo
 
 
 def check_fit(

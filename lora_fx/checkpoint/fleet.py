@@ -19,9 +19,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import open_checkpoint
 
 
 @dataclass(frozen=True)

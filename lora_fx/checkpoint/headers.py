@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.heads import is_head
-from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.files.checkpoint import tensors
+from lora_fx.files.safetensors import WEIGHTS, TensorInfo
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.layout import plain_layout
 from lora_fx.targets.found import Found, Refusal
@@ -19,23 +19,8 @@ from lora_fx.targets.plan import default_plan
 from lora_fx.targets.roles import HEAD_ROWS, role_of
 from lora_fx.targets.target import Target
 
-WEIGHTS = frozenset(("float16", "bfloat16", "float32", "float64"))
-"""dtypes of weights that an update can be added to."""
-
 EMPTY = "it is empty: saved under ZeRO-3 or FSDP without gathering the shards?"
 _TABLE = re.compile(r"(^|\.)(\w*embed(ding)?s?(_tokens|_in)?|wte|wpe|shared)$")
-
-
-def tensors(path: str | Path) -> dict[str, TensorInfo]:
-    """Every tensor of a `.safetensors` file or of a Hugging Face folder, in file order.
-
-    Args:
-        path: A file, or a folder with one file or with shards and their index.
-
-    Raises:
-        LoraFxError: Damaged, incomplete or unsafe files; the message names file and tensor.
-    """
-    return dict(open_checkpoint(path).tensors)
 
 
 def file_targets(path: str | Path) -> Found:

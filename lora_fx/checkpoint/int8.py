@@ -17,9 +17,9 @@ import numpy as np
 
 from lora_fx.checkpoint.blocks import Fold, Space, Stats
 from lora_fx.checkpoint.rows import read_rows
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import TensorInfo
 
 TOP = 127
 """The largest code that is written; -128 is read, but has no positive twin."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from lora_fx.checkpoint.blocks import Stats
-from lora_fx.checkpoint.copying import copy_range, preallocate
+from lora_fx.files.copying import copy_range, preallocate
 
 Done = tuple[int, str, Stats | None]
 """What a job says: bytes written, the tensor, what changed in it."""

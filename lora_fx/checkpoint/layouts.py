@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_fx.checkpoint.strict import TensorInfo, read_json
+from lora_fx.files.safetensors import TensorInfo, read_json
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.targets.found import Found
 

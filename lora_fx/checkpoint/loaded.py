@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_fx.checkpoint.strict import TensorInfo
+from lora_fx.files.safetensors import TensorInfo
 
 _QKV = {f"attention.attention.{n}": f"attention.{n[0]}_proj" for n in ("query", "key", "value")}
 _SELF = {f"attention.self.{n}": f"attention.{n[0]}_proj" for n in ("query", "key", "value")}

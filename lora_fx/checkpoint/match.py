@@ -19,8 +19,8 @@ from lora_fx.checkpoint.apart import apart
 from lora_fx.checkpoint.loaded import Stack
 from lora_fx.checkpoint.orientation import lookup, stacks_turned, turned_weights
 from lora_fx.checkpoint.renamed import Renaming, check_present, renaming
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
 from lora_fx.targets.target import base_name, split_key, split_use

@@ -16,14 +16,14 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.beside import REPORTS, report_name
 from lora_fx.checkpoint.blocks import Stats
-from lora_fx.checkpoint.folder import open_checkpoint
-from lora_fx.checkpoint.osfile import check_output, check_space, explain, replacing
 from lora_fx.checkpoint.plan import Given, Options, Plan, make_plan
 from lora_fx.checkpoint.proof import prove
 from lora_fx.checkpoint.quantised import HINT
 from lora_fx.checkpoint.write import Progress, write
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.files.atomic import check_output, check_space, explain, replacing
+from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.text import table
 
 GAIN = 0.95

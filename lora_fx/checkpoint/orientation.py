@@ -17,8 +17,8 @@ from lora_fx.adapter.updates import Change, Entry, Rows
 from lora_fx.checkpoint.layouts import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
 from lora_fx.checkpoint.loaded import STACKED
 from lora_fx.checkpoint.renamed import Renaming
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 
 MARKED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter"))

@@ -14,18 +14,17 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.copying import read_at
-from lora_fx.checkpoint.folder import Checkpoint, open_checkpoint
-from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.match import match, named, stacked
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.quantised import stored_as
 from lora_fx.checkpoint.renamed import Renaming, renaming
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import Tie, tie_of
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
+from lora_fx.files.copying import read_at
+from lora_fx.files.safetensors import WEIGHTS, TensorInfo
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft_raw import Raw, read_raw
 from lora_fx.targets.target import base_name

@@ -14,13 +14,10 @@ from typing import Any
 
 from lora_fx.adapter.adapter import Adapter, mix
 from lora_fx.checkpoint.change import Change, change_of
-from lora_fx.checkpoint.folder import Checkpoint
-from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.match import Placed, match, named
 from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
 from lora_fx.checkpoint.quantised import refuse_codes
 from lora_fx.checkpoint.renamed import renaming
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import (
     Tie,
     at_its_use,
@@ -31,6 +28,8 @@ from lora_fx.checkpoint.tied import (
     tie_of,
 )
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.safetensors import WEIGHTS, TensorInfo
 from lora_fx.text import human, table
 
 __all__ = ["HOWS", "Change", "Given", "Options", "Plan", "make_plan"]

@@ -27,14 +27,14 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.blocks import Fold, Space, arithmetic, one_blas_thread, rows_per_block
 from lora_fx.checkpoint.change import Change, Stage
-from lora_fx.checkpoint.copying import read_at, read_into
-from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.plan import Plan
 from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
 from lora_fx.checkpoint.rows import prepared, read_rows
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.dtypes import Array, finfo, numpy_dtype
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.copying import read_at, read_into
+from lora_fx.files.safetensors import TensorInfo
 
 CHUNK = 1 << 20
 ROWS = 4

@@ -19,11 +19,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, Rows
 from lora_fx.checkpoint.fingerprint import FIELD, same_base
-from lora_fx.checkpoint.folder import Checkpoint
 from lora_fx.checkpoint.renamed import renaming
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.safetensors import TensorInfo
 
 METADATA = "lora_fx.merge"
 VERSION = 1

@@ -19,11 +19,10 @@ from typing import Any
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.folder import Checkpoint
-from lora_fx.checkpoint.headers import WEIGHTS
 from lora_fx.checkpoint.int8 import TOP, Int8
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.safetensors import WEIGHTS, TensorInfo
 from lora_fx.targets.target import base_name
 
 _SIBLINGS = {

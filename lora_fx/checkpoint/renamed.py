@@ -8,8 +8,8 @@ from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.loaded import Loaded, Stack, loaded_of
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.formats.peft_targets import missing
 from lora_fx.targets.target import base_name
 

@@ -10,10 +10,10 @@ from lora_fx.adapter.initial import residual
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import factors, squares
 from lora_fx.checkpoint.blocks import Fold, Space, rows_per_block
-from lora_fx.checkpoint.copying import read_into
 from lora_fx.checkpoint.rectangles import Rectangle
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.files.copying import read_into
+from lora_fx.files.safetensors import TensorInfo
 
 
 def prepared(fold: Fold, source: TensorInfo) -> Fold:

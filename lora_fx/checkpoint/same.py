@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_fx.checkpoint.copying import read_at
-from lora_fx.checkpoint.strict import DTYPES, TensorInfo
 from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.files.copying import read_at
+from lora_fx.files.safetensors import DTYPES, TensorInfo
 
 CHUNK = 1 << 18
 """Elements of a block."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.found import Found
 from lora_fx.targets.selectors import select, select_names, split
 

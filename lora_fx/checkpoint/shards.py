@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.provenance import METADATA
-from lora_fx.checkpoint.strict import DTYPES, Header, TensorInfo
+from lora_fx.files.safetensors import DTYPES, Header, TensorInfo
 
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from lora_fx.checkpoint.difference import Pair
 from lora_fx.checkpoint.heads import is_head
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.checkpoint.tied import Tie, check_scaled, tie_of
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 Side = tuple[str, Tensors, Mapping[str, Any]]

@@ -14,8 +14,8 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Rows
 from lora_fx.checkpoint.heads import family_of, generates, is_head, is_table
 from lora_fx.checkpoint.match import Placed, use_of
-from lora_fx.checkpoint.strict import TensorInfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import TensorInfo
 
 _SCALED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"))
 """model_type of models whose logits are scaled where the head is tied, unless the config says."""

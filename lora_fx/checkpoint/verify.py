@@ -13,17 +13,17 @@ from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.chain import chain_of
-from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.headers import file_targets
 from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import cores, given
-from lora_fx.checkpoint.osfile import explain
 from lora_fx.checkpoint.proof import ROWS, prove
 from lora_fx.checkpoint.quantised import stored_as
 from lora_fx.checkpoint.same import unlike
 from lora_fx.checkpoint.tied import tie_of
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import explain
+from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.formats.io import is_adapter, load_adapter
 
 AdapterLike = str | os.PathLike[str] | Adapter

@@ -21,15 +21,15 @@ import numpy as np
 
 from lora_fx.checkpoint.beside import copy_companions, hard_link, write_index
 from lora_fx.checkpoint.blocks import Fold, Space, Stats, one_blas_thread, rows_per_block
-from lora_fx.checkpoint.copying import copy_range, reflink, write_at
 from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.jobs import Done, Job, copied, flushed, in_turn, reserved
 from lora_fx.checkpoint.plan import Change, Plan
 from lora_fx.checkpoint.provenance import record
 from lora_fx.checkpoint.rows import prepared, read_rows
 from lora_fx.checkpoint.shards import Shard, lay_out
-from lora_fx.checkpoint.strict import Header
 from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.files.copying import copy_range, reflink, write_at
+from lora_fx.files.safetensors import Header
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""

@@ -38,6 +38,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Dense, Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import diffusers_write, naming, own_names
 from lora_fx.formats.lycoris import PREFIX
 from lora_fx.formats.masters import File
@@ -45,7 +46,6 @@ from lora_fx.formats.naming import COMPONENTS, has_home, split_component
 from lora_fx.formats.peft_config import MERGE, Pattern, check_config, mutation
 from lora_fx.formats.peft_names import from_tensors
 from lora_fx.formats.sniff import Seen
-from lora_fx.formats.tensorfile import read_tensors, write_tensors
 
 SUFFIXES = (".safetensors",)
 FOLDER = True

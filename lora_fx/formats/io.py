@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.osfile import explain, replacing
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.atomic import explain, replacing
 from lora_fx.formats import diffusers, kohya, naming, onnx_adapter, peft, torchtune
 from lora_fx.formats.sniff import Seen, look
 

@@ -37,10 +37,10 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Dense, Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import kohya_write, lycoris, naming, own_names
 from lora_fx.formats.masters import File
 from lora_fx.formats.sniff import Seen
-from lora_fx.formats.tensorfile import read_tensors, write_tensors
 
 SUFFIXES = (".safetensors",)
 FOLDER = False

@@ -9,8 +9,7 @@ import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.peft_source import finite
-from lora_fx.formats.tensorfile import is_float
+from lora_fx.files.safetensors import finite, is_float
 
 
 @dataclass(frozen=True)

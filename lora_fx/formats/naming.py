@@ -24,8 +24,8 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.headers import tensors
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import tensors
 from lora_fx.formats.sgm import sgm_names
 from lora_fx.text import near
 

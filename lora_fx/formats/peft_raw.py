@@ -18,14 +18,13 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.strict import read_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import is_float, read_json, read_tensors
 from lora_fx.formats.peft import CONFIG, WEIGHTS
 from lora_fx.formats.peft_config import Pattern
 from lora_fx.formats.peft_names import OWN, PREFIX, from_tensors
 from lora_fx.formats.peft_targets import facts
-from lora_fx.formats.tensorfile import is_float, read_tensors
 
 _PART = re.compile(
     r"(?P<lead>.+)\.lora_(?:(?P<table>embedding_)?(?P<half>[AB])(?P<name>\.(?!weight$|bias$)\w+)?"

@@ -11,13 +11,7 @@ from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.tensorfile import is_float
-
-
-def finite(array: Array) -> bool:
-    """True when every element is a number; exact in any float dtype."""
-    wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
-    return bool(np.isfinite(wide).all())
+from lora_fx.files.safetensors import finite, is_float
 
 
 class Source:

@@ -12,13 +12,12 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Rows, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft_build import build_config
 from lora_fx.formats.peft_can import all_or_none, one_variant, partial, split_full
 from lora_fx.formats.peft_forms import OUT, Form, forms_of, to_tensors
 from lora_fx.formats.peft_names import DELTA, OWN, PREFIX, WRAPPER
 from lora_fx.formats.peft_own import VERSION
-from lora_fx.formats.peft_source import finite
-from lora_fx.formats.tensorfile import is_float
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")
 """Metadata that reading takes from the config and the tensors."""

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fx.checkpoint.strict import read_header
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.tensorfile import refuse_other_kinds
+from lora_fx.files.safetensors import read_header, refuse_other_kinds
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,11 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.strict import read_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import read_json, read_tensors
 from lora_fx.formats.masters import File
 from lora_fx.formats.sniff import Seen
-from lora_fx.formats.tensorfile import read_tensors
 
 SUFFIXES = (".safetensors",)
 FOLDER = False

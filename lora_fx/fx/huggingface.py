@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.checkpoint.headers import tensors
-from lora_fx.checkpoint.strict import read_json
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.checkpoint import tensors
+from lora_fx.files.safetensors import read_json
 from lora_fx.fx.huggingface_inputs import examples
 
 TOKENIZERS = (

@@ -20,10 +20,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.checkpoint.fit import check_fit
-from lora_fx.checkpoint.folder import PICKLES
-from lora_fx.checkpoint.headers import tensors
-from lora_fx.checkpoint.strict import CONVERT
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.checkpoint import PICKLES, tensors
+from lora_fx.files.safetensors import CONVERT
 from lora_fx.fx.factory import call_factory
 from lora_fx.fx.huggingface import load_folder
 from lora_fx.fx.nodes import dtype_name

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from lora_fx.checkpoint.osfile import replacing
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.files.atomic import replacing
 from lora_fx.fx.folded import FoldedModule
 from lora_fx.fx.module import CapturedModule, with_signature
 from lora_fx.fx.pt2_captured import FileCaptured

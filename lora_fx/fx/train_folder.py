@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_fx.checkpoint.osfile import check_output, replacing
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.formats.tensorfile import read_tensors, write_tensors
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.safetensors import read_tensors, write_tensors
 
 VERSION = 1
 WORDS, TENSORS = "state.json", "state.safetensors"

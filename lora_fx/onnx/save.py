@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
-from lora_fx.checkpoint.osfile import replacing
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import replacing
 
 if TYPE_CHECKING:
     from lora_fx.onnx.triton import Repository

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from lora_fx.checkpoint.osfile import explain, replacing
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.atomic import explain, replacing
 from lora_fx.onnx.load import data_names
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton_config import MODEL, Config, config_of

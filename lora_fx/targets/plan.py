@@ -269,7 +269,7 @@ class Planned:
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Write the file, all of it or nothing."""
-        from lora_fx.checkpoint.osfile import replacing
+        from lora_fx.files.atomic import replacing
 
         with replacing(fspath(path), force=force) as temporary:
             temporary.write_text(self.text(), encoding="utf-8")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lora_fx.checkpoint import copying
-from lora_fx.checkpoint.copying import copy_range, preallocate, read_at, reflink, write_at
+from lora_fx.files import copying
+from lora_fx.files.copying import copy_range, preallocate, read_at, reflink, write_at
 from tests.faults import Faults
 
 DATA = os.urandom(3 << 20)

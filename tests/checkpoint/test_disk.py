@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_fx.checkpoint.osfile import check_space, preallocate, replacing, write_at
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import check_space, replacing
+from lora_fx.files.copying import preallocate, write_at
 
 
 def _pwrite(path: Path) -> None:

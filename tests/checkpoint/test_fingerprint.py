@@ -14,9 +14,9 @@ from torch import nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.fingerprint import ENDS, same_base
-from lora_fx.checkpoint.headers import tensors
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.tensorfile import write_tensors
+from lora_fx.files.checkpoint import tensors
+from lora_fx.files.safetensors import write_tensors
 
 
 class Net(nn.Module):

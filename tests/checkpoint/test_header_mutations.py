@@ -22,8 +22,8 @@ import pytest
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from lora_fx.checkpoint.strict import DTYPES, MAX_DIMS, parse_header
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import DTYPES, MAX_DIMS, parse_header
 
 FILE = Path("x.safetensors")
 Pairs = list[tuple[str, Any]]
@@ -274,7 +274,7 @@ def test_agrees_with_the_library(count: int) -> None:
 
 def test_files_are_read_as_bytes_are(tmp_path: Path) -> None:
     """read_header is parse_header on the bytes of a file, and refuses with the same words."""
-    from lora_fx.checkpoint.strict import read_header
+    from lora_fx.files.safetensors import read_header
 
     file = tmp_path / "x.safetensors"
     for data in cases(300, seed=1):

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save, save_file
 
 from lora_fx.checkpoint.fit import check_fit
-from lora_fx.checkpoint.headers import file_targets, tensors
-from lora_fx.checkpoint.strict import DTYPES, MAX_HEADER, TensorInfo, read_header
+from lora_fx.checkpoint.headers import file_targets
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import tensors
+from lora_fx.files.safetensors import DTYPES, MAX_HEADER, TensorInfo, read_header
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 W = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

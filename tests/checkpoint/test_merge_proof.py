@@ -11,10 +11,10 @@ import pytest
 
 from lora_fx.checkpoint import jobs, write
 from lora_fx.checkpoint.blocks import Fold
-from lora_fx.checkpoint.folder import open_checkpoint
 from lora_fx.checkpoint.merge import merge, plan_merge
 from lora_fx.checkpoint.proof import ROWS, _samples
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import open_checkpoint
 from tests.checkpoint.made import adapter, checkpoint, factors
 from tests.faults import Faults
 

@@ -12,16 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_fx.checkpoint import osfile
-from lora_fx.checkpoint.osfile import (
-    check_output,
-    copy_range,
-    explain,
-    preallocate,
-    replacing,
-    write_at,
-)
 from lora_fx.errors import LoraFxError
+from lora_fx.files import atomic
+from lora_fx.files.atomic import check_output, explain, replacing
+from lora_fx.files.copying import copy_range, preallocate, write_at
 from tests.faults import WRITES, each_fault
 
 State = dict[str, bytes] | bytes | None
@@ -98,7 +92,7 @@ class Scene:
 @pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
-        monkeypatch.setattr(osfile, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
 
 
 @pytest.mark.usefixtures("exchange")
@@ -130,7 +124,7 @@ def test_a_full_disk_is_one_line(memory: Path, kind: str, before: str, error: in
         scene.check()
         if case.raised is not None:
             assert isinstance(case.raised, LoraFxError), str(case)
-            assert case.raised.message == f"{scene.out}: {osfile._WHY[error][0]}"
+            assert case.raised.message == f"{scene.out}: {atomic._WHY[error][0]}"
             assert words[error] in case.raised.message and case.raised.hint
 
 
@@ -262,7 +256,7 @@ def test_an_output_that_came_before_the_lock_costs_no_work(
         target.write_text("theirs")
         yield
 
-    monkeypatch.setattr(osfile, "locked", late)
+    monkeypatch.setattr(atomic, "locked", late)
     with pytest.raises(LoraFxError, match="exists"), replacing(tmp_path / "x"):
         pytest.fail("entered")
     assert (tmp_path / "x").read_text() == "theirs" and os.listdir(tmp_path) == ["x"]

@@ -12,9 +12,10 @@ import pytest
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save, save_file
 
-from lora_fx.checkpoint.headers import EMPTY, file_targets, tensors
-from lora_fx.checkpoint.strict import MAX_HEADER, parse_header, read_header, read_json
+from lora_fx.checkpoint.headers import EMPTY, file_targets
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import tensors
+from lora_fx.files.safetensors import MAX_HEADER, parse_header, read_header, read_json
 from lora_fx.formats.io import load_adapter
 
 FILE = Path("x.safetensors")

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from lora_fx.checkpoint import lock
-from lora_fx.checkpoint.lock import locked
-from lora_fx.checkpoint.osfile import replacing
 from lora_fx.errors import LoraFxError
+from lora_fx.files import lock
+from lora_fx.files.atomic import replacing
+from lora_fx.files.lock import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ WORKER = """
 import random, sys, time
 from pathlib import Path
 from lora_fx.checkpoint import lock
-from lora_fx.checkpoint.osfile import replacing
+from lora_fx.files.atomic import replacing
 from lora_fx.errors import LoraFxError
 
 if sys.argv[1] == "no flock":

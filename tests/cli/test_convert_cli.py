@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli import main
+from lora_fx.files.safetensors import write_tensors
 from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter
-from lora_fx.formats.tensorfile import write_tensors
 
 A, B = (
     np.random.default_rng(i).standard_normal(s).astype("f4") for i, s in ((0, (2, 6)), (1, (8, 2)))

@@ -21,7 +21,7 @@ from tests.cli.test_cli import MODEL
 
 HOLD = """
 import os, sys, time
-import lora_fx.checkpoint.osfile as osfile
+import lora_fx.files.atomic as osfile
 
 def hold(path):
     open(os.environ["LORA_FX_WRITING"], "a").write(f"{path}\\n")

@@ -18,7 +18,7 @@ from tests.cli.test_train_cli import MODEL
 
 HANGS = """
 import os, time
-import lora_fx.checkpoint.osfile as osfile
+import lora_fx.files.atomic as osfile
 
 calls = []
 

@@ -92,7 +92,7 @@ def test_a_failure_leaves_the_old_output(
     def broken(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_fx.checkpoint.osfile.sync", broken)
+    monkeypatch.setattr("lora_fx.files.atomic.sync", broken)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(small(2), path, force=True)
     assert listing(tmp_path) == [name]
@@ -111,7 +111,7 @@ def test_a_folder_comes_back_when_the_new_one_cannot_take_its_place(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", broken)
-    monkeypatch.setattr("lora_fx.checkpoint.osfile._exchange", lambda *_: False)
+    monkeypatch.setattr("lora_fx.files.atomic._exchange", lambda *_: False)
     with pytest.raises(LoraFxError, match="x: no"):
         save_adapter(small(2), tmp_path / "x", force=True)
     assert listing(tmp_path) == ["x"]

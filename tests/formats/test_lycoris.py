@@ -16,8 +16,8 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Hadamard, Kronecker
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import write_tensors
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.formats.tensorfile import write_tensors
 from tests.formats.test_kohya import X, close, normal, stored, whole, wide
 
 Array = np.ndarray[Any, Any]

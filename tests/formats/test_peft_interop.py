@@ -14,9 +14,9 @@ import pytest
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
+from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.peft_names import OWN
-from lora_fx.formats.tensorfile import read_tensors
 from lora_fx.ir.layout import Layout, plain_layout
 
 torch = pytest.importorskip("torch")

@@ -13,8 +13,8 @@ import pytest
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import peft
-from lora_fx.formats.tensorfile import read_tensors, write_tensors
 
 Write = Callable[..., Path]
 LEAD = "base_model.model."

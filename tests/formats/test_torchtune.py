@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import write_tensors
 from lora_fx.formats.io import format_of, load_adapter
-from lora_fx.formats.tensorfile import write_tensors
 from lora_fx.formats.torchtune import to_halves
 
 Array = np.ndarray[Any, Any]

@@ -13,7 +13,7 @@ import torch
 
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.tensorfile import read_tensors, write_tensors
+from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.train import Saving, Settings, fit
 from tests.fx.test_train import adapted, table
 from tests.fx.test_train_watch import noise

@@ -15,8 +15,8 @@ from torch import nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.checkpoint import osfile
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.files import atomic
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.optimise import optimise_file
@@ -91,7 +91,7 @@ def test_a_failure_after_the_data_leaves_neither(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     placed = []
-    swap = osfile._swap
+    swap = atomic._swap
 
     def failing(new: Path, target: Path, old: Path) -> None:
         if target.name == "m.onnx":
@@ -99,7 +99,7 @@ def test_a_failure_after_the_data_leaves_neither(
         placed.append(target.name)
         swap(new, target, old)
 
-    monkeypatch.setattr(osfile, "_swap", failing)
+    monkeypatch.setattr(atomic, "_swap", failing)
     with pytest.raises(LoraFxError):
         exported(tmp_path / "m.onnx", external_over=100)
     assert placed == ["m.onnx.data"]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.checkpoint import osfile
 from lora_fx.errors import LoraFxError
+from lora_fx.files import atomic
 from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton import check_repository, write_repository
@@ -214,7 +214,7 @@ def test_a_failure_leaves_nothing(
         export(tmp_path / "m.onnx", there)
         shutil.rmtree(there / "m" / "1")
         (tmp_path / "m.onnx").unlink()
-    before, swap, seen = folders(tmp_path), osfile._swap, []
+    before, swap, seen = folders(tmp_path), atomic._swap, []
 
     def failing(new: Path, target: Path, old: Path) -> None:
         seen.append(target.name)
@@ -222,7 +222,7 @@ def test_a_failure_leaves_nothing(
             raise OSError(28, "No space left on device")
         swap(new, target, old)
 
-    monkeypatch.setattr(osfile, "_swap", failing)
+    monkeypatch.setattr(atomic, "_swap", failing)
     with pytest.raises(LoraFxError, match="disk full"):
         export(tmp_path / "m.onnx", there, external_over=100)
     assert seen[-1] == fails and folders(tmp_path) == before

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_fx.checkpoint.copying import copy_range, preallocate, read_at, reflink, write_at
-from lora_fx.checkpoint.lock import locked
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.copying import copy_range, preallocate, read_at, reflink, write_at
+from lora_fx.files.lock import locked
 
 __all__ = [
     "check_output", "check_space", "copy_range", "explain", "preallocate", "read_at", "reflink",

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora_fx.checkpoint.strict import AGAIN, CONVERT, Header, TensorInfo, read_header, read_json
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import AGAIN, CONVERT, Header, TensorInfo, read_header, read_json
 
 STEMS = ("model", "diffusion_pytorch_model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -186,3 +186,15 @@ def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:
             "download it; lora-fx downloads nothing",
         )
     return read_header(file)
+
+
+def tensors(path: str | Path) -> dict[str, TensorInfo]:
+    """Every tensor of a `.safetensors` file or of a Hugging Face folder, in file order.
+
+    Args:
+        path: A file, or a folder with one file or with shards and their index.
+
+    Raises:
+        LoraFxError: Damaged, incomplete or unsafe files; the message names file and tensor.
+    """
+    return dict(open_checkpoint(path).tensors)
