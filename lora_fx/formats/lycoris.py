@@ -26,7 +26,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.masters import File
+from lora_fx.formats.base import File
 from lora_fx.formats.peft_config import Pattern, targets
 from lora_fx.formats.peft_source import Source
 from lora_fx.ir.layout import Layout

@@ -33,8 +33,7 @@ from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.masters import File
-from lora_fx.formats.sniff import Seen
+from lora_fx.formats.base import File, Seen
 
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False

@@ -43,8 +43,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_json, read_tensors
-from lora_fx.formats.masters import File
-from lora_fx.formats.sniff import Seen
+from lora_fx.formats.base import File, Seen
 
 SUFFIXES = (".safetensors",)
 FOLDER = False

@@ -10,13 +10,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Kronecker, Rows
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import finite, is_float, read_header, refuse_other_kinds
 from lora_fx.ir.layout import Layout
 
 FIELD = "lora_fx_names"
@@ -115,3 +120,93 @@ def _holds(layout: Layout, shape: tuple[int, ...]) -> bool:
         and math.prod(layout.shape) == math.prod(layout.stored)
         and (*layout.batch_shape, layout.out_size, layout.in_size) == shape
     )
+
+
+# Tensors of a foreign file as fp32 masters and numbers, checked on the way in.
+
+
+@dataclass(frozen=True)
+class File:
+    """What reading one file needs everywhere: its name for messages, and the notes."""
+
+    name: str
+    notes: list[str] = field(default_factory=list)
+
+    def master(self, name: str, array: Array) -> Array:
+        """One tensor as contiguous fp32.
+
+        Raises:
+            LoraFxError: It is empty, no float, or not finite.
+        """
+        if array.size == 0:
+            raise self.error(name, f"has shape {list(array.shape)}; expected no size of 0")
+        if not is_float(array):
+            raise self.error(name, f"has dtype {array.dtype}; expected a float dtype")
+        if not finite(array):
+            raise self.error(name, "has NaN or infinite values; expected finite ones")
+        master = np.ascontiguousarray(array, np.float32)
+        if array.dtype == np.float64 and not np.array_equal(master, array):
+            self.notes.append(f"{self.name}: {name!r} was rounded from fp64 to fp32")
+        return master
+
+    def alpha(self, name: str, array: Array | None) -> float | None:
+        """The number in an alpha tensor; None where there is none, which means alpha = rank.
+
+        Raises:
+            LoraFxError: Not one finite number, or 0: that is rank to its trainers (kohya, LyCORIS)
+                and no effect at all to other readers.
+        """
+        if array is None:
+            return None
+        if array.size != 1 or not (is_float(array) or array.dtype.kind in "iu"):
+            raise self.error(name, f"is {array.dtype} {list(array.shape)}; expected one number")
+        value = float(array.reshape(()))
+        if not math.isfinite(value) or value == 0.0:
+            raise LoraFxError(
+                f"{self.name}: {name!r} is {value:g}; expected a finite number that is not 0",
+                "some readers take 0 as the rank and some as no effect; write the number you mean",
+            )
+        return value
+
+    def error(self, name: str, what: str, hint: str = "is the file complete?") -> LoraFxError:
+        """An error about one tensor."""
+        return LoraFxError(f"{self.name}: {name!r} {what}", hint)
+
+
+# What a file is, by its first bytes, its header and what lies beside it.
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a format's `detect` decides by; no tensor is read for it.
+
+    Attributes:
+        head: The first 64 bytes.
+        names: Tensor names of a safetensors file; empty for others.
+        metadata: The texts of its header.
+        config: True where adapter_config.json lies beside it.
+    """
+
+    head: bytes
+    names: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: bool = False
+
+
+def look(path: Path) -> Seen:
+    """See a file.
+
+    Raises:
+        LoraFxError: A pickle, a Git LFS pointer, no safetensors file, or a damaged one.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise LoraFxError(f"{path}: {error.strerror or error}", "is the path right?") from error
+    config = (path.parent / "adapter_config.json").is_file()
+    if head[4:8] == b"TORT" and head[8:9] not in (b"{", b" "):
+        return Seen(head, config=config)
+    refuse_other_kinds(path)
+    header = read_header(path)
+    return Seen(head, tuple(header.tensors), header.metadata, config)
