@@ -11,9 +11,9 @@ from lora_fx.checkpoint.pair import WARNING, Finding, Pair, norm
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats import peft_config
-from lora_fx.formats.peft_names import PREFIX
-from lora_fx.formats.peft_targets import wanted_by
+from lora_fx.formats.peft import config as peft_config
+from lora_fx.formats.peft.config import wanted_by
+from lora_fx.formats.peft.names import PREFIX
 
 GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

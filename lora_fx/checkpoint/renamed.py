@@ -10,7 +10,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.loaded import Loaded, Stack, loaded_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.formats.peft_targets import missing
+from lora_fx.formats.peft.config import missing
 from lora_fx.targets.target import base_name
 
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")

@@ -42,10 +42,9 @@ from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base, naming
 from lora_fx.formats.base import File, Seen
 from lora_fx.formats.naming import COMPONENTS, guess_component, has_home, split_component
-from lora_fx.formats.peft_build import build_config
-from lora_fx.formats.peft_config import MERGE, Pattern, check_config, mutation
-from lora_fx.formats.peft_forms import form_of, to_tensors
-from lora_fx.formats.peft_names import PREFIX, from_tensors
+from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
+from lora_fx.formats.peft.names import PREFIX, from_tensors
+from lora_fx.formats.peft.write import form_of, to_tensors
 
 SUFFIXES = (".safetensors",)
 FOLDER = True

@@ -13,8 +13,9 @@ from types import ModuleType
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import explain, replacing
-from lora_fx.formats import diffusers, kohya, naming, onnx_adapter, peft, torchtune
+from lora_fx.formats import diffusers, kohya, naming, onnx_adapter, torchtune
 from lora_fx.formats.base import Seen, look
+from lora_fx.formats.peft import file as peft
 
 FORMATS: dict[str, ModuleType] = {
     "peft": peft,

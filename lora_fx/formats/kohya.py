@@ -42,7 +42,7 @@ from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base, lycoris, naming
 from lora_fx.formats.base import File, Seen
 from lora_fx.formats.naming import COMPONENTS, guess_component, split_component
-from lora_fx.formats.peft_forms import form_of, to_tensors
+from lora_fx.formats.peft.write import form_of, to_tensors
 
 SUFFIXES = (".safetensors",)
 FOLDER = False

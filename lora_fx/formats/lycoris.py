@@ -27,8 +27,8 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import File
-from lora_fx.formats.peft_config import Pattern, targets
-from lora_fx.formats.peft_source import Source
+from lora_fx.formats.peft.config import Pattern, targets
+from lora_fx.formats.peft.source import Source
 from lora_fx.ir.layout import Layout
 
 PREFIX = "base_model.model."

@@ -21,10 +21,9 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float, read_json, read_tensors
-from lora_fx.formats.peft import CONFIG, WEIGHTS
-from lora_fx.formats.peft_config import Pattern
-from lora_fx.formats.peft_names import OWN, PREFIX, from_tensors
-from lora_fx.formats.peft_targets import facts
+from lora_fx.formats.peft.config import Pattern, facts
+from lora_fx.formats.peft.file import CONFIG, WEIGHTS
+from lora_fx.formats.peft.names import OWN, PREFIX, from_tensors
 
 _PART = re.compile(
     r"(?P<lead>.+)\.lora_(?:(?P<table>embedding_)?(?P<half>[AB])(?P<name>\.(?!weight$|bias$)\w+)?"

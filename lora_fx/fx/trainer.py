@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.formats import peft
 from lora_fx.formats.io import load_adapter
+from lora_fx.formats.peft import file as peft
 
 
 class AdapterCheckpoints:

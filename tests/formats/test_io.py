@@ -14,8 +14,8 @@ import pytest
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.formats import peft
 from lora_fx.formats.io import load_adapter, save_adapter
+from lora_fx.formats.peft import file as peft
 
 Same = Callable[[Adapter, Adapter], None]
 Write = Callable[..., Path]

@@ -14,7 +14,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import peft
+from lora_fx.formats.peft import file as peft
 
 Write = Callable[..., Path]
 LEAD = "base_model.model."

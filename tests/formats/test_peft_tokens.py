@@ -11,8 +11,8 @@ import pytest
 
 from lora_fx.adapter.updates import Rows
 from lora_fx.errors import LoraFxError
-from lora_fx.formats import peft as ours
 from lora_fx.formats.io import load_adapter, save_adapter
+from lora_fx.formats.peft import file as ours
 from tests.formats.merging import (
     check_with_peft,
     close,

@@ -13,8 +13,8 @@ import pytest
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors
-from lora_fx.formats import peft
 from lora_fx.formats.io import load_adapter
+from lora_fx.formats.peft import file as peft
 from tests.formats.merging import same_entries
 
 torch = pytest.importorskip("torch")

@@ -22,10 +22,12 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
-from lora_fx.formats import lycoris, peft_read, peft_write
+from lora_fx.formats import lycoris
 from lora_fx.formats.base import Seen
-from lora_fx.formats.peft_names import OWN, PREFIX
-from lora_fx.formats.peft_source import Source
+from lora_fx.formats.peft import read as peft_read
+from lora_fx.formats.peft import write as peft_write
+from lora_fx.formats.peft.names import OWN, PREFIX
+from lora_fx.formats.peft.source import Source
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Decode = Callable[[Source, Mapping[str, Any]], Adapter]

@@ -21,11 +21,11 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Dense, Entry, Rows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.peft_names import OWN, PREFIX, Group, split_name
+from lora_fx.formats.peft.names import OWN, PREFIX, Group, split_name
 from lora_fx.ir.layout import Layout
 
 if TYPE_CHECKING:
-    from lora_fx.formats.peft_read import Reader
+    from lora_fx.formats.peft.read import Reader
 
 VERSION = 1
 

@@ -1,38 +1,43 @@
-"""From the tensors and config of a PEFT adapter to an Adapter; see `lora_fx.formats.peft`."""
+"""From the tensors and config of a PEFT adapter to an Adapter; see `lora_fx.formats.peft.file`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Entry
+from lora_fx.adapter.updates import Dense, Entry, Rows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats import peft_own, peft_rest
-from lora_fx.formats.peft_config import (
+from lora_fx.formats.peft import own as peft_own
+from lora_fx.formats.peft.config import (
     Pattern,
     check_config,
+    facts,
     listed_whole,
     mutation,
     saved_whole,
     targets,
     untouched,
 )
-from lora_fx.formats.peft_names import (
+from lora_fx.formats.peft.names import (
+    DELTA,
+    OWN,
+    PREFIX,
     WRAPPER,
     Group,
+    candidates,
     from_tensors,
     groups,
+    read_stacks,
+    unknown_name,
     unwrapped,
     wrappers,
 )
-from lora_fx.formats.peft_source import Source
-from lora_fx.formats.peft_stack import candidates, read_stacks
-from lora_fx.formats.peft_targets import facts
+from lora_fx.formats.peft.source import Source
 
 _OUT = f".{WRAPPER}.out_proj"
 
@@ -122,7 +127,7 @@ class Reader:
             self.bias(entries, low, group)
         names = {n for g in found.values() for n in g.names.values()}
         rest = [n for n in tensors if n not in names]
-        peft_rest.read_rest(rest, self.source, found, entries)
+        read_rest(rest, self.source, found, entries)
 
     def update(self, group: Group, found: Mapping[str, Group]) -> LowRank:
         """The update of one layer in PEFT's shapes."""
@@ -264,3 +269,141 @@ class Reader:
             f"correct target_parameters in {self.source.config_file}, or merge it into its model "
             "with PEFT (merge_and_unload)",
         )
+
+
+# What a PEFT file holds beside low-rank tensors: trained tokens, biases, whole modules.
+#
+# * `X.token_adapter.trainable_tokens_delta` [n, dim] holds rows of X's weight as trained (not what
+#   is added to them); their numbers are in trainable_token_indices of the config.
+# * `X.base_layer.bias` and plain `Y.bias` are trained biases of the base where bias is lora_only
+#   or all; PEFT adds s · (bias of B) to them where lora_bias is on as well.
+# * `Y.…` under no other name is a module of modules_to_save, whole.
+
+
+def read_rest(
+    names: Iterable[str], source: Source, found: Mapping[str, Group], entries: dict[str, Entry]
+) -> None:
+    """Add what these tensors say to `entries`.
+
+    Args:
+        names: Of tensors that belong to no low-rank layer.
+        source: The file.
+        found: Its low-rank layers.
+        entries: Those of the layers; biases of B may get the trained bias beneath them.
+
+    Raises:
+        LoraFxError: A tensor that PEFT would not read, or that the config contradicts.
+    """
+    tokens = set()
+    for name in names:
+        short = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
+        if short.endswith(DELTA):
+            module = short.removesuffix(DELTA)
+            source.add(entries, f"{unwrapped(module)}.weight", _rows(name, module, source), name)
+            tokens.add(module)
+        elif short.endswith(".bias") and _is_trained_bias(short, source, found):
+            _add_bias(entries, f"{unwrapped(short)}", source.full(name), name, source)
+        elif _is_whole(name, short, source, bool(found)):
+            # PEFT asked to save embeddings writes a trained one twice, under its wrapper as well.
+            key = short.replace(".modules_to_save.", ".")
+            full, old = source.full(name), entries.get(key)
+            if not isinstance(old, Full) or not np.array_equal(old.value, full.value):
+                source.add(entries, key, full, name)
+    _check_tokens(tokens, source, entries)
+
+
+def _is_trained_bias(short: str, source: Source, found: Mapping[str, Group]) -> bool:
+    """True for a bias that PEFT trained; raises for one that the config denies."""
+    bias = source.config.get("bias") or "none"
+    module = short.removesuffix(".bias")
+    if ".lora_" in short or ".original_module." in short or ".modules_to_save." in short:
+        return False
+    if not module.endswith(f".{WRAPPER}"):
+        wrapped = any(g.module == module for g in found.values())
+        return bias == "all" or (bias == "lora_only" and wrapped)
+    if bias == "none":
+        if f"{PREFIX}{module}.weight" in source.tensors:
+            return False  # a copy of the whole frozen layer
+        raise LoraFxError(
+            f"{source.file}: {PREFIX + short!r} is a trained bias of the base; expected none, as "
+            f"bias is 'none' in {source.config_file}",
+            "set bias to what the adapter was trained with",
+        )
+    return True
+
+
+def _add_bias(entries: dict[str, Entry], key: str, full: Full, name: str, source: Source) -> None:
+    old = entries.get(key)
+    if isinstance(old, Dense):  # lora_bias: PEFT adds it to the trained bias, in this order
+        entries[key] = Full(full.value + old.value * np.float32(old.scale))
+    elif isinstance(old, Full) and np.array_equal(old.value, full.value):
+        return  # of a module that is saved whole as well
+    else:
+        source.add(entries, key, full, name)
+
+
+def _rows(name: str, module: str, source: Source) -> Rows:
+    """Trained rows with their numbers."""
+    value = source.factor(name)
+    config = source.config.get("trainable_token_indices")
+    if not config:
+        raise LoraFxError(
+            f"{source.file}: {name!r} holds rows of an embedding; expected their numbers in "
+            f"trainable_token_indices of {source.config_file}",
+            "put the config of this very adapter beside the file",
+        )
+    index = config
+    if isinstance(config, dict):
+        fits = [v for k, v in config.items() if f"{unwrapped(module)}".endswith(k)]
+        index = fits[0] if fits and all(f == fits[0] for f in fits) else None
+    if (
+        not isinstance(index, list)
+        or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in index)
+        or len(set(index)) != len(index)
+        or value.shape[:1] != (len(index),)
+        or value.ndim != 2
+    ):
+        raise LoraFxError(
+            f"{source.file}: {name!r} is {list(value.shape)} and trainable_token_indices gives "
+            f"{index!r} for it; expected [n, dim] and n different numbers",
+            f"correct {source.config_file}",
+        )
+    return Rows(tuple(index), value)
+
+
+def _check_tokens(tokens: set[str], source: Source, entries: Mapping[str, Any]) -> None:
+    """Raise for tokens in the config that no tensor holds; PEFT stores tied ones once."""
+    config = source.config.get("trainable_token_indices")
+    if not config:
+        return
+    rows = [list(e.index) for e in entries.values() if isinstance(e, Rows)]
+    if isinstance(config, dict):
+        lost = [v for v in config.values() if v not in rows]
+    else:
+        lost = [] if rows else [config]
+    if lost:
+        raise LoraFxError(
+            f"{source.config_file}: trainable_token_indices gives {lost[0]!r}; expected a tensor "
+            f"X{DELTA} for them in {source.file}",
+            "the file is incomplete; save or fetch it again",
+        )
+
+
+def _is_whole(name: str, short: str, source: Source, low_rank: bool) -> bool:
+    """True for a whole tensor to keep, False for one that is noted; raises for others."""
+    module = short.rpartition(".")[0]
+    value = source.tensors[name]
+    outer = module.removesuffix(f".{WRAPPER}")
+    frozen = outer != module and any(n.startswith(f"{PREFIX}{outer}.lora_") for n in source.tensors)
+    if frozen or ".original_module." in short:
+        # PEFT stores the frozen embedding again when the embedding is a target.
+        source.notes.append(f"{source.file}: {name!r} is a copy of the base weight; not read")
+        return False
+    if not name.startswith(OWN) and ".lora_" not in short and module:
+        if saved_whole(source.config, module):
+            return True
+        if low_rank and value.ndim == 2 and short.endswith(".weight"):
+            # PEFT stores resized embeddings and heads so, without listing them, beside updates.
+            source.notes.append(f"{source.file}: {name!r} replaces a whole tensor of the model")
+            return True
+    raise unknown_name(name, source.file)

@@ -1,0 +1,1 @@
+"""Adapters of PEFT: their configuration, names, reading and writing."""
