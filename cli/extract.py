@@ -43,7 +43,7 @@ def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **op
     lora-fx extract ./llama ./llama-chat -o chat --rank 32
     lora-fx extract base.safetensors tuned.safetensors -o x --energy 0.9 --max-rank 64
     """
-    from lora_fx.checkpoint.extraction import extraction
+    from lora_fx.checkpoint.extract import extraction
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import save_adapter
 

@@ -28,7 +28,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     lora-fx targets torchvision:resnet18 --json
     """
     if Path(model).is_file() and model.endswith(".safetensors"):
-        from lora_fx.checkpoint.headers import file_targets
+        from lora_fx.checkpoint.targets import file_targets
 
         found = file_targets(model)
         emit(

@@ -60,7 +60,7 @@ def command(
     lora-fx verify ./my-bert ./adapter
     lora-fx verify switch.onnx de.onnx_adapter
     """
-    from lora_fx.checkpoint.proof import ROWS
+    from lora_fx.checkpoint.prove import ROWS
     from lora_fx.checkpoint.verify import is_tensor_file, lines
     from lora_fx.formats.io import is_adapter
     from lora_fx.passes.verify import verify

@@ -15,7 +15,7 @@ _WHERE = {
     "insert": "lora_fx.passes.pipeline",
     "fold": "lora_fx.passes.pipeline",
     "export": "lora_fx.passes.export",
-    "extract": "lora_fx.checkpoint.extraction",
+    "extract": "lora_fx.checkpoint.extract",
     "truncate": "lora_fx.adapter.truncate",
     "plan": "lora_fx.passes.plan",
     "verify": "lora_fx.passes.verify",
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from lora_fx.adapter.lowrank import Full, LowRank
     from lora_fx.adapter.truncate import truncate
     from lora_fx.checkpoint.doctor import doctor
-    from lora_fx.checkpoint.extraction import extract
+    from lora_fx.checkpoint.extract import extract
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
     from lora_fx.fx.adapted import AdaptedModule

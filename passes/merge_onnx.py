@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.merge import GAIN
-from lora_fx.checkpoint.plan import Given
+from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output

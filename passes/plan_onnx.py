@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_fx.adapter.adapter import HOWS, mix
 from lora_fx.checkpoint.merge import given
-from lora_fx.checkpoint.plan import Given
+from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load

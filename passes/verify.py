@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.proof import ROWS
+from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Report
 from lora_fx.errors import LoraFxError

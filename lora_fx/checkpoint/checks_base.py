@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.checkpoint.blocks import arithmetic
+from lora_fx.checkpoint.fold import arithmetic
+from lora_fx.checkpoint.int8 import HINT, scheme_of, stored_as
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.provenance import base_note
-from lora_fx.checkpoint.quantised import HINT, scheme_of, stored_as
-from lora_fx.checkpoint.renamed import absent_of
+from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import WEIGHTS

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from lora_fx.adapter.updates import Entry
+from lora_fx.checkpoint.merge_plan import Given, Options, Plan, make_plan
 from lora_fx.checkpoint.pair import Finding, Pair
-from lora_fx.checkpoint.plan import Given, Options, Plan, make_plan
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
 

@@ -17,7 +17,7 @@ from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import name_of
 from lora_fx.checkpoint import checks_base, checks_file, checks_merge
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
-from lora_fx.checkpoint.renamed import absent_of
+from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
 from lora_fx.files.atomic import explain
 from lora_fx.targets.target import base_name

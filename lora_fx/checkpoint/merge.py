@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.beside import REPORTS, report_name
-from lora_fx.checkpoint.blocks import Stats
-from lora_fx.checkpoint.plan import Given, Options, Plan, make_plan
-from lora_fx.checkpoint.proof import prove
-from lora_fx.checkpoint.quantised import HINT
-from lora_fx.checkpoint.write import Progress, write
+from lora_fx.checkpoint.fold import Stats
+from lora_fx.checkpoint.int8 import HINT
+from lora_fx.checkpoint.merge_plan import Given, Options, Plan, make_plan
+from lora_fx.checkpoint.prove import prove
+from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, check_space, explain, replacing

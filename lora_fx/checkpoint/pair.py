@@ -14,11 +14,10 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.int8 import Int8
+from lora_fx.checkpoint.int8 import Int8, stored_as
 from lora_fx.checkpoint.match import match, named, stacked
 from lora_fx.checkpoint.provenance import adapter_hash
-from lora_fx.checkpoint.quantised import stored_as
-from lora_fx.checkpoint.renamed import Renaming, renaming
+from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.tied import Tie, tie_of
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, Rows
-from lora_fx.checkpoint.fingerprint import FIELD, same_base
-from lora_fx.checkpoint.renamed import renaming
-from lora_fx.dtypes import Array
+from lora_fx.checkpoint.renaming import renaming
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.copying import read_at
+from lora_fx.files.safetensors import WEIGHTS, TensorInfo
+from lora_fx.targets.target import base_name
 
 METADATA = "lora_fx.merge"
 VERSION = 1
@@ -182,3 +183,139 @@ def record(
         "dtype": dtype,
     } | ({"options": dict(options)} if options else {})
     return json.dumps([*history(checkpoint), this], separators=(",", ":"))
+
+
+# Which base an adapter was trained on, told by a sample of the weights that it changes.
+#
+# metadata["base"] of an adapter is {"version", "dtype", "names", "sample"}. `sample` is the sha256
+# over the parameters of all low-rank keys, in the order of their `names`: name, shape, and the
+# first and last 4096 elements of the stored tensor as the model held them. `dtype` is that of the
+# parameters, or {name: dtype} where they differ. `names` stay when updates are taken out later.
+#
+# A checkpoint's values are cast to `dtype` before they are hashed, so a bfloat16 file that was
+# loaded as float32 is the same base.
+
+
+FIELD = "base"
+ENDS = 4096
+"""Elements at each end of a tensor that the sample holds."""
+
+
+def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> dict[str, Any]:
+    """The fingerprint of a base.
+
+    Args:
+        samples: (name, shape, both ends) of every parameter; the ends in the model's dtype, see
+            `ends`.
+    """
+    rows = sorted(samples, key=lambda row: row[0])
+    dtypes = {name: str(values.dtype) for name, _, values in rows}
+    kinds = set(dtypes.values())
+    dtype: Any = kinds.pop() if len(kinds) == 1 else dtypes
+    names = [name for name, _, _ in rows]
+    return {"version": VERSION, "dtype": dtype, "names": names, "sample": _digest(rows)}
+
+
+def file_fingerprint(keys: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks one of them."""
+    names = parameters_of(keys)
+    found = [(n, tensors[n]) for n in names if n in tensors and tensors[n].dtype in WEIGHTS]
+    if not found or len(found) < len(names):
+        return {}
+    return {FIELD: fingerprint((n, t.shape, _read(t, t.dtype)) for n, t in found)}
+
+
+def ends(flat: Any) -> tuple[Any, Any]:
+    """The first and the last elements of a flat tensor; they overlap where it is short."""
+    return flat[:ENDS], flat[max(0, len(flat) - ENDS) :]
+
+
+def parameters_of(keys: Iterable[str]) -> list[str]:
+    """The parameters of low-rank keys that a checkpoint can hold: no computed weights."""
+    return sorted({base_name(k) for k in keys if not base_name(k).endswith("~")})
+
+
+def same_base(recorded: Any, find: Callable[[str], TensorInfo | None]) -> tuple[bool | None, str]:
+    """Is a checkpoint the base that an adapter was trained on? The reason where it is not known.
+
+    Args:
+        recorded: metadata["base"] of the adapter.
+        find: Parameter of the adapter → its tensor in the checkpoint, None where it has none.
+
+    Returns:
+        True, False, or None with the reason.
+    """
+
+    def sample(name: str, dtype: str) -> Sample:
+        info = find(name)
+        if info is None:
+            raise Unknown(f"the checkpoint has no tensor {name!r}")
+        if info.dtype not in WEIGHTS:
+            raise Unknown(f"{name!r} is {info.dtype} and was {dtype}")
+        return info.shape, _read(info, dtype)
+
+    return compared(recorded, sample)
+
+
+Sample = tuple[tuple[int, ...], Array]
+"""Shape, and both ends in the dtype asked for; see `ends`."""
+
+
+class Unknown(Exception):
+    """A parameter cannot be sampled, and why."""
+
+
+def compared(recorded: Any, sample: Callable[[str, str], Sample]) -> tuple[bool | None, str]:
+    """Are these weights those that an adapter was trained on? As `same_base`.
+
+    Args:
+        recorded: metadata["base"] of the adapter.
+        sample: (parameter, dtype) → its sample; raises Unknown.
+    """
+    if recorded is None:
+        return None, "the adapter does not say what it was trained on"
+    damaged = "what the adapter says of its base is damaged"
+    try:
+        version, dtype, digest = recorded["version"], recorded["dtype"], str(recorded["sample"])
+        names = sorted(str(name) for name in recorded["names"])
+        dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(names, str(dtype))
+    except (TypeError, LookupError):
+        return None, damaged
+    if version != VERSION:
+        return None, f"what the adapter says of its base is of version {version!r}"
+    if not names or not all(str(dtypes.get(n)) in WEIGHTS for n in names):
+        return None, damaged
+    rows = []
+    for name in names:
+        try:
+            rows.append((name, *sample(name, str(dtypes[name]))))
+        except Unknown as why:
+            return None, str(why)
+    return _digest(rows) == digest, ""
+
+
+def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
+    whole = hashlib.sha256()
+    for name, shape, values in rows:
+        whole.update(json.dumps([name, list(shape), str(values.dtype)]).encode())
+        whole.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return whole.hexdigest()
+
+
+def _read(info: TensorInfo, dtype: str) -> Array:
+    """Both ends of a stored tensor, cast."""
+    stored = numpy_dtype(info.dtype)
+    count = (info.stop - info.start) // stored.itemsize
+    parts = []
+    with open(info.file, "rb") as f:
+        for start in (0, max(0, count - ENDS)):
+            n = min(ENDS, count - start)
+            raw = read_at(f.fileno(), n * stored.itemsize, info.start + start * stored.itemsize)
+            parts.append(np.frombuffer(raw, stored))
+    return cast(np.concatenate(parts), dtype)
+
+
+def cast(values: Array, dtype: str) -> Array:
+    """Values in a dtype by name; what it cannot hold becomes infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(numpy_dtype(dtype))

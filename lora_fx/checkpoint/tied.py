@@ -12,8 +12,8 @@ from typing import Any
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Rows
-from lora_fx.checkpoint.heads import family_of, generates, is_head, is_table
 from lora_fx.checkpoint.match import Placed, use_of
+from lora_fx.checkpoint.model_families import family_of, generates, is_head, is_table
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import TensorInfo
 

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.chain import chain_of
-from lora_fx.checkpoint.headers import file_targets
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.checkpoint.difference import unlike
+from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import cores, given
-from lora_fx.checkpoint.proof import ROWS, prove
-from lora_fx.checkpoint.quantised import stored_as
-from lora_fx.checkpoint.same import unlike
+from lora_fx.checkpoint.merge_plan import HOWS, Change, Given, Options, Plan, Stage, make_plan
+from lora_fx.checkpoint.prove import ROWS, prove
+from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
+from lora_fx.checkpoint.targets import file_targets
 from lora_fx.checkpoint.tied import tie_of
+from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import explain
-from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
+from lora_fx.files.safetensors import WEIGHTS
 from lora_fx.formats.io import is_adapter, load_adapter
 
 AdapterLike = str | os.PathLike[str] | Adapter
@@ -158,3 +163,210 @@ def lines(report: Report) -> str:
     left = len(d["differences"]) - len(rows)
     rows += [f"  and {left} more"] if left > 0 else []
     return "\n".join([head, *rows, *(f"  warning: {w}" for w in report.warnings)])
+
+
+# What a file's own records say was merged into it, planned again, merge after merge.
+#
+# Each merge that is recorded after those of the base is a stage: its adapters, weights and options.
+# The plan of all stages is the one that `prove` checks: a tensor that several stages change is
+# rounded after each.
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An adapter that a file records: in which of its merges, and what was given for it."""
+
+    merge: int
+    hash: str
+    weight: float | None
+    given: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of `recorded[]` in docs/json.md."""
+        return {
+            "merge": self.merge,
+            "hash": self.hash,
+            "weight": self.weight,
+            "given": bool(self.given),
+        }
+
+    def __str__(self) -> str:
+        """For people."""
+        if self.given:
+            return f"merge {self.merge}: {self.given}"
+        weight = "" if self.weight is None else f" with weight {self.weight:g}"
+        return f"merge {self.merge}: one of hash {self.hash[:12]}{weight}, not given"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The plan of all merges, what the file records, and what should be said."""
+
+    plan: Plan
+    recorded: tuple[Recorded, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """True where every adapter that is recorded was given."""
+        return all(r.given for r in self.recorded)
+
+
+def chain_of(
+    merged: Checkpoint, base: Checkpoint, given: Sequence[Given], stated: Sequence[bool]
+) -> Chain:
+    """What the merges should have done, in the dtypes that they have done it in.
+
+    Args:
+        merged: The file.
+        base: What it is compared with.
+        given: The adapters, in any order.
+        stated: Of each whether its weight was, instead of being the recorded one.
+
+    Raises:
+        LoraFxError: An adapter that cannot be merged, or a tensor whose changes by one merge
+            depend on those by another, so that the file between them would be needed.
+    """
+    merges, before = history(merged), history(base)
+    notes: list[str] = []
+    known = merges[: len(before)] == before
+    records = merges[len(before) :] if known else merges
+    stages, recorded, strange = _assigned(records, given, stated)
+    if merges:
+        notes += [f"{merged.path} does not say that {g.where} was merged into it" for g in strange]
+    if any(not r.given for r in recorded):
+        count = sum(not r.given for r in recorded)
+        notes.append(
+            f"{merged.path} records {len(recorded)} adapters that were merged into it, and {count} "
+            f"of them were not given here: {'; '.join(map(str, recorded))}"
+        )
+    plans: list[Plan] = []
+    here = base
+    for record, parts in [*zip(records, stages, strict=True), ({}, strange)]:
+        if not parts:
+            continue
+        plan = make_plan(here, parts, _options(record, parts, here, merged))
+        notes += [n for n in plan.notes if not plans or n not in plan.unverified]
+        plans.append(plan)
+        here = _after(here, plan)
+    if not plans:
+        make_plan(base, given, Options())  # raises: nothing was given
+    full = len(records) > 0 and all(r.given for r in recorded if r.merge == 1)
+    if not known or (records and _other_base(records[0], base, plans[0] if full else None)):
+        notes.append(f"{merged.path} says that it was made from another base than {base.path}")
+    return Chain(_joined(plans, base, merged), tuple(recorded), tuple(notes))
+
+
+def _assigned(
+    records: Sequence[Mapping[str, Any]], given: Sequence[Given], stated: Sequence[bool]
+) -> tuple[list[list[Given]], list[Recorded], list[Given]]:
+    """The adapters of every record, what is recorded, and adapters that no record has.
+
+    One that is recorded several times and given once is the one of all these records.
+    """
+    stages: list[list[Given]] = [[] for _ in records]
+    recorded: list[Recorded] = []
+    times = {g.hash: [h.hash for h in given].count(g.hash) for g in given}
+    left = list(zip(given, stated, strict=True))
+    used: set[int] = set()
+    for i, record in enumerate(records):
+        for row in record["adapters"]:
+            digest, weight = str(row.get("hash")), row.get("weight")
+            weight = float(weight) if isinstance(weight, (int, float)) else None
+            same = [(g, said) for g, said in left if g.hash == digest]
+            fresh = [(g, said) for g, said in same if id(g) not in used]
+            part, said = next(iter(fresh or same[-1:]), (None, False))
+            where = part.where if part is not None and (fresh or times[digest] == 1) else ""
+            recorded.append(Recorded(i + 1, digest, weight, where))
+            if part is not None and where:
+                used.add(id(part))
+                mine = part.weight if said or weight is None else weight
+                stages[i].append(replace(part, weight=mine))
+    return stages, recorded, [g for g in given if id(g) not in used]
+
+
+def _options(
+    record: Mapping[str, Any], parts: Sequence[Given], base: Checkpoint, merged: Checkpoint
+) -> Options:
+    asked = record.get("options")
+    asked = asked if isinstance(asked, dict) else {}
+    new = any(k in merged.tensors and k not in base.tensors for p in parts for k in p.adapter.full)
+    mixed = len(parts) > 1
+    return Options(
+        how=asked["how"] if mixed and asked.get("how") in HOWS else "sum",
+        rank=asked["rank"] if mixed and isinstance(asked.get("rank"), int) else None,
+        dtype=record["dtype"] if record.get("dtype") in WEIGHTS else None,
+        allow_unused=asked.get("allow_unused") is True,
+        allow_missing=asked.get("allow_missing") is True,
+        untie=True,
+        add=new,
+        again=True,
+        any_base=True,
+    )
+
+
+def _after(base: Checkpoint, plan: Plan) -> Checkpoint:
+    """What a later merge started from: the names and the config; the values are the base's."""
+    new = {n: plan.changes[n].source for n in plan.added}
+    settings = untied(base.config()) if plan.tie is not None else base.settings
+    return replace(base, tensors={**base.tensors, **new}, settings=settings)
+
+
+def _other_base(record: Mapping[str, Any], base: Checkpoint, plan: Plan | None) -> bool:
+    """True where the first merge says that it started from other weights, or another model."""
+    said = record.get("base")
+    said = said if isinstance(said, dict) else {}
+    if said.get("layout") not in (None, layout_hash(base.tensors)):
+        return True
+    if plan is None:  # which tensors were sampled is not known
+        return False
+    old = [(n, base.tensors[n]) for n in plan.changes if n not in plan.added]
+    return said.get("sample") not in (None, sample_hash(old))
+
+
+def _joined(plans: Sequence[Plan], base: Checkpoint, merged: Checkpoint) -> Plan:
+    changes: dict[str, Change] = {}
+    added: dict[str, str] = {}
+    for plan in plans:
+        added |= plan.added
+        for name, change in plan.changes.items():
+            first = changes.get(name)
+            changes[name] = change if first is None else _then(first, change, plan, merged)
+    for name, change in changes.items():
+        info = merged.tensors.get(name)
+        floats = info is not None and {info.dtype, change.dtype} <= WEIGHTS
+        if info is not None and floats and not change.scales_of:
+            changes[name] = replace(change, dtype=info.dtype)
+    given = tuple(g for p in plans for g in p.given)
+    return replace(plans[-1], base=base, given=given, changes=changes, added=added)
+
+
+def _then(first: Change, second: Change, plan: Plan, merged: Checkpoint) -> Change:
+    """A tensor after both changes."""
+    codes = any(c.int8 is not None or c.scales_of for c in (first, second))
+    if second.fold is None and not codes:
+        return second
+    one, two = first.fold, second.fold
+    why = ""
+    if codes:
+        why = "quantised to int8 anew"
+    elif one is None or two is None:
+        why = "replaced whole"
+    elif (one.matrix.rows, one.matrix.columns) != (two.matrix.rows, two.matrix.columns):
+        why = "seen with other axes"
+    elif any(p.magnitude is not None or _mutated(p.change) for p in two.matrix.parts):
+        why = "changed, and then rescaled,"
+    if one is None or two is None or why:
+        raise LoraFxError(
+            f"{merged.path}: {second.name!r} was {why} by one merge and changed by a later one, "
+            "which cannot be computed without the file between them",
+            "verify each merge against what it started from",
+        )
+    dtype = plan.options.dtype if plan.options.dtype and first.dtype in WEIGHTS else first.dtype
+    earlier = (*first.earlier, Stage(one, first.dtype))
+    what = (*first.what, *second.what)
+    return replace(second, source=first.source, dtype=dtype, earlier=earlier, what=what)
+
+
+def _mutated(change: Any) -> bool:
+    return isinstance(change, LowRank) and bool(change.extra.get("mutated"))

@@ -8,28 +8,39 @@ last, so that a torn file never opens; the index comes after all files.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
+import json
+import math
 import os
+import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lora_fx.checkpoint.beside import copy_companions, hard_link, write_index
-from lora_fx.checkpoint.blocks import Fold, Space, Stats, one_blas_thread, rows_per_block
+from lora_fx.checkpoint.fold import (
+    Fold,
+    Space,
+    Stats,
+    one_blas_thread,
+    prepared,
+    read_rows,
+    rows_per_block,
+)
 from lora_fx.checkpoint.int8 import Int8
-from lora_fx.checkpoint.jobs import Done, Job, copied, flushed, in_turn, reserved
-from lora_fx.checkpoint.plan import Change, Plan
-from lora_fx.checkpoint.provenance import record
-from lora_fx.checkpoint.rows import prepared, read_rows
-from lora_fx.checkpoint.shards import Shard, lay_out
+from lora_fx.checkpoint.merge_plan import Change, Plan
+from lora_fx.checkpoint.provenance import METADATA, record
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.files.copying import copy_range, reflink, write_at
-from lora_fx.files.safetensors import Header
+from lora_fx.errors import LoraFxError
+from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
+from lora_fx.files.safetensors import DTYPES, Header, TensorInfo, read_json
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""
@@ -286,3 +297,208 @@ class _Run:
 def _bytes(array: Array) -> memoryview:
     """The bytes of an array in order; numpy's own buffers do not know bf16."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+
+
+# What a merge's threads are given to do, and in which order.
+
+
+Done = tuple[int, str, Stats | None]
+"""What a job says: bytes written, the tensor, what changed in it."""
+Job = Callable[[], Done]
+
+
+def in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
+    """The jobs of `width` files at a time, in turn: who writes one file waits for who does too."""
+    rest = iter(files)
+    open_ = deque(itertools.islice(rest, width))
+    while open_:
+        jobs = open_.popleft()
+        job = next(jobs, None)
+        if job is not None:
+            open_.append(jobs)
+            yield job
+        else:
+            open_.extend(itertools.islice(rest, 1))
+
+
+def flushed(fds: Iterable[int]) -> None:
+    """Write to the disk what is not there yet, where the system can; the end syncs everything."""
+    if hasattr(os, "fdatasync"):
+        for fd in fds:
+            os.fdatasync(fd)
+
+
+def reserved(fd: int, size: int) -> Done:
+    """Take the bytes of a new file from the disk; OSError where it is full."""
+    preallocate(fd, size)
+    return 0, "", None
+
+
+def copied(source: int, target: int, start: int, at: int, count: int) -> Done:
+    """Copy `count` bytes from `start` of one file to `at` of another."""
+    copy_range(source, target, start, at, count)
+    return count, "", None
+
+
+# How an output file lies on disk: its header, and where each tensor's bytes go.
+#
+# Names, their order and the order of the bytes are the base's; new tensors come last.
+
+
+CODES = {name: code for code, (name, _) in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an output file: where it will lie, and what it is made of."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    source: TensorInfo
+    change: Change | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file with its header; `slots` in the order of their bytes."""
+
+    source: Path
+    target: Path
+    head: bytes
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.head) + sum(s.stop - s.start for s in self.slots)
+
+
+def lay_out(
+    plan: Plan, source: Path, target: Path, name: str, header: Header, text: str
+) -> Shard | None:
+    """The output file of a shard; None where nothing in it changes."""
+    mine = {
+        n: plan.changes[n]
+        for n, info in header.tensors.items()
+        if n in plan.changes and plan.base.tensors[n] == info
+    }
+    new = [plan.changes[n] for n, home in plan.added.items() if home == name]
+    if not mine and not new:
+        return None
+    slots, at = [], 0
+    by_start = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].stop))
+    for n, info in by_start:
+        change = mine.get(n)
+        dtype, size = info.dtype, info.stop - info.start
+        if change is not None:
+            dtype, size = change.dtype, change.nbytes
+        slots.append(Slot(n, dtype, info.shape, at, at + size, info, change))
+        at += size
+    for change in new:
+        size = change.nbytes
+        slots.append(
+            Slot(change.name, change.dtype, change.shape, at, at + size, change.source, change)
+        )
+        at += size
+    place = {s.name: s for s in slots}
+    # A file without metadata loads in transformers, one without this of its metadata does not.
+    metadata = header.metadata or {"format": "pt"}
+    entries: dict[str, Any] = {"__metadata__": {**metadata, METADATA: text}}
+    for n in (*header.tensors, *(c.name for c in new)):
+        s = place[n]
+        entries[n] = {
+            "dtype": CODES[s.dtype],
+            "shape": list(s.shape),
+            "data_offsets": [s.start, s.stop],
+        }
+    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % 8)
+    return Shard(source, target, len(body).to_bytes(8, "little") + body, tuple(slots))
+
+
+# What lies beside a merged checkpoint's shards: companions, the index, links to old shards.
+
+
+REPORTS = ("report.json", "lora-fx-report.json")
+"""Names of what a merge leaves beside its output; the second where the base has its own first."""
+_OURS = frozenset(("ok", "warnings", "tensors", "touched_bytes", "base_verified"))
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
+
+
+def hard_link(source: Path, target: Path) -> None:
+    """Give a shard's inode a second name.
+
+    Raises:
+        LoraFxError: The file systems cannot.
+    """
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise LoraFxError(
+            f"{source}: cannot be linked into the output: {error.strerror}",
+            "hard links need one file system that has them; leave --link out to copy",
+        ) from error
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says so."""
+    result = {**config, "tie_word_embeddings": False}
+    if isinstance(config.get("text_config"), dict):
+        result["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    return result
+
+
+def copy_companions(plan: Plan, folder: Path) -> None:
+    """Configs, tokenizer and whatever else belongs to the folder."""
+    for name in plan.base.companions()[0]:
+        source, target = plan.base.path / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if str(name) == "config.json" and plan.tie is not None:
+            config = untied(json.loads(source.read_bytes()))
+            target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+        else:
+            shutil.copyfile(source, target)
+
+
+def report_name(plan: Plan) -> str:
+    """The name of the report: the first that is no file of the base's own; empty if both are.
+
+    A report of the merge that made the base is none of its own: it would not fit the output.
+    """
+    return next((n for n in REPORTS if not _is_file_of_base(plan.base.path / n)), "")
+
+
+def _is_file_of_base(file: Path) -> bool:
+    if not os.path.lexists(file):
+        return False
+    try:
+        return not read_json(file).keys() >= _OURS
+    except LoraFxError:
+        return True
+
+
+def write_index(plan: Plan, folder: Path) -> None:
+    """The index, byte for byte where it still holds, else with its sums and new names."""
+    if plan.base.index is None:
+        return
+    same = not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values())
+    data = plan.base.index.read_bytes()
+    if not same:
+        index = json.loads(data)
+        index["weight_map"] |= dict(plan.added)
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
+            sizes |= {n: c.nbytes for n, c in plan.changes.items()}
+            metadata["total_size"] = sum(sizes.values())
+        if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
+            metadata["total_parameters"] += sum(
+                math.prod(plan.changes[n].shape) for n in plan.added
+            )
+        data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    (folder / plan.base.index.name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""The fingerprint of the base that a module holds; see `lora_fx.checkpoint.fingerprint`."""
+"""The fingerprint of the base that a module holds; see `lora_fx.checkpoint.provenance`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.checkpoint.fingerprint import (
+from lora_fx.checkpoint.provenance import (
     FIELD,
     Unknown,
     cast,

@@ -1,7 +1,7 @@
 """What a run is about: model, data and settings, so that no other run goes on from its state.
 
 Facts are JSON, two levels deep: part → what → a short text or number. Of weights that are not
-trained both ends of each tensor count, as in `lora_fx.checkpoint.fingerprint`; of data every byte.
+trained both ends of each tensor count, as in `lora_fx.checkpoint.provenance`; of data every byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lora_fx.adapter.factors import asked
-from lora_fx.checkpoint.fingerprint import ends
+from lora_fx.checkpoint.provenance import ends
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.nodes import dtype_name

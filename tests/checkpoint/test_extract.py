@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import lora_fx
 from lora_fx.adapter.lowrank import generator
 from lora_fx.adapter.svd import above_noise, leading
-from lora_fx.checkpoint.extraction import extraction
+from lora_fx.checkpoint.extract import extraction
 from lora_fx.errors import NoEffectError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -217,7 +217,7 @@ def test_above_noise(seed: int) -> None:
 
 MEASURE = """
 import sys
-from lora_fx.checkpoint.extraction import extraction
+from lora_fx.checkpoint.extract import extraction
 def peak():
     line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
@@ -251,7 +251,7 @@ def test_peak_memory_is_that_of_one_matrix(tmp_path: Path) -> None:
 
 def test_needs_no_torch() -> None:
     code = (
-        "import sys, lora_fx.checkpoint.extraction, lora_fx.adapter.truncate, lora_fx.formats.io\n"
+        "import sys, lora_fx.checkpoint.extract, lora_fx.adapter.truncate, lora_fx.formats.io\n"
         "print({'torch', 'onnx'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

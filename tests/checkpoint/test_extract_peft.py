@@ -12,7 +12,7 @@ import pytest
 
 import lora_fx
 from lora_fx.adapter.truncate import truncation
-from lora_fx.checkpoint.extraction import extraction
+from lora_fx.checkpoint.extract import extraction
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_fx
-from lora_fx.checkpoint.extraction import extraction
-from lora_fx.checkpoint.scope import scope_of
+from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract_scope import scope_of
 from lora_fx.errors import LoraFxError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -164,7 +164,7 @@ def test_a_file_that_shrinks_while_it_is_read(
         files[1].write_bytes(files[1].read_bytes()[:4000])
         return scope_of(*args)
 
-    monkeypatch.setattr("lora_fx.checkpoint.extraction.scope_of", cut)
+    monkeypatch.setattr("lora_fx.checkpoint.extract.scope_of", cut)
     refused(files, "tuned.safetensors", "ends inside a tensor")
 
 

@@ -14,7 +14,7 @@ import torch
 
 import lora_fx
 from lora_fx import LoraFxError
-from lora_fx.checkpoint.extraction import extraction
+from lora_fx.checkpoint.extract import extraction
 from tests.checkpoint.families import FAMILIES, IDS, load, logits, tied
 from tests.checkpoint.made import Array, checkpoint, read
 

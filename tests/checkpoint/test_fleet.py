@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_fx import Adapter, LowRank, save_adapter
-from lora_fx.checkpoint.fleet import jobs_of
+from lora_fx.checkpoint.merge_all import jobs_of
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save, save_file
 
 from lora_fx.checkpoint.fit import check_fit
-from lora_fx.checkpoint.headers import file_targets
+from lora_fx.checkpoint.targets import file_targets
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import DTYPES, MAX_HEADER, TensorInfo, read_header

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
-from lora_fx.checkpoint.loaded import RENAMED, STACKED, Loaded, loaded_of
+from lora_fx.checkpoint.renaming import RENAMED, STACKED, Loaded, loaded_of
 from lora_fx.files.checkpoint import open_checkpoint
 from tests.checkpoint.made import Array, read
 

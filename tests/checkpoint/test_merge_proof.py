@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.checkpoint import jobs, write
-from lora_fx.checkpoint.blocks import Fold
+from lora_fx.checkpoint import write
+from lora_fx.checkpoint.fold import Fold
 from lora_fx.checkpoint.merge import merge, plan_merge
-from lora_fx.checkpoint.proof import ROWS, _samples
+from lora_fx.checkpoint.prove import ROWS, _samples
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
 from tests.checkpoint.made import adapter, checkpoint, factors
@@ -54,7 +54,7 @@ def test_a_wrong_fold_is_caught(scene: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_one_wrong_bit_of_a_copy_is_caught(
     at: int, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = jobs.copied
+    copied = write.copied
 
     def flipped(source: int, target: int, start: int, to: int, count: int) -> Any:
         done = copied(source, target, start, to, count)

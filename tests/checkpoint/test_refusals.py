@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save, save_file
 
-from lora_fx.checkpoint.headers import EMPTY, file_targets
+from lora_fx.checkpoint.targets import EMPTY, file_targets
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import MAX_HEADER, parse_header, read_header, read_json

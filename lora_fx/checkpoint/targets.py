@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_fx.checkpoint.heads import is_head
+from lora_fx.checkpoint.model_families import is_head
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import WEIGHTS, TensorInfo
 from lora_fx.ir.emitter import Parameter

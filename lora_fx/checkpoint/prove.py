@@ -25,12 +25,19 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.checkpoint.blocks import Fold, Space, arithmetic, one_blas_thread, rows_per_block
-from lora_fx.checkpoint.change import Change, Stage
+from lora_fx.checkpoint.fold import (
+    Fold,
+    Rectangle,
+    Space,
+    arithmetic,
+    in_dtype,
+    one_blas_thread,
+    prepared,
+    read_rows,
+    rows_per_block,
+)
 from lora_fx.checkpoint.int8 import TOP, Int8
-from lora_fx.checkpoint.plan import Plan
-from lora_fx.checkpoint.rectangles import Rectangle, in_dtype
-from lora_fx.checkpoint.rows import prepared, read_rows
+from lora_fx.checkpoint.merge_plan import Change, Plan, Stage
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at, read_into

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,16 +20,15 @@ from lora_fx.adapter.lowrank import Full, LowRank, generator
 from lora_fx.adapter.svd import Triplets, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import Pair, pairs, read_floats
-from lora_fx.checkpoint.extracted import Extracted, Extraction
-from lora_fx.checkpoint.fingerprint import file_fingerprint
-from lora_fx.checkpoint.headers import targets_of
-from lora_fx.checkpoint.layouts import Use, config_of, uses
-from lora_fx.checkpoint.scope import scope_of
-from lora_fx.checkpoint.sides import check_lookups, sides_of
+from lora_fx.checkpoint.extract_scope import check_lookups, scope_of, sides_of
+from lora_fx.checkpoint.model_families import Use, config_of, uses
+from lora_fx.checkpoint.provenance import file_fingerprint
+from lora_fx.checkpoint.targets import targets_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import WEIGHTS
+from lora_fx.text import table
 
 RANK = 16
 MAX_RANK = 128
@@ -291,3 +291,125 @@ def _notes(rows: Sequence[Extracted], kinds: dict[str, Use], left_out: Sequence[
             f"would take: {', '.join(left_out)}"
         )
     return notes
+
+
+# What an extraction found: an adapter, and how near each update is to its Δ.
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One update. Norms are Frobenius's.
+
+    Attributes:
+        key: The tensor's name.
+        shape: As stored.
+        rank: Of the update.
+        norm: ‖Δ‖.
+        base_norm: ‖W‖.
+        error: ‖Δ − b@a‖.
+        stable_rank: ‖Δ‖²/σ₁²; of a stack Σ‖Δ‖²/Σσ₁².
+        above_noise: Singular values, of those computed, above what white noise would have (see
+            svd.above_noise); the most of a stack.
+        known: How many singular values were computed.
+        enough: False where the cap kept `energy` from being reached.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    rank: int
+    norm: float
+    base_norm: float
+    error: float
+    stable_rank: float
+    above_noise: int
+    known: int
+    enough: bool = True
+
+    @property
+    def change(self) -> float | None:
+        """‖Δ‖/‖W‖; None where W is zero."""
+        return self.norm / self.base_norm if self.base_norm else None
+
+    @property
+    def relative(self) -> float:
+        """‖Δ − b@a‖/‖Δ‖."""
+        return self.error / self.norm
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `extracted[]` in docs/json.md."""
+        return {
+            "key": self.key,
+            "shape": list(self.shape),
+            "rank": self.rank,
+            "norm": self.norm,
+            "change": self.change,
+            "error": self.error,
+            "relative": self.relative,
+            "stable_rank": self.stable_rank,
+            "above_noise": self.above_noise,
+            "known": self.known,
+        }
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An extracted adapter and its report.
+
+    Attributes:
+        adapter: The adapter.
+        rows: One for each low-rank update.
+        unchanged: Tensors that are equal on both sides.
+        left_out: Vectors that differ and are not in the adapter.
+        skipped: How many tensors of base were not looked at.
+    """
+
+    adapter: Adapter
+    rows: tuple[Extracted, ...]
+    unchanged: tuple[str, ...]
+    left_out: tuple[str, ...]
+    skipped: int
+
+    @property
+    def relative(self) -> float:
+        """‖Δ − b@a‖/‖Δ‖ over all low-rank updates together."""
+        norm = math.hypot(*(r.norm for r in self.rows))
+        return math.hypot(*(r.error for r in self.rows)) / norm if norm else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What `lora-fx extract --json` adds."""
+        return {
+            "extracted": [r.to_json() for r in self.rows],
+            "whole": list(self.adapter.full),
+            "left_out": list(self.left_out),
+            "unchanged": len(self.unchanged),
+            "skipped": self.skipped,
+            "relative": self.relative,
+            "parameters": self.adapter.parameters,
+        }
+
+    def __str__(self) -> str:
+        """A table for people."""
+        head = ("key", "shape", "rank", "‖Δ‖/‖W‖", "error/‖Δ‖", "stable rank", "above noise")
+        rows = [
+            (
+                r.key,
+                "×".join(map(str, r.shape)),
+                str(r.rank),
+                "-" if r.change is None else f"{r.change:.2e}",
+                f"{r.relative:.2e}",
+                f"{r.stable_rank:.1f}",
+                f"{'≥ ' if r.above_noise >= r.known else ''}{r.above_noise}",
+            )
+            for r in self.rows
+        ]
+        lines = table([head, *rows]) if rows else ["no low-rank update"]
+        lines += [f"whole: {key}" for key in self.adapter.full]
+        counts = (
+            ("low-rank updates", len(self.rows)),
+            ("equal tensors", len(self.unchanged)),
+            ("not looked at", self.skipped),
+            ("elements in the adapter", self.adapter.parameters),
+        )
+        lines.append("; ".join(f"{name}: {n}" for name, n in counts))
+        lines.append(f"error over all updates: {self.relative:.6e} of ‖Δ‖")
+        return "\n".join(lines)

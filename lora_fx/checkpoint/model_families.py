@@ -1,0 +1,235 @@
+"""What an embedding table and an output head are called, tied and apart: one table for all verbs.
+
+Names are those of transformers' files. A tied head is not stored; untied, the same classes look for
+it under `head`, and for whatever else the config's one flag has tied: `lookups` are other names of
+the table, `biases` of the head's bias.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_fx.files.safetensors import TensorInfo, read_json
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.targets.found import Found
+
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared|embeddings)\.weight$")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head(\.decoder)?|embed_out|output_projection|cls\.predictions\.decoder"
+    r"|generator_lm_head|vocab_projector)\.weight$|^(predictions\.decoder|proj_out)\.weight$"
+)
+_GENERATES = re.compile(
+    r"(ForCausalLM|LMHeadModel|DoubleHeadsModel|ForMaskedLM|ForConditionalGeneration"
+    r"|ForPreTraining|MTModel|EncoderDecoderModel)$"
+)
+
+
+def is_table(name: str) -> bool:
+    """True for the name of a lookup table of tokens."""
+    return bool(_TABLE.search(name))
+
+
+def is_head(name: str) -> bool:
+    """True for the name of an output head's weight."""
+    return bool(_HEAD.search(name))
+
+
+def generates(classes: Iterable[object]) -> bool:
+    """True where one of a config's `architectures` has an output head over tokens."""
+    return any(isinstance(c, str) and _GENERATES.search(c) for c in classes)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that agree in these names.
+
+    Attributes:
+        classes: Pattern of their classes, as config.json's `architectures` has them.
+        table: The table, which is stored where the two are tied.
+        head: The head's weight.
+        lookups: Other names of the table, in whose modules it is looked up.
+        biases: Another name of the head's bias → the one that is always stored.
+        apart: Whether untied models have a tensor of its own for each of `lookups`.
+    """
+
+    classes: str
+    table: str
+    head: str
+    lookups: tuple[str, ...] = ()
+    biases: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = True
+
+
+def _two(lead: str) -> tuple[str, str]:
+    return f"{lead}encoder.embed_tokens.weight", f"{lead}decoder.embed_tokens.weight"
+
+
+def _masked(classes: str, model: str, head: str) -> Family:
+    """An encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
+    biases = {f"{head}.decoder.bias": f"{head}.bias"}
+    return Family(
+        classes, f"{model}.embeddings.word_embeddings.weight", f"{head}.decoder.weight", (), biases
+    )
+
+
+_LM = r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$"
+_SEQ = r"(ForConditionalGeneration|MTModel)$"
+FAMILIES = (
+    Family(_LM, "model.embed_tokens.weight", "lm_head.weight"),
+    Family(r"", "model.language_model.embed_tokens.weight", "lm_head.weight"),
+    Family(_LM, "transformer.wte.weight", "lm_head.weight"),
+    Family(_LM, "transformer.word_embeddings.weight", "lm_head.weight"),
+    Family(_LM, "gpt_neox.embed_in.weight", "embed_out.weight"),
+    Family(_LM, "backbone.embeddings.weight", "lm_head.weight"),
+    Family(
+        r"^(OPT|Bart|MBart|Marian|Pegasus|Blenderbot|BlenderbotSmall|PLBart)ForCausalLM$",
+        "model.decoder.embed_tokens.weight",
+        "lm_head.weight",
+    ),
+    Family(r"^Whisper", "model.decoder.embed_tokens.weight", "proj_out.weight"),
+    Family(_SEQ, "model.shared.weight", "lm_head.weight", _two("model.")),
+    Family(_SEQ, "shared.weight", "lm_head.weight", _two(""), apart=False),
+    _masked(r"^Bert(ForMaskedLM|ForPreTraining|LMHeadModel)$", "bert", "cls.predictions"),
+    _masked(r"(ForMaskedLM|ForCausalLM)$", "roberta", "lm_head"),
+    _masked(r"^Albert(ForMaskedLM|ForPreTraining)$", "albert", "predictions"),
+    Family(
+        r"^DistilBertForMaskedLM$",
+        "distilbert.embeddings.word_embeddings.weight",
+        "vocab_projector.weight",
+    ),
+    Family(
+        r"^Electra(ForMaskedLM|ForCausalLM)$",
+        "electra.embeddings.word_embeddings.weight",
+        "generator_lm_head.weight",
+    ),
+)
+
+
+def family_of(classes: Iterable[object], names: Iterable[str]) -> Family | None:
+    """The family of a checkpoint, by its classes and the names of its tensors; None if unknown."""
+    said, names = [str(c) for c in classes] or [""], set(names)
+    for family in FAMILIES:
+        if family.table in names and any(re.search(family.classes, c) for c in said):
+            return family
+    return None
+
+
+# What the tensors of a checkpoint are for, by names, shapes and config.json: no graph is read.
+#
+# ==========  ========================================  =======================================
+# linear      [out, in]                                 the rule for two dimensions
+# conv1d      [in, out]                                 Conv1D of the GPT-2 family
+# embedding   [rows, width], a lookup                   out is the width
+# conv        [out, in, *kernel]                        three dimensions and more
+# stack       [experts, out, in], or [experts, in, out] of some models
+# whole       biases, norms and other vectors           no low-rank update
+# ==========  ========================================  =======================================
+
+
+CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
+"""model_type of models whose linear layers store [in, out]."""
+
+IN_OUT_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text", "aria", "aria_text"))
+"""model_type of models whose expert stacks are [experts, in, out]."""
+
+CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+"""What such layers are called."""
+_STACK = re.compile(r"(^|\.)\w*(experts|moe)(\.|$)")
+_POSITION = re.compile(r"(^|\.)(wpe|\w*position\w*)\.")
+_LANGUAGE = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration")
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one tensor is read as matrices.
+
+    Attributes:
+        layout: None for a tensor that has no low-rank update.
+        op: As `extra` of an update names it.
+        tied: The tensor is an embedding table and the output head.
+    """
+
+    layout: Layout | None
+    op: str = ""
+    tied: bool = False
+
+    @property
+    def lead(self) -> int:
+        """How many leading axes count matrices."""
+        return len(self.layout.batch) if self.layout else 0
+
+    @property
+    def swapped(self) -> bool:
+        """True where the rows of the stored matrix are in."""
+        return self.layout is not None and self.layout.out == (self.lead + 1,)
+
+
+def config_of(path: str | Path) -> Mapping[str, Any]:
+    """The config.json of a folder, or beside a file; empty where there is none."""
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def uses(
+    tensors: Mapping[str, TensorInfo],
+    found: Found,
+    config: Mapping[str, Any],
+    fan_in_fan_out: bool | None = None,
+    table: str | None = None,
+) -> dict[str, Use]:
+    """The Use of every tensor.
+
+    Args:
+        tensors: Of the checkpoint.
+        found: Its targets, from `file_targets`: roles are theirs.
+        config: Its config.json, or empty.
+        fan_in_fan_out: True: two-dimensional weights are [in, out], except embeddings and heads;
+            False: none is; None: config.json says.
+        table: The one that is the output head too; empty: there is none; None: roles say.
+    """
+    roles = {t.key: t.role for t in found.targets}
+    kinds = {config.get("model_type"), _inner(config).get("model_type")}
+    one_table = _tied(roles, config) if table is None else bool(table)
+    result = {}
+    for name, info in tensors.items():
+        shape, role = info.shape, roles.get(name)
+        if role is None or name.endswith("bias"):
+            result[name] = Use(None)
+        elif len(shape) == 3 and _STACK.search(name):
+            out, in_ = ((2,), (1,)) if kinds & IN_OUT_EXPERTS else ((1,), (2,))
+            result[name] = Use(Layout(shape, (0,), out, in_, shape), "bmm")
+        elif role == "embedding" and len(shape) == 2:
+            tied = one_table and not _POSITION.search(name) and table in (None, name)
+            layout = plain_layout(shape) if tied else Layout(shape, (), (1,), (0,), shape)
+            result[name] = Use(layout, "linear" if tied else "embedding", tied)
+        elif len(shape) == 2:
+            turned = fan_in_fan_out and role != "head"
+            if fan_in_fan_out is None:
+                turned = bool(kinds & CONV1D_MODELS and CONV1D_NAMES.search(name))
+            layout = Layout(shape, (), (1,), (0,), shape) if turned else plain_layout(shape)
+            result[name] = Use(layout, "addmm" if turned else "linear")
+        else:
+            result[name] = Use(plain_layout(shape), f"conv{len(shape) - 2}d")
+        layout_ = result[name].layout
+        if layout_ is not None and layout_.max_rank == 1:
+            result[name] = Use(None)
+    return result
+
+
+def _inner(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
+def _tied(roles: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    """True when the file has no head of its own and the config says that there is one."""
+    if "head" in roles.values():
+        return False
+    flag = config.get("tie_word_embeddings", _inner(config).get("tie_word_embeddings"))
+    names = config.get("architectures") or ()
+    return flag is not False and any(_LANGUAGE.search(str(n)) for n in names)
