@@ -22,7 +22,7 @@ def command(base: str, adapter: str, as_json: bool) -> None:
     \b
     lora-fx doctor ./llama ./adapter
     """
-    from lora_fx.checkpoint.doctor import doctor, lines
+    from lora_fx.checkpoint.doctor.doctor import doctor, lines
 
     report = doctor(base, adapter)
     fields = {**report.to_json(), "inputs": [{"base": base, "adapter": adapter}]}

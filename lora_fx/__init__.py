@@ -22,7 +22,7 @@ _WHERE = {
     "attach": "lora_fx.passes.attach",
     "detach": "lora_fx.passes.attach",
     "merge": "lora_fx.passes.merge",
-    "doctor": "lora_fx.checkpoint.doctor",
+    "doctor": "lora_fx.checkpoint.doctor.doctor",
     "save_adapter": "lora_fx.formats.io",
     "load_adapter": "lora_fx.formats.io",
     "load_model": "lora_fx.fx.models",
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
     from lora_fx.adapter.lowrank import Full, LowRank
     from lora_fx.adapter.truncate import truncate
-    from lora_fx.checkpoint.doctor import doctor
+    from lora_fx.checkpoint.doctor.doctor import doctor
     from lora_fx.checkpoint.extract import extract
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter

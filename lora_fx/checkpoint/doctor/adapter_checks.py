@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.checkpoint.pair import WARNING, Finding, Pair, norm
+from lora_fx.checkpoint.doctor.pair import WARNING, Finding, Pair, norm
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float

@@ -1,0 +1,1 @@
+"""What is wrong with a base and an adapter: checks of the base, of the adapter and of the pair."""
