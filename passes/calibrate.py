@@ -23,13 +23,12 @@ from torch import Tensor
 from lora_fx.adapter.initial import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.calibration import Rows, Run, Watched, part, readable
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.module import with_signature
-from lora_fx.fx.rows import Rows, part, readable
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train_loss import Loss, loss_function
-from lora_fx.fx.watch import Run, Watched
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout

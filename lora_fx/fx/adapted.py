@@ -31,8 +31,7 @@ from lora_fx.fx.held import grouped, moved
 from lora_fx.fx.module import CapturedModule, Rewriter
 from lora_fx.fx.ones import prove_ones
 from lora_fx.fx.reports import AdaptedReport
-from lora_fx.fx.sharded import put, refuse_shards, settle, whole
-from lora_fx.fx.tensors import from_numpy, named_tensors, owner
+from lora_fx.fx.tensors import from_numpy, named_tensors, owner, put, refuse_shards, settle, whole
 from lora_fx.targets.found import Found
 
 Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]

@@ -32,8 +32,7 @@ from lora_fx.fx.eager import bound
 from lora_fx.fx.forms import Form, Planner
 from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, restore, swap
 from lora_fx.fx.reports import AdaptedReport
-from lora_fx.fx.sharded import put, settle, whole
-from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner
+from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, put, settle, whole
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
 

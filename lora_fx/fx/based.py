@@ -21,8 +21,7 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import WEIGHTS
 from lora_fx.fx.nodes import dtype_name
-from lora_fx.fx.sharded import is_sharded
-from lora_fx.fx.tensors import to_numpy
+from lora_fx.fx.tensors import is_sharded, to_numpy
 
 
 class Base:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.errors import LoraFxError
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, one_line
 
 
 class AdapterTensors(nn.Module):
@@ -68,3 +70,119 @@ def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]
         if name != known:
             aliases[known].append(name)
     return canonical, aliases
+
+
+# Tensors out of a pickle that torch.save wrote; the one place where one is opened.
+
+
+def read_pickle(path: Path) -> dict[str, Array]:
+    """The tensors of a file, by torch's unpickler that runs no code (weights_only=True).
+
+    Args:
+        path: A state dict, name → tensor.
+
+    Raises:
+        LoraFxError: It holds anything but tensors, or is damaged.
+    """
+    import ml_dtypes
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, UnpicklingError for code
+        raise LoraFxError(
+            f"{path}: torch will not read it as tensors alone: {one_line(error)}",
+            "it may hold code; get the adapter as safetensors",
+        ) from error
+    tensors: dict[str, Array] = {}
+    for name, value in state.items() if isinstance(state, dict) else [("", None)]:
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise LoraFxError(
+                f"{path}: holds a {type(value).__name__} at {name!r}; expected a tensor by name",
+                "is it the adapter_model.bin that save_pretrained wrote?",
+            )
+        value = value.detach().contiguous()
+        if value.dtype == torch.bfloat16:
+            tensors[name] = value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            try:
+                tensors[name] = np.asarray(value.numpy())
+            except (TypeError, RuntimeError) as error:
+                raise LoraFxError(
+                    f"{path}: tensor {name!r} has dtype {value.dtype}; expected a float dtype",
+                    "save the adapter in fp32, fp16 or bf16",
+                ) from error
+    return tensors
+
+
+# Tensors that are split between processes (FSDP2, DTensor): read whole, written in parts.
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """True for a DTensor: this process has a part of it, or a replica."""
+    return hasattr(tensor, "full_tensor")
+
+
+def settle(root: nn.Module) -> None:
+    """Let FSDP2 put its own tensors back, which a forward without a backward leaves gathered.
+
+    What is gathered is a copy, in the dtype of FSDP2's mixed precision.
+    """
+    for module in root.modules():
+        if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
+
+
+def refuse_shards(root: nn.Module) -> None:
+    """Raise LoraFxError for a sharded model, before a change of the shapes of its adapter."""
+    if any(is_sharded(p) for p in root.parameters()):
+        raise LoraFxError(
+            "a sharded model keeps the targets and ranks of its adapter",
+            "load this one before fully_shard",
+        )
+
+
+def whole(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None
+) -> np.ndarray[Any, Any]:
+    """A copy of a tensor as an array; a sharded one is gathered: every process has to take part.
+
+    Args:
+        name: Of the tensor, for the error.
+        tensor: It, or this process' part of it.
+        shape: What it has to be, where that is known.
+
+    Raises:
+        LoraFxError: A part that another tool left, which nothing here can gather.
+    """
+    t: Any = tensor.detach()
+    t = _fits(name, t.full_tensor() if is_sharded(t) else t, shape)
+    return to_numpy(t.clone())  # a storage that numpy has seen cannot be resized, as FSDP1 does
+
+
+def put(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Write a whole tensor, the same in every process, into a parameter or its shards.
+
+    Raises:
+        LoraFxError: As `whole`.
+    """
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        held: Any = parameter
+        value = distribute_tensor(
+            value.to(held.device), held.device_mesh, held.placements, src_data_rank=None
+        )
+    _fits(name, parameter, tuple(value.shape))
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def _fits(name: str, t: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
+    if tuple(t.shape) == shape or (shape is None and t.numel()):
+        return t
+    expected = f", not {list(shape)}" if shape is not None else ""
+    raise LoraFxError(
+        f"{name} has the shape {list(t.shape)} here{expected}: another tool keeps the rest",
+        "gather it first: FSDP.summon_full_params(model), deepspeed.zero.GatheredParameters(…)",
+    )

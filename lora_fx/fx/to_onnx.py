@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.calling import leaf_names, onnx_name, output_name
 from lora_fx.fx.module import CapturedModule
-from lora_fx.fx.portable import make_portable
+from lora_fx.fx.nodes import argument, hint, value
 
 OPSET = 20
 
@@ -166,3 +167,150 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
         for o, was in zip(others, levels, strict=True):
             o.setLevel(was)
+
+
+# Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.
+#
+# - A projected LSTM, h = P·(o⊙tanh c), is a plain one whose recurrent weight is W_hh·P, with P
+# after   it: gates = W_ih·x + W_hh·h = W_ih·x + (W_hh·P)·(o⊙tanh c). A first state h₀ enters as
+# further   inputs of the first step, weighed by W_hh. The exporter writes an LSTM of wrong shapes
+# instead. - The real part of a Fourier transform is products with cosines and sines. ONNX Runtime's
+# DFT   rounds ten times worse than torch's (2e-6 on FNet) and has no CUDA kernel.
+# - `number − integers` is cast first: the exporter promotes no number on the left.
+# - A check that all values are true holds for what runs in torch. ONNX has no checks.
+
+
+aten = torch.ops.aten
+
+LONGEST = 4096
+"""A transform of more points stays one: its table of waves would be too large."""
+
+
+def make_portable(graph: fx.Graph) -> None:
+    """Rewrites the nodes of an eval graph in place; it has to be traced again afterwards."""
+    for node in list(graph.nodes):
+        rewrite = _REWRITES.get(node.target)
+        if rewrite is not None:
+            rewrite(graph, node)
+    graph.eliminate_dead_code()
+
+
+def _lstm(graph: fx.Graph, node: fx.Node) -> None:
+    each = 5 if argument(node, "has_biases") else 3
+    ways = 2 if argument(node, "bidirectional") else 1
+    if len(argument(node, "params")) == each * ways * argument(node, "num_layers"):
+        node.target = projected_lstm
+
+
+def projected_lstm(
+    x: Tensor,
+    hx: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aten.lstm.input with projections, in eval mode, by LSTMs without: (output, h, c)."""
+    each, ways = (5 if has_biases else 3), (2 if bidirectional else 1)
+    x = x.transpose(0, 1) if batch_first else x
+    hs, cs = [], []
+    for layer in range(layers):
+        outputs = []
+        for i in range(layer * ways, (layer + 1) * ways):
+            backward = i % ways == 1
+            own = params[i * each : (i + 1) * each]
+            y, h, c = _one_way(x.flip(0) if backward else x, hx[0][i], hx[1][i], own)
+            outputs.append(y.flip(0) if backward else y)
+            hs.append(h)
+            cs.append(c)
+        x = torch.cat(outputs, -1)
+    return x.transpose(0, 1) if batch_first else x, torch.cat(hs), torch.cat(cs)
+
+
+def _one_way(
+    x: Tensor, h: Tensor, c: Tensor, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer in one direction; x is [time, batch, in]."""
+    w_ih, w_hh, *biases, project = params
+    first = (torch.arange(x.shape[0], device=x.device) == 0).to(x.dtype)[:, None, None]
+    wide, weight = torch.cat([x, first * h], -1), torch.cat([w_ih, w_hh], 1)
+    state = [torch.zeros_like(c)[None], c[None]]
+    y, h, c = aten.lstm.input(
+        wide, state, [weight, w_hh @ project, *biases], bool(biases), 1, 0.0, False, False, False
+    )
+    return y @ project.t(), h @ project.t(), c
+
+
+def _fourier(graph: fx.Graph, node: fx.Node) -> None:
+    """real(fft(x)) of a real x and no padding or scale; the transform may be over several axes."""
+    of = node.args[0]
+    whole = isinstance(of, fx.Node) and of.target in (aten.fft_fftn.default, aten.fft_fft.default)
+    if not isinstance(of, fx.Node) or not whole:
+        return
+    x, norm, dims = of.args[0], argument(of, "norm"), argument(of, "dim")
+    lengths = argument(of, "s") or argument(of, "n")
+    given = value(x)
+    if lengths or norm not in (None, "backward") or not isinstance(given, Tensor):
+        return
+    axes = list(range(given.dim())) if dims is None else [dims] if isinstance(dims, int) else dims
+    short = all(hint(given.shape[d]) <= LONGEST for d in axes)
+    if given.dtype.is_floating_point and short:
+        node.target, node.args = real_fourier, (x, axes)
+
+
+def real_fourier(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """The real part of the discrete Fourier transform of a real x over some axes."""
+    real, imaginary = x, None
+    for d in dims:
+        cos, sin = _waves(x, d)
+        a, b = real.transpose(d, -1), None if imaginary is None else imaginary.transpose(d, -1)
+        turned = a @ cos if b is None else a @ cos + b @ sin
+        other = -(a @ sin) if b is None else b @ cos - a @ sin
+        real, imaginary = turned.transpose(d, -1), other.transpose(d, -1)
+    return real
+
+
+def _waves(x: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of 2π·jk/n, their phases within half a turn, where floats are finest."""
+    k = torch.arange(x.shape[d], device=x.device)
+    n = torch.full((), x.shape[d], device=x.device)  # the exporter takes no symbol in % and >
+    turns = torch.outer(k, k) % n
+    turns = torch.where(2 * turns > n, turns - n, turns)
+    phase = turns.to(x.dtype) * (2 * math.pi) / n
+    return phase.cos(), phase.sin()
+
+
+def _rsub(graph: fx.Graph, node: fx.Node) -> None:
+    made, x = value(node), node.args[0]
+    given = value(x) if isinstance(x, fx.Node) else None
+    if isinstance(made, Tensor) and isinstance(given, Tensor) and made.dtype != given.dtype:
+        with graph.inserting_before(node):
+            cast = graph.call_function(aten.to.dtype, (x, made.dtype))
+        cast.meta["val"] = made
+        node.args = (cast, *node.args[1:])
+
+
+def _all_true(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases the asserts that a check of values leads to; what they read is then dead."""
+    todo, seen = [node], [node]
+    while todo:
+        for user in todo.pop().users:
+            if user not in seen:
+                seen.append(user)
+                todo.append(user)
+    symbolic = (bool, int, torch.SymBool, torch.SymInt)
+    if all(n is node or not n.users or isinstance(value(n), symbolic) for n in seen):
+        for n in seen:
+            if n.target is aten._assert_scalar.default:
+                graph.erase_node(n)
+
+
+_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
+    aten.lstm.input: _lstm,
+    aten.real.default: _fourier,
+    aten.rsub.Scalar: _rsub,
+    aten._is_all_true.default: _all_true,
+}

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.fx.portable import LONGEST, make_portable, projected_lstm, real_fourier
+from lora_fx.fx.to_onnx import LONGEST, make_portable, projected_lstm, real_fourier
 
 aten = torch.ops.aten
 

@@ -112,7 +112,7 @@ def _tensors(path: Path, trust: bool) -> tuple[dict[str, Array], dict[str, str]]
     except LoraFxError as error:
         if "a pickle" not in error.message:
             raise
-        from lora_fx.fx.pickled import read_pickle  # the only way to read one is torch's
+        from lora_fx.fx.tensors import read_pickle  # the only way to read one is torch's
 
         return read_pickle(path), {}
     return read_tensors(path)  # safetensors under another name

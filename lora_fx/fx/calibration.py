@@ -8,6 +8,7 @@ only for the uses that are meant. Nothing is hooked, and the model is not change
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,41 @@ from lora_fx.fx.calling import Door, program_key
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.module import CapturedModule
-from lora_fx.fx.rows import Rows, readable, rows_in, rows_out
+from lora_fx.ir import kinds
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Grouped
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Gather
 
 Choose = Callable[[FxGraph], Sequence[tuple[Site, tuple[str, ...]]]]
 """The uses of a graph to watch, with the keys of the updates that reach them."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch.
+
+    Attributes:
+        value: [*batch, rows, side]; [rows] ids where x is one-hot.
+        count: Without those that are padding.
+        one_hot: The number of ids; 0 where the rows are there themselves.
+        lead: The sizes that rows were made of; empty where they were moved or cut.
+    """
+
+    value: Tensor
+    count: int
+    one_hot: int = 0
+    lead: tuple[int, ...] = ()
+
+    def kept(self, mask: Tensor) -> Rows:
+        """Without the rows that a mask [examples, positions] leaves out, if it is one of these."""
+        lead = (tuple(mask.shape), (mask.numel(),))
+        if self.lead not in lead or self.value.dim() > 2:
+            return self
+        value = self.value[mask.reshape(-1) != 0]
+        return Rows(value, len(value), self.one_hot, self.lead)
+
+
 Saw = Callable[[Site, tuple[str, ...], Rows | None], None]
 """Gets the rows of x when a use runs: an op further on may write over x."""
 
@@ -186,3 +216,144 @@ def _replaced(args: Any, path: Sequence[int], value: Any) -> Any:
     changed = list(args)
     changed[path[0]] = _replaced(changed[path[0]], path[1:], value)
     return tuple(changed) if isinstance(args, tuple) else changed
+
+
+# x and dy of a use as rows: [*batch, rows, in] and [*batch, rows, out] in the axes of its Kind.
+#
+# With these rows ∂L/∂W = Σ dy xᵀ, whatever the op: a convolution's x is cut into its windows, a
+# transposed one's dy; the rows of a grouped op are padded with zeros to the largest group.
+
+
+DOTS = "ABCDEFGH"
+
+
+def readable(site: Site) -> bool:
+    """True when a use's x and dy can be had as rows; else only its gradient can."""
+    known = (kinds.Einsum, kinds.Embedding, kinds.Grouped, kinds.Conv)
+    gathered = any(isinstance(s, Gather) for s in site.view.steps)
+    return isinstance(site.kind, (*known, kinds.ConvTranspose)) and not gathered
+
+
+def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> Rows | None:
+    """The rows of x; None where its sizes are broadcast. `ends` are those of the groups."""
+    kind = site.kind
+    if isinstance(kind, kinds.Embedding):
+        ids = x.reshape(-1)
+        return Rows(ids, ids.numel(), site.operand[0], tuple(x.shape))
+    if isinstance(kind, kinds.Einsum):
+        return _einsum(site, x, kind.x, kind.axes(site.operand).in_)
+    if isinstance(kind, kinds.Grouped):
+        assert ends is not None
+        return _grouped(x, ends)
+    if isinstance(kind, kinds.Conv):
+        return _channels(kind.groups, _windows(site, _images(site, x)), site)
+    assert isinstance(kind, kinds.ConvTranspose)
+    return _channels(kind.groups, _images(site, x), site)
+
+
+def rows_out(site: Site, dy: Tensor, x: Sequence[int], ends: Tensor | None = None) -> Rows | None:
+    """The rows of dy, in the order of those of x, whose shape is given."""
+    kind = site.kind
+    if isinstance(kind, kinds.Embedding):
+        flat = dy.reshape(-1, math.prod(site.operand[1:]))
+        return Rows(flat, len(flat))
+    if isinstance(kind, kinds.Einsum):
+        return _einsum(site, dy, kind.y, kind.axes(site.operand).out)
+    if isinstance(kind, kinds.Grouped):
+        assert ends is not None
+        return _grouped(dy, ends)
+    if isinstance(kind, kinds.Conv):
+        return _channels(kind.groups, _images(site, dy), site)
+    assert isinstance(kind, kinds.ConvTranspose)
+    spots = tuple(x)[-(len(site.operand) - 2) :]
+    return _channels(kind.groups, _windows(site, _images(site, dy), spots), site)
+
+
+def part(rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: bool) -> Tensor:
+    """The rows of a part of what a use reads.
+
+    Args:
+        rows: [*batch, rows, side] of the use.
+        read: The Layout of the use.
+        start: Where the part begins, per axis of `read.shape`.
+        own: The Layout of the part.
+        out: Whether the side is out, else in.
+    """
+    if own == read:
+        return rows
+    side = read.out if out else read.in_
+    lead, inner = ([read.shape[i] for i in axes] for axes in (read.batch, side))
+    split = rows.reshape(*lead, rows.shape[-2], *inner)
+    cut = [slice(start[i], start[i] + own.shape[i]) for i in read.batch]
+    cut += [slice(None), *(slice(start[i], start[i] + own.shape[i]) for i in side)]
+    size = own.out_size if out else own.in_size
+    return split[tuple(cut)].reshape(*own.batch_shape, rows.shape[-2], size)
+
+
+def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> Rows | None:
+    kind = site.kind
+    assert isinstance(kind, kinds.Einsum)
+    batch = kind.axes(site.operand).batch
+    spelled = term.replace("...", DOTS[: t.dim() - len(term.replace("...", ""))])
+    places = [[spelled.index(kind.w[i]) for i in axes] for axes in (batch, side)]
+    every = [*places[0], *places[1]]
+    if [t.shape[p] for p in every] != [site.operand[i] for i in (*batch, *side)]:
+        return None
+    rest = [i for i in range(t.dim()) if i not in every]
+    moved = t.permute(*places[0], *rest, *places[1])
+    lead = [site.operand[i] for i in batch]
+    flat = moved.reshape(*lead, -1, math.prod(site.operand[i] for i in side))
+    return Rows(flat, flat.shape[-2], lead=tuple(t.shape[i] for i in rest))
+
+
+def _grouped(t: Tensor, ends: Tensor) -> Rows:
+    """Rows sorted by group as [groups, largest, side]; `ends` are the groups' last rows + 1."""
+    stops = ends.tolist()
+    parts = [t[a:b] for a, b in zip([0, *stops], stops, strict=False)]
+    return Rows(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), len(t))
+
+
+def _images(site: Site, t: Tensor) -> Tensor:
+    """With an axis of examples, which torch's convolutions may go without."""
+    return t if t.dim() == len(site.operand) else t.unsqueeze(0)
+
+
+def _channels(groups: int, t: Tensor, site: Site) -> Rows:
+    """[n, g·c, *spots, *taps] → [g, n·∏spots, c·∏taps]; taps are there after _windows."""
+    dims = len(site.operand) - 2
+    n, spots, taps = t.shape[0], t.shape[2 : 2 + dims], t.shape[2 + dims :]
+    split = t.reshape(n, groups, -1, *spots, *taps)
+    end = 3 + dims
+    moved = split.permute(1, 0, *range(3, end), 2, *range(end, end + len(taps)))
+    flat = moved.reshape(groups, n * math.prod(spots), -1)
+    return Rows(flat[0] if groups == 1 else flat, flat.shape[1])
+
+
+def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
+    """[n, c, *size] → [n, c, *spots, *kernel]; `spots`: as many windows, whatever the size."""
+    kernel, attrs = site.operand[2:], site.attrs
+    k = len(kernel)
+    stride, dilation = (_each(attrs[name], k) for name in ("stride", "dilation"))
+    reach = [d * (s - 1) + 1 for d, s in zip(dilation, kernel, strict=True)]
+    padding = attrs["padding"]
+    if padding == "same":
+        before = [(r - 1) // 2 for r in reach]
+        after = [r - 1 - b for r, b in zip(reach, before, strict=True)]
+    else:
+        before = after = [0] * k if padding == "valid" else _each(padding, k)
+    if spots:  # of a transposed convolution: a window for every element of its x
+        have = [n + b for n, b in zip(t.shape[2:], before, strict=True)]
+        need = [(n - 1) * s + r for n, s, r in zip(spots, stride, reach, strict=True)]
+        after = [max(0, n - h) for n, h in zip(need, have, strict=True)]
+    pairs = [width for b, a in zip(before[::-1], after[::-1], strict=True) for width in (b, a)]
+    t = torch.nn.functional.pad(t, pairs)
+    for axis in range(k):
+        t = t.unfold(2 + axis, reach[axis], stride[axis])
+        t = t[..., :: dilation[axis]]
+        if spots:
+            t = t.narrow(2 + axis, 0, spots[axis])
+    return t
+
+
+def _each(value: Sequence[int], n: int) -> list[int]:
+    return list(value) * n if len(value) == 1 else list(value)
