@@ -16,7 +16,7 @@ import numpy as np
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_at
-from lora_fx.files.safetensors import AGAIN, DTYPES, WEIGHTS, TensorInfo
+from lora_fx.files.safetensors import AGAIN, DTYPES, FLOATING, TensorInfo
 
 BLOCK = 1 << 18
 """Elements of one block."""
@@ -121,7 +121,7 @@ def pairs(
 
 def read_floats(info: TensorInfo, lo: int, hi: int, dtype: np.dtype[np.generic]) -> Array:
     """Elements lo ≤ i < hi of a float tensor, widened to `dtype`."""
-    if info.dtype not in WEIGHTS:
+    if info.dtype not in FLOATING:
         raise LoraFxError(f"{info.file}: a tensor of {info.dtype}; expected floats")
     if info.dtype == "bfloat16":  # the upper half of an fp32
         wide = np.left_shift(read_bytes(info, 2 * lo, 2 * hi).view("<u2"), 16, dtype=np.uint32)

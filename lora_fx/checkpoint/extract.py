@@ -27,7 +27,7 @@ from lora_fx.checkpoint.targets import targets_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import WEIGHTS
+from lora_fx.files.safetensors import FLOATING
 from lora_fx.text import table
 
 RANK = 16
@@ -185,10 +185,10 @@ def _choice(rank: int | None, energy: float | None, max_rank: int | None, seed: 
 
 def _check_floats(pair: Pair) -> None:
     for info in (pair.base, pair.tuned):
-        if info.dtype not in WEIGHTS:
+        if info.dtype not in FLOATING:
             raise LoraFxError(
                 f"{info.file}: tensor {pair.key!r} is {info.dtype} and differs; expected one of "
-                f"{', '.join(sorted(WEIGHTS))}",
+                f"{', '.join(sorted(FLOATING))}",
                 f"--exclude {pair.key} leaves it out",
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.safetensors import WEIGHTS, TensorInfo
+from lora_fx.files.safetensors import FLOATING, TensorInfo
 
 
 def check_fit(
@@ -40,7 +40,7 @@ def check_fit(
     kinds = [
         f"{n} {t.dtype} (expected {w[1]})"
         for n, t, w in shared
-        if t.dtype != w[1] and not (t.dtype in WEIGHTS and w[1] in WEIGHTS)
+        if t.dtype != w[1] and not (t.dtype in FLOATING and w[1] in FLOATING)
     ]
     problems = [
         f"{len(names)} {what}: {_some(names)}"

@@ -22,7 +22,7 @@ from lora_fx.checkpoint.fold import Fold, Space, Stats, read_rows
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.safetensors import WEIGHTS, TensorInfo
+from lora_fx.files.safetensors import FLOATING, TensorInfo
 from lora_fx.targets.target import base_name
 
 TOP = 127
@@ -206,7 +206,7 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: Mapping[str, Any
             module = name.removesuffix("weight")
             if any(n.startswith(module) for n in base.tensors):
                 scheme = f"{method.get('quant_method', 'quantised')}, as config.json says"
-        if scheme and (here is None or here.dtype not in (*WEIGHTS, "int8")):
+        if scheme and (here is None or here.dtype not in (*FLOATING, "int8")):
             raise _refusal(name, here, scheme, base)
 
 
@@ -228,7 +228,7 @@ def stored_as(
     _refuse_empty(name, info)
     entries = list(entries)
     replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
-    if (info.dtype in WEIGHTS or replaced) and not scheme:
+    if (info.dtype in FLOATING or replaced) and not scheme:
         return None
     if info.dtype != "int8":
         raise _refusal(name, info, scheme, base)
@@ -250,7 +250,7 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
         return None, f"its shape is {list(info.shape)}; expected [out, in]"
     rows = info.shape[0]
     if scb is not None:
-        if scb.shape != (rows,) or scb.dtype not in WEIGHTS:
+        if scb.shape != (rows,) or scb.dtype not in FLOATING:
             return None, f"SCB is {scb.dtype} {list(scb.shape)}; expected float32 [{rows}]"
         order = _first_byte(tensors.get(f"{module}.weight_format"))
         if order:
@@ -260,7 +260,7 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
     for other in ("weight_zero_point", "weight_g_idx", "weight_global_scale"):
         if f"{module}.{other}" in tensors:
             return None, f"{other} beside it: only symmetric codes with a scale a row are taken"
-    if scale.shape != (rows, 1) or scale.dtype not in WEIGHTS:
+    if scale.shape != (rows, 1) or scale.dtype not in FLOATING:
         what = f"weight_scale is {scale.dtype} {list(scale.shape)}"
         return None, f"{what}; expected a float a row, [{rows}, 1]"
     config = base.config().get("quantization_config")

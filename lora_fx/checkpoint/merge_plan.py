@@ -34,7 +34,7 @@ from lora_fx.checkpoint.tied import (
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.safetensors import DTYPES, WEIGHTS, TensorInfo
+from lora_fx.files.safetensors import DTYPES, FLOATING, TensorInfo
 from lora_fx.text import human, table
 
 __all__ = ["HOWS", "Change", "Given", "Options", "Plan", "make_plan"]
@@ -273,12 +273,12 @@ def _weighted(given: Sequence[Given], options: Options) -> list[tuple[Adapter, s
 def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     """Whole tensors that the base lacks, such as a new head, in the dtype of most of the base."""
     shard = base.folder / list(base.shards)[-1]
-    dtypes = [t.dtype for t in base.tensors.values() if t.dtype in WEIGHTS] or ["float32"]
+    dtypes = [t.dtype for t in base.tensors.values() if t.dtype in FLOATING] or ["float32"]
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
     rename = renaming(adapter, base.tensors, base.config(), [])
 
     def kept(name: str) -> str:
-        return dtype if name in WEIGHTS else name
+        return dtype if name in FLOATING else name
 
     return {
         key: TensorInfo(kept(full.value.dtype.name), tuple(full.value.shape), shard, 0, 0)
@@ -378,7 +378,7 @@ def change_of(
             values that the output's dtype cannot hold.
     """
     int8 = stored_as(name, info, base, [p.entry for p in placed])
-    out = dtype if dtype and info.dtype in WEIGHTS else info.dtype
+    out = dtype if dtype and info.dtype in FLOATING else info.dtype
     whole = next((p.entry for p in placed if isinstance(p.entry, Full)), None)
     if whole is not None:
         if len(placed) > 1:
@@ -420,8 +420,8 @@ def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:
 
 def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
     """Raise where a whole tensor cannot be stored as `dtype`."""
-    floats = value.dtype.name in WEIGHTS
-    if dtype not in WEIGHTS or not floats:
+    floats = value.dtype.name in FLOATING
+    if dtype not in FLOATING or not floats:
         if value.dtype.name != dtype:
             raise LoraFxError(
                 f"{info.file}: tensor {name!r} is {dtype}, but the adapter replaces it by "

@@ -23,7 +23,7 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
-from lora_fx.files.safetensors import WEIGHTS, TensorInfo
+from lora_fx.files.safetensors import FLOATING, TensorInfo
 from lora_fx.targets.target import base_name
 
 METADATA = "lora_fx.merge"
@@ -219,7 +219,7 @@ def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> dict[s
 def file_fingerprint(keys: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks one of them."""
     names = parameters_of(keys)
-    found = [(n, tensors[n]) for n in names if n in tensors and tensors[n].dtype in WEIGHTS]
+    found = [(n, tensors[n]) for n in names if n in tensors and tensors[n].dtype in FLOATING]
     if not found or len(found) < len(names):
         return {}
     return {FIELD: fingerprint((n, t.shape, _read(t, t.dtype)) for n, t in found)}
@@ -250,7 +250,7 @@ def same_base(recorded: Any, find: Callable[[str], TensorInfo | None]) -> tuple[
         info = find(name)
         if info is None:
             raise Unknown(f"the checkpoint has no tensor {name!r}")
-        if info.dtype not in WEIGHTS:
+        if info.dtype not in FLOATING:
             raise Unknown(f"{name!r} is {info.dtype} and was {dtype}")
         return info.shape, _read(info, dtype)
 
@@ -283,7 +283,7 @@ def compared(recorded: Any, sample: Callable[[str, str], Sample]) -> tuple[bool 
         return None, damaged
     if version != VERSION:
         return None, f"what the adapter says of its base is of version {version!r}"
-    if not names or not all(str(dtypes.get(n)) in WEIGHTS for n in names):
+    if not names or not all(str(dtypes.get(n)) in FLOATING for n in names):
         return None, damaged
     rows = []
     for name in names:

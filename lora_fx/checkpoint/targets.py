@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_fx.checkpoint.model_families import is_head
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import WEIGHTS, TensorInfo
+from lora_fx.files.safetensors import FLOATING, TensorInfo
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.layout import plain_layout
 from lora_fx.targets.found import Found, Refusal
@@ -39,7 +39,7 @@ def targets_of(every: Mapping[str, TensorInfo]) -> Found:
     vocabularies = [(s[0], s[1]) for s in tables if len(s) == 2 and s[0] >= HEAD_ROWS]
     targets, refusals = [], []
     for key, info in found.items():
-        if info.dtype not in WEIGHTS or 0 in info.shape:
+        if info.dtype not in FLOATING or 0 in info.shape:
             why = EMPTY if 0 in info.shape else f"{info.dtype} is no dtype of plain weights"
             refusals.append(Refusal(key, "tensor", why))
             continue

@@ -28,7 +28,7 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import explain
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
-from lora_fx.files.safetensors import WEIGHTS
+from lora_fx.files.safetensors import FLOATING
 from lora_fx.formats.io import is_adapter, load_adapter
 
 AdapterLike = str | os.PathLike[str] | Adapter
@@ -295,7 +295,7 @@ def _options(
     return Options(
         how=asked["how"] if mixed and asked.get("how") in HOWS else "sum",
         rank=asked["rank"] if mixed and isinstance(asked.get("rank"), int) else None,
-        dtype=record["dtype"] if record.get("dtype") in WEIGHTS else None,
+        dtype=record["dtype"] if record.get("dtype") in FLOATING else None,
         allow_unused=asked.get("allow_unused") is True,
         allow_missing=asked.get("allow_missing") is True,
         untie=True,
@@ -334,7 +334,7 @@ def _joined(plans: Sequence[Plan], base: Checkpoint, merged: Checkpoint) -> Plan
             changes[name] = change if first is None else _then(first, change, plan, merged)
     for name, change in changes.items():
         info = merged.tensors.get(name)
-        floats = info is not None and {info.dtype, change.dtype} <= WEIGHTS
+        floats = info is not None and {info.dtype, change.dtype} <= FLOATING
         if info is not None and floats and not change.scales_of:
             changes[name] = replace(change, dtype=info.dtype)
     given = tuple(g for p in plans for g in p.given)
@@ -362,7 +362,7 @@ def _then(first: Change, second: Change, plan: Plan, merged: Checkpoint) -> Chan
             "which cannot be computed without the file between them",
             "verify each merge against what it started from",
         )
-    dtype = plan.options.dtype if plan.options.dtype and first.dtype in WEIGHTS else first.dtype
+    dtype = plan.options.dtype if plan.options.dtype and first.dtype in FLOATING else first.dtype
     earlier = (*first.earlier, Stage(one, first.dtype))
     what = (*first.what, *second.what)
     return replace(second, source=first.source, dtype=dtype, earlier=earlier, what=what)

@@ -363,7 +363,7 @@ def _known() -> str:
     return ", ".join(str(dtype) for dtype in NUMPY_DTYPES.values())
 
 
-WEIGHTS = frozenset(("float16", "bfloat16", "float32", "float64"))
+FLOATING = frozenset(("float16", "bfloat16", "float32", "float64"))
 """dtypes of weights that an update can be added to."""
 
 

@@ -19,7 +19,7 @@ from lora_fx.checkpoint.provenance import (
 )
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import WEIGHTS
+from lora_fx.files.safetensors import FLOATING
 from lora_fx.fx.nodes import dtype_name
 from lora_fx.fx.tensors import is_sharded, to_numpy
 
@@ -99,7 +99,7 @@ def _cast_sample(
 def _sample(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], Array]:
     if is_sharded(tensor):
         raise LoraFxError(f"{name!r} is sharded: every process would have to gather it")
-    if dtype_name(tensor.dtype) not in WEIGHTS:
+    if dtype_name(tensor.dtype) not in FLOATING:
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no dtype of plain weights")
     both = [to_numpy(part.clone()) for part in ends(tensor.detach().reshape(-1))]
     return name, tuple(tensor.shape), np.concatenate(both)

@@ -106,10 +106,10 @@ def flat_program(
     values = list(pytree.tree_leaves(out.args[0]))
     paths = output_paths(traced.out_spec, len(values))
     kept, outputs = [], []
-    for i, (value, path) in enumerate(zip(values, paths, strict=True)):
-        is_tensor = isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+    for i, (leaf, path) in enumerate(zip(values, paths, strict=True)):
+        is_tensor = isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.Tensor)
         if all_outputs or is_tensor:
-            kept.append(value)
+            kept.append(leaf)
             outputs.append(output_name(path, i))
     out.args = (tuple(kept),)
     graph.set_codegen(fx.graph.CodeGen())

@@ -20,7 +20,7 @@ from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import WEIGHTS
+from lora_fx.files.safetensors import FLOATING
 from lora_fx.targets.target import base_name
 from lora_fx.text import near
 
@@ -168,7 +168,7 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     for key, entry in pair.adapter.entries.items():
         info, name = pair.tensor(key), pair.rename(base_name(key))
         scheme = scheme_of(name, pair.base)
-        if scheme or (info is not None and info.dtype not in WEIGHTS and key not in pair.misfits):
+        if scheme or (info is not None and info.dtype not in FLOATING and key not in pair.misfits):
             why = ""
             try:
                 taken = info is not None and stored_as(name, info, pair.base, [entry])
@@ -208,7 +208,7 @@ def values(pair: Pair) -> Iterator[Finding]:
         key
         for key in pair.adapter.entries
         if (info := pair.tensor(key)) is not None
-        and info.dtype in WEIGHTS
+        and info.dtype in FLOATING
         and not np.isfinite(sample(info)).all()
     ]
     if broken:
@@ -223,7 +223,7 @@ def values(pair: Pair) -> Iterator[Finding]:
 def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
     """True where the scale, or ΔW in root mean square, is beyond the range of its tensor."""
     info = pair.tensor(key)
-    if info is None or info.dtype not in WEIGHTS or 0 in info.shape:
+    if info is None or info.dtype not in FLOATING or 0 in info.shape:
         return False
     top = float(finfo(info.dtype).max)
     scale = float(np.finfo(arithmetic(info.dtype, info.dtype)).max)

@@ -25,7 +25,7 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.copying import read_at
-from lora_fx.files.safetensors import WEIGHTS, TensorInfo, is_float, read_json, read_tensors
+from lora_fx.files.safetensors import FLOATING, TensorInfo, is_float, read_json, read_tensors
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
 from lora_fx.formats.peft.file import CONFIG, WEIGHTS
@@ -124,7 +124,7 @@ class Pair:
         low, info = self.adapter.lowrank.get(key), self.tensor(key)
         if low is None or info is None or not math.prod(info.shape):
             return None
-        if info.dtype in WEIGHTS:
+        if info.dtype in FLOATING:
             rms = math.sqrt(float(np.mean(np.square(sample(info)))))
         elif (int8 := self.int8(key)) is not None:
             rms = int8.rms(info)
