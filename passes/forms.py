@@ -22,11 +22,11 @@ from typing import Any
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.body import one_argument, one_op
-from lora_fx.fx.eager import Program, Recorder, Value
-from lora_fx.fx.forms import Form, Planner
+from lora_fx.fx.attach.attachment import Form, Planner
+from lora_fx.fx.attach.eager_emitter import Program, Recorder, Value
+from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE
+from lora_fx.fx.attach.partial import one_argument, one_op
 from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.live import ALWAYS, INSIDE, OUTSIDE
 from lora_fx.fx.nodes import argument
 from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.ir import kinds

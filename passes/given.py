@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
-from lora_fx.fx.attach import is_attached
+from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture import Captured, capture
 from lora_fx.fx.decoder import decoder
 from lora_fx.fx.models import load_model

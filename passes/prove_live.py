@@ -23,7 +23,7 @@ from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import Parity, compare
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.adapted import AdaptedModule
-from lora_fx.fx.attach import Attachment
+from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.calling import Signature, leaf_names, output_name
 from lora_fx.fx.capture import Captured
 from lora_fx.fx.tensors import from_numpy, to_numpy

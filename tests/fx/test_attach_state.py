@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.fx.attach import attachment
+from lora_fx.fx.attach.attachment import attachment
 from tests.fx.attached import adapter_gap, explicit, gap, randomise, state, train, wide
 from tests.zoo.models import ZOO
 

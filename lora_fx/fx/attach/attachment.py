@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,17 @@ from lora_fx.adapter.factors import (
 )
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.attach.eager_emitter import Program, bound
+from lora_fx.fx.attach.live import (
+    METHODS,
+    REGISTRY,
+    Live,
+    Switch,
+    keeps_statistics,
+    restore,
+    swap,
+)
 from lora_fx.fx.based import Base
-from lora_fx.fx.eager import bound
-from lora_fx.fx.forms import Form, Planner
-from lora_fx.fx.live import METHODS, REGISTRY, Live, Switch, keeps_statistics, restore, swap
 from lora_fx.fx.reports import AdaptedReport
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, put, settle, whole
 from lora_fx.targets.found import Found
@@ -302,3 +310,31 @@ def attachment(model: nn.Module) -> Attachment:
 def is_attached(model: Any) -> bool:
     """True for a model that attach has changed."""
     return isinstance(model, nn.Module) and REGISTRY in model.__dict__
+
+
+# What each module of an attached model gets, as plain data by module path.
+
+
+@dataclass
+class Form:
+    """What one module gets: programs by leaf and where they apply, or a branch."""
+
+    weights: dict[str, tuple[Program, str]] = field(default_factory=dict)
+    output: tuple[Program, Program] | None = None
+
+
+class Planner:
+    """Decides the forms of a set of updates; see passes/forms.py. Copies share it."""
+
+    found: Found
+    notes: tuple[str, ...] = ()
+
+    def forms(
+        self, updates: Mapping[str, LowRank], by_weight: frozenset[str] = frozenset()
+    ) -> dict[str, Form]:
+        """Module path → Form. Modules in `by_weight` get no branch."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Planner:
+        """The graph behind it is never changed."""
+        return self

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.eager import Bound
+from lora_fx.fx.attach.eager_emitter import Bound
 
 STATE = "_lora_fx"
 REGISTRY = "_lora_fx_attached"

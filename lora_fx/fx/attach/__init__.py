@@ -1,0 +1,1 @@
+"""Branches on the user's own live module, by hooks on its operations."""
