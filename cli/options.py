@@ -123,7 +123,7 @@ def captured(
     cache: bool = False,
 ) -> tuple[Any, Any]:
     """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
-    from lora_fx.fx.capture import capture
+    from lora_fx.fx.capture.capture import capture
     from lora_fx.fx.models import LoadedModel, load_model
     from lora_fx.inputs import parse_dynamic
 
@@ -146,7 +146,7 @@ def captured(
                 "with --cache the inputs and their dimensions are known",
                 "leave --inputs, --dynamic and --static out",
             )
-        from lora_fx.fx.decoder import decoder
+        from lora_fx.fx.capture.decoder import decoder
 
         cap = decoder(loaded.module)
         _say(cap)

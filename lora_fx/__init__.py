@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "capture": "lora_fx.fx.capture",
+    "capture": "lora_fx.fx.capture.capture",
     "find": "lora_fx.passes.pipeline",
     "insert": "lora_fx.passes.pipeline",
     "fold": "lora_fx.passes.pipeline",
@@ -27,7 +27,7 @@ _WHERE = {
     "load_adapter": "lora_fx.formats.io",
     "load_model": "lora_fx.fx.models",
     "Adapter": "lora_fx.adapter.adapter",
-    "Captured": "lora_fx.fx.capture",
+    "Captured": "lora_fx.fx.capture.capture",
     "AdaptedModule": "lora_fx.fx.adapted",
     "LoraFxError": "lora_fx.errors",
     "LowRank": "lora_fx.adapter.lowrank",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
     from lora_fx.fx.adapted import AdaptedModule
-    from lora_fx.fx.capture import Captured, capture
+    from lora_fx.fx.capture.capture import Captured, capture
     from lora_fx.fx.models import load_model
     from lora_fx.passes.attach import attach, detach
     from lora_fx.passes.export import export

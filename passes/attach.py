@@ -19,8 +19,8 @@ from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment, attachment, is_attached
 from lora_fx.fx.attach.live import REGISTRY
 from lora_fx.fx.attach.partial import partial_graphs
-from lora_fx.fx.calling import Called, Signature
-from lora_fx.fx.capture import Captured, capture
+from lora_fx.fx.capture.call import Called, Signature
+from lora_fx.fx.capture.capture import Captured, capture
 from lora_fx.fx.flow import tensor
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, to_numpy

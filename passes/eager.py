@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.capture import Captured
 
 REFUSED = "torch's ONNX exporter refused the model"
 """How errors of the translation begin."""

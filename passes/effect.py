@@ -18,7 +18,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import FOLD_TOL
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.adapted import AdaptedModule
-from lora_fx.fx.calling import leaf_names
+from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.effect import Effect, probe, prove_gradients, runs_at
 from lora_fx.fx.module import Rewriter
 from lora_fx.fx.tensors import to_numpy

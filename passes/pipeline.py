@@ -12,7 +12,7 @@ from lora_fx.adapter.factors import relearning
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.folded import FoldedModule
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.module import CapturedModule, with_signature

@@ -8,7 +8,7 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Parity
 from lora_fx.dtypes import Array
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module import CapturedModule
 from lora_fx.passes.given import plain
 from lora_fx.passes.pipeline import insert

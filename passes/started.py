@@ -10,7 +10,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Plan
 

@@ -12,7 +12,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import Parity, Report
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module import CapturedModule
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.given import captured_of, opened, plain

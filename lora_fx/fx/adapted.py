@@ -25,7 +25,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.based import Base
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.effect import Effect
 from lora_fx.fx.held import grouped, moved
 from lora_fx.fx.module import CapturedModule, Rewriter

@@ -19,8 +19,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calling import Door, program_key
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.call import Door, program_key
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.module import CapturedModule
 from lora_fx.ir import kinds

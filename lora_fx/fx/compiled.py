@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from lora_fx.fx.calling import Door
+from lora_fx.fx.capture.call import Door
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module import CapturedModule, Rewriter
 from lora_fx.fx.ones import prove_ones
 from lora_fx.fx.tensors import from_numpy, owner

@@ -19,12 +19,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calling import leaf_names, output_name, program_key
-from lora_fx.fx.capture import Captured, base_dtype
+from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call
+from lora_fx.fx.capture.capture import Captured, base_dtype
+from lora_fx.fx.capture.trace import has_grouped
 from lora_fx.fx.compiled import Compiled, compile_program
-from lora_fx.fx.experts import has_grouped
 from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.inputs import sample_call
 from lora_fx.fx.norms import freeze_norms
 from lora_fx.fx.recompute import Recomputing, apart, left_in
 from lora_fx.fx.skeleton import Scope, blocks_of, skeleton

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lora_fx.compare import rel
-from lora_fx.fx.capture import Captured
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import SIZES

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calling import Signature
+from lora_fx.fx.capture.call import Signature
 
 kinds = inspect.Parameter
 NO_SOURCE = "a file has no source to trace other arguments; insert from the source"

@@ -18,12 +18,10 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.asserts import Pinned
-from lora_fx.fx.calling import leaf_names, program_key
-from lora_fx.fx.capture import Captured, base_dtype
+from lora_fx.fx.capture.call import describe, leaf_names, program_key
+from lora_fx.fx.capture.capture import Captured, base_dtype
+from lora_fx.fx.capture.trace import Pinned, Traced, _clean
 from lora_fx.fx.emitter import is_marked
-from lora_fx.fx.export import Traced, _clean
-from lora_fx.fx.inputs import describe
 from lora_fx.fx.pt2_call import (
     NO_SOURCE,
     FileSignature,

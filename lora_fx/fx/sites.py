@@ -10,11 +10,11 @@ from torch import fx
 
 from lora_fx.fx import ops
 from lora_fx.fx.bodies import body_uses
+from lora_fx.fx.capture.trace import NO_GRAD
 from lora_fx.fx.computed import Namer
 from lora_fx.fx.emitter import is_marked
 from lora_fx.fx.flops import site_flops
 from lora_fx.fx.flow import Flow, Weight, scope_of
-from lora_fx.fx.inline import NO_GRAD
 from lora_fx.fx.nodes import hint, op_name, shape_of
 from lora_fx.fx.parts import out_axis, parts_of
 from lora_fx.ir.graph import Site

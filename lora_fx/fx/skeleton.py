@@ -8,14 +8,11 @@ weight is held twice.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.recompute import checkpointer
@@ -131,24 +128,3 @@ def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
                 "module that insert returns",
                 "rename it, or lora_fx.attach adapts your own module instead",
             )
-
-
-def weightless(
-    model: nn.Module, dtype: torch.dtype | None = None, mode: FakeTensorMode | None = None
-) -> tuple[nn.Module, FakeTensorMode]:
-    """A deep copy of the module whose tensors are fake, on the CPU where they were on meta.
-
-    Args:
-        dtype: Floating tensors take this dtype, as `.to(dtype)` would.
-        mode: The mode of an earlier weightless copy, to copy such a copy.
-    """
-    if mode is None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    memo: dict[int, Any] = {}
-    for t in [*model.parameters(), *model.buffers()]:
-        device = "cpu" if t.device.type == "meta" else t.device
-        want = dtype if dtype is not None and t.is_floating_point() else t.dtype
-        with mode:
-            fake = torch.empty_strided(t.shape, t.stride(), dtype=want, device=device)
-        memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
-    return copy.deepcopy(model, memo), mode

@@ -18,7 +18,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.decoder import decoder
+from lora_fx.fx.capture.decoder import decoder
 from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 from tests.onnx.decoders import MODELS, gpt2

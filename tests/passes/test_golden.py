@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.fx.capture import Captured, capture
+from lora_fx.fx.capture.capture import Captured, capture
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.norms import freeze_norms
 from lora_fx.passes.find import find

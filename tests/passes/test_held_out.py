@@ -16,7 +16,7 @@ from lora_fx.adapter.truncate import truncation
 from lora_fx.cli import main
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture import capture
+from lora_fx.fx.capture.capture import capture
 from lora_fx.passes.held_out import held_out
 
 MODEL = """

@@ -78,7 +78,7 @@ def seen(name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndar
 
 def gains(method: str, key: str) -> np.ndarray[Any, Any]:
     """What a method gives a target, by the pass."""
-    from lora_fx.fx.capture import capture
+    from lora_fx.fx.capture.capture import capture
     from lora_fx.passes.calibrate import calibrate
     from lora_fx.targets.ranking import STATISTICS, Seen
 

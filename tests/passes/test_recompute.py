@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx.fx.capture import capture
+from lora_fx.fx.capture.capture import capture
 from lora_fx.fx.graph import FxGraph
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute

@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture import Captured
-from lora_fx.fx.export import _quiet
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.trace import _quiet
 from lora_fx.fx.graph import FxGraph
 from lora_fx.fx.nodes import shape_of, value
 from lora_fx.fx.tensors import owner

@@ -7,6 +7,9 @@ not traced yet is traced when it is first asked for.
 from __future__ import annotations
 
 import contextlib
+import copy
+import linecache
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
@@ -14,17 +17,24 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.asserts import Pinned, Requested
-from lora_fx.fx.calling import Called, Signature, apart, as_module, leaf_names, program_key
-from lora_fx.fx.experts import batched_experts
-from lora_fx.fx.explain import explain
-from lora_fx.fx.export import Traced, trace
+from lora_fx.errors import CaptureError, LoraFxError, one_line
+from lora_fx.fx.capture.call import (
+    Called,
+    Signature,
+    apart,
+    as_module,
+    describe,
+    leaf_names,
+    limits,
+    program_key,
+)
+from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts, trace
 from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.inputs import describe, limits
-from lora_fx.fx.skeleton import weightless
+from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Inputs, default_dynamic, merge_dynamic
 
 
@@ -166,7 +176,7 @@ class Captured:
     ) -> Traced:
         """The cleaned graph for a mode, a set of arguments and a base dtype.
 
-        A portable one has its experts batched: see lora_fx.fx.experts.
+        A portable one has its experts batched: see lora_fx.fx.capture.trace.
         """
         leaves = pytree.tree_leaves(dict(named))
         key = (training, portable, dtype or self.base_dtype, *program_key(named, leaves))
@@ -286,7 +296,6 @@ def _hooked(model: nn.Module) -> Callable[..., Any]:
 
 def base_dtype(model: nn.Module) -> torch.dtype | None:
     """Dtype of the first floating parameter that is not an adapter's."""
-    from lora_fx.fx.tensors import AdapterTensors
 
     for m in model.modules():
         if not isinstance(m, AdapterTensors):
@@ -298,3 +307,110 @@ def base_dtype(model: nn.Module) -> torch.dtype | None:
 
 def _forward_of(model: Any, module: nn.Module) -> Callable[..., Any]:
     return module.forward if isinstance(model, nn.Module) else model
+
+
+# Why a model could not be captured: the line of the user's code, the cause, what to do.
+
+
+_CAUSES = (
+    (
+        "GuardOnDataDependentSymNode",
+        "a branch or a size depends on a tensor's value",
+        "compute both branches with torch.where, or make the value a Python argument",
+    ),
+    (
+        "data-dependent",
+        "a branch or a size depends on a tensor's value",
+        "compute both branches with torch.where, or make the value a Python argument",
+    ),
+    (
+        "aten._local_scalar_dense",
+        "a tensor's value is read (.item(), int(), bool())",
+        "keep it a tensor: torch.where, masks, or a Python argument",
+    ),
+    (
+        "cache_utils.",
+        "its outputs hold a key-value cache, which is no tensor",
+        "call it with use_cache=False, or set config.use_cache = False before; "
+        "export(…, cache=True) has the cache as tensors",
+    ),
+    (
+        "references nonexistent attribute",
+        "torch.fx has a use of its own for the name of a module, such as graph, that holds weights",
+        "rename the module",
+    ),
+    ("numpy", "numpy is called on a tensor", "use torch's own functions"),
+    (
+        "FakeTensor",
+        "a tensor made outside the model meets the traced ones",
+        "register it as a buffer, or make it in forward",
+    ),
+)
+
+
+_SIZES = ("mat1 and mat2", "must match", "size mismatch", "shape", "Expected size", "inconsist")
+
+
+def explain(error: Exception, name: str, training: bool) -> CaptureError:
+    """One message: which line of the user's code, why, and what to do."""
+    mode = "train" if training else "eval"
+    where = _user_line(error) or f"{name}.forward"
+    text = f"{type(error).__name__}: {error}"
+    for needle, why, todo in _CAUSES:
+        if needle in text:
+            return CaptureError(f"cannot capture {name} in {mode} mode at {where}: {why}", todo)
+    if any(words in text for words in _SIZES):
+        return CaptureError(
+            f"cannot capture {name} in {mode} mode at {where}: sizes do not fit: "
+            f"{one_line(error, 160)}",
+            "check the example inputs against what the model expects",
+        )
+    return CaptureError(
+        f"cannot capture {name} in {mode} mode at {where}: "
+        f"{one_line(f'{type(error).__name__}: {error}', 160)}",
+        "check that the model runs on the example inputs; -v prints the traceback",
+    )
+
+
+def _user_line(error: BaseException) -> str:
+    """file:line `code` of the innermost frame that is neither torch's nor ours."""
+    ours = __file__.rpartition("/lora_fx/")[0]
+    inner = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        if "/torch/" in path or path.startswith(ours + "/lora_fx/") or path.startswith("<"):
+            continue
+        if path.startswith(ours + "/passes/") or path.startswith(ours + "/cli/"):
+            continue
+        if (
+            frame.f_code.co_name != "<module>"
+            and "/lib/python3" in path
+            and "site-packages" not in path
+        ):
+            continue
+        inner = (path, line)
+    if inner is None:
+        return ""
+    code = linecache.getline(*inner).strip()
+    return f"{inner[0]}:{inner[1]} `{code}`"
+
+
+def weightless(
+    model: nn.Module, dtype: torch.dtype | None = None, mode: FakeTensorMode | None = None
+) -> tuple[nn.Module, FakeTensorMode]:
+    """A deep copy of the module whose tensors are fake, on the CPU where they were on meta.
+
+    Args:
+        dtype: Floating tensors take this dtype, as `.to(dtype)` would.
+        mode: The mode of an earlier weightless copy, to copy such a copy.
+    """
+    if mode is None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    memo: dict[int, Any] = {}
+    for t in [*model.parameters(), *model.buffers()]:
+        device = "cpu" if t.device.type == "meta" else t.device
+        want = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        with mode:
+            fake = torch.empty_strided(t.shape, t.stride(), dtype=want, device=device)
+        memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+    return copy.deepcopy(model, memo), mode
