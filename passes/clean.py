@@ -25,10 +25,10 @@ from torch import fx
 
 from lora_fx.fx.attention import ATTENTION, is_whole, plain_mask, shared_heads
 from lora_fx.fx.coordinates import Formulas
-from lora_fx.fx.flow import written
 from lora_fx.fx.gelus import gelu_of
-from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.nodes import argument
+from lora_fx.fx.graph.flow import written
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import argument
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
-from lora_fx.fx.flow import tensor
+from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.fx.to_onnx import to_onnx

@@ -26,8 +26,8 @@ from lora_fx.fx.attach.attachment import Form, Planner
 from lora_fx.fx.attach.eager_emitter import Program, Recorder, Value
 from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE
 from lora_fx.fx.attach.partial import one_argument, one_op
-from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.nodes import argument
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Parameter, Role

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from lora_fx.fx.branches import Maker, operands
-from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.nodes import shape_of, value
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.folded import FoldedModule
-from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import CapturedModule, with_signature
 from lora_fx.fx.pt2 import is_program, open_program
 from lora_fx.fx.pt2_captured import FileCaptured

@@ -9,7 +9,7 @@ from torch import fx
 
 from lora_fx.fx.coordinates import Formulas
 from lora_fx.fx.formulas import Where, causal, constant
-from lora_fx.fx.nodes import argument, shape_of
+from lora_fx.fx.graph.nodes import argument, shape_of
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.emitter import MARK, is_marked, mark
+from lora_fx.fx.graph.nodes import MARK, is_marked, mark
 
 aten = torch.ops.aten
 

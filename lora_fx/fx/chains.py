@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.fx.emitter import is_marked
-from lora_fx.fx.nodes import dtype_of, numel, value
+from lora_fx.fx.graph.nodes import dtype_of, is_marked, numel, value
 from lora_fx.fx.tensors import owner
 
 aten = torch.ops.aten

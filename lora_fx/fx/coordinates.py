@@ -24,7 +24,7 @@ from lora_fx.fx.formulas import (
     negated,
     where,
 )
-from lora_fx.fx.nodes import argument, op_name, shape_of, value
+from lora_fx.fx.graph.nodes import argument, op_name, shape_of, value
 
 aten = torch.ops.aten
 INTEGERS = (torch.int64, torch.int32)

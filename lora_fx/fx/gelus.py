@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.nodes import dtype_of
+from lora_fx.fx.graph.nodes import dtype_of
 
 aten = torch.ops.aten
 Poly = dict[int, float]

@@ -24,8 +24,8 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.safetensors import CONVERT
 from lora_fx.fx.factory import call_factory
+from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.huggingface import load_folder
-from lora_fx.fx.nodes import dtype_name
 
 FORMS = (
     "MODEL is a Hugging Face folder, package.module:FACTORY, path/file.py:FACTORY, timm:NAME or "

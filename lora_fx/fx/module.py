@@ -23,7 +23,7 @@ from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.trace import has_grouped
 from lora_fx.fx.compiled import Compiled, compile_program
-from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.norms import freeze_norms
 from lora_fx.fx.recompute import Recomputing, apart, left_in
 from lora_fx.fx.skeleton import Scope, blocks_of, skeleton

@@ -21,7 +21,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.trace import Pinned, Traced, _clean
-from lora_fx.fx.emitter import is_marked
+from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2_call import (
     NO_SOURCE,
     FileSignature,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.emitter import MARK, is_marked
+from lora_fx.fx.graph.nodes import MARK, is_marked
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lora_fx.fx.flow import scope_of
-from lora_fx.fx.nodes import argument
+from lora_fx.fx.graph.flow import scope_of
+from lora_fx.fx.graph.nodes import argument
 
 NORMS = ("batch_norm", "instance_norm")
 FLAGS = ("train", "training", "use_input_stats")

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.nodes import hint
+from lora_fx.fx.graph.nodes import hint
 from lora_fx.fx.pt2_check import clean_program
 from lora_fx.fx.pt2_zip import Archive
 from lora_fx.fx.skeleton import scope_class

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.fx.capture.capture import capture
-from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.clean import Clean
 from tests.passes.test_golden import dedent, text
 

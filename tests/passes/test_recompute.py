@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.fx.capture.capture import capture
-from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
 from tests.fx.saved_bytes import saved_bytes

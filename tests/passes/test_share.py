@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.fx.capture.capture import Captured, capture
-from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute

@@ -19,7 +19,7 @@ from lora_fx.adapter.variant import VARIANTS
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.emitter import is_marked
+from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert

@@ -18,8 +18,8 @@ from torch import fx, nn
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import _quiet
-from lora_fx.fx.graph import FxGraph
-from lora_fx.fx.nodes import shape_of, value
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.fx.tensors import owner
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site

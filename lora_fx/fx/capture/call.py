@@ -13,9 +13,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.nodes import dtype_name, shape_of, value
+from lora_fx.fx.graph.flow import VIEWS
+from lora_fx.fx.graph.nodes import dtype_name, shape_of, value
 from lora_fx.fx.tensors import from_numpy
-from lora_fx.fx.views import VIEWS
 from lora_fx.inputs import Input, Inputs
 
 _EMPTY = inspect.Parameter.empty

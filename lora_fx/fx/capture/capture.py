@@ -33,7 +33,7 @@ from lora_fx.fx.capture.call import (
     program_key,
 )
 from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts, trace
-from lora_fx.fx.graph import FxGraph
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Inputs, default_dynamic, merge_dynamic
 

@@ -18,8 +18,8 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names
-from lora_fx.fx.nodes import hint, value
-from lora_fx.fx.ops import row_of
+from lora_fx.fx.graph.nodes import NO_GRAD, hint, value
+from lora_fx.fx.graph.ops import row_of
 from lora_fx.inputs import SIZES
 
 aten = torch.ops.aten
@@ -399,8 +399,6 @@ def upper_bounds(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], in
 
 
 higher = torch.ops.higher_order
-NO_GRAD = "lora_fx_no_grad"
-"""Key in the metadata of nodes that ran with gradients off."""
 
 
 def inline_regions(module: fx.GraphModule, graph: fx.Graph, *, no_grad: bool = False) -> None:

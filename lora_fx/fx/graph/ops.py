@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lora_fx.fx.nodes import argument, op_name, shape_of, value
+from lora_fx.fx.graph.nodes import argument, op_name, shape_of, value
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Axes, Kind
 from lora_fx.ir.kinds import VECTOR, contraction, letters, product

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch.fx import Node
+
+if TYPE_CHECKING:
+    pass
+
 
 Shape = tuple[Any, ...]
 
@@ -60,3 +65,19 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
 def op_name(node: Node) -> str:
     """Linear for aten.linear.default."""
     return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
+
+
+NO_GRAD = "lora_fx_no_grad"
+"""Key in the metadata of nodes that ran with gradients off."""
+MARK = "lora_fx"
+
+
+def mark(node: fx.Node, site: str) -> None:
+    """Say in the metadata that a node belongs to the branch of a site (survives export)."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), MARK: {"site": site}}
+
+
+def is_marked(node: fx.Node, site: str | None = None) -> bool:
+    """True for nodes that a pass emitted, for `site` or for any."""
+    found = node.meta.get("custom", {}).get(MARK)
+    return found is not None and (site is None or found["site"] == site)

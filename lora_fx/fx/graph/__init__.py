@@ -1,0 +1,1 @@
+"""The torch.fx side of the IR: op table, data flow, sites and emitter."""

@@ -1,0 +1,501 @@
+"""Data flow from parameters: which values of a graph are weights, and through which View.
+
+A weight is a parameter seen through views, or a *computed* weight: what other ops make of
+parameters and constants alone (weight_norm, a standardised kernel, a mask times a matrix). The
+View of a computed weight starts at the last node that is no view.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+
+from lora_fx.fx.graph.nodes import (
+    Shape,
+    argument,
+    dtype_name,
+    hint,
+    is_marked,
+    numel,
+    op_name,
+    shape_of,
+    value,
+)
+from lora_fx.fx.graph.ops import OPS, PRODUCTS, pick, row_of
+from lora_fx.fx.tensors import owner
+from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A value that is one weight seen through a View.
+
+    Attributes:
+        name: The parameter's first name; empty for a computed weight.
+        view: The chain from `root` to this value.
+        shape: Of this value.
+        root: The get_attr node, or the node that computes the weight.
+        behind: Names of every parameter that it depends on.
+        edited: What changes the parameter in place, so that its value is not the stored one.
+    """
+
+    name: str
+    view: View
+    shape: tuple[int, ...]
+    root: fx.Node
+    behind: tuple[str, ...]
+    edited: str = ""
+
+
+@dataclass
+class Flow:
+    """Nodes that depend on parameters and constants only.
+
+    Attributes:
+        weights: Those that are one tensor derived from parameters.
+        behind: Parameters behind every such node, tensors or not.
+        constants: Nodes that depend on constants only.
+        products: Those of a constant and one parameter.
+    """
+
+    weights: dict[fx.Node, Weight] = field(default_factory=dict)
+    behind: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
+    constants: set[fx.Node] = field(default_factory=set)
+    products: list[fx.Node] = field(default_factory=list)
+
+    def fixed(self, node: fx.Node) -> bool:
+        """True when no input of the call decides the node's value."""
+        return node in self.behind or node in self.constants
+
+
+def tensor(root: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of a dotted name."""
+    module, leaf = owner(root, name)
+    p = module._parameters[leaf]
+    assert p is not None
+    return p
+
+
+def weight_flow(
+    graph: fx.Graph,
+    root: nn.Module | None,
+    names: Mapping[str, str],
+    given: Mapping[fx.Node, Weight] | None = None,
+) -> Flow:
+    """Follow every parameter through a graph.
+
+    What a layer makes is data again, even where both its operands are fixed: the layers after a
+    position table are ordinary layers. A product of a constant and one parameter is a computed
+    weight where a layer reads it as its weight (a rotation of an orthogonal map), and a layer
+    where none does (features of fixed positions).
+
+    Args:
+        root: The tree that holds the parameters.
+        names: Any name of a parameter → its first name.
+        given: Placeholders that are weights, in the body of a higher-order op.
+    """
+    flow = _follow(graph, root, names, given or {}, set())
+    layers = {p for p in flow.products if _is_layer(flow, p)}
+    return _follow(graph, root, names, given or {}, layers) if layers else flow
+
+
+def _follow(
+    graph: fx.Graph,
+    root: nn.Module | None,
+    names: Mapping[str, str],
+    given: Mapping[fx.Node, Weight],
+    layers: set[fx.Node],
+) -> Flow:
+    """Everything in one go, with these products as layers."""
+    flow = Flow()
+    for node, weight in given.items():
+        flow.weights[node], flow.behind[node] = weight, weight.behind
+    changed = written(graph)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            name = names.get(str(node.target))
+            if name is None:
+                flow.constants.add(node)
+            elif root is not None:
+                shape = tuple(tensor(root, name).shape)
+                flow.weights[node] = Weight(name, View(), shape, node, (name,))
+                flow.behind[node] = (name,)
+        elif node.op == "call_function" and node not in layers:
+            _call(flow, node)
+        known = flow.weights.get(node)
+        if node in changed and known is not None and known.name:
+            flow.weights[node] = _edited(known)
+    return flow
+
+
+def _is_layer(flow: Flow, product: fx.Node) -> bool:
+    """True when data is made of a product, and no layer's weight is; bodies count as layers."""
+    todo, seen, read = [product], {product}, False
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user in flow.behind:
+                if user not in seen:
+                    seen.add(user)
+                    todo.append(user)
+                continue
+            row, read = row_of(user), True
+            if not is_marked(user) and (
+                isinstance(user.target, torch._ops.HigherOrderOperator)
+                or (row is not None and any(pick(user, u.weight) is node for u in row.uses(user)))
+            ):
+                return False
+    return read
+
+
+def _edited(w: Weight) -> Weight:
+    return Weight(w.name, w.view, w.shape, w.root, w.behind, "an in-place edit")
+
+
+def _call(flow: Flow, node: fx.Node) -> None:
+    if node.target is getattr:  # the device of an input
+        flow.constants.add(node)
+        return
+    inputs = node.all_input_nodes
+    found = [i for i in inputs if i in flow.behind]
+    if not found:
+        if all(i in flow.constants for i in inputs):
+            flow.constants.add(node)
+        return
+    source = flow.weights.get(found[0])
+    if is_marked(node) and node.target is aten.add.Tensor:
+        if source is not None:  # W + ΔW of the weight form: the weight is what it adds to
+            flow.weights[node], flow.behind[node] = source, source.behind
+        return
+    if is_marked(node) and "val" not in node.meta:
+        return  # a step on the way to ΔW; the copy of a chain behind it has its value's shape
+    if source is not None:
+        seen = _view(node, found[0], source)
+        if seen is not None:
+            flow.weights[node], flow.behind[node] = seen, seen.behind
+            return
+    if not all(flow.fixed(i) for i in inputs):
+        return
+    behind = tuple(sorted({n for i in found for n in flow.behind[i]}))
+    constant_product = node.target in PRODUCTS and len(found) == 1 and len(behind) == 1
+    if node.target in OPS and not constant_product:
+        return
+    if constant_product:
+        flow.products.append(node)
+    flow.behind[node] = behind
+    shape = shape_of(node)
+    if shape is not None and all(isinstance(n, int) for n in shape):
+        edited = next((w.edited for i in found if (w := flow.weights.get(i)) and w.edited), "")
+        flow.weights[node] = Weight("", View(), shape, node, behind, edited)
+
+
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """Values that an op changes in place, and the values that they are views of."""
+    result: set[fx.Node] = set()
+    for node in graph.nodes:
+        for start in written_by(node):
+            value: object = start
+            while isinstance(value, fx.Node):
+                result.add(value)
+                views = value.target in VIEWS and value.target is not aten.clone.default
+                value = value.args[0] if views or value.target in SPLITS else None
+    return result
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The operands that a node changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    changed = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [v for name in changed if isinstance(v := given.get(name), fx.Node)]
+
+
+def _view(node: fx.Node, source: fx.Node, weight: Weight) -> Weight | None:
+    """The weight that a node is when it only views `source`."""
+    if node.target in SPLITS and node.args[0] is source:
+        return weight  # the getitem after it slices
+    rule = VIEWS.get(node.target)
+    if not node.args or node.args[0] is not source:
+        return None
+    steps = gather(node, weight.shape) if rule is None else rule(node, weight.shape)
+    if steps is None:
+        return None
+    shape = tuple(hint(n) for n in shape_of(node) or weight.shape)
+    return Weight(
+        weight.name, weight.view.then(*steps), shape, weight.root, weight.behind, weight.edited
+    )
+
+
+def scope_of(node: fx.Node) -> tuple[str, str]:
+    """Path and class name of the innermost module whose forward made the node."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return "", ""
+    path, cls = stack[-1]
+    name = cls if isinstance(cls, str) else cls.__name__
+    return str(path).split("@")[0], name.rpartition(".")[2]
+
+
+def _static(shape: Shape | None) -> tuple[int, ...] | None:
+    return shape if shape is not None and all(isinstance(n, int) for n in shape) else None
+
+
+def _same(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    return []
+
+
+def _permute(dims: Callable[[Node, int], tuple[int, ...]]) -> Any:
+    def steps(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+        n = len(shape)
+        return [Permute(tuple(d % n for d in dims(node, n)))]
+
+    return steps
+
+
+def _swapped(node: Node, n: int) -> tuple[int, ...]:
+    order = list(range(n))
+    i, j = int(argument(node, "dim0")) % n, int(argument(node, "dim1")) % n
+    order[i], order[j] = order[j], order[i]
+    return tuple(order)
+
+
+def _reshape(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    out = _static(shape_of(node))
+    return None if out is None else [Reshape(out)]
+
+
+def _expand(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    out = _static(shape_of(node))
+    return [Reshape(out)] if out is not None and numel(out) == numel(shape) else None
+
+
+def _cast(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    before, after = value(node.args[0]), value(node)
+    return [] if before.dtype == after.dtype else [Cast(dtype_name(after.dtype))]
+
+
+def _slice(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    axis = int(argument(node, "dim", 0)) % len(shape)
+    n, out = shape[axis], _static(shape_of(node))
+    start, step = argument(node, "start"), argument(node, "step", 1)
+    start = 0 if start is None else start
+    if out is None or step != 1 or not isinstance(start, int):
+        return None
+    start = min(max(start + n if start < 0 else start, 0), n)
+    return [Slice(axis, start, start + out[axis])]
+
+
+def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    axis, i = int(argument(node, "dim", 0)) % len(shape), argument(node, "index")
+    if not isinstance(i, int):
+        return None
+    i %= shape[axis]
+    return [Slice(axis, i, i + 1), Reshape(shape[:axis] + shape[axis + 1 :])]
+
+
+def _item(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    """Getitem of split, chunk or unbind: a slice at the sum of the sizes before it."""
+    parent, i = node.args
+    if not isinstance(parent, Node) or not isinstance(i, int):
+        return None
+    axis = int(argument(parent, "dim", 0)) % len(shape)
+    if parent.target is aten.unbind.int:
+        i %= shape[axis]
+        return [Slice(axis, i, i + 1), Reshape(shape[:axis] + shape[axis + 1 :])]
+    sizes = [int(v.shape[axis]) for v in value(parent)]
+    i %= len(sizes)
+    start = sum(sizes[:i])
+    return [Slice(axis, start, start + sizes[i])]
+
+
+def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    """An index of the first axis by data: which matrices of a stack take part."""
+    if len(shape) < 3:
+        return None
+    if node.target is aten.index.Tensor:
+        ids = node.args[1]
+        lone = isinstance(ids, (tuple, list)) and len(ids) == 1 and isinstance(ids[0], Node)
+        one = lone and len(shape_of(ids[0]) or ()) == 1  # type: ignore[index]
+        return [Gather(0)] if one else None
+    if node.target is aten.index_select.default and int(argument(node, "dim")) == 0:
+        return [Gather(0)]
+    return None
+
+
+def _dropout(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    return None if argument(node, "train") else []
+
+
+SPLITS = {
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.tensor_split.sections,
+}
+_reversed = _permute(lambda node, n: tuple(range(n))[::-1])
+_last_two = _permute(lambda node, n: (*range(n - 2), n - 1, n - 2))
+VIEWS: Mapping[Any, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
+    aten.t.default: _reversed,
+    aten.numpy_T.default: _reversed,
+    aten.mT.default: _last_two,
+    aten.adjoint.default: _last_two,
+    aten.matrix_H.default: _last_two,
+    aten.transpose.int: _permute(_swapped),
+    aten.permute.default: _permute(lambda node, n: tuple(argument(node, "dims"))),
+    aten.view.default: _reshape,
+    aten.reshape.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten.flatten.using_ints: _reshape,
+    aten.unflatten.int: _reshape,
+    aten.squeeze.default: _reshape,
+    aten.squeeze.dim: _reshape,
+    aten.squeeze.dims: _reshape,
+    aten.unsqueeze.default: _reshape,
+    aten.expand.default: _expand,
+    aten.slice.Tensor: _slice,
+    aten.narrow.default: lambda node, shape: [
+        Slice(
+            int(node.args[1]) % len(shape),  # type: ignore[arg-type]
+            int(node.args[2]),  # type: ignore[arg-type]
+            int(node.args[2]) + int(node.args[3]),  # type: ignore[arg-type]
+        )
+    ],
+    aten.select.int: _select,
+    operator.getitem: _item,
+    aten.to.dtype: _cast,
+    aten.to.dtype_layout: _cast,
+    aten.to.device: _cast,
+    aten.to.other: _cast,
+    aten.type_as.default: _cast,
+    aten._to_copy.default: _cast,
+    aten.dropout.default: _dropout,
+    aten.contiguous.default: _same,
+    aten.clone.default: _same,
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.lift_fresh_copy.default: _same,
+}
+
+
+# Computed weights: their names, and their values.
+#
+# A weight that ops make of parameters (weight_norm, spectral_norm, standardisation, an orthogonal
+# map, a concatenation) has the key `PATH.weight~`; the update is one of the effective weight. The
+# name is that of the parameter that the user knows: `lin.weight~` for
+# `lin.parametrizations.weight.original0` and for `lin.weight_v`.
+
+
+_HELD = re.compile(r"(^|\.)parametrizations\.([^.]+)\..*$")
+_PARTS = re.compile(r"_(g|v|orig)$")
+
+
+def effective_name(behind: tuple[str, ...]) -> str:
+    """The name of what parameters make together, with the ~ of a computed weight.
+
+    >>> effective_name(("lin.parametrizations.weight.original0",))
+    'lin.weight~'
+    >>> effective_name(("c.weight_g", "c.weight_v")), effective_name(("a.q.weight", "a.k.weight"))
+    ('c.weight~', 'a.weight~')
+    """
+    names = {_PARTS.sub("", _HELD.sub(r"\1\2", n)) for n in behind}
+    if len(names) == 1:
+        return names.pop() + "~"
+    paths = [n.split(".")[:-1] for n in names]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join([*(level[0] for level in shared), "weight"]) + "~"
+
+
+class Namer:
+    """Gives computed weights their names: one that is computed twice alike has one name."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, list[str]] = {}
+
+    def __call__(self, weight: Weight) -> str:
+        """The name of a weight."""
+        if weight.name:
+            return weight.name
+        name = effective_name(weight.behind)
+        recipes = self.known.setdefault(name, [])
+        recipe = _recipe(weight.root, {})
+        if recipe not in recipes:
+            recipes.append(recipe)
+        i = recipes.index(recipe)
+        return f"{name}{i}" if i else name
+
+
+def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
+    """How a value is computed, as a text that is equal for equal computations."""
+    if node not in memo:
+        if node.op != "call_function":
+            memo[node] = str(node.target)
+        else:
+            inner: Any = fx.node.map_aggregate(
+                (node.args, node.kwargs),
+                lambda a: _recipe(a, memo) if isinstance(a, fx.Node) else repr(a),
+            )
+            memo[node] = f"{op_name(node)}{inner}"
+    return memo[node]
+
+
+def evaluate(root: torch.nn.Module, flow: Flow, node: fx.Node) -> torch.Tensor:
+    """The value of a node that depends on parameters and constants only.
+
+    Ops that edit intermediate values in place run as well; buffers are copied first.
+    """
+    wanted = _ancestors({node})
+    for n in node.graph.nodes:  # what edits an intermediate belongs to its value
+        if n is node:
+            break
+        if flow.fixed(n) and any(w in wanted for w in written_by(n)):
+            wanted |= _ancestors({n})
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for n in node.graph.nodes:
+            if n not in wanted:
+                continue
+            if n.target is getattr:
+                values[n] = _device(root)
+            elif n.op == "get_attr":
+                module, leaf = owner(root, str(n.target))
+                values[n] = getattr(module, leaf).detach().clone()
+            else:
+                args, kwargs = fx.node.map_aggregate(
+                    (n.args, n.kwargs), lambda a: values[a] if isinstance(a, fx.Node) else _plain(a)
+                )
+                values[n] = n.target(*args, **kwargs)
+    result: torch.Tensor = values[node]
+    return result
+
+
+def _plain(arg: Any) -> Any:
+    return hint(arg) if isinstance(arg, torch.SymInt) else arg
+
+
+def _device(root: torch.nn.Module) -> torch.device:
+    return next((p.device for p in root.parameters()), torch.device("cpu"))
+
+
+def _ancestors(start: set[fx.Node]) -> set[fx.Node]:
+    seen, queue = set(start), list(start)
+    while queue:
+        for i in queue.pop().all_input_nodes:
+            if i not in seen:
+                seen.add(i)
+                if i.target is not getattr:
+                    queue.append(i)
+    return seen

@@ -1,0 +1,366 @@
+"""Every use of a weight in a graph: the op table met with the data flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from lora_fx.fx.graph import ops
+from lora_fx.fx.graph.flow import SPLITS, VIEWS, Flow, Namer, Weight, scope_of, weight_flow
+from lora_fx.fx.graph.nodes import NO_GRAD, hint, is_marked, numel, op_name, shape_of, value
+from lora_fx.fx.graph.ops import Use, pick
+from lora_fx.ir.graph import Axes, Kind, Site
+from lora_fx.ir.kinds import WeightForm, letters
+from lora_fx.ir.view import View
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Found:
+    """One use of a weight: the node, the table's row of its operand, and the weight."""
+
+    node: fx.Node
+    use: ops.Use
+    weight: Weight
+
+
+def uses(
+    graph: fx.Graph, flow: Flow, bodies: Mapping[str, fx.GraphModule]
+) -> Iterator[tuple[Site, Found]]:
+    """(site, what it was found by), in execution order; marked nodes are left out."""
+    namer = Namer()
+    for node in graph.nodes:
+        if node.op != "call_function" or is_marked(node):
+            continue
+        row = ops.row_of(node)
+        given = body_uses(node, flow.weights, bodies) if row is None else row.uses(node)
+        found = [
+            Found(node, u, w)
+            for u in given
+            if (w := flow.weights.get(ops.pick(node, u.weight))) is not None
+        ]
+        if row is not None and not row.many and len(found) > 1:
+            plain = [f for f in found if f.weight.name]
+            found = plain if len(plain) == 1 else [_both(found[0])]
+        if node in flow.behind and row is not None:
+            continue  # a constant times a parameter: a computed weight, read later on
+        for f in found:
+            yield _site(f, row, namer), f
+
+
+def _site(found: Found, row: ops.Row | None, namer: Namer) -> Site:
+    node, use, weight = found.node, found.use, found.weight
+    scope, cls = scope_of(node)
+    operand = shape_of(ops.pick(node, use.weight)) or ()
+    refusal = use.refusal
+    if weight.edited:
+        refusal = f"the weight is computed by {weight.edited} from {', '.join(weight.behind)}"
+    many = row is None or row.many
+    axis = out_axis(use.kind)
+    return Site(
+        id=f"{node.name}:{'.'.join(map(str, use.weight))}" if many else node.name,
+        op=op_name(node) if row is None else row.op,
+        kind=use.kind,
+        parameter=namer(weight),
+        view=weight.view,
+        operand=tuple(hint(n) for n in operand),
+        scope=scope,
+        module_class=cls,
+        flops=site_flops(node, use),
+        refusal=refusal,
+        allowed=use.allowed and refusal == use.refusal,
+        no_grad=bool(node.meta.get(NO_GRAD)),
+        gain=use.gain,
+        behind=weight.behind,
+        slot=use.weight,
+        root=weight.root.name,
+        parts=() if axis is None else parts_of(_result(node), axis),
+        attrs=use.attrs,
+    )
+
+
+def _result(node: fx.Node) -> fx.Node:
+    """What the rest of the graph reads: the node, or the sum with its branches."""
+    for user in node.users:
+        if is_marked(user) and user.target is aten.add.Tensor and user.args[0] is node:
+            return _result(user)
+    return node
+
+
+def _both(found: Found) -> Found:
+    """A product of two weights: neither operand is an activation."""
+    weight = replace(found.weight, edited=f"{op_name(found.node)} with another weight")
+    return replace(found, weight=weight)
+
+
+# Weights that only the body of a higher-order op multiplies by: cond, while_loop, map.
+#
+# The parameter is an operand of the higher-order op, and the body says what it is for. An update
+# goes to the operand, W + s·b·a, so the body does not change.
+
+
+def body_uses(
+    node: fx.Node, weights: Mapping[fx.Node, Weight], held: Mapping[str, fx.GraphModule]
+) -> Iterator[ops.Use]:
+    """Uses of a higher-order op's operands as weights, by what its bodies do with them."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return
+    bodies = [b for a in node.args if (b := _body(a, held)) is not None]
+    last = max((i for i, a in enumerate(node.args) if _body(a, held) is not None), default=-1)
+    paths: list[ops.Path] = []
+    for i, arg in enumerate(node.args[last + 1 :], last + 1):
+        if isinstance(arg, (tuple, list)):
+            paths += [(i, j) for j in range(len(arg))]
+        else:
+            paths.append((i,))
+    for path in paths:
+        operand = ops.pick(node, path)
+        if not isinstance(operand, fx.Node) or operand not in weights:
+            continue
+        inner = [u for b in bodies for u in _inside(b, paths.index(path), len(paths), operand)]
+        if inner:
+            flops = sum(f for _, f in inner)
+            axes = inner[0][0]
+            yield ops.Use(path, (0,), WeightForm("body", axes), flops=flops)
+
+
+def _body(arg: Any, held: Mapping[str, fx.GraphModule]) -> fx.GraphModule | None:
+    reads = isinstance(arg, fx.Node) and arg.op == "get_attr"
+    return held.get(str(arg.target)) if reads else None
+
+
+def _inside(
+    body: fx.GraphModule, i: int, count: int, operand: fx.Node
+) -> Iterator[tuple[Axes, int]]:
+    """(axes in terms of the operand, FLOPs) of each use of a body's placeholder."""
+    places = [n for n in body.graph.nodes if n.op == "placeholder"]
+    if len(places) != count or shape_of(places[i]) != shape_of(operand):
+        return
+    shape = tuple(hint(n) for n in shape_of(operand) or ())
+    start = Weight("w", View(), shape, places[i], ("w",))
+    inner = {n: m for n, m in body.named_children() if isinstance(m, fx.GraphModule)}
+    flow = weight_flow(body.graph, None, {}, {places[i]: start})
+    for node in body.graph.nodes:
+        row = ops.row_of(node)
+        uses = body_uses(node, flow.weights, inner) if row is None else row.uses(node)
+        for use in uses:
+            w = flow.weights.get(ops.pick(node, use.weight))
+            if w is None or use.refusal or w.edited:
+                continue
+            axes = use.kind.axes(tuple(hint(n) for n in shape_of(ops.pick(node, use.weight)) or ()))
+            steps = w.view.steps + axes.steps
+            yield Axes(axes.batch, axes.out, axes.in_, steps), site_flops(node, use)
+
+
+Part = tuple[str, int, int]
+"""Role, and half-open bounds along out."""
+Step = tuple[fx.Node, fx.Node]
+"""A node, and the one before it on the way."""
+
+CUTS = SPLITS | {aten.slice.Tensor, aten.select.int, aten.narrow.default}
+GATES = {
+    aten.silu.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+}
+ATTENTION = {aten.scaled_dot_product_attention.default}
+LIMIT = 8
+"""More parts than this are heads, or steps of a loop."""
+LARGEST = 1 << 22
+FAR = 60
+"""How many nodes behind a part its role is looked for."""
+
+
+@dataclass
+class _Piece:
+    lo: int
+    hi: int
+    users: list[Step] = field(default_factory=list)
+
+
+def out_axis(kind: Kind) -> int | None:
+    """The axis of a result along which the weight's out lies."""
+    form = getattr(kind, "form", "")
+    if form:
+        return -1 if form == "right" else -2
+    return {"conv": 1, "grouped": -1}.get(kind.name)
+
+
+def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
+    """The parts of a node's result along one axis; one part where it is used as a whole."""
+    shape = tuple(hint(n) for n in shape_of(node) or ())
+    if len(shape) < 2 or numel(shape) > LARGEST:
+        return ()
+    axis = out_axis % len(shape)
+    size = shape[axis]
+    halves = [u for u in node.users if u.target is aten.glu.default]
+    if halves and len(node.users) == 1:
+        return ("up", 0, size // 2), ("gate", size // 2, size)
+    if not _is_cut(node):
+        role = _role_alone(node)
+        return ((role, 0, size),) if role else ()
+    marks = torch.arange(size).view([-1 if i == axis else 1 for i in range(len(shape))])
+    runs: list[tuple[int, int, bool, Step]] = []
+    for marked, step in _leaves(node, marks.expand(shape)):
+        seen = torch.unique(marked)
+        if not len(seen):
+            continue  # the empty rest of a partial rotation
+        lo, hi = int(seen[0]), int(seen[-1]) + 1
+        runs.append((lo, hi, hi - lo == len(seen), step))
+    bounds = {(lo, hi) for lo, hi, joined, _ in runs if joined}
+    outer = [p for p in bounds if not any(q != p and _within(p, q) for q in bounds)]
+    ordered = [_Piece(lo, hi) for lo, hi in sorted(outer)]
+    for lo, hi, _, step in runs:
+        home = next((p for p in ordered if _within((lo, hi), (p.lo, p.hi))), None)
+        if home is None:
+            return ()  # interleaved by heads: no region of the weight
+        home.users.append(step)
+    whole = [0, *(p.hi for p in ordered)]
+    if len(ordered) > LIMIT or whole != [*(p.lo for p in ordered), size] or len(ordered) < 2:
+        return ()
+    return tuple((r, p.lo, p.hi) for r, p in zip(_roles(ordered), ordered, strict=True))
+
+
+def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def _is_cut(node: fx.Node) -> bool:
+    queue, seen = [node], {node}
+    while queue:
+        for user in queue.pop().users:
+            if user in seen or not _views(user):
+                continue
+            if user.target in CUTS:
+                return True
+            seen.add(user)
+            queue.append(user)
+    return False
+
+
+def _views(node: fx.Node) -> bool:
+    return node.target in VIEWS or node.target in SPLITS
+
+
+def _leaves(node: fx.Node, marks: Any) -> Iterator[tuple[torch.Tensor, Step]]:
+    """(marks, first node that is no view) of every way out of a node."""
+    for user in node.users:
+        if not _views(user):
+            yield marks, (user, node)
+            continue
+        args, kwargs = map_arg(
+            (user.args, user.kwargs), lambda n: marks if n is node else _plain(n)
+        )
+        if user.target in (aten.to.dtype, aten.type_as.default, aten.dropout.default):
+            made = marks
+        else:
+            try:
+                made = user.target(*args, **kwargs)  # type: ignore[operator]
+            except (RuntimeError, TypeError, ValueError):
+                return
+        yield from _leaves(user, made)
+
+
+def _plain(node: fx.Node) -> Any:
+    v = value(node)
+    return hint(v) if isinstance(v, torch.SymInt) else v
+
+
+def _roles(pieces: list[_Piece]) -> list[str]:
+    gated = [any(u.target in GATES for u, _ in p.users) for p in pieces]
+    if len(pieces) == 2 and sum(gated) == 1:
+        return ["gate" if g else "up" for g in gated]
+    met = [_product(p.users) for p in pieces]
+    return [_attention(m, met) for m in met]
+
+
+def _attention(mine: tuple[fx.Node, int] | None, met: list[Any]) -> str:
+    if mine is None:
+        return ""
+    node, operand = mine
+    if node.target in ATTENTION:
+        return "qkv"[operand] if operand < 3 else ""
+    if operand == 0:
+        return "q" if any(m and m[0] is node and m[1] == 1 for m in met) else ""
+    return "k" if any(m and m[0] is node and m[1] == 0 for m in met) else "v"
+
+
+def _role_alone(node: fx.Node) -> str:
+    """The role of a result that is used as a whole: only what sdpa says of it is certain."""
+    met = _product([(u, node) for u in node.users])
+    if met is not None and met[0].target in ATTENTION and met[1] < 3:
+        return "qkv"[met[1]]
+    return ""
+
+
+def _product(steps: list[Step]) -> tuple[fx.Node, int] | None:
+    """The first product of activations behind some nodes, and which operand leads there."""
+    queue, seen = list(steps), set[fx.Node]()
+    while queue and len(seen) < FAR:
+        node, source = queue.pop(0)
+        row = ops.row_of(node)
+        if node.target in ATTENTION or (row is not None and _is_data(node)):
+            return node, next((i for i, a in enumerate(node.args) if a is source), 0)
+        if node not in seen and row is None and node.op == "call_function":
+            queue += [(u, node) for u in node.users]
+        seen.add(node)
+    return None
+
+
+def _is_data(node: fx.Node) -> bool:
+    """True for a product none of whose operands is read from the model."""
+    return all(i.op != "get_attr" for i in node.all_input_nodes) and node.target in (
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.mm.default,
+        aten.baddbmm.default,
+    )
+
+
+def site_flops(node: fx.Node, use: Use) -> int:
+    """2 · output elements · in; a recurrent weight runs once per step and row; lookups are free."""
+    if use.flops is not None:
+        return use.flops
+    if use.kind.name == "embedding":
+        return 0
+    w = shape_of(pick(node, use.weight)) or ()
+    if use.kind.name == "recurrent":
+        x = shape_of(pick(node, use.x)) or ()
+        return 2 * numel(w) * numel(x[:-1])
+    if use.kind.name == "conv_transpose":
+        return 2 * numel(shape_of(pick(node, use.x)) or ()) * numel(w[1:])
+    y = shape_of(node)
+    if y is None:
+        return 0
+    axes = use.kind.axes(tuple(hint(n) for n in w))
+    split = axes.steps[0].shape if axes.steps else w  # type: ignore[union-attr]
+    if use.refusal and len(split) < 2:
+        return 2 * numel(y)  # a vector: every element once
+    return 2 * numel(y) * numel(tuple(split[i] for i in axes.in_ if i < len(split)))
+
+
+def data_flops(node: fx.Node) -> int:
+    """FLOPs of one product of activations; an einsum multiplies along every letter."""
+    y = shape_of(node)
+    if y is None:
+        return 0
+    if node.target is aten.scaled_dot_product_attention.default:
+        q, k, v = (shape_of(a) or () for a in node.args[:3])
+        return 2 * numel(q) * hint(k[-2]) + 2 * numel(q[:-1]) * numel(v[-2:])
+    if node.target is aten.einsum.default:
+        shapes = [shape_of(o) or () for o in node.args[1]]  # type: ignore[union-attr]
+        terms = letters(str(node.args[0]).replace(" ", ""), [len(s) for s in shapes])
+        pairs = (zip(t, s, strict=True) for t, s in zip(terms, shapes, strict=False))
+        return 2 * numel(tuple({c: n for pair in pairs for c, n in pair}.values()))
+    if op_name(node).startswith("conv"):
+        return 2 * numel(y) * numel((shape_of(node.args[1]) or ())[1:])
+    first = shape_of(node.args[1 if op_name(node) in ("addmm", "baddbmm") else 0])
+    return 2 * numel(y) * hint(first[-1]) if first else 0
