@@ -124,7 +124,7 @@ def captured(
 ) -> tuple[Any, Any]:
     """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
     from lora_fx.fx.capture.capture import capture
-    from lora_fx.fx.models import LoadedModel, load_model
+    from lora_fx.fx.load.models import LoadedModel, load_model
     from lora_fx.inputs import parse_dynamic
 
     if model.endswith(".pt2"):
@@ -232,7 +232,7 @@ def training_data(path: str, loaded: Any, cap: Any, label: str, max_length: int)
     if loaded.tokenizer_folder is not None:
         tokenizer = _tokenizer(loaded.tokenizer_folder, max_length)
     if ":" in path and not Path(path).exists():
-        from lora_fx.fx.factory import call_function
+        from lora_fx.fx.load.factory import call_function
 
         raw = call_function(path)
         table = table_of(raw, path, label=label, tokenizer=tokenizer)

@@ -32,7 +32,7 @@ def start_from(
 ) -> dict[str, Any]:
     """Keyword arguments of insert; empty for a start that reads no data."""
     from lora_fx.adapter.initial import OF_DATA
-    from lora_fx.fx.factory import load_function
+    from lora_fx.fx.load.factory import load_function
 
     if init not in OF_DATA:
         if data:

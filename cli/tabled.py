@@ -34,7 +34,7 @@ def print_table(
 ) -> None:  # fmt: skip
     """Losses of an adapter on DATA at lower ranks."""
     from lora_fx.cli.options import adapter_of, captured, training_data
-    from lora_fx.fx.factory import load_function
+    from lora_fx.fx.load.factory import load_function
     from lora_fx.passes.held_out import held_out
 
     given = [f"--{k.replace('_', '-')}" for k, v in goal.items() if v is not None]

@@ -60,8 +60,8 @@ def _train(
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import save_adapter
-    from lora_fx.fx.factory import load_function
-    from lora_fx.fx.models import check_device
+    from lora_fx.fx.load.factory import load_function
+    from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train import fit
     from lora_fx.passes.pipeline import insert
 

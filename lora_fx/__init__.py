@@ -25,7 +25,7 @@ _WHERE = {
     "doctor": "lora_fx.checkpoint.doctor.doctor",
     "save_adapter": "lora_fx.formats.io",
     "load_adapter": "lora_fx.formats.io",
-    "load_model": "lora_fx.fx.models",
+    "load_model": "lora_fx.fx.load.models",
     "Adapter": "lora_fx.adapter.adapter",
     "Captured": "lora_fx.fx.capture.capture",
     "AdaptedModule": "lora_fx.fx.adapted",
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from lora_fx.formats.io import load_adapter, save_adapter
     from lora_fx.fx.adapted import AdaptedModule
     from lora_fx.fx.capture.capture import Captured, capture
-    from lora_fx.fx.models import load_model
+    from lora_fx.fx.load.models import load_model
     from lora_fx.passes.attach import attach, detach
     from lora_fx.passes.export import export
     from lora_fx.passes.merge import merge

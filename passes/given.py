@@ -11,7 +11,7 @@ from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture.capture import Captured, capture
 from lora_fx.fx.capture.decoder import decoder
-from lora_fx.fx.models import load_model
+from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module import CapturedModule, with_signature
 from lora_fx.fx.pt2 import is_program, module_of, open_program
 from lora_fx.fx.pt2_captured import FileCaptured

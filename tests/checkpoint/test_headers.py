@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load, save, save_file
 
-from lora_fx.checkpoint.fit import check_fit
 from lora_fx.checkpoint.targets import file_targets
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import DTYPES, MAX_HEADER, TensorInfo, read_header
+from lora_fx.fx.load.models import check_fit
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 W = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -66,7 +66,7 @@ def test_a_header_whose_length_begins_as_a_pickle(tmp_path: Path, length: int) -
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, lora_fx.checkpoint.fit; print('torch' in sys.modules)"
+    code = "import sys, lora_fx.fx.load.models; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import capture
-from lora_fx.fx.models import LoadedModel, load_model
+from lora_fx.fx.load.models import LoadedModel, load_model
 from lora_fx.passes.find import find
 from lora_fx.targets.found import Found
 

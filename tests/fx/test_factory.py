@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_fx.fx.models import load_model
+from lora_fx.fx.load.models import load_model
 from tests.fx.loading import found, net, refused
 
 FACTORIES = """

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_fx.fx.models import load_model
+from lora_fx.fx.load.models import load_model
 from tests.fx.loading import LFS, block_network, found, net, refused
 
 SMALL: dict[str, Any] = {"vocab_size": 61}
@@ -242,7 +242,7 @@ def test_transformers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 BIG = """
 import resource, sys
 from lora_fx.fx.capture.capture import capture
-from lora_fx.fx.models import load_model
+from lora_fx.fx.load.models import load_model
 from lora_fx.passes.find import find
 m = load_model(sys.argv[1], meta=True)
 found = find(capture(m.module, m.args, m.kwargs).fx_graph())

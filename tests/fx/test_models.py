@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.models import LoadedModel, load_model
+from lora_fx.fx.load.models import LoadedModel, load_model
 from tests.fx.loading import block_network, found, net, refused
 
 
