@@ -28,7 +28,7 @@ _WHERE = {
     "load_model": "lora_fx.fx.load.models",
     "Adapter": "lora_fx.adapter.adapter",
     "Captured": "lora_fx.fx.capture.capture",
-    "AdaptedModule": "lora_fx.fx.adapted",
+    "AdaptedModule": "lora_fx.fx.module.adapted",
     "LoraFxError": "lora_fx.errors",
     "LowRank": "lora_fx.adapter.lowrank",
     "Full": "lora_fx.adapter.lowrank",
@@ -67,9 +67,9 @@ if TYPE_CHECKING:
     from lora_fx.checkpoint.extract import extract
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
-    from lora_fx.fx.adapted import AdaptedModule
     from lora_fx.fx.capture.capture import Captured, capture
     from lora_fx.fx.load.models import load_model
+    from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.passes.attach import attach, detach
     from lora_fx.passes.export import export
     from lora_fx.passes.merge import merge

@@ -22,7 +22,7 @@ from lora_fx.fx.attach.partial import partial_graphs
 from lora_fx.fx.capture.call import Called, Signature
 from lora_fx.fx.capture.capture import Captured, capture
 from lora_fx.fx.graph.flow import tensor
-from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.forms import GraphPlanner

@@ -26,7 +26,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Rows, Run, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.module import with_signature
+from lora_fx.fx.module.module import with_signature
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train_loss import Loss, loss_function
 from lora_fx.ir.graph import Site

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import FOLD_TOL
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.capture.call import leaf_names
-from lora_fx.fx.effect import Effect, probe, prove_gradients, runs_at
-from lora_fx.fx.module import Rewriter
+from lora_fx.fx.effect import probe, prove_gradients, runs_at
+from lora_fx.fx.module.adapted import AdaptedModule, Effect
+from lora_fx.fx.module.module import Rewriter
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.prove import prove, torch_run

@@ -11,9 +11,9 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.graph.flow import tensor
-from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.fx.to_onnx import to_onnx
 from lora_fx.onnx.names import (
@@ -25,7 +25,7 @@ from lora_fx.onnx.names import (
 from lora_fx.onnx.precision import GATES
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import Stage
-from lora_fx.passes.given import captured_of, opened, plain
+from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.modes import Writing
 from lora_fx.passes.optimise import narrowed
 from lora_fx.passes.optimise import optimise as optimised

@@ -10,9 +10,9 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.fx.to_onnx import to_onnx
 from lora_fx.onnx.graph import OnnxGraph

@@ -7,12 +7,12 @@ from os import PathLike, fspath
 from typing import Any
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture.capture import Captured, capture
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.load.models import load_model
-from lora_fx.fx.module import CapturedModule, with_signature
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2 import is_program, module_of, open_program
 from lora_fx.fx.pt2_captured import FileCaptured
 
@@ -95,10 +95,3 @@ def opened(model: Any) -> Any:
     if isinstance(model, FileCaptured) and model.adapter is not None:
         return module_of(model)
     return model
-
-
-def plain(captured: Captured) -> CapturedModule:
-    """The captured model as a module, with no adapter."""
-    module = with_signature(CapturedModule, captured)(captured)
-    assert isinstance(module, CapturedModule)
-    return module

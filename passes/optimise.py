@@ -23,7 +23,7 @@ from lora_fx.onnx.stages import Stage, apply_stages
 from lora_fx.onnx.triton import Repository
 
 if TYPE_CHECKING:
-    from lora_fx.fx.module import CapturedModule
+    from lora_fx.fx.module.module import CapturedModule
 
 
 def optimise(

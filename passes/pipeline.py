@@ -11,11 +11,10 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.factors import relearning
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.folded import FoldedModule
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.module import CapturedModule, with_signature
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
 from lora_fx.fx.pt2 import is_program, open_program
 from lora_fx.fx.pt2_captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name
-from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.passes.reference import Run
 

@@ -22,10 +22,10 @@ from lora_fx.adapter.factors import slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import Parity, compare
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, leaf_names, output_name
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import SIZES
 from lora_fx.passes.prove import arrays_of, prove

@@ -23,9 +23,9 @@ from torch import fx
 
 from lora_fx.fx.branches import Maker, Projection, block_of, projections
 from lora_fx.fx.chains import Chain, chain_of, differentiable_nodes
-from lora_fx.fx.compiled import function
 from lora_fx.fx.graph.flow import written
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.module.codegen import function
 from lora_fx.fx.rerun import Code, region
 from lora_fx.passes.base import PassResult
 

@@ -9,8 +9,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Parity
 from lora_fx.dtypes import Array
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.module import CapturedModule
-from lora_fx.passes.given import plain
+from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.passes.pipeline import insert
 from lora_fx.passes.prove import arrays_of, own_errors, prove, torch_run
 from lora_fx.passes.reference import Run

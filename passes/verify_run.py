@@ -13,9 +13,9 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import Parity, Report
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.given import captured_of, opened, plain
+from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.pipeline import find, insert
 from lora_fx.passes.prove import prove
 

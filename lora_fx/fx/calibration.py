@@ -22,7 +22,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import Door, program_key
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Grouped

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +19,11 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.lowrank import draw
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.module.adapted import Effect
 
 if TYPE_CHECKING:
-    from lora_fx.fx.adapted import AdaptedModule
+    from lora_fx.fx.module.adapted import AdaptedModule
+
 
 DEAD = 1e-6
 """Share of the median gradient below which a target is dead."""
@@ -30,30 +31,6 @@ DRAWS = 4
 """What a random depth left out, or a ReLU cut off, gets so many chances to be seen."""
 SIZE = 0.05
 """Of the probe's ΔW relative to a weight of unit fan-in: seen, and far from saturation."""
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What the proof found.
-
-    Attributes:
-        dead: Key → the modes in which no gradient reaches it.
-        modes: The modes that were proven.
-        notes: What could not be proven, and why.
-    """
-
-    dead: Mapping[str, tuple[str, ...]]
-    modes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """One line."""
-        text = f"gradients reach every target in {' and '.join(self.modes) or 'no mode'}"
-        if self.dead:
-            text = "no gradient reaches " + ", ".join(
-                f"{k} ({'/'.join(m)})" for k, m in self.dead.items()
-            )
-        return "; ".join([text, *self.notes])
 
 
 def runs_at(module: AdaptedModule) -> Mapping[str, Any]:

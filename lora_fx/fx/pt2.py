@@ -19,8 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
-from lora_fx.fx.folded import FoldedModule
-from lora_fx.fx.module import CapturedModule, with_signature
+from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
 from lora_fx.fx.pt2_captured import FileCaptured
 from lora_fx.fx.pt2_write import write_programs
 from lora_fx.fx.tensors import to_numpy

@@ -13,8 +13,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import FIELDS, slots_of, with_values
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
-from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.layout import Layout
 

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.graph.nodes import hint
+from lora_fx.fx.module.skeleton import scope_class
 from lora_fx.fx.pt2_check import clean_program
 from lora_fx.fx.pt2_zip import Archive
-from lora_fx.fx.skeleton import scope_class
 
 
 @dataclass(frozen=True)

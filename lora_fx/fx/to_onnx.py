@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.graph.nodes import argument, hint, value
-from lora_fx.fx.module import CapturedModule
+from lora_fx.fx.module.module import CapturedModule
 
 OPSET = 20
 

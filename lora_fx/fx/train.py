@@ -11,7 +11,7 @@ import torch
 
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.train_facts import Facts, digests, facts_of
 from lora_fx.fx.train_finite import not_finite
 from lora_fx.fx.train_loss import Loss

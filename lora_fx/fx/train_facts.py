@@ -19,8 +19,8 @@ import torch
 from lora_fx.adapter.factors import asked
 from lora_fx.checkpoint.provenance import ends
 from lora_fx.data import Buckets, Table
-from lora_fx.fx.adapted import AdaptedModule
 from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.train_loss import Loss
 from lora_fx.fx.train_settings import Settings

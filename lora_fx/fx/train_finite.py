@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule
 
 
 def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.fx.train_loss import IGNORED, Loss, check_labels, field_of, loss_function, scores_of
 from lora_fx.fx.train_processes import ALONE, Processes

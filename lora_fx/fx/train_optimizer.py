@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.train_settings import Settings
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -11,7 +11,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import lora_fx
-from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule
 from tests.zoo.models import ZOO
 
 

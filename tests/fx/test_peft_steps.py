@@ -17,7 +17,7 @@ from beside_peft import Beside, train_both
 
 import lora_fx
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule
 from tests.fx.peft_models import (
     Case,
     loss,

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.pt2 import load_program, save_program
 from tests.fx.pt2_models import built, net, stirred
 from tests.fx.pt2_steps import steps

@@ -17,7 +17,7 @@ from lora_fx.adapter.initial import INITS, OF_DATA
 from lora_fx.adapter.variant import VARIANTS
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.pt2 import load_program, save_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")

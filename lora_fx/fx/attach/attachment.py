@@ -38,8 +38,8 @@ from lora_fx.fx.attach.live import (
     restore,
     swap,
 )
-from lora_fx.fx.based import Base
-from lora_fx.fx.reports import AdaptedReport
+from lora_fx.fx.module.adapted import AdaptedReport
+from lora_fx.fx.module.fingerprint import Base
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, put, settle, whole
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name

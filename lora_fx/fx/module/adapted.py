@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,21 @@ from lora_fx.adapter.factors import (
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.based import Base
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.effect import Effect
-from lora_fx.fx.held import grouped, moved
-from lora_fx.fx.module import CapturedModule, Rewriter
-from lora_fx.fx.ones import prove_ones
-from lora_fx.fx.reports import AdaptedReport
-from lora_fx.fx.tensors import from_numpy, named_tensors, owner, put, refuse_shards, settle, whole
+from lora_fx.fx.module.fingerprint import Base
+from lora_fx.fx.module.module import CapturedModule, Rewriter, prove_ones
+from lora_fx.fx.tensors import (
+    from_numpy,
+    named_tensors,
+    owner,
+    put,
+    refuse_shards,
+    settle,
+    to_numpy,
+    whole,
+)
 from lora_fx.targets.found import Found
+from lora_fx.text import human
 
 Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
 Speedups = Callable[[Sequence[str]], list[Rewriter]]
@@ -300,3 +306,111 @@ class AdaptedModule(CapturedModule):
             self.effect,
             self.adapters if len(self.adapters) > 1 else (),
         )
+
+
+# What the tensors of an update say where a module holds them: did they move, how do they learn.
+
+
+def grouped(
+    parameters: Iterable[nn.Parameter], rates: Mapping[int, float], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of what trains for an optimizer, one for each learning rate.
+
+    Args:
+        parameters: Of the module.
+        rates: Learning rate by id of a parameter.
+        lr: Of every other one.
+        weight_decay: Of every group.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.requires_grad:
+            groups.setdefault(rates.get(id(p), lr), []).append(p)
+    return [
+        {"params": params, "lr": rate, "weight_decay": weight_decay}
+        for rate, params in groups.items()
+    ]
+
+
+def moved(u: LowRank, held: Mapping[str, nn.Parameter]) -> bool:
+    """Whether an update is other than zero."""
+    a, b = held["a"], held["b"]
+    if u.frozen:
+        return not (torch.equal(a, held["a0"]) and torch.equal(b, -held["b0"]))
+    size = held.get("magnitude")
+    grown = size is not None and not np.array_equal(to_numpy(size), np.asarray(u.magnitude))
+    return grown or (bool(a.any()) and bool(b.any()))
+
+
+# What `model.report()` says.
+
+
+@dataclass(frozen=True)
+class AdaptedReport:
+    """What `model.report()` returns; prints as text."""
+
+    targets: tuple[tuple[str, int, float, int], ...]
+    also_train: tuple[str, ...]
+    trained: int
+    frozen: int
+    found: Found
+    notes: tuple[str, ...]
+    effect: Effect | None = None
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def adapted_share(self) -> float:
+        """Share of the weight FLOPs that run through an adapted target."""
+        total = self.found.flops["reached"] + self.found.flops["refused"]
+        return sum(t[3] for t in self.targets) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The parts of docs/json.md that an adapted module knows."""
+        return {
+            **self.found.to_json(),
+            "targets": [self.found[k].to_json(r, a) for k, r, a, _ in self.targets],
+            "also_train": list(self.also_train),
+            "trained": self.trained,
+            "frozen": self.frozen,
+            "adapted_share": round(self.adapted_share, 6),
+            "effect": None if self.effect is None else str(self.effect),
+        }
+
+    def __str__(self) -> str:
+        """A few lines."""
+        lines = [
+            f"{len(self.targets)} targets adapted ({self.adapted_share:.1%} of the weight FLOPs), "
+            f"{human(self.trained)} of {human(self.trained + self.frozen)} parameters trained"
+        ]
+        lines += [f"  {k}: rank {r}, alpha {a:g}" for k, r, a, _ in self.targets]
+        lines += [f"  {n}: trained whole" for n in self.also_train]
+        if self.effect is not None:
+            lines.append(f"  effect: {self.effect}")
+        if self.adapters:
+            lines.append(f"  adapters: {', '.join(self.adapters)}")
+        lines += [f"  note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What the proof found.
+
+    Attributes:
+        dead: Key → the modes in which no gradient reaches it.
+        modes: The modes that were proven.
+        notes: What could not be proven, and why.
+    """
+
+    dead: Mapping[str, tuple[str, ...]]
+    modes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line."""
+        text = f"gradients reach every target in {' and '.join(self.modes) or 'no mode'}"
+        if self.dead:
+            text = "no gradient reaches " + ", ".join(
+                f"{k} ({'/'.join(m)})" for k, m in self.dead.items()
+            )
+        return "; ".join([text, *self.notes])

@@ -18,7 +18,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.compiled import inside
+from lora_fx.fx.module.codegen import inside
 
 OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
 """What may be given to torch.utils.checkpoint.checkpoint."""

@@ -15,19 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.trace import has_grouped
-from lora_fx.fx.compiled import Compiled, compile_program
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.norms import freeze_norms
-from lora_fx.fx.recompute import Recomputing, apart, left_in
-from lora_fx.fx.skeleton import Scope, blocks_of, skeleton
-from lora_fx.fx.tensors import named_tensors, to_numpy
+from lora_fx.fx.module.checkpointing import Recomputing, apart, left_in
+from lora_fx.fx.module.codegen import Compiled, compile_program
+from lora_fx.fx.module.skeleton import Scope, blocks_of, skeleton
+from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.inputs import SIZES
 
 Rewriter = Callable[[FxGraph], object]
@@ -293,3 +294,131 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     )
     forward.__doc__ = "The original call."
     return type(type(captured.model).__name__, (base,), {"forward": forward})
+
+
+# Size 1, proven: where the model takes another path there, the module refuses it.
+
+
+def prove_ones(module: CapturedModule) -> None:
+    """Ban size 1 where the model takes another path there than the captured graph.
+
+    The capture drops torch's own exclusion of size 1; here the user's module and the graph run
+    at size 1, and sizes that differ are refused at the door from then on.
+    """
+    captured = module.captured
+    traced = captured.traced(False, captured.named)
+    lone = {(traced.door.names[i], d) for i, d in traced.lone}
+    if not lone:
+        return
+    symbols = {captured.requested.get(n, {}).get(d, "") for n, d in lone}
+    banned: set[tuple[str, int]] = set()
+    for symbol in symbols:
+        size = (1, SIZES[0][1]) if symbol == "batch" else (SIZES[0][0], 1)
+        if not _same_at(module, captured, module.sample(size)):
+            banned |= {
+                (n, d)
+                for n, dims in captured.requested.items()
+                for d, s in dims.items()
+                if s == symbol
+            }
+    module.ban_ones(frozenset(banned))
+
+
+def _same_at(module: CapturedModule, captured: Captured, named: Mapping[str, Any]) -> bool:
+    model = captured.model
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), module.base():
+            ours = pytree.tree_leaves(module._run_named(named))
+            theirs = pytree.tree_leaves(captured.signature.call(model, named))
+    except Exception:  # whatever stops either at this size, the size is not proven
+        return False
+    finally:
+        for m, was in modes:
+            m.training = was
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, torch.Tensor)]
+    return all(rel(to_numpy(a), to_numpy(b)) < 1e-4 or torch.equal(a, b) for a, b in pairs)
+
+
+# Running statistics in train graphs: frozen, they are used and not moved.
+
+
+aten = torch.ops.aten
+
+
+def freeze_norms(graph: fx.Graph) -> bool:
+    """Batch and instance norms with running statistics normalise by them and leave them alone.
+
+    The adapter then trains under the statistics that it will be served with. Counters of seen
+    batches stop too. Returns whether anything changed.
+    """
+    changed = False
+    for node in list(graph.nodes):
+        if node.target in (aten.batch_norm.default, aten.instance_norm.default):
+            if node.args[3] is not None and node.args[5]:
+                node.update_arg(5, False)
+                changed = True
+        elif _counts_batches(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    if node.target not in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor):
+        return False
+    place = node.args[0]
+    return (
+        isinstance(place, fx.Node)
+        and place.op == "get_attr"
+        and str(place.target).endswith("num_batches_tracked")
+    )
+
+
+# The module that fold returns: the updates are in its weights.
+
+
+class FoldedModule(CapturedModule):
+    """A model with an adapter folded into its weights; eval mode only, no branches."""
+
+    def __init__(
+        self, model: Captured | CapturedModule, rewriter: Rewriter, adapter: Adapter
+    ) -> None:
+        tree = model if isinstance(model, CapturedModule) else None
+        captured = model.captured if isinstance(model, CapturedModule) else model
+        super().__init__(captured, tree=tree)
+        if tree is not None:
+            self._programs.not_one = tree._programs.not_one
+        else:
+            prove_ones(self)
+        self._rewriter = rewriter
+        self.folded: tuple[Any, ...] = ()
+        for name, full in adapter.full.items():
+            m, leaf = owner(self, name)
+            old = m._parameters[leaf]
+            assert old is not None
+            new = nn.Parameter(from_numpy(full.value, like=old), requires_grad=False)
+            for part in self.modules():
+                for k, p in part._parameters.items():
+                    if p is old:
+                        part._parameters[k] = new
+        self._graph(False, captured.named)
+
+    def _rewriters(self, training: bool) -> list[Rewriter]:
+        return [self._rewriter]
+
+    def train(self, mode: bool = True) -> FoldedModule:
+        """A folded model has no train mode."""
+        if mode:
+            raise LoraFxError("a folded model is for inference", "insert again to train")
+        super().train(False)
+        return self
+
+
+def plain(captured: Captured) -> CapturedModule:
+    """The captured model as a module, with no adapter."""
+    module = with_signature(CapturedModule, captured)(captured)
+    assert isinstance(module, CapturedModule)
+    return module

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.recompute import checkpointer
+from lora_fx.fx.module.checkpointing import checkpointer
 from lora_fx.fx.tensors import AdapterTensors
 
 
