@@ -152,7 +152,7 @@ def main() -> None:
     os.chdir(root)
     models, adapters = make(root)
     # Whatever the libraries do when they are imported is no business of the files.
-    import lora_fx.fx.models
+    import lora_fx.fx.load.models
     import lora_fx.onnx.session
     import lora_fx.passes.pipeline  # noqa: F401
     from lora_fx.cli import main as cli

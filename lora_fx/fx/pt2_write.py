@@ -18,14 +18,15 @@ from torch.export.pt2_archive._package import _get_raw_tensor_bytes
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.trace import _at_least_two
+from lora_fx.fx.capture.trace import Entry, _at_least_two
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2_manifest import make_manifest, plain_spec
 from lora_fx.fx.pt2_zip import MANIFEST
 from lora_fx.fx.to_onnx import flat_program
 
 NAMES = {False: "model", True: "train"}
-ENTRY = "lora_fx.fx.export._Entry"
+ENTRY = f"{Entry.__module__}.{Entry.__qualname__}"
+"""What torch records as the class of a graph's root; files name the user's own class."""
 
 
 def write_programs(module: CapturedModule, path: Path, modes: Sequence[bool]) -> None:

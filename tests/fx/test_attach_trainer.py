@@ -38,7 +38,7 @@ def test_generate_is_the_graphs_greedy_tokens(name: str) -> None:
     lora_fx.attach(model, (), kwargs, rank=4, include="*")
     randomise(model), randomise(inserted)
     ids = kwargs["input_ids"][:, :3]
-    with lora_fx.fx.attach.attachment(model).base(), torch.no_grad():
+    with attachment(model).base(), torch.no_grad():
         base = tokens(model, ids, cache=True)
     for cache in (False, True):
         got = tokens(model, ids, cache=cache)

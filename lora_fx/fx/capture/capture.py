@@ -296,7 +296,6 @@ def _hooked(model: nn.Module) -> Callable[..., Any]:
 
 def base_dtype(model: nn.Module) -> torch.dtype | None:
     """Dtype of the first floating parameter that is not an adapter's."""
-
     for m in model.modules():
         if not isinstance(m, AdapterTensors):
             for p in m._parameters.values():

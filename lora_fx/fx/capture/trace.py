@@ -97,7 +97,7 @@ def _trace(
         ],
         spec,
     )
-    entry = _Entry(source, signature, forward)
+    entry = Entry(source, signature, forward)
     with _quiet(), _free_batch():
         program = torch.export.export(
             entry,
@@ -110,7 +110,7 @@ def _trace(
     return _clean(module, program, names, leaves, requested)
 
 
-class _Entry(nn.Module):
+class Entry(nn.Module):
     """forward(named) → the original call; the source's tensors keep their names."""
 
     def __init__(self, source: nn.Module, signature: Signature, forward: Any) -> None:
