@@ -4,9 +4,9 @@ x = f(v), tᵢ = x·aᵢᵀ        becomes        (x, t₁ …) = recomputed(a�
 
 with the same numbers, in forward and in backward. Autograd kept x for ∂L/∂aᵢ, and what the steps of
 f keep; the region keeps v only, and a frozen layer that reads x keeps nothing of it. What f is, and
-whether keeping v is less, is read from the graph: see lora_fx.fx.chains. Left alone: values that
-are no such chain, whose chain keeps as little already (a ReLU), that an op changes in place, whose
-branch has a dropout of its own, and branches in another block than their input.
+whether keeping v is less, is read from the graph: see lora_fx.fx.patterns.elementwise. Left alone:
+values that are no such chain, whose chain keeps as little already (a ReLU), that an op changes in
+place, whose branch has a dropout of its own, and branches in another block than their input.
 
 This pass is torch's own: what is kept for backward is no property of other IRs.
 """
@@ -21,12 +21,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.branches import Maker, Projection, block_of, projections
-from lora_fx.fx.chains import Chain, chain_of, differentiable_nodes
 from lora_fx.fx.graph.flow import written
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.codegen import function
-from lora_fx.fx.rerun import Code, region
+from lora_fx.fx.patterns.elementwise import (
+    Chain,
+    Maker,
+    Projection,
+    block_of,
+    chain_of,
+    differentiable_nodes,
+    projections,
+)
+from lora_fx.fx.patterns.recompute import Code, region
 from lora_fx.passes.base import PassResult
 
 

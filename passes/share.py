@@ -20,8 +20,8 @@ from operator import getitem
 import torch
 from torch import fx
 
-from lora_fx.fx.branches import Maker, Projection, block_of, projections
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.patterns.elementwise import Maker, Projection, block_of, projections
 from lora_fx.fx.tensors import owner
 from lora_fx.passes.base import PassResult
 

@@ -1,32 +1,114 @@
-"""Values of index arithmetic as formulas of their coordinates, for every size at once.
-
-A mask that a model computes from aranges is a formula of where in it one looks (formulas.py). Two
-values with one formula are equal at all sizes. What depends on data, is changed in place, or is
-computed by an op without a rule here, has no formula.
-"""
+"""scaled_dot_product_attention as a graph has it, with what its masks and heads really are."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from lora_fx.fx.formulas import (
-    LOWEST,
-    Affine,
-    Formula,
-    Where,
-    causal,
-    constant,
-    coordinate,
-    negated,
-    where,
-)
 from lora_fx.fx.graph.nodes import argument, op_name, shape_of, value
 
 aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+MASK, CAUSAL, SHARED = "attn_mask", "is_causal", "enable_gqa"
+END = 9223372036854775807
+
+
+def give(node: fx.Node, **changes: Any) -> None:
+    """Set arguments by their names in the op's schema; those after query, key, value by keyword."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    now = {a.name: argument(node, a.name) for a in schema} | changes
+    defaults = {a.name: a.default_value for a in schema[3:] if a.has_default_value()}
+    node.args = tuple(now.pop(a.name) for a in schema[:3])
+    node.kwargs = {k: v for k, v in now.items() if v is not None and v != defaults.get(k)}
+
+
+def plain_mask(node: fx.Node, formulas: Formulas) -> bool:
+    """Replace a mask that is causal, or lets everything through, at every size; say if it was."""
+    mask = argument(node, MASK)
+    if not isinstance(mask, fx.Node) or argument(node, CAUSAL, False):
+        return False
+    truth = formulas.of(mask)
+    if not isinstance(truth, Where) or truth.form not in ("bool", "open"):
+        return False
+    if truth.as_("bool") == constant(True):
+        give(node, attn_mask=None)
+        return True
+    if truth.as_("bool") != causal() or len(shape_of(mask) or ()) < 2:
+        return False
+    give(node, attn_mask=None, is_causal=True)
+    return True
+
+
+def shared_heads(node: fx.Node) -> bool:
+    """Let key and value heads be shared by the op where the graph repeats them; say if it did."""
+    if argument(node, SHARED, False):
+        return False
+    key, value = argument(node, "key"), argument(node, "value")
+    one, two = _repeated(key), _repeated(value)
+    if one is None or two is None or one[1] != two[1]:
+        return False
+    give(node, key=one[0], value=two[0], enable_gqa=True)
+    return True
+
+
+def _repeated(node: Any) -> tuple[fx.Node, int] | None:
+    """(k [n, heads, length, width], times) of what repeats each head of k `times` over.
+
+    That is k.unsqueeze(2).expand(n, heads, times, length, width).reshape(n, heads·times, …), and
+    k.repeat_interleave(times, 1).
+    """
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is aten.repeat_interleave.self_int:
+        k, times = argument(node, "self"), argument(node, "repeats")
+        by_head = len(shape_of(k) or ()) == 4 and argument(node, "dim") in (1, -3)
+        return (k, times) if by_head and isinstance(times, int) else None
+    if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+        return None
+    wide = whole(node.args[0])
+    if not isinstance(wide, fx.Node) or wide.target is not aten.expand.default:
+        return None
+    stretched = whole(wide.args[0])
+    if not isinstance(stretched, fx.Node) or stretched.target is not aten.unsqueeze.default:
+        return None
+    k = whole(stretched.args[0])
+    before, between, after = (_sizes(n) for n in (k, wide, node))
+    if len(before) != 4 or len(between) != 5 or argument(stretched, "dim") not in (2, -3):
+        return None
+    times, heads = between[2], before[1]
+    if not times.isdigit() or not heads.isdigit():
+        return None
+    n, _, length, width = before
+    if between != (n, heads, times, length, width):
+        return None
+    if after != (n, str(int(heads) * int(times)), length, width):
+        return None
+    return k, int(times)
+
+
+def _sizes(node: Any) -> tuple[str, ...]:
+    return tuple(str(s) for s in shape_of(node) or ())
+
+
+def whole(node: Any) -> Any:
+    """What a node is a slice of, where the slice is all of it."""
+    while isinstance(node, fx.Node) and is_whole(node):
+        node = node.args[0]
+    return node
+
+
+def is_whole(node: fx.Node) -> bool:
+    """True for a slice from 0 to the end in steps of 1."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    start, step, end = (argument(node, k) for k in ("start", "step", "end"))
+    return start in (None, 0) and step == 1 and (end is None or end == END)
+
+
 INTEGERS = (torch.int64, torch.int32)
 
 
@@ -278,3 +360,94 @@ RULES: dict[Any, Any] = {
     aten.diff.default: _steps,
     aten.cumsum.default: _running,
 }
+
+
+# Formulas of coordinates: affine numbers, and truths that are inequalities between them.
+#
+# Coordinates count from the last axis, −1, −2 …, so that broadcasting renames none of them.
+
+
+LOWEST = -1e30
+"""What adds at most this to a score removes it: −∞, and the lowest of float32 and bfloat16."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The number c + Σ n·i over the coordinates i; `k` holds (axis, n)."""
+
+    c: float
+    k: frozenset[tuple[int, float]] = frozenset()
+
+    def plus(self, other: Affine, times: float = 1) -> Affine:
+        """Self + times·other."""
+        k = dict(self.k)
+        for axis, n in other.k:
+            k[axis] = k.get(axis, 0) + times * n
+        return Affine(self.c + times * other.c, frozenset((a, n) for a, n in k.items() if n))
+
+    def at(self, places: Mapping[int, Affine]) -> Affine:
+        """The formula with coordinates replaced; those that are left out become 0."""
+        result = Affine(self.c)
+        for axis, n in self.k:
+            result = result.plus(places.get(axis, Affine(0)), n)
+        return result
+
+
+def coordinate(axis: int, start: float = 0, step: float = 1) -> Affine:
+    """The number start + step·i of one axis."""
+    return Affine(start, frozenset({(axis, step)}))
+
+
+@dataclass(frozen=True)
+class Where:
+    """True where every formula is ≤ 0.
+
+    Attributes:
+        every: Formulas of integers.
+        never: The constant False.
+        form: As what: bool, ones (the numbers 1 and 0) or open (0 and −∞, to add to scores).
+    """
+
+    every: frozenset[Affine] = frozenset()
+    never: bool = False
+    form: str = "bool"
+
+    def at(self, places: Mapping[int, Affine]) -> Where:
+        """With coordinates replaced."""
+        return where((a.at(places) for a in self.every), self.never, self.form)
+
+    def as_(self, form: str) -> Where:
+        """The same truth in another form."""
+        return Where(self.every, self.never, form)
+
+
+Formula = Affine | Where
+
+
+def where(every: Iterable[Affine], never: bool = False, form: str = "bool") -> Where:
+    """The conjunction of inequalities; those that any coordinates ≥ 0 decide are left out."""
+    every = frozenset(every)
+    if never or any(a.c > 0 and all(n > 0 for _, n in a.k) for a in every):
+        return Where(frozenset(), True, form)
+    left = (a for a in every if a.c > 0 or any(n > 0 for _, n in a.k))
+    return Where(frozenset(left), False, form)
+
+
+def constant(truth: bool) -> Where:
+    """True or False everywhere."""
+    return Where(frozenset(), not truth)
+
+
+def negated(truth: Where) -> Where | None:
+    """The opposite, where that is a conjunction as well."""
+    if truth.never or not truth.every:
+        return constant(truth.never)
+    if len(truth.every) > 1:
+        return None
+    (one,) = truth.every
+    return where({Affine(1).plus(one, -1)})  # not a ≤ 0: 1 − a ≤ 0
+
+
+def causal(diagonal: int = 0) -> Where:
+    """True where j ≤ i + diagonal, for a query i and a key j on the last two axes."""
+    return where({coordinate(-1).plus(coordinate(-2), -1).plus(Affine(-diagonal))})
