@@ -65,7 +65,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     module = insert(cap, **chosen, **start)
     report = module.report()
     if output.endswith(".pt2"):
-        from lora_fx.fx.pt2 import save_program
+        from lora_fx.passes.verbs.program import save_program
 
         said = save_program(module, output, force=force)
     else:

@@ -128,7 +128,7 @@ def captured(
     from lora_fx.inputs import parse_dynamic
 
     if model.endswith(".pt2"):
-        from lora_fx.fx.pt2 import open_program
+        from lora_fx.fx.pt2.captured import open_program
 
         if weights:
             raise LoraFxError(f"{model} holds its weights", "leave --weights out")
@@ -178,7 +178,7 @@ def refuse_given(model: str, names: Sequence[str]) -> None:
 
 def held(cap: Any) -> Any:
     """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
-    from lora_fx.fx.pt2 import module_of
+    from lora_fx.passes.verbs.program import module_of
 
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
     for name in (*chosen, "plan"):

@@ -13,8 +13,8 @@ from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.pt2 import is_program, module_of, open_program
-from lora_fx.fx.pt2_captured import FileCaptured
+from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
+from lora_fx.passes.verbs.program import module_of
 
 
 def captured_of(

@@ -15,8 +15,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
-from lora_fx.fx.pt2 import is_program, open_program
-from lora_fx.fx.pt2_captured import FileCaptured
+from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.clean import Clean

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
+from lora_fx.fx.attach.attachment import attachment
 from tests.fx.attached import adapter_gap, gap, randomise, snapshot, state, train
 from tests.fx.loops import (
     STEPS,

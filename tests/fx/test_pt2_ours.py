@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.pt2 import load_program, save_program
+from lora_fx.passes.verbs.program import load_program, save_program
 from tests.fx.pt2_models import built, net, stirred
 from tests.fx.pt2_steps import steps
 from tests.zoo.models import ZOO
@@ -145,7 +145,7 @@ def test_a_wrong_program_gets_no_name(tmp_path: Path, monkeypatch: pytest.Monkey
     model, args, _ = ZOO["f_linear"].build()
     module = stirred(lora_fx.insert(model, args, rank=2))
     monkeypatch.setattr(
-        "lora_fx.fx.pt2_write._get_raw_tensor_bytes", lambda t: bytes(t.untyped_storage().nbytes())
+        "lora_fx.fx.pt2.write._get_raw_tensor_bytes", lambda t: bytes(t.untyped_storage().nbytes())
     )
     with pytest.raises(LoraFxError, match="other numbers"):
         save_program(module, tmp_path / "x.pt2")
@@ -158,7 +158,7 @@ for name in ("transformers", "torchvision", "timm", "tests.zoo"):
     sys.modules[name] = None
 import torch
 import lora_fx
-from lora_fx.fx.pt2 import load_program
+from lora_fx.passes.verbs.program import load_program
 from tests.fx import pt2_steps
 def none(*a, **k):
     raise AssertionError("a socket")

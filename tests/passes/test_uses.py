@@ -19,9 +19,9 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL, rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.pt2 import load_program, save_program
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.verbs.program import load_program, save_program
 
 Deltas = dict[str, Tensor]
 

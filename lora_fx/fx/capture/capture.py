@@ -264,7 +264,7 @@ def capture(
         LoraFxError: The inputs do not fit the signature.
     """
     if isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2"):
-        from lora_fx.fx.pt2 import open_program
+        from lora_fx.fx.pt2.captured import open_program
 
         return open_program(model, args, kwargs, dynamic, static)
     cap = Captured(model, args, kwargs, dynamic, static)

@@ -17,7 +17,7 @@ from torch import nn
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.capture import Captured, base_dtype, weightless
 from lora_fx.fx.capture.trace import batched_experts
-from lora_fx.fx.pt2_captured import FileCaptured
+from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.inputs import LENGTH, PAST
 
 ROWS, NOW, BEFORE = 2, 5, 3

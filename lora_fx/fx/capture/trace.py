@@ -123,6 +123,7 @@ class Entry(nn.Module):
         self._call = (signature, forward)
 
     def forward(self, named: dict[str, Any]) -> Any:
+        """The user's own forward, its arguments by name."""
         signature, forward = self._call
         return signature.call(forward, named)
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._export.serde import schema
 from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.graph.nodes import hint
+from lora_fx.fx.graph.flow import scope_of
+from lora_fx.fx.graph.nodes import MARK, argument, hint, is_marked
 from lora_fx.fx.module.skeleton import scope_class
-from lora_fx.fx.pt2_check import clean_program
-from lora_fx.fx.pt2_zip import Archive
+from lora_fx.fx.pt2.archive import Archive
+from lora_fx.fx.pt2.check import clean_program
 
 
 @dataclass(frozen=True)
@@ -164,3 +165,153 @@ def _split(name: str) -> list[str]:
 
 def _identifier(name: str) -> str:
     return name if name.isidentifier() else "Scope"
+
+
+# Small edits that turn a file's graph into one that passes know: its inputs, its branches.
+
+
+aten = torch.ops.aten
+
+
+def tensor_places(program: Any) -> list[torch.Tensor]:
+    """The fake tensors of a program's tensor inputs, in order."""
+    names = {s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
+    values = [n.meta.get("val") for n in program.graph.nodes if n.name in names]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def shared(shapes: Sequence[Any]) -> list[Any]:
+    """Pairs of (leaf, dim) that one symbol of the export stands for."""
+    first: dict[str, tuple[int, int]] = {}
+    pairs = []
+    for i, shape in enumerate(shapes):
+        for d, n in enumerate(shape):
+            if isinstance(n, torch.SymInt):
+                known = first.setdefault(str(n), (i, d))
+                if known != (i, d):
+                    pairs.append((known, (i, d)))
+    return pairs
+
+
+def match_places(graph: fx.Graph, leaves: Sequence[Any]) -> None:
+    """One placeholder for each leaf of the call: constants get one, or lose theirs."""
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    tensors = [p for p in places if isinstance(p.meta.get("val"), torch.Tensor)]
+    for place in places:
+        if place not in tensors:
+            place.replace_all_uses_with(place.meta.get("val"))
+            graph.erase_node(place)
+    wanted = iter(tensors)
+    at = None
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            at = next(wanted)
+            continue
+        anchor = next(iter(graph.nodes)) if at is None else at.next
+        with graph.inserting_before(anchor):
+            at = graph.placeholder(f"constant_{i}")
+
+
+def strip_branches(graph: fx.Graph) -> None:
+    """Take out what insert put in: a marked sum of a value and a branch is that value again."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and is_marked(node) and node.target is aten.add.Tensor:
+            value, branch = node.args[:2]
+            if isinstance(value, fx.Node) and not is_marked(value) and is_marked(branch):
+                node.replace_all_uses_with(value)
+    for node in reversed(list(graph.nodes)):
+        if is_marked(node):
+            if not node.users:
+                graph.erase_node(node)
+            else:  # a view of the weight, now of the weight alone
+                custom = {k: v for k, v in node.meta["custom"].items() if k != MARK}
+                node.meta["custom"] = custom
+
+
+# Which mode a graph was exported in: the operators that behave otherwise in training.
+
+
+NORMS = ("batch_norm", "instance_norm")
+FLAGS = ("train", "training", "use_input_stats")
+
+
+@dataclass(frozen=True)
+class Modal:
+    """A node whose operator behaves otherwise in the other mode.
+
+    Attributes:
+        op: dropout, batch_norm …
+        where: Path of the module that made it; may be empty.
+        training: How it behaves here.
+        norm: True for norms by running statistics, which can be frozen in training.
+    """
+
+    op: str
+    where: str
+    training: bool
+    norm: bool = False
+
+
+def modal_nodes(graph: fx.Graph) -> list[Modal]:
+    """Every node of a graph that depends on the mode, dropout of probability 0 left out."""
+    found = []
+    for node in graph.nodes:
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        name = target._schema.name.partition("::")[2].rstrip("_")
+        arguments = {a.name for a in target._schema.arguments}
+        norm = any(n in name for n in NORMS)
+        flag = next((f for f in FLAGS if f in arguments), None)
+        if name == "scaled_dot_product_attention" or name == "bernoulli":
+            if name == "bernoulli" or argument(node, "dropout_p"):
+                found.append(Modal(name, scope_of(node)[0], True))
+            continue
+        if name == "_native_batch_norm_legit_no_training":
+            found.append(Modal("batch_norm", scope_of(node)[0], False, True))
+        elif flag is not None and not _idle(node, arguments, norm):
+            found.append(Modal(name, scope_of(node)[0], bool(argument(node, flag)), norm))
+    return found
+
+
+def _idle(node: fx.Node, arguments: Iterable[str], norm: bool) -> bool:
+    """A dropout that drops nothing, or a norm without running statistics."""
+    if norm:
+        return argument(node, "running_mean") is None
+    chance = next((n for n in ("p", "dropout") if n in arguments), None)
+    return chance is not None and not argument(node, chance)
+
+
+def mode_of(graph: fx.Graph) -> bool | None:
+    """True for a train graph, False for an eval graph, None where both modes agree."""
+    modes = [m.training for m in modal_nodes(graph)]
+    return any(modes) if modes else None
+
+
+def pick_programs(modes: Mapping[str, bool | None]) -> dict[bool, str]:
+    """{training: name of the program for it}, from the modes of a file's programs.
+
+    A program that is the same in both modes serves both. "model", then a name that says the
+    mode, goes first where several fit.
+    """
+    result = {}
+    for training in (False, True):
+        said = ("train", "training") if training else ("model", "eval")
+        fit = [n for n, mode in modes.items() if mode in (training, None)]
+        rank = {n: said.index(n) if n in said else len(said) for n in fit}
+        if fit:
+            result[training] = min(fit, key=lambda n: (modes[n] is None, rank[n]))
+    return result
+
+
+def says(modals: Iterable[Modal]) -> str:
+    """The operators by name and place, once each, for a message."""
+    groups: dict[str, list[str]] = {}
+    for m in modals:
+        groups.setdefault(m.op, []).append(m.where)
+    parts = []
+    for op, places in groups.items():
+        first = next((p for p in places if p), "")
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        parts.append(f"{op}{f' of {first}' if first else ''}{more}")
+    return ", ".join(parts)

@@ -7,9 +7,11 @@ has branches, the graphs here are those of the model without them, and `adapter`
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -18,29 +20,32 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import describe, leaf_names, program_key
+from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.trace import Pinned, Traced, _clean
 from lora_fx.fx.graph.nodes import is_marked
-from lora_fx.fx.pt2_call import (
-    NO_SOURCE,
-    FileSignature,
-    call_text,
-    held_signature,
-    is_constant,
-    signature_of,
-)
-from lora_fx.fx.pt2_graph import match_places, shared, strip_branches, tensor_places
-from lora_fx.fx.pt2_manifest import (
+from lora_fx.fx.pt2.archive import MANIFEST, open_archive
+from lora_fx.fx.pt2.manifest import (
     VERSION,
     adapter_names,
     read_adapter,
     read_arguments,
     read_signature,
 )
-from lora_fx.fx.pt2_modes import Modal, modal_nodes, mode_of, pick_programs, says
-from lora_fx.fx.pt2_program import Loaded, load_program, tree_of
-from lora_fx.fx.pt2_zip import MANIFEST, open_archive
+from lora_fx.fx.pt2.program import (
+    Loaded,
+    Modal,
+    load_program,
+    match_places,
+    modal_nodes,
+    mode_of,
+    pick_programs,
+    says,
+    shared,
+    strip_branches,
+    tensor_places,
+    tree_of,
+)
 from lora_fx.inputs import BATCH, Inputs, default_dynamic, merge_dynamic
 
 LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"
@@ -257,3 +262,101 @@ class FileCaptured(Captured):
         other = copy.deepcopy(self)
         other.adapter = None
         return other
+
+
+# The call of a program in a file: the arguments that it was exported with, and no others.
+
+
+kinds = inspect.Parameter
+NO_SOURCE = "a file has no source to trace other arguments; insert from the source"
+
+
+class FileSignature(Signature):
+    """A Signature of the held arguments only; another call is one LoraFxError that names them."""
+
+    def __init__(self, path: str, signature: inspect.Signature) -> None:
+        def forward() -> None: ...
+
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        super().__init__(forward)
+        self.path = path
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """As Signature's; an unknown argument that is None is taken as left out."""
+        given = {k: v for k, v in kwargs.items() if v is not None or k in self.keywords}
+        try:
+            return super().bind(args, given)
+        except TypeError as e:
+            raise LoraFxError(
+                f"{self.path} holds the program for {self.signature}: {e}", NO_SOURCE
+            ) from e
+
+
+def is_constant(value: Any) -> bool:
+    """True for arguments that a program has built in."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def signature_of(named: Mapping[str, Any]) -> inspect.Signature:
+    """A signature of these arguments; constants have themselves as defaults."""
+    params: list[inspect.Parameter] = []
+    kind: Any = kinds.POSITIONAL_OR_KEYWORD
+    optional = False
+    for name, value in named.items():
+        plain = is_constant(value)
+        if optional and not plain:
+            kind = kinds.KEYWORD_ONLY
+        optional = optional or plain
+        params.append(kinds(name, kind, default=value if plain else kinds.empty))
+    return inspect.Signature(params)
+
+
+def held_signature(full: inspect.Signature, named: Mapping[str, Any]) -> inspect.Signature:
+    """The part of a signature that `named` gives; what follows a gap is by keyword only."""
+    params: list[inspect.Parameter] = []
+    gap = False
+    for p in full.parameters.values():
+        if p.name not in named:
+            gap = gap or p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+            continue
+        kind = kinds.KEYWORD_ONLY if gap and p.kind is not kinds.VAR_POSITIONAL else p.kind
+        value = named[p.name]
+        constant = is_constant(value)
+        gap = gap or constant
+        params.append(kinds(p.name, kind, default=value if constant else kinds.empty))
+    rest = {k: v for k, v in named.items() if k not in full.parameters}
+    for name, value in rest.items():
+        default = value if is_constant(value) else kinds.empty
+        params.append(kinds(name, kinds.KEYWORD_ONLY, default=default))
+    return inspect.Signature(params)
+
+
+def call_text(named: Mapping[str, Any]) -> str:
+    """A call in words: `(ids: int64 of 2 dimensions, scale=2.0)`."""
+    parts = []
+    for name, x in named.items():
+        if isinstance(x, torch.Tensor):
+            parts.append(f"{name}: {str(x.dtype).removeprefix('torch.')} of {x.dim()} dimensions")
+        else:
+            parts.append(f"{name}={x!r}" if is_constant(x) else name)
+    return f"({', '.join(parts)})"
+
+
+def is_program(model: Any) -> bool:
+    """True for a path that ends in .pt2."""
+    return isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2")
+
+
+def open_program(path: str | PathLike[str], *args: Any, **options: Any) -> FileCaptured:
+    """The capture that a .pt2 file is: `lora_fx.capture("x.pt2")`.
+
+    Args:
+        path: A file of `torch.export.save`, or of `save_program`.
+        args: Example inputs, keyword inputs, dynamic and static, as in capture.
+        options: trust: read pickled tensors, by torch.load with weights_only=True. meta: read no
+            weights.
+
+    Raises:
+        LoraFxError: The file is damaged, or holds what could run code.
+    """
+    return FileCaptured(fspath(path), *args, **options)

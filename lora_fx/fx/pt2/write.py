@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.trace import Entry, _at_least_two
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.pt2_manifest import make_manifest, plain_spec
-from lora_fx.fx.pt2_zip import MANIFEST
+from lora_fx.fx.pt2.archive import MANIFEST
+from lora_fx.fx.pt2.manifest import make_manifest, plain_spec
 from lora_fx.fx.to_onnx import flat_program
 
 NAMES = {False: "model", True: "train"}

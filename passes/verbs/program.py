@@ -20,30 +20,10 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
-from lora_fx.fx.pt2_captured import FileCaptured
-from lora_fx.fx.pt2_write import write_programs
+from lora_fx.fx.pt2.captured import FileCaptured, open_program
+from lora_fx.fx.pt2.write import write_programs
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import SIZES
-
-
-def is_program(model: Any) -> bool:
-    """True for a path that ends in .pt2."""
-    return isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2")
-
-
-def open_program(path: str | PathLike[str], *args: Any, **options: Any) -> FileCaptured:
-    """The capture that a .pt2 file is: `lora_fx.capture("x.pt2")`.
-
-    Args:
-        path: A file of `torch.export.save`, or of `save_program`.
-        args: Example inputs, keyword inputs, dynamic and static, as in capture.
-        options: trust: read pickled tensors, by torch.load with weights_only=True. meta: read no
-            weights.
-
-    Raises:
-        LoraFxError: The file is damaged, or holds what could run code.
-    """
-    return FileCaptured(fspath(path), *args, **options)
 
 
 def load_program(path: str | PathLike[str], *, trust: bool = False) -> CapturedModule:

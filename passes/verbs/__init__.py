@@ -1,0 +1,1 @@
+"""Capture and passes composed, one public verb a file."""
