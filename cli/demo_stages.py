@@ -48,7 +48,8 @@ def run(out: Path, size: Size, say: Say) -> Result:
     from lora_fx.cli.stdlib_topics import topics
     from lora_fx.data import Buckets, Table
     from lora_fx.fx import minilm
-    from lora_fx.fx.train import Settings, fit
+    from lora_fx.fx.train.loop import fit
+    from lora_fx.fx.train.optimizer import Settings
     from lora_fx.onnx.session import open_session
 
     result, started = Result(), time.perf_counter()

@@ -74,7 +74,7 @@ def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def settings_of(options: dict[str, Any]) -> Any:
     """Takes the loop's settings out of a command's options."""
-    from lora_fx.fx.train import Settings
+    from lora_fx.fx.train.optimizer import Settings
 
     names = ("epochs", "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "checks",
              "patience", "accumulate", "mixed_precision")  # fmt: skip
@@ -85,8 +85,7 @@ def saving_of(options: dict[str, Any], force: bool) -> Any:
     """Takes what says where states are out of a command's options; checks the folder."""
     from pathlib import Path
 
-    from lora_fx.fx.train import Saving
-    from lora_fx.fx.train_folder import check_folder
+    from lora_fx.fx.train.state import Saving, check_folder
 
     every, resume = options.pop("save_every"), options.pop("resume")
     folder = options.pop("save_state") or resume
@@ -104,7 +103,7 @@ def together(device: str) -> Iterator[Any]:
 
     Yields (Processes, device). A process that ends because another one failed says nothing.
     """
-    from lora_fx.fx.train_processes import Elsewhere, one_by_accelerate, processes
+    from lora_fx.fx.train.processes import Elsewhere, one_by_accelerate, processes
 
     try:
         with processes(device.startswith("cuda")) as world:
@@ -131,7 +130,7 @@ def together(device: str) -> Iterator[Any]:
 @contextlib.contextmanager
 def stateful(saving: Any) -> Iterator[None]:
     """What is stopped in this block says which state it leaves."""
-    from lora_fx.fx.train_folder import step_of
+    from lora_fx.fx.train.state import step_of
 
     before = None if saving.resume else _written(saving.folder)
     try:

@@ -28,7 +28,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.module import with_signature
 from lora_fx.fx.tensors import from_numpy, to_numpy
-from lora_fx.fx.train_loss import Loss, loss_function
+from lora_fx.fx.train.objective import Loss, loss_function
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout

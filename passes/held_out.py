@@ -16,8 +16,7 @@ from lora_fx.adapter.truncate import truncation
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.train_loss import Loss
-from lora_fx.fx.train_objective import objective
+from lora_fx.fx.train.objective import Loss, objective
 from lora_fx.passes.pipeline import insert
 from lora_fx.text import table as columns
 

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lora_fx
-from lora_fx.fx.trainer import AdapterCheckpoints
+from lora_fx.fx.train.hf_trainer import AdapterCheckpoints
 
 torch.manual_seed(0)
 config = LlamaConfig(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.fx.trainer import AdapterCheckpoints
+from lora_fx.fx.train.hf_trainer import AdapterCheckpoints
 from tests.fx import loops_worker as worker
 from tests.fx.attached import adapter_gap, gap
 from tests.fx.loops import (

@@ -14,7 +14,8 @@ from torch import nn
 import lora_fx
 from lora_fx.data import Table, read_table, split, table_of
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.train import Settings, fit
+from lora_fx.fx.train.loop import fit
+from lora_fx.fx.train.optimizer import Settings
 
 
 class Net(nn.Module):

@@ -13,9 +13,10 @@ from torch import nn
 import lora_fx
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.train import Saving, Settings, fit
-from lora_fx.fx.train_objective import UNKNOWN, objective
-from lora_fx.fx.train_optimizer import factor
+from lora_fx.fx.train.loop import fit
+from lora_fx.fx.train.objective import UNKNOWN, objective
+from lora_fx.fx.train.optimizer import Settings, factor
+from lora_fx.fx.train.state import Saving
 from tests.fx.test_train import Net, adapted, table
 from tests.fx.two_processes import Tokens, token_model, tokens
 

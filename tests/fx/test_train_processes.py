@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.train_processes import ALONE, Processes, found_processes
+from lora_fx.fx.train.processes import ALONE, Processes, found_processes
 from tests.fx.two_processes import RUNS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,9 @@ import torch
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.fx.train import Saving, Settings, fit
+from lora_fx.fx.train.loop import fit
+from lora_fx.fx.train.optimizer import Settings
+from lora_fx.fx.train.state import Saving
 from tests.fx.test_train import adapted, table
 from tests.fx.test_train_watch import noise
 

@@ -11,8 +11,9 @@ import torch
 
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.train import Settings, fit
-from lora_fx.fx.train_report import TrainReport, verdict
+from lora_fx.fx.train.loop import fit
+from lora_fx.fx.train.optimizer import Settings
+from lora_fx.fx.train.report import TrainReport, verdict
 from tests.fx.test_train import adapted, table
 
 

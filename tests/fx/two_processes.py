@@ -20,8 +20,10 @@ from torch import nn
 import lora_fx
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.train import Saving, Settings, fit
-from lora_fx.fx.train_processes import ALONE, Elsewhere, Processes, processes
+from lora_fx.fx.train.loop import fit
+from lora_fx.fx.train.optimizer import Settings
+from lora_fx.fx.train.processes import ALONE, Elsewhere, Processes, processes
+from lora_fx.fx.train.state import Saving
 from tests.fx.test_train import adapted, table
 
 S = Settings(steps=100, lr=0.01, batch_size=31, checks=5)

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import nn
 
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.train_facts import Facts, digests, facts_of
-from lora_fx.fx.train_finite import not_finite
-from lora_fx.fx.train_loss import Loss
-from lora_fx.fx.train_objective import UNKNOWN, Objective, objective
-from lora_fx.fx.train_optimizer import Optimizer
-from lora_fx.fx.train_processes import ALONE, Processes
-from lora_fx.fx.train_report import TrainReport
-from lora_fx.fx.train_settings import Settings
-from lora_fx.fx.train_state import Saving, Trail, load_state, put_back, save_state, snapshot
-from lora_fx.fx.train_step import Stepper
+from lora_fx.fx.train.objective import UNKNOWN, Loss, Objective, objective
+from lora_fx.fx.train.optimizer import Optimizer, Settings
+from lora_fx.fx.train.processes import ALONE, Processes
+from lora_fx.fx.train.report import TrainReport
+from lora_fx.fx.train.state import (
+    Facts,
+    Saving,
+    Trail,
+    digests,
+    facts_of,
+    load_state,
+    put_back,
+    save_state,
+    snapshot,
+)
 
 __all__ = ["Saving", "Settings", "fit"]
 
@@ -160,3 +167,117 @@ class _Run:
             report.best_step = step
         if trail.waited == s.patience and step < self.steps:
             report.stopped = step
+
+
+# One step of a run: the loss and gradients of a batch, however many parts it runs in.
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Takes steps; the same ones for any number of processes and parts, up to rounding.
+
+    A part's loss is a mean over `objective.weight(part)` items, so its share of the batch's loss,
+    and of its gradient, is that weight over the weight of the whole batch.
+
+    Args:
+        objective: The loss.
+        optimizer: What moves the weights.
+        world: The processes that share a batch.
+        parts: In which one process's share runs, one after another.
+        clip: The longest gradient; 0 for any.
+    """
+
+    objective: Objective
+    optimizer: Optimizer
+    world: Processes
+    parts: int
+    clip: float
+
+    def __call__(self, batch: Table, step: int) -> float:
+        """Take a step, counted from 1; returns the batch's loss before it.
+
+        Raises:
+            LoraFxError: The loss or a gradient is not finite; no weight has moved.
+        """
+        model, trained = self.objective.model, self.optimizer.trained
+        model.train()
+        self.optimizer.clear()
+        value = 0.0
+        for part, share in self._parts(batch):
+            loss = self.objective.loss(part) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            value += float(loss.detach())
+        value, _ = self.world.total(value)
+        self.world.add([p.grad for p in trained], trained)
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        check_step(model, value, float(norm), step)  # clipping would spread a nan
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+        self.optimizer.take(step)
+        return value
+
+    def _parts(self, batch: Table) -> Iterator[tuple[Table, float]]:
+        """This process's parts of a batch and their shares of its loss; empty ones left out."""
+        count = self.world.size * self.parts
+        whole = self.objective.weight(batch)
+        if count == 1 or not whole:
+            yield batch, 1.0 / self.world.size
+            return
+        least = 2 if any(d == 0 for _, d in self.objective.model.not_one) else 1
+        first = self.world.rank * self.parts
+        rows = np.array_split(np.arange(len(batch)), min(count, max(1, len(batch) // least)))
+        for index in rows[first : first + self.parts]:
+            part = batch.rows(index)  # not trimmed: as in the whole batch
+            weight = self.objective.weight(part)
+            if weight:
+                yield part, weight / whole
+
+
+# A step whose loss or gradient is not finite: the error names it, before any weight moves.
+
+
+def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> None:
+    """Stop before the optimizer moves anything.
+
+    Args:
+        model: After backward.
+        loss: Of this step.
+        norm: The norm of all gradients together.
+        step: Counted from 1.
+
+    Raises:
+        LoraFxError: With exit code 1; names the first tensor, in the order of the targets, whose
+            gradient is not finite.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    grads = list(_gradients(model))
+    bad = [what for what, grad in grads if not bool(grad.isfinite().all())]
+    if bad:
+        where = f"first not finite: the gradient of {bad[0]} ({len(bad)} of {len(grads)} are not)"
+    else:
+        where = "every gradient is finite, their norm or the loss is not"
+    what, value = ("loss", loss) if not math.isfinite(loss) else ("norm of the gradients", norm)
+    raise not_finite(step, what, value, where)
+
+
+def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
+    """(what it is called, gradient): A and B of every target, then tensors trained whole."""
+    seen: set[int] = set()
+    for key, pair in model.slots().items():
+        for side, p in zip("AB", pair, strict=True):
+            seen.add(id(p))
+            if p.grad is not None:
+                yield f"{side} of {key!r}", p.grad
+    for name, p in model.named_parameters():
+        if p.grad is not None and id(p) not in seen:
+            yield repr(name), p.grad
+
+
+def not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:
+    """The error of a run that was stopped."""
+    return LoraFxError(
+        f"step {step}: the {what} is {value}; {where}",
+        "a lower --lr, or look at the data",
+        exit_code=1,
+    )

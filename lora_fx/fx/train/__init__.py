@@ -1,0 +1,1 @@
+"""Training: the loop, its objective, optimiser, state, processes and report."""

@@ -1,0 +1,379 @@
+"""Where a run is, all of it: what a later run needs to go on as if nothing had happened.
+
+======================  ==========================================================================
+now/NAME, best/NAME     what is trained, now and at the step that is kept
+adam/NAME/FIELD         AdamW's moments
+losses                  of every step, float64
+rng/RANK                of torch, a process a row: the CPU's, then the GPU's
+state.json              step, epoch, batches of it that are done, validations, patience, the facts
+======================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_fx.adapter.factors import asked
+from lora_fx.checkpoint.provenance import ends
+from lora_fx.data import Buckets, Table
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.train.objective import Loss
+from lora_fx.fx.train.optimizer import MOMENTS, Optimizer, Settings
+from lora_fx.fx.train.processes import Processes
+from lora_fx.fx.train.report import TrainReport
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where a run keeps its state, and from where it goes on.
+
+    Args:
+        folder: To be written, and replaced; None for none.
+        every: Steps between two states; None for one at every validation.
+        resume: The state of an earlier run to go on from.
+    """
+
+    folder: str | None = None
+    every: int | None = None
+    resume: str | None = None
+
+
+@dataclass
+class Trail:
+    """How far a run is, beside its weights.
+
+    Args:
+        step: Steps that are done.
+        epoch: Passes over the data that are done.
+        at: Batches of the next one that are done.
+        waited: Validations in a row without a new lowest loss.
+        best: The lowest validation loss.
+        kept: What is trained, as it was then; empty before the first validation.
+        report: What the run has to say so far.
+        moved: What a state has moments of.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    at: int = 0
+    waited: int = 0
+    best: float = math.inf
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    report: TrainReport = field(default_factory=TrainReport)
+    moved: list[str] = field(default_factory=list)
+
+
+def snapshot(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """A copy of what is trained."""
+    return {name: p.detach().clone() for name, p in optimizer.named.items()}
+
+
+@torch.no_grad()
+def put_back(optimizer: Optimizer, values: dict[str, torch.Tensor]) -> None:
+    """Set what is trained."""
+    for name, p in optimizer.named.items():
+        p.copy_(values[name])
+
+
+def save_state(
+    folder: str, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes
+) -> None:
+    """Write the state of a run; every process calls it, the first one writes.
+
+    Raises:
+        LoraFxError: The disk is full, or the folder cannot be written.
+    """
+    device = optimizer.trained[0].device
+    own = [torch.get_rng_state()]
+    own += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    rows = world.gathered(torch.cat(own))
+    if not world.first:
+        return
+    report = trail.report
+    tensors: dict[str, Array] = {"losses": np.array(report.losses, np.float64)}
+    tensors |= {f"rng/{rank}": to_numpy(row) for rank, row in enumerate(rows)}
+    for part, values in (("now", optimizer.named), ("best", trail.kept)):
+        tensors |= {f"{part}/{name}": to_numpy(t) for name, t in values.items()}
+    tensors |= {f"adam/{name}": to_numpy(t) for name, t in optimizer.moments().items()}
+    words = {
+        "step": trail.step,
+        "epoch": trail.epoch,
+        "at": trail.at,
+        "waited": trail.waited,
+        "best": trail.best if trail.kept else None,
+        "best_step": report.best_step,
+        "before": report.before,
+        "stopped": report.stopped,
+        "validation": {str(k): v for k, v in report.validation.items()},
+        "moments": optimizer.moved,
+        "facts": facts,
+    }
+    write_folder(folder, words, tensors)
+
+
+def load_state(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> Trail:
+    """Set a run to a state, random numbers too.
+
+    Raises:
+        LoraFxError: There is no state, it is damaged, or it is of another model, other data or
+            other settings: the first difference is named.
+    """
+    words, tensors = read_folder(folder)
+    there = words.get("facts")
+    found = differences(there if isinstance(there, dict) else {}, facts)
+    if found:
+        more = f"; {len(found) - 1} more differences" if found[1:] else ""
+        raise LoraFxError(
+            f"{folder} is the state of another run: {found[0]}{more}",
+            "a run goes on with the model, data and settings that it began with",
+        )
+    try:
+        trail = _trail(words, tensors, optimizer)
+    except (LookupError, TypeError, ValueError) as e:
+        raise LoraFxError(f"{folder}/{WORDS}: damaged: {e!r}", "start anew") from e
+    named, where = optimizer.named, f"{folder}/{TENSORS}"
+    put_back(optimizer, {n: _like(f"now/{n}", p, tensors, where) for n, p in named.items()})
+    if trail.kept:
+        trail.kept = {n: _like(f"best/{n}", p, tensors, where) for n, p in named.items()}
+    for name in trail.moved:
+        like = {field: named[name] for field in MOMENTS} | {"step": torch.zeros(())}
+        of = f"adam/{name}/"
+        optimizer.put(name, {f: _like(of + f, p, tensors, where) for f, p in like.items()})
+    _put_rng(_like(f"rng/{world.rank}", None, tensors, where), named[next(iter(named))].device)
+    return trail
+
+
+def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimizer) -> Trail:
+    report = TrainReport(
+        [float(x) for x in tensors["losses"]],
+        {int(k): float(v) for k, v in words["validation"].items()},
+        before=words["before"],
+        best_step=int(words["best_step"]),
+        stopped=words["stopped"],
+    )
+    if len(report.losses) != words["step"]:
+        raise ValueError(f"{len(report.losses)} losses of {words['step']} steps")
+    trail = Trail(report=report, moved=list(words["moments"]))
+    for name in trail.moved:
+        if name not in optimizer.named:
+            raise KeyError(name)
+    trail.step, trail.epoch, trail.at, trail.waited = (
+        int(words[k]) for k in ("step", "epoch", "at", "waited")
+    )
+    if words["best"] is not None:
+        trail.best, trail.kept = float(words["best"]), snapshot(optimizer)
+    return trail
+
+
+def _like(
+    name: str, like: torch.Tensor | None, tensors: dict[str, Array], where: str
+) -> torch.Tensor:
+    if name not in tensors:
+        raise LoraFxError(f"{where}: no tensor {name!r}", "the state is damaged: start anew")
+    found = from_numpy(tensors[name])
+    if like is None:
+        return found
+    if found.shape != like.shape or found.dtype != like.dtype:
+        raise LoraFxError(
+            f"{where}: tensor {name!r} is {found.dtype} {list(found.shape)}; expected "
+            f"{like.dtype} {list(like.shape)}",
+            "the state is damaged: start anew",
+        )
+    return found.to(like.device)
+
+
+def _put_rng(row: torch.Tensor, device: torch.device) -> None:
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(row[:size])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(row[size:], device)
+
+
+# A run's state on disk: a folder of state.json and state.safetensors, replaced as a whole.
+#
+# Numbers that JSON would round are tensors; floats in JSON are written so that they come back the
+# same. Nothing is unpickled.
+
+
+VERSION = 1
+WORDS, TENSORS = "state.json", "state.safetensors"
+
+
+def check_folder(folder: str, *, force: bool) -> None:
+    """Refuse, before any work, a folder that no state can be written to.
+
+    Args:
+        folder: To be made.
+        force: Replace a state that is there; a folder that holds anything else never is.
+    """
+    check_output(folder, force=force)
+    path = Path(folder)
+    if path.exists() and not (
+        path.is_dir() and {p.name for p in path.iterdir()} <= {WORDS, TENSORS}
+    ):
+        raise LoraFxError(f"{folder} holds other things than a training state", "choose another")
+
+
+def write_folder(folder: str, words: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+    """Write a state; the old one stands until the new one is whole and on disk."""
+    with replacing(folder, force=True) as stage:
+        check_folder(folder, force=True)
+        stage.mkdir()
+        text = json.dumps({"version": VERSION, **words}, indent=1, allow_nan=False)
+        (stage / WORDS).write_text(text + "\n", encoding="utf-8")
+        write_tensors(stage / TENSORS, tensors, {})
+
+
+def step_of(folder: str) -> int | None:
+    """The step of a state; None where there is none."""
+    try:
+        return int(read_folder(folder)[0]["step"])
+    except (LoraFxError, LookupError, TypeError, ValueError):
+        return None
+
+
+def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    """A state's JSON and tensors.
+
+    Raises:
+        LoraFxError: There is none, or it is damaged or of another version.
+    """
+    path = Path(folder)
+    if not (path / WORDS).is_file() or not (path / TENSORS).is_file():
+        raise LoraFxError(
+            f"{folder}: no training state: {WORDS} and {TENSORS} are not both there",
+            "train --save-state writes one",
+        )
+    try:
+        words = json.loads((path / WORDS).read_text(encoding="utf-8"))
+        if not isinstance(words, dict):
+            raise TypeError("no object")
+    except (ValueError, TypeError, OSError) as e:
+        raise LoraFxError(f"{path / WORDS}: damaged: {one_line(e)}", "start anew") from e
+    if words.get("version") != VERSION:
+        raise LoraFxError(
+            f"{path / WORDS}: a state of version {words.get('version')!r}; expected {VERSION}",
+            "go on with the version of lora-fx that wrote it",
+        )
+    return words, read_tensors(path / TENSORS)[0]
+
+
+# What a run is about: model, data and settings, so that no other run goes on from its state.
+#
+# Facts are JSON, two levels deep: part → what → a short text or number. Of weights that are not
+# trained both ends of each tensor count, as in `lora_fx.checkpoint.provenance`; of data every byte.
+
+
+Facts = dict[str, dict[str, Any]]
+
+
+def facts_of(
+    model: AdaptedModule,
+    training: Table | Buckets,
+    validation: Table | None,
+    loss: str | Loss,
+    settings: Settings,
+    steps: int,
+    processes: int,
+) -> Facts:
+    """The facts of a run, before or after any step of it."""
+    targets = {
+        f"update of {key!r}": "rank {}, alpha {:g}, {}".format(*asked(u), u.variant)
+        for key, u in model.updates.items()
+    }
+    named = list(model.named_parameters())
+    trained = {n: f"{dtype_name(p.dtype)} {list(p.shape)}" for n, p in named if p.requires_grad}
+    frozen = [*((n, p) for n, p in named if n not in trained), *model.named_buffers()]
+    graph = str(model.graph(True).graph)
+    return {
+        "model": {
+            **targets,
+            **{f"trained tensor {name!r}": what for name, what in trained.items()},
+            "dropout": float(model.adapter().metadata.get("dropout") or 0.0),
+            "graph": hashlib.sha256(graph.encode()).hexdigest(),
+            "weights": _weights(frozen),
+        },
+        "data": {"training": _data(training), "validation": _data(validation)},
+        "settings": {
+            **{k: v for k, v in asdict(settings).items() if k != "epochs"},
+            "steps": steps,
+            "loss": loss if isinstance(loss, str) else _function(loss),
+            "device": next(model.parameters()).device.type,
+            "processes": processes,
+        },
+    }
+
+
+def differences(there: Mapping[str, Any], here: Facts) -> list[str]:
+    """What differs between a state's facts and a run's, in words; most telling first."""
+    found = []
+    for part, facts in here.items():
+        old = there.get(part)
+        old = old if isinstance(old, Mapping) else {}
+        for what in [*facts, *(k for k in old if k not in facts)]:
+            a, b = old.get(what), facts.get(what)
+            if a != b:
+                both = isinstance(a, str) and isinstance(b, str) and len(a) == len(b) == 64
+                told = "another" if both else f"{_shown(a)} there, {_shown(b)} here"
+                found.append(f"{part}: {what}: {told}")
+    return found
+
+
+def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:
+    """What every process of a run must have in common, in words, with sha256 digests."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    texts = {part: json.dumps(facts[part], sort_keys=True) for part in facts}
+    texts["initial values"] = _weights(trained)
+    return {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda row: row[0]):
+        whole.update(json.dumps([name, list(tensor.shape), dtype_name(tensor.dtype)]).encode())
+        for part in ends(tensor.detach().reshape(-1)):
+            whole.update(np.ascontiguousarray(to_numpy(part)).tobytes())
+    return whole.hexdigest()
+
+
+def _data(data: Table | Buckets | None) -> str:
+    """Number of examples and a hash of every byte, by column."""
+    if data is None:
+        return "none"
+    whole = hashlib.sha256(json.dumps([data.label]).encode())
+    for table in data.tables if isinstance(data, Buckets) else [data]:
+        for name, column in sorted(table.columns.items()):
+            head = [name, str(column.dtype), list(column.shape)]
+            whole.update(json.dumps(head).encode())
+            whole.update(np.ascontiguousarray(column).tobytes())
+    return f"{len(data)} examples, sha256 {whole.hexdigest()[:16]}"
+
+
+def _function(function: Loss) -> str:
+    """A function's name and a hash of its text."""
+    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        return name
+    return f"{name}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
