@@ -26,7 +26,7 @@ from lora_fx.ir.emitter import Role
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.reach import highest
 from lora_fx.onnx.save import save
-from lora_fx.onnx.session import Session, open_session, signature
+from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.reference import Run
 
@@ -44,7 +44,7 @@ class OnnxReference:
     def __init__(
         self,
         graph: OnnxGraph | None,
-        session: Session,
+        session: RuntimeSession,
         folder: Path,
         arrays: Mapping[str, Any] | None,
     ) -> None:
@@ -59,7 +59,7 @@ class OnnxReference:
                     f"no input is named {name!r}", f"the inputs are {', '.join(self.inputs.names)}"
                 )
         self._made: dict[Any, Path] = {}
-        self._open: dict[tuple[Path | None, bool], Session] = {(None, True): session}
+        self._open: dict[tuple[Path | None, bool], RuntimeSession] = {(None, True): session}
 
     def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
         """See Reference."""
@@ -126,7 +126,7 @@ class OnnxReference:
             feeds = {**feeds, **_factors(key, u)}
         return self._outputs(session, feeds)
 
-    def _outputs(self, session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def _outputs(self, session: RuntimeSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [o.name for o in session.session.get_outputs()]
         try:
             values = session.session.run(names, dict(feeds))
@@ -140,7 +140,7 @@ class OnnxReference:
             ) from e
         return dict(zip(names, values, strict=True))
 
-    def _session(self, updates: Mapping[str, LowRank], rewrites: bool) -> Session:
+    def _session(self, updates: Mapping[str, LowRank], rewrites: bool) -> RuntimeSession:
         path = self._path(updates) if updates else None
         known = self._open.get((path, rewrites))
         if known is None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_fx.onnx.session import Session
+from lora_fx.onnx.session import RuntimeSession
 
 
-def greedy(session: Session, ids: np.ndarray, mask: np.ndarray, steps: int) -> np.ndarray:
+def greedy(session: RuntimeSession, ids: np.ndarray, mask: np.ndarray, steps: int) -> np.ndarray:
     """[batch, length] prompts → [batch, length + steps]; the mask is 0 on padding, on the left."""
     past = {
         i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)

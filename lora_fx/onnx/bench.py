@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.onnx.session import Session, open_session, signature
+from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.timing import Sample, interleave, summary, timed
 
 SIZES = ((1, 8), (1, 32))
@@ -118,7 +118,7 @@ def bench(
 
 
 def time_sessions(
-    opened: Mapping[str, Session],
+    opened: Mapping[str, RuntimeSession],
     feeds: Mapping[str, Mapping[str, Array]],
     rounds: int,
     warmup: int = 2,
@@ -145,7 +145,7 @@ def time_sessions(
     return Timings(shapes, repeats, interleave(runs, rounds, warmup))
 
 
-def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, Session]:
+def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, RuntimeSession]:
     """The first file, the first again, and the others; equal paths get a number."""
     result = {files[0]: open_session(files[0], provider, threads)}
     result[f"{files[0]} ({CONTROL})"] = open_session(files[0], provider, threads)
@@ -156,7 +156,7 @@ def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, Se
 
 
 def _feeds(
-    name: str, session: Session, size: tuple[int, int], inputs: Mapping[str, Array] | None
+    name: str, session: RuntimeSession, size: tuple[int, int], inputs: Mapping[str, Array] | None
 ) -> dict[str, Array]:
     unknown = set(inputs or {}) - set(session.input_names)
     if unknown and not set(inputs or {}) & set(session.input_names):

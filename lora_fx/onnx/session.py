@@ -29,7 +29,7 @@ def driver_present() -> bool:
 
 
 @dataclass
-class Session:
+class RuntimeSession:
     """A loaded model and the provider that it runs on; `note` is the line to show, or empty."""
 
     session: Any
@@ -55,7 +55,7 @@ def open_session(
     *,
     rewrites: bool = True,
     external: Mapping[str, Array] | None = None,
-) -> Session:
+) -> RuntimeSession:
     """Load a model.
 
     Args:
@@ -103,7 +103,7 @@ def open_session(
             "pip install 'lora-fx[gpu]' on a machine with a GPU, or --provider cpu",
         )
     note = "running on CPU: no usable CUDA device" if provider == "auto" and got == "cpu" else ""
-    return Session(session, got, note)
+    return RuntimeSession(session, got, note)
 
 
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(bool)": "bool"}
@@ -114,7 +114,7 @@ IMAGE = 64
 the strides of most models."""
 
 
-def signature(session: Session) -> Inputs:
+def signature(session: RuntimeSession) -> Inputs:
     """The inputs of a loaded model; names of dimensions become symbols.
 
     Open heights and widths of images (floats of four dimensions) are IMAGE, as in a capture, where

@@ -25,7 +25,7 @@ from lora_fx.onnx.rewrites.gemm import GemmToMatMul
 from lora_fx.onnx.rewrites.libraries import DropDead, Fold, FuseForRuntime
 from lora_fx.onnx.rewrites.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.session import RuntimeSession, open_session
 
 Rewrite = Callable[[ir.Model], ir.passes.PassResult]
 STAGES: Mapping[str, Rewrite] = {
@@ -177,7 +177,7 @@ def _try(
     tol: float,
     folder: Path,
     provider: str,
-) -> tuple[Stage, Session | None]:
+) -> tuple[Stage, RuntimeSession | None]:
     for what in ("inputs", "outputs"):
         a, b = ([v.name for v in getattr(m.graph, what)] for m in (before, candidate))
         if a != b:
@@ -197,13 +197,15 @@ def _try(
     return _row(name, candidate, "", worst), session
 
 
-def _timed(row: Stage, base: Session, session: Session, feed: Mapping[str, Array]) -> Stage:
+def _timed(
+    row: Stage, base: RuntimeSession, session: RuntimeSession, feed: Mapping[str, Array]
+) -> Stage:
     found = time_sessions({"base": base, "new": session}, {"base": feed, "new": feed}, ROUNDS, 1)
     cpu = found.rows()[1]["cpu"]
     return Stage(**{**vars(row), "seconds": cpu["median"], "ratio": cpu["ratio"]})
 
 
-def _open(model: ir.Model, path: Path, provider: str) -> Session:
+def _open(model: ir.Model, path: Path, provider: str) -> RuntimeSession:
     save(model, path)
     try:
         return open_session(path, provider, threads=1)

@@ -16,7 +16,7 @@ from typing import Any
 from lora_fx.errors import LoraFxError
 from lora_fx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.pbtxt import KINDS, Reader, quoted
-from lora_fx.onnx.session import Session
+from lora_fx.onnx.session import RuntimeSession
 
 MODEL = "model.onnx"
 OURS = {
@@ -129,7 +129,7 @@ def _read_port(reader: Reader, port: Any, max_batch: int) -> tuple[str, Port]:
     return reader.one(port, "name", ""), Port(kind, (-1, *dims) if max_batch else dims, optional)
 
 
-def config_of(session: Session, name: str, max_batch: int = 0) -> Config:
+def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
     """The config of a loaded model.
 
     The tensors of adapters in a switchable file are optional inputs. Other initialisers that

@@ -30,7 +30,7 @@ import lora_fx
 from lora_fx import Adapter, LowRank
 from lora_fx.onnx import Session as Switchable
 from lora_fx.onnx.bench import time_sessions
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.timing import bounds
 from tests.benchmarks.interleave import processor
 
@@ -42,7 +42,7 @@ Feeds = dict[str, Any]
 
 
 @dataclass
-class Chosen(Session):
+class Chosen(RuntimeSession):
     """A switchable file with one of its adapters."""
 
     owner: Any = None
@@ -54,7 +54,7 @@ class Chosen(Session):
 
 
 @dataclass
-class Eager(Session):
+class Eager(RuntimeSession):
     """A torch module."""
 
     def run(self, feeds: Mapping[str, Any]) -> Feeds:
@@ -95,7 +95,7 @@ class Made:
             lora_fx.export(self.model, path, self.args, provider="cpu", **how)
         return path
 
-    def open(self, kind: str) -> Session:
+    def open(self, kind: str) -> RuntimeSession:
         """A session on one thread."""
         if kind == "eager":
             return Eager(copy.deepcopy(self.model), "cpu")  # none finds its weights in a cache
@@ -169,7 +169,7 @@ class Row:
 
 def measure(
     title: str,
-    opened: Mapping[str, Session],
+    opened: Mapping[str, RuntimeSession],
     feeds: Mapping[str, Feeds],
     gates: Mapping[str, Callable[[Row], float]],
     rounds: int,

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.bench import bench
-from lora_fx.onnx.session import Session
+from lora_fx.onnx.session import RuntimeSession
 
 
 def matmul(path: Path, columns: int = 3) -> str:
@@ -35,13 +35,13 @@ def test_rows_counts_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     a, b = matmul(tmp_path / "a.onnx"), matmul(tmp_path / "b.onnx", 5)
     monkeypatch.setattr("lora_fx.onnx.bench.SAMPLE_SECONDS", 0.0)
     ran: list[tuple[int, ...]] = []
-    real = Session.run
+    real = RuntimeSession.run
 
-    def run(self: Session, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self: RuntimeSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         ran.append(feeds["x"].shape)
         return real(self, feeds)
 
-    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(RuntimeSession, "run", run)
     found = bench([a, b, a], sizes=[(2, 3), (5, 1), (2, 3)], rounds=4, warmup=1)
     assert [t.sizes for t in found] == [{"x": (2, 3, 4)}, {"x": (5, 1, 4)}]
     for t in found:

@@ -13,7 +13,7 @@ import pytest
 from lora_fx.onnx.batching import SCALES, add_inputs
 from lora_fx.onnx.choice import IDS, LIMIT
 from lora_fx.onnx.graph import OnnxGraph
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.session import RuntimeSession, open_session
 
 RANK = 3
 INPUTS = {
@@ -23,7 +23,7 @@ INPUTS = {
 }
 
 
-def made(tmp_path: Path, kind: str, *, scales: bool) -> Session:
+def made(tmp_path: Path, kind: str, *, scales: bool) -> RuntimeSession:
     """The decision alone, its rows and mask as outputs."""
     text = f"""<ir_version: 10, opset_import: ["" : 20]>
     g ({kind} x) => ({kind} y) {{ y = Identity(x) }}"""
