@@ -86,7 +86,7 @@ def _write_for(adapter: Any, model: str, output: str, name: str, force: bool) ->
 
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output, replacing
-    from lora_fx.onnx.switching import manifest_of, write_adapter
+    from lora_fx.onnx.session import manifest_of, write_adapter
 
     if name != "onnx_adapter":
         raise LoraFxError(f"--for is for onnx_adapter, not for {name}", "-o X.onnx_adapter")

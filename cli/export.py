@@ -86,7 +86,7 @@ def command(
     chosen["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
     chosen |= {"mode": mode, "inputs": load_npz(given["inputs_file"]) or None}
     if model.endswith(".onnx"):
-        from lora_fx.onnx.matching import read_map
+        from lora_fx.onnx.match import read_map
 
         refuse_given(model, ("opset", "weights", "dynamic", "static", "trust"))
         emit_file(as_json, model, export(model, output, names=read_map(names), **chosen))

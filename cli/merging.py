@@ -85,7 +85,7 @@ def merge_file(
     as_json: bool,
 ) -> None:
     """Merge into an .onnx file, or print its plan."""
-    from lora_fx.onnx.matching import read_map
+    from lora_fx.onnx.match import read_map
     from lora_fx.passes.merge import merge, onnx_options_of
     from lora_fx.passes.merge_onnx import lines
 

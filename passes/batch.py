@@ -27,7 +27,7 @@ from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Opaque, Permute, track
-from lora_fx.manifest import PROPERTY
+from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.regions import widen
 from lora_fx.targets.target import base_name, split_key
@@ -65,10 +65,9 @@ class Batch:
 
     def __call__(self, graph: Any) -> PassResult[Any]:
         """Edit the graph; one that has the branches already is left alone."""
-        from lora_fx.onnx import batching
-        from lora_fx.onnx.flat import Flat
-        from lora_fx.onnx.row_rules import SAME
-        from lora_fx.onnx.rows import provenance
+        from lora_fx.onnx import batch
+        from lora_fx.onnx.row_provenance import SAME, provenance
+        from lora_fx.onnx.switch import Flat
 
         if PROPERTY in graph.model.metadata_props:
             return PassResult(graph, False)
@@ -82,10 +81,10 @@ class Batch:
                 f"{min(missing)!r}: no matmul of the exported graph uses it",
                 "exclude the target from the adapters",
             )
-        symbol = batching.batch_symbol(graph.model)
+        symbol = batch.batch_symbol(graph.model)
         states = provenance(graph.model, symbol)
         rows = [states.get(graph.activation(s), SAME) for s in sites]
-        forms = [batching.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
+        forms = [batch.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
         for value in graph.model.graph.outputs:
             first = str(value.shape[0]) if value.shape is not None and len(value.shape) else ""
             if first != symbol:
@@ -93,30 +92,30 @@ class Batch:
                     f"output {value.name!r} has no row for every row of the batch",
                     "batch mode serves models whose outputs keep the batch dimension",
                 )
-        ids = batching.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
+        ids = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
         for site, row, form in zip(sites, rows, forms, strict=True):
             self._branch(graph, site, parameters[site.parameter], ids, row, form)
         Flat(graph).heads()
-        batching.write_manifest(graph.model, tuple(self.adapters), self.targets)
+        batch.write_manifest(graph.model, tuple(self.adapters), self.targets)
         return PassResult(graph, bool(sites))
 
     def _branch(
         self, graph: Any, site: Site, parameter: Parameter, ids: Any, row: Any, form: str
     ) -> None:
-        from lora_fx.onnx import batching
+        from lora_fx.onnx import batch
 
         key, source = self.sources[site.parameter]
         layout = read_layout(site, source)
         dtype = numpy_dtype(parameter.dtype)
         pairs = [_joined(key, u, source, layout, site.gain) for u in self.adapters.values()]
-        stacks = batching.stack(pairs, form, dtype)
+        stacks = batch.stack(pairs, form, dtype)
         stem = key if form == "last" else f"{key}.{form}"
         names = (f"{stem}.batch_A", f"{stem}.batch_B")
         taken = self.targets.get(stem)
         if taken is not None and taken["layout"] != [layout.to_json(), site.gain]:
             stem = f"{stem}@{site.id}"
             names = (f"{stem}.batch_A", f"{stem}.batch_B")
-        batching.add_branch(graph, site, ids, row, form, names, stacks)
+        batch.add_branch(graph, site, ids, row, form, names, stacks)
         rank = max(a.shape[0] for a, _ in filter(None, pairs))
         self.targets[stem] = {
             "a": names[0], "b": names[1], "rank": rank, "form": form,

@@ -19,7 +19,7 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.matching import match
+from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.passes.batch import Source
 from lora_fx.passes.export_batch import named, write_batch

@@ -3,7 +3,7 @@
 A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that is
 proven, and that a B other than zero moves the outputs, target by target. A and B are initialisers
 named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs; `lora_fx.manifest` in the
-metadata lists them, and `lora_fx.onnx.branches` reads them back.
+metadata lists them, and `lora_fx.onnx.manifest` reads them back.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
 from lora_fx.ir.emitter import Role
-from lora_fx.manifest import PROPERTY
-from lora_fx.onnx.branches import listed
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
+from lora_fx.onnx.manifest import PROPERTY, listed
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import EXTERNAL_OVER, output
 from lora_fx.onnx.session import open_session

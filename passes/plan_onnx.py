@@ -15,7 +15,7 @@ from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.matching import Matched, match
+from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.passes.find import find

@@ -16,7 +16,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.matching import Matched
+from lora_fx.onnx.match import Matched
 from lora_fx.passes.fold import fold_rows
 from lora_fx.targets.found import Found
 

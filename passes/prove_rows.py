@@ -17,8 +17,7 @@ from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import SIZES
-from lora_fx.onnx.batching import SCALES
-from lora_fx.onnx.choice import IDS
+from lora_fx.onnx.batch import IDS, SCALES
 from lora_fx.passes.reference import Reference, Run
 
 AT_ONCE = 16

@@ -77,7 +77,7 @@ def fits_switch(path: Any, adapter: Any) -> Report:
     Raises:
         LoraFxError: It does not, or the file is not switchable.
     """
-    from lora_fx.onnx.switching import manifest_of, tensors_of
+    from lora_fx.onnx.session import manifest_of, tensors_of
 
     manifest = manifest_of(path)
     tensors = tensors_of(adapter, manifest)

@@ -12,7 +12,7 @@ from lora_fx.compare import Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.matching import match
+from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find

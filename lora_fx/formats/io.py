@@ -98,7 +98,7 @@ def load_adapter(
     """
     path = _weights(Path(path), trust)
     if path.suffix == ".onnx":
-        from lora_fx.onnx.branches import adapter_in  # needs onnx_ir, which the others do without
+        from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without
 
         return adapter_in(path)
     if trust and path.suffix == ".bin":

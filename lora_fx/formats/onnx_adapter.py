@@ -58,7 +58,7 @@ def read(path: str | Path) -> Adapter:
     Raises:
         LoraFxError: A damaged file, half a pair, shapes that do not fit.
     """
-    from lora_fx.onnx.adapter_file import read_file
+    from lora_fx.onnx.manifest import read_file
 
     file = File(str(path))
     tensors, versions = read_file(Path(path))
@@ -88,7 +88,7 @@ def write_file(adapter: Adapter, path: str | Path, dtype: str = "float32") -> tu
     Raises:
         LoraFxError: What the format cannot say, by key; names that clash.
     """
-    from lora_fx.onnx.adapter_file import write_file
+    from lora_fx.onnx.manifest import write_file
 
     if dtype not in _DTYPES:
         raise LoraFxError(f"no dtype {dtype!r}", f"dtypes: {', '.join(_DTYPES)}")

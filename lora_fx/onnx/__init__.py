@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_fx.onnx.switching import Session
+    from lora_fx.onnx.session import Session
 
 __all__ = ["Session"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Session":
-        from lora_fx.onnx.switching import Session
+        from lora_fx.onnx.session import Session
 
         return Session
     raise AttributeError(f"module 'lora_fx.onnx' has no attribute {name!r}")

@@ -11,11 +11,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import BATCH, Input, Inputs
+from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
+from lora_fx.text import near
 
 
 def driver_present() -> bool:
@@ -132,3 +138,230 @@ def signature(session: RuntimeSession) -> Inputs:
             Input(i.name, dtype, shape, {k: BATCH if k == 0 else v for k, v in dims.items()})
         )
     return Inputs(tuple(specs))
+
+
+# Sessions on switchable ONNX files: adapters are loaded by name and chosen run by run.
+#
+# A and B go in as inputs (OrtValues, on the CPU side). ONNX Runtime's own active adapters do the
+# same for plain runs; with IO binding it ignores them and says nothing, so here they are bound. To
+# hand over two tensors a target takes as long as a small model runs, so bindings are kept.
+
+
+Choice = str | Mapping[str, float] | None
+
+
+def manifest_of(path: str | PathLike[str]) -> Manifest:
+    """The manifest of an ONNX file, read without its weights.
+
+    Raises:
+        LoraFxError: The file cannot be read, or is not switchable.
+    """
+    import onnx_ir as ir
+
+    try:
+        text = ir.load(fspath(path)).metadata_props.get(PROPERTY)
+    except Exception as e:  # protobuf's and the system's errors have no common base
+        raise LoraFxError(f"{fspath(path)}: not an ONNX file that can be read") from e
+    return _manifest(text, fspath(path))
+
+
+def _manifest(text: str | None, where: str) -> Manifest:
+    if text is None:
+        raise LoraFxError(
+            f"{where}: no manifest of lora-fx: the file is not switchable",
+            "lora-fx export MODEL -o X.onnx --mode switch writes one",
+        )
+    return Manifest.from_text(text, where)
+
+
+def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> dict[str, Array]:
+    """The tensors of an adapter, or of its file in any format, checked against a manifest."""
+    if isinstance(adapter, Adapter):
+        return manifest.tensors(adapter)
+    from lora_fx.formats.io import load_adapter
+
+    where = fspath(adapter)
+    if where.endswith(".onnx_adapter"):
+        found = read_file(Path(where))[0]
+        known = {n for s in manifest.slots.values() for n in (s.a, s.b)}
+        manifest.check(found, where)
+        assert set(found) <= known
+        return found
+    return manifest.tensors(load_adapter(where), where)
+
+
+def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
+    """An .onnx_adapter for the file that the manifest is of."""
+    write_file(path, manifest.tensors(adapter), {"adapter_version": 1, "model_version": 1})
+
+
+class Session:
+    """A switchable model and its adapters; a switch makes no new session.
+
+    Args:
+        path: The .onnx file.
+        provider: auto, cpu or cuda.
+        threads: 0 leaves the number to the runtime.
+        adapter: Of a file of mode load: what is folded into its weights now, an adapter or its
+            file in any format; the base model without one.
+
+    Attributes:
+        manifest: What an adapter has to bring.
+        provider: cpu or cuda: where it runs.
+        note: A line to show, or empty.
+
+    Raises:
+        LoraFxError: The file does not load, or is not switchable.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        provider: str = "auto",
+        threads: int = 0,
+        *,
+        adapter: Adapter | str | PathLike[str] | None = None,
+    ) -> None:
+        external = None
+        if adapter is not None:
+            manifest = manifest_of(path)
+            if manifest.mode != "load":
+                raise LoraFxError(
+                    f"{fspath(path)}: a file of mode {manifest.mode} takes adapters run by run",
+                    "session.load(name, adapter), then session.run(inputs, adapter=name)",
+                )
+            external = manifest.padded(tensors_of(adapter, manifest))
+        opened = open_session(path, provider, threads, external=external)
+        self.session, self.provider, self.note = opened.session, opened.provider, opened.note
+        text = self.session.get_modelmeta().custom_metadata_map.get(PROPERTY)
+        self.manifest = _manifest(text, fspath(path))
+        self._inputs = {i.name for i in self.session.get_inputs()}
+        self._outputs = [o.name for o in self.session.get_outputs()]
+        self._arrays: dict[str, dict[str, Array]] = {}
+        self._values: dict[str, dict[str, Any]] = {}
+        self._free: dict[str, list[Any]] = {}
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(self._arrays)
+
+    def load(self, name: str, adapter: Adapter | str | PathLike[str]) -> None:
+        """Load an adapter, or its file in any format; a name that is taken is replaced.
+
+        Raises:
+            LoraFxError: The adapter does not fit the manifest.
+        """
+        if self.manifest.mode == "load":
+            raise LoraFxError(
+                "a file of mode load takes its adapter when the session is made",
+                "Session(path, adapter=…); --mode switch exports one that switches run by run",
+            )
+        tensors = tensors_of(adapter, self.manifest)
+        self._arrays[name] = tensors
+        self._values[name] = _values(tensors)
+        self._free[name] = []
+
+    def run(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
+        """{output: array}.
+
+        Args:
+            inputs: Arrays by input name.
+            adapter: None for the base model, a loaded name, or {name: weight}: the weighted sum of
+                their changes.
+
+        Raises:
+            LoraFxError: An adapter that is not loaded, a missing or unknown input.
+        """
+        from onnxruntime import OrtValue
+
+        self._check(inputs)
+        arrays = {n: np.ascontiguousarray(x) for n, x in inputs.items()}
+        if adapter is None:
+            made = self.session.run(self._outputs, arrays)
+            return dict(zip(self._outputs, made, strict=True))
+        if isinstance(adapter, str) and self.provider == "cpu":
+            return self._run_bound(arrays, adapter)
+        feeds = {n: OrtValue.ortvalue_from_numpy(x) for n, x in arrays.items()}
+        made = self.session.run_with_ort_values(self._outputs, {**feeds, **self.choice(adapter)})
+        return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
+
+    def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
+        """A run with a binding that has the adapter already, and that no other thread is using."""
+        self._known(name)
+        free = self._free[name]
+        try:
+            binding = free.pop()
+        except IndexError:
+            binding = self.session.io_binding()
+            for n, v in self._values[name].items():
+                binding.bind_ortvalue_input(n, v)
+        for n, x in arrays.items():
+            binding.bind_cpu_input(n, x)
+        for n in self._outputs:  # anew, or the runtime would write over what the last run gave
+            binding.bind_output(n)
+        self.session.run_with_iobinding(binding)
+        made = binding.get_outputs()
+        free.append(binding)
+        return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
+
+    def bind(self, inputs: Mapping[str, Array], adapter: Choice = None) -> Any:
+        """An IOBinding of the inputs and the adapter, outputs where the session runs.
+
+        Run it by `session.session.run_with_iobinding(binding)`.
+        """
+        from onnxruntime import OrtValue
+
+        self._check(inputs)
+        binding = self.session.io_binding()
+        feeds = {
+            n: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for n, x in inputs.items()
+        }
+        for name, value in {**feeds, **self.choice(adapter)}.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, self.provider)
+        return binding
+
+    def choice(self, adapter: Choice) -> dict[str, Any]:
+        """The OrtValues of a choice, by input name; those left out keep their defaults."""
+        if adapter is None:
+            return {}
+        if isinstance(adapter, str):
+            self._known(adapter)
+            return self._values[adapter]
+        for name in adapter:
+            self._known(name)
+        return _values(self._mixed(adapter))
+
+    def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
+        """A side by side and w·B below one another: the ranks add up."""
+        mixed: dict[str, Array] = {}
+        for slot in self.manifest.slots.values():
+            parts = [(self._arrays[n], w) for n, w in weights.items() if slot.a in self._arrays[n]]
+            if parts:
+                mixed[slot.a] = np.concatenate([t[slot.a] for t, _ in parts], axis=-1)
+                b = [t[slot.b] * t[slot.b].dtype.type(w) for t, w in parts]
+                mixed[slot.b] = np.concatenate(b, axis=-2)
+        return mixed
+
+    def _known(self, name: str) -> None:
+        if name not in self._arrays:
+            raise LoraFxError(
+                f"no adapter {name!r} is loaded",
+                near(name, list(self._arrays)) if self._arrays else "session.load(name, path)",
+            )
+
+    def _check(self, inputs: Mapping[str, Array]) -> None:
+        for name in inputs:
+            if name not in self._inputs:
+                raise LoraFxError(f"the model has no input {name!r}", near(name, [*self._inputs]))
+        missing = sorted(self._inputs - set(inputs))
+        if missing:
+            raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(self._inputs)}")
+
+
+def _values(tensors: Mapping[str, Array]) -> dict[str, Any]:
+    from onnxruntime import OrtValue
+
+    return {n: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for n, x in tensors.items()}

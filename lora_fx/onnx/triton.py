@@ -9,6 +9,7 @@ gets its name when the copy was loaded and agrees with the config that was writt
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import explain, replacing
 from lora_fx.onnx.load import data_names
-from lora_fx.onnx.session import open_session
-from lora_fx.onnx.triton_config import MODEL, Config, config_of
+from lora_fx.onnx.manifest import PROPERTY, Manifest
+from lora_fx.onnx.session import RuntimeSession, open_session
 
 CONFIG = "config.pbtxt"
 
@@ -203,3 +205,291 @@ def _versions(home: Path) -> Iterator[int]:
     for path in home.iterdir():
         if path.is_dir() and (number := re.match(r"\d+", path.name)):
             yield int(number[0])
+
+
+# The config of a model for Triton: what a config.pbtxt says, and what a session would have it say.
+#
+# What the server refuses is refused here. Its rules, from its sources (core's ValidateIOShape, the
+# ONNX Runtime backend's ValidateInputs and CompareDimsSupported): no dimension of 0, at least one
+# (a scalar is [1]), outputs exactly as the session says, initialisers that are inputs as
+# `optional`, and those only without batching. With a batch size the first dimension is left out,
+# and what is a vector by row then is [1] with an empty reshape.
+
+
+MODEL = "model.onnx"
+OURS = {
+    "backend": ("onnxruntime", ""),
+    "platform": ("onnxruntime_onnx", ""),
+    "default_model_filename": (MODEL, ""),
+}
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: `dims` as the model sees them, the batch included, -1 where dynamic."""
+
+    kind: str
+    dims: tuple[int, ...]
+    optional: bool = False
+
+    def __str__(self) -> str:
+        """As errors show it."""
+        return f"{self.kind} {list(self.dims)}" + " optional" * self.optional
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a config.pbtxt says of a model, or what a session would have it say.
+
+    Attributes:
+        name: Of the model, and of its folder.
+        inputs: By name.
+        outputs: By name.
+        max_batch: 0: dims are whole. Else the server leaves out the first dimension, and may put
+            requests together.
+    """
+
+    name: str
+    inputs: dict[str, Port]
+    outputs: dict[str, Port]
+    max_batch: int = 0
+
+    def to_text(self) -> str:
+        """The config.pbtxt."""
+        lines = [f"name: {quoted(self.name)}", 'backend: "onnxruntime"']
+        lines.append(f"max_batch_size: {self.max_batch}")
+        for title, ports in (("input", self.inputs), ("output", self.outputs)):
+            for name, port in ports.items():
+                dims = port.dims[1:] if self.max_batch else port.dims
+                lines += [f"{title} {{", f"  name: {quoted(name)}", f"  data_type: {port.kind}"]
+                lines.append(f"  dims: [ {', '.join(map(str, dims)) or '1'} ]")
+                lines += ["  reshape: { shape: [ ] }"] * (not dims)
+                lines += ["  optional: true"] * port.optional
+                lines.append("}")
+        lines += ["dynamic_batching { }"] * bool(self.max_batch)
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Config:
+        """The inverse of to_text; what else a config may say is left alone.
+
+        Raises:
+            LoraFxError: No ModelConfig, or one for another backend or file.
+        """
+        reader = Reader(text, where)
+        try:
+            made = reader.message()
+        except RecursionError as error:
+            raise reader.error("messages nested without end") from error
+        for key, known in OURS.items():
+            found = reader.one(made, key, "")
+            if found not in known:
+                raise LoraFxError(
+                    f"{where}: {key} is {found!r}; expected {known[0]!r}",
+                    "choose another folder or name",
+                )
+        size = max(0, *reader.numbers(made, "max_batch_size"), 0)
+        sides: list[dict[str, Port]] = []
+        for side in ("input", "output"):
+            sides.append({})
+            for p in made.get(side, []):
+                name, port = _read_port(reader, p, size)
+                if name in sides[-1]:
+                    raise reader.error(f"{side} {name!r} is there twice")
+                sides[-1][name] = port
+        return cls(reader.one(made, "name", ""), sides[0], sides[1], size)
+
+    def difference(self, model: Config) -> str:
+        """What this config and a model's own disagree on, the first by name; else empty."""
+        for what in ("input", "output"):
+            here, there = getattr(self, f"{what}s"), getattr(model, f"{what}s")
+            for name in sorted({*here, *there}):
+                if here.get(name) != there.get(name):
+                    one, two = here.get(name, "missing"), there.get(name, "missing")
+                    return f"{what} {name!r} is {one}; the model's is {two}"
+        for key in ("name", "max_batch"):
+            if getattr(self, key) != getattr(model, key):
+                return f"{key} is {getattr(self, key)!r}; expected {getattr(model, key)!r}"
+        return ""
+
+
+def _read_port(reader: Reader, port: Any, max_batch: int) -> tuple[str, Port]:
+    if not isinstance(port, dict):
+        raise reader.error(f"{port!r} is no input or output")
+    none: dict[str, Any] = {}
+    shape = reader.one(port, "reshape", none)
+    dims = reader.numbers(shape, "shape") if "reshape" in port else reader.numbers(port, "dims")
+    kind = reader.one(port, "data_type", "TYPE_INVALID")
+    kind = KINDS.get(int(kind), kind) if kind.isdigit() else kind
+    if kind not in KINDS.values():
+        raise reader.error(f"the data_type {kind!r} is unknown")
+    optional = reader.one(port, "optional", "false") in ("true", "True", "t", "1")
+    return reader.one(port, "name", ""), Port(kind, (-1, *dims) if max_batch else dims, optional)
+
+
+def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
+    """The config of a loaded model.
+
+    The tensors of adapters in a switchable file are optional inputs. Other initialisers that
+    could be given as inputs are not listed: they keep their values.
+
+    Raises:
+        LoraFxError: A tensor that the server cannot carry, or batching that the model has not.
+    """
+    inner = session.session
+    meta = inner.get_modelmeta().custom_metadata_map.get(PROPERTY)
+    slots = _slots(meta, name)
+    free = [v for v in inner.get_overridable_initializers() if v.name in slots]
+    inputs = {v.name: _port(v, False) for v in inner.get_inputs()}
+    inputs |= {v.name: _port(v, True) for v in free}
+    outputs = {v.name: _port(v, False) for v in inner.get_outputs()}
+    values = [*inner.get_inputs(), *free, *inner.get_outputs()]
+    first = {v.shape[0] if v.shape else None for v in values}
+    # an adapter's A begins with a number: optional inputs are refused here too, as the server does
+    if max_batch and (len(first) > 1 or not isinstance(next(iter(first)), str)):
+        found = ", ".join(f"{v.name} {v.shape}" for v in values)
+        raise LoraFxError(
+            f"{name}: a batch size needs one dynamic dimension 0 that every input and output has, "
+            f"and no adapters as inputs; found {found}",
+            "leave the batch size out, or export with a dynamic batch",
+        )
+    return Config(name, inputs, outputs, max_batch)
+
+
+def _slots(text: str | None, where: str) -> set[str]:
+    if text is None or json.loads(text).get("mode") != "switch":
+        return set()
+    return {n for s in Manifest.from_text(text, where).slots.values() for n in (s.a, s.b)}
+
+
+_NAMES = {"float": "FP32", "double": "FP64", "float16": "FP16", "bfloat16": "BF16"}
+
+
+def _port(value: Any, optional: bool) -> Port:
+    dtype = value.type.removeprefix("tensor(").removesuffix(")")
+    kind = "TYPE_" + _NAMES.get(dtype, dtype.upper())
+    if kind not in KINDS.values():
+        raise LoraFxError(f"{value.name!r} is {value.type}, which Triton does not carry")
+    dims = tuple(d if isinstance(d, int) else -1 for d in value.shape)
+    if any(d < 1 and d != -1 for d in dims):
+        raise LoraFxError(f"{value.name!r} is {list(dims)}; Triton takes no dimension of 0")
+    return Port(kind, dims or (1,), optional)
+
+
+# Protobuf's text format, as far as the config of a model for Triton needs it.
+#
+# Read without the message's definition, into {field: [values]}: protobuf's own reader cannot skip
+# the lists of messages, `instance_group [ { … } ]`, of a config that was edited by hand.
+
+
+_ORDER = (
+    "INVALID", "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
+    "FP16", "FP32", "FP64", "STRING", "BF16",
+)  # fmt: skip
+KINDS = {number: f"TYPE_{name}" for number, name in enumerate(_ORDER)}
+"""Triton's numbers of dtypes."""
+
+Message = dict[str, list[Any]]
+_TOKEN = re.compile(
+    r"""(?:\s|\#[^\n]*)*("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[-+.\w]+|[{}<>\[\]:,;])""", re.S
+)
+_REST = re.compile(r"(?:\s|#[^\n]*)*")
+_ESCAPE = re.compile(rb"\\([0-7]{1,3}|[xX][0-9a-fA-F]{1,2}|.)", re.S)
+_SIMPLE = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f"}
+
+
+def quoted(text: str) -> str:
+    r"""A string literal.
+
+    >>> print(quoted('a"b'), quoted("c\nd"))
+    "a\"b" "c\012d"
+    """
+    parts = ("\\" + c if c in '"\\' else c if c >= " " else f"\\{ord(c):03o}" for c in text)
+    return f'"{"".join(parts)}"'
+
+
+def unquoted(literal: str) -> str:
+    """The inverse of quoted, for every escape of the format but those of code points."""
+
+    def one(found: re.Match[bytes]) -> bytes:
+        code = found[1]
+        if code[:1] in b"01234567":
+            return bytes([int(code, 8) & 255])
+        return bytes([int(code[1:], 16)]) if code[1:] else _SIMPLE.get(code, code)
+
+    return _ESCAPE.sub(one, literal[1:-1].encode()).decode()
+
+
+class Reader:
+    """A text, token by token; `where` is what errors call it."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self.where, self.tokens, at = where, [""], 0
+        while found := _TOKEN.match(text, at):
+            self.tokens.append(found[1])
+            at = found.end()
+        if _REST.fullmatch(text, at) is None:
+            raise self.error(f"after {self.tokens[-1]!r}, line {text.count(chr(10), 0, at) + 1}")
+        self.tokens = self.tokens[:0:-1]
+
+    def error(self, what: str) -> LoraFxError:
+        """What is wrong with the text."""
+        return LoraFxError(f"{self.where}: no ModelConfig: {what}", "write it anew")
+
+    def next(self, *wanted: str) -> str:
+        """The next token if it is one of these, else empty."""
+        return self.tokens.pop() if self.tokens and self.tokens[-1] in wanted else ""
+
+    def message(self, end: str = "") -> Message:
+        """Fields up to `end`, or up to the end of the text.
+
+        Raises:
+            LoraFxError: It is not in the format.
+        """
+        made: Message = {}
+        while self.tokens and self.tokens[-1] != end:
+            name = self.tokens.pop()
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise self.error(f"{name!r} is no field")
+            self.next(":")
+            values = made.setdefault(name, [])
+            if self.next("["):
+                while not self.next("]"):
+                    values.append(self.value())
+                    self.next(",")
+            else:
+                values.append(self.value())
+            self.next(",", ";")
+        if end and not self.next(end):
+            raise self.error(f"a {end!r} is missing")
+        return made
+
+    def value(self) -> Any:
+        """A message, a string, or the text of a number, a name or true and false."""
+        if opened := self.next("{", "<"):
+            return self.message("}" if opened == "{" else ">")
+        if not self.tokens or self.tokens[-1] in "}>]:,;[":
+            raise self.error("a value is missing")
+        if self.tokens[-1][0] not in "\"'":
+            return self.tokens.pop()
+        text = ""
+        while self.tokens and self.tokens[-1][0] in "\"'":  # literals in a row are one string
+            try:
+                text += unquoted(self.tokens.pop())
+            except UnicodeDecodeError as error:
+                raise self.error("a string that is no UTF-8") from error
+        return text
+
+    def one(self, message: Message, name: str, default: Any) -> Any:
+        """The value of a field that is there once at most."""
+        values = message.get(name, [default])
+        if len(values) != 1 or isinstance(values[0], dict) != isinstance(default, dict):
+            raise self.error(f"{name} is {values}")
+        return values[0]
+
+    def numbers(self, message: Message, name: str) -> tuple[int, ...]:
+        """The whole numbers of a field."""
+        try:
+            return tuple(int(v, 0) for v in message.get(name, []))
+        except (TypeError, ValueError) as error:
+            raise self.error(f"{name} is {message[name]}") from error

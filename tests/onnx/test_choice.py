@@ -10,8 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from lora_fx.onnx.batching import SCALES, add_inputs
-from lora_fx.onnx.choice import IDS, LIMIT
+from lora_fx.onnx.batch import IDS, LIMIT, SCALES, add_inputs
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.session import RuntimeSession, open_session
 

@@ -19,12 +19,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session
-from lora_fx.onnx.branches import adapter_in
 from lora_fx.onnx.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.matching import match
-from lora_fx.onnx.session import open_session
-from lora_fx.onnx.switching import manifest_of
+from lora_fx.onnx.manifest import adapter_in
+from lora_fx.onnx.match import match
+from lora_fx.onnx.session import manifest_of, open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.insert_onnx import insert_onnx
@@ -225,7 +224,7 @@ def test_a_target_without_effect(tmp_path: Path) -> None:
 def test_a_wrong_factor_is_not_written(
     mode: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_fx.manifest import Manifest
+    from lora_fx.onnx.manifest import Manifest
 
     right = Manifest.tensors
 

@@ -13,7 +13,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.load import load
-from lora_fx.onnx.matching import read_map
+from lora_fx.onnx.match import read_map
 from lora_fx.onnx.names import FOLDED_FROM
 from lora_fx.passes.merge_onnx import merge_onnx
 

@@ -20,9 +20,8 @@ from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx import Session
-from lora_fx.onnx.adapter_file import write_file
-from lora_fx.onnx.session import open_session
-from lora_fx.onnx.switching import manifest_of, write_adapter
+from lora_fx.onnx.manifest import write_file
+from lora_fx.onnx.session import manifest_of, open_session, write_adapter
 from tests.providers import PROVIDERS
 
 RANKS = {"de": 4, "fr": 8, "it": 16}

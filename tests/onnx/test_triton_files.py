@@ -12,9 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.pbtxt import Reader, quoted
-from lora_fx.onnx.triton import write_repository
-from lora_fx.onnx.triton_config import Config, Port
+from lora_fx.onnx.triton import Config, Port, Reader, quoted, write_repository
 from tests.onnx.triton_models import Net, export, folders
 from tests.onnx.triton_rules import loads, proto
 

@@ -17,7 +17,7 @@ import lora_fx
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph import OnnxGraph
-from lora_fx.onnx.matching import match
+from lora_fx.onnx.match import match
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold

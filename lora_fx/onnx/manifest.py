@@ -9,15 +9,25 @@ guesses names.
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, check_plain
+from lora_fx.adapter.factors import FIELDS, learning, slots_of, with_values
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.ir.layout import Layout
+from lora_fx.onnx.load import load
 from lora_fx.text import near
 
 PROPERTY = "lora_fx.manifest"
@@ -189,3 +199,136 @@ class Manifest:
 def _stored(matrix: Array, dtype: str) -> Array:
     """A matrix, or a stack of them, transposed and contiguous."""
     return np.ascontiguousarray(np.swapaxes(matrix, -1, -2).astype(dtype))
+
+
+# The tensors of an .onnx_adapter file, read and written by ONNX Runtime.
+#
+# `AdapterFormat.set_parameters` keeps pointers into the arrays: where those are gone before
+# `export_adapter`, the file holds garbage and nothing says so. They are held here, and the file is
+# read back and compared. bfloat16 has no numpy type in the runtime, so it goes as bits.
+
+
+_BF16 = 16
+"""BFLOAT16 in onnx.TensorProto.DataType."""
+
+_TYPES = {"tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16)}
+
+
+def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
+    """The tensors by name, in name order, and adapter_version and model_version.
+
+    Raises:
+        LoraFxError: Not such a file, or damaged.
+    """
+    from onnxruntime import AdapterFormat
+
+    try:
+        file = AdapterFormat.read_adapter(str(path))
+        values = file.get_parameters()
+        tensors = {name: _array(values[name]) for name in sorted(values)}
+    except (RuntimeError, ValueError, UnicodeDecodeError) as error:
+        raise LoraFxError(
+            f"{path}: a damaged ONNX Runtime adapter: {one_line(error)}",
+            "the download or copy may be incomplete; fetch the file again",
+        ) from error
+    versions = {
+        "adapter_version": int(file.get_adapter_version()),
+        "model_version": int(file.get_model_version()),
+    }
+    return tensors, versions
+
+
+def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, int]) -> None:
+    """Write a file and compare what it reads back as, bit by bit.
+
+    Args:
+        path: The file to create.
+        tensors: Arrays by name.
+        versions: adapter_version and model_version.
+
+    Raises:
+        LoraFxError: The file does not hold what was given.
+    """
+    from onnxruntime import AdapterFormat, OrtValue
+
+    held = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    bits = {n: a.view(np.uint16) for n, a in held.items() if a.dtype == ml_dtypes.bfloat16}
+    file = AdapterFormat()
+    file.set_adapter_version(versions["adapter_version"])
+    file.set_model_version(versions["model_version"])
+    values = {
+        name: OrtValue.ortvalue_from_numpy_with_onnx_type(bits[name], _BF16)
+        if name in bits
+        else OrtValue.ortvalue_from_numpy(array)
+        for name, array in held.items()
+    }
+    file.set_parameters(values)
+    file.export_adapter(str(path))
+    again, _ = read_file(path)
+    for name, array in held.items():
+        got = again.get(name)
+        if got is None or got.dtype != array.dtype or got.tobytes() != array.tobytes():
+            raise LoraFxError(f"{path}: tensor {name!r} does not read back as it was written")
+
+
+def _array(value: Any) -> Array:
+    """An own copy of a value of the runtime."""
+    dtype = _TYPES.get(value.data_type())
+    if dtype is None:
+        return np.array(value.numpy())
+    data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    return np.frombuffer(data, dtype).reshape(value.shape()).copy()
+
+
+# Branches that insert put into an .onnx file: their list in the metadata, and the adapter again.
+#
+# A is [*batch, rank, in] and B [*batch, out, rank], as in an Adapter; the scale is a node.
+
+
+def listed(updates: Mapping[str, LowRank]) -> str:
+    """JSON, for the model's metadata: bound updates by key."""
+    targets = {}
+    for key, u in updates.items():
+        layout = u.layout
+        assert layout is not None
+        parts = [layout.shape, layout.batch, layout.out, layout.in_, layout.stored]
+        targets[key] = {
+            **{slot.field: slot.name for slot in slots_of(key, u)}, "frozen": u.frozen,
+            "rank": u.rank, "alpha": u.alpha, "variant": u.variant, "use": u.use, "layout": parts,
+        }  # fmt: skip
+    return json.dumps({"version": VERSION, "mode": "insert", "targets": targets})
+
+
+def adapter_in(path: str | PathLike[str]) -> Adapter:
+    """The adapter whose branches are in a file that insert wrote, trained since.
+
+    Raises:
+        LoraFxError: The file has no such branches, or one was renamed.
+    """
+    model = load(path)
+    try:
+        found = json.loads(model.metadata_props.get(PROPERTY, "{}"))
+    except ValueError:
+        found = {}
+    if found.get("mode") != "insert":
+        raise LoraFxError(
+            f"{path}: an ONNX file without trainable branches",
+            "lora-fx insert X.onnx -o Y.onnx adds them; lora-fx merge takes the model as its base",
+        )
+    entries = {}
+    for key, row in found["targets"].items():
+        values = {f: _tensor(model, row[f], path) for f in FIELDS if f in row}
+        layout = Layout(*(tuple(part) for part in row["layout"]))
+        low = LowRank(
+            values["a"], values["b"], row["alpha"], layout, row["variant"], row["use"],
+            frozen=row.get("frozen", 0),
+        )  # fmt: skip
+        entries[key] = with_values(low, values)
+    return Adapter(entries, learning(entries))
+
+
+def _tensor(model: ir.Model, name: str, path: str | PathLike[str]) -> Array:
+    value = model.graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        raise LoraFxError(f"{path}: tensor {name!r} is missing", "was it renamed?")
+    return np.array(value.const_value.numpy(), np.float32)

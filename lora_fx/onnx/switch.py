@@ -1,0 +1,281 @@
+"""The factors of a switchable graph, in the place of what insert made.
+
+They are inputs with defaults, or initialisers of a fixed rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.adapter.factors import slot_names
+from lora_fx.errors import LoraFxError
+from lora_fx.ir.kinds import swap_last
+from lora_fx.onnx.emitter import add_initialiser
+from lora_fx.onnx.flow import MARK
+from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.manifest import Slot
+from lora_fx.onnx.row_provenance import rank
+from lora_fx.targets.target import Target
+
+
+def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Slot:
+    """Put A and B, as they are read, in the place of what insert made.
+
+    Args:
+        graph: It has the branches of the target.
+        target: The target.
+        rank: Of the default, zeros.
+        symbol: Name of the rank of an input; empty: A and B are initialisers alone.
+    """
+    layout = target.layout
+    batch = layout.batch_shape
+    names = (f"{target.key}.lora_A", f"{target.key}.lora_B")
+    sides: tuple[tuple[int, int], ...] = ((layout.in_size, rank), (rank, layout.out_size))
+    shapes: tuple[tuple[int | str, ...], ...] = (
+        (layout.in_size, symbol or rank),
+        (symbol or rank, layout.out_size),
+    )
+    owner = graph.model.graph
+    for old, name, side, shape in zip(slot_names(target.key), names, sides, shapes, strict=True):
+        if name in owner.initializers or any(v.name == name for v in owner.inputs):
+            raise LoraFxError(f"the graph has a tensor {name!r} already", f"--exclude {target.key}")
+        was = owner.initializers[old]
+        new = ir.Value(
+            name=name,
+            const_value=ir.tensor(np.zeros((*batch, *side), np.float32), name=name),
+            shape=ir.Shape((*batch, *shape)),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
+        new.metadata_props[MARK] = was.metadata_props[MARK]
+        _reread(graph, was, new, swap_last(len(batch)))
+        del owner.initializers[old]
+        owner.initializers[name] = new
+        if symbol:
+            owner.inputs.remove(was)
+            owner.inputs.append(new)
+    shape_ = tuple(target.parameter.shape)
+    return Slot(
+        *names, layout.in_size, layout.out_size, batch, shape_, target.op, target.role, rank
+    )
+
+
+def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]) -> None:
+    """Users of `was` read `new`, its transpose, with as few transposes as there can be."""
+    made = graph.model.graph.initializers
+    for user, i in list(was.uses()):
+        body = user.graph
+        assert body is not None
+        if user.op_type == "Mul" and _is_one(user.inputs[1 - i]):
+            one = user.inputs[1 - i]
+            _reread(graph, user.outputs[0], new, perm)
+            body.remove(user, safe=True)
+            if one is not None and not one.uses() and one.name in made:
+                del made[str(one.name)]
+        elif user.op_type == "Transpose" and tuple(user.attributes["perm"].as_ints()) == perm:
+            for reader, j in list(user.outputs[0].uses()):
+                reader.replace_input_with(j, new)
+            body.remove(user, safe=True)
+        else:
+            turned = ir.node("Transpose", (new,), {"perm": list(perm)})
+            turned.metadata_props[MARK] = user.metadata_props.get(MARK, "")
+            turned.outputs[0].name = graph.fresh(f"{new.name}_transposed")
+            turned.outputs[0].type = new.type
+            body.insert_before(user, turned)
+            user.replace_input_with(i, turned.outputs[0])
+
+
+def _is_one(value: ir.Value | None) -> bool:
+    if value is None or value.const_value is None or MARK not in value.metadata_props:
+        return False
+    return value.const_value.size == 1 and float(value.const_value.numpy().reshape(())) == 1.0
+
+
+# y + (x A) B → Gemm(x A, B, y) on flat rows, where A and B are inputs of a switchable graph.
+#
+# The sum is then made inside the product. As an Add of its own it reads and writes every activation
+# once more, which costs as much as the products of a small rank, and the same at rank 0. Where the
+# result and its bias are only reshaped, all of it stays flat: Gemm(x A, B, Gemm(x, W, bias)).
+
+
+def accumulate(graph: OnnxGraph, slots: Iterable[Slot]) -> int:
+    """Rewrite every branch of that form; returns how many.
+
+    Branches with casts or stacks in them stay as they are.
+    """
+    flat = Flat(graph)
+    pairs = {(s.a, s.b): s for s in slots if not s.batch}
+    done = 0
+    for node in list(graph.model.graph.all_nodes()):
+        match = _match(node)
+        slot = pairs.get((str(match[1].name), str(match[2].name))) if match else None
+        if match and slot:
+            _rewrite(node, match, slot, flat)
+            done += 1
+    graph.changed()
+    return done
+
+
+Match = tuple[ir.Value, ir.Value, ir.Value, ir.Value]
+
+
+def _match(node: ir.Node) -> Match | None:
+    """(x, A, B, y) of Add(y, MatMul(MatMul(x, A), B))."""
+    if node.op_type != "Add" or node.domain:
+        return None
+    for y, delta in (node.inputs, node.inputs[::-1]):
+        outer = _product(delta)
+        inner = _product(outer[0]) if outer else None
+        if outer and inner and y is not None and rank(y) == rank(inner[0]) and rank(y):
+            return (*inner, outer[1], y)
+    return None
+
+
+def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """Both operands of the product that made a value nothing else reads."""
+    node = value.producer() if value is not None and len(value.uses()) == 1 else None
+    if node is None or node.op_type != "MatMul" or node.domain:
+        return None
+    left, right = node.inputs
+    return None if left is None or right is None else (left, right)
+
+
+def _rewrite(add: ir.Node, match: Match, slot: Slot, flat: Flat) -> None:
+    """The sum, or the sum and its bias, is one product; an output of the graph keeps its name."""
+    x, a, b, y = match
+    plain = rank(y) == 2
+    left = x if plain else flat.rows(add, x, slot.inside)
+    t = flat.made(add, "MatMul", left, a)
+    old, bias = add.outputs[0], None if plain else reshaped_bias(add, x, y)
+    if bias is not None:
+        total, old = flat.made(add, "Gemm", t, b, flat.layer(add, bias, y, left)), bias.outputs[0]
+    else:
+        total = flat.made(add, "Gemm", t, b, y if plain else flat.rows(add, y, slot.out))
+        if not plain:
+            total = flat.made(add, "Reshape", total, flat.made(add, "Shape", y))
+        total.shape = old.shape
+    total.type = old.type
+    delta = next(v for v in add.inputs if v is not y)
+    outer = delta.producer() if delta is not None else None
+    inner = outer.inputs[0].producer() if outer is not None and outer.inputs[0] else None
+    ir.convenience.replace_all_uses_with(old, total, replace_graph_outputs=True)
+    if total.is_graph_output():
+        total.name, old.name = old.name, total.name
+    body = add.graph
+    assert body is not None
+    for dead in (bias, add, outer, inner, y.producer() if bias else None):
+        if dead is not None:
+            body.remove(dead, safe=True)
+
+
+# A layer, its branch and its bias on flat rows, where all that follows reshapes the result.
+#
+#     Reshape(x W + delta + bias, heads) → Reshape(Gemm(x', W, bias) + delta', heads)
+#
+# So it is for q, k and v: no fusion takes their bias, and an Add of its own reads and writes every
+# activation once more. Elsewhere the bias is left to the runtime, which fuses it into what follows.
+
+
+class Flat:
+    """Nodes before the Add of a branch; flat forms of an activation are made once."""
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self._graph = graph
+        self._rows: dict[tuple[int, int], ir.Value] = {}
+
+    def made(self, add: ir.Node, op: str, *inputs: ir.Value) -> ir.Value:
+        """A node of the branch that `add` ends."""
+        node = ir.node(op, inputs)
+        node.metadata_props[MARK] = add.metadata_props.get(MARK, "")
+        node.outputs[0].name = self._graph.fresh(f"lora_flat_{op}")
+        assert add.graph is not None
+        add.graph.insert_before(add, node)
+        return node.outputs[0]
+
+    def rows(self, add: ir.Node, value: ir.Value, width: int) -> ir.Value:
+        """[rows, width]; rows are counted from the width, never from a rank, which may be 0."""
+        key = (id(add.graph), id(value))
+        if key not in self._rows:
+            owner, name = self._graph.model.graph, f"lora_rows_of_{width}"
+            to = owner.initializers.get(name)
+            if to is None:
+                to = add_initialiser(owner, name, np.array([-1, width], np.int64), name)
+            self._rows[key] = self.made(add, "Reshape", value, to)
+        return self._rows[key]
+
+    def layer(self, add: ir.Node, bias: ir.Node, y: ir.Value, left: ir.Value) -> ir.Value:
+        """Gemm(left, W, bias) in the place of the product y = x W and of the Add of the bias."""
+        product, old = y.producer(), add.outputs[0]
+        assert product is not None
+        w, c = product.inputs[1], next(v for v in bias.inputs if v is not old)
+        assert w is not None and c is not None
+        whole = self.made(add, "Gemm", left, w, c)
+        node = whole.producer()
+        assert node is not None
+        node.name = product.name
+        node.metadata_props.clear()
+        node.metadata_props.update(product.metadata_props)
+        return whole
+
+    def heads(self) -> int:
+        """Rewrite every branch of that form; returns how many."""
+        done = 0
+        for add in list(self._graph.model.graph.all_nodes()):
+            if add.op_type != "Add" or add.domain or MARK not in add.metadata_props:
+                continue
+            for y, delta in (add.inputs, add.inputs[::-1]):
+                product = y.producer() if y is not None else None
+                if product is None or y is None or delta is None or MARK in product.metadata_props:
+                    continue
+                x, w = product.inputs[0], product.inputs[1] if len(product.inputs) > 1 else None
+                bias = reshaped_bias(add, x, y) if x is not None else None
+                if bias is None or x is None or w is None or w.shape is None:
+                    continue
+                width, out = w.shape.numpy()
+                whole = self.layer(add, bias, y, self.rows(add, x, int(width)))
+                total = self.made(add, "Add", whole, self.rows(add, delta, int(out)))
+                total.type = bias.outputs[0].type
+                bias.outputs[0].replace_all_uses_with(total)
+                assert add.graph is not None
+                add.graph.remove((bias, add, product), safe=True)
+                done += 1
+                break
+        self._graph.changed()
+        return done
+
+
+def reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:
+    """The Add of a bias after the sum, where all that follows reshapes it, naming every size."""
+    product, uses = y.producer(), add.outputs[0].uses()
+    if product is None or product.op_type != "MatMul" or product.domain or len(y.uses()) != 1:
+        return None
+    w, after = product.inputs[1], next(iter(uses)).node if len(uses) == 1 else None
+    if (
+        product.inputs[0] is not x
+        or rank(w) != 2
+        or rank(x) is None
+        or add.outputs[0].is_graph_output()
+    ):
+        return None
+    if after is None or after.op_type != "Add" or after.domain or after.graph is not add.graph:
+        return None
+    bias, out = next(v for v in after.inputs if v is not add.outputs[0]), after.outputs[0]
+    if bias is None or bias.const_value is None or rank(bias) != 1 or out.is_graph_output():
+        return None
+    heads = [u.node for u in out.uses()]
+    flat = bool(heads) and all(
+        n.op_type == "Reshape" and n.inputs[0] is out and _no_zero(n.inputs[1]) for n in heads
+    )
+    return after if flat else None
+
+
+def _no_zero(target: ir.Value | None) -> bool:
+    """A shape that copies no size from its input: none of its constants is 0."""
+    node = target.producer() if target is not None else None
+    parts = list(node.inputs) if node is not None and node.op_type == "Concat" else [target]
+    known = [ir.convenience.get_const_tensor(v) for v in parts if v is not None]
+    if len(parts) == 1 and known[0] is None:
+        return False
+    return all(t is None or bool((t.numpy() != 0).all()) for t in known)
