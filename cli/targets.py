@@ -65,7 +65,7 @@ def _none(model: str, found: Any) -> LoraFxError | None:
 def _onnx(model: str, as_json: bool) -> None:
     from dataclasses import replace
 
-    from lora_fx.onnx.graph import OnnxGraph
+    from lora_fx.onnx.graph.graph import OnnxGraph
     from lora_fx.onnx.load import load
     from lora_fx.onnx.names import restore_weight_names
     from lora_fx.passes.find import find

@@ -14,7 +14,7 @@ from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.batch import batch_symbol
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import Batch, Source
 from lora_fx.passes.modes import Writing

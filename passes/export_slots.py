@@ -15,7 +15,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.fx.to_onnx import to_onnx
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
 from lora_fx.passes.batch import Source
 from lora_fx.passes.export_batch import named, write_batch

@@ -19,7 +19,7 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import SIZES
 from lora_fx.ir.layout import Layout
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import copies_of
 from lora_fx.onnx.session import Session, write_adapter
 from lora_fx.passes.find import find

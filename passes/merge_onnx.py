@@ -19,7 +19,7 @@ from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external, output, weight_bytes
 from lora_fx.onnx.session import open_session

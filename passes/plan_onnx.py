@@ -13,7 +13,7 @@ from lora_fx.adapter.adapter import HOWS, mix
 from lora_fx.checkpoint.merge import given
 from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import restore_weight_names

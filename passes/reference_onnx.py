@@ -23,8 +23,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import SIZES, Inputs
 from lora_fx.ir.emitter import Role
-from lora_fx.onnx.graph import OnnxGraph
-from lora_fx.onnx.reach import highest
+from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.insert import Insert

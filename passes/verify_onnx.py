@@ -10,7 +10,7 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names

@@ -26,12 +26,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
-from lora_fx.onnx.emitter import OnnxEmitter, add_initialiser
-from lora_fx.onnx.flow import MARK, Found
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.flow import MARK, Found, dtype_name
+from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import PROPERTY, VERSION
 from lora_fx.onnx.row_provenance import Rows, rank
-from lora_fx.onnx.views import dtype_name
 
 SCALES = "adapter_scales"
 

@@ -24,7 +24,7 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED, copies_of, spread
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import Target

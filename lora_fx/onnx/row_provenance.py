@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_fx.onnx.views import constant, numbers
+from lora_fx.onnx.graph.flow import constant, numbers
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ import onnx_ir as ir
 from lora_fx.adapter.factors import slot_names
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
-from lora_fx.onnx.emitter import add_initialiser
-from lora_fx.onnx.flow import MARK
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.flow import MARK
+from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import Slot
 from lora_fx.onnx.row_provenance import rank
 from lora_fx.targets.target import Target

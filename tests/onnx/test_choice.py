@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from lora_fx.onnx.batch import IDS, LIMIT, SCALES, add_inputs
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.session import RuntimeSession, open_session
 
 RANK = 3

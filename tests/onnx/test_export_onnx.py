@@ -19,7 +19,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import adapter_in
 from lora_fx.onnx.match import match

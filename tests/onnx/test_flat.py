@@ -14,7 +14,7 @@ import lora_fx
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.onnx import Session
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.passes.find import find
 from lora_fx.passes.switch import Switch
 

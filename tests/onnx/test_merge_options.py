@@ -130,7 +130,7 @@ def test_run_compares_with_branches(
 
 
 def merge_onnx_open(path: Path) -> Any:
-    from lora_fx.onnx.graph import OnnxGraph
+    from lora_fx.onnx.graph.graph import OnnxGraph
     from lora_fx.onnx.load import load
 
     return OnnxGraph(load(path))

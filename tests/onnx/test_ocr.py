@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 import lora_fx
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import rel
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold

@@ -16,7 +16,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.rewrites.bias import DeltaBeforeBias
 from lora_fx.onnx.rewrites.gemm import GemmToMatMul
 from lora_fx.onnx.session import open_session

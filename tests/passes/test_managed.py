@@ -14,8 +14,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.fx.graph.graph import Managed as FxManaged
-from lora_fx.onnx.graph import OnnxGraph
-from lora_fx.onnx.managed import Managed as OnnxManaged
+from lora_fx.onnx.graph.graph import Managed as OnnxManaged
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import lora_fx
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import match
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find

@@ -1,0 +1,1 @@
+"""The ONNX side of the IR: op table, data flow and emitter."""
