@@ -22,9 +22,9 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
-from lora_fx.onnx.precision import GATES
+from lora_fx.onnx.optimise.precision import GATES
+from lora_fx.onnx.optimise.stages import Stage
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import Stage
 from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.modes import Writing
 from lora_fx.passes.optimise import narrowed

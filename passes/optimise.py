@@ -1,7 +1,7 @@
 """optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
 
-The stages are lora_fx.onnx.stages.STAGES; here is where their inputs come from: a captured model,
-or a file's own signature.
+The stages are lora_fx.onnx.optimise.stages.STAGES; here is where their inputs come from: a captured
+model, or a file's own signature.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from lora_fx.files.atomic import check_output
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
-from lora_fx.onnx.precision import Narrowed, narrow
+from lora_fx.onnx.optimise.precision import Narrowed, narrow
+from lora_fx.onnx.optimise.stages import Stage, apply_stages
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
-from lora_fx.onnx.stages import Stage, apply_stages
 from lora_fx.onnx.triton import Repository
 
 if TYPE_CHECKING:

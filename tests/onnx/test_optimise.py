@@ -16,11 +16,10 @@ import torch
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.onnx.rewrites.bias import DeltaBeforeBias
-from lora_fx.onnx.rewrites.gemm import GemmToMatMul
-from lora_fx.onnx.rewrites.libraries import DropDead, FuseForRuntime
+from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
+from lora_fx.onnx.optimise.libraries import DropDead, FuseForRuntime
+from lora_fx.onnx.optimise.stages import apply_stages
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import apply_stages
 
 FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding")
 SIZES = ((2, 5), (3, 7), (1, 11))

@@ -17,8 +17,7 @@ from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.rewrites.bias import DeltaBeforeBias
-from lora_fx.onnx.rewrites.gemm import GemmToMatMul
+from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold

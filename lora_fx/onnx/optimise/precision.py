@@ -13,18 +13,18 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.rewrites.half import ToHalf
+from lora_fx.onnx.optimise.stages import WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
-from lora_fx.onnx.stages import WorstError, peaks
 
 GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}
 """max|a − b| / max|b| of an output: eight units in the last place of what is computed with."""
@@ -186,3 +186,120 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+# float16 for every node but the islands: weights converted, casts where the two meet.
+#
+# A value has one cast to the other dtype, however many nodes read it. Inputs and outputs of the
+# graph stay float32. Bodies of If, Loop and Scan stay as they are, and what they read is cast for
+# them.
+
+
+KEPT = frozenset({
+    "Resize", "Upsample", "NonMaxSuppression", "TopK", "RoiAlign", "Range", "CumSum", "Min", "Max",
+    "ConstantOfShape", "Constant", "RandomNormal", "RandomUniform", "RandomNormalLike",
+    "RandomUniformLike", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear",
+})  # fmt: skip
+"""Ops with operands or kernels that are float32 only, or whose dtype is an attribute."""
+MICROSOFT = "com.microsoft"
+FULL, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+
+
+@dataclass(frozen=True)
+class ToHalf(ir.passes.InPlacePass):
+    """Convert a model in place.
+
+    Attributes:
+        islands: Names of nodes that stay in float32.
+    """
+
+    islands: Collection[str] = ()
+    _casts: dict[tuple[int, ir.DataType], ir.Value] = field(default_factory=dict, compare=False)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit the model in place."""
+        graph = model.graph
+        nodes = [n for n in graph if self._converts(n)]
+        taken = set(nodes)
+        mine = {o for n in nodes for o in n.outputs if o.dtype == FULL}
+        outputs = {o for o in graph.outputs if o in mine}
+        for node in graph.all_nodes():
+            to = HALF if node in taken else FULL
+            for i, value in enumerate(node.inputs):
+                now = HALF if value in mine else None if value is None else value.dtype
+                if value is not None and {now, to} == {FULL, HALF}:
+                    node.replace_input_with(i, self._as(graph, value, to))
+        for node in nodes:
+            if node.op_type == "Cast" and node.attributes["to"].as_int() == FULL:
+                node.attributes["to"] = ir.AttrInt64("to", int(HALF))
+        for value in mine - outputs:
+            value.type = ir.TensorType(HALF)
+        for value in outputs:
+            self._end(graph, value)
+        return ir.passes.PassResult(model, bool(nodes))
+
+    def _converts(self, node: ir.Node) -> bool:
+        """True for a node that computes with floats, and may do so with fewer bits."""
+        bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        if node.op_type in KEPT or node.name in self.islands or node.domain not in ("", MICROSOFT):
+            return False
+        if any(a.type in bodies for a in node.attributes.values()):
+            return False
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None]
+        known = all(v.dtype is not None for v in values)
+        return known and any(v.dtype == FULL for v in values)
+
+    def _as(self, graph: ir.Graph, value: ir.Value, to: ir.DataType) -> ir.Value:
+        """A value in another dtype: a converted initialiser, or one cast of its own."""
+        known = self._casts.get((id(value), to))
+        if known is not None:
+            return known
+        stem = "half" if to == HALF else "full"
+        if value.const_value is not None and value.name in graph.initializers:
+            made = _stored(graph, value, to, f"{value.name}_{stem}")
+        else:
+            node = ir.node("Cast", [value], {"to": int(to)}, name=f"{value.name}_to_{stem}")
+            made = node.outputs[0]
+            made.name, made.type, made.shape = (
+                f"{value.name}_{stem}",
+                ir.TensorType(to),
+                value.shape,
+            )
+            maker = value.producer()
+            if maker is None:
+                graph.insert_before(graph[0], node)
+            else:
+                assert isinstance(maker.graph, ir.Graph)
+                maker.graph.insert_after(maker, node)
+        self._casts[id(value), to] = made
+        return made
+
+    def _end(self, graph: ir.Graph, value: ir.Value) -> None:
+        """An output of the graph keeps its name and dtype, and a cast makes it."""
+        maker, name = value.producer(), value.name
+        assert maker is not None
+        value.name = f"{name}_half"
+        value.type = ir.TensorType(HALF)
+        full = self._casts.get((id(value), FULL))
+        if full is None:
+            full = self._as(graph, value, FULL)
+        full.name = name
+        for i, out in enumerate(graph.outputs):
+            if out is value:
+                graph.outputs[i] = full
+
+
+def _stored(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
+    """A weight in other bits; under its own name where nothing reads the old one any more."""
+    tensor = value.const_value
+    assert tensor is not None
+    array = tensor.numpy().astype(np.float16 if to == HALF else np.float32)
+    new = ir.Value(
+        name=name,
+        const_value=ir.tensor(array, name=name),
+        shape=value.shape,
+        type=ir.TensorType(to),
+    )
+    new.metadata_props.update(value.metadata_props)
+    graph.initializers[name] = new
+    return new

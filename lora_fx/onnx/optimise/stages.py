@@ -20,10 +20,9 @@ from lora_fx.compare import ORT_TOL, compare
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
-from lora_fx.onnx.rewrites.bias import DeltaBeforeBias
-from lora_fx.onnx.rewrites.gemm import GemmToMatMul
-from lora_fx.onnx.rewrites.libraries import DropDead, Fold, FuseForRuntime
-from lora_fx.onnx.rewrites.skip_norm import SplitSkipNorm
+from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
+from lora_fx.onnx.optimise.libraries import DropDead, Fold, FuseForRuntime
+from lora_fx.onnx.optimise.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
 
