@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lora_fx.page import page
-from lora_fx.page.blocks import grouped
-from lora_fx.page.rows import Row, rows_of
-from lora_fx.page.text import number, percent, visible
+from lora_fx.report import page
+from lora_fx.report.charts import grouped
+from lora_fx.report.rows import Row, rows_of
+from lora_fx.report.text import number, percent, visible
 from tests.page.made import HOSTILE, everything, hostile, merged, target, trained
 from tests.page.read import Page
 
