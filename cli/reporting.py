@@ -84,7 +84,7 @@ def _stopped(ctx: click.Context, e: LoraFxError) -> dict[str, Any]:
 def write(result: Mapping[str, Any], path: str, force: bool) -> None:
     """Write the page of a result, all of it or nothing."""
     from lora_fx.files.atomic import replacing
-    from lora_fx.report import page
+    from lora_fx.report.page import page
 
     ctx = click.get_current_context()
     added: dict[str, Any] = {"argv": ctx.find_root().obj.get("argv") or [], "versions": versions()}

@@ -275,9 +275,9 @@ def test_a_wrong_result_is_exit_1_and_not_written(
 ) -> None:
     import lora_fx.onnx.session as session
 
-    real = session.Session.run
+    real = session.RuntimeSession.run
     monkeypatch.setattr(
-        session.Session,
+        session.RuntimeSession,
         "run",
         lambda self, feeds: {k: v * 1.001 for k, v in real(self, feeds).items()},
     )

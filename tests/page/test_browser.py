@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lora_fx.report import page
+from lora_fx.report.page import page
 from tests.page.browser import PROGRAM, Browser, browser
 from tests.page.made import everything, hostile, merged, trained
 from tests.page.read import Page

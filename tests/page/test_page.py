@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lora_fx.report import page
 from lora_fx.report.charts import grouped
+from lora_fx.report.page import page
 from lora_fx.report.rows import Row, rows_of
 from lora_fx.report.text import number, percent, visible
 from tests.page.made import HOSTILE, everything, hostile, merged, target, trained
