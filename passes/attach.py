@@ -27,7 +27,7 @@ from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.forms import GraphPlanner
 from lora_fx.passes.pipeline import Selectors, insert, plan_of
-from lora_fx.passes.prove_live import (
+from lora_fx.passes.proofs.attached import (
     Explicit,
     InGraph,
     Reference,

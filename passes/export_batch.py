@@ -18,8 +18,8 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import Batch, Source
 from lora_fx.passes.modes import Writing
-from lora_fx.passes.prove_rows import prove_rows
-from lora_fx.passes.reference import Reference
+from lora_fx.passes.proofs.batch import prove_rows
+from lora_fx.passes.proofs.parity import Reference
 
 Adapters = Adapter | Sequence[Adapter] | Mapping[str, Adapter]
 

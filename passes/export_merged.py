@@ -30,7 +30,7 @@ from lora_fx.passes.modes import Writing
 from lora_fx.passes.optimise import narrowed
 from lora_fx.passes.optimise import optimise as optimised
 from lora_fx.passes.pipeline import fold, grown, insert
-from lora_fx.passes.prove import prove, torch_run
+from lora_fx.passes.proofs.parity import prove, torch_run
 
 
 def export_merged(

@@ -28,7 +28,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.merge_onnx import merge_onnx
 from lora_fx.passes.modes import Writing
 from lora_fx.passes.optimise import optimise_file
-from lora_fx.passes.reference_onnx import reference_of
+from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
 

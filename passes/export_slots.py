@@ -23,7 +23,7 @@ from lora_fx.passes.export_switch import beside, write_switch
 from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.modes import Writing
 from lora_fx.passes.pipeline import find, plan_of
-from lora_fx.passes.reference_torch import TorchReference
+from lora_fx.passes.proofs.reference import TorchReference
 
 Selectors = str | Sequence[str] | None
 

@@ -24,7 +24,7 @@ from lora_fx.onnx.names import copies_of
 from lora_fx.onnx.session import Session, write_adapter
 from lora_fx.passes.find import find
 from lora_fx.passes.modes import Writing
-from lora_fx.passes.reference import Reference, Run
+from lora_fx.passes.proofs.parity import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name

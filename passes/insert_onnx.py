@@ -32,7 +32,7 @@ from lora_fx.onnx.save import EXTERNAL_OVER, output
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.reference_onnx import reference_of
+from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.targets.plan import make_plan
 
 Selectors = str | Sequence[str] | None

@@ -26,8 +26,8 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton import Repository
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.plan_onnx import METADATA, history, plan_onnx
-from lora_fx.passes.prove_merge import prove_merge, same
-from lora_fx.passes.reference_onnx import reference_of
+from lora_fx.passes.proofs.merge import prove_merge, same
+from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.text import table
 
 

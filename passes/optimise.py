@@ -30,7 +30,7 @@ def optimise(
     model: Any, reference: CapturedModule, arrays: Mapping[str, Any] | None, provider: str
 ) -> tuple[Any, list[Stage]]:
     """(onnx_ir model, its stages), on the inputs that export proves with."""
-    from lora_fx.passes.prove import feeds_of  # imports torch, which files do without
+    from lora_fx.passes.proofs.parity import feeds_of  # imports torch, which files do without
 
     feeds = [f for _, f in feeds_of(reference, arrays)]
     return _cleaned(*apply_stages(model, feeds, provider=provider))
@@ -44,7 +44,7 @@ def narrowed(
     precision: str,
 ) -> Narrowed:
     """A graph in fewer bits, on the inputs that export proves with."""
-    from lora_fx.passes.prove import feeds_of
+    from lora_fx.passes.proofs.parity import feeds_of
 
     feeds = [f for _, f in feeds_of(reference, arrays)]
     return narrow(model, precision, feeds, provider)

@@ -19,12 +19,12 @@ from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.clean import Clean
-from lora_fx.passes.effect import prove_effect
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.effect import prove_effect
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
 from lora_fx.passes.started import check_variant, started

@@ -16,7 +16,7 @@ from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
-from lora_fx.passes.reference_onnx import reference_of
+from lora_fx.passes.proofs.reference import reference_of
 
 
 def verify_onnx(

@@ -17,7 +17,7 @@ from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.given import captured_of, opened
 from lora_fx.passes.pipeline import find, insert
-from lora_fx.passes.prove import prove
+from lora_fx.passes.proofs.parity import prove
 
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -41,7 +41,7 @@ def verify_run(
         run: Callable[[Feeds], Any] = session.run
         notes = [session.note] if session.note else []
     else:
-        from lora_fx.passes.prove import torch_run
+        from lora_fx.passes.proofs.parity import torch_run
 
         run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
     parity = prove(run, module, arrays=inputs, tol=tol)

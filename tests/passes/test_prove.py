@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.passes.prove import own_errors
+from lora_fx.passes.proofs.parity import own_errors
 
 
 def test_one_input_that_rounds_well_does_not_narrow_the_gate() -> None:

@@ -20,7 +20,7 @@ from lora_fx.adapter.lowrank import Full, LowRank, draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.prove import prove, torch_run
+from lora_fx.passes.proofs.parity import prove, torch_run
 
 
 class Of(nn.Module):

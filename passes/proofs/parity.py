@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
-from lora_fx.passes.reference import Run
 
 
 def arrays_of(named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -168,3 +169,29 @@ def torch_run(module: CapturedModule) -> Run:
         return module.flat(pytree.tree_unflatten(new, spec))
 
     return run
+
+
+# What an exported file has to equal: a model as it was, alone or with an adapter in branches.
+
+
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+
+class Reference(Protocol):
+    """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime."""
+
+    def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
+        """Inputs by their ONNX names, symbols at (batch, other); a user's own where given."""
+        ...
+
+    def run(self, adapter: Adapter | None) -> Run:
+        """{input: array} → {output: array}, with an adapter's branches."""
+        ...
+
+    def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
+        """Per output, how far rounding alone moves it; empty where that is unknown."""
+        ...
+
+    def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
+        """Compare at every size; `of` is the word for it in the report."""
+        ...

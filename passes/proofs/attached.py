@@ -28,7 +28,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import SIZES
-from lora_fx.passes.prove import arrays_of, prove
+from lora_fx.passes.proofs.parity import arrays_of, prove
 from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -18,7 +18,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.batch import IDS, SCALES
-from lora_fx.passes.reference import Reference, Run
+from lora_fx.passes.proofs.parity import Reference, Run
 
 AT_ONCE = 16
 """Rows of one batch of the check."""
