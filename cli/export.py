@@ -71,7 +71,7 @@ def command(
     """
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
-    from lora_fx.passes.export import export
+    from lora_fx.passes.verbs.export import export
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")

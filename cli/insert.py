@@ -53,7 +53,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     """
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import save_adapter
-    from lora_fx.passes.pipeline import insert
+    from lora_fx.passes.verbs.adapt import insert
 
     check_output(output, force=force)
     if model.endswith(".onnx"):
@@ -85,7 +85,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
 
 def _onnx(model: str, output: str, force: bool, as_json: bool, options: dict[str, Any]) -> None:
     from lora_fx.errors import LoraFxError
-    from lora_fx.passes.insert_onnx import insert_onnx
+    from lora_fx.passes.verbs.insert_onnx import insert_onnx
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")

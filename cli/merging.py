@@ -86,14 +86,13 @@ def merge_file(
 ) -> None:
     """Merge into an .onnx file, or print its plan."""
     from lora_fx.onnx.match import read_map
-    from lora_fx.passes.merge import merge, onnx_options_of
-    from lora_fx.passes.merge_onnx import lines
+    from lora_fx.passes.verbs.merge import lines, merge, onnx_options_of
 
     given = [split_weight(a) for a in adapters]
     inputs = [{"base": base, "adapters": list(adapters)}]
     chosen = {**options, **mine, "names": read_map(mine["names"])}
     if dry_run:
-        from lora_fx.passes.plan_onnx import plan_onnx
+        from lora_fx.passes.verbs.merge import plan_onnx
 
         planned = {k: v for k, v in onnx_options_of(chosen).items() if k not in ("delta", "run")}
         plan = plan_onnx(base, given, **planned)

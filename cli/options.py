@@ -123,9 +123,9 @@ def captured(
     cache: bool = False,
 ) -> tuple[Any, Any]:
     """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
-    from lora_fx.fx.capture.capture import capture
     from lora_fx.fx.load.models import LoadedModel, load_model
     from lora_fx.inputs import parse_dynamic
+    from lora_fx.passes.verbs.open import capture
 
     if model.endswith(".pt2"):
         from lora_fx.fx.pt2.captured import open_program
@@ -178,7 +178,7 @@ def refuse_given(model: str, names: Sequence[str]) -> None:
 
 def held(cap: Any) -> Any:
     """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
-    from lora_fx.passes.verbs.program import module_of
+    from lora_fx.passes.verbs.open import module_of
 
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
     for name in (*chosen, "plan"):

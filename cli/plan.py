@@ -59,8 +59,8 @@ def command(
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
     from lora_fx.fx.load.factory import load_function
-    from lora_fx.passes.pipeline import find
-    from lora_fx.passes.plan import plan
+    from lora_fx.passes.verbs.adapt import find
+    from lora_fx.passes.verbs.plan import plan
     from lora_fx.targets.ranking import METHODS
 
     check_output(output, force=force)

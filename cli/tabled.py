@@ -35,7 +35,7 @@ def print_table(
     """Losses of an adapter on DATA at lower ranks."""
     from lora_fx.cli.options import adapter_of, captured, training_data
     from lora_fx.fx.load.factory import load_function
-    from lora_fx.passes.held_out import held_out
+    from lora_fx.passes.verbs.plan import held_out
 
     given = [f"--{k.replace('_', '-')}" for k, v in goal.items() if v is not None]
     if output or given:

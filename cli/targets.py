@@ -43,7 +43,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     if model.endswith(".onnx"):
         _onnx(model, as_json)
         return
-    from lora_fx.passes.pipeline import find
+    from lora_fx.passes.verbs.adapt import find
 
     _, cap = captured(model, meta=True, **options)
     found = find(cap, training=training)

@@ -63,7 +63,7 @@ def _train(
     from lora_fx.fx.load.factory import load_function
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
-    from lora_fx.passes.pipeline import insert
+    from lora_fx.passes.verbs.adapt import insert
 
     check_output(output, force=force)
     check_device(device)

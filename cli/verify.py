@@ -63,7 +63,7 @@ def command(
     from lora_fx.checkpoint.prove import ROWS
     from lora_fx.checkpoint.verify import is_tensor_file, lines
     from lora_fx.formats.io import is_adapter
-    from lora_fx.passes.verify import verify
+    from lora_fx.passes.verbs.verify import verify
 
     fits = is_adapter(b)
     if not run and is_tensor_file(a) and (fits or is_tensor_file(b)):

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "capture": "lora_fx.fx.capture.capture",
-    "find": "lora_fx.passes.pipeline",
-    "insert": "lora_fx.passes.pipeline",
-    "fold": "lora_fx.passes.pipeline",
-    "export": "lora_fx.passes.export",
+    "capture": "lora_fx.passes.verbs.open",
+    "find": "lora_fx.passes.verbs.adapt",
+    "insert": "lora_fx.passes.verbs.adapt",
+    "fold": "lora_fx.passes.verbs.adapt",
+    "export": "lora_fx.passes.verbs.export",
     "extract": "lora_fx.checkpoint.extract",
     "truncate": "lora_fx.adapter.truncate",
-    "plan": "lora_fx.passes.plan",
-    "verify": "lora_fx.passes.verify",
-    "attach": "lora_fx.passes.attach",
-    "detach": "lora_fx.passes.attach",
-    "merge": "lora_fx.passes.merge",
+    "plan": "lora_fx.passes.verbs.plan",
+    "verify": "lora_fx.passes.verbs.verify",
+    "attach": "lora_fx.passes.verbs.attach",
+    "detach": "lora_fx.passes.verbs.attach",
+    "merge": "lora_fx.passes.verbs.merge",
     "doctor": "lora_fx.checkpoint.doctor.doctor",
     "save_adapter": "lora_fx.formats.io",
     "load_adapter": "lora_fx.formats.io",
@@ -67,15 +67,16 @@ if TYPE_CHECKING:
     from lora_fx.checkpoint.extract import extract
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter
-    from lora_fx.fx.capture.capture import Captured, capture
+    from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.load.models import load_model
     from lora_fx.fx.module.adapted import AdaptedModule
-    from lora_fx.passes.attach import attach, detach
-    from lora_fx.passes.export import export
-    from lora_fx.passes.merge import merge
-    from lora_fx.passes.pipeline import find, fold, insert
-    from lora_fx.passes.plan import plan
-    from lora_fx.passes.verify import verify
+    from lora_fx.passes.verbs.adapt import find, fold, insert
+    from lora_fx.passes.verbs.attach import attach, detach
+    from lora_fx.passes.verbs.export import export
+    from lora_fx.passes.verbs.merge import merge
+    from lora_fx.passes.verbs.open import capture
+    from lora_fx.passes.verbs.plan import plan
+    from lora_fx.passes.verbs.verify import verify
 
 
 def __getattr__(name: str) -> Any:

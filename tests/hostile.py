@@ -154,7 +154,7 @@ def main() -> None:
     # Whatever the libraries do when they are imported is no business of the files.
     import lora_fx.fx.load.models
     import lora_fx.onnx.session
-    import lora_fx.passes.pipeline  # noqa: F401
+    import lora_fx.passes.verbs.adapt  # noqa: F401
     from lora_fx.cli import main as cli
     from lora_fx.cli.common import COMMANDS
 

@@ -29,8 +29,8 @@ from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.pipeline import insert
 from lora_fx.passes.proofs.parity import Run, arrays_of, own_errors, prove, torch_run
+from lora_fx.passes.verbs.adapt import insert
 
 
 class OnnxReference:

@@ -19,41 +19,11 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
-from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
-from lora_fx.fx.pt2.captured import FileCaptured, open_program
+from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.write import write_programs
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import SIZES
-
-
-def load_program(path: str | PathLike[str], *, trust: bool = False) -> CapturedModule:
-    """The module that a .pt2 file holds: an AdaptedModule where it has branches.
-
-    The adapter, its dropout and the norms are as they were saved; training goes on from there.
-    Outputs are plain: where the model returned a class with fields, a dict.
-
-    Args:
-        path: The file.
-        trust: As in `open_program`.
-
-    Raises:
-        LoraFxError: As `open_program`.
-    """
-    return module_of(open_program(path, trust=trust))
-
-
-def module_of(captured: FileCaptured) -> CapturedModule:
-    """The module of an opened file."""
-    import lora_fx  # the verbs live above this module; only the facade knows them
-
-    adapter = captured.adapter
-    if adapter is None:
-        module: CapturedModule = with_signature(CapturedModule, captured)(captured)
-        return module
-    made: CapturedModule = lora_fx.insert(
-        captured.plain(), adapter=adapter, dropout=captured.dropout, norm_stats=captured.norm_stats
-    )
-    return made
+from lora_fx.passes.verbs.open import load_program
 
 
 def save_program(

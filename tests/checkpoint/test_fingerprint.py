@@ -145,7 +145,8 @@ def test_a_second_merge_is_not_refused(tmp_path: Path) -> None:
 
 
 def test_programs_keep_it(tmp_path: Path) -> None:
-    from lora_fx.passes.verbs.program import load_program, save_program
+    from lora_fx.passes.verbs.open import load_program
+    from lora_fx.passes.verbs.program import save_program
 
     module = lora_fx.insert(Net(), (X,), rank=2)
     save_program(module, tmp_path / "x.pt2")

@@ -14,7 +14,7 @@ from torch import nn
 import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
-from lora_fx.passes.verbs.program import load_program
+from lora_fx.passes.verbs.open import load_program
 from tests.fx.pt2_models import exported, net, stirred
 from tests.zoo.models import ZOO
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_fx.errors import LoraFxError
-from lora_fx.passes.verbs.program import load_program
+from lora_fx.passes.verbs.open import load_program
 from tests.fx.pt2_edit import CONFIG, JSON, Edit, edited, in_json, refused, write_clean
 
 

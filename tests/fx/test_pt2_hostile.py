@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.pt2.captured import open_program
 from lora_fx.fx.pt2.check import check_expression, check_operator
-from lora_fx.passes.verbs.program import load_program
+from lora_fx.passes.verbs.open import load_program
 from tests.fx.pt2_edit import CONFIG, JSON, SAMPLE, Edit, edited, in_json, refused, write_clean
 
 

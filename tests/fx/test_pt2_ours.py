@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.passes.verbs.program import load_program, save_program
+from lora_fx.passes.verbs.open import load_program
+from lora_fx.passes.verbs.program import save_program
 from tests.fx.pt2_models import built, net, stirred
 from tests.fx.pt2_steps import steps
 from tests.zoo.models import ZOO

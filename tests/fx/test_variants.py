@@ -18,7 +18,8 @@ from lora_fx.adapter.variant import VARIANTS
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.passes.verbs.program import load_program, save_program
+from lora_fx.passes.verbs.open import load_program
+from lora_fx.passes.verbs.program import save_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 FREE = [i for i in INITS if i not in OF_DATA]

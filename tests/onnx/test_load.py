@@ -18,7 +18,7 @@ from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import save_adapter
 from lora_fx.onnx.load import load
-from lora_fx.passes.merge import merge
+from lora_fx.passes.verbs.merge import merge
 
 W = np.arange(192, dtype=np.float32).reshape(8, 24)
 

@@ -20,7 +20,8 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
-from lora_fx.passes import fold, merge_onnx
+from lora_fx.passes import fold
+from lora_fx.passes.verbs import merge
 from tests.onnx.test_switch import ADAPTERS, Net, ids
 
 X = {"ids": ids()}
@@ -118,8 +119,8 @@ def test_run_compares_with_branches(
     def wrong(updates: Any, lazy: bool) -> Any:
         return right(dict(list(updates.items())[1:]), lazy=lazy)
 
-    monkeypatch.setattr(merge_onnx, "prove_merge", lambda path, *_: merge_onnx_open(path))
-    monkeypatch.setattr(merge_onnx, "Fold", wrong)
+    monkeypatch.setattr(merge, "prove_merge", lambda path, *_: merge_onnx_open(path))
+    monkeypatch.setattr(merge, "Fold", wrong)
     with pytest.raises(NoEffectError, match="differs from the base with branches"):
         lora_fx.merge(base, adapter, tmp_path / "n.onnx", run=True)
     lora_fx.merge(base, adapter, tmp_path / "n.onnx")  # which the run alone has seen

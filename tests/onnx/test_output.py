@@ -19,7 +19,7 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files import atomic
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.optimise import optimise_file
+from lora_fx.passes.verbs.optimise import optimise_file
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 

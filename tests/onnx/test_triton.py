@@ -18,7 +18,7 @@ from lora_fx.files import atomic
 from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton import check_repository, write_repository
-from lora_fx.passes import export as pass_export
+from lora_fx.passes.verbs import export as pass_export
 from tests.onnx.triton_models import IDS, Net, adapter, export, folders
 from tests.onnx.triton_rules import loads, proto
 

@@ -16,9 +16,10 @@ from lora_fx.adapter.initial import matrix
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Rows, Watched, part
-from lora_fx.fx.capture.capture import Captured, capture
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.ir.graph import Site
-from lora_fx.passes.calibrate import _Seen, _straight, calibrate
+from lora_fx.passes.verbs.calibrate import _Seen, _straight, calibrate
+from lora_fx.passes.verbs.open import capture
 from tests.table import ROWS, Model, Row, example
 
 EVERY = ("inputs", "power", "outputs", "gradient")

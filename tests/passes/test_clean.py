@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.fx.capture.capture import capture
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.clean import Clean
+from lora_fx.passes.verbs.open import capture
 from tests.passes.test_golden import dedent, text
 
 Mask = Callable[[Tensor], Tensor]

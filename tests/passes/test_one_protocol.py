@@ -13,11 +13,11 @@ from torch import nn
 
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import rel
-from lora_fx.fx.capture.capture import capture
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.verbs.open import capture
 
 TEXT = """
 <ir_version: 10, opset_import: ["": 20]>

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
-from lora_fx.passes.plan import plan
+from lora_fx.passes.verbs.plan import plan
 from lora_fx.targets.budget import cost_of
 from lora_fx.targets.plan import read_plan
 from lora_fx.targets.ranking import METHODS
@@ -78,8 +78,8 @@ def seen(name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndar
 
 def gains(method: str, key: str) -> np.ndarray[Any, Any]:
     """What a method gives a target, by the pass."""
-    from lora_fx.fx.capture.capture import capture
-    from lora_fx.passes.calibrate import calibrate
+    from lora_fx.passes.verbs.calibrate import calibrate
+    from lora_fx.passes.verbs.open import capture
     from lora_fx.targets.ranking import STATISTICS, Seen
 
     cap = capture(net(), (X[:2],))

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx.fx.capture.capture import capture
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.verbs.open import capture
 from tests.fx.saved_bytes import saved_bytes
 from tests.passes.test_golden import dedent, text, updates
 

@@ -14,10 +14,11 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import FOLD_TOL, rel
-from lora_fx.fx.capture.capture import Captured, capture
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.verbs.open import capture
 from tests.table import ROWS, Model, Row, example
 
 RANK = 2

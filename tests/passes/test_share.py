@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.fx.capture.capture import Captured, capture
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
+from lora_fx.passes.verbs.open import capture
 from tests.passes.test_golden import dedent, text, updates
 from tests.passes.test_recompute import Net, gradients, pair, same
 

@@ -21,7 +21,8 @@ from lora_fx.compare import FOLD_TOL, ORT_TOL, rel
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.verbs.program import load_program, save_program
+from lora_fx.passes.verbs.open import load_program
+from lora_fx.passes.verbs.program import save_program
 
 Deltas = dict[str, Tensor]
 

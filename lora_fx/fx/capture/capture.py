@@ -12,7 +12,6 @@ import linecache
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -239,37 +238,6 @@ class Captured:
         new.__dict__.update(self.__dict__)
         new.tracings = dict(self.tracings)
         return new
-
-
-def capture(
-    model: Any,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    dynamic: Any = None,
-    static: Sequence[str] = (),
-) -> Captured:
-    """Capture a model with example inputs.
-
-    Args:
-        model: An nn.Module, a function of tensors, a bound method of a module, or the path of a
-            .pt2 file, which needs no inputs.
-        args: Positional example inputs.
-        kwargs: Keyword example inputs.
-        dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
-            dimension 0 of every tensor, dimension 1 of integers, masks and 3-d floats.
-        static: Inputs (`NAME` or `NAME:DIM`) that stay fixed.
-
-    Raises:
-        CaptureError: The model cannot be traced; the message names the line of its code.
-        LoraFxError: The inputs do not fit the signature.
-    """
-    if isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2"):
-        from lora_fx.fx.pt2.captured import open_program
-
-        return open_program(model, args, kwargs, dynamic, static)
-    cap = Captured(model, args, kwargs, dynamic, static)
-    cap.traced(False, cap.named)
-    return cap
 
 
 def _computed(module: nn.Module) -> dict[str, torch.Tensor]:

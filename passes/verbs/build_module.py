@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_fx.adapter.initial import OF_DATA, OF_WEIGHT, check_init, initial
@@ -11,8 +11,16 @@ from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import with_signature
+from lora_fx.passes.clean import Clean
+from lora_fx.passes.fuse import Fuse
+from lora_fx.passes.insert import Insert
+from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.share import Share
 from lora_fx.targets.found import Found
-from lora_fx.targets.plan import Plan
+from lora_fx.targets.plan import Plan, make_plan
 
 
 def check_variant(variant: str, init: str, dropout: float, data: object) -> tuple[str, ...]:
@@ -54,7 +62,7 @@ def started(
     """
     moments, said = None, tuple[str, ...]()
     if init in OF_DATA:
-        from lora_fx.passes.calibrate import calibrate
+        from lora_fx.passes.verbs.calibrate import calibrate
 
         if cap is None or data is None:
             raise LoraFxError(f"init {init!r} needs a model that one graph can hold, and data")
@@ -64,3 +72,68 @@ def started(
     wanted = init in OF_WEIGHT or not named_variant(variant).branches
     made, notes = initial(found, plan, variant, seed, init, read if wanted else None, moments)
     return made, (*said, *notes)
+
+
+def adapted_module(
+    cap: Captured,
+    found: Found,
+    updates: Mapping[str, LowRank],
+    whole: Sequence[str],
+    notes: Sequence[str],
+    metadata: Mapping[str, Any],
+    dropout: float,
+    norm_stats: str,
+    fast: bool,
+) -> AdaptedModule:
+    """The module of these updates, before anything is proven of it."""
+
+    def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], Any]:
+        return Insert(now, dropout=dropout, training=training, missing="skip")
+
+    module = with_signature(AdaptedModule, cap)(
+        cap,
+        found,
+        updates,
+        inserter,
+        also_train=whole,
+        norm_stats=norm_stats,
+        notes=notes,
+        metadata=metadata,
+        speedups=speedups if fast else None,
+    )
+    assert isinstance(module, AdaptedModule)
+    return module
+
+
+def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], Any]]:
+    """The passes of train programs, in order."""
+    paths = tuple(blocks)
+    return [Clean(), Share(paths), Fuse(), Recompute(paths)]
+
+
+def plan_of(
+    found: Found,
+    names: Mapping[str, str],
+    rank: int,
+    alpha: float | None,
+    include: Selectors,
+    exclude: Selectors,
+    also_train: Selectors,
+    plan: Any,
+) -> Plan:
+    """The plan that the options of insert ask for; a Plan is taken as it is."""
+    if isinstance(plan, Plan):
+        return plan
+    return make_plan(
+        found,
+        names,
+        rank=rank,
+        alpha=alpha,
+        include=include,
+        exclude=exclude,
+        also_train=also_train,
+        ranks=plan,
+    )
+
+
+Selectors = str | Sequence[str] | None

@@ -8,13 +8,12 @@ from typing import Any
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import is_attached
-from lora_fx.fx.capture.capture import Captured, capture
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.module import CapturedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
-from lora_fx.passes.verbs.program import module_of
 
 
 def captured_of(
@@ -95,3 +94,64 @@ def opened(model: Any) -> Any:
     if isinstance(model, FileCaptured) and model.adapter is not None:
         return module_of(model)
     return model
+
+
+def load_program(path: str | PathLike[str], *, trust: bool = False) -> CapturedModule:
+    """The module that a .pt2 file holds: an AdaptedModule where it has branches.
+
+    The adapter, its dropout and the norms are as they were saved; training goes on from there.
+    Outputs are plain: where the model returned a class with fields, a dict.
+
+    Args:
+        path: The file.
+        trust: As in `open_program`.
+
+    Raises:
+        LoraFxError: As `open_program`.
+    """
+    return module_of(open_program(path, trust=trust))
+
+
+def module_of(captured: FileCaptured) -> CapturedModule:
+    """The module of an opened file."""
+    import lora_fx  # the verbs live above this module; only the facade knows them
+
+    adapter = captured.adapter
+    if adapter is None:
+        module: CapturedModule = with_signature(CapturedModule, captured)(captured)
+        return module
+    made: CapturedModule = lora_fx.insert(
+        captured.plain(), adapter=adapter, dropout=captured.dropout, norm_stats=captured.norm_stats
+    )
+    return made
+
+
+def capture(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Any = None,
+    static: Sequence[str] = (),
+) -> Captured:
+    """Capture a model with example inputs.
+
+    Args:
+        model: An nn.Module, a function of tensors, a bound method of a module, or the path of a
+            .pt2 file, which needs no inputs.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
+            dimension 0 of every tensor, dimension 1 of integers, masks and 3-d floats.
+        static: Inputs (`NAME` or `NAME:DIM`) that stay fixed.
+
+    Raises:
+        CaptureError: The model cannot be traced; the message names the line of its code.
+        LoraFxError: The inputs do not fit the signature.
+    """
+    if isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2"):
+        from lora_fx.fx.pt2.captured import open_program
+
+        return open_program(model, args, kwargs, dynamic, static)
+    cap = Captured(model, args, kwargs, dynamic, static)
+    cap.traced(False, cap.named)
+    return cap

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.factors import relearning
-from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.ir.graph import Graph
-from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
-from lora_fx.passes.fuse import Fuse
-from lora_fx.passes.given import captured_of, opened
-from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
-from lora_fx.passes.recompute import Recompute
-from lora_fx.passes.share import Share
-from lora_fx.passes.started import check_variant, started
+from lora_fx.passes.verbs.build_module import (
+    Selectors,
+    adapted_module,
+    check_variant,
+    plan_of,
+    started,
+)
+from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.targets.found import Found
-from lora_fx.targets.plan import Plan, make_plan
-
-Selectors = str | Sequence[str] | None
 
 
 def find(
@@ -60,31 +56,6 @@ def find(
     cap = captured_of(model, args, kwargs, dynamic, meta=True)
     return replace(
         find_graph(cap.fx_graph(training)), pinned=tuple(cap.pinned), notes=tuple(cap.notes)
-    )
-
-
-def plan_of(
-    found: Found,
-    names: Mapping[str, str],
-    rank: int,
-    alpha: float | None,
-    include: Selectors,
-    exclude: Selectors,
-    also_train: Selectors,
-    plan: Any,
-) -> Plan:
-    """The plan that the options of insert ask for; a Plan is taken as it is."""
-    if isinstance(plan, Plan):
-        return plan
-    return make_plan(
-        found,
-        names,
-        rank=rank,
-        alpha=alpha,
-        include=include,
-        exclude=exclude,
-        also_train=also_train,
-        ranks=plan,
     )
 
 
@@ -183,53 +154,20 @@ def insert(
         whole, notes = tuple(bound.full), ()
         metadata["dropout"] = dropout
 
-    module = _adapted(cap, found, updates, whole, notes, metadata, dropout, norm_stats, fast)
+    module = adapted_module(cap, found, updates, whole, notes, metadata, dropout, norm_stats, fast)
     if dead != "allow" and module.base_dtype is not None and updates:
         idle = prove_effect(module, drop=dead == "drop")
         if idle:
             kept = {k: u for k, u in updates.items() if k not in idle}
             notes = (*notes, *(f"{k}: left out, no gradient reaches it" for k in idle))
-            module = _adapted(cap, found, kept, whole, notes, metadata, dropout, norm_stats, fast)
+            module = adapted_module(
+                cap, found, kept, whole, notes, metadata, dropout, norm_stats, fast
+            )
             prove_effect(module)
     if adapter is not None and bound.full:
         module.load_adapter(bound)
     if adapter is not None:
         module.check_base(adapter)
-    return module
-
-
-def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], Any]]:
-    """The passes of train programs, in order."""
-    paths = tuple(blocks)
-    return [Clean(), Share(paths), Fuse(), Recompute(paths)]
-
-
-def _adapted(
-    cap: Captured,
-    found: Found,
-    updates: Mapping[str, LowRank],
-    whole: Sequence[str],
-    notes: Sequence[str],
-    metadata: Mapping[str, Any],
-    dropout: float,
-    norm_stats: str,
-    fast: bool,
-) -> AdaptedModule:
-    def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], Any]:
-        return Insert(now, dropout=dropout, training=training, missing="skip")
-
-    module = with_signature(AdaptedModule, cap)(
-        cap,
-        found,
-        updates,
-        inserter,
-        also_train=whole,
-        norm_stats=norm_stats,
-        notes=notes,
-        metadata=metadata,
-        speedups=speedups if fast else None,
-    )
-    assert isinstance(module, AdaptedModule)
     return module
 
 
@@ -279,10 +217,3 @@ def fold(
 def grown(folded: Sequence[Folded]) -> int:
     """Bytes of constants that fold had to add for tied uses that differ."""
     return sum(f.grew for f in folded)
-
-
-def verify(*args: Any, **kwargs: Any) -> Any:
-    """See lora_fx.passes.verify."""
-    from lora_fx.passes.verify import verify as run
-
-    return run(*args, **kwargs)

@@ -5,7 +5,8 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.files.atomic import check_output
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
-from lora_fx.passes.merge import is_onnx
-from lora_fx.passes.modes import Writing, meant
+from lora_fx.passes.verbs.export_files import Writing, meant
+from lora_fx.passes.verbs.merge import is_onnx
 
 
 def export(
@@ -107,7 +109,7 @@ def export(
                 f"{fspath(model)} is a graph as it is, with a cache or without",
                 "export the model that it was made from",
             )
-        from lora_fx.passes.given import with_cache
+        from lora_fx.passes.verbs.open import with_cache
 
         model, adapters = with_cache(model, adapters)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
@@ -116,7 +118,7 @@ def export(
                 f"{fspath(model)} is a graph as it is: args, kwargs, dynamic and opset have no say",
                 "leave them out; inputs={name: array} gives real data",
             )
-        from lora_fx.passes.export_onnx import export_onnx
+        from lora_fx.passes.verbs.export_onnx import export_onnx
 
         return export_onnx(
             model,
@@ -135,7 +137,6 @@ def export(
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
     from lora_fx.fx.to_onnx import OPSET
-    from lora_fx.passes.eager import eager, may_help
 
     common: dict[str, Any] = {
         "adapters": adapters,
@@ -145,11 +146,11 @@ def export(
     }
     run: Callable[..., Report]
     if mode == "merged":
-        from lora_fx.passes.export_merged import export_merged
+        from lora_fx.passes.verbs.export_torch import export_merged
 
         run = partial(export_merged, optimise=optimise, precision=precision)
     else:
-        from lora_fx.passes.export_slots import export_slots
+        from lora_fx.passes.verbs.export_torch import export_slots
 
         run = partial(
             export_slots, mode=mode, include=include, exclude=exclude, rank=rank, scales=scales
@@ -163,3 +164,35 @@ def export(
             report = run(again, args, kwargs, how, **common)
         said = f"with eager attention, since the model's own failed: {e.message}"
         return replace(report, warnings=(*report.warnings, said))
+
+
+# A second try with eager attention, where a model of transformers offers it.
+#
+# Some kernels of attention cannot be traced, or have no translation; the plain products of `eager`
+# compute the same. The model itself is as it was afterwards.
+
+
+REFUSED = "torch's ONNX exporter refused the model"
+"""How errors of the translation begin."""
+
+
+def may_help(model: Any, error: LoraFxError) -> bool:
+    """True where the model could not be captured or translated, and has another attention."""
+    source: Any = model.model if isinstance(model, Captured) else model
+    now = getattr(getattr(source, "config", None), "_attn_implementation", "eager")
+    failed = isinstance(error, CaptureError) or error.message.startswith(REFUSED)
+    return failed and now not in (None, "eager") and hasattr(source, "set_attn_implementation")
+
+
+@contextlib.contextmanager
+def eager(model: Any) -> Iterator[Any]:
+    """The model with eager attention while the block runs; a capture is one of it, anew."""
+    source: Any = model.model if isinstance(model, Captured) else model
+    was = source.config._attn_implementation
+    source.set_attn_implementation("eager")
+    try:
+        if isinstance(model, Captured):
+            model = Captured(source, (), model.named, model.requested)
+        yield model
+    finally:
+        source.set_attn_implementation(was)

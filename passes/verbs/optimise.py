@@ -61,7 +61,7 @@ def optimise_file(
     optimise: bool = True,
     precision: str | None = None,
 ) -> Report:
-    """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.export.
+    """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.verbs.export.
 
     Args:
         source: The file; it is not changed.

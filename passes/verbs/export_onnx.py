@@ -22,13 +22,11 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.passes.batch import Source
-from lora_fx.passes.export_batch import named, write_batch
-from lora_fx.passes.export_switch import beside, write_switch
 from lora_fx.passes.find import find
-from lora_fx.passes.merge_onnx import merge_onnx
-from lora_fx.passes.modes import Writing
-from lora_fx.passes.optimise import optimise_file
 from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.verbs.export_files import Writing, beside, named, write_batch, write_switch
+from lora_fx.passes.verbs.merge import merge_onnx
+from lora_fx.passes.verbs.optimise import optimise_file
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
 
@@ -50,7 +48,7 @@ def export_onnx(
     optimise: bool = False,
     precision: str | None = None,
 ) -> Report:
-    """Write another .onnx file of a file; the options are those of lora_fx.passes.export.
+    """Write another .onnx file of a file; the options are those of lora_fx.passes.verbs.export.
 
     Args:
         source: The file; it is not changed.

@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from os import PathLike
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.merge import GAIN
+from lora_fx.adapter.adapter import HOWS, Adapter, mix
+from lora_fx.checkpoint.merge import GAIN, given
 from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.match import Matched
+from lora_fx.onnx.load import load
+from lora_fx.onnx.match import Matched, match
+from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external, output, weight_bytes
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton import Repository
+from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.plan_onnx import METADATA, history, plan_onnx
 from lora_fx.passes.proofs.merge import prove_merge, same
 from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.targets.found import Found
 from lora_fx.text import table
 
 
@@ -200,3 +204,190 @@ def lines(report: Report) -> str:
     for r in report.details["tensors"]:
         rows.append((r["key"], "replaced whole" if r["gain"] is None else f"{r['gain']:.3f}"))
     return "\n".join([*table([(*r,) for r in rows]), f"wrote {' and '.join(report.outputs)}"])
+
+
+# The plan of a merge into an .onnx file: what goes where, read without its weights.
+
+
+METADATA = "lora_fx.merge"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A file and the adapters that go into it, in its keys.
+
+    Attributes:
+        graph: The file; nothing is folded yet.
+        found: Its targets.
+        parts: The adapters as given.
+        matched: Their sum.
+        renamed: Tensors that got the names that the exporter's metadata tells.
+    """
+
+    graph: OnnxGraph
+    found: Found
+    parts: tuple[Given, ...]
+    matched: Matched
+    renamed: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One a key: the tensor, its shape, rank and scale, and the bytes that are written."""
+        rows = []
+        for key, update in self.matched.updates.items():
+            p = self.found[key].parameter
+            size = self.graph.flow.stores[p.name].tensor.nbytes
+            rows.append(
+                {"key": key, "tensor": p.name, "shape": list(p.shape), "rank": update.rank,
+                 "scale": update.scale, "bytes": size}
+            )  # fmt: skip
+        for name, value in self.matched.whole.items():
+            size = self.graph.flow.stores[name].tensor.nbytes
+            rows.append(
+                {"key": name, "tensor": name, "shape": list(value.shape), "rank": None,
+                 "scale": None, "bytes": size}
+            )  # fmt: skip
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields of `merge --dry-run --json`."""
+        return {
+            "tensors": self.rows(),
+            "bytes": weight_bytes(self.graph.model),
+            "warnings": list(self.graph.notes),
+        }
+
+    def __str__(self) -> str:
+        """A table, and what is written in all."""
+        rows: list[tuple[str, ...]] = [("tensor", "shape", "rank", "scale", "bytes")]
+        for r in self.rows():
+            shape = "×".join(map(str, r["shape"]))
+            scale = "whole" if r["scale"] is None else f"{r['scale']:g}"
+            rows.append((r["key"], shape, str(r["rank"] or ""), scale, str(r["bytes"])))
+        touched = sum(r["bytes"] for r in self.rows())
+        total = weight_bytes(self.graph.model)
+        return "\n".join([*table(rows), f"{total} bytes of weights, {touched} of them change"])
+
+
+def plan_onnx(
+    base: str | PathLike[str],
+    adapters: Any,
+    *,
+    names: Mapping[str, str] | None = None,
+    again: bool = False,
+    trust: bool = False,
+    how: str = "sum",
+    rank: int | None = None,
+) -> Plan:
+    """See lora_fx.passes.verbs.merge.
+
+    Raises:
+        LoraFxError: Every reason not to merge that the files give.
+    """
+    source = Path(base)
+    if how != "sum" and how not in HOWS:
+        raise LoraFxError(f"no mix {how!r}", f"sum, {', '.join(HOWS)}")
+    parts = given(adapters, trust)
+    model = load(source)
+    _refuse_again(source, model.metadata_props.get(METADATA), parts, again)
+    renamed = restore_weight_names(model)
+    graph = OnnxGraph(model)
+    found = find(graph)
+    matched = _sum(parts, graph, found, names, "cat" if how == "sum" else how, rank)
+    return Plan(graph, found, tuple(parts), matched, renamed)
+
+
+def _sum(
+    parts: Sequence[Given],
+    graph: OnnxGraph,
+    found: Found,
+    names: Mapping[str, str] | None,
+    how: str,
+    rank: int | None,
+) -> Matched:
+    """All adapters as one, in the graph's keys."""
+    each = [match(p.adapter, graph, found, names) for p in parts]
+    if len(parts) == 1 and how == "cat":
+        (one,) = each
+        as_one = replace(parts[0].adapter, entries=dict(one.updates)).weighted(parts[0].weight)
+        updates = as_one.lowrank
+        if one.whole and parts[0].weight != 1.0:
+            raise LoraFxError(
+                f"{parts[0].where}: weight {parts[0].weight:g}, and it holds whole tensors",
+                "only updates in proportion to their scale can be weighted",
+            )
+        return Matched(updates, one.whole)
+    if any(m.whole for m in each):
+        raise LoraFxError("several adapters, and one holds whole tensors", "merge that one alone")
+    bound = [
+        (replace(p.adapter, entries=dict(m.updates)), p.weight)
+        for p, m in zip(parts, each, strict=True)
+    ]
+    return Matched(dict(mix(bound, how, rank).lowrank), {})
+
+
+def _refuse_again(source: Path, text: str | None, parts: Sequence[Given], again: bool) -> None:
+    folded = {a["hash"] for m in history(text) for a in m["adapters"]}
+    for part in parts:
+        if part.hash in folded and not again:
+            raise LoraFxError(
+                f"{source}: {part.where} is merged into it already",
+                "start from the original base; --again merges it once more",
+            )
+
+
+def history(text: str | None) -> list[dict[str, Any]]:
+    """The merges that a file's metadata tells of; empty where it tells none."""
+    try:
+        found = json.loads(text or "[]")
+        return [m for m in found if all("hash" in a for a in m["adapters"])]
+    except (ValueError, TypeError, KeyError):
+        return []
+
+
+# merge: adapters folded into a file of weights, or into an ONNX graph; neither needs torch.
+
+
+StrPath = str | PathLike[str]
+ONNX_OPTIONS = (
+    "names", "again", "trust", "force", "external_over", "how", "rank", "delta", "run", "inputs",
+    "provider",
+)  # fmt: skip
+
+
+def merge(base: StrPath, adapters: Any, out: StrPath, **options: Any) -> Report:
+    """Fold adapters into `base` and write `out`: the same kind of file.
+
+    Args:
+        base: A Hugging Face folder, a `.safetensors` or an `.onnx` file; it is not changed.
+        adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
+        out: The folder or file to write.
+        options: Those of `lora_fx.checkpoint.merge.merge`; of an `.onnx` file those of
+            `lora_fx.passes.verbs.merge.merge_onnx`.
+
+    Raises:
+        LoraFxError: Every reason not to merge; nothing is written.
+        NoEffectError: Every element of the output would be what it was.
+    """
+    if not is_onnx(base):
+        from lora_fx.checkpoint.merge import merge as merge_files
+
+        return merge_files(base, adapters, out, **options)
+
+    if not is_onnx(out):
+        raise LoraFxError(
+            f"{fspath(out)} does not end in .onnx, and {fspath(base)} does", "-o OUT.onnx"
+        )
+    return merge_onnx(base, adapters, out, **onnx_options_of(options))
+
+
+def onnx_options_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a merge into an .onnx file has; raises where another is given."""
+    for name, value in options.items():
+        if name not in ONNX_OPTIONS and value not in (None, False, "sum"):
+            raise LoraFxError(f"{name} is an option for checkpoints, not for .onnx files")
+    return {k: v for k, v in options.items() if k in ONNX_OPTIONS}
+
+
+def is_onnx(path: StrPath) -> bool:
+    """By its name."""
+    return fspath(path).endswith(".onnx")

@@ -1,0 +1,234 @@
+"""verify: are two models the same? Tensor files are compared as tensors, others are run.
+
+Comparing tensors needs no torch, so what runs models is imported only where one is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.checkpoint.prove import ROWS
+from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
+from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.io import is_adapter, load_adapter
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.module import CapturedModule, plain
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.load import load
+from lora_fx.onnx.match import match
+from lora_fx.onnx.names import restore_weight_names
+from lora_fx.onnx.session import open_session
+from lora_fx.passes.find import find as find_graph
+from lora_fx.passes.proofs.parity import prove
+from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.verbs.adapt import find, insert
+from lora_fx.passes.verbs.open import captured_of, opened
+
+
+def verify(
+    a: Any,
+    b: Any,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    adapter: Any = None,
+    tol: float | None = None,
+    provider: str = "auto",
+    run: bool = False,
+    rows: int | None = ROWS,
+) -> Report:
+    """Compare two models; `bool(report)` is the answer.
+
+    Two tensor files (Hugging Face folders or `.safetensors`) are compared tensor by tensor,
+    everything else output by output at three sizes.
+
+    Args:
+        a: A tensor file, a captured module, a Captured, or an .onnx or .pt2 file.
+        b: Another one, the reference; or an Adapter or its path: does it fit `a`?
+        inputs: Arrays by input name, instead of sampled ones.
+        adapter: Of models that are run: applied to whichever of the two is not an .onnx file (b
+            where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
+            several, and pairs (adapter, weight).
+        tol: Gate on max|a − b| / max|b|: of each output, 2e-6; of each tensor, 0.
+        provider: For .onnx files.
+        run: Run tensor files too, as models.
+        rows: Of tensor files with adapters: rows of every touched tensor that are computed again;
+            None for all.
+
+    Raises:
+        LoraFxError: What cannot be compared; an adapter that does not fit.
+    """
+    fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
+    if is_tensor_file(a) and not run:
+        if fits:
+            return fits_files(a, b)
+        if is_tensor_file(b):
+            return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
+    if fits and _is_path(a) and str(a).endswith(".onnx"):
+        return fits_switch(a, b)
+    if _is_path(a) and _is_path(b) and str(a).endswith(".onnx") and str(b).endswith(".onnx"):
+        return verify_onnx(a, b, inputs, adapter, ORT_TOL if tol is None else tol, provider)
+
+    if fits and not isinstance(b, Adapter):
+        b = load_adapter(b)
+    if _is_path(adapter):
+        adapter = load_adapter(adapter)
+    if isinstance(adapter, Sequence):
+        raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
+    return verify_run(a, b, inputs, adapter, ORT_TOL if tol is None else tol, provider)
+
+
+def fits_switch(path: Any, adapter: Any) -> Report:
+    """Does an adapter, or its file, fit the manifest of a switchable ONNX file? Nothing is run.
+
+    Raises:
+        LoraFxError: It does not, or the file is not switchable.
+    """
+    from lora_fx.onnx.session import manifest_of, tensors_of
+
+    manifest = manifest_of(path)
+    tensors = tensors_of(adapter, manifest)
+    details = {"targets": len(manifest.slots), "adapted": len(tensors) // 2}
+    return Report("verify", True, details=details)
+
+
+def _is_path(value: Any) -> bool:
+    from os import PathLike
+
+    return isinstance(value, (str, PathLike))
+
+
+# verify, where models are run: on the same inputs, output by output; or does an adapter fit?
+
+
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+
+def verify_run(
+    a: Any,
+    b: Any,
+    inputs: Mapping[str, Any] | None,
+    adapter: Adapter | None,
+    tol: float,
+    provider: str,
+) -> Report:
+    """See `lora_fx.verify`."""
+    if isinstance(b, Adapter):
+        return _fits(a, b)
+    a, b = (opened(_folder(m)) for m in (a, b))
+    a_file, b_file = (isinstance(m, (str, PathLike)) for m in (a, b))
+    if a_file or b_file:
+        session = open_session(a if a_file else b, provider)
+        module = _module(b if a_file else a, adapter)
+        run: Callable[[Feeds], Any] = session.run
+        notes = [session.note] if session.note else []
+    else:
+        from lora_fx.passes.proofs.parity import torch_run
+
+        run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
+    parity = prove(run, module, arrays=inputs, tol=tol)
+    return _report(parity, notes)
+
+
+def _folder(model: Any) -> Any:
+    """The capture of a Hugging Face folder; anything else as it is."""
+    is_folder = isinstance(model, (str, PathLike)) and Path(model).is_dir()
+    return captured_of(model) if is_folder else model
+
+
+def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
+    ok = bool(parity) and all(p.ok for p in parity)
+    return Report("verify", ok, tuple(parity), (), tuple(notes))
+
+
+def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
+    if isinstance(model, CapturedModule):
+        if adapter is not None:
+            raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
+        return model.eval()
+    if not isinstance(model, Captured):
+        raise LoraFxError(
+            f"cannot run a {type(model).__name__}", "pass capture(model, args) or an .onnx file"
+        )
+    return plain(model) if adapter is None else insert(model, adapter=adapter, dead="allow").eval()
+
+
+def _fits(model: Any, adapter: Adapter) -> Report:
+    """Does every key of an adapter have a target of its shape in a model?"""
+    found = find(model)
+    bound = bind(adapter, found)
+    untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
+    details: dict[str, Any] = {
+        "fits": len(bound.lowrank),
+        "whole": len(bound.full),
+        "untouched": untouched,
+    }
+    return Report("verify", True, details=details)
+
+
+# verify, where both models are .onnx files: no torch, and an adapter goes into the second.
+
+
+def verify_onnx(
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    inputs: Mapping[str, Any] | None,
+    adapter: Any,
+    tol: float,
+    provider: str,
+) -> Report:
+    """Outputs of a against those of b, with an adapter's branches where one is given.
+
+    Raises:
+        LoraFxError: Inputs of other names, an adapter that does not fit b.
+    """
+    load(a)  # which names what is wrong with a file better than the runtime does
+    graph, one = _graph(b, needed=adapter is not None), open_session(a, provider)
+    bound = None if graph is None or adapter is None else _bound(adapter, graph)
+    with reference_of(Path(b), graph, provider, inputs) as reference:
+        names = reference.session.input_names
+        if set(one.input_names) != set(names):
+            raise LoraFxError(
+                f"{a} takes {sorted(one.input_names)}, {b} takes {sorted(names)}",
+                "two models with the same inputs can be compared",
+            )
+        expected = reference.run(bound)
+        parity = []
+        for feeds in reference.sizes():
+            parity.append(compare(one.run(feeds), expected(feeds), shapes_of(feeds), tol))
+    ok = bool(parity) and all(p.ok for p in parity)
+    return Report("verify", ok, tuple(parity), (), (one.note,) if one.note else ())
+
+
+def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
+    """The graph; None for an opset that we do not read, where nothing has to be inserted."""
+    model = load(path)
+    restore_weight_names(model)
+    try:
+        return OnnxGraph(model)
+    except LoraFxError:
+        if needed:
+            raise
+        return None
+
+
+def _bound(adapter: Any, graph: OnnxGraph) -> Adapter:
+    if not isinstance(adapter, Adapter):
+        from lora_fx.formats.io import load_adapter
+
+        if isinstance(adapter, (list, tuple)):
+            raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
+        adapter = load_adapter(adapter)
+    matched = match(adapter, graph, find_graph(graph))
+    if matched.whole:
+        raise LoraFxError(
+            f"the adapter holds the whole tensor {min(matched.whole)!r}",
+            "branches are s·b·a; merge the adapter, and verify the two files",
+        )
+    return Adapter(dict(matched.updates))
