@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from lora_fx.cli.common import emit
 from lora_fx.cli.options import json_option, load_npz
+from lora_fx.cli.output import emit
 
 
 @click.command("bench")

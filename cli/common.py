@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
 import click
 
-from lora_fx.cli.terminated import Terminated, stopping
+from lora_fx.cli.output import emit, say
 from lora_fx.errors import LoraFxError, one_line
 
 COMMANDS = {
@@ -182,79 +185,36 @@ def _fail(error: LoraFxError, argv: Sequence[str], code: int) -> None:
     sys.exit(code)
 
 
-def say(text: str) -> None:
-    """A line of progress on stderr, unless -q."""
-    ctx = click.get_current_context(silent=True)
-    if not (ctx and (ctx.find_root().obj or {}).get("quiet")):
-        click.echo(text, err=True)
+# SIGTERM as Ctrl-C: what a command was writing is removed on the way out.
 
 
-def note(text: str) -> None:
-    """Something the user should know: a line on stderr, and a row of the JSON's warnings."""
-    ctx = click.get_current_context(silent=True)
-    if ctx and ctx.find_root().obj:
-        ctx.find_root().obj["notes"].append(text)
-    say(f"note: {text}")
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. A kind of Ctrl-C, so that whatever cleans up after that does so here."""
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A function of (bytes done, bytes in all) that draws a bar on a terminal's stderr."""
-    ctx = click.get_current_context(silent=True)
-    quiet = ctx and (ctx.find_root().obj or {}).get("quiet")
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    with click.progressbar(length=1, file=sys.stderr, width=40) as bar:
+def stopping() -> Iterator[None]:
+    """Within this block SIGTERM raises Terminated, once; then it is ignored until the end.
 
-        def show(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        yield show
-
-
-def emit(
-    as_json: bool,
-    command: str,
-    text: str,
-    *,
-    ok: bool = True,
-    warnings: Sequence[str] = (),
-    refused: LoraFxError | None = None,
-    **fields: Any,
-) -> None:
-    """The result: text for people, or the one JSON object of docs/json.md; and its --report.
-
-    `refused` ends the command after its result was shown: the object says ok = false, and the
-    error follows on stderr with its exit code.
+    Does nothing outside the main thread, where no handler can be set, and where SIGTERM already
+    has another handler or is ignored. A forked process ends as it would without this.
     """
-    ctx = click.get_current_context(silent=True)
-    said = list(ctx.find_root().obj["notes"]) if ctx and ctx.find_root().obj else []
-    if refused is not None:
-        ok, refused.told = False, True
-        fields |= {"error": refused.message, "hint": refused.hint}
-    page, force = (ctx.find_root().obj or {}).get("report", (None, False)) if ctx else (None, False)
-    if as_json or page:
-        from lora_fx import __version__
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    mine = os.getpid()
 
-        whole = {
-            "command": command,
-            "version": __version__,
-            "ok": ok,
-            "inputs": [],
-            "outputs": [],
-            "warnings": list(dict.fromkeys([*said, *warnings])),
-            **fields,
-        }
-    if page:
-        from lora_fx.cli.reporting import write
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would stop the clean-up
+        raise Terminated
 
-        write(whole, page, force)
-        say(f"wrote {page}")
-    if as_json:
-        click.echo(json.dumps(whole, indent=1, default=str))
-    elif text:
-        click.echo(text)
-    if refused is not None:
-        raise refused
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

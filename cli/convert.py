@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
 from lora_fx.cli.options import force_option, json_option, trust_option
-from lora_fx.cli.reporting import report_option
+from lora_fx.cli.output import emit, note
+from lora_fx.cli.report_option import report_option
 
 _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from lora_fx.cli.common import emit, note, say
 from lora_fx.cli.options import force_option, json_option
+from lora_fx.cli.output import emit, note, say
 
 
 @click.command("demo")

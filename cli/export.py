@@ -6,8 +6,6 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit
-from lora_fx.cli.exported import emit_file, table, wrote
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
@@ -19,7 +17,8 @@ from lora_fx.cli.options import (
     refuse_given,
     triton_options,
 )
-from lora_fx.cli.reporting import report_option
+from lora_fx.cli.output import emit, emit_file, table, wrote
+from lora_fx.cli.report_option import report_option
 
 
 @click.command("export")

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note, say
 from lora_fx.cli.options import force_option, json_option
-from lora_fx.cli.reporting import report_option
+from lora_fx.cli.output import emit, note, say
+from lora_fx.cli.report_option import report_option
 
 
 @click.command("extract")

@@ -6,19 +6,21 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
 from lora_fx.cli.options import (
     CAPTURE,
+    START,
     captured,
     force_option,
     json_option,
     load_npz,
     model_options,
     refuse_given,
+    start_from,
+    start_options,
     target_options,
 )
-from lora_fx.cli.reporting import report_option
-from lora_fx.cli.starting import START, start_from, start_options
+from lora_fx.cli.output import emit, note
+from lora_fx.cli.report_option import report_option
 
 
 @click.command("insert")

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note, progress_bar
-from lora_fx.cli.merging import ONNX, load_numpy, merge_file, merge_options, onnx_options
+from lora_fx.cli.merge_options import ONNX, load_numpy, merge_file, merge_options, onnx_options
 from lora_fx.cli.options import force_option, json_option, split_weight
-from lora_fx.cli.reporting import report_option
+from lora_fx.cli.output import emit, note, progress_bar
+from lora_fx.cli.report_option import report_option
 
 
 @click.command("merge")

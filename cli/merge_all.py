@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit
-from lora_fx.cli.merging import arguments, load_numpy, merge_options
+from lora_fx.cli.merge_options import arguments, load_numpy, merge_options
 from lora_fx.cli.options import force_option, json_option, split_weight
-from lora_fx.cli.reporting import report_option
+from lora_fx.cli.output import emit
+from lora_fx.cli.report_option import report_option
 from lora_fx.errors import LoraFxError, NoEffectError
 
 

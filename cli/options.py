@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import click
 
-from lora_fx.cli.common import note
-from lora_fx.cli.planning import given_option, plan_option
+from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -283,3 +283,102 @@ def named_adapters(texts: Sequence[str]) -> dict[str, Any]:
             raise LoraFxError(f"two adapters are called {name!r}", "rename one of them")
         result[name] = adapter_of(path).weighted(weight)
     return result
+
+
+# --plan PLAN of the commands that insert, and what has no say beside it.
+
+
+def given_option(name: str) -> bool:
+    """True when an option stands on the command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def plan_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option, which has the targets and ranks; others that choose them are refused."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        for name in ("rank", "alpha", "include") if kwargs["plan"] else ():
+            if given_option(name):
+                raise LoraFxError(
+                    f"--{name} has no say beside --plan {kwargs['plan']}", "leave one of them out"
+                )
+        return function(*args, **kwargs)
+
+    added = click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
+    made: Callable[..., Any] = added(command)
+    return made
+
+
+# Options of a start that reads data (--init eva, lora-ga), and the batches that it reads.
+
+
+START = ("data", "label", "loss")
+"""What start_options give to start_from."""
+BATCH = 32
+"""Examples that run at a time."""
+
+
+def start_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that inserts and trains nothing."""
+    options = [
+        click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
+        click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
+        click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def start_from(
+    loaded: Any, cap: Any, init: str, data: str | None, label: str, loss: str
+) -> dict[str, Any]:
+    """Keyword arguments of insert; empty for a start that reads no data."""
+    from lora_fx.adapter.initial import OF_DATA
+    from lora_fx.fx.load.factory import load_function
+
+    if init not in OF_DATA:
+        if data:
+            raise LoraFxError(f"--init {init} reads no data", f"--init {' or '.join(OF_DATA)}")
+        return {}
+    if not data:
+        raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
+
+    computed = load_function(loss) if ":" in loss else loss
+    return of_training(training_data(data, loaded, cap, label, 128), init, computed)
+
+
+def of_training(table: Any, init: str, loss: Any) -> dict[str, Any]:
+    """Keyword arguments of insert for a start from the data that is trained on.
+
+    Args:
+        table: The data.
+        init: The start; {} for one that reads no data.
+        loss: ce, mse, or a function.
+    """
+    from lora_fx.adapter.initial import OF_DATA
+
+    return {"data": batches_of(table), "loss": loss} if init in OF_DATA else {}
+
+
+def batches_of(table: Any, seed: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The columns of one pass over the data."""
+    for batch in table.batches(BATCH, seed):
+        yield batch.columns
+
+
+def some_batches(
+    data: str | None, loaded: Any, cap: Any, options: dict[str, Any]
+) -> Iterator[Mapping[str, Any]] | None:
+    """Batches of at most --examples of DATA, drawn by --seed; takes its options out."""
+    import numpy as np
+
+    label, longest = options.pop("label"), options.pop("max_length")
+    most, seed = options.pop("examples"), options.pop("seed")
+    if not data:
+        return None
+    table = training_data(data, loaded, cap, label, longest)
+    some = np.random.default_rng(seed).permutation(len(table))[:most]
+    return batches_of(table.rows(some), seed)

@@ -6,10 +6,16 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
-from lora_fx.cli.options import CAPTURE, captured, force_option, json_option, model_options
-from lora_fx.cli.reporting import report_option
-from lora_fx.cli.starting import some_batches
+from lora_fx.cli.options import (
+    CAPTURE,
+    captured,
+    force_option,
+    json_option,
+    model_options,
+    some_batches,
+)
+from lora_fx.cli.output import emit, note
+from lora_fx.cli.report_option import report_option
 
 FROM_1 = click.IntRange(min=1)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit
 from lora_fx.cli.options import captured, json_option, model_options
+from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
 
 

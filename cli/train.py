@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note, say
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
@@ -14,12 +13,13 @@ from lora_fx.cli.options import (
     held,
     json_option,
     model_options,
+    of_training,
     target_options,
     training_data,
 )
-from lora_fx.cli.reporting import report_option
-from lora_fx.cli.starting import of_training
-from lora_fx.cli.training import loop_options, saving_of, settings_of, stateful, together
+from lora_fx.cli.output import emit, note, say
+from lora_fx.cli.report_option import report_option
+from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
 
 
 @click.command("train")

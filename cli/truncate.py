@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
 from lora_fx.cli.options import adapter_of, force_option, json_option, trust_option
-from lora_fx.cli.reporting import report_option
-from lora_fx.cli.tabled import TABLE, print_table, table_options
+from lora_fx.cli.output import emit, note
+from lora_fx.cli.report_option import report_option
+from lora_fx.cli.truncate_table import TABLE, print_table, table_options
 from lora_fx.errors import LoraFxError
 
 

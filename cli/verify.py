@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit
 from lora_fx.cli.options import (
     adapter_of,
     captured,
@@ -15,7 +14,8 @@ from lora_fx.cli.options import (
     model_options,
     split_weight,
 )
-from lora_fx.cli.reporting import report_option
+from lora_fx.cli.output import emit
+from lora_fx.cli.report_option import report_option
 
 
 @click.command("verify")

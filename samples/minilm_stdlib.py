@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import lora_fx
-from lora_fx.cli.stdlib_topics import topics
+from lora_fx.cli.demo_stages import topics
 from lora_fx.data import Buckets, Table
 from lora_fx.fx import minilm
 from lora_fx.fx.train.loop import fit

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.cli.demo_stages import Result, Size, _judge, refusal, table
-from lora_fx.cli.stdlib_topics import VOLUMES, topics
+from lora_fx.cli.demo_stages import VOLUMES, Result, Size, _judge, refusal, table, topics
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import minilm
 

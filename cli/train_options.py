@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import note, say
-from lora_fx.cli.terminated import Terminated
+from lora_fx.cli.common import Terminated
+from lora_fx.cli.output import note, say
 from lora_fx.errors import LoraFxError
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)

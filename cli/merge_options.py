@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
 from lora_fx.cli.options import split_weight
+from lora_fx.cli.output import emit, note
 
 DTYPE = click.option(
     "--dtype",

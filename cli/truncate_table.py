@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import emit, note
+from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError
 
 TABLE = ("table", "model", "label", "loss", "weights")
