@@ -17,9 +17,9 @@ def table(report: Any) -> str:
     """The stages of an optimised export, a line each; empty without stages."""
     if "stages" not in report.details:
         return ""
-    from lora_fx.onnx.optimise.stages import Stage
+    from lora_fx.onnx.optimise.stages import RewriteStage
 
-    rows = [f"  {Stage(**row)}" for row in report.details["stages"]]
+    rows = [f"  {RewriteStage(**row)}" for row in report.details["stages"]]
     return "\n".join(["\nstages:", *(rows or ["  none changed anything"])])
 
 

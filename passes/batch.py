@@ -36,7 +36,7 @@ Pair = tuple[Array, Array]
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredWeight:
     """A parameter that adapters update, as the adapters see it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Batch:
     """
 
     adapters: Mapping[str, Mapping[str, LowRank]]
-    sources: Mapping[str, tuple[str, Source]]
+    sources: Mapping[str, tuple[str, StoredWeight]]
     scales: bool = False
     targets: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
 
@@ -123,7 +123,7 @@ class Batch:
         }  # fmt: skip
 
 
-def read_layout(site: Site, source: Source) -> Layout:
+def read_layout(site: Site, source: StoredWeight) -> Layout:
     """How [out, in] of a use lies in the parameter as the adapters know it.
 
     Raises:
@@ -145,7 +145,7 @@ def read_layout(site: Site, source: Source) -> Layout:
 
 
 def _joined(
-    name: str, updates: Mapping[str, LowRank], source: Source, layout: Layout, gain: float
+    name: str, updates: Mapping[str, LowRank], source: StoredWeight, layout: Layout, gain: float
 ) -> Pair | None:
     """All updates that an adapter has of one parameter as [rank, in], [out, rank] of a use."""
     found = [
@@ -157,7 +157,9 @@ def _joined(
     return np.concatenate([a for a, _ in scaled]), np.concatenate([b for _, b in scaled], axis=1)
 
 
-def _whole(key: str, low: LowRank, source: Source, layout: Layout) -> tuple[Array, Array, float]:
+def _whole(
+    key: str, low: LowRank, source: StoredWeight, layout: Layout
+) -> tuple[Array, Array, float]:
     """One update as factors of the whole parameter, in the direction of the use."""
     if low.use:
         raise LoraFxError(

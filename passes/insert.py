@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.adapter import variant as dora
-from lora_fx.adapter.factors import Half, Slot, halves, slots_of
+from lora_fx.adapter.factors import FactorTensor, Half, halves, slots_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
@@ -243,7 +243,7 @@ def _part(e: Emitter[V], stored: V, target: Target) -> V:
 def factors(e: Any, half: Half, like: V, role: Role, scale: float | None = None) -> tuple[V, V]:
     """A and scale·b as values in the dtype of `like`, from the tensors of one branch."""
 
-    def stored(slot: Slot) -> V:
+    def stored(slot: FactorTensor) -> V:
         own = Role.FROZEN if role is Role.TRAIN and not slot.trained else role
         made: V = e.parameter(slot.name, slot.value, own)
         return made

@@ -55,9 +55,12 @@ class Module:
         found: set[int] = set()
         for node in ast.walk(self.tree):
             for child in ast.iter_child_nodes(node):
-                if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-                    if isinstance(child.value.value, str):
-                        found |= set(range(child.lineno, (child.end_lineno or 0) + 1))
+                if (
+                    isinstance(child, ast.Expr)
+                    and isinstance(child.value, ast.Constant)
+                    and isinstance(child.value.value, str)
+                ):
+                    found |= set(range(child.lineno, (child.end_lineno or 0) + 1))
         return found
 
     @cached_property

@@ -11,7 +11,7 @@ import pytest
 
 from lora_fx.errors import LoraFxError
 from lora_fx.targets.budget import allocate, parse_budget
-from lora_fx.targets.plan import Planned, Ranked, read_plan
+from lora_fx.targets.plan import Ranked, RankPlan, read_plan
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -59,9 +59,9 @@ def test_no_budget(text: str) -> None:
     assert parse_budget("flops:0.5%").number == 0.5 and parse_budget("params:1e6").unit == "params"
 
 
-def planned() -> Planned:
+def planned() -> RankPlan:
     rows = Ranked("a.weight", 3, 6.0, 10, 8), Ranked("b.weight[0:4]", 0, 0.0, 20, 4)
-    return Planned(rows, "kfac", "params:40", "params", 40, "model.py:build", 12)
+    return RankPlan(rows, "kfac", "params:40", "params", 40, "model.py:build", 12)
 
 
 def test_a_plan_file_is_read_back(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ SIDES = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude")
 
 
 @dataclass(frozen=True)
-class Slot:
+class FactorTensor:
     """One tensor of an update."""
 
     field: str
@@ -43,8 +43,8 @@ class Slot:
 class Half:
     """Two factors that make one branch: the trained ranks of an update, or its frozen ones."""
 
-    a: Slot
-    b: Slot
+    a: FactorTensor
+    b: FactorTensor
 
     @property
     def rank(self) -> int:
@@ -57,11 +57,11 @@ class Half:
         return self.b.trained
 
 
-def slots_of(key: str, low: LowRank) -> tuple[Slot, ...]:
+def slots_of(key: str, low: LowRank) -> tuple[FactorTensor, ...]:
     """Every tensor of an update."""
     slots = [slot for half in halves(key, low) for slot in (half.a, half.b)]
     if low.magnitude is not None:
-        slots.append(Slot("magnitude", _name(key, "magnitude"), low.magnitude))
+        slots.append(FactorTensor("magnitude", _name(key, "magnitude"), low.magnitude))
     return tuple(slots)
 
 
@@ -75,12 +75,12 @@ def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
     """
     first, second = slot_names(key)
     r = low.rank - low.frozen if split else low.rank
-    a = Slot("a", first, low.a[..., :r, :], low.variant != "lora-fa")
-    top = Half(a, Slot("b", second, low.b[..., :r]))
+    a = FactorTensor("a", first, low.a[..., :r, :], low.variant != "lora-fa")
+    top = Half(a, FactorTensor("b", second, low.b[..., :r]))
     if r == low.rank:
         return (top,)
-    a0 = Slot("a0", _name(key, "A0"), low.a[..., r:, :], False)
-    return (top, Half(a0, Slot("b0", _name(key, "B0"), low.b[..., r:], False)))
+    a0 = FactorTensor("a0", _name(key, "A0"), low.a[..., r:, :], False)
+    return (top, Half(a0, FactorTensor("b0", _name(key, "B0"), low.b[..., r:], False)))
 
 
 def with_values(low: LowRank, values: Mapping[str, Array]) -> LowRank:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Entry, Plan
+from lora_fx.targets.ranking import Moments
 from lora_fx.targets.regions import modules, op_of, tied
 from lora_fx.targets.target import Target
 
@@ -44,20 +45,6 @@ OF_DATA: Mapping[str, str] = {"eva": "inputs", "lora-ga": "gradient"}
 """The statistic that a start reads, by the start's name."""
 GAMMA = 16.0
 """LoRA-GA's γ: of how large an update starts (its authors' and PEFT's default)."""
-
-
-class Moments(Protocol):
-    """What one calibration pass saw at a target."""
-
-    @property
-    def inputs(self) -> Array | None:
-        """E[x xᵀ], [*batch, in, in]; [in], its diagonal, for lookups."""
-        ...
-
-    @property
-    def gradient(self) -> Array | None:
-        """∂L/∂W, [*batch, out, in]."""
-        ...
 
 
 def check_init(init: str) -> None:

@@ -125,14 +125,14 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ReplacedRows:
     """Single rows of a tensor, trained and stored whole: W[index[i]] = value[i]."""
 
     index: tuple[int, ...]
     value: Array
 
 
-Entry = LowRank | Full | Hadamard | Kronecker | Dense | Rows
+Entry = LowRank | Full | Hadamard | Kronecker | Dense | ReplacedRows
 """What an adapter holds under a key."""
 
 
@@ -152,5 +152,5 @@ def name_of(entry: Entry) -> str:
         if entry.extra.get("candidates"):
             return f"of one of the parameters {', '.join(entry.extra['candidates'])}"
         return "DoRA" if entry.magnitude is not None else entry.variant
-    names = {Hadamard: "LoHa", Kronecker: "LoKr", Dense: "a whole ΔW", Rows: "trained rows"}
+    names = {Hadamard: "LoHa", Kronecker: "LoKr", Dense: "a whole ΔW", ReplacedRows: "trained rows"}
     return names.get(type(entry), "a whole tensor")

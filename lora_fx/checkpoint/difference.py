@@ -23,7 +23,7 @@ BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorPair:
     """The same tensor of two checkpoints, seen as `batch` matrices of rows × columns as stored.
 
     Elements are numbered in stored order, so that a matrix and a block of its rows are ranges.
@@ -95,7 +95,7 @@ class Pair:
 
 def pairs(
     base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], stacks: Mapping[str, int]
-) -> Iterator[Pair]:
+) -> Iterator[TensorPair]:
     """Every tensor of both sides that has one shape, in the order of `base`.
 
     Args:
@@ -109,7 +109,7 @@ def pairs(
             continue
         lead = stacks.get(key, 0)
         shape = old.shape or (1,)
-        yield Pair(
+        yield TensorPair(
             key,
             old,
             new,

@@ -19,9 +19,9 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, generator
 from lora_fx.adapter.svd import Triplets, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.difference import Pair, pairs, read_floats
+from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats
 from lora_fx.checkpoint.extract_scope import check_lookups, scope_of, sides_of
-from lora_fx.checkpoint.model_families import Use, config_of, uses
+from lora_fx.checkpoint.model_families import TensorUse, config_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
 from lora_fx.checkpoint.targets import targets_of
 from lora_fx.dtypes import Array
@@ -183,7 +183,7 @@ def _choice(rank: int | None, energy: float | None, max_rank: int | None, seed: 
     return _Choice(MAX_RANK if max_rank is None else max_rank, energy, seed)
 
 
-def _check_floats(pair: Pair) -> None:
+def _check_floats(pair: TensorPair) -> None:
     for info in (pair.base, pair.tuned):
         if info.dtype not in FLOATING:
             raise LoraFxError(
@@ -193,7 +193,7 @@ def _check_floats(pair: Pair) -> None:
             )
 
 
-def _changed_vector(pair: Pair) -> Array | None:
+def _changed_vector(pair: TensorPair) -> Array | None:
     """The tuned values of a tensor without low-rank update; None where they are equal."""
     _check_floats(pair)
     if not any(pair.delta(i)[0].any() for i in range(pair.batch)):
@@ -202,7 +202,9 @@ def _changed_vector(pair: Pair) -> Array | None:
     return read_floats(pair.tuned, 0, size, pair.dtype).reshape(pair.tuned.shape)
 
 
-def _approximate(pair: Pair, use: Use, choice: _Choice) -> tuple[LowRank, Extracted] | None:
+def _approximate(
+    pair: TensorPair, use: TensorUse, choice: _Choice
+) -> tuple[LowRank, Extracted] | None:
     """The update of one tensor and its row; None where no element differs."""
     held: dict[int, tuple[Array, float, float]] = {}
 
@@ -259,7 +261,7 @@ def _rank(
     return (int(np.argmax(reached)) + 1, True) if reached.any() else (k, False)
 
 
-def _update(use: Use, factors: Sequence[tuple[Array, Array]]) -> LowRank:
+def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
     """Factors of the stored matrices as an update."""
     layout = use.layout
     assert layout is not None  # vectors do not come here
@@ -274,7 +276,9 @@ def _update(use: Use, factors: Sequence[tuple[Array, Array]]) -> LowRank:
     return LowRank(a, b, float(rank), layout, "lora", "", extra)
 
 
-def _notes(rows: Sequence[Extracted], kinds: dict[str, Use], left_out: Sequence[str]) -> list[str]:
+def _notes(
+    rows: Sequence[Extracted], kinds: dict[str, TensorUse], left_out: Sequence[str]
+) -> list[str]:
     notes = [
         f"{r.key}: rank {r.rank} is the cap and holds {1 - r.relative**2:.1%} of ‖Δ‖²"
         for r in rows

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_fx.checkpoint.difference import Pair
+from lora_fx.checkpoint.difference import TensorPair
 from lora_fx.checkpoint.model_families import is_head
 from lora_fx.checkpoint.tied import Tie, check_scaled, tie_of
 from lora_fx.errors import LoraFxError, one_line
@@ -185,7 +185,7 @@ def _copy(side: Tensors, name: str, source: str) -> bool:
 
 
 def _equal(name: str, one: TensorInfo, two: TensorInfo) -> bool:
-    return Pair(name, one, two, 1, 1, 1).same_bytes()
+    return TensorPair(name, one, two, 1, 1, 1).same_bytes()
 
 
 def check_lookups(sides: Sides, scope: Collection[str], where: str) -> None:

@@ -107,7 +107,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Fold:
+class TensorFold:
     """What happens to one stored tensor.
 
     Attributes:
@@ -245,7 +245,7 @@ def one_blas_thread() -> Iterator[None]:
 # Rows of a stored tensor, and what must be known of all of them before the first is folded.
 
 
-def prepared(fold: Fold, source: TensorInfo) -> Fold:
+def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
     """The fold with what needs the whole tensor: DoRA's column factors, and changed bases.
 
     A base that an initialisation changed is held whole; the norms are summed up block by block.
@@ -264,7 +264,7 @@ def prepared(fold: Fold, source: TensorInfo) -> Fold:
     return replace(fold, columns=columns) if columns else fold
 
 
-def _residual(fold: Fold, p: Rectangle, source: TensorInfo) -> Array:
+def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:
     """What is left of W when the part that the update started from is taken off, as stored."""
     assert isinstance(p.change, LowRank)
     with open(source.file, "rb") as f:
@@ -274,7 +274,7 @@ def _residual(fold: Fold, p: Rectangle, source: TensorInfo) -> Array:
     return left.T if p.transposed else left
 
 
-def _column_squares(fold: Fold, i: int, p: Rectangle, source: TensorInfo) -> Array:
+def _column_squares(fold: TensorFold, i: int, p: Rectangle, source: TensorInfo) -> Array:
     """Sums of squares of W + ΔW along its columns, fp64."""
     sums = np.zeros(p.right - p.left, np.float64)
     step = rows_per_block(fold.matrix.columns)

@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.fold import Fold, Space, Stats, read_rows
+from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ class Int8:
         return float(finfo(self.dtype).smallest_subnormal)
 
     def block(
-        self, fold: Fold, codes: Array, scales: Array, low: int, space: Space
+        self, fold: TensorFold, codes: Array, scales: Array, low: int, space: Space
     ) -> tuple[Array, Array, Stats]:
         """New codes and scales of rows, and what changed.
 

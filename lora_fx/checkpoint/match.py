@@ -17,7 +17,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Change, Dense, Entry, Rows, name_of
+from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, name_of
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
 from lora_fx.checkpoint.renaming import STACKED, Part, Renaming, Stack, check_present, renaming
 from lora_fx.errors import LoraFxError
@@ -203,7 +203,7 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
         if tuple(entry.value.shape) != shape:
             raise _misfit(key, info, f"a whole tensor {list(entry.value.shape)}", _grown(entry))
         return entry
-    if isinstance(entry, Rows):
+    if isinstance(entry, ReplacedRows):
         fits = shape and shape == info.shape and tuple(entry.value.shape[1:]) == shape[1:]
         if not fits or not all(0 <= i < shape[0] for i in entry.index):
             last = max(entry.index, default=-1)
@@ -354,7 +354,7 @@ def turned_weights(
     for key, entry in adapter.entries.items():
         name = rename(base_name(key))
         info = tensors.get(name)
-        if info is None or isinstance(entry, (Full, Rows)) or lookup(entry):
+        if info is None or isinstance(entry, (Full, ReplacedRows)) or lookup(entry):
             continue
         if entry.layout is not None or len(info.shape) < 2 or info.dtype == "int8":
             continue  # whoever quantises a layer to int8 stores it [out, in], Conv1D too

@@ -16,7 +16,7 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.fold import Stats
 from lora_fx.checkpoint.int8 import HINT
-from lora_fx.checkpoint.merge_plan import Given, Options, Plan, make_plan
+from lora_fx.checkpoint.merge_plan import Given, MergePlan, Options, make_plan
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
@@ -98,7 +98,7 @@ def plan_merge(
     *,
     trust: bool = False,
     **options: Any,
-) -> Plan:
+) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
     if options.get("dtype") not in (None, *DTYPES):
         raise LoraFxError(f"no dtype {options['dtype']!r}", f"one of {', '.join(DTYPES)}")
@@ -113,7 +113,7 @@ def check_target(out: str | os.PathLike[str], *, force: bool = False) -> None:
 
 
 def run(
-    plan: Plan,
+    plan: MergePlan,
     out: str | os.PathLike[str],
     *,
     link: bool = False,
@@ -189,7 +189,7 @@ def given(adapters: Any, trust: bool = False) -> list[Given]:
     return result
 
 
-def _check_apart(plan: Plan, target: Path) -> None:
+def _check_apart(plan: MergePlan, target: Path) -> None:
     """Raise where writing the output would change an input."""
     out, base = target.resolve(), plan.base.path.resolve()
     for path in (base, *(g.path.resolve() for g in plan.given if g.path)):
@@ -201,11 +201,11 @@ def _check_apart(plan: Plan, target: Path) -> None:
             )
 
 
-def _whole(plan: Plan) -> bool:
+def _whole(plan: MergePlan) -> bool:
     return any(c.fold is None and not c.scales_of for c in plan.changes.values())
 
 
-def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
+def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report:
     rows, warnings = [], list(plan.notes)
     for change in plan.changes.values():
         row = change.to_json()
@@ -233,7 +233,7 @@ def _report(plan: Plan, stats: Mapping[str, Stats], target: Path) -> Report:
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 
-def _said(plan: Plan) -> list[str]:
+def _said(plan: MergePlan) -> list[str]:
     said = []
     left = plan.base.companions()[1]
     if left:

@@ -16,8 +16,8 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Rows, name_of
-from lora_fx.checkpoint.fold import Fold, Matrix, arithmetic, in_dtype, joined, region
+from lora_fx.adapter.updates import ReplacedRows, name_of
+from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match, named
 from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
@@ -37,7 +37,7 @@ from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import DTYPES, FLOATING, TensorInfo
 from lora_fx.text import human, table
 
-__all__ = ["HOWS", "Change", "Given", "Options", "Plan", "make_plan"]
+__all__ = ["HOWS", "Given", "MergePlan", "Options", "TensorChange", "make_plan"]
 HOWS = ("sum", "cat", "linear", "svd")
 
 
@@ -73,7 +73,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """A merge that can be carried out.
 
     Attributes:
@@ -90,7 +90,7 @@ class Plan:
 
     base: Checkpoint
     given: tuple[Given, ...]
-    changes: Mapping[str, Change]
+    changes: Mapping[str, TensorChange]
     added: Mapping[str, str] = field(default_factory=dict)
     tie: Tie | None = None
     one_use: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Plan:
+def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> MergePlan:
     """Match adapters to a checkpoint and check everything that can be checked without reading it.
 
     Raises:
@@ -216,7 +216,9 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Pla
     homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
     unverified = tuple(c for c in checks if c)
     notes = list(dict.fromkeys([*notes, *unverified]))
-    return Plan(base, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified)
+    return MergePlan(
+        base, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified
+    )
 
 
 def _check_free(scales: str, placed: Mapping[str, Sequence[Placed]], base: Checkpoint) -> None:
@@ -228,7 +230,7 @@ def _check_free(scales: str, placed: Mapping[str, Sequence[Placed]], base: Check
         )
 
 
-def _kept(changes: Iterable[Change], options: Options) -> list[str]:
+def _kept(changes: Iterable[TensorChange], options: Options) -> list[str]:
     """What --dtype does not mean."""
     names = [c.name for c in changes if c.int8 is not None]
     if not names or options.dtype is None:
@@ -298,12 +300,12 @@ _APART = "merge one adapter after the other"
 class Stage:
     """What an earlier merge did to a tensor: its fold, and the dtype that it rounded to."""
 
-    fold: Fold
+    fold: TensorFold
     dtype: str
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """What becomes of one tensor of the output.
 
     Attributes:
@@ -324,7 +326,7 @@ class Change:
     source: TensorInfo
     dtype: str
     shape: tuple[int, ...]
-    fold: Fold | None = None
+    fold: TensorFold | None = None
     value: Array | None = None
     what: tuple[str, ...] = ()
     earlier: tuple[Stage, ...] = ()
@@ -352,18 +354,18 @@ class Change:
         }  # fmt: skip
 
     @property
-    def scales(self) -> Change | None:
+    def scales(self) -> TensorChange | None:
         """What becomes of its scales; None for floats."""
         if self.int8 is None:
             return None
         info, what = self.int8.scales, f"new scales of {self.name}"
         name = self.int8.name
-        return Change(name, info, info.dtype, info.shape, what=(what,), scales_of=self.name)
+        return TensorChange(name, info, info.dtype, info.shape, what=(what,), scales_of=self.name)
 
 
 def change_of(
     name: str, info: TensorInfo, placed: Sequence[Placed], base: Checkpoint, dtype: str | None
-) -> Change:
+) -> TensorChange:
     """All updates of one tensor.
 
     Args:
@@ -389,11 +391,13 @@ def change_of(
                 _APART,
             )
         _check_whole(name, info, whole.value, out)
-        return Change(name, info, out, info.shape, value=whole.value, what=("replaced whole",))
+        return TensorChange(
+            name, info, out, info.shape, value=whole.value, what=("replaced whole",)
+        )
     _check_apart(name, placed, base)
     matrices: list[Matrix] = []
     for p in placed:
-        if not isinstance(p.entry, Rows):
+        if not isinstance(p.entry, ReplacedRows):
             assert not isinstance(p.entry, Full)
             matrices.append(region(info.shape, p.bounds, p.entry))
     rows = _rows(name, placed, base)
@@ -403,7 +407,9 @@ def change_of(
     if int8 is not None:
         _check_int8(name, info, matrix)
     what = tuple(map(_said, placed))
-    return Change(name, info, out, info.shape, Fold(name, matrix, rows), what=what, int8=int8)
+    return TensorChange(
+        name, info, out, info.shape, TensorFold(name, matrix, rows), what=what, int8=int8
+    )
 
 
 def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:
@@ -456,7 +462,7 @@ def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
             continue
         for q in placed:
             meet = all(a < d and c < b for (a, b), (c, d) in zip(p.bounds, q.bounds, strict=True))
-            if q is not p and meet and not isinstance(q.entry, Rows):
+            if q is not p and meet and not isinstance(q.entry, ReplacedRows):
                 how = f"is for a base that {mutated} changed" if mutated else "rescales it (DoRA)"
                 raise LoraFxError(
                     f"{base.path}: {p.key!r} {how}, and another update changes {name!r} too",
@@ -468,7 +474,7 @@ def _rows(name: str, placed: Sequence[Placed], base: Checkpoint) -> Mapping[int,
     """Row → its new values, each from one update."""
     rows: dict[int, Array] = {}
     for p in placed:
-        if not isinstance(p.entry, Rows):
+        if not isinstance(p.entry, ReplacedRows):
             continue
         for i, value in zip(p.entry.index, p.entry.value, strict=True):
             if i in rows and not np.array_equal(rows[i], value):
@@ -482,7 +488,7 @@ def _rows(name: str, placed: Sequence[Placed], base: Checkpoint) -> Mapping[int,
 
 def _said(p: Placed) -> str:
     entry = p.entry
-    if isinstance(entry, Rows):
+    if isinstance(entry, ReplacedRows):
         return f"{len(entry.index)} rows"
     assert not isinstance(entry, Full)
     rank = f" rank {entry.rank}" if hasattr(entry, "rank") else ""

@@ -144,7 +144,7 @@ _LANGUAGE = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration
 
 
 @dataclass(frozen=True)
-class Use:
+class TensorUse:
     """How one tensor is read as matrices.
 
     Attributes:
@@ -181,7 +181,7 @@ def uses(
     config: Mapping[str, Any],
     fan_in_fan_out: bool | None = None,
     table: str | None = None,
-) -> dict[str, Use]:
+) -> dict[str, TensorUse]:
     """The Use of every tensor.
 
     Args:
@@ -199,25 +199,25 @@ def uses(
     for name, info in tensors.items():
         shape, role = info.shape, roles.get(name)
         if role is None or name.endswith("bias"):
-            result[name] = Use(None)
+            result[name] = TensorUse(None)
         elif len(shape) == 3 and _STACK.search(name):
             out, in_ = ((2,), (1,)) if kinds & IN_OUT_EXPERTS else ((1,), (2,))
-            result[name] = Use(Layout(shape, (0,), out, in_, shape), "bmm")
+            result[name] = TensorUse(Layout(shape, (0,), out, in_, shape), "bmm")
         elif role == "embedding" and len(shape) == 2:
             tied = one_table and not _POSITION.search(name) and table in (None, name)
             layout = plain_layout(shape) if tied else Layout(shape, (), (1,), (0,), shape)
-            result[name] = Use(layout, "linear" if tied else "embedding", tied)
+            result[name] = TensorUse(layout, "linear" if tied else "embedding", tied)
         elif len(shape) == 2:
             turned = fan_in_fan_out and role != "head"
             if fan_in_fan_out is None:
                 turned = bool(kinds & CONV1D_MODELS and CONV1D_NAMES.search(name))
             layout = Layout(shape, (), (1,), (0,), shape) if turned else plain_layout(shape)
-            result[name] = Use(layout, "addmm" if turned else "linear")
+            result[name] = TensorUse(layout, "addmm" if turned else "linear")
         else:
-            result[name] = Use(plain_layout(shape), f"conv{len(shape) - 2}d")
+            result[name] = TensorUse(plain_layout(shape), f"conv{len(shape) - 2}d")
         layout_ = result[name].layout
         if layout_ is not None and layout_.max_rank == 1:
-            result[name] = Use(None)
+            result[name] = TensorUse(None)
     return result
 
 

@@ -26,9 +26,9 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.fold import (
-    Fold,
     Rectangle,
     Space,
+    TensorFold,
     arithmetic,
     in_dtype,
     one_blas_thread,
@@ -37,7 +37,7 @@ from lora_fx.checkpoint.fold import (
     rows_per_block,
 )
 from lora_fx.checkpoint.int8 import TOP, Int8
-from lora_fx.checkpoint.merge_plan import Change, Plan, Stage
+from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at, read_into
@@ -63,7 +63,7 @@ class Difference:
 
 
 def prove(
-    plan: Plan, out: Checkpoint, *, rows: int | None = ROWS, workers: int = 1
+    plan: MergePlan, out: Checkpoint, *, rows: int | None = ROWS, workers: int = 1
 ) -> Iterator[Difference]:
     """What differs between a merged checkpoint and what the plan says it should be.
 
@@ -81,7 +81,7 @@ def prove(
             yield from found
 
 
-def _tensor(plan: Plan, out: Checkpoint, name: str, rows: int | None) -> Iterator[Difference]:
+def _tensor(plan: MergePlan, out: Checkpoint, name: str, rows: int | None) -> Iterator[Difference]:
     info, change = out.tensors[name], plan.changes.get(name)
     if change is None and name not in plan.base.tensors:
         yield Difference(name, "is not in the base")
@@ -113,7 +113,7 @@ def _same(name: str, old: TensorInfo, new: TensorInfo) -> Iterator[Difference]:
                 return
 
 
-def _recomputed(change: Change, out: Checkpoint, rows: int | None) -> Iterator[Difference]:
+def _recomputed(change: TensorChange, out: Checkpoint, rows: int | None) -> Iterator[Difference]:
     info = out.tensors[change.name]
     if change.scales_of:
         return  # looked at with the codes
@@ -147,7 +147,7 @@ def _recomputed(change: Change, out: Checkpoint, rows: int | None) -> Iterator[D
         )
 
 
-def _samples(change: Change, rows: int | None) -> Iterator[tuple[int, int]]:
+def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]]:
     assert change.fold is not None
     matrix = change.fold.matrix
     if rows is None or rows >= matrix.rows:
@@ -161,19 +161,21 @@ def _samples(change: Change, rows: int | None) -> Iterator[tuple[int, int]]:
         yield row, row + 1
 
 
-def _exact(change: Change) -> list[Stage]:
+def _exact(change: TensorChange) -> list[Stage]:
     """The folds of a change, oldest first, with every factor in fp64."""
     assert change.fold is not None
     stages = [*change.earlier, Stage(change.fold, change.dtype)]
     wide = [
-        Stage(Fold(s.fold.name, in_dtype(s.fold.matrix, np.float64), s.fold.rows), s.dtype)
+        Stage(TensorFold(s.fold.name, in_dtype(s.fold.matrix, np.float64), s.fold.rows), s.dtype)
         for s in stages
     ]
     first = dataclasses.replace(wide[0], fold=prepared(wide[0].fold, change.source))
     return [first, *wide[1:]]  # later ones need no more than rows, see chain.py
 
 
-def _ratio(change: Change, stages: list[Stage], info: TensorInfo, low: int, high: int) -> float:
+def _ratio(
+    change: TensorChange, stages: list[Stage], info: TensorInfo, low: int, high: int
+) -> float:
     """The largest error of rows low ≤ i < high, as a multiple of what is allowed."""
     columns = stages[0].fold.matrix.columns
     want = _read(change.source, low, high, columns).astype(np.float64)
@@ -192,7 +194,7 @@ def _ratio(change: Change, stages: list[Stage], info: TensorInfo, low: int, high
 
 
 def _ratio_int8(
-    change: Change, int8: Int8, exact: Fold, out: Checkpoint, low: int, high: int
+    change: TensorChange, int8: Int8, exact: TensorFold, out: Checkpoint, low: int, high: int
 ) -> float:
     """The same for codes and scales; a row may keep a scale that holds W + Δ as fp32 sees it."""
     columns = exact.matrix.columns
@@ -218,7 +220,7 @@ def _read(info: TensorInfo, low: int, high: int, columns: int) -> Array:
         return read_rows(f.fileno(), info, low, high - low, columns)
 
 
-def _stage(fold: Fold, old: Array, low: int, high: int) -> tuple[Array, Array]:
+def _stage(fold: TensorFold, old: Array, low: int, high: int) -> tuple[Array, Array]:
     """W + ΔW of rows low ≤ i < high, and what its rounding errors are proportional to."""
     want = fold.sum(old, low, Space())[0]
     size = np.abs(old)

@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, Rows
+from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
@@ -77,7 +77,7 @@ def _parts(entry: Any) -> tuple[Array | float | str | tuple[int, ...], ...]:
         return (entry.w1, entry.w2, float(entry.scale))
     if isinstance(entry, Dense):
         return (entry.value, float(entry.scale))
-    assert isinstance(entry, Rows)
+    assert isinstance(entry, ReplacedRows)
     return (entry.index, entry.value)
 
 

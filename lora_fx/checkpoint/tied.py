@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import Rows
+from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.checkpoint.match import Placed, use_of
 from lora_fx.checkpoint.model_families import family_of, generates, is_head, is_table
 from lora_fx.errors import LoraFxError
@@ -151,7 +151,10 @@ def check_unknown(
         return
     for p in placed:
         shape = tensors[p.tensor].shape if p.tensor in tensors else ()
-        lookup = isinstance(p.entry, Rows) or getattr(p.entry, "extra", {}).get("op") == "embedding"
+        lookup = (
+            isinstance(p.entry, ReplacedRows)
+            or getattr(p.entry, "extra", {}).get("op") == "embedding"
+        )
         if lookup and len(shape) == 2 and shape[0] in sizes:
             raise LoraFxError(
                 f"{where}: {p.tensor!r} is a table of all tokens, the file has no output head of "
@@ -163,8 +166,8 @@ def check_unknown(
 
 def both(p: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
     """True for an update of both uses at once; rows of tokens are PEFT's for table and head."""
-    if isinstance(p.entry, Rows):
-        return not any(isinstance(q.entry, Rows) and q.tensor == tie.head for q in placed)
+    if isinstance(p.entry, ReplacedRows):
+        return not any(isinstance(q.entry, ReplacedRows) and q.tensor == tie.head for q in placed)
     return isinstance(p.entry, LowRank) and bool(p.entry.extra.get("tied"))
 
 

@@ -18,7 +18,15 @@ from lora_fx.checkpoint.difference import unlike
 from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import cores, given
-from lora_fx.checkpoint.merge_plan import HOWS, Change, Given, Options, Plan, Stage, make_plan
+from lora_fx.checkpoint.merge_plan import (
+    HOWS,
+    Given,
+    MergePlan,
+    Options,
+    Stage,
+    TensorChange,
+    make_plan,
+)
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import file_targets
@@ -199,10 +207,10 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Chain:
+class MergeHistory:
     """The plan of all merges, what the file records, and what should be said."""
 
-    plan: Plan
+    plan: MergePlan
     recorded: tuple[Recorded, ...]
     notes: tuple[str, ...]
 
@@ -214,7 +222,7 @@ class Chain:
 
 def chain_of(
     merged: Checkpoint, base: Checkpoint, given: Sequence[Given], stated: Sequence[bool]
-) -> Chain:
+) -> MergeHistory:
     """What the merges should have done, in the dtypes that they have done it in.
 
     Args:
@@ -240,7 +248,7 @@ def chain_of(
             f"{merged.path} records {len(recorded)} adapters that were merged into it, and {count} "
             f"of them were not given here: {'; '.join(map(str, recorded))}"
         )
-    plans: list[Plan] = []
+    plans: list[MergePlan] = []
     here = base
     for record, parts in [*zip(records, stages, strict=True), ({}, strange)]:
         if not parts:
@@ -254,7 +262,7 @@ def chain_of(
     full = len(records) > 0 and all(r.given for r in recorded if r.merge == 1)
     if not known or (records and _other_base(records[0], base, plans[0] if full else None)):
         notes.append(f"{merged.path} says that it was made from another base than {base.path}")
-    return Chain(_joined(plans, base, merged), tuple(recorded), tuple(notes))
+    return MergeHistory(_joined(plans, base, merged), tuple(recorded), tuple(notes))
 
 
 def _assigned(
@@ -305,14 +313,14 @@ def _options(
     )
 
 
-def _after(base: Checkpoint, plan: Plan) -> Checkpoint:
+def _after(base: Checkpoint, plan: MergePlan) -> Checkpoint:
     """What a later merge started from: the names and the config; the values are the base's."""
     new = {n: plan.changes[n].source for n in plan.added}
     settings = untied(base.config()) if plan.tie is not None else base.settings
     return replace(base, tensors={**base.tensors, **new}, settings=settings)
 
 
-def _other_base(record: Mapping[str, Any], base: Checkpoint, plan: Plan | None) -> bool:
+def _other_base(record: Mapping[str, Any], base: Checkpoint, plan: MergePlan | None) -> bool:
     """True where the first merge says that it started from other weights, or another model."""
     said = record.get("base")
     said = said if isinstance(said, dict) else {}
@@ -324,8 +332,8 @@ def _other_base(record: Mapping[str, Any], base: Checkpoint, plan: Plan | None) 
     return said.get("sample") not in (None, sample_hash(old))
 
 
-def _joined(plans: Sequence[Plan], base: Checkpoint, merged: Checkpoint) -> Plan:
-    changes: dict[str, Change] = {}
+def _joined(plans: Sequence[MergePlan], base: Checkpoint, merged: Checkpoint) -> MergePlan:
+    changes: dict[str, TensorChange] = {}
     added: dict[str, str] = {}
     for plan in plans:
         added |= plan.added
@@ -341,7 +349,9 @@ def _joined(plans: Sequence[Plan], base: Checkpoint, merged: Checkpoint) -> Plan
     return replace(plans[-1], base=base, given=given, changes=changes, added=added)
 
 
-def _then(first: Change, second: Change, plan: Plan, merged: Checkpoint) -> Change:
+def _then(
+    first: TensorChange, second: TensorChange, plan: MergePlan, merged: Checkpoint
+) -> TensorChange:
     """A tensor after both changes."""
     codes = any(c.int8 is not None or c.scales_of for c in (first, second))
     if second.fold is None and not codes:

@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 
 from lora_fx.checkpoint.fold import (
-    Fold,
     Space,
     Stats,
+    TensorFold,
     one_blas_thread,
     prepared,
     read_rows,
     rows_per_block,
 )
 from lora_fx.checkpoint.int8 import Int8
-from lora_fx.checkpoint.merge_plan import Change, Plan
+from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA, record
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
@@ -55,7 +55,12 @@ Progress = Callable[[int, int], None]
 
 
 def write(
-    plan: Plan, stage: Path, *, workers: int, link: bool = False, progress: Progress | None = None
+    plan: MergePlan,
+    stage: Path,
+    *,
+    workers: int,
+    link: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Stats]:
     """Write the merged checkpoint.
 
@@ -96,7 +101,7 @@ def write(
     return stats
 
 
-def recorded(plan: Plan) -> str:
+def recorded(plan: MergePlan) -> str:
     """The metadata of the merge that a plan is."""
     return record(
         plan.base,
@@ -112,7 +117,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: MergePlan,
         stack: contextlib.ExitStack,
         workers: int,
         progress: Progress | None,
@@ -242,7 +247,7 @@ class _Run:
                 start, count = run[0].source.start, run[-1].stop - run[0].start
                 yield from self._range(source, fd, start, lead + run[0].start, count)
 
-    def _fold(self, change: Change) -> Iterator[Job]:
+    def _fold(self, change: TensorChange) -> Iterator[Job]:
         fd, at = self.places[change.name]
         if change.scales_of:
             return  # written with the codes
@@ -258,14 +263,21 @@ class _Run:
             high = min(fold.matrix.rows, low + step)
             yield partial(self._rows, change, fold, source, fd, at, low, high)
 
-    def _replace(self, change: Change, fd: int, at: int) -> Done:
+    def _replace(self, change: TensorChange, fd: int, at: int) -> Done:
         assert change.value is not None
         value = np.atleast_1d(change.value).astype(numpy_dtype(change.dtype))
         write_at(fd, _bytes(value), at)
         return change.nbytes, change.name, None
 
     def _rows(
-        self, change: Change, fold: Fold, source: int, fd: int, at: int, low: int, high: int
+        self,
+        change: TensorChange,
+        fold: TensorFold,
+        source: int,
+        fd: int,
+        at: int,
+        low: int,
+        high: int,
     ) -> Done:
         stats, columns = Stats(), fold.matrix.columns
         row = numpy_dtype(change.dtype).itemsize * columns
@@ -284,7 +296,7 @@ class _Run:
         return (high - low) * row + scales, change.name, stats
 
     def _quantised(
-        self, int8: Int8, fold: Fold, codes: Array, low: int, space: Space
+        self, int8: Int8, fold: TensorFold, codes: Array, low: int, space: Space
     ) -> tuple[Array, Stats]:
         """New codes and what changed; the new scales are written here."""
         scales = int8.read(self.sources[int8.scales.file], int8.scales, low, len(codes))
@@ -349,7 +361,7 @@ CODES = {name: code for code, (name, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlot:
     """One tensor of an output file: where it will lie, and what it is made of."""
 
     name: str
@@ -358,7 +370,7 @@ class Slot:
     start: int
     stop: int
     source: TensorInfo
-    change: Change | None
+    change: TensorChange | None
 
 
 @dataclass(frozen=True)
@@ -368,7 +380,7 @@ class Shard:
     source: Path
     target: Path
     head: bytes
-    slots: tuple[Slot, ...]
+    slots: tuple[TensorSlot, ...]
 
     @property
     def size(self) -> int:
@@ -377,7 +389,7 @@ class Shard:
 
 
 def lay_out(
-    plan: Plan, source: Path, target: Path, name: str, header: Header, text: str
+    plan: MergePlan, source: Path, target: Path, name: str, header: Header, text: str
 ) -> Shard | None:
     """The output file of a shard; None where nothing in it changes."""
     mine = {
@@ -395,12 +407,14 @@ def lay_out(
         dtype, size = info.dtype, info.stop - info.start
         if change is not None:
             dtype, size = change.dtype, change.nbytes
-        slots.append(Slot(n, dtype, info.shape, at, at + size, info, change))
+        slots.append(TensorSlot(n, dtype, info.shape, at, at + size, info, change))
         at += size
     for change in new:
         size = change.nbytes
         slots.append(
-            Slot(change.name, change.dtype, change.shape, at, at + size, change.source, change)
+            TensorSlot(
+                change.name, change.dtype, change.shape, at, at + size, change.source, change
+            )
         )
         at += size
     place = {s.name: s for s in slots}
@@ -453,7 +467,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def copy_companions(plan: Plan, folder: Path) -> None:
+def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configs, tokenizer and whatever else belongs to the folder."""
     for name in plan.base.companions()[0]:
         source, target = plan.base.path / name, folder / name
@@ -465,7 +479,7 @@ def copy_companions(plan: Plan, folder: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def report_name(plan: Plan) -> str:
+def report_name(plan: MergePlan) -> str:
     """The name of the report: the first that is no file of the base's own; empty if both are.
 
     A report of the merge that made the base is none of its own: it would not fit the output.
@@ -482,7 +496,7 @@ def _is_file_of_base(file: Path) -> bool:
         return True
 
 
-def write_index(plan: Plan, folder: Path) -> None:
+def write_index(plan: MergePlan, folder: Path) -> None:
     """The index, byte for byte where it still holds, else with its sums and new names."""
     if plan.base.index is None:
         return

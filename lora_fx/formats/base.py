@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Entry, Kronecker, Rows
+from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import finite, is_float, read_header, refuse_other_kinds
@@ -36,7 +36,7 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
     """
     rows = {}
     for key, entry in adapter.entries.items():
-        if isinstance(entry, (Full, Rows)):
+        if isinstance(entry, (Full, ReplacedRows)):
             continue  # no format that needs these names has them
         row: dict[str, Any] = {"key": key, "extra": entry.extra}
         row["layout"] = entry.layout.to_json() if entry.layout else None
@@ -94,7 +94,7 @@ def restore(
 
 
 def _restored(entry: Entry, row: Mapping[str, Any]) -> Entry:
-    assert not isinstance(entry, (Full, Rows))  # see describe
+    assert not isinstance(entry, (Full, ReplacedRows))  # see describe
     layout = Layout.from_json(row["layout"]) if row["layout"] else None
     extra = dict(row["extra"])
     made = replace(entry, layout=layout, extra=extra)
@@ -177,7 +177,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Seen:
+class FileHead:
     """What a format's `detect` decides by; no tensor is read for it.
 
     Attributes:
@@ -193,7 +193,7 @@ class Seen:
     config: bool = False
 
 
-def look(path: Path) -> Seen:
+def look(path: Path) -> FileHead:
     """See a file.
 
     Raises:
@@ -206,7 +206,7 @@ def look(path: Path) -> Seen:
         raise LoraFxError(f"{path}: {error.strerror or error}", "is the path right?") from error
     config = (path.parent / "adapter_config.json").is_file()
     if head[4:8] == b"TORT" and head[8:9] not in (b"{", b" "):
-        return Seen(head, config=config)
+        return FileHead(head, config=config)
     refuse_other_kinds(path)
     header = read_header(path)
-    return Seen(head, tuple(header.tensors), header.metadata, config)
+    return FileHead(head, tuple(header.tensors), header.metadata, config)

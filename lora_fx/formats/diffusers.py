@@ -40,7 +40,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base, naming
-from lora_fx.formats.base import File, Seen
+from lora_fx.formats.base import File, FileHead
 from lora_fx.formats.naming import COMPONENTS, guess_component, has_home, split_component
 from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
 from lora_fx.formats.peft.names import PREFIX, from_tensors
@@ -57,7 +57,7 @@ _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_pr
 _HALF = {"down": "A", "up": "B", "A": "A", "B": "B"}
 
 
-def detect(seen: Seen) -> bool:
+def detect(seen: FileHead) -> bool:
     """True for a file with pairs under a component's name, or with diffusers' header."""
     if any(n.startswith(PREFIX) for n in seen.names) or seen.config:
         return False

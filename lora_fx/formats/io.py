@@ -14,7 +14,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import explain, replacing
 from lora_fx.formats import diffusers, kohya, naming, onnx_adapter, torchtune
-from lora_fx.formats.base import Seen, look
+from lora_fx.formats.base import FileHead, look
 from lora_fx.formats.peft import file as peft
 
 FORMATS: dict[str, ModuleType] = {
@@ -165,7 +165,7 @@ def format_for(path: str | Path) -> str:
     return "peft"
 
 
-def _sniffed(path: Path, seen: Seen) -> str:
+def _sniffed(path: Path, seen: FileHead) -> str:
     hits = [name for name, module in FORMATS.items() if module.detect(seen)]
     if not hits and (seen.config or any(".lora_A" in n or ".lora_B" in n for n in seen.names)):
         return "peft"  # whose reader says what is missing

@@ -40,7 +40,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base, lycoris, naming
-from lora_fx.formats.base import File, Seen
+from lora_fx.formats.base import File, FileHead
 from lora_fx.formats.naming import COMPONENTS, guess_component, split_component
 from lora_fx.formats.peft.write import form_of, to_tensors
 
@@ -61,7 +61,7 @@ _OTHERS = {
 _PLACES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
 
 
-def detect(seen: Seen) -> bool:
+def detect(seen: FileHead) -> bool:
     """True for a file with tensors of these names that are not PEFT's."""
     if base.FIELD in seen.metadata:
         return any(".lora_down." in n or _PART.fullmatch(n) for n in seen.names)

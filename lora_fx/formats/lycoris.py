@@ -28,7 +28,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import File
 from lora_fx.formats.peft.config import Pattern, targets
-from lora_fx.formats.peft.source import Source
+from lora_fx.formats.peft.source import PeftFile
 from lora_fx.ir.layout import Layout
 
 PREFIX = "base_model.model."
@@ -137,7 +137,7 @@ def kernel_of(entry: Any) -> tuple[int, ...]:
     return layout.stored[2:] if layout else tuple(entry.extra.get("kernel", ()))
 
 
-def read_peft(source: Source, ours: Mapping[str, Any]) -> Adapter:
+def read_peft(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
     """An adapter of PEFT's peft_type LOHA or LOKR.
 
     Args:

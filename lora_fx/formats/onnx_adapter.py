@@ -33,7 +33,7 @@ from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.base import File, Seen
+from lora_fx.formats.base import File, FileHead
 
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False
@@ -44,7 +44,7 @@ _DTYPES = {
 }
 
 
-def detect(seen: Seen) -> bool:
+def detect(seen: FileHead) -> bool:
     """True for a file that begins as an adapter of ONNX Runtime."""
     return seen.head[4:8] == b"TORT" and not seen.names
 

@@ -43,7 +43,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_json, read_tensors
-from lora_fx.formats.base import File, Seen
+from lora_fx.formats.base import File, FileHead
 
 SUFFIXES = (".safetensors",)
 FOLDER = False
@@ -62,7 +62,7 @@ _NEIGHBOURS = frozenset(("llama", "mistral", "gemma", "gemma2"))
 _HALVES = frozenset(("qwen2",))
 
 
-def detect(seen: Seen) -> bool:
+def detect(seen: FileHead) -> bool:
     """True for a file with lora_a and lora_b, in small letters."""
     return any(n.endswith((".lora_a.weight", ".lora_b.weight")) for n in seen.names)
 

@@ -34,7 +34,7 @@ Choose = Callable[[FxGraph], Sequence[tuple[Site, tuple[str, ...]]]]
 
 
 @dataclass(frozen=True)
-class Rows:
+class SiteRows:
     """Rows of a batch.
 
     Attributes:
@@ -49,16 +49,16 @@ class Rows:
     one_hot: int = 0
     lead: tuple[int, ...] = ()
 
-    def kept(self, mask: Tensor) -> Rows:
+    def kept(self, mask: Tensor) -> SiteRows:
         """Without the rows that a mask [examples, positions] leaves out, if it is one of these."""
         lead = (tuple(mask.shape), (mask.numel(),))
         if self.lead not in lead or self.value.dim() > 2:
             return self
         value = self.value[mask.reshape(-1) != 0]
-        return Rows(value, len(value), self.one_hot, self.lead)
+        return SiteRows(value, len(value), self.one_hot, self.lead)
 
 
-Saw = Callable[[Site, tuple[str, ...], Rows | None], None]
+Saw = Callable[[Site, tuple[str, ...], SiteRows | None], None]
 """Gets the rows of x when a use runs: an op further on may write over x."""
 
 
@@ -96,7 +96,7 @@ class Made:
     shape: tuple[int, ...]
     ends: Tensor | None
 
-    def rows(self, dy: Tensor) -> Rows | None:
+    def rows(self, dy: Tensor) -> SiteRows | None:
         """Those of dy = ∂L/∂zeros."""
         return rows_out(self.tap.site, dy, self.shape, self.ends)
 
@@ -234,12 +234,12 @@ def readable(site: Site) -> bool:
     return isinstance(site.kind, (*known, kinds.ConvTranspose)) and not gathered
 
 
-def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> Rows | None:
+def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> SiteRows | None:
     """The rows of x; None where its sizes are broadcast. `ends` are those of the groups."""
     kind = site.kind
     if isinstance(kind, kinds.Embedding):
         ids = x.reshape(-1)
-        return Rows(ids, ids.numel(), site.operand[0], tuple(x.shape))
+        return SiteRows(ids, ids.numel(), site.operand[0], tuple(x.shape))
     if isinstance(kind, kinds.Einsum):
         return _einsum(site, x, kind.x, kind.axes(site.operand).in_)
     if isinstance(kind, kinds.Grouped):
@@ -251,12 +251,14 @@ def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> Rows | None:
     return _channels(kind.groups, _images(site, x), site)
 
 
-def rows_out(site: Site, dy: Tensor, x: Sequence[int], ends: Tensor | None = None) -> Rows | None:
+def rows_out(
+    site: Site, dy: Tensor, x: Sequence[int], ends: Tensor | None = None
+) -> SiteRows | None:
     """The rows of dy, in the order of those of x, whose shape is given."""
     kind = site.kind
     if isinstance(kind, kinds.Embedding):
         flat = dy.reshape(-1, math.prod(site.operand[1:]))
-        return Rows(flat, len(flat))
+        return SiteRows(flat, len(flat))
     if isinstance(kind, kinds.Einsum):
         return _einsum(site, dy, kind.y, kind.axes(site.operand).out)
     if isinstance(kind, kinds.Grouped):
@@ -290,7 +292,7 @@ def part(rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: 
     return split[tuple(cut)].reshape(*own.batch_shape, rows.shape[-2], size)
 
 
-def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> Rows | None:
+def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> SiteRows | None:
     kind = site.kind
     assert isinstance(kind, kinds.Einsum)
     batch = kind.axes(site.operand).batch
@@ -303,14 +305,14 @@ def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> Rows | Non
     moved = t.permute(*places[0], *rest, *places[1])
     lead = [site.operand[i] for i in batch]
     flat = moved.reshape(*lead, -1, math.prod(site.operand[i] for i in side))
-    return Rows(flat, flat.shape[-2], lead=tuple(t.shape[i] for i in rest))
+    return SiteRows(flat, flat.shape[-2], lead=tuple(t.shape[i] for i in rest))
 
 
-def _grouped(t: Tensor, ends: Tensor) -> Rows:
+def _grouped(t: Tensor, ends: Tensor) -> SiteRows:
     """Rows sorted by group as [groups, largest, side]; `ends` are the groups' last rows + 1."""
     stops = ends.tolist()
     parts = [t[a:b] for a, b in zip([0, *stops], stops, strict=False)]
-    return Rows(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), len(t))
+    return SiteRows(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), len(t))
 
 
 def _images(site: Site, t: Tensor) -> Tensor:
@@ -318,7 +320,7 @@ def _images(site: Site, t: Tensor) -> Tensor:
     return t if t.dim() == len(site.operand) else t.unsqueeze(0)
 
 
-def _channels(groups: int, t: Tensor, site: Site) -> Rows:
+def _channels(groups: int, t: Tensor, site: Site) -> SiteRows:
     """[n, g·c, *spots, *taps] → [g, n·∏spots, c·∏taps]; taps are there after _windows."""
     dims = len(site.operand) - 2
     n, spots, taps = t.shape[0], t.shape[2 : 2 + dims], t.shape[2 + dims :]
@@ -326,7 +328,7 @@ def _channels(groups: int, t: Tensor, site: Site) -> Rows:
     end = 3 + dims
     moved = split.permute(1, 0, *range(3, end), 2, *range(end, end + len(taps)))
     flat = moved.reshape(groups, n * math.prod(spots), -1)
-    return Rows(flat[0] if groups == 1 else flat, flat.shape[1])
+    return SiteRows(flat[0] if groups == 1 else flat, flat.shape[1])
 
 
 def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:

@@ -26,10 +26,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
-from lora_fx.onnx.graph.flow import MARK, Found, dtype_name
+from lora_fx.onnx.graph.flow import MARK, OnnxWeightUse, dtype_name
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import PROPERTY, VERSION
-from lora_fx.onnx.row_provenance import Rows, rank
+from lora_fx.onnx.row_provenance import RowAxis, rank
 
 SCALES = "adapter_scales"
 
@@ -99,7 +99,7 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids
     return Ids(checked, size, count, weights, choice)
 
 
-def form_of(found: Found, rows: Rows) -> str:
+def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
     """last, middle or lookup; the reason why not is raised.
 
     Raises:
@@ -117,13 +117,13 @@ def form_of(found: Found, rows: Rows) -> str:
         raise LoraFxError(f"{where}: its input is the same for every row of the batch", hint)
     if isinstance(kind, Embedding) and rows.axis == 0:
         return "lookup"
-    if isinstance(kind, Conv) and kind.groups == 1 and rows == Rows(0):
+    if isinstance(kind, Conv) and kind.groups == 1 and rows == RowAxis(0):
         return "middle"
     r = rank(x)
     if isinstance(kind, Einsum) and r is not None and len(site.operand) == 2:
         if kind.form == "right" and r >= 2 and rows.axis < r - 1:
             return "last"
-        if kind.form == "left" and r == 3 and rows == Rows(0):
+        if kind.form == "left" and r == 3 and rows == RowAxis(0):
             return "middle"
     raise LoraFxError(f"{where}: batch mode has no form by row for this use", hint)
 
@@ -131,7 +131,7 @@ def form_of(found: Found, rows: Rows) -> str:
 class BatchEmitter(OnnxEmitter):
     """Emits the branch of one site."""
 
-    def __init__(self, owner: OnnxGraph, found: Found, ids: Ids, rows: Rows) -> None:
+    def __init__(self, owner: OnnxGraph, found: OnnxWeightUse, ids: Ids, rows: RowAxis) -> None:
         super().__init__(owner, found, before=False)
         self.ids, self.rows = ids, rows
 
@@ -250,7 +250,7 @@ def add_branch(
     graph: OnnxGraph,
     site: Site,
     ids: Ids,
-    rows: Rows,
+    rows: RowAxis,
     form: str,
     names: tuple[str, str],
     stacks: tuple[Array, Array],

@@ -35,7 +35,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Slot:
+class SwitchSlot:
     """The two tensors of one key.
 
     Attributes:
@@ -68,7 +68,7 @@ class Slot:
 class Manifest:
     """The slots of a file by key, and its mode."""
 
-    slots: Mapping[str, Slot]
+    slots: Mapping[str, SwitchSlot]
     mode: str = "switch"
 
     def to_text(self) -> str:
@@ -98,7 +98,7 @@ class Manifest:
             slots = {}
             for key, s in data["slots"].items():
                 fields = {**s, "batch": tuple(s["batch"]), "shape": tuple(s["shape"])}
-                slots[key] = Slot(**fields)
+                slots[key] = SwitchSlot(**fields)
             return cls(slots, str(data["mode"]))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
@@ -167,7 +167,7 @@ class Manifest:
                     result[name] = np.pad(value, width)
         return result
 
-    def _check_pair(self, slot: Slot, tensors: Mapping[str, Array], where: str) -> None:
+    def _check_pair(self, slot: SwitchSlot, tensors: Mapping[str, Array], where: str) -> None:
         for name, other in ((slot.a, slot.b), (slot.b, slot.a)):
             if name not in tensors:
                 raise LoraFxError(

@@ -11,7 +11,7 @@ from lora_fx.onnx.graph.flow import constant, numbers
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowAxis:
     """Where a value has its batch rows.
 
     Attributes:
@@ -25,9 +25,9 @@ class Rows:
     lost: str = ""
 
 
-SAME = Rows()
-FIRST = Rows(0)
-States = Mapping[ir.Value, Rows]
+SAME = RowAxis()
+FIRST = RowAxis(0)
+States = Mapping[ir.Value, RowAxis]
 
 
 def rank(value: ir.Value | None) -> int | None:
@@ -35,7 +35,7 @@ def rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
-def _state(node: ir.Node, states: States, slot: int) -> Rows:
+def _state(node: ir.Node, states: States, slot: int) -> RowAxis:
     value = node.inputs[slot] if slot < len(node.inputs) else None
     return SAME if value is None else states.get(value, SAME)
 
@@ -44,20 +44,20 @@ def _attr(node: ir.Node, name: str, default: int) -> int:
     return node.attributes[name].as_int() if name in node.attributes else default
 
 
-def _meet(states: set[Rows]) -> Rows | None:
+def _meet(states: set[RowAxis]) -> RowAxis | None:
     """Operands of one elementwise op: their batch axes have one size, so one exact one decides."""
     axes = {s.axis for s in states}
-    return Rows(axes.pop(), any(s.exact for s in states)) if len(axes) == 1 else None
+    return RowAxis(axes.pop(), any(s.exact for s in states)) if len(axes) == 1 else None
 
 
-def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """Operands aligned at their last axis; all batch axes must meet."""
     ranks = [rank(v) for v in node.inputs if v is not None]
     if any(r is None for r in ranks):
         same = [states.get(v, SAME) for v in node.inputs if v is not None]
         return same[0] if len(same) == 1 else None
     top = max(r for r in ranks if r is not None)
-    met: set[Rows] = set()
+    met: set[RowAxis] = set()
     for v, r in zip((v for v in node.inputs if v is not None), ranks, strict=True):
         state = states.get(v, SAME)
         if state.axis is not None and r is not None:
@@ -65,16 +65,16 @@ def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> Rows | None
     return _meet(met)
 
 
-def _keep(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _keep(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """The first operand's rows, where no other operand has any."""
     others = (_state(node, states, k) for k in range(1, len(node.inputs)))
     return None if any(s.axis is not None for s in others) else _state(node, states, 0)
 
 
-def _along(default: int) -> Callable[[ir.Node, States, int, str], Rows | None]:
+def _along(default: int) -> Callable[[ir.Node, States, int, str], RowAxis | None]:
     """An op along one axis, which must not be the batch; of LayerNormalization: from there on."""
 
-    def rule(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
         state, r = _keep(node, states, i, batch), rank(node.inputs[0])
         if state is None or state.axis is None:
             return state
@@ -88,21 +88,21 @@ def _along(default: int) -> Callable[[ir.Node, States, int, str], Rows | None]:
     return rule
 
 
-def _concat(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _concat(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r = _broadcast(node, states, i, batch), rank(node.outputs[0])
     axis = _attr(node, "axis", 0)
     axis = axis + r if axis < 0 and r is not None else axis
     return None if state is None or axis < 0 or axis == state.axis else state
 
 
-def _reshape(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _reshape(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state = _state(node, states, 0)
     before, shape = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
     if state.axis == 0:
         first = str(shape[0]) if shape is not None and len(shape) else ""
         sizes = numbers(node, "shape", 1) if node.op_type == "Reshape" else None
         copied = state.exact and bool(sizes) and sizes[0] == 0 and not _attr(node, "allowzero", 0)  # type: ignore[index]
-        return Rows(0, copied or first == batch)
+        return RowAxis(0, copied or first == batch)
     if before is None or shape is None or state.axis is None or not state.exact:
         return None
     k = state.axis
@@ -110,7 +110,7 @@ def _reshape(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
     return state if kept else None
 
 
-def _transpose(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _transpose(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r = _state(node, states, 0), rank(node.inputs[0])
     perm = node.attributes.get("perm")
     if state.axis is None or (perm is None and r is None):
@@ -120,7 +120,7 @@ def _transpose(node: ir.Node, states: States, i: int, batch: str) -> Rows | None
     return replace(state, axis=axis) if axis == 0 or state.exact else None
 
 
-def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 1)
     if state.axis is None or r is None or axes is None:
         return None
@@ -130,20 +130,20 @@ def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> Rows | None
     return replace(state, axis=rest[state.axis])
 
 
-def _squeeze(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _squeeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 1)
     if state.axis is None or r is None or axes is None:
         return None
     return _removed(state, {a % r for a in axes})
 
 
-def _removed(state: Rows, gone: set[int]) -> Rows | None:
+def _removed(state: RowAxis, gone: set[int]) -> RowAxis | None:
     if state.axis is None or state.axis in gone:
         return None
     return replace(state, axis=state.axis - sum(1 for a in gone if a < state.axis))
 
 
-def _reduce(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r = _state(node, states, 0), rank(node.inputs[0])
     single = node.op_type in ("ArgMax", "ArgMin")
     axes = [_attr(node, "axis", 0)] if single else numbers(node, "axes", 1)
@@ -155,14 +155,14 @@ def _reduce(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
     return _removed(state, gone)
 
 
-def _slice(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _slice(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 3)
     if axes is None or r is None or state.axis in {a % r for a in axes}:
         return None
     return state
 
 
-def _gather(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     data, ids = _state(node, states, 0), _state(node, states, 1)
     r, n = rank(node.inputs[0]), rank(node.inputs[1])
     if r is None or n is None or (data.axis is not None and ids.axis is not None):
@@ -175,7 +175,7 @@ def _gather(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
     return replace(data, axis=data.axis + (n - 1 if axis < data.axis else 0))
 
 
-def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """Masks of transformers: entries picked by (row number, position), rows first and last."""
     data, y, x = _state(node, states, 0), node.outputs[0].shape, node.inputs[0]
     if data != FIRST or y is None or x is None or x.shape is None or not len(y):
@@ -183,7 +183,7 @@ def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> Rows | None
     return FIRST if str(y[0]) == batch == str(x.shape[0]) else None
 
 
-def _expand(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _expand(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r, after = _state(node, states, 0), rank(node.inputs[0]), rank(node.outputs[0])
     if after is None and node.inputs[1] is not None and node.inputs[1].shape is not None:
         size = node.inputs[1].shape[0]
@@ -194,7 +194,7 @@ def _expand(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
     return replace(state, axis=axis) if axis == 0 or state.exact else None
 
 
-def _matmul(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     a, b = _state(node, states, 0), _state(node, states, 1)
     ra, rb = rank(node.inputs[0]), rank(node.inputs[1])
     if ra is None or rb is None or ra < 2 or rb < 2:
@@ -209,18 +209,18 @@ def _matmul(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
     return _meet(met)
 
 
-def _gemm(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _gemm(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     a = _keep(node, states, i, batch)
     return None if a is None or a.axis != 0 or _attr(node, "transA", 0) else a
 
 
-def _window(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _window(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """Ops over [batch, channels, *size]."""
     a = _keep(node, states, i, batch)
     return a if a is not None and a.axis == 0 and i == 0 else None
 
 
-def _einsum(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     equation = node.attributes["equation"].as_string().replace(" ", "")
     left, arrow, y = equation.partition("->")
     if not arrow or "." in equation:
@@ -237,10 +237,10 @@ def _einsum(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
     letter, exact = named.pop()
     if letter not in y or not (exact or y.index(letter) == 0):
         return None
-    return Rows(y.index(letter), exact)
+    return RowAxis(y.index(letter), exact)
 
 
-def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
+def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """CumSum takes its axis as an operand."""
     state, axis, r = _state(node, states, 0), constant(node.inputs[1]), rank(node.inputs[0])
     if axis is None or r is None or int(axis.reshape(-1)[0]) % r == state.axis:
@@ -248,7 +248,7 @@ def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> Rows | None:
     return state
 
 
-Rule = Callable[[ir.Node, States, int, str], Rows | None]
+Rule = Callable[[ir.Node, States, int, str], RowAxis | None]
 _ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike
 Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid
 HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
@@ -298,9 +298,9 @@ RULES: Mapping[str, Rule] = {
 # ends the trail with a reason. The walk is a claim; the export that uses it proves it by running.
 
 
-def provenance(model: ir.Model, batch: str) -> dict[ir.Value, Rows]:
+def provenance(model: ir.Model, batch: str) -> dict[ir.Value, RowAxis]:
     """Rows of every value of the main graph; `batch` is the symbol of the inputs' dimension 0."""
-    states: dict[ir.Value, Rows] = {}
+    states: dict[ir.Value, RowAxis] = {}
     for value in model.graph.inputs:
         first = str(value.shape[0]) if value.shape else ""
         states[value] = FIRST if first == batch else SAME
@@ -311,7 +311,7 @@ def provenance(model: ir.Model, batch: str) -> dict[ir.Value, Rows]:
             if node.op_type in ("Shape", "Size"):
                 states[out] = SAME
             elif lost:
-                states[out] = Rows(lost=lost)
+                states[out] = RowAxis(lost=lost)
             elif _has_body(node) or any(s.axis is not None for s in ins):
                 states[out] = _after(node, states, i, batch)
             else:
@@ -324,9 +324,11 @@ def _has_body(node: ir.Node) -> bool:
     return any(a.type in kinds for a in node.attributes.values())
 
 
-def _after(node: ir.Node, states: States, i: int, batch: str) -> Rows:
+def _after(node: ir.Node, states: States, i: int, batch: str) -> RowAxis:
     rule = None if node.domain else RULES.get(node.op_type)
     found = None if rule is None else rule(node, states, i, batch)
     if found is None:
-        return Rows(lost=f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch")
+        return RowAxis(
+            lost=f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch"
+        )
     return found

@@ -15,12 +15,12 @@ from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
 from lora_fx.onnx.graph.flow import MARK
 from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
-from lora_fx.onnx.manifest import Slot
+from lora_fx.onnx.manifest import SwitchSlot
 from lora_fx.onnx.row_provenance import rank
 from lora_fx.targets.target import Target
 
 
-def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Slot:
+def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSlot:
     """Put A and B, as they are read, in the place of what insert made.
 
     Args:
@@ -56,7 +56,7 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> Slot:
             owner.inputs.remove(was)
             owner.inputs.append(new)
     shape_ = tuple(target.parameter.shape)
-    return Slot(
+    return SwitchSlot(
         *names, layout.in_size, layout.out_size, batch, shape_, target.op, target.role, rank
     )
 
@@ -99,7 +99,7 @@ def _is_one(value: ir.Value | None) -> bool:
 # result and its bias are only reshaped, all of it stays flat: Gemm(x A, B, Gemm(x, W, bias)).
 
 
-def accumulate(graph: OnnxGraph, slots: Iterable[Slot]) -> int:
+def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> int:
     """Rewrite every branch of that form; returns how many.
 
     Branches with casts or stacks in them stay as they are.
@@ -141,7 +141,7 @@ def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     return None if left is None or right is None else (left, right)
 
 
-def _rewrite(add: ir.Node, match: Match, slot: Slot, flat: Flat) -> None:
+def _rewrite(add: ir.Node, match: Match, slot: SwitchSlot, flat: Flat) -> None:
     """The sum, or the sum and its bias, is one product; an output of the graph keeps its name."""
     x, a, b, y = match
     plain = rank(y) == 2

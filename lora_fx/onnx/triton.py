@@ -276,7 +276,7 @@ class Config:
         Raises:
             LoraFxError: No ModelConfig, or one for another backend or file.
         """
-        reader = Reader(text, where)
+        reader = PbtxtReader(text, where)
         try:
             made = reader.message()
         except RecursionError as error:
@@ -313,7 +313,7 @@ class Config:
         return ""
 
 
-def _read_port(reader: Reader, port: Any, max_batch: int) -> tuple[str, Port]:
+def _read_port(reader: PbtxtReader, port: Any, max_batch: int) -> tuple[str, Port]:
     if not isinstance(port, dict):
         raise reader.error(f"{port!r} is no input or output")
     none: dict[str, Any] = {}
@@ -420,7 +420,7 @@ def unquoted(literal: str) -> str:
     return _ESCAPE.sub(one, literal[1:-1].encode()).decode()
 
 
-class Reader:
+class PbtxtReader:
     """A text, token by token; `where` is what errors call it."""
 
     def __init__(self, text: str, where: str) -> None:

@@ -211,7 +211,7 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class Planned:
+class RankPlan:
     """Ranks under a budget.
 
     Attributes:
@@ -293,7 +293,7 @@ def _plain(alpha: float) -> float:
 
 def given_ranks(plan: Any) -> tuple[Mapping[str, Any] | None, str]:
     """(key → rank or {rank, alpha}, what to call it in an error) of what insert takes as plan."""
-    if isinstance(plan, Planned):
+    if isinstance(plan, RankPlan):
         return plan.ranks, "the plan"
     if isinstance(plan, (str, PathLike)):
         return read_plan(plan), fspath(plan)

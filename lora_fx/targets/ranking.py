@@ -15,7 +15,7 @@ from lora_fx.ir.layout import Layout
 
 
 @dataclass(frozen=True)
-class Seen:
+class TargetStatistics:
     """One target.
 
     Attributes:
@@ -37,7 +37,7 @@ class Seen:
 # before it. `lora_fx.targets.budget` spends a budget on them, the largest gain per cost first.
 
 
-Gains = Callable[[Seen], Array | None]
+Gains = Callable[[TargetStatistics], Array | None]
 
 
 class Method(NamedTuple):
@@ -63,7 +63,7 @@ class Method(NamedTuple):
 _EVA_READS = ("inputs",)
 
 
-def eva(seen: Seen) -> Array | None:
+def eva(seen: TargetStatistics) -> Array | None:
     """See the module's docstring; [max_rank]."""
     inputs = seen.moments.inputs
     if inputs is None:
@@ -87,7 +87,7 @@ def eva(seen: Seen) -> Array | None:
 _IMPORTANCE_READS = ("gradient",)
 
 
-def importance(seen: Seen) -> Array | None:
+def importance(seen: TargetStatistics) -> Array | None:
     """See the module's docstring; [max_rank]."""
     gradient = seen.moments.gradient
     if gradient is None:
@@ -110,7 +110,7 @@ def importance(seen: Seen) -> Array | None:
 _KFAC_READS = ("power", "outputs")
 
 
-def kfac(seen: Seen) -> Array | None:
+def kfac(seen: TargetStatistics) -> Array | None:
     """See the module's docstring; [max_rank]."""
     power, outputs, rows = seen.moments.power, seen.moments.outputs, seen.moments.rows
     if power is None or outputs is None:
@@ -131,7 +131,7 @@ def kfac(seen: Seen) -> Array | None:
 _UNIFORM_READS: tuple[str, ...] = ()
 
 
-def uniform(seen: Seen) -> Array | None:
+def uniform(seen: TargetStatistics) -> Array | None:
     """See the module's docstring; [max_rank]."""
     return seen.cost / np.arange(1.0, seen.layout.max_rank + 1)
 

@@ -36,7 +36,7 @@ TOLERANCE = {"float32": 1e-5, "float16": 2.0**-7, "bfloat16": 2.0**-4}
 """Of the explicit reference: it rounds W + s·b·a in another order."""
 
 
-class Reference(Protocol):
+class LiveReference(Protocol):
     """What the attached model has to be equal to."""
 
     def check(self) -> Parity:
@@ -57,7 +57,7 @@ class InGraph:
         self.module = module
 
     def put(self, updates: Mapping[str, LowRank]) -> None:
-        """See Reference."""
+        """See LiveReference."""
         assert self.module is not None
         self.module.load_adapter(Adapter(updates))
 
@@ -155,7 +155,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             m.training = was
 
 
-def prove_live(state: Attachment, reference: Reference, probe: Mapping[str, LowRank]) -> None:
+def prove_live(state: Attachment, reference: LiveReference, probe: Mapping[str, LowRank]) -> None:
     """Raise unless the attached model gives the reference's numbers with `probe` installed.
 
     Modules whose branch does not run, because some fused path reads their weight, change to the
@@ -192,7 +192,7 @@ def prove_live(state: Attachment, reference: Reference, probe: Mapping[str, LowR
 
 
 def _alone(
-    state: Attachment, reference: Reference, probe: Mapping[str, LowRank], key: str
+    state: Attachment, reference: LiveReference, probe: Mapping[str, LowRank], key: str
 ) -> Parity:
     """The comparison with every other update at zero."""
     only = {k: u if k == key else replace(u, b=np.zeros_like(u.b)) for k, u in probe.items()}

@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_fx.adapter.initial import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calibration import Rows, Run, Watched, part, readable
+from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.module import with_signature
@@ -147,7 +147,7 @@ class _Seen:
                     self.say(key, f"its {site.op} shows no inputs and gradients of its own")
         return list(here.values())
 
-    def inputs(self, site: Site, keys: tuple[str, ...], rows: Rows | None) -> None:
+    def inputs(self, site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
         """Add the x of one use; positions that are padding have none."""
         if rows is not None and self.mask is not None:
             rows = rows.kept(self.mask.to(rows.value.device))
@@ -204,7 +204,7 @@ class _Seen:
         """A note, once."""
         self.notes[f"{key}: {why}"] = None
 
-    def _rows(self, key: str, site: Site, rows: Rows | None, *, out: bool) -> Tensor | None:
+    def _rows(self, key: str, site: Site, rows: SiteRows | None, *, out: bool) -> Tensor | None:
         """A target's own part of the rows of a use; counts where they are one-hot."""
         target = self.targets[key]
         way = _straight(site, target)

@@ -27,7 +27,7 @@ from lora_fx.onnx.names import copies_of
 from lora_fx.onnx.save import EXTERNAL_OVER, Output, output
 from lora_fx.onnx.session import Session, open_session, write_adapter
 from lora_fx.onnx.triton import Repository
-from lora_fx.passes.batch import Batch, Source
+from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.batch import prove_rows
 from lora_fx.passes.proofs.parity import Reference, Run
@@ -197,7 +197,7 @@ Adapters = Adapter | Sequence[Adapter] | Mapping[str, Adapter]
 def write_batch(
     graph: OnnxGraph,
     reference: Reference,
-    sources: Mapping[str, tuple[str, Source]],
+    sources: Mapping[str, tuple[str, StoredWeight]],
     adapters: Mapping[str, Adapter],
     how: Writing,
     *,

@@ -21,7 +21,7 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
-from lora_fx.passes.batch import Source
+from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.passes.verbs.export_files import Writing, beside, named, write_batch, write_switch
@@ -82,7 +82,7 @@ def export_onnx(
     with reference_of(source, graph, how.provider, inputs) as reference:
         rewritten = graph.clone()
         if mode == "batch":
-            sources = {p.name: (p.name, Source(p.shape)) for p in graph.parameters()}
+            sources = {p.name: (p.name, StoredWeight(p.shape)) for p in graph.parameters()}
             return write_batch(
                 rewritten, reference, sources, bound, how,
                 scales=scales, fixed=bool(inputs), warnings=said,

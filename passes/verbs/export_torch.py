@@ -27,9 +27,9 @@ from lora_fx.onnx.names import (
     strip_traces,
 )
 from lora_fx.onnx.optimise.precision import GATES
-from lora_fx.onnx.optimise.stages import Stage
+from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.batch import Source
+from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.proofs.parity import prove, torch_run
 from lora_fx.passes.proofs.reference import TorchReference
 from lora_fx.passes.verbs.adapt import find, fold, grown, insert
@@ -90,7 +90,7 @@ def _write(
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
     model = made.model
-    stages: list[Stage] = []
+    stages: list[RewriteStage] = []
     if optimise:
         model, stages = optimised(model, branched, inputs, how.provider)
         mark_changed(model, values)
@@ -243,11 +243,11 @@ def _keys(
     return list(plan.entries), not include
 
 
-def _sources(base: CapturedModule, graph: OnnxGraph) -> dict[str, tuple[str, Source]]:
+def _sources(base: CapturedModule, graph: OnnxGraph) -> dict[str, tuple[str, StoredWeight]]:
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
     torch_side = base.graph(False)
     names = {n: p for p in torch_side.parameters() for n in (p.name, *p.aliases)}
-    result: dict[str, tuple[str, Source]] = {}
+    result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
         stem, _, number = stored.name.rpartition(".")
         p = names.get(stored.name) or (names.get(stem) if number.isdigit() else None)
@@ -255,7 +255,7 @@ def _sources(base: CapturedModule, graph: OnnxGraph) -> dict[str, tuple[str, Sou
             continue
         ours, theirs = graph.read(stored.name), torch_side.read(p.name)
         if ours.shape == theirs.shape and np.array_equal(ours, theirs):
-            result[stored.name] = (p.name, Source(p.shape))
+            result[stored.name] = (p.name, StoredWeight(p.shape))
         elif theirs.ndim == 2 and ours.shape == theirs.T.shape and np.array_equal(ours, theirs.T):
-            result[stored.name] = (p.name, Source(p.shape, turned=True))
+            result[stored.name] = (p.name, StoredWeight(p.shape, turned=True))
     return result

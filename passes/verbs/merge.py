@@ -213,7 +213,7 @@ METADATA = "lora_fx.merge"
 
 
 @dataclass(frozen=True)
-class Plan:
+class OnnxMergePlan:
     """A file and the adapters that go into it, in its keys.
 
     Attributes:
@@ -277,7 +277,7 @@ def plan_onnx(
     trust: bool = False,
     how: str = "sum",
     rank: int | None = None,
-) -> Plan:
+) -> OnnxMergePlan:
     """See lora_fx.passes.verbs.merge.
 
     Raises:
@@ -293,7 +293,7 @@ def plan_onnx(
     graph = OnnxGraph(model)
     found = find(graph)
     matched = _sum(parts, graph, found, names, "cat" if how == "sum" else how, rank)
-    return Plan(graph, found, tuple(parts), matched, renamed)
+    return OnnxMergePlan(graph, found, tuple(parts), matched, renamed)
 
 
 def _sum(

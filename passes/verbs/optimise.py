@@ -17,7 +17,7 @@ from lora_fx.inputs import SIZES
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
 from lora_fx.onnx.optimise.precision import Narrowed, narrow
-from lora_fx.onnx.optimise.stages import Stage, apply_stages
+from lora_fx.onnx.optimise.stages import RewriteStage, apply_stages
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
 from lora_fx.onnx.triton import Repository
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def optimise(
     model: Any, reference: CapturedModule, arrays: Mapping[str, Any] | None, provider: str
-) -> tuple[Any, list[Stage]]:
+) -> tuple[Any, list[RewriteStage]]:
     """(onnx_ir model, its stages), on the inputs that export proves with."""
     from lora_fx.passes.proofs.parity import feeds_of  # imports torch, which files do without
 
@@ -117,7 +117,7 @@ def _shapes(feed: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.shape for k, v in feed.items()}
 
 
-def _cleaned(model: Any, stages: list[Stage]) -> tuple[Any, list[Stage]]:
+def _cleaned(model: Any, stages: list[RewriteStage]) -> tuple[Any, list[RewriteStage]]:
     restore_weight_names(model)
     strip_traces(model)
     return model, stages

@@ -27,8 +27,8 @@ from lora_fx.passes.verbs.build_module import Selectors
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.open import captured_of
 from lora_fx.targets.budget import allocate, cost_of, limit_of, parse_budget
-from lora_fx.targets.plan import Planned, Ranked, make_plan
-from lora_fx.targets.ranking import METHODS, Calibration, Moments, Seen
+from lora_fx.targets.plan import Ranked, RankPlan, make_plan
+from lora_fx.targets.ranking import METHODS, Calibration, Moments, TargetStatistics
 from lora_fx.targets.regions import of_use
 from lora_fx.targets.target import split_use
 from lora_fx.text import table as columns
@@ -48,7 +48,7 @@ def plan(
     scale: float = 2.0,
     dynamic: Any = None,
     name: str = "",
-) -> Planned:
+) -> RankPlan:
     """Ranks of a model's targets under a budget.
 
     Args:
@@ -94,7 +94,9 @@ def plan(
         def weight(target: Any = target) -> Any:
             return matrix(target, graph.read(target.parameter.name))
 
-        gains[key] = way.gains(Seen(target.layout, costs[key], seen.moments[key], weight))
+        gains[key] = way.gains(
+            TargetStatistics(target.layout, costs[key], seen.moments[key], weight)
+        )
         if gains[key] is None:
             notes.append(f"{key}: {method} has nothing to read there; it gets uniform's rank")
     if not gains:
@@ -102,7 +104,7 @@ def plan(
     ranks = allocate(gains, costs, most, limit)
     each = {key: ranks.get(key, 0) for key in uses}  # a dead one has none
     rows = tuple(Ranked(k, r, scale * r, costs[k], most[k]) for k, r in each.items())
-    return Planned(rows, method, budget, asked.unit, limit, name, seen.examples, tuple(notes))
+    return RankPlan(rows, method, budget, asked.unit, limit, name, seen.examples, tuple(notes))
 
 
 def _key(found: Any, key: str, use: str) -> str:

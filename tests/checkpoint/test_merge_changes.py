@@ -12,7 +12,7 @@ import pytest
 from lora_fx import merge
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rows
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError
 from tests.checkpoint.made import Array, checkpoint, factors, read
 
@@ -93,7 +93,7 @@ def test_opposite_updates_that_are_much_larger_than_the_weight(tmp_path: Path) -
 
 def test_rows_replace_and_the_rest_is_updated(tmp_path: Path) -> None:
     old, rows = weight(), np.ones((2, IN), np.float32)
-    new = merged(tmp_path, old, low(), Rows((3, 20), rows))
+    new = merged(tmp_path, old, low(), ReplacedRows((3, 20), rows))
     want = old + delta(low())
     want[[3, 20]] = 1.0
     assert np.abs(new - want).max() < 1e-5
@@ -128,14 +128,17 @@ def test_a_bias_and_an_integer_tensor(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[list[Entry], str]] = {
     "DoRA and another": ([low(magnitude=np.ones(OUT, np.float32)), low(seed=1)], "DoRA"),
     "a row twice": (
-        [Rows((1,), np.ones((1, IN), np.float32)), Rows((1,), np.zeros((1, IN), np.float32))],
+        [
+            ReplacedRows((1,), np.ones((1, IN), np.float32)),
+            ReplacedRows((1,), np.zeros((1, IN), np.float32)),
+        ],
         "row 1 of 'm.weight' is replaced twice",
     ),
     "whole and updated": ([Full(weight()), low()], "replaced whole"),
     "whole and not finite": ([Full(np.full((OUT, IN), np.nan, np.float32))], "NaN"),
-    "rows that are not there": ([Rows((OUT,), np.ones((1, IN), np.float32))], "up to 24"),
-    "rows of another width": ([Rows((0,), np.ones((1, IN + 1), np.float32))], r"\[1, 37\]"),
-    "no rows": ([Rows((), np.ones((0, IN + 1), np.float32))], "up to -1"),
+    "rows that are not there": ([ReplacedRows((OUT,), np.ones((1, IN), np.float32))], "up to 24"),
+    "rows of another width": ([ReplacedRows((0,), np.ones((1, IN + 1), np.float32))], r"\[1, 37\]"),
+    "no rows": ([ReplacedRows((), np.ones((0, IN + 1), np.float32))], "up to -1"),
     "a magnitude of another length": ([low(magnitude=np.ones(IN, np.float32))], "magnitude"),
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_fx.checkpoint import write
-from lora_fx.checkpoint.fold import Fold
+from lora_fx.checkpoint.fold import TensorFold
 from lora_fx.checkpoint.merge import merge, plan_merge
 from lora_fx.checkpoint.prove import ROWS, _samples
 from lora_fx.errors import LoraFxError
@@ -39,14 +39,14 @@ def _wrong(scene: Path, message: str) -> None:
 
 
 def test_a_wrong_fold_is_caught(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = Fold.block
+    block = TensorFold.block
 
-    def off(self: Fold, *args: Any) -> Any:
+    def off(self: TensorFold, *args: Any) -> Any:
         result, stats = block(self, *args)
         result *= 1 + 2.0**-16  # far less than anyone would see in what a model says
         return result, stats
 
-    monkeypatch.setattr(Fold, "block", off)
+    monkeypatch.setattr(TensorFold, "block", off)
     _wrong(scene, f"'{Q}.weight' differs from W \\+ ΔW by")
 
 

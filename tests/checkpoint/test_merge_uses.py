@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_fx
 from lora_fx import Adapter, LowRank
-from lora_fx.adapter.updates import Rows
+from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.ir.layout import plain_layout
 
 TABLE, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.w.weight"
@@ -120,7 +120,7 @@ def test_a_new_head_beside_a_prefix(tmp_path: Path) -> None:
     np.testing.assert_allclose(new["encoder.w.weight"], want, rtol=1e-6, atol=1e-6)
 
 
-TOKENS = Adapter({TABLE: Rows((3, 7), np.ones((2, WIDTH), "f4"))})
+TOKENS = Adapter({TABLE: ReplacedRows((3, 7), np.ones((2, WIDTH), "f4"))})
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -154,7 +154,7 @@ def test_a_table_that_may_be_the_head_is_refused(base: Path, tmp_path: Path) -> 
     old = load_file(base / "model.safetensors")
     renamed = {"transformer.word_embedding.weight": old[TABLE]}
     save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
-    for entry in (low(1, op="embedding"), Rows((3,), np.ones((1, WIDTH), "f4"))):
+    for entry in (low(1, op="embedding"), ReplacedRows((3,), np.ones((1, WIDTH), "f4"))):
         adapter = Adapter({"transformer.word_embedding.weight": entry})
         with pytest.raises(lora_fx.LoraFxError, match="is a table of all tokens"):
             lora_fx.merge(base, adapter, tmp_path / "out")

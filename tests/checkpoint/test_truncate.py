@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.svd import distance, product_svd, truncated
 from lora_fx.adapter.truncate import Truncation, truncation
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rows
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout, plain_layout
 
@@ -212,7 +212,7 @@ def test_refusals() -> None:
         "LoHa": Hadamard(ones, ones.T, ones, ones.T, 2.0),
         "LoKr": Kronecker(ones, ones, 1.0),
         "a whole ΔW": Dense(ones),
-        "trained rows": Rows((1,), ones),
+        "trained rows": ReplacedRows((1,), ones),
     }
     for name, entry in odd.items():
         with pytest.raises(LoraFxError, match=f"'x.weight' is {name}"):

@@ -15,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import place
 from lora_fx.adapter.initial import residual
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Rows
+from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.ir.numpy_emitter import NumpyEmitter
@@ -31,7 +31,7 @@ def merged(base: Mapping[str, Array], adapter: Adapter, turned: tuple[str, ...] 
         old = result[key]
         if isinstance(entry, Full):
             result[key] = entry.value
-        elif isinstance(entry, Rows):
+        elif isinstance(entry, ReplacedRows):
             result[key] = old.copy()
             result[key][list(entry.index)] = entry.value
         elif isinstance(entry, Dense):

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, Rows
+from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
@@ -199,7 +199,7 @@ STACK = Layout((3, 8, 6), (0,), (1,), (2,), (3, 8, 6))
     ("entry", "word"),
     [
         (Full(normal(0, 8, 6)), "whole tensor"),
-        (Rows((1,), normal(0, 1, 6)), "trained rows"),
+        (ReplacedRows((1,), normal(0, 1, 6)), "trained rows"),
         (low(layout=IO, extra={"op": "addmm"}), "stored \\[in, out\\]"),
         (low(layout=IO, extra={"op": "embedding"}), "embedding"),
         (LowRank(normal(0, 3, 2, 6), normal(1, 3, 8, 2), 1.0, STACK), "stack"),

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import Rows
+from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.checkpoint.merge import merge
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter
@@ -110,7 +110,7 @@ def test_with_a_weight(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "word"),
     [
-        (Rows((1,), normal(0, 1, 6)), "trained rows"),
+        (ReplacedRows((1,), normal(0, 1, 6)), "trained rows"),
         (LowRank(normal(0, 2, 6), normal(1, 8, 2), 1.0, magnitude=normal(2, 8)), "DoRA"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Rows
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft import file as peft
@@ -64,7 +64,7 @@ def adapters(draw: st.DrawFn) -> Adapter:
                 entries[f"{module}.bias"] = Full(normal(draw, size))
         elif kind == "rows":
             index = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)))
-            entries[f"{module}.weight"] = Rows(index, normal(draw, len(index), 3))
+            entries[f"{module}.weight"] = ReplacedRows(index, normal(draw, len(index), 3))
         else:
             leaf = draw(st.sampled_from(["weight", "bias", "gain"]))
             entries[f"{module}.{leaf}"] = Full(normal(draw, 4))

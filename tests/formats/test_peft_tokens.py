@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.adapter.updates import Rows
+from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.peft import file as ours
@@ -61,7 +61,7 @@ def test_trained_tokens(tmp_path: Path, tied: bool, indices: Any) -> None:
     else:
         got = check_with_peft(tmp_path, build, given, changed=2)
     rows = got.entries[EMBED]
-    assert isinstance(rows, Rows)
+    assert isinstance(rows, ReplacedRows)
     assert list(rows.index) == (indices if isinstance(indices, list) else [7, 1])
 
 
@@ -69,7 +69,7 @@ def test_tokens_of_table_and_head(tmp_path: Path) -> None:
     indices = {"embed_tokens": [1, 5], "lm_head": [2, 3, 4]}
     given = config(trainable_token_indices=indices)
     got = check_with_peft(tmp_path, lambda: llama(False), given, changed=3)
-    assert {len(e.index) for e in got.entries.values() if isinstance(e, Rows)} == {2, 3}
+    assert {len(e.index) for e in got.entries.values() if isinstance(e, ReplacedRows)} == {2, 3}
 
 
 def test_tokens_of_tied_table_and_head_are_stored_once(tmp_path: Path) -> None:

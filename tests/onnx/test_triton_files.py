@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.triton import Config, Port, Reader, quoted, write_repository
+from lora_fx.onnx.triton import Config, PbtxtReader, Port, quoted, write_repository
 from tests.onnx.triton_models import Net, export, folders
 from tests.onnx.triton_rules import loads, proto
 
@@ -82,7 +82,7 @@ def test_names_are_read_as_protobuf_reads_them(text: str) -> None:
 
     line = f"name: {quoted(text)}"
     assert text_format.Parse(line, proto().ModelConfig()).name == text
-    assert Reader(line, "x").message() == {"name": [text]}
+    assert PbtxtReader(line, "x").message() == {"name": [text]}
 
 
 def test_a_damaged_config_is_refused_or_read() -> None:

@@ -15,7 +15,7 @@ import lora_fx
 from lora_fx.adapter.initial import matrix
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calibration import Rows, Watched, part
+from lora_fx.fx.calibration import SiteRows, Watched, part
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.ir.graph import Site
 from lora_fx.passes.verbs.calibrate import _Seen, _straight, calibrate
@@ -64,9 +64,9 @@ def test_every_row(row: Row) -> None:
 def of_rows(row: Row, cap: Captured, x: Tensor) -> tuple[_Seen, set[str]]:
     """Σ dy xᵀ of every target, and the targets with a use whose rows are not there."""
     seen = _Seen(dict.fromkeys(row.keys, ""), frozenset(EVERY))
-    xs: dict[str, Rows | None] = {}
+    xs: dict[str, SiteRows | None] = {}
 
-    def saw(site: Site, keys: tuple[str, ...], rows: Rows | None) -> None:
+    def saw(site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
         xs[site.id] = rows
 
     watched = Watched(cap, seen.choose, saw, weights=True, results=True)

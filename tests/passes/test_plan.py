@@ -80,14 +80,16 @@ def gains(method: str, key: str) -> np.ndarray[Any, Any]:
     """What a method gives a target, by the pass."""
     from lora_fx.passes.verbs.calibrate import calibrate
     from lora_fx.passes.verbs.open import capture
-    from lora_fx.targets.ranking import STATISTICS, Seen
+    from lora_fx.targets.ranking import STATISTICS, TargetStatistics
 
     cap = capture(net(), (X[:2],))
     target = lora_fx.find(net(), (X[:2],))[key]
     way = METHODS[method]
     moments = calibrate(cap, {key: ""}, DATA, "ce", way.wanted or STATISTICS).moments[key]
     weight = net().get_parameter(key).detach().double().numpy()
-    made = way.gains(Seen(target.layout, cost_of(target, "", "params"), moments, lambda: weight))
+    made = way.gains(
+        TargetStatistics(target.layout, cost_of(target, "", "params"), moments, lambda: weight)
+    )
     assert made is not None and made.shape == (target.layout.max_rank,)
     return made
 

@@ -15,7 +15,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT, scheme_of, stored_as
-from lora_fx.checkpoint.merge_plan import Given, Options, Plan, make_plan
+from lora_fx.checkpoint.merge_plan import Given, MergePlan, Options, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import finfo
@@ -264,7 +264,7 @@ ALLOWED = Options(
 """Of a merge that takes what one of the checks has told already."""
 
 
-def _plan(pair: Pair, options: Options, *, entries: Mapping[str, Entry] | None = None) -> Plan:
+def _plan(pair: Pair, options: Options, *, entries: Mapping[str, Entry] | None = None) -> MergePlan:
     """What merge would do with the pair."""
     adapter = pair.adapter if entries is None else replace(pair.adapter, entries=entries)
     return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)

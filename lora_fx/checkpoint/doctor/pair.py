@@ -241,7 +241,7 @@ _WRAPPERS = frozenset(("base_layer", "modules_to_save", "original_module"))
 
 
 @dataclass
-class Part:
+class PeftPart:
     """The tensors of one update: a, b, magnitude, bias → name in the file."""
 
     key: str
@@ -266,7 +266,7 @@ class Raw:
     file: Path
     tensors: Mapping[str, Array]
     config: Mapping[str, Any]
-    updates: Mapping[str, Part]
+    updates: Mapping[str, PeftPart]
     whole: Mapping[str, str]
     prefixes: Mapping[str, str]
     broken: dict[str, str] = field(default_factory=dict)
@@ -283,7 +283,7 @@ class Raw:
             entries.setdefault(key, Full(self.tensors[name]))
         return Adapter(entries, {"peft": facts(self.config)})
 
-    def _update(self, part: Part) -> LowRank:
+    def _update(self, part: PeftPart) -> LowRank:
         if not {"a", "b"} <= set(part.names):
             have, lost = ("A", "B") if "a" in part.names else ("B", "A")
             raise LoraFxError(f"it has {have} and no {lost}")
@@ -317,7 +317,7 @@ def read_raw(path: str | Path) -> Raw | None:
     file = path / WEIGHTS if path.is_dir() else path
     tensors, header = read_tensors(file)
     config = _config(file, header)
-    updates: dict[str, Part] = {}
+    updates: dict[str, PeftPart] = {}
     whole: dict[str, str] = {}
     prefixes: dict[str, str] = {}
     for name in tensors:
@@ -340,7 +340,7 @@ def _config(file: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _sort(
-    name: str, updates: dict[str, Part], whole: dict[str, str], prefixes: dict[str, str]
+    name: str, updates: dict[str, PeftPart], whole: dict[str, str], prefixes: dict[str, str]
 ) -> None:
     at = name.find(PREFIX)
     own = name.startswith(OWN)
@@ -355,7 +355,7 @@ def _sort(
         return
     lead = _unwrapped(match["lead"])
     key = lead if own else f"{lead}.weight"
-    part = updates.setdefault(key, Part(key))
+    part = updates.setdefault(key, PeftPart(key))
     if match["magnitude"]:
         part.names["magnitude"] = name
     elif match["leaf"] == ".bias":

@@ -23,14 +23,14 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
 from lora_fx.formats import lycoris
-from lora_fx.formats.base import Seen
+from lora_fx.formats.base import FileHead
 from lora_fx.formats.peft import read as peft_read
 from lora_fx.formats.peft import write as peft_write
 from lora_fx.formats.peft.names import OWN, PREFIX
-from lora_fx.formats.peft.source import Source
+from lora_fx.formats.peft.source import PeftFile
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-Decode = Callable[[Source, Mapping[str, Any]], Adapter]
+Decode = Callable[[PeftFile, Mapping[str, Any]], Adapter]
 """(file and config, our JSON) → adapter."""
 KINDS: dict[str, Decode] = {
     "LORA": peft_read.decode,
@@ -42,7 +42,7 @@ SUFFIXES = (".safetensors",)
 FOLDER = True
 
 
-def detect(seen: Seen) -> bool:
+def detect(seen: FileHead) -> bool:
     """True for a file with PEFT's prefix, or with our own JSON."""
     return "lora_fx" in seen.metadata or any(n.startswith((PREFIX, OWN)) for n in seen.names)
 
@@ -100,7 +100,7 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
             f"{where}: peft_type is {kind!r}; expected {' or '.join(map(repr, KINDS))}",
             "merge it into its model with PEFT (merge_and_unload) and use the merged model",
         )
-    return decode(Source(tensors, config, str(weights), where, []), ours)
+    return decode(PeftFile(tensors, config, str(weights), where, []), ours)
 
 
 def _tensors(path: Path, trust: bool) -> tuple[dict[str, Array], dict[str, str]]:

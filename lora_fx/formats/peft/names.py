@@ -31,7 +31,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft.config import MERGE, Pattern, mutation
-from lora_fx.formats.peft.source import Source
+from lora_fx.formats.peft.source import PeftFile
 
 PREFIX = "base_model.model."
 OWN = "lora_fx."
@@ -225,7 +225,7 @@ def candidates(config: Mapping[str, Any], module: str) -> list[str]:
 
 
 def read_stacks(
-    levels: Sequence[Group], source: Source, ranks: Pattern, alphas: Pattern, variant: str
+    levels: Sequence[Group], source: PeftFile, ranks: Pattern, alphas: Pattern, variant: str
 ) -> dict[str, LowRank]:
     """The updates of the parameters of one module.
 
@@ -290,7 +290,7 @@ def packed(low: LowRank) -> tuple[Array, Array]:
     return low.a.reshape(-1, low.a.shape[-1]), b.reshape(len(b), -1)
 
 
-def _pair(group: Group, source: Source) -> tuple[Array, Array]:
+def _pair(group: Group, source: PeftFile) -> tuple[Array, Array]:
     a, b = source.factor(group.names["a"]), source.factor(group.names["b"])
     if group.kind != "linear" or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise LoraFxError(
@@ -309,7 +309,7 @@ def _pair(group: Group, source: Source) -> tuple[Array, Array]:
     return a, b
 
 
-def _numbers(name: str, ranks: Pattern, alphas: Pattern, source: Source) -> tuple[int, float]:
+def _numbers(name: str, ranks: Pattern, alphas: Pattern, source: PeftFile) -> tuple[int, float]:
     rank, alpha = ranks.of(name), alphas.of(name)
     if rank is None or rank < 1 or rank != int(rank):
         raise LoraFxError(

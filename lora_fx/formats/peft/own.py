@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import Dense, Entry, Rows
+from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.peft.names import OWN, PREFIX, Group, split_name
@@ -98,7 +98,7 @@ def _one(
                 index = tuple(int(i) for i in entry["index"])
                 if len(index) != len(value):
                     raise ValueError(f"{len(index)} rows, {len(value)} in {name!r}")
-                return Rows(index, value), None
+                return ReplacedRows(index, value), None
             scale, layout = float(entry["scale"]), _layout(entry)
             return Dense(value, scale, layout, dict(entry["extra"])), None
     names = (str(entry["a"]), str(entry["b"]))

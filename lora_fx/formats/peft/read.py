@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Entry, Rows
+from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft import own as peft_own
@@ -37,12 +37,12 @@ from lora_fx.formats.peft.names import (
     unwrapped,
     wrappers,
 )
-from lora_fx.formats.peft.source import Source
+from lora_fx.formats.peft.source import PeftFile
 
 _OUT = f".{WRAPPER}.out_proj"
 
 
-def decode(source: Source, ours: Mapping[str, Any]) -> Adapter:
+def decode(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
     """The adapter of one file with peft_type LORA.
 
     Args:
@@ -94,7 +94,7 @@ class Reader:
         modules: Names of the modules with low-rank tensors, as PEFT compares them.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: PeftFile) -> None:
         """Compile the patterns."""
         config = source.config
         self.source, self.config, self.file = source, config, source.file
@@ -281,7 +281,7 @@ class Reader:
 
 
 def read_rest(
-    names: Iterable[str], source: Source, found: Mapping[str, Group], entries: dict[str, Entry]
+    names: Iterable[str], source: PeftFile, found: Mapping[str, Group], entries: dict[str, Entry]
 ) -> None:
     """Add what these tensors say to `entries`.
 
@@ -312,7 +312,7 @@ def read_rest(
     _check_tokens(tokens, source, entries)
 
 
-def _is_trained_bias(short: str, source: Source, found: Mapping[str, Group]) -> bool:
+def _is_trained_bias(short: str, source: PeftFile, found: Mapping[str, Group]) -> bool:
     """True for a bias that PEFT trained; raises for one that the config denies."""
     bias = source.config.get("bias") or "none"
     module = short.removesuffix(".bias")
@@ -332,7 +332,7 @@ def _is_trained_bias(short: str, source: Source, found: Mapping[str, Group]) -> 
     return True
 
 
-def _add_bias(entries: dict[str, Entry], key: str, full: Full, name: str, source: Source) -> None:
+def _add_bias(entries: dict[str, Entry], key: str, full: Full, name: str, source: PeftFile) -> None:
     old = entries.get(key)
     if isinstance(old, Dense):  # lora_bias: PEFT adds it to the trained bias, in this order
         entries[key] = Full(full.value + old.value * np.float32(old.scale))
@@ -342,7 +342,7 @@ def _add_bias(entries: dict[str, Entry], key: str, full: Full, name: str, source
         source.add(entries, key, full, name)
 
 
-def _rows(name: str, module: str, source: Source) -> Rows:
+def _rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
     """Trained rows with their numbers."""
     value = source.factor(name)
     config = source.config.get("trainable_token_indices")
@@ -368,15 +368,15 @@ def _rows(name: str, module: str, source: Source) -> Rows:
             f"{index!r} for it; expected [n, dim] and n different numbers",
             f"correct {source.config_file}",
         )
-    return Rows(tuple(index), value)
+    return ReplacedRows(tuple(index), value)
 
 
-def _check_tokens(tokens: set[str], source: Source, entries: Mapping[str, Any]) -> None:
+def _check_tokens(tokens: set[str], source: PeftFile, entries: Mapping[str, Any]) -> None:
     """Raise for tokens in the config that no tensor holds; PEFT stores tied ones once."""
     config = source.config.get("trainable_token_indices")
     if not config:
         return
-    rows = [list(e.index) for e in entries.values() if isinstance(e, Rows)]
+    rows = [list(e.index) for e in entries.values() if isinstance(e, ReplacedRows)]
     if isinstance(config, dict):
         lost = [v for v in config.values() if v not in rows]
     else:
@@ -389,7 +389,7 @@ def _check_tokens(tokens: set[str], source: Source, entries: Mapping[str, Any]) 
         )
 
 
-def _is_whole(name: str, short: str, source: Source, low_rank: bool) -> bool:
+def _is_whole(name: str, short: str, source: PeftFile, low_rank: bool) -> bool:
     """True for a whole tensor to keep, False for one that is noted; raises for others."""
     module = short.rpartition(".")[0]
     value = source.tensors[name]

@@ -14,7 +14,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import finite, is_float
 
 
-class Source:
+class PeftFile:
     """One file and its config.
 
     Attributes:

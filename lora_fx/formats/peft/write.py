@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Rows, name_of
+from lora_fx.adapter.updates import Dense, ReplacedRows, name_of
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -28,7 +28,7 @@ Encoded = tuple[dict[str, Array], dict[str, Any], dict[str, Any], tuple[str, ...
 def encode(adapter: Adapter) -> Encoded:
     """The tensors, the config, the JSON of our own, and the notes of an adapter."""
     for key, entry in adapter.entries.items():
-        if not isinstance(entry, (LowRank, Full, Dense, Rows)):
+        if not isinstance(entry, (LowRank, Full, Dense, ReplacedRows)):
             raise LoraFxError(
                 f"{key!r} is {name_of(entry)}; peft_type LORA has no such update",
                 "write another format, or merge it",
@@ -183,7 +183,7 @@ class _Writer:
                 full.add(key)
         return full
 
-    def _is_bias_of(self, entry: Dense, owner: str, form: Form) -> bool:
+    def _is_bias_of(self, entry: Dense, owner: str, form: PeftForm) -> bool:
         """True where lora_bias says just this entry."""
         low = self.adapter.lowrank[owner]
         scale = low.scale / 2 if form.plain and form.lead.endswith(OUT) else low.scale
@@ -199,7 +199,7 @@ class _Writer:
         """Trained rows of embeddings."""
         said = {}
         for key, entry in self.adapter.entries.items():
-            if not isinstance(entry, Rows):
+            if not isinstance(entry, ReplacedRows):
                 continue
             module, _, leaf = key.rpartition(".")
             good = len(set(entry.index)) == len(entry.index) and min(entry.index, default=0) >= 0
@@ -222,12 +222,12 @@ class _Writer:
         self.tensors[name] = array
 
 
-def _in_proj(form: Form) -> bool:
+def _in_proj(form: PeftForm) -> bool:
     """True for the in_proj of an attention, whose bias of B PEFT does not apply."""
     return form.plain and form.kind == "linear" and not form.lead.endswith(OUT)
 
 
-def _one_each(told: Mapping[str, Form]) -> None:
+def _one_each(told: Mapping[str, PeftForm]) -> None:
     """Raise for two updates of one layer."""
     layers: dict[str, str] = {}
     for key, form in told.items():
@@ -240,7 +240,7 @@ def _one_each(told: Mapping[str, Form]) -> None:
         layers[form.lead] = key
 
 
-def _describe(low: LowRank, form: Form) -> dict[str, Any]:
+def _describe(low: LowRank, form: PeftForm) -> dict[str, Any]:
     """What the config does not say of one update, to read it back exactly."""
     entry: dict[str, Any] = {
         "layout": low.layout.to_json() if low.layout else None,
@@ -269,7 +269,7 @@ OUT = f".{WRAPPER}.out_proj"
 
 
 @dataclass(frozen=True)
-class Form:
+class PeftForm:
     """How one update is written.
 
     Attributes:
@@ -307,7 +307,7 @@ class Form:
         return f"{lead}A.weight", f"{lead}B.weight"
 
 
-def forms_of(updates: Mapping[str, LowRank]) -> dict[str, Form]:
+def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
     """The form of every update; those that need a partner look for it among the others."""
     leads = {str(u.extra["lead"]): k for k, u in updates.items() if _as_read(u, "lead")}
     levels: dict[str, int] = {}
@@ -320,13 +320,13 @@ def forms_of(updates: Mapping[str, LowRank]) -> dict[str, Form]:
         if leads.get(lead) == key and low.extra.get("op") == "experts":
             whole = levels[unwrapped(lead)] == low.extra.get("of")
             if whole and set(low.extra) <= _STACK and low.magnitude is None:
-                result[key] = Form("stack", lead, plain=True)
+                result[key] = PeftForm("stack", lead, plain=True)
                 continue
         elif leads.get(lead) == key and set(low.extra) == {"lead"} and low.magnitude is None:
             first = lead.removesuffix(OUT)
             one, two = (updates.get(leads.get(name, "")) for name in (first, f"{first}{OUT}"))
             if one and two and one.rank == two.rank and 2 * one.alpha == two.alpha:
-                result[key] = Form("linear", lead, plain=True)
+                result[key] = PeftForm("linear", lead, plain=True)
                 continue
         result[key] = form_of(key, low)
     return result
@@ -337,57 +337,57 @@ def _as_read(low: LowRank, field: str) -> bool:
     return low.layout is None and not low.use and field in low.extra
 
 
-def form_of(key: str, low: LowRank) -> Form:
+def form_of(key: str, low: LowRank) -> PeftForm:
     """The form in which PEFT can say an update by itself, or own with the reason."""
     name = key
     tied = low.extra.get("tied")
     if low.use.startswith("op:"):
-        return Form("own", why=f"it acts on one use only ({low.use})")
+        return PeftForm("own", why=f"it acts on one use only ({low.use})")
     if split_use(key)[1].startswith("call:"):
-        return Form("own", why="it acts on one call of several")
+        return PeftForm("own", why="it acts on one call of several")
     if low.use:
         name = low.use
     elif tied and not (isinstance(tied, list) and _as_read(low, "tied")):
-        return Form("own", why="it acts on several modules that share the tensor")
+        return PeftForm("own", why="it acts on several modules that share the tensor")
     if key.endswith("]"):
-        return Form("own", why="it covers a part of the tensor")
+        return PeftForm("own", why="it covers a part of the tensor")
     if not name.endswith(".weight"):
-        return Form("own", why="the parameter is not the weight of a module")
+        return PeftForm("own", why="the parameter is not the weight of a module")
     if low.a.ndim != 2:
-        return Form("own", why="it is a stack of matrices or a grouped convolution")
+        return PeftForm("own", why="it is a stack of matrices or a grouped convolution")
     if tied and not low.use:
         if set(low.extra) == {"op", "tied"} and low.magnitude is None:
-            return Form("embedding", name.removesuffix(".weight"), plain=True)
-        return Form("own", why="it acts on several modules that share the tensor")
+            return PeftForm("embedding", name.removesuffix(".weight"), plain=True)
+        return PeftForm("own", why="it acts on several modules that share the tensor")
     return _of_layout(name.removesuffix(".weight"), low)
 
 
-def _of_layout(module: str, low: LowRank) -> Form:
+def _of_layout(module: str, low: LowRank) -> PeftForm:
     op, layout = str(low.extra.get("op", "")), low.layout
-    odd = Form("own", why=f"PEFT has no such layer (op {op or 'unknown'})")
+    odd = PeftForm("own", why=f"PEFT has no such layer (op {op or 'unknown'})")
     if layout is None:
         if op == "embedding":
-            return Form("embedding", module)
+            return PeftForm("embedding", module)
         if low.extra.get("kernel"):
-            return Form("conv", module)
-        return Form("linear", module) if op in _LINEAR_OPS else odd
+            return PeftForm("conv", module)
+        return PeftForm("linear", module) if op in _LINEAR_OPS else odd
     if layout.batch or layout.shape != layout.stored:
         return odd
     if len(layout.stored) == 2:
         transposed = layout.out == (1,)
         if op == "embedding":
             if not transposed and low.magnitude is not None:
-                return Form("own", why="its magnitude belongs to the rows of the table")
-            return Form("embedding", module, swapped=not transposed)
-        return Form("linear", module, transposed) if op in _LINEAR_OPS else odd
+                return PeftForm("own", why="its magnitude belongs to the rows of the table")
+            return PeftForm("embedding", module, swapped=not transposed)
+        return PeftForm("linear", module, transposed) if op in _LINEAR_OPS else odd
     # Axes of size 1 may stand anywhere in a layout; they do not change the order of elements.
     wide = [i for i in layout.in_ if layout.shape[i] != 1]
     if 3 <= len(layout.stored) <= 5 and layout.out == (0,) and wide == sorted(wide):
-        return Form("conv", module) if op in _CONV_OPS else odd
+        return PeftForm("conv", module) if op in _CONV_OPS else odd
     return odd
 
 
-def to_tensors(form: Form, low: LowRank) -> dict[str, Array]:
+def to_tensors(form: PeftForm, low: LowRank) -> dict[str, Array]:
     """A, B and the magnitude under their names and in the shapes of PEFT."""
     a_name, b_name = form.names
     if form.kind == "stack":

@@ -32,8 +32,8 @@ from lora_fx.fx.attach.eager_emitter import Program, bound
 from lora_fx.fx.attach.live import (
     METHODS,
     REGISTRY,
+    ActiveAdapter,
     Live,
-    Switch,
     keeps_statistics,
     restore,
     swap,
@@ -68,7 +68,7 @@ class Attachment:
     ) -> None:
         self.model = model
         self.planner = planner
-        self.switch = Switch()
+        self.switch = ActiveAdapter()
         self.updates: dict[str, LowRank] = {}
         self.by_weight: frozenset[str] = frozenset()
         self.proven: dict[str, str] = {}  # key → use

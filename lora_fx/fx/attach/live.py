@@ -34,7 +34,7 @@ ALWAYS, INSIDE, OUTSIDE = "always", "inside", "outside"
 
 
 @dataclass
-class Switch:
+class ActiveAdapter:
     """Shared by all modules of one model: off gives the base model's numbers."""
 
     on: bool = True
@@ -53,7 +53,7 @@ class Live:
         seen: Collects the id of every module whose branch ran, while a proof asks for it.
     """
 
-    switch: Switch
+    switch: ActiveAdapter
     weights: dict[str, tuple[Bound, str]] = field(default_factory=dict)
     output: tuple[Bound, Bound] | None = None
     inside: bool = False

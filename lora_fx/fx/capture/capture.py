@@ -38,7 +38,7 @@ from lora_fx.inputs import Inputs, default_dynamic, merge_dynamic
 
 
 @dataclass
-class Source:
+class ModelSource:
     """The code of a model without its weights."""
 
     module: nn.Module
@@ -46,10 +46,10 @@ class Source:
     mode: Any
     live: bool = False
     why: str = ""
-    copies: dict[torch.dtype, Source] = field(default_factory=dict)
+    copies: dict[torch.dtype, ModelSource] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Source:
+    def of(cls, model: nn.Module) -> ModelSource:
         """A weightless copy; the live module where it cannot be copied (then `live`)."""
         bound = getattr(model.function, "__self__", None) if isinstance(model, Called) else None
         if isinstance(bound, nn.Module):
@@ -65,7 +65,7 @@ class Source:
                 return cls(model, _hooked(model), None, live=True, why=why)
         return cls(model, _hooked(model), None, live=True)
 
-    def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> Source:
+    def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> ModelSource:
         """This source with floating tensors in another dtype."""
         if dtype is None or dtype == base:
             return self
@@ -78,7 +78,7 @@ class Source:
             name = getattr(self.forward, "__name__", "forward")
             copied, mode = weightless(self.module, dtype, self.mode)
             call = _hooked(copied) if name == "forward" else getattr(copied, name)
-            self.copies[dtype] = Source(copied, call, mode)
+            self.copies[dtype] = ModelSource(copied, call, mode)
         return self.copies[dtype]
 
 
@@ -104,7 +104,7 @@ class Captured:
     ) -> None:
         self.model = as_module(model)
         self.signature = Signature(_forward_of(model, self.model))
-        self.source = Source.of(self.model)
+        self.source = ModelSource.of(self.model)
         self.base_dtype = base_dtype(self.model)
         self.notes: list[str] = []
         if self.source.why:
@@ -189,7 +189,7 @@ class Captured:
         return self.tracings[key]
 
     def _trace(
-        self, source: Source, training: bool, named: Mapping[str, Any], requested: Requested
+        self, source: ModelSource, training: bool, named: Mapping[str, Any], requested: Requested
     ) -> Traced:
         modes = [(m, m.training, _computed(m)) for m in source.module.modules()]
         source.module.train(training)

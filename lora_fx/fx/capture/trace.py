@@ -97,7 +97,7 @@ def _trace(
         ],
         spec,
     )
-    entry = Entry(source, signature, forward)
+    entry = RootModule(source, signature, forward)
     with _quiet(), _free_batch():
         program = torch.export.export(
             entry,
@@ -110,7 +110,7 @@ def _trace(
     return _clean(module, program, names, leaves, requested)
 
 
-class Entry(nn.Module):
+class RootModule(nn.Module):
     """forward(named) → the original call; the source's tensors keep their names."""
 
     def __init__(self, source: nn.Module, signature: Signature, forward: Any) -> None:

@@ -37,7 +37,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Weight:
+class FxWeight:
     """A value that is one weight seen through a View.
 
     Attributes:
@@ -58,7 +58,7 @@ class Weight:
 
 
 @dataclass
-class Flow:
+class FxFlow:
     """Nodes that depend on parameters and constants only.
 
     Attributes:
@@ -68,7 +68,7 @@ class Flow:
         products: Those of a constant and one parameter.
     """
 
-    weights: dict[fx.Node, Weight] = field(default_factory=dict)
+    weights: dict[fx.Node, FxWeight] = field(default_factory=dict)
     behind: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
     constants: set[fx.Node] = field(default_factory=set)
     products: list[fx.Node] = field(default_factory=list)
@@ -90,8 +90,8 @@ def weight_flow(
     graph: fx.Graph,
     root: nn.Module | None,
     names: Mapping[str, str],
-    given: Mapping[fx.Node, Weight] | None = None,
-) -> Flow:
+    given: Mapping[fx.Node, FxWeight] | None = None,
+) -> FxFlow:
     """Follow every parameter through a graph.
 
     What a layer makes is data again, even where both its operands are fixed: the layers after a
@@ -113,11 +113,11 @@ def _follow(
     graph: fx.Graph,
     root: nn.Module | None,
     names: Mapping[str, str],
-    given: Mapping[fx.Node, Weight],
+    given: Mapping[fx.Node, FxWeight],
     layers: set[fx.Node],
-) -> Flow:
+) -> FxFlow:
     """Everything in one go, with these products as layers."""
-    flow = Flow()
+    flow = FxFlow()
     for node, weight in given.items():
         flow.weights[node], flow.behind[node] = weight, weight.behind
     changed = written(graph)
@@ -128,7 +128,7 @@ def _follow(
                 flow.constants.add(node)
             elif root is not None:
                 shape = tuple(tensor(root, name).shape)
-                flow.weights[node] = Weight(name, View(), shape, node, (name,))
+                flow.weights[node] = FxWeight(name, View(), shape, node, (name,))
                 flow.behind[node] = (name,)
         elif node.op == "call_function" and node not in layers:
             _call(flow, node)
@@ -138,7 +138,7 @@ def _follow(
     return flow
 
 
-def _is_layer(flow: Flow, product: fx.Node) -> bool:
+def _is_layer(flow: FxFlow, product: fx.Node) -> bool:
     """True when data is made of a product, and no layer's weight is; bodies count as layers."""
     todo, seen, read = [product], {product}, False
     while todo:
@@ -158,11 +158,11 @@ def _is_layer(flow: Flow, product: fx.Node) -> bool:
     return read
 
 
-def _edited(w: Weight) -> Weight:
-    return Weight(w.name, w.view, w.shape, w.root, w.behind, "an in-place edit")
+def _edited(w: FxWeight) -> FxWeight:
+    return FxWeight(w.name, w.view, w.shape, w.root, w.behind, "an in-place edit")
 
 
-def _call(flow: Flow, node: fx.Node) -> None:
+def _call(flow: FxFlow, node: fx.Node) -> None:
     if node.target is getattr:  # the device of an input
         flow.constants.add(node)
         return
@@ -196,7 +196,7 @@ def _call(flow: Flow, node: fx.Node) -> None:
     shape = shape_of(node)
     if shape is not None and all(isinstance(n, int) for n in shape):
         edited = next((w.edited for i in found if (w := flow.weights.get(i)) and w.edited), "")
-        flow.weights[node] = Weight("", View(), shape, node, behind, edited)
+        flow.weights[node] = FxWeight("", View(), shape, node, behind, edited)
 
 
 def written(graph: fx.Graph) -> set[fx.Node]:
@@ -222,7 +222,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return [v for name in changed if isinstance(v := given.get(name), fx.Node)]
 
 
-def _view(node: fx.Node, source: fx.Node, weight: Weight) -> Weight | None:
+def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
     """The weight that a node is when it only views `source`."""
     if node.target in SPLITS and node.args[0] is source:
         return weight  # the getitem after it slices
@@ -233,7 +233,7 @@ def _view(node: fx.Node, source: fx.Node, weight: Weight) -> Weight | None:
     if steps is None:
         return None
     shape = tuple(hint(n) for n in shape_of(node) or weight.shape)
-    return Weight(
+    return FxWeight(
         weight.name, weight.view.then(*steps), shape, weight.root, weight.behind, weight.edited
     )
 
@@ -425,7 +425,7 @@ class Namer:
     def __init__(self) -> None:
         self.known: dict[str, list[str]] = {}
 
-    def __call__(self, weight: Weight) -> str:
+    def __call__(self, weight: FxWeight) -> str:
         """The name of a weight."""
         if weight.name:
             return weight.name
@@ -452,7 +452,7 @@ def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
     return memo[node]
 
 
-def evaluate(root: torch.nn.Module, flow: Flow, node: fx.Node) -> torch.Tensor:
+def evaluate(root: torch.nn.Module, flow: FxFlow, node: fx.Node) -> torch.Tensor:
     """The value of a node that depends on parameters and constants only.
 
     Ops that edit intermediate values in place run as well; buffers are copied first.

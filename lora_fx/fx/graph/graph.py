@@ -13,9 +13,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph import ops
-from lora_fx.fx.graph.flow import Flow, evaluate, tensor, weight_flow
+from lora_fx.fx.graph.flow import FxFlow, evaluate, tensor, weight_flow
 from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, mark, value
-from lora_fx.fx.graph.sites import Found, data_flops, uses
+from lora_fx.fx.graph.sites import FxWeightUse, data_flops, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Deferred, Site
@@ -109,11 +109,11 @@ class FxGraph:
         value = self.read(name)
         return lambda: value
 
-    def flow(self) -> Flow:
+    def flow(self) -> FxFlow:
         """Which nodes depend on parameters and constants only."""
         return weight_flow(self.graph, self.root, self._names)
 
-    def _uses(self) -> Iterator[tuple[Site, Found]]:
+    def _uses(self) -> Iterator[tuple[Site, FxWeightUse]]:
         return uses(self.graph, self.flow(), self.bodies)
 
     # --- rewriting -------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class FxGraph:
             f"site {site.id!r} is not in this graph", "run find again after a rewrite"
         )
 
-    def use(self, site: Site) -> ops.Use:
+    def use(self, site: Site) -> ops.FxOperand:
         """What the table says of the site's operand."""
         node = self._at(site)
         row = ops.row_of(node)
@@ -387,7 +387,7 @@ class FxEmitter:
 # Our passes in torch.fx's own pass manager.
 
 
-class Managed(PassBase):
+class ManagedFxPass(PassBase):
     """A pass of ours on graph modules, as `torch.export.export(…).module()` returns them.
 
     Args:

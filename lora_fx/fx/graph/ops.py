@@ -24,7 +24,7 @@ DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
 
 
 @dataclass(frozen=True)
-class Use:
+class FxOperand:
     """One weight operand of one node.
 
     Attributes:
@@ -49,7 +49,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Row:
+class FxOp:
     """One op.
 
     Attributes:
@@ -61,7 +61,7 @@ class Row:
     """
 
     op: str
-    uses: Callable[[Node], Iterator[Use]]
+    uses: Callable[[Node], Iterator[FxOperand]]
     bias: int | None = None
     many: bool = False
     first: bool = False
@@ -75,29 +75,29 @@ def pick(node: Node, path: Path) -> Any:
     return arg
 
 
-def _linear(node: Node) -> Iterator[Use]:
+def _linear(node: Node) -> Iterator[FxOperand]:
     flat = len(shape_of(pick(node, (1,))) or ()) != 2
-    yield Use((1,), (0,), kinds.linear(), {}, VECTOR if flat else "")
+    yield FxOperand((1,), (0,), kinds.linear(), {}, VECTOR if flat else "")
 
 
-def _matmul(node: Node) -> Iterator[Use]:
+def _matmul(node: Node) -> Iterator[FxOperand]:
     yield from _products(node, 0, 1.0)
 
 
-def _addmm(node: Node) -> Iterator[Use]:
+def _addmm(node: Node) -> Iterator[FxOperand]:
     yield from _products(node, 1, float(argument(node, "alpha", 1)))
 
 
-def _products(node: Node, at: int, gain: float) -> Iterator[Use]:
+def _products(node: Node, at: int, gain: float) -> Iterator[FxOperand]:
     first, second = shape_of(pick(node, (at,))), shape_of(pick(node, (at + 1,)))
     if first is None or second is None:
         return
     for w, x, left in ((at + 1, at, False), (at, at + 1, True)):
         kind, why = product(*((second, first) if left else (first, second)), left=left)
-        yield Use((w,), (x,), kind, {}, why, gain=gain)
+        yield FxOperand((w,), (x,), kind, {}, why, gain=gain)
 
 
-def _einsum(node: Node) -> Iterator[Use]:
+def _einsum(node: Node) -> Iterator[FxOperand]:
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     if not isinstance(operands, (tuple, list)):
         return
@@ -105,25 +105,25 @@ def _einsum(node: Node) -> Iterator[Use]:
     for i in range(len(operands)):
         kind, why = contraction(terms, i)
         other = next((j for j in range(len(operands)) if j != i), i)
-        yield Use((1, i), (1, other), kind, {}, why)
+        yield FxOperand((1, i), (1, other), kind, {}, why)
 
 
-def _conv(node: Node) -> Iterator[Use]:
+def _conv(node: Node) -> Iterator[FxOperand]:
     groups = int(argument(node, "groups", 1))
     w = shape_of(pick(node, (1,)))
     lone = w is not None and groups > 1 and w[1] == 1
     attrs = _window(node, "stride", "padding", "dilation")
     why = DEPTHWISE if lone else ""
-    yield Use((1,), (0,), kinds.Conv(groups), attrs, why, allowed=lone)
+    yield FxOperand((1,), (0,), kinds.Conv(groups), attrs, why, allowed=lone)
 
 
-def _conv_transpose(node: Node) -> Iterator[Use]:
+def _conv_transpose(node: Node) -> Iterator[FxOperand]:
     groups = int(argument(node, "groups", 1))
     w = shape_of(pick(node, (1,)))
     lone = w is not None and groups > 1 and w[0] == groups
     attrs = _window(node, "stride", "padding", "output_padding", "dilation")
     why = DEPTHWISE if lone else ""
-    yield Use((1,), (0,), kinds.ConvTranspose(groups), attrs, why, allowed=lone)
+    yield FxOperand((1,), (0,), kinds.ConvTranspose(groups), attrs, why, allowed=lone)
 
 
 def _window(node: Node, *names: str) -> dict[str, Any]:
@@ -131,68 +131,68 @@ def _window(node: Node, *names: str) -> dict[str, Any]:
     return {k: v if isinstance(v, str) else tuple(v) for k, v in given.items()}
 
 
-def _embedding(node: Node) -> Iterator[Use]:
-    yield Use((0,), (1,), kinds.Embedding())
+def _embedding(node: Node) -> Iterator[FxOperand]:
+    yield FxOperand((0,), (1,), kinds.Embedding())
 
 
-def _embedding_bag(node: Node) -> Iterator[Use]:
+def _embedding_bag(node: Node) -> Iterator[FxOperand]:
     mode = ("sum", "mean", "max")[int(argument(node, "mode", 0))]
-    yield Use((0,), (1,), kinds.EmbeddingBag(mode))
+    yield FxOperand((0,), (1,), kinds.EmbeddingBag(mode))
 
 
-def _bilinear(node: Node) -> Iterator[Use]:
-    yield Use((2,), (0,), kinds.WeightForm("bilinear", Axes((), (0,), (1, 2))))
+def _bilinear(node: Node) -> Iterator[FxOperand]:
+    yield FxOperand((2,), (0,), kinds.WeightForm("bilinear", Axes((), (0,), (1, 2))))
 
 
-def _grouped(node: Node) -> Iterator[Use]:
+def _grouped(node: Node) -> Iterator[FxOperand]:
     x, w = shape_of(pick(node, (0,))), shape_of(pick(node, (1,)))
     if x is None or w is None or len(x) != 2 or len(w) != 3:
         return  # two ragged activations, or a ragged inner axis: no weight
     width = value(pick(node, (0,))).dtype.itemsize
     aligned = 1 if op_name(node) == "grouped_mm_fallback" else 16 // width
-    yield Use((1,), (0,), kinds.Grouped(), {"rank_multiple": aligned})
+    yield FxOperand((1,), (0,), kinds.Grouped(), {"rank_multiple": aligned})
 
 
-def _recurrent(node: Node) -> Iterator[Use]:
+def _recurrent(node: Node) -> Iterator[FxOperand]:
     """The matrices among the parameters of an LSTM, GRU or RNN, and of their cells."""
     for i, slot in enumerate(node.target._schema.arguments[: len(node.args)]):  # type: ignore[union-attr]
         if slot.name in ("w_ih", "w_hh"):
-            yield Use((i,), (0,), kinds.RECURRENT)
+            yield FxOperand((i,), (0,), kinds.RECURRENT)
         elif slot.name == "params":
             for j, w in enumerate(node.args[i]):  # type: ignore[arg-type]
                 if len(shape_of(w) or ()) == 2:
-                    yield Use((i, j), (0,), kinds.RECURRENT)
+                    yield FxOperand((i, j), (0,), kinds.RECURRENT)
 
 
-def _table() -> dict[Any, Row]:
+def _table() -> dict[Any, FxOp]:
     rows = {
-        aten.linear.default: Row("linear", _linear, bias=2),
-        aten.matmul.default: Row("matmul", _matmul),
-        aten.mm.default: Row("mm", _matmul),
-        aten.bmm.default: Row("bmm", _matmul),
-        aten.addmm.default: Row("addmm", _addmm, bias=0),
-        aten.baddbmm.default: Row("baddbmm", _addmm, bias=0),
-        aten.einsum.default: Row("einsum", _einsum),
-        aten.conv1d.default: Row("conv1d", _conv, bias=2),
-        aten.conv2d.default: Row("conv2d", _conv, bias=2),
-        aten.conv3d.default: Row("conv3d", _conv, bias=2),
-        aten.conv1d.padding: Row("conv1d", _conv, bias=2),
-        aten.conv2d.padding: Row("conv2d", _conv, bias=2),
-        aten.conv3d.padding: Row("conv3d", _conv, bias=2),
-        aten.conv_transpose1d.default: Row("conv_transpose1d", _conv_transpose, bias=2),
-        aten.conv_transpose2d.input: Row("conv_transpose2d", _conv_transpose, bias=2),
-        aten.conv_transpose3d.input: Row("conv_transpose3d", _conv_transpose, bias=2),
-        aten.embedding.default: Row("embedding", _embedding),
-        aten.embedding_bag.default: Row("embedding_bag", _embedding_bag, first=True),
-        aten.embedding_bag.padding_idx: Row("embedding_bag", _embedding_bag, first=True),
-        aten.bilinear.default: Row("bilinear", _bilinear, bias=3),
-        aten._grouped_mm.default: Row("grouped_mm", _grouped),
+        aten.linear.default: FxOp("linear", _linear, bias=2),
+        aten.matmul.default: FxOp("matmul", _matmul),
+        aten.mm.default: FxOp("mm", _matmul),
+        aten.bmm.default: FxOp("bmm", _matmul),
+        aten.addmm.default: FxOp("addmm", _addmm, bias=0),
+        aten.baddbmm.default: FxOp("baddbmm", _addmm, bias=0),
+        aten.einsum.default: FxOp("einsum", _einsum),
+        aten.conv1d.default: FxOp("conv1d", _conv, bias=2),
+        aten.conv2d.default: FxOp("conv2d", _conv, bias=2),
+        aten.conv3d.default: FxOp("conv3d", _conv, bias=2),
+        aten.conv1d.padding: FxOp("conv1d", _conv, bias=2),
+        aten.conv2d.padding: FxOp("conv2d", _conv, bias=2),
+        aten.conv3d.padding: FxOp("conv3d", _conv, bias=2),
+        aten.conv_transpose1d.default: FxOp("conv_transpose1d", _conv_transpose, bias=2),
+        aten.conv_transpose2d.input: FxOp("conv_transpose2d", _conv_transpose, bias=2),
+        aten.conv_transpose3d.input: FxOp("conv_transpose3d", _conv_transpose, bias=2),
+        aten.embedding.default: FxOp("embedding", _embedding),
+        aten.embedding_bag.default: FxOp("embedding_bag", _embedding_bag, first=True),
+        aten.embedding_bag.padding_idx: FxOp("embedding_bag", _embedding_bag, first=True),
+        aten.bilinear.default: FxOp("bilinear", _bilinear, bias=3),
+        aten._grouped_mm.default: FxOp("grouped_mm", _grouped),
     }
     for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         packet = getattr(aten, name)
-        rows |= {o: Row(name, _recurrent, many=True) for o in (packet.input, packet.data)}
+        rows |= {o: FxOp(name, _recurrent, many=True) for o in (packet.input, packet.data)}
     for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
-        rows[getattr(aten, name).default] = Row(name, _recurrent, many=True)
+        rows[getattr(aten, name).default] = FxOp(name, _recurrent, many=True)
     return rows
 
 
@@ -201,11 +201,11 @@ PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 """Bare products: of a constant and one parameter they make a computed weight."""
 DATA_OPS = {aten.scaled_dot_product_attention.default}
 """Matmuls that no row adapts, counted as FLOPs between activations."""
-BY_NAME = {"transformers::grouped_mm_fallback": Row("grouped_mm", _grouped)}
+BY_NAME = {"transformers::grouped_mm_fallback": FxOp("grouped_mm", _grouped)}
 """Ops of other libraries: known by name, since the library need not be there."""
 
 
-def row_of(node: Node) -> Row | None:
+def row_of(node: Node) -> FxOp | None:
     """The row of a node's op."""
     if node.op != "call_function":
         return None

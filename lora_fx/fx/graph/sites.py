@@ -11,9 +11,17 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from lora_fx.fx.graph import ops
-from lora_fx.fx.graph.flow import SPLITS, VIEWS, Flow, Namer, Weight, scope_of, weight_flow
+from lora_fx.fx.graph.flow import (
+    SPLITS,
+    VIEWS,
+    FxFlow,
+    FxWeight,
+    Namer,
+    scope_of,
+    weight_flow,
+)
 from lora_fx.fx.graph.nodes import NO_GRAD, hint, is_marked, numel, op_name, shape_of, value
-from lora_fx.fx.graph.ops import Use, pick
+from lora_fx.fx.graph.ops import FxOperand, pick
 from lora_fx.ir.graph import Axes, Kind, Site
 from lora_fx.ir.kinds import WeightForm, letters
 from lora_fx.ir.view import View
@@ -22,17 +30,17 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Found:
+class FxWeightUse:
     """One use of a weight: the node, the table's row of its operand, and the weight."""
 
     node: fx.Node
-    use: ops.Use
-    weight: Weight
+    use: ops.FxOperand
+    weight: FxWeight
 
 
 def uses(
-    graph: fx.Graph, flow: Flow, bodies: Mapping[str, fx.GraphModule]
-) -> Iterator[tuple[Site, Found]]:
+    graph: fx.Graph, flow: FxFlow, bodies: Mapping[str, fx.GraphModule]
+) -> Iterator[tuple[Site, FxWeightUse]]:
     """(site, what it was found by), in execution order; marked nodes are left out."""
     namer = Namer()
     for node in graph.nodes:
@@ -41,7 +49,7 @@ def uses(
         row = ops.row_of(node)
         given = body_uses(node, flow.weights, bodies) if row is None else row.uses(node)
         found = [
-            Found(node, u, w)
+            FxWeightUse(node, u, w)
             for u in given
             if (w := flow.weights.get(ops.pick(node, u.weight))) is not None
         ]
@@ -54,7 +62,7 @@ def uses(
             yield _site(f, row, namer), f
 
 
-def _site(found: Found, row: ops.Row | None, namer: Namer) -> Site:
+def _site(found: FxWeightUse, row: ops.FxOp | None, namer: Namer) -> Site:
     node, use, weight = found.node, found.use, found.weight
     scope, cls = scope_of(node)
     operand = shape_of(ops.pick(node, use.weight)) or ()
@@ -93,7 +101,7 @@ def _result(node: fx.Node) -> fx.Node:
     return node
 
 
-def _both(found: Found) -> Found:
+def _both(found: FxWeightUse) -> FxWeightUse:
     """A product of two weights: neither operand is an activation."""
     weight = replace(found.weight, edited=f"{op_name(found.node)} with another weight")
     return replace(found, weight=weight)
@@ -106,8 +114,8 @@ def _both(found: Found) -> Found:
 
 
 def body_uses(
-    node: fx.Node, weights: Mapping[fx.Node, Weight], held: Mapping[str, fx.GraphModule]
-) -> Iterator[ops.Use]:
+    node: fx.Node, weights: Mapping[fx.Node, FxWeight], held: Mapping[str, fx.GraphModule]
+) -> Iterator[ops.FxOperand]:
     """Uses of a higher-order op's operands as weights, by what its bodies do with them."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return
@@ -127,7 +135,7 @@ def body_uses(
         if inner:
             flops = sum(f for _, f in inner)
             axes = inner[0][0]
-            yield ops.Use(path, (0,), WeightForm("body", axes), flops=flops)
+            yield ops.FxOperand(path, (0,), WeightForm("body", axes), flops=flops)
 
 
 def _body(arg: Any, held: Mapping[str, fx.GraphModule]) -> fx.GraphModule | None:
@@ -143,7 +151,7 @@ def _inside(
     if len(places) != count or shape_of(places[i]) != shape_of(operand):
         return
     shape = tuple(hint(n) for n in shape_of(operand) or ())
-    start = Weight("w", View(), shape, places[i], ("w",))
+    start = FxWeight("w", View(), shape, places[i], ("w",))
     inner = {n: m for n, m in body.named_children() if isinstance(m, fx.GraphModule)}
     flow = weight_flow(body.graph, None, {}, {places[i]: start})
     for node in body.graph.nodes:
@@ -325,7 +333,7 @@ def _is_data(node: fx.Node) -> bool:
     )
 
 
-def site_flops(node: fx.Node, use: Use) -> int:
+def site_flops(node: fx.Node, use: FxOperand) -> int:
     """2 · output elements · in; a recurrent weight runs once per step and row; lookups are free."""
     if use.flops is not None:
         return use.flops

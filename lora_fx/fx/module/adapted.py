@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
 from lora_fx.adapter.factors import (
-    Slot,
+    FactorTensor,
     asked,
     frame,
     learning,
@@ -112,7 +112,7 @@ class AdaptedModule(CapturedModule):
             held.setdefault(key, {})[slot.field] = self._tensor(slot.name)
         return held
 
-    def _slots(self) -> Iterator[tuple[str, Slot]]:
+    def _slots(self) -> Iterator[tuple[str, FactorTensor]]:
         for key, update in self._updates.items():
             for slot in slots_of(key, update):
                 yield key, slot

@@ -33,7 +33,7 @@ from lora_fx.fx.pt2.manifest import (
     read_signature,
 )
 from lora_fx.fx.pt2.program import (
-    Loaded,
+    LoadedProgram,
     Modal,
     load_program,
     match_places,
@@ -238,7 +238,7 @@ class FileCaptured(Captured):
             self._traces[name] = self._trace_program(self._loaded[name])
         return self._traces[name]
 
-    def _trace_program(self, loaded: Loaded) -> Traced:
+    def _trace_program(self, loaded: LoadedProgram) -> Traced:
         module = loaded.program.module(check_guards=False)
         strip_branches(module.graph)
         leaves = pytree.tree_leaves(self.named)

@@ -22,7 +22,7 @@ from lora_fx.fx.pt2.check import clean_program
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedProgram:
     """A program and its tensors.
 
     Attributes:
@@ -40,7 +40,7 @@ class Loaded:
     classes: Mapping[str, str]
 
 
-def load_program(archive: Archive, name: str) -> Loaded:
+def load_program(archive: Archive, name: str) -> LoadedProgram:
     """Read one program of an open archive.
 
     Raises:
@@ -68,7 +68,7 @@ def load_program(archive: Archive, name: str) -> Loaded:
             f"{one_line(_last_line(e), 200)}",
             "a file of another torch may have to be written again: torch.export.save",
         ) from e
-    return Loaded(program, state, volatile, named, _classes(program))
+    return LoadedProgram(program, state, volatile, named, _classes(program))
 
 
 def _last_line(error: Exception) -> str:
@@ -121,7 +121,7 @@ def _classes(program: ExportedProgram) -> dict[str, str]:
     return result
 
 
-def tree_of(programs: Sequence[Loaded], skip: frozenset[str] = frozenset()) -> nn.Module:
+def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset()) -> nn.Module:
     """The modules that hold the tensors of a file's programs, under their names.
 
     Args:

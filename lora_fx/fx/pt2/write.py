@@ -18,14 +18,14 @@ from torch.export.pt2_archive._package import _get_raw_tensor_bytes
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.trace import Entry, _at_least_two
+from lora_fx.fx.capture.trace import RootModule, _at_least_two
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.archive import MANIFEST
 from lora_fx.fx.pt2.manifest import make_manifest, plain_spec
 from lora_fx.fx.to_onnx import flat_program
 
 NAMES = {False: "model", True: "train"}
-ENTRY = f"{Entry.__module__}.{Entry.__qualname__}"
+ENTRY = f"{RootModule.__module__}.{RootModule.__qualname__}"
 """What torch records as the class of a graph's root; files name the user's own class."""
 
 

@@ -18,7 +18,7 @@ from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Shape
 from lora_fx.ir.view import Cast, Permute, Reshape, Slice, Step, View
-from lora_fx.onnx.graph.ops import DATA_OPS, QUANTISED, Row, Use, row_of
+from lora_fx.onnx.graph.ops import DATA_OPS, QUANTISED, OnnxOp, OnnxOperand, row_of
 
 MARK = "lora_fx"
 VIEW = "lora_fx.view"
@@ -52,7 +52,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Weight:
+class OnnxWeight:
     """A value that is one stored tensor seen through a View."""
 
     name: str
@@ -62,17 +62,17 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Found:
+class OnnxWeightUse:
     """One use of a weight."""
 
     site: Site
     node: ir.Node
-    use: Use
-    row: Row
+    use: OnnxOperand
+    row: OnnxOp
 
 
 @dataclass
-class Flow:
+class OnnxFlow:
     """What one walk over a model finds.
 
     Attributes:
@@ -83,8 +83,8 @@ class Flow:
     """
 
     stores: dict[str, Store] = field(default_factory=dict)
-    weights: dict[ir.Value, Weight] = field(default_factory=dict)
-    found: list[Found] = field(default_factory=list)
+    weights: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
+    found: list[OnnxWeightUse] = field(default_factory=list)
     data_flops: int = 0
 
     def parameters(self) -> list[Parameter]:
@@ -99,9 +99,9 @@ class Flow:
         return result
 
 
-def follow(model: ir.Model) -> Flow:
+def follow(model: ir.Model) -> OnnxFlow:
     """Walk a model once."""
-    flow = Flow()
+    flow = OnnxFlow()
     for value in model.graph.initializers.values():
         _store(flow, value)
     for node in model.graph.all_nodes():
@@ -113,7 +113,7 @@ def follow(model: ir.Model) -> Flow:
     return flow
 
 
-def _store(flow: Flow, value: ir.Value) -> None:
+def _store(flow: OnnxFlow, value: ir.Value) -> None:
     if MARK in value.metadata_props or value.name is None:
         return
     name, i = str(value.name), 0
@@ -122,10 +122,10 @@ def _store(flow: Flow, value: ir.Value) -> None:
         name = f"{value.name}.{i}"
     store = Store(name, value)
     flow.stores[name] = store
-    flow.weights[value] = Weight(name, View(), tuple(store.tensor.shape.numpy()))
+    flow.weights[value] = OnnxWeight(name, View(), tuple(store.tensor.shape.numpy()))
 
 
-def _visit(flow: Flow, node: ir.Node) -> None:
+def _visit(flow: OnnxFlow, node: ir.Node) -> None:
     if node.op_type == "Constant" and not node.domain:
         if "value" in node.attributes and len(node.outputs[0].uses()):
             _store(flow, node.outputs[0])
@@ -149,7 +149,7 @@ def _visit(flow: Flow, node: ir.Node) -> None:
     flow.data_flops += _data(node)
 
 
-def _through(flow: Flow, node: ir.Node, weight: Weight) -> bool:
+def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
     """Note what a node makes of a weight where it only views it."""
     if node.op_type == "DequantizeLinear" and len(weight.shape) >= 2:
         why = QUANTISED.format("DequantizeLinear")
@@ -174,7 +174,7 @@ def shape_of(value: ir.Value | None) -> Shape | None:
     return tuple(value.shape)
 
 
-def _uses(flow: Flow, node: ir.Node, row: Row) -> list[Found]:
+def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
     def shape(slot: int) -> Shape | None:
         if slot >= len(node.inputs):
             return None
@@ -188,17 +188,17 @@ def _uses(flow: Flow, node: ir.Node, row: Row) -> list[Found]:
         weight = None if value is None else flow.weights.get(value)
         if weight is None or not _adaptable(flow.stores[weight.name].tensor.dtype, use, weight):
             continue
-        result.append(Found(_site(node, row, use, weight), node, use, row))
+        result.append(OnnxWeightUse(_site(node, row, use, weight), node, use, row))
     if not row.many and len(result) > 1:
         return []  # both operands are stored: a constant
     return result
 
 
-def _adaptable(dtype: ir.DataType, use: Use, weight: Weight) -> bool:
+def _adaptable(dtype: ir.DataType, use: OnnxOperand, weight: OnnxWeight) -> bool:
     return bool(use.refusal or weight.quantised) or "float" in tensor_dtype(dtype)
 
 
-def _site(node: ir.Node, row: Row, use: Use, weight: Weight) -> Site:
+def _site(node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> Site:
     quantised = use.refusal if row.packed else weight.quantised
     operand = use.stored or weight.shape
     conv = row.op in ("conv", "conv_transpose")
@@ -255,7 +255,7 @@ def _count(shape: Shape | None) -> int:
     return int(np.prod(sizes, dtype=np.int64)) if shape is not None else 0
 
 
-def _flops(node: ir.Node, use: Use, operand: tuple[int, ...]) -> int:
+def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...]) -> int:
     """2 · output elements · in, where every symbolic size counts once; lookups are free."""
     if use.kind.name == "embedding" or len(operand) < 2:
         return 0

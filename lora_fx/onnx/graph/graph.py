@@ -22,8 +22,8 @@ from lora_fx.onnx.graph.flow import (
     MARK,
     VIEW,
     WAS,
-    Flow,
-    Found,
+    OnnxFlow,
+    OnnxWeightUse,
     dtype_name,
     follow,
     shape_of,
@@ -65,13 +65,13 @@ class OnnxGraph:
             _infer_shapes(model)
             if _unknown(model):
                 self.notes.append("some shapes are unknown: FLOPs are too low")
-        self._flow: Flow | None = None
+        self._flow: OnnxFlow | None = None
         self._names = 0
 
     # --- reading ---------------------------------------------------------------------------------
 
     @property
-    def flow(self) -> Flow:
+    def flow(self) -> OnnxFlow:
         """What a walk over the graph found; walked again after every change."""
         if self._flow is None:
             self._flow = follow(self.model)
@@ -116,7 +116,7 @@ class OnnxGraph:
             return lambda: np.memmap(tensor.path, dtype, "r", start, shape)
         return tensor.numpy
 
-    def at(self, site: Site) -> Found:
+    def at(self, site: Site) -> OnnxWeightUse:
         """What was found at a site."""
         for found in self.flow.found:
             if found.site.id == site.id:
@@ -292,7 +292,7 @@ def add_initialiser(
 class OnnxEmitter:
     """Inserts in order, after the site's node or before it, in the graph or body that holds it."""
 
-    def __init__(self, owner: OnnxGraph, found: Found, *, before: bool) -> None:
+    def __init__(self, owner: OnnxGraph, found: OnnxWeightUse, *, before: bool) -> None:
         self.owner = owner
         self.found = found
         self.site = found.site
@@ -435,7 +435,7 @@ class OnnxEmitter:
 # Our passes in onnx_ir's own pass manager.
 
 
-class Managed(ir.passes.InPlacePass):
+class ManagedOnnxPass(ir.passes.InPlacePass):
     """A pass of ours on an onnx_ir model.
 
     Args:

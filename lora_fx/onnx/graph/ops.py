@@ -23,7 +23,7 @@ QUANTISED = "the weight is quantised ({}): folding would round the update away"
 
 
 @dataclass(frozen=True)
-class Use:
+class OnnxOperand:
     """One weight operand of one node.
 
     Attributes:
@@ -46,7 +46,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Row:
+class OnnxOp:
     """One op.
 
     Attributes:
@@ -58,7 +58,7 @@ class Row:
     """
 
     op: str
-    uses: Callable[[ir.Node, Callable[[int], Shape | None]], Iterator[Use]]
+    uses: Callable[[ir.Node, Callable[[int], Shape | None]], Iterator[OnnxOperand]]
     bias: int | None = None
     many: bool = False
     packed: bool = False
@@ -74,79 +74,81 @@ def attr(node: ir.Node, name: str, default: Any) -> Any:
     return default if found is None else found.value
 
 
-def _matmul(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     first, second = shape(0), shape(1)
     for slot, x, w, left in ((1, first, second, False), (0, second, first, True)):
         if w is not None:
             kind, why = product((0,) * 9 if x is None else x, w, left=left)
-            yield Use(slot, 1 - slot, kind, why)
+            yield OnnxOperand(slot, 1 - slot, kind, why)
 
 
 LEFT_TURNED = Einsum("...in", "io", "...on", "left")
 """wᵀ [out, in] @ x [..., in, n] with w stored [in, out]."""
 
 
-def _turned(node: ir.Node, shape: Shapes, turns: tuple[bool, bool], gain: float) -> Iterator[Use]:
+def _turned(
+    node: ir.Node, shape: Shapes, turns: tuple[bool, bool], gain: float
+) -> Iterator[OnnxOperand]:
     """A product of two matrices of which each may be read transposed."""
     for slot in (1, 0):
         w, own, other = shape(slot), turns[slot], turns[1 - slot]
         if w is None:
             continue
         if len(w) != 2:
-            yield Use(slot, 1 - slot, kinds.linear(), VECTOR if len(w) < 2 else "a stack")
+            yield OnnxOperand(slot, 1 - slot, kinds.linear(), VECTOR if len(w) < 2 else "a stack")
         elif other:  # the activation is read transposed: no branch from x as it lies
             out_first = own if slot else not own
             axes = Axes((), (0,), (1,)) if out_first else Axes((), (1,), (0,))
-            yield Use(slot, 1 - slot, WeightForm("linear", axes), gain=gain)
+            yield OnnxOperand(slot, 1 - slot, WeightForm("linear", axes), gain=gain)
         elif slot:
             kind: Kind = kinds.linear() if own else kinds.matmul_right()
-            yield Use(1, 0, kind, gain=gain)
+            yield OnnxOperand(1, 0, kind, gain=gain)
         else:
-            yield Use(0, 1, LEFT_TURNED if own else kinds.matmul_left(), gain=gain)
+            yield OnnxOperand(0, 1, LEFT_TURNED if own else kinds.matmul_left(), gain=gain)
 
 
-def _gemm(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     turns = bool(attr(node, "transA", 0)), bool(attr(node, "transB", 0))
     yield from _turned(node, shape, turns, float(attr(node, "alpha", 1.0)))
 
 
-def _fused_matmul(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _fused_matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     turns = bool(attr(node, "transA", 0)), bool(attr(node, "transB", 0))
     if attr(node, "transBatchA", 0) or attr(node, "transBatchB", 0):
         turns = True, True
     yield from _turned(node, shape, turns, float(attr(node, "alpha", 1.0)))
 
 
-def _conv(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     yield from _window(node, shape, "output_padding" if node.op_type == "ConvTranspose" else "")
 
 
-def _window(node: ir.Node, shape: Shapes, extra: str) -> Iterator[Use]:
+def _window(node: ir.Node, shape: Shapes, extra: str) -> Iterator[OnnxOperand]:
     w, groups = shape(1), int(attr(node, "group", 1))
     if w is None:
         return
     if len(w) < 3:
-        yield Use(1, 0, kinds.Conv(groups), VECTOR)
+        yield OnnxOperand(1, 0, kinds.Conv(groups), VECTOR)
         return
     lone = groups > 1 and (w[0] == groups if extra else w[1] == 1)
     why = DEPTHWISE if lone else ""
     if attr(node, "activation", ""):  # of the fused form: nothing can be added to the product
         axes = kinds.Conv(groups).axes(w)
-        yield Use(1, 0, WeightForm("conv", axes), why, allowed=lone)
+        yield OnnxOperand(1, 0, WeightForm("conv", axes), why, allowed=lone)
         return
     kind = kinds.ConvTranspose(groups) if extra else kinds.Conv(groups)
-    yield Use(1, 0, kind, why, allowed=lone)
+    yield OnnxOperand(1, 0, kind, why, allowed=lone)
 
 
-def _gather(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     w = shape(0)
     if w is not None and len(w) >= 2:
         axis = int(attr(node, "axis", 0))
         why = "" if axis == 0 and len(w) == 2 else "a lookup along another axis than the first"
-        yield Use(0, 1, kinds.Embedding(), why)
+        yield OnnxOperand(0, 1, kinds.Embedding(), why)
 
 
-def _einsum(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     shapes = [shape(i) for i in range(len(node.inputs))]
     if any(s is None for s in shapes):
         return
@@ -155,76 +157,76 @@ def _einsum(node: ir.Node, shape: Shapes) -> Iterator[Use]:
     for i in range(len(shapes)):
         kind, why = contraction(terms, i)
         other = next((j for j in range(len(shapes)) if j != i), i)
-        yield Use(i, other, kind, why)
+        yield OnnxOperand(i, other, kind, why)
 
 
-def _recurrent(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _recurrent(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """W [directions, gates·hidden, in] and R [directions, gates·hidden, hidden]."""
     for slot in (1, 2):
-        yield Use(slot, 0, WeightForm("recurrent", Axes((0,), (1,), (2,))))
+        yield OnnxOperand(slot, 0, WeightForm("recurrent", Axes((0,), (1,), (2,))))
 
 
-def _packed_qkv(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _packed_qkv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """Of fused attention: q, k and v [in, 3·out] in one; its product never leaves the node."""
-    yield Use(1, 0, WeightForm("linear", Axes((), (1,), (0,))))
+    yield OnnxOperand(1, 0, WeightForm("linear", Axes((), (1,), (0,))))
 
 
-def _embed_layer_norm(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _embed_layer_norm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     for slot in (2, 3, 4):
-        yield Use(slot, 0, WeightForm("embedding", Axes((), (1,), (0,))))
+        yield OnnxOperand(slot, 0, WeightForm("embedding", Axes((), (1,), (0,))))
 
 
-def _blocks(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """MatMulNBits and its kin: codes of a matrix [out, in], read as W.T."""
     n, k, bits = int(attr(node, "N", 0)), int(attr(node, "K", 0)), int(attr(node, "bits", 4))
-    yield Use(1, 0, kinds.linear(), QUANTISED.format(f"{bits} bits"), True, stored=(n, k))
+    yield OnnxOperand(1, 0, kinds.linear(), QUANTISED.format(f"{bits} bits"), True, stored=(n, k))
 
 
 def _integer(weight: int, *, beside: bool) -> Any:
-    def uses(node: ir.Node, shape: Shapes) -> Iterator[Use]:
+    def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         w = shape(weight)
         if w is not None and len(w) >= 2:
             why = QUANTISED.format("integers")
             if not beside:
                 why += ", and so is what it is multiplied with"
             ok = beside and len(w) == 2
-            yield Use(weight, 0, kinds.matmul_right(), why, ok)
+            yield OnnxOperand(weight, 0, kinds.matmul_right(), why, ok)
 
     return uses
 
 
-_RECURRENT = {n: Row(n.lower(), _recurrent, many=True) for n in ("LSTM", "GRU", "RNN")}
-OPS: Mapping[tuple[str, str], Row] = {
-    ("", "MatMul"): Row("matmul", _matmul),
-    ("", "Gemm"): Row("gemm", _gemm, bias=2),
-    ("", "Conv"): Row("conv", _conv, bias=2),
-    ("", "ConvTranspose"): Row("conv_transpose", _conv, bias=2),
-    ("", "Gather"): Row("embedding", _gather),
-    ("", "Einsum"): Row("einsum", _einsum),
+_RECURRENT = {n: OnnxOp(n.lower(), _recurrent, many=True) for n in ("LSTM", "GRU", "RNN")}
+OPS: Mapping[tuple[str, str], OnnxOp] = {
+    ("", "MatMul"): OnnxOp("matmul", _matmul),
+    ("", "Gemm"): OnnxOp("gemm", _gemm, bias=2),
+    ("", "Conv"): OnnxOp("conv", _conv, bias=2),
+    ("", "ConvTranspose"): OnnxOp("conv_transpose", _conv, bias=2),
+    ("", "Gather"): OnnxOp("embedding", _gather),
+    ("", "Einsum"): OnnxOp("einsum", _einsum),
     **{("", k): row for k, row in _RECURRENT.items()},
-    (MS, "FusedMatMul"): Row("matmul", _fused_matmul),
-    (MS, "TransposeMatMul"): Row("matmul", _fused_matmul),
-    (MS, "FusedConv"): Row("conv", _conv, bias=2),
-    (MS, "Attention"): Row("attention", _packed_qkv, bias=2),
-    (MS, "PackedAttention"): Row("attention", _packed_qkv, bias=2),
-    (MS, "EmbedLayerNormalization"): Row("embedding", _embed_layer_norm, many=True),
-    (MS, "MatMulNBits"): Row("matmul_nbits", _blocks, bias=5, packed=True),
-    (MS, "MatMulBnb4"): Row("matmul_bnb4", _blocks, packed=True),
-    (MS, "DynamicQuantizeMatMul"): Row("matmul", _integer(1, beside=True), packed=True),
-    (MS, "MatMulIntegerToFloat"): Row("matmul", _integer(1, beside=False), packed=True),
-    (MS, "QAttention"): Row("attention", _integer(1, beside=False), packed=True),
-    (MS, "QGemm"): Row("gemm", _integer(3, beside=False), packed=True),
-    (MS, "QLinearConv"): Row("conv", _integer(3, beside=False), packed=True),
-    ("", "MatMulInteger"): Row("matmul", _integer(1, beside=False), packed=True),
-    ("", "ConvInteger"): Row("conv", _integer(1, beside=False), packed=True),
-    ("", "QLinearMatMul"): Row("matmul", _integer(3, beside=False), packed=True),
-    ("", "QLinearConv"): Row("conv", _integer(3, beside=False), packed=True),
+    (MS, "FusedMatMul"): OnnxOp("matmul", _fused_matmul),
+    (MS, "TransposeMatMul"): OnnxOp("matmul", _fused_matmul),
+    (MS, "FusedConv"): OnnxOp("conv", _conv, bias=2),
+    (MS, "Attention"): OnnxOp("attention", _packed_qkv, bias=2),
+    (MS, "PackedAttention"): OnnxOp("attention", _packed_qkv, bias=2),
+    (MS, "EmbedLayerNormalization"): OnnxOp("embedding", _embed_layer_norm, many=True),
+    (MS, "MatMulNBits"): OnnxOp("matmul_nbits", _blocks, bias=5, packed=True),
+    (MS, "MatMulBnb4"): OnnxOp("matmul_bnb4", _blocks, packed=True),
+    (MS, "DynamicQuantizeMatMul"): OnnxOp("matmul", _integer(1, beside=True), packed=True),
+    (MS, "MatMulIntegerToFloat"): OnnxOp("matmul", _integer(1, beside=False), packed=True),
+    (MS, "QAttention"): OnnxOp("attention", _integer(1, beside=False), packed=True),
+    (MS, "QGemm"): OnnxOp("gemm", _integer(3, beside=False), packed=True),
+    (MS, "QLinearConv"): OnnxOp("conv", _integer(3, beside=False), packed=True),
+    ("", "MatMulInteger"): OnnxOp("matmul", _integer(1, beside=False), packed=True),
+    ("", "ConvInteger"): OnnxOp("conv", _integer(1, beside=False), packed=True),
+    ("", "QLinearMatMul"): OnnxOp("matmul", _integer(3, beside=False), packed=True),
+    ("", "QLinearConv"): OnnxOp("conv", _integer(3, beside=False), packed=True),
 }
 
 DATA_OPS = {("", "Attention"), (MS, "MultiHeadAttention"), (MS, "GroupQueryAttention")}
 """Matmuls that no row adapts."""
 
 
-def row_of(node: ir.Node) -> Row | None:
+def row_of(node: ir.Node) -> OnnxOp | None:
     """The row of a node's op."""
     return OPS.get((node.domain, node.op_type))

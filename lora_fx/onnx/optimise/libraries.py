@@ -29,7 +29,7 @@ class DropDead(ir.passes.InPlacePass):
 
 
 @dataclass(frozen=True)
-class Fold(ir.passes.InPlacePass):
+class FoldConstants(ir.passes.InPlacePass):
     """onnxscript's optimizer: constants, common subexpressions, its default rules."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -21,7 +21,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
-from lora_fx.onnx.optimise.libraries import DropDead, Fold, FuseForRuntime
+from lora_fx.onnx.optimise.libraries import DropDead, FoldConstants, FuseForRuntime
 from lora_fx.onnx.optimise.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
@@ -31,7 +31,7 @@ STAGES: Mapping[str, Rewrite] = {
     "dead nodes": DropDead(),
     "gemm to matmul": GemmToMatMul(),
     "delta before bias": DeltaBeforeBias(),
-    "onnxscript optimizer": Fold(),
+    "onnxscript optimizer": FoldConstants(),
     "runtime fusions": FuseForRuntime(),
 }
 CPU_STAGES: Mapping[str, Rewrite] = {"sums and norms apart": SplitSkipNorm()}
@@ -40,7 +40,7 @@ ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Stage:
+class RewriteStage:
     """What became of one rewrite.
 
     Attributes:
@@ -83,7 +83,7 @@ def apply_stages(
     stages: Mapping[str, Rewrite] | None = None,
     provider: str = "cpu",
     tol: float = ORT_TOL,
-) -> tuple[ir.Model, list[Stage]]:
+) -> tuple[ir.Model, list[RewriteStage]]:
     """The model after the stages that held, and a row for every stage that changed something.
 
     Args:
@@ -96,7 +96,7 @@ def apply_stages(
     with tempfile.TemporaryDirectory() as folder:
         base = _open(model, Path(folder) / "base.onnx", provider)
         wanted = [base.run(f) for f in feeds]
-        rows: list[Stage] = []
+        rows: list[RewriteStage] = []
         if stages is None:
             stages = {**STAGES, **(CPU_STAGES if base.provider == "cpu" else {})}
         for i, (name, rewrite) in enumerate(stages.items()):
@@ -162,9 +162,9 @@ def peaks(model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str) 
     return found
 
 
-def _row(name: str, model: ir.Model, why: str, error: float | None = None) -> Stage:
+def _row(name: str, model: ir.Model, why: str, error: float | None = None) -> RewriteStage:
     nodes = sum(1 for _ in model.graph.all_nodes())
-    return Stage(name, not why, why, nodes, weight_bytes(model), error=error)
+    return RewriteStage(name, not why, why, nodes, weight_bytes(model), error=error)
 
 
 def _try(
@@ -176,7 +176,7 @@ def _try(
     tol: float,
     folder: Path,
     provider: str,
-) -> tuple[Stage, RuntimeSession | None]:
+) -> tuple[RewriteStage, RuntimeSession | None]:
     for what in ("inputs", "outputs"):
         a, b = ([v.name for v in getattr(m.graph, what)] for m in (before, candidate))
         if a != b:
@@ -197,11 +197,11 @@ def _try(
 
 
 def _timed(
-    row: Stage, base: RuntimeSession, session: RuntimeSession, feed: Mapping[str, Array]
-) -> Stage:
+    row: RewriteStage, base: RuntimeSession, session: RuntimeSession, feed: Mapping[str, Array]
+) -> RewriteStage:
     found = time_sessions({"base": base, "new": session}, {"base": feed, "new": feed}, ROUNDS, 1)
     cpu = found.rows()[1]["cpu"]
-    return Stage(**{**vars(row), "seconds": cpu["median"], "ratio": cpu["ratio"]})
+    return RewriteStage(**{**vars(row), "seconds": cpu["median"], "ratio": cpu["ratio"]})
 
 
 def _open(model: ir.Model, path: Path, provider: str) -> RuntimeSession:
