@@ -26,7 +26,7 @@ from torch import nn
 import lora_fx
 from lora_fx.onnx.bench import Sample, interleave, summary, timed
 from tests.benchmarks.interleave import processor
-from tests.fx.saved_bytes import TRUNKS, Size, Trunk, saved_bytes, with_peft
+from tests.fx.train.saved_bytes import TRUNKS, Size, Trunk, saved_bytes, with_peft
 
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 """Freed memory stays with the process, so that no step pays for pages that another gave back."""

@@ -158,7 +158,7 @@ def test_doctor_and_verify_say_why_not(tmp_path: Path) -> None:
 def test_bitsandbytes_reads_it(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from tests.checkpoint.pairs import llama
+    from tests.checkpoint.doctor.pairs import llama
 
     llama().save_pretrained(tmp_path / "float")
     how = transformers.BitsAndBytesConfig(load_in_8bit=True)

@@ -15,7 +15,7 @@ import transformers
 import lora_fx
 from lora_fx.errors import LoraFxError
 from tests.checkpoint.made import adapter, factors, read
-from tests.checkpoint.test_loaded_names import MODELS, names_of, saved
+from tests.checkpoint.test_renaming import MODELS, names_of, saved
 
 GATED = ["gate_proj", "up_proj", "down_proj"]
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

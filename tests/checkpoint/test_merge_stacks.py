@@ -19,8 +19,8 @@ from lora_fx.checkpoint.match import stacks_turned
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout, plain_layout
 from tests.checkpoint.made import Array, adapter, checkpoint, factors, read
-from tests.checkpoint.test_loaded_names import MODELS, TEXT, saved
 from tests.checkpoint.test_merge_loaded_names import tuned
+from tests.checkpoint.test_renaming import MODELS, TEXT, saved
 
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 DOWN = "model.layers.0.mlp.experts.down_proj"

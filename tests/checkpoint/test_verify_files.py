@@ -20,7 +20,7 @@ from lora_fx.checkpoint.verify import lines
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from tests.checkpoint import pairs
+from tests.checkpoint.doctor import pairs
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -18,7 +18,7 @@ from lora_fx.adapter.truncate import FEW, MANY, summary
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.report.text import number, percent
 from tests.cli.test_cli import run
-from tests.page.read import Page
+from tests.report.read import Page
 
 MODEL = """
 import torch

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from tests.cli.test_cli import run
 from tests.cli.test_train_cli import MODEL
-from tests.fx.test_train_processes import free_ports
+from tests.fx.train.test_processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ("train", "model.py:build", "d.npz", "-r", "2", "--steps", "20", "--lr", "0.01")
@@ -50,7 +50,7 @@ def launched(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow  # tests/fx/test_train_processes.py starts processes too
+@pytest.mark.slow  # tests/fx/train/test_processes.py starts processes too
 def test_torchrun_is_one_process(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *TRAIN, "-o", "one", "--json")
     one = json.loads(out)

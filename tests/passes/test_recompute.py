@@ -16,7 +16,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.verbs.open import capture
-from tests.fx.saved_bytes import saved_bytes
+from tests.fx.train.saved_bytes import saved_bytes
 from tests.passes.test_golden import dedent, text, updates
 
 

@@ -1,8 +1,8 @@
 """The op table of ONNX: which ops multiply by a weight.
 
 A row says where an op's weight and activation operands are and what Kind their shapes make.
-Adding an op is one row here and one row in tests/onnx/table.py. Ops of `com.microsoft` are those
-that ONNX Runtime's own optimizers write.
+Adding an op is one row here and one row in tests/onnx/graph/table.py. Ops of `com.microsoft` are
+those that ONNX Runtime's own optimizers write.
 """
 
 from __future__ import annotations

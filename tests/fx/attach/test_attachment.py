@@ -1,0 +1,210 @@
+"""attach: the numbers of insert on the user's own live module, and the way back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora_fx
+from tests.fx.attach.attached import (
+    adapter_gap,
+    effect,
+    explicit,
+    gap,
+    randomise,
+    same_state,
+    snapshot,
+    state,
+    train,
+)
+from tests.table import ROWS, Model, Row, example
+from tests.zoo.models import ZOO
+
+TRAINED = [
+    "hf_gpt2",
+    "hf_llama",
+    "tv_vit",
+    "tv_resnet18",
+    "einsum",
+    "f_linear",
+    "fused_qkv",
+    "mha",
+    "transformer_encoder",
+    "tied_head",
+    "bmm_experts",
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+def test_every_row_is_the_explicit_weight(row: Row) -> None:
+    model = Model(row)
+    x = example(row)
+    changed = effect(model, (x,))
+    before = snapshot(model), state(model)
+    if row.name == "orthogonal":  # its forward holds the product that makes the weight
+        with pytest.raises(lora_fx.LoraFxError, match="the model computes this weight"):
+            lora_fx.attach(model, (x,), rank=2, include="*")
+        assert snapshot(model) == before[0]
+        return
+    lora_fx.attach(model, (x,), rank=2, include="*", dead="allow" if row.dead else "error")
+    adapter = randomise(model)
+    assert tuple(adapter) == row.keys
+    out = model(x)
+    want = explicit(lora_fx.detach(copy.deepcopy(model)), adapter, (x,))
+    assert gap(out, want) < 2e-6
+    assert changed(out) > 0.02, "a parity test of a no-op proves nothing"
+    lora_fx.detach(model)
+    assert snapshot(model) == before[0] and same_state(state(model), before[1])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_both_back_ends_train_the_same_adapter(name: str, tmp_path: Path) -> None:
+    model, args, kwargs = ZOO[name].build()
+    inserted = lora_fx.insert(model, args, kwargs, rank=2, seed=3).eval()
+    before = state(model)
+    attached = lora_fx.attach(model, args, kwargs, rank=2, seed=3).eval()
+    assert attached is model
+    assert adapter_gap(attached.adapter(), inserted.adapter()) == 0.0
+    assert [k for k in model.state_dict() if "lora_" not in k] == list(before)
+    lr = 0.001 if "resnet" in name else 0.05
+    first, second = (train(m, args, kwargs, lr=lr) for m in (inserted, attached))
+    assert first[0] - first[-1] > 1e-5, "something is learnt"
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) < 1e-5
+    assert adapter_gap(attached.adapter(), inserted.adapter()) < 1e-6
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, p in inserted.named_parameters() if p.requires_grad
+    }
+    lora_fx.save_adapter(attached.adapter(), tmp_path / "a")
+    inserted.load_adapter(attached.adapter())
+    lora_fx.save_adapter(inserted.adapter(), tmp_path / "b")
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    assert gap(attached(*args, **kwargs), inserted(*args, **kwargs)) < 1e-6
+
+
+def lstm() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    torch.manual_seed(0)
+    return nn.LSTM(6, 5, num_layers=2, batch_first=True), (torch.randn(2, 4, 6),), {}
+
+
+BACK: dict[str, Callable[[], Any]] = {
+    "lstm": lstm,
+    **{n: ZOO[n].build for n in ("hf_gpt2", "tv_resnet18", "transformer_encoder", "mha")},
+    "tied_head": ZOO["tied_head"].build,
+}
+
+
+@pytest.mark.parametrize("name", list(BACK))
+def test_detach_gives_the_original_back(name: str) -> None:
+    model, args, kwargs = BACK[name]()
+    first = next(iter(model.parameters()))
+    first.requires_grad_(False)  # a flag of the user's own
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    out = model.eval()(*args, **kwargs)
+    model.train()
+    was = snapshot(model), state(model)
+    whole = {"hf_gpt2": "ln_f.*", "tv_resnet18": "fc"}.get(name)
+    lora_fx.attach(model, args, kwargs, rank=2, include="*", also_train=whole)
+    randomise(model)
+    train(model, args, kwargs, steps=2)
+    assert gap(model.eval()(*args, **kwargs), out) > 1e-3
+    model.train()
+    assert lora_fx.detach(model) is model
+    assert snapshot(model) == was[0]
+    assert same_state(state(model), was[1])
+    again = model.eval()(*args, **kwargs)
+    assert gap(again, out) == 0.0
+    assert calls
+    with pytest.raises(lora_fx.LoraFxError, match="no adapter is attached"):
+        lora_fx.detach(model)
+
+
+class Tied(nn.Module):
+    """A lookup and a matmul of one tensor: `own` reads both in one forward."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own = own
+        self.table = nn.Embedding(11, 6, padding_idx=3)
+        self.weight = self.table.weight if own else None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = F.embedding(ids, self.weight) if self.own else self.table(ids)
+        w = self.weight if self.own else self.table.weight
+        return torch.tanh(x) @ w.t()
+
+
+@pytest.mark.parametrize("include", ["op:matmul", "op:embedding", "*"])
+def test_one_use_of_a_tied_tensor(include: str) -> None:
+    ids = torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(1))
+    model = Tied(own=False)
+    inserted = lora_fx.insert(model, (ids,), rank=2, include=include)
+    lora_fx.attach(model, (ids,), rank=2, include=include)
+    randomise(model), randomise(inserted)
+    assert gap(model(ids), inserted(ids)) < 1e-6
+    train(model, (ids,)), train(inserted, (ids,))
+    assert adapter_gap(model.adapter(), inserted.adapter()) < 1e-6
+
+
+def test_two_uses_in_one_forward_cannot_be_told_apart() -> None:
+    ids = torch.arange(10).reshape(2, 5)
+    model = Tied(own=True)
+    was = snapshot(model)
+    with pytest.raises(lora_fx.LoraFxError, match="only some uses of the tensor") as e:
+        lora_fx.attach(model, (ids,), rank=2, include="op:matmul")
+    assert "lora_fx.insert" in e.value.hint
+    assert snapshot(model) == was
+    lora_fx.attach(model, (ids,), rank=2, include="*")
+
+
+@pytest.mark.parametrize("include", ["lm_head", "wte", "lm_head,wte"])
+def test_a_tied_head_of_gpt2(include: str) -> None:
+    model, args, kwargs = ZOO["hf_gpt2"].build()
+    inserted = lora_fx.insert(model, args, kwargs, rank=2, include=include)
+    lora_fx.attach(model, args, kwargs, rank=2, include=include)
+    tensors = [m._parameters["weight"] for m in (model.lm_head, model.transformer.wte)]
+    assert tensors[0] is tensors[1]
+    randomise(model), randomise(inserted)
+    assert gap(model(**kwargs), inserted(**kwargs)) < 1e-6
+
+
+class Aliased(nn.Module):
+    """Keeps its weight in a plain list: no capture, and no attribute to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.kept = [self.lin.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.linear(x, self.kept[0]))
+
+
+class Measured(nn.Module):
+    """Reads its weight for a norm too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.w / self.w.norm()
+
+
+@pytest.mark.parametrize(("cls", "name"), [(Aliased, "lin.weight"), (Measured, "w")])
+def test_a_read_that_attach_cannot_reach_is_an_error(cls: type[nn.Module], name: str) -> None:
+    model = cls()
+    was = snapshot(model)
+    with pytest.raises(lora_fx.LoraFxError, match=rf"^{name}: the attached model's 'output'"):
+        lora_fx.attach(model, (torch.randn(2, 4),), rank=2)
+    assert snapshot(model) == was

@@ -1,0 +1,80 @@
+"""Functions, methods, and sizes at which a model takes another path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from tests.fx.module.test_module import perturb
+
+
+def test_size_one_that_takes_another_path_is_refused_at_the_door() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x)
+            return y * 100 if x.shape[0] == 1 else y
+
+    m = lora_fx.insert(Branch().eval(), (torch.randn(3, 6),), rank=2)
+    m(torch.randn(5, 6))
+    with pytest.raises(ValueError, match="x: dimension 0 of size 1 takes another path"):
+        m(torch.randn(1, 6))
+
+
+def test_functions_and_methods() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(layer(x))
+
+    x = torch.randn(3, 6)
+    m = lora_fx.insert(model, (x,), rank=2)
+    assert list(m.updates) == ["layer.weight"]
+    torch.testing.assert_close(m(x), model(x))
+    perturb(m)
+    assert not torch.allclose(m(x), model(x))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.fc(x)
+            return out
+
+    two = Two()
+    m = lora_fx.insert(two.encode, (x,), rank=2)
+    assert list(m.updates) == ["fc.weight"]
+    torch.testing.assert_close(m(x), two.encode(x))
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.fc(x) * y.sum()
+            return out
+
+    model, x = Pair().eval(), torch.randn(3, 6)
+    m = lora_fx.insert(model, (x, x), rank=2)
+    y = torch.randn(3, 6)
+    torch.testing.assert_close(m(x, y), model(x, y))
+
+
+def test_a_model_that_cannot_be_copied_keeps_its_computed_tensors() -> None:
+    """The old weight_norm sets a plain attribute, and such a module is captured as it is."""
+    with pytest.warns(FutureWarning):
+        model = nn.utils.weight_norm(nn.Linear(6, 4)).eval()
+    before = model.weight
+    lora_fx.insert(model, (torch.randn(3, 6),), rank=2)
+    assert model.weight is before and type(before) is torch.Tensor

@@ -1,0 +1,211 @@
+"""What a .pt2 file must not be able to do."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.pt2.captured import open_program
+from lora_fx.fx.pt2.check import check_expression, check_operator
+from lora_fx.passes.verbs.open import load_program
+from tests.fx.pt2.edit import CONFIG, JSON, SAMPLE, Edit, edited, in_json, refused, write_clean
+
+
+class Payload:
+    """Unpickling it writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (self.marker, "run"))
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of torch.export.save with a free batch dimension."""
+    return write_clean(tmp_path_factory.mktemp("pt2") / "clean.pt2")
+
+
+def torch_runs(path: Path, marker: Path) -> None:
+    """Torch itself does what the file says: the payload is live."""
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.setattr("torch._export.serde.serialize.log.warning", lambda *a, **k: None)
+        try:
+            torch.export.load(str(path)).module()
+        except Exception:
+            assert marker.exists(), "the payload does not work, so the test shows nothing"
+    assert marker.read_text() == "run"
+    marker.unlink()
+
+
+def test_sample_inputs_are_never_opened(clean: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    evil = pickle.dumps((Payload(marker),))
+    buffer = io.BytesIO()
+    torch.save((Payload(marker),), buffer)
+    path = edited(clean, tmp_path / "x.pt2", {SAMPLE: lambda _: buffer.getvalue()})
+    torch_runs(path, marker)
+    assert len(lora_fx.find(str(path)).targets) == 2
+    edited(clean, path, {SAMPLE: lambda _: evil})
+    assert load_program(path)(torch.zeros(2, 6)).shape == (2, 3)
+    assert not marker.exists()
+
+
+def test_pickled_weights(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marker = tmp_path / "marker"
+
+    def pickled(rows: dict[str, Any]) -> None:
+        rows["config"]["0.weight"]["use_pickle"] = True
+
+    buffer = io.BytesIO()
+    torch.save(Payload(marker), buffer)
+    name = json.loads(zipfile.ZipFile(clean).read(f"clean/{CONFIG}"))["config"]["0.weight"]
+    member = f"data/weights/{name['path_name']}"
+    path = tmp_path / "x.pt2"
+    edited(clean, path, {CONFIG: in_json(pickled), member: lambda _: buffer.getvalue()})
+    torch_runs(path, marker)
+    errors = refused(path, capsys)
+    assert member in errors and "--trust" in errors
+    assert "holds more than tensors" in refused(path, capsys, "--trust")
+    assert not marker.exists()
+    buffer = io.BytesIO()
+    torch.save(nn.Parameter(torch.ones(8, 6)), buffer)
+    edited(clean, path, {CONFIG: in_json(pickled), member: lambda _: buffer.getvalue()})
+    assert "--trust" in refused(path, capsys)
+    state = load_program(path, trust=True).state_dict()
+    assert torch.equal(state["0.weight"], torch.ones(8, 6))
+
+
+def test_pickled_objects_are_refused_even_with_trust(clean: Path, tmp_path: Path) -> None:
+    def custom(rows: dict[str, Any]) -> None:
+        rows["config"]["x"] = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True}
+
+    config = "data/constants/model_constants_config.json"
+    path = edited(clean, tmp_path / "x.pt2", {config: in_json(custom)})
+    with pytest.raises(LoraFxError, match="pickled Python object"):
+        open_program(path, trust=True)
+
+
+def every_expression(text: str) -> Edit:
+    def walk(value: Any) -> None:
+        for v in value.values() if isinstance(value, dict) else value:
+            if isinstance(v, (dict, list)):
+                walk(v)
+        if isinstance(value, dict) and "expr_str" in value:
+            value["expr_str"] = text
+
+    return in_json(walk)
+
+
+def test_size_expressions(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marker = tmp_path / "marker"
+    text = f"__import__('pathlib').Path({str(marker)!r}).write_text('run')"
+    path = edited(clean, tmp_path / "x.pt2", {JSON: every_expression(text)})
+    torch_runs(path, marker)
+    assert "could run code" in refused(path, capsys)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Symbol('s0').__class__", "lambdify(s0)", "(lambda: 1)()", "[s0 for s0 in ()]", "s0; s1",
+        "s0 if s1 else s2", "Symbol('__import__(1)')", "'s0'", "s0\n", "preview", "Symbol", "",
+        "Pow(Integer(9), Integer(99999))", "9**(99*99)", "Function('f')(s0)", "S('s0')", "f's0'",
+        "9**9**9", 3,
+    ],
+)  # fmt: skip
+def test_expressions_that_are_refused(text: Any) -> None:
+    with pytest.raises(LoraFxError, match="could run code"):
+        check_expression(text, "f")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Symbol('s53', positive=True, integer=True)", "Min(Integer(24), Mul(Integer(24), s0))",
+        "Pow(Symbol('s53', integer=True), Integer(2))", "(s0 + 1)//2 % 3", "Integer(-1)", "true",
+        "Equality(Mod(s0, Integer(2)), Integer(0))", "And(s0 <= 3, s1 != 4)", "Float('0.5')",
+    ],
+)  # fmt: skip
+def test_expressions_that_pass(text: str) -> None:
+    check_expression(text, "f")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["torch.load", "torch.hub.load", "torch.ops.aten.from_file.default", "_operator.attrgetter",
+     "torch.ops.aten.__class__.mro", "torch.ops.aten.add.__class__", "torch.ops.mine.op.default",
+     "torch.ops.load_library", "math.__loader__.load_module", "#ns:op", "os.system", 5],
+)  # fmt: skip
+def test_operators_that_are_refused(target: Any) -> None:
+    with pytest.raises(LoraFxError, match="no operator of aten"):
+        check_operator(target, "f")
+
+
+def test_names_guards_and_trees_run_nothing(
+    clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names become code when a graph is compiled; guards are code; trees may import modules."""
+    marker, path = tmp_path / "marker", tmp_path / "x.pt2"
+    call = f"__import__('pathlib').Path({str(marker)!r}).write_text('run')"
+    text = zipfile.ZipFile(clean).read(f"clean/{JSON}").decode()
+    assert '"relu"' in text and '"0.weight"' in text
+
+    def swap(old: str, new: str) -> Edit:
+        return lambda data: data.decode().replace(json.dumps(old), json.dumps(new)).encode()
+
+    edited(clean, path, {JSON: swap("relu", f"relu = {call}; x")})
+    assert "as the name of a value" in refused(path, capsys)
+    edited(clean, path, {JSON: swap("0.weight", f"a'+{call}+'")})
+    assert "could run code" in refused(path, capsys)
+
+    def guarded(value: dict[str, Any]) -> None:
+        value["guards_code"] = [f"{call} or True"]
+
+    edited(clean, path, {JSON: in_json(guarded)})
+    torch_runs_guard(path, marker)
+    load_program(path)(torch.zeros(2, 6))
+    assert not marker.exists()
+
+    def imports(value: dict[str, Any]) -> None:
+        enum = {"__enum__": True, "fqn": "antigravity:x", "name": "y"}
+        leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+        tree = {"type": "builtins.dict", "context": json.dumps(enum), "children_spec": [leaf]}
+        spec = value["graph_module"]["module_call_graph"][0]["signature"]
+        spec["out_spec"] = json.dumps([1, tree])
+
+    edited(clean, path, {JSON: in_json(imports)})
+    assert "is not known" in refused(path, capsys)
+    assert "antigravity" not in sys.modules
+
+    def empty(value: dict[str, Any]) -> None:
+        tree = {"type": "builtins.tuple", "context": "null", "children_spec": []}
+        spec = value["graph_module"]["module_call_graph"][0]["signature"]
+        spec["out_spec"] = json.dumps([1, tree])
+
+    edited(clean, path, {JSON: in_json(empty)})
+    assert "1 outputs" in refused(path, capsys)
+
+
+def torch_runs_guard(path: Path, marker: Path) -> None:
+    module = torch.export.load(str(path)).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module(torch.zeros(2, 6))
+    assert marker.exists(), "the guard does not run in torch, so the test shows nothing"
+    marker.unlink()

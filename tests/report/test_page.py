@@ -1,0 +1,265 @@
+"""The page as text: what is in it, that nothing of a file's is markup, and how large it is."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from lora_fx.report.charts import grouped
+from lora_fx.report.page import page
+from lora_fx.report.rows import Row, rows_of
+from lora_fx.report.text import number, percent, visible
+from tests.report.made import HOSTILE, everything, hostile, merged, target, trained
+from tests.report.read import Page
+
+LIMIT = 500_000
+MADE = {"trained": lambda: trained(2), "everything": everything, "hostile": hostile}
+
+
+def sections(seen: Page) -> list[str]:
+    return [t["aria-labelledby"] or "" for name, t in seen.tags if name == "section"]
+
+
+@pytest.mark.parametrize("make", [trained, merged], ids=["train", "merge"])
+def test_500_targets_are_under_500_kb(make: Any) -> None:
+    text = page(make(72))
+    assert len(Page(text).targets) == 504
+    assert len(text.encode()) < LIMIT
+
+
+def test_one_row_per_target_with_its_numbers() -> None:
+    result = trained(2)
+    seen = Page(page(result)).targets
+    total = result["flops"]["reached"] + result["flops"]["refused"]
+    assert [r["target"] for r in seen] == [t["key"] for t in result["targets"]]
+    spectra = result["page"]["adapters"][0]["updates"]
+    for row, t, s in zip(seen, result["targets"], spectra, strict=True):
+        assert row["rank"] == str(t["rank"]) and row["α"] == f"{t['alpha']:g}"
+        assert (
+            row["params"] == number(t["rank"] * (t["in"] + t["out"])) and row["role"] == t["role"]
+        )
+        assert row["shape"] == f"{t['shape'][0]} × {t['shape'][1]}"
+        assert row["FLOPs"] == percent(t["flops"] / total)
+        assert row["stable rank"] == number((s["norm"] / s["sigma"][0]) ** 2)
+        assert row["‖ΔW‖"] == number(s["norm"])
+        assert row["spectrum"] == f"[σ {number(s['sigma'][0])} to {number(s['sigma'][-1])}]"
+
+
+def test_a_merge_says_what_rounding_lost() -> None:
+    result = merged(1)
+    seen = Page(page(result))
+    for row, t in zip(seen.targets, result["tensors"], strict=True):
+        assert row["rounding"] == percent(1 - t["gain"])
+        assert row["unmoved"] == percent(t["lost"]) and row["effect"] == percent(t["ratio"])
+    worst = max(result["tensors"], key=lambda t: 1 - t["gain"])
+    assert f"Worst: {worst['key']}, {percent(1 - worst['gain'])}" in seen.text
+    assert "rounding" in sections(seen)
+
+
+def test_the_data_is_the_result() -> None:
+    for make in MADE.values():
+        result = make()
+        assert Page(page(result)).data == json.loads(json.dumps(result))
+    odd = Page(page({**trained(1), "before": math.nan, "losses": [math.inf, 1.0]}))
+    assert odd.data["before"] is None and odd.data["losses"] == [None, 1.0]
+
+
+def test_every_section_where_it_applies() -> None:
+    assert sections(Page(page(everything()))) == [
+        "warnings", "merges", "training", "parity", "structure", "rounding", "targets",
+        "stages-of-the-graph", "not-adapted-and-why", "files", "this-run",
+    ]  # fmt: skip
+    bare = {"command": "convert", "ok": True, "from": "peft", "to": "kohya", "updates": 2}
+    assert sections(Page(page(bare))) == []
+    assert "Converted 2 updates from peft to kohya" in Page(page(bare)).text
+
+
+def test_everything_that_was_said_is_there() -> None:
+    result = everything()
+    text = Page(page(result)).text
+    for said in (
+        result["error"], result["hint"], *result["warnings"], "an output head", "not faster",
+        "no weight matmul uses it", "x, dimension 1 = 8", "no such file", "a.weight", "b.weight",
+        "kept: step 50", "Stopped", "cd" * 32, "lora-fx train ./llama d.jsonl -o adapter", "3.13",
+    ):  # fmt: skip
+        assert said in text, said
+    for step, loss in result["validation"].items():
+        assert f"step {step}" in text and number(loss) in text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_is_text(name: str) -> None:
+    seen = Page(page(hostile()))
+    assert visible(name) in [r["target"] for r in seen.targets]
+    assert seen.text.count(visible(name)) >= 5
+    assert seen.data["warnings"][HOSTILE.index(name)] == name
+
+
+def test_a_hostile_name_is_no_markup() -> None:
+    text = page(hostile())
+    seen = Page(text)
+    assert {t for t, _ in seen.tags} == {t for t, _ in Page(page(trained(1))).tags}
+    for tag, attributes in seen.tags:
+        assert not any(a.startswith("on") or a in ("src", "href") for a in attributes), tag
+    assert sum(t == "script" for t, _ in seen.tags) == 2 and text.count("<script") == 2
+    assert text.count("</script>") == 2 and "<!--" not in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
+    assert "\\u202egnp.exe" in seen.text and "a\\u0009b\\u000ac\\u0000d" in seen.text
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_nothing_is_asked_for(make: Any) -> None:
+    text = page(make())
+    for tag, attributes in Page(text).tags:
+        assert not {"src", "href", "srcset", "action", "data", "xlink:href"} & set(attributes), tag
+        assert tag not in ("link", "base", "img", "iframe", "object", "embed", "form", "image")
+    assert (
+        "url(" not in text
+        and "@import" not in text
+        and "http" not in text.replace("http-equiv", "")
+    )
+    assert "default-src 'none'" in text
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_every_drawing_says_what_it_shows(make: Any) -> None:
+    tags = Page(page(make())).tags
+    drawn = [a for t, a in tags if t == "svg"]
+    assert drawn and all(a.get("role") == "img" and a.get("aria-label") for a in drawn)
+    ids = [a["id"] for _, a in tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, a in tags:
+        assert a.get("aria-labelledby", ids[0]) in ids
+    levels = [int(t[1]) for t, _ in tags if re.fullmatch("h[1-6]", t)]
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def test_blocks_follow_the_keys() -> None:
+    keys = ["embed.weight", "h.0.q.weight", "h.0.mlp.fc.weight", "h.1.q.weight", "0.weight",
+            "pool.dense.weight", "h.1.c_attn.weight[:, 0:768]"]  # fmt: skip
+    found = [(name, [r.key for r in rows]) for name, rows in grouped([Row(k) for k in keys])]
+    assert found == [
+        ("", ["embed.weight", "0.weight"]),
+        ("h.0", ["h.0.q.weight", "h.0.mlp.fc.weight"]),
+        ("h.1", ["h.1.q.weight", "h.1.c_attn.weight[:, 0:768]"]),
+        ("pool", ["pool.dense.weight"]),
+    ]
+    swin = [Row(f"layers.{i}.blocks.{j}.qkv.weight") for i in (0, 1) for j in range(1 + i)]
+    names = [n for n, _ in grouped(swin)]
+    assert names == ["layers.0", "layers.1.blocks.0", "layers.1.blocks.1"]
+    experts = [Row(f"h.0.experts.{i}.{p}.weight") for i in range(9) for p in ("up", "down")]
+    assert [n for n, _ in grouped(experts)] == [f"h.0.experts.{i}" for i in range(9)]
+
+
+def test_an_adapters_key_means_the_target_that_ends_alike() -> None:
+    names = {
+        "model.h.0.q.weight": "h.0.q.weight",
+        "model.h.10.q.weight": "base.model.h.10.q.weight",
+        "unet.mid.k.weight": "lora_unet_mid_k",
+    }
+    updates = [
+        {"key": k, "rank": 2, "parameters": 5, "sigma": [1.0], "norm": 1.0} for k in names.values()
+    ]
+    result = {"targets": [{"key": k} for k in names], "page": {"adapters": [{"updates": updates}]}}
+    assert [(r.key, len(r.spectra)) for r in rows_of(result)] == [(k, 1) for k in names]
+    two = {"targets": [{"key": "a.q.weight"}, {"key": "b.q.weight"}]}
+    page_ = {"adapters": [{"updates": [{"key": "q.weight", "parameters": 5}]}]}
+    assert len(rows_of({**two, "page": page_})) == 3, "which of the two is not known"
+
+
+def test_several_adapters_of_one_tensor() -> None:
+    update = {
+        "key": "q.weight",
+        "rank": 2,
+        "alpha": 4.0,
+        "parameters": 5,
+        "sigma": [2.0, 1.0],
+        "norm": 3.0,
+    }
+    both = [{"updates": [update]}, {"updates": [{**update, "rank": 3, "parameters": 7}]}]
+    (row,) = rows_of({"tensors": [{"key": "q.weight", "gain": 1.0}], "page": {"adapters": both}})
+    assert (row.rank, row.parameters, row.alpha) == ([2, 3], 12, [4.0, 4.0])
+    (seen,) = Page(page({"page": {"adapters": both}})).targets
+    assert seen["rank"] == "2 + 3" and seen["spectrum"].count("σ") == 2
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"command": "verify", "ok": False, "parity": []}, "They differ"),
+        ({"command": "verify", "ok": True, "fits": 3}, "The adapter fits: 3 low-rank updates"),
+        ({"command": "verify", "ok": True, "tensors": 5, "equal": 5}, "5 of 5 tensors are equal"),
+        (
+            {"command": "merge", "ok": True, "tensors": [{"key": "a"}]},
+            "1 tensor; nothing was written",
+        ),
+        ({"command": "export", "ok": True, "mode": "switch"}, "ONNX file, mode switch"),
+        ({"command": "plan", "ok": True}, "Done"),
+        ({"command": "plan", "ok": False}, "The answer is no"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_result(result: dict[str, Any], said: str) -> None:
+    seen = Page(page(result))
+    assert said in seen.text
+    assert "proven" not in seen.text
+    marks = [a["class"] for t, a in seen.tags if t == "header"]
+    assert marks == ["verdict ok" if result["ok"] else "verdict no"]
+
+
+def test_the_worst_comparison_is_in_the_strip() -> None:
+    ok = {"sizes": {"x": [2]}, "max_abs": 1e-7, "rel": 1e-7, "tol": 1e-6, "output": "y", "of": ""}
+    near = {**ok, "rel": 9e-4, "tol": 1e-3, "ok": True}
+    text = page({"command": "verify", "ok": True, "parity": [{**ok, "ok": True}, near]})
+    assert re.search(r"class=good><dt>Largest relative error</dt><dd class=value>9.00e-04", text)
+    over = {**ok, "rel": 2e-6, "ok": False}
+    text = page({"command": "verify", "ok": False, "parity": [near, over]})
+    assert re.search(r"class=bad><dt>Largest relative error</dt><dd class=value>2.00e-06", text)
+
+
+def test_a_long_run_is_drawn_as_means_and_one_without_validation_says_so() -> None:
+    long = page(trained(1, steps=10_000))
+    assert "means of 25 steps" in long
+    short = page({**trained(1, steps=20), "validation": {}, "before": None})
+    assert "no validation" in short and "class=dots" not in short
+    flat = page(
+        {**trained(1, steps=2), "losses": [1.0, 1.0], "validation": {"2": 1.0}, "before": 1.0}
+    )
+    assert "nan" not in flat and "<svg" in flat
+    target_free = {"key": "a.weight", "rank": 0}
+    assert "<svg" in page({"targets": [target("a.weight", "", 2, 2, 0) | target_free]})
+
+
+def test_the_curve_lies_where_the_losses_are() -> None:
+    held = {"10": 2.0, "20": 1.0, "40": 3.0}
+    result = trained(1, steps=40) | {"losses": [4.0, *[2.0] * 39], "validation": held}
+    text = page(result | {"before": None, "best_step": 20})
+    assert 'class=kept d="M500 0v300"' in text, "half of the way"
+    assert "<b>step 20 (kept) 1.000</b>" in text and text.count("(kept)") == 1
+    line = re.search(r'class="line held" d="M([^"]*)"', text)
+    assert line
+    found = [tuple(map(float, p.split())) for p in line[1].split("L")]
+    assert [x for x, _ in found] == [250, 500, 1000]
+    marks = [float(y) for y in re.findall(r"top:[\d.]+%>([\d.]+)</span>", text)]
+    low, high = min(marks), max(marks)
+    assert [high - y / 300 * (high - low) for _, y in found] == pytest.approx([2, 1, 3])
+
+
+def test_untrained_updates_have_no_spectra() -> None:
+    zero = {"key": "a.weight", "parameters": 5, "sigma": [0.0], "norm": 0.0}
+    some = {**zero, "key": "b.weight", "sigma": [2.0], "norm": 2.0}
+    (row,) = Page(page({"page": {"adapters": [{"updates": [zero]}]}})).targets
+    assert row == {"target": "a.weight", "params": "5"}
+    first, second = Page(page({"page": {"adapters": [{"updates": [zero, some]}]}})).targets
+    assert first["spectrum"] == "all zero" and second["stable rank"] == "1.000"
+
+
+def test_a_column_needs_one_row_that_knows() -> None:
+    rows = [target("a.weight", "", 2, 3, 4), target("b.weight", "q", 2, 3, 4)]
+    first, second = Page(page({"targets": rows})).targets
+    assert (first["role"], second["role"]) == ("", "q")
+    assert "rounding" not in first and "spectrum" not in first
