@@ -16,6 +16,11 @@ class PassResult(Generic[V]):
     graph: Graph[V]
     modified: bool
 
+    def __post_init__(self) -> None:
+        """Drop what was computed of the graph before it was edited."""
+        if self.modified:
+            self.graph.changed()
+
 
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options; a second run must report no change."""

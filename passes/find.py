@@ -33,7 +33,14 @@ from lora_fx.targets.target import Target, make_key
 
 
 def find(graph: Graph[Any]) -> Found:
-    """Targets, refusals and unreached parameters of a graph, in definition order."""
+    """Targets, refusals and unreached parameters of a graph, in definition order.
+
+    The answer is kept on the graph, and on its clones, until one of them is edited.
+    """
+    return graph.kept("found", lambda: _search(graph), by_name=True)
+
+
+def _search(graph: Graph[Any]) -> Found:
     parameters = {p.name: p for p in graph.parameters()}
     uses: dict[str, list[_Use]] = {}
     refusals, seen = [], set()

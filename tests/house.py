@@ -215,6 +215,8 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.b(torch.relu(self.a(x)))
 
+import lora_fx.passes.find
+SEARCH = "_search" if hasattr(lora_fx.passes.find, "_search") else "find"
 root = pathlib.Path(lora_fx.__file__).parent.parent.resolve()
 torch.manual_seed(0)
 x = torch.randn(3, 16)
@@ -237,7 +239,7 @@ def hook(frame, event, arg):
     caller = where(frame.f_back.f_code) if frame.f_back is not None else None
     if caller is not None and caller != callee:
         counts["crossings"] += 1
-    if callee.parts[-2:] == ("passes", "find.py") and frame.f_code.co_name == "find":
+    if callee.parts[-2:] == ("passes", "find.py") and frame.f_code.co_name == SEARCH:
         counts["find"] += 1
     if frame.f_code.co_name == "weight_flow":
         counts["walks"] += 1

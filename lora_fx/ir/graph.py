@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
 from lora_fx.ir.emitter import Ops, Parameter, Role, V
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Step, View
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,46 @@ class Deferred:
     compute: Callable[[], np.ndarray[Any, Any]]
 
 
+class Analysed:
+    """Keeps what was computed of a graph until the graph is edited."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, object] = {}
+        self._named: dict[str, object] = {}
+
+    def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
+        """The result of `compute` for this version of the graph, computed once.
+
+        Args:
+            what: A name for the analysis.
+            compute: Takes the graph as it is now.
+            by_name: The result knows nodes and tensors by their names only, so that it holds for
+                clones too, until one of them is edited.
+        """
+        results = self._named if by_name else self._kept
+        if what not in results:
+            results[what] = compute()
+        return cast(T, results[what])
+
+    def changed(self) -> None:
+        """Drop every analysis: whoever edits the graph says so here."""
+        self._kept, self._named = {}, {}
+
+    def share(self, named: dict[str, object]) -> None:
+        """Keep what holds by name in this dictionary, which graphs of the same nodes share."""
+        self._named = named
+
+
 class Graph(Protocol[V]):
     """A graph in one IR, as passes see it."""
+
+    def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
+        """See `Analysed`."""
+        ...
+
+    def changed(self) -> None:
+        """See `Analysed`."""
+        ...
 
     @property
     def alone(self) -> bool:

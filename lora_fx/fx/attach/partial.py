@@ -22,11 +22,11 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.fx.tensors import owner
 from lora_fx.ir.emitter import Parameter
-from lora_fx.ir.graph import Site
+from lora_fx.ir.graph import Analysed, Site
 from lora_fx.ir.kinds import Einsum
 
 
-class PartialGraphs:
+class PartialGraphs(Analysed):
     """The sites of several graphs of one model, as find reads them.
 
     Attributes:
@@ -36,6 +36,7 @@ class PartialGraphs:
     """
 
     def __init__(self, root: nn.Module, graphs: Sequence[FxGraph], failed: Sequence[str]) -> None:
+        super().__init__()
         self.root = root
         self.graphs = tuple(graphs)
         self.failed = tuple(failed)

@@ -163,7 +163,7 @@ class Captured:
         """A fresh copy of a mode's graph, as passes see it."""
         traced = self.traced(training, self.named)
         tree = root if root is not None else self.model
-        return FxGraph(traced.graph, tree, training=training, bodies=traced.bodies).clone()
+        return traced.fx_graph(tree, training)
 
     def traced(
         self,

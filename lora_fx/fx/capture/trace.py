@@ -18,6 +18,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import NO_GRAD, hint, value
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.inputs import SIZES
@@ -37,6 +38,13 @@ class Traced:
     lone: list[tuple[int, int]] = field(default_factory=list)
     ranges: dict[tuple[int, int], int] = field(default_factory=dict)
     bodies: dict[str, fx.GraphModule] = field(default_factory=dict)
+    analyses: dict[str, object] = field(default_factory=dict)
+
+    def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
+        """A fresh copy over a tree that holds the tensors; what find saw of one holds for all."""
+        graph = FxGraph(self.graph, root, training=training, bodies=self.bodies)
+        graph.share(self.analyses)
+        return graph.clone()
 
 
 def trace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, mark, 
 from lora_fx.fx.graph.sites import FxWeightUse, data_flops, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Deferred, Site
+from lora_fx.ir.graph import Analysed, Deferred, Site
 
 
-class FxGraph:
+class FxGraph(Analysed):
     """An export graph over a tree of modules that holds its tensors.
 
     Args:
@@ -41,11 +41,13 @@ class FxGraph:
         training: bool = False,
         bodies: Mapping[str, fx.GraphModule] | None = None,
     ) -> None:
+        super().__init__()
         self.graph = graph
         self.bodies = dict(bodies or {})
         self.root = root
         self.training = training
         self._names, self._aliases = named_tensors(root)
+        self._index: dict[str, fx.Node] = {}  # sites are nodes of the capture, which keep names
 
     def refresh(self) -> None:
         """Read the tree's names again after tensors were added to it."""
@@ -111,21 +113,24 @@ class FxGraph:
 
     def flow(self) -> FxFlow:
         """Which nodes depend on parameters and constants only."""
-        return weight_flow(self.graph, self.root, self._names)
+        return self.kept("flow", lambda: weight_flow(self.graph, self.root, self._names))
 
-    def _uses(self) -> Iterator[tuple[Site, FxWeightUse]]:
-        return uses(self.graph, self.flow(), self.bodies)
+    def _uses(self) -> Sequence[tuple[Site, FxWeightUse]]:
+        return self.kept("uses", lambda: tuple(uses(self.graph, self.flow(), self.bodies)))
 
     # --- rewriting -------------------------------------------------------------------------------
 
     def _at(self, site: Site) -> fx.Node:
         name = site.id.partition(":")[0]
-        for node in self.graph.nodes:
-            if node.name == name:
-                return _node(node)
-        raise LoraFxError(
-            f"site {site.id!r} is not in this graph", "run find again after a rewrite"
-        )
+        node = self._index.get(name)
+        if node is None or node._erased:
+            self._index = {n.name: n for n in self.graph.nodes}
+            node = self._index.get(name)
+        if node is None:
+            raise LoraFxError(
+                f"site {site.id!r} is not in this graph", "run find again after a rewrite"
+            )
+        return node
 
     def use(self, site: Site) -> ops.FxOperand:
         """What the table says of the site's operand."""
@@ -176,6 +181,7 @@ class FxGraph:
         """Every user of the site reads y; the nodes of its own branch do not change."""
         node = self.output(site)
         y.meta["val"] = node.meta.get("val")  # later sites read shapes from their operands
+        self.changed()
         node.replace_all_uses_with(y, delete_user_cb=lambda user: not is_marked(user, site.id))
 
     def _read_by(self, site: Site, w: fx.Node) -> None:
@@ -190,6 +196,7 @@ class FxGraph:
             inner[site.slot[1]] = w
             args[site.slot[0]] = inner
         node.args = tuple(args)
+        self.changed()
 
     def rebase(self, site: Site, w: fx.Node) -> None:
         """The site reads w through a copy of its own chain; the copy is part of its branch."""
@@ -271,7 +278,9 @@ class FxGraph:
             env[node] = graph.node_copy(node, env.__getitem__)
             env[node].name = node.name
         graph.set_codegen(self.graph._codegen)
-        return FxGraph(graph, self.root, training=self.training, bodies=self.bodies)
+        other = FxGraph(graph, self.root, training=self.training, bodies=self.bodies)
+        other.share(self._named)
+        return other
 
     def lint(self) -> None:
         """Fx's own check."""
@@ -324,6 +333,7 @@ class FxEmitter:
         if stack is not None:
             new.meta["nn_module_stack"] = stack
         mark(new, self.site.id)
+        self.owner.changed()
         return new
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:

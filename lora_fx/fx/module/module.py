@@ -112,11 +112,11 @@ class CapturedModule(Recomputing, Scope):
     ) -> FxGraph:
         captured = self._programs.captured
         traced = captured.traced(training, named, self._dtype, portable=portable)
-        graph = FxGraph(traced.graph, self, training=training, bodies=traced.bodies).clone()
+        graph = traced.fx_graph(self, training)
         self._place_constants(graph, traced.constants)
         self._place_bodies(graph)
-        if training and self._norm_stats == "frozen":
-            freeze_norms(graph.graph)
+        if training and self._norm_stats == "frozen" and freeze_norms(graph.graph):
+            graph.changed()
         for rewrite in self._rewriters(training) if self._adapted else ():
             rewrite(graph)
         graph.lint()

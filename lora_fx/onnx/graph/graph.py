@@ -16,7 +16,7 @@ import onnx_ir as ir
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Deferred, Site
+from lora_fx.ir.graph import Analysed, Deferred, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.graph.flow import (
     MARK,
@@ -24,6 +24,7 @@ from lora_fx.onnx.graph.flow import (
     WAS,
     OnnxFlow,
     OnnxWeightUse,
+    Store,
     dtype_name,
     follow,
     shape_of,
@@ -35,7 +36,7 @@ OLDEST = 11
 """Since this opset Slice and Pad take their sizes as operands, as the emitter writes them."""
 
 
-class OnnxGraph:
+class OnnxGraph(Analysed):
     """A model; its stored tensors are the parameters.
 
     Args:
@@ -48,6 +49,7 @@ class OnnxGraph:
     alone = True
 
     def __init__(self, model: ir.Model) -> None:
+        super().__init__()
         self.model = model
         self.notes: list[str] = []
         opset = model.opset_imports.get("", OLDEST)
@@ -65,21 +67,22 @@ class OnnxGraph:
             _infer_shapes(model)
             if _unknown(model):
                 self.notes.append("some shapes are unknown: FLOPs are too low")
-        self._flow: OnnxFlow | None = None
         self._names = 0
+        self._found: dict[str, OnnxWeightUse] = {}  # these two hold through every edit
+        self._stores: dict[str, Store] = {}
 
     # --- reading ---------------------------------------------------------------------------------
 
     @property
     def flow(self) -> OnnxFlow:
         """What a walk over the graph found; walked again after every change."""
-        if self._flow is None:
-            self._flow = follow(self.model)
-        return self._flow
+        return self.kept("flow", self._follow)
 
-    def changed(self) -> None:
-        """Forget what was found."""
-        self._flow = None
+    def _follow(self) -> OnnxFlow:
+        flow = follow(self.model)
+        self._found |= {f.site.id: f for f in flow.found}
+        self._stores |= flow.stores
+        return flow
 
     def fresh(self, stem: str) -> str:
         """A name that no value has."""
@@ -118,9 +121,11 @@ class OnnxGraph:
 
     def at(self, site: Site) -> OnnxWeightUse:
         """What was found at a site."""
-        for found in self.flow.found:
-            if found.site.id == site.id:
-                return found
+        if site.id not in self._found:
+            self.flow  # noqa: B018  # walks the graph, where nobody has yet
+        found = self._found.get(site.id)
+        if found is not None and found.node.graph is not None:
+            return found
         raise LoraFxError(f"site {site.id!r} is not in this graph", "run find again")
 
     def activation(self, site: Site) -> ir.Value:
@@ -132,7 +137,9 @@ class OnnxGraph:
 
     def weight(self, site: Site) -> ir.Value:
         """The stored tensor that the site reads."""
-        return self.flow.stores[site.parameter].value
+        if site.parameter not in self._stores:
+            self.flow  # noqa: B018
+        return self._stores[site.parameter].value
 
     def output(self, site: Site) -> ir.Value:
         """The node's result."""
@@ -196,8 +203,7 @@ class OnnxGraph:
         """See lora_fx.ir.graph.Graph. A constant of their own is `NAME_folded`."""
         if self.covers(name, sites):
             store = self.flow.stores[name]
-            store.put(as_tensor(value, str(store.tensor.name)))
-            self.changed()
+            store.put(as_tensor(value, str(store.tensor.name)))  # no other flow: nothing to drop
             return name
         stored, i = f"{name}_folded", 0
         while stored in self.flow.stores:
@@ -213,12 +219,12 @@ class OnnxGraph:
         store = self.flow.stores[name]
         dtype = store.tensor.dtype.numpy()
         store.put(ir.tensor(value.astype(dtype), name=store.tensor.name))
-        self.changed()
 
     def clone(self) -> OnnxGraph:
         """New nodes, same tensors."""
         other = OnnxGraph(self.model.clone())
         other._names, other.notes = self._names, list(self.notes)
+        other.share(self._named)
         return other
 
     def lint(self) -> None:
