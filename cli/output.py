@@ -58,7 +58,7 @@ def emit(
     if refused is not None:
         ok, refused.told = False, True
         fields |= {"error": refused.message, "hint": refused.hint}
-    page, force = (ctx.find_root().obj or {}).get("report", (None, False)) if ctx else (None, False)
+    page = (ctx.find_root().obj or {}).get("report") if ctx else None  # what --report left here
     if as_json or page:
         from lora_fx import __version__
 
@@ -72,10 +72,7 @@ def emit(
             **fields,
         }
     if page:
-        from lora_fx.cli.report_option import write
-
-        write(whole, page, force)
-        say(f"wrote {page}")
+        say(f"wrote {page(whole)}")
     if as_json:
         click.echo(json.dumps(whole, indent=1, default=str))
     elif text:

@@ -40,12 +40,12 @@ def report_option(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         _check(report, force, kwargs)
         ctx = click.get_current_context()
-        ctx.find_root().ensure_object(dict)["report"] = (report, force)
+        ctx.find_root().ensure_object(dict)["report"] = functools.partial(write, report, force)
         try:
             return function(*args, **kwargs)
         except LoraFxError as e:
             if e.exit_code == 1 and not e.told:
-                write(_stopped(ctx, e), report, force)
+                write(report, force, _stopped(ctx, e))
             raise
 
     made: Callable[..., Any] = command if own else force_option(command)
@@ -81,8 +81,8 @@ def _stopped(ctx: click.Context, e: LoraFxError) -> dict[str, Any]:
     return {**head, **rest, "error": e.message, "hint": e.hint}
 
 
-def write(result: Mapping[str, Any], path: str, force: bool) -> None:
-    """Write the page of a result, all of it or nothing."""
+def write(path: str, force: bool, result: Mapping[str, Any]) -> str:
+    """Write the page of a result, all of it or nothing; its path."""
     from lora_fx.files.atomic import replacing
     from lora_fx.report.page import page
 
@@ -98,6 +98,7 @@ def write(result: Mapping[str, Any], path: str, force: bool) -> None:
     text = page({**result, "page": added})
     with replacing(path, force=force) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    return path
 
 
 def _once(adapters: list[dict[str, Any]], result: Mapping[str, Any]) -> None:

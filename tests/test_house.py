@@ -1,4 +1,4 @@
-"""The rules that the tree itself has to follow."""
+"""The rules that the tree itself has to follow: DESIGN's layout, its order, and its names."""
 
 from __future__ import annotations
 
@@ -6,43 +6,83 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter, defaultdict
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("lora_fx", "passes", "cli")
+from tests.house import HERE as ROOT
+from tests.house import House, Module, two_weight_insert
+
+HOUSE = House()
+MODULES = list(HOUSE.modules.values())
+
+# Folders import only folders that stand above them; what shares a line may not import each other.
+ORDER = (
+    ("lora_fx.errors", "lora_fx.text", "lora_fx.dtypes"),
+    ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),
+    ("lora_fx.ir",),
+    ("lora_fx.files",),
+    ("lora_fx.targets",),
+    ("lora_fx.adapter",),
+    ("lora_fx.onnx.graph",),
+    ("lora_fx.onnx.optimise", "lora_fx.onnx"),
+    ("lora_fx.formats.peft", "lora_fx.formats"),
+    ("lora_fx.checkpoint",),
+    ("lora_fx.checkpoint.doctor",),
+    ("lora_fx.fx",),
+    ("lora_fx.passes",),
+    ("lora_fx.passes.proofs",),
+    ("lora_fx.passes.verbs",),
+    ("lora_fx.report",),
+    ("lora_fx.cli",),
+)
+LAZY = {
+    ("lora_fx.onnx.session", "lora_fx.formats.io"),
+    ("lora_fx.formats.peft.file", "lora_fx.fx.tensors"),
+    ("lora_fx.adapter.adapter", "lora_fx"),
+}
+"""Imports against the order, inside a function, since each opens a library that the rest lacks."""
+LONG = 700
+FRAGMENT = 150
+"""Lines: a module below it with one importer in its own folder is part of that importer."""
+CODE_LINES = 30_300
+"""The budget without blanks, comments and docstrings; raised only with a line in the CHANGELOG."""
+MOST = 8
+"""Arguments; a verb makes its options object in its first line."""
+FLAT = {"lora_fx.cli", "lora_fx.passes", "lora_fx.formats"}
+"""Folders whose files are all of one kind, so that their number has no bound."""
+IN_THEIR_FOLDER = {"read", "write", "names", "manifest", "base", "options", "program"}
+TWINS = {"lora_fx.fx.graph", "lora_fx.onnx.graph", "lora_fx.ir"}
 
 
-def sources() -> Iterator[tuple[Path, str]]:
-    """(path, installed module name) of every source file, each once."""
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            if parts[:2] in (("lora_fx", "passes"), ("lora_fx", "cli")):
-                continue  # the links
-            name = parts if parts[0] == "lora_fx" else ("lora_fx", *parts)
-            yield path, ".".join(name).removesuffix(".__init__")
+def rank(name: str) -> int:
+    """Where a module stands in the order: the longest of ORDER's names that begins its own."""
+    places = [(len(p), i) for i, row in enumerate(ORDER) for p in row if _within(name, p)]
+    assert places, f"{name} has no place in ORDER"
+    return max(places)[1]
 
 
-def imports(path: Path, *, top_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
-    guarded = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for node in ast.walk(block)
-    }
+def _within(name: str, folder: str) -> bool:
+    return name == folder or name.startswith(f"{folder}.")
+
+
+def imports(module: Module) -> set[str]:
+    """Dotted names that a module imports when it is loaded, outside functions."""
     inner = {
-        id(node)
-        for f in ast.walk(tree)
+        id(n)
+        for f in ast.walk(module.tree)
         if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(f)
+        for n in ast.walk(f)
+    }
+    guarded = {
+        id(n)
+        for block in ast.walk(module.tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for n in ast.walk(block)
     }
     names: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in guarded or (top_only and id(node) in inner):
+    for node in ast.walk(module.tree):
+        if id(node) in inner | guarded:
             continue
         if isinstance(node, ast.Import):
             names |= {a.name for a in node.names}
@@ -51,49 +91,104 @@ def imports(path: Path, *, top_only: bool = False) -> set[str]:
     return names
 
 
-def layer(name: str) -> int:
-    if name.startswith("lora_fx.cli"):
-        return 2
-    return 1 if name.startswith("lora_fx.passes") else 0
+def test_folders_import_only_what_stands_above_them() -> None:
+    """Lazy and type-only imports count; the few lazy doors are listed."""
+    wrong = {
+        (name, other)
+        for name, others in HOUSE.imports.items()
+        for other in others
+        if rank(other) > rank(name)
+    }
+    assert wrong - LAZY == set()
+    assert LAZY - wrong == set(), "these doors are closed by now"
 
 
-@pytest.mark.parametrize(("path", "name"), list(sources()), ids=lambda v: getattr(v, "name", v))
-def test_imports_run_one_way(path: Path, name: str) -> None:
-    if name == "lora_fx":
-        return  # the facade only names the verbs, lazily
-    for found in imports(path):
-        if found.startswith("lora_fx"):
-            assert layer(found) <= layer(name), f"{name} imports {found}"
-        assert found.partition(".")[0] not in ("passes", "cli")
+def test_no_circles() -> None:
+    assert HOUSE.circles() == []
 
 
-@pytest.mark.parametrize(("path", "name"), list(sources()), ids=lambda v: getattr(v, "name", v))
-def test_heavy_libraries_stay_in_their_folder(path: Path, name: str) -> None:
+def test_a_public_class_name_is_used_once() -> None:
+    assert HOUSE.repeated() == {}
+
+
+def test_a_file_name_is_used_once() -> None:
+    """But for one word as command, verb, pass, proof or step, twins, and a folder's own parts."""
+    where: defaultdict[str, list[str]] = defaultdict(list)
+    for m in MODULES:
+        if not m.is_package:
+            where[m.path.stem].append(m.folder)
+    words = {c.replace("-", "_") for c in _commands()} | {"match"}
+    words |= {m.path.stem for m in MODULES if m.folder == "lora_fx.passes"}
+    repeated = {
+        stem: folders
+        for stem, folders in where.items()
+        if len(folders) > 1 and stem not in words | IN_THEIR_FOLDER and not set(folders) <= TWINS
+    }
+    assert repeated == {}
+
+
+def test_folders_hold_3_to_17_files() -> None:
+    count = Counter(m.folder for m in MODULES if not m.is_package)
+    wrong = {f: n for f, n in count.items() if f not in FLAT and not 3 <= n <= 17}
+    assert wrong == {}
+
+
+def test_no_fragments() -> None:
+    """Commands, passes, formats and rewrite rules are files of their own however short."""
+    kinds = {*FLAT, "lora_fx.onnx.optimise"}
+    found = [f for f in HOUSE.fragments(FRAGMENT) if HOUSE.modules[f[0]].folder not in kinds]
+    assert found == []
+
+
+def test_files_say_what_they_are_and_end() -> None:
+    for m in MODULES:
+        assert ast.get_docstring(m.tree), f"{m.name} has no docstring"
+        assert m.lines <= LONG, m.name
+
+
+def test_passes_are_passes() -> None:
+    """A frozen dataclass that is called on a graph; base says what that means, find is a query."""
+    for m in MODULES:
+        if m.folder != "lora_fx.passes" or m.is_package or m.path.stem in ("base", "find"):
+            continue
+        called = [
+            c
+            for c in m.tree.body
+            if isinstance(c, ast.ClassDef)
+            and any("frozen=True" in ast.unparse(d) for d in c.decorator_list)
+            and any(isinstance(f, ast.FunctionDef) and f.name == "__call__" for f in c.body)
+        ]
+        assert called, m.name
+
+
+def test_the_size_budget_holds() -> None:
+    assert sum(m.code for m in MODULES) <= CODE_LINES
+
+
+def test_an_insert_of_two_weights_follows_the_graph_a_few_times() -> None:
+    counts = two_weight_insert()
+    assert counts["walks"] <= 5, "a walk is one run of the data flow over a whole graph"
+    assert counts["find"] <= 2, "once a graph: eval and train"
+    assert counts["crossings"] <= 1708, "calls between product files; 2,628 before the move"
+
+
+def test_heavy_libraries_stay_in_their_folder() -> None:
     """torch in fx/, onnx_ir in onnx/; passes compose; the command line imports neither."""
-    heavy = {i.partition(".")[0] for i in imports(path, top_only=True)}
-    if not name.startswith("lora_fx.fx") and layer(name) != 1:
-        assert "torch" not in heavy
-    if not name.startswith("lora_fx.onnx"):
-        assert not {"onnx", "onnx_ir", "onnxruntime"} & heavy
-    if layer(name) == 2:
-        assert not any(
-            i.startswith(("lora_fx.fx", "lora_fx.onnx")) for i in imports(path, top_only=True)
-        )
-
-
-@pytest.mark.parametrize(("path", "name"), list(sources()), ids=lambda v: getattr(v, "name", v))
-def test_files_are_short_and_say_what_they_are(path: Path, name: str) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 300
-    assert ast.get_docstring(ast.parse(text)), "a module docstring"
+    for m in MODULES:
+        loaded = imports(m)
+        heavy = {i.partition(".")[0] for i in loaded}
+        if not m.name.startswith(("lora_fx.fx", "lora_fx.passes")):
+            assert "torch" not in heavy, m.name
+        if not m.name.startswith("lora_fx.onnx"):
+            assert not {"onnx", "onnx_ir", "onnxruntime"} & heavy, m.name
+        if m.name.startswith("lora_fx.cli"):
+            assert not any(i.startswith(("lora_fx.fx", "lora_fx.onnx")) for i in loaded), m.name
+        assert not {"passes", "cli"} & heavy, f"{m.name}: the bare name is a second copy"
 
 
 def test_every_package_is_in_the_wheel() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    have = {n for p, n in sources() if p.name == "__init__.py"}
-    assert set(config["packages"]) == have
-    for p, n in sources():
-        assert n.rpartition(".")[0] in have or n == "lora_fx", p
+    assert set(config["packages"]) == {m.name for m in MODULES if m.is_package}
 
 
 def run(code: str) -> str:
