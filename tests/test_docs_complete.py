@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from importlib import import_module
 
 import click
@@ -38,6 +39,26 @@ def test_links_lead_somewhere() -> None:
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_map_of_contributing() -> None:
+    """Its folders are those of the tree, and the greps of its answers find something."""
+    page = blocks(ROOT / "CONTRIBUTING.md")
+    (drawn,) = (b for b in page if b.language == "text")
+    shown = {line.split()[0].rstrip("/") for line in drawn.text.splitlines()}
+    there = {
+        str(p.relative_to(ROOT))
+        for top in (ROOT / "lora_fx", ROOT / "passes", ROOT)
+        for p in top.iterdir()
+        if (p / "__init__.py").is_file() and not p.is_symlink()
+    }
+    assert there <= shown, there - shown
+    assert all((ROOT / folder).is_dir() for folder in shown)
+    greps = [b.text for b in page if b.text.startswith("grep ")]
+    assert len(greps) == 3
+    for line in greps:
+        found = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 0 and found.stdout, line
 
 
 def test_python_blocks_are_short_lines() -> None:
