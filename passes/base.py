@@ -23,8 +23,11 @@ class PassResult(Generic[V]):
 
 
 class Pass(Protocol):
-    """A frozen dataclass whose fields are its options; a second run must report no change."""
+    """A frozen dataclass that is called on a graph; its fields are its options.
+
+    A second run on the same graph must change nothing and report modified=False.
+    """
 
     def __call__(self, graph: Graph[Any]) -> PassResult[Any]:
-        """Edit the graph in place."""
+        """Edit the graph in place and say whether anything changed."""
         ...

@@ -1,4 +1,1 @@
-"""What is learnt.
-
-Low-rank updates, their variants and initial values, and the adapter that names them.
-"""
+"""What is learnt: low-rank updates, their variants and first values, and the adapter of them."""

@@ -26,12 +26,12 @@ from lora_fx.dtypes import Array
 
 FIELDS = ("a", "b", "a0", "b0", "magnitude")
 SIDES = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude")
-"""Names of the modules that hold them, beside the parameter."""
+"""Names of the modules beside the parameter that hold the tensors of an update."""
 
 
 @dataclass(frozen=True)
 class FactorTensor:
-    """One tensor of an update."""
+    """One tensor of an update: which it is, its dotted name, its value, whether it trains."""
 
     field: str
     name: str
@@ -58,7 +58,7 @@ class Half:
 
 
 def slots_of(key: str, low: LowRank) -> tuple[FactorTensor, ...]:
-    """Every tensor of an update."""
+    """Every tensor of an update, in the order of the table above."""
     slots = [slot for half in halves(key, low) for slot in (half.a, half.b)]
     if low.magnitude is not None:
         slots.append(FactorTensor("magnitude", _name(key, "magnitude"), low.magnitude))
@@ -69,7 +69,7 @@ def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
     """The trained ranks of an update, then the frozen ones if it has such.
 
     Args:
-        key: Of the update.
+        key: The key of the update.
         low: The update.
         split: False gives one half with all ranks, for graphs that train nothing.
     """
@@ -108,7 +108,7 @@ LEARNS = "learns"
 
 
 def learning(updates: Mapping[str, LowRank]) -> dict[str, Any]:
-    """Metadata of an adapter, from which `relearning` has the variants and frozen ranks again."""
+    """Metadata from which `relearning` makes the variants and the frozen ranks again."""
     variants = {k: u.variant for k, u in updates.items() if u.variant not in ("lora", "rslora")}
     frozen = {k: u.frozen for k, u in updates.items() if u.frozen}
     return {LEARNS: {"variants": variants, "frozen": frozen}} if variants or frozen else {}
@@ -117,7 +117,7 @@ def learning(updates: Mapping[str, LowRank]) -> dict[str, Any]:
 def relearning(
     updates: Mapping[str, LowRank], metadata: Mapping[str, Any]
 ) -> tuple[dict[str, LowRank], dict[str, Any]]:
-    """Updates that learn as the metadata says, and the metadata without that."""
+    """Updates that learn as the metadata says, and the rest of the metadata."""
     said = metadata.get(LEARNS) or {}
     variants, frozen = said.get("variants", {}), said.get("frozen", {})
     result = {}
@@ -131,7 +131,10 @@ def relearning(
 
 
 def frame(updates: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
-    """What programs depend on: all but the numbers; the scale is a constant of a graph."""
+    """All of the updates that a program depends on: everything but the numbers in a and b.
+
+    The scale is part of it, since it is a constant in the graph.
+    """
     return {
         k: (u.rank, u.frozen, u.scale, u.layout, u.use, u.variant, u.magnitude is None)
         for k, u in updates.items()
@@ -141,7 +144,8 @@ def frame(updates: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
 def slot_names(key: str) -> tuple[str, str]:
     """The dotted names of a key's a and b: `PATH.lora_A.LEAF[region]`, `PATH.lora_B.…`.
 
-    A use stands in the leaf, its dots as slashes.
+    The use of a shared tensor stands in the leaf, with slashes for its dots: torch allows no dot
+    in the name of a parameter.
 
     >>> slot_names("h.0.attn.weight[:, 0:4]")
     ('h.0.attn.lora_A.weight[:, 0:4]', 'h.0.attn.lora_B.weight[:, 0:4]')

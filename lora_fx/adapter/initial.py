@@ -1,4 +1,4 @@
-"""The values that an update starts from; the base weight is never changed.
+"""The values that an update starts from. The base weight is never changed.
 
 ===========  ==========================================  =======  ==============================
 name         a, b                                        reads    source
@@ -44,7 +44,7 @@ OF_WEIGHT = frozenset({"pissa", "olora"})
 OF_DATA: Mapping[str, str] = {"eva": "inputs", "lora-ga": "gradient"}
 """The statistic that a start reads, by the start's name."""
 GAMMA = 16.0
-"""LoRA-GA's γ: of how large an update starts (its authors' and PEFT's default)."""
+"""LoRA-GA's γ, which says how large an update starts; its authors' and PEFT's default."""
 
 
 def check_init(init: str) -> None:
@@ -99,7 +99,7 @@ def initial(
 
 
 def matrix(target: Target, stored: Array) -> Array:
-    """A target's part of a stored tensor as [*batch, out, in], fp64."""
+    """The part of a stored tensor that a target is, as [*batch, out, in] in fp64."""
     part = stored[tuple(slice(lo, hi) for lo, hi in target.region)].astype(np.float64)
     return np.asarray(target.layout.from_stored(NumpyEmitter(), part))
 
@@ -184,7 +184,7 @@ def _start(
 
 
 def _each(matrices: Array, function: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
-    """(a, b) of every matrix of a stack, fp32."""
+    """Factors a and b of every matrix of a stack, in fp32."""
     made = [function(m) for m in matrices.reshape(-1, *matrices.shape[-2:])]
     sides = (np.stack(side).astype(np.float32) for side in zip(*made, strict=True))
     a, b = (side.reshape(*matrices.shape[:-2], *side.shape[1:]) for side in sides)
@@ -239,13 +239,13 @@ def _of_gradient(gradient: Array, rank: int) -> tuple[Array, Array]:
 
 
 _GAP = 1e-5
-"""σ_r − σ_{r+1} over σ₁ under which fp32 on another device would take another part off."""
+"""Below this (σ_r − σ_{r+1})/σ₁, fp32 on another device would take another part off."""
 _INDEPENDENT = 1e-5
-"""The least |R_ii| over the largest under which the first columns count as dependent."""
+"""Below this ratio of the least |R_ii| to the largest, the first columns count as dependent."""
 
 
 def residual(weight: Array, low: LowRank, where: str) -> Array:
-    """W₀, in W's dtype.
+    """The weight W₀ that was trained on, in W's dtype.
 
     Args:
         weight: [out, in] of the base, in its own dtype; the whole matrix.
@@ -260,13 +260,13 @@ def residual(weight: Array, low: LowRank, where: str) -> Array:
 
 
 def removed(weight: Array, rank: int, scale: float, how: str, where: str) -> Array:
-    """s·b₀a₀ in fp32, [out, in].
+    """The part s·b₀a₀ in fp32, [out, in].
 
     Args:
         weight: [out, in].
-        rank: r.
-        scale: s; only OLoRA's part depends on it.
-        how: pissa or olora.
+        rank: The rank r of the part.
+        scale: The factor s; only OLoRA's part depends on it.
+        how: The start that took it off: pissa or olora.
         where: The weight, for messages.
     """
     if weight.ndim != 2 or not 0 < rank <= min(weight.shape):

@@ -29,13 +29,13 @@ class LowRank:
         b: [*batch, out, rank], fp32 master.
         alpha: Numerator of the scale.
         layout: How [*batch, out, in] lies in the stored tensor; None while unbound.
-        variant: Name of the update's kind (lora_fx.adapter.variant); rslora: alpha/√rank, else
-        alpha/rank. use: The alias of the parameter through which the update applies; empty for all
-        uses. magnitude: [out] of DoRA: rows of W + ΔW in [out, in] order are rescaled to these
-        norms
-            (`lora_fx.adapter.variant` has the stored axis by op); None elsewhere.
-        frozen: How many of the last ranks do not train: what a start from W or its gradient
-            takes off, so that the base stays as it is.
+        variant: A name of lora_fx.adapter.variant. The scale of rslora is alpha/√rank, that of
+            every other alpha/rank.
+        use: The use of a shared tensor that the update applies to; empty for all uses.
+        magnitude: DoRA's row norms, [out]: rows of W + ΔW in [out, in] order are rescaled to
+            them (`lora_fx.adapter.variant` has the stored axis by op). None for others.
+        frozen: How many of the last ranks do not train. They are what a start from W or its
+            gradient takes off, so that the base stays as it is.
     """
 
     a: Array
@@ -64,9 +64,10 @@ class LowRank:
         return (*self.b.shape[:-1], int(self.a.shape[-1]))
 
     def block(self, batch: int, rows: slice, columns: slice, out: Array | None = None) -> Array:
-        """s·ΔW[batch][rows, columns] in the dtype of a and b: the product, then ·s: PEFT's order.
+        """The rectangle [rows, columns] of one matrix of ΔW, in the dtype of a and b.
 
-        `out` may be an array to compute in.
+        The product comes first and then the scale, as in PEFT: the order decides how it rounds.
+        `batch` counts all batch axes, and `out` may be an array to compute in.
         """
         a = self.a.reshape(-1, *self.a.shape[-2:])[batch]
         b = self.b.reshape(-1, *self.b.shape[-2:])[batch]
@@ -76,7 +77,7 @@ class LowRank:
         return delta
 
     def matrix(self, dtype: npt.DTypeLike = np.float64) -> Array:
-        """s·b@a, [*batch, out, in], in `dtype`."""
+        """The whole ΔW = s·b@a as [*batch, out, in], computed in `dtype`."""
         product = np.matmul(self.b.astype(dtype), self.a.astype(dtype))
         return np.asarray(product * np.asarray(self.scale, dtype))
 
@@ -89,17 +90,17 @@ class Full:
 
 
 def scale_of(alpha: float, rank: int, variant: str = "lora") -> float:
-    """The factor before b @ a. PEFT's conventions."""
+    """The factor before b @ a: alpha/√rank for rslora, else alpha/rank, as PEFT has it."""
     return alpha / math.sqrt(rank) if variant == "rslora" else alpha / rank
 
 
 def alpha_of(scale: float, rank: int, variant: str = "lora") -> float:
-    """The inverse of scale_of."""
+    """The alpha that gives this scale; the inverse of `scale_of`."""
     return scale * (math.sqrt(rank) if variant == "rslora" else rank)
 
 
 def generator(key: str, seed: int) -> np.random.Generator:
-    """A generator of its own for one key: the same numbers whatever else is drawn."""
+    """A generator for one key, so that its numbers do not depend on what else is drawn."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
 

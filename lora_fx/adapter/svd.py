@@ -15,7 +15,7 @@ import numpy as np
 from lora_fx.dtypes import Array
 
 TRACY_WIDOM = 2.02
-"""99 % point of the Tracy-Widom distribution of order 1."""
+"""The 99 % point of the Tracy-Widom distribution of order 1."""
 
 Triplets = tuple[Array, Array, Array]
 """u [*batch, out, k], s [*batch, k] in descending order, vt [*batch, k, in]."""
@@ -75,8 +75,8 @@ def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
 
     Args:
         delta: fp32 or fp64; products are in its dtype.
-        k: How many.
-        rng: Of the random subspace; not used where the result is exact.
+        k: How many triplets.
+        rng: Draws the random subspace; not used where the result is exact.
     """
     if delta.shape[0] > delta.shape[1]:
         v, s, ut = leading(delta.T, k, rng)

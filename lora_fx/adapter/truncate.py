@@ -32,12 +32,12 @@ class Truncated:
     """One update before and after.
 
     Attributes:
-        key: Of the update.
-        before: Its rank.
+        key: The key of the update.
+        before: Its old rank.
         after: Its new rank; 0 where it was removed.
-        norm: ‖ΔW‖ of Frobenius.
-        error: ‖ΔW − ΔW'‖ of Frobenius, with the rounding of a and b to fp32.
-        saved: Elements of a and b that are gone.
+        norm: The Frobenius norm ‖ΔW‖.
+        error: The Frobenius norm ‖ΔW − ΔW'‖, with the rounding of a and b to fp32.
+        saved: How many elements of a and b are gone.
     """
 
     key: str
@@ -66,7 +66,7 @@ class Truncated:
 
 @dataclass(frozen=True)
 class Truncation:
-    """A truncated adapter and what it cost. Frobenius norms over all updates together."""
+    """A truncated adapter and what it cost, as Frobenius norms over all updates together."""
 
     adapter: Adapter
     rows: tuple[Truncated, ...]
@@ -74,12 +74,12 @@ class Truncation:
 
     @property
     def norm(self) -> float:
-        """‖ΔW‖."""
+        """The norm ‖ΔW‖ over all updates."""
         return math.hypot(*(r.norm for r in self.rows))
 
     @property
     def error(self) -> float:
-        """‖ΔW − ΔW'‖."""
+        """The norm ‖ΔW − ΔW'‖ over all updates."""
         return math.hypot(*(r.error for r in self.rows))
 
     @property
@@ -103,7 +103,7 @@ class Truncation:
         return tuple(r.key for r in self.rows if not r.after)
 
     def to_json(self) -> dict[str, Any]:
-        """What `lora-fx truncate --json` adds."""
+        """The fields that `lora-fx truncate --json` adds to its object."""
         return {
             "truncated": [r.to_json() for r in self.rows],
             "removed": list(self.removed),
@@ -144,8 +144,8 @@ def truncate(
     """An adapter of fewer ranks; exactly one goal is given.
 
     Args:
-        adapter: Of lora or rslora updates; whole tensors are kept as they are.
-        rank: No update has a higher one.
+        adapter: An adapter of lora or rslora updates; whole tensors are kept as they are.
+        rank: No update has a higher rank than this.
         params: Elements of all a and b together, at most. Whole tensors are not counted.
         energy: Share of Σ σ² over all updates that is kept, at least; in (0, 1].
         max_error: ‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most.
@@ -170,7 +170,7 @@ def truncate(
 
 
 def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
-    """As truncate, with the report."""
+    """Truncate as `truncate` does, and report what every update lost."""
     name, value = _goal(goal)
     updates = _updates(adapter)
     parts = {k: product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
@@ -301,7 +301,7 @@ def _as_lora(entry: LowRank) -> LowRank:
 
 
 MOST, FEW, MANY = 32, 10, 200
-"""Values that are written of one update, the largest; and of each of more than MANY."""
+"""How many of the largest values are written of one update; FEW where there are over MANY."""
 
 
 def summary(adapter: Adapter) -> list[dict[str, Any]]:

@@ -3,12 +3,12 @@
 ΔW lies in [*batch, out, in] order, as for LowRank, and any rectangle of it can be had without the
 rest: that is what lets a merge stream. `batch` is always empty here.
 
-=========  ============================================  =========================================
-Hadamard   ΔW = s · (b₁a₁ ∘ b₂a₂)                        LoHa, Hyeon-Woo et al. 2021 (2108.06098)
-Kronecker  ΔW = s · w₁ ⊗ w₂                              LoKr, Yeh et al. 2023 (2309.14859)
-Dense      ΔW = s · value, given in full                 PEFT's lora_bias, kohya's .diff
-Rows       W[index] = value: rows are replaced           PEFT's trainable tokens
-=========  ============================================  =========================================
+============  =========================================  =========================================
+Hadamard      ΔW = s · (b₁a₁ ∘ b₂a₂)                     LoHa, Hyeon-Woo et al. 2021 (2108.06098)
+Kronecker     ΔW = s · w₁ ⊗ w₂                           LoKr, Yeh et al. 2023 (2309.14859)
+Dense         ΔW = s · value, given in full              PEFT's lora_bias, kohya's .diff
+ReplacedRows  W[index] = value                           PEFT's trainable tokens
+============  =========================================  =========================================
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class Change(Protocol):
         ...
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """s·ΔW[batch][rows, columns] in the factors' dtype; `batch` counts all batch axes."""
+        """A rectangle of one matrix of ΔW, s included, in the factors' dtype.
+
+        `batch` counts all batch axes.
+        """
         ...
 
 
@@ -133,7 +136,7 @@ class ReplacedRows:
 
 
 Entry = LowRank | Full | Hadamard | Kronecker | Dense | ReplacedRows
-"""What an adapter holds under a key."""
+"""Whatever an adapter can hold under a key."""
 
 
 def is_plain(entry: Entry) -> bool:
@@ -145,7 +148,7 @@ def is_plain(entry: Entry) -> bool:
 
 
 def name_of(entry: Entry) -> str:
-    """The field's own name of an entry, for messages."""
+    """What the field calls an entry (LoHa, DoRA …), for messages."""
     if isinstance(entry, LowRank):
         if entry.extra.get("mutated"):
             return f"meant for a base that {entry.extra['mutated']} changed"

@@ -5,8 +5,8 @@ name     W'                                          trained             in PEFT
 =======  ==========================================  ==================  ========================
 lora     W + s·b·a, s = alpha/rank                   a, b                lora_A, lora_B
 rslora   W + s·b·a, s = alpha/√rank                  a, b                … and use_rslora
-dora     m/‖V‖ · V, V = W + s·b·a (lora_fx.adapter.variant)     a, b, magnitude m   … and use_dora,
-magnitude lora-fa  as lora                                     b                   as lora
+dora     m/‖V‖ · V, V = W + s·b·a, s as of lora      a, b, magnitude m   … use_dora, magnitude
+lora-fa  as lora                                     b                   as lora
 lora+    as lora                                     b at 16 × the rate  as lora
 =======  ==========================================  ==================  ========================
 
@@ -33,24 +33,24 @@ from lora_fx.ir.layout import Layout
 
 
 class Lora:
-    """W + s·b·a; the others differ from it in what they say here."""
+    """W + s·b·a; every other variant overrides what it does differently."""
 
     name: ClassVar[str] = "lora"
     branches: ClassVar[bool] = True
-    """Whether the update can stand beside the op; else only W' can."""
+    """True when s·b·a can be added beside the op; False when the op has to read W'."""
     ratio: ClassVar[float] = 1.0
-    """b's learning rate over a's."""
+    """The learning rate of b over that of a."""
 
     def scale(self, alpha: float, rank: int) -> float:
-        """What b·a is multiplied by."""
+        """The factor s before b·a."""
         return scale_of(alpha, rank, self.name)
 
     def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
         """The update with the tensors that this variant has beside a and b.
 
         Args:
-            low: Of this variant's name, W' = W so far.
-            weight: [*batch, out, in] of the base; read by dora only.
+            low: An update of this variant whose W' is still W.
+            weight: The base weight as [*batch, out, in]; only dora reads it.
             where: The target, for messages.
         """
         return low
@@ -59,8 +59,8 @@ class Lora:
         """W' − W in the stored shape.
 
         Args:
-            e: Of any IR.
-            layout: Of the update.
+            e: An emitter of any IR.
+            layout: The layout of the update.
             w: The stored tensor, or the region that the update is for.
             delta: s·b·a in the same shape.
             magnitude: [*batch, out], where the update has one.
@@ -68,7 +68,7 @@ class Lora:
         return delta
 
     def rates(self, lr: float) -> dict[str, float]:
-        """Learning rate by field of `lora_fx.adapter.factors`."""
+        """The learning rate of each field of `lora_fx.adapter.factors`."""
         return {"a": lr, "b": lr * self.ratio, "magnitude": lr * self.ratio}
 
 
@@ -85,7 +85,7 @@ class Dora(Lora):
     branches = False
 
     def scale(self, alpha: float, rank: int) -> float:
-        """As lora."""
+        """The factor s, which is that of lora: the magnitude is not part of it."""
         return scale_of(alpha, rank)
 
     def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
@@ -124,7 +124,7 @@ VARIANTS: Mapping[str, Lora] = {v.name: v for v in (Lora(), RsLora(), Dora(), Lo
 
 
 def named_variant(name: str) -> Lora:
-    """The variant of a name; raises LoraFxError where there is none."""
+    """The variant of a name; LoraFxError where there is none."""
     if name not in VARIANTS:
         raise LoraFxError(f"no variant {name!r}", f"the variants are {', '.join(VARIANTS)}")
     return VARIANTS[name]
@@ -167,8 +167,8 @@ def factors(magnitude: Array, sums: Array, where: str) -> Array:
     """What the rows of V are multiplied by: magnitude / norm, [out], in the magnitude's dtype.
 
     Args:
-        magnitude: [out].
-        sums: `squares` over all of in, [out].
+        magnitude: The norms that the rows shall have, [out].
+        sums: `squares` summed over all of in, [out].
         where: The weight, for messages.
 
     Raises:
@@ -195,10 +195,10 @@ def rescaled(e: Emitter[V], layout: Layout, v: V, magnitude: V | None) -> V:
     The norm is no function of the factors for gradients (section 4.3 of the paper), as in PEFT.
 
     Args:
-        e: Of the IR.
+        e: An emitter of the IR.
         layout: How [*batch, out, in] lies in v.
-        v: W + s·b·a, as it is stored.
-        magnitude: [*batch, out].
+        v: The sum W + s·b·a, as it is stored.
+        magnitude: The norms that the rows shall have, [*batch, out].
     """
     rows = e.op("mul", layout.from_stored(e, v), stretch(e, layout, v, magnitude))
     return layout.to_stored(e, rows)

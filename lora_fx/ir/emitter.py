@@ -11,7 +11,7 @@ V_co = TypeVar("V_co", covariant=True)
 
 
 class Ops(Protocol[V_co]):
-    """Builds primitives of one closed set; `lora_fx.ir.graph.Emitter` is all that a pass asks for.
+    """Builds the primitives of one closed set. A pass gets the wider `lora_fx.ir.graph.Emitter`.
 
     ========== ======================================= =========================
     prim       operands                                attributes
@@ -37,7 +37,7 @@ class Ops(Protocol[V_co]):
     """
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> V_co:
-        """Build one primitive."""
+        """Build the node, or compute the value, of one primitive of the table above."""
         ...
 
 

@@ -24,24 +24,26 @@ class Site:
     """One use of a weight in a graph.
 
     Attributes:
-        id: Unique in its graph; the op's node name, and a slot where an op has several weights.
+        id: The name of the op's node, and a slot where an op has several weights; unique in its
+            graph.
         op: The public name of the op: linear, matmul, conv2d, embedding …
         kind: What the contraction is, in no IR.
         parameter: Canonical name of the stored tensor; `PATH.weight~` for a computed weight.
-        view: The chain from the stored tensor to the operand.
+        view: The chain of steps from the stored tensor to the operand.
         operand: Shape of the weight as the op reads it.
         scope: Dotted path of the module whose forward holds the op; empty when unknown.
         module_class: Class name of that module; empty when unknown.
-        rows: Number of rows at the example's sizes: FLOPs are 2 · rows · in · out · batch.
+        flops: 2 · multiply-adds of this use at the example's sizes.
         refusal: Why this use cannot be adapted; empty when it can.
         allowed: The refusal is a default: an `include` that names the weight overrides it.
         no_fold: Why W + s·b·a cannot be stored, although a branch can stand beside the op.
         no_grad: The op runs where the model switched gradients off.
         gain: What the op itself multiplies its product by.
-        slot: Which operand of the op the weight is.
+        slot: Path to the weight among the op's operands: (1,), or (2, 0) in a list of them.
         parts: (role, first, last + 1) along out, by what the parts of the result are for.
         root: Where the view starts in this graph: what reads or computes the weight.
         behind: Every parameter that a computed weight depends on.
+        attrs: What the Kind and the numpy emitter have to know of the op: stride, padding …
     """
 
     id: str
@@ -66,7 +68,7 @@ class Site:
 
 
 class Emitter(Ops[V], Protocol[V]):
-    """Builds nodes in one IR, at one place."""
+    """Builds nodes in one IR, at the place where it was made: before or after one site."""
 
     def like(self, site: Site, x: V, w: V) -> V:
         """The site's own op, attributes kept and bias left out, with other operands."""
@@ -185,7 +187,7 @@ class Graph(Protocol[V]):
         ...
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
-        """True when these sites are all that reads a parameter."""
+        """True when nothing but these sites reads the parameter, its views included."""
         ...
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
@@ -235,15 +237,15 @@ class Factors(Generic[V]):
 
 
 class Kind(Protocol):
-    """One kind of contraction."""
+    """One kind of contraction, known to every IR; an op table says which op is which kind."""
 
     @property
     def name(self) -> str:
-        """linear, conv, embedding, einsum, recurrent."""
+        """What refusals, FLOP counts and file formats call it, such as linear or conv."""
         ...
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The parts of the operand's axes."""
+        """Which axes of an operand of this shape are batch, out and in."""
         ...
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:

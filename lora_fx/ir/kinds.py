@@ -36,7 +36,7 @@ def swap_last(n_batch: int) -> tuple[int, ...]:
 
 
 class Apart:
-    """A Kind whose rows of W are no axis of the result, or that nobody has written it for."""
+    """A Kind whose result has no axis for the rows of W: DoRA takes its weight form there."""
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
         """See Kind."""
@@ -59,11 +59,11 @@ class Einsum:
 
     @property
     def name(self) -> str:
-        """Linear where a matmul does, else einsum."""
+        """Linear where a matmul computes it, else einsum."""
         return "linear" if self.form else "einsum"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """By the letters, in and out in the order of x and y."""
+        """The letters decide; the axes of in stand in the order of x, those of out in that of y."""
         batch: list[int] = []
         out: list[int] = []
         in_: list[int] = []
@@ -128,11 +128,11 @@ class Embedding(Apart):
 
     @property
     def name(self) -> str:
-        """A lookup is a matmul with a one-hot."""
+        """Embedding: a lookup is a matmul with a one-hot x, and costs no FLOPs."""
         return "embedding"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Rows are in."""
+        """The rows are in, everything else is out."""
         return Axes((), tuple(range(1, len(operand))), (0,))
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
@@ -140,7 +140,7 @@ class Embedding(Apart):
         return e.op("gather", w, x)
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
-        """aᵀ[ids] bᵀ."""
+        """aᵀ[ids] bᵀ: rows of aᵀ are looked up by the site's own op."""
         t = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
         return e.op("matmul", t, e.op("transpose", f.b, perm=(1, 0)))
 
@@ -153,11 +153,11 @@ class EmbeddingBag(Apart):
 
     @property
     def name(self) -> str:
-        """A lookup as well: it costs no FLOPs."""
+        """Embedding as well: a bag is a lookup, and costs no FLOPs."""
         return "embedding"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Rows are in."""
+        """The rows are in, the width is out."""
         return Axes((), (1,), (0,))
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
@@ -178,11 +178,11 @@ class Grouped(Apart):
 
     @property
     def name(self) -> str:
-        """Grouped: the experts of a mixture."""
+        """Grouped, as the experts of a mixture are."""
         return "grouped"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Experts are batch."""
+        """The experts are batch."""
         return Axes((0,), (2,), (1,))
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
@@ -209,7 +209,7 @@ class WeightForm(Apart):
     parts: Axes
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """As the table's row says."""
+        """Those that the op table's row names, whatever the operand."""
         return self.parts
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
@@ -217,7 +217,7 @@ class WeightForm(Apart):
         return e.like(site, x, w)
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> Any:
-        """None: the weight form."""
+        """There is none: the op reads W + s·b·a."""
         return None
 
 
@@ -225,7 +225,8 @@ RECURRENT = WeightForm("recurrent", Axes((), (0,), (1,)))
 """A weight [gates·hidden, in] of an LSTM, GRU or RNN: all gates are one matrix."""
 
 
-# Convolutions and their transposes as contractions: groups are batch, the kernel counts.
+# Convolutions and their transposes as contractions. The groups are batch, and the kernel belongs to
+# in, or to out of a transpose.
 
 
 @dataclass(frozen=True)
@@ -236,11 +237,11 @@ class Conv:
 
     @property
     def name(self) -> str:
-        """Conv, whatever the number of dimensions."""
+        """Conv, for any number of dimensions."""
         return "conv"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Groups are batch; in is C_in/groups · ∏kernel."""
+        """The groups are batch, and in is C_in/groups · ∏kernel."""
         if self.groups == 1:
             return Axes((), (0,), tuple(range(1, len(operand))))
         split = (self.groups, operand[0] // self.groups, *operand[1:])
@@ -273,11 +274,11 @@ class ConvTranspose(Apart):
 
     @property
     def name(self) -> str:
-        """conv_transpose, whatever the number of dimensions."""
+        """conv_transpose, for any number of dimensions."""
         return "conv_transpose"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Groups are batch; out is C_out/groups · ∏kernel."""
+        """The groups are batch, and out is C_out/groups · ∏kernel."""
         if self.groups == 1:
             return Axes((), tuple(range(1, len(operand))), (0,))
         split = (self.groups, operand[0] // self.groups, *operand[1:])
@@ -297,11 +298,11 @@ class ConvTranspose(Apart):
         return e.like(site, e.op("conv", x, a, groups=g), b)
 
 
-# What kind of contraction the shapes of a product make: matmul and einsum, whatever they mean.
+# Which kind of contraction a matmul or an einsum is: the shapes and letters of its operands tell.
 
 
 Shape = tuple[Any, ...]
-"""Sizes; what is no whole number is symbolic."""
+"""Sizes of a tensor; one that is no whole number is symbolic, and free at run time."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VECTOR = "the weight has one dimension"
@@ -317,6 +318,8 @@ def product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, str]:
     # i, o and n name the matrix axes; LETTERS[:len] reaches i only past eight batch axes
     batch = LETTERS[: len(lead)]
     inner = tuple(x[-2 - len(lead) : -2])
+    # Where x does not have the batch axes of w at the same sizes, one of the two is broadcast, and
+    # only the weight form is sure to mean the same.
     fits = len(x) >= len(w) and all(
         isinstance(n, int) and n == m for n, m in zip(inner, lead, strict=True)
     )

@@ -34,12 +34,12 @@ class Layout:
 
     @property
     def out_size(self) -> int:
-        """Rows of one matrix."""
+        """Rows of one matrix: the product of its out axes."""
         return math.prod(self.shape[i] for i in self.out)
 
     @property
     def in_size(self) -> int:
-        """Columns of one matrix."""
+        """Columns of one matrix: the product of its in axes."""
         return math.prod(self.shape[i] for i in self.in_)
 
     @property
@@ -86,7 +86,7 @@ class Layout:
         return tuple(result)
 
     def from_stored(self, e: Ops[V], value: V) -> V:
-        """The stored shape → [*batch, out, in], in any IR."""
+        """Bring a value from the stored shape to [*batch, out, in], in any IR."""
         order = self.batch + self.out + self.in_
         whole = (*self.batch_shape, self.out_size, self.in_size)
         if tuple(self.shape) != self.stored:
@@ -98,7 +98,7 @@ class Layout:
         return value
 
     def to_stored(self, e: Ops[V], delta: V) -> V:
-        """[*batch, out, in] → the stored shape, in any IR."""
+        """Bring a value from [*batch, out, in] to the stored shape, in any IR."""
         order = self.batch + self.out + self.in_
         split = tuple(self.shape[i] for i in order)
         inverse = tuple(order.index(i) for i in range(len(order)))
@@ -112,12 +112,12 @@ class Layout:
         return delta
 
     def to_json(self) -> dict[str, list[int]]:
-        """Plain lists, for a manifest."""
+        """The five fields as plain lists, for manifests and file headers."""
         return {k: list(getattr(self, k)) for k in ("shape", "batch", "out", "in_", "stored")}
 
     @classmethod
     def from_json(cls, data: dict[str, list[int]]) -> Layout:
-        """The inverse of to_json."""
+        """The Layout that `to_json` wrote."""
         return cls(**{k: tuple(v) for k, v in data.items()})
 
 

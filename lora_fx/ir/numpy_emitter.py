@@ -41,6 +41,7 @@ def conv(
     axes = tuple(range(2, 2 + n))
     windows = np.lib.stride_tricks.sliding_window_view(x, [r + 1 for r in reach], axes)
     every = slice(None)
+    # the windows are views, so that neither stride nor dilation copies x
     steps = (every, every, *(slice(None, None, s) for s in stride))
     windows = windows[steps + tuple(slice(None, None, d) for d in dilation)]
     spots = windows.shape[2 : 2 + n]
@@ -87,7 +88,7 @@ def conv_transpose(
 
 @dataclass(frozen=True)
 class NumpyEmitter:
-    """Every primitive computed at once; arithmetic in the dtype of its operands."""
+    """Computes every primitive at once, in the dtype of its operands."""
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> Array:
         """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
@@ -128,37 +129,39 @@ class NumpyEmitter:
         raise LoraFxError(f"the numpy emitter has no primitive {prim!r}")
 
     def like(self, site: Site, x: Array, w: Array) -> Array:
-        """The site's op on arrays."""
+        """Run the site's op on arrays, written out from primitives by its Kind."""
         return np.asarray(site.kind.apply(self, site, x, w))
 
     def parameter(self, name: str, value: Array, role: Role) -> Array:
-        """The value itself."""
+        """Give the value back: there is no graph to store it in."""
         return value
 
 
 # The product b @ a of a low-rank update, in the pieces that BLAS is fastest with.
 #
-# The two factors are thin, so that a product costs less than what OpenBLAS does before it: copying
-# both into an order of its own. For small products its kernels for AVX-512 leave that out, and take
-# half the time at rank 16. Every sum runs over the rank in one order either way, so the numbers are
-# the same bits where columns come in whole registers; elsewhere, and with other processors'
-# kernels,
-# they are not, and the product is not cut.
+# The two factors are thin, so the product costs less than what OpenBLAS does before it: it copies
+# both into an order of its own. Its AVX-512 kernels for small products leave the copies out, and
+# take half the time at rank 16. Every sum runs over the rank in one order either way, so the result
+# has the same bits where columns fill whole registers. Elsewhere, and with the kernels of other
+# processors, it has not, and the product is not cut.
 
 
 SMALL = 10**6
-"""Rows · columns · rank that OpenBLAS takes for a small product."""
+"""Up to this rows · columns · rank, OpenBLAS takes a product for a small one."""
 RANK = 128
-"""Above it, the kernels for small products are the slower ones."""
+"""Above this rank, the kernels for small products are the slower ones."""
 ROWS = 16
-"""Rows of a piece: fewer are summed in another order."""
+"""Rows of a piece. Fewer rows would be summed in another order, and give other bits."""
 _KERNELS = ("openblas", "SkylakeX")  # which Intel and AMD processors with AVX-512 use
 _REGISTER = 16  # columns
 _COLUMNS = 64  # a piece has a multiple of them
 
 
 def product(b: Array, a: Array, out: Array | None = None) -> Array:
-    """The product of b [rows, rank] and a [rank, columns]; `out`: a C-contiguous array for it."""
+    """The product of b [rows, rank] and a [rank, columns].
+
+    `out` may be a C-contiguous array to compute in.
+    """
     (rows, rank), columns = b.shape, a.shape[1]
     cut = rows >= ROWS and 0 < rank <= RANK and columns % _REGISTER == 0
     single = b.dtype == a.dtype == np.float32
@@ -182,7 +185,7 @@ def product(b: Array, a: Array, out: Array | None = None) -> Array:
 
 @functools.cache
 def _small_is_fast() -> bool:
-    """True where numpy's BLAS has the kernels that this is about, and no other BLAS is loaded."""
+    """True where every BLAS that is loaded has the kernels that this is about."""
     from threadpoolctl import threadpool_info
 
     blas = [x for x in threadpool_info() if x["user_api"] == "blas"]

@@ -16,21 +16,21 @@ from lora_fx.ir.emitter import Ops
 
 @dataclass(frozen=True)
 class Permute:
-    """Axis i of the result is axis dims[i] of the input."""
+    """A transpose: axis i of the result is axis dims[i] of the input."""
 
     dims: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Reshape:
-    """Same elements in row-major order under another shape."""
+    """The same elements, in row-major order, under another shape."""
 
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements start ≤ i < stop of one axis."""
+    """The elements start ≤ i < stop of one axis."""
 
     axis: int
     start: int
@@ -39,14 +39,14 @@ class Slice:
 
 @dataclass(frozen=True)
 class Cast:
-    """Another dtype, named as numpy and torch both do (float32, bfloat16 …)."""
+    """The same numbers in another dtype, named as numpy and torch both do, such as bfloat16."""
 
     dtype: str
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Entries of one axis that the data picks: experts by the ids of a router's choice."""
+    """The entries of one axis that data picks, as a router picks experts."""
 
     axis: int
 
@@ -127,6 +127,7 @@ def _freeze(lists: list[list[int]]) -> tuple[tuple[int, ...], ...]:
 def _regroup(
     axes: list[list[int]], shape: tuple[int, ...], size: dict[int, int], stored: list[list[int]]
 ) -> list[list[int]]:
+    # Axes of size 1 hold nothing, and could belong to either neighbour: they are left out.
     queue = [atom for axis in axes for atom in axis if size[atom] != 1]
     result = []
     for want in shape:
@@ -136,7 +137,7 @@ def _regroup(
                 raise Opaque("reshape to more elements")
             atom = queue.pop(0)
             have = size[atom]
-            if have > want:  # the rest of this atom belongs to the next axis
+            if have > want:  # split it: the rest belongs to the next axis
                 if have % want:
                     raise Opaque("reshape across stored axes")
                 minor = max(size) + 1

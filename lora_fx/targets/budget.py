@@ -27,9 +27,9 @@ from lora_fx.targets.regions import applies
 from lora_fx.targets.target import Target
 
 FULL = 0.98
-"""Of a budget that has to be used, where ranks allow it."""
+"""Share of a budget that has to be used, where ranks allow it."""
 MOST = 16
-"""Ranks of one target that are exchanged at a time."""
+"""At most so many ranks of one target are exchanged at a time."""
 FORMS = "params:100000, flops:2%, flops:1e9 or uniform:8"
 
 
@@ -66,7 +66,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def cost_of(target: Target, use: str, unit: str) -> int:
-    """Of one rank: elements of a and b, or FLOPs of the uses that an update has."""
+    """What one rank costs: elements of a and b, or FLOPs of the uses that an update has."""
     layout = target.layout
     if unit == "params":
         return layout.parameters(1)
@@ -84,11 +84,11 @@ def limit_of(
     Args:
         budget: As it was asked for.
         found: The model, for a share of its FLOPs.
-        costs: Of one rank, by key.
+        costs: Cost of one rank, by key.
         most: The highest rank, by key.
 
     Raises:
-        LoraFxError: It does not pay for a single rank.
+        LoraFxError: The budget does not pay for a single rank.
     """
     if budget.kind == "uniform":
         return sum(c * min(int(budget.number), most[k]) for k, c in costs.items())
@@ -111,11 +111,11 @@ def allocate(
     """Ranks that cost at most `limit`, by gain per cost.
 
     Args:
-        gains: By key and rank; None: what a rank is worth there is not known, and the target gets
+        gains: What each rank is worth, by key; None where that is not known: such a target gets
             the rank that uniform gives.
-        costs: Of one rank.
-        most: The highest rank.
-        limit: In the unit of the costs.
+        costs: Cost of one rank, by key.
+        most: The highest rank, by key.
+        limit: The budget, in the unit of the costs.
     """
     even = {k: costs[k] / np.arange(1.0, most[k] + 1) for k in gains}
     blind = [k for k, g in gains.items() if g is None]
@@ -165,7 +165,10 @@ def _filled(
 
 
 def gains(s: Array) -> Array:
-    """σ² by rank, summed over the batch, without what is rounding only; s [*batch, k]."""
+    """σ² by rank, summed over the batch, without those that are rounding alone.
+
+    `s` are singular values, [*batch, k].
+    """
     matrices = s.reshape(-1, s.shape[-1])
     floor = matrices.max(initial=0.0) * s.shape[-1] * np.finfo(np.float64).eps
     squares = np.where(matrices > floor, matrices, 0.0) ** 2
@@ -173,7 +176,7 @@ def gains(s: Array) -> Array:
 
 
 def _steps(spectra: Mapping[str, Array], costs: Mapping[str, int]) -> list[tuple[str, float]]:
-    """(key, σ²) in the order in which ranks are taken; within a key from the first rank on."""
+    """Pairs (key, σ²) in the order in which ranks are taken, within a key from the first on."""
     steps = [
         (-float(gain) / costs[key], i, j, key, float(gain))
         for i, (key, squares) in enumerate(spectra.items())

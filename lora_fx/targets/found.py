@@ -12,9 +12,17 @@ from lora_fx.text import human, table
 
 @dataclass(frozen=True)
 class Found:
-    """What find saw: targets, refusals and unreached parameters, in definition order.
+    """What find saw of a model, in definition order.
 
-    `optional` are weights that are refused by default only: `include` can name them.
+    Attributes:
+        targets: What can be adapted.
+        refusals: Uses of parameters that cannot, with the reason.
+        unreached: Parameters of two or more dimensions that no weight matmul uses.
+        data_flops: FLOPs of the matmuls between activations, at the example's sizes.
+        pinned: Dimensions that the capture had to fix.
+        notes: What had to be said on the way.
+        optional: Weights that are refused by default only: `include` can name them.
+        shapes: Stored shape by parameter name, aliases too.
     """
 
     targets: tuple[Target, ...]
@@ -34,7 +42,7 @@ class Found:
         return target
 
     def get(self, key: str) -> Target | None:
-        """As indexing; None where there is none."""
+        """The target of a key, as by indexing; None where there is none."""
         from lora_fx.targets.regions import (
             of_use,
             part,  # a part is a target: both know this module
@@ -61,7 +69,7 @@ class Found:
 
     @property
     def flops(self) -> dict[str, int]:
-        """FLOPs reached by targets, refused, and between activations."""
+        """FLOPs of one forward that targets reach, that are refused, and between activations."""
         return {
             "reached": sum(t.flops for t in self.targets),
             "refused": sum(r.flops for r in self.refusals),
@@ -76,7 +84,7 @@ class Found:
         return flops["reached"] / total if total else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
+        """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
         return {
             "targets": [t.to_json() for t in self.targets],
             "refusals": [r.to_json() for r in self.refusals],

@@ -46,7 +46,10 @@ def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one target gets. `use`: the alias through which it applies; empty for all uses."""
+    """What one target gets.
+
+    `use` names the use of a shared tensor that the update applies to; empty for all uses.
+    """
 
     rank: int
     alpha: float
@@ -78,12 +81,12 @@ def make_plan(
     Args:
         found: The model's targets.
         names: Every parameter name → its first name, for also_train.
-        rank: For every target; capped by name where one side of a target is smaller.
+        rank: The rank of every target; capped, with a note, where one side of it is smaller.
         alpha: None means 2·rank.
         include: Selectors that replace the default plan.
-        exclude: Selectors taken away from it.
-        also_train: Tensors trained whole.
-        ranks: key → rank or {rank, alpha}, a Planned, or the path of a plan file; these are the
+        exclude: Selectors whose targets are taken away again.
+        also_train: Selectors of tensors that are trained whole.
+        ranks: key → rank or {rank, alpha}, a RankPlan, or the path of a plan file; these are the
             targets then, less what `exclude` takes away.
 
     Raises:
@@ -215,13 +218,13 @@ class RankPlan:
     """Ranks under a budget.
 
     Attributes:
-        rows: One a target, rank 0 where it is left out.
-        method: Of lora_fx.targets.ranking.
-        budget: As it was asked for.
-        unit: params or flops.
+        rows: One for each target, with rank 0 where it is left out.
+        method: A name of lora_fx.targets.ranking.
+        budget: The text that was asked for.
+        unit: What costs are counted in: params or flops.
         limit: The budget in its unit.
         model: What was planned for; empty for a module.
-        examples: How many calibration read.
+        examples: How many examples calibration read.
         notes: What had to be said.
     """
 
@@ -236,7 +239,7 @@ class RankPlan:
 
     @property
     def used(self) -> int:
-        """Of the limit."""
+        """How much of the limit these ranks cost."""
         return sum(r.cost * r.rank for r in self.rows)
 
     @property
@@ -245,7 +248,7 @@ class RankPlan:
         return {r.key: {"rank": r.rank, "alpha": r.alpha} for r in self.rows if r.rank}
 
     def to_json(self) -> dict[str, Any]:
-        """The file."""
+        """The plan file as an object."""
         targets = {r.key: {"rank": r.rank, "alpha": _plain(r.alpha)} for r in self.rows}
         return {
             "format": FORMAT,
@@ -275,7 +278,7 @@ class RankPlan:
             temporary.write_text(self.text(), encoding="utf-8")
 
     def __str__(self) -> str:
-        """The report for people."""
+        """A table for people: key, rank, alpha and cost."""
         rows = [(r.key, str(r.rank), f"{r.alpha:g}", str(r.cost * r.rank)) for r in self.rows]
         lines = table([("key", "rank", "alpha", self.unit), *rows])
         kept = [r.rank for r in self.rows if r.rank]
@@ -365,5 +368,5 @@ def _entry(where: str, key: str, value: Any) -> dict[str, Any]:
 
 
 def default_alpha(rank: int) -> float:
-    """Alpha where none is given: 2·rank."""
+    """The alpha where none is given, 2·rank; this is the one place that says so."""
     return 2.0 * rank

@@ -11,18 +11,19 @@ import numpy as np
 from lora_fx.dtypes import Array
 from lora_fx.ir.layout import Layout
 
-# What a method knows of one target.
+# A method says what one more rank of a target is worth: gains by rank, none larger than the one
+# before it. `lora_fx.targets.budget` spends a budget on them, the largest gain per cost first.
 
 
 @dataclass(frozen=True)
 class TargetStatistics:
-    """One target.
+    """What a method knows of one target.
 
     Attributes:
-        layout: Its axes.
-        cost: Of one rank, in the unit of the budget.
+        layout: The axes of the target.
+        cost: What one rank costs, in the unit of the budget.
         moments: What calibration saw; empty where the method wanted nothing.
-        weight: Reads W, [*batch, out, in].
+        weight: A function that reads W, [*batch, out, in].
     """
 
     layout: Layout
@@ -31,21 +32,16 @@ class TargetStatistics:
     weight: Callable[[], Array]
 
 
-# Ways to decide which target deserves which rank, one a file; the algorithm is its docstring.
-#
-# A method says what one more rank of a target is worth: gains by rank, none larger than the one
-# before it. `lora_fx.targets.budget` spends a budget on them, the largest gain per cost first.
-
-
 Gains = Callable[[TargetStatistics], Array | None]
 
 
 class Method(NamedTuple):
-    """One way.
+    """One way to decide which target deserves which rank.
 
     Attributes:
-        wanted: What it reads, of lora_fx.targets.ranking.STATISTICS.
-        gains: Of one target, [max_rank]; None where calibration could not read what it needs.
+        wanted: The names in STATISTICS that it reads.
+        gains: The gains of one target, [max_rank], or None where calibration could not read what
+            it needs.
     """
 
     wanted: tuple[str, ...]
@@ -64,7 +60,7 @@ _EVA_READS = ("inputs",)
 
 
 def eva(seen: TargetStatistics) -> Array | None:
-    """See the module's docstring; [max_rank]."""
+    """The share of E[x xᵀ] that each direction explains, [max_rank]."""
     inputs = seen.moments.inputs
     if inputs is None:
         return None
@@ -88,7 +84,7 @@ _IMPORTANCE_READS = ("gradient",)
 
 
 def importance(seen: TargetStatistics) -> Array | None:
-    """See the module's docstring; [max_rank]."""
+    """Mean |W ∘ ∂L/∂W|, shared out as 1/j over the ranks, [max_rank]."""
     gradient = seen.moments.gradient
     if gradient is None:
         return None
@@ -111,7 +107,7 @@ _KFAC_READS = ("power", "outputs")
 
 
 def kfac(seen: TargetStatistics) -> Array | None:
-    """See the module's docstring; [max_rank]."""
+    """The Fisher information along each direction of the output, [max_rank]."""
     power, outputs, rows = seen.moments.power, seen.moments.outputs, seen.moments.rows
     if power is None or outputs is None:
         return None
@@ -132,7 +128,7 @@ _UNIFORM_READS: tuple[str, ...] = ()
 
 
 def uniform(seen: TargetStatistics) -> Array | None:
-    """See the module's docstring; [max_rank]."""
+    """The same for the j-th rank of every target, per cost, [max_rank]."""
     return seen.cost / np.arange(1.0, seen.layout.max_rank + 1)
 
 
@@ -153,21 +149,21 @@ METHODS: Mapping[str, Method] = {
 
 
 STATISTICS = ("inputs", "power", "outputs", "gradient")
-"""What can be wanted of a pass."""
+"""What a calibration pass can be asked for; see Moments."""
 WIDE = 16384
-"""Sides above it have no second moment here: it would be 2 GB."""
+"""A side that is longer has no second moment here: in fp64 it would take 2 GB."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one target, in the axes [*batch, out, in] of its Layout.
+    """What a pass saw of one target, in the axes [*batch, out, in] of its Layout.
 
     Attributes:
         inputs: E[x xᵀ], [*batch, in, in]; [in] for lookups, whose x is one-hot: its diagonal.
         power: E[xᵀx], the trace of `inputs`, [*batch].
         outputs: E[dy dyᵀ], [*batch, out, out].
         gradient: ∂L/∂W, [*batch, out, in].
-        rows: Of x an example, all uses together.
+        rows: How many rows of x one example has, all uses together.
     """
 
     inputs: Array | None = None
@@ -179,13 +175,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a pass saw.
+    """What a calibration pass saw of a model.
 
     Attributes:
-        moments: By key; every key that was asked for.
+        moments: What it saw of each target, for every key that was asked for.
         notes: What could not be read, by name.
-        examples: How many ran.
-        loss: Their mean loss; None where no gradient was wanted.
+        examples: How many examples ran.
+        loss: The mean loss over them; None where no gradient was wanted.
         dead: Keys that no gradient reaches, as far as gradients were wanted.
     """
 
@@ -204,18 +200,18 @@ class Sums:
     rows: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, value: Array, rows: int = 0) -> None:
-        """One batch's sum over its rows."""
+        """Add one batch's sum over its rows."""
         wide = np.asarray(value, np.float64)
         self.total[name] = self.total[name] + wide if name in self.total else wide
         self.rows[name] = self.rows.get(name, 0) + rows
 
     def mean(self, name: str) -> Array | None:
-        """Over rows."""
+        """The mean of a statistic over rows; None where no use has it."""
         value = self.total.get(name)
         return None if value is None else np.asarray(value / max(1, self.rows[name]))
 
     def moments(self, examples: int) -> Moments:
-        """The means: of second moments over rows, of gradients over examples."""
+        """Means of what was added: of second moments over rows, of gradients over examples."""
         gradient = self.total.get("gradient")
         return Moments(
             self.mean("inputs"),

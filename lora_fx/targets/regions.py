@@ -80,11 +80,11 @@ def widen(
 
     Args:
         whole: Layout of the whole target.
-        narrow: That of the part.
-        start: Where the part begins, per axis of the layouts' `shape`.
-        a: [*batch, rank, in] of the part.
-        b: [*batch, out, rank] of the part.
-        rank: Their rank.
+        narrow: Layout of the part.
+        start: Where the part begins, for each axis of the layouts' `shape`.
+        a: The factor [*batch, rank, in] of the part.
+        b: The factor [*batch, out, rank] of the part.
+        rank: The rank of both.
     """
     lead = len(whole.batch)
 

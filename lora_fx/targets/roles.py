@@ -39,9 +39,9 @@ def role_of(
     """The role of a target, or an empty text.
 
     Args:
-        names: All its names, without `.weight`.
+        names: All names of the target, without `.weight`.
         sites: Its uses.
-        layout: Its layout.
+        layout: How it lies in its parameter.
         tables: (rows, width) of every lookup table of the model.
     """
     ops = {s.op for s in sites}

@@ -1,4 +1,4 @@
-"""Targets, refusals, and the result of find: what an adapter can attach to, and why not."""
+"""Targets and their keys: what an adapter can attach to, and how that is written as text."""
 
 from __future__ import annotations
 
@@ -72,8 +72,16 @@ def split_use(key: str) -> tuple[str, str]:
 class Target:
     """A tensor, or a region of one, that an update can attach to.
 
-    `op` is that of the first use that is no lookup; `uses` has every op that reads the tensor.
-    `parts` are (role, key) of what a fused weight holds.
+    Attributes:
+        key: `NAME` or `NAME[region]`, and `NAME@USE` for one use of a shared tensor.
+        parameter: The stored tensor, with all its names.
+        region: Half-open bounds for each stored axis.
+        layout: How [*batch, out, in] of an update lies in the region.
+        op: The op of the first use that is no lookup; `uses` has every op.
+        sites: Every use in the graph; empty where targets come from tensor names alone.
+        role: One of lora_fx.targets.roles.ROLES, or an empty text.
+        default: Whether the default plan takes it; if not, `why_not` is the reason.
+        parts: (role, key) of each part that a fused weight holds.
     """
 
     key: str
@@ -89,7 +97,7 @@ class Target:
 
     @property
     def flops(self) -> int:
-        """2 · multiply-adds of all uses at the example's sizes."""
+        """2 · multiply-adds of all uses, at the example's sizes."""
         return sum(s.flops for s in self.sites)
 
     @property
