@@ -1,4 +1,4 @@
-"""The call of a captured model: binding by the original signature, and the checks at the door."""
+"""The call of a captured model: arguments are bound by its signature, sizes checked at the door."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Signature:
         ]
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """{name: value} in the order of the signature, without None and defaults.
+        """The arguments by name, in the order of the signature, without None and defaults.
 
         Raises:
             TypeError: As the original would: an unknown, repeated or missing argument.
@@ -95,7 +95,10 @@ class Signature:
 
 
 def apart(leaves: Sequence[Any]) -> list[Any]:
-    """One tensor given for two inputs (labels=input_ids) is two, or the graph mixes them up."""
+    """The leaves, with a copy where one tensor is given for two inputs (labels=input_ids).
+
+    torch.export would take the two for one input, and the graph would mix them up.
+    """
     seen: set[int] = set()
     result = []
     for x in leaves:
@@ -126,7 +129,7 @@ def onnx_name(path: str) -> str:
 
 
 def output_name(path: str, i: int) -> str:
-    """A flat output's name: the field of a dict or output class, else output, output_1."""
+    """The name of a flat output: its field in a dict or output class, else output, output_1."""
     name = path.lstrip(".")
     if not name or name.split(".")[0].isdigit():
         return f"output_{name.replace('.', '_')}" if name and name != "0" else "output"
@@ -155,9 +158,9 @@ class Door:
 
     Attributes:
         names: Names of the leaves.
-        sizes: Per tensor leaf, the fixed size of each dimension, or None for any.
-        same: Pairs of (leaf, dim) that must agree.
-        not_one: (leaf, dim) that took another path at size 1.
+        sizes: For each tensor leaf, the fixed size of each dimension, or None for any.
+        same: Pairs of (leaf, dimension) that must have one size.
+        not_one: (leaf, dimension) where the model took another path at size 1.
     """
 
     names: tuple[str, ...]
@@ -233,7 +236,7 @@ class Called(torch.nn.Module):
         return self.function(*args, **kwargs)
 
 
-# Inputs on the torch side: from example tensors, and the limits that a graph shows.
+# The signature of example tensors, and what a graph says of the sizes and integers that it takes.
 
 
 aten = torch.ops.aten
@@ -266,7 +269,10 @@ def describe(names: Sequence[str], leaves: Sequence[Any]) -> Inputs:
 
 
 def limits(inputs: Inputs, graph: fx.Graph, root: nn.Module, traced: Any) -> Inputs:
-    """Integers bounded by the rows of the tables they index; sizes by what the export found."""
+    """The inputs with their limits.
+
+    Integers stay below the rows of the tables that they index, sizes below what the export found.
+    """
     names = traced.door.names
     places = [n for n in graph.nodes if n.op == "placeholder"]
     high: dict[str, int] = {}
@@ -316,7 +322,12 @@ def sample_call(
     """Named arguments of one size: the example's structure and constants, sampled tensors.
 
     Args:
+        inputs: The signature, with the sizes and limits to draw from.
+        named: The example, which has the structure and the constants.
+        size: What the symbols become: (batch, every other).
+        seed: Draws the numbers.
         arrays: Overrides by input name, from a user's .npz.
+        device: Where the tensors go; without it they stay on the CPU.
     """
     drawn = dict(inputs.sample(size, seed))
     for k, v in (arrays or {}).items():

@@ -21,12 +21,12 @@ from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.inputs import LENGTH, PAST
 
 ROWS, NOW, BEFORE = 2, 5, 3
-"""Sizes of the example: rows, new tokens, tokens in the cache."""
+"""The sizes of the example: rows, new tokens, tokens in the cache."""
 WORKS = "causal language models of transformers whose cache keeps every token work"
 
 
 class Cached:
-    """The forward that replaces a decoder's; mixed in before the class of the model."""
+    """The forward that replaces a decoder's; it is mixed in before the class of the model."""
 
     def forward(
         self,
@@ -34,7 +34,7 @@ class Cached:
         attention_mask: torch.Tensor,
         past_key_values: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> dict[str, Any]:
-        """Logits of the new tokens, and the cache with them.
+        """The logits of the new tokens, and the cache with these tokens in it.
 
         Positions count the tokens that the mask has, as generate does.
 
@@ -63,7 +63,7 @@ def decoder(model: Any) -> Captured:
     """The capture of a model with its cache; that of a model without is taken as its source.
 
     Raises:
-        LoraFxError: It is no decoder of transformers, or its cache is of another kind.
+        LoraFxError: The model is no decoder of transformers, or its cache is of another kind.
     """
     if isinstance(model, FileCaptured):
         raise LoraFxError(
@@ -113,7 +113,7 @@ def with_cache(model: nn.Module) -> nn.Module:
 
 
 def _layers(model: Any) -> list[tuple[int, int, int]]:
-    """(heads, width of keys, width of values) of every layer, from a run without weights."""
+    """Heads, width of keys and width of values of every layer, from a run without weights."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise LoraFxError(f"{name} is no decoder of transformers", WORKS)

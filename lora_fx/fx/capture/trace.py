@@ -28,7 +28,19 @@ aten = torch.ops.aten
 
 @dataclass
 class Traced:
-    """A cleaned graph: placeholders are the leaves, outputs are flat."""
+    """A cleaned graph, whose placeholders are the leaves and whose outputs are flat.
+
+    Attributes:
+        graph: The nodes.
+        constants: Tensors that the graph reads and that are none of the model's.
+        door: The sizes that it takes.
+        out_spec: How the flat outputs become what the model returns.
+        pinned: Dimensions that were asked to be dynamic and are not.
+        lone: (leaf, dimension) for which the export ruled size 1 out; a proof decides.
+        ranges: The largest size of (leaf, dimension), where the export found one.
+        bodies: What higher-order ops call, by the name that the graph reads.
+        analyses: What was computed of it; see lora_fx.ir.graph.Analysed.
+    """
 
     graph: fx.Graph
     constants: dict[str, torch.Tensor]
@@ -87,7 +99,11 @@ def _trace(
     named: Mapping[str, Any],
     requested: Requested,
 ) -> Traced:
-    """Capture goes through one dict argument: torch 2.13 cannot name shapes inside **kwargs."""
+    """Export once, through one dict argument.
+
+    torch 2.13 cannot name shapes inside **kwargs ("Must provide a tree_name"), and that is how
+    Hugging Face's Trainer passes num_items_in_batch.
+    """
     leaves, spec = pytree.tree_flatten(dict(named))
     names = leaf_names(named)
     leaves = [
@@ -107,6 +123,8 @@ def _trace(
     )
     entry = RootModule(source, signature, forward)
     with _quiet(), _free_batch():
+        # strict=True takes twice the time, and captured no model that this does not. Deferred
+        # asserts leave the size checks in the graph as nodes, which become the door.
         program = torch.export.export(
             entry,
             (named,),
@@ -119,7 +137,7 @@ def _trace(
 
 
 class RootModule(nn.Module):
-    """forward(named) → the original call; the source's tensors keep their names."""
+    """A module over the source's own tensors, under their names, that takes a dict of arguments."""
 
     def __init__(self, source: nn.Module, signature: Signature, forward: Any) -> None:
         super().__init__()
@@ -131,7 +149,7 @@ class RootModule(nn.Module):
         self._call = (signature, forward)
 
     def forward(self, named: dict[str, Any]) -> Any:
-        """The user's own forward, its arguments by name."""
+        """Call the user's forward with its arguments by name."""
         signature, forward = self._call
         return signature.call(forward, named)
 
@@ -153,7 +171,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _free_batch() -> Any:
-    """A sample with batch 1 gives a free dimension; the setting is private to torch."""
+    """A setting under which an example of batch 1 still gives a free dimension.
+
+    It is private to torch, so it may go; then such an example gives a batch of 1.
+    """
     try:
         from torch.fx.experimental import _config
 
@@ -163,7 +184,7 @@ def _free_batch() -> Any:
 
 
 def _at_least_two(x: torch.Tensor, dims: Mapping[int, str]) -> torch.Tensor:
-    """A dynamic dimension of size 1 is sampled again at 2."""
+    """The tensor with every dynamic dimension of size 1 doubled to 2."""
     for d in dims:
         if d < x.dim() and x.shape[d] == 1:
             x = torch.cat([x, x], d)
@@ -183,7 +204,8 @@ def _clean(
         if node.op == "call_module" and str(node.target).startswith("_guards"):
             graph.erase_node(node)
         elif node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # these bake dtype and device
+            # these bake dtype and device in: .to(bf16) and autocast would fail on them
+            graph.erase_node(node)
     places = [n for n in graph.nodes if n.op == "placeholder"]
     sizes = [
         list(p.meta["val"].shape) if isinstance(p.meta.get("val"), torch.Tensor) else None
@@ -213,7 +235,7 @@ def _clean(
 def _constants(
     module: fx.GraphModule, graph: fx.Graph
 ) -> tuple[dict[str, torch.Tensor], dict[str, fx.GraphModule]]:
-    """Tensors that are no parameter or buffer of the model, and bodies of higher-order ops."""
+    """The tensors that are no parameter or buffer, and the bodies of higher-order ops."""
     known = {n for n, _ in module.named_parameters(remove_duplicate=False)}
     known |= {n for n, _ in module.named_buffers(remove_duplicate=False)}
     result: dict[str, torch.Tensor] = {}
@@ -232,7 +254,10 @@ def _constants(
 
 
 def _follow_device(graph: fx.Graph) -> None:
-    """Every device literal becomes the device of the first tensor input."""
+    """Replace every device literal by the device of the first tensor input.
+
+    A captured Llama has 28 of them, and the graph would stay on the device of the capture.
+    """
     places = [n for n in graph.nodes if n.op == "placeholder"]
     first = next((n for n in places if isinstance(n.meta.get("val"), torch.Tensor)), None)
     uses = []
@@ -270,16 +295,16 @@ class Pinned:
         return {"input": self.input, "dim": self.dim, "size": self.size, "op": self.op}
 
     def __str__(self) -> str:
-        """For tables."""
+        """A line for people."""
         return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
 
 
 Requested = Mapping[str, Mapping[int, str]]
-"""Leaf name → {dimension: symbol name}: what should be dynamic."""
+"""What should be dynamic: leaf name → {dimension: symbol name}."""
 
 
 def _size_of(node: Any, places: Sequence[fx.Node]) -> tuple[int, int] | None:
-    """(leaf, dim) when a node is the size of an input."""
+    """The (leaf, dimension) whose size a node is; None where it is no size of an input."""
     if isinstance(node, fx.Node) and node.target is aten.sym_size.int and node.args[0] in places:
         return places.index(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
     return None
@@ -292,7 +317,19 @@ def door_asserts(
     names: Sequence[str],
     requested: Requested,
 ) -> tuple[list[Pinned], Any, list[tuple[int, int]]]:
-    """Turn asserts on input sizes into checks at the door; leave the rest in the graph."""
+    """Turn asserts on input sizes into checks at the door; leave the rest in the graph.
+
+    Args:
+        graph: Edited in place.
+        places: The placeholders, one for each leaf.
+        sizes: The sizes of every leaf; those that an assert fixes are written into it.
+        names: The names of the leaves.
+        requested: What should be dynamic.
+
+    Returns:
+        Pinned dimensions, pairs of (leaf, dimension) that must agree, and dimensions for which
+        size 1 is ruled out.
+    """
     pinned: list[Pinned] = []
     same: list[Any] = []
     lone: list[tuple[int, int]] = []
@@ -311,6 +348,8 @@ def door_asserts(
         if (test.target is operator.ne) != negated and test.target in (operator.eq, operator.ne):
             if not (one and number == 1):
                 continue
+            # Kept, "not 1" refuses a batch of 1 that nn.TransformerEncoder takes. Dropped, a model
+            # with `if x.shape[0] == 1` is wrong there and says nothing. So a proof runs size 1.
             lone.append(one)
         elif negated:
             continue
@@ -368,7 +407,7 @@ def _line(node: fx.Node) -> str:
 
 
 def who_pinned(program: Any, place: fx.Node, dim: int) -> str:
-    """Where the shape environment recorded the guard that fixed a dimension."""
+    """The line of the user's code whose guard fixed a dimension, by the shape environment."""
     mode = getattr(place.meta.get("val"), "fake_mode", None)
     env = getattr(mode, "shape_env", None)
     for guard in getattr(env, "guards", None) or []:
@@ -382,7 +421,7 @@ def who_pinned(program: Any, place: fx.Node, dim: int) -> str:
 
 
 def single_sizes(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:
-    """Input dimensions to which the export left one size only."""
+    """The (leaf, dimension) to which the export left one size only, and that size."""
     result = {}
     for i, shape in enumerate(sizes):
         for d, n in enumerate(shape or ()):
@@ -394,7 +433,7 @@ def single_sizes(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], in
 
 
 def upper_bounds(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:
-    """Upper bounds that the export found for input dimensions."""
+    """The largest size of each (leaf, dimension) for which the export found one."""
     result = {}
     for i, shape in enumerate(sizes):
         for d, n in enumerate(shape or ()):
@@ -411,7 +450,11 @@ higher = torch.ops.higher_order
 
 
 def inline_regions(module: fx.GraphModule, graph: fx.Graph, *, no_grad: bool = False) -> None:
-    """Replace every call of a no_grad or autocast body by the body's own nodes."""
+    """Replace every call of a no_grad or autocast body by the body's own nodes.
+
+    What runs in them is the model's like everything else: its weights are targets. What the
+    regions did to gradients and dtypes is written out as detach and casts.
+    """
     for node in list(graph.nodes):
         if node.target is higher.wrap_with_set_grad_enabled:
             enabled, body, *given = node.args
@@ -468,7 +511,7 @@ def _inline(
 
 
 def _detached(graph: fx.Graph, node: Any) -> Any:
-    """A value without its gradient; tensors of the model and numbers have none to lose."""
+    """The value without its gradient; tensors of the model and numbers have none to lose."""
     floating = isinstance(node, fx.Node) and isinstance(v := value(node), torch.Tensor)
     if not floating or node.op == "get_attr" or not v.is_floating_point():
         return node
@@ -515,9 +558,10 @@ def _casts(node: fx.Node) -> bool:
 
 # The experts of a mixture, in a form that other runtimes have.
 #
-# transformers computes experts by one grouped product, which neither ONNX nor plain ATen has where
+# transformers computes experts by one grouped product, for which ONNX has no op, nor has ATen where
 # torch lacks the kernel. Its batched form gathers every row's matrices instead: the same numbers by
-# common ops. Captures for export use it, by themselves.
+# common ops. A capture for export takes that form by itself. (The third form, eager, loops over
+# nonzero(), which Mixtral's export fails on.)
 
 
 GROUPED, BATCHED = "grouped_mm", "batched_mm"
@@ -530,7 +574,7 @@ def has_grouped(graph: fx.Graph) -> bool:
 
 @contextlib.contextmanager
 def batched_experts(model: nn.Module) -> Iterator[None]:
-    """Within this block transformers' experts run batched; afterwards as before."""
+    """A context in which transformers' experts run in their batched form."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     name = "_experts_implementation_internal"  # the public setter also reaches into sub-configs
     switched = [c for c in configs.values() if getattr(c, name, None) == GROUPED]

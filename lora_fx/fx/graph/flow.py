@@ -43,7 +43,7 @@ class FxWeight:
     Attributes:
         name: The parameter's first name; empty for a computed weight.
         view: The chain from `root` to this value.
-        shape: Of this value.
+        shape: The shape of this value.
         root: The get_attr node, or the node that computes the weight.
         behind: Names of every parameter that it depends on.
         edited: What changes the parameter in place, so that its value is not the stored one.
@@ -62,10 +62,10 @@ class FxFlow:
     """Nodes that depend on parameters and constants only.
 
     Attributes:
-        weights: Those that are one tensor derived from parameters.
-        behind: Parameters behind every such node, tensors or not.
+        weights: Nodes that are one tensor derived from parameters.
+        behind: The parameters behind every node that depends on some, tensor or not.
         constants: Nodes that depend on constants only.
-        products: Those of a constant and one parameter.
+        products: Products of a constant and one parameter.
     """
 
     weights: dict[fx.Node, FxWeight] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class FxFlow:
 
 
 def tensor(root: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of a dotted name."""
+    """The parameter that stands under a dotted name."""
     module, leaf = owner(root, name)
     p = module._parameters[leaf]
     assert p is not None
@@ -116,7 +116,7 @@ def _follow(
     given: Mapping[fx.Node, FxWeight],
     layers: set[fx.Node],
 ) -> FxFlow:
-    """Everything in one go, with these products as layers."""
+    """Walk the graph once in execution order, with these products taken as layers."""
     flow = FxFlow()
     for node, weight in given.items():
         flow.weights[node], flow.behind[node] = weight, weight.behind
@@ -223,7 +223,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 
 def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
-    """The weight that a node is when it only views `source`."""
+    """The weight that a node is where it only views `source`; None where it does more."""
     if node.target in SPLITS and node.args[0] is source:
         return weight  # the getitem after it slices
     rule = VIEWS.get(node.target)
@@ -277,6 +277,7 @@ def _reshape(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
 
 def _expand(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    # an expand that repeats is no view of the weight: each element is read several times
     out = _static(shape_of(node))
     return [Reshape(out)] if out is not None and numel(out) == numel(shape) else None
 
@@ -300,13 +301,13 @@ def _slice(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     axis, i = int(argument(node, "dim", 0)) % len(shape), argument(node, "index")
     if not isinstance(i, int):
-        return None
+        return None  # an index that is computed
     i %= shape[axis]
     return [Slice(axis, i, i + 1), Reshape(shape[:axis] + shape[axis + 1 :])]
 
 
 def _item(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    """Getitem of split, chunk or unbind: a slice at the sum of the sizes before it."""
+    """A part of a split, chunk or unbind: the slice behind the sizes of the parts before it."""
     parent, i = node.args
     if not isinstance(parent, Node) or not isinstance(i, int):
         return None
@@ -321,7 +322,10 @@ def _item(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
 
 def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    """An index of the first axis by data: which matrices of a stack take part."""
+    """A choice along the first axis by data, as a router makes it among stacked matrices.
+
+    Without it, the experts of a mixture in batched form are no weights and go unreached.
+    """
     if len(shape) < 3:
         return None
     if node.target is aten.index.Tensor:
@@ -391,12 +395,11 @@ VIEWS: Mapping[Any, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
 }
 
 
-# Computed weights: their names, and their values.
+# The names and values of computed weights.
 #
-# A weight that ops make of parameters (weight_norm, spectral_norm, standardisation, an orthogonal
-# map, a concatenation) has the key `PATH.weight~`; the update is one of the effective weight. The
-# name is that of the parameter that the user knows: `lin.weight~` for
-# `lin.parametrizations.weight.original0` and for `lin.weight_v`.
+# Their key is `PATH.weight~`, and an update is one of the effective weight. PATH.weight is the name
+# that the user knows: `lin.weight~` for `lin.parametrizations.weight.original0` and for
+# `lin.weight_v`.
 
 
 _HELD = re.compile(r"(^|\.)parametrizations\.([^.]+)\..*$")
@@ -420,13 +423,13 @@ def effective_name(behind: tuple[str, ...]) -> str:
 
 
 class Namer:
-    """Gives computed weights their names: one that is computed twice alike has one name."""
+    """Gives computed weights their names, and the same name to equal computations."""
 
     def __init__(self) -> None:
         self.known: dict[str, list[str]] = {}
 
     def __call__(self, weight: FxWeight) -> str:
-        """The name of a weight."""
+        """The parameter's name, or that of the computed weight."""
         if weight.name:
             return weight.name
         name = effective_name(weight.behind)

@@ -27,7 +27,7 @@ class FxGraph(Analysed):
     Args:
         graph: Nodes; get_attr targets are dotted names under `root`.
         root: The module tree. Passes may register parameters on it.
-        training: Whether dropout nodes are wanted.
+        training: True for a train graph; insert adds dropout to such graphs only.
         bodies: What the higher-order ops of the graph call, by the name that it reads.
     """
 
@@ -56,9 +56,9 @@ class FxGraph(Analysed):
     # --- reading ---------------------------------------------------------------------------------
 
     def parameters(self) -> Sequence[Parameter]:
-        """Every parameter of the tree under its first name, computed weights behind their roots.
+        """Every parameter of the tree under its first name, adapters' own left out.
 
-        Adapters' own are left out.
+        A computed weight follows the parameter that its computation starts from.
         """
         computed: dict[str, list[Parameter]] = {}
         for site, found in self._uses():
@@ -83,7 +83,7 @@ class FxGraph(Analysed):
         return [site for site, _ in self._uses()]
 
     def data_flops(self) -> int:
-        """FLOPs of matmuls that no weight takes part in."""
+        """FLOPs of the matmuls that no weight takes part in."""
         taken = {found.node for _, found in self._uses()}
         total = 0
         for node in self.graph.nodes:
@@ -96,7 +96,7 @@ class FxGraph(Analysed):
         return total
 
     def adapted(self) -> frozenset[str]:
-        """Ids of sites that carry a branch: their marked nodes say so."""
+        """The ids of sites that carry a branch, read from the marks of its nodes."""
         return frozenset(n.meta["custom"][MARK]["site"] for n in self.graph.nodes if is_marked(n))
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
@@ -107,7 +107,7 @@ class FxGraph(Analysed):
         return to_numpy(tensor(self.root, name))
 
     def reader(self, name: str) -> Callable[[], np.ndarray[Any, Any]]:
-        """Read now, since its storage may change."""
+        """A function that gives the value as it was here: the storage may change before it runs."""
         value = self.read(name)
         return lambda: value
 
@@ -133,14 +133,14 @@ class FxGraph(Analysed):
         return node
 
     def use(self, site: Site) -> ops.FxOperand:
-        """What the table says of the site's operand."""
+        """The op table's row for the operand of a site."""
         node = self._at(site)
         row = ops.row_of(node)
         assert row is not None
         return next(u for u in row.uses(node) if u.weight == site.slot)
 
     def activation(self, site: Site) -> fx.Node:
-        """The other operand of the site."""
+        """The operand of the site that is no weight, as it is now."""
         return _node(ops.pick(self._at(site), self.use(site).x))
 
     def weight(self, site: Site) -> fx.Node:
@@ -148,7 +148,7 @@ class FxGraph(Analysed):
         return self._chain(site)[0]
 
     def output(self, site: Site) -> fx.Node:
-        """The site's result."""
+        """The result of the site's op; of an op with several results, the first."""
         node = self._at(site)
         row = ops.row_of(node)
         if row is None or not row.first:
@@ -159,7 +159,7 @@ class FxGraph(Analysed):
         raise LoraFxError(f"nothing reads the result of site {site.id!r}")
 
     def product(self, site: Site, e: Any) -> fx.Node | None:
-        """See lora_fx.ir.graph.Graph; torch knows it of linear layers and convolutions."""
+        """The result without its bias: the bias is subtracted again, so no product runs twice."""
         node, y = self._at(site), self.output(site)
         row = ops.row_of(node)
         assert row is not None
@@ -178,14 +178,17 @@ class FxGraph(Analysed):
         return FxEmitter(self, site, self._at(site), before=before)
 
     def replace_output(self, site: Site, y: fx.Node) -> None:
-        """Every user of the site reads y; the nodes of its own branch do not change."""
+        """Let every user of the site read y, but for the nodes of its own branch.
+
+        Those read the old result: redirected as well, the sum would read itself.
+        """
         node = self.output(site)
         y.meta["val"] = node.meta.get("val")  # later sites read shapes from their operands
         self.changed()
         node.replace_all_uses_with(y, delete_user_cb=lambda user: not is_marked(user, site.id))
 
     def _read_by(self, site: Site, w: fx.Node) -> None:
-        """The site's operand becomes w."""
+        """Make w the weight operand of the site."""
         node = self._at(site)
         w.meta["val"] = _node(ops.pick(node, site.slot)).meta.get("val")
         args = list(node.args)
@@ -199,7 +202,7 @@ class FxGraph(Analysed):
         self.changed()
 
     def rebase(self, site: Site, w: fx.Node) -> None:
-        """The site reads w through a copy of its own chain; the copy is part of its branch."""
+        """Let the site read w through a copy of its own chain, which is part of the branch."""
         w.meta["val"] = self.weight(site).meta.get("val")  # what follows it reads shape and dtype
         self._replay(site, w, marked=True)
 
@@ -240,7 +243,10 @@ class FxGraph(Analysed):
     def replace_parameter(
         self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any] | Deferred
     ) -> str:
-        """See lora_fx.ir.graph.Graph. A constant of their own is `NAME_folded[_1]`."""
+        """Let sites read a value; a constant of their own is called `NAME_folded[_1]`.
+
+        A parameter whose every use is among the sites is replaced under all its names.
+        """
         value = value.compute() if isinstance(value, Deferred) else value
         stored = name.replace("~", "")
         module, leaf = owner(self.root, stored)
@@ -271,7 +277,7 @@ class FxGraph(Analysed):
             self._replay(site, start)
 
     def clone(self) -> FxGraph:
-        """New nodes, same tensors and tree."""
+        """The same graph in new nodes, which keep their names; tensors and tree are shared."""
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -283,7 +289,7 @@ class FxGraph(Analysed):
         return other
 
     def lint(self) -> None:
-        """Fx's own check."""
+        """Run torch.fx's own check."""
         self.graph.lint()
 
     def add_parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> None:
@@ -301,7 +307,8 @@ def _node(arg: Any) -> fx.Node:
     return arg
 
 
-# torch.fx as an Emitter: ATen nodes, each marked as part of a site's branch.
+# torch.fx as an Emitter: ATen nodes, each marked as part of a site's branch. They carry the module
+# stack of their site, so that they land in the same block when blocks become functions.
 
 
 aten = torch.ops.aten
@@ -337,7 +344,7 @@ class FxEmitter:
         return new
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:
-        """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.emitter."""
         x = xs[0]
         if prim == "matmul":
             return self._call(aten.matmul.default, xs)
@@ -358,6 +365,7 @@ class FxEmitter:
         if prim == "slice":
             return self._call(aten.slice.Tensor, (x, attrs["axis"], attrs["start"], attrs["stop"]))
         if prim == "pad":
+            # constant_pad_nd counts from the last axis
             pairs = list(zip(attrs["before"], attrs["after"], strict=True))[::-1]
             return self._call(aten.constant_pad_nd.default, (x, [n for p in pairs for n in p], 0.0))
         if prim == "einsum":
@@ -371,12 +379,12 @@ class FxEmitter:
             return self._call(aten.dropout.default, (x, attrs["p"], True))
         if prim == "cast":
             return self._call(aten.to.dtype, (x, getattr(torch, attrs["dtype"])))
-        if prim == "cast_like":
+        if prim == "cast_like":  # no fixed dtype: a and b stay fp32 over a base of any
             return self._call(aten.type_as.default, xs)
         raise LoraFxError(f"the fx emitter has no primitive {prim!r}")
 
     def like(self, site: Site, x: fx.Node, w: fx.Node) -> fx.Node:
-        """The site's own node on other operands, without its bias."""
+        """The site's own op on other operands, its attributes kept and its bias left out."""
         row, use = ops.row_of(self.node), self.owner.use(site)
         assert row is not None
         args = list(self.node.args)

@@ -16,12 +16,12 @@ Shape = tuple[Any, ...]
 
 
 def value(node: Any) -> Any:
-    """The fake tensor, or tuple of them, that a node stands for."""
+    """The fake tensor that a node stands for, or a tuple of them."""
     return node.meta.get("val") if isinstance(node, Node) else node
 
 
 def shape_of(node: Any) -> Shape | None:
-    """Sizes of a node's tensor, ints or SymInts; None for anything else."""
+    """The sizes of a node's tensor, ints or SymInts; None for anything else."""
     v = value(node)
     return tuple(v.shape) if isinstance(v, torch.Tensor) else None
 
@@ -33,14 +33,14 @@ def dtype_of(node: Any) -> torch.dtype | None:
 
 
 def hint(size: Any) -> int:
-    """A size at the example's sizes; 2 for one that depends on a tensor's values."""
+    """The number that a size is in the example; 2 for one that depends on a tensor's values."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     return 2 if size.node.hint is None else int(size.node.hint)
 
 
 def numel(shape: Shape) -> int:
-    """Number of elements at the example's sizes."""
+    """The number of elements at the example's sizes."""
     n = 1
     for size in shape:
         n *= hint(size)
@@ -48,7 +48,7 @@ def numel(shape: Shape) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """float32 for torch.float32."""
+    """The dtype without its module: float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -63,17 +63,20 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
 
 
 def op_name(node: Node) -> str:
-    """Linear for aten.linear.default."""
+    """The op without its namespace: linear for aten.linear.default."""
     return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
 
 
 NO_GRAD = "lora_fx_no_grad"
-"""Key in the metadata of nodes that ran with gradients off."""
+"""The key in the metadata of nodes that ran with gradients off."""
 MARK = "lora_fx"
 
 
 def mark(node: fx.Node, site: str) -> None:
-    """Say in the metadata that a node belongs to the branch of a site (survives export)."""
+    """Say in the metadata that a node belongs to the branch of a site.
+
+    Of a node's metadata torch keeps "custom" through save, load and a second export.
+    """
     node.meta["custom"] = {**node.meta.get("custom", {}), MARK: {"site": site}}
 
 

@@ -28,14 +28,14 @@ class FxOperand:
     """One weight operand of one node.
 
     Attributes:
-        weight: Path into the node's args.
-        x: Path of the activation.
-        kind: What their shapes make.
+        weight: Path to the weight in the node's args: (1,), or (1, 0) inside a list.
+        x: Path to the activation.
+        kind: The Kind of contraction that their shapes make.
         attrs: What the numpy emitter needs to run the op.
-        refusal: Why it cannot be adapted.
-        allowed: The refusal is only a default: `include` overrides it.
-        gain: The op multiplies its product by this.
-        flops: Where the op's own shape does not tell.
+        refusal: Why the operand cannot be adapted; empty where it can.
+        allowed: True when the refusal is only a default that `include` overrides.
+        gain: The factor by which the op multiplies its product.
+        flops: FLOPs of the use, where the shape of the op's result does not tell them.
     """
 
     weight: Path
@@ -50,14 +50,14 @@ class FxOperand:
 
 @dataclass(frozen=True)
 class FxOp:
-    """One op.
+    """One row of the op table.
 
     Attributes:
-        op: Its public name.
-        uses: Every way in which a node of this op may read a weight.
-        bias: Position of the operand that is added to the product.
-        many: Several operands of one node may be weights of their own.
-        first: The product is the first of several results.
+        op: The public name of the op, that of the selector `op:NAME`.
+        uses: A function from a node to every way in which it may read a weight.
+        bias: Position of the argument that is added to the product.
+        many: True when several operands of one node may be weights of their own.
+        first: True when the product is the first of several results.
     """
 
     op: str
@@ -68,7 +68,7 @@ class FxOp:
 
 
 def pick(node: Node, path: Path) -> Any:
-    """The argument at a path into node.args."""
+    """The argument at a path into node.args; None where there is none."""
     arg: Any = node.args
     for i in path:
         arg = arg[i] if isinstance(arg, (tuple, list)) and i < len(arg) else None
@@ -148,6 +148,7 @@ def _grouped(node: Node) -> Iterator[FxOperand]:
     x, w = shape_of(pick(node, (0,))), shape_of(pick(node, (1,)))
     if x is None or w is None or len(x) != 2 or len(w) != 3:
         return  # two ragged activations, or a ragged inner axis: no weight
+    # torch's kernel wants rows of whole 16 bytes; the fallback of transformers takes any
     width = value(pick(node, (0,))).dtype.itemsize
     aligned = 1 if op_name(node) == "grouped_mm_fallback" else 16 // width
     yield FxOperand((1,), (0,), kinds.Grouped(), {"rank_multiple": aligned})
@@ -198,15 +199,15 @@ def _table() -> dict[Any, FxOp]:
 
 OPS = _table()
 PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
-"""Bare products: of a constant and one parameter they make a computed weight."""
+"""Bare products. One of a constant and one parameter is a computed weight."""
 DATA_OPS = {aten.scaled_dot_product_attention.default}
 """Matmuls that no row adapts, counted as FLOPs between activations."""
 BY_NAME = {"transformers::grouped_mm_fallback": FxOp("grouped_mm", _grouped)}
-"""Ops of other libraries: known by name, since the library need not be there."""
+"""Ops of other libraries, known by name, since the library need not be installed."""
 
 
 def row_of(node: Node) -> FxOp | None:
-    """The row of a node's op."""
+    """The row of a node's op; None where the table has none."""
     if node.op != "call_function":
         return None
     row = OPS.get(node.target)

@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FxWeightUse:
-    """One use of a weight: the node, the table's row of its operand, and the weight."""
+    """One use of a weight: the node, what the op table says of the operand, and the weight."""
 
     node: fx.Node
     use: ops.FxOperand
@@ -41,7 +41,10 @@ class FxWeightUse:
 def uses(
     graph: fx.Graph, flow: FxFlow, bodies: Mapping[str, fx.GraphModule]
 ) -> Iterator[tuple[Site, FxWeightUse]]:
-    """(site, what it was found by), in execution order; marked nodes are left out."""
+    """Every use as (site, what it was found by), in execution order.
+
+    Marked nodes are left out: they belong to branches.
+    """
     namer = Namer()
     for node in graph.nodes:
         if node.op != "call_function" or is_marked(node):
@@ -146,7 +149,7 @@ def _body(arg: Any, held: Mapping[str, fx.GraphModule]) -> fx.GraphModule | None
 def _inside(
     body: fx.GraphModule, i: int, count: int, operand: fx.Node
 ) -> Iterator[tuple[Axes, int]]:
-    """(axes in terms of the operand, FLOPs) of each use of a body's placeholder."""
+    """The axes, in terms of the operand, and the FLOPs of each use of a body's placeholder."""
     places = [n for n in body.graph.nodes if n.op == "placeholder"]
     if len(places) != count or shape_of(places[i]) != shape_of(operand):
         return
@@ -167,7 +170,7 @@ def _inside(
 
 
 Part = tuple[str, int, int]
-"""Role, and half-open bounds along out."""
+"""The role of a part, and its half-open bounds along out."""
 Step = tuple[fx.Node, fx.Node]
 """A node, and the one before it on the way."""
 
@@ -181,10 +184,11 @@ GATES = {
 }
 ATTENTION = {aten.scaled_dot_product_attention.default}
 LIMIT = 8
-"""More parts than this are heads, or steps of a loop."""
+"""More parts than this are heads, or steps of a loop, and have no roles."""
 LARGEST = 1 << 22
+"""Results of more elements are not cut up: their parts are found on a tensor of that size."""
 FAR = 60
-"""How many nodes behind a part its role is looked for."""
+"""Among so many nodes behind a part its role is looked for."""
 
 
 @dataclass
@@ -195,7 +199,7 @@ class _Piece:
 
 
 def out_axis(kind: Kind) -> int | None:
-    """The axis of a result along which the weight's out lies."""
+    """The axis of a result along which the weight's out lies; None where no single one does."""
     form = getattr(kind, "form", "")
     if form:
         return -1 if form == "right" else -2
@@ -215,6 +219,8 @@ def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
     if not _is_cut(node):
         role = _role_alone(node)
         return ((role, 0, size),) if role else ()
+    # Each place along out gets its number, and the numbers go through the views that follow: what
+    # arrives at a node is the region that it reads.
     marks = torch.arange(size).view([-1 if i == axis else 1 for i in range(len(shape))])
     runs: list[tuple[int, int, bool, Step]] = []
     for marked, step in _leaves(node, marks.expand(shape)):
@@ -259,7 +265,7 @@ def _views(node: fx.Node) -> bool:
 
 
 def _leaves(node: fx.Node, marks: Any) -> Iterator[tuple[torch.Tensor, Step]]:
-    """(marks, first node that is no view) of every way out of a node."""
+    """Every way out of a node: its marks, and the first node on it that is no view."""
     for user in node.users:
         if not _views(user):
             yield marks, (user, node)
@@ -334,7 +340,10 @@ def _is_data(node: fx.Node) -> bool:
 
 
 def site_flops(node: fx.Node, use: FxOperand) -> int:
-    """2 · output elements · in; a recurrent weight runs once per step and row; lookups are free."""
+    """FLOPs of one use: 2 · elements of the result · in.
+
+    A recurrent weight runs once for every step and row, and lookups are free.
+    """
     if use.flops is not None:
         return use.flops
     if use.kind.name == "embedding":
