@@ -1,1 +1,1 @@
-"""One pass a file, named by its verb; `pipeline` composes them into the public verbs."""
+"""One pass a file, named by its verb; `verbs` composes them into the public functions."""

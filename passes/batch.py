@@ -7,8 +7,8 @@ is the base. Ranks are padded with zeros to the largest, which changes no produc
 B. An adapter with several updates of one use (parts of a fused weight) takes them side by side:
 Σ bᵢ·aᵢ = [b₁ b₂ …] · [a₁; a₂; …].
 
-This pass needs to know which axis of an activation holds the rows of the batch (`lora_fx.onnx.
-rows`), which torch.fx graphs do not say after an exporter has flattened them: it runs on ONNX only.
+This pass has to know which axis of an activation holds the rows of the batch. The walk that tells
+(`lora_fx.onnx.row_provenance`) is one over ONNX ops, so the pass runs on ONNX only.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class StoredWeight:
     """A parameter that adapters update, as the adapters see it.
 
     Attributes:
-        shape: Its shape there; the graph may hold it transposed.
-        turned: The graph's tensor of this name is the transpose.
+        shape: The shape that it has for the adapters; the graph may hold it transposed.
+        turned: True when the graph's tensor of this name is the transpose.
     """
 
     shape: tuple[int, ...]
@@ -54,8 +54,9 @@ class Batch:
 
     Attributes:
         adapters: name → {key: LowRank}, bound; ids are 1, 2, … in this order.
-        sources: Name of a stored tensor of the graph → (parameter that it is, Source).
-        scales: Add the input `adapter_scales`.
+        sources: Name of a stored tensor of the graph → (the parameter that it is, StoredWeight).
+        scales: Add the input `adapter_scales`, a weight for each row.
+        targets: Receives what the manifest says of each target.
     """
 
     adapters: Mapping[str, Mapping[str, LowRank]]

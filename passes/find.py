@@ -132,7 +132,7 @@ def _target(
 def _parts(
     p: Parameter, region: Region, layout: Layout, uses: Sequence[_Use]
 ) -> tuple[tuple[str, str], ...]:
-    """(role, key) of the parts along out that every use agrees on."""
+    """The parts along out that every use agrees on, each as (role, key)."""
     seen = {u.site.parts for u in uses}
     if len(seen) != 1 or any(u.layout != layout or u.region != region for u in uses):
         return ()

@@ -2,7 +2,7 @@
 
     W'[region] = W[region] + cast(s · (b @ a)),   b @ a, then s, then + W in fp32, rounded once
 
-DoRA's W' is m/‖V‖ · V with V that sum.
+The new weight of DoRA is m/‖V‖ · V, where V is that sum.
 
 Uses of a parameter that take the same updates share one constant. When these are all uses of the
 parameter (or, in a graph alone with its constants, the rest read none of the regions that change)
@@ -39,8 +39,13 @@ from lora_fx.targets.target import Target
 class Folded:
     """What fold did to one parameter: where the value went and what rounding lost.
 
-    `kept` is ⟨applied, Δ⟩/⟨Δ, Δ⟩: 1 when the stored dtype holds the whole change, 0 when rounding
-    swallowed it. `grew` is the bytes of a constant that had to be added.
+    Attributes:
+        parameter: The parameter.
+        stored_as: The name that holds the new value; another one where tied uses differ.
+        keys: The updates that are in it.
+        kept: ⟨applied, Δ⟩/⟨Δ, Δ⟩: 1 when the stored dtype holds the whole change, 0 when
+            rounding swallowed it.
+        grew: Bytes of a constant that had to be added.
     """
 
     parameter: str
@@ -55,9 +60,12 @@ class Fold:
     """Fold `updates` (key → LowRank, bound) into a graph's constants.
 
     Attributes:
-        updates: What to fold.
-        lazy: Values are computed when the graph is written; the report is filled in then, and
-            does not tell a value in place from one that was added.
+        updates: The updates to fold.
+        lazy: Compute values when the graph is written. The report is filled in then, and does
+            not tell a value in place from one that was added.
+        report: Receives a Folded for each constant.
+        applied: Receives where each group of updates went, for other graphs over the same
+            tensors.
     """
 
     updates: Mapping[str, LowRank]
@@ -167,7 +175,7 @@ def _reads(t: Target, site: Site) -> bool:
 
 
 ROWS = 1 << 20
-"""Elements of a tensor that are folded at a time: a wide copy of them is in memory."""
+"""So many elements of a tensor are folded at a time: a wide copy of them is in memory."""
 
 
 def fold_value(

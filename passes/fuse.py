@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Fuse:
-    """Let one addmm do what a branch ends with."""
+    """Let one addmm do the last product of a branch, its scale and the sum."""
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds no sum of that form."""

@@ -50,11 +50,13 @@ class Insert:
 
     Attributes:
         updates: Initial values; their shapes are checked by bind.
-        dropout: Probability on the branch's input, in training graphs only.
-        training: Whether this graph is one.
-        missing: error, or skip for calls that do not reach every target.
+        dropout: The probability of dropout on a branch's input, in training graphs only.
+        training: True when this graph is one.
+        missing: What a key that is no target of the graph means: error, or skip for calls
+            that do not reach every target.
         role: What the new tensors are for.
         weight_form: Take the weight form everywhere, as a reference for the output forms.
+        notes: Receives what had to be said.
     """
 
     updates: Mapping[str, LowRank]
@@ -117,7 +119,10 @@ class Insert:
         way: str,
         stretch: V | None = None,
     ) -> V | None:
-        """s·b(a x) in the shape of the result; the rows of b times `stretch` [*batch, out, 1]."""
+        """The branch s·b(a x) in the shape of the result; None where it has no such form.
+
+        `stretch` [*batch, out, 1] multiplies the rows of b.
+        """
         read = site_layout(site, target.parameter.shape)
         assert read is not None
         layout = update.layout or target.layout
@@ -200,12 +205,12 @@ def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, rol
     """A weight with one update in it.
 
     Args:
-        e: Of any IR.
-        target: Of the update.
-        update: Bound.
+        e: An emitter of any IR.
+        target: The target of the update.
+        update: The update, bound.
         stored: The parameter as it is stored.
-        w: The same with the updates of other regions in it already.
-        role: Of the update's tensors.
+        w: The same, with the updates of other regions in it already.
+        role: What the tensors of the update are for.
     """
     layout, variant = update.layout or target.layout, variant_of(update)
     change = _delta(e, target, update, stored, role)
@@ -216,7 +221,7 @@ def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, rol
 
 
 def _delta(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> V:
-    """s·b·a in the stored shape of the target's region, in the dtype of `stored`."""
+    """The change s·b·a in the stored shape of the target's region, in the dtype of `stored`."""
     total: V | None = None
     for half in halves(target.key, update, split=role is Role.TRAIN):
         a, b = factors(e, half, stored, role)

@@ -101,7 +101,7 @@ def _reads(p: Projection) -> list[fx.Node]:
 
 
 def _code(chain: Chain, made: Sequence[fx.Node]) -> Code:
-    """The steps as a function of what they are given."""
+    """The steps of a chain as one function of what they read."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in chain.given:
         env[node] = graph.placeholder(node.name)

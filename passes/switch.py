@@ -33,8 +33,8 @@ from lora_fx.passes.insert import Insert
 from lora_fx.targets.target import Target
 
 OLDEST_IR = 4
-"""Since this version of the file format an initialiser need not be an input, so one that is has
-a meaning: it can be overridden."""
+"""From this version of the file format on, an initialiser need not be an input, so that one which
+is an input can be overridden."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Switch:
 
     Attributes:
         keys: Targets of the graph, in its own names.
-        rank: 0 for inputs with defaults. Else of mode load: the size that the ranks of A and B
-            have, which are initialisers then, and every use has the weight form, which ONNX
-            Runtime folds when it loads the file.
+        rank: 0 for inputs with defaults. Above 0, mode load: A and B are initialisers of that
+            rank, and every use has the weight form, which ONNX Runtime folds when it loads
+            the file.
         made: Receives the manifest.
     """
 
@@ -98,7 +98,7 @@ class Switch:
 
 
 def _zero(target: Target) -> LowRank:
-    """One rank of zeros, scale 1."""
+    """An update of one rank of zeros and scale 1."""
     layout = target.layout
     a = np.zeros((*layout.batch_shape, 1, layout.in_size), np.float32)
     b = np.zeros((*layout.batch_shape, layout.out_size, 1), np.float32)

@@ -56,7 +56,7 @@ def batch_symbol(model: ir.Model) -> str:
 
 @dataclass(frozen=True)
 class Ids:
-    """The inputs of a batch graph: adapter numbers, and weights where asked for."""
+    """The inputs of a batch graph: adapter numbers, and weights where they were asked for."""
 
     ids: ir.Value
     size: ir.Value
@@ -66,9 +66,9 @@ class Ids:
 
 
 def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids:
-    """`adapter_ids` int64 [batch], and `adapter_scales` float [batch] where `scales` is given.
+    """Add `adapter_ids` int64 [batch], and with `scales` also `adapter_scales` float [batch].
 
-    A negative id, which Gather would count from the end, is turned into one that it refuses.
+    Gather counts a negative id from the end; it is turned into one that Gather refuses.
     """
     inner = graph.model.graph
     taken = {v.name for v in inner.inputs} | set(inner.initializers)
@@ -100,7 +100,7 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids
 
 
 def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
-    """last, middle or lookup; the reason why not is raised.
+    """The form of a use: last, middle or lookup.
 
     Raises:
         LoraFxError: Rows cannot be told apart, or the kind of use has no form by row.
@@ -129,7 +129,7 @@ def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
 
 
 class BatchEmitter(OnnxEmitter):
-    """Emits the branch of one site."""
+    """Emits the nodes of one site's branch."""
 
     def __init__(self, owner: OnnxGraph, found: OnnxWeightUse, ids: Ids, rows: RowAxis) -> None:
         super().__init__(owner, found, before=False)
@@ -148,7 +148,7 @@ class BatchEmitter(OnnxEmitter):
         return self._shaped(self._call("MatMul", mine, self._scaled(t)), y)
 
     def _last(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
-        """Delta in the shape of y; x is turned so that rows come first, and y's delta back."""
+        """The delta in the shape of y; rows of x are brought to the front, and those of y back."""
         r, axis = rank(x), self.rows.axis
         assert r is not None and axis is not None
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
@@ -176,14 +176,14 @@ class BatchEmitter(OnnxEmitter):
         return self._call("Reshape", delta, self._call("Shape", y))
 
     def _scaled(self, t: ir.Value) -> ir.Value:
-        """T [batch, …, …] times the weight of its row."""
+        """The value t [batch, …, …] times the weight of each row."""
         if self.ids.scales is None:
             return t
         factor = self._call("Reshape", self.ids.scales, self._ints(-1, 1, 1))
         return self._call("Mul", t, self._call("CastLike", factor, t))
 
     def _rows(self, x: ir.Value, a: ir.Value) -> ir.Value:
-        """A[ids[b], x[b, j]] as [batch, m, r]: rows of A as one long table."""
+        """The rows A[ids[b], x[b, j]] as [batch, m, r], looked up in A as one long table."""
         count = self.site.operand[0]
         flat = self._call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))  # type: ignore[union-attr]
         tokens = self._call("Cast", x, to=int(ir.DataType.INT64))
@@ -194,7 +194,7 @@ class BatchEmitter(OnnxEmitter):
         return self._call("Gather", flat, self._call("Add", tokens, start))
 
     def _windows(self, x: ir.Value) -> ir.Value:
-        """X [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
+        """The windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
         channels, kernel = self.site.operand[1], self.site.operand[2:]
         size = math.prod(kernel)
         attributes = dict(self.node.attributes)
@@ -225,8 +225,9 @@ def stack(
     """Factors [rank, in] and [out, rank] of every adapter, as stacks; entry 0 is zeros.
 
     Args:
-        updates: One entry an adapter, None where it has no update of this use. The scale is in b.
-        form: See the module.
+        updates: One entry for each adapter, None where it has no update of this use; the scale is
+            in b.
+        form: One of the three of the module's docstring.
         dtype: Of the result.
     """
     given = [u for u in updates if u is not None]
@@ -286,8 +287,8 @@ def write_manifest(
 
 
 LIMIT = 5
-"""Where b copies cost what the products of u adapters do; measured on BERT, 256 wide, rank 8, with
-4 to 32 rows of 1 to 128 tokens."""
+"""Below it sharing is cheaper: there u adapters' products cost what b copies do. Measured on BERT,
+256 wide, rank 8, with 4 to 32 rows of 1 to 128 tokens."""
 NAME, IDS = "adapter_rows", "adapter_ids"
 
 
@@ -317,7 +318,7 @@ class Choice:
         self._ids, self._scales = self._call("Reshape", ids, self._ints(-1, 1, 1)), scales
 
     def rows(self, rank: int) -> ir.Value:
-        """int64 [g, k·rank]: rows of tables [n·rank, …]."""
+        """Which rows of the tables [n·rank, …] are read, as int64 [g, k·rank]."""
         key = ("rows", rank)
         if key not in self._made:
             first = self._call("Mul", self._chosen, self._ints(rank))
@@ -326,7 +327,7 @@ class Choice:
         return self._made[key]
 
     def mask(self, rank: int, dtype: str | None) -> ir.Value:
-        """[b, 1, k·rank]: a row's weight at its own factors, 0 at the others'."""
+        """The mask [b, 1, k·rank]: a row's weight at its own factors, 0 at all others."""
         key = ("mask", rank, dtype)
         if key not in self._made:
             owner = self._call("Div", self.rows(rank), self._ints(rank))
@@ -348,7 +349,10 @@ class Choice:
         return self._made[key]
 
     def _positions(self, batch: str) -> ir.Value:
-        """[1]: positions of a row: of its tokens, else of its first input, less the last axis."""
+        """How many positions a row has, as [1].
+
+        They are counted on the tokens, else on the first input without its last axis.
+        """
         rows = [v for v in self._graph.model.graph.inputs if v.shape and str(v.shape[0]) == batch]
         tokens = [v for v in rows if v.dtype in (ir.DataType.INT64, ir.DataType.INT32)]
         tokens = [v for v in tokens if v.name != IDS]

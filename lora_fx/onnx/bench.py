@@ -36,7 +36,7 @@ class Timings:
     samples: Mapping[str, Sequence[Sample]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a model: `cpu` and `wall`, as `lora_fx.onnx.bench.summary`."""
+        """One row for each model, with `cpu` and `wall` as `summary` gives them."""
         base = next(iter(self.samples.values()))
         return [
             {
@@ -94,10 +94,10 @@ def bench(
         files: Paths of .onnx files.
         sizes: (batch, length) of dynamic dimensions; sizes that no dimension tells apart run once.
         inputs: Arrays by input name instead of sampled ones, at one size.
-        threads: Of ONNX Runtime, for each session.
-        rounds: How many are counted.
-        warmup: Rounds before them that are not.
-        provider: auto, cpu or cuda.
+        threads: How many threads ONNX Runtime gets, for each session.
+        rounds: How many rounds are counted.
+        warmup: How many rounds before them are not.
+        provider: The provider: auto, cpu or cuda.
 
     Raises:
         LoraFxError: A file does not load, or does not run at a size.
@@ -125,7 +125,10 @@ def time_sessions(
     warmup: int = 2,
     seconds: float | None = None,
 ) -> Timings:
-    """Sessions by name, each on its own feeds, interleaved; `seconds` a sample of the first."""
+    """Time sessions by name, interleaved, each on its own feeds.
+
+    `seconds` is how long a sample of the first one shall last.
+    """
     shapes = {k: v.shape for k, v in next(iter(feeds.values())).items()}
     first, second = 0.0, math.inf
     for name, session in opened.items():
@@ -168,9 +171,8 @@ def _feeds(
     return {**signature(session).sample(size), **(inputs or {})}
 
 
-# Things timed in turn, A B C A B C …, and compared with the first of the same rounds.
-#
-# A machine that slows down slows all of a round, so ratios are taken within rounds.
+# Runs are timed in turn, A B C A B C …, and compared with the first of the same round: a machine
+# that slows down slows all of a round.
 
 
 T = TypeVar("T")
@@ -185,7 +187,7 @@ class Sample:
 
 
 def timed(function: Callable[[], Any], repeats: int = 1) -> Sample:
-    """Seconds of one call, the mean of `repeats`."""
+    """Seconds that one call takes, as the mean over `repeats` calls."""
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         function()
@@ -199,14 +201,14 @@ def interleave(
     warmup: int = 1,
     before: Callable[[], None] | None = None,
 ) -> dict[str, list[T]]:
-    """{name: what each counted round gave}; everything runs once a round, in the given order.
+    """Run everything once a round, in the given order; returns what each counted round gave.
 
     Args:
-        runs: Name → what measures it; the first is the baseline, a second of the same thing the
-            control.
-        rounds: How many are counted.
-        warmup: Rounds before them that are not.
-        before: Called before every run.
+        runs: Name → a function that measures; the first is the baseline, and a second one of the
+            same thing the control.
+        rounds: How many rounds are counted.
+        warmup: How many rounds before them are not.
+        before: A function that is called before every run.
     """
     found: dict[str, list[T]] = {name: [] for name in runs}
     for i in range(warmup + rounds):

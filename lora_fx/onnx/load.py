@@ -21,16 +21,16 @@ DAMAGED = "the download or copy may be incomplete; fetch the file again"
 LFS = b"version https://git-lfs"
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-"""Fields that hold numbers one by one."""
+"""The fields of a tensor that hold numbers one by one, beside raw_data."""
 HALF_BYTE = {"INT4", "UINT4", "FLOAT4E2M1"}
 QUARTER_BYTE = {"INT2", "UINT2"}
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """A model whose stored tensors are all there; large ones stay in their files until read.
+    """Open a model and check that its tensors are all there; large ones stay in their files.
 
     Raises:
-        LoraFxError: Not an ONNX file, or a tensor whose bytes are not where the file says.
+        LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
     """
     file = Path(path)
     proto = _proto(file)
@@ -48,10 +48,10 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def data_names(path: str | os.PathLike[str]) -> list[str]:
-    """Names of the files, beside a model's, that hold its tensors; these are checked.
+    """The names of the files beside a model that hold its tensors; the tensors are checked.
 
     Raises:
-        LoraFxError: As in load.
+        LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
     """
     file = Path(path)
     proto = _proto(file)
@@ -82,7 +82,7 @@ def _proto(file: Path) -> onnx.ModelProto:
 
 
 def _tensors(graph: onnx.GraphProto, functions: Any = ()) -> Iterator[onnx.TensorProto]:
-    """Initialisers, sparse ones, and tensors in attributes, bodies included."""
+    """Every stored tensor: initialisers, sparse ones, and those in attributes and bodies."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)

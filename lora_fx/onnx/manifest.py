@@ -46,10 +46,10 @@ class SwitchSlot:
         batch: Sizes before them (experts of a stack); empty for a plain matrix.
         shape: The stored shape of the weight in the ONNX file.
         op: The op that reads the weight.
-        role: q, k, v …, or empty.
-        rank: Of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe; in mode
-            load the largest that an adapter may have.
-        dtype: Of both tensors.
+        role: What the weight is for (q, k, v …), or empty.
+        rank: The rank of the default, which changes nothing: 0, or 1 (zeros) where 0 is not safe.
+            In mode load, the largest that an adapter may have.
+        dtype: The dtype of both tensors.
     """
 
     a: str
@@ -72,13 +72,13 @@ class Manifest:
     mode: str = "switch"
 
     def to_text(self) -> str:
-        """JSON, for the model's metadata."""
+        """The manifest as JSON, for the model's metadata."""
         slots = {k: asdict(s) for k, s in self.slots.items()}
         return json.dumps({"version": VERSION, "mode": self.mode, "slots": slots})
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Manifest:
-        """The inverse of to_text.
+        """Read what `to_text` wrote.
 
         Raises:
             LoraFxError: No manifest, one of another mode, or one of another version.
@@ -104,7 +104,7 @@ class Manifest:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
 
     def tensors(self, adapter: Adapter, where: str = "the adapter") -> dict[str, Array]:
-        """The tensors of an adapter by their name in the file, scale multiplied into B.
+        """The tensors of an adapter by their names in the file, the scale multiplied into B.
 
         Args:
             adapter: Keys as in the manifest, or a file's own names where those can be resolved.
@@ -209,7 +209,7 @@ def _stored(matrix: Array, dtype: str) -> Array:
 
 
 _BF16 = 16
-"""BFLOAT16 in onnx.TensorProto.DataType."""
+"""The number of BFLOAT16 in onnx.TensorProto.DataType."""
 
 _TYPES = {"tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16)}
 
@@ -280,13 +280,14 @@ def _array(value: Any) -> Array:
     return np.frombuffer(data, dtype).reshape(value.shape()).copy()
 
 
-# Branches that insert put into an .onnx file: their list in the metadata, and the adapter again.
+# Branches that insert put into an .onnx file: their list in the metadata, and the way back to an
+# Adapter.
 #
 # A is [*batch, rank, in] and B [*batch, out, rank], as in an Adapter; the scale is a node.
 
 
 def listed(updates: Mapping[str, LowRank]) -> str:
-    """JSON, for the model's metadata: bound updates by key."""
+    """The bound updates by key as JSON, for the model's metadata."""
     targets = {}
     for key, u in updates.items():
         layout = u.layout
@@ -300,7 +301,7 @@ def listed(updates: Mapping[str, LowRank]) -> str:
 
 
 def adapter_in(path: str | PathLike[str]) -> Adapter:
-    """The adapter whose branches are in a file that insert wrote, trained since.
+    """Read the adapter whose branches stand in a file that insert wrote, trained since.
 
     Raises:
         LoraFxError: The file has no such branches, or one was renamed.

@@ -45,10 +45,10 @@ def match(
     """Find the tensor of every entry.
 
     Args:
-        adapter: Of any format; bound to another model or not at all.
-        graph: The graph.
-        found: Its targets.
-        given: Adapter key → tensor of the file.
+        adapter: An adapter of any format, bound to another model or not at all.
+        graph: The graph of the file.
+        found: The targets of the graph.
+        given: A map of the user's, adapter key → tensor of the file.
 
     Raises:
         LoraFxError: An entry whose tensor the file does not have, or a shape that does not fit.
@@ -91,7 +91,7 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
 
 
 def _scoped(adapter: Adapter, found: Found) -> Found:
-    """Targets that also go by the module path of the nodes that read them."""
+    """The targets, which then also go by the module path of the nodes that read them."""
     every = (*found.targets, *found.optional)
     own = {n for t in every for n in (t.parameter.name, *t.parameter.aliases)}
     paths: dict[str, dict[str, Target]] = {}
@@ -117,7 +117,7 @@ def _scoped(adapter: Adapter, found: Found) -> Found:
 
 
 def _by_shape(adapter: Adapter, graph: OnnxGraph, found: Found) -> dict[str, str]:
-    """Adapter key → the one target of its shape; empty where names lead anywhere."""
+    """For each adapter key the one target of its shape; empty where names lead anywhere."""
     low = adapter.lowrank
     names = {*found.shapes, *graph.flow.stores}
     known = any(k in names or found.get(k) is not None for k in adapter.entries)

@@ -20,7 +20,7 @@ from lora_fx.targets.found import Found
 from lora_fx.targets.target import Target, base_name, split_use
 
 CHANGED = "lora_fx.changed"
-"""On a weight that is no longer the parameter whose name it has."""
+"""Metadata key of a weight that is no longer the parameter whose name it has."""
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 
@@ -28,10 +28,15 @@ FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None) -> int:
     """Rename `val_N` initialisers to the parameter that the exporter folded them from.
 
+    torch's exporter transposes the weight of a linear layer into a new constant, and leaves the
+    name in its metadata (`pkg.onnxscript.optimizer.folded_from`). So this runs before anything that
+    clears metadata.
+
     Two constants of one parameter (a tied weight and its transpose) get `NAME` and `NAME.1`.
     Returns the number of renamed initialisers.
 
     Args:
+        model: The model, edited in place.
         first: Any name of a tied tensor → the name that it goes by.
     """
     graph, names = model.graph, first or {}
@@ -64,6 +69,7 @@ def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> 
     """Mark weights that the exporter folded something into, such as a batch norm.
 
     Args:
+        model: The model, edited in place.
         values: Name of a parameter → its value in the model that was exported.
     """
     for node in model.graph.all_nodes():
@@ -79,7 +85,7 @@ def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> 
 
 
 def _source(text: str) -> str | None:
-    """The one name in a folded_from list, or None."""
+    """The one name in a folded_from list; None where it has several."""
     try:
         names = ast.literal_eval(text) if text else []
     except (ValueError, SyntaxError):
@@ -150,7 +156,7 @@ COPY_OF = "lora_fx.copy_of"
 
 
 def copies_of(model: ir.Model) -> dict[str, str]:
-    """Initialiser → the tensor that it is another copy of."""
+    """For each initialiser that is another copy of a tensor, the name of that tensor."""
     values = model.graph.initializers.values()
     return {str(v.name): v.metadata_props[COPY_OF] for v in values if COPY_OF in v.metadata_props}
 
@@ -159,9 +165,9 @@ def spread(adapter: Adapter, found: Found, copies: Mapping[str, str]) -> Adapter
     """The adapter with an entry for every copy of a tensor that its update reaches.
 
     Args:
-        adapter: Bound to a module, or not bound.
-        found: Targets of the ONNX graph.
-        copies: Of `copies_of`.
+        adapter: An adapter that is bound to a module, or not bound.
+        found: The targets of the ONNX graph.
+        copies: What `copies_of` gave.
 
     Raises:
         LoraFxError: The update is of one use, and the file does not tell which copy that is.

@@ -31,7 +31,7 @@ States = Mapping[ir.Value, RowAxis]
 
 
 def rank(value: ir.Value | None) -> int | None:
-    """Number of dimensions, where known."""
+    """The number of dimensions of a value; None where it is unknown."""
     return None if value is None or value.shape is None else len(value.shape)
 
 
@@ -45,13 +45,16 @@ def _attr(node: ir.Node, name: str, default: int) -> int:
 
 
 def _meet(states: set[RowAxis]) -> RowAxis | None:
-    """Operands of one elementwise op: their batch axes have one size, so one exact one decides."""
+    """Where the result of an elementwise op has its rows; None where its operands disagree.
+
+    Their batch axes have one size, so one that is exact makes the others exact.
+    """
     axes = {s.axis for s in states}
     return RowAxis(axes.pop(), any(s.exact for s in states)) if len(axes) == 1 else None
 
 
 def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Operands aligned at their last axis; all batch axes must meet."""
+    """Operands are aligned at their last axis, and their batch axes have to meet."""
     ranks = [rank(v) for v in node.inputs if v is not None]
     if any(r is None for r in ranks):
         same = [states.get(v, SAME) for v in node.inputs if v is not None]
@@ -66,13 +69,16 @@ def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | N
 
 
 def _keep(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """The first operand's rows, where no other operand has any."""
+    """The rows are those of the first operand, where no other operand has any."""
     others = (_state(node, states, k) for k in range(1, len(node.inputs)))
     return None if any(s.axis is not None for s in others) else _state(node, states, 0)
 
 
 def _along(default: int) -> Callable[[ir.Node, States, int, str], RowAxis | None]:
-    """An op along one axis, which must not be the batch; of LayerNormalization: from there on."""
+    """The rule of an op along one axis, which must not be the batch.
+
+    LayerNormalization works along that axis and all that follow.
+    """
 
     def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
         state, r = _keep(node, states, i, batch), rank(node.inputs[0])
@@ -176,7 +182,7 @@ def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
 
 
 def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Masks of transformers: entries picked by (row number, position), rows first and last."""
+    """Entries that are picked by (row number, position), as transformers' masks pick them."""
     data, y, x = _state(node, states, 0), node.outputs[0].shape, node.inputs[0]
     if data != FIRST or y is None or x is None or x.shape is None or not len(y):
         return None
@@ -215,7 +221,7 @@ def _gemm(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
 
 
 def _window(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Ops over [batch, channels, *size]."""
+    """The rows of an op over [batch, channels, *size] stay in front."""
     a = _keep(node, states, i, batch)
     return a if a is not None and a.axis == 0 and i == 0 else None
 
@@ -241,7 +247,7 @@ def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
 
 
 def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """CumSum takes its axis as an operand."""
+    """The rows stay where they are; CumSum takes its axis as an operand."""
     state, axis, r = _state(node, states, 0), constant(node.inputs[1]), rank(node.inputs[0])
     if axis is None or r is None or int(axis.reshape(-1)[0]) % r == state.axis:
         return None
@@ -289,8 +295,8 @@ RULES: Mapping[str, Rule] = {
 # A walk over the graph takes the batch axis of the inputs through every op that keeps rows apart:
 #
 #     axis 0, exact   [batch, …]            dimension 0 is the batch
-#     axis 0, merged  [batch · k, …]        rows were flattened, batch outermost (gpt2's Conv1D,
-# Swin)     axis k, exact   [.., batch, ..]       behind a Transpose
+#     axis 0, merged  [batch · k, …]        rows were flattened, batch outermost: gpt2, Swin
+#     axis k, exact   [.., batch, ..]       behind a Transpose
 #     no axis         the same for every row: tables, masks made from sizes
 #
 # Where the batch is outermost in memory, any Reshape leaves it so. An op that is not in the table,
@@ -299,7 +305,10 @@ RULES: Mapping[str, Rule] = {
 
 
 def provenance(model: ir.Model, batch: str) -> dict[ir.Value, RowAxis]:
-    """Rows of every value of the main graph; `batch` is the symbol of the inputs' dimension 0."""
+    """Where every value of the main graph has its rows.
+
+    `batch` is the symbol of the inputs' dimension 0.
+    """
     states: dict[ir.Value, RowAxis] = {}
     for value in model.graph.inputs:
         first = str(value.shape[0]) if value.shape else ""

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from lora_fx.onnx.triton import Repository
 
 EXTERNAL_OVER = 256 << 20
-"""Bytes of weights above which they go to `NAME.onnx.data` (protobuf itself ends at 2 GiB)."""
+"""With more bytes of weights than this they go to `NAME.onnx.data`; protobuf ends at 2 GiB."""
 
 INLINE = 256
-"""Bytes below which a tensor stays in the file: sizes and axes, which the runtime wants to read."""
+"""A tensor of fewer bytes stays in the file: sizes and axes, which the runtime wants to read."""
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initialisers."""
+    """How many bytes all initialisers have."""
     values = model.graph.initializers.values()
     return sum(v.const_value.nbytes for v in values if v.const_value is not None)
 
@@ -99,10 +99,10 @@ class Output:
         target: The name that it gets.
         path: Where it is written.
         data: The name that its data gets, if it is saved with any.
-        external: Whether it was.
-        repository: Where a copy goes, for Triton.
-        copies: The names of its files.
-        seen: What can be loaded before it has its name: `path`, but for one that shares data.
+        external: True when it was saved with data.
+        repository: The place of a copy, for Triton.
+        copies: The names of the copy's files.
+        seen: What can be loaded before it has its name: `path`, but for a file that shares data.
     """
 
     target: Path
@@ -114,7 +114,7 @@ class Output:
     seen: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        """Nothing is shared yet."""
+        """Begin with a file that shares no data, so that it can be loaded where it is written."""
         self.seen = self.path
 
     def save(
@@ -141,7 +141,7 @@ class Output:
             self.repository.config(self.path)  # refused before any proof
 
     def _show(self) -> None:
-        """A copy of the model in the folder of its target, where it can read the data it shares.
+        """Put a copy of the model next to its target, where it can read the data that it shares.
 
         Links to that data would be refused by onnx_ir and by the onnx package.
         """
@@ -167,7 +167,7 @@ class Output:
 def output(
     target: Path, *, force: bool = False, repository: Repository | None = None
 ) -> Iterator[Output]:
-    """A file that gets its name, after its data, when the block ends without an error.
+    """A context with a file that gets its name, after its data, when nothing has raised.
 
     An existing data file is never replaced: it may be an input's, and a run that is killed between
     the two names would leave a model with the data of another. The new one is then `NAME.1.data`.

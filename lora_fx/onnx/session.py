@@ -36,7 +36,10 @@ def driver_present() -> bool:
 
 @dataclass
 class RuntimeSession:
-    """A loaded model and the provider that it runs on; `note` is the line to show, or empty."""
+    """A loaded model and the provider that it runs on.
+
+    `note` is a line to show to the user, or empty.
+    """
 
     session: Any
     provider: str
@@ -44,11 +47,14 @@ class RuntimeSession:
 
     @property
     def input_names(self) -> list[str]:
-        """Names of the graph's inputs."""
+        """The names of the graph's inputs."""
         return [i.name for i in self.session.get_inputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """{output name: array}; feeds that the graph does not take are left out."""
+        """Run on arrays by input name and give arrays by output name.
+
+        Feeds that the graph does not take are left out.
+        """
         known = {k: v for k, v in feeds.items() if k in self.input_names}
         names = [o.name for o in self.session.get_outputs()]
         return dict(zip(names, self.session.run(names, known), strict=True))
@@ -66,11 +72,12 @@ def open_session(
 
     Args:
         path: The .onnx file.
-        provider: auto: CUDA when it is really there, else CPU with a note; cpu; cuda: an error
-            when it cannot be had.
-        threads: 0 leaves the number to the runtime.
+        provider: cpu; cuda, which is an error when it cannot be had; or auto: CUDA when it is
+            really there, else CPU with a note.
+        threads: How many; 0 leaves the number to the runtime.
         rewrites: Let the runtime rewrite the graph.
-        external: In the place of initialisers that lie in a data file: equal shapes and dtypes.
+        external: Arrays in the place of initialisers that lie in a data file, of equal shapes
+            and dtypes.
 
     Raises:
         LoraFxError: The file does not load, or CUDA was asked for and is not there.
@@ -116,8 +123,8 @@ _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(bool
 
 
 IMAGE = 64
-"""Height and width of a sampled image where a file leaves them open: smaller ones would vanish in
-the strides of most models."""
+"""The height and width of a sampled image where a file leaves them open: smaller ones would vanish
+in the strides of most models."""
 
 
 def signature(session: RuntimeSession) -> Inputs:
@@ -191,7 +198,7 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
 
 
 def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
-    """An .onnx_adapter for the file that the manifest is of."""
+    """Write an .onnx_adapter for the file that the manifest is of."""
     write_file(path, manifest.tensors(adapter), {"adapter_version": 1, "model_version": 1})
 
 
@@ -200,15 +207,15 @@ class Session:
 
     Args:
         path: The .onnx file.
-        provider: auto, cpu or cuda.
-        threads: 0 leaves the number to the runtime.
-        adapter: Of a file of mode load: what is folded into its weights now, an adapter or its
-            file in any format; the base model without one.
+        provider: The provider to ask for: auto, cpu or cuda.
+        threads: How many; 0 leaves the number to the runtime.
+        adapter: For a file of mode load, what is folded into its weights now: an adapter, or its
+            file in any format. Without one it is the base model.
 
     Attributes:
         manifest: What an adapter has to bring.
-        provider: cpu or cuda: where it runs.
-        note: A line to show, or empty.
+        provider: Where it runs: cpu or cuda.
+        note: A line to show to the user, or empty.
 
     Raises:
         LoraFxError: The file does not load, or is not switchable.
@@ -243,7 +250,7 @@ class Session:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the loaded adapters."""
+        """The names of the loaded adapters."""
         return tuple(self._arrays)
 
     def load(self, name: str, adapter: Adapter | str | PathLike[str]) -> None:
@@ -263,7 +270,7 @@ class Session:
         self._free[name] = []
 
     def run(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
-        """{output: array}.
+        """Run once, with the base model, one adapter or a mix, and give arrays by output name.
 
         Args:
             inputs: Arrays by input name.
@@ -287,7 +294,7 @@ class Session:
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
 
     def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
-        """A run with a binding that has the adapter already, and that no other thread is using."""
+        """Run with a binding that has the adapter already and that no other thread is using."""
         self._known(name)
         free = self._free[name]
         try:
@@ -335,7 +342,7 @@ class Session:
         return _values(self._mixed(adapter))
 
     def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
-        """A side by side and w·B below one another: the ranks add up."""
+        """The tensors of a mix: A side by side and w·B below one another, so the ranks add up."""
         mixed: dict[str, Array] = {}
         for slot in self.manifest.slots.values():
             parts = [(self._arrays[n], w) for n, w in weights.items() if slot.a in self._arrays[n]]

@@ -24,10 +24,11 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSl
     """Put A and B, as they are read, in the place of what insert made.
 
     Args:
-        graph: It has the branches of the target.
+        graph: A graph that has the branches of the target.
         target: The target.
-        rank: Of the default, zeros.
-        symbol: Name of the rank of an input; empty: A and B are initialisers alone.
+        rank: The rank of the default, which is zeros.
+        symbol: The name of the rank as a dynamic dimension of inputs; empty where A and B are
+            initialisers and no inputs.
     """
     layout = target.layout
     batch = layout.batch_shape
@@ -62,7 +63,7 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSl
 
 
 def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]) -> None:
-    """Users of `was` read `new`, its transpose, with as few transposes as there can be."""
+    """Let users of `was` read `new`, its transpose, with as few transposes as there can be."""
     made = graph.model.graph.initializers
     for user, i in list(was.uses()):
         body = user.graph
@@ -121,7 +122,7 @@ Match = tuple[ir.Value, ir.Value, ir.Value, ir.Value]
 
 
 def _match(node: ir.Node) -> Match | None:
-    """(x, A, B, y) of Add(y, MatMul(MatMul(x, A), B))."""
+    """The values x, A, B and y of Add(y, MatMul(MatMul(x, A), B)); None for other nodes."""
     if node.op_type != "Add" or node.domain:
         return None
     for y, delta in (node.inputs, node.inputs[::-1]):
@@ -133,7 +134,7 @@ def _match(node: ir.Node) -> Match | None:
 
 
 def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """Both operands of the product that made a value nothing else reads."""
+    """Both operands of the product that made a value which nothing else reads; else None."""
     node = value.producer() if value is not None and len(value.uses()) == 1 else None
     if node is None or node.op_type != "MatMul" or node.domain:
         return None
@@ -142,7 +143,7 @@ def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
 
 
 def _rewrite(add: ir.Node, match: Match, slot: SwitchSlot, flat: Flat) -> None:
-    """The sum, or the sum and its bias, is one product; an output of the graph keeps its name."""
+    """Make one product of the sum, or of the sum and its bias; a graph's output keeps its name."""
     x, a, b, y = match
     plain = rank(y) == 2
     left = x if plain else flat.rows(add, x, slot.inside)
@@ -178,14 +179,14 @@ def _rewrite(add: ir.Node, match: Match, slot: SwitchSlot, flat: Flat) -> None:
 
 
 class Flat:
-    """Nodes before the Add of a branch; flat forms of an activation are made once."""
+    """Makes nodes before the Add of a branch; each activation is flattened once."""
 
     def __init__(self, graph: OnnxGraph) -> None:
         self._graph = graph
         self._rows: dict[tuple[int, int], ir.Value] = {}
 
     def made(self, add: ir.Node, op: str, *inputs: ir.Value) -> ir.Value:
-        """A node of the branch that `add` ends."""
+        """A new node of the branch that `add` ends."""
         node = ir.node(op, inputs)
         node.metadata_props[MARK] = add.metadata_props.get(MARK, "")
         node.outputs[0].name = self._graph.fresh(f"lora_flat_{op}")
@@ -194,7 +195,10 @@ class Flat:
         return node.outputs[0]
 
     def rows(self, add: ir.Node, value: ir.Value, width: int) -> ir.Value:
-        """[rows, width]; rows are counted from the width, never from a rank, which may be 0."""
+        """The value as [rows, width].
+
+        Rows are counted from the width, never from a rank: that may be 0, and 0 rows would follow.
+        """
         key = (id(add.graph), id(value))
         if key not in self._rows:
             owner, name = self._graph.model.graph, f"lora_rows_of_{width}"
@@ -205,7 +209,7 @@ class Flat:
         return self._rows[key]
 
     def layer(self, add: ir.Node, bias: ir.Node, y: ir.Value, left: ir.Value) -> ir.Value:
-        """Gemm(left, W, bias) in the place of the product y = x W and of the Add of the bias."""
+        """Put Gemm(left, W, bias) in the place of the product y = x W and the Add of the bias."""
         product, old = y.producer(), add.outputs[0]
         assert product is not None
         w, c = product.inputs[1], next(v for v in bias.inputs if v is not old)
@@ -271,7 +275,7 @@ def reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:
 
 
 def _no_zero(target: ir.Value | None) -> bool:
-    """A shape that copies no size from its input: none of its constants is 0."""
+    """True for a shape that copies no size from its input: none of its constants is 0."""
     node = target.producer() if target is not None else None
     parts = list(node.inputs) if node is not None and node.op_type == "Concat" else [target]
     known = [ir.convenience.get_const_tensor(v) for v in parts if v is not None]

@@ -50,10 +50,10 @@ class Attachment:
 
     Args:
         model: The user's module.
-        planner: Decides the forms.
-        also_train: First names of tensors trained whole.
-        frozen_norms: Batch norms keep their running statistics while training.
-        dropout: Of the branches in train mode.
+        planner: Decides which module gets which form.
+        also_train: First names of the tensors that are trained whole.
+        frozen_norms: True when batch norms keep their running statistics while training.
+        dropout: The probability of dropout on the branches, in train mode.
     """
 
     def __init__(
@@ -151,7 +151,10 @@ class Attachment:
                     del module._modules[name]
 
     def uninstall(self) -> None:
-        """As before attach, bit for bit: also the flags and the tensors that were trained whole."""
+        """Make the model what it was before attach, bit for bit.
+
+        The flags and the tensors that were trained whole go back too.
+        """
         self.remove()
         with torch.no_grad():
             for name, value in self._originals.items():
@@ -164,7 +167,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """Within this block the low-rank updates are off."""
+        """A context in which the low-rank updates are off."""
         was, self.switch.on = self.switch.on, False
         try:
             yield
@@ -173,7 +176,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:
-        """Within this block, collects the paths of the modules whose branch ran."""
+        """A context that collects the paths of the modules whose branch ran."""
         seen: set[int] = set()
         paths: set[str] = set()
         lives = [m._lora_fx for m, _, _ in self._swapped]
@@ -201,7 +204,7 @@ class Attachment:
         return p
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Key → the parameters A and B, as trained."""
+        """The trained parameters A and B of every key."""
         held = {key: slots_of(key, u) for key, u in self.updates.items()}
         return {
             key: (self._parameter(s[0].name), self._parameter(s[1].name)) for key, s in held.items()
@@ -270,7 +273,7 @@ class Attachment:
         self.check_base(adapter)
 
     def check_base(self, adapter: Adapter) -> None:
-        """Note for the report if an adapter says that it was trained on other weights."""
+        """Put a note into the report if an adapter says that it was trained on other weights."""
         self._sampled.check(adapter.metadata, self._parameter)
 
     def report(self) -> AdaptedReport:
@@ -332,9 +335,9 @@ class Planner:
     def forms(
         self, updates: Mapping[str, LowRank], by_weight: frozenset[str] = frozenset()
     ) -> dict[str, Form]:
-        """Module path → Form. Modules in `by_weight` get no branch."""
+        """The form of every module, by path; modules in `by_weight` get no branch."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Planner:
-        """The graph behind it is never changed."""
+        """The planner itself: the graph behind it is never changed."""
         return self

@@ -22,7 +22,7 @@ from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Conv, ConvTranspose, Einsum
 
 INPUTS = 2
-"""Values that a call brings: the activation (or the stored weight), and the op's result."""
+"""A call brings two values: the activation or the stored weight, and the op's result."""
 
 
 def _conv(x: torch.Tensor, w: torch.Tensor, **attrs: Any) -> torch.Tensor:
@@ -69,12 +69,12 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
     "cast_like": lambda x, y: x.to(y.dtype),
 }
-"""One line a primitive of lora_fx.ir.graph.Emitter."""
+"""What runs each primitive of lora_fx.ir.emitter."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value of a recording: its place in the list of values."""
+    """A value of a recording, which is its place in the list of values."""
 
     index: int
 
@@ -104,7 +104,7 @@ class Bound:
     steps: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...]
 
     def __call__(self, first: torch.Tensor, second: torch.Tensor | None = None) -> Any:
-        """The program's result on the values of one call."""
+        """Run the program on the values of one call."""
         values: list[Any] = [first, second]
         for module, leaf in self.places:
             values.append(module._parameters[leaf])
@@ -115,7 +115,7 @@ class Bound:
 
 
 def bound(program: Program, place: Callable[[str], tuple[nn.Module, str]]) -> Bound:
-    """A program with each tensor's module found by its name."""
+    """The program with the module of each of its tensors, found by the tensor's name."""
     steps = tuple((prim, operands, dict(attrs)) for prim, operands, attrs in program.steps)
     return Bound(tuple(place(n) for n in program.tensors), program.constants, steps)
 
@@ -125,14 +125,14 @@ class Recorder:
     """An Emitter whose values are places in a recording.
 
     Args:
-        padding: padding_idx of the site's lookup, which `like` keeps.
+        padding: The padding_idx of the site's lookup, which `like` keeps.
     """
 
     padding: int | None = None
     made: list[tuple[Any, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """The inputs come first."""
+        """Give the inputs the first places."""
         self.made += [("input",)] * INPUTS
 
     def _add(self, *entry: Any) -> Value:
@@ -140,17 +140,17 @@ class Recorder:
         return Value(len(self.made) - 1)
 
     def input(self, index: int) -> Value:
-        """One of the values that a call brings."""
+        """The place of a value that a call brings."""
         return Value(index)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> Value:
-        """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
+        """Record one primitive of the closed set; see lora_fx.ir.emitter."""
         operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
         fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
         return self._add("step", prim, tuple(o.index for o in operands), fixed)
 
     def like(self, site: Site, x: Value, w: Value) -> Value:
-        """The site's op from primitives; a lookup keeps its padding row, which has no gradient."""
+        """Record the site's op; a lookup keeps its padding row, which has no gradient."""
         if site.op == "embedding":
             return self.op("gather", w, x, padding_idx=self.padding)
         if isinstance(site.kind, (Einsum, Conv, ConvTranspose)):

@@ -29,13 +29,13 @@ from lora_fx.fx.attach.eager_emitter import Bound
 STATE = "_lora_fx"
 REGISTRY = "_lora_fx_attached"
 METHODS = ("adapter", "load_adapter", "report")
-"""What the root gains, unless the model has something of its own by that name."""
+"""Methods that the root gains, unless the model has something of its own by that name."""
 ALWAYS, INSIDE, OUTSIDE = "always", "inside", "outside"
 
 
 @dataclass
 class ActiveAdapter:
-    """Shared by all modules of one model: off gives the base model's numbers."""
+    """The switch that all modules of one model share; off gives the base model's numbers."""
 
     on: bool = True
 
@@ -45,9 +45,9 @@ class Live:
     """What one module of an attached model knows.
 
     Attributes:
-        switch: The model's.
-        weights: leaf → (program of W + ΔW, which reads it serves: always, or only those inside
-            or outside this module's own forward).
+        switch: The switch of the model.
+        weights: For each leaf, the program of W + ΔW and which reads it serves: always, or only
+            those inside or outside of this module's own forward.
         output: The programs of the branch in eval and in train mode.
         inside: True while the module's own forward runs, where a weight asks for that.
         seen: Collects the id of every module whose branch ran, while a proof asks for it.
@@ -68,7 +68,7 @@ class Live:
 
 
 def _reader(leaf: str) -> property:
-    """`module.leaf`: the stored parameter with its update."""
+    """A property in place of `module.leaf`: the stored parameter with its update."""
 
     def read(self: nn.Module) -> Any:
         w = self._parameters[leaf]
@@ -82,10 +82,10 @@ def _reader(leaf: str) -> property:
 
 
 def _flat() -> property:
-    """The list of weights that torch's recurrent modules hand to their op.
+    """A property in place of the list of weights that torch's recurrent modules hand to their op.
 
-    They store it anew when a weight has changed; what is kept are the stored parameters, since
-    computed tensors could not be copied.
+    They store that list anew when a weight has changed. Stored parameters are kept and not what
+    was computed from them, since a computed tensor cannot be deep-copied.
     """
 
     def read(self: Any) -> Any:
@@ -126,7 +126,10 @@ def _with_bracket(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _frozen_training() -> property:
-    """`training` reads False; what train() and eval() set is kept for detach."""
+    """A property in place of `training` that reads False.
+
+    What train() and eval() set is kept, and comes back with detach.
+    """
 
     def read(self: nn.Module) -> bool:
         return False
@@ -206,7 +209,7 @@ def swap(module: nn.Module, live: Live) -> type[Any]:
 
 
 def restore(module: nn.Module, base: type[Any]) -> None:
-    """Undo swap."""
+    """Give a module its own class back, and undo everything else that `swap` did."""
     module.__class__ = base
     module.__dict__.pop(STATE, None)
     if isinstance(module, nn.RNNBase):  # its references are to weights that were computed

@@ -31,7 +31,7 @@ class PartialGraphs(Analysed):
 
     Attributes:
         root: The model.
-        count: Stretches that dynamo saw.
+        count: How many stretches dynamo saw.
         failed: Why some of them could not be read.
     """
 
@@ -55,7 +55,7 @@ class PartialGraphs(Analysed):
         return FxGraph(fx.Graph(), self.root).parameters()
 
     def data_flops(self) -> int:
-        """FLOPs between activations in all stretches."""
+        """FLOPs of the products of activations in all stretches."""
         return sum(g.data_flops() for g in self.graphs)
 
 
@@ -88,8 +88,8 @@ def partial_graphs(model: nn.Module, call: Callable[[], Any]) -> PartialGraphs:
     """Run `call` (the model on its example inputs) once through dynamo and read what it saw.
 
     Args:
-        model: In the mode to look at; its parameters are recognised by identity.
-        call: Calls the model.
+        model: The model, in the mode to look at; its parameters are recognised by identity.
+        call: A function that calls the model.
 
     Raises:
         Exception: What the model itself raises on these inputs.
@@ -138,7 +138,7 @@ def _read(
     return FxGraph(traced.graph, model)
 
 
-# Is a module's forward just one op on its weight? Read from the captured graph.
+# Whether a module's forward is just one op on its weight, read from the captured graph.
 #
 # A branch beside the module, y + B(A x)·s, is the branch beside the op only where what comes in is
 # the op's activation and what goes out is its result. Reshapes of leading axes on the way, as in
@@ -162,7 +162,7 @@ def one_op(site: Site, node: fx.Node, x: Any, states: Mapping[fx.Node, Any]) -> 
         site: The use.
         node: Its op.
         x: The op's activation.
-        states: Nodes that depend on parameters only (Flow.behind).
+        states: Nodes that depend on parameters only (FxFlow.behind).
     """
     call = _call(node)
     if call is None or not isinstance(x, fx.Node):

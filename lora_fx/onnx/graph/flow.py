@@ -22,9 +22,9 @@ from lora_fx.onnx.graph.ops import DATA_OPS, QUANTISED, OnnxOp, OnnxOperand, row
 
 MARK = "lora_fx"
 VIEW = "lora_fx.view"
-"""On the views of a use in weight form: they start at a sum instead of the weight."""
+"""Metadata key of the views of a use in weight form, which start at a sum, not at the weight."""
 WAS = "lora_fx.was"
-"""On the value of a site whose name went to the sum with its branches."""
+"""Metadata key of a site's value whose own name went to the sum with its branches."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Store:
 
     @property
     def tensor(self) -> ir.TensorProtocol:
-        """The tensor itself."""
+        """The tensor that is stored there now."""
         node = self.value.producer()
         found = self.value.const_value if node is None else node.attributes["value"].as_tensor()
         assert found is not None
@@ -63,7 +63,7 @@ class OnnxWeight:
 
 @dataclass(frozen=True)
 class OnnxWeightUse:
-    """One use of a weight."""
+    """One use of a weight: its site, its node, the operand, and the op table's row."""
 
     site: Site
     node: ir.Node
@@ -77,9 +77,9 @@ class OnnxFlow:
 
     Attributes:
         stores: Every stored tensor by name; the model's own come first, in file order.
-        weights: Values that are one of them behind views.
-        found: Every use, in execution order.
-        data_flops: FLOPs of products of activations.
+        weights: Values that are a stored tensor seen through views.
+        found: Every use of one, in execution order.
+        data_flops: FLOPs of the products of activations.
     """
 
     stores: dict[str, Store] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class OnnxFlow:
 
 
 def follow(model: ir.Model) -> OnnxFlow:
-    """Walk a model once."""
+    """Walk a model once, over all nodes, bodies included, in execution order."""
     flow = OnnxFlow()
     for value in model.graph.initializers.values():
         _store(flow, value)
@@ -168,7 +168,7 @@ def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:
-    """Sizes of a value: whole numbers, and what stands for a symbol."""
+    """The sizes of a value, whole numbers or symbols; None where the file does not say."""
     if value is None or value.shape is None:
         return None
     return tuple(value.shape)
@@ -250,13 +250,13 @@ def scope_of(node: ir.Node) -> tuple[str, str]:
 
 
 def _count(shape: Shape | None) -> int:
-    """Number of elements, where a symbol counts once."""
+    """The number of elements, where a symbolic size counts once."""
     sizes = [n for n in shape or () if isinstance(n, int)]
     return int(np.prod(sizes, dtype=np.int64)) if shape is not None else 0
 
 
 def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...]) -> int:
-    """2 · output elements · in, where every symbolic size counts once; lookups are free."""
+    """FLOPs of one use, 2 · elements of the result · in; a symbolic size counts once."""
     if use.kind.name == "embedding" or len(operand) < 2:
         return 0
     if use.kind.name == "conv_transpose":
@@ -271,7 +271,7 @@ def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...]) -> int:
 
 
 def _data(node: ir.Node) -> int:
-    """FLOPs of a product of activations."""
+    """FLOPs of one product of activations; 0 for everything else."""
     known = node.op_type in ("MatMul", "Gemm", "Einsum", "FusedMatMul")
     if not known and (node.domain, node.op_type) not in DATA_OPS:
         return 0
@@ -282,12 +282,13 @@ def _data(node: ir.Node) -> int:
     return 2 * _count(y) * (inner if isinstance(inner, int) else 1)
 
 
-# What keeps a weight a weight: ONNX ops between a tensor and its use, as View steps.
+# The ONNX ops that may stand between a weight and its use, as View steps.
 
 
 Steps = list[Step] | None
 Rule = Callable[[ir.Node, tuple[int, ...], int], Steps]
-"""(node, shape of its first operand, which result) → steps, or None where it is no view."""
+"""A rule takes the node, the shape of its first operand, and which of its results is meant; it
+gives the steps, or None where the node is no view."""
 
 
 def constant(value: ir.Value | None) -> Array | None:
@@ -309,7 +310,7 @@ def constant(value: ir.Value | None) -> Array | None:
 
 
 def numbers(node: ir.Node, name: str, slot: int) -> list[int] | None:
-    """Whole numbers that an op takes as an attribute, or since a later opset as an operand."""
+    """The whole numbers that an op takes as an attribute, or as an operand in later opsets."""
     if name in node.attributes:
         found = node.attributes[name].value
         return [int(found)] if isinstance(found, int) else [int(n) for n in found]
@@ -320,7 +321,7 @@ def numbers(node: ir.Node, name: str, slot: int) -> list[int] | None:
 
 
 def dtype_name(value: ir.Value | None) -> str:
-    """float32, bfloat16 …; empty where the model does not say."""
+    """The name of a value's dtype; empty where the model does not say."""
     dtype = None if value is None else value.dtype
     if dtype is None and value is not None and value.const_value is not None:
         dtype = value.const_value.dtype
@@ -328,7 +329,7 @@ def dtype_name(value: ir.Value | None) -> str:
 
 
 def tensor_dtype(dtype: ir.DataType) -> str:
-    """A dtype's name as numpy has it, or ONNX's own where numpy has none."""
+    """The name of a dtype as numpy has it, or ONNX's own where numpy has none."""
     try:
         return str(dtype.numpy().name)
     except (TypeError, KeyError):
@@ -427,7 +428,7 @@ def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 
 def _gather(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    """One entry of an axis, picked by a constant: no lookup."""
+    """The slice of one entry of an axis that a constant picks; ids from data are a lookup."""
     ids = constant(node.inputs[1])
     if ids is None or ids.ndim:
         return None
@@ -452,7 +453,7 @@ VIEWS: Mapping[str, Rule] = {
 
 
 def after(shape: tuple[int, ...], steps: list[Step]) -> tuple[int, ...]:
-    """The shape that steps leave."""
+    """The shape that a tensor has after some steps."""
     for step in steps:
         if isinstance(step, Permute):
             shape = tuple(shape[d] for d in step.dims)

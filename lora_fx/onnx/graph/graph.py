@@ -33,17 +33,17 @@ from lora_fx.onnx.graph.flow import (
 from lora_fx.onnx.graph.ops import row_of
 
 OLDEST = 11
-"""Since this opset Slice and Pad take their sizes as operands, as the emitter writes them."""
+"""From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
 
 
 class OnnxGraph(Analysed):
-    """A model; its stored tensors are the parameters.
+    """A model of onnx_ir, whose stored tensors are the parameters.
 
     Args:
-        model: Rewritten in place.
+        model: The model, which passes rewrite in place.
 
     Raises:
-        LoraFxError: An opset before 11.
+        LoraFxError: The model has an opset before 11.
     """
 
     alone = True
@@ -98,20 +98,23 @@ class OnnxGraph(Analysed):
         return [f.site for f in self.flow.found]
 
     def data_flops(self) -> int:
-        """FLOPs of products of activations; symbolic sizes count once."""
+        """FLOPs of the products of activations; a symbolic size counts once."""
         return self.flow.data_flops
 
     def adapted(self) -> frozenset[str]:
-        """Ids of sites whose branch stands in the graph."""
+        """The ids of sites whose branch stands in the graph."""
         marks = (n.metadata_props.get(MARK) for n in self.model.graph.all_nodes())
         return frozenset(m for m in marks if m)
 
     def read(self, name: str) -> Array:
-        """A stored tensor's value."""
+        """The value of a stored tensor."""
         return self.flow.stores[name].tensor.numpy()
 
     def reader(self, name: str) -> Callable[[], Array]:
-        """A tensor in a data file is mapped anew each time, so that nothing keeps it in memory."""
+        """A function that reads the value.
+
+        It maps a tensor of a data file anew each time, so that nothing keeps it in memory.
+        """
         tensor = self.flow.stores[name].tensor
         if isinstance(tensor, ir.ExternalTensor) and tensor.size:
             shape = tuple(tensor.shape.numpy())
@@ -120,7 +123,7 @@ class OnnxGraph(Analysed):
         return tensor.numpy
 
     def at(self, site: Site) -> OnnxWeightUse:
-        """What was found at a site."""
+        """What the walk found at a site."""
         if site.id not in self._found:
             self.flow  # noqa: B018  # walks the graph, where nobody has yet
         found = self._found.get(site.id)
@@ -129,7 +132,7 @@ class OnnxGraph(Analysed):
         raise LoraFxError(f"site {site.id!r} is not in this graph", "run find again")
 
     def activation(self, site: Site) -> ir.Value:
-        """The other operand."""
+        """The operand of the site that is no weight."""
         found = self.at(site)
         value = found.node.inputs[found.use.x]
         assert value is not None
@@ -142,7 +145,7 @@ class OnnxGraph(Analysed):
         return self._stores[site.parameter].value
 
     def output(self, site: Site) -> ir.Value:
-        """The node's result."""
+        """The result of the site's node."""
         return self.at(site).node.outputs[0]
 
     # --- rewriting -------------------------------------------------------------------------------
@@ -152,7 +155,10 @@ class OnnxGraph(Analysed):
         return OnnxEmitter(self, self.at(site), before=before)
 
     def replace_output(self, site: Site, y: ir.Value) -> None:
-        """Every user but the branch itself reads y; an output of a graph keeps its name."""
+        """Let every user but the branch itself read y; an output of a graph keeps its name.
+
+        The name is part of the file's interface, so it goes to y, and the old value gets another.
+        """
         old = self.output(site)
         y.shape, y.type = old.shape, old.type
         for user, i in list(old.uses()):
@@ -168,11 +174,11 @@ class OnnxGraph(Analysed):
         self.changed()
 
     def product(self, site: Site, e: object) -> ir.Value | None:
-        """None: files serve and start from the weight form."""
+        """None: no output form needs it in a file, where DoRA takes the weight form."""
         return None
 
     def rebase(self, site: Site, w: ir.Value) -> None:
-        """The site reads w through a view of its own."""
+        """Let the site read w through a view of its own."""
         e = self.emit(site, before=True)
         e.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
         operand = site.view.replay(e, w)
@@ -195,12 +201,12 @@ class OnnxGraph(Analysed):
         return True
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
-        """Sites read another stored tensor through views of their own."""
+        """Let sites read another stored tensor through views of their own."""
         for site in sites:
             self.rebase(site, self.flow.stores[stored].value)
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
-        """See lora_fx.ir.graph.Graph. A constant of their own is `NAME_folded`."""
+        """Let sites read a value; a constant of their own is called `NAME_folded[_1]`."""
         if self.covers(name, sites):
             store = self.flow.stores[name]
             store.put(as_tensor(value, str(store.tensor.name)))  # no other flow: nothing to drop
@@ -215,20 +221,20 @@ class OnnxGraph(Analysed):
         return stored
 
     def store(self, name: str, value: Array) -> None:
-        """Another value [stored shape] for a tensor, in the dtype that it has."""
+        """Store another value [stored shape] in a tensor, in the dtype that it has."""
         store = self.flow.stores[name]
         dtype = store.tensor.dtype.numpy()
         store.put(ir.tensor(value.astype(dtype), name=store.tensor.name))
 
     def clone(self) -> OnnxGraph:
-        """New nodes, same tensors."""
+        """The same graph in new nodes; tensors are shared."""
         other = OnnxGraph(self.model.clone())
         other._names, other.notes = self._names, list(self.notes)
         other.share(self._named)
         return other
 
     def lint(self) -> None:
-        """Every operand is an initialiser, an input, or made before its use."""
+        """Raise unless every operand is an initialiser, an input, or made before its use."""
         _lint(self.model.graph, set())
 
 
@@ -243,7 +249,10 @@ def _unknown(model: ir.Model) -> bool:
 
 
 def _infer_shapes(model: ir.Model) -> None:
-    """Fill in what the file leaves out; the pass logs where it cannot."""
+    """Fill in the shapes that the file leaves out.
+
+    Where it cannot, onnx_ir's pass logs an error; notes of ours say it to the user.
+    """
     from onnx_ir.passes.common import ShapeInferencePass
 
     logger = logging.getLogger("onnx_ir")
@@ -274,7 +283,7 @@ def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
 
 
 def as_tensor(value: Array | Deferred, name: str) -> ir.TensorProtocol:
-    """An array as a tensor; a deferred one is computed each time that it is read."""
+    """The array as a tensor; a deferred one is computed each time that it is read."""
     if not isinstance(value, Deferred):
         return ir.tensor(value, name=name)
     dtype = ir.DataType.from_numpy(numpy_dtype(value.dtype))
@@ -333,9 +342,10 @@ class OnnxEmitter:
         return add_initialiser(self.owner.model.graph, name, value, self.site.id)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.emitter."""
         made = self._op(prim, *xs, **attrs)
-        if made.dtype is None:  # later casts ask for it
+        # onnx_ir infers no types, and later casts ask for this one
+        if made.dtype is None:
             dtype = self._dtype(xs, attrs)
             if dtype is not None:
                 made.type = ir.TensorType(dtype)
@@ -404,7 +414,7 @@ class OnnxEmitter:
         return made
 
     def like(self, site: Site, x: ir.Value, w: ir.Value) -> ir.Value:
-        """The site's own op on other operands, attributes kept and bias left out."""
+        """The site's own op on other operands, its attributes kept and its bias left out."""
         use, bias = self.found.use, self.found.row.bias
         inputs = list(self.node.inputs)
         inputs[use.x], inputs[use.weight] = x, w
@@ -458,7 +468,8 @@ class ManagedOnnxPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, done.modified)
 
 
-# How far the integers of an input may go: below the rows of the tables that they index.
+# How far the integers of an input may go. A sample or a user's number above the rows of the table
+# that it indexes would be refused by the runtime.
 
 
 SAME_NUMBERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose",
@@ -467,7 +478,7 @@ SAME_NUMBERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"
 
 
 def highest(graph: OnnxGraph) -> dict[str, int]:
-    """Input → rows of the smallest table that it indexes."""
+    """For each input that indexes tables, the rows of the smallest of them."""
     result: dict[str, int] = {}
     for site in graph.sites():
         if isinstance(site.kind, Embedding):

@@ -29,11 +29,11 @@ class OnnxOperand:
     Attributes:
         weight: Slot of the weight among the node's operands.
         x: Slot of the activation.
-        kind: What their shapes make.
-        refusal: Why it cannot be adapted.
-        allowed: The refusal is only a default: `include` overrides it.
-        gain: The op multiplies its product by this.
-        stored: The weight as a matrix where its stored shape is that of packed codes.
+        kind: The Kind of contraction that their shapes make.
+        refusal: Why the operand cannot be adapted; empty where it can.
+        allowed: True when the refusal is only a default that `include` overrides.
+        gain: The factor by which the op multiplies its product.
+        stored: Shape of the weight as a matrix, where its stored shape is that of packed codes.
     """
 
     weight: int
@@ -47,14 +47,14 @@ class OnnxOperand:
 
 @dataclass(frozen=True)
 class OnnxOp:
-    """One op.
+    """One row of the op table.
 
     Attributes:
-        op: Its public name.
-        uses: Every way in which a node of this op may read a weight.
+        op: The public name of the op, that of the selector `op:NAME`.
+        uses: A function from a node to every way in which it may read a weight.
         bias: Slot of the operand that is added to the product.
-        many: Several operands of one node may be weights of their own.
-        packed: Slots of weights whose integers are codes of a matrix.
+        many: True when several operands of one node may be weights of their own.
+        packed: True when the integers of the weight are codes of a matrix.
     """
 
     op: str
@@ -65,11 +65,11 @@ class OnnxOp:
 
 
 Shapes = Callable[[int], Shape | None]
-"""Slot → the operand's shape, where it is known."""
+"""Gives the shape of the operand in a slot; None where it is unknown."""
 
 
 def attr(node: ir.Node, name: str, default: Any) -> Any:
-    """An attribute's value."""
+    """The value of a node's attribute, or the default where it has none."""
     found = node.attributes.get(name)
     return default if found is None else found.value
 
@@ -83,7 +83,7 @@ def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 LEFT_TURNED = Einsum("...in", "io", "...on", "left")
-"""wᵀ [out, in] @ x [..., in, n] with w stored [in, out]."""
+"""The kind wᵀ [out, in] @ x [..., in, n], with w stored [in, out]."""
 
 
 def _turned(
@@ -132,7 +132,7 @@ def _window(node: ir.Node, shape: Shapes, extra: str) -> Iterator[OnnxOperand]:
         return
     lone = groups > 1 and (w[0] == groups if extra else w[1] == 1)
     why = DEPTHWISE if lone else ""
-    if attr(node, "activation", ""):  # of the fused form: nothing can be added to the product
+    if attr(node, "activation", ""):  # FusedConv: the activation leaves no place for a sum
         axes = kinds.Conv(groups).axes(w)
         yield OnnxOperand(1, 0, WeightForm("conv", axes), why, allowed=lone)
         return
@@ -167,7 +167,7 @@ def _recurrent(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _packed_qkv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """Of fused attention: q, k and v [in, 3·out] in one; its product never leaves the node."""
+    """q, k and v [in, 3·out] of fused attention in one; their product never leaves the node."""
     yield OnnxOperand(1, 0, WeightForm("linear", Axes((), (1,), (0,))))
 
 
@@ -177,7 +177,7 @@ def _embed_layer_norm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """MatMulNBits and its kin: codes of a matrix [out, in], read as W.T."""
+    """MatMulNBits and its kin, whose weight is codes of a matrix [out, in] that is read as Wᵀ."""
     n, k, bits = int(attr(node, "N", 0)), int(attr(node, "K", 0)), int(attr(node, "bits", 4))
     yield OnnxOperand(1, 0, kinds.linear(), QUANTISED.format(f"{bits} bits"), True, stored=(n, k))
 
@@ -224,9 +224,9 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
 }
 
 DATA_OPS = {("", "Attention"), (MS, "MultiHeadAttention"), (MS, "GroupQueryAttention")}
-"""Matmuls that no row adapts."""
+"""Matmuls between activations, which no row adapts."""
 
 
 def row_of(node: ir.Node) -> OnnxOp | None:
-    """The row of a node's op."""
+    """The row of a node's op; None where the table has none."""
     return OPS.get((node.domain, node.op_type))
