@@ -50,6 +50,7 @@ def _search(graph: Graph[Any]) -> Found:
             refusals.append(Refusal(site.parameter, site.op, site.refusal, site.flops))
         if not site.refusal or site.allowed:
             uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
+    # the shapes of the lookup tables: a matmul of the same shape is an output head
     tables = [
         (u.layout.in_size, u.layout.out_size)
         for group in uses.values()
@@ -107,6 +108,7 @@ def _regions(p: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:
     for use in uses:
         groups.setdefault(use.region, []).append(use)
     regions = list(groups)
+    # One update of overlapping parts would have two values where they overlap.
     if any(overlap(r, s) for i, r in enumerate(regions) for s in regions[:i]):
         return {tuple((0, n) for n in p.shape): list(uses)}
     return dict(sorted(groups.items()))
@@ -134,6 +136,7 @@ def _parts(
 ) -> tuple[tuple[str, str], ...]:
     """The parts along out that every use agrees on, each as (role, key)."""
     seen = {u.site.parts for u in uses}
+    # a part is a region only where every use cuts the weight in the same places
     if len(seen) != 1 or any(u.layout != layout or u.region != region for u in uses):
         return ()
     (parts,) = seen

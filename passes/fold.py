@@ -109,6 +109,8 @@ class Fold:
         for (name, keys), members in groups.items():
             ident = f"{name}|{'|'.join(keys)}"
             pairs = [(targets[k], self.updates[k]) for k in keys]
+            # Uses of other regions find their numbers in the new constant too, so it can take the
+            # old one's place. Where programs share tensors, another may still read the old one.
             readers = list(members)
             if graph.alone:
                 readers += _elsewhere(found, name, [t.region for t, _ in pairs])
@@ -182,6 +184,7 @@ def fold_value(
     base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]
 ) -> tuple[npt.NDArray[Any], float]:
     """The stored tensor with its updates added, rounded once, and the share that was kept."""
+    # Never in 16 bits: the sum would be rounded twice, and W would be added to a rounded Δ.
     work = np.float64 if base.dtype == np.float64 else np.float32
     value = np.empty_like(base)
     square = kept = 0.0
@@ -205,6 +208,7 @@ def fold_rows(
     base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]], rows: slice
 ) -> npt.NDArray[np.float64]:
     """Some rows of W + s·b·a in fp64, unrounded; all rows where they cannot be had apart."""
+    # a matrix: other rows need not be computed
     if _flat(base, updates):
         updates = [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
         base, rows = base[rows], slice(None)

@@ -85,6 +85,8 @@ class Insert:
                 if site.id not in done and applies(update.use, site):
                     here.setdefault(site.id, (site, []))[1].append((target, update))
         for site, pairs in here.values():
+            # One update of a site without an output form puts all of them into the weight form: the
+            # two do not mix at one op.
             if not self._output_form(graph, site, pairs):
                 self._weight_form(graph, site, pairs)
         return PassResult(graph, bool(here))
@@ -128,6 +130,7 @@ class Insert:
         layout = update.layout or target.layout
         y: V | None = None
         for half in halves(target.key, update, split=self.role is Role.TRAIN):
+            # A lookup takes ids: there is nothing to drop, and no dtype to compute in.
             x = graph.activation(site)
             lookup = site.kind.name == "embedding"
             if self.training and self.dropout and half.trained and not lookup:
@@ -162,6 +165,7 @@ class Insert:
         product = graph.product(site, e) if shape and not self.dropout else None
         if product is None:
             return False
+        # The norm is no function of a and b for gradients (section 4.3 of the paper), as in PEFT.
         v = e.op("add", stored, e.op("detach", _delta(e, target, update, stored, self.role)))
         column = dora.stretch(e, layout, v, _magnitude(e, target, update, stored, self.role))
         y = graph.output(site)
@@ -254,6 +258,7 @@ def factors(e: Any, half: Half, like: V, role: Role, scale: float | None = None)
         return made
 
     a = e.op("cast_like", stored(half.a), like)
+    # the scale goes to b before the cast: once in fp32, on the smaller factor
     b = stored(half.b)
     if scale is not None:
         b = e.op("mul", b, float(scale))

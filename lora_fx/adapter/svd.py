@@ -78,6 +78,7 @@ def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
         k: How many triplets.
         rng: Draws the random subspace; not used where the result is exact.
     """
+    # the Gram matrix is that of the shorter side
     if delta.shape[0] > delta.shape[1]:
         v, s, ut = leading(delta.T, k, rng)
         return ut.T, s, v.T
@@ -157,6 +158,7 @@ def _sampled(delta: Array, count: int, rng: np.random.Generator) -> Array:
     omega = rng.standard_normal((delta.shape[1], count), dtype=np.float32).astype(delta.dtype)
     q, _ = np.linalg.qr(delta @ omega)
     for _ in range(ITERATIONS):
+        # orthogonal again after every product, or small σ drown in the rounding of large ones
         q, _ = np.linalg.qr(delta.T @ q.astype(delta.dtype))
         q, _ = np.linalg.qr(delta @ q.astype(delta.dtype))
     return np.asarray(q, np.float64)

@@ -86,6 +86,7 @@ class Einsum:
             swap = swap_last(len(axes.batch))
             t = e.op("matmul", x, e.op("transpose", f.a, perm=swap))
             return e.op("matmul", t, e.op("transpose", f.b, perm=swap))
+        # a letter that the equation does not use stands for the rank
         rank = next(c for c in "zuvabcdefghijklmnopqrstwxy" if c not in self.x + self.w + self.y)
         sizes = dict(zip(self.w, site.operand, strict=True))
         batch, out, in_ = ("".join(self.w[i] for i in p) for p in (axes.batch, axes.out, axes.in_))
@@ -193,6 +194,7 @@ class Grouped(Apart):
         """The site's own op twice, with aᵀ and with bᵀ."""
         if f.rank % int(site.attrs.get("rank_multiple", 1)):
             return None  # the kernel wants aligned rows: the weight form has them
+        # the offsets of the groups come with the node, so both products are sorted alike
         t = e.like(site, x, e.op("transpose", f.a, perm=(0, 2, 1)))
         return e.like(site, t, e.op("transpose", f.b, perm=(0, 2, 1)))
 

@@ -138,6 +138,7 @@ def layout_of(
         Opaque: An operand axis is read by no part.
     """
     parts = [[a for axis in axes for a in tracked.axes[axis]] for axes in (batch, out, in_)]
+    # A size of 1 says nothing about the order of axes, and two uses may place it differently.
     parts = [[a for a in part if tracked.size[a] != 1] for part in parts]
     runs: list[tuple[int, list[int]]] = []  # (part, atoms), in stored order
     for row in tracked.stored:

@@ -70,6 +70,7 @@ def save(
 def _with_data(
     model: ir.Model, path: Path, data: str, beside: Collection[str], delta: bool
 ) -> list[Path]:
+    # what a session replaces has to lie beside the file, however small it is
     values = [
         v
         for v in model.graph.initializers.values()

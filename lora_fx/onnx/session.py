@@ -95,6 +95,7 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     held = {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in (external or {}).items()}
     if held:
+        # add_initializer would be ignored, without a word, where W + A·B is folded at load
         options.add_external_initializers(list(held), list(held.values()))
     built = "CUDAExecutionProvider" in ort.get_available_providers()
     usable = provider != "cpu" and built and driver_present()

@@ -86,16 +86,19 @@ class Attachment:
 
     def install(self, updates: Mapping[str, LowRank]) -> None:
         """Put the forms of `updates` on the model; A and B take their values."""
-        forms = self.planner.forms(updates, self.by_weight)  # or nothing is changed
+        # first, since it may refuse: then the model is as before
+        forms = self.planner.forms(updates, self.by_weight)
         self.remove()
         self.updates, self.forms = dict(updates), forms
-        self._sampled.now(self.updates, self._parameter)  # while tensors are whole
+        # now, while tensors are whole: FSDP shards them later
+        self._sampled.now(self.updates, self._parameter)
         for key, update in self.updates.items():
             computed = "~" in key  # such a weight is where its parameters are
             stored = self.found[key].sites[0].behind[0] if computed else base_name(key)
             device = self._parameter(stored).device
             for slot in slots_of(key, update):
                 module, leaf = owner(self.model, slot.name, create=True)
+                # fp32 masters, whatever the base's dtype
                 tensor = torch.tensor(slot.value, dtype=torch.float32, device=device)
                 module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
         for n in self._flags:

@@ -106,6 +106,7 @@ def _with_branch(plain: Callable[..., Any]) -> Callable[..., Any]:
             live.seen.add(id(self))
         if not live.switch.on:
             return y
+        # only modules whose forward takes one argument get a branch (see one_argument)
         x = args[0] if args else next(iter(kwargs.values()))
         return live.output[1 if self.training else 0](x, y)
 
@@ -116,6 +117,7 @@ def _with_bracket(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         live = self._lora_fx
+        # restored, not cleared: a forward may call itself
         was, live.inside = live.inside, True
         try:
             return plain(self, *args, **kwargs)
@@ -188,6 +190,7 @@ def swap(module: nn.Module, live: Live) -> type[Any]:
     """
     base: Any = type(module)
     for leaf in live.weights:
+        # a property that the class has already would be hidden by ours
         if hasattr(type(inspect.getattr_static(base, leaf, None)), "__set__"):
             raise LoraFxError(
                 f"{base.__name__}.{leaf} is computed by the class itself", "use insert instead"

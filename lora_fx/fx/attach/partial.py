@@ -101,6 +101,7 @@ def partial_graphs(model: nn.Module, call: Callable[[], Any]) -> PartialGraphs:
         once = [True]
 
         def run(*inputs: Any) -> Any:
+            # dynamo may run a stretch again; one look at its inputs is enough
             if once:
                 once.clear()
                 stretches.append((code, inputs))

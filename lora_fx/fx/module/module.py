@@ -81,6 +81,8 @@ class CapturedModule(Recomputing, Scope):
         programs = self._programs
         named = programs.captured.signature.bind(args, kwargs)
         leaves = pytree.tree_leaves(named)
+        # Nothing flips flags or dtypes in a graph: another mode, dtype or set of arguments is
+        # another program, captured when it is first called for.
         key = (self.training, self._dtype, self._adapted, *program_key(named, leaves))
         program = programs.compiled.get(key)
         if program is None:
@@ -191,6 +193,7 @@ class CapturedModule(Recomputing, Scope):
                 continue
             if torch.equal(b, value.to(b.device)):
                 return name
+        # not persistent: the state dict keeps the names of the original and no others
         name = f"_const{sum(n.startswith('_const') for n in self._buffers)}"
         self.register_buffer(name, value.detach().clone().to(device), persistent=False)
         return name
@@ -204,6 +207,7 @@ class CapturedModule(Recomputing, Scope):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; storage shared with the user's model is copied first."""
+        # copying in place would write through the shared storage into the user's model
         if self._shared:
             seen: set[int] = set()
             for p in self.parameters():
@@ -289,6 +293,7 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     kind = inspect.Parameter.POSITIONAL_ONLY
     if params and params[0].kind is kind:
         me = me.replace(kind=kind)
+    # Trainer reads it to drop the columns of a data set that the model does not take
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [me, *params], return_annotation=inner.return_annotation
     )
@@ -312,6 +317,7 @@ def prove_ones(module: CapturedModule) -> None:
         return
     symbols = {captured.requested.get(n, {}).get(d, "") for n, d in lone}
     banned: set[tuple[str, int]] = set()
+    # All dimensions of one symbol shrink together: alone they would only contradict each other.
     for symbol in symbols:
         size = (1, SIZES[0][1]) if symbol == "batch" else (SIZES[0][0], 1)
         if not _same_at(module, captured, module.sample(size)):

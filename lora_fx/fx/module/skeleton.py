@@ -63,7 +63,8 @@ def blocks_of(root: nn.Module) -> dict[str, Scope]:
     """Path → children of the outermost ModuleLists and Sequentials, each module once."""
     blocks: dict[str, Scope] = {}
     for name, m in root.named_modules():
-        names = {c.__name__ for c in type(m).__mro__}  # tools such as FSDP2 make subclasses
+        # by name: tools such as FSDP2 make subclasses, and Sequential became a Scope here
+        names = {c.__name__ for c in type(m).__mro__}
         inner = any(name == p or name.startswith(f"{p}.") for p in blocks)
         if inner or not names & {"ModuleList", "Sequential"}:
             continue
@@ -95,6 +96,7 @@ def skeleton(
     if id(module) in memo:
         done: nn.Module = memo[id(module)]
         return done
+    # ModuleList and ModuleDict have no forward to replace, and users index them: they stay
     indexable = type(module) in (nn.ModuleList, nn.ModuleDict)
     new = root
     if new is None:
@@ -102,12 +104,13 @@ def skeleton(
     memo[id(module)] = new
     for name, p in module._parameters.items():
         if p is not None and id(p) not in memo:
+            # the same storage under a new Parameter: requires_grad is not the user's
             data = p.detach().clone() if id(p) in own else p.detach()
             memo[id(p)] = nn.Parameter(data, requires_grad=id(p) in own)
         new.register_parameter(name, None if p is None else memo[id(p)])
     for name, b in module._buffers.items():
         if b is not None and id(b) not in memo:
-            memo[id(b)] = b.detach().clone()
+            memo[id(b)] = b.detach().clone()  # a train step moves a batch norm's statistics
         keep = name not in module._non_persistent_buffers_set
         new.register_buffer(name, None if b is None else memo[id(b)], persistent=keep)
     for name, child in module._modules.items():

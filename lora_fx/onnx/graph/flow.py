@@ -225,6 +225,7 @@ def _site(node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> S
 
 def site_name(node: ir.Node) -> str:
     """The name that a node's first result had before any pass."""
+    # by the result, since node names may be empty or repeated
     value = node.outputs[0]
     return value.metadata_props.get(WAS, str(value.name))
 
@@ -295,6 +296,7 @@ def constant(value: ir.Value | None) -> Array | None:
     """The array of an initialiser or a Constant; None for anything else."""
     if value is None:
         return None
+    # an initialiser that is an input too can be overridden in every run: no constant
     if value.const_value is not None and not value.is_graph_input():
         return value.const_value.numpy()
     node = value.producer()
@@ -356,6 +358,7 @@ def _reshape(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     wanted = numbers(node, "shape", 1)
     if wanted is None:
         return None
+    # Reshape: a size of 0 copies that of the input, unless allowzero says that it is 0.
     keep_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int()
     sizes = [shape[k] if n == 0 and not keep_zero else n for k, n in enumerate(wanted)]
     rest = math.prod(n for n in sizes if n != -1)
@@ -409,6 +412,7 @@ def _slice(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
         return None
     steps: list[Step] = []
     for axis, start, stop in zip(axes, starts, stops, strict=True):
+        # Python's slices clamp as ONNX does: ends are often INT64_MAX
         lo, hi, _ = slice(start, stop).indices(shape[axis])
         steps.append(Slice(axis % len(shape), lo, hi))
     return steps
@@ -421,6 +425,7 @@ def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     if sizes is None:
         if len(node.inputs) > 1 and node.inputs[1] is not None:
             return None
+        # without sizes, all parts are equal and the last may be shorter
         part = -(-shape[axis] // len(node.outputs))
         sizes = [min(part, shape[axis] - part * k) for k in range(len(node.outputs))]
     start = sum(sizes[:i])
