@@ -8,7 +8,7 @@ fused path reads its weight raw) changes to the weight form first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, owner, to_numpy
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Site
+from lora_fx.ir.graph import Site, T
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.insert import Insert, changed
 from lora_fx.passes.proofs.attached import (
@@ -444,6 +444,11 @@ class _Recorded:
         """Site id → the program of its new output; sites in weight form have none."""
         Insert(updates, dropout=dropout, training=training, missing="skip")(self)  # type: ignore[arg-type]
         return self.programs
+
+    def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
+        return compute()  # it hides parts of the graph, so what is found here holds here only
+
+    def changed(self) -> None: ...
 
     def sites(self) -> Sequence[Site]:
         return self.graph.sites()

@@ -8,15 +8,17 @@ is a pickle. The eval program is named "model", so `torch.export.load` opens it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
@@ -31,8 +33,9 @@ def save_program(
 ) -> tuple[str, ...]:
     """Write a module, branches and manifest included; returns what has to be said.
 
-    The file is opened again, and every program it holds is run and compared bit by bit, before it
-    gets its name. `torch.export.load(path).module()` takes the tensors of the call in order.
+    The file is opened again, and every tensor and every program that it holds is compared bit by
+    bit, before it gets its name. `torch.export.load(path).module()` takes the tensors of the call
+    in order.
 
     Args:
         module: What insert, fold or load_program returned.
@@ -58,6 +61,8 @@ def save_program(
         with replacing(path, force=force) as temporary:
             write_programs(module.eval(), temporary, modes)
             again, by_torch = load_program(temporary), _by_torch(temporary)
+            _share_memory(again, module, "the file")
+            _share_memory(by_torch, module, "the file that torch loads")
             for training in modes:
                 _prove(module, again, training, None if training else by_torch)
     finally:
@@ -73,6 +78,28 @@ def _train_mode(module: CapturedModule, notes: list[str]) -> list[bool]:
         notes.append(f"no train program is written: {e.message}")
         return []
     return [True]
+
+
+def _share_memory(again: nn.Module, module: nn.Module, what: str) -> None:
+    """Demand that tensors of one name have equal bits, and let both modules use the same memory.
+
+    How a product is summed up depends on the strides of its operands and on where they lie, and a
+    file holds rows one after the other: to the bit, programs compare on the same memory only.
+    """
+    own = dict(_tensors(module))
+    for name, t in _tensors(again):
+        if name in own:
+            _demand({name: _bits(t)}, {name: _bits(own[name])}, what)
+        t.data = own[name].data if name in own else t.data.clone()
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _bits(t: torch.Tensor) -> Array:
+    return to_numpy(t.detach().contiguous().reshape(-1).view(torch.uint8))
 
 
 def _prove(module: CapturedModule, again: CapturedModule, training: bool, loaded: Any) -> None:

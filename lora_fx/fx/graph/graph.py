@@ -297,8 +297,9 @@ class FxGraph(Analysed):
         module, leaf = owner(self.root, name, create=True)
         if leaf not in module._parameters:
             device = next((p.device for p in self.root.parameters()), None)
-            # Torch's own memory is aligned, so that a run gives the same bits again.
-            tensor = torch.from_numpy(np.array(value)).clone().to(device)
+            # In torch's own memory, which is aligned, and row by row, which factors of an SVD are
+            # not: so a run gives the same bits again, also from a file.
+            tensor = from_numpy(value).clone().to(device)
             module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
 
 

@@ -1,0 +1,75 @@
+"""Which tests there are, and which of them went: `python -m tests.ids OLD NEW`.
+
+    python -m tests.ids [--python PYTHON] CHECKOUT > ids.txt     the ids, slow ones marked
+    python -m tests.ids OLD NEW                                  what went, came and became slow
+
+OLD and NEW are such lists. A test is known by its function and parameters, wherever its file lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+SLOW = "slow "
+
+
+def collect(checkout: Path, python: str) -> list[str]:
+    """The ids of a checkout; those that the default run leaves out begin with "slow "."""
+
+    def ids(expression: str) -> list[str]:
+        command = [python, "-m", "pytest", "--collect-only", "-q", "-n0", "-m", expression]
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stdout[-2000:] + done.stderr)
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    fast = set(ids("not slow"))
+    return [i if i in fast else SLOW + i for i in ids("slow or not slow")]
+
+
+def known_as(line: str) -> str:
+    """Function and parameters; of a doctest, the last name of what holds it."""
+    name = line.removeprefix(SLOW).partition("::")[2]
+    return name if "[" in name or name.startswith("test") else name.rpartition(".")[2]
+
+
+def only(lines: Iterable[str], than: Iterable[str]) -> list[str]:
+    """The lines that the others lack; one that stands there once matches once."""
+    rest = Counter(known_as(line) for line in than)
+    found = []
+    for line in lines:
+        if rest[known_as(line)]:
+            rest[known_as(line)] -= 1
+        else:
+            found.append(line)
+    return found
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="+", type=Path)
+    parser.add_argument("--python", default=sys.executable, help="runs the checkout's pytest")
+    given = parser.parse_args()
+    if len(given.what) == 1:
+        print(*collect(given.what[0], given.python), sep="\n")
+        return
+    old, new = (path.read_text().splitlines() for path in given.what)
+    fast = [[line for line in lines if not line.startswith(SLOW)] for lines in (old, new)]
+    gone, came = only(old, new), only(new, old)
+    for title, lines in (
+        ("went", gone),
+        ("came", came),
+        ("became slow", only(only(fast[0], fast[1]), gone)),
+        ("became fast", only(only(fast[1], fast[0]), came)),
+    ):
+        print(f"{title}: {len(lines)}", *lines, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
