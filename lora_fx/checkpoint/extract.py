@@ -19,7 +19,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, generator
 from lora_fx.adapter.svd import Triplets, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats
+from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats, same_bytes
 from lora_fx.checkpoint.extract_scope import check_lookups, scope_of, sides_of
 from lora_fx.checkpoint.model_families import TensorUse, config_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
@@ -132,7 +132,7 @@ def extraction(
     done, total = 0, sum(old[k].stop - old[k].start for k in scope) or 1
     for pair in pairs({k: old[k] for k in scope}, new, {k: u.lead for k, u in kinds.items()}):
         use = kinds[pair.key]
-        if pair.same_bytes():
+        if same_bytes(pair.base, pair.tuned):
             unchanged.append(pair.key)
         elif use.layout is None:
             value = _changed_vector(pair)
