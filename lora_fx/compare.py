@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError, NoEffectError
 
 FOLD_TOL = 1e-6
@@ -21,7 +22,7 @@ ORT_TOL = 2e-6
 """ONNX Runtime against torch, fp32, tiny models."""
 CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
 """Of the dtypes that round a change: an output's, or that of an adapted weight."""
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
-from lora_fx.files.safetensors import AGAIN, DTYPES, FLOATING, TensorInfo
+from lora_fx.files.safetensors import AGAIN, TensorInfo
 
 BLOCK = 1 << 18
 """Elements of one block."""
@@ -203,9 +203,6 @@ def _squares(block: Array) -> float:
 # NaN or an infinity on one side only, and a difference where b is all zero, are infinite.
 
 
-_BITS = dict(DTYPES.values())
-
-
 @dataclass(frozen=True)
 class Unlike:
     """A tensor that differs: what, by how much, and in how many of its elements."""
@@ -259,7 +256,7 @@ def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Unlike | None:
     """How the values of two tensors of one shape differ; None where they are equal."""
     if same_bytes(ours, theirs):
         return None
-    if _BITS[ours.dtype] % 8 or _BITS[theirs.dtype] % 8 or "complex" in ours.dtype:
+    if DTYPES[ours.dtype].bits % 8 or DTYPES[theirs.dtype].bits % 8 or "complex" in ours.dtype:
         return Unlike(name, "its bytes differ")
     gap = top = 0.0
     count = 0

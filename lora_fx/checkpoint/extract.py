@@ -24,10 +24,9 @@ from lora_fx.checkpoint.extract_scope import check_lookups, scope_of, sides_of
 from lora_fx.checkpoint.model_families import TensorUse, config_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
 from lora_fx.checkpoint.targets import targets_of
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import FLOATING
 from lora_fx.text import table
 
 RANK = 16
@@ -188,7 +187,7 @@ def _check_floats(pair: TensorPair) -> None:
         if info.dtype not in FLOATING:
             raise LoraFxError(
                 f"{info.file}: tensor {pair.key!r} is {info.dtype} and differs; expected one of "
-                f"{', '.join(sorted(FLOATING))}",
+                f"{', '.join(FLOATING)}",
                 f"--exclude {pair.key} leaves it out",
             )
 

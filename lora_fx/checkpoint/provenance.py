@@ -19,11 +19,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
 from lora_fx.checkpoint.renaming import renaming
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
-from lora_fx.files.safetensors import FLOATING, TensorInfo
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 
 METADATA = "lora_fx.merge"

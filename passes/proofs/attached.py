@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import Parity, compare
+from lora_fx.compare import EPSILON, Parity, compare
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, leaf_names, output_name
@@ -32,7 +32,7 @@ from lora_fx.passes.proofs.parity import arrays_of, prove
 from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-TOLERANCE = {"float32": 1e-5, "float16": 2.0**-7, "bfloat16": 2.0**-4}
+TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """Of the explicit reference: it rounds W + s·b·a in another order."""
 
 

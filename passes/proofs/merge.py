@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.difference import same_bytes
+from lora_fx.compare import EPSILON
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -64,9 +65,7 @@ def _wrong_rows(
             first = int(rng.integers(0, max(1, base.shape[0] - PROOF_ROWS + 1)))
             rows = slice(first, min(base.shape[0], first + PROOF_ROWS))
         exact = fold_rows(base, pairs, rows)
-        eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-20}.get(
-            base.dtype.name, 2.0**-40
-        )
+        eps = EPSILON.get(base.dtype.name, 8 * 2.0**-23 if base.dtype == np.float32 else 2.0**-40)
         size = np.abs(exact).max(initial=0.0) + np.abs(base[rows].astype(np.float64)).max(initial=0)
         gap = float(np.abs(got[rows].astype(np.float64) - exact).max(initial=0.0))
         if not gap <= eps * size:
