@@ -52,6 +52,11 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return gap / top
 
 
+def gates_of(expected: Mapping[str, npt.NDArray[Any]]) -> dict[str, float]:
+    """The base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype."""
+    return {n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()}
+
+
 @dataclass(frozen=True)
 class Parity:
     """One comparison at one size; `of` says what was compared: fold, onnxruntime, torch."""
