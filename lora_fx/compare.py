@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.dtypes import finfo
 from lora_fx.errors import LoraFxError, NoEffectError
 
 FOLD_TOL = 1e-6
@@ -21,7 +22,7 @@ ORT_TOL = 2e-6
 """ONNX Runtime against torch, fp32, tiny models."""
 CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
 """Of the dtypes that round a change: an output's, or that of an adapted weight."""
 
 
@@ -49,6 +50,11 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
             0.0 if gap == 0.0 and not np.issubdtype(np.asarray(b).dtype, np.floating) else math.inf
         )
     return gap / top
+
+
+def gates_of(expected: Mapping[str, npt.NDArray[Any]]) -> dict[str, float]:
+    """The base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype."""
+    return {n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -11,12 +11,69 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
+class Dtype(NamedTuple):
+    """A dtype in the words of every file that names one.
+
+    Attributes:
+        name: numpy's or ml_dtypes', which is also torch's where torch has it.
+        bits: Of an element, in a file.
+        code: In a safetensors file.
+        onnx: In ONNX Runtime's tensor(…); empty where it is the name.
+    """
+
+    name: str
+    bits: int
+    code: str
+    onnx: str = ""
+
+
+DTYPES = {
+    d.name: d
+    for d in (
+        Dtype("bool", 8, "BOOL"),
+        Dtype("uint8", 8, "U8"),
+        Dtype("int8", 8, "I8"),
+        Dtype("uint16", 16, "U16"),
+        Dtype("int16", 16, "I16"),
+        Dtype("uint32", 32, "U32"),
+        Dtype("int32", 32, "I32"),
+        Dtype("uint64", 64, "U64"),
+        Dtype("int64", 64, "I64"),
+        Dtype("float16", 16, "F16"),
+        Dtype("bfloat16", 16, "BF16"),
+        Dtype("float32", 32, "F32", "float"),
+        Dtype("float64", 64, "F64", "double"),
+        Dtype("complex64", 64, "C64"),
+        Dtype("float8_e4m3fn", 8, "F8_E4M3"),
+        Dtype("float8_e5m2", 8, "F8_E5M2"),
+        Dtype("float8_e4m3fnuz", 8, "F8_E4M3FNUZ"),
+        Dtype("float8_e5m2fnuz", 8, "F8_E5M2FNUZ"),
+        Dtype("float8_e8m0fnu", 8, "F8_E8M0"),
+        Dtype("float4_e2m1fn", 4, "F4"),
+        Dtype("float6_e2m3fn", 6, "F6_E2M3"),
+        Dtype("float6_e3m2fn", 6, "F6_E3M2"),
+    )
+}
+"""Every dtype that a file may have, by its name."""
+
+FLOATING = ("bfloat16", "float16", "float32", "float64")
+"""dtypes of weights that an update can be added to."""
+
+_FROM_ONNX = {d.onnx: d.name for d in DTYPES.values() if d.onnx}
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of a name such as float32 or bfloat16."""
     if hasattr(ml_dtypes, name):
         narrow: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
         return narrow
     return np.dtype(name)
+
+
+def from_onnx(kind: str) -> str:
+    """float32 for what ONNX Runtime calls tensor(float)."""
+    inner = kind.removeprefix("tensor(").removesuffix(")")
+    return _FROM_ONNX.get(inner, inner)
 
 
 def finfo(dtype: str | np.dtype[Any]) -> Any:

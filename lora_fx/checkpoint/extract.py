@@ -19,15 +19,14 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, generator
 from lora_fx.adapter.svd import Triplets, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats
+from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats, same_bytes
 from lora_fx.checkpoint.extract_scope import check_lookups, scope_of, sides_of
 from lora_fx.checkpoint.model_families import TensorUse, config_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
 from lora_fx.checkpoint.targets import targets_of
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import FLOATING
 from lora_fx.text import table
 
 RANK = 16
@@ -132,7 +131,7 @@ def extraction(
     done, total = 0, sum(old[k].stop - old[k].start for k in scope) or 1
     for pair in pairs({k: old[k] for k in scope}, new, {k: u.lead for k, u in kinds.items()}):
         use = kinds[pair.key]
-        if pair.same_bytes():
+        if same_bytes(pair.base, pair.tuned):
             unchanged.append(pair.key)
         elif use.layout is None:
             value = _changed_vector(pair)
@@ -188,7 +187,7 @@ def _check_floats(pair: TensorPair) -> None:
         if info.dtype not in FLOATING:
             raise LoraFxError(
                 f"{info.file}: tensor {pair.key!r} is {info.dtype} and differs; expected one of "
-                f"{', '.join(sorted(FLOATING))}",
+                f"{', '.join(FLOATING)}",
                 f"--exclude {pair.key} leaves it out",
             )
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_fx.checkpoint.difference import TensorPair
+from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.model_families import is_head
 from lora_fx.checkpoint.tied import Tie, check_scaled, tie_of
 from lora_fx.errors import LoraFxError, one_line
@@ -178,14 +178,7 @@ def sides_of(base: NamedTensors, tuned: NamedTensors) -> Sides:
 
 def _copy(side: Tensors, name: str, source: str) -> bool:
     """True where two names of a side have the same bytes."""
-    if name not in side or source not in side:
-        return False
-    one, two = side[name], side[source]
-    return (one.file, one.start) == (two.file, two.start) or _equal(name, one, two)
-
-
-def _equal(name: str, one: TensorInfo, two: TensorInfo) -> bool:
-    return TensorPair(name, one, two, 1, 1, 1).same_bytes()
+    return name in side and source in side and same_bytes(side[name], side[source])
 
 
 def check_lookups(sides: Sides, scope: Collection[str], where: str) -> None:
@@ -200,7 +193,7 @@ def check_lookups(sides: Sides, scope: Collection[str], where: str) -> None:
     said = f"{where}: {own[0]!r} differs from {tie.table!r}, which is the same tensor in the base"
     if not tie.apart:
         raise LoraFxError(said, f"such models hold it once; --exclude {own[0]} leaves it out")
-    if tie.table in scope and not _equal(tie.table, sides.old[tie.table], sides.new[tie.table]):
+    if tie.table in scope and not same_bytes(sides.old[tie.table], sides.new[tie.table]):
         raise LoraFxError(
             f"{said}, and {tie.table!r} has changed as well: an update of it acts on all lookups",
             f"--exclude {tie.table} leaves it out, if the model looks nothing up in it",

@@ -19,10 +19,10 @@ import numpy as np
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows
-from lora_fx.dtypes import Array, finfo, numpy_dtype
+from lora_fx.dtypes import FLOATING, Array, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.safetensors import FLOATING, TensorInfo
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 
 TOP = 127

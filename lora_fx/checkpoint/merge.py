@@ -20,6 +20,7 @@ from lora_fx.checkpoint.merge_plan import Given, MergePlan, Options, make_plan
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
+from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, check_space, explain, replacing
 from lora_fx.files.checkpoint import open_checkpoint
@@ -27,7 +28,6 @@ from lora_fx.text import table
 
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 AdapterLike = str | os.PathLike[str] | Adapter
 _MISSED = ("error", "own")
 
@@ -100,8 +100,8 @@ def plan_merge(
     **options: Any,
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
-    if options.get("dtype") not in (None, *DTYPES):
-        raise LoraFxError(f"no dtype {options['dtype']!r}", f"one of {', '.join(DTYPES)}")
+    if options.get("dtype") not in (None, *FLOATING):
+        raise LoraFxError(f"no dtype {options['dtype']!r}", f"one of {', '.join(FLOATING)}")
     with _explained(base):
         return make_plan(open_checkpoint(Path(base)), given(adapters, trust), Options(**options))
 

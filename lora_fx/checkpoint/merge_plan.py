@@ -31,10 +31,10 @@ from lora_fx.checkpoint.tied import (
     spread,
     tie_of,
 )
-from lora_fx.dtypes import Array, finfo
+from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.safetensors import DTYPES, FLOATING, TensorInfo
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.text import human, table
 
 __all__ = ["HOWS", "Given", "MergePlan", "Options", "TensorChange", "make_plan"]
@@ -292,7 +292,6 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
 # What becomes of one tensor of a checkpoint: all updates that mean it, checked against it.
 
 
-BITS = dict(DTYPES.values())
 _APART = "merge one adapter after the other"
 
 
@@ -336,7 +335,7 @@ class TensorChange:
     @property
     def nbytes(self) -> int:
         """Of the output."""
-        return math.prod(self.shape) * BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
     def to_json(self) -> dict[str, Any]:
         """A row of `tensors[]` in docs/json.md; what only a merge knows is null."""

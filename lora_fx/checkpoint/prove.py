@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.fold import (
     Rectangle,
     Space,
@@ -40,10 +40,8 @@ from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.copying import read_at, read_into
 from lora_fx.files.safetensors import TensorInfo
 
-CHUNK = 1 << 20
 ROWS = 4
 """Rows of every touched tensor that a merge computes again before it is done."""
 
@@ -99,18 +97,8 @@ def _same(name: str, old: TensorInfo, new: TensorInfo) -> Iterator[Difference]:
         yield Difference(
             name, f"is {new.dtype} {list(new.shape)}; expected {old.dtype} {list(old.shape)}"
         )
-        return
-    if os.path.samefile(old.file, new.file) and old.start == new.start:
-        return
-    a, b = bytearray(CHUNK), bytearray(CHUNK)  # used again: new ones would cost page faults
-    with open(old.file, "rb") as f, open(new.file, "rb") as g:
-        for at in range(0, old.stop - old.start, CHUNK):
-            n = min(CHUNK, old.stop - old.start - at)
-            read_into(f.fileno(), memoryview(a)[:n], old.start + at)
-            read_into(g.fileno(), memoryview(b)[:n], new.start + at)
-            if a != b:  # past n both hold the same: the chunk before, which was equal
-                yield Difference(name, "no adapter changes it, but its bytes are not the base's")
-                return
+    elif not same_bytes(old, new):
+        yield Difference(name, "no adapter changes it, but its bytes are not the base's")
 
 
 def _recomputed(change: TensorChange, out: Checkpoint, rows: int | None) -> Iterator[Difference]:
@@ -119,10 +107,8 @@ def _recomputed(change: TensorChange, out: Checkpoint, rows: int | None) -> Iter
         return  # looked at with the codes
     if change.fold is None:
         assert change.value is not None
-        want = np.asarray(change.value).astype(numpy_dtype(change.dtype)).reshape(-1)
-        with open(info.file, "rb") as f:
-            have = read_at(f.fileno(), info.stop - info.start, info.start)
-        if np.ascontiguousarray(want).view(np.uint8).tobytes() != have:
+        want = np.asarray(change.value).astype(numpy_dtype(change.dtype)).reshape(info.shape)
+        if not same_bytes(info, want):
             yield Difference(change.name, "is not the adapter's whole tensor")
         return
     worst, at = 0.0, 0

@@ -19,11 +19,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
 from lora_fx.checkpoint.renaming import renaming
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
-from lora_fx.files.safetensors import FLOATING, TensorInfo
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 
 METADATA = "lora_fx.merge"
@@ -42,12 +42,15 @@ def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
     """Of both ends of every tensor given, by name: tells a base from its fine-tunes, at once."""
     whole = hashlib.sha256()
     for name, info in sorted(tensors, key=lambda item: item[0]):
-        whole.update(name.encode() + b"\0")
-        with open(info.file, "rb") as f:
-            for start in (info.start, max(info.start, info.stop - SAMPLE)):
-                f.seek(start)
-                whole.update(f.read(min(SAMPLE, info.stop - start)))
+        whole.update(name.encode() + b"\0" + _both_ends(info, SAMPLE))
     return whole.hexdigest()
+
+
+def _both_ends(info: TensorInfo, size: int) -> bytes:
+    """The first and the last `size` bytes of a stored tensor; they overlap where it is short."""
+    with open(info.file, "rb") as f:
+        starts = (info.start, max(info.start, info.stop - size))
+        return b"".join(read_at(f.fileno(), min(size, info.stop - i), i) for i in starts)
 
 
 def adapter_hash(adapter: Adapter) -> str:
@@ -305,14 +308,7 @@ def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
 def _read(info: TensorInfo, dtype: str) -> Array:
     """Both ends of a stored tensor, cast."""
     stored = numpy_dtype(info.dtype)
-    count = (info.stop - info.start) // stored.itemsize
-    parts = []
-    with open(info.file, "rb") as f:
-        for start in (0, max(0, count - ENDS)):
-            n = min(ENDS, count - start)
-            raw = read_at(f.fileno(), n * stored.itemsize, info.start + start * stored.itemsize)
-            parts.append(np.frombuffer(raw, stored))
-    return cast(np.concatenate(parts), dtype)
+    return cast(np.frombuffer(_both_ends(info, ENDS * stored.itemsize), stored), dtype)
 
 
 def cast(values: Array, dtype: str) -> Array:

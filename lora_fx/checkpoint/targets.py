@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fx.checkpoint.model_families import is_head
+from lora_fx.dtypes import FLOATING
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import FLOATING, TensorInfo
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.layout import plain_layout
 from lora_fx.targets.found import Found, Refusal

@@ -33,10 +33,10 @@ from lora_fx.checkpoint.targets import file_targets
 from lora_fx.checkpoint.tied import tie_of
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
+from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import explain
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
-from lora_fx.files.safetensors import FLOATING
 from lora_fx.formats.io import is_adapter, load_adapter
 
 AdapterLike = str | os.PathLike[str] | Adapter
@@ -342,7 +342,7 @@ def _joined(plans: Sequence[MergePlan], base: Checkpoint, merged: Checkpoint) ->
             changes[name] = change if first is None else _then(first, change, plan, merged)
     for name, change in changes.items():
         info = merged.tensors.get(name)
-        floats = info is not None and {info.dtype, change.dtype} <= FLOATING
+        floats = info is not None and {info.dtype, change.dtype} <= {*FLOATING}
         if info is not None and floats and not change.scales_of:
             changes[name] = replace(change, dtype=info.dtype)
     given = tuple(g for p in plans for g in p.given)

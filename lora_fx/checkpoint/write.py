@@ -37,10 +37,10 @@ from lora_fx.checkpoint.fold import (
 from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA, record
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
-from lora_fx.files.safetensors import DTYPES, Header, TensorInfo, read_json
+from lora_fx.files.safetensors import Header, TensorInfo, read_json
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""
@@ -357,9 +357,6 @@ def copied(source: int, target: int, start: int, at: int, count: int) -> Done:
 # Names, their order and the order of the bytes are the base's; new tensors come last.
 
 
-CODES = {name: code for code, (name, _) in DTYPES.items()}
-
-
 @dataclass(frozen=True)
 class TensorSlot:
     """One tensor of an output file: where it will lie, and what it is made of."""
@@ -424,7 +421,7 @@ def lay_out(
     for n in (*header.tensors, *(c.name for c in new)):
         s = place[n]
         entries[n] = {
-            "dtype": CODES[s.dtype],
+            "dtype": DTYPES[s.dtype].code,
             "shape": list(s.shape),
             "data_offsets": [s.start, s.stop],
         }

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
 
 MAX_HEADER = 32 << 20
@@ -32,18 +31,7 @@ MAX_HEADER = 32 << 20
 MAX_DIMS = 64
 """numpy's limit; without one, the product of a hostile shape would never end."""
 
-DTYPES: Mapping[str, tuple[str, int]] = {
-    "BOOL": ("bool", 8), "U8": ("uint8", 8), "I8": ("int8", 8), "U16": ("uint16", 16),
-    "I16": ("int16", 16), "U32": ("uint32", 32), "I32": ("int32", 32), "U64": ("uint64", 64),
-    "I64": ("int64", 64), "F16": ("float16", 16), "BF16": ("bfloat16", 16),
-    "F32": ("float32", 32), "F64": ("float64", 64), "C64": ("complex64", 64),
-    "F8_E4M3": ("float8_e4m3fn", 8), "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 8), "F4": ("float4_e2m1fn", 4),
-    "F6_E2M3": ("float6_e2m3fn", 6), "F6_E3M2": ("float6_e3m2fn", 6),
-}  # fmt: skip
-"""The format's name of a dtype → numpy's (or ml_dtypes') name and its bits."""
-
+_BY_CODE = {d.code: d for d in DTYPES.values()}
 _LFS = b"version https://git-lfs.github.com/spec/"
 CONVERT = "convert it to safetensors: safetensors.torch.save_file(state_dict, 'model.safetensors')"
 AGAIN = "the file is damaged or cut off: download or write it again"
@@ -198,9 +186,9 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
             f"has {sorted(entry) if isinstance(entry, dict) else entry!r}",
             "expected dtype, shape and data_offsets",
         )
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    dtype = _BY_CODE.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise bad(f"dtype {entry['dtype']!r} is unknown", f"expected one of {', '.join(DTYPES)}")
+        raise bad(f"dtype {entry['dtype']!r} is unknown", f"expected one of {', '.join(_BY_CODE)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _sizes(shape) or len(shape) > MAX_DIMS:
         raise bad(f"shape {shape!r}", f"expected at most {MAX_DIMS} sizes from 0 up")
@@ -208,13 +196,13 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise bad(f"data_offsets {offsets!r}", "expected [start, stop]")
     if 0 in shape and max(itertools.accumulate(shape, operator.mul)) >= 1 << 64:
         raise bad(f"shape {shape}", "expected sizes whose product, in order, stays below 2^64")
-    bits, length = math.prod(shape) * dtype[1], offsets[1] - offsets[0]
+    bits, length = math.prod(shape) * dtype.bits, offsets[1] - offsets[0]
     if bits != 8 * length:
         raise bad(
             f"its range holds {length} bytes",
             f"{entry['dtype']} {one_line(shape, 120)} needs {one_line(-(-bits // 8), 40)}",
         )
-    return TensorInfo(dtype[0], tuple(shape), file, data + offsets[0], data + offsets[1])
+    return TensorInfo(dtype.name, tuple(shape), file, data + offsets[0], data + offsets[1])
 
 
 def _sizes(value: Any) -> bool:
@@ -245,25 +233,15 @@ def _covered(file: Path, found: Mapping[str, TensorInfo], data: int, size: int) 
 # run. bfloat16 goes through ml_dtypes. Format: https://github.com/huggingface/safetensors.
 
 
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-FLOATS = frozenset(NUMPY_DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
-_CODES = {dtype: code for code, dtype in NUMPY_DTYPES.items()}
+_PLAIN = (*reversed(FLOATING), "int64", "int32", "int16", "int8", "uint8", "bool")
+"""What adapters are stored in."""
+_FLOATS = frozenset(map(numpy_dtype, FLOATING))
+_CODES = {numpy_dtype(name): DTYPES[name].code for name in _PLAIN}
 
 
 def is_float(array: Array) -> bool:
     """True for the four float dtypes that adapters are stored in."""
-    return array.dtype in FLOATS
+    return array.dtype in _FLOATS
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
@@ -285,7 +263,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
         array = tensors[name]
         code = _CODES.get(array.dtype)
         if code is None:
-            raise LoraFxError(f"tensor {name!r} has dtype {array.dtype}", f"cast to {_known()}")
+            raise LoraFxError(
+                f"tensor {name!r} has dtype {array.dtype}", f"cast to {', '.join(_PLAIN)}"
+            )
         header[name] = {
             "dtype": code,
             "shape": list(array.shape),
@@ -315,9 +295,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             metadata = dict(file.metadata() or {})
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping
                 code = str(file.get_slice(name).get_dtype())
-                if code not in NUMPY_DTYPES:
+                if code not in _CODES.values():
                     raise LoraFxError(
-                        f"{path}: tensor {name!r} has dtype {code}; expected {_known()}",
+                        f"{path}: tensor {name!r} has dtype {code}; expected {', '.join(_PLAIN)}",
                         "quantised adapters are not supported; save it in a float dtype",
                     )
                 tensors[name] = np.asarray(file.get_tensor(name))
@@ -357,14 +337,6 @@ def refuse_other_kinds(path: Path) -> None:
         f"{path}: not a safetensors file",
         "adapters are read from safetensors and .onnx_adapter files, and from folders of them",
     )
-
-
-def _known() -> str:
-    return ", ".join(str(dtype) for dtype in NUMPY_DTYPES.values())
-
-
-FLOATING = frozenset(("float16", "bfloat16", "float32", "float64"))
-"""dtypes of weights that an update can be added to."""
 
 
 def finite(array: Array) -> bool:

@@ -24,24 +24,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, is_plain, name_of
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File, FileHead
 
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False
-_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def detect(seen: FileHead) -> bool:
@@ -103,7 +98,7 @@ def write_file(adapter: Adapter, path: str | Path, dtype: str = "float32") -> tu
         for name, array in _tensors(key, entry).items():
             if name in tensors:
                 raise LoraFxError(f"two tensors would be named {name!r}", "rename the parameter")
-            tensors[name] = array if not is_float(array) else array.astype(_DTYPES[dtype])
+            tensors[name] = array if not is_float(array) else array.astype(numpy_dtype(dtype))
     if not tensors:
         raise LoraFxError("the adapter has no update", "was it saved before training?")
     versions = {

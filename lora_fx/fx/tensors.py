@@ -84,9 +84,6 @@ def read_pickle(path: Path) -> dict[str, Array]:
     Raises:
         LoraFxError: It holds anything but tensors, or is damaged.
     """
-    import ml_dtypes
-    import torch
-
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, UnpicklingError for code
@@ -101,17 +98,13 @@ def read_pickle(path: Path) -> dict[str, Array]:
                 f"{path}: holds a {type(value).__name__} at {name!r}; expected a tensor by name",
                 "is it the adapter_model.bin that save_pretrained wrote?",
             )
-        value = value.detach().contiguous()
-        if value.dtype == torch.bfloat16:
-            tensors[name] = value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        else:
-            try:
-                tensors[name] = np.asarray(value.numpy())
-            except (TypeError, RuntimeError) as error:
-                raise LoraFxError(
-                    f"{path}: tensor {name!r} has dtype {value.dtype}; expected a float dtype",
-                    "save the adapter in fp32, fp16 or bf16",
-                ) from error
+        try:
+            tensors[name] = to_numpy(value.contiguous())
+        except (TypeError, RuntimeError) as error:
+            raise LoraFxError(
+                f"{path}: tensor {name!r} has dtype {value.dtype}; expected a float dtype",
+                "save the adapter in fp32, fp16 or bf16",
+            ) from error
     return tensors
 
 

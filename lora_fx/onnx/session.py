@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import BATCH, Input, Inputs
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
@@ -120,9 +120,6 @@ def open_session(
     return RuntimeSession(session, got, note)
 
 
-_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(bool)": "bool"}
-
-
 IMAGE = 64
 """The height and width of a sampled image where a file leaves them open: smaller ones would vanish
 in the strides of most models."""
@@ -136,7 +133,7 @@ def signature(session: RuntimeSession) -> Inputs:
     """
     specs = []
     for i in session.session.get_inputs():
-        dtype = _DTYPES.get(i.type, i.type.removeprefix("tensor(").removesuffix(")"))
+        dtype = from_onnx(i.type)
         image = len(i.shape) == 4 and "float" in dtype and not i.name.startswith("past_key_values.")
         sizes = [IMAGE if image and k > 1 and not isinstance(d, int) else d
                  for k, d in enumerate(i.shape)]  # fmt: skip

@@ -19,6 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lora_fx.dtypes import from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import explain, replacing
 from lora_fx.onnx.load import data_names
@@ -362,12 +363,9 @@ def _slots(text: str | None, where: str) -> set[str]:
     return {n for s in Manifest.from_text(text, where).slots.values() for n in (s.a, s.b)}
 
 
-_NAMES = {"float": "FP32", "double": "FP64", "float16": "FP16", "bfloat16": "BF16"}
-
-
 def _port(value: Any, optional: bool) -> Port:
-    dtype = value.type.removeprefix("tensor(").removesuffix(")")
-    kind = "TYPE_" + _NAMES.get(dtype, dtype.upper())
+    dtype = from_onnx(value.type).replace("bfloat", "bf").replace("float", "fp")
+    kind = f"TYPE_{dtype.upper()}"
     if kind not in KINDS.values():
         raise LoraFxError(f"{value.name!r} is {value.type}, which Triton does not carry")
     dims = tuple(d if isinstance(d, int) else -1 for d in value.shape)

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import Parity, compare
+from lora_fx.compare import EPSILON, Parity, compare
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, leaf_names, output_name
@@ -32,24 +32,12 @@ from lora_fx.passes.proofs.parity import arrays_of, prove
 from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-TOLERANCE = {"float32": 1e-5, "float16": 2.0**-7, "bfloat16": 2.0**-4}
+TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """Of the explicit reference: it rounds W + s·b·a in another order."""
 
 
-class LiveReference(Protocol):
-    """What the attached model has to be equal to."""
-
-    def check(self) -> Parity:
-        """Run both with what is installed now."""
-        ...
-
-    def put(self, updates: Mapping[str, LowRank]) -> None:
-        """Take these updates from now on, of the same shapes."""
-        ...
-
-
 class InGraph:
-    """The module that insert returns for the same capture."""
+    """What the live model has to equal: the module that insert returns for the same capture."""
 
     def __init__(self, state: Attachment, cap: Captured, module: AdaptedModule | None) -> None:
         self.state = state
@@ -57,7 +45,7 @@ class InGraph:
         self.module = module
 
     def put(self, updates: Mapping[str, LowRank]) -> None:
-        """See LiveReference."""
+        """Take these updates from now on, of the same shapes."""
         assert self.module is not None
         self.module.load_adapter(Adapter(updates))
 
@@ -84,7 +72,7 @@ class InGraph:
 
 
 class Explicit:
-    """The same live model, its adapter off, with W + s·b·a in its parameters."""
+    """Without a graph: the same live model, its adapter off, with W + s·b·a in its parameters."""
 
     def __init__(
         self,
@@ -155,7 +143,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             m.training = was
 
 
-def prove_live(state: Attachment, reference: LiveReference, probe: Mapping[str, LowRank]) -> None:
+def prove_live(
+    state: Attachment, reference: InGraph | Explicit, probe: Mapping[str, LowRank]
+) -> None:
     """Raise unless the attached model gives the reference's numbers with `probe` installed.
 
     Modules whose branch does not run, because some fused path reads their weight, change to the
@@ -192,7 +182,7 @@ def prove_live(state: Attachment, reference: LiveReference, probe: Mapping[str, 
 
 
 def _alone(
-    state: Attachment, reference: LiveReference, probe: Mapping[str, LowRank], key: str
+    state: Attachment, reference: InGraph | Explicit, probe: Mapping[str, LowRank], key: str
 ) -> Parity:
     """The comparison with every other update at zero."""
     only = {k: u if k == key else replace(u, b=np.zeros_like(u.b)) for k, u in probe.items()}

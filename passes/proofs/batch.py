@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, widened
+from lora_fx.compare import ORT_TOL, Parity, compare, gates_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.batch import IDS, SCALES
-from lora_fx.passes.proofs.parity import Reference, Run
+from lora_fx.passes.proofs.reference import Reference, Run
 
 AT_ONCE = 16
 """Rows of one batch of the check."""
@@ -110,7 +110,7 @@ def _row(
     expected = {n: v[:1] for n, v in reference.run(adapter)(alone).items()}
     ours = {n: v[row : row + 1] for n, v in got.items()}
     shapes = {n: v.shape for n, v in feeds.items()}
-    gates = {n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()}
+    gates = gates_of(expected)
     parity = compare(ours, expected, shapes, gates, "mixed batch")
     if not parity.ok and gates[parity.output] == ORT_TOL:
         gates = widened(gates, reference.own_errors(adapter))

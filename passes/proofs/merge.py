@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.dtypes import Array
+from lora_fx.checkpoint.difference import same_bytes
+from lora_fx.compare import EPSILON
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -20,7 +21,6 @@ from lora_fx.onnx.match import Matched
 from lora_fx.passes.fold import fold_rows
 from lora_fx.targets.found import Found
 
-CHUNK = 1 << 24
 PROOF_ROWS = 4
 """Rows of every touched tensor that are computed again."""
 
@@ -36,9 +36,7 @@ def prove_merge(
     """Open what was written, and compare it with what it has to be."""
     written = OnnxGraph(load(temporary))
     for name in before:
-        if name in changed:
-            continue
-        if not same(written.reader(name)(), before[name]()):
+        if name not in changed and not same_bytes(written.reader(name)(), before[name]()):
             raise LoraFxError(f"{target}: not written: {name!r} is not the base's", "a full disk?")
     for name, wrong in _wrong_rows(written, before, found, matched):
         raise LoraFxError(
@@ -46,20 +44,9 @@ def prove_merge(
             "was the base changed meanwhile? if not, this is a mistake of lora-fx",
         )
     for name, value in matched.whole.items():
-        if (
-            written.reader(name)().astype(np.float64).tobytes()
-            != value.astype(before[name]().dtype).astype(np.float64).tobytes()
-        ):
+        if not same_bytes(written.reader(name)(), value.astype(before[name]().dtype)):
             raise LoraFxError(f"{target}: not written: {name!r} is not the adapter's")
     return written
-
-
-def same(a: Array, b: Array) -> bool:
-    """Equal bytes, some at a time: both may be files larger than memory."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    x, y = (np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in (a, b))
-    return all(np.array_equal(x[i : i + CHUNK], y[i : i + CHUNK]) for i in range(0, len(x), CHUNK))
 
 
 def _wrong_rows(
@@ -78,9 +65,7 @@ def _wrong_rows(
             first = int(rng.integers(0, max(1, base.shape[0] - PROOF_ROWS + 1)))
             rows = slice(first, min(base.shape[0], first + PROOF_ROWS))
         exact = fold_rows(base, pairs, rows)
-        eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-20}.get(
-            base.dtype.name, 2.0**-40
-        )
+        eps = EPSILON.get(base.dtype.name, 8 * 2.0**-23 if base.dtype == np.float32 else 2.0**-40)
         size = np.abs(exact).max(initial=0.0) + np.abs(base[rows].astype(np.float64)).max(initial=0)
         gap = float(np.abs(got[rows].astype(np.float64) - exact).max(initial=0.0))
         if not gap <= eps * size:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, w
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name
-from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.passes.proofs.reference import Run
 
 
 def arrays_of(named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -171,27 +173,48 @@ def torch_run(module: CapturedModule) -> Run:
     return run
 
 
-# What an exported file has to equal: a model as it was, alone or with an adapter in branches.
+# A captured torch model as the reference of an export.
 
 
-Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+class TorchReference:
+    """Adapters are the branches that insert adds.
 
+    Args:
+        captured: The base model.
+        branched: What adds an adapter's branches to it.
+        arrays: A user's inputs by name, instead of sampled ones.
+    """
 
-class Reference(Protocol):
-    """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime."""
+    def __init__(
+        self,
+        captured: Captured,
+        branched: Callable[[Adapter], CapturedModule],
+        arrays: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.branched, self.arrays = branched, arrays
+        self.base = plain(captured)
+        self.base.eval()
+        self._last: tuple[Adapter | None, CapturedModule] = (None, self.base)
 
     def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
-        """Inputs by their ONNX names, symbols at (batch, other); a user's own where given."""
-        ...
+        """See Reference."""
+        return arrays_of(self.base.sample(size, self.arrays, seed))
 
     def run(self, adapter: Adapter | None) -> Run:
-        """{input: array} → {output: array}, with an adapter's branches."""
-        ...
+        """See Reference."""
+        return torch_run(self._module(adapter))
 
     def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
-        """Per output, how far rounding alone moves it; empty where that is unknown."""
-        ...
+        """Fp32 against fp64."""
+        return own_errors(self._module(adapter))
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
-        """Compare at every size; `of` is the word for it in the report."""
-        ...
+        """See Reference."""
+        return prove(run, self._module(adapter), arrays=self.arrays, of=of)
+
+    def _module(self, adapter: Adapter | None) -> CapturedModule:
+        if adapter is None:
+            return self.base
+        if self._last[0] is not adapter:
+            self._last = (adapter, self.branched(adapter).eval())
+        return self._last[1]

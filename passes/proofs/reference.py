@@ -1,36 +1,57 @@
-"""An .onnx file as the reference of a rewrite: run as it is, or with branches that insert adds.
+"""What a rewritten model has to equal: the model as it was, alone or with an adapter in branches.
 
-The branches' factors are inputs, so that adapters of the same keys and ranks share one session.
+Of an .onnx file, run in ONNX Runtime, it is made here, without torch; parity.py has that of a
+captured model. The branches' factors are inputs, so that adapters of the same keys and ranks share
+one session.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
+from lora_fx.compare import Parity, compare, gates_of, rel, shapes_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.inputs import SIZES, Inputs
 from lora_fx.ir.emitter import Role
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.proofs.parity import Run, arrays_of, own_errors, prove, torch_run
-from lora_fx.passes.verbs.adapt import insert
+
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+"""{input: array} → {output: array}."""
+
+
+class Reference(Protocol):
+    """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime."""
+
+    def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
+        """Inputs by their ONNX names, symbols at (batch, other); a user's own where given."""
+        ...
+
+    def run(self, adapter: Adapter | None) -> Run:
+        """{input: array} → {output: array}, with an adapter's branches."""
+        ...
+
+    def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
+        """Per output, how far rounding alone moves it; empty where that is unknown."""
+        ...
+
+    def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
+        """Compare at every size; `of` is the word for it in the report."""
+        ...
 
 
 class OnnxReference:
@@ -95,9 +116,7 @@ class OnnxReference:
         results = []
         for feeds in self.sizes():
             expected = self._run(adapter, True, feeds)
-            gates = {
-                n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()
-            }
+            gates = gates_of(expected)
             shapes = shapes_of(feeds)
             got = run(feeds)
             parity = compare(got, expected, shapes, gates, of)
@@ -193,45 +212,3 @@ def reference_of(
     session = open_session(source, provider)
     with tempfile.TemporaryDirectory() as folder:
         yield OnnxReference(graph, session, Path(folder), arrays)
-
-
-# A captured torch model as the reference of an export.
-
-
-class TorchReference:
-    """Adapters are the branches that insert adds.
-
-    Args:
-        captured: The base model.
-        arrays: A user's inputs by name, instead of sampled ones.
-    """
-
-    def __init__(self, captured: Captured, arrays: Mapping[str, Any] | None = None) -> None:
-        self.captured, self.arrays = captured, arrays
-        self.base = plain(captured)
-        self.base.eval()
-        self._last: tuple[Adapter | None, CapturedModule] = (None, self.base)
-
-    def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
-        """See Reference."""
-        return arrays_of(self.base.sample(size, self.arrays, seed))
-
-    def run(self, adapter: Adapter | None) -> Run:
-        """See Reference."""
-        return torch_run(self._module(adapter))
-
-    def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
-        """Fp32 against fp64."""
-        return own_errors(self._module(adapter))
-
-    def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
-        """See Reference."""
-        return prove(run, self._module(adapter), arrays=self.arrays, of=of)
-
-    def _module(self, adapter: Adapter | None) -> CapturedModule:
-        if adapter is None:
-            return self.base
-        if self._last[0] is not adapter:
-            module = insert(self.captured, adapter=adapter, dead="allow")
-            self._last = (adapter, module.eval())
-        return self._last[1]

@@ -37,7 +37,6 @@ from lora_fx.passes.insert import Insert, changed
 from lora_fx.passes.proofs.attached import (
     Explicit,
     InGraph,
-    LiveReference,
     eval_mode,
     prove_live,
     random_values,
@@ -150,7 +149,7 @@ def attach(
         metadata=metadata,
     )
     if cap is None:
-        reference: LiveReference = Explicit(state, Signature(model.forward), args, kwargs)
+        reference: InGraph | Explicit = Explicit(state, Signature(model.forward), args, kwargs)
     else:
         if inserted is not None:
             inserted.load_adapter(Adapter(probe, learning(probe)))

@@ -30,7 +30,7 @@ from lora_fx.onnx.triton import Repository
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.batch import prove_rows
-from lora_fx.passes.proofs.parity import Reference, Run
+from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name

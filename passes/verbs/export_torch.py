@@ -30,8 +30,7 @@ from lora_fx.onnx.optimise.precision import GATES
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
-from lora_fx.passes.proofs.parity import prove, torch_run
-from lora_fx.passes.proofs.reference import TorchReference
+from lora_fx.passes.proofs.parity import TorchReference, prove, torch_run
 from lora_fx.passes.verbs.adapt import find, fold, grown, insert
 from lora_fx.passes.verbs.build_module import plan_of
 from lora_fx.passes.verbs.export_files import Writing, beside, named, write_batch, write_switch
@@ -202,7 +201,9 @@ def export_slots(
     captured = captured_of(model, args, kwargs, dynamic)
     found = find(captured)
     bound = {name: bind(a, found) for name, a in (adapters or {}).items()}
-    reference = TorchReference(captured, inputs)
+    reference = TorchReference(
+        captured, lambda adapter: insert(captured, adapter=adapter, dead="allow"), inputs
+    )
     graph = _base(reference, opset, tied=mode != "batch")
     said = [str(p) for p in captured.pinned]
     if mode == "batch":

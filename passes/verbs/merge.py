@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
+from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.merge import GAIN, given
 from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.compare import Parity, Report, demand
@@ -29,7 +30,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton import Repository
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.proofs.merge import prove_merge, same
+from lora_fx.passes.proofs.merge import prove_merge
 from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.targets.found import Found
 from lora_fx.text import table
@@ -99,7 +100,7 @@ def merge_onnx(
         made.save(model, 0 if external else external_over, delta=delta)
         changed = {*fold.applied.values(), *matched.whole}
         written = prove_merge(made.seen, target, before, changed, plan.found, matched)
-        if all(n in before and same(written.reader(n)(), before[n]()) for n in changed):
+        if all(n in before and same_bytes(written.reader(n)(), before[n]()) for n in changed):
             raise NoEffectError(
                 f"{target}: not written: no element of {len(changed)} tensors would change",
                 "is the adapter untrained, or its weight 0?",

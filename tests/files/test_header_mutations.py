@@ -22,8 +22,11 @@ import pytest
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import DTYPES, MAX_DIMS, parse_header
+from lora_fx.files.safetensors import MAX_DIMS, parse_header
+
+CODES = {d.code: d for d in DTYPES.values()}
 
 FILE = Path("x.safetensors")
 Pairs = list[tuple[str, Any]]
@@ -153,10 +156,10 @@ def valid(r: random.Random, header: Object) -> tuple[Object, bytes]:
     """A sound header of as many tensors as there were, and its data."""
     made, at = Object(), 0
     for i in range(r.randrange(1, 6)):
-        dtype = r.choice(list(DTYPES))
+        dtype = r.choice(list(CODES))
         shape = [r.choice((0, 1, 2, 3, 4, 8)) for _ in range(r.choice((0, 1, 2, 3, 3, 64, 65)))]
         shape = [min(n, 2) if len(shape) < 9 else 1 for n in shape] if len(shape) > 3 else shape
-        bits = DTYPES[dtype][1]
+        bits = CODES[dtype].bits
         for n in shape:
             bits *= n
         stop = at + bits // 8
@@ -194,7 +197,7 @@ def edits(r: random.Random, data: bytes) -> bytes:
             case 6 if key == "shape" and isinstance(value, list):
                 value.extend(r.choice(([1], [0], [2], [1 << 62] * 30, [1] * 70)))
             case 7 if key == "dtype":
-                one[at] = (key, r.choice([*DTYPES, "f32", "F4_E2M1", "", Object([("F32", None)])]))
+                one[at] = (key, r.choice([*CODES, "f32", "F4_E2M1", "", Object([("F32", None)])]))
             case 8 if key in ("data_offsets", "shape") and isinstance(value, list):
                 value.reverse()
             case _:
@@ -244,8 +247,7 @@ def judge(data: bytes, seen: Counter[str]) -> None:
     assert want is not None, "ours accepts what the library refuses"
     header = pairs(data[8 : got.data])
     assert not any(holds(header) for holds in STRICTER.values()), "a rule of ours was not kept"
-    names = {code: name for code, (name, _) in DTYPES.items()}
-    assert {n: (names[d], s, b) for n, (d, s, b) in want.items()} == {
+    assert {n: (CODES[d].name, s, b) for n, (d, s, b) in want.items()} == {
         n: (t.dtype, list(t.shape), data[t.start : t.stop]) for n, t in got.tensors.items()
     }
     seen["both accept"] += 1

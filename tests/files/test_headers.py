@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save, save_file
 
 from lora_fx.checkpoint.targets import file_targets
+from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import DTYPES, MAX_HEADER, TensorInfo, read_header
+from lora_fx.files.safetensors import MAX_HEADER, TensorInfo, read_header
 from lora_fx.fx.load.models import check_fit
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -262,7 +263,7 @@ def test_file_targets(tmp_path: Path) -> None:
 def test_dtype_names_are_numpys() -> None:
     from lora_fx.dtypes import numpy_dtype
 
-    for name, bits in DTYPES.values():
+    for name, bits, *_ in DTYPES.values():
         dtype = numpy_dtype(name)
         assert dtype.itemsize * 8 == max(8, bits)
 

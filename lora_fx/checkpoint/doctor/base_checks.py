@@ -18,9 +18,8 @@ from lora_fx.checkpoint.int8 import HINT, scheme_of, stored_as
 from lora_fx.checkpoint.merge_plan import Given, MergePlan, Options, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
-from lora_fx.dtypes import finfo
+from lora_fx.dtypes import FLOATING, finfo
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import FLOATING
 from lora_fx.targets.target import base_name
 from lora_fx.text import near
 

@@ -21,11 +21,11 @@ from lora_fx.checkpoint.match import match, named, stacked
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.tied import Tie, tie_of
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.copying import read_at
-from lora_fx.files.safetensors import FLOATING, TensorInfo, is_float, read_json, read_tensors
+from lora_fx.files.safetensors import TensorInfo, is_float, read_json, read_tensors
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
 from lora_fx.formats.peft.file import CONFIG, WEIGHTS

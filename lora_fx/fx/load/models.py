@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import PICKLES, tensors
-from lora_fx.files.safetensors import CONVERT, FLOATING, TensorInfo
+from lora_fx.files.safetensors import CONVERT, TensorInfo
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.factory import call_factory
 from lora_fx.fx.load.huggingface import load_folder

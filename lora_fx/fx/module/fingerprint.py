@@ -17,9 +17,8 @@ from lora_fx.checkpoint.provenance import (
     fingerprint,
     parameters_of,
 )
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import FLOATING
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.tensors import is_sharded, to_numpy
 
