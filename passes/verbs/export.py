@@ -6,9 +6,8 @@ Which file does the work depends on the mode, and on whether the model is in tor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from lora_fx.files.atomic import check_output
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
-from lora_fx.passes.verbs.export_files import Writing, meant
 from lora_fx.passes.verbs.merge import is_onnx
+from lora_fx.passes.verbs.options import ExportOptions, Selectors
 
 
 def export(
@@ -31,8 +30,8 @@ def export(
     *,
     adapters: Any = None,
     mode: str = "merged",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Selectors = None,
+    exclude: Selectors = None,
     rank: int | None = None,
     scales: bool = False,
     names: Mapping[str, str] | None = None,
@@ -88,18 +87,14 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
-    meant(mode, switch=include or exclude, batch=scales, merged=optimise or precision, load=rank)
-    if precision == "int8" and optimise:
-        raise LoraFxError(
-            "int8 starts from the graph as exported: fused nodes would stay in float32",
-            "leave --optimise out",
-        )
+    options = ExportOptions(
+        target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
+        rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
+        external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
+        precision=precision, repository=repository_of(triton, path, max_batch), cache=cache,
+    )  # fmt: skip
     check_output(path, force=force)
-    repository = repository_of(triton, path, max_batch)
-    how = Writing(Path(path), provider, external_over, force, repository)
     if cache:
-        if mode == "batch":
-            raise LoraFxError("mode batch has no cache", "merged, switch or load")
         if args or kwargs or dynamic or inputs:
             raise LoraFxError(
                 "with a cache the inputs and their dimensions are known", "leave yours out"
@@ -112,6 +107,7 @@ def export(
         from lora_fx.passes.verbs.open import with_cache
 
         model, adapters = with_cache(model, adapters)
+        options = replace(options, adapters=adapters)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         if args or kwargs or dynamic or opset:
             raise LoraFxError(
@@ -120,48 +116,19 @@ def export(
             )
         from lora_fx.passes.verbs.export_onnx import export_onnx
 
-        return export_onnx(
-            model,
-            how,
-            adapters=adapters,
-            mode=mode,
-            include=include,
-            exclude=exclude,
-            rank=rank,
-            scales=scales,
-            names=names,
-            inputs=inputs,
-            optimise=optimise,
-            precision=precision,
-        )
+        return export_onnx(model, options)
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
-    from lora_fx.fx.to_onnx import OPSET
+    from lora_fx.passes.verbs.export_torch import export_merged, export_slots
 
-    common: dict[str, Any] = {
-        "adapters": adapters,
-        "inputs": inputs,
-        "opset": opset or OPSET,
-        "dynamic": dynamic,
-    }
-    run: Callable[..., Report]
-    if mode == "merged":
-        from lora_fx.passes.verbs.export_torch import export_merged
-
-        run = partial(export_merged, optimise=optimise, precision=precision)
-    else:
-        from lora_fx.passes.verbs.export_torch import export_slots
-
-        run = partial(
-            export_slots, mode=mode, include=include, exclude=exclude, rank=rank, scales=scales
-        )
+    run = export_merged if mode == "merged" else export_slots
     try:
-        return run(model, args, kwargs, how, **common)
+        return run(model, args, kwargs, options)
     except LoraFxError as e:
         if not may_help(model, e):
             raise
         with eager(model) as again:
-            report = run(again, args, kwargs, how, **common)
+            report = run(again, args, kwargs, options)
         said = f"with eager attention, since the model's own failed: {e.message}"
         return replace(report, warnings=(*report.warnings, said))
 

@@ -8,7 +8,7 @@ ONNX Runtime, with the branches that insert adds
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -24,76 +24,46 @@ from lora_fx.onnx.names import restore_weight_names
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import reference_of
-from lora_fx.passes.verbs.export_files import Writing, beside, named, write_batch, write_switch
+from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.merge import merge_onnx
 from lora_fx.passes.verbs.optimise import optimise_file
+from lora_fx.passes.verbs.options import ExportOptions
 from lora_fx.targets.found import Found
-from lora_fx.targets.plan import make_plan
-
-Selectors = str | Sequence[str] | None
 
 
-def export_onnx(
-    source: str | PathLike[str],
-    how: Writing,
-    *,
-    adapters: Any = None,
-    mode: str = "merged",
-    include: Selectors = None,
-    exclude: Selectors = None,
-    rank: int | None = None,
-    scales: bool = False,
-    names: Mapping[str, str] | None = None,
-    inputs: Mapping[str, Any] | None = None,
-    optimise: bool = False,
-    precision: str | None = None,
-) -> Report:
-    """Write another .onnx file of a file; the options are those of lora_fx.passes.verbs.export.
-
-    Args:
-        source: The file; it is not changed.
-        how: Where and how to write.
-        names: Adapter key → tensor of the file, where the names do not tell.
+def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
+    """Write another .onnx file of a file, which is not changed; see lora_fx.passes.verbs.export.
 
     Raises:
         LoraFxError: An adapter that does not fit, an option that the mode would ignore.
         NoEffectError: The outputs differ; nothing is written.
     """
     source = Path(source)
-    if how.target.resolve() == source.resolve():
+    if options.target.resolve() == source.resolve():
         raise LoraFxError(
-            f"{how.target}: the output would replace the input", "choose another output"
+            f"{options.target}: the output would replace the input", "choose another output"
         )
-    if mode == "merged":
-        return _merged(source, how, adapters, names, inputs, optimise, precision)
-    if mode == "batch":
-        adapters = named(adapters)
-    elif isinstance(adapters, Adapter):
-        adapters = {"adapter": adapters}
-    beside(how.target, adapters or {} if mode != "batch" else {}, how.force)
+    if options.mode == "merged":
+        return _merged(source, options)
+    adapters = by_name(options)
     model = load(source)
     renamed = restore_weight_names(model)
     graph = OnnxGraph(model)
     found = find(graph)
-    bound = {n: _bound(n, a, graph, found, names) for n, a in (adapters or {}).items()}
+    bound = {n: _bound(n, a, graph, found, options.names) for n, a in adapters.items()}
     said = [*graph.notes]
     if renamed:
         said.append(f"{renamed} tensors got the names that the exporter's metadata tells")
-    with reference_of(source, graph, how.provider, inputs) as reference:
+    with reference_of(source, graph, options.provider, options.inputs) as reference:
         rewritten = graph.clone()
-        if mode == "batch":
+        if options.mode == "batch":
             sources = {p.name: (p.name, StoredWeight(p.shape)) for p in graph.parameters()}
+            fixed = bool(options.inputs)
             return write_batch(
-                rewritten, reference, sources, bound, how,
-                scales=scales, fixed=bool(inputs), warnings=said,
-            )  # fmt: skip
-        keys = list(dict.fromkeys(k for a in bound.values() for k in a))
-        if not keys or include or exclude:
-            keys = _planned(found, include, exclude)
-        return write_switch(
-            rewritten, reference, keys, bound, how,
-            load=mode == "load", rank=rank, warnings=said,
-        )  # fmt: skip
+                rewritten, reference, sources, bound, options, fixed=fixed, warnings=said
+            )
+        keys, _ = options.chosen(found, bound)
+        return write_switch(rewritten, reference, keys, bound, options, warnings=said)
 
 
 def _bound(
@@ -110,46 +80,33 @@ def _bound(
     return replace(adapter, entries=dict(matched.updates), metadata=metadata)
 
 
-def _planned(found: Found, include: Selectors, exclude: Selectors) -> list[str]:
-    shapes = {n: n for n in found.shapes}
-    return list(make_plan(found, shapes, rank=1, include=include, exclude=exclude).entries)
-
-
-def _merged(
-    source: Path,
-    how: Writing,
-    adapters: Any,
-    names: Mapping[str, str] | None,
-    inputs: Mapping[str, Any] | None,
-    optimise: bool,
-    precision: str | None,
-) -> Report:
+def _merged(source: Path, options: ExportOptions) -> Report:
     """Merge, then optimise; one of the two may be left out."""
-    if isinstance(adapters, Mapping):
+    adapter, target = options.adapters, options.target
+    if isinstance(adapter, Mapping):
         raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
-    rewritten = optimise or precision is not None
-    if adapters is None and not rewritten:
+    rewritten = options.optimise or options.precision is not None
+    if adapter is None and not rewritten:
         raise LoraFxError(
             f"{source} is an .onnx file already, and there is nothing to do",
             "give an adapter, --optimise, --precision or a --mode",
         )
-    last: dict[str, Any] = {"force": how.force, "repository": how.repository}
-    given: dict[str, Any] = {"names": names, "external_over": how.external_over}
-    ran: dict[str, Any] = {"inputs": inputs, "provider": how.provider}
-    ran |= {"optimise": optimise, "precision": precision}
+    last: dict[str, Any] = {"force": options.force, "repository": options.repository}
+    given: dict[str, Any] = {"names": options.names, "external_over": options.external_over}
+    ran: dict[str, Any] = {
+        name: getattr(options, name) for name in ("inputs", "provider", "optimise", "precision")
+    }
     if not rewritten:
-        return replace(
-            merge_onnx(source, [adapters], how.target, **given, **last), command="export"
-        )
-    if adapters is None:
-        return optimise_file(source, how.target, **ran, **last)
+        return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
+    if adapter is None:
+        return optimise_file(source, target, **ran, **last)
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "merged.onnx"
         try:
-            made = merge_onnx(source, [adapters], merged, **given)
+            made = merge_onnx(source, [adapter], merged, **given)
         except LoraFxError as e:
-            said = e.message.replace(str(merged), str(how.target))
+            said = e.message.replace(str(merged), str(target))
             raise LoraFxError(said, e.hint, exit_code=e.exit_code) from e
-        done = optimise_file(merged, how.target, **ran, **last)
+        done = optimise_file(merged, target, **ran, **last)
         details = {**made.details, **done.details}
         return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
