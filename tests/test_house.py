@@ -81,6 +81,41 @@ def test_heavy_libraries_stay_in_their_folder(path: Path, name: str) -> None:
         )
 
 
+VERBS = (
+    "checkpoint.extract.extract",
+    "checkpoint.merge.merge",
+    "passes.verbs.adapt.insert",
+    "passes.verbs.attach.attach",
+    "passes.verbs.export.export",
+    "passes.verbs.plan.plan",
+)
+"""Public functions that users call with keywords; each makes an options object at once."""
+
+
+def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[str]:
+    a = node.args
+    plain = [x.arg for x in (*a.posonlyargs, *a.args)]
+    plain = plain[1:] if plain[:1] in (["self"], ["cls"]) else plain
+    return [*plain, *(x.arg for x in (a.vararg, *a.kwonlyargs, a.kwarg) if x is not None)]
+
+
+@pytest.mark.parametrize(("path", "name"), list(sources()), ids=lambda v: getattr(v, "name", v))
+def test_nobody_takes_more_than_eight_arguments(path: Path, name: str) -> None:
+    """Nor hands on more; the fields of a record are no arguments, and aten's operators not ours."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, functions):
+            own = getattr(node, "name", "lambda")
+            if f"{name}.{own}".removeprefix("lora_fx.") not in VERBS:
+                assert len(parameters(node)) <= 8, f"{name}:{node.lineno} {own}"
+        elif isinstance(node, ast.Call):
+            callee = ast.unparse(node.func)
+            record = callee.rpartition(".")[2].lstrip("_")[:1].isupper()
+            if not record and not callee.startswith("aten."):
+                count = len(node.args) + len(node.keywords)
+                assert count <= 8, f"{name}:{node.lineno} {callee}(…)"
+
+
 @pytest.mark.parametrize(("path", "name"), list(sources()), ids=lambda v: getattr(v, "name", v))
 def test_files_are_short_and_say_what_they_are(path: Path, name: str) -> None:
     text = path.read_text()
