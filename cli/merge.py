@@ -31,17 +31,7 @@ from lora_fx.cli.report_option import report_option
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
 @force_option
 @json_option
-def command(
-    base: str,
-    adapters: tuple[str, ...],
-    out: str,
-    dry_run: bool,
-    link: bool,
-    threads: int | None,
-    force: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 
     BASE is a Hugging Face folder, a .safetensors or an .onnx file. It is streamed: memory does not
@@ -56,17 +46,20 @@ def command(
     if options["how"] != "svd":
         load_numpy()
     from lora_fx.checkpoint.merge import check_target, lines, plan_merge, report_json, run
+    from lora_fx.checkpoint.options import MergeOptions
     from lora_fx.errors import LoraFxError
 
-    mine = {k: options.pop(k) for k in ONNX}
+    threads = options.pop("threads")
     if base.endswith(".onnx"):
-        merge_file(base, adapters, out, dry_run, mine, {**options, "link": link}, force, as_json)
+        merge_file(base, adapters, out, options, as_json)
         return
-    if wrong := [k for k, v in mine.items() if v]:
-        raise LoraFxError(f"--{ONNX[wrong[0]]} is of .onnx files", "leave it out")
+    of_onnx = {option: options.pop(name) for name, option in ONNX.items()}
+    if wrong := [option for option, value in of_onnx.items() if value]:
+        raise LoraFxError(f"--{wrong[0]} is of .onnx files", "leave it out")
+    dry_run, link, force = (options.pop(name) for name in ("dry_run", "link", "force"))
     if not dry_run:
         check_target(out, force=force)
-    plan = plan_merge(base, [split_weight(a) for a in adapters], **options)
+    plan = plan_merge(base, [split_weight(a) for a in adapters], MergeOptions(**options))
     inputs = [{"base": base, "adapters": list(adapters)}]
     if dry_run:
         for text in plan.notes:

@@ -75,32 +75,22 @@ def load_numpy() -> None:
 
 
 def merge_file(
-    base: str,
-    adapters: tuple[str, ...],
-    out: str,
-    dry_run: bool,
-    mine: dict[str, Any],
-    options: dict[str, Any],
-    force: bool,
-    as_json: bool,
+    base: str, adapters: tuple[str, ...], out: str, options: dict[str, Any], as_json: bool
 ) -> None:
     """Merge into an .onnx file, or print its plan."""
     from lora_fx.onnx.match import read_map
-    from lora_fx.passes.verbs.merge import lines, merge, onnx_options_of
+    from lora_fx.passes.verbs.merge import OnnxMergeOptions, lines, merge, plan_onnx
 
     given = [split_weight(a) for a in adapters]
     inputs = [{"base": base, "adapters": list(adapters)}]
-    chosen = {**options, **mine, "names": read_map(mine["names"])}
+    dry_run, options["names"] = options.pop("dry_run"), read_map(options["names"])
     if dry_run:
-        from lora_fx.passes.verbs.merge import plan_onnx
-
-        planned = {k: v for k, v in onnx_options_of(chosen).items() if k not in ("delta", "run")}
-        plan = plan_onnx(base, given, **planned)
+        plan = plan_onnx(base, given, OnnxMergeOptions.of(options))
         for text in plan.graph.notes:
             note(text)
         emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
         return
-    report = merge(base, given, out, force=force, **chosen)
+    report = merge(base, given, out, **options)
     for text in report.warnings:
         note(text)
     fields = {**report.to_json(), "inputs": inputs}

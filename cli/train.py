@@ -95,9 +95,13 @@ def _train(
         return
     for text in (*report.warnings, *save_adapter(module.adapter(), output, force=force)):
         note(text)
-    emit(
-        as_json, "train", f"{module.report()}\n{report}\nwrote {output}",
-        inputs=cap.inputs.to_json(), outputs=[output], warnings=module.report().notes,
-        **module.report().to_json(),
-        examples={"training": len(training), "validation": len(validation)}, **report.to_json(),
-    )  # fmt: skip
+    made = module.report()
+    fields = {
+        "inputs": cap.inputs.to_json(),
+        "outputs": [output],
+        **made.to_json(),
+        "examples": {"training": len(training), "validation": len(validation)},
+        **report.to_json(),
+    }
+    said = f"{made}\n{report}\nwrote {output}"
+    emit(as_json, "train", said, warnings=made.notes, **fields)

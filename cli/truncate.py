@@ -45,7 +45,7 @@ def command(
 
     options = {k: goal.pop(k) for k in TABLE}
     if options["table"]:
-        print_table(adapter, output, goal, trust, as_json, **options)
+        print_table(adapter, output, goal, trust, as_json, options)
         return
     if not output:
         raise LoraFxError("nothing to write to", "-o OUT, or --table DATA to look first")

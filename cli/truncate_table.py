@@ -30,7 +30,7 @@ def table_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def print_table(
     path: str, output: str | None, goal: Mapping[str, Any], trust: bool, as_json: bool,
-    table: str, model: str | None, label: str, loss: str, weights: str | None,
+    options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Losses of an adapter on DATA at lower ranks."""
     from lora_fx.cli.options import adapter_of, captured, training_data
@@ -43,10 +43,11 @@ def print_table(
             f"{given[0] if given else '--output'} has no say beside --table, which writes nothing",
             "look at the table first",
         )
-    if not model:
+    if not options["model"]:
         raise LoraFxError("--table needs the model", "--model MODEL")
-    loaded, cap = captured(model, weights, None, (), (), trust)
-    data = training_data(table, loaded, cap, label, 128)
+    loaded, cap = captured(options["model"], options["weights"], None, (), (), trust)
+    data = training_data(options["table"], loaded, cap, options["label"], 128)
+    loss = options["loss"]
     function = load_function(loss) if ":" in loss else loss
     result = held_out(cap, adapter_of(path, trust), data, function)
     for text in result.notes:

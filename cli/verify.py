@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import (
+    CAPTURE,
     adapter_of,
     captured,
     json_option,
@@ -35,17 +36,7 @@ from lora_fx.cli.report_option import report_option
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @model_options
 @json_option
-def command(
-    a: str,
-    b: str,
-    adapters: tuple[str, ...],
-    tol: float | None,
-    everything: bool,
-    run: bool,
-    provider: str,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def command(a: str, b: str, as_json: bool, **options: Any) -> None:
     r"""Compare models A and B; or check that adapter B fits model A.
 
     Two Hugging Face folders or .safetensors files are compared as tensors: with --adapter, A must
@@ -65,21 +56,23 @@ def command(
     from lora_fx.formats.io import is_adapter
     from lora_fx.passes.verbs.verify import verify
 
+    model = {k: options.pop(k) for k in CAPTURE}
+    adapters, everything = options.pop("adapters"), options.pop("everything")
     fits = is_adapter(b)
-    if not run and is_tensor_file(a) and (fits or is_tensor_file(b)):
+    if not options["run"] and is_tensor_file(a) and (fits or is_tensor_file(b)):
         given = [pair if (pair := split_weight(x))[0] != x else x for x in adapters]
         rows = None if everything else ROWS
-        report = verify(a, b, adapter=given or None, tol=tol, rows=rows)
+        report = verify(a, b, adapter=given or None, tol=options["tol"], rows=rows)
     elif fits and a.endswith(".onnx"):
         report = verify(a, b)
     elif fits:
-        report = verify(captured(a, meta=True, **options)[1], adapter_of(b))
+        report = verify(captured(a, meta=True, **model)[1], adapter_of(b))
     else:
-        one, two = (m if m.endswith(".onnx") else captured(m, **options)[1] for m in (a, b))
-        arrays = load_npz(options["inputs_file"]) or None
+        one, two = (m if m.endswith(".onnx") else captured(m, **model)[1] for m in (a, b))
+        arrays = load_npz(model["inputs_file"]) or None
         extra: Any = [adapter_of(x).weighted(w) for x, w in map(split_weight, adapters)]
         extra = extra[0] if len(extra) == 1 else extra or None
-        report = verify(one, two, arrays, adapter=extra, tol=tol, provider=provider)
+        report = verify(one, two, arrays, adapter=extra, **options)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}], "outputs": []}
     fields.pop("command")
     emit(as_json, "verify", lines(report), **fields)

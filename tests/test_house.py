@@ -186,6 +186,40 @@ def test_heavy_libraries_stay_in_their_folder() -> None:
         assert not {"passes", "cli"} & heavy, f"{m.name}: the bare name is a second copy"
 
 
+VERBS = (
+    "checkpoint.extract.extract",
+    "checkpoint.merge.merge",
+    "passes.verbs.adapt.insert",
+    "passes.verbs.attach.attach",
+    "passes.verbs.export.export",
+    "passes.verbs.plan.plan",
+)
+"""Public functions that users call with keywords; each makes an options object at once."""
+
+
+def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[str]:
+    a = node.args
+    plain = [x.arg for x in (*a.posonlyargs, *a.args)]
+    plain = plain[1:] if plain[:1] in (["self"], ["cls"]) else plain
+    return [*plain, *(x.arg for x in (a.vararg, *a.kwonlyargs, a.kwarg) if x is not None)]
+
+
+def test_nobody_takes_more_than_eight_arguments() -> None:
+    """Nor hands on more; the fields of a record are no arguments, and aten's operators not ours."""
+    for m in MODULES:
+        for node in ast.walk(m.tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                own = getattr(node, "name", "lambda")
+                if f"{m.name}.{own}".removeprefix("lora_fx.") not in VERBS:
+                    assert len(parameters(node)) <= MOST, f"{m.name}:{node.lineno} {own}"
+            elif isinstance(node, ast.Call):
+                callee = ast.unparse(node.func)
+                record = callee.rpartition(".")[2].lstrip("_")[:1].isupper()
+                if not record and not callee.startswith("aten."):
+                    count = len(node.args) + len(node.keywords)
+                    assert count <= MOST, f"{m.name}:{node.lineno} {callee}(…)"
+
+
 def test_every_package_is_in_the_wheel() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert set(config["packages"]) == {m.name for m in MODULES if m.is_package}

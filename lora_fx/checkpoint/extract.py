@@ -34,13 +34,42 @@ MAX_RANK = 128
 """Cap of a rank that `energy` chooses, where none is given."""
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Which rank: `limit`, or up to `limit` what `energy` needs."""
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """What `extract` is asked for; an object that exists is in order."""
 
-    limit: int
-    energy: float | None
-    seed: int
+    rank: int | None = None
+    energy: float | None = None
+    max_rank: int | None = None
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    also_full: bool = False
+    allow_missing: bool = False
+    fan_in_fan_out: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise for what is out of range, and for options that exclude each other."""
+        for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise LoraFxError(f"{name} {value!r} is not a positive whole number", "16 is usual")
+        if self.energy is None:
+            if self.max_rank is not None:
+                raise LoraFxError("max_rank caps what energy chooses", "give energy, or only rank")
+            return
+        if self.rank is not None:
+            raise LoraFxError(
+                "rank and energy exclude each other", "max_rank caps what energy chooses"
+            )
+        if not 0.0 < self.energy < 1.0:
+            raise LoraFxError(f"energy {self.energy!r} is not between 0 and 1", "0.9, for example")
+
+    @property
+    def limit(self) -> int:
+        """The rank, or the highest that energy may choose."""
+        if self.energy is None:
+            return RANK if self.rank is None else self.rank
+        return MAX_RANK if self.max_rank is None else self.max_rank
 
 
 def extract(
@@ -81,47 +110,40 @@ def extract(
         LoraFxError: Names or shapes that do not fit each other, integers or quantised values that
             differ, values that are not finite; all by name.
     """
-    return extraction(
-        base,
-        tuned,
-        rank=rank,
-        energy=energy,
-        max_rank=max_rank,
-        include=include,
-        exclude=exclude,
-        also_full=also_full,
-        allow_missing=allow_missing,
-        fan_in_fan_out=fan_in_fan_out,
-        seed=seed,
-    ).adapter
+    options = ExtractOptions(
+        rank=rank, energy=energy, max_rank=max_rank, include=include, exclude=exclude,
+        also_full=also_full, allow_missing=allow_missing, fan_in_fan_out=fan_in_fan_out, seed=seed,
+    )  # fmt: skip
+    return _extraction(base, tuned, options).adapter
 
 
 def extraction(
     base: str | Path,
     tuned: str | Path,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_rank: int | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    also_full: bool = False,
-    allow_missing: bool = False,
-    fan_in_fan_out: bool | None = None,
-    seed: int = 0,
     progress: Callable[[float], None] | None = None,
+    **options: Any,
 ) -> Extraction:
     """As extract, with the report; `progress` is told the share of bytes that is done."""
-    choice = _choice(rank, energy, max_rank, seed)
+    return _extraction(base, tuned, ExtractOptions(**options), progress)
+
+
+def _extraction(
+    base: str | Path,
+    tuned: str | Path,
+    options: ExtractOptions,
+    progress: Callable[[float], None] | None = None,
+) -> Extraction:
     sides = sides_of(
         (str(base), tensors(base), config_of(base)), (str(tuned), tensors(tuned), config_of(tuned))
     )
     old, new = sides.old, sides.new
     found = targets_of(old)
-    kinds = uses(old, found, config_of(base), fan_in_fan_out, sides.table)
+    kinds = uses(old, found, config_of(base), options.fan_in_fan_out, sides.table)
     scope, notes = scope_of(
-        found, (str(base), old), (str(tuned), new), include, exclude, allow_missing
-    )
+        found, (str(base), old), (str(tuned), new),
+        options.include, options.exclude, options.allow_missing,
+    )  # fmt: skip
     check_lookups(sides, scope, str(tuned))
     notes += (n for n in sides.notes if n.partition(":")[0] in scope)
     entries: dict[str, Entry] = {}
@@ -137,13 +159,13 @@ def extraction(
             value = _changed_vector(pair)
             if value is None:
                 unchanged.append(pair.key)
-            elif also_full:
+            elif options.also_full:
                 entries[pair.key] = Full(value)
             else:
                 left_out.append(pair.key)
         else:
             _check_floats(pair)
-            made = _approximate(pair, use, choice)
+            made = _approximate(pair, use, options)
             if made is None:
                 unchanged.append(pair.key)
             else:
@@ -167,21 +189,6 @@ def extraction(
     )
 
 
-def _choice(rank: int | None, energy: float | None, max_rank: int | None, seed: int) -> _Choice:
-    for name, value in (("rank", rank), ("max_rank", max_rank)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise LoraFxError(f"{name} {value!r} is not a positive whole number", "16 is usual")
-    if energy is None:
-        if max_rank is not None:
-            raise LoraFxError("max_rank caps what energy chooses", "give energy, or only rank")
-        return _Choice(RANK if rank is None else rank, None, seed)
-    if rank is not None:
-        raise LoraFxError("rank and energy exclude each other", "max_rank caps what energy chooses")
-    if not 0.0 < energy < 1.0:
-        raise LoraFxError(f"energy {energy!r} is not between 0 and 1", "0.9, for example")
-    return _Choice(MAX_RANK if max_rank is None else max_rank, energy, seed)
-
-
 def _check_floats(pair: TensorPair) -> None:
     for info in (pair.base, pair.tuned):
         if info.dtype not in FLOATING:
@@ -202,7 +209,7 @@ def _changed_vector(pair: TensorPair) -> Array | None:
 
 
 def _approximate(
-    pair: TensorPair, use: TensorUse, choice: _Choice
+    pair: TensorPair, use: TensorUse, options: ExtractOptions
 ) -> tuple[LowRank, Extracted] | None:
     """The update of one tensor and its row; None where no element differs."""
     held: dict[int, tuple[Array, float, float]] = {}
@@ -213,18 +220,18 @@ def _approximate(
             held[i] = pair.delta(i)
         return held[i]
 
-    limit = min(choice.limit, pair.rows, pair.columns)
-    k = limit if choice.energy is None else min(limit, RANK)
+    limit = min(options.limit, pair.rows, pair.columns)
+    k = limit if options.energy is None else min(limit, RANK)
     while True:
         parts, norms = [], []
         for i in range(pair.batch):
             matrix, changed, original = delta(i)
             norms.append((changed, original))
-            parts.append(leading(matrix, k, generator(f"{pair.key}[{i}]", choice.seed)))
+            parts.append(leading(matrix, k, generator(f"{pair.key}[{i}]", options.seed)))
         total = math.fsum(n for n, _ in norms)
         if not total:
             return None
-        rank, enough = _rank(parts, total, k, choice.energy)
+        rank, enough = _rank(parts, total, k, options.energy)
         if enough or k == limit:
             break
         k = min(limit, 2 * k)

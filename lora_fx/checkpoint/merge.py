@@ -16,11 +16,11 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.fold import Stats
 from lora_fx.checkpoint.int8 import HINT
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, Options, make_plan
+from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
+from lora_fx.checkpoint.options import MergeOptions
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
-from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, check_space, explain, replacing
 from lora_fx.files.checkpoint import open_checkpoint
@@ -83,27 +83,25 @@ def merge(
         LoraFxError: Every reason not to merge; nothing is written.
         NoEffectError: Every element of the output would be what it was.
     """
-    check_target(out, force=force)
-    plan = plan_merge(
-        base, adapters, how=how, rank=rank, dtype=dtype, allow_unused=allow_unused,
-        untie=untie, add=add, again=again, allow_missing=allow_missing, any_base=any_base,
-        trust=trust,
+    options = MergeOptions(
+        how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
+        again=again, allow_missing=allow_missing, any_base=any_base, trust=trust,
     )  # fmt: skip
+    check_target(out, force=force)
+    plan = plan_merge(base, adapters, options)
     return run(plan, out, link=link, force=force, workers=workers, progress=progress)
 
 
 def plan_merge(
     base: str | os.PathLike[str],
     adapters: AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]],
-    *,
-    trust: bool = False,
-    **options: Any,
+    options: MergeOptions | None = None,
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
-    if options.get("dtype") not in (None, *FLOATING):
-        raise LoraFxError(f"no dtype {options['dtype']!r}", f"one of {', '.join(FLOATING)}")
+    options = options or MergeOptions()
     with _explained(base):
-        return make_plan(open_checkpoint(Path(base)), given(adapters, trust), Options(**options))
+        parts = given(adapters, options.trust)
+        return make_plan(open_checkpoint(Path(base)), parts, options)
 
 
 def check_target(out: str | os.PathLike[str], *, force: bool = False) -> None:

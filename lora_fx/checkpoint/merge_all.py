@@ -98,7 +98,7 @@ def merge_all(
         processes: How many merges run at a time.
         force: Replace outputs that exist; without it one that is this very merge is kept.
         arguments: Of `lora-fx merge`, for all of them.
-        options: The same as keywords of `plan_merge`.
+        options: The same as keywords of `MergeOptions`.
 
     Yields:
         {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true for an
@@ -176,9 +176,10 @@ def _one(
 def _is_this(base: str, job: Job, options: Mapping[str, Any]) -> bool:
     """True where an output is what this very merge would write; by its own record."""
     from lora_fx.checkpoint.merge import plan_merge
+    from lora_fx.checkpoint.options import MergeOptions
     from lora_fx.checkpoint.write import recorded
 
     out = open_checkpoint(job.out)
-    plan = plan_merge(base, [(job.adapter, job.weight)], **options)
+    plan = plan_merge(base, [(job.adapter, job.weight)], MergeOptions(**options))
     names = {*plan.base.tensors, *plan.added}
     return set(out.tensors) == names and history(out) == json.loads(recorded(plan))

@@ -20,6 +20,7 @@ from lora_fx.adapter.updates import ReplacedRows, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match, named
+from lora_fx.checkpoint.options import MergeOptions
 from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.tied import (
@@ -37,8 +38,7 @@ from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.text import human, table
 
-__all__ = ["HOWS", "Given", "MergePlan", "Options", "TensorChange", "make_plan"]
-HOWS = ("sum", "cat", "linear", "svd")
+__all__ = ["Given", "MergePlan", "TensorChange", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,6 @@ class Given:
     def of(cls, adapter: Adapter, weight: float, where: str, path: Path | None = None) -> Given:
         """With its hash."""
         return cls(adapter, weight, where, adapter_hash(adapter), path)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a merge may be asked for; see `lora_fx.merge`."""
-
-    how: str = "sum"
-    rank: int | None = None
-    dtype: str | None = None
-    allow_unused: bool = False
-    untie: bool = False
-    add: bool = False
-    again: bool = False
-    allow_missing: bool = False
-    any_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +80,7 @@ class MergePlan:
     tie: Tie | None = None
     one_use: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    options: Options = field(default_factory=Options)
+    options: MergeOptions = field(default_factory=MergeOptions)
     unverified: tuple[str, ...] = ()
 
     @property
@@ -148,14 +133,12 @@ class MergePlan:
         return "\n".join(lines)
 
 
-def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> MergePlan:
+def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -> MergePlan:
     """Match adapters to a checkpoint and check everything that can be checked without reading it.
 
     Raises:
         LoraFxError: Every reason not to merge that headers and adapters show.
     """
-    if options.how not in HOWS:
-        raise LoraFxError(f"no mix {options.how!r}", f"the mixes are {', '.join(HOWS)}")
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
     _check_given(base, given, options)
@@ -230,7 +213,7 @@ def _check_free(scales: str, placed: Mapping[str, Sequence[Placed]], base: Check
         )
 
 
-def _kept(changes: Iterable[TensorChange], options: Options) -> list[str]:
+def _kept(changes: Iterable[TensorChange], options: MergeOptions) -> list[str]:
     """What --dtype does not mean."""
     names = [c.name for c in changes if c.int8 is not None]
     if not names or options.dtype is None:
@@ -238,10 +221,8 @@ def _kept(changes: Iterable[TensorChange], options: Options) -> list[str]:
     return [f"--dtype {options.dtype}: {len(names)} int8 tensors stay int8, {names[0]} among them"]
 
 
-def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> None:
+def _check_given(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -> None:
     """Raise for weights that are no numbers, and for an adapter that is merged twice."""
-    if options.rank is not None and options.rank < 1:
-        raise LoraFxError(f"rank is {options.rank}; expected 1 or more", "for example --rank 16")
     seen: dict[str, str] = {}
     for g in given:
         if not math.isfinite(g.weight):
@@ -259,7 +240,7 @@ def _check_given(base: Checkpoint, given: Sequence[Given], options: Options) -> 
     refuse_again(base, [(g.where, g.hash) for g in given], again=options.again)
 
 
-def _weighted(given: Sequence[Given], options: Options) -> list[tuple[Adapter, str]]:
+def _weighted(given: Sequence[Given], options: MergeOptions) -> list[tuple[Adapter, str]]:
     """The adapters to add one after the other: as given, or their one mix."""
     if len(given) == 1 or options.how in ("sum", "cat"):
         if options.rank is not None:

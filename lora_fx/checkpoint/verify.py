@@ -18,15 +18,8 @@ from lora_fx.checkpoint.difference import unlike
 from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import cores, given
-from lora_fx.checkpoint.merge_plan import (
-    HOWS,
-    Given,
-    MergePlan,
-    Options,
-    Stage,
-    TensorChange,
-    make_plan,
-)
+from lora_fx.checkpoint.merge_plan import Given, MergePlan, Stage, TensorChange, make_plan
+from lora_fx.checkpoint.options import HOWS, MergeOptions
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import file_targets
@@ -258,7 +251,7 @@ def chain_of(
         plans.append(plan)
         here = _after(here, plan)
     if not plans:
-        make_plan(base, given, Options())  # raises: nothing was given
+        make_plan(base, given, MergeOptions())  # raises: nothing was given
     full = len(records) > 0 and all(r.given for r in recorded if r.merge == 1)
     if not known or (records and _other_base(records[0], base, plans[0] if full else None)):
         notes.append(f"{merged.path} says that it was made from another base than {base.path}")
@@ -295,12 +288,12 @@ def _assigned(
 
 def _options(
     record: Mapping[str, Any], parts: Sequence[Given], base: Checkpoint, merged: Checkpoint
-) -> Options:
+) -> MergeOptions:
     asked = record.get("options")
     asked = asked if isinstance(asked, dict) else {}
     new = any(k in merged.tensors and k not in base.tensors for p in parts for k in p.adapter.full)
     mixed = len(parts) > 1
-    return Options(
+    return MergeOptions(
         how=asked["how"] if mixed and asked.get("how") in HOWS else "sum",
         rank=asked["rank"] if mixed and isinstance(asked.get("rank"), int) else None,
         dtype=record["dtype"] if record.get("dtype") in FLOATING else None,

@@ -208,12 +208,10 @@ def projected_lstm(
     params: Sequence[Tensor],
     has_biases: bool,
     layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    *rest: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten.lstm.input with projections, in eval mode, by LSTMs without: (output, h, c)."""
+    _dropout, _train, bidirectional, batch_first = rest
     each, ways = (5 if has_biases else 3), (2 if bidirectional else 1)
     x = x.transpose(0, 1) if batch_first else x
     hs, cs = [], []

@@ -8,25 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 from lora_fx.adapter.adapter import Adapter, bind
-from lora_fx.adapter.factors import relearning
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
-from lora_fx.fx.tensors import named_tensors
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
 from lora_fx.passes.proofs.effect import prove_effect
-from lora_fx.passes.verbs.build_module import (
-    Selectors,
-    adapted_module,
-    check_variant,
-    plan_of,
-    started,
-)
+from lora_fx.passes.verbs.build_module import adapted_module, start_of
 from lora_fx.passes.verbs.open import captured_of, opened
+from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
 
 
@@ -118,13 +111,11 @@ def insert(
         NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
         CaptureError: The model cannot be captured.
     """
-    said = check_variant(variant, init, dropout, data)
-    if not 0.0 <= dropout < 1.0:
-        raise LoraFxError(f"dropout {dropout} is not in [0, 1)", "0.05 is usual")
-    if dead not in ("error", "drop", "allow"):
-        raise LoraFxError(f"dead {dead!r} is not known", "error, drop or allow")
-    if norm_stats not in ("frozen", "update"):
-        raise LoraFxError(f"no norm_stats {norm_stats!r}", "frozen or update")
+    options = InsertOptions(
+        rank=rank, alpha=alpha, include=include, exclude=exclude, also_train=also_train,
+        variant=variant, dropout=dropout, plan=plan, adapter=adapter, seed=seed,
+        norm_stats=norm_stats, dead=dead, init=init, data=data, loss=loss, fast=fast,
+    )  # fmt: skip
     if is_program(model):
         model = open_program(model, args, kwargs, dynamic)
     held = isinstance(model, Captured) and model.adapter is not None
@@ -134,38 +125,17 @@ def insert(
             "already",
             "insert into the original model; load_adapter replaces an adapter",
         )
-    if adapter is not None and (include or exclude or also_train or plan is not None):
-        raise LoraFxError(
-            "an adapter brings its own targets and ranks",
-            "leave out include, exclude, also_train and plan, or the adapter",
-        )
     cap = captured_of(model, args, kwargs, dynamic)
     found = find(cap)
-    names = named_tensors(cap.model)[0]
-    metadata: dict[str, Any] = {"dropout": dropout}
-    if adapter is None:
-        chosen = plan_of(found, names, rank, alpha, include, exclude, also_train, plan)
-        read = cap.fx_graph().read
-        updates, more = started(cap, found, chosen, read, variant, seed, init, data, loss)
-        whole, notes = chosen.also_train, (*chosen.notes, *said, *more)
-    else:
-        bound = bind(adapter, found)
-        updates, metadata = relearning(bound.lowrank, bound.metadata)
-        whole, notes = tuple(bound.full), ()
-        metadata["dropout"] = dropout
-
-    module = adapted_module(cap, found, updates, whole, notes, metadata, dropout, norm_stats, fast)
-    if dead != "allow" and module.base_dtype is not None and updates:
+    start = start_of(cap.model, cap, found, options)
+    module = adapted_module(cap, found, start, options)
+    if dead != "allow" and module.base_dtype is not None and start.adapter.entries:
         idle = prove_effect(module, drop=dead == "drop")
         if idle:
-            kept = {k: u for k, u in updates.items() if k not in idle}
-            notes = (*notes, *(f"{k}: left out, no gradient reaches it" for k in idle))
-            module = adapted_module(
-                cap, found, kept, whole, notes, metadata, dropout, norm_stats, fast
-            )
+            module = adapted_module(cap, found, start.without(idle), options)
             prove_effect(module)
-    if adapter is not None and bound.full:
-        module.load_adapter(bound)
+    if start.bound is not None and start.bound.full:
+        module.load_adapter(start.bound)
     if adapter is not None:
         module.check_base(adapter)
     return module

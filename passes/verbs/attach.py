@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapter.adapter import Adapter, bind
-from lora_fx.adapter.factors import learning, relearning
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factors import learning
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
@@ -24,11 +24,10 @@ from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
 from lora_fx.fx.attach.partial import one_argument, one_op, partial_graphs
 from lora_fx.fx.capture.call import Called, Signature
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import named_tensors, owner, to_numpy
+from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Site, T
@@ -42,8 +41,9 @@ from lora_fx.passes.proofs.attached import (
     random_values,
 )
 from lora_fx.passes.verbs.adapt import insert
-from lora_fx.passes.verbs.build_module import Selectors, check_variant, plan_of, started
+from lora_fx.passes.verbs.build_module import start_of
 from lora_fx.passes.verbs.open import capture
+from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import applies
 from lora_fx.targets.target import Target, split_use
@@ -98,16 +98,14 @@ def attach(
         LoraFxError: As insert; an update that cannot reach one use of a tied tensor alone; a
             target whose effect on the live model is not that of the graph.
     """
+    options = InsertOptions(
+        rank=rank, alpha=alpha, include=include, exclude=exclude, also_train=also_train,
+        variant=variant, dropout=dropout, plan=plan, adapter=adapter, seed=seed,
+        norm_stats=norm_stats, dead=dead, init=init, data=data, loss=loss,
+    )  # fmt: skip
     if is_attached(model):
         raise LoraFxError(
             "an adapter is attached to this model already", "detach it, or use load_adapter"
-        )
-    said = check_variant(variant, init, dropout, data)
-    _check(dropout, norm_stats)
-    if adapter is not None and (include or exclude or also_train or plan is not None):
-        raise LoraFxError(
-            "an adapter brings its own targets and ranks",
-            "leave out include, exclude, also_train and plan, or the adapter",
         )
     cap: Captured | None
     try:
@@ -119,18 +117,8 @@ def attach(
     except CaptureError as e:
         cap, planner = None, _partial(model, args, kwargs, dropout, e)
     found = planner.found
-    metadata: dict[str, Any] = {"dropout": dropout}
-    if adapter is None:
-        names = named_tensors(model)[0]
-        chosen = plan_of(found, names, rank, alpha, include, exclude, also_train, plan)
-        read = cap.fx_graph().read if cap else lambda name: to_numpy(tensor(model, name))
-        updates, more = started(cap, found, chosen, read, variant, seed, init, data, loss)
-        whole, notes = chosen.also_train, (*chosen.notes, *said, *more)
-    else:
-        ready = bind(adapter, found)
-        updates, own = relearning(ready.lowrank, ready.metadata)
-        whole, notes = tuple(ready.full), ()
-        metadata = {**own, **metadata}
+    start = start_of(model, cap, found, options)
+    updates, notes = start.adapter.lowrank, start.notes
     inserted = (
         insert(cap, adapter=Adapter(updates, learning(updates)), dead=dead)
         if cap and updates
@@ -143,10 +131,10 @@ def attach(
     state = Attachment(
         model,
         planner,
-        also_train=whole,
+        also_train=start.whole,
         frozen_norms=norm_stats == "frozen",
         notes=notes,
-        metadata=metadata,
+        metadata=start.adapter.metadata,
     )
     if cap is None:
         reference: InGraph | Explicit = Explicit(state, Signature(model.forward), args, kwargs)
@@ -161,8 +149,8 @@ def attach(
             prove_live(state, reference, probe)
         state.fill(updates)
         state.proven = {k: u.use for k, u in updates.items()}
-        if adapter is not None and ready.full:
-            state.load_adapter(ready)
+        if start.bound is not None and start.bound.full:
+            state.load_adapter(start.bound)
         if adapter is not None:
             state.check_base(adapter)
     except BaseException:
@@ -184,13 +172,6 @@ def detach(model: Any) -> Any:
     attachment(model).uninstall()
     del model.__dict__[REGISTRY]
     return model
-
-
-def _check(dropout: float, norm_stats: str) -> None:
-    if not 0.0 <= dropout < 1.0:
-        raise LoraFxError(f"dropout {dropout} is not in [0, 1)", "0.05 is usual")
-    if norm_stats not in ("frozen", "update"):
-        raise LoraFxError(f"no norm_stats {norm_stats!r}", "frozen or update")
 
 
 def _module(model: Any) -> nn.Module:

@@ -6,21 +6,32 @@ Which file does the work depends on the mode, and on whether the model is in tor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.files.atomic import check_output
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.load import load
+from lora_fx.onnx.match import match
+from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
-from lora_fx.passes.verbs.export_files import Writing, meant
-from lora_fx.passes.verbs.merge import is_onnx
+from lora_fx.passes.batch import StoredWeight
+from lora_fx.passes.find import find
+from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
+from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
+from lora_fx.passes.verbs.optimise import optimise_file
+from lora_fx.passes.verbs.options import ExportOptions, Selectors
+from lora_fx.targets.found import Found
 
 
 def export(
@@ -31,8 +42,8 @@ def export(
     *,
     adapters: Any = None,
     mode: str = "merged",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Selectors = None,
+    exclude: Selectors = None,
     rank: int | None = None,
     scales: bool = False,
     names: Mapping[str, str] | None = None,
@@ -88,18 +99,14 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
-    meant(mode, switch=include or exclude, batch=scales, merged=optimise or precision, load=rank)
-    if precision == "int8" and optimise:
-        raise LoraFxError(
-            "int8 starts from the graph as exported: fused nodes would stay in float32",
-            "leave --optimise out",
-        )
+    options = ExportOptions(
+        target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
+        rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
+        external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
+        precision=precision, repository=repository_of(triton, path, max_batch), cache=cache,
+    )  # fmt: skip
     check_output(path, force=force)
-    repository = repository_of(triton, path, max_batch)
-    how = Writing(Path(path), provider, external_over, force, repository)
     if cache:
-        if mode == "batch":
-            raise LoraFxError("mode batch has no cache", "merged, switch or load")
         if args or kwargs or dynamic or inputs:
             raise LoraFxError(
                 "with a cache the inputs and their dimensions are known", "leave yours out"
@@ -112,58 +119,116 @@ def export(
         from lora_fx.passes.verbs.open import with_cache
 
         model, adapters = with_cache(model, adapters)
+        options = replace(options, adapters=adapters)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         if args or kwargs or dynamic or opset:
             raise LoraFxError(
                 f"{fspath(model)} is a graph as it is: args, kwargs, dynamic and opset have no say",
                 "leave them out; inputs={name: array} gives real data",
             )
-        from lora_fx.passes.verbs.export_onnx import export_onnx
-
-        return export_onnx(
-            model,
-            how,
-            adapters=adapters,
-            mode=mode,
-            include=include,
-            exclude=exclude,
-            rank=rank,
-            scales=scales,
-            names=names,
-            inputs=inputs,
-            optimise=optimise,
-            precision=precision,
-        )
+        return export_onnx(model, options)
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
-    from lora_fx.fx.to_onnx import OPSET
+    from lora_fx.passes.verbs.export_torch import export_merged, export_slots
 
-    common: dict[str, Any] = {
-        "adapters": adapters,
-        "inputs": inputs,
-        "opset": opset or OPSET,
-        "dynamic": dynamic,
-    }
-    run: Callable[..., Report]
-    if mode == "merged":
-        from lora_fx.passes.verbs.export_torch import export_merged
-
-        run = partial(export_merged, optimise=optimise, precision=precision)
-    else:
-        from lora_fx.passes.verbs.export_torch import export_slots
-
-        run = partial(
-            export_slots, mode=mode, include=include, exclude=exclude, rank=rank, scales=scales
-        )
+    run = export_merged if mode == "merged" else export_slots
     try:
-        return run(model, args, kwargs, how, **common)
+        return run(model, args, kwargs, options)
     except LoraFxError as e:
         if not may_help(model, e):
             raise
         with eager(model) as again:
-            report = run(again, args, kwargs, how, **common)
+            report = run(again, args, kwargs, options)
         said = f"with eager attention, since the model's own failed: {e.message}"
         return replace(report, warnings=(*report.warnings, said))
+
+
+# export of an .onnx file, from whatever framework, without torch.
+#
+# Mode merged is merge, then the stages of optimise where those are asked for. The other modes are
+# the same passes as after a torch export; what they have to equal is the file itself in ONNX
+# Runtime, with the branches that insert adds.
+
+
+def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
+    """Write another .onnx file of a file, which is not changed; see lora_fx.passes.verbs.export.
+
+    Raises:
+        LoraFxError: An adapter that does not fit, an option that the mode would ignore.
+        NoEffectError: The outputs differ; nothing is written.
+    """
+    source = Path(source)
+    if options.target.resolve() == source.resolve():
+        raise LoraFxError(
+            f"{options.target}: the output would replace the input", "choose another output"
+        )
+    if options.mode == "merged":
+        return _merged_file(source, options)
+    adapters = by_name(options)
+    model = load(source)
+    renamed = restore_weight_names(model)
+    graph = OnnxGraph(model)
+    found = find(graph)
+    bound = {n: _bound(n, a, graph, found, options.names) for n, a in adapters.items()}
+    said = [*graph.notes]
+    if renamed:
+        said.append(f"{renamed} tensors got the names that the exporter's metadata tells")
+    with reference_of(source, graph, options.provider, options.inputs) as reference:
+        rewritten = graph.clone()
+        if options.mode == "batch":
+            sources = {p.name: (p.name, StoredWeight(p.shape)) for p in graph.parameters()}
+            fixed = bool(options.inputs)
+            return write_batch(
+                rewritten, reference, sources, bound, options, fixed=fixed, warnings=said
+            )
+        keys, _ = options.chosen(found, bound)
+        return write_switch(rewritten, reference, keys, bound, options, warnings=said)
+
+
+def _bound(
+    name: str, adapter: Adapter, graph: OnnxGraph, found: Found, names: Mapping[str, str] | None
+) -> Adapter:
+    """An adapter in the keys and layouts of the graph."""
+    matched = match(adapter, graph, found, names)
+    if matched.whole:
+        raise LoraFxError(
+            f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected s·b·a",
+            "lora-fx merge folds whole tensors",
+        )
+    metadata = {k: v for k, v in adapter.metadata.items() if k != "naming"}
+    return replace(adapter, entries=dict(matched.updates), metadata=metadata)
+
+
+def _merged_file(source: Path, options: ExportOptions) -> Report:
+    """Merge, then optimise; one of the two may be left out."""
+    adapter, target = options.adapters, options.target
+    if isinstance(adapter, Mapping):
+        raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
+    rewritten = options.optimise or options.precision is not None
+    if adapter is None and not rewritten:
+        raise LoraFxError(
+            f"{source} is an .onnx file already, and there is nothing to do",
+            "give an adapter, --optimise, --precision or a --mode",
+        )
+    last: dict[str, Any] = {"force": options.force, "repository": options.repository}
+    given: dict[str, Any] = {"names": options.names, "external_over": options.external_over}
+    ran: dict[str, Any] = {
+        name: getattr(options, name) for name in ("inputs", "provider", "optimise", "precision")
+    }
+    if not rewritten:
+        return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
+    if adapter is None:
+        return optimise_file(source, target, **ran, **last)
+    with tempfile.TemporaryDirectory() as folder:
+        merged = Path(folder) / "merged.onnx"
+        try:
+            made = merge_onnx(source, [adapter], merged, **given)
+        except LoraFxError as e:
+            said = e.message.replace(str(merged), str(target))
+            raise LoraFxError(said, e.hint, exit_code=e.exit_code) from e
+        done = optimise_file(merged, target, **ran, **last)
+        details = {**made.details, **done.details}
+        return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
 
 
 # A second try with eager attention, where a model of transformers offers it.

@@ -7,9 +7,7 @@ session is made, and an adapter takes their place there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,13 @@ from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import copies_of
-from lora_fx.onnx.save import EXTERNAL_OVER, Output, output
 from lora_fx.onnx.session import Session, open_session, write_adapter
-from lora_fx.onnx.triton import Repository
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.batch import prove_rows
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
+from lora_fx.passes.verbs.options import ExportOptions
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
 
@@ -43,11 +40,21 @@ LOAD_RANK = 16
 """Of the slots of mode load where neither a rank nor an adapter is given."""
 
 
-def beside(target: Path, adapters: Mapping[str, Adapter], force: bool) -> dict[str, Path]:
+def by_name(options: ExportOptions) -> dict[str, Adapter]:
+    """The adapters of a file that holds several; raises where a file of one is in the way."""
+    if options.mode == "batch":
+        return named(options.adapters)
+    one = isinstance(options.adapters, Adapter)
+    adapters = {"adapter": options.adapters} if one else dict(options.adapters or {})
+    beside(adapters, options)
+    return adapters
+
+
+def beside(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
     """Where the adapters of a switchable file go; raises where something is there."""
-    paths = {name: target.with_name(f"{name}.onnx_adapter") for name in adapters}
+    paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
     for path in paths.values():
-        check_output(path, force=force)
+        check_output(path, force=options.force)
     return paths
 
 
@@ -56,11 +63,9 @@ def write_switch(
     reference: Reference,
     keys: Sequence[str],
     adapters: Mapping[str, Adapter],
-    how: Writing,
+    options: ExportOptions,
     *,
     loose: bool = False,
-    load: bool = False,
-    rank: int | None = None,
     found: Found | None = None,
     warnings: Sequence[str] = (),
 ) -> Report:
@@ -71,10 +76,8 @@ def write_switch(
         reference: What it has to equal.
         keys: Its targets.
         adapters: Bound to the reference.
-        how: Where and how to write.
+        options: Of export, in mode switch or load.
         loose: Leave out keys that the graph has no target for, and say so.
-        load: Mode load.
-        rank: Of load: the largest that a slot takes; the adapters' largest by default.
         found: The targets as adapters know them, where those are not the graph's.
         warnings: To be reported with those found here.
 
@@ -82,7 +85,8 @@ def write_switch(
         LoraFxError: A target that the graph has not; nothing is written.
         NoEffectError: The outputs differ, or a target changes nothing.
     """
-    paths = beside(how.target, adapters, how.force)
+    load, rank = options.mode == "load", options.rank
+    paths = beside(adapters, options)
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: a switchable file")
     warnings = list(warnings)
@@ -108,10 +112,10 @@ def write_switch(
     switch(graph)
     manifest = switch.made[0]
     layouts = {k: known[k].layout for k in manifest.slots}
-    with how.output() as made_file:
+    with options.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
-        made_file.save(graph.model, how.external_over, slots)
-        serve = _serving(made_file.path, how.provider, load)
+        made_file.save(graph.model, options.external_over, slots)
+        serve = _serving(made_file.path, options.provider, load)
         run, session = serve(None)
         parity = reference.prove(run, None, "base")
         feeds = reference.feeds(SIZES[0])
@@ -130,7 +134,7 @@ def write_switch(
             parity += reference.prove(run, adapter, name)
         demand(parity, "ONNX Runtime differs from the model")
         for name, path in paths.items():
-            with replacing(path, force=how.force) as part:
+            with replacing(path, force=options.force) as part:
                 write_adapter(adapters[name], manifest, part)
     if session.note:
         warnings.append(session.note)
@@ -199,9 +203,8 @@ def write_batch(
     reference: Reference,
     sources: Mapping[str, tuple[str, StoredWeight]],
     adapters: Mapping[str, Adapter],
-    how: Writing,
+    options: ExportOptions,
     *,
-    scales: bool = False,
     fixed: bool = False,
     warnings: Sequence[str] = (),
 ) -> Report:
@@ -212,8 +215,7 @@ def write_batch(
         reference: What its rows have to equal.
         sources: See lora_fx.passes.batch.Batch.
         adapters: Bound to the reference, in the order of their ids, 1, 2 …
-        how: Where and how to write.
-        scales: Add the input `adapter_scales`, a weight by row.
+        options: Of export; with scales the file has the input `adapter_scales`, a weight by row.
         fixed: The reference has one size: a user's inputs.
         warnings: To be reported.
 
@@ -230,7 +232,7 @@ def write_batch(
             )
     model = graph.model
     before = sum(1 for _ in model.graph.all_nodes())
-    Batch({n: a.lowrank for n, a in adapters.items()}, sources, scales)(graph)
+    Batch({n: a.lowrank for n, a in adapters.items()}, sources, options.scales)(graph)
     graph.lint()
     symbol = batch_symbol(model)
     rowed = [
@@ -238,10 +240,12 @@ def write_batch(
         for v in model.graph.inputs
         if v.shape is not None and len(v.shape) and str(v.shape[0]) == symbol
     ]
-    with how.output() as made_file:
-        made_file.save(model, how.external_over)
-        session = open_session(made_file.path, how.provider)
-        parity = prove_rows(session.run, reference, adapters, rowed, fixed=fixed, scales=scales)
+    with options.output() as made_file:
+        made_file.save(model, options.external_over)
+        session = open_session(made_file.path, options.provider)
+        parity = prove_rows(
+            session.run, reference, adapters, rowed, fixed=fixed, scales=options.scales
+        )
     sizes = {str(f): f.stat().st_size for f in made_file.files}
     said = [*warnings, *([session.note] if session.note else [])]
     details = {
@@ -264,40 +268,3 @@ def named(adapters: Any) -> dict[str, Adapter]:
     if isinstance(adapters, Mapping):
         return dict(adapters)
     return {f"adapter_{i}": a for i, a in enumerate(adapters, 1)}
-
-
-# The modes of export: which options each has, and what all of them share.
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How a file is written; the options that every mode has."""
-
-    target: Path
-    provider: str = "auto"
-    external_over: int = EXTERNAL_OVER
-    force: bool = False
-    repository: Repository | None = None
-
-    def output(self) -> AbstractContextManager[Output]:
-        """The file, and its copy for Triton, which get their names when the block ends."""
-        return output(self.target, force=self.force, repository=self.repository)
-
-
-OPTIONS = {
-    "switch": "include and exclude",
-    "batch": "scales",
-    "merged": "optimise and precision",
-    "load": "rank",
-}
-
-
-def meant(mode: str, **given: Any) -> None:
-    """Raise for an option that the mode would ignore."""
-    if mode not in OPTIONS:
-        raise LoraFxError(f"no mode {mode!r}", "merged, switch, load or batch")
-    for name, value in given.items():
-        if value and name != mode and (name, mode) != ("switch", "load"):
-            raise LoraFxError(
-                f"mode {mode} would ignore what is for mode {name}: {OPTIONS[name]}", "leave it out"
-            )

@@ -13,12 +13,11 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, to_numpy
-from lora_fx.fx.to_onnx import to_onnx
+from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import (
     mark_changed,
@@ -32,48 +31,32 @@ from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.proofs.parity import TorchReference, prove, torch_run
 from lora_fx.passes.verbs.adapt import find, fold, grown, insert
-from lora_fx.passes.verbs.build_module import plan_of
-from lora_fx.passes.verbs.export_files import Writing, beside, named, write_batch, write_switch
+from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.optimise import narrowed
 from lora_fx.passes.verbs.optimise import optimise as optimised
+from lora_fx.passes.verbs.options import ExportOptions
 
 
 def export_merged(
-    model: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    how: Writing,
-    *,
-    adapters: Any,
-    inputs: Mapping[str, Any] | None,
-    opset: int,
-    dynamic: Any,
-    optimise: bool,
-    precision: str | None,
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: ExportOptions
 ) -> Report:
     """See lora_fx.passes.verbs.export."""
-    if isinstance(adapters, Mapping):
+    if isinstance(options.adapters, Mapping):
         raise LoraFxError("merged takes one adapter", "lora_fx.mix makes one of several")
-    branched = _branched(model, args, kwargs, adapters, dynamic)
+    branched = _branched(model, args, kwargs, options.adapters, options.dynamic)
     mode_before = branched.training
     branched.eval()
     try:
-        return _write(branched, how, inputs, opset, optimise, precision)
+        return _write(branched, options)
     finally:
         if mode_before:
             branched.train()
 
 
-def _write(
-    branched: CapturedModule,
-    how: Writing,
-    inputs: Mapping[str, Any] | None,
-    opset: int,
-    optimise: bool,
-    precision: str | None,
-) -> Report:
+def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     """Fold, prove, translate, prove, and give the file its name."""
+    inputs, provider, precision = options.inputs, options.provider, options.precision
     folded = fold(branched) if isinstance(branched, AdaptedModule) else branched
     warnings: list[str] = [str(p) for p in branched.captured.pinned]
     parity: list[Parity] = []
@@ -82,6 +65,7 @@ def _write(
     if folded is not branched:
         parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
         demand(parity, "the fold differs from the unfolded model")
+    opset = options.opset or OPSET
     made = to_onnx(folded, opset)
     restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
     values = {n: partial(_value, folded, n) for n in named_tensors(folded)[0]}
@@ -90,25 +74,25 @@ def _write(
     strip_traces(made.model)
     model = made.model
     stages: list[RewriteStage] = []
-    if optimise:
-        model, stages = optimised(model, branched, inputs, how.provider)
+    if options.optimise:
+        model, stages = optimised(model, branched, inputs, provider)
         mark_changed(model, values)
     tol = ORT_TOL
     if precision:
-        made_of = narrowed(model, branched, inputs, how.provider, precision)
+        made_of = narrowed(model, branched, inputs, provider, precision)
         model, tol = made_of.model, GATES[precision]
         warnings.append(made_of.said(precision))
-    with how.output() as made_file:
-        made_file.save(model, how.external_over)
-        session = open_session(made_file.path, how.provider)
+    with options.output() as made_file:
+        made_file.save(model, options.external_over)
+        session = open_session(made_file.path, provider)
         runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
         if any(s.kept for s in stages) and not precision and not all(p.ok for p in runtime):
             # each stage was near the exported graph, but together they are too far from torch
             why = "the stages together differ from torch"
             stages = [replace(s, kept=False, why=s.why or why) for s in stages]
             model = made.model
-            made_file.save(model, how.external_over)
-            session = open_session(made_file.path, how.provider)
+            made_file.save(model, options.external_over)
+            session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
         demand(runtime, "ONNX Runtime differs from torch")
     if session.note:
@@ -129,7 +113,7 @@ def _write(
             "mode": "merged",
             "nodes": sum(1 for _ in model.graph.all_nodes()),
             "grown_bytes": grown(getattr(folded, "folded", ())),
-            **({"stages": [s.to_json() for s in stages]} if optimise else {}),
+            **({"stages": [s.to_json() for s in stages]} if options.optimise else {}),
         },
     )
 
@@ -166,82 +150,45 @@ def _value(module: CapturedModule, name: str) -> Any:
 # export of a torch model in modes switch, load and batch: the base in ONNX, then its rewrite.
 
 
-Selectors = str | Sequence[str] | None
-
-
 def export_slots(
-    model: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    how: Writing,
-    *,
-    mode: str,
-    adapters: Any,
-    include: Selectors,
-    exclude: Selectors,
-    rank: int | None,
-    scales: bool,
-    inputs: Mapping[str, Any] | None,
-    opset: int,
-    dynamic: Any,
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: ExportOptions
 ) -> Report:
     """See lora_fx.passes.verbs.export."""
     model = opened(model)
     if isinstance(model, AdaptedModule):
-        adapters = model.adapter() if adapters is None else adapters
+        if options.adapters is None:
+            options = replace(options, adapters=model.adapter())
     elif isinstance(model, CapturedModule):
         raise LoraFxError(
             "this module's weights are folded already", "export the original with adapters=…"
         )
-    if mode == "batch":
-        adapters = named(adapters)
-    elif isinstance(adapters, Adapter):
-        adapters = {"adapter": adapters}
-    beside(how.target, adapters or {} if mode != "batch" else {}, how.force)
-    captured = captured_of(model, args, kwargs, dynamic)
+    adapters = by_name(options)
+    captured = captured_of(model, args, kwargs, options.dynamic)
     found = find(captured)
-    bound = {name: bind(a, found) for name, a in (adapters or {}).items()}
+    bound = {name: bind(a, found) for name, a in adapters.items()}
     reference = TorchReference(
-        captured, lambda adapter: insert(captured, adapter=adapter, dead="allow"), inputs
+        captured, lambda adapter: insert(captured, adapter=adapter, dead="allow"), options.inputs
     )
-    graph = _base(reference, opset, tied=mode != "batch")
+    graph = _base(reference, options.opset or OPSET, tied=options.mode != "batch")
     said = [str(p) for p in captured.pinned]
-    if mode == "batch":
+    if options.mode == "batch":
         sources = _sources(reference.base, graph)
-        return write_batch(
-            graph, reference, sources, bound, how,
-            scales=scales, fixed=inputs is not None, warnings=said,
-        )  # fmt: skip
-    keys, loose = _keys(captured, found, bound, include, exclude)
+        fixed = options.inputs is not None
+        return write_batch(graph, reference, sources, bound, options, fixed=fixed, warnings=said)
+    keys, loose = options.chosen(found, bound)
     return write_switch(
-        graph, reference, keys, bound, how, loose=loose, load=mode == "load", rank=rank,
-        found=found, warnings=said,
-    )  # fmt: skip
+        graph, reference, keys, bound, options, loose=loose, found=found, warnings=said
+    )
 
 
 def _base(reference: TorchReference, opset: int, *, tied: bool) -> OnnxGraph:
     """The model in ONNX, its own names on weights and dimensions."""
     made = to_onnx(reference.base, opset)
-    names = named_tensors(reference.captured.model)[0] if tied else None
+    names = named_tensors(reference.base.captured.model)[0] if tied else None
     restore_weight_names(made.model, names)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
     return OnnxGraph(made.model)
-
-
-def _keys(
-    captured: Captured,
-    found: Any,
-    bound: Mapping[str, Adapter],
-    include: Selectors,
-    exclude: Selectors,
-) -> tuple[list[str], bool]:
-    """The targets, and whether the default plan chose them (then some may be left out)."""
-    if bound and not include and not exclude:
-        return list(dict.fromkeys(k for a in bound.values() for k in a)), False
-    names = named_tensors(captured.model)[0]
-    plan = plan_of(found, names, 1, None, include, exclude, None, None)
-    return list(plan.entries), not include
 
 
 def _sources(base: CapturedModule, graph: OnnxGraph) -> dict[str, tuple[str, StoredWeight]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -36,30 +36,11 @@ from lora_fx.targets.found import Found
 from lora_fx.text import table
 
 
-def merge_onnx(
-    base: str | PathLike[str],
-    adapters: Any,
-    out: str | PathLike[str],
-    *,
-    names: Mapping[str, str] | None = None,
-    again: bool = False,
-    trust: bool = False,
-    force: bool = False,
-    external_over: int = EXTERNAL_OVER,
-    repository: Repository | None = None,
-    how: str = "sum",
-    rank: int | None = None,
-    delta: bool = False,
-    run: bool = False,
-    inputs: Mapping[str, Any] | None = None,
-    provider: str = "cpu",
-) -> Report:
-    """Fold adapters into an .onnx file and write another.
+@dataclass(frozen=True, kw_only=True)
+class OnnxMergeOptions:
+    """What a merge into an .onnx file is asked for; an object that exists is in order.
 
-    Args:
-        base: The file; it and its data are not changed.
-        adapters: Paths or Adapters, or pairs of one and its weight; their sum is rounded once.
-        out: The file to write; large weights go to `OUT.data` beside it.
+    Attributes:
         names: Adapter key → tensor of the file, where the names do not tell.
         again: Fold an adapter that the file's metadata says is in it already.
         trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
@@ -73,31 +54,72 @@ def merge_onnx(
         run: Also run it against the base with branches, at three sizes; that takes memory.
         inputs: Arrays by input name for run, instead of sampled ones.
         provider: Of run: auto, cpu or cuda.
+    """
+
+    names: Mapping[str, str] | None = None
+    again: bool = False
+    trust: bool = False
+    force: bool = False
+    external_over: int = EXTERNAL_OVER
+    repository: Repository | None = None
+    how: str = "sum"
+    rank: int | None = None
+    delta: bool = False
+    run: bool = False
+    inputs: Mapping[str, Any] | None = None
+    provider: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Raise for a mix that is not known."""
+        if self.how != "sum" and self.how not in HOWS:
+            raise LoraFxError(f"no mix {self.how!r}", f"sum, {', '.join(HOWS)}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> OnnxMergeOptions:
+        """Those of `merge` that an .onnx file has; raises where another is given."""
+        known = {f.name for f in fields(cls)}
+        for name, value in options.items():
+            if name not in known and value not in (None, False, "sum"):
+                raise LoraFxError(f"{name} is an option for checkpoints, not for .onnx files")
+        return cls(**{k: v for k, v in options.items() if k in known})
+
+
+def merge_onnx(
+    base: str | PathLike[str], adapters: Any, out: str | PathLike[str], **options: Any
+) -> Report:
+    """Fold adapters into an .onnx file and write another.
+
+    Args:
+        base: The file; it and its data are not changed.
+        adapters: Paths or Adapters, or pairs of one and its weight; their sum is rounded once.
+        out: The file to write; large weights go to `OUT.data` beside it.
+        options: Those of OnnxMergeOptions.
 
     Raises:
         LoraFxError: Every reason not to merge; nothing is written.
         NoEffectError: Every element of the output would be what it was.
     """
+    asked = OnnxMergeOptions.of(options)
     source, target = Path(base), Path(out)
-    check_output(target, force=force)
+    check_output(target, force=asked.force)
     if target.resolve() == source.resolve():
         raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
-    plan = plan_onnx(source, adapters, names=names, again=again, trust=trust, how=how, rank=rank)
+    plan = plan_onnx(source, adapters, asked)
     external = is_external(source)  # once it is known to be a file that can be read
-    if delta:
-        _check_delta(source, target, external, repository)
+    if asked.delta:
+        _check_delta(source, target, external, asked.repository)
     graph, matched, model = plan.graph, plan.matched, plan.graph.model
     before = {n: graph.reader(n) for n in graph.flow.stores}
     nodes = graph.model.graph.num_nodes()
-    pristine = graph.clone() if run else graph
+    pristine = graph.clone() if asked.run else graph
     fold = Fold(matched.updates, lazy=True)
     fold(graph)
     for name, value in matched.whole.items():
         graph.store(name, value)
     model.metadata_props[METADATA] = _record(model.metadata_props.get(METADATA), plan.parts)
     assert graph.model.graph.num_nodes() == nodes
-    with output(target, force=force, repository=repository) as made:
-        made.save(model, 0 if external else external_over, delta=delta)
+    with output(target, force=asked.force, repository=asked.repository) as made:
+        made.save(model, 0 if external else asked.external_over, delta=asked.delta)
         changed = {*fold.applied.values(), *matched.whole}
         written = prove_merge(made.seen, target, before, changed, plan.found, matched)
         if all(n in before and same_bytes(written.reader(n)(), before[n]()) for n in changed):
@@ -105,8 +127,8 @@ def merge_onnx(
                 f"{target}: not written: no element of {len(changed)} tensors would change",
                 "is the adapter untrained, or its weight 0?",
             )
-        parity = _ran(source, pristine, made.seen, matched, inputs, provider) if run else []
-        notes = [*graph.notes, *_loads(source, made.seen, weight_bytes(model), ran=run)]
+        parity = _ran(source, pristine, made.seen, matched, asked) if asked.run else []
+        notes = [*graph.notes, *_loads(source, made.seen, weight_bytes(model), ran=asked.run)]
     return _report(made.files, fold, matched, plan.renamed, notes, parity)
 
 
@@ -127,12 +149,7 @@ def _check_delta(source: Path, target: Path, external: bool, repository: Reposit
 
 
 def _ran(
-    source: Path,
-    graph: OnnxGraph,
-    written: Path,
-    matched: Matched,
-    inputs: Mapping[str, Any] | None,
-    provider: str,
+    source: Path, graph: OnnxGraph, written: Path, matched: Matched, options: OnnxMergeOptions
 ) -> list[Parity]:
     """The merged file against the base with branches, in ONNX Runtime."""
     if matched.whole:
@@ -140,8 +157,8 @@ def _ran(
             f"--run compares updates, and {min(matched.whole)!r} is replaced whole",
             "leave --run out",
         )
-    with reference_of(source, graph, provider, inputs) as reference:
-        session = open_session(written, provider)
+    with reference_of(source, graph, options.provider, options.inputs) as reference:
+        session = open_session(written, options.provider)
         parity = reference.prove(session.run, Adapter(dict(matched.updates)), "merged")
     demand(parity, "the merged file differs from the base with branches")
     return parity
@@ -269,31 +286,20 @@ class OnnxMergePlan:
         return "\n".join([*table(rows), f"{total} bytes of weights, {touched} of them change"])
 
 
-def plan_onnx(
-    base: str | PathLike[str],
-    adapters: Any,
-    *,
-    names: Mapping[str, str] | None = None,
-    again: bool = False,
-    trust: bool = False,
-    how: str = "sum",
-    rank: int | None = None,
-) -> OnnxMergePlan:
+def plan_onnx(base: str | PathLike[str], adapters: Any, options: OnnxMergeOptions) -> OnnxMergePlan:
     """See lora_fx.passes.verbs.merge.
 
     Raises:
         LoraFxError: Every reason not to merge that the files give.
     """
     source = Path(base)
-    if how != "sum" and how not in HOWS:
-        raise LoraFxError(f"no mix {how!r}", f"sum, {', '.join(HOWS)}")
-    parts = given(adapters, trust)
+    parts = given(adapters, options.trust)
     model = load(source)
-    _refuse_again(source, model.metadata_props.get(METADATA), parts, again)
+    _refuse_again(source, model.metadata_props.get(METADATA), parts, options.again)
     renamed = restore_weight_names(model)
     graph = OnnxGraph(model)
     found = find(graph)
-    matched = _sum(parts, graph, found, names, "cat" if how == "sum" else how, rank)
+    matched = _sum(parts, graph, found, options)
     return OnnxMergePlan(graph, found, tuple(parts), matched, renamed)
 
 
@@ -301,12 +307,11 @@ def _sum(
     parts: Sequence[Given],
     graph: OnnxGraph,
     found: Found,
-    names: Mapping[str, str] | None,
-    how: str,
-    rank: int | None,
+    options: OnnxMergeOptions,
 ) -> Matched:
     """All adapters as one, in the graph's keys."""
-    each = [match(p.adapter, graph, found, names) for p in parts]
+    each = [match(p.adapter, graph, found, options.names) for p in parts]
+    how = "cat" if options.how == "sum" else options.how
     if len(parts) == 1 and how == "cat":
         (one,) = each
         as_one = replace(parts[0].adapter, entries=dict(one.updates)).weighted(parts[0].weight)
@@ -323,7 +328,7 @@ def _sum(
         (replace(p.adapter, entries=dict(m.updates)), p.weight)
         for p, m in zip(parts, each, strict=True)
     ]
-    return Matched(dict(mix(bound, how, rank).lowrank), {})
+    return Matched(dict(mix(bound, how, options.rank).lowrank), {})
 
 
 def _refuse_again(source: Path, text: str | None, parts: Sequence[Given], again: bool) -> None:
@@ -349,10 +354,6 @@ def history(text: str | None) -> list[dict[str, Any]]:
 
 
 StrPath = str | PathLike[str]
-ONNX_OPTIONS = (
-    "names", "again", "trust", "force", "external_over", "how", "rank", "delta", "run", "inputs",
-    "provider",
-)  # fmt: skip
 
 
 def merge(base: StrPath, adapters: Any, out: StrPath, **options: Any) -> Report:
@@ -363,7 +364,7 @@ def merge(base: StrPath, adapters: Any, out: StrPath, **options: Any) -> Report:
         adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
         out: The folder or file to write.
         options: Those of `lora_fx.checkpoint.merge.merge`; of an `.onnx` file those of
-            `lora_fx.passes.verbs.merge.merge_onnx`.
+            `lora_fx.passes.verbs.merge.OnnxMergeOptions`.
 
     Raises:
         LoraFxError: Every reason not to merge; nothing is written.
@@ -378,15 +379,7 @@ def merge(base: StrPath, adapters: Any, out: StrPath, **options: Any) -> Report:
         raise LoraFxError(
             f"{fspath(out)} does not end in .onnx, and {fspath(base)} does", "-o OUT.onnx"
         )
-    return merge_onnx(base, adapters, out, **onnx_options_of(options))
-
-
-def onnx_options_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that a merge into an .onnx file has; raises where another is given."""
-    for name, value in options.items():
-        if name not in ONNX_OPTIONS and value not in (None, False, "sum"):
-            raise LoraFxError(f"{name} is an option for checkpoints, not for .onnx files")
-    return {k: v for k, v in options.items() if k in ONNX_OPTIONS}
+    return merge_onnx(base, adapters, out, **options)
 
 
 def is_onnx(path: StrPath) -> bool:

@@ -23,9 +23,9 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.fx.train.objective import Loss, objective
 from lora_fx.passes.verbs.adapt import find, insert
-from lora_fx.passes.verbs.build_module import Selectors
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.open import captured_of
+from lora_fx.passes.verbs.options import Selectors
 from lora_fx.targets.budget import allocate, cost_of, limit_of, parse_budget
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
 from lora_fx.targets.ranking import METHODS, Calibration, Moments, TargetStatistics

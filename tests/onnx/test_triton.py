@@ -187,7 +187,7 @@ def test_another_model_is_refused_and_nothing_written(
     for text, why in (('backend: "python"', "backend is 'python'"), ("{", "no ModelConfig")):
         (tmp_path / "models" / "m" / "config.pbtxt").write_text(text)
         with pytest.raises(LoraFxError, match=why):
-            monkeypatch.setattr(pass_export, "Writing", None)  # before any work
+            monkeypatch.setattr(pass_export, "ExportOptions", None)  # before any work
             other(tmp_path, tmp_path / "models", mode=mode, adapters=adapters)
     assert sorted(tree(tmp_path)) == sorted(before)
 

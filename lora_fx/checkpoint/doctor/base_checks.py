@@ -15,7 +15,8 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT, scheme_of, stored_as
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, Options, make_plan
+from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
+from lora_fx.checkpoint.options import MergeOptions
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import FLOATING, finfo
@@ -257,13 +258,15 @@ def effect(pair: Pair) -> Iterator[Finding]:
 # doctor's checks that ask the plan of a merge, or what a merge has left. They yield findings.
 
 
-ALLOWED = Options(
+ALLOWED = MergeOptions(
     untie=True, again=True, allow_unused=True, allow_missing=True, add=True, any_base=True
 )
 """Of a merge that takes what one of the checks has told already."""
 
 
-def _plan(pair: Pair, options: Options, *, entries: Mapping[str, Entry] | None = None) -> MergePlan:
+def _plan(
+    pair: Pair, options: MergeOptions, *, entries: Mapping[str, Entry] | None = None
+) -> MergePlan:
     """What merge would do with the pair."""
     adapter = pair.adapter if entries is None else replace(pair.adapter, entries=entries)
     return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)
@@ -274,7 +277,7 @@ def refusal(pair: Pair) -> LoraFxError | None:
     if pair.refusal is not None:
         return pair.refusal
     try:
-        _plan(pair, Options())
+        _plan(pair, MergeOptions())
     except LoraFxError as error:
         return error
     return None

@@ -59,23 +59,22 @@ class AdaptedModule(CapturedModule):
         self,
         captured: Captured,
         found: Found,
-        updates: Mapping[str, LowRank],
+        adapter: Adapter,
         inserter: Inserter,
         *,
         also_train: Sequence[str] = (),
         norm_stats: str = "frozen",
         notes: Sequence[str] = (),
-        metadata: Mapping[str, Any] | None = None,
         speedups: Speedups | None = None,
     ) -> None:
         super().__init__(captured, also_train, norm_stats=norm_stats)
         self._fast = speedups
         self._found = found
-        self._updates = dict(updates)
+        self._updates = adapter.lowrank
         self._inserter = inserter
         self._also = tuple(also_train)
         self._notes = tuple(notes)
-        self._metadata = dict(metadata or {})
+        self._metadata = dict(adapter.metadata)
         self._stored: dict[str, Adapter] = {}
         self._active: dict[str, float] = {DEFAULT: 1.0}
         self._sampled = Base()

@@ -35,6 +35,8 @@ __all__ = ["Saving", "Settings", "fit"]
 NO_VALIDATION = (
     "no validation data: overfitting would not be seen, and the last adapter is kept, not the best"
 )
+Progress = Callable[[int, int, float], None]
+"""What is told the step, the steps in all, and the loss."""
 APART = 1_000_003
 """Between the seeds of two processes, whose dropout must differ."""
 
@@ -45,7 +47,7 @@ def fit(
     validation: Table | None = None,
     loss: str | Loss = "ce",
     settings: Settings | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
     *,
     saving: Saving | None = None,
     world: Processes = ALONE,
@@ -95,7 +97,7 @@ def fit(
     if world.size > 1:
         world.same(digests(model, facts))
     trail = Trail()
-    run = _Run(s, steps, made, optimizer, world, saving, facts, progress, held_out)
+    run = _Run(s, steps, made, optimizer, world, saving, facts, held_out)
     if saving.resume:
         trail = load_state(saving.resume, optimizer, facts, world)
         trail.report.resumed = trail.step
@@ -103,7 +105,7 @@ def fit(
         if held_out is not None:
             trail.report.before = made.mean(held_out, s.batch_size, world)
         torch.manual_seed(s.seed + APART * world.rank)
-    run.go(training, trail)
+    run.go(training, trail, progress)
     report = trail.report
     if report.best_step and report.best_step != trail.step:
         put_back(optimizer, trail.kept)
@@ -129,10 +131,9 @@ class _Run:
     world: Processes
     saving: Saving
     facts: Facts
-    progress: Callable[[int, int, float], None] | None
     held_out: Table | None
 
-    def go(self, training: Table | Buckets, trail: Trail) -> None:
+    def go(self, training: Table | Buckets, trail: Trail, progress: Progress | None) -> None:
         """Take the steps that are left."""
         s, report = self.settings, trail.report
         take = Stepper(self.objective, self.optimizer, self.world, s.accumulate, s.clip)
@@ -143,8 +144,8 @@ class _Run:
             for batch in itertools.islice(batches, trail.at, None):
                 report.losses.append(take(batch, trail.step + 1))
                 trail.step, trail.at = trail.step + 1, trail.at + 1
-                if self.progress is not None:
-                    self.progress(trail.step, self.steps, report.losses[-1])
+                if progress is not None:
+                    progress(trail.step, self.steps, report.losses[-1])
                 ends = trail.step == self.steps
                 if self.held_out is not None and (trail.step % every == 0 or ends):
                     self._validate(self.held_out, trail)

@@ -1,0 +1,166 @@
+"""What a verb is asked for: one frozen object, made and checked in the verb's first line.
+
+The fields are the arguments of the public functions, which say what they mean. An object that
+exists is in order: whatever the options alone show to be wrong was refused when it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.initial import OF_DATA, check_init
+from lora_fx.adapter.variant import named_variant
+from lora_fx.errors import LoraFxError
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from lora_fx.onnx.save import Output
+    from lora_fx.onnx.triton import Repository
+
+Selectors = str | Sequence[str] | None
+"""A comma list, or a list of them; None where none was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchOptions:
+    """What an insert into a graph of either IR is asked for; see `lora_fx.insert`."""
+
+    rank: int = 8
+    alpha: float | None = None
+    include: Selectors = None
+    exclude: Selectors = None
+    plan: Any = None
+    variant: str = "lora"
+    seed: int = 0
+    init: str = "kaiming"
+    dead: str = "error"
+
+    def __post_init__(self) -> None:
+        """Raise for a name that is not known."""
+        named_variant(self.variant)
+        check_init(self.init)
+        if self.dead not in ("error", "drop", "allow"):
+            raise LoraFxError(f"dead {self.dead!r} is not known", "error, drop or allow")
+
+    def planned(
+        self, found: Found, names: Mapping[str, str] | None = None, also_train: Selectors = None
+    ) -> Plan:
+        """The plan of a model's targets; see `lora_fx.targets.plan.make_plan`."""
+        if isinstance(self.plan, Plan):
+            return self.plan
+        return make_plan(
+            found, names or {}, rank=self.rank, alpha=self.alpha, include=self.include,
+            exclude=self.exclude, also_train=also_train, ranks=self.plan,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertOptions(BranchOptions):
+    """What `lora_fx.insert` and `lora_fx.attach` are asked for; attach has no `fast`."""
+
+    also_train: Selectors = None
+    dropout: float = 0.0
+    adapter: Adapter | None = None
+    norm_stats: str = "frozen"
+    data: Iterable[Mapping[str, Any]] | None = None
+    loss: Any = "ce"
+    fast: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise for what is not known, out of range, or excludes something else."""
+        super().__post_init__()
+        if self.init in OF_DATA and self.data is None:
+            raise LoraFxError(
+                f"init {self.init!r} starts from data, and there is none",
+                "data=… in Python, --data FILE",
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "0.05 is usual")
+        if self.norm_stats not in ("frozen", "update"):
+            raise LoraFxError(f"no norm_stats {self.norm_stats!r}", "frozen or update")
+        chosen = self.include or self.exclude or self.also_train or self.plan is not None
+        if self.adapter is not None and chosen:
+            raise LoraFxError(
+                "an adapter brings its own targets and ranks",
+                "leave out include, exclude, also_train and plan, or the adapter",
+            )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Options that have no say beside others."""
+        if not self.dropout or named_variant(self.variant).branches:
+            return ()
+        acts = f"dropout {self.dropout:g} acts on branches"
+        return (f"{acts}, and {self.variant} computes its weight instead",)
+
+
+MODES: Mapping[str, tuple[str, ...]] = {
+    "switch": ("include", "exclude"),
+    "batch": ("scales",),
+    "merged": ("optimise", "precision"),
+    "load": ("rank",),
+}
+"""Mode of export → the options that it alone has; load has those of switch too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What `lora_fx.export` is asked for; it has the defaults, and says what the fields mean."""
+
+    target: Path
+    adapters: Any
+    mode: str
+    include: Selectors
+    exclude: Selectors
+    rank: int | None
+    scales: bool
+    names: Mapping[str, str] | None
+    inputs: Mapping[str, Any] | None
+    provider: str
+    opset: int | None
+    external_over: int
+    dynamic: Any
+    force: bool
+    optimise: bool
+    precision: str | None
+    repository: Repository | None
+    cache: bool
+
+    def __post_init__(self) -> None:
+        """Raise for a mode that is not known, and for an option that it would ignore."""
+        if self.mode not in MODES:
+            raise LoraFxError(f"no mode {self.mode!r}", "merged, switch, load or batch")
+        for mode, names in MODES.items():
+            own = mode == self.mode or (mode, self.mode) == ("switch", "load")
+            if not own and any(getattr(self, name) for name in names):
+                raise LoraFxError(
+                    f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
+                    "leave it out",
+                )
+        if self.precision == "int8" and self.optimise:
+            raise LoraFxError(
+                "int8 starts from the graph as exported: fused nodes would stay in float32",
+                "leave --optimise out",
+            )
+        if self.cache and self.mode == "batch":
+            raise LoraFxError("mode batch has no cache", "merged, switch or load")
+
+    def output(self) -> AbstractContextManager[Output]:
+        """The file, and its copy for Triton, which get their names when the block ends."""
+        from lora_fx.onnx.save import output  # insert and merge share this file and need no ONNX
+
+        return output(self.target, force=self.force, repository=self.repository)
+
+    def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
+        """The targets, and whether the default plan chose them: some may be left out then."""
+        keys = list(dict.fromkeys(key for a in adapters.values() for key in a))
+        if keys and not self.include and not self.exclude:
+            return keys, False
+        plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
+        return list(plan.entries), not self.include
