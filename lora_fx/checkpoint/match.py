@@ -70,7 +70,7 @@ def match(
         LoraFxError: An entry without a tensor, a shape that does not fit, a doubt about how a
             weight is stored.
     """
-    adapter = named(adapter, tensors)
+    adapter = adapter.resolved(tensors)
     notes: list[str] = []
     rename = renaming(adapter, tensors, config, notes)
     adapter = stacked(adapter, tensors, config, rename)
@@ -139,15 +139,6 @@ def _also(
     return [
         n for n in names if n in tensors and n != name and tensors[n].shape == tensors[name].shape
     ]
-
-
-def named(adapter: Adapter, names: Iterable[str]) -> Adapter:
-    """An adapter under parameter names, where its file does not name parameters (kohya …)."""
-    if "naming" not in adapter.metadata:
-        return adapter
-    from lora_fx.formats.naming import resolve  # only then
-
-    return resolve(adapter, names)
 
 
 def _unused(lost: list[str], hint: str, where: str, notes: list[str], *, allow: bool) -> None:

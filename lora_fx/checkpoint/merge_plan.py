@@ -19,7 +19,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
-from lora_fx.checkpoint.match import Placed, match, named
+from lora_fx.checkpoint.match import Placed, match
 from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.tied import (
@@ -159,7 +159,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: Options) -> Mer
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
     _check_given(base, given, options)
-    given = [replace(g, adapter=named(g.adapter, base.tensors)) for g in given]
+    given = [replace(g, adapter=g.adapter.resolved(base.tensors)) for g in given]
     config, notes = base.config(), []
     placed: list[Placed] = []
     weighted = _weighted(given, options)

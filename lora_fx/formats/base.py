@@ -46,6 +46,7 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
             row["scale"] = float(entry.scale)
         rows[names[key]] = row
     metadata = {k: v for k, v in adapter.metadata.items() if k != "notes"}
+    metadata |= adapter.names.to_json() if adapter.names else {}
     whole = {"version": VERSION, "names": rows, "metadata": metadata}
     try:
         return json.dumps(whole, sort_keys=True, allow_nan=False)

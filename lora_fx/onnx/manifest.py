@@ -114,10 +114,7 @@ class Manifest:
             LoraFxError: A key that the file has no slot for, a shape that does not fit, or an
                 entry that is no low-rank update.
         """
-        if "naming" in adapter.metadata:
-            from lora_fx.formats.naming import resolve  # formats are built on the adapter
-
-            adapter = resolve(adapter, {k: s.shape for k, s in self.slots.items()})
+        adapter = adapter.resolved(self.slots)
         check_plain(adapter, f"{where}: a switchable file")
         if adapter.full:
             raise LoraFxError(

@@ -16,6 +16,7 @@ from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
+from lora_fx.formats.naming import ForeignNames
 from lora_fx.ir.layout import Layout, plain_layout
 
 Array = np.ndarray[Any, Any]
@@ -55,7 +56,7 @@ def test_linear(tmp_path: Path, alpha: Any) -> None:
     parts = {"lora_down.weight": down, "lora_up.weight": up}
     file = stored(tmp_path, parts if alpha is None else {**parts, "alpha": alpha})
     adapter = load_adapter(file)
-    assert format_of(file) == "kohya" and adapter.metadata["naming"] == "kohya"
+    assert format_of(file) == "kohya" and adapter.names == ForeignNames("kohya")
     scale = 1.0 if alpha is None else float(alpha) / 4
     close(whole(adapter.entries[f"{X}.weight"]), scale * np.matmul(*wide(up=up, down=down)))
 

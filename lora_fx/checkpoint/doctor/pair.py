@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.int8 import Int8, stored_as
-from lora_fx.checkpoint.match import match, named, stacked
+from lora_fx.checkpoint.match import match, stacked
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.tied import Tie, tie_of
@@ -147,7 +147,7 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     try:
         read = load_adapter(path)
         digest = adapter_hash(read)
-        read = named(read, checkpoint.tensors)
+        read = read.resolved(checkpoint.tensors)
     except LoraFxError as error:
         refusal = error
     raw = None

@@ -12,7 +12,6 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.peft import own as peft_own
 from lora_fx.formats.peft.config import (
     Pattern,
     check_config,
@@ -37,6 +36,7 @@ from lora_fx.formats.peft.names import (
     unwrapped,
     wrappers,
 )
+from lora_fx.formats.peft.own import own_entries, own_sections
 from lora_fx.formats.peft.source import PeftFile
 
 _OUT = f".{WRAPPER}.out_proj"
@@ -51,11 +51,16 @@ def decode(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
     """
     tensors, config, file, notes = source.tensors, source.config, source.file, source.notes
     notes += check_config(config, source.config_file)
-    reader = Reader(source)
-    described, metadata = peft_own.described(ours, file)
+    reader = _Reader(source)
+    described, metadata = own_sections(ours, file)
     taken: set[str] = set()
     found = groups(tensors, file)
-    entries = peft_own.entries(described, reader, found, taken)
+    entries: dict[str, Entry] = {}
+    read = own_entries(described, source, lambda g: reader.update(g, found), found, taken)
+    for key, entry, group in read:
+        entries[key] = entry
+        if group is not None and isinstance(entry, LowRank):
+            reader.bias(entries, entry, group)
     left = {name: value for name, value in tensors.items() if name not in taken}
     reader.theirs(left, entries)
     for pattern in (reader.ranks, reader.alphas):
@@ -83,7 +88,7 @@ def decode(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
     return Adapter(entries, metadata)
 
 
-class Reader:
+class _Reader:
     """Reads the updates of one file.
 
     Attributes:
