@@ -271,16 +271,16 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     if target is None:
         raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
     layout, use = target.layout, entry.use or own_use(key)
-    lookup = entry.extra.get("op") == "embedding"
+    lookup = entry.op == "embedding"
     if tied(target) and entry.layout is None:  # a file names a module, so it means one use
-        if not entry.extra.get("tied"):  # there the file means all uses
+        if not entry.tied:  # there the file means all uses
             use = use or (lookup_use(target) if lookup else named_use(target, key))
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
             entry = _turnable(key, entry)
             entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
     elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
         use = use or key
-    if entry.extra.get("op") == "experts" and entry.layout == layout.transposed():
+    if entry.op == "experts" and entry.layout == layout.transposed():
         # PEFT goes by the stored axes, the graph by what the product contracts.
         entry = _turnable(key, entry)
         entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
@@ -299,8 +299,7 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
             f"the update of {key!r} acts on its use {use!r}, and the model has no such use",
             f"its uses are {', '.join(each_use(target))}",
         )
-    extra = {**entry.extra, "op": op_of(target, use)}
-    return target.key, replace(entry, layout=layout, use=use, extra=extra)
+    return target.key, replace(entry, layout=layout, use=use, op=op_of(target, use))
 
 
 def _turnable(key: str, entry: LowRank) -> LowRank:

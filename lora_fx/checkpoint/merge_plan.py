@@ -418,8 +418,8 @@ def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:
         why = ""
         if p.transposed or (matrix.rows, matrix.columns) != info.shape:
             why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
-        elif isinstance(p.change, LowRank) and p.change.extra.get("mutated"):
-            why = f"the update is for a base that {p.change.extra['mutated']} changed before"
+        elif isinstance(p.change, LowRank) and p.change.mutated:
+            why = f"the update is for a base that {p.change.mutated} changed before"
         if why:
             raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
 
@@ -457,13 +457,14 @@ def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
     for p in placed:
         if not isinstance(p.entry, LowRank):
             continue
-        mutated = p.entry.extra.get("mutated")
-        if p.entry.magnitude is None and not mutated:
+        if p.entry.magnitude is None and not p.entry.mutated:
             continue
         for q in placed:
             meet = all(a < d and c < b for (a, b), (c, d) in zip(p.bounds, q.bounds, strict=True))
             if q is not p and meet and not isinstance(q.entry, ReplacedRows):
-                how = f"is for a base that {mutated} changed" if mutated else "rescales it (DoRA)"
+                how = "rescales it (DoRA)"
+                if p.entry.mutated:
+                    how = f"is for a base that {p.entry.mutated} changed"
                 raise LoraFxError(
                     f"{base.path}: {p.key!r} {how}, and another update changes {name!r} too",
                     _APART,

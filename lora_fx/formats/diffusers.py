@@ -80,9 +80,9 @@ def read(path: str | Path) -> Adapter:
     """An adapter from a file, or from a folder with pytorch_lora_weights.safetensors.
 
     Returns:
-        An Adapter with the keys described above; layouts are None, and `extra` has
-        {"op": "conv2d", "kernel": [3, 3]} of a convolution. Of a file that lora-fx wrote, the keys
-        and layouts that it was written from.
+        An Adapter with the keys described above; layouts are None, and the updates of convolutions
+        have their `op` and `kernel`. Of a file that lora-fx wrote, the keys and layouts that it was
+        written from.
 
     Raises:
         LoraFxError: Half a pair, shapes that do not fit, other names, an alpha of 0, two alphas
@@ -175,13 +175,13 @@ def _entries(
         have = ", ".join(sorted(parts))
         raise file.error(module, f"has {have}; expected lora_A and lora_B (or down and up)")
     a, b = (file.master(f"{module}.lora_{half}", parts[half]) for half in "AB")
-    a, b, extra = from_tensors("linear", a, b, f"{file.name}: {module!r}")
+    a, b, op, kernel = from_tensors("linear", a, b, f"{file.name}: {module!r}")
     stored = file.alpha(f"{module}.alpha", parts.get("alpha"))
     alpha, variant = configs.of(module, len(a))
     if stored is not None and alpha is not None and stored != alpha:
         raise file.error(f"{module}.alpha", f"is {stored:g}; the header's {HEADER} says {alpha:g}")
     number = next((n for n in (stored, alpha) if n is not None), float(len(a)))
-    low = LowRank(a, b, number, variant=variant, extra=extra)
+    low = LowRank(a, b, number, variant=variant, op=op, kernel=kernel)
     entries: dict[str, Entry] = {}
     if "lora_magnitude_vector" in parts:
         scale = file.master(f"{module}.lora_magnitude_vector", parts["lora_magnitude_vector"])

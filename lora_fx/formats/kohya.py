@@ -178,10 +178,11 @@ def _lowrank(
     a, b = down.reshape(len(down), -1), np.ascontiguousarray(up.reshape(up.shape[:2]))
     if mid is not None:
         a = lycoris.tucker(mid, b.T, a)[1]
-    extra = {"op": f"conv{len(kernel)}d", "kernel": list(kernel)} if kernel else {}
+    op = f"conv{len(kernel)}d" if kernel else ""
     if magnitude is not None:
         magnitude = _rows(module, magnitude, len(b), file)
-    return LowRank(a, b, alpha or float(len(down)), extra=extra, magnitude=magnitude)
+    alpha = alpha or float(len(down))
+    return LowRank(a, b, alpha, magnitude=magnitude, op=op, kernel=kernel)
 
 
 def _rows(module: str, scale: Array, out: int, file: File) -> Array:

@@ -87,7 +87,7 @@ def test_components_convolutions_and_narrow_dtypes(tmp_path: Path) -> None:
     adapter = load_adapter(stored(tmp_path, tensors))
     assert adapter.names == ForeignNames("diffusers", ("text_encoder_2", "unet"))
     low = adapter.lowrank["unet.c.weight"]
-    assert low.extra == {"op": "conv2d", "kernel": [3, 2]} and low.a.dtype == np.float32
+    assert (low.op, low.kernel) == ("conv2d", (3, 2)) and low.a.dtype == np.float32
     np.testing.assert_array_equal(adapter.deltas()["unet.c.weight"], np.full((8, 18), 4.0))
 
 
@@ -171,7 +171,7 @@ def low(**fields: Any) -> LowRank:
 
 def test_writes_what_diffusers_reads(tmp_path: Path) -> None:
     conv = LowRank(np.ones((2, 27), np.float32), np.ones((8, 2), np.float32), 2.0)
-    conv = LowRank(conv.a, conv.b, 2.0, plain_layout((8, 3, 3, 3)), extra={"op": "conv2d"})
+    conv = LowRank(conv.a, conv.b, 2.0, plain_layout((8, 3, 3, 3)), op="conv2d")
     entries = {
         "unet.x.weight": low(),
         "unet.c.weight": conv,
@@ -228,7 +228,7 @@ def test_starts_that_change_the_base(tmp_path: Path) -> None:
     config = {**CONFIG, "unet.init_lora_weights": "pissa"}
     with pytest.raises(LoraFxError, match="init_lora_weights is 'pissa'"):
         load_adapter(stored(tmp_path, PAIR, config))
-    entry = low(extra={"mutated": "pissa"})
+    entry = low(mutated="pissa")
     for name, file in (
         ("diffusers", "d.safetensors"),
         ("kohya", "k.safetensors"),

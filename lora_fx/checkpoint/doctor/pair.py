@@ -292,11 +292,11 @@ class Raw:
             raise LoraFxError(f"A is {a.dtype} {list(a.shape)}, B is {b.dtype} {list(b.shape)}")
         with np.errstate(over="ignore", invalid="ignore"):
             a, b = a.astype(np.float32), b.astype(np.float32)
-        extra: dict[str, Any] = {}
+        op, kernel = "", a.shape[:0]
         if not part.key.endswith("]") and a.ndim >= 2:
-            a, b, extra = from_tensors(part.kind, a, b, part.key)
+            a, b, op, kernel = from_tensors(part.kind, a, b, part.key)
         variant = "rslora" if self.config.get("use_rslora") else "lora"
-        return LowRank(a, b, self._alpha(part.key), None, variant, "", extra)
+        return LowRank(a, b, self._alpha(part.key), None, variant, op=op, kernel=kernel)
 
     def _alpha(self, key: str) -> float:
         try:

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.update_json import from_json
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import is_float
+from lora_fx.formats.base import holds
 from lora_fx.formats.peft.names import OWN, PREFIX, Group, split_name
 from lora_fx.formats.peft.source import PeftFile
-from lora_fx.ir.layout import Layout
 
 VERSION = 1
 
@@ -63,7 +64,7 @@ def own_entries(
     for key, entry in found.items():
         try:
             value, group = _one(entry, source, update, groups, taken)
-            fits = not isinstance(value, LowRank) or _fits(value)
+            fits = not isinstance(value, LowRank) or holds(value.layout, value.shape)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
                 f"{source.file}: metadata lora_fx does not fit the tensors at {key!r}: "
@@ -101,8 +102,7 @@ def _one(
                 if len(index) != len(value):
                     raise ValueError(f"{len(index)} rows, {len(value)} in {name!r}")
                 return ReplacedRows(index, value), None
-            scale, layout = float(entry["scale"]), _layout(entry)
-            return Dense(value, scale, layout, dict(entry["extra"])), None
+            return from_json(Dense(value), entry), None
     names = (str(entry["a"]), str(entry["b"]))
     group = None
     if names[0].startswith(OWN):
@@ -118,11 +118,8 @@ def _one(
     a, b = low.a, low.b
     if entry.get("swapped"):
         a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
-    layout, extra = _layout(entry), dict(entry["extra"])
-    if "mutated" in low.extra:
-        extra["mutated"] = low.extra["mutated"]
-    use = str(entry["use"])
-    return replace(low, a=a, b=b, layout=layout, use=use, extra=extra), group
+    told = from_json(replace(low, a=a, b=b), entry)
+    return replace(told, mutated=low.mutated or told.mutated), group
 
 
 def _pair(source: PeftFile, names: tuple[str, str], entry: Any, taken: set[str]) -> LowRank:
@@ -138,23 +135,4 @@ def _pair(source: PeftFile, names: tuple[str, str], entry: Any, taken: set[str])
         taken.add(entry["magnitude"])
         size = math.prod(b.shape[:-1])
         magnitude = source.vector(entry["magnitude"], size).reshape(b.shape[:-1])
-    alpha, variant = float(entry["alpha"]), str(entry["variant"])
-    return LowRank(a, b, alpha, None, variant, magnitude=magnitude)
-
-
-def _layout(entry: Any) -> Layout | None:
-    return Layout.from_json(entry["layout"]) if entry["layout"] else None
-
-
-def _fits(low: LowRank) -> bool:
-    """True when the layout is sound and has the sizes of the update."""
-    layout = low.layout
-    if layout is None:
-        return True
-    axes = sorted(layout.batch + layout.out + layout.in_)
-    return (
-        axes == list(range(len(layout.shape)))
-        and math.prod(layout.shape) == math.prod(layout.stored)
-        and low.a.shape == (*layout.batch_shape, low.rank, layout.in_size)
-        and low.b.shape == (*layout.batch_shape, layout.out_size, low.rank)
-    )
+    return LowRank(a, b, float(entry["alpha"]), None, str(entry["variant"]), magnitude=magnitude)
