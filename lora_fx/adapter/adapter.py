@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,16 +35,39 @@ from lora_fx.targets.regions import (
 from lora_fx.text import near
 
 
+class FileNames(Protocol):
+    """How the keys of a file lead to parameters, where they do not name those of one model."""
+
+    @property
+    def format(self) -> str:
+        """Whose names they are: kohya or diffusers."""
+        ...
+
+    def resolve(self, adapter: Adapter, names: Iterable[str]) -> Adapter:
+        """The adapter under a model's parameter names; see `lora_fx.formats.naming`."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """What a file of the adapter keeps of this in its metadata."""
+        ...
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Updates by key, plus metadata (dropout, base name, where it was trained).
 
     An adapter from a file is *unbound*: its keys are the file's names and its layouts are not
     known. `bind` gives it those of a model.
+
+    Attributes:
+        entries: key → update.
+        metadata: What else is known of it, by name, as JSON has it.
+        names: Put there by the reader of a file that does not name parameters; else None.
     """
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    names: FileNames | None = None
 
     def __len__(self) -> int:
         """Number of updates."""
@@ -127,6 +150,10 @@ class Adapter:
                 )
         return replace(self, entries=scaled)
 
+    def resolved(self, names: Iterable[str]) -> Adapter:
+        """This adapter under a model's parameter names, where its file does not name those."""
+        return self if self.names is None else self.names.resolve(self, names)
+
     def bind(self, model: Any, args: Any = (), kwargs: Any = None) -> Adapter:
         """This adapter in the keys and layouts of a model (module, Captured, Found or folder).
 
@@ -161,10 +188,7 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     stacks = place(adapter.entries, found.shapes.get, tuple(found.shapes))
     adapter = replace(adapter, entries=stacks)
     _check_graph(adapter)
-    if "naming" in adapter.metadata:  # a file that does not name parameters
-        from lora_fx.formats.naming import resolve  # formats are built on this module
-
-        adapter = resolve(adapter, found.shapes)
+    adapter = adapter.resolved(found.shapes)
     entries: dict[str, Entry] = {}
     first = {
         a: t.parameter.name
@@ -247,16 +271,16 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     if target is None:
         raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
     layout, use = target.layout, entry.use or own_use(key)
-    lookup = entry.extra.get("op") == "embedding"
+    lookup = entry.op == "embedding"
     if tied(target) and entry.layout is None:  # a file names a module, so it means one use
-        if not entry.extra.get("tied"):  # there the file means all uses
+        if not entry.tied:  # there the file means all uses
             use = use or (lookup_use(target) if lookup else named_use(target, key))
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
             entry = _turnable(key, entry)
             entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
     elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
         use = use or key
-    if entry.extra.get("op") == "experts" and entry.layout == layout.transposed():
+    if entry.op == "experts" and entry.layout == layout.transposed():
         # PEFT goes by the stored axes, the graph by what the product contracts.
         entry = _turnable(key, entry)
         entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
@@ -275,8 +299,7 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
             f"the update of {key!r} acts on its use {use!r}, and the model has no such use",
             f"its uses are {', '.join(each_use(target))}",
         )
-    extra = {**entry.extra, "op": op_of(target, use)}
-    return target.key, replace(entry, layout=layout, use=use, extra=extra)
+    return target.key, replace(entry, layout=layout, use=use, op=op_of(target, use))
 
 
 def _turnable(key: str, entry: LowRank) -> LowRank:
@@ -346,7 +369,7 @@ def mix(
         entries[key] = _mixed(key, pairs, how, rank)
     metadata = dict(parts[0][0].metadata) if parts else {}
     metadata.pop(LEARNS, None)
-    return Adapter(entries, metadata)
+    return Adapter(entries, metadata, parts[0][0].names if parts else None)
 
 
 def _mixed(key: str, pairs: Sequence[Pair], how: str, rank: int | None) -> LowRank:

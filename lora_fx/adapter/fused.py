@@ -94,7 +94,7 @@ def place(
 ) -> dict[str, Entry]:
     """The entries with stacks of experts under their own names, each with its Layout.
 
-    What a binder does with `extra["op"] == "experts"`: call this before it matches keys.
+    What a binder does with updates whose op is experts: call this before it matches keys.
 
     Args:
         entries: Of an unbound adapter.
@@ -111,10 +111,9 @@ def place(
     result = dict(entries)
     modules: dict[str, list[str]] = {}
     for key, entry in entries.items():
-        if isinstance(entry, LowRank) and entry.extra.get("op") == "experts" and not entry.layout:
-            modules.setdefault(str(entry.extra.get("module") or key.rpartition(".")[0]), []).append(
-                key
-            )
+        if isinstance(entry, LowRank) and entry.op == "experts" and not entry.layout:
+            module = entry.layer.module if entry.layer else ""
+            modules.setdefault(module or key.rpartition(".")[0], []).append(key)
     for module, keys in modules.items():
         lows = [entry for k in keys if isinstance(entry := entries[k], LowRank)]
         if not any(shape_of(name) for name in _names(module, keys, lows)):
@@ -140,7 +139,7 @@ def _names(module: str, keys: Sequence[str], lows: Sequence[LowRank]) -> set[str
     """Every name that an entry may mean."""
     result = set()
     for key, low in zip(keys, lows, strict=True):
-        result |= {f"{module}.{p}" for p in low.extra.get("candidates", ())} or {key}
+        result |= {f"{module}.{p}" for p in low.candidates} or {key}
     return result
 
 
@@ -150,7 +149,7 @@ def _readings(
     names = sorted(_names(module, keys, lows))
     for way in permutations(names, len(lows)):
         if any(
-            "candidates" not in low.extra and key != name
+            not low.candidates and key != name
             for key, low, name in zip(keys, lows, way, strict=True)
         ):
             continue
@@ -176,10 +175,10 @@ def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) 
 
 
 def _rank(low: LowRank, name: str) -> int | None:
-    if "candidates" not in low.extra:
+    if not low.candidates:
         return low.rank
-    told = low.extra["candidates"].get(name.rpartition(".")[2])
-    return None if told is None else int(told[0])
+    told = low.candidates.get(name.rpartition(".")[2])
+    return None if told is None else told[0]
 
 
 def _only(
@@ -189,7 +188,7 @@ def _only(
     if order is not None and len({names for names, _ in found}) > 1:
         at = {name: i for i, name in enumerate(order)}
         # Depth 0 is the outermost, which PEFT wrapped last.
-        depth = [int(low.extra.get("depth", 0)) for low in lows]
+        depth = [low.layer.depth if low.layer else 0 for low in lows]
         found = [
             (names, turned)
             for names, turned in found
@@ -219,20 +218,15 @@ def _only(
 
 def _placed(low: LowRank, name: str, shape: tuple[int, ...], turned: bool) -> LowRank:
     """An update with a, b, alpha and Layout of its parameter."""
-    extra = {
-        k: v
-        for k, v in low.extra.items()
-        if k not in ("candidates", "depth", "lead", "of", "module")
-    }
     a, b, alpha = low.a, low.b, low.alpha
-    if "candidates" in low.extra:
-        alpha = float(low.extra["candidates"][name.rpartition(".")[2]][1])
+    if low.candidates:
+        alpha = low.candidates[name.rpartition(".")[2]][1]
     if len(shape) == 2:
-        return replace(low, a=a, b=b, alpha=alpha, layout=plain_layout(shape), extra=extra)
+        return replace(low, a=a, b=b, alpha=alpha, layout=plain_layout(shape), layer=None)
     experts = shape[0]
     if a.ndim == 2:  # the file's own packing, the expert fastest in B
         a = a.reshape(experts, -1, a.shape[-1])
         b = b.reshape(len(b), -1, experts).transpose(2, 0, 1).copy()
     out, in_ = ((2,), (1,)) if turned else ((1,), (2,))
     layout = Layout(shape, (0,), out, in_, shape)
-    return replace(low, a=a, b=b, alpha=alpha, layout=layout, extra=extra)
+    return replace(low, a=a, b=b, alpha=alpha, layout=layout, layer=None)

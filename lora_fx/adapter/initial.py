@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -91,7 +90,10 @@ def initial(
         scale = kind.scale(fitted.alpha, fitted.rank)
         seen = (moments or {}).get(key)
         a, b = _start(key, target.layout, fitted.rank, scale, seed, init, weight, seen)
-        low = LowRank(a, b, fitted.alpha, target.layout, variant, entry.use, _extra(target, entry))
+        # Several modules: no file of another tool can say that.
+        shared = (tied(target) or len(modules(target)) > 1) and not entry.use
+        op = op_of(target, entry.use)
+        low = LowRank(a, b, fitted.alpha, target.layout, variant, entry.use, op=op, tied=shared)
         if b.any() and init != "orthogonal":
             low = _with_frozen(low, scale)
         updates[key] = kind.prepared(low, weight, repr(key))
@@ -102,13 +104,6 @@ def matrix(target: Target, stored: Array) -> Array:
     """The part of a stored tensor that a target is, as [*batch, out, in] in fp64."""
     part = stored[tuple(slice(lo, hi) for lo, hi in target.region)].astype(np.float64)
     return np.asarray(target.layout.from_stored(NumpyEmitter(), part))
-
-
-def _extra(target: Target, entry: Entry) -> dict[str, Any]:
-    extra: dict[str, Any] = {"op": op_of(target, entry.use)}
-    if (tied(target) or len(modules(target)) > 1) and not entry.use:
-        extra["tied"] = True  # several modules: no file of another tool can say that
-    return extra
 
 
 def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
@@ -249,13 +244,13 @@ def residual(weight: Array, low: LowRank, where: str) -> Array:
 
     Args:
         weight: [out, in] of the base, in its own dtype; the whole matrix.
-        low: An update with `extra["mutated"]`.
+        low: An update that is `mutated`.
         where: The weight, for messages.
 
     Raises:
         LoraFxError: The part is not unique, or the rank does not fit.
     """
-    part = removed(weight, low.rank, low.scale, str(low.extra["mutated"]), where)
+    part = removed(weight, low.rank, low.scale, low.mutated, where)
     return np.asarray((weight.astype(np.float32) - part).astype(weight.dtype))
 
 

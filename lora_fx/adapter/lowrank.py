@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,28 @@ import numpy.typing as npt
 from lora_fx.dtypes import Array
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import product
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """Where a file has an update that does not say by its key alone what it is of.
+
+    PEFT puts an update of a parameter (a stack of experts, say) into a layer around the module that
+    holds it, one in another for several parameters, and does not say which is which.
+
+    Attributes:
+        lead: The file's name of the layer.
+        of: How many layers there are around the module; 0 where it is none of these.
+        module: The module, where the key does not name a parameter.
+        depth: How many of the layers lie around this one.
+        candidates: Leaf name of each parameter that it may be → (rank, alpha) that it has then.
+    """
+
+    lead: str
+    of: int = 0
+    module: str = ""
+    depth: int = 0
+    candidates: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,14 @@ class LowRank:
             them (`lora_fx.adapter.variant` has the stored axis by op). None for others.
         frozen: How many of the last ranks do not train. They are what a start from W or its
             gradient takes off, so that the base stays as it is.
+        op: The op that reads the weight (linear, addmm, conv2d, embedding, experts …), where that
+            is known. in of an embedding is its rows.
+        kernel: Of a convolution, where that is known; in is C_in/groups · ∏kernel.
+        tied: True where it applies to all uses of a tensor that several modules share.
+        twins: Other names of that tensor in a file: what they name changes alike.
+        mutated: The start (pissa, olora) that took its part off the base which the update is for;
+            see `lora_fx.adapter.initial.residual`. Empty for the base as it is.
+        layer: Where a file has it, for `lora_fx.adapter.fused.place` and for writing it again.
     """
 
     a: Array
@@ -44,9 +74,14 @@ class LowRank:
     layout: Layout | None = None
     variant: str = "lora"
     use: str = ""
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
     magnitude: Array | None = None
     frozen: int = 0
+    op: str = field(default="", compare=False)
+    kernel: tuple[int, ...] = field(default=(), compare=False)
+    tied: bool = field(default=False, compare=False)
+    twins: tuple[str, ...] = field(default=(), compare=False)
+    mutated: str = field(default="", compare=False)
+    layer: FileLayer | None = field(default=None, compare=False)
 
     @property
     def rank(self) -> int:
@@ -57,6 +92,11 @@ class LowRank:
     def scale(self) -> float:
         """alpha/rank, or alpha/√rank for rslora."""
         return scale_of(self.alpha, self.rank, self.variant)
+
+    @property
+    def candidates(self) -> Mapping[str, tuple[int, float]]:
+        """The parameters that it may be of, where its file does not say which; see FileLayer."""
+        return self.layer.candidates if self.layer else {}
 
     @property
     def shape(self) -> tuple[int, ...]:

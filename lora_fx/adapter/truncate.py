@@ -285,7 +285,8 @@ def _built(
     kept = [e for e in entries.values() if isinstance(e, LowRank)]
     size = sum(e.a.size + e.b.size for e in kept)
     metadata = {k: v for k, v in adapter.metadata.items() if k != LEARNS}  # of the old ranks
-    return Truncation(Adapter(entries, metadata), tuple(rows), size)
+    made = replace(adapter, entries=entries, metadata=metadata)
+    return Truncation(made, tuple(rows), size)
 
 
 def _as_lora(entry: LowRank) -> LowRank:

@@ -14,7 +14,7 @@ ReplacedRows  W[index] = value                           PEFT's trainable tokens
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Change(Protocol):
 
 @dataclass(frozen=True)
 class Hadamard:
-    """ΔW = scale · (b1 @ a1) ∘ (b2 @ a2); a [r, in], b [out, r], fp32."""
+    """ΔW = scale · (b1 @ a1) ∘ (b2 @ a2); a [r, in], b [out, r], fp32; kernel of a convolution."""
 
     a1: Array
     b1: Array
@@ -59,7 +59,7 @@ class Hadamard:
     b2: Array
     alpha: float
     layout: Layout | None = None
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    kernel: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def rank(self) -> int:
@@ -91,7 +91,7 @@ class Kronecker:
     w2: Array
     scale: float
     layout: Layout | None = None
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    kernel: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,7 +114,6 @@ class Dense:
     value: Array
     scale: float = 1.0
     layout: Layout | None = None
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -142,18 +141,17 @@ Entry = LowRank | Full | Hadamard | Kronecker | Dense | ReplacedRows
 def is_plain(entry: Entry) -> bool:
     """True for a whole tensor or s·b·a on the base as it is: what a graph can hold."""
     if isinstance(entry, LowRank):
-        odd = entry.extra.get("mutated") or entry.extra.get("candidates")
-        return entry.magnitude is None and not odd
+        return entry.magnitude is None and not entry.mutated and not entry.candidates
     return isinstance(entry, Full)
 
 
 def name_of(entry: Entry) -> str:
     """What the field calls an entry (LoHa, DoRA …), for messages."""
     if isinstance(entry, LowRank):
-        if entry.extra.get("mutated"):
-            return f"meant for a base that {entry.extra['mutated']} changed"
-        if entry.extra.get("candidates"):
-            return f"of one of the parameters {', '.join(entry.extra['candidates'])}"
+        if entry.mutated:
+            return f"meant for a base that {entry.mutated} changed"
+        if entry.candidates:
+            return f"of one of the parameters {', '.join(entry.candidates)}"
         return "DoRA" if entry.magnitude is not None else entry.variant
     names = {Hadamard: "LoHa", Kronecker: "LoKr", Dense: "a whole ΔW", ReplacedRows: "trained rows"}
     return names.get(type(entry), "a whole tensor")

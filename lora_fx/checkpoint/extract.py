@@ -277,9 +277,8 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
     if not use.lead:
         a, b = a[0], b[0]
     rank = int(b.shape[-1])
-    extra = {"op": use.op} | ({"tied": True} if use.tied else {})
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    return LowRank(a, b, float(rank), layout, "lora", "", extra)
+    return LowRank(a, b, float(rank), layout, op=use.op, tied=use.tied)
 
 
 def _notes(

@@ -253,7 +253,7 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
     residuals = {
         i: _residual(fold, p, source)
         for i, p in enumerate(fold.matrix.parts)
-        if isinstance(p.change, LowRank) and p.change.extra.get("mutated")
+        if isinstance(p.change, LowRank) and p.change.mutated
     }
     fold = replace(fold, residuals=residuals) if residuals else fold
     columns = {

@@ -70,7 +70,7 @@ def match(
         LoraFxError: An entry without a tensor, a shape that does not fit, a doubt about how a
             weight is stored.
     """
-    adapter = named(adapter, tensors)
+    adapter = adapter.resolved(tensors)
     notes: list[str] = []
     rename = renaming(adapter, tensors, config, notes)
     adapter = stacked(adapter, tensors, config, rename)
@@ -134,20 +134,10 @@ def _also(
     entry: Entry, name: str, tensors: Mapping[str, TensorInfo], rename: Renaming
 ) -> list[str]:
     """Other tensors that PEFT tied to this one: they change alike."""
-    tied = getattr(entry, "extra", {}).get("tied")
-    names = [rename(str(n)) for n in tied] if isinstance(tied, list) else []
+    names = [rename(n) for n in entry.twins] if isinstance(entry, LowRank) else []
     return [
         n for n in names if n in tensors and n != name and tensors[n].shape == tensors[name].shape
     ]
-
-
-def named(adapter: Adapter, names: Iterable[str]) -> Adapter:
-    """An adapter under parameter names, where its file does not name parameters (kohya …)."""
-    if "naming" not in adapter.metadata:
-        return adapter
-    from lora_fx.formats.naming import resolve  # only then
-
-    return resolve(adapter, names)
 
 
 def _unused(lost: list[str], hint: str, where: str, notes: list[str], *, allow: bool) -> None:
@@ -251,7 +241,7 @@ def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | No
     if len(shape) == n + 2 and (rows, rest) == (in_, out):
         swapped = Layout(shape, lead, (n + 1,), (n,), shape)
     if lookup(change):
-        return swapped if isinstance(change, LowRank) else straight
+        return swapped
     if straight and swapped:
         return swapped if turned else straight
     return straight or swapped
@@ -312,8 +302,7 @@ def _piece(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> En
     else:
         a = a[:, rows]
         shape, out, in_ = (a.shape[1], len(b)), (1,), (0,)
-    extra = {k: v for k, v in entry.extra.items() if k != "op"}
-    return replace(entry, a=a, b=b, layout=Layout(shape, (), out, in_, shape), extra=extra)
+    return replace(entry, a=a, b=b, layout=Layout(shape, (), out, in_, shape), op="")
 
 
 # Square weights that are stored [in, out], where their shape cannot tell.
@@ -332,8 +321,7 @@ Votes = dict[tuple[int, str, str], set[bool]]
 
 def lookup(entry: Entry | Change) -> bool:
     """True for an update of a table that is looked up."""
-    extra = getattr(entry, "extra", {})
-    return bool(extra.get("op") == "embedding")
+    return isinstance(entry, LowRank) and entry.op == "embedding"
 
 
 def turned_weights(

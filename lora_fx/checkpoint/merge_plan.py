@@ -19,7 +19,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
-from lora_fx.checkpoint.match import Placed, match, named
+from lora_fx.checkpoint.match import Placed, match
 from lora_fx.checkpoint.options import MergeOptions
 from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
 from lora_fx.checkpoint.renaming import renaming
@@ -142,7 +142,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
     _check_given(base, given, options)
-    given = [replace(g, adapter=named(g.adapter, base.tensors)) for g in given]
+    given = [replace(g, adapter=g.adapter.resolved(base.tensors)) for g in given]
     config, notes = base.config(), []
     placed: list[Placed] = []
     weighted = _weighted(given, options)
@@ -398,8 +398,8 @@ def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:
         why = ""
         if p.transposed or (matrix.rows, matrix.columns) != info.shape:
             why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
-        elif isinstance(p.change, LowRank) and p.change.extra.get("mutated"):
-            why = f"the update is for a base that {p.change.extra['mutated']} changed before"
+        elif isinstance(p.change, LowRank) and p.change.mutated:
+            why = f"the update is for a base that {p.change.mutated} changed before"
         if why:
             raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
 
@@ -437,13 +437,14 @@ def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
     for p in placed:
         if not isinstance(p.entry, LowRank):
             continue
-        mutated = p.entry.extra.get("mutated")
-        if p.entry.magnitude is None and not mutated:
+        if p.entry.magnitude is None and not p.entry.mutated:
             continue
         for q in placed:
             meet = all(a < d and c < b for (a, b), (c, d) in zip(p.bounds, q.bounds, strict=True))
             if q is not p and meet and not isinstance(q.entry, ReplacedRows):
-                how = f"is for a base that {mutated} changed" if mutated else "rescales it (DoRA)"
+                how = "rescales it (DoRA)"
+                if p.entry.mutated:
+                    how = f"is for a base that {p.entry.mutated} changed"
                 raise LoraFxError(
                     f"{base.path}: {p.key!r} {how}, and another update changes {name!r} too",
                     _APART,

@@ -149,7 +149,7 @@ class TensorUse:
 
     Attributes:
         layout: None for a tensor that has no low-rank update.
-        op: As `extra` of an update names it.
+        op: As an update names it.
         tied: The tensor is an embedding table and the output head.
     """
 

@@ -111,8 +111,7 @@ def absent_of(
         return {}
     names = list(adapter.entries)
     for low in adapter.lowrank.values():  # other names of the same tensor
-        also = low.extra.get("tied")
-        names += [low.use, *(also if isinstance(also, list) else ())]
+        names += [low.use, *low.twins]
     adapted = [base_name(name).removesuffix(".weight") for name in names]
     apart = any(_EXPERT.search(name) for name in adapted)
     weights = [

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import ReplacedRows
-from lora_fx.checkpoint.match import Placed, use_of
+from lora_fx.checkpoint.match import Placed, lookup, use_of
 from lora_fx.checkpoint.model_families import family_of, generates, is_head, is_table
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import TensorInfo
@@ -141,7 +141,7 @@ def check_unknown(
     for p in placed if heads else ():
         rows = heads.get(p.tensor, ())[:1]
         others = (t.shape[:1] for n, t in tensors.items() if n not in heads and len(t.shape) == 2)
-        if rows and rows not in others and not getattr(p.entry, "extra", {}).get("tied"):
+        if rows and rows not in others and not (isinstance(p.entry, LowRank) and p.entry.tied):
             raise LoraFxError(
                 f"{where}: {p.tensor!r} is the output head, and the file has no other tensor of "
                 f"{rows[0]} rows: it is the embedding too, and the update would change both",
@@ -151,11 +151,8 @@ def check_unknown(
         return
     for p in placed:
         shape = tensors[p.tensor].shape if p.tensor in tensors else ()
-        lookup = (
-            isinstance(p.entry, ReplacedRows)
-            or getattr(p.entry, "extra", {}).get("op") == "embedding"
-        )
-        if lookup and len(shape) == 2 and shape[0] in sizes:
+        looked_up = isinstance(p.entry, ReplacedRows) or lookup(p.entry)
+        if looked_up and len(shape) == 2 and shape[0] in sizes:
             raise LoraFxError(
                 f"{where}: {p.tensor!r} is a table of all tokens, the file has no output head of "
                 "a known name, and config.json does not say that the two are untied; merged, the "
@@ -168,7 +165,7 @@ def both(p: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
     """True for an update of both uses at once; rows of tokens are PEFT's for table and head."""
     if isinstance(p.entry, ReplacedRows):
         return not any(isinstance(q.entry, ReplacedRows) and q.tensor == tie.head for q in placed)
-    return isinstance(p.entry, LowRank) and bool(p.entry.extra.get("tied"))
+    return isinstance(p.entry, LowRank) and p.entry.tied
 
 
 def one_use(placed: Sequence[Placed], tie: Tie) -> list[Placed]:

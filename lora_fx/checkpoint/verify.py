@@ -372,4 +372,4 @@ def _then(
 
 
 def _mutated(change: Any) -> bool:
-    return isinstance(change, LowRank) and bool(change.extra.get("mutated"))
+    return isinstance(change, LowRank) and bool(change.mutated)

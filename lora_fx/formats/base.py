@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.update_json import from_json, to_json
 from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -32,26 +33,23 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
     """The JSON for an adapter whose key K is called names[K] in the file.
 
     Raises:
-        LoraFxError: Metadata or an update's extra is no JSON.
+        LoraFxError: Metadata is no JSON.
     """
     rows = {}
     for key, entry in adapter.entries.items():
         if isinstance(entry, (Full, ReplacedRows)):
             continue  # no format that needs these names has them
-        row: dict[str, Any] = {"key": key, "extra": entry.extra}
-        row["layout"] = entry.layout.to_json() if entry.layout else None
-        if isinstance(entry, LowRank):
-            row |= {"use": entry.use, "variant": entry.variant, "alpha": float(entry.alpha)}
-        elif isinstance(entry, Kronecker):
-            row["scale"] = float(entry.scale)
-        rows[names[key]] = row
+        numbers = ["use", "variant", "alpha"] if isinstance(entry, LowRank) else []
+        numbers += ["scale"] if isinstance(entry, Kronecker) else []
+        rows[names[key]] = {"key": key, **to_json(entry, "layout", "extra", *numbers)}
     metadata = {k: v for k, v in adapter.metadata.items() if k != "notes"}
+    metadata |= adapter.names.to_json() if adapter.names else {}
     whole = {"version": VERSION, "names": rows, "metadata": metadata}
     try:
         return json.dumps(whole, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise LoraFxError(
-            f"the adapter's metadata or an update's extra is no JSON: {one_line(error)}",
+            f"the adapter's metadata is no JSON: {one_line(error)}",
             "keep texts, numbers, lists and objects there",
         ) from error
 
@@ -95,25 +93,20 @@ def restore(
 
 def _restored(entry: Entry, row: Mapping[str, Any]) -> Entry:
     assert not isinstance(entry, (Full, ReplacedRows))  # see describe
-    layout = Layout.from_json(row["layout"]) if row["layout"] else None
-    extra = dict(row["extra"])
-    made = replace(entry, layout=layout, extra=extra)
-    if isinstance(made, LowRank):
-        variant, alpha = str(row["variant"]), float(row["alpha"])
-        made = replace(made, use=str(row["use"]), variant=variant, alpha=alpha)
-    elif isinstance(made, Kronecker):
-        made = replace(made, scale=float(row["scale"]))
+    made = from_json(entry, row)
     if not math.isclose(made.scale, entry.scale, rel_tol=1e-6):
         raise ValueError(
             f"{row['key']!r} has scale {entry.scale:g}, and {made.scale:g} by the JSON"
         )
-    if layout is not None and not _holds(layout, made.shape):
+    if not holds(made.layout, made.shape):
         raise ValueError(f"{row['key']!r} is {list(made.shape)}, which its layout does not hold")
     return made
 
 
-def _holds(layout: Layout, shape: tuple[int, ...]) -> bool:
-    """True when a layout is sound and has the sizes of [*batch, out, in]."""
+def holds(layout: Layout | None, shape: tuple[int, ...]) -> bool:
+    """True when a layout is sound and has the sizes of [*batch, out, in], or is not known."""
+    if layout is None:
+        return True
     axes = sorted(layout.batch + layout.out + layout.in_)
     return (
         axes == list(range(len(layout.shape)))

@@ -17,7 +17,7 @@ text_encoder.….self_attn.to_q_lora.down.weight      q_proj, k_proj, v_proj, ou
 (diffusers since its pull request 11324, 2025). Where there is neither, alpha = r, as diffusers has
 it.
 
-Keys carry the component, `unet.X.weight`; metadata has naming = diffusers and `components`. Other
+Keys carry the component, `unet.X.weight`, and the adapter's `names` list the components. Other
 tools write `diffusion_model.` for it. Files of one model without a prefix (save_lora_adapter) have
 bare keys.
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,16 @@ from lora_fx.adapter.updates import Dense, Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import base, naming
+from lora_fx.formats import base
 from lora_fx.formats.base import File, FileHead
-from lora_fx.formats.naming import COMPONENTS, guess_component, has_home, split_component
+from lora_fx.formats.naming import (
+    COMPONENTS,
+    ForeignNames,
+    guess_component,
+    has_home,
+    split_component,
+    taken_names,
+)
 from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
 from lora_fx.formats.peft.names import PREFIX, from_tensors
 from lora_fx.formats.peft.write import form_of, to_tensors
@@ -73,9 +80,9 @@ def read(path: str | Path) -> Adapter:
     """An adapter from a file, or from a folder with pytorch_lora_weights.safetensors.
 
     Returns:
-        An Adapter with the keys described above; layouts are None, and `extra` has
-        {"op": "conv2d", "kernel": [3, 3]} of a convolution. Of a file that lora-fx wrote, the keys
-        and layouts that it was written from.
+        An Adapter with the keys described above; layouts are None, and the updates of convolutions
+        have their `op` and `kernel`. Of a file that lora-fx wrote, the keys and layouts that it was
+        written from.
 
     Raises:
         LoraFxError: Half a pair, shapes that do not fit, other names, an alpha of 0, two alphas
@@ -107,9 +114,10 @@ def read(path: str | Path) -> Adapter:
         raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     entries, metadata, named = base.restore(entries, header, str(path))
     components = {split_component(key)[0] for key in entries} - {""}
+    names = taken_names(metadata)
     if not named and any(has_home(key) for key in entries):
-        metadata |= {"naming": "diffusers", "components": sorted(components)}
-    return Adapter(entries, {**metadata, "notes": file.notes})
+        names = ForeignNames("diffusers", tuple(sorted(components)))
+    return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
 
 def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
@@ -134,11 +142,6 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     }
     write_tensors(Path(path), tensors, header)
     return notes
-
-
-def resolve(adapter: Adapter, names: Iterable[str]) -> Adapter:
-    """The adapter under a model's parameter names; see `naming.resolve`."""
-    return naming.resolve(adapter, names)
 
 
 def _part(name: str) -> tuple[str, str] | None:
@@ -172,13 +175,13 @@ def _entries(
         have = ", ".join(sorted(parts))
         raise file.error(module, f"has {have}; expected lora_A and lora_B (or down and up)")
     a, b = (file.master(f"{module}.lora_{half}", parts[half]) for half in "AB")
-    a, b, extra = from_tensors("linear", a, b, f"{file.name}: {module!r}")
+    a, b, op, kernel = from_tensors("linear", a, b, f"{file.name}: {module!r}")
     stored = file.alpha(f"{module}.alpha", parts.get("alpha"))
     alpha, variant = configs.of(module, len(a))
     if stored is not None and alpha is not None and stored != alpha:
         raise file.error(f"{module}.alpha", f"is {stored:g}; the header's {HEADER} says {alpha:g}")
     number = next((n for n in (stored, alpha) if n is not None), float(len(a)))
-    low = LowRank(a, b, number, variant=variant, extra=extra)
+    low = LowRank(a, b, number, variant=variant, op=op, kernel=kernel)
     entries: dict[str, Entry] = {}
     if "lora_magnitude_vector" in parts:
         scale = file.master(f"{module}.lora_magnitude_vector", parts["lora_magnitude_vector"])

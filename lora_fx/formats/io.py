@@ -13,8 +13,15 @@ from types import ModuleType
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import explain, replacing
-from lora_fx.formats import diffusers, kohya, naming, onnx_adapter, torchtune
+from lora_fx.formats import diffusers, kohya, onnx_adapter, torchtune
 from lora_fx.formats.base import FileHead, look
+from lora_fx.formats.naming import (
+    ForeignNames,
+    is_pipeline,
+    names_of,
+    one_model,
+    split_component,
+)
 from lora_fx.formats.peft import file as peft
 
 FORMATS: dict[str, ModuleType] = {
@@ -62,7 +69,7 @@ def save_adapter(
     path = path.resolve() if path.is_symlink() else path  # replace what it points to
     single = _is_file_of(writer, path, format)
     if format in _ONE_MODEL:
-        adapter = naming.one_model(adapter, f"format {format}")
+        adapter = one_model(adapter, f"format {format}")
     _check_free(path, single, force)
     write = writer.write_file if single else writer.write
     try:
@@ -107,13 +114,12 @@ def load_adapter(
     if name == "torchtune":
         return torchtune.read(path, base)
     adapter: Adapter = FORMATS[name].read(path)
-    if base is None or "naming" not in adapter.metadata:
+    if base is None or adapter.names is None:
         return adapter
-    resolved = naming.resolve(adapter, naming.names_of(base))
-    parts = sorted({naming.split_component(key)[0] for key in resolved} - {""})
-    if parts and naming.is_pipeline(base):
-        mark = {"naming": "diffusers", "components": parts}
-        resolved = replace(resolved, metadata={**resolved.metadata, **mark})
+    resolved = adapter.resolved(names_of(base))
+    parts = sorted({split_component(key)[0] for key in resolved} - {""})
+    if parts and is_pipeline(base):
+        return replace(resolved, names=ForeignNames("diffusers", tuple(parts)))
     return resolved
 
 

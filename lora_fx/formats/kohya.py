@@ -18,8 +18,8 @@ stored alpha, so no flag is needed. A dora_scale along the inputs ([1, in, …]:
 and its wd_on_output=False, see its issue 216) rescales columns and is refused.
 
 X is the path with "_" for ".", behind lora_unet_, lora_te_, lora_te1_, lora_te2_ and the like, or
-(other trainers) the path itself. Keys keep it, with `.weight` or `.bias` behind, and metadata has
-naming = kohya, until `resolve` compares them with a model's names.
+(other trainers) the path itself. Keys keep it, with `.weight` or `.bias` behind, until
+`Adapter.resolved` compares them with a model's names.
 
 Facts: sd-scripts networks/lora.py; LyCORIS 4.1.3, modules/locon.py, full.py, norms.py.
 """
@@ -27,7 +27,7 @@ Facts: sd-scripts networks/lora.py; LyCORIS 4.1.3, modules/locon.py, full.py, no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,9 +39,15 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain,
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import base, lycoris, naming
+from lora_fx.formats import base, lycoris
 from lora_fx.formats.base import File, FileHead
-from lora_fx.formats.naming import COMPONENTS, guess_component, split_component
+from lora_fx.formats.naming import (
+    COMPONENTS,
+    ForeignNames,
+    guess_component,
+    split_component,
+    taken_names,
+)
 from lora_fx.formats.peft.write import form_of, to_tensors
 
 SUFFIXES = (".safetensors",)
@@ -75,9 +81,9 @@ def read(path: str | Path) -> Adapter:
     """An adapter from one .safetensors file.
 
     Returns:
-        An Adapter with the file's names as keys (see above) and metadata naming = kohya; of a
-        file that lora-fx wrote, the keys and layouts that it was written from. Layouts are None
-        otherwise; `extra` has {"op": "conv2d", "kernel": [3, 3]} where tensors show a kernel.
+        An Adapter with the file's names as keys (see above); of a file that lora-fx wrote, the
+        keys and layouts that it was written from. Layouts are None otherwise; `op` and
+        `kernel` are there where tensors show a kernel.
 
     Raises:
         LoraFxError: Another method's tensors, half a pair, shapes that do not fit, an alpha of 0.
@@ -96,9 +102,9 @@ def read(path: str | Path) -> Adapter:
     if not entries:
         raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     entries, metadata, named = base.restore(entries, header, str(path))
-    if not named:
-        metadata["naming"] = "kohya"
-    return Adapter(entries, {**metadata, "notes": file.notes})
+    told = taken_names(metadata)
+    names = told if named else ForeignNames("kohya")
+    return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
 
 def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
@@ -111,11 +117,6 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     tensors, names, notes = encode(adapter)
     write_tensors(Path(path), tensors, {base.FIELD: base.describe(adapter, names)})
     return notes
-
-
-def resolve(adapter: Adapter, names: Iterable[str]) -> Adapter:
-    """The adapter under a model's parameter names; see `naming.resolve`."""
-    return naming.resolve(adapter, names)
 
 
 def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, Entry]:
@@ -177,10 +178,11 @@ def _lowrank(
     a, b = down.reshape(len(down), -1), np.ascontiguousarray(up.reshape(up.shape[:2]))
     if mid is not None:
         a = lycoris.tucker(mid, b.T, a)[1]
-    extra = {"op": f"conv{len(kernel)}d", "kernel": list(kernel)} if kernel else {}
+    op = f"conv{len(kernel)}d" if kernel else ""
     if magnitude is not None:
         magnitude = _rows(module, magnitude, len(b), file)
-    return LowRank(a, b, alpha or float(len(down)), extra=extra, magnitude=magnitude)
+    alpha = alpha or float(len(down))
+    return LowRank(a, b, alpha, magnitude=magnitude, op=op, kernel=kernel)
 
 
 def _rows(module: str, scale: Array, out: int, file: File) -> Array:
@@ -222,7 +224,7 @@ def encode(adapter: Adapter) -> tuple[dict[str, Array], dict[str, str], tuple[st
     notes: list[str] = []
     second = any(key.startswith("text_encoder_2.") for key in adapter)
     owner: dict[str, str] = {}
-    kept = adapter.metadata.get("naming") == "kohya"
+    kept = adapter.names is not None and adapter.names.format == "kohya"
     for key, entry in adapter.entries.items():
         module, parts, alpha = _parts(key, entry)
         name = module if kept else file_name(module, second=second)

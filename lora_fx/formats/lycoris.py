@@ -29,7 +29,6 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import File
 from lora_fx.formats.peft.config import Pattern, targets
 from lora_fx.formats.peft.source import PeftFile
-from lora_fx.ir.layout import Layout
 
 PREFIX = "base_model.model."
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}
@@ -65,19 +64,19 @@ def loha(parts: Mapping[str, Array], alpha: float | None, file: File, module: st
     if ends - {"t1", "t2"} != {"w1_a", "w1_b", "w2_a", "w2_b"} or len(ends & {"t1", "t2"}) == 1:
         raise file.error(module, f"has {', '.join(sorted(parts))}; a LoHa needs {_LOHA}")
     pairs = []
-    extra: dict[str, Any] = {}
+    kernel: tuple[int, ...] = ()
     for i in "12":
         a, b, t = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}")
         if t is not None:
             _check(_fits(a, b, t), file, module, a, b, t)
             a, b = tucker(t, a, b)
-            extra = _kernel(t.shape[2:])
+            kernel = _kernel(t.shape[2:])
         b = b.reshape(len(b), -1)
         _check(a.ndim == 2 and a.shape[1] == len(b), file, module, a, b)
         pairs.append((a, b))
     (b1, a1), (b2, a2) = pairs
     _check(b1.shape == b2.shape and a1.shape == a2.shape, file, module, b1, a1, b2, a2)
-    return Hadamard(a1, b1, a2, b2, float(b1.shape[1] if alpha is None else alpha), extra=extra)
+    return Hadamard(a1, b1, a2, b2, float(b1.shape[1] if alpha is None else alpha), kernel=kernel)
 
 
 def lokr(
@@ -105,8 +104,7 @@ def lokr(
         # PEFT takes the product with w1 as [1, o1, i1], which mixes the axes of a Conv1d.
         shape = (len(w1) * len(w2), w1.shape[1] * w2.shape[1], w2.shape[2])
         return Dense(np.kron(w1[None], w2).reshape(shape), scale)
-    extra = _kernel(w2.shape[2:])
-    return Kronecker(w1, w2.reshape(len(w2), -1), scale, extra=extra)
+    return Kronecker(w1, w2.reshape(len(w2), -1), scale, kernel=_kernel(w2.shape[2:]))
 
 
 def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]:
@@ -131,10 +129,9 @@ def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]
     return {"lokr_w1_a": entry.w1, "lokr_w1_b": one, "lokr_w2": w2}, entry.scale * rank
 
 
-def kernel_of(entry: Any) -> tuple[int, ...]:
+def kernel_of(entry: Hadamard | Kronecker) -> tuple[int, ...]:
     """The kernel of a convolution's update; empty for a matrix, or where it is not known."""
-    layout: Layout | None = entry.layout
-    return layout.stored[2:] if layout else tuple(entry.extra.get("kernel", ()))
+    return entry.layout.stored[2:] if entry.layout else entry.kernel
 
 
 def read_peft(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
@@ -227,11 +224,9 @@ def _fits(a: Array, b: Array, t: Array) -> bool:
     return a.ndim == b.ndim == 2 and t.ndim > 2 and t.shape[:2] == (len(a), len(b))
 
 
-def _kernel(kernel: tuple[int, ...]) -> dict[str, Any]:
-    """What `extra` keeps of a convolution."""
-    if not kernel or kernel[1:] == (1,):  # PEFT gives the t1 of a Conv1d a fourth axis of 1
-        return {}
-    return {"op": f"conv{len(kernel)}d", "kernel": list(kernel)}
+def _kernel(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The kernel by a tensor's last sizes; PEFT gives the t1 of a Conv1d a fourth axis of 1."""
+    return () if kernel[1:] == (1,) else kernel
 
 
 def _check(good: bool, file: File, module: str, *arrays: Array) -> None:

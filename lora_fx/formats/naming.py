@@ -13,7 +13,7 @@ text_encoder_2     lora_te2_                          text_encoder_2.
 =================  =================================  =========================================
 
 "_" for "." cannot be undone by itself (`a_b.c` and `a.b_c` are one text), so names stay the
-file's until `resolve` compares them with those of a model, both with "_" for ".".
+file's until `ForeignNames.resolve` compares them with those of a model, both with "_" for ".".
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Entry
@@ -61,6 +62,84 @@ _GUESS = {
 }
 
 
+@dataclass(frozen=True)
+class ForeignNames:
+    """The names of one file, which its reader puts on the adapter.
+
+    Attributes:
+        format: kohya or diffusers.
+        components: Those that the file has updates of, where its keys begin with them.
+    """
+
+    format: str
+    components: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What our own JSON in a file says of it, among the metadata."""
+        parts = {"components": list(self.components)} if self.components else {}
+        return {"naming": self.format, **parts}
+
+    def resolve(self, adapter: Adapter, names: Iterable[str]) -> Adapter:
+        """The adapter under a model's parameter names.
+
+        Updates of a component that the model has nothing of are left out, with a note, as long as
+        another component fits.
+
+        Args:
+            adapter: With the names of the file.
+            names: Of the model's parameters; of a pipeline's, with the component before them.
+
+        Raises:
+            LoraFxError: A name that fits no parameter or several, or two that fit the same.
+        """
+        index = _Index(names)
+        entries: dict[str, Entry] = {}
+        source: dict[str, str] = {}
+        fits: set[str] = set()
+        lost: dict[str, list[str]] = {}
+        for key, entry in adapter.entries.items():
+            hits = index.find(key)
+            read = (c for c, _ in _readings(_module(key)[0]) if c)
+            component = split_component(key)[0] or next(read, "")
+            if len(hits) > 1:
+                raise LoraFxError(
+                    f"adapter key {key!r} fits {' and '.join(map(repr, hits[:3]))}: '_' stands for "
+                    "'.' in its file",
+                    "rename one of the two, or take an adapter that names parameters",
+                )
+            if not hits:
+                lost.setdefault(component, []).append(key)
+                continue
+            if hits[0] in entries:
+                raise LoraFxError(
+                    f"adapter keys {source[hits[0]]!r} and {key!r} both fit {hits[0]!r}",
+                    "give the folder of the whole pipeline (model_index.json), not of one "
+                    "component",
+                )
+            entries[hits[0]], source[hits[0]] = entry, key
+            fits.add(component)
+        notes = list(adapter.metadata.get("notes", []))
+        for component, keys in lost.items():
+            if not fits or component in fits or not component:
+                raise LoraFxError(
+                    f"adapter key {keys[0]!r} fits no parameter of the model",
+                    near(keys[0], index.names),
+                )
+            notes.append(
+                f"{len(keys)} updates of {component} are for another model and not applied "
+                f"({keys[0]!r} …)"
+            )
+        return replace(
+            adapter, entries=entries, metadata={**adapter.metadata, "notes": notes}, names=None
+        )
+
+
+def taken_names(metadata: dict[str, Any]) -> ForeignNames | None:
+    """What `ForeignNames.to_json` put into metadata, taken out of it; None where nothing did."""
+    format, components = metadata.pop("naming", None), metadata.pop("components", ())
+    return ForeignNames(str(format), tuple(components)) if format else None
+
+
 def split_component(key: str) -> tuple[str, str]:
     """(component, the rest) of a dotted key; no component where it names none.
 
@@ -86,20 +165,19 @@ def one_model(adapter: Adapter, what: str) -> Adapter:
     Raises:
         LoraFxError: Names that only a model can resolve, or updates of several components.
     """
-    naming = adapter.metadata.get("naming")
-    if naming is None:
+    if adapter.names is None:
         return adapter
     parts = {split_component(key)[0] for key in adapter}
-    if naming != "diffusers" or len(parts) != 1 or "" in parts:
+    if adapter.names.format != "diffusers" or len(parts) != 1 or "" in parts:
         key = next(iter(adapter), "")
         several = f"; it has updates of {', '.join(sorted(parts))}" if len(parts) > 1 else ""
         raise LoraFxError(
             f"{what} holds the updates of one model under its parameters' names; {key!r} is a "
-            f"name of a {naming} file{several}",
-            "give the folder of the model that they are for: --base (Adapter.bind, resolve)",
+            f"name of a {adapter.names.format} file{several}",
+            "give the folder of the model that they are for: --base (Adapter.bind)",
         )
     entries = {split_component(key)[1]: entry for key, entry in adapter.entries.items()}
-    return replace(adapter, entries=entries, metadata=_plain(adapter))
+    return replace(adapter, entries=entries, names=None)
 
 
 def guess_component(key: str) -> str:
@@ -119,63 +197,6 @@ def names_of(base: str | Path) -> tuple[str, ...]:
 def is_pipeline(base: str | Path) -> bool:
     """True for a folder of diffusers with one folder a component."""
     return (Path(base) / "model_index.json").is_file()
-
-
-def resolve(adapter: Adapter, names: Iterable[str]) -> Adapter:
-    """The adapter under a model's parameter names.
-
-    Updates of a component that the model has nothing of are left out, with a note, as long as
-    another component fits.
-
-    Args:
-        adapter: With the names of a kohya or diffusers file.
-        names: Of the model's parameters; of a pipeline's, with the component before them.
-
-    Raises:
-        LoraFxError: A name that fits no parameter or several, or two that fit the same.
-    """
-    index = _Index(names)
-    entries: dict[str, Entry] = {}
-    source: dict[str, str] = {}
-    fits: set[str] = set()
-    lost: dict[str, list[str]] = {}
-    for key, entry in adapter.entries.items():
-        hits = index.find(key)
-        read = (c for c, _ in _readings(_module(key)[0]) if c)
-        component = split_component(key)[0] or next(read, "")
-        if len(hits) > 1:
-            raise LoraFxError(
-                f"adapter key {key!r} fits {' and '.join(map(repr, hits[:3]))}: '_' stands for "
-                "'.' in its file",
-                "rename one of the two, or take an adapter that names parameters",
-            )
-        if not hits:
-            lost.setdefault(component, []).append(key)
-            continue
-        if hits[0] in entries:
-            raise LoraFxError(
-                f"adapter keys {source[hits[0]]!r} and {key!r} both fit {hits[0]!r}",
-                "give the folder of the whole pipeline (model_index.json), not of one component",
-            )
-        entries[hits[0]], source[hits[0]] = entry, key
-        fits.add(component)
-    notes = list(adapter.metadata.get("notes", []))
-    for component, keys in lost.items():
-        if not fits or component in fits or not component:
-            raise LoraFxError(
-                f"adapter key {keys[0]!r} fits no parameter of the model",
-                near(keys[0], index.names),
-            )
-        notes.append(
-            f"{len(keys)} updates of {component} are for another model and not applied "
-            f"({keys[0]!r} …)"
-        )
-    return replace(adapter, entries=entries, metadata={**_plain(adapter), "notes": notes})
-
-
-def _plain(adapter: Adapter) -> dict[str, object]:
-    """Metadata without the mark of a foreign file's names."""
-    return {k: v for k, v in adapter.metadata.items() if k not in ("naming", "components")}
 
 
 class _Index:

@@ -32,6 +32,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class _Heads:
         assert isinstance(heads, int)
         magnitude = None if low.magnitude is None else to_halves(low.magnitude, heads)
         b = to_halves(low.b, heads)
-        return LowRank(low.a, b, low.alpha, extra=low.extra, magnitude=magnitude)
+        return replace(low, b=b, magnitude=magnitude)
 
     def _read(self, module: str) -> Mapping[str, Any]:
         if not self.path.is_file():

@@ -24,6 +24,7 @@ import onnx_ir as ir
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.factors import FIELDS, learning, slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.update_json import from_json, to_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.ir.layout import Layout
@@ -114,10 +115,7 @@ class Manifest:
             LoraFxError: A key that the file has no slot for, a shape that does not fit, or an
                 entry that is no low-rank update.
         """
-        if "naming" in adapter.metadata:
-            from lora_fx.formats.naming import resolve  # formats are built on the adapter
-
-            adapter = resolve(adapter, {k: s.shape for k, s in self.slots.items()})
+        adapter = adapter.resolved(self.slots)
         check_plain(adapter, f"{where}: a switchable file")
         if adapter.full:
             raise LoraFxError(
@@ -290,13 +288,12 @@ def listed(updates: Mapping[str, LowRank]) -> str:
     """The bound updates by key as JSON, for the model's metadata."""
     targets = {}
     for key, u in updates.items():
-        layout = u.layout
-        assert layout is not None
-        parts = [layout.shape, layout.batch, layout.out, layout.in_, layout.stored]
+        assert u.layout is not None
         targets[key] = {
-            **{slot.field: slot.name for slot in slots_of(key, u)}, "frozen": u.frozen,
-            "rank": u.rank, "alpha": u.alpha, "variant": u.variant, "use": u.use, "layout": parts,
-        }  # fmt: skip
+            **{slot.field: slot.name for slot in slots_of(key, u)},
+            **to_json(u, "frozen", "rank", "alpha", "variant", "use"),
+            "layout": list(u.layout.to_json().values()),  # without names, as 0.1 reads it
+        }
     return json.dumps({"version": VERSION, "mode": "insert", "targets": targets})
 
 
@@ -320,11 +317,8 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
     for key, row in found["targets"].items():
         values = {f: _tensor(model, row[f], path) for f in FIELDS if f in row}
         layout = Layout(*(tuple(part) for part in row["layout"]))
-        low = LowRank(
-            values["a"], values["b"], row["alpha"], layout, row["variant"], row["use"],
-            frozen=row.get("frozen", 0),
-        )  # fmt: skip
-        entries[key] = with_values(low, values)
+        low = LowRank(values["a"], values["b"], 0.0)
+        entries[key] = with_values(from_json(low, {**row, "layout": layout.to_json()}), values)
     return Adapter(entries, learning(entries))
 
 

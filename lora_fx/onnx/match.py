@@ -121,7 +121,7 @@ def _by_shape(adapter: Adapter, graph: OnnxGraph, found: Found) -> dict[str, str
     low = adapter.lowrank
     names = {*found.shapes, *graph.flow.stores}
     known = any(k in names or found.get(k) is not None for k in adapter.entries)
-    if known or len(low) < len(adapter.entries) or "naming" in adapter.metadata:
+    if known or len(low) < len(adapter.entries) or adapter.names is not None:
         return {}
     result: dict[str, str] = {}
     for key, entry in low.items():

@@ -191,7 +191,7 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target | None]) -> list[
     use = entry.use or split_use(key)[1]
     if not use:
         return targets
-    lookup = (use if use.startswith("op:") else f"op:{entry.extra.get('op')}") == "op:embedding"
+    lookup = (use if use.startswith("op:") else f"op:{entry.op}") == "op:embedding"
     meant = [t for t in targets if (t.op == "embedding") == lookup]
     if not use.startswith("op:") and len(meant) != 1:
         raise LoraFxError(
@@ -204,9 +204,8 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target | None]) -> list[
 
 def _turned(entry: LowRank, lookup: bool) -> LowRank:
     """The update as a copy's op reads it: a lookup's in and out are the head's swapped."""
-    was_lookup = entry.extra.get("op") == "embedding"
-    extra = {k: v for k, v in entry.extra.items() if k != "tied"}
-    turned = replace(entry, use="", layout=None, extra=extra)
+    was_lookup = entry.op == "embedding"
+    turned = replace(entry, use="", layout=None, tied=False, twins=())
     if lookup == was_lookup:
         return turned
     if entry.magnitude is not None:
@@ -216,5 +215,4 @@ def _turned(entry: LowRank, lookup: bool) -> LowRank:
             "give the update to one of them",
         )
     a, b = np.swapaxes(entry.b, -1, -2), np.swapaxes(entry.a, -1, -2)
-    op = "embedding" if lookup else "linear"
-    return replace(turned, a=a, b=b, extra={**turned.extra, "op": op})
+    return replace(turned, a=a, b=b, op="embedding" if lookup else "linear")

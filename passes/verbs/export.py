@@ -195,8 +195,7 @@ def _bound(
             f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected s·b·a",
             "lora-fx merge folds whole tensors",
         )
-    metadata = {k: v for k, v in adapter.metadata.items() if k != "naming"}
-    return replace(adapter, entries=dict(matched.updates), metadata=metadata)
+    return replace(adapter, entries=dict(matched.updates), names=None)
 
 
 def _merged_file(source: Path, options: ExportOptions) -> Report:

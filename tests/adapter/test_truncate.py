@@ -191,7 +191,7 @@ def test_an_update_that_keeps_its_rank_is_kept_bit_by_bit() -> None:
 
 def test_what_is_saved_is_what_was_measured(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    conv = replace(update(rng, 4, 8, 18), layout=plain_layout((8, 2, 3, 3)), extra={"op": "conv2d"})
+    conv = replace(update(rng, 4, 8, 18), layout=plain_layout((8, 2, 3, 3)), op="conv2d")
     adapter = Adapter({"fc.weight": update(rng, 6, 10, 7), "c.weight": conv})
     result = truncation(adapter, max_error=0.2)
     assert result.rows[0].after < 6

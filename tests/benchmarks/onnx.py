@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import lora_fx
-from lora_fx import Adapter, LowRank
+from lora_fx import Adapter
 from lora_fx.onnx import Session as Switchable
 from lora_fx.onnx.bench import bounds, time_sessions
 from lora_fx.onnx.session import RuntimeSession, open_session
@@ -137,7 +137,7 @@ def filled(adapter: Adapter, seed: int) -> Adapter:
     entries = {}
     for key, low in adapter.lowrank.items():
         a, b = (rng.standard_normal(v.shape).astype(np.float32) * 0.1 for v in (low.a, low.b))
-        entries[key] = LowRank(a, b, low.alpha, low.layout, low.variant, low.use, low.extra)
+        entries[key] = replace(low, a=a, b=b)
     return Adapter(entries)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,9 @@ def test_an_adapter_of_our_own(kind: str, tmp_path: Path) -> None:
     assert kind == "vit" or any("experts" in key for key in update)
     rng = np.random.default_rng(0)
     entries = {
-        key: lora_fx.LowRank(low.a, 0.1 * rng.standard_normal(low.b.shape).astype(np.float32),
-                             low.alpha, low.layout, low.variant, low.use, low.extra)
+        key: replace(low, b=0.1 * rng.standard_normal(low.b.shape).astype(np.float32))
         for key, low in update.lowrank.items()
-    }  # fmt: skip
+    }
     given = Adapter(entries, update.metadata)
     report = lora_fx.merge(tmp_path / "base", given, tmp_path / "out")
     assert report.details["base_verified"] == (kind == "vit")

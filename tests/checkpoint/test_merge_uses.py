@@ -35,11 +35,11 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def low(seed: int, use: str = "", **extra: Any) -> LowRank:
+def low(seed: int, use: str = "", **facts: Any) -> LowRank:
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((2, WIDTH)), rng.standard_normal((ROWS, 2))
     layout = plain_layout((ROWS, WIDTH))
-    return LowRank(a.astype("f4"), b.astype("f4"), 3.0, layout, "lora", use, extra)
+    return LowRank(a.astype("f4"), b.astype("f4"), 3.0, layout, "lora", use, **facts)
 
 
 CASES = {

@@ -19,16 +19,15 @@ def low(seed: int, **fields: Any) -> LowRank:
     """An update as PEFT's files have it, [rows, width] of a head or a lookup's transposed."""
     rng = np.random.default_rng(seed)
     b, a = (rng.standard_normal(shape).astype("f4") for shape in ((ROWS, 2), (2, SIDE)))
-    extra = fields.pop("extra", {})
-    if extra.get("op") == "embedding":
+    if fields.get("op") == "embedding":
         a, b = b.T, a.T
-    return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), 0.5, None, "lora", "", extra)
+    return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), 0.5, **fields)
 
 
 def delta(entry: LowRank) -> torch.Tensor:
     """Its ΔW as the table stores it."""
     product = entry.scale * entry.b.astype("f8") @ entry.a.astype("f8")
-    return torch.from_numpy(product.T if entry.extra.get("op") == "embedding" else product)
+    return torch.from_numpy(product.T if entry.op == "embedding" else product)
 
 
 def explicit(name: str, base: Path, table: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -41,7 +40,7 @@ def explicit(name: str, base: Path, table: torch.Tensor, head: torch.Tensor) -> 
     return logits(model)
 
 
-HEAD, LOOKUP = low(1), low(2, extra={"op": "embedding"})
+HEAD, LOOKUP = low(1), low(2, op="embedding")
 
 
 @pytest.mark.parametrize("uses", ["head", "table", "both apart", "one and both"])
@@ -55,7 +54,7 @@ def test_untied(name: str, uses: str, tmp_path: Path) -> None:
         "table": ({table: LOOKUP}, (delta(LOOKUP), 0)),
         "both apart": ({head: HEAD, table: LOOKUP}, (delta(LOOKUP), delta(HEAD))),
         "one and both": (
-            {head: HEAD, table: low(3, extra={"op": "embedding", "tied": [head]})},
+            {head: HEAD, table: low(3, op="embedding", tied=True, twins=(head,))},
             (delta(low(3)), delta(low(3)) + delta(HEAD)),
         ),
     }[uses]

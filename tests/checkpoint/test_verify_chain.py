@@ -194,7 +194,7 @@ def test_a_head_that_the_first_merge_untied(home: Path) -> None:
     entries = {
         "h": update(1, head),
         "again": update(2, head),
-        "both": update(3, table, extra={"tied": True}),
+        "both": update(3, table, tied=True),
     }
     last = home / "tied"
     for name, adapter in entries.items():

@@ -36,27 +36,17 @@ def mixed() -> Adapter:
     grouped = Layout((2, 4, 3, 3, 3), (0,), (1,), (2, 3, 4), (8, 3, 3, 3))
     part = Layout((6, 4), (), (1,), (0,), (6, 4))
     entries: dict[str, LowRank | Full] = {
-        "h.0.fc.weight": LowRank(
-            *factors(0, 2, 8, 6), 4.0, plain_layout((8, 6)), extra=op("linear")
-        ),
-        "h.1.fc.weight": LowRank(
-            *factors(1, 3, 8, 6), 5.5, plain_layout((8, 6)), extra=op("linear")
-        ),
-        "h.0.proj.weight": LowRank(*factors(2, 2, 8, 6), 4.0, conv_io, extra=op("addmm")),
-        "conv.weight": LowRank(
-            *factors(3, 2, 8, 27), 4.0, plain_layout((8, 3, 3, 3)), extra=op("conv2d")
-        ),
-        "emb.weight": LowRank(*factors(4, 2, 6, 11), 4.0, rows, extra=op("embedding")),
-        "wte.weight": LowRank(
-            *factors(5, 2, 11, 6), 4.0, head, use="lm_head.weight", extra=op("linear")
-        ),
-        "pos.weight": LowRank(
-            *factors(6, 2, 11, 6), 4.0, head, use="look.weight", extra=op("embedding")
-        ),
+        "h.0.fc.weight": LowRank(*factors(0, 2, 8, 6), 4.0, plain_layout((8, 6)), op="linear"),
+        "h.1.fc.weight": LowRank(*factors(1, 3, 8, 6), 5.5, plain_layout((8, 6)), op="linear"),
+        "h.0.proj.weight": LowRank(*factors(2, 2, 8, 6), 4.0, conv_io, op="addmm"),
+        "conv.weight": LowRank(*factors(3, 2, 8, 27), 4.0, plain_layout((8, 3, 3, 3)), op="conv2d"),
+        "emb.weight": LowRank(*factors(4, 2, 6, 11), 4.0, rows, op="embedding"),
+        "wte.weight": LowRank(*factors(5, 2, 11, 6), 4.0, head, use="lm_head.weight", op="linear"),
+        "pos.weight": LowRank(*factors(6, 2, 11, 6), 4.0, head, use="look.weight", op="embedding"),
         "tok.weight": LowRank(*factors(7, 2, 11, 6), 4.0, head, use="op:embedding"),
         "h.0.attn.weight[:, 0:4]": LowRank(*factors(8, 2, 4, 6), 4.0, part),
         "experts.up": LowRank(*factors(9, 4, 8, 6, 3), 2.0, stack),
-        "gconv.weight": LowRank(*factors(10, 2, 4, 27, 2), 4.0, grouped, extra=op("conv2d")),
+        "gconv.weight": LowRank(*factors(10, 2, 4, 27, 2), 4.0, grouped, op="conv2d"),
         "in_proj_weight": LowRank(*factors(11, 2, 8, 6), 4.0, plain_layout((8, 6))),
         "score.weight": Full(np.arange(12, dtype=np.float32).reshape(3, 4)),
         "score.bias": Full(np.arange(3, dtype=np.float32)),
@@ -65,11 +55,6 @@ def mixed() -> Adapter:
     }
     metadata = {"dropout": 0.1, "base_model_name_or_path": "tiny", "base_hash": "sha256:ab"}
     return Adapter(entries, metadata)
-
-
-def op(name: str) -> dict[str, Any]:
-    """What insert leaves in `extra`."""
-    return {"op": name}
 
 
 @pytest.fixture
@@ -108,7 +93,7 @@ def same() -> Callable[[Adapter, Adapter], None]:
             assert isinstance(a, LowRank) and isinstance(b, LowRank)
             np.testing.assert_array_equal(b.a, a.a, strict=True, err_msg=key)
             np.testing.assert_array_equal(b.b, a.b, strict=True, err_msg=key)
-            fields = ("alpha", "layout", "variant", "use", "extra")
+            fields = ("alpha", "layout", "variant", "use", "op", "kernel", "tied", "twins")
             assert [getattr(b, f) for f in fields] == [getattr(a, f) for f in fields], key
 
     return check

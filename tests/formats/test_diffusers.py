@@ -18,6 +18,7 @@ from lora_fx.adapter.updates import Dense
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import diffusers
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
+from lora_fx.formats.naming import ForeignNames
 from lora_fx.ir.layout import plain_layout
 
 Array = np.ndarray[Any, Any]
@@ -71,7 +72,7 @@ def test_spellings(tmp_path: Path, down: str, up: str, module: str) -> None:
         assert format_of(path) == "diffusers"
         adapter = load_adapter(path)
         assert list(adapter) == [f"{module}.weight"]
-        assert adapter.metadata["naming"] == "diffusers"
+        assert adapter.names and adapter.names.format == "diffusers"
         np.testing.assert_allclose(adapter.deltas()[f"{module}.weight"], DELTA, rtol=1e-6)
 
 
@@ -84,9 +85,9 @@ def test_components_convolutions_and_narrow_dtypes(tmp_path: Path) -> None:
         "text_encoder_2.x.lora_B.weight": B,
     }
     adapter = load_adapter(stored(tmp_path, tensors))
-    assert adapter.metadata["components"] == ["text_encoder_2", "unet"]
+    assert adapter.names == ForeignNames("diffusers", ("text_encoder_2", "unet"))
     low = adapter.lowrank["unet.c.weight"]
-    assert low.extra == {"op": "conv2d", "kernel": [3, 2]} and low.a.dtype == np.float32
+    assert (low.op, low.kernel) == ("conv2d", (3, 2)) and low.a.dtype == np.float32
     np.testing.assert_array_equal(adapter.deltas()["unet.c.weight"], np.full((8, 18), 4.0))
 
 
@@ -128,7 +129,7 @@ def test_files_of_one_model(tmp_path: Path) -> None:
     tensors = {k.removeprefix("unet."): v for k, v in PAIR.items()}
     config = {k.removeprefix("unet."): v for k, v in CONFIG.items()}
     adapter = load_adapter(stored(tmp_path, tensors, config))
-    assert "naming" not in adapter.metadata and adapter.lowrank["x.weight"].scale == 2.5
+    assert adapter.names is None and adapter.lowrank["x.weight"].scale == 2.5
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def low(**fields: Any) -> LowRank:
 
 def test_writes_what_diffusers_reads(tmp_path: Path) -> None:
     conv = LowRank(np.ones((2, 27), np.float32), np.ones((8, 2), np.float32), 2.0)
-    conv = LowRank(conv.a, conv.b, 2.0, plain_layout((8, 3, 3, 3)), extra={"op": "conv2d"})
+    conv = LowRank(conv.a, conv.b, 2.0, plain_layout((8, 3, 3, 3)), op="conv2d")
     entries = {
         "unet.x.weight": low(),
         "unet.c.weight": conv,
@@ -227,7 +228,7 @@ def test_starts_that_change_the_base(tmp_path: Path) -> None:
     config = {**CONFIG, "unet.init_lora_weights": "pissa"}
     with pytest.raises(LoraFxError, match="init_lora_weights is 'pissa'"):
         load_adapter(stored(tmp_path, PAIR, config))
-    entry = low(extra={"mutated": "pissa"})
+    entry = low(mutated="pissa")
     for name, file in (
         ("diffusers", "d.safetensors"),
         ("kohya", "k.safetensors"),

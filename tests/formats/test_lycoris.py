@@ -94,7 +94,7 @@ def test_loha_tucker(tmp_path: Path) -> None:
     ]
     want = 2.0 / 3 * sides[0] * sides[1]
     close(whole(entry).reshape(want.shape), want)
-    assert isinstance(entry, Hadamard) and entry.extra["kernel"] == [2, 2]
+    assert isinstance(entry, Hadamard) and entry.kernel == (2, 2)
 
 
 W1, W2 = normal(0, 2, 3), normal(1, 4, 5)
@@ -137,7 +137,7 @@ def test_lokr_of_a_convolution(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_kronecker_is_written_and_read(tmp_path: Path, scale: float) -> None:
     w2 = normal(1, 4, 30)
-    entry = Kronecker(W1, w2, scale, extra={"op": "conv2d", "kernel": [3, 2]})
+    entry = Kronecker(W1, w2, scale, kernel=(3, 2))
     file = tmp_path / "k.safetensors"
     save_adapter(Adapter({"unet.c.weight": entry}), file, "kohya")
     got = load_adapter(file).entries["unet.c.weight"]

@@ -16,8 +16,8 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.formats import diffusers, kohya
 from lora_fx.formats.io import load_adapter, save_adapter
+from lora_fx.formats.naming import ForeignNames
 
 LOW = LowRank(np.ones((2, 4), np.float32), np.ones((3, 2), np.float32), 2.0)
 UNET = (
@@ -54,11 +54,11 @@ CLIP = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
 def named(*keys: str, naming: str = "kohya") -> Adapter:
-    return Adapter({key: LOW for key in keys}, {"naming": naming})
+    return Adapter({key: LOW for key in keys}, names=ForeignNames(naming))
 
 
 def resolved(key: str, *names: str) -> str:
-    (got,) = kohya.resolve(named(key), names)
+    (got,) = named(key).resolved(names)
     return got
 
 
@@ -99,30 +99,28 @@ def test_ambiguity_is_refused_by_name() -> None:
         resolved("lora_unet_a_b_c.weight", "a_b.c.weight", "a.b_c.weight")
     both = named("lora_te1_x.weight", "lora_te2_x.weight")
     with pytest.raises(LoraFxError, match=r"'lora_te1_x.weight' and 'lora_te2_x.weight' both"):
-        kohya.resolve(both, ["x.weight"])
-    got = kohya.resolve(both, ["text_encoder.x.weight", "text_encoder_2.x.weight"])
+        both.resolved(["x.weight"])
+    got = both.resolved(["text_encoder.x.weight", "text_encoder_2.x.weight"])
     assert list(got) == ["text_encoder.x.weight", "text_encoder_2.x.weight"]
-    assert "naming" not in got.metadata
+    assert got.names is None
 
 
 def test_a_name_that_fits_nothing() -> None:
     with pytest.raises(LoraFxError, match=r"lora_unet_mid_x\.weight' fits no") as caught:
-        kohya.resolve(
-            named("lora_unet_mid_x.weight", "lora_unet_a.weight"), ["mid.z.weight", "a.weight"]
-        )
+        named("lora_unet_mid_x.weight", "lora_unet_a.weight").resolved(["mid.z.weight", "a.weight"])
     assert "mid.z.weight" in caught.value.hint
 
 
 def test_other_components_are_left_out_and_said() -> None:
     adapter = named("lora_unet_a.weight", "lora_te_b.weight", "lora_te_c.weight")
-    got = kohya.resolve(adapter, ["a.weight"])
+    got = adapter.resolved(["a.weight"])
     assert list(got) == ["a.weight"]
     assert got.metadata["notes"] == [
         "2 updates of text_encoder are for another model and not applied ('lora_te_b.weight' …)"
     ]
     theirs = named("unet.a.weight", "text_encoder.b.weight", naming="diffusers")
-    assert list(diffusers.resolve(theirs, ["b.weight"])) == ["b.weight"]
-    assert list(diffusers.resolve(theirs, ["unet.a.weight"])) == ["unet.a.weight"]
+    assert list(theirs.resolved(["b.weight"])) == ["b.weight"]
+    assert list(theirs.resolved(["unet.a.weight"])) == ["unet.a.weight"]
 
 
 class Net(nn.Module):
@@ -171,7 +169,7 @@ def test_base_folders(tmp_path: Path) -> None:
     assert list(one) == ["a.b_c.weight"] and len(one.metadata["notes"]) == 1
     both = load_adapter(file, base=tmp_path / "pipe")
     assert sorted(both) == ["text_encoder.t.x_y.weight", "unet.a.b_c.weight"]
-    assert both.metadata["naming"] == "diffusers"
+    assert both.names == ForeignNames("diffusers", ("text_encoder", "unet"))
     save_adapter(both, tmp_path / "d.safetensors", "diffusers")
     assert sorted(load_adapter(tmp_path / "d.safetensors")) == sorted(both)
     save_adapter(both, tmp_path / "again.safetensors", "kohya")

@@ -52,16 +52,15 @@ def lowrank(draw: st.DrawFn, variant: str, bound: bool, dora: bool) -> LowRank:
     kernel = draw(st.sampled_from([(), (3,), (3, 2), (1, 1)]))
     shape = (out, in_, *kernel)
     wide = in_ * int(np.prod(kernel, dtype=int))
-    extra: dict[str, Any] = {"op": f"conv{len(kernel)}d" if kernel else "linear"}
-    if not bound:
-        extra |= {"kernel": list(kernel)} if kernel else {}
+    op = f"conv{len(kernel)}d" if kernel else "linear"
     return LowRank(
         draw(arrays(np.float32, (rank, wide), elements=FLOATS)),
         draw(arrays(np.float32, (out, rank), elements=FLOATS)),
         draw(st.floats(1e-3, 1e3)),
         plain_layout(shape) if bound else None,
         variant,
-        extra=extra if bound or kernel else {},
+        op=op if bound or kernel else "",
+        kernel=() if bound else kernel,
         magnitude=draw(arrays(np.float32, (out,), elements=FLOATS)) if dora else None,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session
@@ -32,7 +32,7 @@ def adapter(model: nn.Module, args: Any, seed: int, rank: int, include: Any = No
     made = {}
     for key, low in m.adapter().lowrank.items():
         a, b = (rng.standard_normal(v.shape).astype(np.float32) * SIZE for v in (low.a, low.b))
-        made[key] = LowRank(a, b, low.alpha, low.layout, low.variant, low.use, low.extra)
+        made[key] = replace(low, a=a, b=b)
     return Adapter(made)
 
 

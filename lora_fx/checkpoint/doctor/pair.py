@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.int8 import Int8, stored_as
-from lora_fx.checkpoint.match import match, named, stacked
+from lora_fx.checkpoint.match import match, stacked
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.tied import Tie, tie_of
@@ -147,7 +147,7 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     try:
         read = load_adapter(path)
         digest = adapter_hash(read)
-        read = named(read, checkpoint.tensors)
+        read = read.resolved(checkpoint.tensors)
     except LoraFxError as error:
         refusal = error
     raw = None
@@ -292,11 +292,11 @@ class Raw:
             raise LoraFxError(f"A is {a.dtype} {list(a.shape)}, B is {b.dtype} {list(b.shape)}")
         with np.errstate(over="ignore", invalid="ignore"):
             a, b = a.astype(np.float32), b.astype(np.float32)
-        extra: dict[str, Any] = {}
+        op, kernel = "", a.shape[:0]
         if not part.key.endswith("]") and a.ndim >= 2:
-            a, b, extra = from_tensors(part.kind, a, b, part.key)
+            a, b, op, kernel = from_tensors(part.kind, a, b, part.key)
         variant = "rslora" if self.config.get("use_rslora") else "lora"
-        return LowRank(a, b, self._alpha(part.key), None, variant, "", extra)
+        return LowRank(a, b, self._alpha(part.key), None, variant, op=op, kernel=kernel)
 
     def _alpha(self, key: str) -> float:
         try:

@@ -59,12 +59,12 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
         An Adapter of entries by parameter name, `X.weight` or `X.weight` of an alias:
 
         * LowRank `a` [r, in] and `b` [out, r] in fp32, with `magnitude` [out] for DoRA. In files
-          of PEFT layouts are None, and `extra` says what the file does:
-          {"op": "embedding"} with in = rows, out = dim, and "tied": other names of the tensor, to
-          which the same change applies; {"op": "conv2d", "kernel": [3, 3]} with in = C_in · ∏k;
-          {"op": "experts", …} for a parameter, `a` [E, r, in] and `b` [E, out, r], to be given to
-          `lora_fx.adapter.fused.place` before keys are matched; "mutated": pissa or olora where the
-          update is meant for `lora_fx.adapter.initial.residual` of the base weight.
+          of PEFT layouts are None, and other fields say what the file does:
+          op embedding with in = rows, out = dim, and `twins`, to which the same change applies;
+          op conv2d and its kernel with in = C_in · ∏k; op experts and `layer` for a parameter,
+          `a` [E, r, in] and `b` [E, out, r], to be given to `lora_fx.adapter.fused.place` before
+          keys are matched; `mutated` where the update is meant for
+          `lora_fx.adapter.initial.residual` of the base weight.
         * Dense [out] for a bias of B, Rows for trained tokens, Full for biases and modules that
           were trained whole.
 
@@ -152,7 +152,7 @@ def _header(ours: Mapping[str, Any]) -> dict[str, str]:
         text = json.dumps(ours, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise LoraFxError(
-            f"the adapter's metadata or an update's extra is no JSON: {one_line(error)}",
+            f"the adapter's metadata is no JSON: {one_line(error)}",
             "keep texts, numbers, lists and objects there",
         ) from error
     return {"format": "pt", "lora_fx": text}

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import FileLayer, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft.config import MERGE, Pattern, mutation
@@ -150,8 +150,8 @@ def _check_whole(group: Group, where: str) -> None:
 
 def from_tensors(
     kind: str, a: Array, b: Array, where: str
-) -> tuple[Array, Array, dict[str, object]]:
-    """A [r, in], b [out, r] and what `extra` keeps of a pair in PEFT's shapes.
+) -> tuple[Array, Array, str, tuple[int, ...]]:
+    """A [r, in], b [out, r], the op and its kernel of a pair in PEFT's shapes.
 
     Raises:
         LoraFxError: The two do not fit each other.
@@ -170,11 +170,9 @@ def from_tensors(
             if grouped
             else "do A and B come from the same file?",
         )
-    extra: dict[str, object] = {"op": "embedding"} if kind == "embedding" else {}
-    if a.ndim > 2:
-        extra = {"op": f"conv{a.ndim - 2}d", "kernel": list(a.shape[2:])}
+    op = f"conv{a.ndim - 2}d" if a.ndim > 2 else "embedding" if kind == "embedding" else ""
     flat = np.ascontiguousarray(a.reshape(a.shape[0], -1))
-    return flat, np.ascontiguousarray(b.reshape(b.shape[:2])), extra
+    return flat, np.ascontiguousarray(b.reshape(b.shape[:2])), op, a.shape[2:]
 
 
 def unknown_name(name: str, where: str) -> LoraFxError:
@@ -205,7 +203,7 @@ def unknown_name(name: str, where: str) -> LoraFxError:
 # Two parameters of one module are two wrappers, one inside the other, in the order in which the
 # module defines its parameters, the first innermost; the file does not name them. Where names and
 # ranks leave one way only to give them out, it is taken. Otherwise the entry gets the key
-# `MODULE.(P|Q)#DEPTH` and `extra` says what it may be; `lora_fx.adapter.fused.place` decides by the
+# `MODULE.(P|Q)#DEPTH` and `layer` says what it may be; `lora_fx.adapter.fused.place` decides by the
 # base's shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` and
 # `lora.ParamWrapper`.
 
@@ -257,19 +255,15 @@ def read_stacks(
         )
     entries = {}
     for depth, (group, (a, b)) in enumerate(zip(levels, pairs, strict=True)):
-        extra: dict[str, Any] = {"op": "experts", "lead": group.lead, "of": len(levels)}
+        layer = FileLayer(group.lead, len(levels))
         if len(ways) == 1:
             rank, alpha = told[ways[0][depth]]
             key = f"{module}.{ways[0][depth]}"
-            entries[key] = LowRank(*unpacked(a, b, rank), alpha, None, variant, "", extra)
-            continue
-        extra |= {
-            "module": module,
-            "depth": depth,
-            "candidates": {k: list(v) for k, v in told.items()},
-        }
-        key = f"{module}.({'|'.join(named)})#{depth}"
-        entries[key] = LowRank(a, b, 0.0, None, variant, "", extra)
+            a, b = unpacked(a, b, rank)
+        else:
+            key, alpha = f"{module}.({'|'.join(named)})#{depth}", 0.0
+            layer = replace(layer, module=module, depth=depth, candidates=told)
+        entries[key] = LowRank(a, b, alpha, None, variant, op="experts", layer=layer)
     return entries
 
 
@@ -298,9 +292,9 @@ def _pair(group: Group, source: PeftFile) -> tuple[Array, Array]:
             "expected [r·E, in] and [out, r·E] of a parameter",
             "do A and B come from the same file?",
         )
-    extra = {"magnitude", "bias"} & set(group.names)
-    if extra or mutation(source.config) or source.config.get("use_dora"):
-        what = group.names[extra.pop()] if extra else "use_dora or init_lora_weights"
+    more = {"magnitude", "bias"} & set(group.names)
+    if more or mutation(source.config) or source.config.get("use_dora"):
+        what = group.names[more.pop()] if more else "use_dora or init_lora_weights"
         raise LoraFxError(
             f"{source.file}: {what!r} beside target_parameters; expected plain lora or rslora: "
             "PEFT has no other for parameters",

@@ -11,26 +11,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.update_json import from_json
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import is_float
+from lora_fx.formats.base import holds
 from lora_fx.formats.peft.names import OWN, PREFIX, Group, split_name
-from lora_fx.ir.layout import Layout
-
-if TYPE_CHECKING:
-    from lora_fx.formats.peft.read import Reader
+from lora_fx.formats.peft.source import PeftFile
 
 VERSION = 1
 
 
-def described(ours: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def own_sections(ours: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The entries and the metadata of our JSON; both empty for files of PEFT."""
     if not ours:
         return {}, {}
@@ -46,44 +45,48 @@ def described(ours: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[
     return found, dict(metadata)
 
 
-def entries(
-    found: Mapping[str, Any], reader: Reader, groups: Mapping[str, Group], taken: set[str]
-) -> dict[str, Entry]:
-    """The entries that our JSON describes.
+def own_entries(
+    found: Mapping[str, Any],
+    source: PeftFile,
+    update: Callable[[Group], LowRank],
+    groups: Mapping[str, Group],
+    taken: set[str],
+) -> Iterator[tuple[str, Entry, Group | None]]:
+    """The entries that our JSON describes, each with the layer of PEFT's that it was read from.
 
     Args:
         found: key → object.
-        reader: Of the file.
+        source: The file.
+        update: Reads the update of a layer as PEFT would.
         groups: PEFT's layers in the file.
         taken: Gets the names of the tensors that were read.
     """
-    result: dict[str, Entry] = {}
     for key, entry in found.items():
         try:
-            value, group = _one(entry, reader, groups, taken)
-            fits = not isinstance(value, LowRank) or _fits(value)
+            value, group = _one(entry, source, update, groups, taken)
+            fits = not isinstance(value, LowRank) or holds(value.layout, value.shape)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
-                f"{reader.file}: metadata lora_fx does not fit the tensors at {key!r}: "
+                f"{source.file}: metadata lora_fx does not fit the tensors at {key!r}: "
                 f"{type(error).__name__} {one_line(error)}",
                 "the file was edited; save the adapter again",
             ) from error
         if isinstance(value, LowRank) and not fits:
             raise LoraFxError(
-                f"{reader.file}: {key!r} has A {list(value.a.shape)} and B {list(value.b.shape)}; "
+                f"{source.file}: {key!r} has A {list(value.a.shape)} and B {list(value.b.shape)}; "
                 f"expected those of its layout {entry['layout']}",
                 "the file was edited; save the adapter again",
             )
-        result[key] = value
-        if group is not None and isinstance(value, LowRank):
-            reader.bias(result, value, group)
-    return result
+        yield key, value, group
 
 
 def _one(
-    entry: Any, reader: Reader, groups: Mapping[str, Group], taken: set[str]
+    entry: Any,
+    source: PeftFile,
+    update: Callable[[Group], LowRank],
+    groups: Mapping[str, Group],
+    taken: set[str],
 ) -> tuple[Entry, Group | None]:
-    source = reader.source
     for kind in ("full", "dense", "rows"):
         if kind in entry:
             name = entry[kind]
@@ -99,60 +102,37 @@ def _one(
                 if len(index) != len(value):
                     raise ValueError(f"{len(index)} rows, {len(value)} in {name!r}")
                 return ReplacedRows(index, value), None
-            scale, layout = float(entry["scale"]), _layout(entry)
-            return Dense(value, scale, layout, dict(entry["extra"])), None
+            return from_json(Dense(value), entry), None
     names = (str(entry["a"]), str(entry["b"]))
     group = None
     if names[0].startswith(OWN):
         taken.update(names)
-        low = _pair(reader, names, entry, taken)
+        low = _pair(source, names, entry, taken)
     else:
         split = split_name(names[0].removeprefix(PREFIX))
         if split is None:
             raise ValueError(f"{names[0]!r} is no name of an A")
         group = groups[split[0]]
         taken.update(group.names.values())
-        low = reader.update(group, groups)
+        low = update(group)
     a, b = low.a, low.b
     if entry.get("swapped"):
         a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
-    layout, extra = _layout(entry), dict(entry["extra"])
-    if "mutated" in low.extra:
-        extra["mutated"] = low.extra["mutated"]
-    use = str(entry["use"])
-    return replace(low, a=a, b=b, layout=layout, use=use, extra=extra), group
+    told = from_json(replace(low, a=a, b=b), entry)
+    return replace(told, mutated=low.mutated or told.mutated), group
 
 
-def _pair(reader: Reader, names: tuple[str, str], entry: Any, taken: set[str]) -> LowRank:
+def _pair(source: PeftFile, names: tuple[str, str], entry: Any, taken: set[str]) -> LowRank:
     """An update under names of our own."""
-    a, b = (reader.source.factor(name) for name in names)
+    a, b = (source.factor(name) for name in names)
     if a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
         raise LoraFxError(
-            f"{reader.file}: {names[0]!r} is {list(a.shape)} and {names[1]!r} is "
+            f"{source.file}: {names[0]!r} is {list(a.shape)} and {names[1]!r} is "
             f"{list(b.shape)}; expected [*batch, r, in] and [*batch, out, r]"
         )
     magnitude = None
     if "magnitude" in entry:
         taken.add(entry["magnitude"])
         size = math.prod(b.shape[:-1])
-        magnitude = reader.source.vector(entry["magnitude"], size).reshape(b.shape[:-1])
-    alpha, variant = float(entry["alpha"]), str(entry["variant"])
-    return LowRank(a, b, alpha, None, variant, magnitude=magnitude)
-
-
-def _layout(entry: Any) -> Layout | None:
-    return Layout.from_json(entry["layout"]) if entry["layout"] else None
-
-
-def _fits(low: LowRank) -> bool:
-    """True when the layout is sound and has the sizes of the update."""
-    layout = low.layout
-    if layout is None:
-        return True
-    axes = sorted(layout.batch + layout.out + layout.in_)
-    return (
-        axes == list(range(len(layout.shape)))
-        and math.prod(layout.shape) == math.prod(layout.stored)
-        and low.a.shape == (*layout.batch_shape, low.rank, layout.in_size)
-        and low.b.shape == (*layout.batch_shape, layout.out_size, low.rank)
-    )
+        magnitude = source.vector(entry["magnitude"], size).reshape(b.shape[:-1])
+    return LowRank(a, b, float(entry["alpha"]), None, str(entry["variant"]), magnitude=magnitude)

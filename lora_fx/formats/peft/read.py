@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.peft import own as peft_own
 from lora_fx.formats.peft.config import (
     Pattern,
     check_config,
@@ -37,6 +36,7 @@ from lora_fx.formats.peft.names import (
     unwrapped,
     wrappers,
 )
+from lora_fx.formats.peft.own import own_entries, own_sections
 from lora_fx.formats.peft.source import PeftFile
 
 _OUT = f".{WRAPPER}.out_proj"
@@ -51,11 +51,16 @@ def decode(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
     """
     tensors, config, file, notes = source.tensors, source.config, source.file, source.notes
     notes += check_config(config, source.config_file)
-    reader = Reader(source)
-    described, metadata = peft_own.described(ours, file)
+    reader = _Reader(source)
+    described, metadata = own_sections(ours, file)
     taken: set[str] = set()
     found = groups(tensors, file)
-    entries = peft_own.entries(described, reader, found, taken)
+    entries: dict[str, Entry] = {}
+    read = own_entries(described, source, lambda g: reader.update(g, found), found, taken)
+    for key, entry, group in read:
+        entries[key] = entry
+        if group is not None and isinstance(entry, LowRank):
+            reader.bias(entries, entry, group)
     left = {name: value for name, value in tensors.items() if name not in taken}
     reader.theirs(left, entries)
     for pattern in (reader.ranks, reader.alphas):
@@ -83,7 +88,7 @@ def decode(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
     return Adapter(entries, metadata)
 
 
-class Reader:
+class _Reader:
     """Reads the updates of one file.
 
     Attributes:
@@ -133,7 +138,7 @@ class Reader:
         """The update of one layer in PEFT's shapes."""
         a_name = group.names["a"]
         a, b = self.source.factor(a_name), self.source.factor(group.names["b"])
-        a, b, extra = from_tensors(group.kind, a, b, f"{self.file}: {a_name!r}")
+        a, b, op, kernel = from_tensors(group.kind, a, b, f"{self.file}: {a_name!r}")
         seen = unwrapped(group.lead.removesuffix(_OUT))  # PEFT wraps out_proj inside
         attention = f"{group.lead.removesuffix(_OUT)}{_OUT}" in found
         self.modules.append(seen)
@@ -151,28 +156,27 @@ class Reader:
                 "correct r or rank_pattern",
             )
         assert alpha is not None  # check_config saw lora_alpha
-        if attention:
-            extra["lead"] = group.lead
-            if group.lead.endswith(_OUT):
-                alpha *= 2  # PEFT adds this update twice, in training and in merging
-        self._check_kind(group, attention, extra)
-        if group.tied:
-            extra["tied"] = list(group.tied)
-        magnitude = self._magnitude(group, len(b))
-        return LowRank(a, b, alpha, None, self.variant, "", extra, magnitude)
+        if attention and group.lead.endswith(_OUT):
+            alpha *= 2  # PEFT adds this update twice, in training and in merging
+        mutated = self._mutated(group, plain=not (attention or kernel))
+        return LowRank(
+            a, b, alpha, None, self.variant, magnitude=self._magnitude(group, len(b)),
+            op=op, kernel=kernel, tied=bool(group.tied), twins=tuple(group.tied), mutated=mutated,
+            layer=FileLayer(group.lead) if attention else None,
+        )  # fmt: skip
 
-    def _check_kind(self, group: Group, attention: bool, extra: dict[str, Any]) -> None:
-        """Mark an update whose base PEFT changed; raise where PEFT changes none."""
+    def _mutated(self, group: Group, *, plain: bool) -> str:
+        """How PEFT changed the base of an update; raises where it changes none of that kind."""
         changed = mutation(self.config)
         if not changed or group.kind == "embedding":
-            return  # PEFT leaves embeddings as they are
-        if attention or "kernel" in extra:
+            return ""  # PEFT leaves embeddings as they are
+        if not plain:
             raise LoraFxError(
                 f"{self.file}: {group.names['a']!r} is of an attention module or a convolution; "
                 f"expected a linear layer, as init_lora_weights is {changed!r}",
                 "correct init_lora_weights to what the adapter was trained with",
             )
-        extra["mutated"] = changed
+        return changed
 
     def _magnitude(self, group: Group, out: int) -> Array | None:
         name = group.names.get("magnitude")
@@ -207,7 +211,7 @@ class Reader:
         value, scale = self.source.vector(name, len(low.b)), low.scale
         if group.lead.endswith(_OUT):
             scale /= 2  # the update is added twice, its bias once
-        elif "lead" in low.extra:
+        elif low.layer:
             self.source.notes.append(f"{self.file}: {name!r} is not read; PEFT does not apply it")
             return
         self.source.add(entries, f"{group.module}.bias", Dense(value, scale), name)
@@ -216,7 +220,7 @@ class Reader:
         """The layers, without heads that ensure_weight_tying keeps equal to an embedding.
 
         PEFT writes such a head as a pair of its own, A = Bᵀ and B = Aᵀ of the embedding. It is one
-        update of one tensor, so the embedding's is kept and `extra["tied"]` names the head. (In
+        update of one tensor, so the embedding's is kept and `twins` names the head. (In
         peft 0.21.2 merge_and_unload adds it twice, unlike its own forward.)
         """
         if not self.config.get("ensure_weight_tying"):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
+from lora_fx.adapter.update_json import to_json
 from lora_fx.adapter.updates import Dense, ReplacedRows, name_of
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
@@ -92,12 +93,12 @@ class _Writer:
             "use_dora": all_or_none({k: low.magnitude is not None for k, low in told.items()}),
         }
         others = [k for k, f in self.told.items() if f.kind != "embedding"]
-        changed = {k: str(updates[k].extra.get("mutated", "")) for k in others}
+        changed = {k: updates[k].mutated for k in others}
         first = next((v for v in changed.values() if v), "")
         all_or_none({k: v == first for k, v in changed.items()} if first else {}, first)
         if first:
             self.fields["init_lora_weights"] = first
-        if any(u.extra.get("tied") for k, u in told.items() if self.told[k].plain):
+        if any(u.tied for k, u in told.items() if self.told[k].plain):
             self.fields["ensure_weight_tying"] = True
 
     def _update(self, key: str, low: LowRank) -> None:
@@ -125,17 +126,13 @@ class _Writer:
         for key, form in self.told.items():
             low = self.adapter.lowrank[key]
             if form.kind == "stack":
-                maybe = low.extra.get("candidates")
-                told = (
-                    {f"{form.target}.{k}": (int(r), float(s)) for k, (r, s) in maybe.items()}
-                    if maybe
-                    else {key: (low.rank, low.alpha)}
-                )
+                maybe = {f"{form.target}.{k}": v for k, v in low.candidates.items()}
+                told = maybe or {key: (low.rank, low.alpha)}
                 parameters |= set(told)
                 result |= told
             elif not (form.plain and form.lead.endswith(OUT)):
-                tied = low.extra.get("tied", ()) if form.plain and form.kind == "embedding" else ()
-                for name in (form.target, *(str(t).removesuffix(".weight") for t in tied)):
+                twins = low.twins if form.plain and form.kind == "embedding" else ()
+                for name in (form.target, *(t.removesuffix(".weight") for t in twins)):
                     result[name] = (low.rank, low.alpha)
         if parameters:
             self.fields["target_parameters"] = sorted(parameters)
@@ -163,13 +160,7 @@ class _Writer:
                 continue
             name = f"{OWN}{key}.dense"
             self._put(key, name, entry.value)
-            layout = entry.layout.to_json() if entry.layout else None
-            self.described[key] = {
-                "dense": name,
-                "scale": float(entry.scale),
-                "layout": layout,
-                "extra": entry.extra,
-            }
+            self.described[key] = {"dense": name, **to_json(entry, "scale", "layout", "extra")}
             self.notes.append(f"PEFT will not see the change of {key!r}: it is a whole ΔW")
         whole = {k.rpartition(".")[0] for k in self.adapter.full if k.endswith(".weight")}
         for key, bias in self.adapter.full.items():
@@ -191,7 +182,6 @@ class _Writer:
             entry.value.shape == (low.b.shape[-2],)
             and entry.scale == scale
             and entry.layout is None
-            and not entry.extra
             and not _in_proj(form)
         )
 
@@ -242,16 +232,10 @@ def _one_each(told: Mapping[str, PeftForm]) -> None:
 
 def _describe(low: LowRank, form: PeftForm) -> dict[str, Any]:
     """What the config does not say of one update, to read it back exactly."""
-    entry: dict[str, Any] = {
-        "layout": low.layout.to_json() if low.layout else None,
-        "use": low.use,
-        "extra": low.extra,
-    }
-    if form.swapped:
-        entry["swapped"] = True
-    if form.kind == "own":  # PEFT's forms take these from the config, which people edit
-        entry |= {"rank": low.rank, "alpha": float(low.alpha), "variant": low.variant}
-    return entry
+    # PEFT's forms take the numbers from the config, which people edit.
+    numbers = ("rank", "alpha", "variant") if form.kind == "own" else ()
+    row = to_json(low, "layout", "use", "extra", *numbers)
+    return {**row, "swapped": True} if form.swapped else row
 
 
 # The form in which PEFT can say an update, if any, and its tensors in that form.
@@ -263,7 +247,6 @@ def _describe(low: LowRank, form: PeftForm) -> dict[str, Any]:
 
 _LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm"))
 _CONV_OPS = frozenset(("", "conv1d", "conv2d", "conv3d"))
-_STACK = frozenset(("op", "lead", "of", "module", "depth", "candidates"))
 OUT = f".{WRAPPER}.out_proj"
 """Where PEFT keeps the out_proj of a MultiheadAttention, after the module's name."""
 
@@ -309,20 +292,21 @@ class PeftForm:
 
 def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
     """The form of every update; those that need a partner look for it among the others."""
-    leads = {str(u.extra["lead"]): k for k, u in updates.items() if _as_read(u, "lead")}
+    leads = {u.layer.lead: k for k, u in updates.items() if u.layer and _as_read(u)}
     levels: dict[str, int] = {}
     for lead, key in leads.items():
-        if updates[key].extra.get("op") == "experts":
+        if updates[key].op == "experts":
             levels[unwrapped(lead)] = levels.get(unwrapped(lead), 0) + 1
     result = {}
     for key, low in updates.items():
-        lead = str(low.extra.get("lead", ""))
-        if leads.get(lead) == key and low.extra.get("op") == "experts":
-            whole = levels[unwrapped(lead)] == low.extra.get("of")
-            if whole and set(low.extra) <= _STACK and low.magnitude is None:
+        layer = low.layer or FileLayer("")
+        lead = layer.lead
+        more = low.kernel or low.tied or low.mutated or low.magnitude is not None
+        if leads.get(lead) == key and low.op == "experts":
+            if levels[unwrapped(lead)] == layer.of and not more:
                 result[key] = PeftForm("stack", lead, plain=True)
                 continue
-        elif leads.get(lead) == key and set(low.extra) == {"lead"} and low.magnitude is None:
+        elif leads.get(lead) == key and not low.op and not more:
             first = lead.removesuffix(OUT)
             one, two = (updates.get(leads.get(name, "")) for name in (first, f"{first}{OUT}"))
             if one and two and one.rank == two.rank and 2 * one.alpha == two.alpha:
@@ -332,22 +316,21 @@ def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
     return result
 
 
-def _as_read(low: LowRank, field: str) -> bool:
-    """True for an update as the reader gave it, with this field in `extra`."""
-    return low.layout is None and not low.use and field in low.extra
+def _as_read(low: LowRank) -> bool:
+    """True for an update as the reader gave it."""
+    return low.layout is None and not low.use
 
 
 def form_of(key: str, low: LowRank) -> PeftForm:
     """The form in which PEFT can say an update by itself, or own with the reason."""
     name = key
-    tied = low.extra.get("tied")
     if low.use.startswith("op:"):
         return PeftForm("own", why=f"it acts on one use only ({low.use})")
     if split_use(key)[1].startswith("call:"):
         return PeftForm("own", why="it acts on one call of several")
     if low.use:
         name = low.use
-    elif tied and not (isinstance(tied, list) and _as_read(low, "tied")):
+    elif low.tied and not (low.twins and _as_read(low)):
         return PeftForm("own", why="it acts on several modules that share the tensor")
     if key.endswith("]"):
         return PeftForm("own", why="it covers a part of the tensor")
@@ -355,20 +338,21 @@ def form_of(key: str, low: LowRank) -> PeftForm:
         return PeftForm("own", why="the parameter is not the weight of a module")
     if low.a.ndim != 2:
         return PeftForm("own", why="it is a stack of matrices or a grouped convolution")
-    if tied and not low.use:
-        if set(low.extra) == {"op", "tied"} and low.magnitude is None:
+    if low.tied and not low.use:
+        odd = low.kernel or low.mutated or low.layer or low.magnitude is not None
+        if low.op and not odd:
             return PeftForm("embedding", name.removesuffix(".weight"), plain=True)
         return PeftForm("own", why="it acts on several modules that share the tensor")
     return _of_layout(name.removesuffix(".weight"), low)
 
 
 def _of_layout(module: str, low: LowRank) -> PeftForm:
-    op, layout = str(low.extra.get("op", "")), low.layout
+    op, layout = low.op, low.layout
     odd = PeftForm("own", why=f"PEFT has no such layer (op {op or 'unknown'})")
     if layout is None:
         if op == "embedding":
             return PeftForm("embedding", module)
-        if low.extra.get("kernel"):
+        if low.kernel:
             return PeftForm("conv", module)
         return PeftForm("linear", module) if op in _LINEAR_OPS else odd
     if layout.batch or layout.shape != layout.stored:
@@ -395,7 +379,7 @@ def to_tensors(form: PeftForm, low: LowRank) -> dict[str, Array]:
     elif form.swapped:
         a, b = low.b.T, low.a.T
     elif form.kind == "conv":
-        kernel = low.layout.stored[2:] if low.layout else tuple(low.extra["kernel"])
+        kernel = low.layout.stored[2:] if low.layout else low.kernel
         a = low.a.reshape(low.rank, -1, *kernel)
         b = low.b.reshape(*low.b.shape, *(1 for _ in kernel))
     else:
@@ -404,8 +388,8 @@ def to_tensors(form: PeftForm, low: LowRank) -> dict[str, Array]:
     if low.magnitude is not None:
         shape = (1, -1, *(1 for _ in range(a.ndim - 2))) if form.kind == "conv" else (-1,)
         result[f"{PREFIX}{form.lead}.lora_magnitude_vector"] = low.magnitude.reshape(shape)
-    for name in low.extra.get("tied", ()) if form.plain and form.kind == "embedding" else ():
-        lead = f"{PREFIX}{str(name).removesuffix('.weight')}.lora_"
+    for name in low.twins if form.plain and form.kind == "embedding" else ():
+        lead = f"{PREFIX}{name.removesuffix('.weight')}.lora_"
         result |= {f"{lead}A.weight": np.ascontiguousarray(b.T)}
         result |= {f"{lead}B.weight": np.ascontiguousarray(a.T)}
     return result

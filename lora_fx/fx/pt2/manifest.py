@@ -12,11 +12,11 @@ import torch
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import FIELDS, slots_of, with_values
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.update_json import from_json, to_json
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.ir.layout import Layout
 
 VERSION = 1
 _KINDS = {
@@ -62,18 +62,11 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> dict[s
 def _adapter(module: AdaptedModule) -> dict[str, Any]:
     rows = {}
     for key, u in module.updates.items():
-        assert u.layout is not None
         rows[key] = {
             **{slot.field: slot.name for slot in slots_of(key, u)},
-            "frozen": u.frozen,
-            "rank": u.rank,
-            "alpha": u.alpha,
-            "scale": u.scale,
-            "variant": u.variant,
-            "use": u.use,
+            **to_json(u, "frozen", "rank", "alpha", "scale", "variant", "use"),
             "role": module.found[key].role,
-            "layout": u.layout.to_json(),
-            "extra": _plain(u.extra),
+            **to_json(u, "layout", "extra"),
         }
     metadata = module.adapter().metadata
     return {"updates": rows, "also_train": list(module._also), "metadata": _plain(metadata)}
@@ -87,10 +80,7 @@ def read_adapter(manifest: Mapping[str, Any], state: Mapping[str, torch.Tensor])
     entries: dict[str, LowRank | Full] = {}
     for key, row in data["updates"].items():
         values = {f: _values(state, row[f]) for f in FIELDS if f in row}
-        frozen = int(row.get("frozen", 0))
-        layout, extra = Layout.from_json(row["layout"]), dict(row["extra"])
-        alpha, variant, use = float(row["alpha"]), str(row["variant"]), str(row["use"])
-        low = LowRank(values["a"], values["b"], alpha, layout, variant, use, extra, frozen=frozen)
+        low = from_json(LowRank(values["a"], values["b"], 0.0), row)
         entries[key] = low = with_values(low, values)
         if low.rank != row["rank"]:
             raise LoraFxError(

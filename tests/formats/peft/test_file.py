@@ -105,8 +105,9 @@ def test_reading_needs_no_metadata_of_ours(mixed: Adapter, tmp_path: Path) -> No
         low, want = got.lowrank[key], mixed.lowrank[key]
         assert low.layout is None and low.use == "" and low.scale == want.scale
         np.testing.assert_array_equal(low.matrix(), want.matrix())
-    assert got.lowrank["conv.weight"].extra == {"op": "conv2d", "kernel": [3, 3]}
-    assert got.lowrank["emb.weight"].extra == {"op": "embedding"}
+    conv, emb = got.lowrank["conv.weight"], got.lowrank["emb.weight"]
+    assert (conv.op, conv.kernel) == ("conv2d", (3, 3))
+    assert (emb.op, emb.kernel, emb.tied) == ("embedding", (), False)
     head, look = got.lowrank["lm_head.weight"], got.lowrank["look.weight"]
     np.testing.assert_array_equal(head.matrix(), mixed.lowrank["wte.weight"].matrix())
     turned = mixed.lowrank["pos.weight"].matrix().T  # a lookup reads b·a transposed
@@ -213,7 +214,7 @@ def test_modules_are_listed_once_and_only_with_their_weight(tmp_path: Path) -> N
 
 def test_an_update_of_several_modules_is_beyond_peft(tmp_path: Path) -> None:
     ones = np.ones((2, 2), np.float32)
-    low = LowRank(ones, ones, 2.0, plain_layout((2, 2)), extra={"op": "linear", "tied": True})
+    low = LowRank(ones, ones, 2.0, plain_layout((2, 2)), op="linear", tied=True)
     assert any(
         "share the tensor" in note for note in peft.write(Adapter({"w.weight": low}), tmp_path)
     )
@@ -276,9 +277,9 @@ def updates(draw: st.DrawFn) -> LowRank:
     layout = draw(st.sampled_from([None, straight, turned, window]))
     use = draw(st.sampled_from(["", "", "tied.weight", "op:embedding"]))
     kind = draw(st.sampled_from([{}, {"op": "embedding"}, {"op": "linear"}, {"op": "conv1d"}]))
-    extra = {**kind, "tied": True} if draw(st.booleans()) else kind
+    tied = draw(st.booleans())
     alpha = draw(st.floats(1e-3, 1e3))
-    return LowRank(a, b, alpha, layout, "rslora", use, extra)
+    return LowRank(a, b, alpha, layout, "rslora", use, tied=tied, **kind)
 
 
 @settings(

@@ -67,7 +67,7 @@ def config(how: str, **fields: Any) -> Any:
 )
 def test_merged_as_peft_does(tmp_path: Path, how: str, fields: dict[str, Any]) -> None:
     got = check_with_peft(tmp_path, build, config(how, **fields), tolerance=1e-5, changed=3)
-    marks = {k: low.extra.get("mutated") for k, low in got.lowrank.items()}
+    marks = {k: low.mutated or None for k, low in got.lowrank.items()}
     assert marks == {"tall.weight": how, "wide.weight": how, "emb.weight": None}
     assert {"tall.weight", "wide.weight"} <= set(got.others)
     with pytest.raises(LoraFxError, match="DoRA" if "use_dora" in fields else how):
@@ -94,7 +94,7 @@ def test_the_residual_is_the_base_that_peft_trains_on(how: str, dtype: str) -> N
         if dtype == "bfloat16":
             weight = weight.astype(ml_dtypes.bfloat16)
         a, b = np.zeros((4, weight.shape[1])), np.zeros((weight.shape[0], 4))
-        low = LowRank(a, b, 7.0, extra={"mutated": how})
+        low = LowRank(a, b, 7.0, mutated=how)
         got = residual(weight, low, name)
         assert got.dtype == weight.dtype
         want = getattr(model.base_model.model, name).base_layer.weight.detach().float().numpy()
@@ -157,6 +157,6 @@ def test_one_flag_for_all(tmp_path: Path) -> None:
     from lora_fx.adapter.adapter import Adapter
 
     a, b = np.ones((2, 3), np.float32), np.ones((4, 2), np.float32)
-    marked = LowRank(a, b, 2.0, extra={"mutated": "pissa"})
+    marked = LowRank(a, b, 2.0, mutated="pissa")
     with pytest.raises(LoraFxError, match=r"'x\.weight' is pissa and 'y\.weight' is not"):
         save_adapter(Adapter({"x.weight": marked, "y.weight": LowRank(a, b, 2.0)}), tmp_path / "x")

@@ -81,7 +81,7 @@ def stored(adapter: Adapter, model: nn.Module) -> dict[str, Array]:
     result = {}
     for key, low in adapter.lowrank.items():
         matrix = low.matrix()
-        turned = low.extra.get("op") == "embedding" or key == "gpt.weight"
+        turned = low.op == "embedding" or key == "gpt.weight"
         result[key] = (matrix.T if turned else matrix).reshape(shapes[key])
     return result
 
@@ -135,7 +135,7 @@ def bound(variant: str) -> Adapter:
         rank = 2 + i % 3
         a = rng.standard_normal((rank, layout.in_size), np.float32)
         b = rng.standard_normal((layout.out_size, rank), np.float32)
-        entries[name] = LowRank(a, b, 3.0 + i % 2, layout, variant, extra={"op": op})
+        entries[name] = LowRank(a, b, 3.0 + i % 2, layout, variant, op=op)
     entries["norm.weight"] = Full(np.arange(6, dtype=np.float32))
     entries["norm.bias"] = Full(np.arange(6, 12, dtype=np.float32))
     part = Layout((2, 7), (), (0,), (1,), (2, 7))

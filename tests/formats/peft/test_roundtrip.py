@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -30,20 +30,17 @@ def low(draw: st.DrawFn, dora: bool, mutated: str) -> LowRank:
     """An update of any op, bound or not."""
     rank, out, in_ = (draw(st.integers(1, 4)) for _ in range(3))
     op = draw(st.sampled_from(["", "linear", "addmm", "embedding", "conv2d", "bilinear"]))
-    extra: dict[str, Any] = {"op": op} if op else {}
     layout = None
     width = in_ * 6 if op == "conv2d" else in_
-    if op == "conv2d":
-        extra["kernel"] = [3, 2]
+    kernel = (3, 2) if op == "conv2d" else ()
     if draw(st.booleans()):
         turned = Layout((width, out), (), (1,), (0,), (width, out))
         straight = plain_layout((out, in_, 3, 2) if op == "conv2d" else (out, width))
         layout = straight if op == "conv2d" or draw(st.booleans()) else turned
-    if mutated and op in ("", "linear"):
-        extra["mutated"] = mutated
+    mutated = mutated if op in ("", "linear") else ""
     magnitude = normal(draw, out) if dora else None
     a, b, alpha = normal(draw, rank, width), normal(draw, out, rank), draw(st.floats(0.1, 99))
-    return LowRank(a, b, alpha, layout, "lora", "", extra, magnitude)
+    return LowRank(a, b, alpha, layout, magnitude=magnitude, op=op, kernel=kernel, mutated=mutated)
 
 
 @st.composite
@@ -93,10 +90,10 @@ def stacks(of: int, ranks: tuple[int, ...], **more: Any) -> dict[str, Entry]:
     rng = np.random.default_rng(0)
     for depth, rank in enumerate(ranks):
         lead = "m.experts" + ".base_layer" * depth
-        extra = {"op": "experts", "lead": lead, "of": of, **more}
+        layer = FileLayer(lead, of)
         a = rng.standard_normal((3, rank, 5), np.float32)
         b = rng.standard_normal((3, 7, rank), np.float32)
-        result[f"m.experts.p{depth}"] = LowRank(a, b, 3.0, None, extra=extra)
+        result[f"m.experts.p{depth}"] = LowRank(a, b, 3.0, op="experts", layer=layer, **more)
     return result
 
 
@@ -106,7 +103,7 @@ def stacks(of: int, ranks: tuple[int, ...], **more: Any) -> dict[str, Entry]:
         (stacks(1, (2,)), True),
         (stacks(2, (4, 5)), True),  # 15 rows are no multiple of 4
         (stacks(2, (4,)), False),  # its partner was taken out
-        (stacks(1, (2,), note="x"), False),
+        (stacks(1, (2,), tied=True), False),
     ],
 )
 def test_stacks_are_written_as_they_were_read(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def module(name: str, which: str) -> Any:
     for key, low in made.updates.items():
         a, b = draw(key, low.layout, low.rank, 0, "probe")
         size = np.float32(checks.EFFECT * entry.gain)
-        updates[key] = LowRank(a, b * size, low.alpha, low.layout, low.variant, low.use, low.extra)
+        updates[key] = replace(low, a=a, b=b * size)
     made.load_adapter(Adapter(updates))
     return made.eval()
 
