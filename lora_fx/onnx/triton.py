@@ -377,7 +377,8 @@ def _model_config() -> type[Message]:
     kinds = file.enum_type.add(name="DataType")
     for number, name in KINDS.items():
         kinds.value.add(name=name, number=number)
-    return GetMessages([file])["lora_fx.triton.ModelConfig"]
+    made: type[Message] = GetMessages([file])["lora_fx.triton.ModelConfig"]
+    return made
 
 
 def _quoted(text: str) -> str:

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files import lock
-from lora_fx.files.atomic import replacing
-from lora_fx.files.lock import locked
+from lora_fx.files import atomic
+from lora_fx.files.atomic import locked, replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import random, sys, time
 from pathlib import Path
-from lora_fx.files import lock
+from lora_fx.files import atomic
 from lora_fx.files.atomic import replacing
 from lora_fx.errors import LoraFxError
 
 if sys.argv[1] == "no flock":
-    lock.fcntl = None
+    atomic.fcntl = None
 for line in sys.stdin:
     path, name = line.split()
     time.sleep(random.random() * 0.01)
@@ -48,12 +47,12 @@ for line in sys.stdin:
 # A writer that replaces its output by the next generation until it is killed.
 WRITER = """
 import sys
-from lora_fx.files import atomic, lock
+from lora_fx.files import atomic
 
 if sys.argv[2] == "two renames":
     atomic._exchange = lambda *_: False
 if sys.argv[2] == "no flock":
-    lock.fcntl = None
+    atomic.fcntl = None
 n = 0
 while True:
     with atomic.replacing(sys.argv[1], force=True) as out:
@@ -189,7 +188,7 @@ def test_a_lock_whose_file_lost_its_name_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between open and flock the holder may unlink the file: then the lock is on nothing."""
-    real, unlinked = lock.fcntl.flock, list[int]()
+    real, unlinked = atomic.fcntl.flock, list[int]()
 
     def late(fd: int, how: int) -> None:
         if not unlinked:
@@ -197,7 +196,7 @@ def test_a_lock_whose_file_lost_its_name_is_none(
             unlinked.append(fd)
         real(fd, how)
 
-    monkeypatch.setattr(lock.fcntl, "flock", late)
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
     with locked(tmp_path / "x"):
         assert (tmp_path / ".x.lock").exists()
         with pytest.raises(LoraFxError, match="another run"), locked(tmp_path / "x"):
@@ -205,18 +204,18 @@ def test_a_lock_whose_file_lost_its_name_is_none(
 
 
 def _without_flock(m: pytest.MonkeyPatch) -> None:
-    m.delattr(lock.fcntl, "flock")
+    m.delattr(atomic.fcntl, "flock")
 
 
 def _without_fcntl(m: pytest.MonkeyPatch) -> None:
-    m.setattr(lock, "fcntl", None)
+    m.setattr(atomic, "fcntl", None)
 
 
 def _unlockable(code: int) -> Callable[[pytest.MonkeyPatch], None]:
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    return lambda m: m.setattr(lock.fcntl, "flock", refuse)
+    return lambda m: m.setattr(atomic.fcntl, "flock", refuse)
 
 
 @pytest.mark.parametrize(
