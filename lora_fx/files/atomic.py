@@ -1,6 +1,6 @@
 """Writing that leaves nothing behind: a lock, a temporary sibling, fsync, rename.
 
-Beside a target NAME lie, while it is written, `.NAME.lock` (see lock.py) and the folder
+Beside a target NAME lie, while it is written, `.NAME.lock` and the folder
 `.NAME.lora_fx_XXXXXXXX.tmp` with what is being written. A killed run leaves the folder; the next
 one removes it. Everything here has a way without the calls that a platform or a file system lacks.
 """
@@ -17,10 +17,16 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.copying import copy_range, preallocate, read_at, reflink, write_at
-from lora_fx.files.lock import locked
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = [
     "check_output", "check_space", "copy_range", "explain", "preallocate", "read_at", "reflink",
@@ -239,3 +245,125 @@ def _discard(holder: Path, target: Path) -> None:
             interrupt = error
     if interrupt is not None:
         raise interrupt
+
+
+# One writer a target: the lock file `.NAME.lock` beside it.
+#
+# With flock the file is empty and a killed run leaves nothing that counts: the kernel drops the
+# lock with the process. The file is unlinked while it is held, so whoever gets the lock looks
+# whether the name still leads to the file it locked, and starts again if not; without that look,
+# one process could hold a file that has lost its name and another the file that took it. The
+# library filelock would leave its file beside every output.
+#
+# Where there is no flock (Windows, some network file systems) filelock holds the lock: who creates
+# the file has it, and writes process and host into it, by which that of a dead process is known.
+
+_TRIES = 1000  # each lost one means that another run ended in between
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock of `target`; it is not waited for.
+
+    Raises:
+        LoraFxError: Another run holds it.
+        OSError: The lock file cannot be made.
+    """
+    lock = target.with_name(f".{target.name}.lock")
+    fd = _acquire(lock, target) if hasattr(fcntl, "flock") else None
+    if fd is None:
+        with _marked(lock, target):
+            yield
+        return
+    try:
+        yield
+    finally:
+        _release(fd, lock)
+
+
+def _acquire(lock: Path, target: Path) -> int | None:
+    """A descriptor of the lock file, which this process now holds; None where there is no flock."""
+    for _ in range(_TRIES):
+        fd, made = _open(lock)
+        marked, held = b"", False
+        try:
+            if (got := _flock(fd)) is None:
+                return None
+            if not got:
+                made = False  # another run got the file that this one made, and unlinks it
+                raise _busy(target)
+            marked = os.read(fd, 1)
+            held = not marked and _leads_to(lock, fd)
+        finally:
+            if not held:
+                _release(fd, lock) if made else os.close(fd)
+        if held:
+            return fd
+        if marked:  # by a process that found no flock: it lives, or its file is taken away
+            with _marked(lock, target):
+                pass
+    raise _busy(target)
+
+
+@contextlib.contextmanager
+def _marked(lock: Path, target: Path) -> Iterator[None]:
+    from filelock import SoftFileLock, Timeout
+
+    marker = SoftFileLock(lock, timeout=0)
+    try:
+        marker.acquire()
+    except Timeout:
+        who = "unknown"
+        with contextlib.suppress(OSError):
+            who = " ".join(lock.read_text(errors="replace").split()[:2]) or who
+        hint = f"; if no such process runs ({who}), remove {lock}"
+        raise _busy(target, hint) from None
+    try:
+        yield
+    finally:
+        marker.release()
+
+
+def _open(lock: Path) -> tuple[int, bool]:
+    """A descriptor, and whether the file was made by this call."""
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileExistsError):
+            return os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+        with contextlib.suppress(FileNotFoundError):  # unlinked by its holder since
+            return os.open(lock, flags), False
+    raise OSError(f"{lock} comes and goes")
+
+
+def _flock(fd: int) -> bool | None:
+    """Whether flock gave the lock; None where there is no flock."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOLCK, EOPNOTSUPP: this file system has no locks
+        return None
+    return True
+
+
+def _leads_to(lock: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _release(fd: int, lock: Path) -> None:
+    """Unlink while held, then let go. A file that stays stops nobody. Raises nothing."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            if _leads_to(lock, fd):
+                os.unlink(lock)
+            break
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def _busy(target: Path, more: str = "") -> LoraFxError:
+    hint = "wait for it to end, or choose another output"
+    return LoraFxError(f"another run is writing {target}", hint + more)

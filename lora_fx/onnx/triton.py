@@ -1,6 +1,6 @@
 """Model repositories for NVIDIA Triton's ONNX Runtime backend, which KServe runs too.
 
-    DIR/NAME/config.pbtxt      names, dtypes and dimensions (triton_config.py)
+    DIR/NAME/config.pbtxt      names, dtypes and dimensions
     DIR/NAME/1/model.onnx      and its data under its own name, so that the reference stays true
 
 A model that is there gets the next version; its config stays as it is and has to fit. A folder
@@ -12,12 +12,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from google.protobuf import text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessages
+from google.protobuf.text_encoding import CEscape
 
 from lora_fx.dtypes import from_onnx
 from lora_fx.errors import LoraFxError, one_line
@@ -192,8 +200,7 @@ def _read(home: Path) -> Config:
         raise LoraFxError(
             f"{path}: cannot be read: {one_line(error)}", "is the folder a model's?"
         ) from error
-    made = Config.from_text(text, str(path))
-    return made if made.name else replace(made, name=home.name)  # as the server does
+    return Config.from_text(text, str(path), home.name)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -215,6 +222,9 @@ def _versions(home: Path) -> Iterator[int]:
 # (a scalar is [1]), outputs exactly as the session says, initialisers that are inputs as
 # `optional`, and those only without batching. With a batch size the first dimension is left out,
 # and what is a vector by row then is [1] with an empty reshape.
+#
+# The server would complete a config without inputs and outputs (AutoCompleteConfig), but then it
+# also sets a batch size of its own wherever dimension 0 is free, and leaves adapters' inputs out.
 
 
 MODEL = "model.onnx"
@@ -257,12 +267,12 @@ class Config:
 
     def to_text(self) -> str:
         """The config.pbtxt."""
-        lines = [f"name: {quoted(self.name)}", 'backend: "onnxruntime"']
+        lines = [f"name: {_quoted(self.name)}", 'backend: "onnxruntime"']
         lines.append(f"max_batch_size: {self.max_batch}")
         for title, ports in (("input", self.inputs), ("output", self.outputs)):
             for name, port in ports.items():
                 dims = port.dims[1:] if self.max_batch else port.dims
-                lines += [f"{title} {{", f"  name: {quoted(name)}", f"  data_type: {port.kind}"]
+                lines += [f"{title} {{", f"  name: {_quoted(name)}", f"  data_type: {port.kind}"]
                 lines.append(f"  dims: [ {', '.join(map(str, dims)) or '1'} ]")
                 lines += ["  reshape: { shape: [ ] }"] * (not dims)
                 lines += ["  optional: true"] * port.optional
@@ -271,34 +281,46 @@ class Config:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def from_text(cls, text: str, where: str) -> Config:
+    def from_text(cls, text: str, where: str, folder: str = "") -> Config:
         """The inverse of to_text; what else a config may say is left alone.
+
+        Args:
+            text: A config.pbtxt.
+            where: The file, for errors.
+            folder: The model's name where the config has none, as for the server.
 
         Raises:
             LoraFxError: No ModelConfig, or one for another backend or file.
         """
-        reader = PbtxtReader(text, where)
         try:
-            made = reader.message()
-        except RecursionError as error:
-            raise reader.error("messages nested without end") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of protobuf for a wrong escape; the server's fails
+                made = text_format.Parse(
+                    _LIST.sub(lambda found: found[1] or ": [", text),
+                    _model_config()(),
+                    allow_unknown_field=True,
+                )
+        except (text_format.ParseError, RecursionError, DeprecationWarning) as error:
+            raise _no_config(where, one_line(error)) from error
         for key, known in OURS.items():
-            found = reader.one(made, key, "")
-            if found not in known:
+            if (found := getattr(made, key)) not in known:
                 raise LoraFxError(
                     f"{where}: {key} is {found!r}; expected {known[0]!r}",
                     "choose another folder or name",
                 )
-        size = max(0, *reader.numbers(made, "max_batch_size"), 0)
+        size = max(0, made.max_batch_size)
         sides: list[dict[str, Port]] = []
         for side in ("input", "output"):
             sides.append({})
-            for p in made.get(side, []):
-                name, port = _read_port(reader, p, size)
-                if name in sides[-1]:
-                    raise reader.error(f"{side} {name!r} is there twice")
-                sides[-1][name] = port
-        return cls(reader.one(made, "name", ""), sides[0], sides[1], size)
+            for p in getattr(made, side):
+                if p.name in sides[-1]:
+                    raise _no_config(where, f"{side} {p.name!r} is there twice")
+                if p.data_type not in KINDS:
+                    raise _no_config(where, f"the data_type {p.data_type} is unknown")
+                dims = p.reshape.shape if p.HasField("reshape") else p.dims
+                whole = (-1, *dims) if size else tuple(dims)
+                sides[-1][p.name] = Port(KINDS[p.data_type], whole, p.optional)
+        return cls(made.name or folder, sides[0], sides[1], size)
 
     def difference(self, model: Config) -> str:
         """What this config and a model's own disagree on, the first by name; else empty."""
@@ -314,18 +336,58 @@ class Config:
         return ""
 
 
-def _read_port(reader: PbtxtReader, port: Any, max_batch: int) -> tuple[str, Port]:
-    if not isinstance(port, dict):
-        raise reader.error(f"{port!r} is no input or output")
-    none: dict[str, Any] = {}
-    shape = reader.one(port, "reshape", none)
-    dims = reader.numbers(shape, "shape") if "reshape" in port else reader.numbers(port, "dims")
-    kind = reader.one(port, "data_type", "TYPE_INVALID")
-    kind = KINDS.get(int(kind), kind) if kind.isdigit() else kind
-    if kind not in KINDS.values():
-        raise reader.error(f"the data_type {kind!r} is unknown")
-    optional = reader.one(port, "optional", "false") in ("true", "True", "t", "1")
-    return reader.one(port, "name", ""), Port(kind, (-1, *dims) if max_batch else dims, optional)
+_ORDER = (
+    "INVALID", "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
+    "FP16", "FP32", "FP64", "STRING", "BF16",
+)  # fmt: skip
+KINDS = {number: f"TYPE_{name}" for number, name in enumerate(_ORDER)}
+"""Triton's numbers of dtypes."""
+
+# What is looked at of Triton's ModelConfig, as a FileDescriptorProto; the numbers do not matter
+# to text. Protobuf's reader passes over whatever else a config says.
+_PROTO = """
+name: "lora_fx/model_config.proto" package: "lora_fx.triton" syntax: "proto3"
+message_type { name: "Shape"
+  field { name: "shape" number: 1 type: TYPE_INT64 label: LABEL_REPEATED }
+}
+message_type { name: "Port"
+  field { name: "name" number: 1 type: TYPE_STRING }
+  field { name: "data_type" number: 2 type: TYPE_ENUM type_name: "DataType" }
+  field { name: "dims" number: 3 type: TYPE_INT64 label: LABEL_REPEATED }
+  field { name: "reshape" number: 4 type: TYPE_MESSAGE type_name: "Shape" }
+  field { name: "optional" number: 5 type: TYPE_BOOL }
+}
+message_type { name: "ModelConfig"
+  field { name: "name" number: 1 type: TYPE_STRING }
+  field { name: "backend" number: 2 type: TYPE_STRING }
+  field { name: "platform" number: 3 type: TYPE_STRING }
+  field { name: "default_model_filename" number: 4 type: TYPE_STRING }
+  field { name: "max_batch_size" number: 5 type: TYPE_INT32 }
+  field { name: "input" number: 6 type: TYPE_MESSAGE type_name: "Port" label: LABEL_REPEATED }
+  field { name: "output" number: 7 type: TYPE_MESSAGE type_name: "Port" label: LABEL_REPEATED }
+}
+"""
+# `instance_group [ { … } ]`, as Triton's own examples have it: protobuf's reader passes over the
+# list of an unknown field only after a colon. Strings and comments stay as they are.
+_LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w)\s*\[""", re.S)
+
+
+@cache
+def _model_config() -> type[Message]:
+    file = text_format.Parse(_PROTO, FileDescriptorProto())
+    kinds = file.enum_type.add(name="DataType")
+    for number, name in KINDS.items():
+        kinds.value.add(name=name, number=number)
+    made: type[Message] = GetMessages([file])["lora_fx.triton.ModelConfig"]
+    return made
+
+
+def _quoted(text: str) -> str:
+    return f'"{CEscape(text, as_utf8=True)}"'
+
+
+def _no_config(where: str, what: str) -> LoraFxError:
+    return LoraFxError(f"{where}: no ModelConfig: {what}", "write it anew")
 
 
 def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
@@ -372,122 +434,3 @@ def _port(value: Any, optional: bool) -> Port:
     if any(d < 1 and d != -1 for d in dims):
         raise LoraFxError(f"{value.name!r} is {list(dims)}; Triton takes no dimension of 0")
     return Port(kind, dims or (1,), optional)
-
-
-# Protobuf's text format, as far as the config of a model for Triton needs it.
-#
-# Read without the message's definition, into {field: [values]}: protobuf's own reader cannot skip
-# the lists of messages, `instance_group [ { … } ]`, of a config that was edited by hand.
-
-
-_ORDER = (
-    "INVALID", "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
-    "FP16", "FP32", "FP64", "STRING", "BF16",
-)  # fmt: skip
-KINDS = {number: f"TYPE_{name}" for number, name in enumerate(_ORDER)}
-"""Triton's numbers of dtypes."""
-
-Message = dict[str, list[Any]]
-_TOKEN = re.compile(
-    r"""(?:\s|\#[^\n]*)*("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[-+.\w]+|[{}<>\[\]:,;])""", re.S
-)
-_REST = re.compile(r"(?:\s|#[^\n]*)*")
-_ESCAPE = re.compile(rb"\\([0-7]{1,3}|[xX][0-9a-fA-F]{1,2}|.)", re.S)
-_SIMPLE = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f"}
-
-
-def quoted(text: str) -> str:
-    r"""A string literal.
-
-    >>> print(quoted('a"b'), quoted("c\nd"))
-    "a\"b" "c\012d"
-    """
-    parts = ("\\" + c if c in '"\\' else c if c >= " " else f"\\{ord(c):03o}" for c in text)
-    return f'"{"".join(parts)}"'
-
-
-def unquoted(literal: str) -> str:
-    """The inverse of quoted, for every escape of the format but those of code points."""
-
-    def one(found: re.Match[bytes]) -> bytes:
-        code = found[1]
-        if code[:1] in b"01234567":
-            return bytes([int(code, 8) & 255])
-        return bytes([int(code[1:], 16)]) if code[1:] else _SIMPLE.get(code, code)
-
-    return _ESCAPE.sub(one, literal[1:-1].encode()).decode()
-
-
-class PbtxtReader:
-    """A text, token by token; `where` is what errors call it."""
-
-    def __init__(self, text: str, where: str) -> None:
-        self.where, self.tokens, at = where, [""], 0
-        while found := _TOKEN.match(text, at):
-            self.tokens.append(found[1])
-            at = found.end()
-        if _REST.fullmatch(text, at) is None:
-            raise self.error(f"after {self.tokens[-1]!r}, line {text.count(chr(10), 0, at) + 1}")
-        self.tokens = self.tokens[:0:-1]
-
-    def error(self, what: str) -> LoraFxError:
-        """What is wrong with the text."""
-        return LoraFxError(f"{self.where}: no ModelConfig: {what}", "write it anew")
-
-    def next(self, *wanted: str) -> str:
-        """The next token if it is one of these, else empty."""
-        return self.tokens.pop() if self.tokens and self.tokens[-1] in wanted else ""
-
-    def message(self, end: str = "") -> Message:
-        """Fields up to `end`, or up to the end of the text.
-
-        Raises:
-            LoraFxError: It is not in the format.
-        """
-        made: Message = {}
-        while self.tokens and self.tokens[-1] != end:
-            name = self.tokens.pop()
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise self.error(f"{name!r} is no field")
-            self.next(":")
-            values = made.setdefault(name, [])
-            if self.next("["):
-                while not self.next("]"):
-                    values.append(self.value())
-                    self.next(",")
-            else:
-                values.append(self.value())
-            self.next(",", ";")
-        if end and not self.next(end):
-            raise self.error(f"a {end!r} is missing")
-        return made
-
-    def value(self) -> Any:
-        """A message, a string, or the text of a number, a name or true and false."""
-        if opened := self.next("{", "<"):
-            return self.message("}" if opened == "{" else ">")
-        if not self.tokens or self.tokens[-1] in "}>]:,;[":
-            raise self.error("a value is missing")
-        if self.tokens[-1][0] not in "\"'":
-            return self.tokens.pop()
-        text = ""
-        while self.tokens and self.tokens[-1][0] in "\"'":  # literals in a row are one string
-            try:
-                text += unquoted(self.tokens.pop())
-            except UnicodeDecodeError as error:
-                raise self.error("a string that is no UTF-8") from error
-        return text
-
-    def one(self, message: Message, name: str, default: Any) -> Any:
-        """The value of a field that is there once at most."""
-        values = message.get(name, [default])
-        if len(values) != 1 or isinstance(values[0], dict) != isinstance(default, dict):
-            raise self.error(f"{name} is {values}")
-        return values[0]
-
-    def numbers(self, message: Message, name: str) -> tuple[int, ...]:
-        """The whole numbers of a field."""
-        try:
-            return tuple(int(v, 0) for v in message.get(name, []))
-        except (TypeError, ValueError) as error:
-            raise self.error(f"{name} is {message[name]}") from error

@@ -1,7 +1,6 @@
-"""Losses by step, with the kept step marked; and bars of what rounding lost, tensor by tensor.
+"""Losses by step, with the kept step marked; bars of what rounding lost; a box for every block.
 
-The lines stretch with the page and their labels do not: the SVG has no text, the labels are HTML
-over it at shares of its width and height, in the page's own size.
+What is worked out here is drawn by templates/charts.html.j2.
 """
 
 from __future__ import annotations
@@ -9,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
+
+from markupsafe import Markup
 
 from lora_fx.report.rows import Row
-from lora_fx.report.text import Json, esc, number, percent, plural, visible
+from lora_fx.report.text import Json, number, percent, plural, visible
 
 POINTS = 400
 """Of a drawn line; a longer run is drawn as means of equal spans."""
@@ -20,16 +21,16 @@ WIDE, HIGH = 1000, 300
 """Units of the drawing."""
 
 
-def training(result: Json) -> str:
-    """The training curves as HTML; empty where nothing was trained."""
+def training(result: Json) -> Json | None:
+    """The training curves; None where nothing was trained."""
     losses, held = result.get("losses"), result.get("validation")
     if not isinstance(losses, list) or not losses or not isinstance(held, dict):
-        return ""
+        return None
     last, kept = len(losses), int(result.get("best_step") or 0)
     train = _thinned([(i + 1, x) for i, x in enumerate(losses) if _finite(x)])
-    points = sorted((int(k), v) for k, v in held.items() if _finite(v))
+    points = sorted((int(k), float(v)) for k, v in held.items() if _finite(v))
     if _finite(before := result.get("before")):
-        points.insert(0, (0, before))
+        points.insert(0, (0, float(before)))
     ticks = _ticks([y for _, y in (*train, *points)])
     low, high = ticks[0], ticks[-1]
 
@@ -39,59 +40,51 @@ def training(result: Json) -> str:
     def y(loss: float) -> float:
         return HIGH * (high - loss) / (high - low)
 
-    grid = "".join(f"M0 {y(t):.0f}h{WIDE}" for t in ticks)
-    body = [f'<path class=grid d="{grid}"/>']
-    body.append(f'<path class=kept d="M{x(kept):.0f} 0v{HIGH}"/>')
-    body.append(f'<path class="line train" d="{_line([(x(a), y(b)) for a, b in train])}"/>')
+    places = [(x(a), y(b)) for a, b in points]
+    label = f"Training loss from {number(losses[0])} to {number(losses[-1])} in {last} steps"
     if points:
-        places = [(x(a), y(b)) for a, b in points]
-        dots = "".join(f"M{a:.0f} {b:.0f}h0" for a, b in places)
-        body.append(f'<path class="line held" d="{_line(places)}"/><path class=dots d="{dots}"/>')
-    label = _words(losses, points, kept, last)
-    side = "right" if kept > last / 2 else "left"
-    at = 100 * (1 - kept / max(1, last)) if side == "right" else 100 * kept / max(1, last)
-    left = "".join(
-        f"<span style=top:{100 * (high - t) / (high - low):.1f}%>{t:g}</span>" for t in ticks
-    )
-    steps = _steps(last)
-    below = "".join(f"<span style=left:{100 * s / last:.1f}%>{number(s)}</span>" for s in steps)
-    key = (
-        "<i class=train></i> training, each step"
-        if len(losses) <= POINTS
-        else (f"<i class=train></i> training, means of {plural(math.ceil(last / POINTS), 'step')}")
-    )
-    key += " <i class=held></i> validation" if points else ""
-    return (
-        f"<figure class=curve><figcaption>Loss by step. <span class=legend>{key}</span>"
-        f"</figcaption><div class=plot><div class=left aria-hidden=true>{left}</div>"
-        f'<svg role=img aria-label="{esc(label)}" viewBox="0 0 {WIDE} {HIGH}" '
-        f"preserveAspectRatio=none>{''.join(body)}</svg>"
-        f"<span class=mark style={side}:{at:.1f}%>kept: step {number(kept)}</span>"
-        f"<div class=below aria-hidden=true>{below}</div></div></figure>"
-        + _validations(points, kept)
-    )
+        label += f"; validation loss from {number(points[0][1])} to {number(points[-1][1])}"
+    right = kept > last / 2
+    spans = plural(math.ceil(last / POINTS), "step")
+    return {
+        "wide": WIDE,
+        "high": HIGH,
+        "label": f"{label}; kept step {kept}",
+        "each": "each step" if last <= POINTS else f"means of {spans}",
+        "grid": "".join(f"M0 {y(t):.0f}h{WIDE}" for t in ticks),
+        "kept": f"M{x(kept):.0f} 0v{HIGH}",
+        "train": _line([(x(a), y(b)) for a, b in train]),
+        "held": _line(places),
+        "dots": "".join(f"M{a:.0f} {b:.0f}h0" for a, b in places),
+        "ticks": [(f"{t:g}", f"{100 * (high - t) / (high - low):.1f}") for t in ticks],
+        "steps": [(s, f"{100 * s / last:.1f}") for s in _steps(last)],
+        "side": "right" if right else "left",
+        "at": f"{100 * (1 - kept / last if right else kept / last):.1f}",
+        "best": kept,
+        "points": points,
+    }
 
 
-def rounding(rows: list[Row]) -> str:
-    """Bars of the share of each update that the output's dtype lost; empty without any."""
+def rounding(rows: list[Row]) -> Json | None:
+    """Bars of the share of each update that the output's dtype lost; None without any."""
     lost = [(r.key, max(0.0, r.rounding)) for r in rows if r.rounding is not None]
-    top = max((x for _, x in lost), default=0.0)
+    worst, top = max(lost, key=lambda pair: pair[1], default=("", 0.0))
     if len(lost) < 2 or top == 0:
-        return ""
+        return None
     wide = WIDE / len(lost)
-    path = "".join(
-        f"M{(i + 0.5) * wide:.1f} {HIGH}V{HIGH * (1 - 0.96 * x / top):.0f}"
-        for i, (_, x) in enumerate(lost)
-    )
-    worst = max(lost, key=lambda pair: pair[1])
-    label = f"Rounding loss of {plural(len(lost), 'tensor')}: up to {percent(top)}, {worst[0]}"
-    # ‰ of the drawing's width, so that bars touch neither each other nor the gaps between
-    return (
-        "<figure class=curve><figcaption>Share of each update that rounding lost, in the order of "
-        f"the table. Worst: <code>{esc(worst[0])}</code>, {percent(top)}.</figcaption>"
-        f'<svg class=bars role=img aria-label="{esc(label)}" viewBox="0 0 {WIDE} {HIGH}" '
-        f'preserveAspectRatio=none><path stroke-width={wide * 0.7:.1f} d="{path}"/></svg></figure>'
-    )
+    return {
+        "wide": WIDE,
+        "high": HIGH,
+        "worst": worst,
+        "top": top,
+        "label": f"Rounding loss of {plural(len(lost), 'tensor')}: up to {percent(top)}, {worst}",
+        # the bars touch neither each other nor the gaps between
+        "stroke": f"{wide * 0.7:.1f}",
+        "path": "".join(
+            f"M{(i + 0.5) * wide:.1f} {HIGH}V{HIGH * (1 - 0.96 * x / top):.0f}"
+            for i, (_, x) in enumerate(lost)
+        ),
+    }
 
 
 def spark(spectrum: Json) -> str:
@@ -104,35 +97,10 @@ def spark(spectrum: Json) -> str:
         f"M{i * step + 2} 22V{22 - max(1, round(20 * s / sigma[0]))}" for i, s in enumerate(sigma)
     )
     label = f"σ {number(float(sigma[0]))} to {number(float(sigma[-1]))}"
-    return (
+    return Markup(
         f'<svg{" class=p3" * (step == 3)} role=img aria-label="{label}" width={len(sigma) * step}>'
         f'<path d="{bars}"/></svg>'
     )
-
-
-def _words(
-    losses: Sequence[float], points: Sequence[tuple[int, float]], kept: int, last: int
-) -> str:
-    text = f"Training loss from {number(losses[0])} to {number(losses[-1])} in {last} steps"
-    if points:
-        text += f"; validation loss from {number(points[0][1])} to {number(points[-1][1])}"
-    return f"{text}; kept step {kept}"
-
-
-def _validations(points: Sequence[tuple[int, float]], kept: int) -> str:
-    """The validations in numbers: what the curve shows, for who does not see it."""
-    if not points:
-        return ""
-    items = []
-    for step, loss in points:
-        what = "before" if step == 0 else f"step {number(step)}"
-        value = number(float(loss))
-        items.append(
-            f"<li><b>{what} (kept) {value}</b>"
-            if step == kept
-            else f"<li><span>{what}</span> {value}"
-        )
-    return f"<h3>Validation loss</h3><ul class=steps>{''.join(items)}</ul>"
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -172,7 +140,7 @@ def _step(rough: float) -> float:
     return next(power * k for k in (1, 2, 5, 10) if power * k >= rough * (1 - 1e-9))
 
 
-def _finite(x: object) -> bool:
+def _finite(x: object) -> TypeGuard[float]:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
@@ -194,30 +162,25 @@ _CHARACTER = 6.1
 
 
 class Cell(NamedTuple):
-    """A target in its block: what is written in it, and its shade, 0 to SHADES − 1."""
+    """A target in its block: what is written in it, its shade (0 to SHADES − 1), and its place."""
 
     label: str
     value: str
     shade: int
+    x: int
+    y: int
+    wide: int
+    high: int = HEIGHT
 
 
-def blocks(rows: list[Row]) -> str:
-    """The figure as HTML; empty where no rank and no size is known, as of a comparison."""
+def blocks(rows: list[Row]) -> Json | None:
+    """The boxes of the model; None where no rank and no size is known, as of a comparison."""
     if not any(r.rank or r.parameters for r in rows):
-        return ""
-    value, shade, legend = _scale(rows)
+        return None
+    shade, legend, low, top = _scale(rows)
     total = sum(r.parameters or 0 for r in rows)
-    boxes = []
-    for name, held in grouped(rows):
-        cells = [Cell(_label(r, name), value(r), shade(r)) for r in held]
-        boxes.append(_box(name, _part(held, total), cells))
-    swatches = "".join(f"<i class=s{i}></i>" for i in range(SHADES))
-    return (
-        "<figure class=structure aria-labelledby=structure-is><figcaption id=structure-is>"
-        f"A box per block, with its share of the parameters; a cell per target. {esc(legend[0])} "
-        f"<span class=legend>{esc(legend[1])} {swatches} {esc(legend[2])}</span></figcaption>"
-        f"<div class=boxes>{''.join(boxes)}</div></figure>"
-    )
+    boxes = [_box(name, held, total, shade) for name, held in grouped(rows)]
+    return {"legend": legend, "low": low, "top": top, "shades": SHADES, "boxes": boxes}
 
 
 def grouped(rows: list[Row]) -> list[tuple[str, list[Row]]]:
@@ -264,61 +227,47 @@ def _label(row: Row, block: str) -> str:
     return last if len(last) <= 12 else last[:11] + "…"
 
 
-def _scale(
-    rows: list[Row],
-) -> tuple[Callable[[Row], str], Callable[[Row], int], tuple[str, str, str]]:
-    """What a cell says, its shade, and (the legend's sentence, its low end, its high end)."""
+def _scale(rows: list[Row]) -> tuple[Callable[[Row], int], str, str, str]:
+    """The shade of a cell, the legend's sentence, its low end and its high end."""
     ranks = {sum(r.rank) for r in rows if r.rank}
-    total = sum(r.parameters or 0 for r in rows)
     if len(ranks) > 1:
         low, high = min(ranks), max(ranks)
 
         def by_rank(row: Row) -> int:
             return round((SHADES - 1) * (sum(row.rank) - low) / (high - low)) if row.rank else 0
 
-        return _rank, by_rank, ("Number and colour: the rank.", str(low), str(high))
+        return by_rank, "Number and colour: the rank.", str(low), str(high)
+    total = sum(r.parameters or 0 for r in rows)
     top = max((r.parameters or 0 for r in rows), default=0)
 
     def by_share(row: Row) -> int:
         return round((SHADES - 1) * (row.parameters or 0) / top) if top else 0
 
     number_is = "Number: the rank. " if ranks else ""
-    most = percent(top / max(1, total))
-    text = f"{number_is}Colour: the share of the adapter's parameters."
-    return _rank, by_share, (text, "0", most)
+    legend = f"{number_is}Colour: the share of the adapter's parameters."
+    return by_share, legend, "0", percent(top / max(1, total))
 
 
-def _rank(row: Row) -> str:
-    return "+".join(map(str, row.rank)) or "·"
-
-
-def _part(rows: list[Row], total: int) -> str:
-    """Which share of the adapter's parameters a block holds."""
-    return percent(sum(r.parameters or 0 for r in rows) / total) if total else ""
-
-
-def _box(name: str, part: str, cells: list[Cell]) -> str:
+def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> Json:
     """One block as a figure; its label says every cell in words."""
     x = y = widest = 0
-    drawn = []
-    for cell in cells:
-        wide = round(max(24, _CHARACTER * max(len(cell.label), len(cell.value)) + 8))
+    cells = []
+    for row in rows:
+        label, value = _label(row, name), "+".join(map(str, row.rank)) or "·"
+        wide = round(max(24, _CHARACTER * max(len(label), len(value)) + 8))
         if x and x + wide > WIDTH:
             x, y = 0, y + HEIGHT + 2
-        middle = x + wide / 2
-        drawn.append(
-            f'<g class=s{cell.shade}><path d="M{x} {y}h{wide}v{HEIGHT}h-{wide}"/>'
-            f"<text x={middle:g} y={y + 13}>{esc(cell.label)}</text>"
-            f"<text x={middle:g} y={y + 27}>{esc(cell.value)}</text></g>"
-        )
+        cells.append(Cell(label, value, shade(row), x, y, wide))
         x += wide + 2
         widest = max(widest, x)
-    words = "; ".join(f"{c.label} rank {c.value}" for c in cells)
+    part = percent(sum(r.parameters or 0 for r in rows) / total) if total else ""
     title = name or "model"
-    label = esc(f"{title}, {part}: {words}" if part else f"{title}: {words}")
-    high = y + HEIGHT
-    return (
-        f"<div class=box><p><b>{esc(title)}</b> <span>{part}</span></p>"
-        f'<svg role=img aria-label="{label}" width={widest - 2} height={high} '
-        f'viewBox="0 0 {widest - 2} {high}">{"".join(drawn)}</svg></div>'
-    )
+    words = "; ".join(f"{c.label} rank {c.value}" for c in cells)
+    return {
+        "title": title,
+        "part": part,
+        "label": f"{title}, {part}: {words}" if part else f"{title}: {words}",
+        "wide": widest - 2,
+        "high": y + HEIGHT,
+        "cells": cells,
+    }

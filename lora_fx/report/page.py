@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_fx.report import charts, sections, style
-from lora_fx.report.charts import blocks
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from lora_fx.report import charts
 from lora_fx.report.rows import Row, rows_of
-from lora_fx.report.sections import table
-from lora_fx.report.text import Json, esc, number, percent, plural, size
+from lora_fx.report.text import Json, broken, number, percent, plural, shape, size, visible
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def page(result: Json) -> str:
@@ -29,44 +35,42 @@ def page(result: Json) -> str:
             alpha, parameters, shape, sigma, norm}}; all may be missing.
     """
     rows = rows_of(result)
-    title = f"lora-fx {result.get('command', '')}: {'done' if result.get('ok') else 'no'}"
-    what = "tensor" if result.get("command") in ("merge", "verify") else "target"
-    count = esc("; ".join(filter(None, [plural(len(rows), what), result.get("effect")])))
-    body = [
-        verdict(result, rows),
-        "<main>",
-        sections.warnings(result),
-        sections.merges(result),
-        sections.section("Training", charts.training(result)),
-        sections.parity(result),
-        sections.section("Structure", blocks(rows)),
-        sections.section("Rounding", charts.rounding(rows)),
-        sections.section(
-            f"{what.capitalize()}s", f"<p class=count>{count}</p>{table(result, rows)}" * bool(rows)
-        ),
-        sections.stages(result),
-        sections.unhandled(result),
-        sections.files(result),
-        sections.run(result),
-        "</main>",
-    ]
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_hash(style.SCRIPT)}'"
+    script = (TEMPLATES / "table.js").read_text("utf-8")
     return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        f'<meta http-equiv=Content-Security-Policy content="{policy}">'
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        "<meta name=color-scheme content='light dark'>"
-        f"<title>{esc(title)}</title><style>{style.CSS}</style></head>\n<body>"
-        f"{''.join(body)}\n"
-        f'<script type="application/json" id="data">{_data(result)}</script>\n'
-        f"<script>{style.SCRIPT}</script></body></html>\n"
+        _templates()
+        .get_template("page.html.j2")
+        .render(
+            result=result,
+            what="tensor" if result.get("command") in ("merge", "verify") else "target",
+            facts=facts(result, rows),
+            curve_of_losses=charts.training(result),
+            structure=charts.blocks(rows),
+            rounding=charts.rounding(rows),
+            table=table(result, rows),
+            command_line=shlex.join((result.get("page") or {}).get("argv") or ()),
+            data=_plain(result),
+            style=Markup((TEMPLATES / "style.css").read_text("utf-8")),
+            script=Markup(script),
+            script_hash=_hash(script),
+        )
     )
 
 
-def _data(result: Json) -> str:
-    """The object as JSON that no HTML parser can take for a tag; ASCII only."""
-    text = json.dumps(_plain(result), separators=(",", ":"), default=str, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+@cache
+def _templates() -> Environment:
+    """Jinja's environment: every value is made visible, then escaped, unless it is markup."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {f.__name__: f for f in (broken, number, percent, plural, shape, size)}
+    made.policies["json.dumps_kwargs"] = {
+        "separators": (",", ":"), "default": str, "allow_nan": False,
+    }  # fmt: skip
+    return made
 
 
 def _plain(value: Any) -> Any:
@@ -84,12 +88,6 @@ def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-# The first strip of the page: what was done, whether it holds, and the few numbers that say so.
-#
-# Nothing is claimed here that the result does not hold: no parity means the page does not say
-# equal.
-
-
 class Fact(NamedTuple):
     """A number, what it is, what to hold it against, and whether it is as it should be."""
 
@@ -97,111 +95,6 @@ class Fact(NamedTuple):
     value: str
     beside: str = ""
     ok: bool | None = None
-
-
-def verdict(result: Json, rows: list[Row]) -> str:
-    """The strip as HTML."""
-    ok = bool(result.get("ok"))
-    head, word = _head(result, ok)
-    mark = "ok" if ok else "no"
-    parts = [
-        f'<header class="verdict {mark}">',
-        f"<p class=what><b class=badge>{word}</b> lora-fx {esc(result.get('command', ''))}</p>",
-        f"<h1>{esc(head)}</h1>",
-    ]
-    if result.get("hint"):
-        parts.append(f"<p class=hint>{esc(result['hint'])}</p>")
-    if cells := facts(result, rows):
-        parts.append("<dl class=facts>")
-        for fact in cells:
-            state = "" if fact.ok is None else " class=good" if fact.ok else " class=bad"
-            beside = f"<dd class=beside>{esc(fact.beside)}</dd>" if fact.beside else ""
-            parts.append(
-                f"<div{state}><dt>{esc(fact.label)}</dt>"
-                f"<dd class=value>{esc(fact.value)}</dd>{beside}</div>"
-            )
-        parts.append("</dl>")
-    return "".join([*parts, "</header>"])
-
-
-def _head(result: Json, ok: bool) -> tuple[str, str]:
-    """(the sentence, the badge's word)."""
-    if not ok:
-        differ = "They differ" if result.get("command") == "verify" else "The answer is no"
-        return str(result.get("error") or differ), "Differs" if "error" not in result else "Stopped"
-    say = _SENTENCES.get(str(result.get("command")))
-    return (say(result) if say else "Done"), "Done"
-
-
-def _insert(r: Json) -> str:
-    return f"Untrained branches at {_targets(r)}"
-
-
-def _train(r: Json) -> str:
-    said = str(r.get("verdict") or f"kept step {r.get('best_step')}")
-    return f"Trained {_targets(r)}: {said}"
-
-
-def _merge(r: Json) -> str:
-    if not r.get("outputs"):
-        return f"Planned: {plural(len(r.get('tensors') or ()), 'tensor')}; nothing was written"
-    return f"Merged into {plural(len(r.get('tensors') or ()), 'tensor')}"
-
-
-def _merge_all(r: Json) -> str:
-    return f"{plural(len(r.get('merges') or ()), 'merge')} done"
-
-
-def _export(r: Json) -> str:
-    what = f"ONNX file, mode {r.get('mode', 'merged')}"
-    return f"{what}, proven equal to what it came from" if r.get("parity") else what
-
-
-def _extract(r: Json) -> str:
-    return f"Recovered {plural(len(r.get('extracted') or ()), 'update')} from two checkpoints"
-
-
-def _truncate(r: Json) -> str:
-    if "table" in r:
-        return f"Losses at {plural(len(r['table']), 'rank')}, of {plural(r['examples'], 'example')}"
-    before, after = r.get("parameters_before"), r.get("parameters")
-    return f"Truncated from {number(before)} to {number(after)} parameters"
-
-
-def _plan(r: Json) -> str:
-    ranked = [t for t in r.get("targets") or () if t.get("rank")]
-    return f"Planned {plural(len(ranked), 'target')} by {r.get('method')} under {r.get('budget')}"
-
-
-def _convert(r: Json) -> str:
-    return f"Converted {plural(r.get('updates') or 0, 'update')} from {r.get('from')} to {r['to']}"
-
-
-def _verify(r: Json) -> str:
-    if "fits" in r:
-        return f"The adapter fits: {plural(r['fits'], 'low-rank update')}"
-    if "tensors" in r:
-        held = " as they should be" if "touched" in r else " equal"
-        return f"{number(r['equal'])} of {plural(r['tensors'], 'tensor')} are{held}"
-    return "Equal within the gate"
-
-
-_SENTENCES: dict[str, Callable[[Json], str]] = {
-    "insert": _insert,
-    "train": _train,
-    "merge": _merge,
-    "merge-all": _merge_all,
-    "export": _export,
-    "extract": _extract,
-    "truncate": _truncate,
-    "plan": _plan,
-    "convert": _convert,
-    "verify": _verify,
-}
-
-
-def _targets(r: Json) -> str:
-    return plural(len(r.get("targets") or ()), "target")
 
 
 def facts(result: Json, rows: list[Row]) -> list[Fact]:
@@ -281,3 +174,90 @@ def _sizes(result: Json) -> list[Fact]:
         return []
     beside = f"inputs {size(sum(source))}" if source else ""
     return [Fact("Written", size(sum(out)), beside)]
+
+
+# The table of targets: one row each, and only the columns that some row has something in.
+
+
+class Column(NamedTuple):
+    """A heading and its meaning, the cell of a row (empty: nothing known), whether a number."""
+
+    head: str
+    title: str
+    cell: Callable[[Row], str]
+    numeric: bool = True
+
+
+def _columns(command: str) -> list[Column]:
+    error = "difference" if command == "verify" else "error"
+    return [
+        Column("op", "", lambda r: r.op, False),
+        Column("role", "", lambda r: r.role, False),
+        Column("shape", "", lambda r: shape(r.shape) if r.shape else ""),
+        Column("rank", "", lambda r: " + ".join(map(str, r.rank))),
+        Column("α", "", lambda r: " + ".join(f"{a:g}" for a in r.alpha)),
+        Column("params", "elements of A and B", lambda r: _number(r.parameters)),
+        Column("FLOPs", "share of the weight FLOPs", lambda r: _percent(r.share)),
+        Column("effect", "‖Δ‖/‖W‖", lambda r: _percent(r.effect)),
+        Column("rounding", "share of the update lost", lambda r: _percent(r.rounding)),
+        Column("unmoved", "share of the elements that stayed", lambda r: _percent(r.unmoved)),
+        Column(error, "relative", lambda r: _number(r.error)),
+        Column(
+            "‖ΔW‖", "of s·BA", lambda r: " + ".join(number(float(s["norm"])) for s in r.spectra)
+        ),
+        Column("stable rank", "‖ΔW‖²/σ₁²", lambda r: " + ".join(map(_stable, r.spectra))),
+        Column("spectrum", "singular values of s·BA", _sparks, False),
+        Column("", "", _said, False),
+    ]
+
+
+class Table(NamedTuple):
+    """The columns in use, of which `left` (from 1, the key's) hold text, and (key, cells) a row."""
+
+    columns: list[Column]
+    rows: list[tuple[str, list[str]]]
+    left: list[int]
+    means: str
+
+
+def table(result: Json, rows: list[Row]) -> Table | None:
+    """The table of the targets; None without rows."""
+    if not rows:
+        return None
+    if not any(s["norm"] for r in rows for s in r.spectra):
+        rows = [replace(r, spectra=[]) for r in rows]  # nothing is trained yet
+    columns = _columns(str(result.get("command", "")))
+    filled = [(c, cells) for c in columns if any(cells := [c.cell(r) for r in rows])]
+    used = [c for c, _ in filled]
+    return Table(
+        used,
+        [(r.key, cells) for r, *cells in zip(rows, *(cells for _, cells in filled), strict=True)],
+        [i for i, c in enumerate(used, 2) if not c.numeric],
+        " · ".join(f"{c.head}: {c.title}" for c in used if c.title),
+    )
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else number(x)
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else percent(x)
+
+
+def _sparks(row: Row) -> Markup:
+    return Markup("").join(map(charts.spark, row.spectra))
+
+
+def _said(row: Row) -> str:
+    texts = [*row.said, row.updates if not row.rank else ""]
+    return "; ".join(dict.fromkeys(filter(None, texts)))
+
+
+def _norm(spectrum: Json) -> str:
+    return number(float(spectrum["norm"]))
+
+
+def _stable(spectrum: Json) -> str:
+    top = spectrum["sigma"][0] if spectrum["sigma"] else 0
+    return number((spectrum["norm"] / top) ** 2) if top else "–"

@@ -6,12 +6,13 @@ Keys and paths come from files. A character that is not seen, or that turns the 
 
 from __future__ import annotations
 
-import html
 import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from markupsafe import Markup
 
 THIN = "\u202f"
 """A narrow space that does not break: between groups of three digits."""
@@ -34,23 +35,14 @@ def _shown(c: str) -> str:
     return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
 
 
-def esc(text: object) -> str:
-    """Visible and escaped, for an element or a quoted attribute.
-
-    >>> esc("<b a='1'>&")
-    '&lt;b a=&#x27;1&#x27;&gt;&amp;'
-    """
-    return html.escape(visible(text))
-
-
-def broken(key: str) -> str:
+def broken(key: str) -> Markup:
     """A key as HTML that a line may break after a dot of, in pieces of a dozen characters.
 
     >>> broken("model.layers.0.self_attn.q_proj.weight")
-    'model.layers.<wbr>0.self_attn.<wbr>q_proj.weight'
+    Markup('model.layers.<wbr>0.self_attn.<wbr>q_proj.weight')
     """
     pieces = re.findall(r".{10,}?\.(?=.{6})|.+", key, re.S)
-    return "<wbr>".join(map(esc, pieces))
+    return Markup("<wbr>").join(map(visible, pieces))
 
 
 def number(value: object) -> str:
@@ -126,8 +118,3 @@ def plural(count: int, word: str) -> str:
     ('1 target', '2 targets')
     """
     return f"{number(count)} {word}{'' if count == 1 else 's'}"
-
-
-def code(text: object) -> str:
-    """A name from a file: its own direction, and set apart from the text round it."""
-    return f"<code>{esc(text)}</code>"

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files import lock
-from lora_fx.files.atomic import replacing
-from lora_fx.files.lock import locked
+from lora_fx.files import atomic
+from lora_fx.files.atomic import locked, replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import random, sys, time
 from pathlib import Path
-from lora_fx.checkpoint import lock
+from lora_fx.files import atomic
 from lora_fx.files.atomic import replacing
 from lora_fx.errors import LoraFxError
 
 if sys.argv[1] == "no flock":
-    lock.fcntl = None
+    atomic.fcntl = None
 for line in sys.stdin:
     path, name = line.split()
     time.sleep(random.random() * 0.01)
@@ -48,15 +47,15 @@ for line in sys.stdin:
 # A writer that replaces its output by the next generation until it is killed.
 WRITER = """
 import sys
-from lora_fx.checkpoint import lock, osfile
+from lora_fx.files import atomic
 
 if sys.argv[2] == "two renames":
-    osfile._exchange = lambda *_: False
+    atomic._exchange = lambda *_: False
 if sys.argv[2] == "no flock":
-    lock.fcntl = None
+    atomic.fcntl = None
 n = 0
 while True:
-    with osfile.replacing(sys.argv[1], force=True) as out:
+    with atomic.replacing(sys.argv[1], force=True) as out:
         out.mkdir()
         for i in range(4):
             (out / str(i)).write_bytes(n.to_bytes(4, "little") * 5000)
@@ -69,13 +68,13 @@ while True:
 EVERY_CALL = """
 import os, shutil, signal, sys
 from pathlib import Path
-from lora_fx.checkpoint import osfile
+from lora_fx.files import atomic
 from tests.files.test_atomic import Scene
 from tests.faults import Faults
 
 folder, kind, before, swap = sys.argv[1:]
 if swap == "two renames":
-    osfile._exchange = lambda *_: False
+    atomic._exchange = lambda *_: False
 scene = Scene(Path(folder), kind, before)
 killed = 0
 for at in range(1, 1000):
@@ -93,7 +92,7 @@ for at in range(1, 1000):
     if swap != "two renames":
         scene.check(clean=False)
     try:
-        with osfile.replacing(scene.out, force=True):  # the next run mends, whether it ends well
+        with atomic.replacing(scene.out, force=True):  # the next run mends, whether it ends well
             scene.check(clean=False)
             raise KeyError
     except KeyError:
@@ -189,7 +188,7 @@ def test_a_lock_whose_file_lost_its_name_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between open and flock the holder may unlink the file: then the lock is on nothing."""
-    real, unlinked = lock.fcntl.flock, list[int]()
+    real, unlinked = atomic.fcntl.flock, list[int]()
 
     def late(fd: int, how: int) -> None:
         if not unlinked:
@@ -197,7 +196,7 @@ def test_a_lock_whose_file_lost_its_name_is_none(
             unlinked.append(fd)
         real(fd, how)
 
-    monkeypatch.setattr(lock.fcntl, "flock", late)
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
     with locked(tmp_path / "x"):
         assert (tmp_path / ".x.lock").exists()
         with pytest.raises(LoraFxError, match="another run"), locked(tmp_path / "x"):
@@ -205,18 +204,18 @@ def test_a_lock_whose_file_lost_its_name_is_none(
 
 
 def _without_flock(m: pytest.MonkeyPatch) -> None:
-    m.delattr(lock.fcntl, "flock")
+    m.delattr(atomic.fcntl, "flock")
 
 
 def _without_fcntl(m: pytest.MonkeyPatch) -> None:
-    m.setattr(lock, "fcntl", None)
+    m.setattr(atomic, "fcntl", None)
 
 
 def _unlockable(code: int) -> Callable[[pytest.MonkeyPatch], None]:
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    return lambda m: m.setattr(lock.fcntl, "flock", refuse)
+    return lambda m: m.setattr(atomic.fcntl, "flock", refuse)
 
 
 @pytest.mark.parametrize(
@@ -226,20 +225,23 @@ def _unlockable(code: int) -> Callable[[pytest.MonkeyPatch], None]:
 def test_without_flock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    file, me = tmp_path / ".x.lock", f"{os.getpid()} {os.uname().nodename}"
+    file = tmp_path / ".x.lock"
     with monkeypatch.context() as m:
         remove(m)
         with replacing(tmp_path / "x") as temporary:
             temporary.write_text("1")
-            assert file.read_text().split() == me.split()
+            content = file.read_text()
+            pid, host, *_ = content.split()
+            me = f"{pid} {host}"
+            assert int(pid) == os.getpid() and host.startswith(os.uname().nodename)
             with pytest.raises(LoraFxError, match="another run") as caught, locked(tmp_path / "x"):
                 pytest.fail("entered")
             assert me in caught.value.hint and str(file) in caught.value.hint
         dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                               capture_output=True, text=True).stdout.strip()  # fmt: skip
-        for content, free in [(f"{dead} {os.uname().nodename}", True), (f"{dead} elsewhere", False),
-                              (me, False), ("", False), ("garbage", False)]:  # fmt: skip
-            file.write_text(content)
+        for text, free in [(f"{dead}\n{host}\n", True), (f"{dead}\nelsewhere\n", False),
+                           (content, False), ("", False), ("garbage", False)]:  # fmt: skip
+            file.write_text(text)
             if free:
                 with replacing(tmp_path / "x", force=True) as temporary:
                     temporary.write_text("2")
@@ -248,7 +250,7 @@ def test_without_flock(
             with pytest.raises(LoraFxError, match="another run") as caught, locked(tmp_path / "x"):
                 pytest.fail("entered")
             assert file.exists() and str(file) in caught.value.hint
-    file.write_text(me)  # with flock again: who wrote it lives, and could not use flock
+    file.write_text(content)  # with flock again: who wrote it lives, and could not use flock
     with pytest.raises(LoraFxError, match="another run"), locked(tmp_path / "x"):
         pytest.fail("entered")
     file.write_text("")

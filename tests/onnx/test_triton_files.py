@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.triton import Config, PbtxtReader, Port, quoted, write_repository
+from lora_fx.onnx.triton import Config, Port, write_repository
 from tests.onnx.triton_models import Net, export, folders
 from tests.onnx.triton_rules import loads, proto
 
@@ -80,9 +80,11 @@ def test_half_precision(tmp_path: Path) -> None:
 def test_names_are_read_as_protobuf_reads_them(text: str) -> None:
     from google.protobuf import text_format
 
-    line = f"name: {quoted(text)}"
-    assert text_format.Parse(line, proto().ModelConfig()).name == text
-    assert PbtxtReader(line, "x").message() == {"name": [text]}
+    written = Config(text, {text: Port("TYPE_FP32", (-1,))}, {}).to_text()
+    config = text_format.Parse(written, proto().ModelConfig())
+    assert [config.name, config.input[0].name] == [text, text]
+    assert Config.from_text(written, "x").name == text
+    assert list(Config.from_text(written, "x").inputs) == [text]
 
 
 def test_a_damaged_config_is_refused_or_read() -> None:
