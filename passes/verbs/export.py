@@ -17,7 +17,6 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.files.atomic import check_output
-from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
@@ -242,6 +241,8 @@ REFUSED = "torch's ONNX exporter refused the model"
 
 def may_help(model: Any, error: LoraFxError) -> bool:
     """True where the model could not be captured or translated, and has another attention."""
+    from lora_fx.fx.capture.capture import Captured  # opens torch, which .onnx files do without
+
     source: Any = model.model if isinstance(model, Captured) else model
     now = getattr(getattr(source, "config", None), "_attn_implementation", "eager")
     failed = isinstance(error, CaptureError) or error.message.startswith(REFUSED)
@@ -251,6 +252,8 @@ def may_help(model: Any, error: LoraFxError) -> bool:
 @contextlib.contextmanager
 def eager(model: Any) -> Iterator[Any]:
     """The model with eager attention while the block runs; a capture is one of it, anew."""
+    from lora_fx.fx.capture.capture import Captured
+
     source: Any = model.model if isinstance(model, Captured) else model
     was = source.config._attn_implementation
     source.set_attn_implementation("eager")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,18 +18,16 @@ from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import is_adapter, load_adapter
-from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find as find_graph
-from lora_fx.passes.proofs.parity import prove
 from lora_fx.passes.proofs.reference import reference_of
-from lora_fx.passes.verbs.adapt import find, insert
-from lora_fx.passes.verbs.open import captured_of, opened
+
+if TYPE_CHECKING:
+    from lora_fx.fx.module.module import CapturedModule
 
 
 def verify(
@@ -119,6 +117,9 @@ def verify_run(
     provider: str,
 ) -> Report:
     """See `lora_fx.verify`."""
+    from lora_fx.passes.proofs.parity import prove, torch_run
+    from lora_fx.passes.verbs.open import opened
+
     if isinstance(b, Adapter):
         return _fits(a, b)
     a, b = (opened(_folder(m)) for m in (a, b))
@@ -129,8 +130,6 @@ def verify_run(
         run: Callable[[Feeds], Any] = session.run
         notes = [session.note] if session.note else []
     else:
-        from lora_fx.passes.proofs.parity import torch_run
-
         run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
     parity = prove(run, module, arrays=inputs, tol=tol)
     return _report(parity, notes)
@@ -138,6 +137,8 @@ def verify_run(
 
 def _folder(model: Any) -> Any:
     """The capture of a Hugging Face folder; anything else as it is."""
+    from lora_fx.passes.verbs.open import captured_of
+
     is_folder = isinstance(model, (str, PathLike)) and Path(model).is_dir()
     return captured_of(model) if is_folder else model
 
@@ -148,6 +149,10 @@ def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
 
 
 def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
+    from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.module.module import CapturedModule, plain
+    from lora_fx.passes.verbs.adapt import insert
+
     if isinstance(model, CapturedModule):
         if adapter is not None:
             raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
@@ -161,6 +166,8 @@ def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
 
 def _fits(model: Any, adapter: Adapter) -> Report:
     """Does every key of an adapter have a target of its shape in a model?"""
+    from lora_fx.passes.verbs.adapt import find
+
     found = find(model)
     bound = bind(adapter, found)
     untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
