@@ -274,7 +274,7 @@ def test_a_file_that_names_both_modules_of_a_tensor() -> None:
         entries: dict[str, Any] = {given[0]: {"a": a, "b": b}, given[1]: {"a": -a, "b": b}}
         if name == "Tied":  # a lookup's in is the rows
             entries[given[0]] = {"a": b.T, "b": a.T, "op": "embedding"}
-        adapter = Adapter({k: lora_fx.lowrank.LowRank(alpha=1.0, **e) for k, e in entries.items()})
+        adapter = Adapter({k: lora_fx.LowRank(alpha=1.0, **e) for k, e in entries.items()})
         bound = adapter.bind(model, (x,))
         assert list(bound) == [f"{given[0]}@{g}" for g in given]
         deltas = list(bound.deltas().values())

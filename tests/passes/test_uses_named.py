@@ -31,7 +31,7 @@ def test_a_use_that_the_model_lacks_is_named() -> None:
 def test_a_file_that_names_one_module_of_a_shared_tensor(tmp_path: Path) -> None:
     model, x = built("Shared")
     a, b = draw("w", lora_fx.find(model, (x,)).targets[0].layout, 2, 0, "probe")
-    bound = Adapter({"b.weight": lora_fx.lowrank.LowRank(a, b, 1.0)}).bind(model, (x,))
+    bound = Adapter({"b.weight": lora_fx.LowRank(a, b, 1.0)}).bind(model, (x,))
     assert {k: u.use for k, u in bound.lowrank.items()} == {"a.weight": "b.weight"}
     whole = lora_fx.insert(model, (x,), rank=2, include="*").adapter()
     (note, *_) = lora_fx.save_adapter(whole, tmp_path / "adapter")
