@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint each entry of an adapter changes, and how it lies there.
 
 No graph is read, so the shapes decide: a weight stored [out, in] or, as GPT-2's Conv1D, [in, out].
-A square one is decided by orientation.py.
+For a square one, the rest of the adapter and the model's family decide.
 """
 
 from __future__ import annotations
