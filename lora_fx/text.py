@@ -26,6 +26,16 @@ def human(n: float) -> str:
     return f"{n / 1000**power:.1f} {' kMGTP'[power]}"
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many more there are.
+
+    >>> some(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def near(name: str, names: Mapping[str, Any] | list[str]) -> str:
     """A hint with the closest known names."""
     import difflib

@@ -25,7 +25,7 @@ from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
 from lora_fx.targets.target import base_name, split_key, split_use
-from lora_fx.text import near
+from lora_fx.text import near, some
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,12 @@ def _also(
 
 
 def _unused(lost: list[str], hint: str, where: str, notes: list[str], *, allow: bool) -> None:
-    some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+    names = some(lost)
     if not allow:
-        raise LoraFxError(f"{where}: no tensor for {len(lost)} of the adapter's keys: {some}", hint)
-    notes.append(f"left out, the base has no such tensor: {some}")
+        raise LoraFxError(
+            f"{where}: no tensor for {len(lost)} of the adapter's keys: {names}", hint
+        )
+    notes.append(f"left out, the base has no such tensor: {names}")
 
 
 def _renamed(config: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from lora_fx.fx.module.module import Rewriter
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.parity import prove, torch_run
+from lora_fx.text import some
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.adapted import AdaptedModule
@@ -167,10 +168,9 @@ def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
     if found.dead and drop:
         return tuple(found.dead)
     if found.dead:
-        some = ", ".join(f"{k} ({'/'.join(modes)})" for k, modes in list(found.dead.items())[:5])
-        more = f" and {len(found.dead) - 5} more" if len(found.dead) > 5 else ""
+        dead = [f"{k} ({'/'.join(modes)})" for k, modes in found.dead.items()]
         raise NoEffectError(
-            f"no gradient reaches {some}{more}: an adapter there would train nothing",
+            f"no gradient reaches {some(dead, 5)}: an adapter there would train nothing",
             "leave it out with exclude=…, or all such with dead='drop'; dead='allow' keeps it",
         )
     try:

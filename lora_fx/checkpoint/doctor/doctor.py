@@ -21,7 +21,7 @@ from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
 from lora_fx.files.atomic import explain
 from lora_fx.targets.target import base_name
-from lora_fx.text import table
+from lora_fx.text import some, table
 
 
 class Check(NamedTuple):
@@ -146,9 +146,7 @@ def lines(report: Report) -> str:
         said = counts.get(check.name)
         text.append(f"{check.name:<{width}}  {said[0] if said else 'ok'}")
     for f in d["findings"]:
-        some = ", ".join(f["keys"][:3])
-        some += f" and {len(f['keys']) - 3} more" if len(f["keys"]) > 3 else ""
-        text += ["", f"{f['severity']}: {f['check']}: {some}".removesuffix(": ")]
+        text += ["", f"{f['severity']}: {f['check']}: {some(f['keys'])}".removesuffix(": ")]
         for name in ("found", "expected", "hint"):
             label = {"hint": "do"}.get(name, name)
             text += [f"  {label + ':':<10}{f[name]}"] if f[name] else []

@@ -21,6 +21,7 @@ from torch import nn
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import read_json
+from lora_fx.text import some
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
@@ -222,7 +223,7 @@ def _judge(module: Any, info: dict[str, Any], path: Path, *, strict: bool) -> tu
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     total = len(module.state_dict())
     if (strict and (missing or unexpected)) or 2 * len(missing) > total:
-        what = [f"{len(n)} of its tensors {w}: {_some(n)}" for n, w in
+        what = [f"{len(n)} of its tensors {w}: {some(n, 4)}" for n, w in
                 ((missing, "are missing"), (unexpected, "are unexpected")) if n]  # fmt: skip
         raise LoraFxError(
             f"{path} does not fit {type(module).__name__}: {'; '.join(what)}",
@@ -230,14 +231,12 @@ def _judge(module: Any, info: dict[str, Any], path: Path, *, strict: bool) -> tu
         )
     notes = []
     if missing:
-        notes.append(f"random weights: {len(missing)} tensors are not in {path}: {_some(missing)}")
+        notes.append(
+            f"random weights: {len(missing)} tensors are not in {path}: {some(missing, 4)}"
+        )
     if unexpected:
-        notes.append(f"unused: {len(unexpected)} tensors of {path}: {_some(unexpected)}")
+        notes.append(f"unused: {len(unexpected)} tensors of {path}: {some(unexpected, 4)}")
     return tuple(notes)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _no_cache(module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from lora_fx.files.safetensors import CONVERT, TensorInfo
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.factory import call_factory
 from lora_fx.fx.load.huggingface import load_folder
+from lora_fx.text import near, some
 
 FORMS = (
     "MODEL is a Hugging Face folder, package.module:FACTORY, path/file.py:FACTORY, timm:NAME or "
@@ -210,8 +211,6 @@ def _torchvision(torchvision: Any, name: str) -> tuple[nn.Module, tuple[int, ...
 
 
 def _no_name(library: str, name: str, names: list[str]) -> LoraFxError:
-    from lora_fx.text import near
-
     return LoraFxError(f"{library} has no model {name!r}", near(name, names))
 
 
@@ -347,8 +346,7 @@ def check_fit(
 
 
 def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(one_line(n, 100) for n in names[:3]) + rest
+    return some([one_line(n, 100) for n in names])
 
 
 def _hint(here: set[str], wanted: Mapping[str, object]) -> str:
