@@ -26,6 +26,16 @@ def human(n: float) -> str:
     return f"{n / 1000**power:.1f} {' kMGTP'[power]}"
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def near(name: str, names: Mapping[str, Any] | list[str]) -> str:
     """A hint with the closest known names."""
     import difflib

@@ -13,6 +13,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.found import Found
 from lora_fx.targets.selectors import select, select_names, split
+from lora_fx.text import some
 
 HeaderOf = tuple[str, Mapping[str, TensorInfo]]
 """A path, for messages, and its tensors."""
@@ -44,7 +45,7 @@ def scope_of(
     extra = [n for n, t in new.items() if wanted(n, t) and n not in old]
     shapes = [n for n, t in old.items() if wanted(n, t) and n in new and new[n].shape != t.shape]
     problems = [
-        f"{len(names)} {what}: {_some(names)}"
+        f"{len(names)} {what}: {some(names)}"
         for names, what in (
             ([_name(n) for n in lost], f"only in {base[0]}"),
             ([_name(n) for n in extra], f"only in {tuned[0]}"),
@@ -105,10 +106,6 @@ def _hint(old: Mapping[str, TensorInfo], new: Mapping[str, TensorInfo]) -> str:
 
 def _name(name: str) -> str:
     return one_line(name, 100)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # The two sides of an extraction under the same names, where either is tied.

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint each entry of an adapter changes, and how it lies there.
 
 No graph is read, so the shapes decide: a weight stored [out, in] or, as GPT-2's Conv1D, [in, out].
-A square one is decided by orientation.py.
+How a square one lies is decided below.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
 from lora_fx.targets.target import base_name, split_key, split_use
-from lora_fx.text import near
+from lora_fx.text import near, some
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def stacked(
     config: Mapping[str, Any],
     rename: Renaming,
 ) -> Adapter:
-    """An adapter with its updates of expert stacks under their own names; see `experts.place`."""
+    """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
 
     def shape_of(name: str) -> tuple[int, ...] | None:
         info = rename.info(name, tensors)
@@ -151,10 +151,11 @@ def named(adapter: Adapter, names: Iterable[str]) -> Adapter:
 
 
 def _unused(lost: list[str], hint: str, where: str, notes: list[str], *, allow: bool) -> None:
-    some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     if not allow:
-        raise LoraFxError(f"{where}: no tensor for {len(lost)} of the adapter's keys: {some}", hint)
-    notes.append(f"left out, the base has no such tensor: {some}")
+        raise LoraFxError(
+            f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
+        )
+    notes.append(f"left out, the base has no such tensor: {some(lost)}")
 
 
 def _renamed(config: Mapping[str, Any]) -> str:

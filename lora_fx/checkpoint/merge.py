@@ -24,7 +24,7 @@ from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, check_space, explain, replacing
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.text import table
+from lora_fx.text import some, table
 
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
@@ -237,8 +237,7 @@ def _said(plan: MergePlan) -> list[str]:
     said = []
     left = plan.base.companions()[1]
     if left:
-        some = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        said.append(f"not copied, hidden or other copies of the weights: {some}")
+        said.append(f"not copied, hidden or other copies of the weights: {some(left, 5)}")
     name = report_name(plan)
     if plan.base.path.is_dir() and name != REPORTS[0]:
         kept = f"{REPORTS[0]} is the base's own and is kept"

@@ -156,7 +156,7 @@ def _exact(change: TensorChange) -> list[Stage]:
         for s in stages
     ]
     first = dataclasses.replace(wide[0], fold=prepared(wide[0].fold, change.source))
-    return [first, *wide[1:]]  # later ones need no more than rows, see chain.py
+    return [first, *wide[1:]]  # later ones need no more than rows, see verify.py
 
 
 def _ratio(

@@ -1,6 +1,6 @@
 """The tensors of a `.safetensors` file or a Hugging Face folder, and those an adapter can take.
 
-Only headers are read, and every one strictly (see strict.py).
+Only headers are read, and every one strictly (see lora_fx.files.safetensors).
 """
 
 from __future__ import annotations

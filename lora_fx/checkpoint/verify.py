@@ -1,7 +1,7 @@
 """verify on tensor files: nothing is run, tensors are compared; see `lora_fx.verify`.
 
 MERGED against BASE and adapters: every touched tensor is W + Σ wᵢ·sᵢ·BᵢAᵢ in the dtype that MERGED
-has it in, within what fp32 and one rounding allow (see proof.py); all others are the base's bytes.
+has it in, within what fp32 and one rounding allow (see prove.py); all others are the base's bytes.
 """
 
 from __future__ import annotations

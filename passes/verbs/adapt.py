@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_fx.adapter.adapter import Adapter, bind
-from lora_fx.adapter.factors import relearning
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -18,12 +18,14 @@ from lora_fx.fx.tensors import named_tensors
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
-from lora_fx.passes.proofs.effect import prove_effect
 from lora_fx.passes.verbs.build_module import (
     Selectors,
     adapted_module,
     check_variant,
+    found_in,
+    module_with,
     plan_of,
+    proven_module,
     started,
 )
 from lora_fx.passes.verbs.open import captured_of, opened
@@ -53,10 +55,7 @@ def find(
         return replace(find_graph(graph), pinned=tuple(model.captured.pinned))
     if hasattr(model, "sites"):
         return find_graph(model)
-    cap = captured_of(model, args, kwargs, dynamic, meta=True)
-    return replace(
-        find_graph(cap.fx_graph(training)), pinned=tuple(cap.pinned), notes=tuple(cap.notes)
-    )
+    return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)
 
 
 def insert(
@@ -140,35 +139,21 @@ def insert(
             "leave out include, exclude, also_train and plan, or the adapter",
         )
     cap = captured_of(model, args, kwargs, dynamic)
-    found = find(cap)
-    names = named_tensors(cap.model)[0]
-    metadata: dict[str, Any] = {"dropout": dropout}
-    if adapter is None:
-        chosen = plan_of(found, names, rank, alpha, include, exclude, also_train, plan)
-        read = cap.fx_graph().read
-        updates, more = started(cap, found, chosen, read, variant, seed, init, data, loss)
-        whole, notes = chosen.also_train, (*chosen.notes, *said, *more)
-    else:
-        bound = bind(adapter, found)
-        updates, metadata = relearning(bound.lowrank, bound.metadata)
-        whole, notes = tuple(bound.full), ()
-        metadata["dropout"] = dropout
-
-    module = adapted_module(cap, found, updates, whole, notes, metadata, dropout, norm_stats, fast)
-    if dead != "allow" and module.base_dtype is not None and updates:
-        idle = prove_effect(module, drop=dead == "drop")
-        if idle:
-            kept = {k: u for k, u in updates.items() if k not in idle}
-            notes = (*notes, *(f"{k}: left out, no gradient reaches it" for k in idle))
-            module = adapted_module(
-                cap, found, kept, whole, notes, metadata, dropout, norm_stats, fast
-            )
-            prove_effect(module)
-    if adapter is not None and bound.full:
-        module.load_adapter(bound)
     if adapter is not None:
-        module.check_base(adapter)
-    return module
+        return module_with(cap, adapter, dropout, norm_stats, dead, fast=fast)
+    found = found_in(cap)
+    names = named_tensors(cap.model)[0]
+    chosen = plan_of(found, names, rank, alpha, include, exclude, also_train, plan)
+    read = cap.fx_graph().read
+    updates, more = started(cap, found, chosen, read, variant, seed, init, data, loss)
+    metadata = {"dropout": dropout}
+
+    def build(now: Mapping[str, LowRank], notes: Sequence[str]) -> AdaptedModule:
+        return adapted_module(
+            cap, found, now, chosen.also_train, notes, metadata, dropout, norm_stats, fast
+        )
+
+    return proven_module(build, updates, (*chosen.notes, *said, *more), dead)
 
 
 def fold(

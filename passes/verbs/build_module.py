@@ -1,10 +1,13 @@
-"""The updates that insert and attach start from, and the weights and data that those read."""
+"""The module of a capture and its updates, proven; and what those updates start from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.factors import relearning
 from lora_fx.adapter.initial import OF_DATA, OF_WEIGHT, check_init, initial
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import named_variant
@@ -15,8 +18,10 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import with_signature
 from lora_fx.passes.clean import Clean
+from lora_fx.passes.find import find
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.effect import prove_effect
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
 from lora_fx.targets.found import Found
@@ -103,6 +108,66 @@ def adapted_module(
     )
     assert isinstance(module, AdaptedModule)
     return module
+
+
+def proven_module(
+    build: Callable[[Mapping[str, LowRank], Sequence[str]], AdaptedModule],
+    updates: Mapping[str, LowRank],
+    notes: Sequence[str],
+    dead: str,
+) -> AdaptedModule:
+    """What `build` makes of updates and notes, once every target is proven to take effect.
+
+    Args:
+        build: (updates, notes) → the module.
+        updates: By target key.
+        notes: What has to be said.
+        dead: As in insert: error, drop or allow.
+
+    Raises:
+        NoEffectError: As insert.
+    """
+    module = build(updates, notes)
+    if dead == "allow" or module.base_dtype is None or not updates:
+        return module
+    idle = prove_effect(module, drop=dead == "drop")
+    if idle:
+        kept = {k: u for k, u in updates.items() if k not in idle}
+        module = build(kept, (*notes, *(f"{k}: left out, no gradient reaches it" for k in idle)))
+        prove_effect(module)
+    return module
+
+
+def module_with(
+    cap: Captured,
+    adapter: Adapter,
+    dropout: float,
+    norm_stats: str,
+    dead: str = "error",
+    *,
+    fast: bool = True,
+) -> AdaptedModule:
+    """The module that goes on from an adapter, which brings its own targets and ranks."""
+    found = found_in(cap)
+    bound = bind(adapter, found)
+    updates, metadata = relearning(bound.lowrank, bound.metadata)
+    metadata["dropout"] = dropout
+
+    def build(now: Mapping[str, LowRank], notes: Sequence[str]) -> AdaptedModule:
+        whole = tuple(bound.full)
+        return adapted_module(cap, found, now, whole, notes, metadata, dropout, norm_stats, fast)
+
+    module = proven_module(build, updates, (), dead)
+    if bound.full:
+        module.load_adapter(bound)
+    module.check_base(adapter)
+    return module
+
+
+def found_in(cap: Captured, training: bool = False) -> Found:
+    """The targets of a capture, with what had to be said and pinned on the way to it."""
+    found = find(cap.fx_graph(training))
+    return replace(found, pinned=tuple(cap.pinned), notes=tuple(cap.notes))
 
 
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], Any]]:

@@ -222,7 +222,7 @@ def export_slots(
 def _base(reference: TorchReference, opset: int, *, tied: bool) -> OnnxGraph:
     """The model in ONNX, its own names on weights and dimensions."""
     made = to_onnx(reference.base, opset)
-    names = named_tensors(reference.captured.model)[0] if tied else None
+    names = named_tensors(reference.base.captured.model)[0] if tied else None
     restore_weight_names(made.model, names)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)

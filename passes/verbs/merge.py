@@ -18,6 +18,7 @@ from lora_fx.adapter.adapter import HOWS, Adapter, mix
 from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.merge import GAIN, given
 from lora_fx.checkpoint.merge_plan import Given
+from lora_fx.checkpoint.provenance import METADATA, refuse_again
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
@@ -210,9 +211,6 @@ def lines(report: Report) -> str:
 # The plan of a merge into an .onnx file: what goes where, read without its weights.
 
 
-METADATA = "lora_fx.merge"
-
-
 @dataclass(frozen=True)
 class OnnxMergePlan:
     """A file and the adapters that go into it, in its keys.
@@ -289,7 +287,8 @@ def plan_onnx(
         raise LoraFxError(f"no mix {how!r}", f"sum, {', '.join(HOWS)}")
     parts = given(adapters, trust)
     model = load(source)
-    _refuse_again(source, model.metadata_props.get(METADATA), parts, again)
+    merges = history(model.metadata_props.get(METADATA))
+    refuse_again(source, merges, [(p.where, p.hash) for p in parts], again=again)
     renamed = restore_weight_names(model)
     graph = OnnxGraph(model)
     found = find(graph)
@@ -324,16 +323,6 @@ def _sum(
         for p, m in zip(parts, each, strict=True)
     ]
     return Matched(dict(mix(bound, how, rank).lowrank), {})
-
-
-def _refuse_again(source: Path, text: str | None, parts: Sequence[Given], again: bool) -> None:
-    folded = {a["hash"] for m in history(text) for a in m["adapters"]}
-    for part in parts:
-        if part.hash in folded and not again:
-            raise LoraFxError(
-                f"{source}: {part.where} is merged into it already",
-                "start from the original base; --again merges it once more",
-            )
 
 
 def history(text: str | None) -> list[dict[str, Any]]:

@@ -5,12 +5,10 @@ Comparing tensors needs no torch, so what runs models is imported only where one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.checkpoint.prove import ROWS
@@ -18,18 +16,16 @@ from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import is_adapter, load_adapter
-from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find as find_graph
-from lora_fx.passes.proofs.parity import prove
-from lora_fx.passes.proofs.reference import reference_of
-from lora_fx.passes.verbs.adapt import find, insert
-from lora_fx.passes.verbs.open import captured_of, opened
+from lora_fx.passes.proofs.reference import Run, reference_of
+
+if TYPE_CHECKING:
+    from lora_fx.fx.module.module import CapturedModule
 
 
 def verify(
@@ -99,15 +95,10 @@ def fits_switch(path: Any, adapter: Any) -> Report:
 
 
 def _is_path(value: Any) -> bool:
-    from os import PathLike
-
     return isinstance(value, (str, PathLike))
 
 
 # verify, where models are run: on the same inputs, output by output; or does an adapter fit?
-
-
-Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 
 def verify_run(
@@ -119,6 +110,9 @@ def verify_run(
     provider: str,
 ) -> Report:
     """See `lora_fx.verify`."""
+    from lora_fx.passes.proofs.parity import prove, torch_run
+    from lora_fx.passes.verbs.open import opened
+
     if isinstance(b, Adapter):
         return _fits(a, b)
     a, b = (opened(_folder(m)) for m in (a, b))
@@ -126,11 +120,9 @@ def verify_run(
     if a_file or b_file:
         session = open_session(a if a_file else b, provider)
         module = _module(b if a_file else a, adapter)
-        run: Callable[[Feeds], Any] = session.run
+        run: Run = session.run
         notes = [session.note] if session.note else []
     else:
-        from lora_fx.passes.proofs.parity import torch_run
-
         run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
     parity = prove(run, module, arrays=inputs, tol=tol)
     return _report(parity, notes)
@@ -138,6 +130,8 @@ def verify_run(
 
 def _folder(model: Any) -> Any:
     """The capture of a Hugging Face folder; anything else as it is."""
+    from lora_fx.passes.verbs.open import captured_of
+
     is_folder = isinstance(model, (str, PathLike)) and Path(model).is_dir()
     return captured_of(model) if is_folder else model
 
@@ -148,6 +142,10 @@ def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
 
 
 def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
+    from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.module.module import CapturedModule, plain
+    from lora_fx.passes.verbs.adapt import insert
+
     if isinstance(model, CapturedModule):
         if adapter is not None:
             raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
@@ -161,6 +159,8 @@ def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
 
 def _fits(model: Any, adapter: Adapter) -> Report:
     """Does every key of an adapter have a target of its shape in a model?"""
+    from lora_fx.passes.verbs.adapt import find
+
     found = find(model)
     bound = bind(adapter, found)
     untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
@@ -220,8 +220,6 @@ def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
 
 def _bound(adapter: Any, graph: OnnxGraph) -> Adapter:
     if not isinstance(adapter, Adapter):
-        from lora_fx.formats.io import load_adapter
-
         if isinstance(adapter, (list, tuple)):
             raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
         adapter = load_adapter(adapter)

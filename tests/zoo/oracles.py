@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.tensors import from_numpy
-from lora_fx.passes.proofs.parity import Run
+from lora_fx.passes.proofs.reference import Run
 from lora_fx.targets.target import base_name, split_key
 
 

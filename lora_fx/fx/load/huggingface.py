@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.data import Tokenizer
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import read_json
+from lora_fx.text import some
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
@@ -71,6 +73,21 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
     notes += _pad(module)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     return Built(module.eval(), examples(module), notes + more, folder if has_tokenizer else None)
+
+
+def tokenizer_of(folder: Path, max_length: int) -> Tokenizer:
+    """A folder's own tokenizer, padding to the longest text; nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    def run(texts: list[str]) -> dict[str, Any]:
+        out = tokenizer(
+            texts, truncation=True, max_length=max_length, padding=True, return_tensors="np"
+        )
+        return {k: out[k] for k in ("input_ids", "attention_mask") if k in out}
+
+    return run
 
 
 def _config_json(folder: Path) -> dict[str, Any]:
@@ -222,7 +239,7 @@ def _judge(module: Any, info: dict[str, Any], path: Path, *, strict: bool) -> tu
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     total = len(module.state_dict())
     if (strict and (missing or unexpected)) or 2 * len(missing) > total:
-        what = [f"{len(n)} of its tensors {w}: {_some(n)}" for n, w in
+        what = [f"{len(n)} of its tensors {w}: {some(n, 4)}" for n, w in
                 ((missing, "are missing"), (unexpected, "are unexpected")) if n]  # fmt: skip
         raise LoraFxError(
             f"{path} does not fit {type(module).__name__}: {'; '.join(what)}",
@@ -230,14 +247,12 @@ def _judge(module: Any, info: dict[str, Any], path: Path, *, strict: bool) -> tu
         )
     notes = []
     if missing:
-        notes.append(f"random weights: {len(missing)} tensors are not in {path}: {_some(missing)}")
+        notes.append(
+            f"random weights: {len(missing)} tensors are not in {path}: {some(missing, 4)}"
+        )
     if unexpected:
-        notes.append(f"unused: {len(unexpected)} tensors of {path}: {_some(unexpected)}")
+        notes.append(f"unused: {len(unexpected)} tensors of {path}: {some(unexpected, 4)}")
     return tuple(notes)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _no_cache(module: nn.Module) -> None:

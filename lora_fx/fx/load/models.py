@@ -26,6 +26,7 @@ from lora_fx.files.safetensors import CONVERT, TensorInfo
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.factory import call_factory
 from lora_fx.fx.load.huggingface import load_folder
+from lora_fx.text import some
 
 FORMS = (
     "MODEL is a Hugging Face folder, package.module:FACTORY, path/file.py:FACTORY, timm:NAME or "
@@ -347,8 +348,7 @@ def check_fit(
 
 
 def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(one_line(n, 100) for n in names[:3]) + rest
+    return some([one_line(n, 100) for n in names])
 
 
 def _hint(here: set[str], wanted: Mapping[str, object]) -> str:
