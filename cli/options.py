@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import click
@@ -124,46 +123,30 @@ def captured(
 ) -> tuple[Any, Any]:
     """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
     from lora_fx.fx.load.models import LoadedModel, load_model
+    from lora_fx.fx.pt2.captured import is_program, open_program
     from lora_fx.inputs import parse_dynamic
-    from lora_fx.passes.verbs.open import capture
+    from lora_fx.passes.verbs.open import capture_loaded
 
-    if model.endswith(".pt2"):
-        from lora_fx.fx.pt2.captured import open_program
-
+    given = examples(inputs_file) if inputs_file else {}
+    wanted = parse_dynamic(dynamic) or None
+    if is_program(model):
         if weights:
             raise LoraFxError(f"{model} holds its weights", "leave --weights out")
-        given = examples(inputs_file, None)[1] if inputs_file else {}
-        wanted = parse_dynamic(dynamic) or None
-        file = open_program(model, (), given, wanted, static, trust=trust, meta=meta)
-        _say(file)
-        return LoadedModel(file.model, (), dict(file.named), model), file
-    loaded = load_model(model, weights=weights, meta=meta, trust=trust)
-    for text in loaded.notes:
-        note(text)
-    if cache:
-        if inputs_file or dynamic or static:
+        cap: Any = open_program(model, (), given, wanted, static, trust=trust, meta=meta)
+        loaded = LoadedModel(cap.model, (), dict(cap.named), model)
+    else:
+        loaded = load_model(model, weights=weights, meta=meta, trust=trust)
+        for text in loaded.notes:
+            note(text)
+        if cache and (inputs_file or dynamic or static):
             raise LoraFxError(
                 "with --cache the inputs and their dimensions are known",
                 "leave --inputs, --dynamic and --static out",
             )
-        from lora_fx.fx.capture.decoder import decoder
-
-        cap = decoder(loaded.module)
-        _say(cap)
-        return loaded, cap
-    args, kwargs = loaded.args, dict(loaded.kwargs)
-    if inputs_file:
-        args, kwargs = examples(inputs_file, loaded)
-    cap = capture(loaded.module, args, kwargs, parse_dynamic(dynamic) or None, static)
-    _say(cap)
-    return loaded, cap
-
-
-def _say(cap: Any) -> None:
-    for text in cap.notes:
+        cap = capture_loaded(loaded, (), given, wanted, static, cache=cache)
+    for text in (*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned)):
         note(text)
-    for pin in cap.pinned:
-        note(f"pinned: {pin}")
+    return loaded, cap
 
 
 def refuse_given(model: str, names: Sequence[str]) -> None:
@@ -191,11 +174,11 @@ def held(cap: Any) -> Any:
     return module_of(cap)
 
 
-def examples(path: str, loaded: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def examples(path: str) -> dict[str, Any]:
     """Example inputs from an .npz, by argument name."""
     from lora_fx.fx.tensors import from_numpy
 
-    return (), {k: from_numpy(v) for k, v in load_npz(path).items()}
+    return {k: from_numpy(v) for k, v in load_npz(path).items()}
 
 
 def load_npz(path: str | None) -> dict[str, Any]:
@@ -223,42 +206,14 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def training_data(path: str, loaded: Any, cap: Any, label: str, max_length: int) -> Any:
-    """The table of a DATA argument: texts tokenised, tabular columns stacked into one input."""
-    from pathlib import Path
+    """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
+    from lora_fx.data import training_table
+    from lora_fx.fx.load.factory import call_function
+    from lora_fx.fx.load.huggingface import tokenizer_of
 
-    from lora_fx.data import features, read_table, table_of
-
-    tokenizer = None
-    if loaded.tokenizer_folder is not None:
-        tokenizer = _tokenizer(loaded.tokenizer_folder, max_length)
-    if ":" in path and not Path(path).exists():
-        from lora_fx.fx.load.factory import call_function
-
-        raw = call_function(path)
-        table = table_of(raw, path, label=label, tokenizer=tokenizer)
-    else:
-        table = read_table(path, label=label, tokenizer=tokenizer)
-    names = [n for n in table.columns if n != table.label]
-    inputs = cap.inputs.names
-    tabular = len(inputs) == 1 and not set(names) & set(inputs)
-    if tabular and all(table.columns[n].ndim == 1 for n in names):
-        return replace(table, columns=features(table.columns, table.label, inputs[0]))
-    return table
-
-
-def _tokenizer(folder: Any, max_length: int) -> Callable[[list[str]], Any]:
-    """A folder's own tokenizer, padding to the longest text; nothing is downloaded."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-    def run(texts: list[str]) -> dict[str, Any]:
-        out = tokenizer(
-            texts, truncation=True, max_length=max_length, padding=True, return_tensors="np"
-        )
-        return {k: out[k] for k in ("input_ids", "attention_mask") if k in out}
-
-    return run
+    folder = loaded.tokenizer_folder
+    tokenizer = None if folder is None else tokenizer_of(folder, max_length)
+    return training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
 
 
 def adapter_of(path: str, trust: bool = False) -> Any:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,36 @@ def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     held = order[((np.arange(count) + 0.5) * len(table) / max(1, count)).astype(int)]
     held = np.sort(held[~single[held]])
     return table.rows(np.setdiff1d(np.arange(len(table)), held)), table.rows(held)
+
+
+def training_table(
+    path: str,
+    inputs: Sequence[str],
+    call: Callable[[str], Any],
+    *,
+    label: str = "",
+    tokenizer: Tokenizer | None = None,
+) -> Table:
+    """The table of a file or of a loader function, for a model with these inputs.
+
+    Columns of numbers become the one input of a model that names none of them.
+
+    Args:
+        path: As in read_table, or `module:FUNCTION`.
+        inputs: Names of the model's inputs.
+        call: What calls the function that such a text names.
+        label: As in read_table, like tokenizer.
+        tokenizer: Texts → columns.
+    """
+    if ":" in path and not Path(path).exists():
+        table = table_of(call(path), path, label=label, tokenizer=tokenizer)
+    else:
+        table = read_table(path, label=label, tokenizer=tokenizer)
+    names = [n for n in table.columns if n != table.label]
+    tabular = len(inputs) == 1 and not set(names) & set(inputs)
+    if tabular and all(table.columns[n].ndim == 1 for n in names):
+        return replace(table, columns=features(table.columns, table.label, inputs[0]))
+    return table
 
 
 def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None) -> Table:

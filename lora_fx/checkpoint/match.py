@@ -111,7 +111,7 @@ def stacked(
     config: Mapping[str, Any],
     rename: Renaming,
 ) -> Adapter:
-    """An adapter with its updates of expert stacks under their own names; see `experts.place`."""
+    """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
 
     def shape_of(name: str) -> tuple[int, ...] | None:
         info = rename.info(name, tensors)

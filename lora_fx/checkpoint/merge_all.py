@@ -19,7 +19,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from lora_fx.checkpoint.merge import cores, plan_merge
+from lora_fx.checkpoint.options import MergeOptions
 from lora_fx.checkpoint.provenance import history
+from lora_fx.checkpoint.write import recorded
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
 
@@ -104,8 +107,7 @@ def merge_all(
         {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true for an
         output that was there already.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, (cores or 1) // max(1, processes))
+    threads = max(1, cores() // max(1, processes))
     extra = [*arguments, "--threads", str(threads), *(["--force"] if force else [])]
     running = _Running()
     with ThreadPoolExecutor(max(1, processes)) as pool:
@@ -175,10 +177,6 @@ def _one(
 
 def _is_this(base: str, job: Job, options: Mapping[str, Any]) -> bool:
     """True where an output is what this very merge would write; by its own record."""
-    from lora_fx.checkpoint.merge import plan_merge
-    from lora_fx.checkpoint.options import MergeOptions
-    from lora_fx.checkpoint.write import recorded
-
     out = open_checkpoint(job.out)
     plan = plan_merge(base, [(job.adapter, job.weight)], MergeOptions(**options))
     names = {*plan.base.tensors, *plan.added}

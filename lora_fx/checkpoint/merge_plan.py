@@ -21,7 +21,7 @@ from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, jo
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match
 from lora_fx.checkpoint.options import MergeOptions
-from lora_fx.checkpoint.provenance import adapter_hash, base_note, refuse_again
+from lora_fx.checkpoint.provenance import adapter_hash, base_note, history, refuse_again
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.tied import (
     Tie,
@@ -237,7 +237,8 @@ def _check_given(base: Checkpoint, given: Sequence[Given], options: MergeOptions
                 "give it once, with the sum of the weights; --again merges it twice",
             )
         seen[g.hash] = g.where
-    refuse_again(base, [(g.where, g.hash) for g in given], again=options.again)
+    hashes = [(g.where, g.hash) for g in given]
+    refuse_again(base.path, history(base), hashes, again=options.again)
 
 
 def _weighted(given: Sequence[Given], options: MergeOptions) -> list[tuple[Adapter, str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,14 +111,18 @@ def _listed(adapters: Any) -> bool:
 
 
 def refuse_again(
-    checkpoint: Checkpoint, adapters: Iterable[tuple[str, str]], *, again: bool
+    path: Path,
+    merges: Iterable[Mapping[str, Any]],
+    adapters: Iterable[tuple[str, str]],
+    *,
+    again: bool,
 ) -> None:
-    """Raise where one of the adapters, (where, hash), is folded in already."""
-    folded = {a.get("hash") for m in history(checkpoint) for a in m["adapters"]}
+    """Raise where one of the adapters, (where, hash), is in the merges of a file already."""
+    folded = {a.get("hash") for m in merges for a in m["adapters"]}
     for where, digest in adapters:
         if digest in folded and not again:
             raise LoraFxError(
-                f"{checkpoint.path}: {where} is merged into it already",
+                f"{path}: {where} is merged into it already",
                 "start from the original base; --again merges it once more",
             )
 

@@ -16,8 +16,7 @@ from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
-from lora_fx.passes.proofs.effect import prove_effect
-from lora_fx.passes.verbs.build_module import adapted_module, start_of
+from lora_fx.passes.verbs.build_module import build_module, found_in
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
@@ -46,10 +45,7 @@ def find(
         return replace(find_graph(graph), pinned=tuple(model.captured.pinned))
     if hasattr(model, "sites"):
         return find_graph(model)
-    cap = captured_of(model, args, kwargs, dynamic, meta=True)
-    return replace(
-        find_graph(cap.fx_graph(training)), pinned=tuple(cap.pinned), notes=tuple(cap.notes)
-    )
+    return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)
 
 
 def insert(
@@ -125,20 +121,7 @@ def insert(
             "already",
             "insert into the original model; load_adapter replaces an adapter",
         )
-    cap = captured_of(model, args, kwargs, dynamic)
-    found = find(cap)
-    start = start_of(cap.model, cap, found, options)
-    module = adapted_module(cap, found, start, options)
-    if dead != "allow" and module.base_dtype is not None and start.adapter.entries:
-        idle = prove_effect(module, drop=dead == "drop")
-        if idle:
-            module = adapted_module(cap, found, start.without(idle), options)
-            prove_effect(module)
-    if start.bound is not None and start.bound.full:
-        module.load_adapter(start.bound)
-    if adapter is not None:
-        module.check_base(adapter)
-    return module
+    return build_module(captured_of(model, args, kwargs, dynamic), options)
 
 
 def fold(

@@ -1,4 +1,4 @@
-"""The updates that insert and attach start from, and the weights and data that those read."""
+"""The module of a capture and its updates, proven; and what those updates start from."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import with_signature
 from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.passes.clean import Clean
+from lora_fx.passes.find import find
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.effect import prove_effect
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.options import InsertOptions
@@ -111,6 +113,33 @@ def adapted_module(
     )
     assert isinstance(module, AdaptedModule)
     return module
+
+
+def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
+    """The module that insert returns: every target is proven to take effect, unless dead="allow".
+
+    Raises:
+        NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
+    """
+    found = found_in(cap)
+    start = start_of(cap.model, cap, found, options)
+    module = adapted_module(cap, found, start, options)
+    if options.dead != "allow" and module.base_dtype is not None and start.adapter.entries:
+        idle = prove_effect(module, drop=options.dead == "drop")
+        if idle:
+            module = adapted_module(cap, found, start.without(idle), options)
+            prove_effect(module)
+    if start.bound is not None and start.bound.full:
+        module.load_adapter(start.bound)
+    if options.adapter is not None:
+        module.check_base(options.adapter)
+    return module
+
+
+def found_in(cap: Captured, training: bool = False) -> Found:
+    """The targets of a capture, with what had to be said and pinned on the way to it."""
+    found = find(cap.fx_graph(training))
+    return replace(found, pinned=tuple(cap.pinned), notes=tuple(cap.notes))
 
 
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], Any]]:

@@ -18,6 +18,7 @@ from lora_fx.adapter.adapter import HOWS, Adapter, mix
 from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.merge import GAIN, given
 from lora_fx.checkpoint.merge_plan import Given
+from lora_fx.checkpoint.provenance import METADATA, refuse_again
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
@@ -227,9 +228,6 @@ def lines(report: Report) -> str:
 # The plan of a merge into an .onnx file: what goes where, read without its weights.
 
 
-METADATA = "lora_fx.merge"
-
-
 @dataclass(frozen=True)
 class OnnxMergePlan:
     """A file and the adapters that go into it, in its keys.
@@ -295,7 +293,8 @@ def plan_onnx(base: str | PathLike[str], adapters: Any, options: OnnxMergeOption
     source = Path(base)
     parts = given(adapters, options.trust)
     model = load(source)
-    _refuse_again(source, model.metadata_props.get(METADATA), parts, options.again)
+    merges = history(model.metadata_props.get(METADATA))
+    refuse_again(source, merges, [(p.where, p.hash) for p in parts], again=options.again)
     renamed = restore_weight_names(model)
     graph = OnnxGraph(model)
     found = find(graph)
@@ -329,16 +328,6 @@ def _sum(
         for p, m in zip(parts, each, strict=True)
     ]
     return Matched(dict(mix(bound, how, options.rank).lowrank), {})
-
-
-def _refuse_again(source: Path, text: str | None, parts: Sequence[Given], again: bool) -> None:
-    folded = {a["hash"] for m in history(text) for a in m["adapters"]}
-    for part in parts:
-        if part.hash in folded and not again:
-            raise LoraFxError(
-                f"{source}: {part.where} is merged into it already",
-                "start from the original base; --again merges it once more",
-            )
 
 
 def history(text: str | None) -> list[dict[str, Any]]:

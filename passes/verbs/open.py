@@ -10,10 +10,12 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
-from lora_fx.fx.load.models import load_model
+from lora_fx.fx.load.models import LoadedModel, load_model
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
+from lora_fx.passes.verbs.build_module import build_module
+from lora_fx.passes.verbs.options import InsertOptions
 
 
 def captured_of(
@@ -42,11 +44,30 @@ def captured_of(
         return open_program(model, args, kwargs, dynamic, meta=meta)
     if isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model), meta=meta)
-        given = (args, kwargs) if args or kwargs else (loaded.args, loaded.kwargs)
-        cap = capture(loaded.module, *given, dynamic)
+        cap = capture_loaded(loaded, args, kwargs, dynamic)
         cap.notes += loaded.notes
         return cap
     return capture(model, args, kwargs, dynamic)
+
+
+def capture_loaded(
+    loaded: LoadedModel,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Any = None,
+    static: Sequence[str] = (),
+    *,
+    cache: bool = False,
+) -> Captured:
+    """The capture of a loaded model, on its own example where no other is given.
+
+    With `cache` it is that of a decoder, whose inputs are known.
+    """
+    if cache:
+        return decoder(loaded.module)
+    if not args and not kwargs:
+        args, kwargs = loaded.args, loaded.kwargs
+    return capture(loaded.module, args, kwargs, dynamic, static)
 
 
 def with_cache(model: Any, adapters: Any = None) -> tuple[Captured, Any]:
@@ -71,7 +92,7 @@ def with_cache(model: Any, adapters: Any = None) -> tuple[Captured, Any]:
         model = model.captured
     elif isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model))
-        captured = decoder(loaded.module)
+        captured = capture_loaded(loaded, cache=True)
         captured.notes += loaded.notes
         return captured, adapters
     return decoder(model), adapters
@@ -114,16 +135,14 @@ def load_program(path: str | PathLike[str], *, trust: bool = False) -> CapturedM
 
 def module_of(captured: FileCaptured) -> CapturedModule:
     """The module of an opened file."""
-    import lora_fx  # the verbs live above this module; only the facade knows them
-
     adapter = captured.adapter
     if adapter is None:
         module: CapturedModule = with_signature(CapturedModule, captured)(captured)
         return module
-    made: CapturedModule = lora_fx.insert(
-        captured.plain(), adapter=adapter, dropout=captured.dropout, norm_stats=captured.norm_stats
+    options = InsertOptions(
+        adapter=adapter, dropout=captured.dropout, norm_stats=captured.norm_stats
     )
-    return made
+    return build_module(captured.plain(), options)
 
 
 def capture(
@@ -148,9 +167,7 @@ def capture(
         CaptureError: The model cannot be traced; the message names the line of its code.
         LoraFxError: The inputs do not fit the signature.
     """
-    if isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2"):
-        from lora_fx.fx.pt2.captured import open_program
-
+    if is_program(model):
         return open_program(model, args, kwargs, dynamic, static)
     cap = Captured(model, args, kwargs, dynamic, static)
     cap.traced(False, cap.named)

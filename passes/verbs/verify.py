@@ -5,12 +5,10 @@ Comparing tensors needs no torch, so what runs models is imported only where one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.checkpoint.prove import ROWS
@@ -24,7 +22,7 @@ from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find as find_graph
-from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.proofs.reference import Run, reference_of
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.module import CapturedModule
@@ -97,15 +95,10 @@ def fits_switch(path: Any, adapter: Any) -> Report:
 
 
 def _is_path(value: Any) -> bool:
-    from os import PathLike
-
     return isinstance(value, (str, PathLike))
 
 
 # verify, where models are run: on the same inputs, output by output; or does an adapter fit?
-
-
-Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 
 def verify_run(
@@ -127,7 +120,7 @@ def verify_run(
     if a_file or b_file:
         session = open_session(a if a_file else b, provider)
         module = _module(b if a_file else a, adapter)
-        run: Callable[[Feeds], Any] = session.run
+        run: Run = session.run
         notes = [session.note] if session.note else []
     else:
         run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
@@ -227,8 +220,6 @@ def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
 
 def _bound(adapter: Any, graph: OnnxGraph) -> Adapter:
     if not isinstance(adapter, Adapter):
-        from lora_fx.formats.io import load_adapter
-
         if isinstance(adapter, (list, tuple)):
             raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
         adapter = load_adapter(adapter)

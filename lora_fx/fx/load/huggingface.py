@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.data import Tokenizer
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import read_json
@@ -72,6 +73,21 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
     notes += _pad(module)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     return Built(module.eval(), examples(module), notes + more, folder if has_tokenizer else None)
+
+
+def tokenizer_of(folder: Path, max_length: int) -> Tokenizer:
+    """A folder's own tokenizer, padding to the longest text; nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    def run(texts: list[str]) -> dict[str, Any]:
+        out = tokenizer(
+            texts, truncation=True, max_length=max_length, padding=True, return_tensors="np"
+        )
+        return {k: out[k] for k in ("input_ids", "attention_mask") if k in out}
+
+    return run
 
 
 def _config_json(folder: Path) -> dict[str, Any]:
