@@ -9,6 +9,7 @@ reshape to the shape that the product has now goes away.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -131,40 +132,29 @@ class DeltaBeforeBias(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
-        changed = False
-        for node in list(model.graph):
-            if node.op_type == "Add" and not node.domain:
-                changed |= _swap(node)
-        return ir.passes.PassResult(model, changed)
+        from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+
+        # the matcher itself refuses an inner sum that something else reads, or that is an output
+        rules = RewriteRuleSet([RewriteRule(_bias_first, _delta_first, _swaps)], commute=True)
+        return ir.passes.PassResult(model, bool(rules.apply_to_model(model)))
 
 
-def _swap(outer: ir.Node) -> bool:
-    for at in (0, 1):
-        inner_value, delta = outer.inputs[at], outer.inputs[1 - at]
-        inner = inner_value.producer() if inner_value is not None else None
-        if inner is None or inner.op_type != "Add" or inner_value is None or delta is None:
-            continue
-        if len(inner_value.uses()) != 1 or inner_value.is_graph_output():
-            continue
-        for b in (0, 1):
-            bias, product = inner.inputs[b], inner.inputs[1 - b]
-            if bias is None or product is None or bias.const_value is None:
-                continue
-            made = product.producer()
-            if made is None or made.op_type != "MatMul" or made.inputs[0] is None:
-                continue
-            if not _reaches(delta, made.inputs[0], 0, DEPTH):
-                continue
-            sum_ = ir.node("Add", [product, delta])
-            sum_.outputs[0].name, sum_.name = f"{inner_value.name}_delta", f"{outer.name}_delta"
-            sum_.outputs[0].type, sum_.outputs[0].shape = outer.outputs[0].type, product.shape
-            assert outer.graph is not None
-            outer.graph.insert_before(outer, [sum_])
-            outer.replace_input_with(at, sum_.outputs[0])
-            outer.replace_input_with(1 - at, bias)
-            outer.graph.remove(inner, safe=True)
-            return True
-    return False
+def _bias_first(op: Any, product: Any, bias: Any, delta: Any) -> Any:
+    return op.Add(op.Add(product, bias), delta)
+
+
+def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> Any:
+    total = op.Add(product, delta)
+    total.name, total.type, total.shape = f"{product.name}_delta", product.type, product.shape
+    return op.Add(total, bias)
+
+
+def _swaps(context: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> bool:
+    made = product.producer()
+    if bias.const_value is None or made is None or made.op_type != "MatMul":
+        return False
+    x = made.inputs[0]
+    return x is not None and _reaches(delta, x, 0, DEPTH)
 
 
 def _reaches(value: ir.Value, x: ir.Value, products: int, left: int) -> bool:
