@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.verbs.open import capture
-from tests.passes.test_golden import dedent, text
+from tests.passes.test_golden import text
 
 Mask = Callable[[Tensor], Tensor]
 INF = float("inf")
@@ -249,19 +249,6 @@ def test_gelus(name: str) -> None:
     assert [n.kwargs for n in graph.graph.nodes if "gelu" in n.name] == [
         {"approximate": approximate}
     ]
-
-
-def test_golden() -> None:
-    class Net(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return GELUS["gpt2"][0](Attend(lower)(F.dropout(x, 0.0)))
-
-    graph = capture(Net(), (torch.randn(2, 6, 8),)).fx_graph(True)
-    assert Clean()(graph).modified
-    assert text(graph) == dedent("""
-        scaled_dot_product_attention = scaled_dot_product_attention(named_x, named_x, named_x)
-        gelu_default = gelu(scaled_dot_product_attention)
-    """)
 
 
 @pytest.mark.parametrize("name", LIKE)

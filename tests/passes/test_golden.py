@@ -65,35 +65,6 @@ BASE = dedent("""
 """)
 
 
-def test_insert_output_form() -> None:
-    cap = captured()
-    graph = cap.fx_graph()
-    assert text(graph) == BASE
-    step = Insert(updates(cap, "fc.weight"))
-    assert step(graph).modified
-    assert text(graph) == dedent("""
-        w = w
-        fc_weight = fc.weight
-        fc_bias = fc.bias
-        linear = linear(named_x, fc_weight, fc_bias)
-        fc_lora_a_weight = fc.lora_A.weight
-        lora_type_as = type_as(fc_lora_a_weight, named_x)
-        fc_lora_b_weight = fc.lora_B.weight
-        lora_mul = mul(fc_lora_b_weight, 2.0)
-        lora_type_as_1 = type_as(lora_mul, named_x)
-        lora_permute = permute(lora_type_as, [1, 0])
-        lora_matmul = matmul(named_x, lora_permute)
-        lora_permute_1 = permute(lora_type_as_1, [1, 0])
-        lora_matmul_1 = matmul(lora_matmul, lora_permute_1)
-        lora_add = add(linear, lora_matmul_1)
-        relu = relu(lora_add)
-        matmul = matmul(relu, w)
-    """)
-    before = text(graph)
-    assert not step(graph).modified
-    assert text(graph) == before
-
-
 def test_insert_with_dropout_in_training_only() -> None:
     cap = captured()
     for training, count in ((True, 1), (False, 0)):
@@ -107,19 +78,6 @@ def test_insert_nothing_changes_nothing() -> None:
     graph = captured().fx_graph()
     assert not Insert({})(graph).modified
     assert text(graph) == BASE
-
-
-def test_fold_changes_constants_and_no_node() -> None:
-    cap = captured()
-    graph = cap.fx_graph(root=Net())
-    step = Fold(updates(cap, "fc.weight", "w"))
-    assert step(graph).modified
-    assert text(graph) == BASE
-    assert [(f.parameter, f.stored_as) for f in step.report] == [
-        ("fc.weight", "fc.weight"),
-        ("w", "w"),
-    ]
-    assert not step(graph).modified
 
 
 class Tied(nn.Module):
