@@ -17,6 +17,7 @@ import click
 
 from lora_fx.cli.output import emit, say
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.text import near
 
 COMMANDS = {
     "targets": "List what an adapter can attach to, and why the rest cannot.",
@@ -58,11 +59,8 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Suggest the nearest command for a name that is none."""
-        import difflib
-
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else "lora-fx --help lists them"
+            hint = near(args[0], COMMANDS, "lora-fx --help lists them")
             raise LoraFxError(f"no command {args[0]!r}", hint)
         return super().resolve_command(ctx, args)
 

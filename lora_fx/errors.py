@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class LoraFxError(Exception):
     """Something the user can mend: one line that says what is wrong, and a hint.
@@ -33,6 +35,38 @@ class NoEffectError(LoraFxError):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint, exit_code=1)
+
+
+def stamp(number: int = 1) -> dict[str, int]:
+    """What the JSON of every file of ours begins with: the number of its format.
+
+    lora-fx 0.1 reads `version`, and later ones `format` where it is there.
+    """
+    return {"version": number, "format": number}
+
+
+def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None:
+    """Check the number of a file of ours.
+
+    Args:
+        data: Its JSON, with `format`, or with `version` as 0.1 wrote it.
+        where: The file, for messages.
+        known: The highest number that this lora-fx reads.
+
+    Raises:
+        LoraFxError: A later lora-fx wrote the file, or there is no such number.
+    """
+    number = data.get("format", data.get("version"))
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise LoraFxError(
+            f"{where}: format {number!r}; expected a whole number from 1 to {known}",
+            "was the file edited?",
+        )
+    if number > known:
+        raise LoraFxError(
+            f"{where}: format {number}; this lora-fx knows formats up to {known}",
+            "a later lora-fx wrote the file: update lora-fx",
+        )
 
 
 def one_line(text: object, limit: int = 300) -> str:

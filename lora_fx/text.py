@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
@@ -36,21 +35,11 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def near(name: str, names: Mapping[str, Any] | list[str]) -> str:
-    """A hint with the closest known names."""
+def near(
+    name: str, names: Iterable[str], none: str = "run lora-fx targets MODEL for the names"
+) -> str:
+    """A hint with the nearest of the known names, or `none` where no name is near."""
     import difflib
 
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
-    return (
-        f"nearest names: {', '.join(close)}" if close else "run lora-fx targets MODEL for the names"
-    )
-
-
-def near_names(text: str, names: Sequence[str]) -> str:
-    """A hint with the nearest names."""
-    import difflib
-
-    words = {n.removesuffix(".weight") for n in names}
-    words |= {n.rpartition(".")[2] for n in words}
-    close = difflib.get_close_matches(text, sorted(words), n=3, cutoff=0.3)
-    return f"nearest names: {', '.join(close)}" if close else "run lora-fx targets MODEL"
+    return f"nearest names: {', '.join(close)}" if close else none

@@ -24,10 +24,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx.adapter import variant as dora
 from lora_fx.adapter.factors import FactorTensor, Half, halves, slots_of
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import variant_of
+from lora_fx.adapter.variant import stretch, variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Role, V
@@ -167,7 +166,7 @@ class Insert:
             return False
         # The norm is no function of a and b for gradients (section 4.3 of the paper), as in PEFT.
         v = e.op("add", stored, e.op("detach", _delta(e, target, update, stored, self.role)))
-        column = dora.stretch(e, layout, v, _magnitude(e, target, update, stored, self.role))
+        column = stretch(e, layout, v, _magnitude(e, target, update, stored, self.role))
         y = graph.output(site)
         g = e.op("cast_like", column, y)
         part = self._branch(graph, e, site, target, update, "straight", g)

@@ -1,8 +1,9 @@
 """Where merged weights came from: hashes of a base and of an adapter, in the files' metadata.
 
 `lora_fx.merge` in the `__metadata__` of every shard that a merge wrote is JSON: a list of merges,
-oldest first, each {"version", "base": {"layout", "sample"}, "adapters": [{"hash", "weight"}],
-"dtype"} and, where they are not the defaults, "options": how, rank, allow_unused, allow_missing.
+oldest first, each {"version", "format", "base": {"layout", "sample"}, "adapters": [{"hash",
+"weight"}], "dtype"} and, where they are not the defaults, "options": how, rank, allow_unused,
+allow_missing.
 Nothing in it depends on the time or on paths, so equal inputs give equal files.
 """
 
@@ -21,7 +22,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
 from lora_fx.files.safetensors import TensorInfo
@@ -102,6 +103,9 @@ def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                 f"{checkpoint.folder / name}: metadata {METADATA} is no list of merges",
                 "was the file edited?",
             )
+        merges = [{**stamp(), **merge} for merge in merges]  # 0.1 wrote version alone
+        for merge in merges:
+            check_format(merge, f"{checkpoint.folder / name}: metadata {METADATA}")
         longest = max(longest, merges, key=len)
     return longest
 
@@ -185,7 +189,7 @@ def record(
         "sample": sample_hash((n, checkpoint.tensors[n]) for n in touched),
     }
     this = {
-        "version": VERSION,
+        **stamp(),
         "base": base,
         "adapters": [{"hash": h, "weight": w} for h, w in adapters],
         "dtype": dtype,

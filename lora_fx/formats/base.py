@@ -21,12 +21,11 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.update_json import from_json, to_json
 from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.files.safetensors import finite, is_float, read_header, refuse_other_kinds
 from lora_fx.ir.layout import Layout
 
 FIELD = "lora_fx_names"
-VERSION = 1
 
 
 def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
@@ -44,7 +43,7 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
         rows[names[key]] = {"key": key, **to_json(entry, "layout", "extra", *numbers)}
     metadata = {k: v for k, v in adapter.metadata.items() if k != "notes"}
     metadata |= adapter.names.to_json() if adapter.names else {}
-    whole = {"version": VERSION, "names": rows, "metadata": metadata}
+    whole = {**stamp(), "names": rows, "metadata": metadata}
     try:
         return json.dumps(whole, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -69,11 +68,7 @@ def restore(
         return dict(entries), {}, False
     try:
         whole = json.loads(header[FIELD])
-        if whole["version"] != VERSION:
-            raise LoraFxError(
-                f"{file}: metadata {FIELD} has version {whole['version']!r}; expected {VERSION}",
-                "update lora-fx",
-            )
+        check_format(whole, f"{file}: metadata {FIELD}")
         rows, metadata = dict(whole["names"]), dict(whole["metadata"])
         result: dict[str, Entry] = {}
         for name, entry in entries.items():
@@ -134,13 +129,25 @@ class File:
         if array.size == 0:
             raise self.error(name, f"has shape {list(array.shape)}; expected no size of 0")
         if not is_float(array):
-            raise self.error(name, f"has dtype {array.dtype}; expected a float dtype")
-        if not finite(array):
-            raise self.error(name, "has NaN or infinite values; expected finite ones")
+            raise self.error(
+                name,
+                f"has dtype {array.dtype}; expected a float dtype",
+                "save the adapter in fp32, fp16 or bf16",
+            )
+        self.check_finite(name, array)
         master = np.ascontiguousarray(array, np.float32)
         if array.dtype == np.float64 and not np.array_equal(master, array):
             self.notes.append(f"{self.name}: {name!r} was rounded from fp64 to fp32")
         return master
+
+    def check_finite(self, name: str, array: Array) -> None:
+        """Raise for a float tensor that holds NaN or Inf."""
+        if not finite(array):
+            raise self.error(
+                name,
+                "has NaN or infinite values; expected finite ones",
+                "training may have diverged; use an earlier checkpoint",
+            )
 
     def alpha(self, name: str, array: Array | None) -> float | None:
         """The number in an alpha tensor; None where there is none, which means alpha = rank.

@@ -48,6 +48,7 @@ from lora_fx.formats.naming import (
     split_component,
     taken_names,
 )
+from lora_fx.formats.peft.names import PREFIX
 from lora_fx.formats.peft.write import form_of, to_tensors
 
 SUFFIXES = (".safetensors",)
@@ -72,7 +73,7 @@ def detect(seen: FileHead) -> bool:
     if base.FIELD in seen.metadata:
         return any(".lora_down." in n or _PART.fullmatch(n) for n in seen.names)
     return any(
-        (m := _PART.fullmatch(n)) and m[2] != "alpha" and not n.startswith(lycoris.PREFIX)
+        (m := _PART.fullmatch(n)) and m[2] != "alpha" and not n.startswith(PREFIX)
         for n in seen.names
     )
 

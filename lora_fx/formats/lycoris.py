@@ -28,9 +28,9 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import File
 from lora_fx.formats.peft.config import Pattern, targets
+from lora_fx.formats.peft.names import PREFIX
 from lora_fx.formats.peft.source import PeftFile
 
-PREFIX = "base_model.model."
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}
 """PEFT's peft_type → what its tensor names begin with."""
 
@@ -152,7 +152,7 @@ def read_peft(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
             "the config was edited; save the adapter again",
         )
     source.notes.extend(f"{config_file}: unknown field {k!r} is ignored" for k in _odd(config))
-    seen = File(file, source.notes)
+    seen = source.seen
     if "alpha" not in config or "r" not in config:
         raise LoraFxError(
             f"{config_file}: alpha or r is missing; expected both: the scale is alpha / r",

@@ -22,13 +22,13 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, stamp
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
 from lora_fx.onnx.graph.flow import MARK, OnnxWeightUse, dtype_name
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
-from lora_fx.onnx.manifest import PROPERTY, VERSION
+from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.row_provenance import RowAxis, rank
 
 SCALES = "adapter_scales"
@@ -270,7 +270,7 @@ def write_manifest(
     model: ir.Model, adapters: Sequence[str], targets: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Say in the model's metadata which id is which adapter, and where the factors are."""
-    content = {"version": VERSION, "mode": "batch", "adapters": list(adapters)}
+    content = {**stamp(), "mode": "batch", "adapters": list(adapters)}
     model.metadata_props[PROPERTY] = json.dumps({**content, "targets": dict(targets)})
 
 

@@ -26,13 +26,26 @@ from lora_fx.adapter.factors import FIELDS, learning, slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.update_json import from_json, to_json
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
 from lora_fx.text import near
 
 PROPERTY = "lora_fx.manifest"
-VERSION = 1
+
+
+def read_manifest(text: str, where: str) -> dict[str, Any]:
+    """The JSON of any mode's manifest.
+
+    Raises:
+        LoraFxError: It is damaged, or of a later format.
+    """
+    try:
+        data = dict(json.loads(text))
+    except (ValueError, TypeError) as e:
+        raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
+    check_format(data, f"{where}: its manifest")
+    return data
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Manifest:
     def to_text(self) -> str:
         """The manifest as JSON, for the model's metadata."""
         slots = {k: asdict(s) for k, s in self.slots.items()}
-        return json.dumps({"version": VERSION, "mode": self.mode, "slots": slots})
+        return json.dumps({**stamp(), "mode": self.mode, "slots": slots})
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Manifest:
@@ -84,17 +97,12 @@ class Manifest:
         Raises:
             LoraFxError: No manifest, one of another mode, or one of another version.
         """
+        data = read_manifest(text, where)
         try:
-            data = json.loads(text)
             if data["mode"] not in ("switch", "load"):
                 raise LoraFxError(
                     f"{where}: a file of mode {data['mode']}, whose adapters are in it",
                     "files of modes switch and load take adapters: lora-fx export --mode switch",
-                )
-            if data["version"] != VERSION:
-                raise LoraFxError(
-                    f"{where}: a manifest of version {data['version']}; expected {VERSION}",
-                    "export the model again",
                 )
             slots = {}
             for key, s in data["slots"].items():
@@ -294,7 +302,7 @@ def listed(updates: Mapping[str, LowRank]) -> str:
             **to_json(u, "frozen", "rank", "alpha", "variant", "use"),
             "layout": list(u.layout.to_json().values()),  # without names, as 0.1 reads it
         }
-    return json.dumps({"version": VERSION, "mode": "insert", "targets": targets})
+    return json.dumps({**stamp(), "mode": "insert", "targets": targets})
 
 
 def adapter_in(path: str | PathLike[str]) -> Adapter:
@@ -304,10 +312,8 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
         LoraFxError: The file has no such branches, or one was renamed.
     """
     model = load(path)
-    try:
-        found = json.loads(model.metadata_props.get(PROPERTY, "{}"))
-    except ValueError:
-        found = {}
+    text = model.metadata_props.get(PROPERTY)
+    found = read_manifest(text, str(path)) if text else {}
     if found.get("mode") != "insert":
         raise LoraFxError(
             f"{path}: an ONNX file without trainable branches",

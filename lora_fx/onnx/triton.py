@@ -9,7 +9,6 @@ gets its name when the copy was loaded and agrees with the config that was writt
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import warnings
@@ -31,7 +30,7 @@ from lora_fx.dtypes import from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import explain, replacing
 from lora_fx.onnx.load import data_names
-from lora_fx.onnx.manifest import PROPERTY, Manifest
+from lora_fx.onnx.manifest import PROPERTY, Manifest, read_manifest
 from lora_fx.onnx.session import RuntimeSession, open_session
 
 CONFIG = "config.pbtxt"
@@ -420,7 +419,7 @@ def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
 
 
 def _slots(text: str | None, where: str) -> set[str]:
-    if text is None or json.loads(text).get("mode") != "switch":
+    if text is None or read_manifest(text, where).get("mode") != "switch":
         return set()
     return {n for s in Manifest.from_text(text, where).slots.values() for n in (s.a, s.b)}
 

@@ -9,13 +9,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import check_disjoint, each_use, matmul_use, own_use, rest
 from lora_fx.targets.roles import HEAD_ROWS
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import Target, split_use
-from lora_fx.text import near_names, table
+from lora_fx.text import near, table
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -181,7 +181,7 @@ def _known(found: Found, ranks: Mapping[str, Any], where: str) -> Mapping[str, A
     for key in ranks:
         if found.get(key) is None:
             names = [n for t in found.targets for n in (t.key, *t.parameter.aliases)]
-            raise LoraFxError(f"{where} names {key!r}, which is no target", near_names(key, names))
+            raise LoraFxError(f"{where} names {key!r}, which is no target", near(key, names))
     return ranks
 
 
@@ -195,7 +195,6 @@ def _known(found: Found, ranks: Mapping[str, Any], where: str) -> Mapping[str, A
 
 
 FORMAT = "lora-fx plan"
-VERSION = 1
 FIELDS = {
     "format": str, "version": int, "model": str, "method": str, "budget": str, "unit": str,
     "limit": int, "used": int, "examples": int, "targets": dict,
@@ -252,7 +251,7 @@ class RankPlan:
         targets = {r.key: {"rank": r.rank, "alpha": _plain(r.alpha)} for r in self.rows}
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": 1,  # the number of the format; `format` was taken before it was a rule
             "model": self.model,
             "method": self.method,
             "budget": self.budget,
@@ -320,16 +319,15 @@ def read_plan(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
         raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")
     for name, value in data.items():
         if name not in FIELDS:
-            raise LoraFxError(f"{where}: no field {name!r} in a plan", near_names(name, [*FIELDS]))
+            raise LoraFxError(f"{where}: no field {name!r} in a plan", near(name, FIELDS))
         if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
             kind = FIELDS[name].__name__
             raise LoraFxError(f"{where}: {name} is {value!r}, expected {kind}", "correct the file")
-    if data.get("format", FORMAT) != FORMAT or data.get("version", VERSION) != VERSION:
+    if data.get("format", FORMAT) != FORMAT:
         raise LoraFxError(
-            f"{where}: {data.get('format')!r} version {data.get('version')}; this is version "
-            f"{VERSION} of {FORMAT!r}",
-            "write the plan again",
+            f"{where}: a file of {data['format']!r}; expected {FORMAT!r}", "write the plan again"
         )
+    check_format({"format": data.get("version", 1)}, where)
     found = {key: _entry(where, key, value) for key, value in data["targets"].items()}
     kept = {key: entry for key, entry in found.items() if entry["rank"]}
     if not kept:

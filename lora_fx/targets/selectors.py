@@ -34,7 +34,7 @@ from lora_fx.targets.regions import (
 )
 from lora_fx.targets.roles import ROLES
 from lora_fx.targets.target import Target, base_name, split_use
-from lora_fx.text import near_names
+from lora_fx.text import near
 
 
 def split(selectors: str | Sequence[str]) -> list[str]:
@@ -125,8 +125,7 @@ def select_names(names: Sequence[str], selectors: str | Sequence[str]) -> tuple[
         rule = _name_rule(text)
         hits = [n for n in names if rule(n) or rule(n.rpartition(".")[0])]
         if not hits:
-            close = near_names(text, names)
-            raise LoraFxError(f"also_train {text!r} matches no parameter", close)
+            raise LoraFxError(f"also_train {text!r} matches no parameter", _near(text, names))
         chosen.update(dict.fromkeys(hits))
     return tuple(chosen)
 
@@ -195,4 +194,10 @@ def _hint(text: str, found: Found) -> str:
         return f"classes: {', '.join(classes)}"
     if text.startswith("op:"):
         return f"ops: {', '.join(sorted({s.op for t in found.targets for s in t.sites}))}"
-    return near_names(text, names)
+    return _near(text, names)
+
+
+def _near(text: str, names: Sequence[str]) -> str:
+    """A hint with the nearest of what a selector may be: names of modules, and their last parts."""
+    modules = {n.removesuffix(".weight") for n in names}
+    return near(text, sorted(modules | {n.rpartition(".")[2] for n in modules}))

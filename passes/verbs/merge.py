@@ -20,7 +20,7 @@ from lora_fx.checkpoint.merge import GAIN, given
 from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.checkpoint.provenance import METADATA, refuse_again
 from lora_fx.compare import Parity, Report, demand
-from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.errors import LoraFxError, NoEffectError, check_format
 from lora_fx.files.atomic import check_output
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -117,7 +117,9 @@ def merge_onnx(
     fold(graph)
     for name, value in matched.whole.items():
         graph.store(name, value)
-    model.metadata_props[METADATA] = _record(model.metadata_props.get(METADATA), plan.parts)
+    model.metadata_props[METADATA] = _record(
+        model.metadata_props.get(METADATA), plan.parts, str(source)
+    )
     assert graph.model.graph.num_nodes() == nodes
     with output(target, force=asked.force, repository=asked.repository) as made:
         made.save(model, 0 if external else asked.external_over, delta=asked.delta)
@@ -182,9 +184,9 @@ def _loads(source: Path, written: Path, size: int, *, ran: bool) -> list[str]:
     return []
 
 
-def _record(text: str | None, parts: Sequence[Given]) -> str:
+def _record(text: str | None, parts: Sequence[Given], where: str) -> str:
     adapters = [{"hash": p.hash, "weight": p.weight} for p in parts]
-    return json.dumps([*history(text), {"adapters": adapters}])
+    return json.dumps([*history(text, where), {"format": 1, "adapters": adapters}])
 
 
 def _report(
@@ -293,7 +295,7 @@ def plan_onnx(base: str | PathLike[str], adapters: Any, options: OnnxMergeOption
     source = Path(base)
     parts = given(adapters, options.trust)
     model = load(source)
-    merges = history(model.metadata_props.get(METADATA))
+    merges = history(model.metadata_props.get(METADATA), str(source))
     refuse_again(source, merges, [(p.where, p.hash) for p in parts], again=options.again)
     renamed = restore_weight_names(model)
     graph = OnnxGraph(model)
@@ -330,13 +332,20 @@ def _sum(
     return Matched(dict(mix(bound, how, options.rank).lowrank), {})
 
 
-def history(text: str | None) -> list[dict[str, Any]]:
-    """The merges that a file's metadata tells of; empty where it tells none."""
+def history(text: str | None, where: str) -> list[dict[str, Any]]:
+    """The merges that a file's metadata tells of; empty where it tells none.
+
+    Raises:
+        LoraFxError: A later lora-fx wrote it.
+    """
     try:
         found = json.loads(text or "[]")
-        return [m for m in found if all("hash" in a for a in m["adapters"])]
+        merges = [m for m in found if all("hash" in a for a in m["adapters"])]
     except (ValueError, TypeError, KeyError):
         return []
+    for merge in merges:
+        check_format({"format": 1, **merge}, f"{where}: metadata {METADATA}")
+    return merges
 
 
 # merge: adapters folded into a file of weights, or into an ONNX graph; neither needs torch.

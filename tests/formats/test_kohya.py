@@ -235,7 +235,7 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
         ({f"{name}.alpha": np.array(4.0)}, header, "scale 2, and 1.5 by"),
         ({f"{name}.lora_up.weight": normal(0, 9, 2)}, header, "does not hold"),
         ({}, {"lora_fx_names": "{}"}, "KeyError"),
-        ({}, {"lora_fx_names": '{"version": 2}'}, "version 2"),
+        ({}, {"lora_fx_names": '{"version": 2}'}, "format 2"),
     ]
     for tensors, metadata, word in changes:
         save_file({**good, **tensors}, file, metadata)

@@ -11,8 +11,7 @@ from lora_fx.checkpoint.doctor.pair import WARNING, Finding, Pair, norm
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.peft import config as peft_config
-from lora_fx.formats.peft.config import wanted_by
+from lora_fx.formats.peft.config import REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.names import PREFIX
 
 GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"
@@ -30,7 +29,7 @@ def config(pair: Pair) -> Iterator[Finding]:
             "one: ranks, scales and targets are stored there",
             "take it from where the adapter comes from",
         )
-    for name, (why, hint) in peft_config.REFUSED.items():
+    for name, (why, hint) in REFUSED.items():
         value = pair.fields.get(name)
         if value not in (None, False, [], {}, ""):
             yield Finding([name], f"{name} = {value!r}: {why}", "it off", hint)
@@ -56,7 +55,7 @@ def ranks(pair: Pair) -> Iterator[Finding]:
     if pair.raw is None or not pair.fields or pair.fields.get("target_parameters"):
         return
     try:
-        pattern = peft_config.Pattern(pair.fields, "rank_pattern", "r", "")
+        pattern = Pattern(pair.fields, "rank_pattern", "r", "")
     except LoraFxError:
         return  # told by patterns
     for key, low in pair.adapter.lowrank.items():
@@ -78,7 +77,7 @@ def patterns(pair: Pair) -> Iterator[Finding]:
     modules = [k.removesuffix(".weight") for k in keys]
     for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         try:
-            pattern = peft_config.Pattern(pair.fields, table, default, str(pair.path))
+            pattern = Pattern(pair.fields, table, default, str(pair.path))
         except LoraFxError as error:
             yield Finding([table], error.message, "patterns and numbers", "correct the config")
             continue
@@ -101,7 +100,7 @@ def start(pair: Pair) -> Iterator[Finding]:
     value = pair.fields.get("init_lora_weights", True)
     if value in KEEPS_BASE:
         return
-    redone = str(value).lower() in peft_config.REDONE
+    redone = str(value).lower() in REDONE
     yield Finding(
         list(pair.adapter.lowrank),
         f"init_lora_weights = {value!r}: a part of every base weight was taken off before training",

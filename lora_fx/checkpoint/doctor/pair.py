@@ -25,11 +25,11 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.copying import read_at
-from lora_fx.files.safetensors import TensorInfo, is_float, read_json, read_tensors
+from lora_fx.files.safetensors import TensorInfo, is_float, read_tensors
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
-from lora_fx.formats.peft.file import CONFIG, WEIGHTS
-from lora_fx.formats.peft.names import OWN, PREFIX, from_tensors
+from lora_fx.formats.peft.file import WEIGHTS, config_of
+from lora_fx.formats.peft.names import OWN, PREFIX, WRAPPER, from_tensors, unwrapped
 from lora_fx.targets.target import base_name
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
@@ -237,7 +237,7 @@ _PART = re.compile(
     r"(?P<lead>.+)\.lora_(?:(?P<table>embedding_)?(?P<half>[AB])(?P<name>\.(?!weight$|bias$)\w+)?"
     r"(?P<leaf>\.weight|\.bias)?|(?P<magnitude>magnitude_vector)(\.\w+)?)"
 )
-_WRAPPERS = frozenset(("base_layer", "modules_to_save", "original_module"))
+_WRAPPERS = (WRAPPER, "modules_to_save", "original_module")
 
 
 @dataclass
@@ -316,7 +316,11 @@ def read_raw(path: str | Path) -> Raw | None:
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
     tensors, header = read_tensors(file)
-    config = _config(file, header)
+    try:
+        ours = json.loads(header.get("lora_fx", "{}"))
+    except (ValueError, RecursionError):
+        ours = {}
+    config, _ = config_of(file, ours if isinstance(ours, dict) else {})
     updates: dict[str, PeftPart] = {}
     whole: dict[str, str] = {}
     prefixes: dict[str, str] = {}
@@ -325,18 +329,6 @@ def read_raw(path: str | Path) -> Raw | None:
     if config is None and not updates:
         return None
     return Raw(file, tensors, config or {}, updates, whole, prefixes)
-
-
-def _config(file: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
-    try:
-        ours = json.loads(header.get("lora_fx", "{}"))
-    except (ValueError, RecursionError):
-        ours = {}
-    if isinstance(ours, dict) and isinstance(ours.get("config"), dict):
-        inside: dict[str, Any] = ours["config"]
-        return inside
-    beside = file.parent / CONFIG
-    return read_json(beside) if beside.is_file() else None
 
 
 def _sort(
@@ -351,9 +343,9 @@ def _sort(
     if match is None:
         if ".base_layer." not in core and ".original_module." not in core:
             key = core.removesuffix(".full") if own else core
-            whole[_unwrapped(key)] = name
+            whole[unwrapped(key, _WRAPPERS)] = name
         return
-    lead = _unwrapped(match["lead"])
+    lead = unwrapped(match["lead"], _WRAPPERS)
     key = lead if own else f"{lead}.weight"
     part = updates.setdefault(key, PeftPart(key))
     if match["magnitude"]:
@@ -363,7 +355,3 @@ def _sort(
     else:
         part.names[match["half"].lower()] = name
         part.kind = "embedding" if match["table"] else "linear"
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(p for p in name.split(".") if p not in _WRAPPERS)

@@ -23,17 +23,17 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
 from lora_fx.formats import lycoris
-from lora_fx.formats.base import FileHead
-from lora_fx.formats.peft import read as peft_read
-from lora_fx.formats.peft import write as peft_write
+from lora_fx.formats.base import File, FileHead
 from lora_fx.formats.peft.names import OWN, PREFIX
+from lora_fx.formats.peft.read import decode
 from lora_fx.formats.peft.source import PeftFile
+from lora_fx.formats.peft.write import encode
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Decode = Callable[[PeftFile, Mapping[str, Any]], Adapter]
 """(file and config, our JSON) → adapter."""
 KINDS: dict[str, Decode] = {
-    "LORA": peft_read.decode,
+    "LORA": decode,
     "LOHA": lycoris.read_peft,
     "LOKR": lycoris.read_peft,
 }
@@ -82,25 +82,29 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
         weights = path / PICKLED
     tensors, header = _tensors(weights, trust)
     ours = _parse(header["lora_fx"], f"{weights}: metadata lora_fx") if "lora_fx" in header else {}
-    config, where = ours.get("config"), f"{weights}: config in metadata lora_fx"
+    config, where = config_of(weights, ours)
     if config is None:
-        beside = weights.parent / CONFIG
-        where = str(beside)
-        if not beside.is_file():
-            raise LoraFxError(
-                f"{weights}: no config in its metadata and no {CONFIG} beside it; expected one "
-                "of the two: the scale of the updates is stored there",
-                f"put the {CONFIG} of the adapter beside the file",
-            )
-        config = _parse(beside.read_bytes(), where)
+        raise LoraFxError(
+            f"{weights}: no config in its metadata and no {CONFIG} beside it; expected one "
+            "of the two: the scale of the updates is stored there",
+            f"put the {CONFIG} of the adapter beside the file",
+        )
     kind = config.get("peft_type")
-    decode = KINDS.get(kind) if isinstance(kind, str) else None
-    if decode is None:
+    reader = KINDS.get(kind) if isinstance(kind, str) else None
+    if reader is None:
         raise LoraFxError(
             f"{where}: peft_type is {kind!r}; expected {' or '.join(map(repr, KINDS))}",
             "merge it into its model with PEFT (merge_and_unload) and use the merged model",
         )
-    return decode(PeftFile(tensors, config, str(weights), where, []), ours)
+    return reader(PeftFile(tensors, config, File(str(weights)), where), ours)
+
+
+def config_of(file: Path, ours: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The config inside our JSON or beside the file, None where there is neither; and its place."""
+    beside = file.parent / CONFIG
+    if isinstance(ours.get("config"), dict):
+        return dict(ours["config"]), f"{file}: config in metadata lora_fx"
+    return _parse(beside.read_bytes(), str(beside)) if beside.is_file() else None, str(beside)
 
 
 def _tensors(path: Path, trust: bool) -> tuple[dict[str, Array], dict[str, str]]:
@@ -131,7 +135,7 @@ def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
             on some updates only, an entry that is no LoRA at all, empty or non-finite tensors,
             metadata that is no JSON.
     """
-    tensors, config, ours, notes = peft_write.encode(adapter)
+    tensors, config, ours, notes = encode(adapter)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / WEIGHTS, tensors, _header(ours))
@@ -142,7 +146,7 @@ def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
 
 def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """Write one .safetensors file with the config in its metadata; otherwise as `write`."""
-    tensors, config, ours, notes = peft_write.encode(adapter)
+    tensors, config, ours, notes = encode(adapter)
     write_tensors(Path(path), tensors, _header({**ours, "config": config}))
     return notes
 

@@ -75,13 +75,13 @@ class Group:
         return unwrapped(self.lead)
 
 
-def unwrapped(lead: str) -> str:
+def unwrapped(lead: str, wrappers: Sequence[str] = (WRAPPER,)) -> str:
     """A name without PEFT's wrappers.
 
     >>> unwrapped("mha.base_layer.out_proj")
     'mha.out_proj'
     """
-    return ".".join(part for part in lead.split(".") if part != WRAPPER)
+    return ".".join(part for part in lead.split(".") if part not in wrappers)
 
 
 def wrappers(lead: str) -> int:

@@ -1,6 +1,6 @@
 """Our own JSON in the header of an adapter file: what PEFT's names and config do not say.
 
-`{"version": 1, "metadata": {…}, "entries": {key: …}}`, one object for each entry:
+`{"version": 1, "format": 1, "metadata": {…}, "entries": {key: …}}`, one object for each entry:
 
 * `{"a", "b", "layout", "use", "extra"}`: a low-rank update. Rank, alpha and variant come from the
   config where the tensors have PEFT's names, since people edit it; else they are here, with
@@ -20,13 +20,11 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.update_json import from_json
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import holds
 from lora_fx.formats.peft.names import OWN, PREFIX, Group, split_name
 from lora_fx.formats.peft.source import PeftFile
-
-VERSION = 1
 
 
 def own_sections(ours: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,12 +32,7 @@ def own_sections(ours: Mapping[str, Any], file: str) -> tuple[dict[str, Any], di
     if not ours:
         return {}, {}
     found, metadata = ours.get("entries"), ours.get("metadata")
-    version = ours.get("version")
-    if version != VERSION:
-        raise LoraFxError(
-            f"{file}: metadata lora_fx has version {version!r}; expected {VERSION}",
-            "update lora-fx",
-        )
+    check_format(ours, f"{file}: metadata lora_fx")
     if not isinstance(found, dict) or not isinstance(metadata, dict):
         raise LoraFxError(f"{file}: metadata lora_fx is damaged")
     return found, dict(metadata)

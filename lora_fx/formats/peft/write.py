@@ -14,11 +14,10 @@ from lora_fx.adapter.update_json import to_json
 from lora_fx.adapter.updates import Dense, ReplacedRows, name_of
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import build_config, conflicts
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER, packed, unwrapped
-from lora_fx.formats.peft.own import VERSION
 from lora_fx.targets.target import split_use
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")
@@ -76,7 +75,7 @@ class _Writer:
             self.notes.append("PEFT will not load this adapter: it has no update that it can apply")
         metadata = {k: v for k, v in self.adapter.metadata.items() if k not in _DERIVED}
         config = build_config(self._numbers(), modules, whole, metadata, self.fields)
-        ours = {"version": VERSION, "entries": self.described, "metadata": metadata}
+        ours = {**stamp(), "entries": self.described, "metadata": metadata}
         return self.tensors, config, ours, tuple(self.notes)
 
     def _flags(self, variant: str) -> None:

@@ -19,14 +19,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, check_format
 from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.trace import Pinned, Traced, _clean
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
 from lora_fx.fx.pt2.manifest import (
-    VERSION,
     adapter_names,
     read_adapter,
     read_arguments,
@@ -94,11 +93,8 @@ class FileCaptured(Captured):
             raise archive.bad(f"{MANIFEST} is wrong: {type(e).__name__} {e}") from e
 
     def _read(self, manifest: Mapping[str, Any]) -> None:
-        if manifest and manifest.get("version") != VERSION:
-            raise LoraFxError(
-                f"{self.path}: its manifest is version {manifest.get('version')!r}, not {VERSION}",
-                "another lora-fx wrote it",
-            )
+        if manifest:
+            check_format(manifest, f"{self.path}: its manifest")
         programs = self._loaded
         first = programs.get("model") or next(iter(programs.values()))
         named = dict(first.named)

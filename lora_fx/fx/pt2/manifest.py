@@ -13,12 +13,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import FIELDS, slots_of, with_values
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.update_json import from_json, to_json
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy
 
-VERSION = 1
 _KINDS = {
     k.name: k
     for k in (
@@ -41,7 +40,7 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> dict[s
     captured = module.captured
     inputs = captured.bounded_inputs()
     made: dict[str, Any] = {
-        "version": VERSION,
+        **stamp(),
         "programs": dict(programs),
         "class": type(module).__name__,
         "parameters": [_parameter(p) for p in captured.signature.signature.parameters.values()],

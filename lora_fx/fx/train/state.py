@@ -27,7 +27,7 @@ from lora_fx.adapter.factors import asked
 from lora_fx.checkpoint.provenance import ends
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name
@@ -211,7 +211,6 @@ def _put_rng(row: torch.Tensor, device: torch.device) -> None:
 # same. Nothing is unpickled.
 
 
-VERSION = 1
 WORDS, TENSORS = "state.json", "state.safetensors"
 
 
@@ -235,7 +234,7 @@ def write_folder(folder: str, words: Mapping[str, Any], tensors: Mapping[str, Ar
     with replacing(folder, force=True) as stage:
         check_folder(folder, force=True)
         stage.mkdir()
-        text = json.dumps({"version": VERSION, **words}, indent=1, allow_nan=False)
+        text = json.dumps({**stamp(), **words}, indent=1, allow_nan=False)
         (stage / WORDS).write_text(text + "\n", encoding="utf-8")
         write_tensors(stage / TENSORS, tensors, {})
 
@@ -266,11 +265,7 @@ def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
             raise TypeError("no object")
     except (ValueError, TypeError, OSError) as e:
         raise LoraFxError(f"{path / WORDS}: damaged: {one_line(e)}", "start anew") from e
-    if words.get("version") != VERSION:
-        raise LoraFxError(
-            f"{path / WORDS}: a state of version {words.get('version')!r}; expected {VERSION}",
-            "go on with the version of lora-fx that wrote it",
-        )
+    check_format(words, str(path / WORDS))
     return words, read_tensors(path / TENSORS)[0]
 
 

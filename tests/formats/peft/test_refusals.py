@@ -170,7 +170,7 @@ def test_missing_or_broken_config(plain: Write) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"version": 99}, "version 99"),
+        ({"format": 99}, "format 99"),
         ({"entries": []}, "damaged"),
         ({"entries": {"h.weight": {"a": "gone", "b": "gone"}}}, "h.weight"),
         ({"entries": {"h.weight": 3}}, "h.weight"),
