@@ -150,7 +150,7 @@ LATER: dict[str, tuple[str, str, Edit, str, Callable[[Path], object]]] = {
     "batch": ("batch.onnx", "", onnx_field, PROPERTY, manifest_of),
     "insert": ("insert.onnx", "", onnx_field, PROPERTY, lora_fx.load_adapter),
     "merged ONNX": ("merged.onnx", "", onnx_field, METADATA, merged_again),
-    "merged": ("merged.safetensors", "", header, "lora_fx.merge", merged_again),
+    "merged": ("merged.safetensors", "", header, METADATA, merged_again),
     "plan": ("plan.json", "", text, "version", read_plan),
     "state": ("state", "state.json", text, "format", lambda p: read_folder(str(p))),
 }
