@@ -46,7 +46,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     if options["how"] != "svd":
         load_numpy()
     from lora_fx.checkpoint.merge import check_target, lines, plan_merge, report_json, run
-    from lora_fx.checkpoint.options import MergeOptions
+    from lora_fx.checkpoint.merge_plan import MergeOptions
     from lora_fx.errors import LoraFxError
 
     threads = options.pop("threads")

@@ -39,13 +39,12 @@ ORDER = (
 LAZY = {
     ("lora_fx.onnx.session", "lora_fx.formats.io"),
     ("lora_fx.formats.peft.file", "lora_fx.fx.tensors"),
-    ("lora_fx.adapter.adapter", "lora_fx"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
 LONG = 700
 FRAGMENT = 150
 """Lines: a module below it with one importer in its own folder is part of that importer."""
-CODE_LINES = 30_300
+CODE_LINES = 29_900
 """The budget without blanks, comments and docstrings; raised only with a line in the CHANGELOG."""
 MOST = 8
 """Arguments; a verb makes its options object in its first line."""

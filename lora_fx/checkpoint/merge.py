@@ -16,8 +16,7 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.fold import Stats
 from lora_fx.checkpoint.int8 import HINT
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
-from lora_fx.checkpoint.options import MergeOptions
+from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report

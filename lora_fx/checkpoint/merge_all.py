@@ -20,7 +20,7 @@ from threading import Lock
 from typing import Any
 
 from lora_fx.checkpoint.merge import cores, plan_merge
-from lora_fx.checkpoint.options import MergeOptions
+from lora_fx.checkpoint.merge_plan import MergeOptions
 from lora_fx.checkpoint.provenance import history
 from lora_fx.checkpoint.write import recorded
 from lora_fx.errors import LoraFxError

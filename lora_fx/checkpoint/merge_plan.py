@@ -20,7 +20,6 @@ from lora_fx.adapter.updates import ReplacedRows, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match
-from lora_fx.checkpoint.options import MergeOptions
 from lora_fx.checkpoint.provenance import adapter_hash, base_note, history, refuse_again
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.tied import (
@@ -55,6 +54,31 @@ class Given:
     def of(cls, adapter: Adapter, weight: float, where: str, path: Path | None = None) -> Given:
         """With its hash."""
         return cls(adapter, weight, where, adapter_hash(adapter), path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Which numbers a merge writes, and what it accepts; an object that exists is in order."""
+
+    how: str = "sum"
+    rank: int | None = None
+    dtype: str | None = None
+    allow_unused: bool = False
+    untie: bool = False
+    add: bool = False
+    again: bool = False
+    allow_missing: bool = False
+    any_base: bool = False
+    trust: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise for a mix or dtype that is not known, and for a rank below 1."""
+        if self.dtype not in (None, *FLOATING):
+            raise LoraFxError(f"no dtype {self.dtype!r}", f"one of {', '.join(FLOATING)}")
+        if self.how not in HOWS:
+            raise LoraFxError(f"no mix {self.how!r}", f"the mixes are {', '.join(HOWS)}")
+        if self.rank is not None and self.rank < 1:
+            raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
 
 
 @dataclass(frozen=True)
@@ -476,3 +500,9 @@ def _said(p: Placed) -> str:
     rank = f" rank {entry.rank}" if hasattr(entry, "rank") else ""
     part = p.key[p.key.index("[") :] if p.key.endswith("]") else ""
     return f"{name_of(entry)}{part}{rank} scale {entry.scale:.6g}"
+
+
+# What a merge into a checkpoint is asked for; see `lora_fx.checkpoint.merge.merge`.
+
+
+HOWS = ("sum", "cat", "linear", "svd")

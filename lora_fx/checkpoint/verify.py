@@ -18,8 +18,15 @@ from lora_fx.checkpoint.difference import unlike
 from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import cores, given
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, Stage, TensorChange, make_plan
-from lora_fx.checkpoint.options import HOWS, MergeOptions
+from lora_fx.checkpoint.merge_plan import (
+    HOWS,
+    Given,
+    MergeOptions,
+    MergePlan,
+    Stage,
+    TensorChange,
+    make_plan,
+)
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import file_targets

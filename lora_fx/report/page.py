@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from lora_fx.report import charts
 from lora_fx.report.rows import Row, rows_of
-from lora_fx.report.text import Json, broken, number, percent, plural, shape, size, visible
+from lora_fx.report.values import Json, broken, number, percent, plural, shape, size, visible
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -36,24 +36,21 @@ def page(result: Json) -> str:
     """
     rows = rows_of(result)
     script = (TEMPLATES / "table.js").read_text("utf-8")
-    return (
-        _templates()
-        .get_template("page.html.j2")
-        .render(
-            result=result,
-            what="tensor" if result.get("command") in ("merge", "verify") else "target",
-            facts=facts(result, rows),
-            curve_of_losses=charts.training(result),
-            structure=charts.blocks(rows),
-            rounding=charts.rounding(rows),
-            table=table(result, rows),
-            command_line=shlex.join((result.get("page") or {}).get("argv") or ()),
-            data=_plain(result),
-            style=Markup((TEMPLATES / "style.css").read_text("utf-8")),
-            script=Markup(script),
-            script_hash=_hash(script),
-        )
-    )
+    values = {
+        "result": result,
+        "what": "tensor" if result.get("command") in ("merge", "verify") else "target",
+        "facts": facts(result, rows),
+        "curve_of_losses": charts.training(result),
+        "structure": charts.blocks(rows),
+        "rounding": charts.rounding(rows),
+        "table": table(result, rows),
+        "command_line": shlex.join((result.get("page") or {}).get("argv") or ()),
+        "data": _plain(result),
+        "style": Markup((TEMPLATES / "style.css").read_text("utf-8")),
+        "script": Markup(script),
+        "script_hash": _hash(script),
+    }
+    return _templates().get_template("page.html.j2").render(values)
 
 
 @cache
@@ -211,7 +208,7 @@ def _columns(command: str) -> list[Column]:
     ]
 
 
-class Table(NamedTuple):
+class TargetTable(NamedTuple):
     """The columns in use, of which `left` (from 1, the key's) hold text, and (key, cells) a row."""
 
     columns: list[Column]
@@ -220,7 +217,7 @@ class Table(NamedTuple):
     means: str
 
 
-def table(result: Json, rows: list[Row]) -> Table | None:
+def table(result: Json, rows: list[Row]) -> TargetTable | None:
     """The table of the targets; None without rows."""
     if not rows:
         return None
@@ -229,7 +226,7 @@ def table(result: Json, rows: list[Row]) -> Table | None:
     columns = _columns(str(result.get("command", "")))
     filled = [(c, cells) for c in columns if any(cells := [c.cell(r) for r in rows])]
     used = [c for c, _ in filled]
-    return Table(
+    return TargetTable(
         used,
         [(r.key, cells) for r, *cells in zip(rows, *(cells for _, cells in filled), strict=True)],
         [i for i, c in enumerate(used, 2) if not c.numeric],

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from lora_fx.report.text import Json
+from lora_fx.report.values import Json
 
 
 @dataclass

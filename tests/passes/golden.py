@@ -211,7 +211,9 @@ def main(names: list[str]) -> None:
         text = (FOLDER / f"{name}.txt").read_text()
         for title, code in written.items():
             pattern = rf"(^--- {title}\n(?:\w+: [^\n]*\n)*)def .*?(?=\n+---|\n*\Z)"
-            text = re.sub(pattern, lambda m, c=code: m[1] + c, text, flags=re.M | re.S)
+            found = re.search(pattern, text, flags=re.M | re.S)
+            assert found is not None, title
+            text = text[: found.start()] + found[1] + code + text[found.end() :]
         (FOLDER / f"{name}.txt").write_text(text)
 
 

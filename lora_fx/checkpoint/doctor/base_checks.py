@@ -15,8 +15,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT, scheme_of, stored_as
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
-from lora_fx.checkpoint.options import MergeOptions
+from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import FLOATING, finfo
