@@ -9,6 +9,7 @@ import click
 from lora_fx.cli.options import force_option, json_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
+from lora_fx.text import Json
 
 _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 
@@ -69,7 +70,7 @@ def command(
         _write_for(loaded, model, output, name, force)
     for text in notes:
         note(text)
-    fields: dict[str, Any] = {"from": source, "to": name, "updates": len(loaded)}
+    fields: Json = {"from": source, "to": name, "updates": len(loaded)}
     emit(
         as_json,
         "convert",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.errors import NoEffectError
+from lora_fx.text import Json
 
 Say = Callable[[str], None]
 
@@ -38,7 +39,7 @@ class Size:
 class Result:
     """What the table and report.json show."""
 
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Json = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 

@@ -19,6 +19,7 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.output import emit, emit_file, table, wrote
 from lora_fx.cli.report_option import report_option
+from lora_fx.text import Json
 
 
 @click.command("export")
@@ -81,7 +82,7 @@ def command(
         )
     updates = named_adapters(adapters)
     given = {k: options.pop(k) for k in CAPTURE}
-    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    chosen: Json = {k: None if v == () else v for k, v in options.items()}
     chosen["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
     chosen |= {"mode": mode, "inputs": load_npz(given["inputs_file"]) or None}
     if model.endswith(".onnx"):

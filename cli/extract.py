@@ -11,6 +11,7 @@ import click
 from lora_fx.cli.options import force_option, json_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_option
+from lora_fx.text import Json
 
 
 @click.command("extract")
@@ -48,7 +49,7 @@ def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **op
     from lora_fx.formats.io import save_adapter
 
     check_output(output, force=force)
-    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    chosen: Json = {k: None if v == () else v for k, v in options.items()}
     result = extraction(base, tuned, progress=_progress(), **chosen)
     for text in (
         *result.adapter.metadata["notes"],

@@ -21,6 +21,7 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
+from lora_fx.text import Json
 
 
 @click.command("insert")
@@ -63,7 +64,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
         return
     loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
     start = start_from(loaded, cap, options["init"], **{k: options.pop(k) for k in START})
-    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    chosen: Json = {k: None if v == () else v for k, v in options.items()}
     module = insert(cap, **chosen, **start)
     report = module.report()
     if output.endswith(".pt2"):
@@ -85,7 +86,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     )
 
 
-def _onnx(model: str, output: str, force: bool, as_json: bool, options: dict[str, Any]) -> None:
+def _onnx(model: str, output: str, force: bool, as_json: bool, options: Json) -> None:
     from lora_fx.errors import LoraFxError
     from lora_fx.passes.verbs.insert_onnx import insert_onnx
 
@@ -95,7 +96,7 @@ def _onnx(model: str, output: str, force: bool, as_json: bool, options: dict[str
     no_say = ("also_train", "dropout", *START, "weights", "dynamic", "static", "trust")
     refuse_given(model, no_say)
     kept = {k: v for k, v in options.items() if k not in no_say}
-    chosen: dict[str, Any] = {k: None if v == () else v for k, v in kept.items()}
+    chosen: Json = {k: None if v == () else v for k, v in kept.items()}
     report = insert_onnx(model, output, inputs=arrays, force=force, **chosen)
     for text in report.warnings:
         note(text)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from lora_fx.cli.options import split_weight
 from lora_fx.cli.output import emit, note
+from lora_fx.text import Json, JsonView
 
 DTYPE = click.option(
     "--dtype",
@@ -52,7 +53,7 @@ def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return DTYPE(function)
 
 
-def arguments(options: Mapping[str, Any]) -> list[str]:
+def arguments(options: JsonView) -> list[str]:
     """The command line that says these options."""
     given = [f"--{name}" for name in FLAGS if options[name.replace("-", "_")]]
     return [*given, "--dtype", options["dtype"]] if options["dtype"] else given
@@ -75,7 +76,7 @@ def load_numpy() -> None:
 
 
 def merge_file(
-    base: str, adapters: tuple[str, ...], out: str, options: dict[str, Any], as_json: bool
+    base: str, adapters: tuple[str, ...], out: str, options: Json, as_json: bool
 ) -> None:
     """Merge into an .onnx file, or print its plan."""
     from lora_fx.onnx.match import read_map

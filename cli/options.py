@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
 from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError
+from lora_fx.text import Json, JsonView
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 trust_option = click.option(
@@ -174,14 +175,14 @@ def held(cap: Any) -> Any:
     return module_of(cap)
 
 
-def examples(path: str) -> dict[str, Any]:
+def examples(path: str) -> Json:
     """Example inputs from an .npz, by argument name."""
     from lora_fx.fx.tensors import from_numpy
 
     return {k: from_numpy(v) for k, v in load_npz(path).items()}
 
 
-def load_npz(path: str | None) -> dict[str, Any]:
+def load_npz(path: str | None) -> Json:
     """Arrays of an --inputs file by name; empty without one."""
     from lora_fx.data import read_npz
 
@@ -226,11 +227,11 @@ def adapter_of(path: str, trust: bool = False) -> Any:
     return adapter
 
 
-def named_adapters(texts: Sequence[str]) -> dict[str, Any]:
+def named_adapters(texts: Sequence[str]) -> Json:
     """`ADAPTER[:W]` arguments by the name of the folder or file."""
     from pathlib import Path
 
-    result: dict[str, Any] = {}
+    result: Json = {}
     for path, weight in map(split_weight, texts):
         name = Path(path).resolve().name.removesuffix(".safetensors")
         name = name.removesuffix(".onnx_adapter")
@@ -287,9 +288,7 @@ def start_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def start_from(
-    loaded: Any, cap: Any, init: str, data: str | None, label: str, loss: str
-) -> dict[str, Any]:
+def start_from(loaded: Any, cap: Any, init: str, data: str | None, label: str, loss: str) -> Json:
     """Keyword arguments of insert; empty for a start that reads no data."""
     from lora_fx.adapter.initial import OF_DATA
     from lora_fx.fx.load.factory import load_function
@@ -305,7 +304,7 @@ def start_from(
     return of_training(training_data(data, loaded, cap, label, 128), init, computed)
 
 
-def of_training(table: Any, init: str, loss: Any) -> dict[str, Any]:
+def of_training(table: Any, init: str, loss: Any) -> Json:
     """Keyword arguments of insert for a start from the data that is trained on.
 
     Args:
@@ -318,15 +317,15 @@ def of_training(table: Any, init: str, loss: Any) -> dict[str, Any]:
     return {"data": batches_of(table), "loss": loss} if init in OF_DATA else {}
 
 
-def batches_of(table: Any, seed: int = 0) -> Iterator[Mapping[str, Any]]:
+def batches_of(table: Any, seed: int = 0) -> Iterator[JsonView]:
     """The columns of one pass over the data."""
     for batch in table.batches(BATCH, seed):
         yield batch.columns
 
 
 def some_batches(
-    data: str | None, loaded: Any, cap: Any, options: dict[str, Any]
-) -> Iterator[Mapping[str, Any]] | None:
+    data: str | None, loaded: Any, cap: Any, options: Json
+) -> Iterator[JsonView] | None:
     """Batches of at most --examples of DATA, drawn by --seed; takes its options out."""
     import numpy as np
 

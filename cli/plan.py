@@ -16,6 +16,7 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
+from lora_fx.text import Json
 
 FROM_1 = click.IntRange(min=1)
 
@@ -78,7 +79,7 @@ def command(
     batches = some_batches(data, loaded, cap, options)
     loss = options.pop("loss")
     loss = load_function(loss) if ":" in loss else loss
-    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    chosen: Json = {k: None if v == () else v for k, v in options.items()}
     made = plan(cap, data=batches, loss=loss, name=model, **chosen)
     made.save(output, force=force)
     for text in made.notes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import click
 
 from lora_fx.cli.options import force_option, split_weight
 from lora_fx.errors import LoraFxError
+from lora_fx.text import Json, JsonView
 
 LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
 NAMED = (
@@ -55,7 +56,7 @@ def report_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-def _check(report: str, force: bool, given: Mapping[str, Any]) -> None:
+def _check(report: str, force: bool, given: JsonView) -> None:
     """Refuse, before any work, a page that cannot be written or that would be something else."""
     from lora_fx.files.atomic import check_output
 
@@ -72,7 +73,7 @@ def _check(report: str, force: bool, given: Mapping[str, Any]) -> None:
         raise LoraFxError(f"--report {report} is a folder", "choose another name")
 
 
-def _stopped(ctx: click.Context, e: LoraFxError) -> dict[str, Any]:
+def _stopped(ctx: click.Context, e: LoraFxError) -> Json:
     from lora_fx import __version__
 
     said = ctx.find_root().obj.get("notes", [])
@@ -81,13 +82,13 @@ def _stopped(ctx: click.Context, e: LoraFxError) -> dict[str, Any]:
     return {**head, **rest, "error": e.message, "hint": e.hint}
 
 
-def write(path: str, force: bool, result: Mapping[str, Any]) -> str:
+def write(path: str, force: bool, result: JsonView) -> str:
     """Write the page of a result, all of it or nothing; its path."""
     from lora_fx.files.atomic import replacing
     from lora_fx.report.page import page
 
     ctx = click.get_current_context()
-    added: dict[str, Any] = {"argv": ctx.find_root().obj.get("argv") or [], "versions": versions()}
+    added: Json = {"argv": ctx.find_root().obj.get("argv") or [], "versions": versions()}
     outputs = [Path(p) for p in result["outputs"]]
     source = [p for p in _paths(ctx.params) if p not in outputs]
     added |= _hashed([("input", p) for p in source] + [("output", p) for p in outputs], path)
@@ -101,7 +102,7 @@ def write(path: str, force: bool, result: Mapping[str, Any]) -> str:
     return path
 
 
-def _once(adapters: list[dict[str, Any]], result: Mapping[str, Any]) -> None:
+def _once(adapters: list[Json], result: JsonView) -> None:
     """Take out of the adapters' rows what the result's own row of the same key says."""
     own = result.get("targets")
     told = {t["key"]: t for t in own} if isinstance(own, list) else {}
@@ -128,7 +129,7 @@ def versions() -> dict[str, str]:
     return {**found, "platform": platform.platform(terse=True)}
 
 
-def _paths(given: Mapping[str, Any]) -> list[Path]:
+def _paths(given: JsonView) -> list[Path]:
     """The files that were given: weights, and the function of `file.py:name`, cut off."""
     found: dict[Path, None] = {}
     for value in (given[n] for n in NAMED if n in given):
@@ -142,9 +143,9 @@ def _paths(given: Mapping[str, Any]) -> list[Path]:
     return list(found)
 
 
-def _hashed(paths: list[tuple[str, Path]], page: str) -> dict[str, Any]:
+def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:
     """Rows of files with their hashes; of a folder the files in it, hidden ones left out."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     said: list[str] = []
     seen: set[Path] = set()
     for of, path in paths:
@@ -167,9 +168,7 @@ def _hashed(paths: list[tuple[str, Path]], page: str) -> dict[str, Any]:
     return {"files": rows, "unhashed": said}
 
 
-def _adapters(
-    outputs: list[Path], given: Mapping[str, Any], trust: bool
-) -> tuple[list[dict[str, Any]], list[str]]:
+def _adapters(outputs: list[Path], given: JsonView, trust: bool) -> tuple[list[Json], list[str]]:
     """The adapters that were written, or else those that were given, with their spectra."""
     found, said = [], []
     base = given.get("base")
@@ -190,7 +189,7 @@ def _adapters(
     return found, said
 
 
-def _weighted(given: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _weighted(given: JsonView) -> Iterator[tuple[str, float]]:
     for name in ("adapter", "adapters", "b"):
         value = given.get(name) or ()
         for text in value if isinstance(value, (tuple, list)) else [value]:

@@ -20,6 +20,7 @@ from lora_fx.cli.options import (
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_option
 from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
+from lora_fx.text import Json
 
 
 @click.command("train")
@@ -54,7 +55,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
 def _train(
     world: Any, device: str, model: str, data: str, output: str, force: bool, as_json: bool,
-    options: dict[str, Any],
+    options: Json,
 ) -> None:  # fmt: skip
     from lora_fx.data import split
     from lora_fx.errors import LoraFxError
@@ -79,7 +80,7 @@ def _train(
     training, validation = split(table, options.pop("validation"), options["seed"])
     loss = options.pop("loss")
     loss = load_function(loss) if ":" in loss else loss
-    chosen: dict[str, Any] = {k: None if v == () else v for k, v in options.items()}
+    chosen: Json = {k: None if v == () else v for k, v in options.items()}
     chosen |= of_training(training, options["init"], loss)
     module = (held(cap) if cap.adapter is not None else insert(cap, **chosen)).to(device)
 

@@ -11,6 +11,7 @@ import click
 from lora_fx.cli.common import Terminated
 from lora_fx.cli.output import note, say
 from lora_fx.errors import LoraFxError
+from lora_fx.text import Json
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
 FROM_0 = click.FloatRange(min=0)
@@ -20,7 +21,7 @@ SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options of the loop, in the order of `Settings`, and those of its states."""
-    shown: dict[str, Any] = {"show_default": True}
+    shown: Json = {"show_default": True}
     options = [
         click.option("--epochs", type=ABOVE_0, default=3.0, **shown, help="Passes over DATA."),
         click.option("--steps", type=FROM_1, metavar="N", help="Steps, instead of epochs."),
@@ -72,7 +73,7 @@ def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def settings_of(options: dict[str, Any]) -> Any:
+def settings_of(options: Json) -> Any:
     """Takes the loop's settings out of a command's options."""
     from lora_fx.fx.train.optimizer import Settings
 
@@ -81,7 +82,7 @@ def settings_of(options: dict[str, Any]) -> Any:
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 
-def saving_of(options: dict[str, Any], force: bool) -> Any:
+def saving_of(options: Json, force: bool) -> Any:
     """Takes what says where states are out of a command's options; checks the folder."""
     from pathlib import Path
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError
+from lora_fx.text import JsonView
 
 TABLE = ("table", "model", "label", "loss", "weights")
 """What table_options give to print_table."""
@@ -29,8 +30,8 @@ def table_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def print_table(
-    path: str, output: str | None, goal: Mapping[str, Any], trust: bool, as_json: bool,
-    options: Mapping[str, Any],
+    path: str, output: str | None, goal: JsonView, trust: bool, as_json: bool,
+    options: JsonView,
 ) -> None:  # fmt: skip
     """Losses of an adapter on DATA at lower ranks."""
     from lora_fx.cli.options import adapter_of, captured, training_data

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lora_fx.dtypes import finfo
+from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.text import Json, JsonView
 
 FOLD_TOL = 1e-6
 """fold against insert, fp32, tiny models."""
@@ -52,7 +52,7 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return gap / top
 
 
-def gates_of(expected: Mapping[str, npt.NDArray[Any]]) -> dict[str, float]:
+def gates_of(expected: Mapping[str, Array]) -> dict[str, float]:
     """The base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype."""
     return {n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()}
 
@@ -73,7 +73,7 @@ class Parity:
         """Within the gate."""
         return self.rel <= self.tol
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `parity[]`; an infinite difference is null."""
         finite = math.isfinite(self.rel)
         return {
@@ -87,15 +87,15 @@ class Parity:
         }
 
 
-def shapes_of(feeds: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes_of(feeds: JsonView) -> dict[str, tuple[int, ...]]:
     """{input: shape} for a report; of a cache the first input only, which the others are like."""
     first = "past_key_values.0.key"
     return {k: v.shape for k, v in feeds.items() if k[:16] != first[:16] or k == first}
 
 
 def compare(
-    ours: Mapping[str, npt.NDArray[Any]],
-    reference: Mapping[str, npt.NDArray[Any]],
+    ours: Mapping[str, Array],
+    reference: Mapping[str, Array],
     sizes: Mapping[str, tuple[int, ...]],
     tol: float | Mapping[str, float],
     of: str = "",
@@ -124,13 +124,13 @@ class Report:
     parity: tuple[Parity, ...] = ()
     outputs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: JsonView = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """True when everything held."""
         return self.ok
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The parts of docs/json.md that this verb knows."""
         return {
             "command": self.command,

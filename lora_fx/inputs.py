@@ -19,6 +19,8 @@ import numpy.typing as npt
 from lora_fx.dtypes import numpy_dtype
 from lora_fx.errors import LoraFxError
 
+Named = Mapping[str, Any]
+"""Arguments of a call by name; each is a tensor, or one of torch's pytrees."""
 SIZES: tuple[tuple[int, int], ...] = ((2, 5), (3, 7), (1, 11))
 BATCH = "batch"
 LENGTH = "length"

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Json = dict[str, Any]
+"""A JSON object; its values are what JSON has."""
+JsonView = Mapping[str, Any]
+"""A JSON object that is only read."""
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:

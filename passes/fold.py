@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import variant_of
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Deferred, Emitter, Graph, Site
@@ -129,11 +129,11 @@ class Fold:
 
     def _value(
         self, name: str, keys: tuple[str, ...], graph: Graph[V], pairs: list[tuple[Target, LowRank]]
-    ) -> npt.NDArray[Any] | Deferred:
+    ) -> Array | Deferred:
         """The folded tensor, or how to compute it; either way the report gets its line."""
         read = graph.reader(name)
 
-        def compute() -> npt.NDArray[Any]:
+        def compute() -> Array:
             value, kept = fold_value(read(), pairs)
             known = {(f.parameter, f.keys) for f in self.report}
             if (name, keys) not in known:  # a deferred value may be wanted twice
@@ -180,32 +180,30 @@ ROWS = 1 << 20
 """So many elements of a tensor are folded at a time: a wide copy of them is in memory."""
 
 
-def fold_value(
-    base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]
-) -> tuple[npt.NDArray[Any], float]:
+def fold_value(base: Array, updates: list[tuple[Target, LowRank]]) -> tuple[Array, float]:
     """The stored tensor with its updates added, rounded once, and the share that was kept."""
     # Never in 16 bits: the sum would be rounded twice, and W would be added to a rounded Δ.
     work = np.float64 if base.dtype == np.float64 else np.float32
     value = np.empty_like(base)
     square = kept = 0.0
     for rows, block in _blocks(base, updates):
-        before: npt.NDArray[Any] = base[rows].astype(work, copy=False)
-        wide: npt.NDArray[Any] = np.array(before)
+        before: Array = base[rows].astype(work, copy=False)
+        wide: Array = np.array(before)
         for target, low in block:
             part = tuple(slice(lo, hi) for lo, hi in target.region)
             wide[part] = _changed(wide[part], target, low)
         value[rows] = wide.astype(base.dtype, copy=False)
         if base.dtype == work:
             continue  # the sum as it is: nothing is rounded away
-        wanted: npt.NDArray[Any] = wide - before
-        got: npt.NDArray[Any] = value[rows].astype(work) - before
+        wanted: Array = wide - before
+        got: Array = value[rows].astype(work) - before
         square += float(np.vdot(wanted, wanted))
         kept += float(np.vdot(got, wanted))
     return value, kept / square if square else 1.0
 
 
 def fold_rows(
-    base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]], rows: slice
+    base: Array, updates: list[tuple[Target, LowRank]], rows: slice
 ) -> npt.NDArray[np.float64]:
     """Some rows of W + s·b·a in fp64, unrounded; all rows where they cannot be had apart."""
     # a matrix: other rows need not be computed
@@ -219,16 +217,16 @@ def fold_rows(
     return np.asarray(wide[rows])
 
 
-def _changed(part: npt.NDArray[Any], target: Target, low: LowRank) -> npt.NDArray[Any]:
+def _changed(part: Array, target: Target, low: LowRank) -> Array:
     """A region of W with its update in it, in the dtype of `part`."""
-    e: Emitter[npt.NDArray[Any]] = NumpyEmitter()
+    e: Emitter[Array] = NumpyEmitter()
     layout, work = low.layout or target.layout, part.dtype
     change = delta(e, layout, low.a.astype(work), low.b.astype(work), float(low.scale))
     size = None if low.magnitude is None else low.magnitude.astype(work)
     return np.asarray(part + variant_of(low).change(e, layout, part, change, size))
 
 
-def _flat(base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]) -> bool:
+def _flat(base: Array, updates: list[tuple[Target, LowRank]]) -> bool:
     """True for updates of a whole matrix, whose rows can be had one by one."""
     return base.ndim == 2 and all(
         (low.layout or t.layout).shape == base.shape
@@ -239,7 +237,7 @@ def _flat(base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]) -> bool
 
 
 def _blocks(
-    base: npt.NDArray[Any], updates: list[tuple[Target, LowRank]]
+    base: Array, updates: list[tuple[Target, LowRank]]
 ) -> Iterator[tuple[slice, list[tuple[Target, LowRank]]]]:
     """Some rows of a matrix and what its updates do there; a tensor of other shape in one go."""
     if not _flat(base, updates):
@@ -251,7 +249,7 @@ def _blocks(
         yield rows, [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
 
 
-def _whole(base: npt.NDArray[Any]) -> Region:
+def _whole(base: Array) -> Region:
     return tuple((0, n) for n in base.shape)
 
 

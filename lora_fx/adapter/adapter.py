@@ -32,7 +32,7 @@ from lora_fx.targets.regions import (
     own_use,
     tied,
 )
-from lora_fx.text import near
+from lora_fx.text import Json, JsonView, near
 
 
 class FileNames(Protocol):
@@ -47,7 +47,7 @@ class FileNames(Protocol):
         """The adapter under a model's parameter names; see `lora_fx.formats.naming`."""
         ...
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """What a file of the adapter keeps of this in its metadata."""
         ...
 
@@ -66,7 +66,7 @@ class Adapter:
     """
 
     entries: Mapping[str, Entry]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: JsonView = field(default_factory=dict)
     names: FileNames | None = None
 
     def __len__(self) -> int:

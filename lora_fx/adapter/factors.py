@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.dtypes import Array
+from lora_fx.text import Json, JsonView
 
 FIELDS = ("a", "b", "a0", "b0", "magnitude")
 SIDES = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude")
@@ -107,7 +107,7 @@ LEARNS = "learns"
 """The adapter metadata that keeps what no format says: how the updates learn."""
 
 
-def learning(updates: Mapping[str, LowRank]) -> dict[str, Any]:
+def learning(updates: Mapping[str, LowRank]) -> Json:
     """Metadata from which `relearning` makes the variants and the frozen ranks again."""
     variants = {k: u.variant for k, u in updates.items() if u.variant not in ("lora", "rslora")}
     frozen = {k: u.frozen for k, u in updates.items() if u.frozen}
@@ -115,8 +115,8 @@ def learning(updates: Mapping[str, LowRank]) -> dict[str, Any]:
 
 
 def relearning(
-    updates: Mapping[str, LowRank], metadata: Mapping[str, Any]
-) -> tuple[dict[str, LowRank], dict[str, Any]]:
+    updates: Mapping[str, LowRank], metadata: JsonView
+) -> tuple[dict[str, LowRank], Json]:
     """Updates that learn as the metadata says, and the rest of the metadata."""
     said = metadata.get(LEARNS) or {}
     variants, frozen = said.get("variants", {}), said.get("frozen", {})

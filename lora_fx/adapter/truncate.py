@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from lora_fx.adapter.svd import Triplets, balanced, distance, product_svd, produ
 from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.errors import LoraFxError
 from lora_fx.targets.budget import gains, within_budget, within_loss
-from lora_fx.text import table
+from lora_fx.text import Json, table
 
 GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")
 
@@ -52,7 +51,7 @@ class Truncated:
         """‖ΔW − ΔW'‖/‖ΔW‖; 0 for a ΔW of zeros."""
         return self.error / self.norm if self.norm else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `truncated[]` in docs/json.md."""
         return {
             "key": self.key,
@@ -102,7 +101,7 @@ class Truncation:
         """Keys of which no rank is left."""
         return tuple(r.key for r in self.rows if not r.after)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The fields that `lora-fx truncate --json` adds to its object."""
         return {
             "truncated": [r.to_json() for r in self.rows],
@@ -305,7 +304,7 @@ MOST, FEW, MANY = 32, 10, 200
 """How many of the largest values are written of one update; FEW where there are over MANY."""
 
 
-def summary(adapter: Adapter) -> list[dict[str, Any]]:
+def summary(adapter: Adapter) -> list[Json]:
     """A row of {key, kind, rank, alpha, parameters, shape, sigma, norm} for every entry.
 
     `sigma` holds the largest values of s·b·a, descending, the first in six digits and the others
@@ -316,9 +315,9 @@ def summary(adapter: Adapter) -> list[dict[str, Any]]:
     return [_row(key, entry, most) for key, entry in adapter.entries.items()]
 
 
-def _row(key: str, entry: Entry, most: int) -> dict[str, Any]:
+def _row(key: str, entry: Entry, most: int) -> Json:
     arrays = [v for v in vars(entry).values() if isinstance(v, np.ndarray)]
-    row: dict[str, Any] = {
+    row: Json = {
         "key": key,
         "kind": name_of(entry),
         "rank": getattr(entry, "rank", None),

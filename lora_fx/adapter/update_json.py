@@ -13,24 +13,24 @@ module, depth, candidates  of `layer`, where the key does not name a parameter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from lora_fx.adapter.lowrank import FileLayer, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker
 from lora_fx.ir.layout import Layout
+from lora_fx.text import Json, JsonView
 
 Described = TypeVar("Described", bound=LowRank | Hadamard | Kronecker | Dense)
 _READ = {"use": str, "variant": str, "alpha": float, "frozen": int}
 
 
-def to_json(entry: LowRank | Hadamard | Kronecker | Dense, *fields: str) -> dict[str, Any]:
+def to_json(entry: LowRank | Hadamard | Kronecker | Dense, *fields: str) -> Json:
     """These fields of an update, in this order; rank and scale are there for people."""
     return {field: _plain(entry, field) for field in fields}
 
 
-def from_json(entry: Described, row: Mapping[str, Any]) -> Described:
+def from_json(entry: Described, row: JsonView) -> Described:
     """The update with what a row says of it; the rank is that of its tensors.
 
     Args:
@@ -40,7 +40,7 @@ def from_json(entry: Described, row: Mapping[str, Any]) -> Described:
     Raises:
         LookupError, TypeError, ValueError, AttributeError: The row was edited.
     """
-    said: dict[str, Any] = {"layout": Layout.from_json(row["layout"]) if row["layout"] else None}
+    said: Json = {"layout": Layout.from_json(row["layout"]) if row["layout"] else None}
     if isinstance(entry, LowRank):
         said |= {field: read(row[field]) for field, read in _READ.items() if field in row}
     elif "scale" in row and not isinstance(entry, Hadamard):
@@ -59,13 +59,13 @@ def _plain(entry: LowRank | Hadamard | Kronecker | Dense, field: str) -> Any:
     return float(value) if field in ("alpha", "scale") else value
 
 
-def _extra(entry: LowRank | Hadamard | Kronecker | Dense) -> dict[str, Any]:
+def _extra(entry: LowRank | Hadamard | Kronecker | Dense) -> Json:
     if isinstance(entry, Dense):
         return {}
     if not isinstance(entry, LowRank):
         kernel = list(entry.kernel)
         return {"op": f"conv{len(kernel)}d", "kernel": kernel} if kernel else {}
-    facts: dict[str, Any] = {"op": entry.op, "kernel": list(entry.kernel)}
+    facts: Json = {"op": entry.op, "kernel": list(entry.kernel)}
     facts |= {"tied": list(entry.twins) or entry.tied, "mutated": entry.mutated}
     layer = entry.layer or FileLayer("")
     facts |= {"lead": layer.lead, "of": layer.of}
@@ -76,7 +76,7 @@ def _extra(entry: LowRank | Hadamard | Kronecker | Dense) -> dict[str, Any]:
     return found
 
 
-def _facts(entry: LowRank | Hadamard | Kronecker, extra: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Json:
     kernel = tuple(int(n) for n in extra.get("kernel", ()))
     if not isinstance(entry, LowRank):
         return {"kernel": kernel}

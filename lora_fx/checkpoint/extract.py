@@ -27,7 +27,7 @@ from lora_fx.checkpoint.targets import targets_of
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.text import table
+from lora_fx.text import Json, table
 
 RANK = 16
 MAX_RANK = 128
@@ -344,7 +344,7 @@ class Extracted:
         """‖Δ − b@a‖/‖Δ‖."""
         return self.error / self.norm
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `extracted[]` in docs/json.md."""
         return {
             "key": self.key,
@@ -384,7 +384,7 @@ class Extraction:
         norm = math.hypot(*(r.norm for r in self.rows))
         return math.hypot(*(r.error for r in self.rows)) / norm if norm else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """What `lora-fx extract --json` adds."""
         return {
             "extracted": [r.to_json() for r in self.rows],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.model_families import is_head
@@ -13,7 +12,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.found import Found
 from lora_fx.targets.selectors import select, select_names, split
-from lora_fx.text import some
+from lora_fx.text import JsonView, some
 
 HeaderOf = tuple[str, Mapping[str, TensorInfo]]
 """A path, for messages, and its tensors."""
@@ -116,7 +115,7 @@ def _name(name: str) -> str:
 
 
 Tensors = Mapping[str, TensorInfo]
-NamedTensors = tuple[str, Tensors, Mapping[str, Any]]
+NamedTensors = tuple[str, Tensors, JsonView]
 """A path, for messages, its tensors and its config.json."""
 
 

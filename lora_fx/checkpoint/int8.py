@@ -10,7 +10,7 @@ rounded to the nearest code, ties to even. A row with no update, or of zeros, ke
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
+from lora_fx.text import JsonView
 
 TOP = 127
 """The largest code that is written; -128 is read, but has no positive twin."""
@@ -194,7 +195,7 @@ def scheme_of(name: str, base: Checkpoint) -> str:
     return found or ("MXFP4, blocks of 4-bit codes" if f"{name}_blocks" in base.tensors else "")
 
 
-def refuse_codes(keys: Iterable[str], base: Checkpoint, config: Mapping[str, Any]) -> None:
+def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> None:
     """Raise where a weight that an adapter means is there as codes only, under other names."""
     for key in keys:
         name = base_name(key)

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
 from lora_fx.targets.target import base_name, split_key, split_use
-from lora_fx.text import near, some
+from lora_fx.text import JsonView, near, some
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Placed:
 def match(
     adapter: Adapter,
     tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
+    config: JsonView,
     where: str,
     *,
     new: Mapping[str, TensorInfo] | None = None,
@@ -108,7 +107,7 @@ def match(
 def stacked(
     adapter: Adapter,
     tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
+    config: JsonView,
     rename: Renaming,
 ) -> Adapter:
     """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
@@ -149,7 +148,7 @@ def _unused(lost: list[str], hint: str, where: str, notes: list[str], *, allow: 
     notes.append(f"left out, the base has no such tensor: {names}")
 
 
-def _renamed(config: Mapping[str, Any]) -> str:
+def _renamed(config: JsonView) -> str:
     """Why names may differ from the file's though it is the base, and what helps."""
     kind = config.get("model_type")
     return (
@@ -329,7 +328,7 @@ def lookup(entry: Entry | Change) -> bool:
 def turned_weights(
     adapter: Adapter,
     tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
+    config: JsonView,
     rename: Renaming,
     where: str,
     notes: list[str],
@@ -365,7 +364,7 @@ def turned_weights(
     return frozenset(n for n in square if _turned(n, tensors[n], votes, kinds, flag=flag))
 
 
-def stacks_turned(adapter: Adapter, config: Mapping[str, Any]) -> bool | None:
+def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
     """How PEFT took the stacks of experts of a model, where its type says.
 
     PEFT writes in and out but not which of the two comes first in [E, …, …]. Until 0.18 it took
@@ -431,7 +430,7 @@ def _check_flag(
         )
 
 
-def _model_types(config: Mapping[str, Any]) -> frozenset[str]:
+def _model_types(config: JsonView) -> frozenset[str]:
     """model_type of the model and of its parts."""
     inner = [v for v in config.values() if isinstance(v, dict)]
     types = [c.get("model_type") for c in (config, *inner)]

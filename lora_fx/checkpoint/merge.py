@@ -23,7 +23,7 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, check_space, explain, replacing
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.text import some, table
+from lora_fx.text import Json, some, table
 
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
@@ -251,7 +251,7 @@ def _said(plan: MergePlan) -> list[str]:
     return said
 
 
-def report_json(report: Report) -> dict[str, Any]:
+def report_json(report: Report) -> Json:
     """What report.json holds; no paths, so that equal inputs give equal folders."""
     whole = report.to_json()
     return {k: v for k, v in whole.items() if k not in ("command", "outputs", "parity")}

@@ -12,12 +12,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from lora_fx.checkpoint.merge import cores, plan_merge
 from lora_fx.checkpoint.merge_plan import MergeOptions
@@ -25,6 +24,7 @@ from lora_fx.checkpoint.provenance import history
 from lora_fx.checkpoint.write import recorded
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.text import Json, JsonView
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def merge_all(
     processes: int,
     force: bool,
     arguments: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-) -> Iterator[dict[str, Any]]:
+    options: JsonView | None = None,
+) -> Iterator[Json]:
     """Merge every job; one result each, as they finish.
 
     Args:
@@ -154,9 +154,9 @@ class _Running:
 
 
 def _one(
-    running: _Running, base: str, job: Job, extra: Sequence[str], options: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"adapter": job.adapter, "out": str(job.out), "ok": True}
+    running: _Running, base: str, job: Job, extra: Sequence[str], options: JsonView | None
+) -> Json:
+    row: Json = {"adapter": job.adapter, "out": str(job.out), "ok": True}
     try:
         if options is not None and job.out.exists() and _is_this(base, job, options):
             return row | {"kept": True}
@@ -175,7 +175,7 @@ def _one(
     return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}
 
 
-def _is_this(base: str, job: Job, options: Mapping[str, Any]) -> bool:
+def _is_this(base: str, job: Job, options: JsonView) -> bool:
     """True where an output is what this very merge would write; by its own record."""
     out = open_checkpoint(job.out)
     plan = plan_merge(base, [(job.adapter, job.weight)], MergeOptions(**options))

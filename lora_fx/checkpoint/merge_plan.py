@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,7 +34,7 @@ from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.text import human, table
+from lora_fx.text import Json, human, table
 
 __all__ = ["Given", "MergePlan", "TensorChange", "make_plan"]
 
@@ -113,7 +112,7 @@ class MergePlan:
         return not self.unverified
 
     @property
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> Json:
         """Options that say which numbers come out, for the output's metadata: no defaults."""
         asked, mixed = self.options, len(self.given) > 1 and self.options.how in ("linear", "svd")
         kept = {"how": asked.how, "rank": asked.rank} if mixed else {}
@@ -133,7 +132,7 @@ class MergePlan:
         )
         return self.base.size + self.touched_bytes - old
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """What a dry run prints."""
         return {
             "tensors": [c.to_json() for c in self.changes.values()],
@@ -343,7 +342,7 @@ class TensorChange:
         """Of the output."""
         return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """A row of `tensors[]` in docs/json.md; what only a merge knows is null."""
         return {
             "key": self.name,

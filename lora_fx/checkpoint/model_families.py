@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_fx.files.safetensors import TensorInfo, read_json
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.targets.found import Found
+from lora_fx.text import JsonView
 
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared|embeddings)\.weight$")
 _HEAD = re.compile(
@@ -168,7 +168,7 @@ class TensorUse:
         return self.layout is not None and self.layout.out == (self.lead + 1,)
 
 
-def config_of(path: str | Path) -> Mapping[str, Any]:
+def config_of(path: str | Path) -> JsonView:
     """The config.json of a folder, or beside a file; empty where there is none."""
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
@@ -178,7 +178,7 @@ def config_of(path: str | Path) -> Mapping[str, Any]:
 def uses(
     tensors: Mapping[str, TensorInfo],
     found: Found,
-    config: Mapping[str, Any],
+    config: JsonView,
     fan_in_fan_out: bool | None = None,
     table: str | None = None,
 ) -> dict[str, TensorUse]:
@@ -221,12 +221,12 @@ def uses(
     return result
 
 
-def _inner(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _inner(config: JsonView) -> JsonView:
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else {}
 
 
-def _tied(roles: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+def _tied(roles: Mapping[str, str], config: JsonView) -> bool:
     """True when the file has no head of its own and the config says that there is one."""
     if "head" in roles.values():
         return False

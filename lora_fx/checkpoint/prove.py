@@ -19,7 +19,6 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -41,6 +40,7 @@ from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
+from lora_fx.text import Json
 
 ROWS = 4
 """Rows of every touched tensor that a merge computes again before it is done."""
@@ -54,7 +54,7 @@ class Difference:
     what: str
     ratio: float = float("inf")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Plain values; an infinite ratio is null."""
         finite = np.isfinite(self.ratio)
         return {"key": self.tensor, "what": self.what, "ratio": self.ratio if finite else None}

@@ -27,6 +27,7 @@ from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
+from lora_fx.text import Json, JsonView
 
 METADATA = "lora_fx.merge"
 VERSION = 1
@@ -86,9 +87,9 @@ def _parts(entry: Any) -> tuple[Array | float | str | tuple[int, ...], ...]:
     return (entry.index, entry.value)
 
 
-def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def history(checkpoint: Checkpoint) -> list[Json]:
     """The merges that a checkpoint has been through; of the shard that has most of them."""
-    longest: list[dict[str, Any]] = []
+    longest: list[Json] = []
     for name, header in checkpoint.shards.items():
         text = header.metadata.get(METADATA)
         if text is None:
@@ -116,7 +117,7 @@ def _listed(adapters: Any) -> bool:
 
 def refuse_again(
     path: Path,
-    merges: Iterable[Mapping[str, Any]],
+    merges: Iterable[JsonView],
     adapters: Iterable[tuple[str, str]],
     *,
     again: bool,
@@ -173,7 +174,7 @@ def record(
     touched: Iterable[str],
     adapters: Iterable[tuple[str, float]],
     dtype: str | None,
-    options: Mapping[str, Any] | None = None,
+    options: JsonView | None = None,
 ) -> str:
     """The metadata of a merge: the base's history and this one.
 
@@ -213,7 +214,7 @@ ENDS = 4096
 """Elements at each end of a tensor that the sample holds."""
 
 
-def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> dict[str, Any]:
+def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> Json:
     """The fingerprint of a base.
 
     Args:
@@ -228,7 +229,7 @@ def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> dict[s
     return {"version": VERSION, "dtype": dtype, "names": names, "sample": _digest(rows)}
 
 
-def file_fingerprint(keys: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+def file_fingerprint(keys: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Json:
     """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks one of them."""
     names = parameters_of(keys)
     found = [(n, tensors[n]) for n in names if n in tensors and tensors[n].dtype in FLOATING]

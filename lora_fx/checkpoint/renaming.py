@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.formats.peft.config import missing
 from lora_fx.targets.target import base_name
+from lora_fx.text import JsonView
 
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
 
@@ -60,7 +60,7 @@ class Renaming:
 def renaming(
     adapter: Adapter,
     tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
+    config: JsonView,
     notes: list[str],
 ) -> Renaming:
     """The names of the loaded model, and the prefix under which the most names are known.
@@ -282,7 +282,7 @@ class Loaded:
         return name in self.names or name in self.stacks
 
 
-def loaded_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Loaded:
+def loaded_of(tensors: Mapping[str, TensorInfo], config: JsonView) -> Loaded:
     """The names of the model that transformers 5 makes of a checkpoint; empty where not known.
 
     Args:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import ReplacedRows
@@ -16,6 +15,7 @@ from lora_fx.checkpoint.match import Placed, lookup, use_of
 from lora_fx.checkpoint.model_families import family_of, generates, is_head, is_table
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import TensorInfo
+from lora_fx.text import JsonView
 
 _SCALED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"))
 """model_type of models whose logits are scaled where the head is tied, unless the config says."""
@@ -62,7 +62,7 @@ class Tie:
 
 
 def tie_of(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], keys: Iterable[str] = ()
+    tensors: Mapping[str, TensorInfo], config: JsonView, keys: Iterable[str] = ()
 ) -> Tie | None:
     """The tie of a checkpoint by its names and config; None where there is none.
 
@@ -123,7 +123,7 @@ def check_unknown(
     placed: Iterable[Placed],
     tie: Tie | None,
     tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
+    config: JsonView,
     where: str,
 ) -> None:
     """Raise where an update means one use of a tensor that may be table and head as well.
@@ -175,7 +175,7 @@ def one_use(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
 
 
 def needs_untying(
-    placed: Sequence[Placed], tie: Tie, config: Mapping[str, Any], where: str, *, untie: bool
+    placed: Sequence[Placed], tie: Tie, config: JsonView, where: str, *, untie: bool
 ) -> bool:
     """True where an update means one use of a tied table, but not all.
 
@@ -231,7 +231,7 @@ def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[P
     return list(moved.values())
 
 
-def check_scaled(tie: Tie, config: Mapping[str, Any], where: str) -> None:
+def check_scaled(tie: Tie, config: JsonView, where: str) -> None:
     """Raise where untying alone would change what the model computes."""
     kind, said = config.get("model_type"), config.get("tie_word_embeddings")
     if kind not in _SCALED or "scale_decoder_outputs" in config:

@@ -7,7 +7,7 @@ has it in, within what fp32 and one rounding allow (see prove.py); all others ar
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import explain
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.formats.io import is_adapter, load_adapter
+from lora_fx.text import Json, JsonView
 
 AdapterLike = str | os.PathLike[str] | Adapter
 
@@ -100,7 +101,7 @@ def _report(
     count: int,
     found: Sequence[Any],
     notes: Sequence[str] = (),
-    details: Mapping[str, Any] | None = None,
+    details: JsonView | None = None,
     *,
     complete: bool = True,
 ) -> Report:
@@ -149,7 +150,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
         if not any(p.tensor == name and p.key in full for p in placed):
             stored_as(name, tensors[name], checkpoint)
     found = file_targets(checkpoint.path).targets
-    details: dict[str, Any] = {
+    details: Json = {
         "fits": len(placed) - len(full),
         "whole": len(full),
         "untouched": [t.key for t in found if t.default and t.key not in touched],
@@ -189,7 +190,7 @@ class Recorded:
     weight: float | None
     given: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """A row of `recorded[]` in docs/json.md."""
         return {
             "merge": self.merge,
@@ -266,7 +267,7 @@ def chain_of(
 
 
 def _assigned(
-    records: Sequence[Mapping[str, Any]], given: Sequence[Given], stated: Sequence[bool]
+    records: Sequence[JsonView], given: Sequence[Given], stated: Sequence[bool]
 ) -> tuple[list[list[Given]], list[Recorded], list[Given]]:
     """The adapters of every record, what is recorded, and adapters that no record has.
 
@@ -294,7 +295,7 @@ def _assigned(
 
 
 def _options(
-    record: Mapping[str, Any], parts: Sequence[Given], base: Checkpoint, merged: Checkpoint
+    record: JsonView, parts: Sequence[Given], base: Checkpoint, merged: Checkpoint
 ) -> MergeOptions:
     asked = record.get("options")
     asked = asked if isinstance(asked, dict) else {}
@@ -320,7 +321,7 @@ def _after(base: Checkpoint, plan: MergePlan) -> Checkpoint:
     return replace(base, tensors={**base.tensors, **new}, settings=settings)
 
 
-def _other_base(record: Mapping[str, Any], base: Checkpoint, plan: MergePlan | None) -> bool:
+def _other_base(record: JsonView, base: Checkpoint, plan: MergePlan | None) -> bool:
     """True where the first merge says that it started from other weights, or another model."""
     said = record.get("base")
     said = said if isinstance(said, dict) else {}

@@ -16,12 +16,11 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,6 +40,7 @@ from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
 from lora_fx.files.safetensors import Header, TensorInfo, read_json
+from lora_fx.text import Json, JsonView
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""
@@ -417,7 +417,7 @@ def lay_out(
     place = {s.name: s for s in slots}
     # A file without metadata loads in transformers, one without this of its metadata does not.
     metadata = header.metadata or {"format": "pt"}
-    entries: dict[str, Any] = {"__metadata__": {**metadata, METADATA: text}}
+    entries: Json = {"__metadata__": {**metadata, METADATA: text}}
     for n in (*header.tensors, *(c.name for c in new)):
         s = place[n]
         entries[n] = {
@@ -456,7 +456,7 @@ def hard_link(source: Path, target: Path) -> None:
         ) from error
 
 
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+def untied(config: JsonView) -> Json:
     """A config.json that says so."""
     result = {**config, "tie_word_embeddings": False}
     if isinstance(config.get("text_config"), dict):

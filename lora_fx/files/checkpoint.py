@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import AGAIN, CONVERT, Header, TensorInfo, read_header, read_json
+from lora_fx.text import Json, JsonView
 
 STEMS = ("model", "diffusion_pytorch_model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -39,8 +39,8 @@ class Checkpoint:
     shards: Mapping[str, Header]
     tensors: Mapping[str, TensorInfo]
     index: Path | None = None
-    index_json: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] | None = None
+    index_json: JsonView = field(default_factory=dict)
+    settings: JsonView | None = None
 
     @property
     def folder(self) -> Path:
@@ -52,7 +52,7 @@ class Checkpoint:
         """Bytes of all shards."""
         return sum((self.folder / name).stat().st_size for name in self.shards)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """config.json of a folder; empty for a file, or where there is none."""
         if self.settings is not None:
             return dict(self.settings)

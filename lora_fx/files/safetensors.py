@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.text import Json
 
 MAX_HEADER = 32 << 20
 """Largest header or index, in bytes; Python's json takes about 12 times that in memory."""
@@ -111,7 +112,7 @@ def _length(head: bytes, size: int, file: Path) -> int:
     return n
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> Json:
     """A JSON object from a file of at most MAX_HEADER bytes; twice the same key is refused."""
     size, _ = _open(file, 0)
     if size > MAX_HEADER:
@@ -143,10 +144,8 @@ def _refuse_pointer(data: bytes, size: int, file: Path) -> None:
         )
 
 
-def _parse(
-    file: Path, text: bytes, what: str, *, refuse_minus_zero: bool = False
-) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse(file: Path, text: bytes, what: str, *, refuse_minus_zero: bool = False) -> Json:
+    def once(pairs: list[tuple[str, Any]]) -> Json:
         result = dict(pairs)
         if len(result) != len(pairs):
             twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
@@ -257,7 +256,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
     """
     # Wide dtypes first, so that every tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    header: Json = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in order:
         array = tensors[name]

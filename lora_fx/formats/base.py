@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.files.safetensors import finite, is_float, read_header, refuse_other_kinds
 from lora_fx.ir.layout import Layout
+from lora_fx.text import Json, JsonView
 
 FIELD = "lora_fx_names"
 
@@ -55,7 +55,7 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
 
 def restore(
     entries: Mapping[str, Entry], header: Mapping[str, str], file: str
-) -> tuple[dict[str, Entry], dict[str, Any], bool]:
+) -> tuple[dict[str, Entry], Json, bool]:
     """Entries of a file under the keys that they were written from.
 
     Returns:
@@ -86,7 +86,7 @@ def restore(
     return result, metadata, all(name in rows for name in entries)
 
 
-def _restored(entry: Entry, row: Mapping[str, Any]) -> Entry:
+def _restored(entry: Entry, row: JsonView) -> Entry:
     assert not isinstance(entry, (Full, ReplacedRows))  # see describe
     made = from_json(entry, row)
     if not math.isclose(made.scale, entry.scale, rel_tol=1e-6):

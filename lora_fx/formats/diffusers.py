@@ -31,7 +31,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
@@ -52,6 +51,7 @@ from lora_fx.formats.naming import (
 from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
 from lora_fx.formats.peft.names import PREFIX, from_tensors
 from lora_fx.formats.peft.write import form_of, to_tensors
+from lora_fx.text import Json
 
 SUFFIXES = (".safetensors",)
 FOLDER = True
@@ -211,7 +211,7 @@ class _Configs:
             raise LoraFxError(f"{self.where}: not JSON: {one_line(error)}") from error
         if not isinstance(whole, dict):
             raise LoraFxError(f"{self.where}: a JSON {type(whole).__name__}; expected an object")
-        self.configs: dict[str, dict[str, Any]] = {}
+        self.configs: dict[str, Json] = {}
         for key, value in whole.items():
             component, _, field = key.partition(".")
             known = component in COMPONENTS and field
@@ -255,7 +255,7 @@ _HINT = "save it as peft, which keeps everything"
 
 def encode(
     adapter: Adapter,
-) -> tuple[dict[str, Array], dict[str, str], dict[str, Any], tuple[str, ...]]:
+) -> tuple[dict[str, Array], dict[str, str], Json, tuple[str, ...]]:
     """The tensors, {key: its name in the file}, the header's config and the notes.
 
     Raises:
@@ -292,7 +292,7 @@ def encode(
         tensors |= {name + n.removeprefix(lead): t for n, t in to_tensors(form, entry).items()}
     if not tensors:
         raise LoraFxError("the adapter has no update", "was it saved before training?")
-    config: dict[str, Any] = {}
+    config: Json = {}
     for component, updates in modules.items():
         for field, value in _config(component, updates).items():
             config[f"{component}.{field}"] = value
@@ -309,7 +309,7 @@ def encode(
     return tensors, names, config, tuple(notes)
 
 
-def _config(component: str, updates: dict[str, LowRank]) -> dict[str, Any]:
+def _config(component: str, updates: dict[str, LowRank]) -> Json:
     """PEFT's config of one component, as diffusers puts it into the header."""
     variants = {low.variant for low in updates.values()}
     with_magnitude = {low.magnitude is not None for low in updates.values()}

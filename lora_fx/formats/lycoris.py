@@ -18,7 +18,6 @@ Products of Tucker and of LoKr's halves are computed in fp64 and rounded to fp32
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -30,6 +29,7 @@ from lora_fx.formats.base import File
 from lora_fx.formats.peft.config import Pattern, targets
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.formats.peft.source import PeftFile
+from lora_fx.text import JsonView
 
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}
 """PEFT's peft_type → what its tensor names begin with."""
@@ -134,7 +134,7 @@ def kernel_of(entry: Hadamard | Kronecker) -> tuple[int, ...]:
     return entry.layout.stored[2:] if entry.layout else entry.kernel
 
 
-def read_peft(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
+def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
     """An adapter of PEFT's peft_type LOHA or LOKR.
 
     Args:
@@ -193,7 +193,7 @@ def read_peft(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
 _LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1 and hada_t2"
 
 
-def _odd(config: Mapping[str, Any]) -> list[str]:
+def _odd(config: JsonView) -> list[str]:
     return sorted(set(config) - _KNOWN)
 
 

@@ -22,13 +22,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.text import near
+from lora_fx.text import Json, near
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class ForeignNames:
     format: str
     components: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """What our own JSON in a file says of it, among the metadata."""
         parts = {"components": list(self.components)} if self.components else {}
         return {"naming": self.format, **parts}
@@ -134,7 +133,7 @@ class ForeignNames:
         )
 
 
-def taken_names(metadata: dict[str, Any]) -> ForeignNames | None:
+def taken_names(metadata: Json) -> ForeignNames | None:
     """What `ForeignNames.to_json` put into metadata, taken out of it; None where nothing did."""
     format, components = metadata.pop("naming", None), metadata.pop("components", ())
     return ForeignNames(str(format), tuple(components)) if format else None

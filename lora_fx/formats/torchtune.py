@@ -34,7 +34,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -45,6 +44,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_json, read_tensors
 from lora_fx.formats.base import File, FileHead
+from lora_fx.text import Json, JsonView
 
 SUFFIXES = (".safetensors",)
 FOLDER = False
@@ -151,7 +151,7 @@ class _Heads:
         b = to_halves(low.b, heads)
         return replace(low, b=b, magnitude=magnitude)
 
-    def _read(self, module: str) -> Mapping[str, Any]:
+    def _read(self, module: str) -> JsonView:
         if not self.path.is_file():
             raise LoraFxError(
                 f"{self.file.name}: {module!r} has its rows in torchtune's order; to reorder them "
@@ -161,7 +161,7 @@ class _Heads:
         return read_json(self.path)
 
 
-def _config(path: Path, file: File) -> dict[str, Any]:
+def _config(path: Path, file: File) -> Json:
     if not path.is_file():
         raise LoraFxError(
             f"{file.name}: no {path.name} beside it; expected one with r and lora_alpha: the "
@@ -177,9 +177,7 @@ def _config(path: Path, file: File) -> dict[str, Any]:
     return config
 
 
-def _lowrank(
-    module: str, parts: Mapping[str, Array], config: Mapping[str, Any], file: File
-) -> LowRank:
+def _lowrank(module: str, parts: Mapping[str, Array], config: JsonView, file: File) -> LowRank:
     a, b, magnitude = (parts.get(p) for p in ("lora_a", "lora_b", "magnitude"))
     if a is None or b is None:
         raise file.error(module, f"has {', '.join(sorted(parts))}; expected lora_a and lora_b")

@@ -23,6 +23,7 @@ from lora_fx.fx.capture.call import Door, program_key
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Grouped
@@ -125,7 +126,7 @@ class Watched(CapturedModule):
         except LoraFxError:
             self.train()  # a file with a train program only
 
-    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, args: Sequence[Any], kwargs: Named) -> Any:
         named = self.captured.signature.bind(args, kwargs)
         leaves = pytree.tree_leaves(named)
         key = program_key(named, leaves)
@@ -141,7 +142,7 @@ class Watched(CapturedModule):
             out = run.run(*leaves, enable_io_processing=False)
         return pytree.tree_unflatten(list(out), spec)
 
-    def _watch(self, named: Mapping[str, Any]) -> tuple[fx.Graph, tuple[Tap, ...], Door, Any]:
+    def _watch(self, named: Named) -> tuple[fx.Graph, tuple[Tap, ...], Door, Any]:
         traced = self.captured.traced(self.training, named, self._dtype)
         graph = self._graph(self.training, named)
         taps = []

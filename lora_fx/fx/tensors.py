@@ -18,7 +18,7 @@ class AdapterTensors(nn.Module):
     """Holds one side of an update beside the module whose parameter it adapts."""
 
 
-def to_numpy(tensor: torch.Tensor | None) -> np.ndarray[Any, Any]:
+def to_numpy(tensor: torch.Tensor | None) -> Array:
     """A tensor as an array; bfloat16 becomes ml_dtypes.bfloat16."""
     assert tensor is not None
     if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
@@ -29,7 +29,7 @@ def to_numpy(tensor: torch.Tensor | None) -> np.ndarray[Any, Any]:
     return np.asarray(t.numpy())
 
 
-def from_numpy(value: np.ndarray[Any, Any], like: torch.Tensor | None = None) -> torch.Tensor:
+def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
     """An array as a tensor, in the dtype and on the device of `like` if one is given."""
     if value.dtype == np.dtype(ml_dtypes.bfloat16):
         t = torch.from_numpy(np.ascontiguousarray(value).view(np.int16)).view(torch.bfloat16)
@@ -135,9 +135,7 @@ def refuse_shards(root: nn.Module) -> None:
         )
 
 
-def whole(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None
-) -> np.ndarray[Any, Any]:
+def whole(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> Array:
     """A copy of a tensor as an array; a sharded one is gathered: every process has to take part.
 
     Args:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-import numpy as np
-
+from lora_fx.dtypes import Array
 from lora_fx.ir.emitter import Ops, Parameter, Role, V
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Step, View
@@ -74,7 +73,7 @@ class Emitter(Ops[V], Protocol[V]):
         """The site's own op, attributes kept and bias left out, with other operands."""
         ...
 
-    def parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> V:
+    def parameter(self, name: str, value: Array, role: Role) -> V:
         """A new stored tensor, or the one of that name if it exists already."""
         ...
 
@@ -85,7 +84,7 @@ class Deferred:
 
     shape: tuple[int, ...]
     dtype: str
-    compute: Callable[[], np.ndarray[Any, Any]]
+    compute: Callable[[], Array]
 
 
 class Analysed:
@@ -150,11 +149,11 @@ class Graph(Protocol[V]):
         """The ids of sites that already carry a branch."""
         ...
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
+    def read(self, name: str) -> Array:
         """A stored parameter as an array (bfloat16 through ml_dtypes)."""
         ...
 
-    def reader(self, name: str) -> Callable[[], np.ndarray[Any, Any]]:
+    def reader(self, name: str) -> Callable[[], Array]:
         """The parameter's value as it is now, read when it is called."""
         ...
 
@@ -194,9 +193,7 @@ class Graph(Protocol[V]):
         """Let sites read another stored tensor of the same shape, through their own view."""
         ...
 
-    def replace_parameter(
-        self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any] | Deferred
-    ) -> str:
+    def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """Let `sites` read `value` [stored shape] for parameter `name`.
 
         When these are all its uses its own constant is replaced, else they get a constant of

@@ -30,6 +30,7 @@ from lora_fx.onnx.graph.flow import MARK, OnnxWeightUse, dtype_name
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.row_provenance import RowAxis, rank
+from lora_fx.text import JsonView
 
 SCALES = "adapter_scales"
 
@@ -267,7 +268,7 @@ def add_branch(
 
 
 def write_manifest(
-    model: ir.Model, adapters: Sequence[str], targets: Mapping[str, Mapping[str, Any]]
+    model: ir.Model, adapters: Sequence[str], targets: Mapping[str, JsonView]
 ) -> None:
     """Say in the model's metadata which id is which adapter, and where the factors are."""
     content = {**stamp(), "mode": "batch", "adapters": list(adapters)}
@@ -367,7 +368,7 @@ class Choice:
     def _ints(self, *values: int) -> ir.Value:
         return self._constant(np.array(values, np.int64))
 
-    def _constant(self, value: np.ndarray[Any, Any]) -> ir.Value:
+    def _constant(self, value: Array) -> ir.Value:
         key = (str(value.dtype), *value.tolist())
         if key not in self._made:
             name = self._graph.fresh(NAME)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
+from lora_fx.text import Json
 
 SIZES = ((1, 8), (1, 32))
 """(batch, length)"""
@@ -35,7 +36,7 @@ class Timings:
     repeats: int
     samples: Mapping[str, Sequence[Sample]]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Json]:
         """One row for each model, with `cpu` and `wall` as `summary` gives them."""
         base = next(iter(self.samples.values()))
         return [
@@ -51,7 +52,7 @@ class Timings:
             for name, mine in self.samples.items()
         ]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `timings[]`."""
         return {
             "sizes": {k: list(v) for k, v in self.sizes.items()},
@@ -234,7 +235,7 @@ def bounds(ratios: Sequence[float]) -> tuple[float, float] | None:
     return (ranked[k - 1], ranked[n - k]) if k else None
 
 
-def summary(mine: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+def summary(mine: Sequence[float], base: Sequence[float]) -> Json:
     """Median and minimum in seconds, and their ratios to the baseline's.
 
     `lower` and `upper` bound the median of the ratios within rounds with 95 % confidence; null

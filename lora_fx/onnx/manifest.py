@@ -29,12 +29,12 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
-from lora_fx.text import near
+from lora_fx.text import Json, near
 
 PROPERTY = "lora_fx.manifest"
 
 
-def read_manifest(text: str, where: str) -> dict[str, Any]:
+def read_manifest(text: str, where: str) -> Json:
     """The JSON of any mode's manifest.
 
     Raises:

@@ -21,7 +21,7 @@ from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import BATCH, Input, Inputs
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
-from lora_fx.text import near
+from lora_fx.text import Json, near
 
 
 def driver_present() -> bool:
@@ -243,7 +243,7 @@ class Session:
         self._inputs = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._arrays: dict[str, dict[str, Array]] = {}
-        self._values: dict[str, dict[str, Any]] = {}
+        self._values: dict[str, Json] = {}
         self._free: dict[str, list[Any]] = {}
 
     @property
@@ -328,7 +328,7 @@ class Session:
             binding.bind_output(name, self.provider)
         return binding
 
-    def choice(self, adapter: Choice) -> dict[str, Any]:
+    def choice(self, adapter: Choice) -> Json:
         """The OrtValues of a choice, by input name; those left out keep their defaults."""
         if adapter is None:
             return {}
@@ -366,7 +366,7 @@ class Session:
             raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(self._inputs)}")
 
 
-def _values(tensors: Mapping[str, Array]) -> dict[str, Any]:
+def _values(tensors: Mapping[str, Array]) -> Json:
     from onnxruntime import OrtValue
 
     return {n: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for n, x in tensors.items()}

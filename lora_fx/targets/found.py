@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.targets.target import Target, split_use
-from lora_fx.text import human, table
+from lora_fx.text import Json, human, table
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Found:
         total = flops["reached"] + flops["refused"]
         return flops["reached"] / total if total else 1.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
         return {
             "targets": [t.to_json() for t in self.targets],
@@ -134,7 +134,7 @@ class Refusal:
     reason: str
     flops: int = 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `refusals[]`."""
         return {"key": self.key, "op": self.op, "reason": self.reason, "flops": self.flops}
 
@@ -147,6 +147,6 @@ class Unreached:
     shape: tuple[int, ...]
     reason: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `unreached[]`."""
         return {"key": self.key, "shape": list(self.shape), "reason": self.reason}

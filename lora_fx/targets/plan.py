@@ -15,7 +15,7 @@ from lora_fx.targets.regions import check_disjoint, each_use, matmul_use, own_us
 from lora_fx.targets.roles import HEAD_ROWS
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import Target, split_use
-from lora_fx.text import near, table
+from lora_fx.text import Json, JsonView, near, table
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -169,7 +169,7 @@ def make_plan(
 
 
 def _asked(
-    key: str, ranks: Mapping[str, Any] | None, rank: int, alpha: float | None
+    key: str, ranks: JsonView | None, rank: int, alpha: float | None
 ) -> tuple[int, float | None]:
     given = (ranks or {}).get(key, rank)
     if isinstance(given, Mapping):
@@ -177,7 +177,7 @@ def _asked(
     return int(given), alpha
 
 
-def _known(found: Found, ranks: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def _known(found: Found, ranks: JsonView, where: str) -> JsonView:
     for key in ranks:
         if found.get(key) is None:
             names = [n for t in found.targets for n in (t.key, *t.parameter.aliases)]
@@ -242,11 +242,11 @@ class RankPlan:
         return sum(r.cost * r.rank for r in self.rows)
 
     @property
-    def ranks(self) -> dict[str, dict[str, Any]]:
+    def ranks(self) -> dict[str, Json]:
         """Key → rank and alpha: what insert takes as plan."""
         return {r.key: {"rank": r.rank, "alpha": r.alpha} for r in self.rows if r.rank}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The plan file as an object."""
         targets = {r.key: {"rank": r.rank, "alpha": _plain(r.alpha)} for r in self.rows}
         return {
@@ -293,7 +293,7 @@ def _plain(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
-def given_ranks(plan: Any) -> tuple[Mapping[str, Any] | None, str]:
+def given_ranks(plan: Any) -> tuple[JsonView | None, str]:
     """(key → rank or {rank, alpha}, what to call it in an error) of what insert takes as plan."""
     if isinstance(plan, RankPlan):
         return plan.ranks, "the plan"
@@ -302,7 +302,7 @@ def given_ranks(plan: Any) -> tuple[Mapping[str, Any] | None, str]:
     return plan, "the plan"
 
 
-def read_plan(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
+def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
     """Key → rank and alpha of a plan file; targets of rank 0 are left out.
 
     Raises:
@@ -335,7 +335,7 @@ def read_plan(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
     return kept
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [k for k, _ in pairs]
@@ -344,7 +344,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(where: str, key: str, value: Any) -> dict[str, Any]:
+def _entry(where: str, key: str, value: Any) -> Json:
     given = {"rank": value} if isinstance(value, int) else value
     if not isinstance(given, Mapping) or "rank" not in given or set(given) - {"rank", "alpha"}:
         raise LoraFxError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
+from lora_fx.text import Json
 
 
 def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:
@@ -110,7 +110,7 @@ class Target:
         """The ops that read this tensor, each once, in execution order."""
         return tuple(dict.fromkeys(s.op for s in self.sites))
 
-    def to_json(self, rank: int | None = None, alpha: float | None = None) -> dict[str, Any]:
+    def to_json(self, rank: int | None = None, alpha: float | None = None) -> Json:
         """One row of `targets[]` in docs/json.md; with the rank and alpha of an update there."""
         return {
             "key": self.key,

@@ -21,17 +21,18 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import EPSILON, Parity, compare
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, leaf_names, output_name
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
-from lora_fx.inputs import SIZES
+from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.parity import arrays_of, prove
 from lora_fx.targets.target import base_name, split_key
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, Array]
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """Of the explicit reference: it rounds W + s·b·a in another order."""
 
@@ -59,7 +60,7 @@ class InGraph:
         idle = all(np.array_equal(base[n], adapted[n]) for n in base)
         return prove(self._live, module, arrays=None if idle else given, sizes=SIZES[:1])[0]
 
-    def _live(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+    def _live(self, feeds: Mapping[str, Array]) -> Arrays:
         leaves, spec = pytree.tree_flatten(dict(self.cap.named))
         names = leaf_names(self.cap.named)
         new = [
@@ -79,7 +80,7 @@ class Explicit:
         state: Attachment,
         signature: Signature,
         args: Sequence[Any],
-        kwargs: Mapping[str, Any] | None,
+        kwargs: Named | None,
     ) -> None:
         self.state = state
         self.signature = signature

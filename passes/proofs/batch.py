@@ -8,7 +8,6 @@ of the other rows is in it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import ORT_TOL, Parity, compare, gates_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError
-from lora_fx.inputs import SIZES
+from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.batch import IDS, SCALES
 from lora_fx.passes.proofs.reference import Reference, Run
 
@@ -103,7 +102,7 @@ def _row(
     feeds: Mapping[str, Array],
     rowed: Sequence[str],
     row: int,
-    got: Mapping[str, Any],
+    got: Named,
 ) -> Parity:
     """One row against the reference, which runs on this row alone."""
     alone = {n: np.repeat(v[row : row + 1], 2, 0) if n in rowed else v for n, v in feeds.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import FOLD_TOL
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.module.adapted import AdaptedModule, Effect
 from lora_fx.fx.module.module import Rewriter
 from lora_fx.fx.tensors import to_numpy
+from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.parity import prove, torch_run
 from lora_fx.text import some
@@ -40,7 +42,7 @@ SIZE = 0.05
 """Of the probe's ΔW relative to a weight of unit fan-in: seen, and far from saturation."""
 
 
-def runs_at(module: AdaptedModule) -> Mapping[str, Any]:
+def runs_at(module: AdaptedModule) -> Named:
     """Named arguments for the proof: the sample, or the example where the model refuses that.
 
     Random numbers come first because examples are often zeros, through which no gradient flows.
@@ -57,7 +59,7 @@ def runs_at(module: AdaptedModule) -> Mapping[str, Any]:
     return named
 
 
-def prove_gradients(module: AdaptedModule, named: Mapping[str, Any]) -> Effect:
+def prove_gradients(module: AdaptedModule, named: Named) -> Effect:
     """One backward per mode at random a and b; the module is left as it was."""
     found: dict[str, list[str]] = {}
     modes, notes = [], []
@@ -113,7 +115,7 @@ def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn
 
 def _gradients(
     module: AdaptedModule,
-    named: Mapping[str, Any],
+    named: Named,
     pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
     training: bool,
 ) -> dict[str, float] | None:
@@ -181,7 +183,7 @@ def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
     return ()
 
 
-def _same_as_weight_form(module: AdaptedModule, named: Mapping[str, Any]) -> None:
+def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
     leaves = zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True)
     arrays = {n: to_numpy(x) for n, x in leaves if isinstance(x, torch.Tensor)}
 
@@ -190,7 +192,7 @@ def _same_as_weight_form(module: AdaptedModule, named: Mapping[str, Any]) -> Non
 
     plain = torch_run(module)
 
-    def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         with module.inserting(weight_form):
             return plain(feeds)
 

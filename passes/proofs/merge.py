@@ -5,7 +5,7 @@ What no update touches has the base's bytes, and rows of everything else are com
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.compare import EPSILON
 from lora_fx.errors import LoraFxError
+from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched
@@ -28,7 +29,7 @@ PROOF_ROWS = 4
 def prove_merge(
     temporary: Path,
     target: Path,
-    before: Mapping[str, Any],
+    before: Named,
     changed: set[str],
     found: Found,
     matched: Matched,
@@ -50,7 +51,7 @@ def prove_merge(
 
 
 def _wrong_rows(
-    written: OnnxGraph, before: Mapping[str, Any], found: Found, matched: Matched
+    written: OnnxGraph, before: Named, found: Found, matched: Matched
 ) -> Iterator[tuple[str, float]]:
     by_name: dict[str, list[tuple[Any, LowRank]]] = {}
     for key, update in matched.updates.items():

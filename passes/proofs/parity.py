@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -24,10 +23,11 @@ from lora_fx.fx.capture.call import leaf_names, onnx_name
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.inputs import Named
 from lora_fx.passes.proofs.reference import Run
 
 
-def arrays_of(named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def arrays_of(named: Named) -> dict[str, Array]:
     """The tensors among flattened named arguments, as arrays by ONNX input name."""
     leaves = pytree.tree_leaves(dict(named))
     return {
@@ -41,7 +41,7 @@ def prove(
     ours: Run,
     reference: CapturedModule,
     *,
-    arrays: Mapping[str, Any] | None = None,
+    arrays: Named | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
     tol: float = ORT_TOL,
     of: str = "",
@@ -81,9 +81,9 @@ def prove(
 
 def feeds_of(
     reference: CapturedModule,
-    arrays: Mapping[str, Any] | None = None,
+    arrays: Named | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[tuple[Mapping[str, Any], dict[str, np.ndarray[Any, Any]]]]:
+) -> Iterator[tuple[Named, dict[str, Array]]]:
     """(named arguments, {ONNX input: array}) of every size that the model takes, each once."""
     seen: set[tuple[Any, ...]] = set()
     sizes = reference.captured.inputs.checks if sizes is None else sizes
@@ -100,9 +100,7 @@ def _banned(reference: CapturedModule, shapes: Mapping[str, tuple[int, ...]]) ->
     return any(shapes.get(onnx_name(n), (0,) * 9)[d] == 1 for n, d in reference.not_one)
 
 
-def _gate(
-    reference: CapturedModule, named: Mapping[str, Any], name: str, expected: Any, tol: float
-) -> float:
+def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> float:
     """`tol` for fp32; for narrower outputs or adapted weights 8 eps, or half the adapter's effect.
 
     Half the effect keeps a lost fold from passing as rounding, down to 4 epsilons, where no
@@ -120,7 +118,7 @@ def _gate(
 
 def own_errors(
     model: CapturedModule,
-    arrays: Mapping[str, Any] | None = None,
+    arrays: Named | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> dict[str, float]:
@@ -161,7 +159,7 @@ def own_errors(
 def torch_run(module: CapturedModule) -> Run:
     """A torch module as {input: array} → {output: array}."""
 
-    def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         named = module.captured.named
         leaves, spec = pytree.tree_flatten(dict(named))
         new = [
@@ -189,7 +187,7 @@ class TorchReference:
         self,
         captured: Captured,
         branched: Callable[[Adapter], CapturedModule],
-        arrays: Mapping[str, Any] | None = None,
+        arrays: Named | None = None,
     ) -> None:
         self.branched, self.arrays = branched, arrays
         self.base = plain(captured)

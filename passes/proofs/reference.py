@@ -23,7 +23,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Parity, compare, gates_of, rel, shapes_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.inputs import SIZES, Inputs
+from lora_fx.inputs import SIZES, Inputs, Named
 from lora_fx.ir.emitter import Role
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
@@ -69,7 +69,7 @@ class OnnxReference:
         graph: OnnxGraph | None,
         session: RuntimeSession,
         folder: Path,
-        arrays: Mapping[str, Any] | None,
+        arrays: Named | None,
     ) -> None:
         self.graph, self.session, self.folder = graph, session, folder
         self.arrays = dict(arrays or {})
@@ -206,7 +206,7 @@ def _factors(key: str, update: LowRank) -> dict[str, Array]:
 
 @contextlib.contextmanager
 def reference_of(
-    source: Path, graph: OnnxGraph | None, provider: str, arrays: Mapping[str, Any] | None
+    source: Path, graph: OnnxGraph | None, provider: str, arrays: Named | None
 ) -> Iterator[OnnxReference]:
     """The reference of a file, and room for its variants while the block runs."""
     session = open_session(source, provider)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
+from lora_fx.inputs import Named
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
@@ -25,7 +26,7 @@ from lora_fx.targets.found import Found
 def find(
     model: Any,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Named | None = None,
     *,
     dynamic: Any = None,
     training: bool = False,
@@ -51,7 +52,7 @@ def find(
 def insert(
     model: Any,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Named | None = None,
     rank: int = 8,
     alpha: float | None = None,
     include: Selectors = None,
@@ -67,7 +68,7 @@ def insert(
     norm_stats: str = "frozen",
     dead: str = "error",
     init: str = "kaiming",
-    data: Iterable[Mapping[str, Any]] | None = None,
+    data: Iterable[Named] | None = None,
     loss: Any = "ce",
     fast: bool = True,
 ) -> AdaptedModule:
@@ -127,7 +128,7 @@ def insert(
 def fold(
     model: Any,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Named | None = None,
     *,
     adapter: Adapter | None = None,
     dynamic: Any = None,

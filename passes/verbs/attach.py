@@ -28,6 +28,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, owner
+from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Site, T
@@ -52,7 +53,7 @@ from lora_fx.targets.target import Target, split_use
 def attach(
     model: Any,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Named | None = None,
     rank: int = 8,
     alpha: float | None = None,
     include: Selectors = None,
@@ -68,7 +69,7 @@ def attach(
     norm_stats: str = "frozen",
     dead: str = "error",
     init: str = "kaiming",
-    data: Iterable[Mapping[str, Any]] | None = None,
+    data: Iterable[Named] | None = None,
     loss: Any = "ce",
 ) -> Any:
     """Adapt a live module in place, with the targets and numbers that insert would give.
@@ -194,7 +195,7 @@ def _whole(cap: Captured, dropout: float) -> GraphPlanner:
 def _partial(
     model: nn.Module,
     args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
+    kwargs: Named | None,
     dropout: float,
     error: CaptureError,
 ) -> GraphPlanner:

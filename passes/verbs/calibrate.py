@@ -29,6 +29,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.module import with_signature
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.objective import Loss, loss_function
+from lora_fx.inputs import Named
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout
@@ -36,7 +37,7 @@ from lora_fx.targets.ranking import STATISTICS, WIDE, Calibration, Moments, Sums
 from lora_fx.targets.regions import applies, contains, relative
 from lora_fx.targets.target import Target
 
-Batch = Mapping[str, Any]
+Batch = Named
 
 
 def calibrate(

@@ -17,6 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.files.atomic import check_output
+from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
@@ -37,7 +38,7 @@ def export(
     model: Any,
     path: str | PathLike[str],
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Named | None = None,
     *,
     adapters: Any = None,
     mode: str = "merged",
@@ -46,7 +47,7 @@ def export(
     rank: int | None = None,
     scales: bool = False,
     names: Mapping[str, str] | None = None,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Named | None = None,
     provider: str = "auto",
     opset: int | None = None,
     external_over: int = EXTERNAL_OVER,

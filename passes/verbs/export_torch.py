@@ -18,6 +18,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.fx.to_onnx import OPSET, to_onnx
+from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import (
     mark_changed,
@@ -39,7 +40,7 @@ from lora_fx.passes.verbs.options import ExportOptions
 
 
 def export_merged(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: ExportOptions
+    model: Any, args: Sequence[Any], kwargs: Named | None, options: ExportOptions
 ) -> Report:
     """See lora_fx.passes.verbs.export."""
     if isinstance(options.adapters, Mapping):
@@ -121,7 +122,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
 def _branched(
     model: Any,
     args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
+    kwargs: Named | None,
     adapter: Adapter | None,
     dynamic: Any,
 ) -> CapturedModule:
@@ -151,7 +152,7 @@ def _value(module: CapturedModule, name: str) -> Any:
 
 
 def export_slots(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: ExportOptions
+    model: Any, args: Sequence[Any], kwargs: Named | None, options: ExportOptions
 ) -> Report:
     """See lora_fx.passes.verbs.export."""
     model = opened(model)

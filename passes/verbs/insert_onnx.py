@@ -8,7 +8,6 @@ metadata lists them, and `lora_fx.onnx.manifest` reads them back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,6 +22,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
+from lora_fx.inputs import Named
 from lora_fx.ir.emitter import Role
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -47,7 +47,7 @@ class OnnxInsertOptions(BranchOptions):
         force: Replace an existing file.
     """
 
-    inputs: Mapping[str, Any] | None = None
+    inputs: Named | None = None
     provider: str = "auto"
     external_over: int = EXTERNAL_OVER
     force: bool = False

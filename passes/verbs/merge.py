@@ -22,6 +22,7 @@ from lora_fx.checkpoint.provenance import METADATA, refuse_again
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError, check_format
 from lora_fx.files.atomic import check_output
+from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched, match
@@ -34,7 +35,7 @@ from lora_fx.passes.fold import Fold
 from lora_fx.passes.proofs.merge import prove_merge
 from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.targets.found import Found
-from lora_fx.text import table
+from lora_fx.text import Json, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class OnnxMergeOptions:
     rank: int | None = None
     delta: bool = False
     run: bool = False
-    inputs: Mapping[str, Any] | None = None
+    inputs: Named | None = None
     provider: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ class OnnxMergeOptions:
             raise LoraFxError(f"no mix {self.how!r}", f"sum, {', '.join(HOWS)}")
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> OnnxMergeOptions:
+    def of(cls, options: Named) -> OnnxMergeOptions:
         """Those of `merge` that an .onnx file has; raises where another is given."""
         known = {f.name for f in fields(cls)}
         for name, value in options.items():
@@ -266,7 +267,7 @@ class OnnxMergePlan:
             )  # fmt: skip
         return rows
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Fields of `merge --dry-run --json`."""
         return {
             "tensors": self.rows(),

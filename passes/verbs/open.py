@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import Any
 
@@ -14,6 +14,7 @@ from lora_fx.fx.load.models import LoadedModel, load_model
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
+from lora_fx.inputs import Named
 from lora_fx.passes.verbs.build_module import build_module
 from lora_fx.passes.verbs.options import InsertOptions
 
@@ -21,7 +22,7 @@ from lora_fx.passes.verbs.options import InsertOptions
 def captured_of(
     model: Any,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Named | None = None,
     dynamic: Any = None,
     *,
     meta: bool = False,
@@ -53,7 +54,7 @@ def captured_of(
 def capture_loaded(
     loaded: LoadedModel,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Named | None = None,
     dynamic: Any = None,
     static: Sequence[str] = (),
     *,
@@ -148,7 +149,7 @@ def module_of(captured: FileCaptured) -> CapturedModule:
 def capture(
     model: Any,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Named | None = None,
     dynamic: Any = None,
     static: Sequence[str] = (),
 ) -> Captured:

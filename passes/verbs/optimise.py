@@ -6,14 +6,13 @@ model, or a file's own signature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fx.compare import Report
 from lora_fx.files.atomic import check_output
-from lora_fx.inputs import SIZES
+from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
 from lora_fx.onnx.optimise.precision import Narrowed, narrow
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def optimise(
-    model: Any, reference: CapturedModule, arrays: Mapping[str, Any] | None, provider: str
+    model: Any, reference: CapturedModule, arrays: Named | None, provider: str
 ) -> tuple[Any, list[RewriteStage]]:
     """(onnx_ir model, its stages), on the inputs that export proves with."""
     from lora_fx.passes.proofs.parity import feeds_of  # imports torch, which files do without
@@ -39,7 +38,7 @@ def optimise(
 def narrowed(
     model: Any,
     reference: CapturedModule,
-    arrays: Mapping[str, Any] | None,
+    arrays: Named | None,
     provider: str,
     precision: str,
 ) -> Narrowed:
@@ -54,7 +53,7 @@ def optimise_file(
     source: str | PathLike[str],
     path: str | PathLike[str],
     *,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Named | None = None,
     provider: str = "auto",
     force: bool = False,
     repository: Repository | None = None,
@@ -89,7 +88,7 @@ def optimise_file(
         feed = {**specs.sample(size), **(inputs or {})}
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
             feeds.append(feed)
-    chosen: Mapping[str, Any] | None = None if optimise else {}
+    chosen: Named | None = None if optimise else {}
     model, stages = _cleaned(*apply_stages(opened, feeds, chosen, provider=provider))
     mark_changed(model, values)
     said = [session.note] if session.note else []
@@ -113,7 +112,7 @@ def optimise_file(
     )
 
 
-def _shapes(feed: Mapping[str, Any]) -> dict[str, Any]:
+def _shapes(feed: Named) -> dict[str, Any]:
     return {k: v.shape for k, v in feed.items()}
 
 

@@ -16,6 +16,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
 from lora_fx.errors import LoraFxError
+from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Plan, make_plan
 
@@ -68,7 +69,7 @@ class InsertOptions(BranchOptions):
     dropout: float = 0.0
     adapter: Adapter | None = None
     norm_stats: str = "frozen"
-    data: Iterable[Mapping[str, Any]] | None = None
+    data: Iterable[Named] | None = None
     loss: Any = "ce"
     fast: bool = True
 
@@ -121,7 +122,7 @@ class ExportOptions:
     rank: int | None
     scales: bool
     names: Mapping[str, str] | None
-    inputs: Mapping[str, Any] | None
+    inputs: Named | None
     provider: str
     opset: int | None
     external_over: int

@@ -10,7 +10,7 @@ same and a rank does not change its learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.fx.train.objective import Loss, objective
+from lora_fx.inputs import Named
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.open import captured_of
@@ -31,14 +32,15 @@ from lora_fx.targets.plan import Ranked, RankPlan, make_plan
 from lora_fx.targets.ranking import METHODS, Calibration, Moments, TargetStatistics
 from lora_fx.targets.regions import of_use
 from lora_fx.targets.target import split_use
+from lora_fx.text import Json
 from lora_fx.text import table as columns
 
 
 def plan(
     model: Any,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    data: Iterable[Mapping[str, Any]] | None = None,
+    kwargs: Named | None = None,
+    data: Iterable[Named] | None = None,
     budget: str = "uniform:8",
     method: str = "uniform",
     *,
@@ -147,7 +149,7 @@ class Cut:
     spread_error: float
     spread_loss: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `table[]` in docs/json.md."""
         return dict(self.__dict__)
 

@@ -8,7 +8,7 @@ is a pickle. The eval program is named "model", so `torch.export.load` opens it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lora_fx.files.atomic import replacing
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.write import write_programs
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.inputs import SIZES
+from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.verbs.open import load_program
 
 
@@ -144,7 +144,7 @@ def _run(module: CapturedModule, call: Any) -> Any:
                     b.copy_(kept[n])
 
 
-def _demand(got: Mapping[str, Any], want: Mapping[str, Any], what: str) -> None:
+def _demand(got: Named, want: Named, what: str) -> None:
     if list(got) != list(want):
         raise NoEffectError(f"{what} gives {list(got)}, the module {list(want)}")
     for name, a in got.items():

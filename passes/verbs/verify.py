@@ -5,7 +5,7 @@ Comparing tensors needs no torch, so what runs models is imported only where one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import is_adapter, load_adapter
+from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 def verify(
     a: Any,
     b: Any,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Named | None = None,
     *,
     adapter: Any = None,
     tol: float | None = None,
@@ -104,7 +105,7 @@ def _is_path(value: Any) -> bool:
 def verify_run(
     a: Any,
     b: Any,
-    inputs: Mapping[str, Any] | None,
+    inputs: Named | None,
     adapter: Adapter | None,
     tol: float,
     provider: str,
@@ -178,7 +179,7 @@ def _fits(model: Any, adapter: Adapter) -> Report:
 def verify_onnx(
     a: str | PathLike[str],
     b: str | PathLike[str],
-    inputs: Mapping[str, Any] | None,
+    inputs: Named | None,
     adapter: Any,
     tol: float,
     provider: str,

@@ -13,6 +13,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.peft.config import REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.names import PREFIX
+from lora_fx.text import Json
 
 GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -229,7 +230,7 @@ def dropped(pair: Pair) -> Iterator[Finding]:
         )
 
 
-def _named(fields: dict[str, Any], name: str, key: str) -> bool:
+def _named(fields: Json, name: str, key: str) -> bool:
     outer = name.removeprefix(PREFIX).partition(".base_layer.")[0]
     tied = fields.get("ensure_weight_tying")
     return any(wanted_by(fields, m) for m in (key.removesuffix(".weight"), outer)) or bool(tied)

@@ -21,7 +21,7 @@ from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
 from lora_fx.files.atomic import explain
 from lora_fx.targets.target import base_name
-from lora_fx.text import some, table
+from lora_fx.text import Json, some, table
 
 
 class Check(NamedTuple):
@@ -104,7 +104,7 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
     return Report("doctor", ok, warnings=tuple(notes), details=details)
 
 
-def _updates(pair: Pair) -> list[dict[str, Any]]:
+def _updates(pair: Pair) -> list[Json]:
     rows = []
     for key, entry in pair.adapter.entries.items():
         low = None if isinstance(entry, Full) else entry

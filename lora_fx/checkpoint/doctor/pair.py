@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from lora_fx.formats.peft.config import Pattern, facts
 from lora_fx.formats.peft.file import WEIGHTS, config_of
 from lora_fx.formats.peft.names import OWN, PREFIX, WRAPPER, from_tensors, unwrapped
 from lora_fx.targets.target import base_name
+from lora_fx.text import Json, JsonView
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
@@ -55,7 +55,7 @@ class Finding:
     severity: str = ""
     check: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `findings[]`."""
         return {
             "check": self.check,
@@ -86,7 +86,7 @@ class Pair:
     """
 
     base: Checkpoint
-    config: Mapping[str, Any]
+    config: JsonView
     tensors: Mapping[str, TensorInfo]
     tie: Tie | None
     path: Path
@@ -98,7 +98,7 @@ class Pair:
     digest: str
 
     @property
-    def fields(self) -> Mapping[str, Any]:
+    def fields(self) -> JsonView:
         """adapter_config.json; empty where there is none."""
         return self.raw.config if self.raw else {}
 
@@ -189,7 +189,7 @@ def _misfit(
     entry: Entry,
     adapter: Adapter,
     tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
+    config: JsonView,
     rename: Renaming,
 ) -> str:
     old = base_name(key)
@@ -265,7 +265,7 @@ class Raw:
 
     file: Path
     tensors: Mapping[str, Array]
-    config: Mapping[str, Any]
+    config: JsonView
     updates: Mapping[str, PeftPart]
     whole: Mapping[str, str]
     prefixes: Mapping[str, str]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_fx.errors import LoraFxError
-from lora_fx.text import near
+from lora_fx.text import Json, JsonView, near
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
@@ -88,7 +88,7 @@ KNOWN = frozenset(REFUSED) | frozenset(
 )
 
 
-def check_config(config: Mapping[str, Any], where: str) -> list[str]:
+def check_config(config: JsonView, where: str) -> list[str]:
     """Notes on a config that can be read.
 
     Args:
@@ -132,14 +132,14 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
     return [f"{where}: unknown field {name!r} is ignored" for name in unknown]
 
 
-def mutation(config: Mapping[str, Any]) -> str:
+def mutation(config: JsonView) -> str:
     """The name, pissa or olora, where PEFT took a part off linear base weights; else empty."""
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
     return name if name in REDONE else ""
 
 
-def _check_init(config: Mapping[str, Any], where: str) -> None:
+def _check_init(config: JsonView, where: str) -> None:
     """Raise for a start that changed the base weights in a way that cannot be redone."""
     init = config.get("init_lora_weights", True)
     said = f"{where}: init_lora_weights is {init!r}"
@@ -168,7 +168,7 @@ class Pattern:
     a dot on; then a pattern that equals the name; then the default.
     """
 
-    def __init__(self, config: Mapping[str, Any], table: str, default: str, where: str) -> None:
+    def __init__(self, config: JsonView, table: str, default: str, where: str) -> None:
         """Compile the patterns of `config[table]`; the default is `config.get(default)`."""
         self.where, self.table = where, table
         given = config.get(table) or {}
@@ -223,7 +223,7 @@ class Pattern:
         return float(value)
 
 
-def targets(config: Mapping[str, Any], module: str) -> bool:
+def targets(config: JsonView, module: str) -> bool:
     """True when PEFT would put an adapter on this module, by target_modules alone."""
     wanted = config.get("target_modules")
     if wanted is None or wanted == "all-linear":
@@ -236,7 +236,7 @@ def targets(config: Mapping[str, Any], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in _texts(wanted))
 
 
-def untouched(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+def untouched(config: JsonView, modules: Iterable[str]) -> list[str]:
     """The names in target_modules and target_parameters that no module with tensors answers to."""
     have = [f".{m}" for m in modules]
     names = set(_texts(config.get("target_modules")))
@@ -248,12 +248,12 @@ def untouched(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
     return sorted(unused)
 
 
-def listed_whole(config: Mapping[str, Any]) -> tuple[str, ...]:
+def listed_whole(config: JsonView) -> tuple[str, ...]:
     """The names in modules_to_save."""
     return _texts(config.get("modules_to_save"))
 
 
-def saved_whole(config: Mapping[str, Any], module: str) -> bool:
+def saved_whole(config: JsonView, module: str) -> bool:
     """True when modules_to_save lists the module or one around it (PEFT compares endings)."""
     names = listed_whole(config)
     path = module.split(".")
@@ -297,12 +297,12 @@ _NOT_LINEAR = re.compile(
 )
 
 
-def facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def facts(config: JsonView) -> Json:
     """The fields of a config that say which modules it adapts; JSON, for an adapter's metadata."""
     return {name: config[name] for name in (*FIELDS, VERSION) if config.get(name) is not None}
 
 
-def wanted_by(config: Mapping[str, Any], module: str) -> str | None:
+def wanted_by(config: JsonView, module: str) -> str | None:
     """The entry of target_modules through which PEFT would adapt a module; None where it is not.
 
     >>> wanted_by({"target_modules": ["q", "v"], "layers_to_transform": [1]}, "m.layers.1.attn.q")
@@ -316,7 +316,7 @@ def wanted_by(config: Mapping[str, Any], module: str) -> str | None:
         return None  # PEFT would fail on such a pattern
 
 
-def _wanted_by(config: Mapping[str, Any], module: str) -> str | None:
+def _wanted_by(config: JsonView, module: str) -> str | None:
     out = config.get("exclude_modules")
     if isinstance(out, str) and out and re.fullmatch(out, module):
         return None
@@ -342,7 +342,7 @@ def _ends(module: str, name: object) -> bool:
     return isinstance(name, str) and (module == name or module.endswith(f".{name}"))
 
 
-def _layer_is_meant(config: Mapping[str, Any], module: str) -> bool:
+def _layer_is_meant(config: JsonView, module: str) -> bool:
     """False where layers_to_transform leaves the module's layer out."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
@@ -361,9 +361,7 @@ def _layer_is_meant(config: Mapping[str, Any], module: str) -> bool:
     return False
 
 
-def missing(
-    config: Mapping[str, Any], modules: Iterable[str], adapted: Iterable[str]
-) -> dict[str, str]:
+def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) -> dict[str, str]:
     """{module that PEFT would have adapted and the adapter lacks: the entry that names it}.
 
     Args:
@@ -404,9 +402,9 @@ def build_config(
     numbers: Mapping[str, tuple[int, float]],
     modules: Iterable[str],
     whole: Iterable[str],
-    metadata: Mapping[str, Any],
-    fields: Mapping[str, Any],
-) -> dict[str, Any]:
+    metadata: JsonView,
+    fields: JsonView,
+) -> Json:
     """The config of an adapter.
 
     Args:

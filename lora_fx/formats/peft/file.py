@@ -14,9 +14,8 @@ by JSON under `lora_fx` in the header. Files without that JSON are read as PEFT 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
@@ -28,9 +27,10 @@ from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.read import decode
 from lora_fx.formats.peft.source import PeftFile
 from lora_fx.formats.peft.write import encode
+from lora_fx.text import Json, JsonView
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-Decode = Callable[[PeftFile, Mapping[str, Any]], Adapter]
+Decode = Callable[[PeftFile, JsonView], Adapter]
 """(file and config, our JSON) → adapter."""
 KINDS: dict[str, Decode] = {
     "LORA": decode,
@@ -99,7 +99,7 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
     return reader(PeftFile(tensors, config, File(str(weights)), where), ours)
 
 
-def config_of(file: Path, ours: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
     """The config inside our JSON or beside the file, None where there is neither; and its place."""
     beside = file.parent / CONFIG
     if isinstance(ours.get("config"), dict):
@@ -151,7 +151,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     return notes
 
 
-def _header(ours: Mapping[str, Any]) -> dict[str, str]:
+def _header(ours: JsonView) -> dict[str, str]:
     try:
         text = json.dumps(ours, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -162,7 +162,7 @@ def _header(ours: Mapping[str, Any]) -> dict[str, str]:
     return {"format": "pt", "lora_fx": text}
 
 
-def _parse(text: str | bytes, where: str) -> dict[str, Any]:
+def _parse(text: str | bytes, where: str) -> Json:
     """A JSON object, or an error that names its place."""
     try:
         value = json.loads(text)

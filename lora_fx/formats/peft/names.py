@@ -20,10 +20,9 @@ out_proj at `X.base_layer.out_proj`, parameters of one module lie at `X`, `X.bas
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 
@@ -32,6 +31,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.peft.config import MERGE, Pattern, mutation
 from lora_fx.formats.peft.source import PeftFile
+from lora_fx.text import JsonView
 
 PREFIX = "base_model.model."
 OWN = "lora_fx."
@@ -208,7 +208,7 @@ def unknown_name(name: str, where: str) -> LoraFxError:
 # `lora.ParamWrapper`.
 
 
-def candidates(config: Mapping[str, Any], module: str) -> list[str]:
+def candidates(config: JsonView, module: str) -> list[str]:
     """The parameters of a module that target_parameters names, by PEFT's comparison of endings.
 
     >>> candidates({"target_parameters": ["experts.up", "other.down"]}, "h.0.experts")

@@ -43,11 +43,12 @@ from lora_fx.formats.peft.names import (
     wrappers,
 )
 from lora_fx.formats.peft.source import PeftFile
+from lora_fx.text import Json, JsonView
 
 _OUT = f".{WRAPPER}.out_proj"
 
 
-def decode(source: PeftFile, ours: Mapping[str, Any]) -> Adapter:
+def decode(source: PeftFile, ours: JsonView) -> Adapter:
     """The adapter of one file with peft_type LORA.
 
     Args:
@@ -380,7 +381,7 @@ def _rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
     return ReplacedRows(tuple(index), value)
 
 
-def _check_tokens(tokens: set[str], source: PeftFile, entries: Mapping[str, Any]) -> None:
+def _check_tokens(tokens: set[str], source: PeftFile, entries: JsonView) -> None:
     """Raise for tokens in the config that no tensor holds; PEFT stores tied ones once."""
     config = source.config.get("trainable_token_indices")
     if not config:
@@ -428,7 +429,7 @@ def _is_whole(name: str, short: str, source: PeftFile, low_rank: bool) -> bool:
 # * `{"full"}`, `{"dense", "scale", "layout", "extra"}`, `{"rows", "index"}`: names of tensors.
 
 
-def own_sections(ours: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def own_sections(ours: JsonView, file: str) -> tuple[Json, Json]:
     """The entries and the metadata of our JSON; both empty for files of PEFT."""
     if not ours:
         return {}, {}
@@ -440,7 +441,7 @@ def own_sections(ours: Mapping[str, Any], file: str) -> tuple[dict[str, Any], di
 
 
 def own_entries(
-    found: Mapping[str, Any],
+    found: JsonView,
     source: PeftFile,
     update: Callable[[Group], LowRank],
     groups: Mapping[str, Group],

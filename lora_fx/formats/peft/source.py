@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File
+from lora_fx.text import JsonView
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PeftFile:
     """
 
     tensors: Mapping[str, Array]
-    config: Mapping[str, Any]
+    config: JsonView
     seen: File
     config_file: str
 

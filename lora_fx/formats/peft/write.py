@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +18,11 @@ from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import build_config, conflicts
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER, packed, unwrapped
 from lora_fx.targets.target import split_use
+from lora_fx.text import Json
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")
 """Metadata that reading takes from the config and the tensors."""
-Encoded = tuple[dict[str, Array], dict[str, Any], dict[str, Any], tuple[str, ...]]
+Encoded = tuple[dict[str, Array], Json, Json, tuple[str, ...]]
 
 
 def encode(adapter: Adapter) -> Encoded:
@@ -42,11 +42,11 @@ class _Writer:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.tensors: dict[str, Array] = {}
-        self.described: dict[str, Any] = {}
+        self.described: Json = {}
         self.notes: list[str] = []
         self.forms = forms_of(adapter.lowrank)
         self.told = {k: f for k, f in self.forms.items() if f.kind != "own"}
-        self.fields: dict[str, Any] = {}
+        self.fields: Json = {}
 
     def run(self) -> Encoded:
         """Everything, in the order of the file."""
@@ -229,7 +229,7 @@ def _one_each(told: Mapping[str, PeftForm]) -> None:
         layers[form.lead] = key
 
 
-def _describe(low: LowRank, form: PeftForm) -> dict[str, Any]:
+def _describe(low: LowRank, form: PeftForm) -> Json:
     """What the config does not say of one update, to read it back exactly."""
     # PEFT's forms take the numbers from the config, which people edit.
     numbers = ("rank", "alpha", "variant") if form.kind == "own" else ()

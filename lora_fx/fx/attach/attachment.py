@@ -41,6 +41,7 @@ from lora_fx.fx.attach.live import (
 from lora_fx.fx.module.adapted import AdaptedReport
 from lora_fx.fx.module.fingerprint import Base
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, put, settle, whole
+from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
 
@@ -64,7 +65,7 @@ class Attachment:
         also_train: Sequence[str] = (),
         frozen_norms: bool = True,
         notes: Sequence[str] = (),
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Named | None = None,
     ) -> None:
         self.model = model
         self.planner = planner

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
@@ -157,7 +157,7 @@ class Recorder:
             return site.kind.apply(self, site, x, w)
         return self.op(site.op, x, w)  # with operands of its own: no primitive, so no output form
 
-    def parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> Value:
+    def parameter(self, name: str, value: Array, role: Role) -> Value:
         """A tensor of the adapter, found by its name at each call."""
         for i, entry in enumerate(self.made):
             if entry == ("tensor", name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.flow import VIEWS
 from lora_fx.fx.graph.nodes import dtype_name, shape_of, value
 from lora_fx.fx.tensors import from_numpy
-from lora_fx.inputs import Input, Inputs
+from lora_fx.inputs import Input, Inputs, Named
 
 _EMPTY = inspect.Parameter.empty
 
@@ -46,7 +46,7 @@ class Signature:
             p.name for p in params if p.kind is kinds.KEYWORD_ONLY and p.default is _EMPTY
         ]
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(self, args: Sequence[Any], kwargs: Named) -> dict[str, Any]:
         """The arguments by name, in the order of the signature, without None and defaults.
 
         Raises:
@@ -83,7 +83,7 @@ class Signature:
         plain = isinstance(value, (bool, int, float, str)) and type(value) is type(default)
         return plain and bool(value == default)
 
-    def call(self, forward: Callable[..., Any], named: Mapping[str, Any]) -> Any:
+    def call(self, forward: Callable[..., Any], named: Named) -> Any:
         """Call a forward of this signature with bound arguments."""
         named = dict(named)
         rest = named.pop(self.rest, ()) if self.rest else ()
@@ -107,7 +107,7 @@ def apart(leaves: Sequence[Any]) -> list[Any]:
     return result
 
 
-def leaf_names(named: Mapping[str, Any]) -> list[str]:
+def leaf_names(named: Named) -> list[str]:
     """Names of the flattened leaves: the argument's own, with `.i` for parts of a container."""
     result = []
     for path, _ in pytree.tree_flatten_with_path(dict(named))[0]:
@@ -136,7 +136,7 @@ def output_name(path: str, i: int) -> str:
     return onnx_name(name)
 
 
-def program_key(named: Mapping[str, Any], leaves: Sequence[Any]) -> tuple[Any, ...]:
+def program_key(named: Named, leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What decides which program a call needs: names, structure, constants, dtypes and ranks."""
     parts: list[Any] = []
     for k in named:
@@ -313,10 +313,10 @@ def _rows_reached(place: fx.Node) -> list[int]:
 
 def sample_call(
     inputs: Inputs,
-    named: Mapping[str, Any],
+    named: Named,
     size: tuple[int, int],
     seed: int = 0,
-    arrays: Mapping[str, Any] | None = None,
+    arrays: Named | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Named arguments of one size: the example's structure and constants, sampled tensors.

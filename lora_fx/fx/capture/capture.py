@@ -10,7 +10,7 @@ import contextlib
 import copy
 import linecache
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ from lora_fx.fx.capture.call import (
 from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts, trace
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import AdapterTensors
-from lora_fx.inputs import Inputs, default_dynamic, merge_dynamic
+from lora_fx.inputs import Inputs, Named, default_dynamic, merge_dynamic
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Captured:
         self,
         model: Any,
         args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: Named | None = None,
         dynamic: Any = None,
         static: Sequence[str] = (),
     ) -> None:
@@ -181,7 +181,7 @@ class Captured:
     def traced(
         self,
         training: bool,
-        named: Mapping[str, Any],
+        named: Named,
         dtype: torch.dtype | None = None,
         *,
         portable: bool = False,
@@ -202,7 +202,7 @@ class Captured:
         return self.tracings[key]
 
     def _trace(
-        self, source: ModelSource, training: bool, named: Mapping[str, Any], requested: Requested
+        self, source: ModelSource, training: bool, named: Named, requested: Requested
     ) -> Traced:
         modes = [(m, m.training, _computed(m)) for m in source.module.modules()]
         source.module.train(training)

@@ -21,7 +21,8 @@ from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import NO_GRAD, hint, value
 from lora_fx.fx.graph.ops import row_of
-from lora_fx.inputs import SIZES
+from lora_fx.inputs import SIZES, Named
+from lora_fx.text import Json
 
 aten = torch.ops.aten
 
@@ -63,7 +64,7 @@ def trace(
     source: nn.Module,
     signature: Signature,
     forward: Any,
-    named: Mapping[str, Any],
+    named: Named,
     requested: Requested,
 ) -> Traced:
     """Export `forward` on `named` inputs and clean the graph.
@@ -96,7 +97,7 @@ def _trace(
     source: nn.Module,
     signature: Signature,
     forward: Any,
-    named: Mapping[str, Any],
+    named: Named,
     requested: Requested,
 ) -> Traced:
     """Export once, through one dict argument.
@@ -290,7 +291,7 @@ class Pinned:
     size: int
     op: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `pinned[]`."""
         return {"input": self.input, "dim": self.dim, "size": self.size, "op": self.op}
 

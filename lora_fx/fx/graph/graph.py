@@ -6,11 +6,11 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.flow import FxFlow, evaluate, tensor, weight_flow
@@ -99,14 +99,14 @@ class FxGraph(Analysed):
         """The ids of sites that carry a branch, read from the marks of its nodes."""
         return frozenset(n.meta["custom"][MARK]["site"] for n in self.graph.nodes if is_marked(n))
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
+    def read(self, name: str) -> Array:
         """A stored parameter as an array; a computed weight is computed."""
         for site, found in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
                 return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
         return to_numpy(tensor(self.root, name))
 
-    def reader(self, name: str) -> Callable[[], np.ndarray[Any, Any]]:
+    def reader(self, name: str) -> Callable[[], Array]:
         """A function that gives the value as it was here: the storage may change before it runs."""
         value = self.read(name)
         return lambda: value
@@ -240,9 +240,7 @@ class FxGraph(Analysed):
         }
         return all(user in mine for n in inside | starts for user in n.users)
 
-    def replace_parameter(
-        self, name: str, sites: Sequence[Site], value: np.ndarray[Any, Any] | Deferred
-    ) -> str:
+    def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """Let sites read a value; a constant of their own is called `NAME_folded[_1]`.
 
         A parameter whose every use is among the sites is replaced under all its names.
@@ -292,7 +290,7 @@ class FxGraph(Analysed):
         """Run torch.fx's own check."""
         self.graph.lint()
 
-    def add_parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> None:
+    def add_parameter(self, name: str, value: Array, role: Role) -> None:
         """Register an adapter's tensor at its dotted name, once; a later graph finds it there."""
         module, leaf = owner(self.root, name, create=True)
         if leaf not in module._parameters:
@@ -396,7 +394,7 @@ class FxEmitter:
         result = self._call(self.node.target, tuple(args), kwargs)
         return self._call(operator.getitem, (result, 0)) if row.first else result
 
-    def parameter(self, name: str, value: np.ndarray[Any, Any], role: Role) -> fx.Node:
+    def parameter(self, name: str, value: Array, role: Role) -> fx.Node:
         """A get_attr of an adapter's tensor, registered on the tree if it is new."""
         self.owner.add_parameter(name, value, role)
         with self.owner.graph.inserting_before(self.next):

@@ -6,7 +6,7 @@ Adding an op is one row here and one row in tests/table.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from lora_fx.fx.graph.nodes import argument, op_name, shape_of, value
+from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Axes, Kind
 from lora_fx.ir.kinds import VECTOR, contraction, letters, product
@@ -41,7 +42,7 @@ class FxOperand:
     weight: Path
     x: Path
     kind: Kind
-    attrs: Mapping[str, Any] = field(default_factory=dict)
+    attrs: Named = field(default_factory=dict)
     refusal: str = ""
     allowed: bool = False
     gain: float = 1.0

@@ -38,7 +38,7 @@ from lora_fx.fx.tensors import (
     whole,
 )
 from lora_fx.targets.found import Found
-from lora_fx.text import human
+from lora_fx.text import Json, human
 
 Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
 Speedups = Callable[[Sequence[str]], list[Rewriter]]
@@ -363,7 +363,7 @@ class AdaptedReport:
         total = self.found.flops["reached"] + self.found.flops["refused"]
         return sum(t[3] for t in self.targets) / total if total else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The parts of docs/json.md that an adapted module knows."""
         return {
             **self.found.to_json(),

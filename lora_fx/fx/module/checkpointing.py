@@ -9,7 +9,7 @@ is so for the first block of a frozen base.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.codegen import inside
+from lora_fx.inputs import Named
 
 OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
 """What may be given to torch.utils.checkpoint.checkpoint."""
@@ -41,7 +42,7 @@ def _nothing() -> tuple[Any, Any]:
     return contextlib.nullcontext(), contextlib.nullcontext()
 
 
-def checkpointer(options: Mapping[str, Any], *, offload: bool = False) -> Callable[..., Any]:
+def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]:
     """Torch's checkpoint with these options, to be called with (code, block, *values).
 
     Args:
@@ -80,7 +81,7 @@ class Recomputing:
 
     def activation_checkpointing_enable(
         self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        activation_checkpointing_kwargs: Named | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
@@ -134,7 +135,7 @@ class Recomputing:
 
     def gradient_checkpointing_enable(
         self,
-        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        gradient_checkpointing_kwargs: Named | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
@@ -157,7 +158,7 @@ def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
     return {path for path in blocks if any(inside(n, path) for n in made)}
 
 
-def apart(blocks: Mapping[str, Any], inlined: set[str]) -> None:
+def apart(blocks: Named, inlined: set[str]) -> None:
     """Raise LoraFxError for blocks that are to be recomputed and cannot be."""
     stuck = [path for path in blocks if path in inlined]
     if stuck:

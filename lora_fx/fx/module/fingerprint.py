@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.tensors import is_sharded, to_numpy
+from lora_fx.inputs import Named
 
 
 class Base:
@@ -41,7 +42,7 @@ class Base:
 
     def check(
         self,
-        metadata: Mapping[str, Any],
+        metadata: Named,
         parameter: Callable[[str], torch.Tensor],
         name: str = "the adapter",
     ) -> None:

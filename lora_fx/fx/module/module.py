@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call
 from lora_fx.fx.capture.capture import Captured, base_dtype
@@ -29,7 +29,7 @@ from lora_fx.fx.module.checkpointing import Recomputing, apart, left_in
 from lora_fx.fx.module.codegen import Compiled, compile_program
 from lora_fx.fx.module.skeleton import Scope, blocks_of, skeleton
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
-from lora_fx.inputs import SIZES
+from lora_fx.inputs import SIZES, Named
 
 Rewriter = Callable[[FxGraph], object]
 
@@ -77,7 +77,7 @@ class CapturedModule(Recomputing, Scope):
 
     # --- calling ---------------------------------------------------------------------------------
 
-    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, args: Sequence[Any], kwargs: Named) -> Any:
         programs = self._programs
         named = programs.captured.signature.bind(args, kwargs)
         leaves = pytree.tree_leaves(named)
@@ -109,9 +109,7 @@ class CapturedModule(Recomputing, Scope):
             return self._graph(training, self._programs.captured.named, portable=True)
         return graph
 
-    def _graph(
-        self, training: bool, named: Mapping[str, Any], *, portable: bool = False
-    ) -> FxGraph:
+    def _graph(self, training: bool, named: Named, *, portable: bool = False) -> FxGraph:
         captured = self._programs.captured
         traced = captured.traced(training, named, self._dtype, portable=portable)
         graph = traced.fx_graph(self, training)
@@ -125,7 +123,7 @@ class CapturedModule(Recomputing, Scope):
         return graph
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _capture(self, key: tuple[Any, ...], named: Mapping[str, Any]) -> Compiled:
+    def _capture(self, key: tuple[Any, ...], named: Named) -> Compiled:
         programs = self._programs
         programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
@@ -205,7 +203,7 @@ class CapturedModule(Recomputing, Scope):
         self._dtype = base_dtype(self)
         return result
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; storage shared with the user's model is copied first."""
         # copying in place would write through the shared storage into the user's model
         if self._shared:
@@ -259,7 +257,7 @@ class CapturedModule(Recomputing, Scope):
         device = next((p.device for p in self.parameters()), None)
         return sample_call(captured.bounded_inputs(), captured.named, size, seed, arrays, device)
 
-    def flat(self, named: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    def flat(self, named: Named) -> dict[str, Array]:
         """Run on named arguments; {output name: array} of the tensors that come out."""
         with torch.no_grad():
             out = self._run_named(named)
@@ -271,13 +269,13 @@ class CapturedModule(Recomputing, Scope):
             if isinstance(v, torch.Tensor)
         }
 
-    def flat_tensors(self, named: Mapping[str, Any]) -> list[torch.Tensor]:
+    def flat_tensors(self, named: Named) -> list[torch.Tensor]:
         """Run on named arguments; the tensors that come out, in order."""
         with torch.no_grad():
             out = self._run_named(named)
         return [v for v in pytree.tree_leaves(out) if isinstance(v, torch.Tensor)]
 
-    def _run_named(self, named: Mapping[str, Any]) -> Any:
+    def _run_named(self, named: Named) -> Any:
         return self._programs.captured.signature.call(self, named)
 
 
@@ -330,7 +328,7 @@ def prove_ones(module: CapturedModule) -> None:
     module.ban_ones(frozenset(banned))
 
 
-def _same_at(module: CapturedModule, captured: Captured, named: Mapping[str, Any]) -> bool:
+def _same_at(module: CapturedModule, captured: Captured, named: Named) -> bool:
     model = captured.model
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

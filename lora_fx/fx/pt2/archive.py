@@ -12,7 +12,6 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.text import Json, JsonView
 
 MANIFEST = "data/extra/lora_fx.json"
 AGAIN = "write it again: torch.export.save(program, FILE)"
@@ -76,7 +76,7 @@ class Archive:
             raise self.bad(f"{member} is cut: {len(data)} of {info.file_size} bytes")
         return data
 
-    def json(self, member: str) -> dict[str, Any]:
+    def json(self, member: str) -> Json:
         """A member as a JSON object."""
         try:
             value = json.loads(self.read(member))
@@ -112,7 +112,7 @@ class Archive:
                 ) from e
         return result
 
-    def _tensor(self, folder: str, name: str, row: Mapping[str, Any]) -> torch.Tensor:
+    def _tensor(self, folder: str, name: str, row: JsonView) -> torch.Tensor:
         file = row["path_name"]
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", ".."):
             raise self.bad(f"{name!r} lies in {file!r}, which is no name of a member")

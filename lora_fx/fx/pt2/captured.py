@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any
@@ -46,6 +46,7 @@ from lora_fx.fx.pt2.program import (
     tree_of,
 )
 from lora_fx.inputs import BATCH, Inputs, default_dynamic, merge_dynamic
+from lora_fx.text import Json, JsonView
 
 LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"
 
@@ -65,7 +66,7 @@ class FileCaptured(Captured):
         self,
         path: str,
         args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: JsonView | None = None,
         dynamic: Any = None,
         static: Sequence[str] = (),
         *,
@@ -92,7 +93,7 @@ class FileCaptured(Captured):
                 raise
             raise archive.bad(f"{MANIFEST} is wrong: {type(e).__name__} {e}") from e
 
-    def _read(self, manifest: Mapping[str, Any]) -> None:
+    def _read(self, manifest: JsonView) -> None:
         if manifest:
             check_format(manifest, f"{self.path}: its manifest")
         programs = self._loaded
@@ -123,13 +124,13 @@ class FileCaptured(Captured):
             self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
         self.base_dtype = base_dtype(self.model)
 
-    def _given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _given(self, args: Sequence[Any], kwargs: JsonView) -> Json:
         """The caller's example, which must be a call that the file's programs take."""
         named = self.signature.bind(tuple(args), dict(kwargs))
         self._same_call(named)
         return named
 
-    def _describe(self, manifest: Mapping[str, Any], dynamic: Any, static: Sequence[str]) -> None:
+    def _describe(self, manifest: JsonView, dynamic: Any, static: Sequence[str]) -> None:
         leaves = pytree.tree_leaves(self.named)
         self.inputs: Inputs = describe(leaf_names(self.named), leaves)
         said = manifest.get("inputs", {})
@@ -154,7 +155,7 @@ class FileCaptured(Captured):
         self._banned = [(n, d) for n, d in manifest.get("not_one", [])]
         self._own = bool(manifest)
 
-    def _free(self, said: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    def _free(self, said: JsonView) -> dict[str, dict[int, str]]:
         """{input: {dimension: symbol}} of the sizes that the programs leave open."""
         program = self._loaded[next(iter(self.programs.values()))].program
         shapes = [tuple(v.shape) for v in tensor_places(program)]
@@ -201,7 +202,7 @@ class FileCaptured(Captured):
     def traced(
         self,
         training: bool,
-        named: Mapping[str, Any],
+        named: JsonView,
         dtype: torch.dtype | None = None,
         *,
         portable: bool = False,
@@ -220,7 +221,7 @@ class FileCaptured(Captured):
         self._same_call(named)
         return self._trace_of(self.programs.get(training) or self.programs[not training])
 
-    def _same_call(self, named: Mapping[str, Any]) -> None:
+    def _same_call(self, named: JsonView) -> None:
         mine, other = (program_key(n, pytree.tree_leaves(dict(n))) for n in (self.named, named))
         if mine != other:
             raise LoraFxError(
@@ -277,7 +278,7 @@ class FileSignature(Signature):
         super().__init__(forward)
         self.path = path
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(self, args: Sequence[Any], kwargs: JsonView) -> Json:
         """As Signature's; an unknown argument that is None is taken as left out."""
         given = {k: v for k, v in kwargs.items() if v is not None or k in self.keywords}
         try:
@@ -293,7 +294,7 @@ def is_constant(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def signature_of(named: Mapping[str, Any]) -> inspect.Signature:
+def signature_of(named: JsonView) -> inspect.Signature:
     """A signature of these arguments; constants have themselves as defaults."""
     params: list[inspect.Parameter] = []
     kind: Any = kinds.POSITIONAL_OR_KEYWORD
@@ -307,7 +308,7 @@ def signature_of(named: Mapping[str, Any]) -> inspect.Signature:
     return inspect.Signature(params)
 
 
-def held_signature(full: inspect.Signature, named: Mapping[str, Any]) -> inspect.Signature:
+def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signature:
     """The part of a signature that `named` gives; what follows a gap is by keyword only."""
     params: list[inspect.Parameter] = []
     gap = False
@@ -327,7 +328,7 @@ def held_signature(full: inspect.Signature, named: Mapping[str, Any]) -> inspect
     return inspect.Signature(params)
 
 
-def call_text(named: Mapping[str, Any]) -> str:
+def call_text(named: JsonView) -> str:
     """A call in words: `(ids: int64 of 2 dimensions, scale=2.0)`."""
     parts = []
     for name, x in named.items():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lora_fx.errors import LoraFxError
+from lora_fx.text import Json, JsonView
 
 FUNCTIONS = frozenset((
     "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Min", "Max", "Abs",
@@ -59,7 +60,7 @@ TABLES = ("tensor_values", "sym_int_values", "sym_bool_values", "sym_float_value
 KEPT = ("nn_module_stack", "custom", "stack_trace")
 
 
-def clean_program(data: dict[str, Any], where: str) -> dict[str, Any]:
+def clean_program(data: Json, where: str) -> Json:
     """The program's JSON with what torch would evaluate checked or taken out; edits `data`.
 
     Args:
@@ -206,7 +207,7 @@ def _small(power: ast.AST) -> bool:
 
 # --- what goes in and comes out ------------------------------------------------------------------
 
-LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+LEAF: Json = {"type": None, "context": None, "children_spec": []}
 
 
 def plain_tree(text: str, fields: Mapping[str, list[str]], where: str) -> str:
@@ -221,7 +222,7 @@ def plain_tree(text: str, fields: Mapping[str, list[str]], where: str) -> str:
     return json.dumps([1, _plain(tree, fields, where)])
 
 
-def _plain(tree: Mapping[str, Any], fields: Mapping[str, list[str]], where: str) -> Any:
+def _plain(tree: JsonView, fields: Mapping[str, list[str]], where: str) -> Any:
     kind, context = tree["type"], tree["context"]
     children = [_plain(c, fields, where) for c in tree["children_spec"]]
     if kind is None:

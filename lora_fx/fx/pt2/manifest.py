@@ -17,6 +17,7 @@ from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy
+from lora_fx.text import Json, JsonView
 
 _KINDS = {
     k.name: k
@@ -30,7 +31,7 @@ _KINDS = {
 }
 
 
-def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> dict[str, Any]:
+def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> Json:
     """What a reader needs beside the programs.
 
     Args:
@@ -39,7 +40,7 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> dict[s
     """
     captured = module.captured
     inputs = captured.bounded_inputs()
-    made: dict[str, Any] = {
+    made: Json = {
         **stamp(),
         "programs": dict(programs),
         "class": type(module).__name__,
@@ -58,7 +59,7 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> dict[s
     return made
 
 
-def _adapter(module: AdaptedModule) -> dict[str, Any]:
+def _adapter(module: AdaptedModule) -> Json:
     rows = {}
     for key, u in module.updates.items():
         rows[key] = {
@@ -71,7 +72,7 @@ def _adapter(module: AdaptedModule) -> dict[str, Any]:
     return {"updates": rows, "also_train": list(module._also), "metadata": _plain(metadata)}
 
 
-def read_adapter(manifest: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Adapter | None:
+def read_adapter(manifest: JsonView, state: Mapping[str, torch.Tensor]) -> Adapter | None:
     """The adapter of a file's manifest, its tensors taken from `state`; None without one."""
     data = manifest.get("adapter")
     if data is None:
@@ -98,7 +99,7 @@ def _values(state: Mapping[str, torch.Tensor], name: str) -> Any:
     return to_numpy(t.float() if t.is_floating_point() else t).copy()
 
 
-def adapter_names(manifest: Mapping[str, Any]) -> frozenset[str]:
+def adapter_names(manifest: JsonView) -> frozenset[str]:
     """Names of the low-rank tensors in a file."""
     rows = (manifest.get("adapter") or {"updates": {}})["updates"].values()
     return frozenset(row[side] for row in rows for side in FIELDS if side in row)
@@ -107,15 +108,15 @@ def adapter_names(manifest: Mapping[str, Any]) -> frozenset[str]:
 # --- the call ------------------------------------------------------------------------------------
 
 
-def _parameter(p: inspect.Parameter) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": p.name, "kind": p.kind.name}
+def _parameter(p: inspect.Parameter) -> Json:
+    row: Json = {"name": p.name, "kind": p.kind.name}
     if p.default is not inspect.Parameter.empty:
         plain = isinstance(p.default, (bool, int, float, str))
         row["default"] = p.default if plain else None
     return row
 
 
-def read_signature(rows: list[Mapping[str, Any]]) -> inspect.Signature:
+def read_signature(rows: list[JsonView]) -> inspect.Signature:
     """The signature that `make_manifest` wrote."""
     return inspect.Signature(
         [
@@ -168,7 +169,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
-def plain_spec(spec: Any) -> dict[str, Any]:
+def plain_spec(spec: Any) -> Json:
     """A tree of outputs as torch writes it, of dicts, lists and tuples only."""
     children = [] if spec.is_leaf() else [plain_spec(c) for c in spec.children()]
     if spec.is_leaf():

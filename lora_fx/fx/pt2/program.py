@@ -19,6 +19,7 @@ from lora_fx.fx.graph.nodes import MARK, argument, hint, is_marked
 from lora_fx.fx.module.skeleton import scope_class
 from lora_fx.fx.pt2.archive import Archive
 from lora_fx.fx.pt2.check import clean_program
+from lora_fx.text import Json, JsonView
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class LoadedProgram:
     program: ExportedProgram
     state: Mapping[str, torch.Tensor]
     volatile: frozenset[str]
-    named: Mapping[str, Any]
+    named: JsonView
     classes: Mapping[str, str]
 
 
@@ -75,7 +76,7 @@ def _last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
-def _example(program: ExportedProgram, data: Mapping[str, Any]) -> dict[str, Any]:
+def _example(program: ExportedProgram, data: JsonView) -> Json:
     """Arguments by name: tensors as the program's own example was sized, constants as they are."""
     call = data["graph_module"]["module_call_graph"][0]["signature"]
     spec = program.call_spec.in_spec

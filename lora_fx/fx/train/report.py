@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from lora_fx.text import Json
 
 
 @dataclass
@@ -38,7 +39,7 @@ class TrainReport:
         said += f" (went on from step {self.resumed})" if self.resumed is not None else ""
         return f"{said}\n{self.verdict}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """For report files."""
         return {
             "losses": [round(x, 6) for x in self.losses],

@@ -37,6 +37,7 @@ from lora_fx.fx.train.objective import Loss
 from lora_fx.fx.train.optimizer import MOMENTS, Optimizer, Settings
 from lora_fx.fx.train.processes import Processes
 from lora_fx.fx.train.report import TrainReport
+from lora_fx.inputs import Named
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def check_folder(folder: str, *, force: bool) -> None:
         raise LoraFxError(f"{folder} holds other things than a training state", "choose another")
 
 
-def write_folder(folder: str, words: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+def write_folder(folder: str, words: Named, tensors: Mapping[str, Array]) -> None:
     """Write a state; the old one stands until the new one is whole and on disk."""
     with replacing(folder, force=True) as stage:
         check_folder(folder, force=True)
@@ -315,7 +316,7 @@ def facts_of(
     }
 
 
-def differences(there: Mapping[str, Any], here: Facts) -> list[str]:
+def differences(there: Named, here: Facts) -> list[str]:
     """What differs between a state's facts and a run's, in words; most telling first."""
     found = []
     for part, facts in here.items():

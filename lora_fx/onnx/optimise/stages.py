@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +24,7 @@ from lora_fx.onnx.optimise.libraries import DropDead, FoldConstants, FuseForRunt
 from lora_fx.onnx.optimise.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.text import Json
 
 Rewrite = Callable[[ir.Model], ir.passes.PassResult]
 STAGES: Mapping[str, Rewrite] = {
@@ -63,7 +63,7 @@ class RewriteStage:
     ratio: float | None = None
     error: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `stages[]`."""
         return dict(vars(self))
 
