@@ -1,6 +1,7 @@
 """verify: are two models the same? Tensor files are compared as tensors, others are run.
 
-Comparing tensors needs no torch, so what runs models is imported only where one is run.
+Comparing tensors needs neither torch nor onnx, so what runs models is imported only where one is
+run.
 """
 
 from __future__ import annotations
@@ -17,16 +18,11 @@ from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import is_adapter, load_adapter
 from lora_fx.inputs import Named
-from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.load import load
-from lora_fx.onnx.match import match
-from lora_fx.onnx.names import restore_weight_names
-from lora_fx.onnx.session import open_session
-from lora_fx.passes.find import find as find_graph
-from lora_fx.passes.proofs.reference import Run, reference_of
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.module import CapturedModule
+    from lora_fx.onnx.graph.graph import OnnxGraph
+    from lora_fx.passes.proofs.reference import Run
 
 
 def verify(
@@ -111,6 +107,7 @@ def verify_run(
     provider: str,
 ) -> Report:
     """See `lora_fx.verify`."""
+    from lora_fx.onnx.session import open_session
     from lora_fx.passes.proofs.parity import prove, torch_run
     from lora_fx.passes.verbs.open import opened
 
@@ -189,6 +186,10 @@ def verify_onnx(
     Raises:
         LoraFxError: Inputs of other names, an adapter that does not fit b.
     """
+    from lora_fx.onnx.load import load
+    from lora_fx.onnx.session import open_session
+    from lora_fx.passes.proofs.reference import reference_of
+
     load(a)  # which names what is wrong with a file better than the runtime does
     graph, one = _graph(b, needed=adapter is not None), open_session(a, provider)
     bound = None if graph is None or adapter is None else _bound(adapter, graph)
@@ -209,6 +210,10 @@ def verify_onnx(
 
 def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
     """The graph; None for an opset that we do not read, where nothing has to be inserted."""
+    from lora_fx.onnx.graph.graph import OnnxGraph
+    from lora_fx.onnx.load import load
+    from lora_fx.onnx.names import restore_weight_names
+
     model = load(path)
     restore_weight_names(model)
     try:
@@ -220,11 +225,14 @@ def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
 
 
 def _bound(adapter: Any, graph: OnnxGraph) -> Adapter:
+    from lora_fx.onnx.match import match
+    from lora_fx.passes.find import find
+
     if not isinstance(adapter, Adapter):
         if isinstance(adapter, (list, tuple)):
             raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
         adapter = load_adapter(adapter)
-    matched = match(adapter, graph, find_graph(graph))
+    matched = match(adapter, graph, find(graph))
     if matched.whole:
         raise LoraFxError(
             f"the adapter holds the whole tensor {min(matched.whole)!r}",
