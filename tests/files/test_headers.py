@@ -67,7 +67,7 @@ def test_a_header_whose_length_begins_as_a_pickle(tmp_path: Path, length: int) -
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, lora_fx.fx.load.models; print('torch' in sys.modules)"
+    code = "import sys, lora_fx.files.checkpoint; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 
