@@ -162,7 +162,7 @@ READ = {
         export net.pt2 -o net-pt2.onnx --provider cpu
         export model.py:net planned -o planned.onnx --provider cpu
         insert model.py:net -o planned-2 --plan kfac.json
-        train model.py:net data.npz -o a-yet-more -r 2 --steps 8 --resume state
+        train model.py:net data.npz -o a-yet-more -r 2 --steps 6 --resume state
         merge a.safetensors a -o twice.safetensors
         merge a.safetensors b -o both.safetensors
         merge-all base.safetensors a b c -o fleet

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
@@ -31,7 +31,6 @@ class Checkpoint:
         shards: File name → header, in the order of the index.
         tensors: Every tensor, from the shard that counts.
         index: The index of the shards, or None.
-        index_json: Its content.
         settings: What takes the place of config.json; None: the file counts.
     """
 
@@ -39,7 +38,6 @@ class Checkpoint:
     shards: Mapping[str, Header]
     tensors: Mapping[str, TensorInfo]
     index: Path | None = None
-    index_json: JsonView = field(default_factory=dict)
     settings: JsonView | None = None
 
     @property
@@ -145,8 +143,7 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
 
 def _sharded(folder: Path, index: Path) -> Checkpoint:
     """All shards; where two hold the same name, the index says which counts."""
-    whole = read_json(index)
-    home = whole.get("weight_map")
+    home = read_json(index).get("weight_map")
     if not isinstance(home, dict) or not all(isinstance(v, str) for v in home.values()):
         raise LoraFxError(f"{index}: no weight_map of tensor names to file names", AGAIN)
     result: dict[str, TensorInfo] = {}
@@ -166,7 +163,7 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
             f"{index.parent / home[lost]}: tensor {lost!r} is not there, but {index.name} says so",
             AGAIN,
         )
-    return Checkpoint(folder, shards, result, index, whole)
+    return Checkpoint(folder, shards, result, index)
 
 
 def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:

@@ -55,6 +55,19 @@ def owner(root: nn.Module, name: str, *, create: bool = False) -> tuple[nn.Modul
     return module, leaf + bracket + tail
 
 
+def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of a dotted name.
+
+    Raises:
+        LoraFxError: There is none.
+    """
+    module, leaf = owner(root, name)
+    p = module._parameters.get(leaf)
+    if p is None:
+        raise LoraFxError(f"{name!r} is no parameter of the model")
+    return p
+
+
 def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
     """({any name: first name}, {first name: other names}) of the tree; adapters' left out."""
     first: dict[int, str] = {}

@@ -24,9 +24,8 @@ from lora_fx.adapter.factors import (
     learning,
     relearning,
     slots_of,
-    with_values,
 )
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Program, bound
 from lora_fx.fx.attach.live import (
@@ -38,9 +37,17 @@ from lora_fx.fx.attach.live import (
     restore,
     swap,
 )
-from lora_fx.fx.module.adapted import AdaptedReport
+from lora_fx.fx.module.adapted import AdaptedReport, entries_of
 from lora_fx.fx.module.fingerprint import Base
-from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, put, settle, whole
+from lora_fx.fx.tensors import (
+    AdapterTensors,
+    from_numpy,
+    named_tensors,
+    owner,
+    parameter_of,
+    put,
+    settle,
+)
 from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
@@ -201,11 +208,7 @@ class Attachment:
         return self.planner.found
 
     def _parameter(self, name: str) -> nn.Parameter:
-        module, leaf = owner(self.model, name)
-        p = module._parameters.get(leaf)
-        if p is None:
-            raise LoraFxError(f"{name!r} is no parameter of the model")
-        return p
+        return parameter_of(self.model, name)
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trained parameters A and B of every key."""
@@ -225,17 +228,8 @@ class Attachment:
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
         settle(self.model)
-        entries: dict[str, LowRank | Full] = {}
-        for key, update in self.updates.items():
-            values = {
-                s.field: whole(s.name, self._parameter(s.name), s.value.shape)
-                for s in slots_of(key, update)
-            }
-            copies = {k: v.astype(np.float32, copy=False) for k, v in values.items()}
-            entries[key] = with_values(update, copies)
-        for name in self._also:
-            shape = tuple(self._originals[name].shape)
-            entries[name] = Full(whole(name, self._parameter(name), shape))
+        shapes = {name: tuple(value.shape) for name, value in self._originals.items()}
+        entries = entries_of(self.model, self.updates, shapes)
         own = {**learning(self.updates), **self._sampled.now(self.updates, self._parameter)}
         return Adapter(entries, {**self.metadata, **own})
 

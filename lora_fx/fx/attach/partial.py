@@ -20,6 +20,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import _quiet
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
+from lora_fx.fx.patterns.elementwise import VIEWS
 from lora_fx.fx.tensors import owner
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Analysed, Site
@@ -146,16 +147,6 @@ def _read(
 # transformers' Conv1D, change nothing for a matmul of the last axis.
 
 
-aten = torch.ops.aten
-RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-}
-
-
 def one_op(site: Site, node: fx.Node, x: Any, states: Mapping[fx.Node, Any]) -> bool:
     """True when the innermost module call that made `node` holds nothing else.
 
@@ -172,14 +163,14 @@ def one_op(site: Site, node: fx.Node, x: Any, states: Mapping[fx.Node, Any]) -> 
     seen = {node}
     first, last = x, node
     while first in body:
-        source = first.args[0] if first.target in RESHAPES else None
+        source = first.args[0] if first.target in VIEWS else None
         if not isinstance(source, fx.Node):
             return False
         seen.add(first)
         first = source
     while any(u in body for u in last.users):
         users = list(last.users)
-        if len(users) != 1 or users[0].target not in RESHAPES:
+        if len(users) != 1 or users[0].target not in VIEWS:
             return False
         last = users[0]
         seen.add(last)

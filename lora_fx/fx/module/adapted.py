@@ -31,6 +31,7 @@ from lora_fx.fx.tensors import (
     from_numpy,
     named_tensors,
     owner,
+    parameter_of,
     put,
     refuse_shards,
     settle,
@@ -155,24 +156,12 @@ class AdaptedModule(CapturedModule):
         if not self._active:
             return Adapter({})
         settle(self)
-        entries: dict[str, LowRank | Full] = {}
-        for key, update in self._updates.items():
-            values = {}
-            for s in slots_of(key, update):
-                value = whole(s.name, self._tensor(s.name), s.value.shape)
-                values[s.field] = value.astype(np.float32, copy=False)
-            entries[key] = with_values(update, values)
-        for name in self._also:
-            entries[name] = Full(whole(name, self._tensor(name)))
+        entries = entries_of(self, self._updates, dict.fromkeys(self._also))
         own = {**learning(self._updates), **self._sampled.now(self._updates, self._tensor)}
         return Adapter(entries, {**self._metadata, **own})
 
     def _tensor(self, name: str) -> nn.Parameter:
-        m, leaf = owner(self, name)
-        p = m._parameters.get(leaf)
-        if p is None:
-            raise LoraFxError(f"{name!r} is no parameter of the model")
-        return p
+        return parameter_of(self, name)
 
     def changes_anything(self) -> bool:
         """False while every update is zero, as after insert, and no tensor is trained whole."""
@@ -329,6 +318,30 @@ def grouped(
         {"params": params, "lr": rate, "weight_decay": weight_decay}
         for rate, params in groups.items()
     ]
+
+
+def entries_of(
+    root: nn.Module, updates: Mapping[str, LowRank], also: Mapping[str, tuple[int, ...] | None]
+) -> dict[str, LowRank | Full]:
+    """The entries of an adapter, with the values that the tensors of a module have now.
+
+    Sharded tensors are gathered, so every process has to call it.
+
+    Args:
+        root: Holds the tensors.
+        updates: Key → the update as it was inserted.
+        also: First name of a tensor that is trained whole → its shape, where that is known.
+    """
+    entries: dict[str, LowRank | Full] = {}
+    for key, update in updates.items():
+        values = {}
+        for s in slots_of(key, update):
+            value = whole(s.name, parameter_of(root, s.name), s.value.shape)
+            values[s.field] = value.astype(np.float32, copy=False)
+        entries[key] = with_values(update, values)
+    for name, shape in also.items():
+        entries[name] = Full(whole(name, parameter_of(root, name), shape))
+    return entries
 
 
 def moved(u: LowRank, held: Mapping[str, nn.Parameter]) -> bool:

@@ -269,12 +269,6 @@ class CapturedModule(Recomputing, Scope):
             if isinstance(v, torch.Tensor)
         }
 
-    def flat_tensors(self, named: Named) -> list[torch.Tensor]:
-        """Run on named arguments; the tensors that come out, in order."""
-        with torch.no_grad():
-            out = self._run_named(named)
-        return [v for v in pytree.tree_leaves(out) if isinstance(v, torch.Tensor)]
-
     def _run_named(self, named: Named) -> Any:
         return self._programs.captured.signature.call(self, named)
 
