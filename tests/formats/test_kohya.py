@@ -234,7 +234,8 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
     changes: list[tuple[dict[str, Array], dict[str, str], str]] = [
         ({f"{name}.alpha": np.array(4.0)}, header, "scale 2, and 1.5 by"),
         ({f"{name}.lora_up.weight": normal(0, 9, 2)}, header, "does not hold"),
-        ({}, {"lora_fx_names": "{}"}, "KeyError"),
+        ({}, {"lora_fx_names": "{}"}, "format None"),
+        ({}, {"lora_fx_names": '{"format": 1}'}, "KeyError"),
         ({}, {"lora_fx_names": '{"version": 2}'}, "format 2"),
     ]
     for tensors, metadata, word in changes:
