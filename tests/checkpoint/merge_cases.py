@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def _held(lows: dict[str, LowRank], known: dict[str, Tensor]) -> Adapter:
             top, bottom, left, right = t.extent
             key = f"{name}[{top}:{bottom}, {left}:{right}]"
         if t.kind == "embedding":
-            low = LowRank(low.a, low.b, low.alpha, None, low.variant, "", {"op": "embedding"})
+            low = replace(low, op="embedding")
         entries[key] = low
     return Adapter(entries)
 
