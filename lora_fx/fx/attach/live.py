@@ -147,7 +147,7 @@ def _forwarded(name: str) -> Callable[..., Any]:
         return getattr(self.__dict__[REGISTRY], name)(*args, **kwargs)
 
     method.__name__ = name
-    method.__doc__ = f"See lora_fx.fx.attach.Attachment.{name}."
+    method.__doc__ = f"See lora_fx.fx.attach.attachment.Attachment.{name}."
     return method
 
 
