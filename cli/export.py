@@ -37,6 +37,7 @@ from lora_fx.text import Json
 @click.option("--optimise", is_flag=True, help="Rewrite the graph for ONNX Runtime, proven equal.")
 @click.option("--precision", metavar="DTYPE", help="float16 or int8, where it is near enough.")
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
+@click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @triton_options
 @model_options

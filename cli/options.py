@@ -145,7 +145,11 @@ def captured(
                 "leave --inputs, --dynamic and --static out",
             )
         cap = capture_loaded(loaded, (), given, wanted, static, cache=cache)
-    for text in (*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned)):
+    for text in (
+        *cap.notes,
+        *(f"pinned: {pin}" for pin in cap.pinned),
+        *(f"captured for: {c}" for c in cap.ranges),
+    ):
         note(text)
     return loaded, cap
 

@@ -1,8 +1,11 @@
 """Inputs from a signature of names, dtypes and dimensions: the sizes and values of every check.
 
 Symbols take the sizes (2, 5), (3, 7), (1, 11): the first number is the batch (dimension 0), the
-second every other symbol; `past`, the tokens in a decoder's cache, takes first · second mod 7, and
-`past + length` their sum. Integers lie below the rows of the table they index, masks are ones (over
+second the first other symbol, and every further symbol has sizes of its own, in no fixed order;
+`past`, the tokens in a decoder's cache, takes first · second mod 7, and `past + length` their sum.
+Where the graph is true for
+some sizes only, the nearest of those are taken. Integers lie below the rows of the table they
+index, masks are ones (over
 a cache that is not empty, the first row is padded by one), floats are N(0, 1), from seed 0.
 """
 
@@ -18,15 +21,22 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.sizes import Condition, Size, broken, extent, nearest, terms
 
 Named = Mapping[str, Any]
 """Arguments of a call by name; each is a tensor, or one of torch's pytrees."""
 SIZES: tuple[tuple[int, int], ...] = ((2, 5), (3, 7), (1, 11))
+OTHERS = {5: (9, 3, 12, 4), 7: (4, 13, 6, 10), 11: (6, 8, 3, 14)}
+"""Sizes of the further symbols, by that of the first."""
 BATCH = "batch"
 LENGTH = "length"
 PAST = "past"
 CACHE_SIZES: tuple[tuple[int, int], ...] = (*SIZES, (2, 1))
 """Of a decoder: 3, 0, 4 and 2 tokens in the cache; one new token is what it mostly runs on."""
+LARGEST_CUT = 512
+"""Proofs do not run at longer sizes than a constant of this size asks for: they would take long."""
+Extents = tuple[int, int] | Mapping[str, int]
+"""One size of a check: (batch, first other symbol), or some symbols by name."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,6 @@ class Input:
         shape: Sizes of the example.
         dims: Dimension → symbol, for the dynamic ones.
         high: Integers lie below this; None while unknown.
-        upper: Dimension → the largest size that the model takes.
     """
 
     name: str
@@ -47,7 +56,6 @@ class Input:
     shape: tuple[int, ...]
     dims: Mapping[int, str] = field(default_factory=dict)
     high: int | None = None
-    upper: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def is_integer(self) -> bool:
@@ -67,9 +75,17 @@ class Input:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensor inputs of a model, in the order of its flattened arguments."""
+    """The tensor inputs of a model, in the order of its flattened arguments.
+
+    Attributes:
+        specs: One for each.
+        conditions: What sizes have to satisfy.
+        cuts: Numbers that the graph compares or cuts sizes with.
+    """
 
     specs: tuple[Input, ...]
+    conditions: tuple[Condition, ...] = ()
+    cuts: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,31 +93,84 @@ class Inputs:
         return tuple(s.name for s in self.specs)
 
     @property
-    def checks(self) -> tuple[tuple[int, int], ...]:
-        """(batch, other) of every check."""
-        cached = any(symbol == PAST for s in self.specs for symbol in s.dims.values())
-        return CACHE_SIZES if cached else SIZES
+    def checks(self) -> tuple[Extents, ...]:
+        """The sizes of every check; both sides of each cut are among them."""
+        symbols = self._symbols()
+        cached = PAST in symbols
+        free = next((s for s in symbols if s not in (BATCH, PAST)), None)
+        near = sorted({n + k for n in self.cuts if n <= LARGEST_CUT for k in (0, 1)})
+        bounds = [n for c in self.conditions for n in c.bounds() if n is not None and n <= 64]
+        near += [n for n in dict.fromkeys(bounds) if n not in near]
+        # the largest cuts last, and not all of many: each is a run of both models
+        more = [{free: n} for n in near if n not in (5, 7, 11)][:6] if free else []
+        return (*(CACHE_SIZES if cached else SIZES), *more)
 
     def with_dims(self, requested: Mapping[str, Mapping[int, str]]) -> Inputs:
         """The same inputs with these dimensions dynamic."""
-        return Inputs(tuple(replace(s, dims=requested.get(s.name, {})) for s in self.specs))
+        specs = tuple(replace(s, dims=requested.get(s.name, {})) for s in self.specs)
+        return replace(self, specs=specs)
 
-    def sizes(self, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """The shape of every input where symbols take (batch, other)."""
-        result = {}
-        for s in self.specs:
-            shape = list(s.shape)
-            for d, symbol in s.dims.items():
-                n = sum(_extent(part.strip(), size) for part in symbol.split("+"))
-                shape[d] = min(n, s.upper.get(d, n))
-            result[s.name] = tuple(shape)
-        return result
+    def _symbols(self) -> list[str]:
+        """The symbols of all dimensions, in their order."""
+        texts = (t for s in self.specs for t in s.dims.values())
+        return list(dict.fromkeys(t for text in texts for t in terms(text)))
 
-    def sample(
-        self, size: tuple[int, int] = SIZES[0], seed: int = 0
-    ) -> dict[str, npt.NDArray[Any]]:
+    def _places(self) -> dict[Size, str]:
+        """The symbols of every size: one for sizes that have to be equal, numbers where fixed."""
+        places = {
+            (s.name, d): s.dims.get(d, str(n)) for s in self.specs for d, n in enumerate(s.shape)
+        }
+        for c in self.conditions:
+            for size, text in c.equal_sizes(places):
+                old = places.get(size, "0")
+                if old != text and not old.isdigit() and old not in terms(text):
+                    places = {k: text if t == old else t for k, t in places.items()}
+                    break
+        return places
+
+    def _wanted(self, size: Extents, places: Mapping[Size, str]) -> dict[str, int]:
+        """What every symbol should be at one size."""
+        named: Mapping[str, int] = {} if isinstance(size, tuple) else size
+        first = size if isinstance(size, tuple) else SIZES[0]
+        symbols = dict.fromkeys(t for text in places.values() for t in terms(text))
+        others = [s for s in symbols if s not in (BATCH, PAST) and not s.isdigit()]
+        table = OTHERS.get(first[1], ())
+        wanted = {BATCH: first[0], PAST: first[0] * first[1] % 7}
+        for i, s in enumerate(others):
+            wanted[s] = first[1] if i == 0 or first[1] not in OTHERS else table[(i - 1) % 4]
+        return {s: int(named.get(s, n)) for s, n in wanted.items() if s in symbols}
+
+    def values(self, size: Extents) -> dict[str, int] | None:
+        """The symbols at one size, or at the nearest one allowed; None where none was found."""
+        places = self._places()
+        return nearest(self._wanted(size, places), places, self.conditions)
+
+    def sizes(self, size: Extents) -> dict[str, tuple[int, ...]]:
+        """The shape of every input where symbols take these values, or the nearest allowed."""
+        places, values = self._places(), self.values(size)
+        if values is None:  # the example is certain
+            return {s.name: s.shape for s in self.specs}
+        return {
+            s.name: tuple(extent(places[s.name, d], values) for d in range(len(s.shape)))
+            for s in self.specs
+        }
+
+    def outside(self, condition: Condition) -> dict[str, int] | None:
+        """Values of symbols that break a condition and no other; None where there are none."""
+        places = self._places()
+        wanted = self._wanted(SIZES[0], places)
+        named = {t for s in condition.about for t in terms(places.get(s, ""))}
+        for symbol in (s for s in wanted if s in named):
+            for n in (1, *range(2, 70)):
+                tried = {**wanted, symbol: n}
+                given = {size: extent(text, tried) for size, text in places.items()}
+                if not condition.holds(given) and broken(self.conditions, given) is None:
+                    return tried
+        return None
+
+    def sample(self, size: Extents = SIZES[0], seed: int = 0) -> dict[str, npt.NDArray[Any]]:
         """Arrays of one size; each input has a generator of its own, from (seed, name)."""
-        shapes = self.sizes(size)
+        shapes, before = self.sizes(size), (self.values(size) or {}).get(PAST, 0)
         result: dict[str, npt.NDArray[Any]] = {}
         for s in self.specs:
             digest = hashlib.sha256(f"{seed}:{s.name}".encode()).digest()
@@ -109,7 +178,7 @@ class Inputs:
             shape, dtype = shapes[s.name], numpy_dtype(s.dtype)
             if s.is_mask:
                 result[s.name] = np.ones(shape, dtype)
-                if "+" in s.dims.get(1, "") and shape[1] > size[1]:
+                if "+" in s.dims.get(1, "") and before:
                     result[s.name][:1, :1] = 0  # padding: else a graph may ignore the mask
             elif s.is_integer:
                 result[s.name] = rng.integers(0, max(1, s.high or 2), shape).astype(dtype)
@@ -120,12 +189,6 @@ class Inputs:
     def to_json(self) -> list[dict[str, Any]]:
         """Rows of `inputs[]`."""
         return [s.to_json() for s in self.specs]
-
-
-def _extent(symbol: str, size: tuple[int, int]) -> int:
-    if symbol == PAST:
-        return size[0] * size[1] % 7
-    return size[0] if symbol == BATCH else size[1]
 
 
 def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:

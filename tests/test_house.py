@@ -19,6 +19,7 @@ MODULES = list(HOUSE.modules.values())
 # Folders import only folders that stand above them; what shares a line may not import each other.
 ORDER = (
     ("lora_fx.errors", "lora_fx.text", "lora_fx.dtypes"),
+    ("lora_fx.sizes",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),
     ("lora_fx.ir",),
     ("lora_fx.files",),
@@ -44,7 +45,7 @@ LAZY = {
 LONG = 700
 FRAGMENT = 150
 """Lines: a module below it with one importer in its own folder is part of that importer."""
-CODE_LINES = 29_900
+CODE_LINES = 30_600
 """The budget without blanks, comments and docstrings; raised only with a line in the CHANGELOG."""
 MOST = 8
 """Arguments; a verb makes its options object in its first line."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
+from lora_fx.fx.capture.trace import export_program
 from lora_fx.fx.graph.nodes import argument, hint, value
 from lora_fx.fx.module.module import CapturedModule
 
@@ -60,13 +61,7 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
         symbols.update({(traced.door.names[i], d): s for d, s in free.items()})
     with _quiet(), norms_apart(), torch.no_grad():
         try:
-            program = torch.export.export(
-                flat,
-                tuple(leaves[i] for i in keep),
-                dynamic_shapes=tuple(shapes),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
+            program = export_program(flat, tuple(leaves[i] for i in keep), tuple(shapes))
             onnx = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -306,9 +301,26 @@ def _all_true(graph: fx.Graph, node: fx.Node) -> None:
                 graph.erase_node(n)
 
 
+def _squeeze(graph: fx.Graph, node: fx.Node) -> None:
+    """A squeeze of a size that is not 1 leaves the value; ONNX's own fails there."""
+    x, dims = node.args[0], node.args[1]
+    shape = getattr(value(x), "shape", ()) if isinstance(x, fx.Node) else ()
+    wanted: Any = dims if isinstance(dims, (list, tuple)) else [dims]
+    kept = [d for d in wanted if shape and type(shape[d]) is int and shape[d] == 1]
+    if not isinstance(x, fx.Node) or not shape or len(kept) == len(wanted):
+        return
+    if kept:
+        node.target, node.args = aten.squeeze.dims, (x, kept)
+    else:
+        node.replace_all_uses_with(x)
+        graph.erase_node(node)
+
+
 _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
     aten.lstm.input: _lstm,
     aten.real.default: _fourier,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
     aten.rsub.Scalar: _rsub,
     aten._is_all_true.default: _all_true,
 }

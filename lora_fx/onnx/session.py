@@ -6,9 +6,10 @@ is looked for first and the session's own first provider is compared afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import BATCH, Input, Inputs
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
+from lora_fx.onnx.ranges import conditions_of
 from lora_fx.text import Json, near
 
 
@@ -57,7 +59,23 @@ class RuntimeSession:
         """
         known = {k: v for k, v in feeds.items() if k in self.input_names}
         names = [o.name for o in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, known), strict=True))
+        with _told(feeds):
+            made = self.session.run(names, known)
+        return dict(zip(names, made, strict=True))
+
+
+@contextlib.contextmanager
+def _told(feeds: Mapping[str, Array]) -> Iterator[None]:
+    """The runtime's errors, which have no common base, as one of ours that names the sizes."""
+    try:
+        yield
+    except Exception as e:
+        sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds.items())
+        said = str(e).partition("Name:")[2] or str(e)
+        raise LoraFxError(
+            f"ONNX Runtime fails at {one_line(sizes, 120)}: {one_line(said, 240)}",
+            "check sizes and dtypes of the inputs against the model",
+        ) from e
 
 
 def open_session(
@@ -142,7 +160,8 @@ def signature(session: RuntimeSession) -> Inputs:
         specs.append(
             Input(i.name, dtype, shape, {k: BATCH if k == 0 else v for k, v in dims.items()})
         )
-    return Inputs(tuple(specs))
+    metadata = session.session.get_modelmeta().custom_metadata_map
+    return Inputs(tuple(specs), conditions_of(metadata, "the model"))
 
 
 # Sessions on switchable ONNX files: adapters are loaded by name and chosen run by run.
@@ -212,6 +231,7 @@ class Session:
 
     Attributes:
         manifest: What an adapter has to bring.
+        ranges: The sizes that the file is true for.
         provider: Where it runs: cpu or cuda.
         note: A line to show to the user, or empty.
 
@@ -240,6 +260,8 @@ class Session:
         self.session, self.provider, self.note = opened.session, opened.provider, opened.note
         text = self.session.get_modelmeta().custom_metadata_map.get(PROPERTY)
         self.manifest = _manifest(text, fspath(path))
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.ranges = conditions_of(metadata, fspath(path))
         self._inputs = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._arrays: dict[str, dict[str, Array]] = {}
@@ -282,18 +304,21 @@ class Session:
 
         self._check(inputs)
         arrays = {n: np.ascontiguousarray(x) for n, x in inputs.items()}
-        if adapter is None:
-            made = self.session.run(self._outputs, arrays)
-            return dict(zip(self._outputs, made, strict=True))
         if isinstance(adapter, str) and self.provider == "cpu":
-            return self._run_bound(arrays, adapter)
-        feeds = {n: OrtValue.ortvalue_from_numpy(x) for n, x in arrays.items()}
-        made = self.session.run_with_ort_values(self._outputs, {**feeds, **self.choice(adapter)})
+            self._known(adapter)
+            with _told(inputs):
+                return self._run_bound(arrays, adapter)
+        chosen = self.choice(adapter)
+        with _told(inputs):
+            if adapter is None:
+                made = self.session.run(self._outputs, arrays)
+                return dict(zip(self._outputs, made, strict=True))
+            feeds = {n: OrtValue.ortvalue_from_numpy(x) for n, x in arrays.items()}
+            made = self.session.run_with_ort_values(self._outputs, {**feeds, **chosen})
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
 
     def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
         """Run with a binding that has the adapter already and that no other thread is using."""
-        self._known(name)
         free = self._free[name]
         try:
             binding = free.pop()
@@ -364,6 +389,10 @@ class Session:
         missing = sorted(self._inputs - set(inputs))
         if missing:
             raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(self._inputs)}")
+        for condition in self.ranges:
+            given = {(n, d): inputs[n].shape[d] for _, n, d in condition.sizes}
+            if not condition.holds(given):
+                raise condition.refusal(given)
 
 
 def _values(tensors: Mapping[str, Array]) -> Json:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_fx.sizes import Condition
 from lora_fx.targets.target import Target, split_use
 from lora_fx.text import Json, human, table
 
@@ -20,6 +21,7 @@ class Found:
         unreached: Parameters of two or more dimensions that no weight matmul uses.
         data_flops: FLOPs of the matmuls between activations, at the example's sizes.
         pinned: Dimensions that the capture had to fix.
+        ranges: The sizes that the captured graph is true for; elsewhere another one is captured.
         notes: What had to be said on the way.
         optional: Weights that are refused by default only: `include` can name them.
         shapes: Stored shape by parameter name, aliases too.
@@ -30,6 +32,7 @@ class Found:
     unreached: tuple[Unreached, ...] = ()
     data_flops: int = 0
     pinned: tuple[Any, ...] = ()
+    ranges: tuple[Condition, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
     optional: tuple[Target, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
@@ -90,6 +93,7 @@ class Found:
             "refusals": [r.to_json() for r in self.refusals],
             "unreached": [u.to_json() for u in self.unreached],
             "pinned": [p.to_json() for p in self.pinned],
+            "ranges": [c.to_json() for c in self.ranges],
             "flops": self.flops,
             "reached_share": round(self.reached_share, 6),
         }
@@ -121,6 +125,7 @@ class Found:
         lines += [f"refused: {r.key} ({r.op}): {r.reason}" for r in self.refusals]
         lines += [f"unreached: {u.key} {list(u.shape)}: {u.reason}" for u in self.unreached]
         lines += [f"pinned: {p}" for p in self.pinned]
+        lines += [f"captured for: {c}" for c in self.ranges]
         lines += [f"note: {n}" for n in self.notes]
         return "\n".join(lines)
 

@@ -19,12 +19,13 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.call import leaf_names, onnx_name
+from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import from_numpy, to_numpy
-from lora_fx.inputs import Named
+from lora_fx.inputs import Extents, Named
 from lora_fx.passes.proofs.reference import Run
+from lora_fx.sizes import Condition
 
 
 def arrays_of(named: Named) -> dict[str, Array]:
@@ -42,7 +43,7 @@ def prove(
     reference: CapturedModule,
     *,
     arrays: Named | None = None,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[Extents] | None = None,
     tol: float = ORT_TOL,
     of: str = "",
 ) -> list[Parity]:
@@ -82,7 +83,7 @@ def prove(
 def feeds_of(
     reference: CapturedModule,
     arrays: Named | None = None,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[Extents] | None = None,
 ) -> Iterator[tuple[Named, dict[str, Array]]]:
     """(named arguments, {ONNX input: array}) of every size that the model takes, each once."""
     seen: set[tuple[Any, ...]] = set()
@@ -91,13 +92,16 @@ def feeds_of(
         named = reference.sample(size, arrays)
         feeds = arrays_of(named)
         shapes = {k: v.shape for k, v in feeds.items()}
-        if tuple(shapes.values()) not in seen and not _banned(reference, shapes):
+        if tuple(shapes.values()) not in seen and not outside(reference, named):
             seen.add(tuple(shapes.values()))
             yield named, feeds
 
 
-def _banned(reference: CapturedModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return any(shapes.get(onnx_name(n), (0,) * 9)[d] == 1 for n, d in reference.not_one)
+def outside(reference: CapturedModule, named: Named) -> bool:
+    """Whether the graph of the example does not hold at the sizes of these arguments."""
+    captured = reference.captured
+    traced = captured.traced(False, captured.named, reference.base_dtype)
+    return not traced.door.admits(pytree.tree_leaves(dict(named)))
 
 
 def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> float:
@@ -119,7 +123,7 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol
 def own_errors(
     model: CapturedModule,
     arrays: Named | None = None,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[Extents] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> dict[str, float]:
     """Per output, the largest rel of a model's fp32 to its own fp64 values over several inputs.
@@ -132,7 +136,7 @@ def own_errors(
         return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
     sizes = model.captured.inputs.checks if sizes is None else sizes
-    draws: list[tuple[tuple[int, int], Any, int]]
+    draws: list[tuple[Extents, Any, int]]
     draws = [(size, None, seed) for size in sizes for seed in seeds]
     if arrays is not None:
         draws.insert(0, (sizes[0], arrays, 0))
@@ -144,7 +148,7 @@ def own_errors(
     for size, given, seed in draws:
         try:
             named = model.sample(size, given, seed)
-            if _banned(model, {k: v.shape for k, v in arrays_of(named).items()}):
+            if outside(model, named):
                 continue
             exact = wide.flat(pytree.tree_map(up, dict(named)))
             for name, value in model.flat(named).items():
@@ -194,7 +198,12 @@ class TorchReference:
         self.base.eval()
         self._last: tuple[Adapter | None, CapturedModule] = (None, self.base)
 
-    def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """See Reference."""
+        return onnx_conditions(self.base.conditions())
+
+    def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
         return arrays_of(self.base.sample(size, self.arrays, seed))
 

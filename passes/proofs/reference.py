@@ -23,12 +23,13 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Parity, compare, gates_of, rel, shapes_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.inputs import SIZES, Inputs, Named
+from lora_fx.inputs import SIZES, Extents, Named
 from lora_fx.ir.emitter import Role
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.insert import Insert
+from lora_fx.sizes import Condition
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 """{input: array} → {output: array}."""
@@ -37,7 +38,12 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 class Reference(Protocol):
     """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime."""
 
-    def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What sizes have to satisfy, by the names of ONNX inputs."""
+        ...
+
+    def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """Inputs by their ONNX names, symbols at (batch, other); a user's own where given."""
         ...
 
@@ -74,8 +80,9 @@ class OnnxReference:
         self.graph, self.session, self.folder = graph, session, folder
         self.arrays = dict(arrays or {})
         found = {} if graph is None else highest(graph)
-        specs = signature(session).specs
-        self.inputs = Inputs(tuple(replace(s, high=found.get(s.name)) for s in specs))
+        said = signature(session)
+        specs = tuple(replace(s, high=found.get(s.name)) for s in said.specs)
+        self.inputs = replace(said, specs=specs)
         for name in self.arrays:
             if name not in self.inputs.names:
                 raise LoraFxError(
@@ -84,7 +91,12 @@ class OnnxReference:
         self._made: dict[Any, Path] = {}
         self._open: dict[tuple[Path | None, bool], RuntimeSession] = {(None, True): session}
 
-    def feeds(self, size: tuple[int, int], seed: int = 0) -> dict[str, Array]:
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """See Reference."""
+        return self.inputs.conditions
+
+    def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
         return {**self.inputs.sample(size, seed), **self.arrays}
 

@@ -17,7 +17,7 @@ from lora_fx.inputs import Named
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
-from lora_fx.passes.verbs.build_module import build_module, found_in
+from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
@@ -43,7 +43,7 @@ def find(
     """
     if isinstance(model, CapturedModule):
         graph: Graph[Any] = model.graph(training)
-        return replace(find_graph(graph), pinned=tuple(model.captured.pinned))
+        return replace(find_graph(graph), **{**learnt(model.captured), "notes": ()})
     if hasattr(model, "sites"):
         return find_graph(model)
     return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)

@@ -42,7 +42,7 @@ from lora_fx.passes.proofs.attached import (
     random_values,
 )
 from lora_fx.passes.verbs.adapt import insert
-from lora_fx.passes.verbs.build_module import start_of
+from lora_fx.passes.verbs.build_module import learnt, start_of
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
@@ -188,7 +188,7 @@ def _module(model: Any) -> nn.Module:
 
 def _whole(cap: Captured, dropout: float) -> GraphPlanner:
     graph = cap.fx_graph()
-    found = replace(find_graph(graph), pinned=tuple(cap.pinned), notes=tuple(cap.notes))
+    found = replace(find_graph(graph), **learnt(cap))
     return GraphPlanner(graph, found, dropout, cap.notes)
 
 

@@ -30,6 +30,7 @@ from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.options import InsertOptions
 from lora_fx.targets.found import Found
+from lora_fx.text import Json
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,12 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
 def found_in(cap: Captured, training: bool = False) -> Found:
     """The targets of a capture, with what had to be said and pinned on the way to it."""
     found = find(cap.fx_graph(training))
-    return replace(found, pinned=tuple(cap.pinned), notes=tuple(cap.notes))
+    return replace(found, **learnt(cap))
+
+
+def learnt(cap: Captured) -> Json:
+    """What a capture fixed, holds for, and had to say: fields of Found."""
+    return {"pinned": tuple(cap.pinned), "ranges": cap.ranges, "notes": tuple(cap.notes)}
 
 
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], Any]]:

@@ -58,6 +58,7 @@ def export(
     triton: str | PathLike[str] | None = None,
     max_batch: int | None = None,
     cache: bool = False,
+    within: bool = False,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
@@ -95,6 +96,8 @@ def export(
         max_batch: Of triton: above 0 the server may put requests together, up to so many rows.
         cache: Of a decoder of transformers, in all modes but batch: the key-value cache goes in and
             comes out as tensors. The inputs are known, so none are given.
+        within: You keep to the sizes that the report's `ranges` name: leave the nodes out that fail
+            at others.
 
     Raises:
         NoEffectError: The outputs differ; nothing is written.
@@ -104,6 +107,7 @@ def export(
         rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
         external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
         precision=precision, repository=repository_of(triton, path, max_batch), cache=cache,
+        within=within,
     )  # fmt: skip
     check_output(path, force=force)
     if cache:

@@ -22,6 +22,7 @@ from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import copies_of
+from lora_fx.onnx.ranges import keep_within
 from lora_fx.onnx.session import Session, open_session, write_adapter
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
@@ -29,8 +30,10 @@ from lora_fx.passes.proofs.batch import prove_rows
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import ExportOptions
+from lora_fx.sizes import Condition
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
+from lora_fx.text import Json
 
 RANK = 4
 """Of the random adapter that stands in where none is given."""
@@ -56,6 +59,17 @@ def beside(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
     for path in paths.values():
         check_output(path, force=options.force)
     return paths
+
+
+def said_of(conditions: Sequence[Condition], options: ExportOptions) -> list[str]:
+    """A line for each set of sizes that the file is true for and no other."""
+    then = "it is not checked" if options.within else "the file fails elsewhere"
+    return [f"it holds for {c} only: {then}" for c in conditions if not c.demanded]
+
+
+def ranges_of(conditions: Sequence[Condition]) -> list[Json]:
+    """Rows of `ranges[]`: what bounds a size, and what the model takes another path without."""
+    return [c.to_json() for c in conditions if not c.demanded or any(c.bounds())]
 
 
 def write_switch(
@@ -89,7 +103,7 @@ def write_switch(
     paths = beside(adapters, options)
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: a switchable file")
-    warnings = list(warnings)
+    warnings = [*warnings, *said_of(reference.conditions, options)]
     here = find(graph)
     if loose:
         left = [k for k in keys if here.get(k) is None]
@@ -114,6 +128,7 @@ def write_switch(
     layouts = {k: known[k].layout for k in manifest.slots}
     with options.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
+        keep_within(graph.model, reference.conditions, guard=not options.within)
         made_file.save(graph.model, options.external_over, slots)
         serve = _serving(made_file.path, options.provider, load)
         run, session = serve(None)
@@ -142,6 +157,7 @@ def write_switch(
     sizes = {str(f): f.stat().st_size for f in outputs}
     details: dict[str, Any] = {"files": sizes, "provider": session.provider}
     details |= {"mode": manifest.mode, "targets": len(manifest.slots)}
+    details["ranges"] = ranges_of(reference.conditions)
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), details)
 
@@ -241,13 +257,15 @@ def write_batch(
         if v.shape is not None and len(v.shape) and str(v.shape[0]) == symbol
     ]
     with options.output() as made_file:
+        keep_within(model, reference.conditions, guard=not options.within)
         made_file.save(model, options.external_over)
         session = open_session(made_file.path, options.provider)
         parity = prove_rows(
             session.run, reference, adapters, rowed, fixed=fixed, scales=options.scales
         )
     sizes = {str(f): f.stat().st_size for f in made_file.files}
-    said = [*warnings, *([session.note] if session.note else [])]
+    said = [*warnings, *said_of(reference.conditions, options)]
+    said += [session.note] if session.note else []
     details = {
         "files": sizes,
         "provider": session.provider,
@@ -255,6 +273,7 @@ def write_batch(
         "adapters": list(adapters),
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "nodes_of_base": before,
+        "ranges": ranges_of(reference.conditions),
     }
     return Report("export", True, tuple(parity), tuple(sizes), tuple(said), details)
 

@@ -13,6 +13,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, plain
@@ -28,11 +29,12 @@ from lora_fx.onnx.names import (
 )
 from lora_fx.onnx.optimise.precision import GATES
 from lora_fx.onnx.optimise.stages import RewriteStage
+from lora_fx.onnx.ranges import keep_within
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.proofs.parity import TorchReference, prove, torch_run
 from lora_fx.passes.verbs.adapt import find, fold, grown, insert
-from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
+from lora_fx.passes.verbs.export_files import by_name, ranges_of, said_of, write_batch, write_switch
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.optimise import narrowed
 from lora_fx.passes.verbs.optimise import optimise as optimised
@@ -74,6 +76,8 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
     model = made.model
+    conditions = onnx_conditions(branched.conditions())
+    warnings += said_of(conditions, options)
     stages: list[RewriteStage] = []
     if options.optimise:
         model, stages = optimised(model, branched, inputs, provider)
@@ -84,6 +88,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         model, tol = made_of.model, GATES[precision]
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
+        keep_within(model, conditions, guard=not options.within)
         made_file.save(model, options.external_over)
         session = open_session(made_file.path, provider)
         runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
@@ -92,6 +97,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
             why = "the stages together differ from torch"
             stages = [replace(s, kept=False, why=s.why or why) for s in stages]
             model = made.model
+            keep_within(model, conditions, guard=not options.within)
             made_file.save(model, options.external_over)
             session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
@@ -114,6 +120,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
             "mode": "merged",
             "nodes": sum(1 for _ in model.graph.all_nodes()),
             "grown_bytes": grown(getattr(folded, "folded", ())),
+            "ranges": ranges_of(conditions),
             **({"stages": [s.to_json() for s in stages]} if options.optimise else {}),
         },
     )

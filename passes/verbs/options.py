@@ -132,6 +132,7 @@ class ExportOptions:
     precision: str | None
     repository: Repository | None
     cache: bool
+    within: bool = False
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""

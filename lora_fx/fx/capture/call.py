@@ -16,7 +16,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.flow import VIEWS
 from lora_fx.fx.graph.nodes import dtype_name, shape_of, value
 from lora_fx.fx.tensors import from_numpy
-from lora_fx.inputs import Input, Inputs, Named
+from lora_fx.inputs import Extents, Input, Inputs, Named
+from lora_fx.sizes import Condition, Size, SizeError
 
 _EMPTY = inspect.Parameter.empty
 
@@ -116,6 +117,13 @@ def leaf_names(named: Named) -> list[str]:
     return result
 
 
+def onnx_conditions(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
+    """Conditions over the inputs' names in an ONNX file."""
+    return tuple(
+        replace(c, sizes=tuple((s, onnx_name(n), d) for s, n, d in c.sizes)) for c in conditions
+    )
+
+
 _CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
 
 
@@ -159,35 +167,43 @@ class Door:
     Attributes:
         names: Names of the leaves.
         sizes: For each tensor leaf, the fixed size of each dimension, or None for any.
-        same: Pairs of (leaf, dimension) that must have one size.
-        not_one: (leaf, dimension) where the model took another path at size 1.
+        conditions: What the free sizes have to satisfy.
     """
 
     names: tuple[str, ...]
     sizes: tuple[tuple[int | None, ...] | None, ...]
-    same: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
-    not_one: tuple[tuple[int, int], ...] = ()
+    conditions: tuple[Condition, ...] = ()
 
     def check(self, leaves: Sequence[Any]) -> None:
-        """Raise ValueError naming the input whose size does not fit."""
+        """Raise SizeError naming the input whose size does not fit."""
         for name, want, leaf in zip(self.names, self.sizes, leaves, strict=True):
             if want is None:
                 continue
             for i in range(len(want)):
                 if want[i] is not None and leaf.shape[i] != want[i]:
-                    raise ValueError(
+                    raise SizeError(
                         f"{name}: captured for sizes {list(want)} (None = any), "
-                        f"got {list(leaf.shape)}"
+                        f"got {list(leaf.shape)}",
+                        "give such sizes, or capture with this dimension dynamic",
                     )
-        for (i, d), (j, c) in self.same:
-            if leaves[i].shape[d] != leaves[j].shape[c]:
-                raise ValueError(
-                    f"{self.names[i]}: dimension {d} is {leaves[i].shape[d]}, but "
-                    f"{self.names[j]}: dimension {c} is {leaves[j].shape[c]}"
-                )
-        for i, d in self.not_one:
-            if leaves[i].shape[d] == 1:
-                raise ValueError(f"{self.names[i]}: dimension {d} of size 1 takes another path")
+        for condition in self.conditions:
+            given = self.given(condition, leaves)
+            if not condition.holds(given):
+                raise condition.refusal(given)
+
+    def admits(self, leaves: Sequence[Any]) -> bool:
+        """Whether check would raise nothing; in plain loops, which torch.compile traces."""
+        for want, leaf in zip(self.sizes, leaves, strict=True):
+            if want is not None:
+                for i in range(len(want)):
+                    if want[i] is not None and leaf.shape[i] != want[i]:
+                        return False
+        return all(c.holds(self.given(c, leaves)) for c in self.conditions)
+
+    def given(self, condition: Condition, leaves: Sequence[Any]) -> dict[Size, int]:
+        """The sizes that a condition speaks of."""
+        names = self.names
+        return {(n, d): leaves[names.index(n)].shape[d] for _, n, d in condition.sizes}
 
 
 def as_module(model: Any) -> torch.nn.Module:
@@ -271,7 +287,7 @@ def describe(names: Sequence[str], leaves: Sequence[Any]) -> Inputs:
 def limits(inputs: Inputs, graph: fx.Graph, root: nn.Module, traced: Any) -> Inputs:
     """The inputs with their limits.
 
-    Integers stay below the rows of the tables that they index, sizes below what the export found.
+    Integers stay below the rows of the tables that they index, sizes where the graph is true.
     """
     names = traced.door.names
     places = [n for n in graph.nodes if n.op == "placeholder"]
@@ -283,11 +299,10 @@ def limits(inputs: Inputs, graph: fx.Graph, root: nn.Module, traced: Any) -> Inp
     specs = []
     for s in inputs.specs:
         i = names.index(s.name) if s.name in names else -1
-        upper = {d: n for (leaf, d), n in traced.ranges.items() if leaf == i and n < 1 << 30}
         fixed = traced.door.sizes[i] if i >= 0 else None
         dims = {d: n for d, n in s.dims.items() if fixed is None or fixed[d] is None}
-        specs.append(replace(s, high=high.get(s.name, s.high), upper=upper, dims=dims))
-    return Inputs(tuple(specs))
+        specs.append(replace(s, high=high.get(s.name, s.high), dims=dims))
+    return Inputs(tuple(specs), traced.door.conditions, traced.cuts)
 
 
 def _rows_reached(place: fx.Node) -> list[int]:
@@ -314,7 +329,7 @@ def _rows_reached(place: fx.Node) -> list[int]:
 def sample_call(
     inputs: Inputs,
     named: Named,
-    size: tuple[int, int],
+    size: Extents,
     seed: int = 0,
     arrays: Named | None = None,
     device: torch.device | None = None,
@@ -324,7 +339,7 @@ def sample_call(
     Args:
         inputs: The signature, with the sizes and limits to draw from.
         named: The example, which has the structure and the constants.
-        size: What the symbols become: (batch, every other).
+        size: What the symbols become: see lora_fx.inputs.
         seed: Draws the numbers.
         arrays: Overrides by input name, from a user's .npz.
         device: Where the tensors go; without it they stay on the CPU.

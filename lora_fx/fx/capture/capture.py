@@ -10,8 +10,8 @@ import contextlib
 import copy
 import linecache
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx.capture.call import (
     Called,
+    Door,
     Signature,
     apart,
     as_module,
@@ -35,6 +36,10 @@ from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts,
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Inputs, Named, default_dynamic, merge_dynamic
+from lora_fx.sizes import Condition, SizeError
+
+MOST_PATHS = 8
+"""Graphs of one call: a model that takes another path at every size is refused from then on."""
 
 
 @dataclass
@@ -143,13 +148,20 @@ class Captured:
             self.inputs, default_dynamic(self.inputs), dynamic, static
         )
         self.inputs = self.inputs.with_dims(self.requested)
-        self.tracings: dict[tuple[Any, ...], Traced] = {}
+        self.tracings: dict[tuple[Any, ...], list[Traced]] = {}
+        self.kept: tuple[Condition, ...] | None = None
         self._limits_known = False
 
     @property
     def pinned(self) -> list[Pinned]:
         """The dimensions that the eval graph was asked to keep free and could not."""
         return self.traced(False, self.named).pinned
+
+    @property
+    def ranges(self) -> tuple[Condition, ...]:
+        """The sizes at which the model takes the path that was captured, and no other."""
+        door = self.traced(False, self.named).door
+        return tuple(c for c in door.conditions if not c.demanded or any(c.bounds()))
 
     @property
     def eval(self) -> fx.GraphModule:
@@ -186,20 +198,102 @@ class Captured:
         *,
         portable: bool = False,
     ) -> Traced:
-        """The cleaned graph for a mode, a set of arguments and a base dtype.
+        """The cleaned graph for a mode, a set of arguments, their sizes and a base dtype.
 
         A portable one has its experts batched: see lora_fx.fx.capture.trace.
+
+        Raises:
+            SizeError: The model does not run at these sizes, or no graph of it holds for them.
         """
         leaves = pytree.tree_leaves(dict(named))
         key = (training, portable, dtype or self.base_dtype, *program_key(named, leaves))
-        if key not in self.tracings:
-            source = self.source.in_dtype(dtype, self.base_dtype)
-            requested = self.requested
-            new = describe(leaf_names(named), leaves)
-            unknown = {n: d for n, d in default_dynamic(new).items() if n not in self.inputs.names}
-            with batched_experts(source.module) if portable else contextlib.nullcontext():
-                self.tracings[key] = self._trace(source, training, named, {**requested, **unknown})
-        return self.tracings[key]
+        held = self.tracings.setdefault(key, [])
+        if not held:
+            held.append(self._new(training, named, dtype, portable=portable))
+        example = named is self.named
+        found = next((t for t in held if example or t.door.admits(leaves)), None)
+        if found is None:
+            found = self._elsewhere(held, training, named, dtype, portable=portable)
+            held.append(found)
+        return found
+
+    def _elsewhere(
+        self,
+        held: Sequence[Traced],
+        training: bool,
+        named: Named,
+        dtype: torch.dtype | None,
+        *,
+        portable: bool,
+    ) -> Traced:
+        """The graph at sizes where those so far do not hold: another path of the model's code."""
+        leaves = pytree.tree_leaves(dict(named))
+        try:
+            held[0].door.check(leaves)
+        except SizeError as e:
+            refused = e
+        ones = {
+            n: {d for d in dims if x.shape[d] == 1}
+            for n, x in zip(leaf_names(named), leaves, strict=True)
+            if isinstance(x, torch.Tensor) and (dims := self.requested.get(n))
+        }
+        if len(held) >= MOST_PATHS or not self._another(held[0].door, leaves):
+            raise refused
+        try:  # a free size is never 1 in an export: there the size is part of the path
+            found = self._new(training, named, dtype, portable=portable, fixed=ones)
+        except CaptureError as e:
+            raise refused from e
+        if not found.door.admits(leaves):
+            raise refused
+        return found
+
+    def _another(self, door: Door, leaves: Sequence[Any]) -> bool:
+        """Whether what a door refuses may have a path of its own.
+
+        Not where the model does not run, and not at sizes that nobody asked to be free.
+        """
+        for name, want, leaf in zip(door.names, door.sizes, leaves, strict=True):
+            free = self.requested.get(name, {})
+            for d, n in enumerate(want or ()):
+                if n is not None and leaf.shape[d] != n and d not in free:
+                    return False
+        broken = [c for c in door.conditions if not c.holds(door.given(c, leaves))]
+        return not broken or not all(c.demanded for c in broken)
+
+    def _new(
+        self,
+        training: bool,
+        named: Named,
+        dtype: torch.dtype | None,
+        *,
+        portable: bool,
+        fixed: Mapping[str, Collection[int]] | None = None,
+    ) -> Traced:
+        source = self.source.in_dtype(dtype, self.base_dtype)
+        new = describe(leaf_names(named), pytree.tree_leaves(dict(named)))
+        unknown = {n: d for n, d in default_dynamic(new).items() if n not in self.inputs.names}
+        requested = {
+            n: {d: s for d, s in dims.items() if d not in (fixed or {}).get(n, ())}
+            for n, dims in {**self.requested, **unknown}.items()
+        }
+        with batched_experts(source.module) if portable else contextlib.nullcontext():
+            traced = self._trace(source, training, named, requested)
+        self._settle(traced)
+        return traced
+
+    def settle(self, kept: Sequence[Condition]) -> None:
+        """Take these of what was doubtful for conditions, and the rest for of no meaning."""
+        self.kept = tuple(kept)
+        for held in self.tracings.values():
+            for traced in held:
+                self._settle(traced)
+
+    def _settle(self, traced: Traced) -> None:
+        if self.kept is not None:
+            same = {(c.text, c.sizes) for c in self.kept}
+            more = [c for c in traced.doubtful if (c.text, c.sizes) in same]
+            door = traced.door
+            traced.door = replace(door, conditions=tuple(dict.fromkeys([*door.conditions, *more])))
 
     def _trace(
         self, source: ModelSource, training: bool, named: Named, requested: Requested
@@ -249,7 +343,7 @@ class Captured:
         """Copy without the code and graphs, which are shared; later traces stay the copy's own."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        new.tracings = dict(self.tracings)
+        new.tracings = {k: list(v) for k, v in self.tracings.items()}
         return new
 
 

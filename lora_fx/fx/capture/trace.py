@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names
+from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import NO_GRAD, hint, value
+from lora_fx.fx.graph.nodes import NO_GRAD, value
 from lora_fx.fx.graph.ops import row_of
-from lora_fx.inputs import SIZES, Named
+from lora_fx.inputs import Named
+from lora_fx.sizes import Condition
 from lora_fx.text import Json
 
 aten = torch.ops.aten
@@ -37,8 +39,8 @@ class Traced:
         door: The sizes that it takes.
         out_spec: How the flat outputs become what the model returns.
         pinned: Dimensions that were asked to be dynamic and are not.
-        lone: (leaf, dimension) for which the export ruled size 1 out; a proof decides.
-        ranges: The largest size of (leaf, dimension), where the export found one.
+        doubtful: What a kernel asked of sizes; a run decides whether it matters.
+        cuts: Numbers that sizes are compared, cut or divided with.
         bodies: What higher-order ops call, by the name that the graph reads.
         analyses: What was computed of it; see lora_fx.ir.graph.Analysed.
     """
@@ -48,8 +50,8 @@ class Traced:
     door: Door
     out_spec: Any
     pinned: list[Pinned] = field(default_factory=list)
-    lone: list[tuple[int, int]] = field(default_factory=list)
-    ranges: dict[tuple[int, int], int] = field(default_factory=dict)
+    doubtful: list[Condition] = field(default_factory=list)
+    cuts: tuple[int, ...] = ()
     bodies: dict[str, fx.GraphModule] = field(default_factory=dict)
     analyses: dict[str, object] = field(default_factory=dict)
 
@@ -108,7 +110,7 @@ def _trace(
     leaves, spec = pytree.tree_flatten(dict(named))
     names = leaf_names(named)
     leaves = [
-        _at_least_two(x, requested.get(n, {})) if isinstance(x, torch.Tensor) else x
+        at_least_two(x, requested.get(n, {})) if isinstance(x, torch.Tensor) else x
         for x, n in zip(leaves, names, strict=True)
     ]
     leaves = apart(leaves)
@@ -123,18 +125,29 @@ def _trace(
         spec,
     )
     entry = RootModule(source, signature, forward)
+    log = GuardLog()
+    with log.listening():
+        program = export_program(entry, (named,), (shapes,))
+    return clean(program, names, requested, log)
+
+
+def export_program(
+    module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...]
+) -> ExportedProgram:
+    """torch.export, as every capture and every re-export is made.
+
+    strict=True takes twice the time, and captured no model that this does not. Deferred asserts
+    leave the size checks in the graph as nodes, and a free batch keeps a cut such as `ids[:, :16]`
+    where the example is shorter.
+    """
     with _quiet(), _free_batch():
-        # strict=True takes twice the time, and captured no model that this does not. Deferred
-        # asserts leave the size checks in the graph as nodes, which become the door.
-        program = torch.export.export(
-            entry,
-            (named,),
-            dynamic_shapes=(shapes,),
+        return torch.export.export(
+            module,
+            args,
+            dynamic_shapes=shapes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        module = program.module(check_guards=False)
-    return _clean(module, program, names, leaves, requested)
 
 
 class RootModule(nn.Module):
@@ -184,7 +197,7 @@ def _free_batch() -> Any:
         return contextlib.nullcontext()
 
 
-def _at_least_two(x: torch.Tensor, dims: Mapping[int, str]) -> torch.Tensor:
+def at_least_two(x: torch.Tensor, dims: Mapping[int, str]) -> torch.Tensor:
     """The tensor with every dynamic dimension of size 1 doubled to 2."""
     for d in dims:
         if d < x.dim() and x.shape[d] == 1:
@@ -192,45 +205,52 @@ def _at_least_two(x: torch.Tensor, dims: Mapping[int, str]) -> torch.Tensor:
     return x
 
 
-def _clean(
-    module: fx.GraphModule,
-    program: Any,
-    names: Sequence[str],
-    leaves: Sequence[Any],
-    requested: Requested,
+def clean(
+    program: ExportedProgram, names: Sequence[str], requested: Requested, log: GuardLog
 ) -> Traced:
+    """A program as a flat graph whose placeholders are the leaves.
+
+    Args:
+        program: The export, or what a file holds.
+        names: The names of the leaves.
+        requested: What should be dynamic.
+        log: What was learnt while it was made; empty for a file.
+    """
+    return clean_module(program.module(check_guards=False), program, names, requested, log)
+
+
+def clean_module(
+    module: fx.GraphModule,
+    program: ExportedProgram,
+    names: Sequence[str],
+    requested: Requested,
+    log: GuardLog,
+) -> Traced:
+    """See clean; the module is the program's, and may have been edited."""
     graph = module.graph
     inline_regions(module, graph)
     for node in list(graph.nodes):
-        if node.op == "call_module" and str(node.target).startswith("_guards"):
-            graph.erase_node(node)
-        elif node.target is aten._assert_tensor_metadata.default:
+        if node.target is aten._assert_tensor_metadata.default:
             # these bake dtype and device in: .to(bf16) and autocast would fail on them
             graph.erase_node(node)
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    sizes = [
-        list(p.meta["val"].shape) if isinstance(p.meta.get("val"), torch.Tensor) else None
-        for p in places
-    ]
-    pinned, same, lone = door_asserts(graph, places, sizes, names, requested)
-    for (i, d), n in single_sizes(program, sizes).items():
-        sizes[i][d] = n  # type: ignore[index]
+    learnt = learn(program, graph, names, log)
     fixed = tuple(
-        None if s is None else tuple(n if isinstance(n, int) else None for n in s) for s in sizes
+        None if s is None else tuple(n if isinstance(n, int) else None for n in s)
+        for s in learnt.sizes
     )
+    pinned = []
     for i, (name, s) in enumerate(zip(names, fixed, strict=True)):
         for d in requested.get(name, {}):
-            known = any(p.input == name and p.dim == d for p in pinned)
-            if s is not None and d < len(s) and s[d] is not None and not known:
-                pinned.append(Pinned(name, d, int(s[d] or 0), who_pinned(program, places[i], d)))
+            if s is not None and d < len(s) and (n := s[d]) is not None:
+                pinned.append(Pinned(name, d, n, learnt.fixed.get((i, d), UNKNOWN)))
     constants, bodies = _constants(module, graph)
+    cuts = constants_of(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
     _follow_device(graph)
     graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
+    door = Door(tuple(names), fixed, tuple(learnt.conditions))
     out_spec = program.call_spec.out_spec
-    ranges = upper_bounds(program, sizes)
-    door = Door(tuple(names), fixed, same)
-    return Traced(graph, constants, door, out_spec, pinned, lone, ranges, bodies)
+    return Traced(graph, constants, door, out_spec, pinned, learnt.doubtful, cuts, bodies)
 
 
 def _constants(
@@ -302,149 +322,6 @@ class Pinned:
 
 Requested = Mapping[str, Mapping[int, str]]
 """What should be dynamic: leaf name → {dimension: symbol name}."""
-
-
-def _size_of(node: Any, places: Sequence[fx.Node]) -> tuple[int, int] | None:
-    """The (leaf, dimension) whose size a node is; None where it is no size of an input."""
-    if isinstance(node, fx.Node) and node.target is aten.sym_size.int and node.args[0] in places:
-        return places.index(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
-    return None
-
-
-def door_asserts(
-    graph: fx.Graph,
-    places: Sequence[fx.Node],
-    sizes: list[Any],
-    names: Sequence[str],
-    requested: Requested,
-) -> tuple[list[Pinned], Any, list[tuple[int, int]]]:
-    """Turn asserts on input sizes into checks at the door; leave the rest in the graph.
-
-    Args:
-        graph: Edited in place.
-        places: The placeholders, one for each leaf.
-        sizes: The sizes of every leaf; those that an assert fixes are written into it.
-        names: The names of the leaves.
-        requested: What should be dynamic.
-
-    Returns:
-        Pinned dimensions, pairs of (leaf, dimension) that must agree, and dimensions for which
-        size 1 is ruled out.
-    """
-    pinned: list[Pinned] = []
-    same: list[Any] = []
-    lone: list[tuple[int, int]] = []
-    for node in list(graph.nodes):
-        if node.target is not aten._assert_scalar.default:
-            continue
-        test = node.args[0]
-        negated = isinstance(test, fx.Node) and test.target is torch.sym_not
-        if negated:
-            test = test.args[0]
-        if not isinstance(test, fx.Node) or len(test.args) != 2:
-            continue
-        left, right = (_size_of(a, places) for a in test.args)
-        number = next((a for a in test.args if isinstance(a, int)), None)
-        one = left or right
-        if (test.target is operator.ne) != negated and test.target in (operator.eq, operator.ne):
-            if not (one and number == 1):
-                continue
-            # Kept, "not 1" refuses a batch of 1 that nn.TransformerEncoder takes. Dropped, a model
-            # with `if x.shape[0] == 1` is wrong there and says nothing. So a proof runs size 1.
-            lone.append(one)
-        elif negated:
-            continue
-        elif test.target is operator.eq and left and right:
-            same.append((left, right))
-        elif test.target is operator.eq and one and number is not None:
-            leaf, dim = one
-            sizes[leaf][dim] = number
-            if dim in requested.get(names[leaf], {}):
-                pinned.append(Pinned(names[leaf], dim, number, _line(node)))
-        elif test.target in (operator.ge, operator.le) and one and number in (0, 1):
-            pass
-        elif _decides(test) and len(behind := _sizes_behind(test, places)) == 1:
-            # an equation in one size: other solutions may exist, the example's is certain
-            ((leaf, dim),) = behind
-            sizes[leaf][dim] = hint(sizes[leaf][dim])
-            if dim in requested.get(names[leaf], {}):
-                pinned.append(Pinned(names[leaf], dim, sizes[leaf][dim], _line(node)))
-        else:
-            continue
-        graph.erase_node(node)
-    return pinned, tuple(same), lone
-
-
-def _decides(test: fx.Node) -> bool:
-    """True for an equation that does not hold at the sizes that the checks use."""
-    expression = getattr(getattr(test.meta.get("val"), "node", None), "expr", None)
-    if test.target is not operator.eq or expression is None or len(expression.free_symbols) != 1:
-        return False
-    (symbol,) = expression.free_symbols
-    return any(expression.subs(symbol, n[1]) == False for n in SIZES)  # noqa: E712 - sympy's own
-
-
-def _sizes_behind(node: fx.Node, places: Sequence[fx.Node]) -> set[tuple[int, int]]:
-    """The input sizes that an expression is made of."""
-    found, queue = set(), [node]
-    while queue:
-        n = queue.pop()
-        size = _size_of(n, places)
-        if size is not None:
-            found.add(size)
-        elif n.op == "call_function":
-            queue += n.all_input_nodes
-        else:
-            return set()  # a value, not a size
-    return found
-
-
-def _line(node: fx.Node) -> str:
-    """The user's source line that a node came from, else torch's."""
-    text = str(node.meta.get("stack_trace") or "").splitlines()
-    files = [x.strip().removeprefix("File ").replace('"', "") for x in text if "File " in x]
-    theirs = [x for x in files if "/torch/" not in x]
-    return next(reversed(theirs or files), "the model's arithmetic")
-
-
-def who_pinned(program: Any, place: fx.Node, dim: int) -> str:
-    """The line of the user's code whose guard fixed a dimension, by the shape environment."""
-    mode = getattr(place.meta.get("val"), "fake_mode", None)
-    env = getattr(mode, "shape_env", None)
-    for guard in getattr(env, "guards", None) or []:
-        stack = getattr(getattr(guard, "sloc", None), "user_stack", None)
-        text = str(guard.expr)
-        if stack and text.startswith("Eq(") and text.endswith(f" {place.meta['val'].shape[dim]})"):
-            theirs = [f for f in stack if "/torch/" not in f.filename]
-            frame = theirs[-1] if theirs else stack[-1]
-            return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-    return "the model's arithmetic"
-
-
-def single_sizes(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:
-    """The (leaf, dimension) to which the export left one size only, and that size."""
-    result = {}
-    for i, shape in enumerate(sizes):
-        for d, n in enumerate(shape or ()):
-            if isinstance(n, torch.SymInt):
-                bound = program.range_constraints.get(n.node.expr)
-                if bound is not None and bound.lower == bound.upper:
-                    result[i, d] = int(bound.lower)
-    return result
-
-
-def upper_bounds(program: Any, sizes: Sequence[Any]) -> dict[tuple[int, int], int]:
-    """The largest size of each (leaf, dimension) for which the export found one."""
-    result = {}
-    for i, shape in enumerate(sizes):
-        for d, n in enumerate(shape or ()):
-            if isinstance(n, torch.SymInt):
-                bound = program.range_constraints.get(n.node.expr)
-                try:
-                    result[i, d] = int(bound.upper)
-                except (AttributeError, OverflowError, TypeError, ValueError):
-                    continue
-    return result
 
 
 higher = torch.ops.higher_order

@@ -26,7 +26,7 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.fingerprint import Base
-from lora_fx.fx.module.module import CapturedModule, Rewriter, prove_ones
+from lora_fx.fx.module.module import CapturedModule, Rewriter, decide_doubts
 from lora_fx.fx.tensors import (
     from_numpy,
     named_tensors,
@@ -80,7 +80,7 @@ class AdaptedModule(CapturedModule):
         self._active: dict[str, float] = {DEFAULT: 1.0}
         self._sampled = Base()
         self.effect: Effect | None = None
-        prove_ones(self)
+        decide_doubts(self)
         self._graph(False, captured.named)  # registers the adapter's tensors
         self._sampled.now(self._updates, self._tensor)  # while tensors are whole
 

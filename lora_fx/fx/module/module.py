@@ -29,7 +29,8 @@ from lora_fx.fx.module.checkpointing import Recomputing, apart, left_in
 from lora_fx.fx.module.codegen import Compiled, compile_program
 from lora_fx.fx.module.skeleton import Scope, blocks_of, skeleton
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
-from lora_fx.inputs import SIZES, Named
+from lora_fx.inputs import SIZES, Extents, Named
+from lora_fx.sizes import Condition, Size
 
 Rewriter = Callable[[FxGraph], object]
 
@@ -40,14 +41,14 @@ class Programs:
 
     captured: Captured
     codes: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
-    compiled: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
+    compiled: dict[tuple[Any, ...], list[Compiled]] = field(default_factory=dict)
     blocks: bool = True
-    not_one: frozenset[tuple[str, int]] = frozenset()
     inlined: set[str] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
         """Shallow copies of the dictionaries."""
-        return replace(self, codes=dict(self.codes), compiled=dict(self.compiled))
+        compiled = {k: list(v) for k, v in self.compiled.items()}
+        return replace(self, codes=dict(self.codes), compiled=compiled)
 
 
 class CapturedModule(Recomputing, Scope):
@@ -82,12 +83,14 @@ class CapturedModule(Recomputing, Scope):
         named = programs.captured.signature.bind(args, kwargs)
         leaves = pytree.tree_leaves(named)
         # Nothing flips flags or dtypes in a graph: another mode, dtype or set of arguments is
-        # another program, captured when it is first called for.
+        # another program, captured when it is first called for. So are sizes at which the model's
+        # code takes another path.
         key = (self.training, self._dtype, self._adapted, *program_key(named, leaves))
-        program = programs.compiled.get(key)
-        if program is None:
+        for program in programs.compiled.get(key, ()):
+            if program.door.admits(leaves):
+                break
+        else:
             program = self._capture(key, named)
-        program.door.check(leaves)
         out = programs.codes[program.id, ""](self, *leaves)
         return pytree.tree_unflatten(list(out), program.out_spec)
 
@@ -127,21 +130,19 @@ class CapturedModule(Recomputing, Scope):
         programs = self._programs
         programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
+        traced.door.check(pytree.tree_leaves(named))
         graph = self._graph(self.training, named)
         blocks = self._blocks() if programs.blocks else {}
         for speed in self._speedups(self.training, tuple(blocks)) if self._adapted else ():
             speed(graph)
         graph.lint()
-        ident = f"program_{len(programs.compiled)}"
-        names = traced.door.names
-        banned = tuple((names.index(n), d) for n, d in programs.not_one if n in names)
-        door = replace(traced.door, not_one=banned)
+        ident = f"program_{sum(map(len, programs.compiled.values()))}"
         codes = compile_program(graph.graph, ident, tuple(blocks))
         programs.inlined |= left_in(graph.graph, tuple(blocks))
         apart({p: b for p, b in blocks.items() if b.recompute}, programs.inlined)
         programs.codes.update({(ident, path): code for path, code in codes.items()})
-        program = Compiled(ident, door, traced.out_spec)
-        programs.compiled[key] = program
+        program = Compiled(ident, traced.door, traced.out_spec)
+        programs.compiled.setdefault(key, []).append(program)
         return program
 
     def _blocks(self) -> dict[str, Scope]:
@@ -225,15 +226,16 @@ class CapturedModule(Recomputing, Scope):
         """What batch norms do in train mode: frozen or update."""
         return self._norm_stats
 
-    @property
-    def not_one(self) -> frozenset[tuple[str, int]]:
-        """Input dimensions that must not have size 1."""
-        return self._programs.not_one
+    def conditions(self, training: bool = False) -> tuple[Condition, ...]:
+        """What sizes have to satisfy for the graph of the example to be the model."""
+        captured = self._programs.captured
+        return captured.traced(training, captured.named, self._dtype).door.conditions
 
-    def ban_ones(self, where: frozenset[tuple[str, int]]) -> None:
-        """Refuse size 1 at these (input, dimension); programs are compiled again."""
-        self._programs.not_one = where
-        self._programs.compiled.clear()
+    @property
+    def not_one(self) -> frozenset[Size]:
+        """Input dimensions for which the captured graph does not hold at size 1."""
+        ones = [(c, dict.fromkeys(c.about, 1)) for c in self.conditions()]
+        return frozenset(s for c, given in ones for s in given if not c.holds(given))
 
     @property
     def captured(self) -> Captured:
@@ -249,9 +251,7 @@ class CapturedModule(Recomputing, Scope):
         finally:
             self._adapted = was
 
-    def sample(
-        self, size: tuple[int, int] = SIZES[0], arrays: Any = None, seed: int = 0
-    ) -> dict[str, Any]:
+    def sample(self, size: Extents = SIZES[0], arrays: Any = None, seed: int = 0) -> dict[str, Any]:
         """Named arguments of one size, from the captured signature."""
         captured = self._programs.captured
         device = next((p.device for p in self.parameters()), None)
@@ -293,33 +293,32 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     return type(type(captured.model).__name__, (base,), {"forward": forward})
 
 
-# Size 1, proven: where the model takes another path there, the module refuses it.
+# What kernels asked of sizes while a model was captured, decided by a run.
 
 
-def prove_ones(module: CapturedModule) -> None:
-    """Ban size 1 where the model takes another path there than the captured graph.
+def decide_doubts(module: CapturedModule) -> None:
+    """Find out which doubtful conditions of a capture matter, once.
 
-    The capture drops torch's own exclusion of size 1; here the user's module and the graph run
-    at size 1, and sizes that differ are refused at the door from then on.
+    The capture drops what torch's kernels asked for strides and for size 1. Here the user's module
+    and the graph run where one does not hold; where they differ, it is a condition from then on.
     """
     captured = module.captured
     traced = captured.traced(False, captured.named)
-    lone = {(traced.door.names[i], d) for i, d in traced.lone}
-    if not lone:
+    if captured.kept is not None:
         return
-    symbols = {captured.requested.get(n, {}).get(d, "") for n, d in lone}
-    banned: set[tuple[str, int]] = set()
-    # All dimensions of one symbol shrink together: alone they would only contradict each other.
-    for symbol in symbols:
-        size = (1, SIZES[0][1]) if symbol == "batch" else (SIZES[0][0], 1)
-        if not _same_at(module, captured, module.sample(size)):
-            banned |= {
-                (n, d)
-                for n, dims in captured.requested.items()
-                for d, s in dims.items()
-                if s == symbol
-            }
-    module.ban_ones(frozenset(banned))
+    inputs, kept = captured.bounded_inputs(), []
+    tried: dict[tuple[tuple[str, tuple[int, ...]], ...], bool] = {}
+    for condition in traced.doubtful:
+        outside = inputs.outside(condition)
+        if outside is None:
+            continue  # nothing but a size of 0 breaks it, or what else has to hold implies it
+        key = tuple(inputs.sizes(outside).items())
+        if key not in tried:
+            tried[key] = _same_at(module, captured, module.sample(outside))
+        if not tried[key]:
+            kept.append(condition)
+    captured.settle(kept)
+    module._programs.compiled.clear()
 
 
 def _same_at(module: CapturedModule, captured: Captured, named: Named) -> bool:
@@ -387,10 +386,7 @@ class FoldedModule(CapturedModule):
         tree = model if isinstance(model, CapturedModule) else None
         captured = model.captured if isinstance(model, CapturedModule) else model
         super().__init__(captured, tree=tree)
-        if tree is not None:
-            self._programs.not_one = tree._programs.not_one
-        else:
-            prove_ones(self)
+        decide_doubts(self)
         self._rewriter = rewriter
         self.folded: tuple[Any, ...] = ()
         for name, full in adapter.full.items():
@@ -419,4 +415,5 @@ def plain(captured: Captured) -> CapturedModule:
     """The captured model as a module, with no adapter."""
     module = with_signature(CapturedModule, captured)(captured)
     assert isinstance(module, CapturedModule)
+    decide_doubts(module)
     return module

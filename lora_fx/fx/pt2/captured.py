@@ -22,7 +22,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, check_format
 from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
-from lora_fx.fx.capture.trace import Pinned, Traced, _clean
+from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
+from lora_fx.fx.capture.trace import Traced, clean_module
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
 from lora_fx.fx.pt2.manifest import (
@@ -32,7 +33,6 @@ from lora_fx.fx.pt2.manifest import (
     read_signature,
 )
 from lora_fx.fx.pt2.program import (
-    LoadedProgram,
     Modal,
     load_program,
     match_places,
@@ -40,12 +40,12 @@ from lora_fx.fx.pt2.program import (
     mode_of,
     pick_programs,
     says,
-    shared,
     strip_branches,
     tensor_places,
     tree_of,
 )
 from lora_fx.inputs import BATCH, Inputs, default_dynamic, merge_dynamic
+from lora_fx.sizes import Condition
 from lora_fx.text import Json, JsonView
 
 LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"
@@ -80,7 +80,8 @@ class FileCaptured(Captured):
             self._loaded = {n: load_program(archive, n) for n in archive.programs}
         self.path, self._meta = path, meta
         self.notes: list[str] = []
-        self.tracings: dict[tuple[Any, ...], Traced] = {}
+        self.tracings: dict[tuple[Any, ...], list[Traced]] = {}
+        self.kept = None
         self._traces: dict[str, Traced] = {}
         self._limits_known = False
         try:
@@ -153,6 +154,10 @@ class FileCaptured(Captured):
         self.requested = wanted
         self.inputs = self.inputs.with_dims(wanted)
         self._banned = [(n, d) for n, d in manifest.get("not_one", [])]
+        self._stored = {
+            name: tuple(Condition.read(row) for row in rows)
+            for name, rows in manifest.get("conditions", {}).items()
+        }
         self._own = bool(manifest)
 
     def _free(self, said: JsonView) -> dict[str, dict[int, str]]:
@@ -232,26 +237,28 @@ class FileCaptured(Captured):
 
     def _trace_of(self, name: str) -> Traced:
         if name not in self._traces:
-            self._traces[name] = self._trace_program(self._loaded[name])
+            self._traces[name] = self._trace_program(name)
         return self._traces[name]
 
-    def _trace_program(self, loaded: LoadedProgram) -> Traced:
+    def _trace_program(self, name: str) -> Traced:
+        loaded = self._loaded[name]
         module = loaded.program.module(check_guards=False)
         strip_branches(module.graph)
         leaves = pytree.tree_leaves(self.named)
         match_places(module.graph, leaves)
         names = leaf_names(self.named)
-        traced = _clean(module, loaded.program, names, leaves, self.requested)
-        shapes = [p.meta["val"].shape if s is not None else () for p, s in zip(
-            (n for n in traced.graph.nodes if n.op == "placeholder"), traced.door.sizes, strict=True
-        )]  # fmt: skip
-        traced.door = replace(traced.door, same=(*traced.door.same, *shared(shapes)))
+        traced = clean_module(module, loaded.program, names, self.requested, GuardLog())
         traced.pinned = [
-            Pinned(p.input, p.dim, p.size, "the export" if p.op.startswith("the model") else p.op)
-            for p in traced.pinned
+            replace(p, op="the export") if p.op == UNKNOWN else p for p in traced.pinned
         ]
-        if self._own:
-            traced.lone = [(names.index(n), d) for n, d in self._banned]
+        if name in self._stored:
+            # what a kernel asked of sizes while the file was written is no condition of the model
+            traced.door = replace(traced.door, conditions=self._stored[name])
+            traced.doubtful = []
+        elif self._own:
+            ones = [Condition("s0 != 1", (("s0", n, d),)) for n, d in self._banned]  # as 0.1 wrote
+            traced.door = replace(traced.door, conditions=(*traced.door.conditions, *ones))
+            traced.doubtful = []
         return traced
 
     def plain(self) -> FileCaptured:

@@ -83,7 +83,9 @@ def clean_program(data: Json, where: str) -> Json:
         module["module_call_graph"] = roots[:1]
         module["metadata"], module["treespec_namedtuple_fields"] = {}, {}
         data["guards_code"], data["verifiers"] = [], ["TRAINING"]
-        for name in [*data["range_constraints"], *(call.get("forward_arg_names") or ())]:
+        for text in data["range_constraints"]:  # a symbol, or a size computed of one: s32 + 1
+            check_expression(text, where)
+        for name in call.get("forward_arg_names") or ():
             _name(name, where)
         _walk(data, where)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:

@@ -51,6 +51,10 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> Json:
             for s in inputs.specs
         },
         "not_one": sorted([n, d] for n, d in module.not_one),
+        "conditions": {
+            name: [c.stored() for c in module.conditions(mode == "train")]
+            for name, mode in programs.items()
+        },
         "norm_stats": module._norm_stats,
         "adapter": None,
     }

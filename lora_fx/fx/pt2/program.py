@@ -181,19 +181,6 @@ def tensor_places(program: Any) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
-def shared(shapes: Sequence[Any]) -> list[Any]:
-    """Pairs of (leaf, dim) that one symbol of the export stands for."""
-    first: dict[str, tuple[int, int]] = {}
-    pairs = []
-    for i, shape in enumerate(shapes):
-        for d, n in enumerate(shape):
-            if isinstance(n, torch.SymInt):
-                known = first.setdefault(str(n), (i, d))
-                if known != (i, d):
-                    pairs.append((known, (i, d)))
-    return pairs
-
-
 def match_places(graph: fx.Graph, leaves: Sequence[Any]) -> None:
     """One placeholder for each leaf of the call: constants get one, or lose theirs."""
     places = [n for n in graph.nodes if n.op == "placeholder"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from torch.export.pt2_archive._package import _get_raw_tensor_bytes
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.trace import RootModule, _at_least_two
+from lora_fx.fx.capture.guards import GuardLog, drop_layout, put_asserts
+from lora_fx.fx.capture.trace import RootModule, at_least_two, export_program
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.archive import MANIFEST
 from lora_fx.fx.pt2.manifest import make_manifest, plain_spec
@@ -102,22 +102,23 @@ def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, st
         if fixed is not None:
             wanted = captured.requested.get(name, {})
             shapes.append({d: Dim.AUTO for d in wanted if fixed[d] is None} or None)
-            leaves.append(_at_least_two(x, wanted).cpu())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.export.export(
-                flat,
-                tuple(leaves),
-                dynamic_shapes=tuple(shapes),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-        except Exception as e:
-            raise LoraFxError(
-                f"the {'train' if training else 'eval'} program cannot be exported: {one_line(e)}",
-                "please report this model",
-            ) from e
+            leaves.append(at_least_two(x, wanted).cpu())
+    places = [n for n in flat.graph.nodes if n.op == "placeholder"]
+    tensors = [
+        n for n, s in zip(traced.door.names, traced.door.sizes, strict=True) if s is not None
+    ]
+    put_asserts(flat.graph, dict(zip(tensors, places, strict=True)), traced.door.conditions)
+    flat.recompile()
+    log = GuardLog()
+    try:
+        with log.listening():
+            program = export_program(flat, tuple(leaves), tuple(shapes))
+    except Exception as e:
+        raise LoraFxError(
+            f"the {'train' if training else 'eval'} program cannot be exported: {one_line(e)}",
+            "please report this model",
+        ) from e
+    drop_layout(program.graph, log)
     program._example_inputs = None  # they would be a pickle
     call = program.module_call_graph[0].signature
     assert call is not None

@@ -10,7 +10,7 @@ import lora_fx
 from tests.fx.module.test_module import perturb
 
 
-def test_size_one_that_takes_another_path_is_refused_at_the_door() -> None:
+def test_size_one_that_takes_another_path_gets_a_graph_of_its_own() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -20,10 +20,11 @@ def test_size_one_that_takes_another_path_is_refused_at_the_door() -> None:
             y: torch.Tensor = self.fc(x)
             return y * 100 if x.shape[0] == 1 else y
 
-    m = lora_fx.insert(Branch().eval(), (torch.randn(3, 6),), rank=2)
-    m(torch.randn(5, 6))
-    with pytest.raises(ValueError, match="x: dimension 0 of size 1 takes another path"):
-        m(torch.randn(1, 6))
+    model = Branch().eval()
+    m = lora_fx.insert(model, (torch.randn(3, 6),), rank=2)
+    for rows in (5, 1, 3, 1):
+        x = torch.randn(rows, 6)
+        torch.testing.assert_close(m(x), model(x))
 
 
 def test_functions_and_methods() -> None:

@@ -1,0 +1,428 @@
+"""What torch.export learnt about sizes: the ranges, equalities and orders that a graph is true for.
+
+torch keeps it in three places: asserts among the nodes, ranges of symbols, and placeholders that
+share a symbol. Where a guard came from decides what becomes of it:
+
+branch   Python looked at a size (`if x.shape[1] < 8`): elsewhere another graph is the model
+demand   torch checked that two sizes fit: elsewhere the model does not run
+layout   a kernel asked for strides or for size 1: mostly of no meaning, so a run decides
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import operator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.fx.experimental import symbolic_shapes
+
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.graph.nodes import hint
+from lora_fx.sizes import SEARCHED, Condition, Size, broken, parsed
+
+aten = torch.ops.aten
+BRANCH, DEMAND, LAYOUT = "branch", "demand", "layout"
+UNKNOWN = "the model's arithmetic"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One thing that torch learnt: its expression, what asked, and the line that did."""
+
+    expression: Any
+    kind: str
+    line: str
+
+
+class GuardLog:
+    """The guards of one export, with the lines of code that they came from."""
+
+    def __init__(self) -> None:
+        self.guards: dict[str, Guard] = {}
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[GuardLog]:
+        """Within this block every guard of torch is written down.
+
+        torch's deferred asserts name the call of the kernel that came last, not the line that
+        asked, so its own log is read; without that log the lines are unknown and nothing else.
+        """
+        kind: Any = symbolic_shapes.ShapeEnv
+        original: Any = getattr(kind, "_log_guard", None)
+        if original is None:
+            yield self
+            return
+
+        def log(env: Any, prefix: str, g: Any, *args: Any, **kwargs: Any) -> None:
+            if "suppressed" not in prefix:
+                found = Guard(g, *_origin(sys._getframe(1)))
+                for text in (str(g), str(symbolic_shapes.canonicalize_bool_expr(g))):
+                    self.guards.setdefault(text, found)
+            original(env, prefix, g, *args, **kwargs)
+
+        kind._log_guard = log
+        try:
+            yield self
+        finally:
+            kind._log_guard = original
+
+    def of(self, text: str) -> Guard:
+        """The guard of an expression as torch prints it."""
+        return self.guards.get(text, Guard(None, BRANCH, UNKNOWN))
+
+    def of_bound(self, symbol: Any, outside: int) -> Guard:
+        """The guard that keeps a symbol from a value."""
+        for guard in self.guards.values():
+            own = getattr(guard.expression, "free_symbols", None) == {symbol}
+            if own and guard.expression.subs(symbol, outside) == False:  # noqa: E712 - sympy's own
+                return guard
+        return Guard(None, BRANCH, UNKNOWN)
+
+
+_TORCH = torch.__file__.rpartition("/")[0]
+_MACHINERY = ("/fx/experimental/symbolic_shapes.py", "/fx/experimental/sym_node.py",
+              "/fx/experimental/recording.py")  # fmt: skip
+_OURS = __file__.rpartition("/fx/capture/")[0]
+
+
+def _origin(frame: FrameType | None) -> tuple[str, str]:
+    """What kind of guard it is that a stack of frames made, and the line of the user's code."""
+    kind, asked, line = "", False, ""
+    while frame is not None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        inside = path.startswith(_TORCH)
+        tail = path.removeprefix(_TORCH)
+        if not kind:
+            if tail == "/__init__.py" and name in ("_check", "_check_with"):
+                kind = DEMAND
+            elif tail == "/__init__.py" and name in ("__bool__", "__int__", "__index__"):
+                asked = True
+            elif tail not in _MACHINERY and path != "<string>":
+                library = not inside or tail.startswith("/nn/")
+                kind = BRANCH if asked and library else LAYOUT
+            elif path == "<string>":
+                kind = BRANCH if asked else LAYOUT
+        if kind and not inside and not path.startswith(_OURS):
+            code = linecache.getline(path, frame.f_lineno).strip()
+            where = f"{path}, line {frame.f_lineno}, in {name}"
+            return kind, f"{where}: `{code}`" if code else where
+        if kind and inside and tail.startswith("/nn/") and not line:
+            line = f"{path}, line {frame.f_lineno}, in {name}"
+        frame = frame.f_back
+    return kind or LAYOUT, line or UNKNOWN
+
+
+@dataclass
+class Learnt:
+    """What an export holds for.
+
+    Attributes:
+        conditions: What sizes have to satisfy.
+        doubtful: What a run has to decide: see `layout` above.
+        sizes: For each leaf, the size of each dimension: a number where it is fixed.
+        fixed: (leaf, dimension) → the line that fixed it.
+    """
+
+    conditions: list[Condition]
+    doubtful: list[Condition]
+    sizes: list[list[Any] | None]
+    fixed: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: GuardLog) -> Learnt:
+    """Read what an export learnt about the sizes of its inputs; asserts on sizes leave the graph.
+
+    Args:
+        program: The export.
+        graph: Its nodes; edited.
+        names: The names of the leaves.
+        log: What was written down while it was made; an empty one for a program from a file.
+    """
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    values = [p.meta.get("val") for p in places]
+    shapes = [list(v.shape) if isinstance(v, torch.Tensor) else None for v in values]
+    found = Learnt([], [], shapes)
+    symbols = _symbols(shapes)
+    by_node = {p: name for p, name in zip(places, names, strict=True)}
+    for node in list(graph.nodes):
+        if node.target is aten._assert_scalar.default:
+            guard = log.of(_said(node))
+            condition = _of_node(node.args[0], by_node, guard)
+            if condition is not None:
+                _sort(found, condition, guard)
+                graph.erase_node(node)
+    for symbol, bounds in program.range_constraints.items():
+        if symbol in symbols:
+            _bound(found, symbols[symbol], names, bounds, symbol, log)
+    _shared(found, shapes, symbols, names, log)
+    _squeezed(found, graph, symbols, names)
+    found.conditions = _distinct(found.conditions)
+    _only_size(found, names)
+    found.doubtful = [c for c in _distinct(found.doubtful) if c not in found.conditions]
+    return found
+
+
+def _only_size(found: Learnt, names: Sequence[str]) -> None:
+    """A size that an equation leaves no choice, beside the example's other sizes, is fixed."""
+    example = {(n, d): hint(k) for n, shape in zip(names, found.sizes, strict=True)
+               for d, k in enumerate(shape or ())}  # fmt: skip
+    equations = [c for c in found.conditions if len(c.sizes) == 1 and parsed(c.text)[0] == "Eq"]
+    for name, d in dict.fromkeys((c.sizes[0][1], c.sizes[0][2]) for c in equations):
+        own = [c for c in found.conditions if (name, d) in c.about]
+        able = (n for n in range(1, SEARCHED) if broken(own, {**example, (name, d): n}) is None)
+        shape = found.sizes[i := names.index(name)]
+        if shape is not None and list(islice(able, 2)) == [example[name, d]]:
+            shape[d] = example[name, d]
+            found.fixed[i, d] = next(c.line for c in equations if (name, d) in c.about)
+            found.conditions = [c for c in found.conditions if c not in equations or c not in own]
+
+
+def _distinct(conditions: Sequence[Condition]) -> list[Condition]:
+    """Each comparison once, the demanded one of two."""
+    result: dict[tuple[object, ...], Condition] = {}
+    for c in sorted(conditions, key=lambda c: not c.demanded):
+        result.setdefault((c.text, c.sizes), c)
+    return [c for c in conditions if result.get((c.text, c.sizes)) is c]
+
+
+def _said(node: fx.Node) -> str:
+    """The expression in the message of an assert."""
+    text = str(node.args[1]) if len(node.args) > 1 else ""
+    return text.partition("for expression ")[2].rpartition(" on node ")[0]
+
+
+def _sort(found: Learnt, condition: Condition, guard: Guard) -> None:
+    at = [condition.holds(dict.fromkeys(condition.about, n)) for n in range(1, 70)]
+    only_one = len(condition.sizes) == 1 and not at[0] and all(at[1:])
+    if guard.kind == LAYOUT or (only_one and not condition.demanded):
+        # Kept, "not 1" refuses a batch of 1 that nn.TransformerEncoder takes, and the single token
+        # that decoders of transformers run on. Dropped, a model with `if x.shape[0] == 1` is wrong
+        # there and says nothing. So a run at size 1 decides.
+        found.doubtful.append(condition)
+    elif len(condition.sizes) > 1 or not all(at):
+        found.conditions.append(condition)
+
+
+def _symbols(shapes: Sequence[list[Any] | None]) -> dict[Any, tuple[int, int]]:
+    """Symbol → the first (leaf, dimension) that it is alone the size of."""
+    result: dict[Any, tuple[int, int]] = {}
+    for i, shape in enumerate(shapes):
+        for d, n in enumerate(shape or ()):
+            if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol:
+                result.setdefault(n.node.expr, (i, d))
+    return result
+
+
+def _bound(
+    found: Learnt,
+    place: tuple[int, int],
+    names: Sequence[str],
+    bounds: Any,
+    symbol: Any,
+    log: GuardLog,
+) -> None:
+    """The range of one symbol as conditions, or as a fixed size."""
+    low, high = (_whole(n) for n in (bounds.lower, bounds.upper))
+    i, d = place
+    if low is not None and low == high:
+        found.fixed[place] = log.of_bound(symbol, low + 1).line
+        shape = found.sizes[i]
+        assert shape is not None
+        shape[d] = low
+        return
+    for sign, n, outside in ((">=", low, -1), ("<=", high, 1)):
+        if n is not None and n > 1:
+            guard = log.of_bound(symbol, n + outside)
+            if n == 2 and sign == ">=" and guard.line == UNKNOWN:
+                continue  # torch takes every free size for 2 or more, whatever the model does
+            text, sizes = f"s0 {sign} {n}", (("s0", names[i], d),)
+            made = Condition(text, sizes, guard.line, guard.kind == DEMAND)
+            _sort(found, made, guard)
+
+
+def _whole(n: Any) -> int | None:
+    try:
+        return int(n) if int(n) < 1 << 31 else None
+    except (OverflowError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _shared(
+    found: Learnt,
+    shapes: Sequence[list[Any] | None],
+    symbols: Mapping[Any, tuple[int, int]],
+    names: Sequence[str],
+    log: GuardLog,
+) -> None:
+    """Sizes that are not free by themselves: equal to another, or computed of it."""
+    printer = _printer()
+    for i, shape in enumerate(shapes):
+        for d, n in enumerate(shape or ()):
+            if not isinstance(n, torch.SymInt) or symbols.get(n.node.expr) == (i, d):
+                continue
+            free = sorted(n.node.expr.free_symbols, key=str)
+            if not all(s in symbols for s in free):
+                continue
+            own = {s: f"s{k}" for k, s in enumerate(free, 1)}
+            sizes = [("s0", names[i], d)]
+            sizes += [(own[s], names[symbols[s][0]], symbols[s][1]) for s in free]
+            try:
+                right = printer(n.node.expr.subs({s: _symbol(own[s]) for s in free}))
+                parsed(text := f"s0 == {right}")
+            except (LoraFxError, NotImplementedError, TypeError):
+                continue
+            asked = (g for g in log.guards.values() if _speaks_of(g, {*free}))
+            line = next((g.line for g in asked), UNKNOWN)
+            found.conditions.append(Condition(text, tuple(sizes), line, demanded=True))
+
+
+def _squeezed(
+    found: Learnt, graph: fx.Graph, symbols: Mapping[Any, tuple[int, int]], names: Sequence[str]
+) -> None:
+    """A free size that is squeezed must not be 1: there the result has another rank."""
+    for node in graph.nodes:
+        shape = getattr(_value(node.args[0]), "shape", ()) if node.args else ()
+        if node.target is aten.squeeze.default:
+            dims: Any = range(len(shape))
+        elif node.target in (aten.squeeze.dim, aten.squeeze.dims):
+            dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+        else:
+            continue
+        for n in (shape[d] for d in dims if shape):
+            if isinstance(n, torch.SymInt) and n.node.expr in symbols:
+                i, d = symbols[n.node.expr]
+                line = str(node.meta.get("stack_trace") or UNKNOWN).splitlines()
+                where = next((x.strip() for x in reversed(line) if "File " in x), UNKNOWN)
+                sizes = (("s0", names[i], d),)
+                found.conditions.append(Condition("s0 != 1", sizes, _plain(where)))
+
+
+def _plain(line: str) -> str:
+    return line.removeprefix("File ").replace('"', "")
+
+
+def _speaks_of(guard: Guard, symbols: set[Any]) -> bool:
+    return symbols < getattr(guard.expression, "free_symbols", set())
+
+
+def _printer() -> Any:
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return PythonPrinter().doprint
+
+
+def _symbol(name: str) -> Any:
+    import sympy  # type: ignore[import-untyped]
+
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+_SPELLED: dict[Any, str] = {
+    operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//",
+    operator.mod: "%", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=",
+    operator.eq: "==", operator.ne: "!=",
+}  # fmt: skip
+_CALLED = {torch.sym_max: "max", torch.sym_min: "min"}
+_NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
+
+
+def _of_node(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condition | None:
+    """The comparison that an assert's node computes; None where it is not one of sizes."""
+    negated = isinstance(test, fx.Node) and test.target is torch.sym_not
+    node = test.args[0] if negated else test
+    sign = _SPELLED.get(getattr(node, "target", None), "")
+    if sign not in _NEGATED:
+        return None
+    sizes: dict[Size, str] = {}
+    try:
+        left, right = (_spell(a, names, sizes) for a in node.args)
+    except KeyError:
+        return None
+    text = f"{left} {_NEGATED[sign] if negated else sign} {right}"
+    if not sizes or len(text) > 4000:
+        return None
+    rows = tuple((short, name, d) for (name, d), short in sizes.items())
+    return Condition(text, rows, guard.line, guard.kind == DEMAND)
+
+
+def _spell(node: Any, names: Mapping[fx.Node, str], sizes: dict[Size, str]) -> str:
+    """An expression of sizes as text; raises KeyError where it is made of anything else."""
+    if type(node) is int:
+        return str(node)
+    if not isinstance(node, fx.Node):
+        raise KeyError(node)
+    if node.target is aten.sym_size.int:
+        place, d = node.args
+        size = (names[place], int(d))  # type: ignore[index, arg-type]
+        return sizes.setdefault(size, f"s{len(sizes)}")
+    if node.target in _CALLED:
+        return f"{_CALLED[node.target]}({', '.join(_spell(a, names, sizes) for a in node.args)})"
+    left, right = node.args
+    sign = _SPELLED[node.target]
+    return f"({_spell(left, names, sizes)} {sign} {_spell(right, names, sizes)})"
+
+
+def put_asserts(
+    graph: fx.Graph, places: Mapping[str, fx.Node], conditions: Sequence[Condition]
+) -> None:
+    """Write conditions on sizes into a graph, where an export and torch's own loader see them."""
+    with graph.inserting_after(list(places.values())[-1]):
+        tail = graph.call_function(aten.sym_size.int, (next(iter(places.values())), 0))
+    with graph.inserting_before(tail):
+        for c in conditions:
+            if all(n in places for _, n, _ in c.sizes):
+                sizes = {
+                    s: graph.call_function(aten.sym_size.int, (places[n], d)) for s, n, d in c.sizes
+                }
+                test = c.build(lambda op, xs: graph.call_function(_OPERATORS[op], tuple(xs)), sizes)
+                graph.call_function(aten._assert_scalar.default, (test, f"{c}"))
+    graph.erase_node(tail)
+
+
+def drop_layout(graph: fx.Graph, log: GuardLog) -> None:
+    """Erase asserts that only a kernel's question about strides left, while a graph was exported.
+
+    What mattered of those of the capture is among its conditions.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten._assert_scalar.default and log.of(_said(node)).kind == LAYOUT:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+_OPERATORS: dict[str, Any] = {
+    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "FloorDiv": operator.floordiv,
+    "Mod": operator.mod, "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt,
+    "GtE": operator.ge, "Eq": operator.eq, "NotEq": operator.ne,
+    "min": torch.sym_min, "max": torch.sym_max,
+}  # fmt: skip
+
+
+def constants_of(graph: fx.Graph) -> tuple[int, ...]:
+    """Numbers that sizes are compared, cut or divided with: proofs try both sides of each."""
+    found: set[int] = set()
+    for node in graph.nodes:
+        if node.target is aten.slice.Tensor:
+            shape, d = getattr(node.args[0].meta.get("val"), "shape", ()), node.args[1:2]
+            free = bool(shape) and isinstance(shape[d[0] if d else 0], torch.SymInt)
+            numbers = [a for a in node.args[2:4] if type(a) is int and free]
+        elif node.target in (*_SPELLED, *_CALLED):
+            free = any(isinstance(_value(a), torch.SymInt) for a in node.args)
+            numbers = [a for a in node.args if type(a) is int and free]
+        else:
+            continue
+        found |= {abs(n) for n in numbers if 1 < abs(n) < 1 << 31}
+    return tuple(sorted(found))
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, fx.Node) else None

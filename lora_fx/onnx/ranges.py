@@ -1,0 +1,123 @@
+"""The sizes that an ONNX file is true for: in its metadata, and as nodes that fail elsewhere.
+
+A guard is a Reshape of an input to its own shape, or where the condition does not hold to
+
+    shape' = shape + (shape + 1) · broken
+
+which has another number of elements. ONNX has no assertion; a Reshape compares the two numbers on
+the host, on the CPU as with CUDA, and its name, which the runtime's error quotes, says what is
+wrong. A Gather out of range fails on the CPU only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.errors import LoraFxError
+from lora_fx.sizes import Condition
+
+PROPERTY = "lora_fx.ranges"
+_OPS = {
+    "Add": "Add", "Sub": "Sub", "Mult": "Mul", "Mod": "Mod", "min": "Min", "max": "Max",
+    "Lt": "Less", "LtE": "LessOrEqual", "Gt": "Greater", "GtE": "GreaterOrEqual", "Eq": "Equal",
+}  # fmt: skip
+
+
+def keep_within(model: ir.Model, conditions: Sequence[Condition], *, guard: bool = True) -> int:
+    """Write conditions into a model; returns how many guards were put in.
+
+    A condition that the model itself demands gets none: its operators fail there by themselves.
+
+    Args:
+        model: Edited in place.
+        conditions: Over its inputs.
+        guard: Put nodes in that fail; without, the metadata alone says it.
+    """
+    inputs = {str(v.name): v for v in model.graph.inputs}
+    own = [c for c in conditions if all(n in inputs for _, n, _ in c.sizes)]
+    if not own or PROPERTY in model.metadata_props:  # a file of ours has them already
+        return 0
+    own = [Condition.read(c.stored()) for c in own]  # without folders of this machine
+    model.metadata_props[PROPERTY] = json.dumps([c.stored() for c in own])
+    guarded = [c for c in own if guard and not c.demanded]
+    for i, condition in enumerate(guarded):
+        _guard(model.graph, inputs[condition.sizes[0][1]], inputs, condition, i)
+    return len(guarded)
+
+
+def conditions_of(metadata: Mapping[str, str], where: str) -> tuple[Condition, ...]:
+    """What a file says of its sizes; nothing where another program wrote it."""
+    text = metadata.get(PROPERTY)
+    if text is None:
+        return ()
+    try:
+        return tuple(Condition.read(row) for row in json.loads(text))
+    except (ValueError, TypeError, KeyError, LoraFxError) as e:
+        raise LoraFxError(
+            f"{where}: its metadata {PROPERTY} is damaged", "export the model again"
+        ) from e
+
+
+class _Nodes:
+    """The nodes of one guard."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix, self.nodes = prefix, list[ir.Node]()
+
+    def op(
+        self, kind: str, *xs: ir.Value | int, name: str = "", start: int | None = None
+    ) -> ir.Value:
+        values = [self.number(x) if isinstance(x, int) else x for x in xs]
+        attributes = []
+        if start is not None:
+            attributes = [ir.AttrInt64("start", start), ir.AttrInt64("end", start + 1)]
+        if kind == "Cast":
+            attributes = [ir.AttrInt64("to", ir.DataType.INT64)]
+        node = ir.Node("", kind, values, attributes, name=name or self._name())
+        node.outputs[0].name = f"{self._name()}_value"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def number(self, n: int) -> ir.Value:
+        tensor = ir.tensor(np.array([n], np.int64))
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=self._name())
+        node.outputs[0].name = f"{self._name()}_value"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def make(self, op: str, xs: Sequence[ir.Value | int]) -> ir.Value | int:
+        if op == "NotEq":
+            return self.op("Not", self.op("Equal", *xs))
+        if op == "FloorDiv":  # ONNX rounds towards zero
+            x, by = (self.number(v) if isinstance(v, int) else v for v in xs)
+            return self.op("Div", self.op("Sub", x, self.op("Mod", x, by)), by)
+        return self.op(_OPS[op], *xs)
+
+    def _name(self) -> str:
+        return f"{self.prefix}_{len(self.nodes)}"
+
+
+def _guard(
+    graph: ir.Graph, x: ir.Value, inputs: Mapping[str, ir.Value], condition: Condition, i: int
+) -> None:
+    made = _Nodes(f"lora_fx_within_{i}")
+    users = [(u.node, u.idx) for u in x.uses()]
+    sizes: dict[str, ir.Value | int] = {
+        n: made.op("Shape", inputs[name], start=d) for n, name, d in condition.sizes
+    }
+    holds = condition.build(made.make, sizes)
+    assert isinstance(holds, ir.Value)
+    broken = made.op("Cast", made.op("Not", holds))
+    shape = made.op("Shape", x)
+    other = made.op("Add", shape, made.op("Mul", made.op("Add", shape, 1), broken))
+    y = made.op("Reshape", x, other, name=f"lora_fx holds for {condition} only")
+    y.type, y.shape = x.type, x.shape
+    for node, index in users:
+        node.replace_input_with(index, y)
+    if x in graph.outputs:
+        graph.outputs[graph.outputs.index(x)] = y
+    graph.insert_before(graph[0], made.nodes)

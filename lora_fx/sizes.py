@@ -1,0 +1,276 @@
+"""Conditions on the sizes of inputs: the set of sizes that a capture is true for.
+
+A condition is a comparison of whole-number arithmetic over sizes, written as text over short names,
+as in `a <= 7` where a is dimension 1 of x. Files hold that text, so it is read by a parser of its
+own that knows numbers, names, + - * // %, min, max and comparisons, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar, cast
+
+from lora_fx.errors import LoraFxError
+from lora_fx.text import Json, JsonView
+
+V = TypeVar("V")
+Size = tuple[str, int]
+"""(input, dimension)."""
+
+
+class SizeError(LoraFxError, ValueError):
+    """A size that the model, or the graph captured of it, does not take."""
+
+
+SEARCHED = 4096
+"""The largest size that the range of a comparison is looked for at."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What some sizes have to satisfy.
+
+    Attributes:
+        text: The comparison, over the names in `sizes`.
+        sizes: Which size each name is: (name, input, dimension).
+        line: The line of the user's code that asked, or a word for what did.
+        demanded: The model itself does not run elsewhere; otherwise it takes another path there.
+    """
+
+    text: str
+    sizes: tuple[tuple[str, str, int], ...]
+    line: str = ""
+    demanded: bool = False
+
+    def holds(self, given: Mapping[Size, int]) -> bool:
+        """Whether the sizes satisfy it; sizes that are not given make it true."""
+        if any((i, d) not in given for _, i, d in self.sizes):
+            return True
+        return bool(_value(parsed(self.text), {n: given[i, d] for n, i, d in self.sizes}))
+
+    @property
+    def about(self) -> frozenset[Size]:
+        """The sizes that it speaks of."""
+        return frozenset((i, d) for _, i, d in self.sizes)
+
+    def __str__(self) -> str:
+        """The comparison with every size by its input, and the line."""
+        return f"{self._spelled()}{f' ({self.line})' if self.line else ''}"
+
+    def _spelled(self) -> str:
+        tree = ast.parse(self.text, mode="eval")
+        names = {n: f"{i}[{d}]" for n, i, d in self.sizes}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id in names:
+                node.id = names[node.id]
+        return ast.unparse(tree)
+
+    def refusal(self, given: Mapping[Size, int]) -> SizeError:
+        """The error for sizes that do not satisfy it."""
+        found = " and ".join(
+            f"{i!r} has size {given[i, d]} in dimension {d}" for _, i, d in self.sizes
+        )
+        why = "the model does not run elsewhere" if self.demanded else "the captured path holds for"
+        where = f" ({self.line})" if self.line else ""
+        rule = self._spelled()
+        text = f"{why}: {rule}" if self.demanded else f"{why} {rule} only"
+        return SizeError(f"{found}; {text}{where}", "give sizes inside, or capture at these sizes")
+
+    def to_json(self) -> Json:
+        """One row: for a plain bound `min` and `max`, for any other the comparison."""
+        low, high = self.bounds()
+        _, name, d = self.sizes[0]
+        row: Json = {"input": name, "dim": d, "min": low, "max": high, "line": self.line}
+        if low is None and high is None:
+            row["condition"] = self._spelled()
+        return row
+
+    def bounds(self) -> tuple[int | None, int | None]:
+        """(least, largest) where it bounds one size by a number, else (None, None)."""
+        return _bounds(self.text) if len(self.sizes) == 1 else (None, None)
+
+    def build(self, make: Callable[[str, Sequence[V]], V], sizes: Mapping[str, V]) -> V:
+        """The comparison in another form, made from its leaves up.
+
+        Args:
+            make: (operation, operands) → what it makes; numbers are operands as they are.
+            sizes: What stands for each size, by its name here.
+        """
+
+        def walk(tree: str | Tree | int) -> V:
+            if isinstance(tree, tuple):
+                return make(str(tree[0]), [walk(t) for t in tree[1:]])
+            return sizes[tree] if isinstance(tree, str) else cast("V", tree)
+
+        return walk(parsed(self.text))
+
+    def equal_sizes(self, places: Mapping[Size, str]) -> list[tuple[Size, str]]:
+        """(size, symbols that it is the sum of), where the comparison says just that."""
+        tree = parsed(self.text)
+        where = {n: (i, d) for n, i, d in self.sizes}
+        if tree[0] != "Eq":
+            return []
+        pairs = ((tree[1], tree[2]), (tree[2], tree[1]))
+        return [(where[a], text) for a, b in pairs
+                if isinstance(a, str) and (text := _sum(b, where, places))]  # fmt: skip
+
+    def stored(self) -> Json:
+        """As files hold it: the line without the folder that the code lies in."""
+        path, comma, rest = self.line.partition(", line ")
+        line = re.split(r"[/\\]", path)[-1] + comma + rest
+        rows = [[n, i, d] for n, i, d in self.sizes]
+        return {"text": self.text, "sizes": rows, "line": line, "demanded": self.demanded}
+
+    @classmethod
+    def read(cls, row: JsonView) -> Condition:
+        """What `stored` wrote; raises LoraFxError where the text is no comparison."""
+        sizes = tuple((str(n), str(i), int(d)) for n, i, d in row["sizes"])
+        parsed(str(row["text"]))
+        return cls(str(row["text"]), sizes, str(row["line"]), bool(row["demanded"]))
+
+
+def broken(conditions: Iterable[Condition], given: Mapping[Size, int]) -> Condition | None:
+    """The first condition that the sizes do not satisfy."""
+    return next((c for c in conditions if not c.holds(given)), None)
+
+
+Tree = tuple["str | Tree | int", ...]
+_BINARY: dict[str, Callable[[int, int], int]] = {
+    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul,
+    "FloorDiv": operator.floordiv, "Mod": operator.mod,
+    "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge,
+    "Eq": operator.eq, "NotEq": operator.ne,
+}  # fmt: skip
+_CALLS: dict[str, Callable[..., int]] = {"min": min, "max": max}
+
+
+@lru_cache(4096)
+def parsed(text: str) -> Tree:
+    """The comparison as nested tuples: (op, left, right), names and numbers.
+
+    Raises:
+        LoraFxError: It is anything else than a comparison of whole-number arithmetic.
+    """
+    try:
+        tree = _tree(ast.parse(text[:4000], mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = ()
+    if not isinstance(tree, tuple) or not tree:
+        raise LoraFxError(f"{text[:80]!r} is no condition on sizes", "was the file edited?")
+    return tree
+
+
+def _tree(node: ast.expr) -> str | Tree | int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return ("Sub", 0, _tree(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op).__name__ in _BINARY:
+        return (type(node.op).__name__, _tree(node.left), _tree(node.right))
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        return (type(node.ops[0]).__name__, _tree(node.left), _tree(node.comparators[0]))
+    match node:
+        case ast.Call(ast.Name(name), [_, *_] as given, []) if name in _CALLS:
+            return (name, *(_tree(a) for a in given))
+    raise ValueError(ast.dump(node))
+
+
+def _sum(tree: str | Tree | int, where: Mapping[str, Size], places: Mapping[Size, str]) -> str:
+    """The symbols of a size, or of a sum of sizes and numbers; empty for anything else."""
+    if isinstance(tree, int):
+        return str(tree) if tree >= 0 else ""
+    if isinstance(tree, str):
+        return places.get(where[tree], "")
+    parts = [_sum(t, where, places) for t in tree[1:]] if tree[0] == "Add" else [""]
+    return " + ".join(parts) if all(parts) else ""
+
+
+@lru_cache(4096)
+def _bounds(text: str) -> tuple[int | None, int | None]:
+    """Of a comparison of one size: tried at every size up to SEARCHED and a few beyond."""
+    tree = parsed(text)
+    if len(tree) == 3 and isinstance(tree[1], str) and isinstance(n := tree[2], int):
+        low = {"Gt": n + 1, "GtE": n, "Eq": n}.get(str(tree[0]))
+        return low, {"Lt": n - 1, "LtE": n, "Eq": n}.get(str(tree[0]))
+    (name,) = {x for x in _leaves(tree) if isinstance(x, str)}
+    true = [n for n in range(1, SEARCHED + 1) if _value(tree, {name: n})]
+    if not true or true != list(range(true[0], true[-1] + 1)):
+        return None, None
+    low, high = true[0], true[-1]
+    return (low if low > 1 else None), (high if high < SEARCHED else None)
+
+
+def _leaves(tree: str | Tree | int) -> Iterator[str | int]:
+    if not isinstance(tree, tuple):
+        yield tree
+        return
+    for t in tree[1:]:
+        yield from _leaves(t)
+
+
+def _value(tree: str | Tree | int, given: Mapping[str, int]) -> int:
+    if isinstance(tree, int):
+        return tree
+    if isinstance(tree, str):
+        return given[tree]
+    op, *operands = tree
+    values = [_value(t, given) for t in operands]
+    if op in _CALLS:
+        return _CALLS[str(op)](values)
+    if op in ("FloorDiv", "Mod") and values[1] == 0:
+        return 0
+    return _BINARY[str(op)](*values)
+
+
+def nearest(
+    wanted: Mapping[str, int], places: Mapping[Size, str], conditions: Sequence[Condition]
+) -> dict[str, int] | None:
+    """Values of symbols near the wanted ones at which every condition holds; None without such.
+
+    Args:
+        wanted: Symbol → the value that it should have.
+        places: The symbol of each size, or a sum of symbols and numbers.
+        conditions: What has to hold.
+    """
+    named = {t for c in conditions for s in c.about for t in terms(places.get(s, ""))}
+    moved = [s for s in wanted if s in named]
+    for steps in _steps(len(moved)):
+        tried = {**wanted, **{s: wanted[s] + k for s, k in zip(moved, steps, strict=True)}}
+        if min(tried.values(), default=1) < 1:
+            continue
+        given = {size: extent(text, tried) for size, text in places.items()}
+        if broken(conditions, given) is None:
+            return tried
+    return None
+
+
+def _steps(count: int, reach: int = 64) -> Iterator[tuple[int, ...]]:
+    """Changes of so many values, small ones first."""
+    line = [0, *(k for n in range(1, reach) for k in (n, -n))]
+    if count == 1:
+        yield from ((k,) for k in [*line, *range(reach, 4096)])
+        return
+    short = line if count < 3 else line[:13]
+    yield from (
+        sorted(itertools.product(short, repeat=count), key=lambda t: sum(abs(k) for k in t))
+        if count < 4
+        else [(0,) * count, *((k,) * count for k in line[1:])]
+    )
+
+
+def terms(symbol: str) -> list[str]:
+    """The parts of a sum such as `past + length`."""
+    return [part.strip() for part in symbol.split("+")]
+
+
+def extent(symbol: str, values: Mapping[str, int]) -> int:
+    """The value of a symbol, or of a sum of symbols and numbers."""
+    return sum(int(t) if t.isdigit() else values.get(t, 1) for t in terms(symbol))

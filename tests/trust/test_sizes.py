@@ -1,0 +1,243 @@
+"""Sizes that decide a path of the model: right everywhere, or refused by name.
+
+On 788628f, through the public API: branch, pooled, total, short_batch, even and unlike ran wrong
+without a word, ordered and last ended in a raw RuntimeError, cut lost its cut on the way to ONNX.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fx
+from lora_fx.onnx.ranges import PROPERTY
+from lora_fx.passes.verbs.open import load_program
+from lora_fx.passes.verbs.program import save_program
+from lora_fx.sizes import SizeError
+from tests.fx.module.test_module import perturb
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.table, self.ids = nn.Parameter(torch.randn(16, 4)), nn.Embedding(20, 4)
+
+
+class Branch(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) if x.shape[1] < 8 else 2 * self.a(x)
+
+
+class Pooled(Two):
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x)
+        return (h[:, ::2] if x.shape[1] > 10 else h).mean(1)
+
+
+class Total(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) * (2 if x.shape[0] * x.shape[1] > 30 else 1)
+
+
+class ShortBatch(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) * (3 if x.shape[0] == 1 else 1)
+
+
+class Even(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x[:, ::2]) if x.shape[1] % 2 == 0 else self.a(x)
+
+
+class Unlike(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) if x.shape[1] == 6 else self.a(x).flip(1) * 3
+
+
+class Ordered(Two):
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        longer = x.shape[1] > y.shape[1]
+        return self.a(x).sum(1) + y.sum(1) if longer else self.a(y).sum(1)
+
+
+class Last(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x[:, -3:])
+
+
+class Cut(Two):
+    def forward(self, ids: Tensor) -> Any:
+        return self.a(self.ids(ids[:, :16]))
+
+
+class Twin(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.b(torch.relu(self.a(x)))
+
+
+class Shifted(Two):
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.a(x) + self.b(y[:, 1:])
+
+
+class SameOnBothSides(Two):
+    """As attention of transformers, whose code asks whether there is one token only."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) if x.shape[1] > 1 else self.a(x.flip(1))
+
+
+class Positions(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x + self.table[: x.shape[1]])
+
+
+SIZES = [(2, 6), (3, 7), (1, 11), (2, 8), (2, 16), (4, 17), (1, 1), (2, 30)]
+PATHS = [Branch, Pooled, Total, ShortBatch, Even, Unlike, Ordered, Last, Cut]
+TWINS = [Twin, Shifted, SameOnBothSides, Positions]
+
+
+def example(kind: type[Two], rows: int, steps: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(rows * 100 + steps)
+    if kind is Cut:
+        return (torch.randint(0, 20, (rows, steps)),)
+    x = torch.randn(rows, steps, 4)
+    if kind is Ordered:
+        return x, torch.randn(rows, 7, 4)
+    return (x, torch.randn(rows, steps + 1, 4)) if kind is Shifted else (x,)
+
+
+def adapted(kind: type[Two]) -> tuple[Any, nn.Module]:
+    """The module of insert, and the model with W + ΔW put in by hand."""
+    torch.manual_seed(0)
+    model = kind().eval()
+    module = lora_fx.insert(
+        model, example(kind, 2, 6), rank=2, include=["a", "b"][: kind in TWINS[:2]] or "a"
+    )
+    perturb(module)
+    by_hand = copy.deepcopy(model)
+    parameters = dict(by_hand.named_parameters())
+    with torch.no_grad():
+        for key, delta in module.adapter().deltas().items():
+            parameters[key] += torch.from_numpy(np.asarray(delta)).float()
+    return module.eval(), by_hand
+
+
+@pytest.mark.parametrize("kind", [*PATHS, *TWINS])
+def test_insert_and_fold_are_right_at_every_size(kind: type[Two]) -> None:
+    module, by_hand = adapted(kind)
+    folded = lora_fx.fold(module)
+    for size in SIZES:
+        x = example(kind, *size)
+        if kind is Positions and size[1] > 16:  # the model itself does not run
+            with pytest.raises(SizeError, match=r"'x' has size \d+ in dimension 1.*test_sizes.py"):
+                module(*x)
+            continue
+        want = by_hand(*x)
+        torch.testing.assert_close(module(*x), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(folded(*x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", [Branch, Total, ShortBatch, Even, Unlike, Ordered, Cut, Shifted, SameOnBothSides]
+)
+def test_a_file_is_right_or_refuses(kind: type[Two], tmp_path: Path) -> None:
+    """Plain ONNX Runtime, without a word of lora-fx, fails where the file is not the model."""
+    module, by_hand = adapted(kind)
+    report = lora_fx.export(module, tmp_path / "m.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"), options, ["CPUExecutionProvider"])
+    ranges = report.details["ranges"]
+    right = 0
+    for size in SIZES:
+        x = example(kind, *size)
+        feeds = {i.name: v.numpy() for i, v in zip(session.get_inputs(), x, strict=True)}
+        try:
+            got = session.run(None, feeds)[0]
+        except Exception:
+            assert ranges or report.warnings
+            continue
+        np.testing.assert_allclose(got, by_hand(*x).detach().numpy(), rtol=1e-5, atol=1e-5)
+        right += 1
+    if kind in (*TWINS, Cut):
+        assert right == len(SIZES)
+        assert ranges == []
+    elif kind is Branch:
+        (row,) = ranges
+        assert {k: row[k] for k in ("input", "dim", "min", "max")} == {
+            "input": "x", "dim": 1, "min": None, "max": 7
+        }  # fmt: skip
+        assert "test_sizes.py" in row["line"]
+        assert "x.shape[1] < 8" in row["line"]
+    assert right >= (1 if kind is Unlike else 2)
+
+
+def test_within_leaves_the_guard_out_and_the_ranges_in(tmp_path: Path) -> None:
+    module, _ = adapted(Branch)
+    checked = lora_fx.export(module, tmp_path / "a.onnx")
+    trusted = lora_fx.export(module, tmp_path / "b.onnx", within=True)
+    assert trusted.details["ranges"] == checked.details["ranges"]
+    assert trusted.details["nodes"] < checked.details["nodes"]
+    session = ort.InferenceSession(str(tmp_path / "b.onnx"), providers=["CPUExecutionProvider"])
+    held = session.get_modelmeta().custom_metadata_map[PROPERTY]
+    assert "s0 <= 7" in held
+    assert str(Path(__file__).parent) not in held
+
+
+@pytest.mark.parametrize("kind", [Branch, Shifted, Positions])
+def test_a_program_in_a_file_refuses_what_it_is_not_true_for(
+    kind: type[Two], tmp_path: Path
+) -> None:
+    module, by_hand = adapted(kind)
+    save_program(module, tmp_path / "m.pt2")
+    loaded = load_program(tmp_path / "m.pt2").eval()
+    plain = torch.export.load(tmp_path / "m.pt2").module()
+    refused = 0
+    for size in SIZES:
+        x = example(kind, *size)
+        try:
+            got = loaded(*x)
+        except SizeError:
+            refused += 1
+            with pytest.raises((AssertionError, RuntimeError)):
+                plain(*x)
+            continue
+        torch.testing.assert_close(got, by_hand(*x), rtol=1e-5, atol=1e-5)
+    assert refused == {Branch: 5, Shifted: 0, Positions: 2}[kind]
+
+
+def test_a_switchable_file_and_its_session_know_the_sizes(tmp_path: Path) -> None:
+    module, by_hand = adapted(Branch)
+    lora_fx.export(module, tmp_path / "s.onnx", mode="switch", within=True)
+    from lora_fx.onnx import Session
+
+    session = Session(tmp_path / "s.onnx", "cpu")
+    session.load("adapter", tmp_path / "adapter.onnx_adapter")
+    x = example(Branch, 2, 6)[0]
+    got = session.run({"x": x.numpy()}, adapter="adapter")
+    np.testing.assert_allclose(next(iter(got.values())), by_hand(x).detach(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SizeError, match=r"'x' has size 30 in dimension 1"):
+        session.run({"x": np.zeros((2, 30, 4), np.float32)}, adapter="adapter")
+
+
+def test_a_path_for_every_size_ends_in_a_refusal() -> None:
+    class Unrolled(Two):
+        def forward(self, x: Tensor) -> Any:
+            return sum(self.a(x[:, i]) for i in range(x.shape[1]))
+
+    model = Unrolled().eval()
+    module = lora_fx.insert(model, (torch.randn(2, 3, 4),), rank=2, include="a")
+    for steps in range(2, 10):
+        x = torch.randn(2, steps, 4)
+        torch.testing.assert_close(module(x), model(x))
+    with pytest.raises(SizeError, match="captured for sizes"):
+        module(torch.randn(2, 12, 4))
