@@ -17,17 +17,19 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import batch as batch_pass
+from tests.zoo.shared import captured
 
 SIZE = 0.15
 """Of random factors: larger ones make the model itself round by more than the gate."""
 
 
-def adapter(model: nn.Module, args: Any, seed: int, rank: int, include: Any = None) -> Adapter:
+def adapter(cap: Captured, seed: int, rank: int, include: Any = None) -> Adapter:
     """Factors that move the outputs: any two seeds are far apart."""
-    m = lora_fx.insert(model, args, rank=rank, include=include, seed=seed, dead="allow")
+    m = lora_fx.insert(cap, rank=rank, include=include, seed=seed, dead="allow")
     rng = np.random.default_rng(seed)
     made = {}
     for key, low in m.adapter().lowrank.items():
@@ -97,11 +99,13 @@ class Mixing(nn.Module):
         return self.fc(x - x.mean(0, keepdim=True).expand(x.shape[0], 4))
 
 
-def check(tmp_path: Path, model: nn.Module, args: Any, adapters: list[Adapter], x: Any) -> None:
+def check(tmp_path: Path, cap: Captured, adapters: list[Adapter], x: Any) -> None:
     """A shuffled mixed batch, one id repeated and one 0, against merged files in ONNX Runtime."""
     report = lora_fx.export(
-        model, tmp_path / "b.onnx", args, adapters=adapters, mode="batch", provider="cpu"
+        cap, tmp_path / "b.onnx", adapters=adapters, mode="batch", provider="cpu"
     )
+    base = tmp_path / "base.onnx"
+    lora_fx.export(cap, base, provider="cpu")
     assert report and len(report.parity) >= 3
     onnx.checker.check_model(onnx.load(tmp_path / "b.onnx"), full_check=True)
     session = open_session(tmp_path / "b.onnx", "cpu")
@@ -112,11 +116,10 @@ def check(tmp_path: Path, model: nn.Module, args: Any, adapters: list[Adapter], 
     got = next(iter(session.run({name: rows, "adapter_ids": ids}).values()))
     alone = []
     for i in range(len(adapters) + 1):
-        given = adapters[i - 1] if i else None
-        path = tmp_path / "merged.onnx"
-        lora_fx.export(model, path, args, adapters=given, provider="cpu", force=True)
-        run = open_session(path, "cpu").run
-        alone.append(next(iter(run({name: rows}).values())))
+        merged = tmp_path / f"{i}.onnx" if i else base
+        if i:
+            lora_fx.export(base, merged, adapters=adapters[i - 1], provider="cpu")
+        alone.append(next(iter(open_session(merged, "cpu").run({name: rows}).values())))
         for row in np.flatnonzero(ids == i):
             assert rel(got[row], alone[i][row]) < 1e-6, (i, row)
     for i, one in enumerate(alone):
@@ -128,9 +131,9 @@ def tokens(rng: Any, n: int) -> Any:
 
 
 def test_bert_rows_equal_merged_models(tmp_path: Path) -> None:
-    model, args = bert()
-    adapters = [adapter(model, args, s, 2 + s % 3) for s in range(1, 5)]
-    check(tmp_path, model, args, adapters, tokens)
+    cap, *_ = captured("batch bert", bert)
+    adapters = [adapter(cap, s, 2 + s % 3) for s in range(1, 5)]
+    check(tmp_path, cap, adapters, tokens)
     manifest = json.loads(
         {p.key: p.value for p in onnx.load(tmp_path / "b.onnx").metadata_props}["lora_fx.manifest"]
     )
@@ -144,45 +147,45 @@ def test_bert_rows_equal_merged_models(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_64_adapters_in_one_batch(tmp_path: Path) -> None:
-    model, args = bert()
-    adapters = [adapter(model, args, s, 2 + s % 3) for s in range(1, 65)]
-    check(tmp_path, model, args, adapters, tokens)
+    cap, *_ = captured("batch bert", bert)
+    adapters = [adapter(cap, s, 2 + s % 3) for s in range(1, 65)]
+    check(tmp_path, cap, adapters, tokens)
 
 
 def test_gpt2_flattens_its_rows(tmp_path: Path) -> None:
-    model, args = gpt2()
-    adapters = [adapter(model, args, s, s) for s in (1, 2, 3)]
-    check(tmp_path, model, args, adapters, tokens)
+    cap, *_ = captured("batch gpt2", gpt2)
+    adapters = [adapter(cap, s, s) for s in (1, 2, 3)]
+    check(tmp_path, cap, adapters, tokens)
 
 
 def test_convolutions(tmp_path: Path) -> None:
-    model, args = Image().eval(), (torch.randn(2, 3, 9, 8),)
-    adapters = [adapter(model, args, s, 2, ["first", "second", "head"]) for s in (1, 2, 3)]
+    cap = lora_fx.capture(Image().eval(), (torch.randn(2, 3, 9, 8),))
+    adapters = [adapter(cap, s, 2, ["first", "second", "head"]) for s in (1, 2, 3)]
     check(
-        tmp_path, model, args, adapters,
+        tmp_path, cap, adapters,
         lambda rng, n: rng.standard_normal((n, 3, 9, 8)).astype(np.float32),
     )  # fmt: skip
 
 
 def test_a_lookup_and_rows_on_another_axis(tmp_path: Path) -> None:
-    model, args = Words().eval(), (torch.randint(0, 11, (2, 5)),)
-    adapters = [adapter(model, args, s, 2, ["table", "mid"]) for s in (1, 2, 3)]
-    check(tmp_path, model, args, adapters, lambda rng, n: rng.integers(0, 11, (n, 7)))
+    cap = lora_fx.capture(Words().eval(), (torch.randint(0, 11, (2, 5)),))
+    adapters = [adapter(cap, s, 2, ["table", "mid"]) for s in (1, 2, 3)]
+    check(tmp_path, cap, adapters, lambda rng, n: rng.integers(0, 11, (n, 7)))
 
 
 def test_a_model_that_mixes_rows_is_refused(tmp_path: Path) -> None:
-    model, args = Mixing().eval(), (torch.randn(3, 4),)
-    one = adapter(model, args, 1, 2)
+    cap = lora_fx.capture(Mixing().eval(), (torch.randn(3, 4),))
+    one = adapter(cap, 1, 2)
     with pytest.raises(LoraFxError, match="its rows are not those of the batch"):
-        lora_fx.export(model, tmp_path / "b.onnx", args, adapters=[one], mode="batch")
+        lora_fx.export(cap, tmp_path / "b.onnx", adapters=[one], mode="batch")
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_by_row_and_ids_out_of_range(tmp_path: Path) -> None:
-    model, args = gpt2()
-    one, two = (adapter(model, args, s, 2) for s in (1, 2))
+    cap, *_ = captured("batch gpt2", gpt2)
+    one, two = (adapter(cap, s, 2) for s in (1, 2))
     lora_fx.export(
-        model, tmp_path / "b.onnx", args, adapters={"one": one, "two": two}, mode="batch",
+        cap, tmp_path / "b.onnx", adapters={"one": one, "two": two}, mode="batch",
         scales=True, provider="cpu",
     )  # fmt: skip
     run = open_session(tmp_path / "b.onnx", "cpu").run
@@ -191,7 +194,7 @@ def test_weights_by_row_and_ids_out_of_range(tmp_path: Path) -> None:
     feeds: dict[str, Any] = {"input_ids": ids, "adapter_scales": weights}
     got = run({**feeds, "adapter_ids": np.array([2, 1])})["last_hidden_state"]
     for row, given in enumerate((two.weighted(0.5), one.weighted(1.5))):
-        folded = lora_fx.fold(model, args, adapter=given)
+        folded = lora_fx.fold(cap, adapter=given)
         want = folded(torch.from_numpy(ids)).last_hidden_state[row].detach().numpy()
         assert rel(got[row], want) < 2e-6
     for bad in (-1, 3):
@@ -203,8 +206,8 @@ def test_weights_by_row_and_ids_out_of_range(tmp_path: Path) -> None:
 def test_a_wrong_stack_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    model, args = gpt2()
-    adapters = [adapter(model, args, s, 2) for s in (1, 2)]
+    cap, *_ = captured("batch gpt2", gpt2)
+    adapters = [adapter(cap, s, 2) for s in (1, 2)]
     right = batch_pass._joined
 
     def wrong(name: str, updates: Any, source: Any, layout: Any, gain: float) -> Any:
@@ -223,5 +226,5 @@ def test_a_wrong_stack_is_not_written(
     monkeypatch.setattr(batch_pass.Batch, "__call__", remember)
     monkeypatch.setattr(batch_pass, "_joined", wrong)
     with pytest.raises(NoEffectError, match="mixed batch"):
-        lora_fx.export(model, tmp_path / "b.onnx", args, adapters=adapters, mode="batch")
+        lora_fx.export(cap, tmp_path / "b.onnx", adapters=adapters, mode="batch")
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ def flexible() -> Any:
     return model
 
 
-@pytest.mark.parametrize("mode", ["merged", "switch"])
+@pytest.mark.parametrize("mode", ["merged", pytest.param("switch", marks=pytest.mark.slow)])
 def test_it_is_tried_again_and_said(mode: str, tmp_path: Path) -> None:
     model, path = flexible(), tmp_path / "m.onnx"
     report = lora_fx.export(model, path, (IDS,), mode=mode, provider="cpu")

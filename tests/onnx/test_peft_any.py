@@ -63,7 +63,8 @@ def trained(name: str, folder: Path, seed: int) -> Any:
 )
 def test_every_export_takes_pefts_adapters(name: str, tmp_path: Path) -> None:
     model, base = built(name), tmp_path / "base.onnx"
-    lora_fx.export(model, base, (IDS,), provider="cpu")
+    cap = lora_fx.capture(model, (IDS,))
+    lora_fx.export(cap, base, provider="cpu")
     wanted = {n: trained(name, tmp_path / n, s) for s, n in ((1, "one"), (2, "two"))}
     plain = outputs(model)
     assert all(rel(w, plain) > 0.05 for w in wanted.values())
@@ -73,12 +74,11 @@ def test_every_export_takes_pefts_adapters(name: str, tmp_path: Path) -> None:
     def first(found: Any) -> Any:
         return next(iter(found.values()))
 
-    for source, given in (("torch", model), ("file", base)):
-        args = (IDS,) if source == "torch" else ()
+    for source, given in (("torch", cap), ("file", base)):
         options: dict[str, Any] = {"adapters": adapters, "provider": "cpu", "force": True}
         files = {m: tmp_path / f"{source}-{m}.onnx" for m in ("switch", "load", "batch")}
         for mode, path in files.items():
-            lora_fx.export(given, path, args, mode=mode, **options)
+            lora_fx.export(given, path, mode=mode, **options)
         session = Session(files["switch"], "cpu")
         rows = first(
             open_session(files["batch"], "cpu").run({**feeds, "adapter_ids": np.array([2, 0, 1])})
@@ -94,7 +94,7 @@ def test_every_export_takes_pefts_adapters(name: str, tmp_path: Path) -> None:
             for optimise in (False, True):
                 merged = tmp_path / "merged.onnx"
                 lora_fx.export(
-                    given, merged, args, adapters=adapters[n], optimise=optimise,
+                    given, merged, adapters=adapters[n], optimise=optimise,
                     provider="cpu", force=True,
                 )  # fmt: skip
                 assert rel(first(open_session(merged, "cpu").run(feeds)), want) < TOL

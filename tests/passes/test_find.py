@@ -18,32 +18,39 @@ import lora_fx
 from lora_fx.passes.find import find
 from lora_fx.targets.selectors import select
 from tests.zoo.models import ZOO
+from tests.zoo.shared import captured
 
 ROOT = Path(__file__).resolve().parents[2]
+MODELS = ["hf_gpt2", "hf_t5", "transformer_encoder"]
 CODE = """
 import json, sys, lora_fx
 from tests.zoo.models import ZOO
-model, args, kwargs = ZOO[sys.argv[1]].build()
-print(json.dumps(lora_fx.find(model, args, kwargs).to_json(), sort_keys=True))
+from tests.zoo.shared import captured
+for name in sys.argv[1:]:
+    model, args, kwargs = ZOO[name].build()
+    print(json.dumps(lora_fx.find(model, args, kwargs).to_json(), sort_keys=True))
 """
 
 
-@pytest.mark.parametrize("name", ["hf_gpt2", "hf_t5", "transformer_encoder"])
-def test_one_answer_in_every_process_mode_and_after_insert(name: str) -> None:
-    answers = []
+@pytest.fixture(scope="module")
+def elsewhere() -> dict[str, list[str]]:
+    """{model: what two processes of other hash seeds find}."""
+    command = [sys.executable, "-W", "ignore", "-c", CODE, *MODELS]
+    found = []
     for seed in ("0", "1"):
         env = {**os.environ, "PYTHONHASHSEED": seed}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", CODE, name],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        answers.append(done.stdout.strip())
-    model, args, kwargs = ZOO[name].build()
-    cap = lora_fx.capture(model, args, kwargs)
+        found.append(done.stdout.splitlines())
+    return {name: list(answers) for name, *answers in zip(MODELS, *found, strict=True)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_answer_in_every_process_mode_and_after_insert(
+    elsewhere: dict[str, list[str]], name: str
+) -> None:
+    answers = list(elsewhere[name])
+    cap, *_ = captured(name)
     module = lora_fx.insert(cap, rank=2)
     for found in (
         lora_fx.find(cap),

@@ -19,10 +19,12 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL, rel
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
+from tests.zoo.shared import captured
 
 Deltas = dict[str, Tensor]
 
@@ -107,19 +109,23 @@ class Stacked(nn.Module):
 MODELS: dict[str, Callable[[], Any]] = {c.__name__: c for c in (Tied, Shared, Repeated, Stacked)}
 
 
-def built(name: str) -> tuple[Any, Tensor]:
+def drawn(name: str) -> tuple[Any, tuple[Tensor]]:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, p.shape[-1] ** -0.5)
-    x = torch.randint(0, 11, (2, 5)) if name == "Tied" else torch.randn(3, 6)
-    return model, x
+    return model, (torch.randint(0, 11, (2, 5)) if name == "Tied" else torch.randn(3, 6),)
 
 
-def adapted(model: nn.Module, x: Tensor, include: str = "*@*") -> Any:
+def built(name: str) -> tuple[Captured, Tensor]:
+    cap, (x,), _ = captured(f"uses {name}", lambda: drawn(name))
+    return cap, x
+
+
+def adapted(cap: Captured, include: str = "*@*") -> Any:
     """A module with an update of its own, unlike all others, at every use."""
-    module = lora_fx.insert(model, (x,), rank=2, include=include)
+    module = lora_fx.insert(cap, rank=2, include=include)
     updates = {}
     for key, u in module.updates.items():
         a, b = draw(key, u.layout, u.rank, 0, "probe")
@@ -142,20 +148,20 @@ def out(module: Any, x: Tensor) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_use_has_its_own(name: str, tmp_path: Path) -> None:
-    model, x = built(name)
-    zero = lora_fx.insert(model, (x,), rank=2, include="*@*")
-    np.testing.assert_array_equal(out(zero, x), out(model, x))
-    module = adapted(model, x)
+    cap, x = built(name)
+    zero = lora_fx.insert(cap, rank=2, include="*@*")
+    np.testing.assert_array_equal(out(zero, x), out(cap.model, x))
+    module = adapted(cap)
     adapter = module.adapter()
-    want = explicit(model, x, adapter)
-    assert 0.05 < rel(want, out(model, x)) < 5
+    want = explicit(cap.model, x, adapter)
+    assert 0.05 < rel(want, out(cap.model, x)) < 5
     folded = lora_fx.fold(module)
     assert rel(out(module, x), want) < ORT_TOL
     assert rel(out(folded, x), want) < ORT_TOL
     assert rel(out(folded, x), out(module, x)) < FOLD_TOL
     assert all(f.keys for f in folded.folded)
     with module.base():
-        np.testing.assert_array_equal(out(module, x), out(model, x))
+        np.testing.assert_array_equal(out(module, x), out(cap.model, x))
     lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
     import onnxruntime
 
@@ -166,10 +172,10 @@ def test_every_use_has_its_own(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_updates_that_change_places_are_seen(name: str) -> None:
-    model, x = built(name)
-    module = adapted(model, x)
+    cap, x = built(name)
+    module = adapted(cap)
     adapter = module.adapter()
-    want = explicit(model, x, adapter)
+    want = explicit(cap.model, x, adapter)
     first, second = list(adapter)[:2]
     one, two = adapter.lowrank[first], adapter.lowrank[second]
     swapped = {**adapter.lowrank, first: replace(one, b=two.b, a=two.a)}
@@ -181,22 +187,22 @@ def test_two_updates_that_change_places_are_seen(name: str) -> None:
 @pytest.mark.parametrize("suffix", ["", ".safetensors"])
 @pytest.mark.parametrize("name", MODELS)
 def test_files_keep_them_apart(name: str, suffix: str, tmp_path: Path) -> None:
-    model, x = built(name)
-    module = adapted(model, x)
+    cap, x = built(name)
+    module = adapted(cap)
     lora_fx.save_adapter(module.adapter(), tmp_path / f"adapter{suffix}")
     loaded = lora_fx.load_adapter(tmp_path / f"adapter{suffix}")
     assert sorted(loaded) == sorted(module.updates)
-    again = lora_fx.insert(model, (x,), adapter=loaded)
+    again = lora_fx.insert(cap, adapter=loaded)
     np.testing.assert_array_equal(out(again, x), out(module, x))
     np.testing.assert_array_equal(
-        out(lora_fx.fold(model, (x,), adapter=loaded), x), out(lora_fx.fold(module), x)
+        out(lora_fx.fold(cap, adapter=loaded), x), out(lora_fx.fold(module), x)
     )
 
 
 @pytest.mark.parametrize("name", ["Tied", "Shared"])
 def test_a_program_file_keeps_them_apart(name: str, tmp_path: Path) -> None:
-    model, x = built(name)
-    module = adapted(model, x)
+    cap, x = built(name)
+    module = adapted(cap)
     save_program(module, tmp_path / "m.pt2")
     loaded = load_program(tmp_path / "m.pt2")
     assert list(loaded.updates) == list(module.updates)
@@ -204,8 +210,8 @@ def test_a_program_file_keeps_them_apart(name: str, tmp_path: Path) -> None:
 
 
 def test_training_moves_every_one_of_them() -> None:
-    model, x = built("Repeated")
-    module = lora_fx.insert(model, (x,), rank=2, include="layer@*").train()
+    cap, x = built("Repeated")
+    module = lora_fx.insert(cap, rank=2, include="layer@*").train()
     assert list(module.updates) == [f"layer.weight@call:{i}" for i in range(3)]
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
     module(x).square().sum().backward()
@@ -216,9 +222,9 @@ def test_training_moves_every_one_of_them() -> None:
 
 
 def test_the_weight_form_is_the_same() -> None:
-    model, x = built("Shared")
-    module = adapted(model, x)
-    graph = lora_fx.capture(model, (x,)).fx_graph(root=copy.deepcopy(model))
+    cap, x = built("Shared")
+    module = adapted(cap)
+    graph = cap.fx_graph(root=copy.deepcopy(cap.model))
     updates = module.adapter().lowrank
     Insert(updates, weight_form=True)(graph)
     with torch.no_grad():
@@ -228,10 +234,10 @@ def test_the_weight_form_is_the_same() -> None:
 
 
 def test_selectors_and_plans() -> None:
-    model, x = built("Shared")
+    cap, _ = built("Shared")
 
     def keys(**options: Any) -> list[str]:
-        module = lora_fx.insert(model, (x,), rank=options.pop("rank", 1), **options)
+        module = lora_fx.insert(cap, rank=options.pop("rank", 1), **options)
         return [k.removeprefix("a.weight") for k in module.updates]
 
     every = ["@a.weight", "@call:1", "@call:2", "@op:matmul"]
@@ -242,7 +248,7 @@ def test_selectors_and_plans() -> None:
     assert keys(include="a@call:*") == ["@call:1", "@call:2"]
     assert keys(include="a@*", exclude="a@call:*") == ["@a.weight", "@op:matmul"]
     assert keys(plan={"a.weight@a.weight": 2, "b.weight@call:1": 1}) == ["@a.weight", "@call:1"]
-    ranks = lora_fx.insert(model, (x,), plan={"a.weight@b.weight": 2, "a.weight@a.weight": 1})
+    ranks = lora_fx.insert(cap, plan={"a.weight@b.weight": 2, "a.weight@a.weight": 1})
     assert [u.rank for u in ranks.updates.values()] == [2, 1]
     for wrong, options in {
         "share elements": {"include": "*,a@call:1"},
@@ -256,29 +262,29 @@ def test_selectors_and_plans() -> None:
 
 
 def test_an_adapter_whose_uses_overlap_is_refused() -> None:
-    model, x = built("Shared")
-    low = adapted(model, x).adapter().lowrank
+    cap, _ = built("Shared")
+    low = adapted(cap).adapter().lowrank
     one = low["a.weight@call:1"]
     for keys in (("a.weight", "a.weight@call:1"), ("a.weight@call:1", "a.weight@b.weight")):
         with pytest.raises(LoraFxError, match="share elements"):
-            lora_fx.fold(model, (x,), adapter=Adapter(dict.fromkeys(keys, replace(one, use=""))))
+            lora_fx.fold(cap, adapter=Adapter(dict.fromkeys(keys, replace(one, use=""))))
 
 
 def test_a_file_that_names_both_modules_of_a_tensor() -> None:
     """As other tools write it: unbound, by module."""
     for name, first, second in (("Tied", "embed.weight", "head.weight"), ("Shared", "a", "b")):
-        model, x = built(name)
-        own = find(lora_fx.capture(model, (x,)).fx_graph()).targets[0].layout
+        cap, x = built(name)
+        own = find(cap.fx_graph()).targets[0].layout
         a, b = draw("w", own, 2, 0, "probe")
         given = [k if "." in k else f"{k}.weight" for k in (first, second)]
         entries: dict[str, Any] = {given[0]: {"a": a, "b": b}, given[1]: {"a": -a, "b": b}}
         if name == "Tied":  # a lookup's in is the rows
             entries[given[0]] = {"a": b.T, "b": a.T, "op": "embedding"}
         adapter = Adapter({k: lora_fx.LowRank(alpha=1.0, **e) for k, e in entries.items()})
-        bound = adapter.bind(model, (x,))
+        bound = adapter.bind(cap)
         assert list(bound) == [f"{given[0]}@{g}" for g in given]
         deltas = list(bound.deltas().values())
         np.testing.assert_array_equal(deltas[0], -deltas[1])
-        module = lora_fx.insert(model, (x,), adapter=adapter)
+        module = lora_fx.insert(cap, adapter=adapter)
         parity = [rel(out(lora_fx.fold(module), x), out(module, x))]
         assert max(parity) < FOLD_TOL

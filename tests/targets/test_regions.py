@@ -18,6 +18,7 @@ from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
 from tests.zoo.models import ZOO
+from tests.zoo.shared import captured
 
 
 class Fused(nn.Module):
@@ -103,8 +104,10 @@ def test_two_of_three_parts_with_ranks_of_their_own(shift: int) -> None:
 
 
 def test_selectors_of_parts() -> None:
+    cap = lora_fx.capture(Fused(CUTS["split"]).eval(), (X,))
+
     def keys(**options: Any) -> list[str]:
-        return list(lora_fx.insert(Fused(CUTS["split"]).eval(), (X,), rank=2, **options).updates)
+        return list(lora_fx.insert(cap, rank=2, **options).updates)
 
     assert keys(include="role:q,role:v") == ["qkv[:, 0:10]", "qkv[:, 20:30]"]
     assert keys(include="gate") == ["gate_up.weight[0:12]"]
@@ -122,9 +125,10 @@ def test_selectors_of_parts() -> None:
 
 
 def test_one_expert_of_a_stack() -> None:
-    model, args, kwargs = ZOO["hf_mixtral"].build()
-    key = next(t.key for t in lora_fx.find(model, args, kwargs).targets if "gate_up" in t.key)
-    m = lora_fx.insert(model, args, kwargs, rank=2, include=f"{key}[1]", dead="allow")
+    cap, *_ = captured("hf_mixtral")
+    model = cap.model
+    key = next(t.key for t in lora_fx.find(cap).targets if "gate_up" in t.key)
+    m = lora_fx.insert(cap, rank=2, include=f"{key}[1]", dead="allow")
     (update,) = m.updates.values()
     assert list(m.updates) == [f"{key}[1]"] and update.layout.stored[0] == 1
     m.load_adapter(noise(m))
@@ -139,8 +143,7 @@ def test_one_expert_of_a_stack() -> None:
 def test_fused_qkv_of_real_models(name: str) -> None:
     if name not in ZOO:
         pytest.skip(f"{name} is not in the zoo")
-    model, args, kwargs = ZOO[name].build()
-    m = lora_fx.insert(model, args, kwargs, rank=2, include="role:q,role:v")
+    m = lora_fx.insert(captured(name)[0], rank=2, include="role:q,role:v")
     assert m.updates and all("[" in k for k in m.updates)
     m.load_adapter(noise(m))
     folded = lora_fx.fold(m)

@@ -1,6 +1,7 @@
 """Every promise on models whose every parameter and norm statistic was redrawn.
 
-The fast ones run by default; ``pytest tests/zoo -m "slow or not slow"`` runs all of them.
+The fast ones run by default, but for some that are put together like others of them; ``pytest
+tests/zoo -m "slow or not slow"`` runs all.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from tests.providers import PROVIDERS
 from tests.zoo import checks, flops
 from tests.zoo.models import ZOO
 
+LIKE_OTHERS = {
+    "hf_bert", "hf_t5", "hf_deberta_v2", "hf_vit", "hf_whisper", "timm_resnet18", "timm_mixer",
+}  # fmt: skip
 NAMES = {
-    e: pytest.param(name, marks=[] if e.fast else [pytest.mark.slow]) for name, e in ZOO.items()
+    e: pytest.param(name, marks=[pytest.mark.slow] * (not e.fast or name in LIKE_OTHERS))
+    for name, e in ZOO.items()
 }
 CAPTURED = [p for e, p in NAMES.items() if e.captures]
 TRAINED = [p for e, p in NAMES.items() if e.captures and e.trains]

@@ -26,11 +26,12 @@ from tests.fx.attach.attached import (
 )
 from tests.table import ROWS, Model, Row, example
 from tests.zoo.models import ZOO
+from tests.zoo.shared import captured
 
 TRAINED = [
     "hf_gpt2",
-    "hf_llama",
-    "tv_vit",
+    pytest.param("hf_llama", marks=pytest.mark.slow),
+    pytest.param("tv_vit", marks=pytest.mark.slow),
     "tv_resnet18",
     "einsum",
     "f_linear",
@@ -67,10 +68,11 @@ def test_every_row_is_the_explicit_weight(row: Row) -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_both_back_ends_train_the_same_adapter(name: str, tmp_path: Path) -> None:
-    model, args, kwargs = ZOO[name].build()
-    inserted = lora_fx.insert(model, args, kwargs, rank=2, seed=3).eval()
+    inserted = lora_fx.insert(captured(name)[0], rank=2, seed=3).eval()
+    cap, args, kwargs = captured(name)
+    model = cap.model
     before = state(model)
-    attached = lora_fx.attach(model, args, kwargs, rank=2, seed=3).eval()
+    attached = lora_fx.attach(cap, rank=2, seed=3).eval()
     assert attached is model
     assert adapter_gap(attached.adapter(), inserted.adapter()) == 0.0
     assert [k for k in model.state_dict() if "lora_" not in k] == list(before)
@@ -169,9 +171,9 @@ def test_two_uses_in_one_forward_cannot_be_told_apart() -> None:
 
 @pytest.mark.parametrize("include", ["lm_head", "wte", "lm_head,wte"])
 def test_a_tied_head_of_gpt2(include: str) -> None:
-    model, args, kwargs = ZOO["hf_gpt2"].build()
-    inserted = lora_fx.insert(model, args, kwargs, rank=2, include=include)
-    lora_fx.attach(model, args, kwargs, rank=2, include=include)
+    cap, _, kwargs = captured("hf_gpt2")
+    inserted = lora_fx.insert(captured("hf_gpt2")[0], rank=2, include=include)
+    model = lora_fx.attach(cap, rank=2, include=include)
     tensors = [m._parameters["weight"] for m in (model.lm_head, model.transformer.wte)]
     assert tensors[0] is tensors[1]
     randomise(model), randomise(inserted)

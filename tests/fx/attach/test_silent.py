@@ -13,19 +13,21 @@ import lora_fx
 from tests.fx.attach.attached import effect, explicit, gap, randomise, same_state, state
 from tests.silent import MODELS, built, floats
 from tests.zoo.models import redraw
+from tests.zoo.shared import captured
 
 
 @pytest.mark.parametrize("name", [n for n, m in MODELS.items() if not m.computed])
 def test_effect_gradient_and_numbers(name: str) -> None:
-    model, args = built(name)
+    cap, args, _ = captured(f"silent {name}", lambda: built(name))
+    model = cap.model
     was = state(model)
     changed = effect(model, args)
-    lora_fx.attach(model, args, rank=2, include="*")
+    lora_fx.attach(cap, rank=2, include="*")
     adapter = randomise(model)
     lora_fx.detach(model)
     assert same_state(state(model), was)
     want = explicit(model, adapter, args)
-    lora_fx.attach(model, args, adapter=adapter)
+    lora_fx.attach(cap, adapter=adapter)
     with torch.no_grad():  # the fused paths of eval mode
         fused = model(*args)
     assert gap(fused, want) < 5e-6

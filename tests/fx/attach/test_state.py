@@ -11,7 +11,7 @@ from torch import nn
 import lora_fx
 from lora_fx.fx.attach.attachment import attachment
 from tests.fx.attach.attached import adapter_gap, explicit, gap, randomise, state, train, wide
-from tests.zoo.models import ZOO
+from tests.zoo.shared import captured
 
 
 def test_refusals() -> None:
@@ -33,18 +33,18 @@ def test_refusals() -> None:
 
 
 def test_load_adapter_and_base() -> None:
-    model, args, kwargs = ZOO["hf_bert"].build()
-    inserted = lora_fx.insert(model, args, kwargs, rank=3, also_train="classifier")
+    cap, _, kwargs = captured("hf_bert")
+    inserted = lora_fx.insert(captured("hf_bert")[0], rank=3, also_train="classifier")
     randomise(inserted)
     with torch.no_grad():
         inserted.classifier.weight.add_(1.0)
-    base = model(**kwargs)
-    lora_fx.attach(model, args, kwargs, rank=1, also_train="classifier")
+    base = cap.model(**kwargs)
+    model = lora_fx.attach(cap, rank=1, also_train="classifier")
     assert gap(model(**kwargs), base) == 0.0
     model.load_adapter(inserted.adapter())
     assert gap(model(**kwargs), inserted(**kwargs)) < 1e-6
     assert adapter_gap(model.adapter(), inserted.adapter()) == 0.0
-    other = lora_fx.attach(ZOO["hf_bert"].build()[0], args, kwargs, adapter=inserted.adapter())
+    other = lora_fx.attach(captured("hf_bert")[0], adapter=inserted.adapter())
     assert gap(other(**kwargs), inserted(**kwargs)) < 1e-6
     lora_fx.detach(other)
     assert gap(other(**kwargs), base) == 0.0
@@ -59,7 +59,7 @@ def test_load_adapter_and_base() -> None:
         )
         == 0.0
     )
-    wider = lora_fx.insert(ZOO["hf_bert"].build()[0], args, kwargs, rank=1, include="*")
+    wider = lora_fx.insert(captured("hf_bert")[0], rank=1, include="*")
     with pytest.raises(lora_fx.LoraFxError, match="was not adapted when"):
         model.load_adapter(wider.adapter())
     with attachment(model).base():
@@ -68,10 +68,10 @@ def test_load_adapter_and_base() -> None:
 
 @pytest.mark.parametrize("stats", ["frozen", "update"])
 def test_batch_norms_in_train_mode(stats: str) -> None:
-    model, args, kwargs = ZOO["tv_resnet18"].build()
-    inserted = lora_fx.insert(model, args, kwargs, rank=2, norm_stats=stats).train()
-    before = state(model)
-    lora_fx.attach(model, args, kwargs, rank=2, norm_stats=stats).train()
+    cap, args, kwargs = captured("tv_resnet18")
+    inserted = lora_fx.insert(captured("tv_resnet18")[0], rank=2, norm_stats=stats).train()
+    before = state(cap.model)
+    model = lora_fx.attach(cap, rank=2, norm_stats=stats).train()
     first, second = (train(m, args, kwargs, steps=2, lr=1e-4) for m in (inserted, model))
     assert max(abs(a - b) for a, b in zip(first, second, strict=True)) < 1e-5
     moved = [k for k, v in model.state_dict().items() if k in before and not v.equal(before[k])]

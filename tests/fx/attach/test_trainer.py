@@ -28,15 +28,16 @@ from tests.fx.train.loops import (
     worst,
 )
 from tests.zoo.models import ZOO
+from tests.zoo.shared import captured
 
 pytestmark = pytest.mark.usefixtures(fresh_accelerator.__name__)
 
 
 @pytest.mark.parametrize("name", ["hf_gpt2", "hf_llama"])
 def test_generate_is_the_graphs_greedy_tokens(name: str) -> None:
-    model, _, kwargs = ZOO[name].build()
-    inserted = lora_fx.insert(model, (), kwargs, rank=4, include="*")
-    lora_fx.attach(model, (), kwargs, rank=4, include="*")
+    cap, _, kwargs = captured(name)
+    inserted = lora_fx.insert(captured(name)[0], rank=4, include="*")
+    model = lora_fx.attach(cap, rank=4, include="*")
     randomise(model), randomise(inserted)
     ids = kwargs["input_ids"][:, :3]
     with attachment(model).base(), torch.no_grad():
@@ -63,18 +64,25 @@ def tokens(model: Any, ids: torch.Tensor, *, cache: bool) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("name", ["hf_gpt2", "hf_llama", "hf_bert"])
+@pytest.mark.parametrize(
+    "name", ["hf_gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hf_llama", "hf_bert"))]
+)
 def test_trainer_gives_the_losses_of_a_plain_loop_and_of_peft(name: str, tmp_path: Path) -> None:
-    model, _, kwargs = ZOO[name].build()
-    still(model)
     data = Rows(labels=10 if name == "hf_bert" else 0)
+
+    def build() -> Any:
+        model, _, kwargs = ZOO[name].build()
+        more = {"labels": data.batch(0)["labels"][:2]} if name == "hf_bert" else {}
+        return still(model), (), {**kwargs, **more}
+
+    cap, _, example = captured(f"still {name}", build)
+    model, kwargs = cap.model, {k: v for k, v in example.items() if k != "labels"}
     options: Any = {"rank": 4, "alpha": 6.0, "exclude": "lm_head" if name != "hf_bert" else None}
-    example = {**kwargs, "labels": data.batch(0)["labels"][:2]} if name == "hf_bert" else kwargs
-    inserted, looped = (lora_fx.insert(model, (), example, **options) for _ in range(2))
+    inserted, looped = (lora_fx.insert(cap, **options) for _ in range(2))
     lora_fx.save_adapter(inserted.adapter(), tmp_path / "start")
     theirs = peft_of(copy.deepcopy(model), tmp_path / "start")
     was = state(model)
-    lora_fx.attach(model, (), kwargs, **options)
+    lora_fx.attach(cap, **options)
     attached_loop = copy.deepcopy(model)
 
     hand = by_hand(attached_loop, data)
@@ -96,10 +104,13 @@ def test_trainer_gives_the_losses_of_a_plain_loop_and_of_peft(name: str, tmp_pat
 
 def test_trainer_with_its_own_options(tmp_path: Path) -> None:
     """Checkpointing, bf16 and saved checkpoints of a tied model work on the live model."""
-    model, _, kwargs = ZOO["hf_gpt2"].build()
-    still(model)
+
+    def build() -> Any:
+        model, _, kwargs = ZOO["hf_gpt2"].build()
+        return still(model), (), kwargs
+
     data = Rows(labels=0)
-    lora_fx.attach(model, (), kwargs, rank=4)
+    model = lora_fx.attach(captured("still hf_gpt2", build)[0], rank=4)
     plain, again = copy.deepcopy(model), copy.deepcopy(model)
     want = by_trainer(plain, data, tmp_path / "a", save_strategy="steps", save_steps=STEPS)
     recomputed = by_trainer(model, data, tmp_path / "b", activation_checkpointing=True)
@@ -128,13 +139,14 @@ def test_accelerate() -> None:
     assert float(abs(other.adapter().lowrank["lm_head.weight"].b).max()) > 0
 
 
-COMPILED = ["hf_gpt2", "hf_llama", "tv_resnet18", "mha", "tied_head", "bmm_experts", "einsum"]
+SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in ("hf_gpt2", "mha", "bmm_experts"))
+COMPILED = ["hf_llama", "tv_resnet18", "tied_head", "einsum", *SLOW]
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_without_a_break(name: str) -> None:
-    model, args, kwargs = ZOO[name].build()
-    lora_fx.attach(model, args, kwargs, rank=2, dropout=0.1)
+    cap, args, kwargs = captured(name)
+    model = lora_fx.attach(cap, rank=2, dropout=0.1)
     randomise(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -25,9 +25,11 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.targets.target import base_name, split_key
 from tests.fx.attach.attached import effect, gap, wide
 from tests.silent import MODELS, built
+from tests.zoo.shared import captured
 
 FACTORS = (0.15, 0.05, 0.5, 1.5)
 """On a random B, in turn, until the adapter is seen in the output and does not swamp it."""
@@ -76,10 +78,10 @@ def explicit(model: nn.Module, adapter: Adapter, args: Any) -> Any:
         return functional_call(plain, weights, pytree.tree_map(wide, args), tie_weights=False)
 
 
-def adapted(model: nn.Module, args: Any, include: str) -> Any:
+def adapted(cap: Captured, args: Any, include: str) -> Any:
     """The module that insert returns, with an adapter that is seen in its output."""
-    module = lora_fx.insert(model, args, rank=2, include=include)
-    changed = effect(model, args)
+    module = lora_fx.insert(cap, rank=2, include=include)
+    changed = effect(cap.model, args)
     for factor in FACTORS:
         updates = {}
         for key, u in module.updates.items():
@@ -109,8 +111,9 @@ CASES = [(n, "*") for n in MODELS] + [("tied", "head"), ("tied", "emb")]
 
 @pytest.mark.parametrize(("name", "include"), CASES)
 def test_insert_and_fold_are_the_explicit_sum(name: str, include: str, tmp_path: Path) -> None:
-    model, args = built(name)
-    module = adapted(model, args, include)
+    cap, args, _ = captured(f"silent {name}", lambda: built(name))
+    model = cap.model
+    module = adapted(cap, args, include)
     for ending in MODELS[name].keys.split():
         assert any(k.endswith(ending) for k in module.updates), ending
     want = explicit(model, module.adapter(), args)

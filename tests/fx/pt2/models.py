@@ -11,6 +11,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import lora_fx
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from tests.zoo.models import ZOO
 
@@ -33,9 +34,13 @@ def built(name: str, dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
     return model, kwargs
 
 
-def exported(model: nn.Module, args: Any, kwargs: Any, path: Path) -> str:
-    """What a user of torch alone writes, dimensions dynamic as ours are by default."""
-    inputs = lora_fx.capture(model, args, kwargs).inputs
+def exported(model: Any, args: Any, kwargs: Any, path: Path) -> str:
+    """What a user of torch alone writes, dimensions dynamic as ours are by default.
+
+    The model is a module, or its capture.
+    """
+    cap = model if isinstance(model, Captured) else lora_fx.capture(model, args, kwargs)
+    model, inputs = cap.model, cap.inputs
     leaves, spec = pytree.tree_flatten((args, kwargs))
     free = iter([{d: Dim.AUTO for d in s.dims} or None for s in inputs.specs])
     dims = [next(free) if isinstance(x, torch.Tensor) else None for x in leaves]

@@ -25,7 +25,8 @@ from tests.fx.pt2.steps import steps
 from tests.zoo.models import ZOO
 
 ROOT = Path(__file__).resolve().parents[3]
-TRAINED = ("hf_bert", "hf_gpt2", "tv_resnet18", "transformer_encoder")
+SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in ("hf_bert", "tv_resnet18"))
+TRAINED = ("hf_gpt2", "transformer_encoder", *SLOW)
 
 
 def test_a_round_trip_keeps_everything(tmp_path: Path) -> None:
@@ -182,8 +183,9 @@ def test_training_goes_on_without_the_source(
         raise AssertionError("a socket")
 
     model, kwargs = built(name, dropout=False)
-    straight = steps(lora_fx.insert(model, (), kwargs, rank=2), kwargs, 10)
-    module = lora_fx.insert(model, (), kwargs, rank=2)
+    cap = lora_fx.capture(model, (), kwargs)
+    straight = steps(lora_fx.insert(cap, rank=2), kwargs, 10)
+    module = lora_fx.insert(cap, rank=2)
     first = steps(module, kwargs, 5)
     path = tmp_path / "x.pt2"
     for what in ("socket", "create_connection", "getaddrinfo"):

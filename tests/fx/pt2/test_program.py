@@ -16,26 +16,28 @@ from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.verbs.open import load_program
 from tests.fx.pt2.models import exported, net, stirred
-from tests.zoo.models import ZOO
+from tests.zoo.shared import captured
 
-FOREIGN = ("hf_bert", "hf_gpt2", "hf_llama", "tv_resnet18", "transformer_encoder")
+SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in ("hf_bert", "hf_llama"))
+FOREIGN = ("hf_gpt2", "tv_resnet18", "transformer_encoder", *SLOW)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_file_has_the_targets_of_its_source(name: str, tmp_path: Path) -> None:
-    model, args, kwargs = ZOO[name].build()
-    path = exported(model, args, kwargs, tmp_path / "x.pt2")
-    want = lora_fx.find(model, args, kwargs).to_json()
+    cap, args, kwargs = captured(name)
+    path = exported(cap, args, kwargs, tmp_path / "x.pt2")
+    want = lora_fx.find(cap).to_json()
     assert lora_fx.find(path).to_json() == want
     assert lora_fx.find(lora_fx.capture(path)).to_json() == want
     assert len(want["targets"]) > 5
 
 
 def test_a_foreign_file_goes_through_every_verb(tmp_path: Path) -> None:
-    model, args, kwargs = ZOO["hf_gpt2"].build()
-    path = exported(model, args, kwargs, tmp_path / "x.pt2")
+    cap, args, kwargs = captured("hf_gpt2")
+    model = cap.model
+    path = exported(cap, args, kwargs, tmp_path / "x.pt2")
     module = stirred(lora_fx.insert(path, rank=2, include="c_attn,c_fc,lm_head"))
-    source = lora_fx.insert(model, args, kwargs, rank=2, include="c_attn,c_fc,lm_head")
+    source = lora_fx.insert(cap, rank=2, include="c_attn,c_fc,lm_head")
     source.load_adapter(module.adapter())
     want = source.eval()(**kwargs)["logits"]
     assert torch.equal(module.eval()(**kwargs)["logits"], want)
@@ -45,7 +47,7 @@ def test_a_foreign_file_goes_through_every_verb(tmp_path: Path) -> None:
     onnx = tmp_path / "x.onnx"
     assert lora_fx.export(path, onnx, adapters=module.adapter(), provider="cpu")
     assert lora_fx.verify(onnx, source, provider="cpu")
-    assert lora_fx.verify(path, lora_fx.capture(model, args, kwargs))
+    assert lora_fx.verify(path, cap)
 
 
 def test_an_eval_graph_trains_only_where_modes_agree(tmp_path: Path) -> None:

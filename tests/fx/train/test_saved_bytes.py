@@ -20,6 +20,7 @@ LIMITS = {
     ("vit", torch.bfloat16): 0.45,
 }
 """Of the bytes that PEFT's default keeps."""
+SLOW = {("gpt2", torch.bfloat16), ("llama", torch.bfloat16)}
 
 
 def kept(model: Any, inputs: Any) -> tuple[int, dict[str, torch.Tensor]]:
@@ -32,7 +33,11 @@ def kept(model: Any, inputs: Any) -> tuple[int, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore::FutureWarning")
-@pytest.mark.parametrize(("name", "dtype"), LIMITS, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case in SLOW)) for case in LIMITS],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
 def test_saved_bytes(name: str, dtype: torch.dtype) -> None:
     trunk = TRUNKS[name](Size())
     model = trunk.model.to(dtype)

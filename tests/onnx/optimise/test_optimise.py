@@ -127,7 +127,9 @@ def test_fusions_that_break_a_graph_are_rolled_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT
-@pytest.mark.parametrize("targets", [["query", "value"], "all-linear"])
+@pytest.mark.parametrize(
+    "targets", [["query", "value"], pytest.param("all-linear", marks=pytest.mark.slow)]
+)
 def test_a_branch_after_the_bias_breaks_attention_and_one_before_does_not(
     tmp_path: Path, targets: Any
 ) -> None:
