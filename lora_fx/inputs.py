@@ -28,6 +28,10 @@ Named = Mapping[str, Any]
 SIZES: tuple[tuple[int, int], ...] = ((2, 5), (3, 7), (1, 11))
 OTHERS = {5: (9, 3, 12, 4), 7: (4, 13, 6, 10), 11: (6, 8, 3, 14)}
 """Sizes of the further symbols, by that of the first."""
+HALVES = {5: (2, 3), 7: (3, 2), 11: (2, 2)}
+"""Half sizes of the example that free heights and widths take, by the size of the first symbol."""
+LARGE_SIDE = 24
+"""From this size on a free side keeps near the example's."""
 BATCH = "batch"
 LENGTH = "length"
 PAST = "past"
@@ -97,7 +101,7 @@ class Inputs:
         """The sizes of every check; both sides of each cut are among them."""
         symbols = self._symbols()
         cached = PAST in symbols
-        free = next((s for s in symbols if s not in (BATCH, PAST)), None)
+        free = next(iter(self.others), None)
         near = sorted({n + k for n in self.cuts if n <= LARGEST_CUT for k in (0, 1)})
         bounds = [n for c in self.conditions for n in c.bounds() if n is not None and n <= 64]
         near += [n for n in dict.fromkeys(bounds) if n not in near]
@@ -109,6 +113,21 @@ class Inputs:
         """The same inputs with these dimensions dynamic."""
         specs = tuple(replace(s, dims=requested.get(s.name, {})) for s in self.specs)
         return replace(self, specs=specs)
+
+    @property
+    def others(self) -> list[str]:
+        """The symbols that are neither the batch nor a cache's length."""
+        return [s for s in self._symbols() if s not in (BATCH, PAST) and not s.isdigit()]
+
+    def alike(self) -> Inputs:
+        """The same inputs where one symbol stands for all of `others`."""
+        one = {s: self.others[0] for s in self.others}
+
+        def text(symbols: str) -> str:
+            return " + ".join(one.get(t, t) for t in terms(symbols))
+
+        specs = [replace(s, dims={d: text(t) for d, t in s.dims.items()}) for s in self.specs]
+        return replace(self, specs=tuple(specs))
 
     def _symbols(self) -> list[str]:
         """The symbols of all dimensions, in their order."""
@@ -128,6 +147,15 @@ class Inputs:
                     break
         return places
 
+    def _sides(self) -> dict[str, int]:
+        """The free heights and widths of images, with the example's size."""
+        return {
+            symbol: s.shape[d]
+            for s in self.specs
+            for d, symbol in s.dims.items()
+            if len(s.shape) > 3 and not s.is_integer and d > 1 and s.shape[d] >= LARGE_SIDE
+        }
+
     def _wanted(self, size: Extents, places: Mapping[Size, str]) -> dict[str, int]:
         """What every symbol should be at one size."""
         named: Mapping[str, int] = {} if isinstance(size, tuple) else size
@@ -138,6 +166,9 @@ class Inputs:
         wanted = {BATCH: first[0], PAST: first[0] * first[1] % 7}
         for i, s in enumerate(others):
             wanted[s] = first[1] if i == 0 or first[1] not in OTHERS else table[(i - 1) % 4]
+        sides = {s: n for s, n in self._sides().items() if first[1] in HALVES}
+        for i, (s, n) in enumerate(sides.items()):  # small images vanish in a model's strides
+            wanted[s] = n * HALVES[first[1]][i % 2] // 2
         return {s: int(named.get(s, n)) for s, n in wanted.items() if s in symbols}
 
     def values(self, size: Extents) -> dict[str, int] | None:

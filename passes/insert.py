@@ -130,7 +130,7 @@ class Insert:
         y: V | None = None
         for half in halves(target.key, update, split=self.role is Role.TRAIN):
             # A lookup takes ids: there is nothing to drop, and no dtype to compute in.
-            x = graph.activation(site)
+            x = graph.kept_activation(site)
             lookup = site.kind.name == "embedding"
             if self.training and self.dropout and half.trained and not lookup:
                 x = e.op("dropout", x, p=self.dropout)

@@ -5,8 +5,8 @@ tᵢ = x·aᵢᵀ for i = 1 … n        becomes        (t₁ … tₙ) = split(
 q, k and v of an attention, gate and up of an MLP: x is read once where it was read n times, and
 products of a few columns are slow ones. Backward has one product for all ∂L/∂aᵢ, and one for their
 part of ∂L/∂x. The a's stay tensors of their own. Left alone: a branch with a dropout of its own,
-whose input is another value, factors that are read through a view, and branches of different
-blocks, since the tensors of a block may be gathered for its own forward only.
+whose input is another value or is written to in between, factors that are read through a view, and
+branches of different blocks, since the tensors of a block may be gathered for its own forward only.
 
 This pass is torch's own: it reads the nodes that the fx emitter writes.
 """
@@ -20,6 +20,7 @@ from operator import getitem
 import torch
 from torch import fx
 
+from lora_fx.fx.graph.flow import Writes
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.patterns.elementwise import Maker, Projection, block_of, projections
 from lora_fx.fx.tensors import owner
@@ -40,10 +41,14 @@ class Share:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds one product for each value."""
-        groups: dict[tuple[fx.Node, str], list[Projection]] = {}
+        groups: dict[tuple[fx.Node, str], list[list[Projection]]] = {}
+        writes = Writes(graph.graph)
         for p in projections(graph.graph):
-            groups.setdefault((p.x, block_of(p.node, self.blocks)), []).append(p)
-        several = [g for g in groups.values() if len(g) > 1]
+            held = groups.setdefault((p.x, block_of(p.node, self.blocks)), [])
+            if not held or writes.between(p.x, held[-1][0].node, p.node):
+                held.append([])  # the value is another one from here on
+            held[-1].append(p)
+        several = [g for held in groups.values() for g in held if len(g) > 1]
         for group in several:
             _join(graph, group)
         if several:

@@ -161,6 +161,10 @@ class Graph(Protocol[V]):
         """The other operand of the site, as it is now."""
         ...
 
+    def kept_activation(self, site: Site) -> V:
+        """The activation, as a branch may keep it for backward."""
+        ...
+
     def weight(self, site: Site) -> V:
         """The stored parameter that the site reads, as a value of this IR."""
         ...

@@ -161,7 +161,13 @@ def signature(session: RuntimeSession) -> Inputs:
             Input(i.name, dtype, shape, {k: BATCH if k == 0 else v for k, v in dims.items()})
         )
     metadata = session.session.get_modelmeta().custom_metadata_map
-    return Inputs(tuple(specs), conditions_of(metadata, "the model"))
+    inputs = Inputs(tuple(specs), conditions_of(metadata, "the model"))
+    if len(inputs.others) > 1:
+        try:  # many exporters give one length a name for every input
+            session.run(inputs.sample())
+        except LoraFxError:
+            return inputs.alike()
+    return inputs
 
 
 # Sessions on switchable ONNX files: adapters are loaded by name and chosen run by run.

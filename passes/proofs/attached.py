@@ -27,6 +27,7 @@ from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, leaf_names, output_name
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import copied
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.parity import arrays_of, prove
@@ -100,9 +101,9 @@ class Explicit:
             _, region = split_key(key, tuple(w.shape))
             w[tuple(slice(lo, hi) for lo, hi in region)] += torch.from_numpy(change).to(w)
         with eval_mode(model):
-            got = _flat(self.signature.call(model, self.named))
+            got = _flat(self.signature.call(model, copied(self.named)))
             with self.state.base(), _data(weights, changed):
-                want = _flat(self.signature.call(model, self.named))
+                want = _flat(self.signature.call(model, copied(self.named)))
         gates = {n: TOLERANCE.get(v.dtype.name, 1e-9) for n, v in want.items()}
         return compare(got, want, {}, gates)
 

@@ -23,11 +23,12 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.module.adapted import AdaptedModule, Effect
-from lora_fx.fx.module.module import Rewriter
+from lora_fx.fx.module.module import Rewriter, copied
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.parity import prove, torch_run
+from lora_fx.sizes import SizeError
 from lora_fx.text import some
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def runs_at(module: AdaptedModule) -> Named:
     try:
         with torch.no_grad(), probe(module):
             module.eval()
-            module._run_named(named)
+            module._run_named(copied(named))
+    except SizeError:
+        return module.captured.named
     except LoraFxError:
         return named  # no eval program, in a file
     except (RuntimeError, ValueError, IndexError):
@@ -128,7 +131,7 @@ def _gradients(
             torch.manual_seed(seed)
             given = module.sample(seed=seed) if seed and named is not own else named
             with torch.enable_grad():
-                made = pytree.tree_leaves(module._run_named(given))
+                made = pytree.tree_leaves(module._run_named(copied(given)))
                 floats = [y for y in made if isinstance(y, torch.Tensor) and y.is_floating_point()]
                 outputs = [y for y in floats if y.requires_grad]
                 if not outputs:

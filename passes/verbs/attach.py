@@ -455,6 +455,8 @@ class _Recorded:
     def activation(self, site: Site) -> Value:
         return Value(0)
 
+    kept_activation = activation
+
     def weight(self, site: Site) -> Value:
         return Value(0)
 

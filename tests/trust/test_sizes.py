@@ -127,7 +127,7 @@ def adapted(kind: type[Two]) -> tuple[Any, nn.Module]:
     parameters = dict(by_hand.named_parameters())
     with torch.no_grad():
         for key, delta in module.adapter().deltas().items():
-            parameters[key] += torch.from_numpy(np.asarray(delta)).float()
+            parameters[key].add_(torch.from_numpy(np.asarray(delta)).float())
     return module.eval(), by_hand
 
 

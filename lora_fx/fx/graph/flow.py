@@ -199,17 +199,62 @@ def _call(flow: FxFlow, node: fx.Node) -> None:
         flow.weights[node] = FxWeight("", View(), shape, node, behind, edited)
 
 
+Storage = frozenset["fx.Node | str"]
+_MAY_ALIAS = {aten.dropout.default, aten.type_as.default, aten.feature_dropout.default}
+"""Ops whose schema says nothing, and whose result can be their first operand itself."""
+
+
+class Writes:
+    """What a graph's ops change in place: which storage, and when.
+
+    A storage is known by the nodes that made it, a tensor of the tree by its name. A result lies in
+    the storage of an operand where the op's schema says that it may.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order: dict[fx.Node, int] = {}
+        self.storage: dict[fx.Node, Storage] = {}
+        self.writes: list[tuple[int, Storage]] = []
+        for i, node in enumerate(graph.nodes):
+            self.order[node] = i
+            self.storage[node] = self._of(node)
+            self.writes += [(i, self.storage[v]) for v in written_by(node)]
+
+    def _of(self, node: fx.Node) -> Storage:
+        if node.op == "get_attr":
+            return frozenset((str(node.target),))
+        held = node.all_input_nodes if node.target is operator.getitem else aliased_by(node)
+        return frozenset().union(*(self.storage[v] for v in held)) or frozenset((node,))
+
+    def between(self, value: fx.Node, start: fx.Node, end: fx.Node | None = None) -> bool:
+        """Whether something writes to a value's storage after one node and before another."""
+        last = len(self.order) if end is None else self.order[end]
+        own = self.storage[value]
+        return any(self.order[start] < i < last and own & s for i, s in self.writes)
+
+    def ever(self) -> set[fx.Node]:
+        """Values whose storage is written to by some op of the graph."""
+        changed = frozenset().union(*(s for _, s in self.writes))
+        return {n for n, s in self.storage.items() if s & changed} if changed else set()
+
+
 def written(graph: fx.Graph) -> set[fx.Node]:
-    """Values that an op changes in place, and the values that they are views of."""
-    result: set[fx.Node] = set()
-    for node in graph.nodes:
-        for start in written_by(node):
-            value: object = start
-            while isinstance(value, fx.Node):
-                result.add(value)
-                views = value.target in VIEWS and value.target is not aten.clone.default
-                value = value.args[0] if views or value.target in SPLITS else None
-    return result
+    """Values that an op changes in place, and all that lies in the same storage."""
+    return Writes(graph).ever()
+
+
+def aliased_by(node: fx.Node) -> list[fx.Node]:
+    """The operands in whose storage a node's result may lie."""
+    if node.target in _MAY_ALIAS:
+        return [v for v in node.args[:1] if isinstance(v, fx.Node)]
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    if not any(r.alias_info for r in schema.returns):
+        return []
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    held = [given.get(a.name) for a in schema.arguments if a.alias_info]
+    return [v for v in held if isinstance(v, fx.Node)]
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:

@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph import ops
-from lora_fx.fx.graph.flow import FxFlow, evaluate, tensor, weight_flow
+from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, tensor, weight_flow
 from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, mark, value
 from lora_fx.fx.graph.sites import FxWeightUse, data_flops, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
@@ -47,6 +47,7 @@ class FxGraph(Analysed):
         self.root = root
         self.training = training
         self._names, self._aliases = named_tensors(root)
+        self._writes: Writes | None = None
         self._index: dict[str, fx.Node] = {}  # sites are nodes of the capture, which keep names
 
     def refresh(self) -> None:
@@ -142,6 +143,24 @@ class FxGraph(Analysed):
     def activation(self, site: Site) -> fx.Node:
         """The operand of the site that is no weight, as it is now."""
         return _node(ops.pick(self._at(site), self.use(site).x))
+
+    def kept_activation(self, site: Site) -> fx.Node:
+        """The activation, or a copy of it where a train graph writes over it later.
+
+        A frozen layer keeps no x for backward, so a model may; a branch keeps it for ∂L/∂a.
+        """
+        x, node = self.activation(site), self._at(site)
+        if not self.training:
+            return x
+        if self._writes is None:  # insertion writes to nothing, so it holds for all sites
+            self._writes = Writes(self.graph)
+        if x not in self._writes.order or not self._writes.between(x, node):
+            return x
+        with self.graph.inserting_before(node):
+            copy = self.graph.call_function(aten.clone.default, (x,))
+        copy.meta = {k: v for k, v in x.meta.items() if k in ("val", "nn_module_stack")}
+        mark(copy, site.id)
+        return copy
 
     def weight(self, site: Site) -> fx.Node:
         """The node at the start of the site's chain: a get_attr, or what computes the weight."""

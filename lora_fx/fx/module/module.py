@@ -258,9 +258,9 @@ class CapturedModule(Recomputing, Scope):
         return sample_call(captured.bounded_inputs(), captured.named, size, seed, arrays, device)
 
     def flat(self, named: Named) -> dict[str, Array]:
-        """Run on named arguments; {output name: array} of the tensors that come out."""
-        with torch.no_grad():
-            out = self._run_named(named)
+        """Run on copies of named arguments; {output name: array} of the tensors that come out."""
+        with torch.no_grad():  # a model may write over what it gets: both sides of a proof get it
+            out = self._run_named(copied(named))
         names = leaf_names({"": out}) if not isinstance(out, torch.Tensor) else ["output"]
         leaves = pytree.tree_leaves(out)
         return {
@@ -271,6 +271,12 @@ class CapturedModule(Recomputing, Scope):
 
     def _run_named(self, named: Named) -> Any:
         return self._programs.captured.signature.call(self, named)
+
+
+def copied(named: Named) -> dict[str, Any]:
+    """The arguments with a copy of every tensor."""
+    result: dict[str, Any] = pytree.tree_map_only(torch.Tensor, torch.clone, dict(named))
+    return result
 
 
 def with_signature(base: type[Any], captured: Captured) -> type[Any]:
@@ -327,8 +333,8 @@ def _same_at(module: CapturedModule, captured: Captured, named: Named) -> bool:
     model.eval()
     try:
         with torch.no_grad(), module.base():
-            ours = pytree.tree_leaves(module._run_named(named))
-            theirs = pytree.tree_leaves(captured.signature.call(model, named))
+            ours = pytree.tree_leaves(module._run_named(copied(named)))
+            theirs = pytree.tree_leaves(captured.signature.call(model, copied(named)))
     except Exception:  # whatever stops either at this size, the size is not proven
         return False
     finally:

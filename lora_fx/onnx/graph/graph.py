@@ -138,6 +138,8 @@ class OnnxGraph(Analysed):
         assert value is not None
         return value
 
+    kept_activation = activation
+
     def weight(self, site: Site) -> ir.Value:
         """The stored tensor that the site reads."""
         if site.parameter not in self._stores:
