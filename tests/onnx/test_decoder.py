@@ -118,7 +118,7 @@ class Case:
 
     def by_command(self, folder: Path) -> None:
         """The switch file as the command line writes it, from a folder; what it prints."""
-        self.model.save_pretrained(folder / "model")
+        copy.deepcopy(self.model).save_pretrained(folder / "model")  # writes into its config
         for name, one in self.adapters.items():
             lora_fx.save_adapter(one, folder / name)
         given = [str(folder / n) for n in ("model", *self.adapters)]
