@@ -19,7 +19,7 @@ IDS = torch.randint(0, 90, (2, 5), generator=torch.Generator().manual_seed(0))
 
 def flexible() -> Any:
     """On the CPU flex_attention cannot be traced with parameters that take gradients."""
-    model = llama()
+    model = llama(layers=1)
     model.config.use_cache = False
     model.set_attn_implementation("flex_attention")
     return model
@@ -32,7 +32,7 @@ def test_it_is_tried_again_and_said(mode: str, tmp_path: Path) -> None:
     (said,) = [w for w in report.warnings if w.startswith("with eager attention")]
     assert "cannot capture LlamaForCausalLM" in said
     assert model.config._attn_implementation == "flex_attention"
-    wide = llama().double()
+    wide = llama(layers=1).double()
     wide.config.use_cache = False
     with torch.no_grad():
         wanted = wide(IDS).logits.numpy()
@@ -41,7 +41,7 @@ def test_it_is_tried_again_and_said(mode: str, tmp_path: Path) -> None:
 
 
 def test_an_error_that_attention_has_no_part_in_is_not_tried_again(tmp_path: Path) -> None:
-    model = llama()
+    model = llama(layers=1)
     model.config.use_cache = False
     calls: list[str] = []
     model.set_attn_implementation = calls.append

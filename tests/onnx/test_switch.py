@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session
 from lora_fx.onnx.manifest import write_file
 from lora_fx.onnx.session import manifest_of, open_session, write_adapter
+from lora_fx.targets.target import Target
 from tests.providers import PROVIDERS
 
 RANKS = {"de": 4, "fr": 8, "it": 16}
@@ -49,28 +52,40 @@ def ids(seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 100, (3, 6))
 
 
+@functools.cache
+def captured() -> Captured:
+    return lora_fx.capture(Net().eval(), (torch.tensor(ids()),))
+
+
+@functools.cache
+def targets() -> tuple[Target, ...]:
+    found = lora_fx.find(captured())
+    return (*found.targets, *found.optional)
+
+
 def adapter(seed: int, rank: int) -> Adapter:
     """A random one for every weight; alpha is 3 times the rank over 4, so scale is .75."""
-    found = lora_fx.find(Net(), (torch.tensor(ids()),))
     entries = {}
-    for target in (*found.targets, *found.optional):
+    for target in targets():
         a, b = draw(target.key, target.layout, rank, seed, "probe")
         entries[target.key] = lora_fx.LowRank(a, b, 0.75 * rank, target.layout)
     return Adapter(entries)
 
 
-ADAPTERS = {name: adapter(i, r) for i, (name, r) in enumerate(RANKS.items())}
+@functools.cache
+def adapters() -> dict[str, Adapter]:
+    return {name: adapter(i, r) for i, (name, r) in enumerate(RANKS.items())}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("switch")
     path = folder / "m.onnx"
-    args = (torch.tensor(ids()),)
-    lora_fx.export(Net().eval(), path, args, mode="switch", adapters=ADAPTERS, provider="cpu")
-    for name, one in {**ADAPTERS, "base": None}.items():
-        merged = folder / f"{name}-merged.onnx"
-        lora_fx.export(Net().eval(), merged, args, adapters=one, provider="cpu")
+    lora_fx.export(captured(), path, mode="switch", adapters=adapters(), provider="cpu")
+    base = folder / "base-merged.onnx"
+    lora_fx.export(captured(), base, provider="cpu")
+    for name, one in adapters().items():
+        lora_fx.export(base, folder / f"{name}-merged.onnx", adapters=one, provider="cpu")
     return path
 
 
@@ -118,7 +133,7 @@ def test_plain_onnx_runtime_takes_the_files(made: Path) -> None:
 
 def test_a_mix_is_the_weighted_sum(made: Path) -> None:
     session = Session(made, "cpu")
-    for name, one in ADAPTERS.items():
+    for name, one in adapters().items():
         session.load(name, one)
     weights = {"de": 0.7, "it": -0.4}
     got = session.run({"ids": ids()}, adapter=weights)["y"]
@@ -126,7 +141,7 @@ def test_a_mix_is_the_weighted_sum(made: Path) -> None:
     parameters = dict(net.named_parameters())
     with torch.no_grad():
         for name, w in weights.items():
-            for key, delta in ADAPTERS[name].deltas().items():
+            for key, delta in adapters()[name].deltas().items():
                 parameters[key].add_(w * torch.tensor(delta))
         expected = net(torch.tensor(ids()))["y"].numpy()
     assert rel(got, expected) <= TOL
@@ -190,8 +205,8 @@ def test_results_are_kept_and_threads_do_not_mix(made: Path) -> None:
 
 def test_insert_before_and_after_the_export_agree(made: Path) -> None:
     session = Session(made, "cpu")
-    session.load("fr", ADAPTERS["fr"])
-    module = lora_fx.insert(Net().eval(), (torch.tensor(ids()),), adapter=ADAPTERS["fr"])
+    session.load("fr", adapters()["fr"])
+    module = lora_fx.insert(captured(), adapter=adapters()["fr"])
     module.eval()
     with torch.no_grad():
         expected = module(torch.tensor(ids()))["y"].numpy()
@@ -200,7 +215,7 @@ def test_insert_before_and_after_the_export_agree(made: Path) -> None:
 
 def test_a_wrong_scale_is_seen(made: Path) -> None:
     session = Session(made, "cpu")
-    wrong = {k: replace(u, alpha=u.alpha * 1.01) for k, u in ADAPTERS["de"].lowrank.items()}
+    wrong = {k: replace(u, alpha=u.alpha * 1.01) for k, u in adapters()["de"].lowrank.items()}
     session.load("de", Adapter(wrong))
     assert rel(session.run({"ids": ids()}, "de")["y"], merged(made, "de")) > TOL
 
@@ -214,7 +229,7 @@ def test_what_does_not_fit_is_refused_by_name(made: Path, tmp_path: Path) -> Non
         session.run({})
     with pytest.raises(LoraFxError, match="no input 'idz'"):
         session.run({"idz": ids()})
-    good = manifest.tensors(ADAPTERS["de"])
+    good = manifest.tensors(adapters()["de"])
     slot = manifest.slots["fc.weight"]
     changes: dict[str, Any] = {
         "'fc.weight.lora_B' is missing": {slot.b: None},
@@ -231,7 +246,7 @@ def test_what_does_not_fit_is_refused_by_name(made: Path, tmp_path: Path) -> Non
             session.load("bad", path)
         with pytest.raises(LoraFxError, match=words):
             lora_fx.verify(made, path)
-    whole = copy.deepcopy(ADAPTERS["de"].entries)
+    whole = copy.deepcopy(adapters()["de"].entries)
     with pytest.raises(LoraFxError, match="whole tensor"):
         session.load("bad", Adapter({**whole, "fc.bias": lora_fx.Full(np.zeros(32))}))
     with pytest.raises(LoraFxError, match="no target of the file"):
@@ -247,7 +262,7 @@ def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
         lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="other")
     (tmp_path / "de.onnx_adapter").write_text("mine")
     with pytest.raises(LoraFxError, match="exists"):
-        lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS)
+        lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=adapters())
     assert [p.name for p in tmp_path.iterdir()] == ["de.onnx_adapter"]
 
 

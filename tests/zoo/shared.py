@@ -11,20 +11,41 @@ from lora_fx.fx.capture.capture import Captured
 
 from .models import ZOO
 
+STAGES = {
+    "hf_bert": ("bert.encoder.layer",),
+    "hf_gpt2": ("transformer.h",),
+    "hf_llama": ("model.layers",),
+    "tv_resnet18": ("layer1", "layer2", "layer3", "layer4"),
+}
+"""Where a model of the zoo repeats a block."""
+
 _TRACED: dict[str, tuple[Captured, tuple[Any, ...], dict[str, Any]]] = {}
+
+
+def zoo(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(model, args, kwargs) of the zoo; of `NAME/1` each stage has its first block only."""
+    name, _, cut = name.partition("/")
+    model, args, kwargs = ZOO[name].build()
+    for stage in STAGES[name] if cut else ():
+        parent, _, last = stage.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, last, getattr(owner, last)[:1])
+    if cut and hasattr(model, "config"):
+        model.config.num_hidden_layers = 1
+    return model, args, kwargs
 
 
 def captured(
     name: str, build: Callable[[], tuple[Any, ...]] | None = None
 ) -> tuple[Captured, tuple[Any, ...], dict[str, Any]]:
-    """(capture, args, kwargs) of a model of the zoo, or of what `build` gives under another name.
+    """(capture, args, kwargs) of `zoo(name)`, or of what `build` gives under another name.
 
     The weights are a copy, so that a test may change them: `.model` is the module. The graphs are
     those that were traced first, and what one test traces (another mode, other arguments) the next
     one has.
     """
     if name not in _TRACED:
-        model, args, *rest = (build or ZOO[name].build)()
+        model, args, *rest = build() if build else zoo(name)
         kwargs = rest[0] if rest else {}
         _TRACED[name] = lora_fx.capture(model, args, kwargs), args, kwargs
     first, args, kwargs = _TRACED[name]

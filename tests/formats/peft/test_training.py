@@ -14,8 +14,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.compare import rel
-from tests.zoo.models import ZOO
-from tests.zoo.shared import captured
+from tests.zoo.shared import captured, zoo
 
 STEPS = 20
 TOLERANCE = 1e-4
@@ -43,20 +42,24 @@ def losses(model: nn.Module, batches: list[dict[str, Any]]) -> list[float]:
     return result
 
 
+NAMES = ("hf_bert", "hf_llama", "hf_gpt2")
+
+
 @pytest.mark.parametrize(
     ("variant", "name"),
     [
-        *(("lora", n) for n in ("hf_bert", "hf_llama", "hf_gpt2")),
-        ("rslora", "hf_bert"),
-        *(pytest.param("rslora", n, marks=pytest.mark.slow) for n in ("hf_llama", "hf_gpt2")),
+        *(("lora", f"{n}/1") for n in NAMES),
+        ("rslora", "hf_bert/1"),
+        *(pytest.param(v, n, marks=pytest.mark.slow) for v in ("lora", "rslora") for n in NAMES),
     ],
 )
 def test_losses_equal_step_by_step(name: str, variant: str, tmp_path: Path) -> None:
+    bert = name.startswith("hf_bert")
     cap, *_ = captured(name)  # called without labels in the end
     torch.manual_seed(0)
     rows = 3
     ids = torch.randint(0, 30, (STEPS, rows, 7))
-    labels = torch.randint(0, 2, (STEPS, rows)) if name == "hf_bert" else ids
+    labels = torch.randint(0, 2, (STEPS, rows)) if bert else ids
     batches = [
         {
             "input_ids": ids[i],
@@ -65,16 +68,16 @@ def test_losses_equal_step_by_step(name: str, variant: str, tmp_path: Path) -> N
         }
         for i in range(STEPS)
     ]
-    labelled = captured(f"{name} with labels", lambda: (ZOO[name].build()[0], (), batches[0]))[0]
+    labelled = captured(f"{name} with labels", lambda: (zoo(name)[0], (), batches[0]))[0]
     model = labelled.model
-    exclude = "classifier" if name == "hf_bert" else "lm_head"
+    exclude = "classifier" if bert else "lm_head"
     ours = lora_fx.insert(
         labelled,
         rank=4,
         alpha=6.0,
         exclude=exclude,
         variant=variant,
-        also_train="classifier" if name == "hf_bert" else None,
+        also_train="classifier" if bert else None,
     )
     lora_fx.save_adapter(ours.adapter(), tmp_path / "start")
     theirs = peft_of(copy.deepcopy(model), tmp_path / "start")

@@ -15,7 +15,7 @@ from safetensors.torch import save_model as save_tensors
 from torch import nn
 
 import lora_fx
-from tests.zoo.models import ZOO
+from tests.zoo.shared import zoo
 
 
 class Net(nn.Module):
@@ -143,8 +143,8 @@ def test_dropout_of_the_branch_in_train_only(net: Net) -> None:
 
 
 def test_the_users_module_is_untouched() -> None:
-    for name in ("tv_resnet18", "hf_bert"):
-        model, args, kwargs = ZOO[name].build()
+    for name in ("tv_resnet18/1", "hf_bert/1"):
+        model, args, kwargs = zoo(name)
         before = digest(model)
         flags = [p.requires_grad for p in model.parameters()]
         for stats in ("frozen", "update"):

@@ -13,15 +13,15 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
-from tests.zoo.models import ZOO
+from tests.zoo.shared import zoo
 
 
 def built(name: str, dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
     """(model, keyword arguments of one call): labels where the model takes them."""
-    model, args, kwargs = ZOO[name].build()
-    if name == "hf_bert":
+    model, args, kwargs = zoo(name)
+    if name.startswith("hf_bert"):
         kwargs = {**kwargs, "labels": torch.tensor([3, 7])}
-    elif name == "hf_gpt2":
+    elif name.startswith("hf_gpt2"):
         kwargs = {**kwargs, "labels": kwargs["input_ids"]}
     else:
         kwargs = {"src" if name == "transformer_encoder" else "x": args[0]}

@@ -23,10 +23,11 @@ from lora_fx.passes.verbs.program import save_program
 from tests.fx.pt2.models import built, net, stirred
 from tests.fx.pt2.steps import steps
 from tests.zoo.models import ZOO
+from tests.zoo.shared import zoo
 
 ROOT = Path(__file__).resolve().parents[3]
-SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in ("hf_bert", "tv_resnet18"))
-TRAINED = ("hf_gpt2", "transformer_encoder", *SLOW)
+SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in ("hf_gpt2", "hf_bert", "tv_resnet18"))
+TRAINED = ("hf_gpt2/1", "transformer_encoder", *SLOW)
 
 
 def test_a_round_trip_keeps_everything(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_a_round_trip_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_what_lies_in_the_file(tmp_path: Path) -> None:
-    model, args, _ = ZOO["tv_resnet18"].build()
+    model, args, _ = zoo("tv_resnet18/1")
     module = lora_fx.insert(model, args, rank=2)
     path = tmp_path / "x.pt2"
     save_program(module, path)
@@ -110,7 +111,7 @@ def test_what_lies_in_the_file(tmp_path: Path) -> None:
 
 
 def test_outputs_are_plain(tmp_path: Path) -> None:
-    model, kwargs = built("hf_bert", dropout=True)
+    model, kwargs = built("hf_bert/1", dropout=True)
     module = lora_fx.insert(model, (), kwargs, rank=2)
     save_program(module, tmp_path / "x.pt2")
     out = load_program(tmp_path / "x.pt2")(**kwargs)
@@ -199,7 +200,9 @@ def test_training_goes_on_without_the_source(
     assert abs(straight[9] - straight[0]) > 1e-5, "the steps move something"
 
 
-@pytest.mark.parametrize("name", ["hf_bert", "transformer_encoder"])
+@pytest.mark.parametrize(
+    "name", ["hf_bert/1", "transformer_encoder", pytest.param("hf_bert", marks=pytest.mark.slow)]
+)
 def test_dropout_acts_after_a_reload(name: str, tmp_path: Path) -> None:
     model, kwargs = built(name, dropout=True)
     module = lora_fx.insert(model, (), kwargs, rank=2, dropout=0.2)
