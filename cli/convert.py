@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +10,9 @@ from lora_fx.cli.options import force_option, json_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
 from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    from lora_fx.adapter.adapter import Adapter
 
 _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 
@@ -81,7 +84,7 @@ def command(
     )
 
 
-def _write_for(adapter: Any, model: str, output: str, name: str, force: bool) -> None:
+def _write_for(adapter: Adapter, model: str, output: str, name: str, force: bool) -> None:
     """OUT with the names, shapes and dtypes of a switchable file's manifest."""
     from pathlib import Path
 

@@ -76,7 +76,7 @@ def run(out: Path, size: Size, say: Say) -> Result:
     rows, held = minilm.tokenise(texts), minilm.tokenise(data.test[0])
 
     def in_torch(module: Any) -> Callable[[Any, Any], Any]:
-        def call(ids: Any, mask: Any) -> Any:
+        def call(ids: Any, mask: Any) -> object:
             with torch.no_grad():
                 return module(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
 
 import click
 
@@ -34,7 +33,9 @@ from lora_fx.text import Json
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random subspaces.")
 @force_option
 @json_option
-def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
+def command(
+    base: str, tuned: str, output: str, force: bool, as_json: bool, **options: object
+) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 
     Both are Hugging Face folders or .safetensors files with the same tensors. They are read one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -46,7 +45,7 @@ def command(
     shard: tuple[int, int],
     force: bool,
     as_json: bool,
-    **options: Any,
+    **options: object,
 ) -> None:
     r"""Merge every ADAPTER into BASE by itself, as DIR/NAME; a JSON line for each.
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import click
 
-from lora_fx.cli.options import split_weight
+from lora_fx.cli.options import combined, split_weight
 from lora_fx.cli.output import emit, note
 from lora_fx.text import Json, JsonView
 
@@ -34,23 +32,20 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 """Options that .onnx files alone have: argument → option."""
 
 
-def onnx_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a merge into an .onnx file."""
-    options = [
+onnx_options = combined(
+    [
         click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor."),
         click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest."),
         click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches."),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+)
+"""Options of a merge into an .onnx file."""
 
 
-def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command that merges."""
-    for name, text in reversed(FLAGS.items()):
-        function = click.option(f"--{name}", is_flag=True, help=text)(function)
-    return DTYPE(function)
+merge_options = combined(
+    [DTYPE, *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items())]
+)
+"""Options of every command that merges."""
 
 
 def arguments(options: JsonView) -> list[str]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
+
+if TYPE_CHECKING:
+    from lora_fx.adapter.adapter import Adapter
+    from lora_fx.data import Buckets, Table
+    from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.load.models import LoadedModel
+    from lora_fx.fx.train.objective import Loss
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 trust_option = click.option(
@@ -21,24 +28,59 @@ trust_option = click.option(
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
-def triton_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a command that also writes a model repository."""
-    options = [
+Command = Callable[..., object]
+"""What click makes a command of."""
+
+
+def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """One decorator that adds options, in the order that --help lists them in."""
+
+    def add(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def given_option(name: str) -> bool:
+    """True when an option stands on the command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def plan_option(function: Callable[..., object]) -> Callable[..., object]:
+    """The option, which has the targets and ranks; others that choose them are refused."""
+
+    @functools.wraps(function)
+    def command(*args: object, **kwargs: object) -> Any:
+        for name in ("rank", "alpha", "include") if kwargs["plan"] else ():
+            if given_option(name):
+                raise LoraFxError(
+                    f"--{name} has no say beside --plan {kwargs['plan']}", "leave one of them out"
+                )
+        return function(*args, **kwargs)
+
+    added = click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
+    made: Callable[..., object] = added(command)
+    return made
+
+
+triton_options = combined(
+    [
         click.option("--triton", metavar="DIR", help="Also into a model repository of Triton."),
         click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+)
+"""Options of a command that also writes a model repository."""
 
 
 CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust")
 """What model_options give to captured."""
 
 
-def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command that loads and captures a model."""
-    options = [
+model_options = combined(
+    [
         click.option("--weights", metavar="FILE", help="Weights for a model built from code."),
         click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Example inputs by name."),
         click.option(
@@ -49,14 +91,13 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--trust", is_flag=True, help="Read pickled tensors of a .pt2 file."),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+)
+"""Options of every command that loads and captures a model."""
 
 
-def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that choose targets and ranks."""
-    options = [
+target_options = combined(
+    [
+        plan_option,
         click.option(
             "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
         ),
@@ -106,9 +147,8 @@ def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Targets that no gradient reaches: refuse, leave out, or prove nothing.",
         ),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return plan_option(function)
+)
+"""Options that choose targets and ranks."""
 
 
 def captured(
@@ -121,7 +161,7 @@ def captured(
     *,
     meta: bool = False,
     cache: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[LoadedModel, Captured]:
     """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
     from lora_fx.fx.load.models import LoadedModel, load_model
     from lora_fx.fx.pt2.captured import is_program, open_program
@@ -133,7 +173,7 @@ def captured(
     if is_program(model):
         if weights:
             raise LoraFxError(f"{model} holds its weights", "leave --weights out")
-        cap: Any = open_program(model, (), given, wanted, static, trust=trust, meta=meta)
+        cap: Captured = open_program(model, (), given, wanted, static, trust=trust, meta=meta)
         loaded = LoadedModel(cap.model, (), dict(cap.named), model)
     else:
         loaded = load_model(model, weights=weights, meta=meta, trust=trust)
@@ -210,7 +250,9 @@ def split_weight(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def training_data(path: str, loaded: Any, cap: Any, label: str, max_length: int) -> Any:
+def training_data(
+    path: str, loaded: LoadedModel, cap: Captured, label: str, max_length: int
+) -> Table:
     """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
     from lora_fx.data import training_table
     from lora_fx.fx.load.factory import call_function
@@ -221,7 +263,7 @@ def training_data(path: str, loaded: Any, cap: Any, label: str, max_length: int)
     return training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
 
 
-def adapter_of(path: str, trust: bool = False) -> Any:
+def adapter_of(path: str, trust: bool = False) -> Adapter:
     """An adapter from a file, what its reader had to say printed."""
     from lora_fx.formats.io import load_adapter
 
@@ -245,32 +287,6 @@ def named_adapters(texts: Sequence[str]) -> Json:
     return result
 
 
-# --plan PLAN of the commands that insert, and what has no say beside it.
-
-
-def given_option(name: str) -> bool:
-    """True when an option stands on the command line."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is click.core.ParameterSource.COMMANDLINE
-
-
-def plan_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The option, which has the targets and ranks; others that choose them are refused."""
-
-    @functools.wraps(function)
-    def command(*args: Any, **kwargs: Any) -> Any:
-        for name in ("rank", "alpha", "include") if kwargs["plan"] else ():
-            if given_option(name):
-                raise LoraFxError(
-                    f"--{name} has no say beside --plan {kwargs['plan']}", "leave one of them out"
-                )
-        return function(*args, **kwargs)
-
-    added = click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
-    made: Callable[..., Any] = added(command)
-    return made
-
-
 # Options of a start that reads data (--init eva, lora-ga), and the batches that it reads.
 
 
@@ -280,22 +296,21 @@ BATCH = 32
 """Examples that run at a time."""
 
 
-def start_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a command that inserts and trains nothing."""
-    options = [
+start_options = combined(
+    [
         click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
         click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
         click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+)
+"""Options of a command that inserts and trains nothing."""
 
 
-def start_from(loaded: Any, cap: Any, init: str, data: str | None, label: str, loss: str) -> Json:
+def start_from(
+    loaded: LoadedModel, cap: Captured, init: str, data: str | None, label: str, loss: str
+) -> Json:
     """Keyword arguments of insert; empty for a start that reads no data."""
     from lora_fx.adapter.initial import OF_DATA
-    from lora_fx.fx.load.factory import load_function
 
     if init not in OF_DATA:
         if data:
@@ -303,12 +318,18 @@ def start_from(loaded: Any, cap: Any, init: str, data: str | None, label: str, l
         return {}
     if not data:
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
-
-    computed = load_function(loss) if ":" in loss else loss
-    return of_training(training_data(data, loaded, cap, label, 128), init, computed)
+    return of_training(training_data(data, loaded, cap, label, 128), init, loss_of(loss))
 
 
-def of_training(table: Any, init: str, loss: Any) -> Json:
+def loss_of(text: str) -> str | Loss:
+    """Ce or mse as they are, the function of module:NAME."""
+    from lora_fx.fx.load.factory import load_function
+
+    loss: str | Loss = load_function(text) if ":" in text else text
+    return loss
+
+
+def of_training(table: Table | Buckets, init: str, loss: str | Loss) -> Json:
     """Keyword arguments of insert for a start from the data that is trained on.
 
     Args:
@@ -321,14 +342,14 @@ def of_training(table: Any, init: str, loss: Any) -> Json:
     return {"data": batches_of(table), "loss": loss} if init in OF_DATA else {}
 
 
-def batches_of(table: Any, seed: int = 0) -> Iterator[JsonView]:
+def batches_of(table: Table | Buckets, seed: int = 0) -> Iterator[JsonView]:
     """The columns of one pass over the data."""
     for batch in table.batches(BATCH, seed):
         yield batch.columns
 
 
 def some_batches(
-    data: str | None, loaded: Any, cap: Any, options: Json
+    data: str | None, loaded: LoadedModel, cap: Captured, options: Json
 ) -> Iterator[JsonView] | None:
     """Batches of at most --examples of DATA, drawn by --seed; takes its options out."""
     import numpy as np

@@ -6,14 +6,17 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_fx.errors import LoraFxError
 
+if TYPE_CHECKING:
+    from lora_fx.compare import Report
 
-def table(report: Any) -> str:
+
+def table(report: Report) -> str:
     """The stages of an optimised export, a line each; empty without stages."""
     if "stages" not in report.details:
         return ""
@@ -23,13 +26,13 @@ def table(report: Any) -> str:
     return "\n".join(["\nstages:", *(rows or ["  none changed anything"])])
 
 
-def wrote(report: Any) -> str:
+def wrote(report: Report) -> str:
     """The file, and its copy for Triton."""
     copies = [f for f in report.outputs[1:] if f.endswith("model.onnx")]
     return "\n".join(f"wrote {f}" for f in [report.outputs[0], *copies])
 
 
-def emit_file(as_json: bool, model: str, report: Any) -> None:
+def emit_file(as_json: bool, model: str, report: Report) -> None:
     """What became of an .onnx file."""
     for text in report.warnings:
         note(text)
@@ -46,7 +49,7 @@ def emit(
     ok: bool = True,
     warnings: Sequence[str] = (),
     refused: LoraFxError | None = None,
-    **fields: Any,
+    **fields: object,
 ) -> None:
     """The result: text for people, or the one JSON object of docs/json.md; and its --report.
 

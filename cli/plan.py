@@ -11,6 +11,7 @@ from lora_fx.cli.options import (
     captured,
     force_option,
     json_option,
+    loss_of,
     model_options,
     some_batches,
 )
@@ -65,7 +66,6 @@ def command(
     """
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
-    from lora_fx.fx.load.factory import load_function
     from lora_fx.passes.verbs.adapt import find
     from lora_fx.passes.verbs.plan import plan
     from lora_fx.targets.ranking import METHODS
@@ -77,8 +77,7 @@ def command(
         raise LoraFxError(f"--method {options['method']} reads data", "lora-fx plan MODEL DATA …")
     loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
     batches = some_batches(data, loaded, cap, options)
-    loss = options.pop("loss")
-    loss = load_function(loss) if ":" in loss else loss
+    loss = loss_of(options.pop("loss"))
     chosen: Json = {k: None if v == () else v for k, v in options.items()}
     made = plan(cap, data=batches, loss=loss, name=model, **chosen)
     made.save(output, force=force)

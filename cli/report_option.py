@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ FILES = 100
 """Of a folder that are hashed."""
 
 
-def report_option(function: Callable[..., Any]) -> Callable[..., Any]:
+def report_option(function: Callable[..., object]) -> Callable[..., object]:
     """The option --report, above all others; with it comes --force, where the command has none."""
     own = any(p.name == "force" for p in getattr(function, "__click_params__", ()))
 
     @functools.wraps(function)
-    def command(*args: Any, report: str | None, force: bool, **kwargs: Any) -> Any:
+    def command(*args: object, report: str | None, force: bool, **kwargs: object) -> Any:
         if own:
             kwargs["force"] = force
         if report is None:
@@ -49,7 +49,7 @@ def report_option(function: Callable[..., Any]) -> Callable[..., Any]:
                 write(report, force, _stopped(ctx, e))
             raise
 
-    made: Callable[..., Any] = command if own else force_option(command)
+    made: Callable[..., object] = command if own else force_option(command)
     added = click.Option(["--report"], metavar="PAGE.html", help="Write the result as a page.")
     params: list[click.Parameter] = made.__click_params__  # type: ignore[attr-defined]
     params.insert(0, added)  # click reverses the list: the last one in --help
@@ -197,7 +197,7 @@ def _weighted(given: JsonView) -> Iterator[tuple[str, float]]:
                 yield split_weight(text)
 
 
-def _loadable(paths: Any) -> Iterator[tuple[str, float]]:
+def _loadable(paths: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
     from lora_fx.formats.io import is_adapter
 
     for path, weight in paths:

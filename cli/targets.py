@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_fx.cli.options import captured, json_option, model_options
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
+
+if TYPE_CHECKING:
+    from lora_fx.targets.found import Found
 
 
 @click.command("targets")
@@ -52,7 +55,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     emit(as_json, "targets", str(found), refused=refused, **fields)
 
 
-def _none(model: str, found: Any) -> LoraFxError | None:
+def _none(model: str, found: Found) -> LoraFxError | None:
     """The error of a model without targets."""
     if found.targets:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from lora_fx.cli.options import (
     force_option,
     held,
     json_option,
+    loss_of,
     model_options,
     of_training,
     target_options,
@@ -21,6 +22,9 @@ from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_option
 from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
 from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    from lora_fx.fx.train.processes import Processes
 
 
 @click.command("train")
@@ -54,14 +58,13 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
 
 def _train(
-    world: Any, device: str, model: str, data: str, output: str, force: bool, as_json: bool,
+    world: Processes, device: str, model: str, data: str, output: str, force: bool, as_json: bool,
     options: Json,
 ) -> None:  # fmt: skip
     from lora_fx.data import split
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import save_adapter
-    from lora_fx.fx.load.factory import load_function
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.verbs.adapt import insert
@@ -78,8 +81,7 @@ def _train(
     if table.words:
         note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
     training, validation = split(table, options.pop("validation"), options["seed"])
-    loss = options.pop("loss")
-    loss = load_function(loss) if ":" in loss else loss
+    loss = loss_of(options.pop("loss"))
     chosen: Json = {k: None if v == () else v for k, v in options.items()}
     chosen |= of_training(training, options["init"], loss)
     module = (held(cap) if cap.adapter is not None else insert(cap, **chosen)).to(device)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_fx.cli.common import Terminated
+from lora_fx.cli.options import combined
 from lora_fx.cli.output import note, say
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    from lora_fx.fx.train.optimizer import Settings
+    from lora_fx.fx.train.processes import Processes
+    from lora_fx.fx.train.state import Saving
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
 FROM_0 = click.FloatRange(min=0)
@@ -19,24 +25,23 @@ FROM_1 = click.IntRange(min=1)
 SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 
-def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of the loop, in the order of `Settings`, and those of its states."""
-    shown: Json = {"show_default": True}
-    options = [
-        click.option("--epochs", type=ABOVE_0, default=3.0, **shown, help="Passes over DATA."),
+SHOWN: Json = {"show_default": True}
+loop_options = combined(
+    [
+        click.option("--epochs", type=ABOVE_0, default=3.0, **SHOWN, help="Passes over DATA."),
         click.option("--steps", type=FROM_1, metavar="N", help="Steps, instead of epochs."),
-        click.option("--batch-size", type=FROM_1, default=32, **shown, help="Examples a step."),
-        click.option("--lr", type=ABOVE_0, default=1e-3, **shown, help="Peak learning rate."),
+        click.option("--batch-size", type=FROM_1, default=32, **SHOWN, help="Examples a step."),
+        click.option("--lr", type=ABOVE_0, default=1e-3, **SHOWN, help="Peak learning rate."),
         click.option(
-            "--weight-decay", type=FROM_0, default=0.01, **shown, help="Of AdamW, times the rate."
+            "--weight-decay", type=FROM_0, default=0.01, **SHOWN, help="Of AdamW, times the rate."
         ),
         click.option(
-            "--warmup", type=SHARE, default=0.05, **shown, help="Share of the steps that warm up."
+            "--warmup", type=SHARE, default=0.05, **SHOWN, help="Share of the steps that warm up."
         ),
         click.option(
-            "--clip", type=FROM_0, default=1.0, **shown, help="Longest gradient (norm); 0 for any."
+            "--clip", type=FROM_0, default=1.0, **SHOWN, help="Longest gradient (norm); 0 for any."
         ),
-        click.option("--checks", type=FROM_1, default=10, **shown, help="Validations in the run."),
+        click.option("--checks", type=FROM_1, default=10, **SHOWN, help="Validations in the run."),
         click.option(
             "--patience", type=FROM_1, metavar="N", help="Validations in vain that end the run."
         ),
@@ -44,7 +49,7 @@ def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--accumulate",
             type=FROM_1,
             default=1,
-            **shown,
+            **SHOWN,
             metavar="N",
             envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
             help="Parts that a step runs in, one after another, to save memory.",
@@ -53,7 +58,7 @@ def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--mixed-precision",
             type=click.Choice(["no", "bf16"]),
             default="no",
-            **shown,
+            **SHOWN,
             envvar="ACCELERATE_MIXED_PRECISION",
             help="bf16: products in bfloat16; what is trained stays float32.",
         ),
@@ -68,12 +73,11 @@ def loop_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
         ),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+)
+"""Options of the loop, in the order of `Settings`, and those of its states."""
 
 
-def settings_of(options: Json) -> Any:
+def settings_of(options: Json) -> Settings:
     """Takes the loop's settings out of a command's options."""
     from lora_fx.fx.train.optimizer import Settings
 
@@ -82,7 +86,7 @@ def settings_of(options: Json) -> Any:
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 
-def saving_of(options: Json, force: bool) -> Any:
+def saving_of(options: Json, force: bool) -> Saving:
     """Takes what says where states are out of a command's options; checks the folder."""
     from pathlib import Path
 
@@ -99,7 +103,7 @@ def saving_of(options: Json, force: bool) -> Any:
 
 
 @contextlib.contextmanager
-def together(device: str) -> Iterator[Any]:
+def together(device: str) -> Iterator[tuple[Processes, str]]:
     """The processes of the run, of which the first alone prints; a place for each on `device`.
 
     Yields (Processes, device). A process that ends because another one failed says nothing.
@@ -129,7 +133,7 @@ def together(device: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def stateful(saving: Any) -> Iterator[None]:
+def stateful(saving: Saving) -> Iterator[None]:
     """What is stopped in this block says which state it leaves."""
     from lora_fx.fx.train.state import step_of
 

@@ -70,9 +70,9 @@ def command(a: str, b: str, as_json: bool, **options: Any) -> None:
     else:
         one, two = (m if m.endswith(".onnx") else captured(m, **model)[1] for m in (a, b))
         arrays = load_npz(model["inputs_file"]) or None
-        extra: Any = [adapter_of(x).weighted(w) for x, w in map(split_weight, adapters)]
-        extra = extra[0] if len(extra) == 1 else extra or None
-        report = verify(one, two, arrays, adapter=extra, **options)
+        extra = [adapter_of(x).weighted(w) for x, w in map(split_weight, adapters)]
+        beside = extra[0] if len(extra) == 1 else extra or None
+        report = verify(one, two, arrays, adapter=beside, **options)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}], "outputs": []}
     fields.pop("command")
     emit(as_json, "verify", lines(report), **fields)

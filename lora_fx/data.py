@@ -119,7 +119,7 @@ def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
 def training_table(
     path: str,
     inputs: Sequence[str],
-    call: Callable[[str], Any],
+    call: Callable[[str], object],
     *,
     label: str = "",
     tokenizer: Tokenizer | None = None,
@@ -221,7 +221,7 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
     return Table(columns, label, words)
 
 
-def _joined(batches: Any, where: str) -> dict[str, Any]:
+def _joined(batches: Any, where: str) -> dict[str, object]:
     """Batches (dictionaries with the same keys) as one dictionary of columns."""
     try:
         parts = list(batches)
@@ -236,7 +236,7 @@ def _joined(batches: Any, where: str) -> dict[str, Any]:
     return {k: [row for part in parts for row in part[k]] for k in (parts[0] if parts else ())}
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "text" if isinstance(value, str) else "empty" if value is None else "a number"
 
 
@@ -248,7 +248,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _array(values: Any, where: str, name: str) -> Array:
+def _array(values: npt.ArrayLike, where: str, name: str) -> Array:
     try:
         array = np.asarray(values)
     except ValueError as e:
@@ -270,7 +270,7 @@ def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[st
 # Readers of data files: each returns columns by name, of arrays or lists, one row an example.
 
 
-def read_npz(path: str) -> dict[str, Any]:
+def read_npz(path: str) -> dict[str, Array]:
     """Arrays of an .npz by name; never unpickles."""
     try:
         with np.load(path, allow_pickle=False) as data:
@@ -281,8 +281,8 @@ def read_npz(path: str) -> dict[str, Any]:
         ) from e
 
 
-def _jsonl(path: str) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
+def _jsonl(path: str) -> dict[str, list[object]]:
+    columns: dict[str, list[object]] = {}
     for i, line in enumerate((x for x in _text(path).split("\n") if x.strip()), 1):
         try:
             row = json.loads(line)
@@ -307,7 +307,7 @@ def _text(path: str) -> str:
         raise LoraFxError(f"{path}: not UTF-8: {e}", "iconv -t UTF-8 converts it") from e
 
 
-def _csv(path: str) -> dict[str, list[Any]]:
+def _csv(path: str) -> dict[str, list[object]]:
     reader = csv.reader(io.StringIO(_text(path), newline=""))
     try:
         names = next(reader, [])
@@ -326,7 +326,7 @@ def _csv(path: str) -> dict[str, list[Any]]:
     return {n: _numbers([r[j] for r in rows]) for j, n in enumerate(names)}
 
 
-def _numbers(values: Sequence[str]) -> list[Any]:
+def _numbers(values: Sequence[str]) -> list[object]:
     """A column as ints, else floats, else the texts."""
     for kind in (int, float):
         try:
@@ -336,7 +336,7 @@ def _numbers(values: Sequence[str]) -> list[Any]:
     return list(values)
 
 
-READERS: dict[str, Callable[[str], dict[str, Any]]] = {
+READERS: dict[str, Callable[[str], Mapping[str, object]]] = {
     ".npz": read_npz,
     ".jsonl": _jsonl,
     ".csv": _csv,

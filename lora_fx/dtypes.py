@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+NumpyDtype = np.dtype[Any]
+Floating = type[np.floating[Any]]
+"""What arithmetic is done in: float32 or float64."""
 
 
 class Dtype(NamedTuple):
@@ -62,10 +65,10 @@ FLOATING = ("bfloat16", "float16", "float32", "float64")
 _FROM_ONNX = {d.onnx: d.name for d in DTYPES.values() if d.onnx}
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
+def numpy_dtype(name: str) -> NumpyDtype:
     """The numpy dtype of a name such as float32 or bfloat16."""
     if hasattr(ml_dtypes, name):
-        narrow: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        narrow: NumpyDtype = np.dtype(getattr(ml_dtypes, name))
         return narrow
     return np.dtype(name)
 
@@ -76,7 +79,7 @@ def from_onnx(kind: str) -> str:
     return _FROM_ONNX.get(inner, inner)
 
 
-def finfo(dtype: str | np.dtype[Any]) -> Any:
+def finfo(dtype: str | NumpyDtype) -> np.finfo[Any]:
     """What numpy.finfo says of a floating dtype, narrow ones too."""
     wanted = numpy_dtype(dtype) if isinstance(dtype, str) else dtype
     return ml_dtypes.finfo(wanted)  # type: ignore[no-untyped-call]

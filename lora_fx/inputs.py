@@ -17,14 +17,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from lora_fx.dtypes import numpy_dtype
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.sizes import Condition, Size, broken, extent, nearest, terms
+from lora_fx.text import Json
 
 Named = Mapping[str, Any]
 """Arguments of a call by name; each is a tensor, or one of torch's pytrees."""
+Dynamic = Mapping[str, Mapping[int, str] | Sequence[int]]
+"""{input: {dimension: symbol}} or {input: (dimension, …)}; an empty symbol stands for a new one."""
 SIZES: tuple[tuple[int, int], ...] = ((2, 5), (3, 7), (1, 11))
 OTHERS = {5: (9, 3, 12, 4), 7: (4, 13, 6, 10), 11: (6, 8, 3, 14)}
 """Sizes of the further symbols, by that of the first."""
@@ -71,7 +73,7 @@ class Input:
         """True for booleans, and for integers that their name calls a mask."""
         return self.dtype == "bool" or (self.is_integer and "mask" in self.name)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """One row of `inputs[]`: dimensions are numbers or symbols."""
         dims = [self.dims.get(i, n) for i, n in enumerate(self.shape)]
         return {"name": self.name, "dtype": self.dtype, "shape": dims}
@@ -199,10 +201,10 @@ class Inputs:
                     return tried
         return None
 
-    def sample(self, size: Extents = SIZES[0], seed: int = 0) -> dict[str, npt.NDArray[Any]]:
+    def sample(self, size: Extents = SIZES[0], seed: int = 0) -> dict[str, Array]:
         """Arrays of one size; each input has a generator of its own, from (seed, name)."""
         shapes, before = self.sizes(size), (self.values(size) or {}).get(PAST, 0)
-        result: dict[str, npt.NDArray[Any]] = {}
+        result: dict[str, Array] = {}
         for s in self.specs:
             digest = hashlib.sha256(f"{seed}:{s.name}".encode()).digest()
             rng = np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
@@ -217,7 +219,7 @@ class Inputs:
                 result[s.name] = np.asarray(rng.standard_normal(shape)).astype(dtype)
         return result
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[Json]:
         """Rows of `inputs[]`."""
         return [s.to_json() for s in self.specs]
 
@@ -250,7 +252,7 @@ def _has_length(s: Input) -> bool:
 def merge_dynamic(
     inputs: Inputs,
     defaults: Mapping[str, Mapping[int, str]],
-    dynamic: Mapping[str, Any] | None,
+    dynamic: Dynamic | None,
     static: Sequence[str] = (),
 ) -> dict[str, dict[int, str]]:
     """Defaults, plus what `dynamic` asks for, less what `static` fixes.
@@ -263,7 +265,7 @@ def merge_dynamic(
     ranks = {s.name: len(s.shape) for s in inputs.specs}
     for name, dims in (dynamic or {}).items():
         _known(name, ranks)
-        pairs = dims.items() if isinstance(dims, Mapping) else [(d, None) for d in dims]
+        pairs = dims.items() if isinstance(dims, Mapping) else [(d, "") for d in dims]
         for d, symbol in pairs:
             d = int(d)
             if not -ranks[name] <= d < ranks[name]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -154,7 +154,9 @@ class Adapter:
         """This adapter under a model's parameter names, where its file does not name those."""
         return self if self.names is None else self.names.resolve(self, names)
 
-    def bind(self, model: Any, args: Any = (), kwargs: Any = None) -> Adapter:
+    def bind(
+        self, model: object, args: Sequence[object] = (), kwargs: JsonView | None = None
+    ) -> Adapter:
         """This adapter in the keys and layouts of a model (module, Captured, Found or folder).
 
         Raises:

@@ -14,7 +14,7 @@ module, depth, candidates  of `layer`, where the key does not name a parameter
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lora_fx.adapter.lowrank import FileLayer, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker
@@ -50,7 +50,7 @@ def from_json(entry: Described, row: JsonView) -> Described:
     return replace(entry, **said)
 
 
-def _plain(entry: LowRank | Hadamard | Kronecker | Dense, field: str) -> Any:
+def _plain(entry: LowRank | Hadamard | Kronecker | Dense, field: str) -> object:
     if field == "layout":
         return entry.layout.to_json() if entry.layout else None
     if field == "extra":

@@ -19,7 +19,7 @@ from lora_fx.adapter.initial import residual
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Change, Dense
 from lora_fx.adapter.variant import factors, squares
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array, Floating, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
 from lora_fx.files.safetensors import TensorInfo
@@ -97,7 +97,7 @@ class Space:
     def __init__(self) -> None:
         self._bytes: dict[str, Array] = {}
 
-    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def array(self, name: str, shape: tuple[int, ...], dtype: NumpyDtype) -> Array:
         """An array with any content; the next of this name takes its place."""
         size = math.prod(shape) * dtype.itemsize
         have = self._bytes.get(name)
@@ -228,7 +228,7 @@ def rows_per_block(columns: int) -> int:
     return max(1, BLOCK // max(1, columns * WINDOW)) * WINDOW
 
 
-def arithmetic(source: str, dtype: str) -> type[np.floating[Any]]:
+def arithmetic(source: str, dtype: str) -> Floating:
     """What a tensor is folded in: fp32, or fp64 where it is stored so before or after."""
     return np.float64 if "float64" in (source, dtype) else np.float32
 
@@ -468,7 +468,7 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
     )
 
 
-def in_dtype(matrix: Matrix, dtype: type[np.floating[Any]]) -> Matrix:
+def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
     """The same with every factor in `dtype`, which is what ΔW is then computed in."""
     parts = tuple(
         replace(p, change=_cast(p.change, dtype), magnitude=_array(p.magnitude, dtype))
@@ -477,11 +477,11 @@ def in_dtype(matrix: Matrix, dtype: type[np.floating[Any]]) -> Matrix:
     return Matrix(matrix.rows, matrix.columns, parts)
 
 
-def _cast(change: Any, dtype: type[np.floating[Any]]) -> Any:
+def _cast(change: Any, dtype: Floating) -> Any:
     arrays = {f.name: getattr(change, f.name) for f in fields(change)}
     wide = {k: _array(v, dtype) for k, v in arrays.items() if isinstance(v, np.ndarray)}
     return replace(change, **wide) if any(wide[k] is not arrays[k] for k in wide) else change
 
 
-def _array(array: Array | None, dtype: type[np.floating[Any]]) -> Array | None:
+def _array(array: Array | None, dtype: Floating) -> Array | None:
     return None if array is None else array.astype(dtype, copy=False)

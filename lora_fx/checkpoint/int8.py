@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows
-from lora_fx.dtypes import FLOATING, Array, finfo, numpy_dtype
+from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
@@ -75,7 +74,7 @@ class Int8:
         return np.where((narrow == 0) & (exact != 0), np.array(self.tiny, self.dtype), narrow)
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> NumpyDtype:
         """Of the scales."""
         return numpy_dtype(self.scales.dtype)
 

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.fold import Stats
@@ -28,12 +27,13 @@ from lora_fx.text import Json, some, table
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
 AdapterLike = str | os.PathLike[str] | Adapter
+Adapters = AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]]
 _MISSED = ("error", "own")
 
 
 def merge(
     base: str | os.PathLike[str],
-    adapters: AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]],
+    adapters: Adapters,
     out: str | os.PathLike[str],
     *,
     how: str = "sum",
@@ -93,7 +93,7 @@ def merge(
 
 def plan_merge(
     base: str | os.PathLike[str],
-    adapters: AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]],
+    adapters: Adapters,
     options: MergeOptions | None = None,
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
@@ -163,7 +163,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def given(adapters: Any, trust: bool = False) -> list[Given]:
+def given(adapters: Adapters, trust: bool = False) -> list[Given]:
     """Adapters as `merge` takes them, read."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]

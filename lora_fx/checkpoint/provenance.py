@@ -71,7 +71,7 @@ def adapter_hash(adapter: Adapter) -> str:
     return whole.hexdigest()
 
 
-def _parts(entry: Any) -> tuple[Array | float | str | tuple[int, ...], ...]:
+def _parts(entry: object) -> tuple[Array | float | str | tuple[int, ...], ...]:
     if isinstance(entry, LowRank):
         extra = () if entry.magnitude is None else (entry.magnitude,)
         return (entry.a, entry.b, float(entry.scale), *extra)
@@ -111,7 +111,7 @@ def history(checkpoint: Checkpoint) -> list[Json]:
     return longest
 
 
-def _listed(adapters: Any) -> bool:
+def _listed(adapters: object) -> bool:
     return isinstance(adapters, list) and all(isinstance(a, dict) for a in adapters)
 
 
@@ -224,7 +224,7 @@ def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> Json:
     rows = sorted(samples, key=lambda row: row[0])
     dtypes = {name: str(values.dtype) for name, _, values in rows}
     kinds = set(dtypes.values())
-    dtype: Any = kinds.pop() if len(kinds) == 1 else dtypes
+    dtype = kinds.pop() if len(kinds) == 1 else dtypes
     names = [name for name, _, _ in rows]
     return {"version": VERSION, "dtype": dtype, "names": names, "sample": _digest(rows)}
 
@@ -238,9 +238,9 @@ def file_fingerprint(keys: Iterable[str], tensors: Mapping[str, TensorInfo]) -> 
     return {FIELD: fingerprint((n, t.shape, _read(t, t.dtype)) for n, t in found)}
 
 
-def ends(flat: Any) -> tuple[Any, Any]:
+def ends(length: int) -> tuple[slice, slice]:
     """The first and the last elements of a flat tensor; they overlap where it is short."""
-    return flat[:ENDS], flat[max(0, len(flat) - ENDS) :]
+    return slice(ENDS), slice(max(0, length - ENDS), length)
 
 
 def parameters_of(keys: Iterable[str]) -> list[str]:
@@ -248,7 +248,9 @@ def parameters_of(keys: Iterable[str]) -> list[str]:
     return sorted({base_name(k) for k in keys if not base_name(k).endswith("~")})
 
 
-def same_base(recorded: Any, find: Callable[[str], TensorInfo | None]) -> tuple[bool | None, str]:
+def same_base(
+    recorded: JsonView | None, find: Callable[[str], TensorInfo | None]
+) -> tuple[bool | None, str]:
     """Is a checkpoint the base that an adapter was trained on? The reason where it is not known.
 
     Args:
@@ -278,7 +280,9 @@ class Unknown(Exception):
     """A parameter cannot be sampled, and why."""
 
 
-def compared(recorded: Any, sample: Callable[[str, str], Sample]) -> tuple[bool | None, str]:
+def compared(
+    recorded: JsonView | None, sample: Callable[[str, str], Sample]
+) -> tuple[bool | None, str]:
     """Are these weights those that an adapter was trained on? As `same_base`.
 
     Args:

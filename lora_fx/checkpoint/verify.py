@@ -10,14 +10,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.checkpoint.difference import unlike
+from lora_fx.checkpoint.difference import Unlike, unlike
 from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match, names_of
-from lora_fx.checkpoint.merge import cores, given
+from lora_fx.checkpoint.merge import AdapterLike, Adapters, cores, given
 from lora_fx.checkpoint.merge_plan import (
     HOWS,
     Given,
@@ -27,7 +27,7 @@ from lora_fx.checkpoint.merge_plan import (
     TensorChange,
     make_plan,
 )
-from lora_fx.checkpoint.prove import ROWS, prove
+from lora_fx.checkpoint.prove import ROWS, Difference, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import file_targets
 from lora_fx.checkpoint.tied import tie_of
@@ -40,13 +40,10 @@ from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.formats.io import is_adapter, load_adapter
 from lora_fx.text import Json, JsonView
 
-AdapterLike = str | os.PathLike[str] | Adapter
-
-
 _ROW = dict.fromkeys(("key", "what", "ratio", "rel", "max_abs", "elements"))
 
 
-def is_tensor_file(path: object) -> bool:
+def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
     """True for a `.safetensors` file, or a folder of them, that is no adapter."""
     if not isinstance(path, (str, os.PathLike)):
         return False
@@ -59,7 +56,7 @@ def is_tensor_file(path: object) -> bool:
 def verify_files(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
-    adapter: AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]] | None = None,
+    adapter: Adapters | tuple[AdapterLike, float] | None = None,
     *,
     tol: float = 0.0,
     rows: int | None = ROWS,
@@ -82,7 +79,7 @@ def verify_files(
         if adapter is None:
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda u: -u.rel)
             return _report(len({*first.tensors, *second.tensors}), found)
-        every = [adapter] if _pair(adapter) else _listed(adapter)
+        every = _listed(adapter)
         chain = chain_of(first, second, given(every), [_pair(x) for x in every])
         plan = chain.plan
         wrong = sorted(prove(plan, first, rows=rows, workers=cores()), key=lambda d: -d.ratio)
@@ -99,7 +96,7 @@ def verify_files(
 
 def _report(
     count: int,
-    found: Sequence[Any],
+    found: Sequence[Difference | Unlike],
     notes: Sequence[str] = (),
     details: JsonView | None = None,
     *,
@@ -115,13 +112,13 @@ def _report(
     return Report("verify", ok, warnings=tuple(dict.fromkeys(notes)), details=whole)
 
 
-def _pair(adapter: Any) -> bool:
+def _pair(adapter: object) -> bool:
     """True for one (adapter, weight)."""
     return isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], (int, float))
 
 
-def _listed(adapter: Any) -> list[Any]:
-    one = isinstance(adapter, (str, os.PathLike, Adapter))
+def _listed(adapter: Any) -> list[AdapterLike | tuple[AdapterLike, float]]:
+    one = _pair(adapter) or isinstance(adapter, (str, os.PathLike, Adapter))
     return [adapter] if one else list(adapter)
 
 
@@ -379,5 +376,5 @@ def _then(
     return replace(second, source=first.source, dtype=dtype, earlier=earlier, what=what)
 
 
-def _mutated(change: Any) -> bool:
+def _mutated(change: object) -> bool:
     return isinstance(change, LowRank) and bool(change.mutated)

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -145,7 +144,7 @@ def _refuse_pointer(data: bytes, size: int, file: Path) -> None:
 
 
 def _parse(file: Path, text: bytes, what: str, *, refuse_minus_zero: bool = False) -> Json:
-    def once(pairs: list[tuple[str, Any]]) -> Json:
+    def once(pairs: list[tuple[str, object]]) -> Json:
         result = dict(pairs)
         if len(result) != len(pairs):
             twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
@@ -174,7 +173,7 @@ def _parse(file: Path, text: bytes, what: str, *, refuse_minus_zero: bool = Fals
     return value
 
 
-def _entry(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
+def _entry(file: Path, name: str, entry: object, data: int) -> TensorInfo:
     def bad(found: object, expected: str) -> LoraFxError:
         where = one_line(repr(name), 120)
         return LoraFxError(f"{file}: tensor {where}: {one_line(found, 120)}; {expected}", AGAIN)
@@ -204,7 +203,7 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
     return TensorInfo(dtype.name, tuple(shape), file, data + offsets[0], data + offsets[1])
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 

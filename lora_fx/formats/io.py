@@ -7,6 +7,7 @@ crash leaves the old adapter or none, never half of one. Inputs are never change
 from __future__ import annotations
 
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 
@@ -83,7 +84,7 @@ def save_adapter(
 
 
 def load_adapter(
-    path: str | Path, trust: bool = False, *, base: str | Path | None = None
+    path: str | PathLike[str], trust: bool = False, *, base: str | Path | None = None
 ) -> Adapter:
     """Read an adapter: a file or folder of PEFT, kohya, diffusers, torchtune or ONNX Runtime.
 
@@ -220,7 +221,7 @@ def _check_free(path: Path, single: bool, force: bool) -> None:
         )
 
 
-def is_adapter(path: str | Path) -> bool:
+def is_adapter(path: str | PathLike[str]) -> bool:
     """True for what load_adapter would read: decided by files and headers, not by names."""
     path = Path(path)
     if path.is_dir():

@@ -120,7 +120,7 @@ class Watched(CapturedModule):
         self.last = Run()
         self._choose, self._saw = choose, saw
         self._weights, self._results = weights, results
-        self._watching: dict[Any, tuple[fx.Graph, tuple[Tap, ...], Door, Any]] = {}
+        self._watching: dict[object, tuple[fx.Graph, tuple[Tap, ...], Door, pytree.TreeSpec]] = {}
         try:
             captured.allows(False)
         except LoraFxError:
@@ -142,7 +142,7 @@ class Watched(CapturedModule):
             out = run.run(*leaves, enable_io_processing=False)
         return pytree.tree_unflatten(list(out), spec)
 
-    def _watch(self, named: Named) -> tuple[fx.Graph, tuple[Tap, ...], Door, Any]:
+    def _watch(self, named: Named) -> tuple[fx.Graph, tuple[Tap, ...], Door, pytree.TreeSpec]:
         traced = self.captured.traced(self.training, named, self._dtype)
         graph = self._graph(self.training, named)
         taps = []

@@ -81,7 +81,7 @@ class Classifier(nn.Module):
         return scores
 
 
-def tokenise(texts: Sequence[str], length: int = LENGTH) -> list[dict[str, Any]]:
+def tokenise(texts: Sequence[str], length: int = LENGTH) -> list[dict[str, object]]:
     """Token ids of each text."""
     from transformers import AutoTokenizer
 
@@ -108,7 +108,7 @@ def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[Array, ...]
 
 def run_all(
     run: Callable[[Array, Array], Array],
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, object]],
     size: int = 64,
 ) -> Array:
     """`run` over all rows, batch by batch; results in the order of the rows."""

@@ -316,7 +316,7 @@ def _squeeze(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
 
 
-_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
+_REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.lstm.input: _lstm,
     aten.real.default: _fourier,
     aten.squeeze.dim: _squeeze,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 V = TypeVar("V")
 V_co = TypeVar("V_co", covariant=True)
@@ -36,7 +36,7 @@ class Ops(Protocol[V_co]):
     ========== ======================================= =========================
     """
 
-    def op(self, prim: str, *xs: Any, **attrs: Any) -> V_co:
+    def op(self, prim: str, *xs: object, **attrs: object) -> V_co:
         """Build the node, or compute the value, of one primitive of the table above."""
         ...
 

@@ -218,7 +218,7 @@ class WeightForm(Apart):
         """The op has more operands than these two: only the IR's own node can run it."""
         return e.like(site, x, w)
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> Any:
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """There is none: the op reads W + s·b·a."""
         return None
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from lora_fx.ir.emitter import Ops
+from lora_fx.ir.emitter import Ops, V
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class View:
         """This view followed by more steps."""
         return View(self.steps + steps)
 
-    def replay(self, emitter: Ops[Any], value: Any) -> Any:
+    def replay(self, emitter: Ops[V], value: V) -> V:
         """Run the steps on a value of the emitter's IR that has the stored shape."""
         for step in self.steps:
             if isinstance(step, Permute):

@@ -302,7 +302,7 @@ class Choice:
         node = ids.producer()
         assert node is not None
         self._graph, self._last = graph, node
-        self._made: dict[tuple[Any, ...], ir.Value] = {}
+        self._made: dict[tuple[object, ...], ir.Value] = {}
         unique = ir.node("Unique", [ids], num_outputs=1)
         self._place(unique)
         used = unique.outputs[0]

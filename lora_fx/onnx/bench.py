@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -187,7 +187,7 @@ class Sample:
     cpu: float
 
 
-def timed(function: Callable[[], Any], repeats: int = 1) -> Sample:
+def timed(function: Callable[[], object], repeats: int = 1) -> Sample:
     """Seconds that one call takes, as the mean over `repeats` calls."""
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(repeats):

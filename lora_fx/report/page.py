@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -70,7 +70,7 @@ def _templates() -> Environment:
     return made
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON has no infinities and no NaN: they are null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -97,7 +97,7 @@ class Fact(NamedTuple):
 def facts(result: Json, rows: list[Row]) -> list[Fact]:
     """The numbers of the strip, the most telling first."""
     made: list[Fact] = []
-    parity: list[dict[str, Any]] = result.get("parity") or []
+    parity: list[Json] = result.get("parity") or []
     if parity:
         worst = max(parity, key=_nearness)
         gate = f"gate {number(worst['tol'])}; {plural(len(parity), 'comparison')}"

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 from lora_fx.report.values import Json
 
@@ -150,7 +149,7 @@ def _nearest(key: str, tails: dict[str, list[str]], have: dict[str, str]) -> str
     return hits[0] if len(hits) == 1 else None
 
 
-def _dicts(result: Json, name: str) -> Iterator[dict[str, Any]]:
+def _dicts(result: Json, name: str) -> Iterator[Json]:
     """The rows of a list of the result; verify has a number under a name that merge has rows."""
     found = result.get(name)
     if isinstance(found, list):

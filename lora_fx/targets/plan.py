@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
 
 from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.targets.found import Found
@@ -74,7 +73,7 @@ def make_plan(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     also_train: str | Sequence[str] | None = None,
-    ranks: Any = None,
+    ranks: GivenRanks | None = None,
 ) -> Plan:
     """The Plan that the options ask for.
 
@@ -293,7 +292,11 @@ def _plain(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
-def given_ranks(plan: Any) -> tuple[JsonView | None, str]:
+GivenRanks = RankPlan | str | PathLike[str] | JsonView
+"""What insert takes as plan: key → rank or {rank, alpha}, or a file of it."""
+
+
+def given_ranks(plan: GivenRanks | None) -> tuple[JsonView | None, str]:
     """(key → rank or {rank, alpha}, what to call it in an error) of what insert takes as plan."""
     if isinstance(plan, RankPlan):
         return plan.ranks, "the plan"
@@ -335,7 +338,7 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
     return kept
 
 
-def _once(pairs: list[tuple[str, Any]]) -> Json:
+def _once(pairs: list[tuple[str, object]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [k for k, _ in pairs]
@@ -344,7 +347,7 @@ def _once(pairs: list[tuple[str, Any]]) -> Json:
     return found
 
 
-def _entry(where: str, key: str, value: Any) -> Json:
+def _entry(where: str, key: str, value: object) -> Json:
     given = {"rank": value} if isinstance(value, int) else value
     if not isinstance(given, Mapping) or "rank" not in given or set(given) - {"rank", "alpha"}:
         raise LoraFxError(

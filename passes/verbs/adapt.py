@@ -13,7 +13,8 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
-from lora_fx.inputs import Named
+from lora_fx.fx.train.objective import Loss
+from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold, Folded
@@ -21,14 +22,15 @@ from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
+from lora_fx.targets.plan import GivenRanks, Plan
 
 
 def find(
     model: Any,
-    args: Sequence[Any] = (),
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
     *,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
     training: bool = False,
 ) -> Found:
     """Every weight matmul of a model, what an adapter cannot reach, and why.
@@ -50,8 +52,8 @@ def find(
 
 
 def insert(
-    model: Any,
-    args: Sequence[Any] = (),
+    model: object,
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
     rank: int = 8,
     alpha: float | None = None,
@@ -60,16 +62,16 @@ def insert(
     also_train: Selectors = None,
     variant: str = "lora",
     dropout: float = 0.0,
-    plan: Any = None,
+    plan: Plan | GivenRanks | None = None,
     adapter: Adapter | None = None,
     seed: int = 0,
     *,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
     norm_stats: str = "frozen",
     dead: str = "error",
     init: str = "kaiming",
     data: Iterable[Named] | None = None,
-    loss: Any = "ce",
+    loss: str | Loss = "ce",
     fast: bool = True,
 ) -> AdaptedModule:
     """A trainable module with low-rank branches; the user's module is not touched.
@@ -126,12 +128,12 @@ def insert(
 
 
 def fold(
-    model: Any,
-    args: Sequence[Any] = (),
+    model: object,
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
     *,
     adapter: Adapter | None = None,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
 ) -> FoldedModule:
     """An eval-mode module without branches, W + s·b·a in its weights.
 

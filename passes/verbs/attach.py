@@ -28,7 +28,8 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, owner
-from lora_fx.inputs import Named
+from lora_fx.fx.train.objective import Loss
+from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Site, T
@@ -46,13 +47,14 @@ from lora_fx.passes.verbs.build_module import learnt, start_of
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
+from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.regions import applies
 from lora_fx.targets.target import Target, split_use
 
 
 def attach(
     model: Any,
-    args: Sequence[Any] = (),
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
     rank: int = 8,
     alpha: float | None = None,
@@ -61,16 +63,16 @@ def attach(
     also_train: Selectors = None,
     variant: str = "lora",
     dropout: float = 0.0,
-    plan: Any = None,
+    plan: Plan | GivenRanks | None = None,
     adapter: Adapter | None = None,
     seed: int = 0,
     *,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
     norm_stats: str = "frozen",
     dead: str = "error",
     init: str = "kaiming",
     data: Iterable[Named] | None = None,
-    loss: Any = "ce",
+    loss: str | Loss = "ce",
 ) -> Any:
     """Adapt a live module in place, with the targets and numbers that insert would give.
 
@@ -175,7 +177,7 @@ def detach(model: Any) -> Any:
     return model
 
 
-def _module(model: Any) -> nn.Module:
+def _module(model: object) -> nn.Module:
     if isinstance(model, CapturedModule):
         raise LoraFxError("this module is a captured graph already", "attach to the original model")
     if not isinstance(model, nn.Module) or isinstance(model, Called):
@@ -194,7 +196,7 @@ def _whole(cap: Captured, dropout: float) -> GraphPlanner:
 
 def _partial(
     model: nn.Module,
-    args: Sequence[Any],
+    args: Sequence[object],
     kwargs: Named | None,
     dropout: float,
     error: CaptureError,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -99,7 +98,7 @@ def adapted_module(
 ) -> AdaptedModule:
     """The module with these updates, before anything is proven of it."""
 
-    def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], Any]:
+    def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], object]:
         return Insert(now, dropout=options.dropout, training=training, missing="skip")
 
     module = with_signature(AdaptedModule, cap)(
@@ -148,7 +147,7 @@ def learnt(cap: Captured) -> Json:
     return {"pinned": tuple(cap.pinned), "ranges": cap.ranges, "notes": tuple(cap.notes)}
 
 
-def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], Any]]:
+def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
     """The passes of train programs, in order."""
     paths = tuple(blocks)
     return [Clean(), Share(paths), Fuse(), Recompute(paths)]

@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.files.atomic import check_output
-from lora_fx.inputs import Named
+from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import match
@@ -30,17 +30,18 @@ from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.optimise import optimise_file
-from lora_fx.passes.verbs.options import ExportOptions, Selectors
+from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions, Selectors
 from lora_fx.targets.found import Found
+from lora_fx.text import Json
 
 
 def export(
-    model: Any,
+    model: object,
     path: str | PathLike[str],
-    args: Sequence[Any] = (),
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
     *,
-    adapters: Any = None,
+    adapters: ExportAdapters | None = None,
     mode: str = "merged",
     include: Selectors = None,
     exclude: Selectors = None,
@@ -51,7 +52,7 @@ def export(
     provider: str = "auto",
     opset: int | None = None,
     external_over: int = EXTERNAL_OVER,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
     force: bool = False,
     optimise: bool = False,
     precision: str | None = None,
@@ -213,9 +214,9 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
             f"{source} is an .onnx file already, and there is nothing to do",
             "give an adapter, --optimise, --precision or a --mode",
         )
-    last: dict[str, Any] = {"force": options.force, "repository": options.repository}
-    given: dict[str, Any] = {"names": options.names, "external_over": options.external_over}
-    ran: dict[str, Any] = {
+    last: Json = {"force": options.force, "repository": options.repository}
+    given: Json = {"names": options.names, "external_over": options.external_over}
+    ran: Json = {
         name: getattr(options, name) for name in ("inputs", "provider", "optimise", "precision")
     }
     if not rewritten:
@@ -244,7 +245,7 @@ REFUSED = "torch's ONNX exporter refused the model"
 """How errors of the translation begin."""
 
 
-def may_help(model: Any, error: LoraFxError) -> bool:
+def may_help(model: object, error: LoraFxError) -> bool:
     """True where the model could not be captured or translated, and has another attention."""
     from lora_fx.fx.capture.capture import Captured  # opens torch, which .onnx files do without
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
@@ -29,7 +28,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.proofs.batch import prove_rows
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
-from lora_fx.passes.verbs.options import ExportOptions
+from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.sizes import Condition
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
@@ -47,8 +46,8 @@ def by_name(options: ExportOptions) -> dict[str, Adapter]:
     """The adapters of a file that holds several; raises where a file of one is in the way."""
     if options.mode == "batch":
         return named(options.adapters)
-    one = isinstance(options.adapters, Adapter)
-    adapters = {"adapter": options.adapters} if one else dict(options.adapters or {})
+    given = options.adapters or {}
+    adapters = {"adapter": given} if isinstance(given, Adapter) else named(given) if given else {}
     beside(adapters, options)
     return adapters
 
@@ -155,7 +154,7 @@ def write_switch(
         warnings.append(session.note)
     outputs = [*made_file.files, *paths.values()]
     sizes = {str(f): f.stat().st_size for f in outputs}
-    details: dict[str, Any] = {"files": sizes, "provider": session.provider}
+    details: Json = {"files": sizes, "provider": session.provider}
     details |= {"mode": manifest.mode, "targets": len(manifest.slots)}
     details["ranges"] = ranges_of(reference.conditions)
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
@@ -278,7 +277,7 @@ def write_batch(
     return Report("export", True, tuple(parity), tuple(sizes), tuple(said), details)
 
 
-def named(adapters: Any) -> dict[str, Adapter]:
+def named(adapters: ExportAdapters | None) -> dict[str, Adapter]:
     """Adapters by name, in the order of their ids."""
     if isinstance(adapters, Adapter):
         adapters = [adapters]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.graph.flow import tensor
@@ -19,7 +19,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.fx.to_onnx import OPSET, to_onnx
-from lora_fx.inputs import Named
+from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import (
     mark_changed,
@@ -42,12 +42,15 @@ from lora_fx.passes.verbs.options import ExportOptions
 
 
 def export_merged(
-    model: Any, args: Sequence[Any], kwargs: Named | None, options: ExportOptions
+    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
 ) -> Report:
     """See lora_fx.passes.verbs.export."""
-    if isinstance(options.adapters, Mapping):
-        raise LoraFxError("merged takes one adapter", "lora_fx.mix makes one of several")
-    branched = _branched(model, args, kwargs, options.adapters, options.dynamic)
+    adapter = options.adapters
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise LoraFxError(
+            "merged takes one adapter", "lora_fx.adapter.adapter.mix makes one of several"
+        )
+    branched = _branched(model, args, kwargs, adapter, options.dynamic)
     mode_before = branched.training
     branched.eval()
     try:
@@ -127,11 +130,11 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
 
 
 def _branched(
-    model: Any,
-    args: Sequence[Any],
+    model: object,
+    args: Sequence[object],
     kwargs: Named | None,
     adapter: Adapter | None,
-    dynamic: Any,
+    dynamic: Dynamic | None,
 ) -> CapturedModule:
     """The unfolded module that the file has to equal."""
     model = opened(model)
@@ -151,7 +154,7 @@ def _branched(
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
 
 
-def _value(module: CapturedModule, name: str) -> Any:
+def _value(module: CapturedModule, name: str) -> Array:
     return to_numpy(tensor(module, name))
 
 
@@ -159,7 +162,7 @@ def _value(module: CapturedModule, name: str) -> Any:
 
 
 def export_slots(
-    model: Any, args: Sequence[Any], kwargs: Named | None, options: ExportOptions
+    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
 ) -> Report:
     """See lora_fx.passes.verbs.export."""
     model = opened(model)

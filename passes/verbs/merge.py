@@ -249,7 +249,7 @@ class OnnxMergePlan:
     matched: Matched
     renamed: int
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Json]:
         """One a key: the tensor, its shape, rank and scale, and the bytes that are written."""
         rows = []
         for key, update in self.matched.updates.items():
@@ -333,7 +333,7 @@ def _sum(
     return Matched(dict(mix(bound, how, options.rank).lowrank), {})
 
 
-def history(text: str | None, where: str) -> list[dict[str, Any]]:
+def history(text: str | None, where: str) -> list[Json]:
     """The merges that a file's metadata tells of; empty where it tells none.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike, fspath
-from typing import Any
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import is_attached
@@ -14,16 +13,16 @@ from lora_fx.fx.load.models import LoadedModel, load_model
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
-from lora_fx.inputs import Named
+from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.build_module import build_module
-from lora_fx.passes.verbs.options import InsertOptions
+from lora_fx.passes.verbs.options import ExportAdapters, InsertOptions
 
 
 def captured_of(
-    model: Any,
-    args: Sequence[Any] = (),
+    model: object,
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
     *,
     meta: bool = False,
 ) -> Captured:
@@ -53,9 +52,9 @@ def captured_of(
 
 def capture_loaded(
     loaded: LoadedModel,
-    args: Sequence[Any] = (),
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
     static: Sequence[str] = (),
     *,
     cache: bool = False,
@@ -71,7 +70,9 @@ def capture_loaded(
     return capture(loaded.module, args, kwargs, dynamic, static)
 
 
-def with_cache(model: Any, adapters: Any = None) -> tuple[Captured, Any]:
+def with_cache(
+    model: object, adapters: ExportAdapters | None = None
+) -> tuple[Captured, ExportAdapters | None]:
     """The capture of a decoder with its cache as tensors, and the adapters.
 
     A module that insert returned brings its own adapter where none are given.
@@ -109,7 +110,7 @@ def _shares(module: CapturedModule) -> bool:
     )
 
 
-def opened(model: Any) -> Any:
+def opened(model: object) -> object:
     """A .pt2 file, or its capture, that holds branches as its module; anything else as it is."""
     if is_program(model):
         model = open_program(model)
@@ -147,10 +148,10 @@ def module_of(captured: FileCaptured) -> CapturedModule:
 
 
 def capture(
-    model: Any,
-    args: Sequence[Any] = (),
+    model: object,
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
     static: Sequence[str] = (),
 ) -> Captured:
     """Capture a model with example inputs.

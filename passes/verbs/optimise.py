@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_fx.compare import Report
 from lora_fx.files.atomic import check_output
@@ -20,14 +20,17 @@ from lora_fx.onnx.optimise.stages import RewriteStage, apply_stages
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
 from lora_fx.onnx.triton import Repository
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from lora_fx.fx.module.module import CapturedModule
 
 
 def optimise(
-    model: Any, reference: CapturedModule, arrays: Named | None, provider: str
-) -> tuple[Any, list[RewriteStage]]:
+    model: ir.Model, reference: CapturedModule, arrays: Named | None, provider: str
+) -> tuple[ir.Model, list[RewriteStage]]:
     """(onnx_ir model, its stages), on the inputs that export proves with."""
     from lora_fx.passes.proofs.parity import feeds_of  # imports torch, which files do without
 
@@ -36,7 +39,7 @@ def optimise(
 
 
 def narrowed(
-    model: Any,
+    model: ir.Model,
     reference: CapturedModule,
     arrays: Named | None,
     provider: str,
@@ -83,7 +86,7 @@ def optimise_file(
     values = {str(n): v.const_value.numpy for n, v in stored if v.const_value is not None}
     session = open_session(source, provider)
     specs = signature(session)
-    feeds: list[dict[str, Any]] = []
+    feeds: list[Json] = []
     for size in specs.checks if inputs is None else SIZES[:1]:
         feed = {**specs.sample(size), **(inputs or {})}
         if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
@@ -112,11 +115,11 @@ def optimise_file(
     )
 
 
-def _shapes(feed: Named) -> dict[str, Any]:
+def _shapes(feed: Named) -> Json:
     return {k: v.shape for k, v in feed.items()}
 
 
-def _cleaned(model: Any, stages: list[RewriteStage]) -> tuple[Any, list[RewriteStage]]:
+def _cleaned(model: ir.Model, stages: list[RewriteStage]) -> tuple[ir.Model, list[RewriteStage]]:
     restore_weight_names(model)
     strip_traces(model)
     return model, stages

@@ -10,22 +10,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
 from lora_fx.errors import LoraFxError
-from lora_fx.inputs import Named
+from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.found import Found
-from lora_fx.targets.plan import Plan, make_plan
+from lora_fx.targets.plan import GivenRanks, Plan, make_plan
 
 if TYPE_CHECKING:
+    from lora_fx.fx.train.objective import Loss
     from lora_fx.onnx.save import Output
     from lora_fx.onnx.triton import Repository
 
 Selectors = str | Sequence[str] | None
 """A comma list, or a list of them; None where none was given."""
+ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
+"""One, or several: by name, or in the order of their ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class BranchOptions:
     alpha: float | None = None
     include: Selectors = None
     exclude: Selectors = None
-    plan: Any = None
+    plan: Plan | GivenRanks | None = None
     variant: str = "lora"
     seed: int = 0
     init: str = "kaiming"
@@ -70,7 +73,7 @@ class InsertOptions(BranchOptions):
     adapter: Adapter | None = None
     norm_stats: str = "frozen"
     data: Iterable[Named] | None = None
-    loss: Any = "ce"
+    loss: str | Loss = "ce"
     fast: bool = True
 
     def __post_init__(self) -> None:
@@ -115,7 +118,7 @@ class ExportOptions:
     """What `lora_fx.export` is asked for; it has the defaults, and says what the fields mean."""
 
     target: Path
-    adapters: Any
+    adapters: ExportAdapters | None
     mode: str
     include: Selectors
     exclude: Selectors
@@ -126,7 +129,7 @@ class ExportOptions:
     provider: str
     opset: int | None
     external_over: int
-    dynamic: Any
+    dynamic: Dynamic | None
     force: bool
     optimise: bool
     precision: str | None

@@ -12,43 +12,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import matrix
 from lora_fx.adapter.truncate import truncation
 from lora_fx.data import Table
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.fx.train.objective import Loss, objective
-from lora_fx.inputs import Named
+from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.open import captured_of
 from lora_fx.passes.verbs.options import Selectors
 from lora_fx.targets.budget import allocate, cost_of, limit_of, parse_budget
+from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
 from lora_fx.targets.ranking import METHODS, Calibration, Moments, TargetStatistics
 from lora_fx.targets.regions import of_use
-from lora_fx.targets.target import split_use
+from lora_fx.targets.target import Target, split_use
 from lora_fx.text import Json
 from lora_fx.text import table as columns
 
 
 def plan(
-    model: Any,
-    args: Sequence[Any] = (),
+    model: object,
+    args: Sequence[object] = (),
     kwargs: Named | None = None,
     data: Iterable[Named] | None = None,
     budget: str = "uniform:8",
     method: str = "uniform",
     *,
-    loss: Any = "ce",
+    loss: str | Loss = "ce",
     include: Selectors = None,
     exclude: Selectors = None,
     scale: float = 2.0,
-    dynamic: Any = None,
+    dynamic: Dynamic | None = None,
     name: str = "",
 ) -> RankPlan:
     """Ranks of a model's targets under a budget.
@@ -93,7 +94,7 @@ def plan(
     graph, gains, notes = cap.fx_graph(), {}, list(seen.notes)
     for key, target in ((k, found[k]) for k in uses if k not in seen.dead):
 
-        def weight(target: Any = target) -> Any:
+        def weight(target: Target = target) -> Array:
             return matrix(target, graph.read(target.parameter.name))
 
         gains[key] = way.gains(
@@ -109,7 +110,7 @@ def plan(
     return RankPlan(rows, method, budget, asked.unit, limit, name, seen.examples, tuple(notes))
 
 
-def _key(found: Any, key: str, use: str) -> str:
+def _key(found: Found, key: str, use: str) -> str:
     """The key that a file says: with the use, where an update has some uses only."""
     if not use or split_use(key)[1]:
         return key

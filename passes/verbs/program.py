@@ -8,10 +8,10 @@ is a pickle. The eval program is named "model", so `torch.export.load` opens it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +102,9 @@ def _bits(t: torch.Tensor) -> Array:
     return to_numpy(t.detach().contiguous().reshape(-1).view(torch.uint8))
 
 
-def _prove(module: CapturedModule, again: CapturedModule, training: bool, loaded: Any) -> None:
+def _prove(
+    module: CapturedModule, again: CapturedModule, training: bool, loaded: nn.Module | None
+) -> None:
     """Every size of the checks, with the same random numbers, must give the same bits."""
     names = "train" if training else "eval"
     modes = [m for m in (module, again) if not isinstance(m, FoldedModule)]
@@ -113,11 +115,11 @@ def _prove(module: CapturedModule, again: CapturedModule, training: bool, loaded
         named = module.sample(size)
         leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
-            want = _run(module, lambda n=named: module.flat(n))
+            want = _run(module, partial(module.flat, named))
         except (RuntimeError, ValueError, IndexError):
             continue  # a size that the model itself does not take
         ran += 1
-        got = _run(again, lambda n=named: again.flat(n))
+        got = _run(again, partial(again.flat, named))
         _demand(got, want, f"the {names} program")
         if loaded is not None:
             with torch.no_grad():
@@ -130,7 +132,7 @@ def _prove(module: CapturedModule, again: CapturedModule, training: bool, loaded
         )
 
 
-def _run(module: CapturedModule, call: Any) -> Any:
+def _run(module: CapturedModule, call: Callable[[], dict[str, Array]]) -> dict[str, Array]:
     """A call that leaves buffers and random state as they were."""
     kept = {n: b.clone() for n, b in module.named_buffers()}
     try:
@@ -152,7 +154,7 @@ def _demand(got: Named, want: Named, what: str) -> None:
             raise NoEffectError(f"{what} gives other numbers in {name!r}", "nothing was written")
 
 
-def _by_torch(file: Path) -> Any:
+def _by_torch(file: Path) -> nn.Module:
     """The eval program as torch itself loads it; safe, for the file is the one just written."""
     try:
         return torch.export.load(str(file)).module(check_guards=False)

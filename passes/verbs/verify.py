@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.checkpoint.merge import AdapterLike, Adapters
 from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import is_adapter, load_adapter
 from lora_fx.inputs import Named
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.module import CapturedModule
@@ -26,11 +28,11 @@ if TYPE_CHECKING:
 
 
 def verify(
-    a: Any,
+    a: object,
     b: Any,
     inputs: Named | None = None,
     *,
-    adapter: Any = None,
+    adapter: Adapters | None = None,
     tol: float | None = None,
     provider: str = "auto",
     run: bool = False,
@@ -70,14 +72,11 @@ def verify(
 
     if fits and not isinstance(b, Adapter):
         b = load_adapter(b)
-    if _is_path(adapter):
-        adapter = load_adapter(adapter)
-    if isinstance(adapter, Sequence):
-        raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
-    return verify_run(a, b, inputs, adapter, ORT_TOL if tol is None else tol, provider)
+    one = None if adapter is None else _one(adapter)
+    return verify_run(a, b, inputs, one, ORT_TOL if tol is None else tol, provider)
 
 
-def fits_switch(path: Any, adapter: Any) -> Report:
+def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     """Does an adapter, or its file, fit the manifest of a switchable ONNX file? Nothing is run.
 
     Raises:
@@ -91,7 +90,16 @@ def fits_switch(path: Any, adapter: Any) -> Report:
     return Report("verify", True, details=details)
 
 
-def _is_path(value: Any) -> bool:
+def _one(adapter: Adapters) -> Adapter:
+    """An adapter, or that of a file; several cannot be run."""
+    if _is_path(adapter):
+        return load_adapter(adapter)
+    if not isinstance(adapter, Adapter):
+        raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
+    return adapter
+
+
+def _is_path(value: object) -> TypeGuard[str | PathLike[str]]:
     return isinstance(value, (str, PathLike))
 
 
@@ -99,8 +107,8 @@ def _is_path(value: Any) -> bool:
 
 
 def verify_run(
-    a: Any,
-    b: Any,
+    a: object,
+    b: object,
     inputs: Named | None,
     adapter: Adapter | None,
     tol: float,
@@ -114,10 +122,9 @@ def verify_run(
     if isinstance(b, Adapter):
         return _fits(a, b)
     a, b = (opened(_folder(m)) for m in (a, b))
-    a_file, b_file = (isinstance(m, (str, PathLike)) for m in (a, b))
-    if a_file or b_file:
-        session = open_session(a if a_file else b, provider)
-        module = _module(b if a_file else a, adapter)
+    file, other = (a, b) if _is_path(a) else (b, a)
+    if _is_path(file):
+        session, module = open_session(file, provider), _module(other, adapter)
         run: Run = session.run
         notes = [session.note] if session.note else []
     else:
@@ -126,7 +133,7 @@ def verify_run(
     return _report(parity, notes)
 
 
-def _folder(model: Any) -> Any:
+def _folder(model: object) -> object:
     """The capture of a Hugging Face folder; anything else as it is."""
     from lora_fx.passes.verbs.open import captured_of
 
@@ -139,7 +146,7 @@ def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
     return Report("verify", ok, tuple(parity), (), tuple(notes))
 
 
-def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
+def _module(model: object, adapter: Adapter | None) -> CapturedModule:
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.module.module import CapturedModule, plain
     from lora_fx.passes.verbs.adapt import insert
@@ -155,14 +162,14 @@ def _module(model: Any, adapter: Adapter | None) -> CapturedModule:
     return plain(model) if adapter is None else insert(model, adapter=adapter, dead="allow").eval()
 
 
-def _fits(model: Any, adapter: Adapter) -> Report:
+def _fits(model: object, adapter: Adapter) -> Report:
     """Does every key of an adapter have a target of its shape in a model?"""
     from lora_fx.passes.verbs.adapt import find
 
     found = find(model)
     bound = bind(adapter, found)
     untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
-    details: dict[str, Any] = {
+    details: Json = {
         "fits": len(bound.lowrank),
         "whole": len(bound.full),
         "untouched": untouched,
@@ -177,7 +184,7 @@ def verify_onnx(
     a: str | PathLike[str],
     b: str | PathLike[str],
     inputs: Named | None,
-    adapter: Any,
+    adapter: Adapters | None,
     tol: float,
     provider: str,
 ) -> Report:
@@ -224,15 +231,11 @@ def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
         return None
 
 
-def _bound(adapter: Any, graph: OnnxGraph) -> Adapter:
+def _bound(adapter: Adapters, graph: OnnxGraph) -> Adapter:
     from lora_fx.onnx.match import match
     from lora_fx.passes.find import find
 
-    if not isinstance(adapter, Adapter):
-        if isinstance(adapter, (list, tuple)):
-            raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
-        adapter = load_adapter(adapter)
-    matched = match(adapter, graph, find(graph))
+    matched = match(_one(adapter), graph, find(graph))
     if matched.whole:
         raise LoraFxError(
             f"the adapter holds the whole tensor {min(matched.whole)!r}",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -136,7 +135,7 @@ def dora(pair: Pair) -> Iterator[Finding]:
         )
 
 
-def _bad(pair: Pair, test: Any) -> list[str]:
+def _bad(pair: Pair, test: Callable[[Array], object]) -> list[str]:
     return [name for name, value in pair.arrays.items() if test(value)]
 
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import name_of
@@ -157,5 +157,5 @@ def lines(report: Report) -> str:
     return "\n".join(text)
 
 
-def _number(value: Any, form: str) -> str:
+def _number(value: object, form: str) -> str:
     return "" if value is None else format(value, form)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Attachment:
         self._also = tuple(also_train)
         self._notes = tuple(notes)
         self._frozen_norms = frozen_norms
-        self._swapped: list[tuple[nn.Module, type[Any], type[Any]]] = []
+        self._swapped: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self._originals = {n: self._parameter(n).detach().clone() for n in self._also}
 
@@ -308,7 +308,7 @@ def attachment(model: nn.Module) -> Attachment:
     return found
 
 
-def is_attached(model: Any) -> bool:
+def is_attached(model: object) -> TypeGuard[nn.Module]:
     """True for a model that attach has changed."""
     return isinstance(model, nn.Module) and REGISTRY in model.__dict__
 
@@ -336,6 +336,6 @@ class Planner:
         """The form of every module, by path; modules in `by_weight` get no branch."""
         raise NotImplementedError
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Planner:
+    def __deepcopy__(self, memo: dict[int, object]) -> Planner:
         """The planner itself: the graph behind it is never changed."""
         return self

@@ -103,9 +103,9 @@ class Bound:
     constants: tuple[float, ...]
     steps: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...]
 
-    def __call__(self, first: torch.Tensor, second: torch.Tensor | None = None) -> Any:
+    def __call__(self, first: torch.Tensor, second: torch.Tensor | None = None) -> object:
         """Run the program on the values of one call."""
-        values: list[Any] = [first, second]
+        values: list[object] = [first, second]
         for module, leaf in self.places:
             values.append(module._parameters[leaf])
         values.extend(self.constants)
@@ -135,7 +135,7 @@ class Recorder:
         """Give the inputs the first places."""
         self.made += [("input",)] * INPUTS
 
-    def _add(self, *entry: Any) -> Value:
+    def _add(self, *entry: object) -> Value:
         self.made.append(entry)
         return Value(len(self.made) - 1)
 
@@ -143,7 +143,7 @@ class Recorder:
         """The place of a value that a call brings."""
         return Value(index)
 
-    def op(self, prim: str, *xs: Any, **attrs: Any) -> Value:
+    def op(self, prim: str, *xs: Any, **attrs: object) -> Value:
         """Record one primitive of the closed set; see lora_fx.ir.emitter."""
         operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
         fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))

@@ -67,10 +67,13 @@ class Live:
         return any(where != ALWAYS for _, where in self.weights.values())
 
 
+Forward = Callable[..., object]
+
+
 def _reader(leaf: str) -> property:
     """A property in place of `module.leaf`: the stored parameter with its update."""
 
-    def read(self: nn.Module) -> Any:
+    def read(self: nn.Module) -> object:
         w = self._parameters[leaf]
         live: Any = self._lora_fx
         program, where = live.weights[leaf]
@@ -88,18 +91,18 @@ def _flat() -> property:
     was computed from them, since a computed tensor cannot be deep-copied.
     """
 
-    def read(self: Any) -> Any:
+    def read(self: Any) -> list[torch.Tensor]:
         return [getattr(self, n) for n in self._flat_weights_names]
 
-    def write(self: Any, value: Any) -> None:
+    def write(self: Any, value: object) -> None:
         self.__dict__["_flat_weights"] = [self._parameters.get(n) for n in self._flat_weights_names]
 
     return property(read, write)
 
 
-def _with_branch(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _with_branch(plain: Forward) -> Forward:
     @functools.wraps(plain)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: object, **kwargs: object) -> object:
         y = plain(self, *args, **kwargs)
         live = self._lora_fx
         if live.seen is not None:
@@ -113,9 +116,9 @@ def _with_branch(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _with_bracket(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _with_bracket(plain: Forward) -> Forward:
     @functools.wraps(plain)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: object, **kwargs: object) -> object:
         live = self._lora_fx
         # restored, not cleared: a forward may call itself
         was, live.inside = live.inside, True
@@ -142,8 +145,8 @@ def _frozen_training() -> property:
     return property(read, write)
 
 
-def _forwarded(name: str) -> Callable[..., Any]:
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forwarded(name: str) -> Callable[..., object]:
+    def method(self: nn.Module, *args: object, **kwargs: object) -> object:
         return getattr(self.__dict__[REGISTRY], name)(*args, **kwargs)
 
     method.__name__ = name
@@ -153,14 +156,14 @@ def _forwarded(name: str) -> Callable[..., Any]:
 
 @functools.cache
 def live_class(
-    base: type[Any],
+    base: type[nn.Module],
     leaves: tuple[str, ...],
     gained: tuple[str, ...] = (),
     *,
     branch: bool,
     bracket: bool,
     frozen: bool,
-) -> type[Any]:
+) -> type[nn.Module]:
     """The subclass of `base`; modules that need the same share it."""
     names: dict[str, Any] = {
         "__module__": base.__module__,
@@ -178,11 +181,11 @@ def live_class(
     if frozen:
         names["training"] = _frozen_training()
     metaclass: Any = type(base)
-    result: type[Any] = metaclass(base.__name__, (base,), names)
+    result: type[nn.Module] = metaclass(base.__name__, (base,), names)
     return result
 
 
-def swap(module: nn.Module, live: Live) -> type[Any]:
+def swap(module: nn.Module, live: Live) -> type[nn.Module]:
     """Give a module its subclass and its state; returns the new class.
 
     Raises:
@@ -211,7 +214,7 @@ def swap(module: nn.Module, live: Live) -> type[Any]:
     return new
 
 
-def restore(module: nn.Module, base: type[Any]) -> None:
+def restore(module: nn.Module, base: type[nn.Module]) -> None:
     """Give a module its own class back, and undo everything else that `swap` did."""
     module.__class__ = base
     module.__dict__.pop(STATE, None)

@@ -69,11 +69,11 @@ class _Stretch(nn.Module):
         super().__init__()
         for part in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[part] = getattr(model, part)
-        self.code: Callable[..., Any] = code.forward  # no child: its names are not the model's
+        self.code: Callable[..., object] = code.forward  # no child: its names are not the model's
         self.names = list(names)
         self.training = training
 
-    def forward(self, *data: Any) -> Any:
+    def forward(self, *data: object) -> Any:
         rest = iter(data)
         tensors = []
         for name in self.names:
@@ -85,7 +85,7 @@ class _Stretch(nn.Module):
         return self.code(*tensors)
 
 
-def partial_graphs(model: nn.Module, call: Callable[[], Any]) -> PartialGraphs:
+def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraphs:
     """Run `call` (the model on its example inputs) once through dynamo and read what it saw.
 
     Args:
@@ -96,12 +96,12 @@ def partial_graphs(model: nn.Module, call: Callable[[], Any]) -> PartialGraphs:
         Exception: What the model itself raises on these inputs.
     """
     names = {id(p): n for n, p in model.named_parameters()}
-    stretches: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
+    stretches: list[tuple[fx.GraphModule, tuple[object, ...]]] = []
 
-    def backend(code: fx.GraphModule, fakes: Any) -> Callable[..., Any]:
+    def backend(code: fx.GraphModule, fakes: object) -> Callable[..., object]:
         once = [True]
 
-        def run(*inputs: Any) -> Any:
+        def run(*inputs: object) -> Any:
             # dynamo may run a stretch again; one look at its inputs is enough
             if once:
                 once.clear()
@@ -131,7 +131,7 @@ def partial_graphs(model: nn.Module, call: Callable[[], Any]) -> PartialGraphs:
 
 
 def _read(
-    model: nn.Module, code: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str | None]
+    model: nn.Module, code: fx.GraphModule, inputs: Sequence[object], names: Sequence[str | None]
 ) -> FxGraph:
     stretch = _Stretch(model, code, names, model.training)
     data = tuple(x for x, n in zip(inputs, names, strict=True) if n is None)
@@ -147,7 +147,7 @@ def _read(
 # transformers' Conv1D, change nothing for a matmul of the last axis.
 
 
-def one_op(site: Site, node: fx.Node, x: Any, states: Mapping[fx.Node, Any]) -> bool:
+def one_op(site: Site, node: fx.Node, x: object, states: Mapping[fx.Node, object]) -> bool:
     """True when the innermost module call that made `node` holds nothing else.
 
     Args:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx.capture.call import (
     Called,
@@ -35,7 +36,7 @@ from lora_fx.fx.capture.call import (
 from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts, trace
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import AdapterTensors
-from lora_fx.inputs import Inputs, Named, default_dynamic, merge_dynamic
+from lora_fx.inputs import Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.sizes import Condition, SizeError
 
 MOST_PATHS = 8
@@ -110,14 +111,14 @@ class Captured:
         adapter: What a file's branches hold; None for a model with source.
     """
 
-    adapter: Any = None
+    adapter: Adapter | None = None
 
     def __init__(
         self,
-        model: Any,
-        args: Sequence[Any] = (),
+        model: object,
+        args: Sequence[object] = (),
         kwargs: Named | None = None,
-        dynamic: Any = None,
+        dynamic: Dynamic | None = None,
         static: Sequence[str] = (),
     ) -> None:
         self.model = as_module(model)

@@ -19,7 +19,6 @@ from torch import fx, nn
 from torch.fx import Node
 
 from lora_fx.fx.graph.nodes import (
-    Shape,
     argument,
     dtype_name,
     hint,
@@ -31,6 +30,7 @@ from lora_fx.fx.graph.nodes import (
 )
 from lora_fx.fx.graph.ops import OPS, PRODUCTS, pick, row_of
 from lora_fx.fx.tensors import owner
+from lora_fx.ir.kinds import Shape
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
 
 aten = torch.ops.aten
@@ -397,7 +397,7 @@ SPLITS = {
 }
 _reversed = _permute(lambda node, n: tuple(range(n))[::-1])
 _last_two = _permute(lambda node, n: (*range(n - 2), n - 1, n - 2))
-VIEWS: Mapping[Any, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
+VIEWS: Mapping[object, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
     aten.t.default: _reversed,
     aten.numpy_T.default: _reversed,
     aten.mT.default: _last_two,
@@ -492,7 +492,7 @@ def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
         if node.op != "call_function":
             memo[node] = str(node.target)
         else:
-            inner: Any = fx.node.map_aggregate(
+            inner: object = fx.node.map_aggregate(
                 (node.args, node.kwargs),
                 lambda a: _recipe(a, memo) if isinstance(a, fx.Node) else repr(a),
             )
@@ -530,7 +530,7 @@ def evaluate(root: torch.nn.Module, flow: FxFlow, node: fx.Node) -> torch.Tensor
     return result
 
 
-def _plain(arg: Any) -> Any:
+def _plain(arg: object) -> Any:
     return hint(arg) if isinstance(arg, torch.SymInt) else arg
 
 

@@ -320,7 +320,7 @@ class FxGraph(Analysed):
             module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
 
 
-def _node(arg: Any) -> fx.Node:
+def _node(arg: object) -> fx.Node:
     assert isinstance(arg, fx.Node)
     return arg
 

@@ -8,25 +8,24 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from lora_fx.ir.kinds import Shape
+
 if TYPE_CHECKING:
     pass
 
 
-Shape = tuple[Any, ...]
-
-
-def value(node: Any) -> Any:
+def value(node: object) -> Any:
     """The fake tensor that a node stands for, or a tuple of them."""
     return node.meta.get("val") if isinstance(node, Node) else node
 
 
-def shape_of(node: Any) -> Shape | None:
+def shape_of(node: object) -> Shape | None:
     """The sizes of a node's tensor, ints or SymInts; None for anything else."""
     v = value(node)
     return tuple(v.shape) if isinstance(v, torch.Tensor) else None
 
 
-def dtype_of(node: Any) -> torch.dtype | None:
+def dtype_of(node: object) -> torch.dtype | None:
     """The dtype of a node's tensor; None for anything else."""
     v = value(node)
     return v.dtype if isinstance(v, torch.Tensor) else None
@@ -52,7 +51,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def argument(node: Node, name: str, default: Any = None) -> Any:
+def argument(node: Node, name: str, default: object = None) -> Any:
     """An argument by its name in the op's schema, given by position or by keyword."""
     for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if a.name == name:

@@ -70,7 +70,7 @@ class FxOp:
 
 def pick(node: Node, path: Path) -> Any:
     """The argument at a path into node.args; None where there is none."""
-    arg: Any = node.args
+    arg: object = node.args
     for i in path:
         arg = arg[i] if isinstance(arg, (tuple, list)) and i < len(arg) else None
     return arg

@@ -11,7 +11,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,13 +52,13 @@ def load_function(spec: str) -> Any:
             raise LoraFxError(f"{spec} is a {type(function).__name__}, not a function", "name one")
 
         @functools.wraps(function)
-        def run(*args: Any) -> Any:
+        def run(*args: object) -> Any:
             return _run(spec, lambda: function(*args))
 
         return run
 
 
-def call_function(spec: str) -> Any:
+def call_function(spec: str) -> object:
     """What such a function returns when it is called without arguments."""
     with _found(spec) as function:
         return _run(spec, function)
@@ -75,7 +75,7 @@ def _found(spec: str) -> Iterator[Any]:
     if is_file and not path.is_file():
         raise LoraFxError(f"{where}: no such file", "is the path right?")
     with _importable(path.parent if is_file else Path.cwd()):
-        found: Any = _run(
+        found: object = _run(
             where, lambda: _from_file(path) if is_file else importlib.import_module(where)
         )
         for part in name.split("."):
@@ -101,7 +101,7 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def _run(what: str, call: Any) -> Any:
+def _run(what: str, call: Callable[[], object]) -> object:
     """Call the user's code; what it raises becomes one line with file and line."""
     try:
         return call()
@@ -142,12 +142,12 @@ def _importable(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def _unpack(spec: str, result: Any) -> Result:
+def _unpack(spec: str, result: object) -> Result:
     parts = result if isinstance(result, tuple) else (result,)
     if not parts or len(parts) > 3 or not isinstance(parts[0], nn.Module):
         raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
-    args: Any = parts[1] if len(parts) > 1 else ()
-    kwargs: Any = parts[2] if len(parts) > 2 else {}
+    args: object = parts[1] if len(parts) > 1 else ()
+    kwargs: object = parts[2] if len(parts) > 2 else {}
     if isinstance(args, torch.Tensor):
         args = (args,)
     if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict):
@@ -157,7 +157,7 @@ def _unpack(spec: str, result: Any) -> Result:
     return parts[0], tuple(args), dict(kwargs)
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(type(v).__name__ for v in value)})"
     return f"a {type(value).__name__}"

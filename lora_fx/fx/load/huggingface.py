@@ -13,16 +13,21 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lora_fx.data import Tokenizer
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import read_json
-from lora_fx.text import some
+from lora_fx.text import Json, JsonView, some
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
@@ -81,7 +86,7 @@ def tokenizer_of(folder: Path, max_length: int) -> Tokenizer:
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
-    def run(texts: list[str]) -> dict[str, Any]:
+    def run(texts: list[str]) -> dict[str, Array]:
         out = tokenizer(
             texts, truncation=True, max_length=max_length, padding=True, return_tensors="np"
         )
@@ -90,7 +95,7 @@ def tokenizer_of(folder: Path, max_length: int) -> Tokenizer:
     return run
 
 
-def _config_json(folder: Path) -> dict[str, Any]:
+def _config_json(folder: Path) -> Json:
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise LoraFxError(
@@ -105,7 +110,7 @@ def _config_json(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _unknown(transformers: Any, folder: Path, raw: dict[str, Any]) -> LoraFxError:
+def _unknown(transformers: ModuleType, folder: Path, raw: JsonView) -> LoraFxError:
     names = raw.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else raw.get("model_type")
     hint = f"upgrade transformers, or {FACTORY}"
@@ -119,7 +124,7 @@ def _unknown(transformers: Any, folder: Path, raw: dict[str, Any]) -> LoraFxErro
     )
 
 
-def _config(transformers: Any, folder: Path, raw: dict[str, Any]) -> Any:
+def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrainedConfig:
     mapping = transformers.CONFIG_MAPPING
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in mapping:
@@ -135,7 +140,9 @@ def _config(transformers: Any, folder: Path, raw: dict[str, Any]) -> Any:
         ) from e
 
 
-def _class(transformers: Any, folder: Path, raw: dict[str, Any], config: Any) -> Any:
+def _class(
+    transformers: ModuleType, folder: Path, raw: JsonView, config: PreTrainedConfig
+) -> type[PreTrainedModel]:
     """The first architecture that transformers has; the plain model where none is named."""
     names = raw.get("architectures")
     if not names:
@@ -143,7 +150,8 @@ def _class(transformers: Any, folder: Path, raw: dict[str, Any], config: Any) ->
         if type(config) not in mapping:
             raise _unknown(transformers, folder, raw)
         cls = mapping[type(config)]
-        return cls[0] if isinstance(cls, tuple) else cls
+        plain: type[PreTrainedModel] = cls[0] if isinstance(cls, tuple) else cls
+        return plain
     for name in names if isinstance(names, list) else ():
         cls = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
@@ -151,7 +159,9 @@ def _class(transformers: Any, folder: Path, raw: dict[str, Any], config: Any) ->
     raise _unknown(transformers, folder, raw)
 
 
-def _settle(config: Any, folder: Path, raw: dict[str, Any], cls: Any) -> tuple[str, ...]:
+def _settle(
+    config: PreTrainedConfig, folder: Path, raw: JsonView, cls: type[PreTrainedModel]
+) -> tuple[str, ...]:
     """Take from the config what would run foreign code or trace badly; say so."""
     notes = []
     if "auto_map" in raw:
@@ -170,8 +180,12 @@ def _settle(config: Any, folder: Path, raw: dict[str, Any], cls: Any) -> tuple[s
 
 
 def _build(
-    cls: Any, config: Any, folder: Path, weights: Path | None, meta: bool
-) -> tuple[Any, tuple[str, ...]]:
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    folder: Path,
+    weights: Path | None,
+    meta: bool,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -202,7 +216,7 @@ def _build(
     return module, _judge(module, info, weights or folder, strict=weights is not None)
 
 
-def _on_meta(cls: Any, config: Any, folder: Path) -> Any:
+def _on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     if config.dtype is None:  # as from_pretrained does: the first floating tensor decides
         with contextlib.suppress(LoraFxError):  # no weights here is fine
             names = (getattr(torch, t.dtype, None) for t in tensors(folder).values())
@@ -224,7 +238,7 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _judge(module: Any, info: dict[str, Any], path: Path, *, strict: bool) -> tuple[str, ...]:
+def _judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool) -> tuple[str, ...]:
     """Refuse weights that do not fit; say which are random."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise LoraFxError(
@@ -263,7 +277,7 @@ def _no_cache(module: nn.Module) -> None:
             config.use_cache = False  # type: ignore[union-attr]
 
 
-def _pad(module: Any) -> tuple[str, ...]:
+def _pad(module: PreTrainedModel) -> tuple[str, ...]:
     """Classifiers of causal models refuse batches without a padding token."""
     config = module.config
     classifies = type(module).__name__.endswith("ForSequenceClassification")
@@ -275,7 +289,7 @@ def _pad(module: Any) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def _quiet(transformers: ModuleType) -> Iterator[None]:
     """No logs, bars or warnings of transformers; what matters becomes a note."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -310,8 +324,8 @@ def examples(module: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         LoraFxError: A main input whose size the config does not tell.
     """
-    main: Any = module.main_input_name
-    config: Any = module.config
+    main: object = module.main_input_name
+    config: PreTrainedConfig = module.config
     accepted = set(inspect.signature(module.forward).parameters)
     result: dict[str, torch.Tensor] = {}
     texts = main == "input_ids" or hasattr(config, "text_config")  # captions come with a text
@@ -335,12 +349,12 @@ def examples(module: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in result.items()}
 
 
-def _subconfigs(config: Any) -> list[Any]:
+def _subconfigs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     values = vars(config).values() if hasattr(config, "__dict__") else ()
     return [v for v in values if hasattr(v, "model_type") and not isinstance(v, Mapping)]
 
 
-def _find(config: Any, name: str) -> Any:
+def _find(config: PreTrainedConfig, name: str) -> Any:
     """A field of a config, else of the first of its sub-configs that has it."""
     if config is None:
         return None
@@ -349,7 +363,7 @@ def _find(config: Any, name: str) -> Any:
     return value if value is not None else next((v for v in inner if v is not None), None)
 
 
-def _vocabulary(module: Any) -> int:
+def _vocabulary(module: PreTrainedModel) -> int:
     try:
         rows = getattr(module.get_input_embeddings(), "num_embeddings", None)
     except (NotImplementedError, AttributeError):
@@ -357,7 +371,7 @@ def _vocabulary(module: Any) -> int:
     return int(rows or _find(module.config, "vocab_size") or 256)
 
 
-def _ids(config: Any, rows: int, seed: int) -> torch.Tensor:
+def _ids(config: PreTrainedConfig, rows: int, seed: int) -> torch.Tensor:
     """[2, 5] ids below `rows`, none of them special where others are left."""
     special = {v for k, v in _fields(config) if k.endswith(("_token_id", "_token_index"))}
     special |= {0, 1, 2, 3}  # of the many configs that do not list theirs
@@ -366,19 +380,19 @@ def _ids(config: Any, rows: int, seed: int) -> torch.Tensor:
     return usable[torch.randint(0, len(usable), (BATCH, LENGTH), generator=generator)]
 
 
-def _fields(config: Any) -> list[tuple[str, Any]]:
+def _fields(config: PreTrainedConfig) -> list[tuple[str, object]]:
     mine = [(k, v) for k, v in vars(config).items() if isinstance(v, int)]
     return mine + [pair for c in _subconfigs(config) for pair in _fields(c)]
 
 
-def _needs_image(config: Any) -> bool:
+def _needs_image(config: PreTrainedConfig) -> bool:
     """True for text-image pairs (CLIP); false where images stand for tokens of the text."""
     if getattr(config, "vision_config", None) is None:
         return False
     return all(_find(config, n) is None for n in ("image_token_id", "image_token_index"))
 
 
-def _image(config: Any) -> tuple[int, ...]:
+def _image(config: PreTrainedConfig) -> tuple[int, ...]:
     size = _find(config, "image_size") or 224
     if isinstance(size, Mapping):
         size = (size.get("height", 224), size.get("width", 224))
@@ -389,7 +403,7 @@ def _image(config: Any) -> tuple[int, ...]:
     return (BATCH, *middle, channels, int(height), int(width))
 
 
-def _audio(config: Any, main: str) -> tuple[int, ...]:
+def _audio(config: PreTrainedConfig, main: str) -> tuple[int, ...]:
     bins, longest = _find(config, "num_mel_bins"), _find(config, "max_source_positions")
     if main == "input_values":
         if bins and _find(config, "max_length"):  # spectrograms as images (AST)

@@ -10,10 +10,11 @@ import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ FORMS = (
     "MODEL is a Hugging Face folder, package.module:FACTORY, path/file.py:FACTORY, timm:NAME or "
     "torchvision:NAME"
 )
+T = TypeVar("T")
 RESERVED = ("timm", "torchvision")
 
 
@@ -173,7 +175,7 @@ def _reserved(text: str, library: str, name: str, file: Path | None, meta: bool)
     return LoadedModel(module, (example,), {}, text, notes)
 
 
-def _on(meta: bool, make: Any) -> Any:
+def _on(meta: bool, make: Callable[[], T]) -> T:
     """Build on the meta device; for real where the constructor reads values."""
     if meta:
         with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
@@ -181,7 +183,7 @@ def _on(meta: bool, make: Any) -> Any:
     return make()
 
 
-def _timm(timm: Any, name: str) -> tuple[nn.Module, tuple[int, ...]]:
+def _timm(timm: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
     plain = name.partition(".")[0]
     if ":" in name or "/" in name or not timm.is_model(plain):  # hf-hub: and the like download
         raise _no_name("timm", name, timm.list_models())
@@ -190,7 +192,7 @@ def _timm(timm: Any, name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return module, (2, *size)
 
 
-def _torchvision(torchvision: Any, name: str) -> tuple[nn.Module, tuple[int, ...]]:
+def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
     models = torchvision.models
     if name.lower() not in models.list_models():
         raise _no_name("torchvision", name, models.list_models())

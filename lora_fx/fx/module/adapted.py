@@ -301,7 +301,7 @@ class AdaptedModule(CapturedModule):
 
 def grouped(
     parameters: Iterable[nn.Parameter], rates: Mapping[int, float], lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Groups of what trains for an optimizer, one for each learning rate.
 
     Args:

@@ -26,7 +26,7 @@ OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "ea
 
 
 @contextlib.contextmanager
-def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[object]) -> Iterator[None]:
     """What runs inside leaves the block's buffers alone: its norms have moved already."""
     kept = [(b, b.clone()) for b in block.buffers()]
     try:
@@ -38,7 +38,7 @@ def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[Any]) ->
                 b.copy_(was)
 
 
-def _nothing() -> tuple[Any, Any]:
+def _nothing() -> tuple[object, object]:
     return contextlib.nullcontext(), contextlib.nullcontext()
 
 
@@ -50,19 +50,19 @@ def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]
         offload: Keep the saved inputs in host memory.
     """
 
-    def once(code: Callable[..., Any], block: nn.Module, *args: Any) -> Any:
+    def once(code: Callable[..., object], block: nn.Module, *args: object) -> object:
         given = dict(options)
         if getattr(block, "_moves", False):
             user = given.pop("context_fn", _nothing)
 
-            def contexts() -> tuple[Any, Any]:
+            def contexts() -> tuple[object, object]:
                 first, again = user()
                 return first, _unmoved(block, again)
 
             given["context_fn"] = contexts
         return checkpoint(code, block, *args, use_reentrant=False, **given)
 
-    def away(code: Callable[..., Any], block: nn.Module, *args: Any) -> Any:
+    def away(code: Callable[..., object], block: nn.Module, *args: object) -> object:
         device = (
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from lora_fx.fx.capture.call import Door
 
@@ -24,12 +25,12 @@ class Compiled:
 
     id: str
     door: Door
-    out_spec: Any
+    out_spec: pytree.TreeSpec
 
 
 def compile_program(
     graph: fx.Graph, ident: str, blocks: Sequence[str]
-) -> dict[str, Callable[..., Any]]:
+) -> dict[str, Callable[..., object]]:
     """{"": the whole, block path: its part}: functions of (module, *values).
 
     A block whose nodes cannot be gathered in one place stays part of the whole.
@@ -52,7 +53,7 @@ def function(graph: fx.Graph, name: str) -> Callable[..., Any]:
     exec(compile(code.src, file, "exec"), space)
     # tracebacks and debuggers look the source up here
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
-    function: Callable[..., Any] = space["forward"]
+    function: Callable[..., object] = space["forward"]
     return function
 
 

@@ -101,5 +101,6 @@ def _sample(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], Arra
         raise LoraFxError(f"{name!r} is sharded: every process would have to gather it")
     if dtype_name(tensor.dtype) not in FLOATING:
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no dtype of plain weights")
-    both = [to_numpy(part.clone()) for part in ends(tensor.detach().reshape(-1))]
+    flat = tensor.detach().reshape(-1)
+    both = [to_numpy(flat[part].clone()) for part in ends(len(flat))]
     return name, tuple(tensor.shape), np.concatenate(both)

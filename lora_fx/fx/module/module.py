@@ -41,11 +41,11 @@ class Programs:
 
     captured: Captured
     codes: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
-    compiled: dict[tuple[Any, ...], list[Compiled]] = field(default_factory=dict)
+    compiled: dict[tuple[object, ...], list[Compiled]] = field(default_factory=dict)
     blocks: bool = True
     inlined: set[str] = field(default_factory=set)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
+    def __deepcopy__(self, memo: dict[int, object]) -> Programs:
         """Shallow copies of the dictionaries."""
         compiled = {k: list(v) for k, v in self.compiled.items()}
         return replace(self, codes=dict(self.codes), compiled=compiled)
@@ -126,7 +126,7 @@ class CapturedModule(Recomputing, Scope):
         return graph
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _capture(self, key: tuple[Any, ...], named: Named) -> Compiled:
+    def _capture(self, key: tuple[object, ...], named: Named) -> Compiled:
         programs = self._programs
         programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
@@ -199,7 +199,7 @@ class CapturedModule(Recomputing, Scope):
 
     # --- what nn.Module offers -------------------------------------------------------------------
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: object, recurse: bool = True) -> object:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._dtype = base_dtype(self)
         return result
@@ -269,7 +269,7 @@ class CapturedModule(Recomputing, Scope):
             if isinstance(v, torch.Tensor)
         }
 
-    def _run_named(self, named: Named) -> Any:
+    def _run_named(self, named: Named) -> object:
         return self._programs.captured.signature.call(self, named)
 
 

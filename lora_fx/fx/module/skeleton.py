@@ -35,7 +35,7 @@ class Scope(nn.Module):
         assert child is not None
         return child
 
-    def forward(self, program: str, *args: Any) -> Any:
+    def forward(self, program: str, *args: object) -> Any:
         """Run this block's part of a program."""
         programs: Any = getattr(self, "_programs", None)
         if programs is None:

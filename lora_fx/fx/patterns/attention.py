@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ MASK, CAUSAL, SHARED = "attn_mask", "is_causal", "enable_gqa"
 END = 9223372036854775807
 
 
-def give(node: fx.Node, **changes: Any) -> None:
+def give(node: fx.Node, **changes: object) -> None:
     """Set arguments by their names in the op's schema; those after query, key, value by keyword."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     now = {a.name: argument(node, a.name) for a in schema} | changes
@@ -336,13 +336,17 @@ def _running(f: Formulas, node: fx.Node) -> Formula | None:
     return Affine(0) if f.of(node.args[0]) in (Affine(0), constant(False)) else None
 
 
-def _rows(rule: Any, *names: str) -> dict[Any, Any]:
+Rule = Callable[["Formulas", fx.Node], "Formula | None"]
+"""The formula of a node of one op from those of what it reads."""
+
+
+def _rows(rule: Rule, *names: str) -> dict[object, Rule]:
     """Every overload of these ops."""
     packets = [getattr(aten, name) for name in names]
     return {getattr(p, o): rule for p in packets for o in p.overloads()}
 
 
-RULES: dict[Any, Any] = {
+RULES: dict[object, Rule] = {
     **_rows(_arange, "arange"),
     **_rows(_filled, "ones", "zeros", "full", "new_ones", "new_zeros", "new_full"),
     **_rows(_sum, "add", "sub"),

@@ -124,7 +124,7 @@ def _power(a: _Form, b: _Form) -> _Form | None:
     return result
 
 
-def _function(name: str) -> Any:
+def _function(name: str) -> object:
     def apply(a: _Form) -> _Form | None:
         return None if a.q else _Form({}, {0: 1.0}, name, a.p)
 

@@ -136,7 +136,7 @@ def _through(
     return [next(got) if need else None for need in needs]
 
 
-def _groups(flat: Sequence[Any], counts: Sequence[int]) -> list[tuple[Any, ...]]:
+def _groups(flat: Sequence[object], counts: Sequence[int]) -> list[tuple[Any, ...]]:
     parts, at = [], 0
     for count in counts:
         parts.append(tuple(flat[at : at + count]))

@@ -174,7 +174,7 @@ class Archive:
                 "--trust reads it as weights only; or save a model of plain tensors",
             )
         try:
-            value: Any = torch.load(
+            value: object = torch.load(
                 io.BytesIO(self.read(member)), map_location="cpu", weights_only=True
             )
         except LoraFxError:

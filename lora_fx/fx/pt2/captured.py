@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -44,7 +44,7 @@ from lora_fx.fx.pt2.program import (
     tensor_places,
     tree_of,
 )
-from lora_fx.inputs import BATCH, Inputs, default_dynamic, merge_dynamic
+from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.sizes import Condition
 from lora_fx.text import Json, JsonView
 
@@ -65,9 +65,9 @@ class FileCaptured(Captured):
     def __init__(
         self,
         path: str,
-        args: Sequence[Any] = (),
+        args: Sequence[object] = (),
         kwargs: JsonView | None = None,
-        dynamic: Any = None,
+        dynamic: Dynamic | None = None,
         static: Sequence[str] = (),
         *,
         trust: bool = False,
@@ -80,7 +80,7 @@ class FileCaptured(Captured):
             self._loaded = {n: load_program(archive, n) for n in archive.programs}
         self.path, self._meta = path, meta
         self.notes: list[str] = []
-        self.tracings: dict[tuple[Any, ...], list[Traced]] = {}
+        self.tracings: dict[tuple[object, ...], list[Traced]] = {}
         self.kept = None
         self._traces: dict[str, Traced] = {}
         self._limits_known = False
@@ -125,13 +125,13 @@ class FileCaptured(Captured):
             self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
         self.base_dtype = base_dtype(self.model)
 
-    def _given(self, args: Sequence[Any], kwargs: JsonView) -> Json:
+    def _given(self, args: Sequence[object], kwargs: JsonView) -> Json:
         """The caller's example, which must be a call that the file's programs take."""
         named = self.signature.bind(tuple(args), dict(kwargs))
         self._same_call(named)
         return named
 
-    def _describe(self, manifest: JsonView, dynamic: Any, static: Sequence[str]) -> None:
+    def _describe(self, manifest: JsonView, dynamic: Dynamic | None, static: Sequence[str]) -> None:
         leaves = pytree.tree_leaves(self.named)
         self.inputs: Inputs = describe(leaf_names(self.named), leaves)
         said = manifest.get("inputs", {})
@@ -285,7 +285,7 @@ class FileSignature(Signature):
         super().__init__(forward)
         self.path = path
 
-    def bind(self, args: Sequence[Any], kwargs: JsonView) -> Json:
+    def bind(self, args: Sequence[object], kwargs: JsonView) -> Json:
         """As Signature's; an unknown argument that is None is taken as left out."""
         given = {k: v for k, v in kwargs.items() if v is not None or k in self.keywords}
         try:
@@ -296,7 +296,7 @@ class FileSignature(Signature):
             ) from e
 
 
-def is_constant(value: Any) -> bool:
+def is_constant(value: object) -> bool:
     """True for arguments that a program has built in."""
     return value is None or isinstance(value, (bool, int, float, str))
 
@@ -346,7 +346,7 @@ def call_text(named: JsonView) -> str:
     return f"({', '.join(parts)})"
 
 
-def is_program(model: Any) -> bool:
+def is_program(model: object) -> TypeGuard[str | PathLike[str]]:
     """True for a path that ends in .pt2."""
     return isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2")
 

@@ -97,7 +97,7 @@ def clean_program(data: Json, where: str) -> Json:
     return data
 
 
-def _walk(value: Any, where: str) -> None:
+def _walk(value: object, where: str) -> None:
     if isinstance(value, list):
         for v in value:
             _walk(v, where)
@@ -132,12 +132,12 @@ def _refused(where: str, what: str) -> LoraFxError:
     )
 
 
-def _name(value: Any, where: str) -> None:
+def _name(value: object, where: str) -> None:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise _refused(where, f"{str(value)[:60]!r} as the name of a value")
 
 
-def check_operator(target: Any, where: str) -> None:
+def check_operator(target: object, where: str) -> None:
     """Refuse every operator but aten's, symbolic arithmetic and a few of control flow."""
     if target in SYMBOLIC or target in NESTED:
         return
@@ -153,7 +153,7 @@ def check_operator(target: Any, where: str) -> None:
     )
 
 
-def check_expression(text: Any, where: str) -> None:
+def check_expression(text: object, where: str) -> None:
     """Refuse a size expression that is more than arithmetic of sizes.
 
     >>> check_expression("Mul(Integer(5), Symbol('s28', positive=True, integer=True))", "f")

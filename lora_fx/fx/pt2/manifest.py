@@ -134,7 +134,7 @@ def read_signature(rows: list[JsonView]) -> inspect.Signature:
     )
 
 
-def _arguments(value: Any) -> Any:
+def _arguments(value: object) -> object:
     """The tree of a call: tensors by {"tensor": true}, containers and constants as they are."""
     if isinstance(value, torch.Tensor):
         return {"tensor": True}
@@ -163,7 +163,7 @@ def read_arguments(tree: Any, tensors: list[torch.Tensor]) -> Any:
     return inner
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """What JSON can hold of some metadata; the rest is left out."""
     if isinstance(value, Mapping):
         pairs = {str(k): _plain(v) for k, v in value.items()}

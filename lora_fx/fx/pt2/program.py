@@ -181,7 +181,7 @@ def tensor_places(program: Any) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
-def match_places(graph: fx.Graph, leaves: Sequence[Any]) -> None:
+def match_places(graph: fx.Graph, leaves: Sequence[object]) -> None:
     """One placeholder for each leaf of the call: constants get one, or lose theirs."""
     places = [n for n in graph.nodes if n.op == "placeholder"]
     tensors = [p for p in places if isinstance(p.meta.get("val"), torch.Tensor)]

@@ -153,7 +153,7 @@ def _heed_classes(model: AdaptedModule, training: Table | Buckets) -> list[str]:
     return []
 
 
-def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, Any]:
+def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, object]:
     """A batch as the model's arguments, on its device."""
     device = next(model.parameters()).device
     keep = {k: v for k, v in batch.columns.items() if k != batch.label or own}
@@ -180,7 +180,7 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
         raise LoraFxError(f"no loss {name!r}", "ce, mse or module:function")
     own = label if label and accepts(label) else ""
 
-    def loss(out: Any, labels: torch.Tensor | None) -> torch.Tensor:
+    def loss(out: object, labels: torch.Tensor | None) -> torch.Tensor:
         found = field_of(out, "loss")
         if own and isinstance(found, torch.Tensor):
             return found
@@ -199,7 +199,7 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
     return loss, own
 
 
-def scores_of(out: Any) -> torch.Tensor:
+def scores_of(out: object) -> torch.Tensor:
     """`.logits`, else the first tensor that comes out."""
     scores = field_of(out, "logits")
     if isinstance(scores, torch.Tensor):
@@ -207,7 +207,7 @@ def scores_of(out: Any) -> torch.Tensor:
     return next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
 
 
-def field_of(out: Any, name: str) -> Any:
+def field_of(out: object, name: str) -> object:
     """An output's field, of a mapping or an object; None where it has none."""
     return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
 

@@ -339,7 +339,7 @@ def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:
     return {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "none" if value is None else str(value)
 
 
@@ -347,7 +347,8 @@ def _weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     whole = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda row: row[0]):
         whole.update(json.dumps([name, list(tensor.shape), dtype_name(tensor.dtype)]).encode())
-        for part in ends(tensor.detach().reshape(-1)):
+        flat = tensor.detach().reshape(-1)
+        for part in (flat[s] for s in ends(len(flat))):
             whole.update(np.ascontiguousarray(to_numpy(part)).tobytes())
     return whole.hexdigest()
 

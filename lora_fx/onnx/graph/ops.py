@@ -68,7 +68,7 @@ Shapes = Callable[[int], Shape | None]
 """Gives the shape of the operand in a slot; None where it is unknown."""
 
 
-def attr(node: ir.Node, name: str, default: Any) -> Any:
+def attr(node: ir.Node, name: str, default: object) -> Any:
     """The value of a node's attribute, or the default where it has none."""
     found = node.attributes.get(name)
     return default if found is None else found.value

@@ -139,7 +139,7 @@ class DeltaBeforeBias(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(rules.apply_to_model(model)))
 
 
-def _bias_first(op: Any, product: Any, bias: Any, delta: Any) -> Any:
+def _bias_first(op: Any, product: Any, bias: Any, delta: Any) -> object:
     return op.Add(op.Add(product, bias), delta)
 
 
@@ -149,7 +149,7 @@ def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) ->
     return op.Add(total, bias)
 
 
-def _swaps(context: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> bool:
+def _swaps(context: object, product: ir.Value, bias: ir.Value, delta: ir.Value) -> bool:
     made = product.producer()
     if bias.const_value is None or made is None or made.op_type != "MatMul":
         return False
