@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from sources import fashion, smollm2_file
 
 from lora_fx.errors import LoraFxError
+from tests.fx.train.loops import fresh_accelerator
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 PRINTS = {
@@ -38,11 +41,14 @@ def test_every_sample_is_listed_and_short() -> None:
     assert all(len(p.read_text().splitlines()) < 120 for p in files.values())
 
 
-LONG = {"hf_trainer", "torchrun_loop"}  # half a minute
+LONG = {"decode", "hf_trainer", "torchrun_loop"}  # half a minute
+HERE = ("accelerate_loop", "fabric_loop", "mlp", "raw_matmul")
+"""Samples that run in this process: a process of its own imports torch again."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in PRINTS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in PRINTS if n not in HERE],
 )
 def test_sample(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -53,6 +59,19 @@ def test_sample(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert PRINTS[name] in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures(fresh_accelerator.__name__)
+@pytest.mark.parametrize("name", HERE)
+def test_sample_here(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name])
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(str(SAMPLES / f"{name}.py"), run_name="__main__")
+    assert PRINTS[name] in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

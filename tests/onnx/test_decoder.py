@@ -103,10 +103,9 @@ class Case:
         self.report = lora_fx.export(
             captured, self.merged, adapters=self.adapters["de"], cache=True, provider="cpu"
         )
-        self.argv: list[str] = []
-        self.shown: dict[str, Any] = {}
+        self.folder, self.shown = folder, {}
         if name == "llama":
-            self.by_command(folder)
+            self.shown = self.by_command()
         else:
             lora_fx.export(
                 captured, self.switch, adapters=self.adapters, cache=True, mode="switch",
@@ -116,17 +115,20 @@ class Case:
         assert self.model.config.to_dict() == config
         assert type(self.model) is type(MODELS[name]()) and not self.model.training
 
-    def by_command(self, folder: Path) -> None:
+    def by_command(self) -> dict[str, Any]:
         """The switch file as the command line writes it, from a folder; what it prints."""
-        copy.deepcopy(self.model).save_pretrained(folder / "model")  # writes into its config
+        copy.deepcopy(self.model).save_pretrained(self.folder / "model")  # writes into its config
         for name, one in self.adapters.items():
-            lora_fx.save_adapter(one, folder / name)
-        given = [str(folder / n) for n in ("model", *self.adapters)]
-        self.argv = ["export", *given, "--cache", "--provider", "cpu"]
+            lora_fx.save_adapter(one, self.folder / name)
+        argv = [*self.argv(*self.adapters), "-o", str(self.switch), "--mode", "switch", "--json"]
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown):
-            assert run([*self.argv, "-o", str(self.switch), "--mode", "switch", "--json"]) == 0
-        self.shown = json.loads(shown.getvalue())
+            assert run(argv) == 0
+        return dict(json.loads(shown.getvalue()))
+
+    def argv(self, *adapters: str) -> list[str]:
+        given = [str(self.folder / n) for n in ("model", *adapters)]
+        return ["export", *given, "--cache", "--provider", "cpu"]
 
 
 def run(argv: list[str]) -> int:
@@ -279,7 +281,7 @@ def test_an_adapted_module_brings_its_adapter_and_the_graph_may_be_optimised(
 def test_the_command_line(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tokens of the file that it wrote are those of `test_switch_gives_them…`."""
     out = tmp_path / "m.onnx"
-    argv = [*case.argv, "-o", str(out)]
+    argv = [*case.argv("de"), "-o", str(out)]
     for more, words in (
         (("--dynamic", "input_ids:1"), "are known"),
         (("--mode", "batch"), "mode batch has no cache"),

@@ -18,6 +18,7 @@ from lora_fx.errors import CaptureError, LoraFxError, NoEffectError
 from lora_fx.onnx import session as sessions
 from lora_fx.onnx.session import open_session
 from tests.providers import PROVIDERS
+from tests.zoo.shared import captured
 
 
 class Net(nn.Module):
@@ -40,7 +41,10 @@ class Net(nn.Module):
 
 def adapted(**kwargs: Any) -> Any:
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    m = lora_fx.insert(Net().eval(), (x,), kwargs, rank=2, exclude="unadapted")
+    cap, *_ = captured("export net", lambda: (Net().eval(), (x,)))
+    if kwargs:
+        cap = lora_fx.capture(Net().eval(), (x,), kwargs)
+    m = lora_fx.insert(cap, rank=2, exclude="unadapted")
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for n, p in m.named_parameters():

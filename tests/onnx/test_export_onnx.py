@@ -27,7 +27,7 @@ from lora_fx.onnx.session import manifest_of, open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.verbs.insert_onnx import insert_onnx
-from tests.onnx.test_switch import ADAPTERS, RANKS, Net, ids
+from tests.onnx.test_switch import ADAPTERS, RANKS, Net, captured, ids
 from tests.providers import PROVIDERS
 
 X = {"ids": ids()}
@@ -36,7 +36,7 @@ X = {"ids": ids()}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base") / "base.onnx"
-    lora_fx.export(Net().eval(), path, (torch.tensor(ids()),), provider="cpu")
+    lora_fx.export(captured(), path, provider="cpu")
     return path
 
 

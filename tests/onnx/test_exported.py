@@ -9,10 +9,10 @@ import pytest
 from lora_fx.errors import LoraFxError
 from tests.zoo.onnx_files import differences
 
-SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in ("hf_bert", "hf_llama"))
+SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in ("hf_bert", "hf_gpt2", "hf_llama"))
 
 
-@pytest.mark.parametrize("name", ["tied_head", "fused_qkv", "hf_gpt2", *SLOW])
+@pytest.mark.parametrize("name", ["tied_head", "fused_qkv", "hf_gpt2/1", *SLOW])
 def test_fold_and_insert_equal_the_torch_module(name: str, tmp_path: Path) -> None:
     found = differences(name, tmp_path)
     assert set(found) == {"fold", "insert"}

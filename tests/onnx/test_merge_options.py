@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,24 @@ from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import fold
 from lora_fx.passes.verbs import merge
-from tests.onnx.test_switch import ADAPTERS, Net, ids
+from tests.onnx.test_switch import ADAPTERS, Net, captured, ids
 
 X = {"ids": ids()}
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    lora_fx.export(captured(), folder / "base.onnx", provider="cpu", external_over=0)
+    return folder
+
+
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(exported: Path, tmp_path: Path) -> Path:
     """Its weights lie in a data file."""
-    path = tmp_path / "base.onnx"
-    lora_fx.export(Net().eval(), path, (torch.tensor(ids()),), provider="cpu", external_over=0)
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     assert (tmp_path / "base.onnx.data").exists()
-    return path
+    return tmp_path / "base.onnx"
 
 
 def some(*keys: str) -> Adapter:

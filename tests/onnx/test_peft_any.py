@@ -93,7 +93,8 @@ def test_every_export_takes_pefts_adapters(name: str, tmp_path: Path) -> None:
             assert rel(first(loaded.run(feeds)), want) < TOL
             row = {2: 0, 1: 2}[i]
             assert rel(rows[row], want[row]) < TOL
-            for optimise in (False, True):
+            each = source == "torch" and "one" in name  # an option an adapter; the slow take all
+            for optimise in (n == "one",) if each else (False, True):
                 merged = tmp_path / "merged.onnx"
                 lora_fx.export(
                     given, merged, adapters=adapters[n], optimise=optimise,

@@ -72,19 +72,17 @@ def adapter(seed: int, rank: int) -> Adapter:
     return Adapter(entries)
 
 
-@functools.cache
-def adapters() -> dict[str, Adapter]:
-    return {name: adapter(i, r) for i, (name, r) in enumerate(RANKS.items())}
+ADAPTERS = {name: adapter(i, r) for i, (name, r) in enumerate(RANKS.items())}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("switch")
     path = folder / "m.onnx"
-    lora_fx.export(captured(), path, mode="switch", adapters=adapters(), provider="cpu")
+    lora_fx.export(captured(), path, mode="switch", adapters=ADAPTERS, provider="cpu")
     base = folder / "base-merged.onnx"
     lora_fx.export(captured(), base, provider="cpu")
-    for name, one in adapters().items():
+    for name, one in ADAPTERS.items():
         lora_fx.export(base, folder / f"{name}-merged.onnx", adapters=one, provider="cpu")
     return path
 
@@ -133,7 +131,7 @@ def test_plain_onnx_runtime_takes_the_files(made: Path) -> None:
 
 def test_a_mix_is_the_weighted_sum(made: Path) -> None:
     session = Session(made, "cpu")
-    for name, one in adapters().items():
+    for name, one in ADAPTERS.items():
         session.load(name, one)
     weights = {"de": 0.7, "it": -0.4}
     got = session.run({"ids": ids()}, adapter=weights)["y"]
@@ -141,7 +139,7 @@ def test_a_mix_is_the_weighted_sum(made: Path) -> None:
     parameters = dict(net.named_parameters())
     with torch.no_grad():
         for name, w in weights.items():
-            for key, delta in adapters()[name].deltas().items():
+            for key, delta in ADAPTERS[name].deltas().items():
                 parameters[key].add_(w * torch.tensor(delta))
         expected = net(torch.tensor(ids()))["y"].numpy()
     assert rel(got, expected) <= TOL
@@ -205,8 +203,8 @@ def test_results_are_kept_and_threads_do_not_mix(made: Path) -> None:
 
 def test_insert_before_and_after_the_export_agree(made: Path) -> None:
     session = Session(made, "cpu")
-    session.load("fr", adapters()["fr"])
-    module = lora_fx.insert(captured(), adapter=adapters()["fr"])
+    session.load("fr", ADAPTERS["fr"])
+    module = lora_fx.insert(captured(), adapter=ADAPTERS["fr"])
     module.eval()
     with torch.no_grad():
         expected = module(torch.tensor(ids()))["y"].numpy()
@@ -215,7 +213,7 @@ def test_insert_before_and_after_the_export_agree(made: Path) -> None:
 
 def test_a_wrong_scale_is_seen(made: Path) -> None:
     session = Session(made, "cpu")
-    wrong = {k: replace(u, alpha=u.alpha * 1.01) for k, u in adapters()["de"].lowrank.items()}
+    wrong = {k: replace(u, alpha=u.alpha * 1.01) for k, u in ADAPTERS["de"].lowrank.items()}
     session.load("de", Adapter(wrong))
     assert rel(session.run({"ids": ids()}, "de")["y"], merged(made, "de")) > TOL
 
@@ -229,7 +227,7 @@ def test_what_does_not_fit_is_refused_by_name(made: Path, tmp_path: Path) -> Non
         session.run({})
     with pytest.raises(LoraFxError, match="no input 'idz'"):
         session.run({"idz": ids()})
-    good = manifest.tensors(adapters()["de"])
+    good = manifest.tensors(ADAPTERS["de"])
     slot = manifest.slots["fc.weight"]
     changes: dict[str, Any] = {
         "'fc.weight.lora_B' is missing": {slot.b: None},
@@ -246,7 +244,7 @@ def test_what_does_not_fit_is_refused_by_name(made: Path, tmp_path: Path) -> Non
             session.load("bad", path)
         with pytest.raises(LoraFxError, match=words):
             lora_fx.verify(made, path)
-    whole = copy.deepcopy(adapters()["de"].entries)
+    whole = copy.deepcopy(ADAPTERS["de"].entries)
     with pytest.raises(LoraFxError, match="whole tensor"):
         session.load("bad", Adapter({**whole, "fc.bias": lora_fx.Full(np.zeros(32))}))
     with pytest.raises(LoraFxError, match="no target of the file"):
@@ -262,7 +260,7 @@ def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
         lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="other")
     (tmp_path / "de.onnx_adapter").write_text("mine")
     with pytest.raises(LoraFxError, match="exists"):
-        lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=adapters())
+        lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS)
     assert [p.name for p in tmp_path.iterdir()] == ["de.onnx_adapter"]
 
 

@@ -17,8 +17,8 @@ from tests.passes.test_uses import Tied, adapted, built, out
 
 
 def test_a_use_that_the_model_lacks_is_named() -> None:
-    model, x = built("Tied")
-    adapter = lora_fx.insert(model, (x,), rank=2, include="head").adapter()
+    cap, x = built("Tied")
+    adapter = lora_fx.insert(cap, rank=2, include="head").adapter()
 
     class Bare(Tied):
         def forward(self, ids: Tensor) -> Tensor:
@@ -29,24 +29,24 @@ def test_a_use_that_the_model_lacks_is_named() -> None:
 
 
 def test_a_file_that_names_one_module_of_a_shared_tensor(tmp_path: Path) -> None:
-    model, x = built("Shared")
-    a, b = draw("w", lora_fx.find(model, (x,)).targets[0].layout, 2, 0, "probe")
-    bound = Adapter({"b.weight": lora_fx.LowRank(a, b, 1.0)}).bind(model, (x,))
+    cap, _ = built("Shared")
+    a, b = draw("w", lora_fx.find(cap).targets[0].layout, 2, 0, "probe")
+    bound = Adapter({"b.weight": lora_fx.LowRank(a, b, 1.0)}).bind(cap)
     assert {k: u.use for k, u in bound.lowrank.items()} == {"a.weight": "b.weight"}
-    whole = lora_fx.insert(model, (x,), rank=2, include="*").adapter()
+    whole = lora_fx.insert(cap, rank=2, include="*").adapter()
     (note, *_) = lora_fx.save_adapter(whole, tmp_path / "adapter")
     assert "several modules that share the tensor" in note
 
 
 def test_a_live_model_has_them_where_modules_tell_them_apart() -> None:
-    model, x = built("Tied")
-    module = adapted(model, x)
+    cap, x = built("Tied")
+    module = adapted(cap)
     want = out(module, x)
-    lora_fx.attach(model, (x,), adapter=module.adapter())
+    model = lora_fx.attach(cap, adapter=module.adapter())
     assert rel(out(model, x), want) < 2e-6
     assert list(model.adapter()) == list(module.updates)
     lora_fx.detach(model)
-    model, x = built("Repeated")
+    cap, _ = built("Repeated")
     with pytest.raises(LoraFxError, match=r"layer\.forward has both uses"):
-        lora_fx.attach(model, (x,), rank=2, include="*@*")
-    assert not hasattr(model, "adapter")
+        lora_fx.attach(cap, rank=2, include="*@*")
+    assert not hasattr(cap.model, "adapter")

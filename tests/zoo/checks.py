@@ -26,8 +26,10 @@ from lora_fx.passes.proofs.parity import arrays_of, prove, torch_run
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
 
+from .base import Entry
 from .models import ZOO
 from .oracles import Subject, doubled, explicit, flat, matters, multiplied
+from .shared import zoo
 
 EFFECT = 0.15
 """Factor on a random B: the adapter is seen in the output and does not swamp it."""
@@ -39,17 +41,22 @@ IDLE = 1e-12
 """In fp64, relative to the output: a weight that moves it by less has no effect."""
 
 
+def facts(name: str) -> Entry:
+    """The entry of a name that `zoo` takes."""
+    return ZOO[name.partition("/")[0]]
+
+
 @lru_cache(maxsize=2)
 def built(name: str) -> Subject:
     """Built and captured in eval mode."""
-    model, args, kwargs = ZOO[name].build()
+    model, args, kwargs = zoo(name)
     model.requires_grad_(False)  # torch folds some matmuls otherwise where a weight wants grad
     return Subject(name, model, args, kwargs, lora_fx.capture(model, args, kwargs))
 
 
 def adapted(name: str, **options: Any) -> Any:
     """Inserted with zero B."""
-    entry = ZOO[name]
+    entry = facts(name)
     dead = "drop" if entry.idle else "error"
     return lora_fx.insert(built(name).cap, rank=2, include=entry.include, dead=dead, **options)
 
@@ -61,7 +68,7 @@ def perturbed(name: str) -> Any:
         updates = {}
         for key, u in module.updates.items():
             a, b = draw(key, u.layout, u.rank, 0, "probe")
-            updates[key] = replace(u, a=a, b=b * np.float32(EFFECT * ZOO[name].gain * factor))
+            updates[key] = replace(u, a=a, b=b * np.float32(EFFECT * facts(name).gain * factor))
         module.load_adapter(Adapter(updates))
         if all(seen(e) for e in effects(module)):
             break
@@ -181,7 +188,7 @@ def without_gradient(name: str, module: Any) -> list[str]:
     module.train()
     torch.manual_seed(0)
     calls = [subject.cap.named]
-    if ZOO[name].branches:
+    if facts(name).branches:
         calls = [module.sample(seed=seed) for seed in range(6)]
     for named in calls:
         outs = [

@@ -15,7 +15,8 @@ STAGES = {
     "hf_bert": ("bert.encoder.layer",),
     "hf_gpt2": ("transformer.h",),
     "hf_llama": ("model.layers",),
-    "tv_resnet18": ("layer1", "layer2", "layer3", "layer4"),
+    **dict.fromkeys(("timm_resnet18", "tv_resnet18"), tuple(f"layer{i}" for i in range(1, 5))),
+    "transformer_encoder": ("layers",),
 }
 """Where a model of the zoo repeats a block."""
 

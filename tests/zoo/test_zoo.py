@@ -22,6 +22,7 @@ from tests.zoo.models import ZOO
 
 LIKE_OTHERS = {
     "hf_bert", "hf_t5", "hf_deberta_v2", "hf_vit", "hf_whisper", "timm_resnet18", "timm_mixer",
+    "tv_vit",
 }  # fmt: skip
 NAMES = {
     e: pytest.param(name, marks=[pytest.mark.slow] * (not e.fast or name in LIKE_OTHERS))

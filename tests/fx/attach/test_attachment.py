@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,21 @@ from tests.fx.attach.attached import (
 )
 from tests.table import ROWS, Model, Row, example
 from tests.zoo.models import ZOO
-from tests.zoo.shared import captured
+from tests.zoo.shared import captured, zoo
 
 TRAINED = [
     "hf_gpt2",
     pytest.param("hf_llama", marks=pytest.mark.slow),
     pytest.param("tv_vit", marks=pytest.mark.slow),
-    "tv_resnet18",
+    "tv_resnet18/1",
     "einsum",
     "f_linear",
     "fused_qkv",
     "mha",
-    "transformer_encoder",
+    "transformer_encoder/1",
     "tied_head",
     "bmm_experts",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("tv_resnet18", "transformer_encoder")),
 ]
 
 
@@ -99,8 +101,8 @@ def lstm() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 
 BACK: dict[str, Callable[[], Any]] = {
     "lstm": lstm,
-    **{n: ZOO[n].build for n in ("hf_gpt2", "tv_resnet18", "transformer_encoder", "mha")},
-    "tied_head": ZOO["tied_head"].build,
+    **{n: partial(zoo, n) for n in ("hf_gpt2/1", "tv_resnet18/1", "transformer_encoder/1")},
+    **{n: ZOO[n].build for n in ("mha", "tied_head")},
 }
 
 
@@ -114,7 +116,7 @@ def test_detach_gives_the_original_back(name: str) -> None:
     out = model.eval()(*args, **kwargs)
     model.train()
     was = snapshot(model), state(model)
-    whole = {"hf_gpt2": "ln_f.*", "tv_resnet18": "fc"}.get(name)
+    whole = {"hf_gpt2/1": "ln_f.*", "tv_resnet18/1": "fc"}.get(name)
     lora_fx.attach(model, args, kwargs, rank=2, include="*", also_train=whole)
     randomise(model)
     train(model, args, kwargs, steps=2)

@@ -33,6 +33,7 @@ def test_effect_gradient_and_numbers(name: str) -> None:
     assert gap(fused, want) < 5e-6
     assert gap(model(*args), want) < 5e-6
     assert changed(fused) > 0.02
+    torch.manual_seed(0)  # of stochastic depth, which may drop a block for all rows
     out = model.train()(*args)
     (out if isinstance(out, torch.Tensor) else out[0]).square().sum().backward()
     for n, p in model.named_parameters():

@@ -28,7 +28,7 @@ from tests.fx.train.loops import (
     worst,
 )
 from tests.zoo.models import ZOO
-from tests.zoo.shared import captured
+from tests.zoo.shared import captured, zoo
 
 pytestmark = pytest.mark.usefixtures(fresh_accelerator.__name__)
 
@@ -65,13 +65,17 @@ def tokens(model: Any, ids: torch.Tensor, *, cache: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["hf_gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hf_llama", "hf_bert"))]
+    "name",
+    [
+        "hf_gpt2/1",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("hf_gpt2", "hf_llama", "hf_bert")),
+    ],
 )
 def test_trainer_gives_the_losses_of_a_plain_loop_and_of_peft(name: str, tmp_path: Path) -> None:
     data = Rows(labels=10 if name == "hf_bert" else 0)
 
     def build() -> Any:
-        model, _, kwargs = ZOO[name].build()
+        model, _, kwargs = zoo(name)
         more = {"labels": data.batch(0)["labels"][:2]} if name == "hf_bert" else {}
         return still(model), (), {**kwargs, **more}
 
@@ -106,11 +110,11 @@ def test_trainer_with_its_own_options(tmp_path: Path) -> None:
     """Checkpointing, bf16 and saved checkpoints of a tied model work on the live model."""
 
     def build() -> Any:
-        model, _, kwargs = ZOO["hf_gpt2"].build()
+        model, _, kwargs = zoo("hf_gpt2/1")
         return still(model), (), kwargs
 
     data = Rows(labels=0)
-    model = lora_fx.attach(captured("still hf_gpt2", build)[0], rank=4)
+    model = lora_fx.attach(captured("still hf_gpt2/1", build)[0], rank=4)
     plain, again = copy.deepcopy(model), copy.deepcopy(model)
     want = by_trainer(plain, data, tmp_path / "a", save_strategy="steps", save_steps=STEPS)
     recomputed = by_trainer(model, data, tmp_path / "b", activation_checkpointing=True)
@@ -123,7 +127,7 @@ def test_trainer_with_its_own_options(tmp_path: Path) -> None:
 
 def test_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
-    model, _, kwargs = ZOO["hf_llama"].build()
+    model, _, kwargs = zoo("hf_llama/1")
     lora_fx.attach(model, (), kwargs, rank=2)
     other = copy.deepcopy(model)
     accelerator = accelerate.Accelerator(cpu=True)

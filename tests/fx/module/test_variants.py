@@ -17,9 +17,11 @@ from lora_fx.adapter.initial import INITS, OF_DATA
 from lora_fx.adapter.variant import VARIANTS
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
+from tests.zoo.shared import captured
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 FREE = [i for i in INITS if i not in OF_DATA]
@@ -52,6 +54,10 @@ def model() -> Net:
 X = torch.randn(4, 3, 8, 7, generator=torch.Generator().manual_seed(1))
 
 
+def shared() -> Captured:
+    return captured("variants net", lambda: (model(), (X,)))[0]
+
+
 def hashed(module: nn.Module, names: list[str]) -> str:
     digest = hashlib.sha256()
     tensors = dict(module.named_parameters())
@@ -79,12 +85,11 @@ def of(module: nn.Module) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize(("variant", "init"), COMBINATIONS)
 def test_training_leaves_the_base_alone_and_folds(variant: str, init: str, tmp_path: Path) -> None:
-    own = model()
+    cap = shared()
+    own = cap.model
     names = [n for n, _ in own.named_parameters()]
     before = hashed(own, names)
-    module = lora_fx.insert(
-        own, (X,), rank=2, include="conv,up,out", variant=variant, init=init, seed=4
-    )
+    module = lora_fx.insert(cap, rank=2, include="conv,up,out", variant=variant, init=init, seed=4)
     assert (
         rel(of(module), of(own)) < 1e-6 and not module.changes_anything()
     ) or init == "orthogonal"
@@ -104,10 +109,10 @@ def test_training_leaves_the_base_alone_and_folds(variant: str, init: str, tmp_p
     lora_fx.save_adapter(module.adapter(), tmp_path / "adapter")
     read = peft.PeftModel.from_pretrained(model(), str(tmp_path / "adapter")).eval()
     assert rel(of(read), branched) < 1e-5
-    again = lora_fx.insert(model(), (X,), adapter=lora_fx.load_adapter(tmp_path / "adapter"))
+    again = lora_fx.insert(shared(), adapter=lora_fx.load_adapter(tmp_path / "adapter"))
     assert rel(of(again), branched) < 1e-6
     assert _trained(again) == _trained(module), "what trains is known again"
-    other = lora_fx.insert(model(), (X,), rank=1)
+    other = lora_fx.insert(shared(), rank=1)
     other.load_adapter(module.adapter())
     assert rel(of(other), branched) < 1e-6 and _trained(other) == _trained(module)
 
@@ -118,7 +123,7 @@ def _trained(module: AdaptedModule) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(("variant", "init"), SOME)
 def test_a_program_file_keeps_variants(variant: str, init: str, tmp_path: Path) -> None:
-    module = steps(lora_fx.insert(model(), (X,), rank=2, variant=variant, init=init))
+    module = steps(lora_fx.insert(shared(), rank=2, variant=variant, init=init))
     save_program(module, tmp_path / "x.pt2")
     again = load_program(tmp_path / "x.pt2")
     assert isinstance(again, AdaptedModule)
@@ -134,7 +139,7 @@ def test_a_program_file_keeps_variants(variant: str, init: str, tmp_path: Path) 
 
 def test_how_tensors_lie_in_memory_is_no_difference(tmp_path: Path) -> None:
     """A product of a matrix that is stored column by column may be summed up in another order."""
-    module = steps(lora_fx.insert(model(), (X,), rank=2, variant="dora", init="pissa"))
+    module = steps(lora_fx.insert(shared(), rank=2, variant="dora", init="pissa"))
     assert all(p.is_contiguous() for p in module.parameters()), "factors of an SVD are turned"
     for p in module.parameters():
         p.data = p.data.mT.contiguous().mT if p.dim() > 1 else p.data
@@ -145,8 +150,8 @@ def test_how_tensors_lie_in_memory_is_no_difference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("variant", "init"), SOME)
 def test_attach_is_insert(variant: str, init: str) -> None:
-    module = steps(lora_fx.insert(model(), (X,), rank=2, variant=variant, init=init))
-    live = lora_fx.attach(model(), (X,), rank=2, variant=variant, init=init)
+    module = steps(lora_fx.insert(shared(), rank=2, variant=variant, init=init))
+    live = lora_fx.attach(shared(), rank=2, variant=variant, init=init)
     assert {n: tuple(p.shape) for n, p in live.named_parameters() if p.requires_grad} == {
         n: s for n, s in _trained(module).items()
     }
@@ -160,7 +165,7 @@ def test_dora_learns_as_in_peft() -> None:
     """Same A, same batches, no dropout: losses equal step by step; the norm is a constant."""
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["conv", "up", "out"], use_dora=True)
     theirs = peft.get_peft_model(model(), config)
-    ours = lora_fx.insert(model(), (X,), rank=2, include="conv,up,out", variant="dora")
+    ours = lora_fx.insert(shared(), rank=2, include="conv,up,out", variant="dora")
     first = dict(theirs.named_parameters())
     with torch.no_grad():
         for key, (a, _) in ours.slots().items():
@@ -188,7 +193,7 @@ def test_starts_are_those_of_peft(init: str) -> None:
     theirs = peft.get_peft_model(model(), config)
     layer: Any = theirs.base_model.model.up
     (a, b), scale = (layer.lora_A.default.weight, layer.lora_B.default.weight), 3.0
-    ours = lora_fx.insert(model(), (X,), rank=2, alpha=6, include="up", init=init)
+    ours = lora_fx.insert(shared(), rank=2, alpha=6, include="up", init=init)
     a1, b1 = ours.slots()["up.weight"]
     product = (scale * (b @ a)).detach().numpy()
     np.testing.assert_allclose((scale * (b1 @ a1)).detach().numpy(), product, atol=1e-5)
@@ -197,18 +202,18 @@ def test_starts_are_those_of_peft(init: str) -> None:
 
 
 def test_lora_plus_learns_faster_by_b() -> None:
-    module = lora_fx.insert(model(), (X,), rank=2, variant="lora+", also_train="out.weight")
+    module = lora_fx.insert(shared(), rank=2, variant="lora+", also_train="out.weight")
     rates = {id(p): g["lr"] for g in module.parameter_groups(1e-3, 0.1) for p in g["params"]}
     for a, b in module.slots().values():
         assert (rates[id(a)], rates[id(b)]) == (1e-3, 16e-3)
     assert rates[id(module.get_parameter("out.weight"))] == 1e-3
     assert len(rates) == sum(p.requires_grad for p in module.parameters())
-    plain = lora_fx.insert(model(), (X,), rank=2).parameter_groups(1e-3, 0.1)
+    plain = lora_fx.insert(shared(), rank=2).parameter_groups(1e-3, 0.1)
     assert [(g["lr"], g["weight_decay"]) for g in plain] == [(1e-3, 0.1)]
 
 
 def test_dora_has_no_place_in_files_that_switch(tmp_path: Path) -> None:
-    module = steps(lora_fx.insert(model(), (X,), rank=2, variant="dora"))
+    module = steps(lora_fx.insert(shared(), rank=2, variant="dora"))
     for mode in ("switch", "batch", "load"):
         with pytest.raises(LoraFxError, match="DoRA"):
             lora_fx.export(module, tmp_path / "x.onnx", adapters={"a": module.adapter()}, mode=mode)
@@ -218,21 +223,21 @@ def test_dora_has_no_place_in_files_that_switch(tmp_path: Path) -> None:
 
 
 def test_truncate_brings_the_rank_back() -> None:
-    module = steps(lora_fx.insert(model(), (X,), rank=2, include="up", init="pissa"))
+    module = steps(lora_fx.insert(shared(), rank=2, include="up", init="pissa"))
     adapter = module.adapter()
     assert adapter.lowrank["up.weight"].rank == 4
     cut = lora_fx.truncate(adapter, params=2 * 16)  # rank 2 of 10 × 6
-    new = lora_fx.insert(model(), (X,), adapter=cut)
+    new = lora_fx.insert(shared(), adapter=cut)
     assert [(u.rank, u.frozen) for u in new.updates.values()] == [(2, 0)]
     assert rel(of(new), of(module)) < 0.5 * rel(of(model()), of(module))
 
 
 def test_options_that_are_refused() -> None:
     with pytest.raises(LoraFxError, match="no variant 'vera'"):
-        lora_fx.insert(model(), (X,), variant="vera")
+        lora_fx.insert(shared(), variant="vera")
     with pytest.raises(LoraFxError, match="no init 'svd'"):
-        lora_fx.attach(model(), (X,), init="svd")
+        lora_fx.attach(shared(), init="svd")
     with pytest.raises(LoraFxError, match="starts from data"):
-        lora_fx.insert(model(), (X,), init="eva")
-    module = lora_fx.insert(model(), (X,), rank=2, variant="dora", dropout=0.1)
+        lora_fx.insert(shared(), init="eva")
+    module = lora_fx.insert(shared(), rank=2, variant="dora", dropout=0.1)
     assert any("acts on branches" in n for n in module.report().notes)

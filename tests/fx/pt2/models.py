@@ -24,7 +24,7 @@ def built(name: str, dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
     elif name.startswith("hf_gpt2"):
         kwargs = {**kwargs, "labels": kwargs["input_ids"]}
     else:
-        kwargs = {"src" if name == "transformer_encoder" else "x": args[0]}
+        kwargs = {"src" if name.startswith("transformer") else "x": args[0]}
     if not dropout:
         for m in model.modules():
             if isinstance(m, nn.Dropout):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from tests.zoo.models import ZOO
+from tests.zoo.shared import zoo
 
 STEPS, ROWS = 20, 3
 
@@ -57,7 +57,7 @@ class Rows(torch.utils.data.Dataset[Any]):
 @functools.cache
 def tied() -> tuple[Any, Any]:
     """gpt2, whose head is its embedding, and what insert makes of it; to be copied."""
-    model, _, kwargs = ZOO["hf_gpt2"].build()
+    model, _, kwargs = zoo("hf_gpt2/1")
     example = {**kwargs, "labels": kwargs["input_ids"]}
     return model, lora_fx.insert(still(model), (), example, rank=4, exclude="lm_head")
 

@@ -16,6 +16,7 @@ from lora_fx.data import Table, read_table, split, table_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.optimizer import Settings
+from tests.zoo.shared import captured
 
 
 class Net(nn.Module):
@@ -40,7 +41,8 @@ def table(n: int = 200, seed: int = 0) -> Table:
 
 
 def adapted(**options: Any) -> Any:
-    return lora_fx.insert(Net().eval(), (torch.randn(4, 8),), rank=2, **options)
+    cap, *_ = captured("loop net", lambda: (Net().eval(), (torch.randn(4, 8),)))
+    return lora_fx.insert(cap, rank=2, **options)
 
 
 def test_it_learns_and_keeps_the_best() -> None:

@@ -27,7 +27,7 @@ from tests.fx.train.loops import (
     trained,
     worst,
 )
-from tests.zoo.models import ZOO
+from tests.zoo.shared import zoo
 
 pytestmark = pytest.mark.usefixtures(fresh_accelerator.__name__)
 
@@ -36,7 +36,7 @@ CLASSES = 10
 
 @pytest.fixture(scope="module")
 def bert() -> tuple[Any, Any]:
-    model, _, kwargs = ZOO["hf_bert"].build()
+    model, _, kwargs = zoo("hf_bert/1")
     still(model)
     labels = torch.zeros(len(kwargs["input_ids"]), dtype=torch.long)
     return model, lora_fx.insert(model, (), {**kwargs, "labels": labels}, rank=4)
@@ -81,7 +81,7 @@ def test_checkpoints_of_a_tied_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_checkpoints_of_an_attached_model(tmp_path: Path) -> None:
-    model, _, kwargs = ZOO["hf_gpt2"].build()
+    model, _, kwargs = zoo("hf_gpt2")
     lora_fx.attach(still(model), (), kwargs, rank=4, exclude="lm_head")
     again, data, half = copy.deepcopy(model), Rows(labels=0), STEPS // 2
     saving: Any = {"save_strategy": "steps", "save_steps": half, "mixed": (AdapterCheckpoints,)}

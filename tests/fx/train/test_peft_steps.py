@@ -1,6 +1,6 @@
 """MiniLM and SmolLM2 beside PEFT's wheel: the same A, batches of 512 tokens, no dropout, fp32.
 
-Two steps of two layers always; the whole models by hand:
+Two steps of two layers of MiniLM always; the rest by hand:
 `pytest -m slow -s tests/fx/train/test_peft_steps.py`.
 """
 

@@ -25,6 +25,7 @@ from lora_fx.fx.train.optimizer import Settings
 from lora_fx.fx.train.processes import ALONE, Elsewhere, Processes, processes
 from lora_fx.fx.train.state import Saving
 from tests.fx.train.test_loop import adapted, table
+from tests.zoo.shared import captured
 
 S = Settings(steps=100, lr=0.01, batch_size=31, checks=5)
 
@@ -59,7 +60,10 @@ def tokens(n: int = 40) -> Table:
 
 def token_model(net: nn.Module | None = None) -> Any:
     args = (torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long))
-    return lora_fx.insert((net or Tokens()).eval(), args, rank=2, include=["fc", "head"])
+    cap, *_ = captured("tokens", lambda: (Tokens().eval(), args))
+    if net is not None:
+        cap.model.load_state_dict(net.state_dict())
+    return lora_fx.insert(cap, rank=2, include=["fc", "head"])
 
 
 def told(model: Any, report: Any) -> dict[str, Any]:

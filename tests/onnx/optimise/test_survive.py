@@ -24,7 +24,6 @@ from lora_fx.compare import rel
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.proofs.parity import arrays_of
 from tests.zoo import checks
-from tests.zoo.models import ZOO
 
 TOL = 1e-5
 SIZES = ((2, 5), (3, 7), (1, 11))
@@ -38,7 +37,7 @@ NAMES = [
     "hf_bert", "hf_gpt2", "hf_llama", "hf_whisper", "hf_t5", "hf_vit", "timm_vit", "timm_swinv2",
     *FEW,
 ]  # fmt: skip
-FAST = "hf_bert"
+FAST = "hf_bert/1"
 ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 NONE = "timm_resnet18"  # has nothing to fuse
 
@@ -62,7 +61,7 @@ def _is_fused(op: str) -> bool:
 
 def module(name: str, which: str) -> Any:
     """An inserted module with a random adapter that the outputs show."""
-    entry = ZOO[name]
+    entry = checks.facts(name)
     include = FEW.get(name, "q,v") if which == "few" else entry.include
     made = lora_fx.insert(checks.built(name).cap, rank=2, include=include)
     updates: dict[str, LowRank] = {}
@@ -104,9 +103,7 @@ def kinds(found: Counter[str]) -> Counter[str]:
     return Counter({"attention": sum(found[a] for a in ATTENTION), **others})
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.parametrize("name", [FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES)])
 def test_adapted_models_survive_as_fused_as_their_bases(name: str, tmp_path: Path) -> None:
     found = survive(name, tmp_path)
     base = kinds(found["base"][0])
