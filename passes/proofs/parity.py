@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
@@ -21,7 +22,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.module.module import CapturedModule, plain
+from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Extents, Named
 from lora_fx.passes.proofs.reference import Run
@@ -126,38 +127,84 @@ def own_errors(
     sizes: Sequence[Extents] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> dict[str, float]:
-    """Per output, the largest rel of a model's fp32 to its own fp64 values over several inputs.
+    """Per output, how far rounding moves a model's values: the largest over several inputs.
 
-    One input may round well by chance, a user's too, so every size is drawn with every seed.
-    Empty where the model does not run in fp64 (it has fp32 constants that do not mix with it).
+    It is the rel of its fp32 values to its own in fp64, and of those with every weight moved by
+    half a unit of its last place, which is what a fold does. One input may round well by chance, a
+    user's too, so every size is drawn with every seed. Where no fp64 run is possible, the moved
+    weights alone tell.
     """
-
-    def up(x: Any) -> Any:
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
     sizes = model.captured.inputs.checks if sizes is None else sizes
     draws: list[tuple[Extents, Any, int]]
     draws = [(size, None, seed) for size in sizes for seed in seeds]
     if arrays is not None:
         draws.insert(0, (sizes[0], arrays, 0))
     worst: dict[str, float] = {}
-    try:
-        wide = copy.deepcopy(model).double().eval()
-    except (LoraFxError, RuntimeError, TypeError):
-        return {}
+    exactly: Callable[[Named], dict[str, Array]] = _wide(model)
+    moved = [_moved(model, seed) for seed in seeds]
     for size, given, seed in draws:
         try:
             named = model.sample(size, given, seed)
             if outside(model, named):
                 continue
-            exact = wide.flat(pytree.tree_map(up, dict(named)))
-            for name, value in model.flat(named).items():
-                found = rel(value, exact[name])
-                worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
+            ours = model.flat(named)
+            try:
+                exact = exactly(named)
+            except (RuntimeError, TypeError, ValueError):
+                exactly, exact = model.flat, ours
+            for values in (ours, *(m.flat(named) for m in moved)):
+                for name, value in values.items():
+                    found = rel(value, exact[name])
+                    worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
         except (LoraFxError, RuntimeError, TypeError, ValueError, IndexError):
             if arrays is None:  # with a user's inputs, sampled ones need not fit
                 return {}
     return worst
+
+
+def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
+    """The eval graph in fp64: every float is one, and every cast to a narrower one is to fp64.
+
+    A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.
+    """
+    run = _Wide(model, graph=model.graph(False).graph)
+    traced = model.captured.traced(False, model.captured.named, model.base_dtype)
+
+    def exactly(named: Named) -> dict[str, Array]:
+        leaves = [_up(x) for x in pytree.tree_leaves(copied(named))]
+        with torch.no_grad():
+            out = run.run(*leaves, enable_io_processing=False)
+        return by_output(pytree.tree_unflatten(list(out), traced.out_spec))
+
+    return exactly
+
+
+class _Wide(fx.Interpreter):
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _up(super().get_attr(target, args, kwargs))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(
+            target, *(fx.node.map_aggregate(a, _up) for a in (args, kwargs))
+        )
+
+
+def _up(x: Any) -> Any:
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x.is_floating_point else x
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def _moved(model: CapturedModule, seed: int) -> CapturedModule:
+    """The model with every weight moved by half a unit of its last place, up or down."""
+    other = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in other.parameters():
+            if p.is_floating_point():
+                signs = torch.randint(0, 2, p.shape, generator=generator).to(p.device) * 2 - 1
+                p.copy_(p * (1 + signs * torch.finfo(p.dtype).eps / 2))
+    return other
 
 
 def torch_run(module: CapturedModule) -> Run:

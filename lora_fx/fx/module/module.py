@@ -260,17 +260,21 @@ class CapturedModule(Recomputing, Scope):
     def flat(self, named: Named) -> dict[str, Array]:
         """Run on copies of named arguments; {output name: array} of the tensors that come out."""
         with torch.no_grad():  # a model may write over what it gets: both sides of a proof get it
-            out = self._run_named(copied(named))
-        names = leaf_names({"": out}) if not isinstance(out, torch.Tensor) else ["output"]
-        leaves = pytree.tree_leaves(out)
-        return {
-            output_name(n, i): to_numpy(v)
-            for i, (n, v) in enumerate(zip(names, leaves, strict=True))
-            if isinstance(v, torch.Tensor)
-        }
+            return by_output(self._run_named(copied(named)))
 
     def _run_named(self, named: Named) -> object:
         return self._programs.captured.signature.call(self, named)
+
+
+def by_output(out: Any) -> dict[str, Array]:
+    """The tensors among a model's outputs, by name."""
+    names = leaf_names({"": out}) if not isinstance(out, torch.Tensor) else ["output"]
+    leaves = pytree.tree_leaves(out)
+    return {
+        output_name(n, i): to_numpy(v)
+        for i, (n, v) in enumerate(zip(names, leaves, strict=True))
+        if isinstance(v, torch.Tensor)
+    }
 
 
 def copied(named: Named) -> dict[str, Any]:
