@@ -48,6 +48,12 @@ class RuntimeSession:
     note: str = ""
 
     @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the file says of itself, by key."""
+        found: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
+        return found
+
+    @property
     def input_names(self) -> list[str]:
         """The names of the graph's inputs."""
         return [i.name for i in self.session.get_inputs()]
@@ -160,8 +166,7 @@ def signature(session: RuntimeSession) -> Inputs:
         specs.append(
             Input(i.name, dtype, shape, {k: BATCH if k == 0 else v for k, v in dims.items()})
         )
-    metadata = session.session.get_modelmeta().custom_metadata_map
-    inputs = Inputs(tuple(specs), conditions_of(metadata, "the model"))
+    inputs = Inputs(tuple(specs), conditions_of(session.metadata, "the model"))
     if len(inputs.others) > 1:
         try:  # many exporters give one length a name for every input
             session.run(inputs.sample())

@@ -26,6 +26,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.onnx.optimise.stages import WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
 
+PRECISION = "lora_fx.precision"
 GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}
 """max|a − b| / max|b| of an output: eight units in the last place of what is computed with."""
 MOST = 24
@@ -82,8 +83,11 @@ def narrow(
         )
     error = WorstError(model, feeds, provider)
     if precision == "int8":
-        return _int8(model, error)
-    return _half(model, error, peaks(model, feeds, provider))
+        made = _int8(model, error)
+    else:
+        made = _half(model, error, peaks(model, feeds, provider))
+    made.model.metadata_props[PRECISION] = precision  # the gate of whoever compares it later
+    return made
 
 
 def _half(
