@@ -218,7 +218,8 @@ def test_dropout_acts_after_a_reload(name: str, tmp_path: Path) -> None:
     for m in (load_program(path), module):
         torch.manual_seed(1)
         losses.append(steps(m, kwargs, 5))
-    assert np.allclose(*losses, rtol=0, atol=1e-6)
+    first, second = losses
+    assert np.allclose(first, second, rtol=0, atol=1e-6)
 
 
 def child(path: Path) -> Any:
