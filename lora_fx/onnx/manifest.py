@@ -24,7 +24,7 @@ import onnx_ir as ir
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.factors import FIELDS, learning, slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.update_json import from_json, to_json
+from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.ir.layout import Layout

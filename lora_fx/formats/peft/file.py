@@ -22,10 +22,9 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
 from lora_fx.formats import lycoris
-from lora_fx.formats.base import File, FileHead
+from lora_fx.formats.base import File, FileHead, PeftFile
 from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.read import decode
-from lora_fx.formats.peft.source import PeftFile
 from lora_fx.formats.peft.write import encode
 from lora_fx.text import Json, JsonView
 
