@@ -20,7 +20,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows, from_json, to_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
-from lora_fx.files.safetensors import finite, is_float, read_header, refuse_other_kinds
+from lora_fx.files.safetensors import finite, first_bytes, is_float, read_header, refuse_other_kinds
 from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView
 
@@ -42,9 +42,13 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
         rows[names[key]] = {"key": key, **to_json(entry, "layout", "extra", *numbers)}
     metadata = {k: v for k, v in adapter.metadata.items() if k != "notes"}
     metadata |= adapter.names.to_json() if adapter.names else {}
-    whole = {**stamp(), "names": rows, "metadata": metadata}
+    return metadata_text({**stamp(), "names": rows, "metadata": metadata})
+
+
+def metadata_text(metadata: JsonView) -> str:
+    """Metadata as a file's header holds it; raises LoraFxError where it is no JSON."""
     try:
-        return json.dumps(whole, sort_keys=True, allow_nan=False)
+        return json.dumps(metadata, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise LoraFxError(
             f"the adapter's metadata is no JSON: {one_line(error)}",
@@ -198,11 +202,7 @@ def look(path: Path) -> FileHead:
     Raises:
         LoraFxError: A pickle, a Git LFS pointer, no safetensors file, or a damaged one.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise LoraFxError(f"{path}: {error.strerror or error}", "is the path right?") from error
+    head = first_bytes(path)
     config = (path.parent / "adapter_config.json").is_file()
     if head[4:8] == b"TORT" and head[8:9] not in (b"{", b" "):
         return FileHead(head, config=config)
