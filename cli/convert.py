@@ -9,12 +9,11 @@ import click
 from lora_fx.cli.options import force_option, json_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
+from lora_fx.formats.io import WRITERS
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
-
-_FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 
 
 @click.command("convert")
@@ -24,7 +23,7 @@ _FORMATS = ("peft", "kohya", "diffusers", "onnx_adapter")
 @click.option(
     "--format",
     "name",
-    type=click.Choice(_FORMATS),
+    type=click.Choice(WRITERS),
     help="Of OUT.  [default: told by its name where only one is called so]",
 )
 @click.option(

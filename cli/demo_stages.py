@@ -10,12 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_fx.errors import NoEffectError
 from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_fx.dtypes import Array
 
 Say = Callable[[str], None]
 
@@ -75,10 +80,11 @@ def run(out: Path, size: Size, say: Say) -> Result:
     net = minilm.Classifier(classes).eval().requires_grad_(False)
     rows, held = minilm.tokenise(texts), minilm.tokenise(data.test[0])
 
-    def in_torch(module: Any) -> Callable[[Any, Any], Any]:
-        def call(ids: Any, mask: Any) -> object:
+    def in_torch(module: Callable[..., torch.Tensor]) -> Callable[[Array, Array], Array]:
+        def call(ids: Array, mask: Array) -> Array:
             with torch.no_grad():
-                return module(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+                made: Array = module(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+                return made
 
         return call
 
@@ -87,7 +93,7 @@ def run(out: Path, size: Size, say: Say) -> Result:
     net.head.weight.copy_(weight)
     net.head.bias.copy_(bias)
 
-    def accuracy(scores: Any) -> float:
+    def accuracy(scores: Array) -> float:
         return float((scores.argmax(1) == truth).mean())
 
     before_scores = minilm.run_all(in_torch(net), held)

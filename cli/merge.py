@@ -6,8 +6,16 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.merge_options import ONNX, load_numpy, merge_file, merge_options, onnx_options
-from lora_fx.cli.options import force_option, json_option, split_weight
+from lora_fx.cli.options import (
+    ONNX,
+    force_option,
+    json_option,
+    load_numpy,
+    merge_file,
+    merge_options,
+    onnx_options,
+    split_weight,
+)
 from lora_fx.cli.output import emit, note, progress_bar
 from lora_fx.cli.report_option import report_option
 

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import click
 
-from lora_fx.cli.merge_options import arguments, load_numpy, merge_options
-from lora_fx.cli.options import force_option, json_option, split_weight
+from lora_fx.cli.options import (
+    arguments,
+    force_option,
+    json_option,
+    load_numpy,
+    merge_options,
+    split_weight,
+)
 from lora_fx.cli.output import emit
 from lora_fx.cli.report_option import report_option
 from lora_fx.errors import LoraFxError, NoEffectError

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,6 +31,14 @@ from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.regions import widen
 from lora_fx.targets.target import base_name, split_key
+from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lora_fx.onnx.batch import Ids
+    from lora_fx.onnx.graph.graph import OnnxGraph
+    from lora_fx.onnx.row_provenance import RowAxis
 
 Pair = tuple[Array, Array]
 
@@ -62,9 +70,9 @@ class Batch:
     adapters: Mapping[str, Mapping[str, LowRank]]
     sources: Mapping[str, tuple[str, StoredWeight]]
     scales: bool = False
-    targets: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
+    targets: dict[str, Json] = field(default_factory=dict, compare=False)
 
-    def __call__(self, graph: Any) -> PassResult[Any]:
+    def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
         """Edit the graph; one that has the branches already is left alone."""
         from lora_fx.onnx import batch
         from lora_fx.onnx.row_provenance import SAME, provenance
@@ -101,7 +109,13 @@ class Batch:
         return PassResult(graph, bool(sites))
 
     def _branch(
-        self, graph: Any, site: Site, parameter: Parameter, ids: Any, row: Any, form: str
+        self,
+        graph: OnnxGraph,
+        site: Site,
+        parameter: Parameter,
+        ids: Ids,
+        row: RowAxis,
+        form: str,
     ) -> None:
         from lora_fx.onnx import batch
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.targets.target import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 OLDEST_IR = 4
 """From this version of the file format on, an initialiser need not be an input, so that one which
@@ -53,7 +56,7 @@ class Switch:
     rank: int = 0
     made: list[Manifest] = field(default_factory=list, compare=False)
 
-    def __call__(self, graph: OnnxGraph) -> PassResult[Any]:
+    def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
         """Edit the graph; a graph that has a manifest is left alone.
 
         Raises:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
+import re
 import subprocess
 import sys
 import tomllib
 from collections import Counter, defaultdict
+from itertools import combinations
+from typing import Any
 
 import pytest
 
@@ -127,6 +132,51 @@ def test_a_file_name_is_used_once() -> None:
         if len(folders) > 1 and stem not in words | IN_THEIR_FOLDER and not set(folders) <= TWINS
     }
     assert repeated == {}
+
+
+def _by_an_ending(one: str, other: str) -> bool:
+    """One word of two names is the other's with another ending: plan, planned, planning."""
+    pairs = [(a, b) for a, b in zip(one.split("_"), other.split("_"), strict=False) if a != b]
+    if len(pairs) != 1:
+        return False
+    a, b = sorted(pairs[0], key=len)
+    stem = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+    return stem >= 4 and len(a) - stem <= 1 and len(b) - stem <= 4
+
+
+def test_no_two_names_of_a_folder_differ_by_an_ending() -> None:
+    assert _by_an_ending("plan", "planning") and _by_an_ending("updates", "update_json")
+    assert _by_an_ending("merging", "merge") and not _by_an_ending("options", "optimise")
+    by_folder = defaultdict(list)
+    for m in MODULES:
+        by_folder[m.folder].append(m.path.stem)
+    found = [(f, *p) for f, x in by_folder.items() for p in combinations(x, 2) if _by_an_ending(*p)]
+    assert found == []
+
+
+def _exists(name: str) -> bool:
+    """True for the dotted name of a module, or of what is in one."""
+    found: Any = importlib.import_module("lora_fx")
+    for i, part in enumerate(parts := name.split(".")[1:], 2):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(".".join(name.split(".")[:i]))
+        found = getattr(found, part, None)
+    return bool(parts) and found is not None
+
+
+def test_what_an_error_names_exists() -> None:
+    """A hint such as lora_fx.mix(…) has to work where it is read."""
+    said = {
+        (m.name, name)
+        for m in MODULES
+        for call in ast.walk(m.tree)
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("Error")
+        for text in ast.walk(call)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+        for name in re.findall(r"\blora_fx(?:\.\w+)+", text.value)
+    }
+    assert len(said) >= 10
+    assert {s for s in said if not _exists(s[1])} == set()
 
 
 def test_folders_hold_3_to_17_files() -> None:

@@ -307,13 +307,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     return tensors, metadata
 
 
-def refuse_other_kinds(path: Path) -> None:
-    """Raise with the right hint for files that are something else, by their first bytes."""
+def first_bytes(path: Path) -> bytes:
+    """The first 64 bytes of a file, which tell its kind."""
     try:
         with open(path, "rb") as file:
-            head = file.read(64)
+            return file.read(64)
     except OSError as error:
         raise LoraFxError(f"{path}: {error.strerror or error}", "is the path right?") from error
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raise with the right hint for files that are something else, by their first bytes."""
+    head = first_bytes(path)
     # First, because the length of a header may begin with any byte, a pickle's included.
     if head[8:9] in (b"{", b" "):
         return

@@ -17,11 +17,10 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.update_json import from_json, to_json
-from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows
+from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows, from_json, to_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
-from lora_fx.files.safetensors import finite, is_float, read_header, refuse_other_kinds
+from lora_fx.files.safetensors import finite, first_bytes, is_float, read_header, refuse_other_kinds
 from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView
 
@@ -43,9 +42,13 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
         rows[names[key]] = {"key": key, **to_json(entry, "layout", "extra", *numbers)}
     metadata = {k: v for k, v in adapter.metadata.items() if k != "notes"}
     metadata |= adapter.names.to_json() if adapter.names else {}
-    whole = {**stamp(), "names": rows, "metadata": metadata}
+    return metadata_text({**stamp(), "names": rows, "metadata": metadata})
+
+
+def metadata_text(metadata: JsonView) -> str:
+    """Metadata as a file's header holds it; raises LoraFxError where it is no JSON."""
     try:
-        return json.dumps(whole, sort_keys=True, allow_nan=False)
+        return json.dumps(metadata, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise LoraFxError(
             f"the adapter's metadata is no JSON: {one_line(error)}",
@@ -199,14 +202,80 @@ def look(path: Path) -> FileHead:
     Raises:
         LoraFxError: A pickle, a Git LFS pointer, no safetensors file, or a damaged one.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise LoraFxError(f"{path}: {error.strerror or error}", "is the path right?") from error
+    head = first_bytes(path)
     config = (path.parent / "adapter_config.json").is_file()
     if head[4:8] == b"TORT" and head[8:9] not in (b"{", b" "):
         return FileHead(head, config=config)
     refuse_other_kinds(path)
     header = read_header(path)
     return FileHead(head, tuple(header.tensors), header.metadata, config)
+
+
+# The tensors of one adapter file, each checked as it is read.
+
+
+@dataclass(frozen=True)
+class PeftFile:
+    """One file and its config.
+
+    Attributes:
+        tensors: All of the file's, by name.
+        config: adapter_config.json.
+        seen: The tensor file's name, and what should be said to the user; added to while reading.
+        config_file: Name of the config, for messages.
+    """
+
+    tensors: Mapping[str, Array]
+    config: JsonView
+    seen: File
+    config_file: str
+
+    @property
+    def file(self) -> str:
+        """Name of the tensor file, for messages."""
+        return self.seen.name
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said to the user."""
+        return self.seen.notes
+
+    def factor(self, name: str) -> Array:
+        """A or B as an fp32 master, two axes or more."""
+        array = self.tensors[name]
+        if array.size == 0 or array.ndim < 2:
+            raise LoraFxError(
+                f"{self.file}: {name!r} has shape {list(array.shape)}; expected two sizes or more, "
+                "none of them 0",
+                "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again",
+            )
+        return self.seen.master(name, array)
+
+    def vector(self, name: str, size: int) -> Array:
+        """A magnitude or a bias as fp32 [size]; PEFT keeps axes of size 1 around it."""
+        array = self.tensors[name]
+        if array.size != size or size not in array.shape:
+            raise LoraFxError(
+                f"{self.file}: {name!r} has shape {list(array.shape)}; expected {size} numbers, "
+                "one for each row of B",
+                "does it come from the same file as B?",
+            )
+        return self.seen.master(name, array).reshape(-1)
+
+    def full(self, name: str) -> Full:
+        """A whole tensor; narrow floats become fp32, other dtypes stay."""
+        value = self.tensors[name]
+        if is_float(value):
+            self.seen.check_finite(name, value)
+            if value.dtype.itemsize < 4:
+                value = value.astype(np.float32)
+        return Full(value)
+
+    def add(self, entries: dict[str, Entry], key: str, value: Entry, name: str) -> None:
+        """Put an entry under its key; a second one is an error."""
+        if key in entries:
+            raise LoraFxError(
+                f"{self.file}: {name!r} is a second entry for {key!r}; expected one",
+                "the file was edited; save the adapter again",
+            )
+        entries[key] = value

@@ -25,10 +25,9 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.base import File
+from lora_fx.formats.base import File, PeftFile
 from lora_fx.formats.peft.config import Pattern, targets
 from lora_fx.formats.peft.names import PREFIX
-from lora_fx.formats.peft.source import PeftFile
 from lora_fx.text import JsonView
 
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}

@@ -16,12 +16,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
@@ -214,14 +213,14 @@ class BatchEmitter(OnnxEmitter):
         return self._call("Reshape", x, self._sizes(channels * size, -1))
 
 
-def _numpy(value: ir.Value) -> Any:
+def _numpy(value: ir.Value) -> NumpyDtype:
     from lora_fx.dtypes import numpy_dtype
 
     return numpy_dtype(dtype_name(value) or "float32")
 
 
 def stack(
-    updates: Sequence[tuple[Array, Array] | None], form: str, dtype: Any
+    updates: Sequence[tuple[Array, Array] | None], form: str, dtype: NumpyDtype
 ) -> tuple[Array, Array]:
     """Factors [rank, in] and [out, rank] of every adapter, as stacks; entry 0 is zeros.
 
@@ -375,7 +374,9 @@ class Choice:
             self._made[key] = add_initialiser(self._graph.model.graph, name, value, NAME)
         return self._made[key]
 
-    def _call(self, op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+    def _call(
+        self, op: str, *inputs: ir.Value, **attributes: int | str | Sequence[int]
+    ) -> ir.Value:
         node = ir.node(op, inputs, attributes)
         self._place(node)
         return node.outputs[0]

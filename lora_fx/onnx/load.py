@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -81,12 +80,15 @@ def _proto(file: Path) -> onnx.ModelProto:
     return proto
 
 
-def _tensors(graph: onnx.GraphProto, functions: Any = ()) -> Iterator[onnx.TensorProto]:
+def _tensors(
+    graph: onnx.GraphProto, functions: Iterable[onnx.FunctionProto] = ()
+) -> Iterator[onnx.TensorProto]:
     """Every stored tensor: initialisers, sparse ones, and those in attributes and bodies."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    attributes = [a for holder in (graph, *functions) for n in holder.node for a in n.attribute]
+    nodes = [*graph.node, *(n for f in functions for n in f.node)]
+    attributes = [a for n in nodes for a in n.attribute]
     attributes += [a for f in functions for a in f.attribute_proto]
     for a in attributes:
         if a.HasField("t"):

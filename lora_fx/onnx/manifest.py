@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -24,12 +24,15 @@ import onnx_ir as ir
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.factors import FIELDS, learning, slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.update_json import from_json, to_json
+from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
 from lora_fx.text import Json, near
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 PROPERTY = "lora_fx.manifest"
 
@@ -277,7 +280,7 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
             raise LoraFxError(f"{path}: tensor {name!r} does not read back as it was written")
 
 
-def _array(value: Any) -> Array:
+def _array(value: ort.OrtValue) -> Array:
     """An own copy of a value of the runtime."""
     dtype = _TYPES.get(value.data_type())
     if dtype is None:

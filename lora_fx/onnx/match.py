@@ -16,7 +16,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,8 +56,10 @@ def match(
     found = _scoped(adapter, found)
     if not given:
         adapter = _renamed(adapter, _by_shape(adapter, graph, found))
-    whole = {k: _whole(k, e, graph, found) for k, e in adapter.entries.items() if _is_full(e)}
-    rest = {k: e for k, e in adapter.entries.items() if not _is_full(e)}
+    whole = {
+        k: _whole(k, e, graph, found) for k, e in adapter.entries.items() if isinstance(e, Full)
+    }
+    rest = {k: e for k, e in adapter.entries.items() if not isinstance(e, Full)}
     free = spread(replace(adapter, entries=rest), found, copies_of(graph.model))
     loose = {  # the layout of another graph says nothing of this one
         k: replace(e, layout=None) if isinstance(e, LowRank) else e for k, e in free.entries.items()
@@ -161,10 +162,6 @@ def read_map(path: str | None) -> dict[str, str]:
     return found
 
 
-def _is_full(entry: Any) -> bool:
-    return isinstance(entry, Full)
-
-
 def _renamed(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
     missing = [k for k in given if k not in adapter.entries]
     if missing:
@@ -178,7 +175,7 @@ def _renamed(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
     return replace(adapter, entries=entries)
 
 
-def _whole(key: str, entry: Any, graph: OnnxGraph, found: Found) -> tuple[str, Array]:
+def _whole(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple[str, Array]:
     """The name in the file and the value as it lies there."""
     target = found.get(key)
     name = target.parameter.name if target is not None else key

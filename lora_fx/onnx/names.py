@@ -6,7 +6,6 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -118,7 +117,7 @@ def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -
             value.shape = renamed(value.shape)
 
 
-def _values(model: ir.Model) -> list[Any]:
+def _values(model: ir.Model) -> list[ir.Value]:
     values = [*model.graph.inputs]
     for node in model.graph.all_nodes():
         values += [v for v in node.outputs if v is not None]

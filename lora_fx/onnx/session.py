@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from lora_fx.inputs import BATCH, Input, Inputs
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
 from lora_fx.onnx.ranges import conditions_of
 from lora_fx.text import Json, near
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 
 def driver_present() -> bool:
@@ -43,7 +46,7 @@ class RuntimeSession:
     `note` is a line to show to the user, or empty.
     """
 
-    session: Any
+    session: ort.InferenceSession
     provider: str
     note: str = ""
 
@@ -277,7 +280,7 @@ class Session:
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._arrays: dict[str, dict[str, Array]] = {}
         self._values: dict[str, Json] = {}
-        self._free: dict[str, list[Any]] = {}
+        self._free: dict[str, list[ort.IOBinding]] = {}
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -346,7 +349,7 @@ class Session:
         free.append(binding)
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
 
-    def bind(self, inputs: Mapping[str, Array], adapter: Choice = None) -> Any:
+    def bind(self, inputs: Mapping[str, Array], adapter: Choice = None) -> ort.IOBinding:
         """An IOBinding of the inputs and the adapter, outputs where the session runs.
 
         Run it by `session.session.run_with_iobinding(binding)`.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from google.protobuf import text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -32,6 +32,9 @@ from lora_fx.files.atomic import explain, replacing
 from lora_fx.onnx.load import data_names
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_manifest
 from lora_fx.onnx.session import RuntimeSession, open_session
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 CONFIG = "config.pbtxt"
 
@@ -424,7 +427,7 @@ def _slots(text: str | None, where: str) -> set[str]:
     return {n for s in Manifest.from_text(text, where).slots.values() for n in (s.a, s.b)}
 
 
-def _port(value: Any, optional: bool) -> Port:
+def _port(value: ort.NodeArg, optional: bool) -> Port:
     dtype = from_onnx(value.type).replace("bfloat", "bf").replace("float", "fp")
     kind = f"TYPE_{dtype.upper()}"
     if kind not in KINDS.values():

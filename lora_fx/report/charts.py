@@ -12,8 +12,7 @@ from typing import NamedTuple, TypeGuard
 
 from markupsafe import Markup
 
-from lora_fx.report.rows import Row
-from lora_fx.report.values import Json, number, percent, plural, visible
+from lora_fx.report.rows import Json, Row, number, percent, plural, visible
 
 POINTS = 400
 """Of a drawn line; a longer run is drawn as means of equal spans."""

@@ -20,8 +20,18 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from lora_fx.report import charts
-from lora_fx.report.rows import Row, rows_of
-from lora_fx.report.values import Json, broken, number, percent, plural, shape, size, visible
+from lora_fx.report.rows import (
+    Json,
+    Row,
+    broken,
+    number,
+    percent,
+    plural,
+    rows_of,
+    shape,
+    size,
+    visible,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 

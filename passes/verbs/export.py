@@ -205,7 +205,8 @@ def _bound(
 
 def _merged_file(source: Path, options: ExportOptions) -> Report:
     """Merge, then optimise; one of the two may be left out."""
-    adapter, target = options.adapters, options.target
+    adapter: Any = options.adapters  # the path of one too
+    target = options.target
     if isinstance(adapter, Mapping):
         raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
     rewritten = options.optimise or options.precision is not None

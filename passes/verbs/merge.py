@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
 from lora_fx.checkpoint.difference import same_bytes
-from lora_fx.checkpoint.merge import GAIN, given
+from lora_fx.checkpoint.merge import GAIN, Adapters, given
 from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.checkpoint.provenance import METADATA, refuse_again
 from lora_fx.compare import Parity, Report, demand
@@ -87,7 +87,7 @@ class OnnxMergeOptions:
 
 
 def merge_onnx(
-    base: str | PathLike[str], adapters: Any, out: str | PathLike[str], **options: Any
+    base: str | PathLike[str], adapters: Adapters, out: str | PathLike[str], **options: object
 ) -> Report:
     """Fold adapters into an .onnx file and write another.
 
@@ -287,7 +287,9 @@ class OnnxMergePlan:
         return "\n".join([*table(rows), f"{total} bytes of weights, {touched} of them change"])
 
 
-def plan_onnx(base: str | PathLike[str], adapters: Any, options: OnnxMergeOptions) -> OnnxMergePlan:
+def plan_onnx(
+    base: str | PathLike[str], adapters: Adapters, options: OnnxMergeOptions
+) -> OnnxMergePlan:
     """See lora_fx.passes.verbs.merge.
 
     Raises:
@@ -355,7 +357,7 @@ def history(text: str | None, where: str) -> list[Json]:
 StrPath = str | PathLike[str]
 
 
-def merge(base: StrPath, adapters: Any, out: StrPath, **options: Any) -> Report:
+def merge(base: StrPath, adapters: Adapters, out: StrPath, **options: Any) -> Report:
     """Fold adapters into `base` and write `out`: the same kind of file.
 
     Args:

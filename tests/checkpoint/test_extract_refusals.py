@@ -12,8 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_fx
-from lora_fx.checkpoint.extract import extraction
-from lora_fx.checkpoint.extract_scope import scope_of
+from lora_fx.checkpoint.extract import extraction, scope_of
 from lora_fx.errors import LoraFxError
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -12,8 +12,7 @@ import pytest
 
 from lora_fx.report.charts import grouped
 from lora_fx.report.page import page
-from lora_fx.report.rows import Row, rows_of
-from lora_fx.report.values import number, percent, visible
+from lora_fx.report.rows import Row, number, percent, rows_of, visible
 from tests.report.made import HOSTILE, everything, hostile, merged, target, trained
 from tests.report.read import Page
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import name_of
-from lora_fx.checkpoint.doctor import adapter_checks, base_checks
+from lora_fx.checkpoint.doctor import checks
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
@@ -33,33 +33,33 @@ class Check(NamedTuple):
 
 
 CHECKS = (
-    Check("config", ERROR, adapter_checks.config),
-    Check("alpha", ERROR, adapter_checks.scale),
-    Check("ranks", ERROR, adapter_checks.ranks),
-    Check("patterns", ERROR, adapter_checks.patterns),
-    Check("initialisation", ERROR, adapter_checks.start),
-    Check("dora", ERROR, adapter_checks.dora),
-    Check("finite numbers", ERROR, adapter_checks.numbers),
-    Check("dtypes", ERROR, adapter_checks.dtypes),
-    Check("empty tensors", ERROR, adapter_checks.sizes),
-    Check("pairs", ERROR, adapter_checks.halves),
-    Check("names", ERROR, adapter_checks.names),
-    Check("target_modules", ERROR, adapter_checks.dropped),
-    Check("prefix", ERROR, base_checks.prefix),
-    Check("unused keys", ERROR, base_checks.unused),
-    Check("missing keys", ERROR, base_checks.missing),
-    Check("vocabulary", ERROR, base_checks.vocabulary),
-    Check("shapes", ERROR, base_checks.shapes),
-    Check("tied weights", ERROR, base_checks.tied),
-    Check("quantised base", ERROR, base_checks.quantised),
-    Check("base", ERROR, base_checks.base),
-    Check("base values", ERROR, base_checks.values),
-    Check("merged before", ERROR, base_checks.merged),
-    Check("new tensors", ERROR, base_checks.added),
-    Check("training", ERROR, adapter_checks.trained),
-    Check("effect", WARNING, base_checks.effect),
+    Check("config", ERROR, checks.config),
+    Check("alpha", ERROR, checks.scale),
+    Check("ranks", ERROR, checks.ranks),
+    Check("patterns", ERROR, checks.patterns),
+    Check("initialisation", ERROR, checks.start),
+    Check("dora", ERROR, checks.dora),
+    Check("finite numbers", ERROR, checks.numbers),
+    Check("dtypes", ERROR, checks.dtypes),
+    Check("empty tensors", ERROR, checks.sizes),
+    Check("pairs", ERROR, checks.halves),
+    Check("names", ERROR, checks.names),
+    Check("target_modules", ERROR, checks.dropped),
+    Check("prefix", ERROR, checks.prefix),
+    Check("unused keys", ERROR, checks.unused),
+    Check("missing keys", ERROR, checks.missing),
+    Check("vocabulary", ERROR, checks.vocabulary),
+    Check("shapes", ERROR, checks.shapes),
+    Check("tied weights", ERROR, checks.tied),
+    Check("quantised base", ERROR, checks.quantised),
+    Check("base", ERROR, checks.base),
+    Check("base values", ERROR, checks.values),
+    Check("merged before", ERROR, checks.merged),
+    Check("new tensors", ERROR, checks.added),
+    Check("training", ERROR, checks.trained),
+    Check("effect", WARNING, checks.effect),
 )
-LAST = Check("merge", ERROR, base_checks.refused)
+LAST = Check("merge", ERROR, checks.refused)
 """What nothing else has said; run where no other check finds an error."""
 
 
@@ -87,7 +87,7 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
                 dataclasses.replace(f, check=check.name, severity=f.severity or check.severity)
                 for f in check.function(pair)
             ]
-        rows, no = _updates(pair), base_checks.refusal(pair)
+        rows, no = _updates(pair), checks.refusal(pair)
     except OSError as error:
         raise explain(error, error.filename or base) from error
     findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))

@@ -22,10 +22,9 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
 from lora_fx.formats import lycoris
-from lora_fx.formats.base import File, FileHead
+from lora_fx.formats.base import File, FileHead, PeftFile, metadata_text
 from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.read import decode
-from lora_fx.formats.peft.source import PeftFile
 from lora_fx.formats.peft.write import encode
 from lora_fx.text import Json, JsonView
 
@@ -138,7 +137,7 @@ def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
     tensors, config, ours, notes = encode(adapter)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / WEIGHTS, tensors, _header(ours))
+    write_tensors(directory / WEIGHTS, tensors, {"format": "pt", "lora_fx": metadata_text(ours)})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
     return notes
@@ -147,19 +146,10 @@ def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
 def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """Write one .safetensors file with the config in its metadata; otherwise as `write`."""
     tensors, config, ours, notes = encode(adapter)
-    write_tensors(Path(path), tensors, _header({**ours, "config": config}))
+    write_tensors(
+        Path(path), tensors, {"format": "pt", "lora_fx": metadata_text({**ours, "config": config})}
+    )
     return notes
-
-
-def _header(ours: JsonView) -> dict[str, str]:
-    try:
-        text = json.dumps(ours, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise LoraFxError(
-            f"the adapter's metadata is no JSON: {one_line(error)}",
-            "keep texts, numbers, lists and objects there",
-        ) from error
-    return {"format": "pt", "lora_fx": text}
 
 
 def _parse(text: str | bytes, where: str) -> Json:

@@ -29,8 +29,8 @@ import numpy as np
 from lora_fx.adapter.lowrank import FileLayer, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.base import PeftFile
 from lora_fx.formats.peft.config import MERGE, Pattern, mutation
-from lora_fx.formats.peft.source import PeftFile
 from lora_fx.text import JsonView
 
 PREFIX = "base_model.model."

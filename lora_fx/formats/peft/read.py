@@ -11,12 +11,11 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
-from lora_fx.adapter.update_json import from_json
-from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
+from lora_fx.adapter.updates import Dense, Entry, ReplacedRows, from_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.base import holds
+from lora_fx.formats.base import PeftFile, holds
 from lora_fx.formats.peft.config import (
     Pattern,
     check_config,
@@ -42,7 +41,6 @@ from lora_fx.formats.peft.names import (
     unwrapped,
     wrappers,
 )
-from lora_fx.formats.peft.source import PeftFile
 from lora_fx.text import Json, JsonView
 
 _OUT = f".{WRAPPER}.out_proj"

@@ -9,8 +9,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
-from lora_fx.adapter.update_json import to_json
-from lora_fx.adapter.updates import Dense, ReplacedRows, name_of
+from lora_fx.adapter.updates import Dense, ReplacedRows, name_of, to_json
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp

@@ -12,7 +12,7 @@ import torch
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import FIELDS, slots_of, with_values
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.update_json import from_json, to_json
+from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule

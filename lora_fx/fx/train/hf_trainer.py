@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.peft import file as peft
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 
 class AdapterCheckpoints:
@@ -20,13 +24,13 @@ class AdapterCheckpoints:
     them share their storage, as tied embeddings do.)
     """
 
-    accelerator: Any
-    args: Any
-    model: Any
-    processing_class: Any
-    state: Any
+    accelerator: Accelerator
+    args: TrainingArguments
+    model: nn.Module
+    processing_class: PreTrainedTokenizerBase | None
+    state: TrainerState
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
         adapter = self._adapted().adapter()  # gathers what is sharded: every process takes part
         if not self.args.should_save:

@@ -139,11 +139,11 @@ class DeltaBeforeBias(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(rules.apply_to_model(model)))
 
 
-def _bias_first(op: Any, product: Any, bias: Any, delta: Any) -> object:
+def _bias_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> object:
     return op.Add(op.Add(product, bias), delta)
 
 
-def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> Any:
+def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> object:
     total = op.Add(product, delta)
     total.name, total.type, total.shape = f"{product.name}_delta", product.type, product.shape
     return op.Add(total, bias)

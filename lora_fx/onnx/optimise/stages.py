@@ -6,25 +6,75 @@ that raises, does not load, changes the inputs or outputs, or differs is rolled 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_fx.compare import ORT_TOL, compare
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
-from lora_fx.onnx.optimise.libraries import DropDead, FoldConstants, FuseForRuntime
 from lora_fx.onnx.optimise.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.text import Json
+
+# What onnx_ir and onnxscript bring: dead nodes out, constant folding, fusions for ONNX Runtime.
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@dataclass(frozen=True)
+class DropDead(ir.passes.InPlacePass):
+    """Nodes that no output needs: the runtime would run them."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit the model in place."""
+        return RemoveUnusedNodesPass()(model)
+
+
+@dataclass(frozen=True)
+class FoldConstants(ir.passes.InPlacePass):
+    """onnxscript's optimizer: constants, common subexpressions, its default rules."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit the model in place."""
+        from onnxscript.optimizer import optimize_ir
+
+        before = sum(1 for _ in model.graph.all_nodes())
+        with _quiet():
+            optimize_ir(model)
+        after = sum(1 for _ in model.graph.all_nodes())
+        return ir.passes.PassResult(model, after != before)
+
+
+@dataclass(frozen=True)
+class FuseForRuntime(ir.passes.InPlacePass):
+    """onnxscript's fusions: attention, rotary, SkipLayerNormalization, GELU."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit the model in place."""
+        from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+        with _quiet():
+            _, counts = optimize_for_ort(model)
+        return ir.passes.PassResult(model, any(counts.values()))
+
 
 Rewrite = Callable[[ir.Model], ir.passes.PassResult]
 STAGES: Mapping[str, Rewrite] = {

@@ -17,8 +17,7 @@ import torch
 import lora_fx
 from lora_fx.compare import rel
 from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
-from lora_fx.onnx.optimise.libraries import DropDead, FuseForRuntime
-from lora_fx.onnx.optimise.stages import apply_stages
+from lora_fx.onnx.optimise.stages import DropDead, FuseForRuntime, apply_stages
 from lora_fx.onnx.session import open_session
 
 FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding")
