@@ -206,7 +206,7 @@ def other_readers(
         for f in found
         if not f.weight.edited and (not f.use.refusal or f.use.allowed)
     }
-    result, live = [], set[fx.Node]()
+    result, live = list[OtherReader](), set[fx.Node]()
     for node in reversed(graph.nodes):
         if node.op != "output" and not (node.is_impure() or any(u in live for u in node.users)):
             continue
@@ -214,9 +214,10 @@ def other_readers(
         here = flow.weights.get(node)
         for operand in node.all_input_nodes if not is_marked(node) else ():
             w = flow.weights.get(operand)
-            viewed = here is not None and node.args and node.args[0] is operand
-            if w is None or not w.name or (viewed and here.name == w.name):
+            if w is None or not w.name:
                 continue
+            if here is not None and here.name == w.name and node.args[0] is operand:
+                continue  # a view
             op = "the output" if node.op == "output" else op_name(node)
             inner, paths = _operands(node, bodies)
             for path in slots(node, operand):
