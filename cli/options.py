@@ -377,6 +377,7 @@ FLAGS = {
     "allow-unused": "Leave out updates that the base has no tensor for.",
     "allow-missing": "Accept an adapter that lacks layers its config has.",
     "any-base": "Merge into other weights than it was trained on.",
+    "other-readers": "Merge where more than its products reads a weight.",
     "untie": "Give a tied output head a tensor of its own.",
     "add": "Add whole tensors that the base lacks: a new head.",
     "again": "Merge an adapter that is in the base already.",

@@ -24,7 +24,7 @@ from typing import Any
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Graph, Site
 from lora_fx.ir.layout import Layout, layout_of, plain_layout
-from lora_fx.ir.view import Opaque, Region, track
+from lora_fx.ir.view import Opaque, Region, Step, track
 from lora_fx.targets.found import Found, Refusal, Unreached
 from lora_fx.targets.plan import default_plan
 from lora_fx.targets.regions import overlap
@@ -57,11 +57,17 @@ def _search(graph: Graph[Any]) -> Found:
         for u in group
         if u.site.op == "embedding" and u.layout is not None
     ]
+    readers: dict[str, list[tuple[str, Region]]] = {}
+    for r in (r for r in graph.other_readers() if r.parameter in uses):
+        region = _region(parameters[r.parameter].shape, r.view.steps)
+        readers.setdefault(r.parameter, []).append((r.op, region))
     targets: list[Target] = []
     optional: list[Target] = []
     for name, p in parameters.items():
         for region, group in _regions(p, uses.get(name, [])).items():
             target = _target(p, region, group, tables)
+            others = [op for op, read in readers.get(name, ()) if overlap(read, region)]
+            target = replace(target, other_readers=tuple(dict.fromkeys(others)))
             (optional if all(u.site.refusal for u in group) else targets).append(target)
     unreached = [
         Unreached(p.name, p.shape, "no weight matmul uses it")
@@ -100,6 +106,14 @@ def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | N
         return tracked.region, layout_of(tracked, axes.batch, axes.out, axes.in_)
     except Opaque:
         return None
+
+
+def _region(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
+    """The part of a parameter that a view shows: all of it where the view mixes its axes."""
+    try:
+        return track(shape, steps).region
+    except Opaque:
+        return tuple((0, n) for n in shape)
 
 
 def _regions(p: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:

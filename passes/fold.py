@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import variant_of
@@ -46,6 +45,7 @@ class Folded:
         kept: ⟨applied, Δ⟩/⟨Δ, Δ⟩: 1 when the stored dtype holds the whole change, 0 when
             rounding swallowed it.
         grew: Bytes of a constant that had to be added.
+        other_readers: Ops that read the parameter for more than products: they have the old value.
     """
 
     parameter: str
@@ -53,6 +53,13 @@ class Folded:
     keys: tuple[str, ...]
     kept: float
     grew: int = 0
+    other_readers: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """What still reads the old value, for people; empty where nothing does."""
+        ops = ", ".join(self.other_readers)
+        return f"{self.parameter}: read by {ops} too, without the update" if ops else ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,8 @@ class Fold:
             value, kept = fold_value(read(), pairs)
             known = {(f.parameter, f.keys) for f in self.report}
             if (name, keys) not in known:  # a deferred value may be wanted twice
-                self.report.append(Folded(name, name, keys, kept, value.nbytes))
+                others = tuple(dict.fromkeys(op for t, _ in pairs for op in t.other_readers))
+                self.report.append(Folded(name, name, keys, kept, value.nbytes, others))
             return value
 
         whole = pairs[0][0].parameter
@@ -183,7 +191,7 @@ ROWS = 1 << 20
 def fold_value(base: Array, updates: list[tuple[Target, LowRank]]) -> tuple[Array, float]:
     """The stored tensor with its updates added, rounded once, and the share that was kept."""
     # Never in 16 bits: the sum would be rounded twice, and W would be added to a rounded Δ.
-    work = np.float64 if base.dtype == np.float64 else np.float32
+    work = np.result_type(base.dtype, np.float32)  # fp64 and complex numbers stay what they are
     value = np.empty_like(base)
     square = kept = 0.0
     for rows, block in _blocks(base, updates):
@@ -197,20 +205,18 @@ def fold_value(base: Array, updates: list[tuple[Target, LowRank]]) -> tuple[Arra
             continue  # the sum as it is: nothing is rounded away
         wanted: Array = wide - before
         got: Array = value[rows].astype(work) - before
-        square += float(np.vdot(wanted, wanted))
-        kept += float(np.vdot(got, wanted))
+        square += float(np.vdot(wanted, wanted).real)
+        kept += float(np.vdot(got, wanted).real)
     return value, kept / square if square else 1.0
 
 
-def fold_rows(
-    base: Array, updates: list[tuple[Target, LowRank]], rows: slice
-) -> npt.NDArray[np.float64]:
+def fold_rows(base: Array, updates: list[tuple[Target, LowRank]], rows: slice) -> Array:
     """Some rows of W + s·b·a in fp64, unrounded; all rows where they cannot be had apart."""
     # a matrix: other rows need not be computed
     if _flat(base, updates):
         updates = [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
         base, rows = base[rows], slice(None)
-    wide = base.astype(np.float64)
+    wide = base.astype(np.result_type(base.dtype, np.float64))
     for target, low in updates:
         part = tuple(slice(lo, hi) for lo, hi in target.region)
         wide[part] = _changed(wide[part], target, low)

@@ -22,16 +22,16 @@ from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import (
     check_disjoint,
-    disjoint,
     each_use,
     lookup_use,
     modules,
     named_use,
+    of_several,
     of_use,
-    op_of,
     own_use,
     tied,
 )
+from lora_fx.targets.target import split_use
 from lora_fx.text import Json, JsonView, near
 
 
@@ -204,17 +204,35 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
             name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
         else:
             name, bound = _bind_lowrank(key, entry, found)
-            if name in entries:
-                name = _apart(name, entries, bound, found)
         if name in entries:
             raise LoraFxError(
                 f"adapter keys name {name!r} twice ({key!r} is an alias)",
                 "one tensor has one update; merge the two first",
             )
         entries[name] = bound
-    low = {k: v for k, v in entries.items() if isinstance(v, LowRank)}
-    check_disjoint((v.use and of_use(found[k], v.use)) or found[k] for k, v in low.items())
-    return replace(adapter, entries=entries)
+    check_disjoint(found[k] for k, v in entries.items() if isinstance(v, LowRank))
+    return replace(adapter, entries=entries, metadata=reading(found, entries, adapter.metadata))
+
+
+OTHER_READERS = "other_readers"
+"""The adapter metadata that keeps what reads a tensor beside the products of its update."""
+
+
+def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
+    """Metadata of an adapter of a model that says what else reads the tensors of its updates.
+
+    Args:
+        found: The model's targets; targets of a checkpoint, whose readers nobody knows, change
+            nothing.
+        keys: Of the updates.
+        metadata: What else is known.
+    """
+    if not any(t.sites for t in found.targets):
+        return dict(metadata)
+    known = {k: found.get(k) for k in keys}
+    rows = {k: list(t.other_readers) for k, t in known.items() if t and t.other_readers}
+    kept = {k: v for k, v in metadata.items() if k != OTHER_READERS}
+    return {**kept, **({OTHER_READERS: rows} if rows else {})}
 
 
 def _check_graph(adapter: Adapter) -> None:
@@ -243,19 +261,6 @@ def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
     return entries
 
 
-def _apart(name: str, entries: dict[str, Entry], new: LowRank, found: Found) -> str:
-    """The key of an update whose tensor has one already, each at uses of its own; else `name`."""
-    old, t = entries[name], found[name]
-    if not isinstance(old, LowRank) or not old.use or not new.use:
-        return name
-    first, second = of_use(t, old.use), of_use(t, new.use)
-    if first is None or second is None or not disjoint((first, second)):
-        return name
-    del entries[name]
-    entries[first.key] = old
-    return second.key
-
-
 def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> Full:
     if key not in shapes:
         raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
@@ -269,10 +274,11 @@ def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]:
-    target = found.get(key)
+    plain, named = split_use(key)
+    target = found.get(plain)
     if target is None:
         raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
-    layout, use = target.layout, entry.use or own_use(key)
+    layout, use = target.layout, named or entry.use
     lookup = entry.op == "embedding"
     if tied(target) and entry.layout is None:  # a file names a module, so it means one use
         if not entry.tied:  # there the file means all uses
@@ -282,8 +288,8 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
             entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
     elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
         use = use or key
-    if entry.op == "experts" and entry.layout == layout.transposed():
-        # PEFT goes by the stored axes, the graph by what the product contracts.
+    if entry.op in ("experts", "embedding") and entry.layout == layout.transposed():
+        # PEFT goes by the stored axes, extract by a table's name; the graph by what it contracts.
         entry = _turnable(key, entry)
         entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
     if entry.magnitude is not None:
@@ -296,12 +302,19 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
             f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}",
             "was the adapter trained on another model?",
         )
-    if use and target.sites and of_use(target, use) is None:
+    own = of_use(target, use) if use and target.sites else target
+    if own is None:
         raise LoraFxError(
             f"the update of {key!r} acts on its use {use!r}, and the model has no such use",
             f"its uses are {', '.join(each_use(target))}",
         )
-    return target.key, replace(entry, layout=layout, use=use, op=op_of(target, use))
+    if len(own.sites) < len(target.sites):
+        target = own
+    twins = target.parameter.aliases if of_several(target) else ()
+    return target.key, replace(
+        entry, layout=layout, use=own_use(target.key), op=target.op, tied=of_several(target),
+        twins=tuple(twins),
+    )  # fmt: skip
 
 
 def _turnable(key: str, entry: LowRank) -> LowRank:
@@ -371,6 +384,8 @@ def mix(
         entries[key] = _mixed(key, pairs, how, rank)
     metadata = dict(parts[0][0].metadata) if parts else {}
     metadata.pop(LEARNS, None)
+    read = {k: v for a, _ in parts for k, v in a.metadata.get(OTHER_READERS, {}).items()}
+    metadata |= {OTHER_READERS: read} if read else {}
     return Adapter(entries, metadata, parts[0][0].names if parts else None)
 
 

@@ -35,7 +35,7 @@ from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Entry, Plan
 from lora_fx.targets.ranking import Moments
-from lora_fx.targets.regions import modules, op_of, tied
+from lora_fx.targets.regions import of_several, own_use
 from lora_fx.targets.target import Target
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga")
@@ -90,10 +90,9 @@ def initial(
         scale = kind.scale(fitted.alpha, fitted.rank)
         seen = (moments or {}).get(key)
         a, b = _start(key, target.layout, fitted.rank, scale, seed, init, weight, seen)
-        # Several modules: no file of another tool can say that.
-        shared = (tied(target) or len(modules(target)) > 1) and not entry.use
-        op = op_of(target, entry.use)
-        low = LowRank(a, b, fitted.alpha, target.layout, variant, entry.use, op=op, tied=shared)
+        low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key))
+        twins = tuple(target.parameter.aliases) if of_several(target) else ()
+        low = replace(low, op=target.op, tied=of_several(target), twins=twins)
         if b.any() and init != "orthogonal":
             low = _with_frozen(low, scale)
         updates[key] = kind.prepared(low, weight, repr(key))

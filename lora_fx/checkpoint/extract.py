@@ -484,7 +484,7 @@ def scope_of(
     return [n for n, t in old.items() if wanted(n, t) and n not in bad], notes
 
 
-def _whole(chosen: Mapping[str, str]) -> set[str]:
+def _whole(chosen: Sequence[str]) -> set[str]:
     region = next((k for k in chosen if k.endswith("]")), None)
     if region is not None:
         raise LoraFxError(

@@ -84,6 +84,8 @@ def match(
         if stack is not None:
             placed += _apart(key, entry, stack)
             continue
+        if name not in tensors:  # a tied tensor is stored under one of its names
+            name = next((n for n in _twins(entry, rename) if n in tensors), name)
         if name not in tensors:
             lost.append(key)
             continue
@@ -133,10 +135,14 @@ def _also(
     entry: Entry, name: str, tensors: Mapping[str, TensorInfo], rename: Renaming
 ) -> list[str]:
     """Other tensors that PEFT tied to this one: they change alike."""
-    names = [rename(n) for n in entry.twins] if isinstance(entry, LowRank) else []
+    names = _twins(entry, rename)
     return [
         n for n in names if n in tensors and n != name and tensors[n].shape == tensors[name].shape
     ]
+
+
+def _twins(entry: Entry, rename: Renaming) -> list[str]:
+    return [rename(n) for n in entry.twins] if isinstance(entry, LowRank) else []
 
 
 def _unused(lost: list[str], hint: str, where: str, notes: list[str], *, allow: bool) -> None:

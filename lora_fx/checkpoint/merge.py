@@ -45,6 +45,7 @@ def merge(
     again: bool = False,
     allow_missing: bool = False,
     any_base: bool = False,
+    other_readers: bool = False,
     trust: bool = False,
     link: bool = False,
     force: bool = False,
@@ -66,6 +67,8 @@ def merge(
         again: Fold an adapter that the base's metadata says is in it already.
         allow_missing: Leave layers as they are that the adapter's config adapts and its file lacks.
         any_base: Fold an adapter that says it was trained on other weights than these.
+        other_readers: Fold an update of a weight that more than its products read (a norm, an
+            index), which the update does not reach, and a merge does.
         trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
         link: Untouched shards share the base's inodes (hard links).
         force: Replace an output that exists.
@@ -84,7 +87,8 @@ def merge(
     """
     options = MergeOptions(
         how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
-        again=again, allow_missing=allow_missing, any_base=any_base, trust=trust,
+        again=again, allow_missing=allow_missing, any_base=any_base,
+        other_readers=other_readers, trust=trust,
     )  # fmt: skip
     check_target(out, force=force)
     plan = plan_merge(base, adapters, options)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter, mix
+from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
@@ -55,6 +55,9 @@ class Given:
         return cls(adapter, weight, where, adapter_hash(adapter), path)
 
 
+_RECORDED = ("allow_unused", "allow_missing", "other_readers")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
     """Which numbers a merge writes, and what it accepts; an object that exists is in order."""
@@ -68,6 +71,7 @@ class MergeOptions:
     again: bool = False
     allow_missing: bool = False
     any_base: bool = False
+    other_readers: bool = False
     trust: bool = False
 
     def __post_init__(self) -> None:
@@ -116,7 +120,7 @@ class MergePlan:
         """Options that say which numbers come out, for the output's metadata: no defaults."""
         asked, mixed = self.options, len(self.given) > 1 and self.options.how in ("linear", "svd")
         kept = {"how": asked.how, "rank": asked.rank} if mixed else {}
-        kept |= {n: True for n in ("allow_unused", "allow_missing") if getattr(asked, n)}
+        kept |= {n: True for n in _RECORDED if getattr(asked, n)}
         return {n: v for n, v in kept.items() if v is not None}
 
     @property
@@ -166,7 +170,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
     _check_given(base, given, options)
     given = [replace(g, adapter=g.adapter.resolved(base.tensors)) for g in given]
-    config, notes = base.config(), []
+    config, notes = base.config(), _read_too(given, options)
     placed: list[Placed] = []
     weighted = _weighted(given, options)
     tie = tie_of(base.tensors, config, [k for a, _ in weighted for k in a.entries])
@@ -189,7 +193,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
                 f"{where}: none of its keys is in {base.path}",
                 "is it the adapter of another model?",
             )
-        placed += (at_its_use(p, tie, str(base.path)) for p in here)
+        placed += (at_its_use(p, tie, base, untie=options.untie) for p in here)
         known |= new
     check_unknown(placed, tie, base.tensors, config, str(base.path))
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
@@ -225,6 +229,22 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     return MergePlan(
         base, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified
     )
+
+
+def _read_too(given: Sequence[Given], options: MergeOptions) -> list[str]:
+    """Raise where a weight is read by more than the products that its update is for; or note it."""
+    notes = []
+    for g in given:
+        read = g.adapter.metadata.get(OTHER_READERS) or {}
+        for key in (k for k in read if k in g.adapter.entries):
+            said = f"{g.where}: the update of {key!r} does not reach {', '.join(read[key])}"
+            if not options.other_readers:
+                raise LoraFxError(
+                    f"{said}, which reads the tensor too; merged into it, it would",
+                    "lora-fx export keeps them apart; --other-readers merges all the same",
+                )
+            notes.append(f"{said}, which the merged tensor changes")
+    return notes
 
 
 def _check_free(scales: str, placed: Mapping[str, Sequence[Placed]], base: Checkpoint) -> None:

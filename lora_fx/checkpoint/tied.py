@@ -14,7 +14,9 @@ from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.checkpoint.match import Placed, lookup, use_of
 from lora_fx.checkpoint.model_families import family_of, generates, is_head, is_table
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
+from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView
 
 _SCALED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"))
@@ -98,14 +100,19 @@ def tie_of(
     return Tie(tables[0], head, bool(heads), family.lookups, biases, family.apart)
 
 
-def at_its_use(p: Placed, tie: Tie | None, where: str) -> Placed:
+def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> Placed:
     """An update of one use of a tensor, at the tensor that this use will read.
 
     Raises:
-        LoraFxError: The base stores one tensor for this use and others.
+        LoraFxError: The base stores one tensor for this use and others, or nothing says that the
+            one of this use is read by no other.
     """
-    use = use_of(p.key, p.entry)
-    if not use or use == p.tensor:
+    use, name = use_of(p.key, p.entry), base_name(p.key)
+    if not use:
+        return p
+    known = tie is not None and p.tensor in (tie.table, tie.head, *tie.lookups)
+    said = base.config().get("tie_word_embeddings") is False or (untie and name != use)
+    if use == p.tensor and (known or (said and name in base.tensors)):
         return p
     if tie is not None and p.tensor == tie.table:
         if use == "op:embedding":
@@ -113,8 +120,8 @@ def at_its_use(p: Placed, tie: Tie | None, where: str) -> Placed:
         if use.startswith("op:") and tie.head:
             return replace(p, tensor=tie.head)
     raise LoraFxError(
-        f"{where}: the update of {p.key!r} means one use of {p.tensor!r} ({use}), which the base "
-        "stores once for several; merged, it would change all of them",
+        f"{base.path}: the update of {p.key!r} means one use of {p.tensor!r} ({use}), which the "
+        "base stores once for several; merged, it would change all of them",
         "train one update for all uses, or export the model itself: fold keeps uses apart",
     )
 

@@ -30,7 +30,7 @@ from lora_fx.checkpoint.merge_plan import (
 from lora_fx.checkpoint.prove import ROWS, Difference, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import file_targets
-from lora_fx.checkpoint.tied import tie_of
+from lora_fx.checkpoint.tied import at_its_use, tie_of
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING
@@ -136,6 +136,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
     if tie is not None:
         tensors = tie.known(tensors)
     placed, notes = match(adapter, tensors, config, str(checkpoint.path))
+    placed = [at_its_use(p, tie, checkpoint, untie=True) for p in placed]
     if not placed:
         raise LoraFxError(
             f"{checkpoint.path}: none of the adapter's keys is in it",
@@ -308,6 +309,7 @@ def _options(
         add=new,
         again=True,
         any_base=True,
+        other_readers=True,
     )
 
 

@@ -23,7 +23,7 @@ def to_numpy(tensor: torch.Tensor | None) -> Array:
     assert tensor is not None
     if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
         raise LoraFxError("this model has no weights", "load it with weights first (--weights)")
-    t = tensor.detach().cpu()
+    t = tensor.detach().cpu().resolve_conj().resolve_neg()
     if t.dtype == torch.bfloat16:
         return t.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return np.asarray(t.numpy())

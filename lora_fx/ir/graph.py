@@ -66,6 +66,18 @@ class Site:
     attrs: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 
+@dataclass(frozen=True)
+class OtherReader:
+    """What reads a parameter, seen through a view, for more than the products of its sites.
+
+    An update of the parameter does not reach it: insert and fold leave it as it was.
+    """
+
+    parameter: str
+    op: str
+    view: View
+
+
 class Emitter(Ops[V], Protocol[V]):
     """Builds nodes in one IR, at the place where it was made: before or after one site."""
 
@@ -135,6 +147,10 @@ class Graph(Protocol[V]):
 
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order; nodes that a pass emitted are left out."""
+        ...
+
+    def other_readers(self) -> Sequence[OtherReader]:
+        """What reads a parameter beside its sites, in execution order; its shape alone is none."""
         ...
 
     def parameters(self) -> Sequence[Parameter]:

@@ -29,7 +29,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
-from lora_fx.text import Json, near
+from lora_fx.text import Json, JsonView, near
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -295,8 +295,8 @@ def _array(value: ort.OrtValue) -> Array:
 # A is [*batch, rank, in] and B [*batch, out, rank], as in an Adapter; the scale is a node.
 
 
-def listed(updates: Mapping[str, LowRank]) -> str:
-    """The bound updates by key as JSON, for the model's metadata."""
+def listed(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
+    """The bound updates by key, and their adapter's metadata, as JSON for the model's metadata."""
     targets = {}
     for key, u in updates.items():
         assert u.layout is not None
@@ -305,7 +305,7 @@ def listed(updates: Mapping[str, LowRank]) -> str:
             **to_json(u, "frozen", "rank", "alpha", "variant", "use"),
             "layout": list(u.layout.to_json().values()),  # without names, as 0.1 reads it
         }
-    return json.dumps({**stamp(), "mode": "insert", "targets": targets})
+    return json.dumps({**stamp(), "mode": "insert", "targets": targets, "metadata": metadata})
 
 
 def adapter_in(path: str | PathLike[str]) -> Adapter:
@@ -328,7 +328,7 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
         layout = Layout(*(tuple(part) for part in row["layout"]))
         low = LowRank(values["a"], values["b"], 0.0)
         entries[key] = with_values(from_json(low, {**row, "layout": layout.to_json()}), values)
-    return Adapter(entries, learning(entries))
+    return Adapter(entries, {**found.get("metadata", {}), **learning(entries)})
 
 
 def _tensor(model: ir.Model, name: str, path: str | PathLike[str]) -> Array:

@@ -24,9 +24,9 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import CHANGED, copies_of, spread
+from lora_fx.onnx.names import CHANGED, as_lookup, copies_of, spread
 from lora_fx.targets.found import Found
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Target, base_name
 from lora_fx.text import near
 
 
@@ -62,7 +62,10 @@ def match(
     rest = {k: e for k, e in adapter.entries.items() if not isinstance(e, Full)}
     free = spread(replace(adapter, entries=rest), found, copies_of(graph.model))
     loose = {  # the layout of another graph says nothing of this one
-        k: replace(e, layout=None) if isinstance(e, LowRank) else e for k, e in free.entries.items()
+        k: replace(e, layout=None, op="" if e.op == "embedding" and not as_lookup(e) else e.op)
+        if isinstance(e, LowRank)
+        else e
+        for k, e in free.entries.items()
     }
     bound = bind(replace(free, entries=loose), found)
     for key in bound.lowrank:
@@ -121,7 +124,7 @@ def _by_shape(adapter: Adapter, graph: OnnxGraph, found: Found) -> dict[str, str
     """For each adapter key the one target of its shape; empty where names lead anywhere."""
     low = adapter.lowrank
     names = {*found.shapes, *graph.flow.stores}
-    known = any(k in names or found.get(k) is not None for k in adapter.entries)
+    known = any(base_name(k) in names or found.get(k) is not None for k in adapter.entries)
     if known or len(low) < len(adapter.entries) or adapter.names is not None:
         return {}
     result: dict[str, str] = {}

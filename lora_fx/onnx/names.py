@@ -16,6 +16,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.targets.found import Found
+from lora_fx.targets.regions import keys_of, of_use
 from lora_fx.targets.target import Target, base_name, split_use
 
 CHANGED = "lora_fx.changed"
@@ -175,35 +176,54 @@ def spread(adapter: Adapter, found: Found, copies: Mapping[str, str]) -> Adapter
     for key, entry in adapter.entries.items():
         name = base_name(key)
         twins = [c for c, source in copies.items() if source == name]
-        if not twins or not isinstance(entry, LowRank):
+        stored = [t for c in (name, *twins) if (t := found.get(c)) is not None]
+        call = not twins and split_use(key)[1].startswith("call:")  # the order of nodes is kept
+        if not stored or call or not isinstance(entry, LowRank):
             entries[key] = entry
             continue
-        reached = _reached(key, entry, [found.get(c) for c in (name, *twins)])
+        reached = _reached(key, entry, stored)
+        if not twins and not (entry.use or split_use(key)[1]):
+            entries[key] = entry
+            continue
         for target in reached:
             entries[target.key] = _turned(entry, target.op == "embedding")
     return replace(adapter, entries=entries)
 
 
-def _reached(key: str, entry: LowRank, stored: Sequence[Target | None]) -> list[Target]:
+def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Target]:
     """The copies that an update is for: all of them, or the lookup's, or the head's."""
-    targets = [t for t in stored if t is not None]
     use = entry.use or split_use(key)[1]
     if not use:
-        return targets
+        if entry.tied and entry.op != "embedding" and {t.op for t in stored} == {"embedding"}:
+            raise LoraFxError(
+                f"the update of {key!r} is for a lookup and for another product ({entry.op}), and "
+                "the file has only the lookup by this name",
+                "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
+            )
+        return stored
     lookup = (use if use.startswith("op:") else f"op:{entry.op}") == "op:embedding"
-    meant = [t for t in targets if (t.op == "embedding") == lookup]
-    if not use.startswith("op:") and len(meant) != 1:
-        raise LoraFxError(
-            f"the update of {key!r} acts on its use {use!r}, and the file stores the tensor as "
-            f"{', '.join(t.key for t in targets)}",
-            "give the update the name of one of these",
+    meant = []
+    for t in stored:
+        keys = keys_of(t, [s for s in t.sites if (s.op == "embedding") == lookup])
+        meant += [t if k == t.key else of_use(t, split_use(k)[1]) for k in keys]
+    reached = [t for t in meant if t is not None]
+    if use != "op:embedding" and sum(len(t.sites) for t in reached) != 1:
+        raise LoraFxError(  # which of the file's nodes is that use, nothing tells
+            f"the update of {key!r} acts on its use {use!r}, and the file reads the tensor as "
+            f"{', '.join(f'{t.key} ({len(t.sites)} uses)' for t in stored)}",
+            "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
         )
-    return meant
+    return reached
+
+
+def as_lookup(entry: LowRank) -> bool:
+    """True where in of an update is the rows of a table; a bound one may lie as the head does."""
+    return entry.op == "embedding" and (entry.layout is None or entry.layout.in_ == (0,))
 
 
 def _turned(entry: LowRank, lookup: bool) -> LowRank:
     """The update as a copy's op reads it: a lookup's in and out are the head's swapped."""
-    was_lookup = entry.op == "embedding"
+    was_lookup = as_lookup(entry)
     turned = replace(entry, use="", layout=None, tied=False, twins=())
     if lookup == was_lookup:
         return turned

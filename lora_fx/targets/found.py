@@ -122,6 +122,7 @@ class Found:
                 f"({human(self.flops['reached'])} of {human(total)}; "
                 f"between activations {human(self.data_flops)})"
             )
+        lines += [f"also read: {t.said}" for t in self.targets if t.said]
         lines += [f"refused: {r.key} ({r.op}): {r.reason}" for r in self.refusals]
         lines += [f"unreached: {u.key} {list(u.shape)}: {u.reason}" for u in self.unreached]
         lines += [f"pinned: {p}" for p in self.pinned]

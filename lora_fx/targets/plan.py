@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.targets.found import Found
-from lora_fx.targets.regions import check_disjoint, each_use, matmul_use, own_use, rest
+from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, rest, tied
 from lora_fx.targets.roles import HEAD_ROWS
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import Target, split_use
@@ -45,14 +45,10 @@ def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one target gets.
-
-    `use` names the use of a shared tensor that the update applies to; empty for all uses.
-    """
+    """What one target gets."""
 
     rank: int
     alpha: float
-    use: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,33 +105,15 @@ def make_plan(
                 "leave it out; exclude takes targets away",
             )
         ranks = {found[k].key: v for k, v in _known(found, ranks, where).items()}
-        chosen = {k: own_use(k) for k in ranks}
+        chosen = list(ranks)
     elif include is not None:
         chosen = select(found, include)
     else:
-        chosen = {t.key: matmul_use(t) for t in found.targets if t.default}
+        chosen = [k for t in found.targets if t.default for k in _default_uses(t)]
     if exclude is not None:
         gone = select(found, exclude)
-        for t in found.targets:  # without some of its parts, a fused weight is the others
-            left = rest(t, gone)
-            if t.key in chosen and left and len(left) < len(t.parts):
-                instead = dict.fromkeys(left, chosen[t.key])
-                chosen = dict(
-                    item
-                    for k, use in chosen.items()
-                    for item in (instead.items() if k == t.key else [(k, use)])
-                )
-        for key in gone:
-            chosen.pop(key, None)
-            plain, use = split_use(key)
-            if use and plain in chosen:
-                raise LoraFxError(
-                    f"exclude {key!r} is one use of {plain!r}, which has one update for all",
-                    f"include the uses that are meant: {', '.join(each_use(found[plain]))}",
-                )
-            for k in [k for k in chosen if split_use(k)[0] == key]:
-                del chosen[k]
-    chosen = {k: use for k, use in chosen.items() if found[k].parameter.name not in whole}
+        chosen = [left for k in chosen for left in _without(found, k, gone)]
+    chosen = [k for k in chosen if found[k].parameter.name not in whole]
     if not chosen and not whole:
         raise LoraFxError(
             "no target is left: the default plan leaves out heads, embeddings and routers",
@@ -151,7 +129,7 @@ def make_plan(
             f"choose a rank of at most {limits[key]}",
         )
     entries, notes = {}, []
-    for key, use in chosen.items():
+    for key in chosen:
         r, al = _asked(key, ranks, rank, alpha)
         if r <= 0:
             raise LoraFxError(f"rank {r} of {key} is not a positive whole number", "8 is usual")
@@ -163,8 +141,28 @@ def make_plan(
                 )
             notes.append(f"{key}: rank {r} capped to {limits[key]}, its smaller side")
             r = limits[key]
-        entries[key] = Entry(r, default_alpha(r) if al is None else float(al), use)
+        if of_several(found[key]) and tied(found[key]):
+            uses = " and ".join(found[key].uses)
+            notes.append(f"{key}: one update for {uses}; include={key + '@*'!r} gives each its own")
+        entries[key] = Entry(r, default_alpha(r) if al is None else float(al))
     return Plan(entries, whole, tuple(notes))
+
+
+def _default_uses(t: Target) -> tuple[str, ...]:
+    """The uses of a target that the default plan takes: a lookup has no matmul."""
+    return keys_of(t, [s for s in t.sites if s.op != "embedding"] if tied(t) else t.sites)
+
+
+def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
+    """What is left of a target without what is excluded: its other parts, or its other uses."""
+    t, left = found[key], rest(found[key], gone)
+    if len(left) < len(t.parts):
+        return left
+    name = t.parameter.name
+    excluded = [o for o in map(found.__getitem__, gone) if o.parameter.name == name]
+    taken = {s.id for o in excluded if contains(o.region, t.region) for s in o.sites}
+    sites = [s for s in t.sites if s.id not in taken]
+    return keys_of(found[split_use(key)[0]], sites) if sites else ()
 
 
 def _asked(

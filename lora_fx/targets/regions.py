@@ -122,13 +122,22 @@ def widen(
 # call:N      the N-th use in execution order, from 0
 # ==========  ===================================================================
 #
-# `LowRank.use` limits the one update to some uses. `NAME@USE` is the key of an update that has
-# these uses for itself, so that another use of the tensor can have an update of its own.
+# A key without `@` is an update of all uses, and `NAME@USE` one of these uses alone, so that
+# another use of the tensor can have an update of its own. `LowRank.use` says the same where an
+# update is not bound to a model: there a key is a file's name of a module.
 
 
 def tied(t: Target) -> bool:
     """True when a lookup shares the tensor with another op."""
     return "embedding" in t.uses and len(t.uses) > 1
+
+
+def of_several(t: Target) -> bool:
+    """True for one update of all uses, where a lookup or several modules share the tensor.
+
+    No file of another tool can say that.
+    """
+    return not split_use(t.key)[1] and (tied(t) or len(modules(t)) > 1)
 
 
 def matmul_use(t: Target) -> str:
@@ -200,6 +209,22 @@ def own_use(key: str) -> str:
     return "" if use.startswith("call:") else use
 
 
+def keys_of(t: Target, sites: Iterable[Site]) -> tuple[str, ...]:
+    """Keys of the updates that reach some uses of a target and no other; its own for all uses."""
+    left = {s.id for s in sites}
+    if all(s.id in left for s in t.sites):
+        return (t.key,)
+    names = (*modules(t), *(f"op:{o}" for o in t.uses), *(f"call:{i}" for i in range(len(t.sites))))
+    known = [one for n in names if (one := of_use(t, n)) is not None]
+    reached = [(one.key, {s.id for s in one.sites}) for one in known]
+    result = [key for key, ids in reached if ids == left][:1]
+    for key, ids in reached if not result else ():
+        if ids <= left:
+            result.append(key)
+            left -= ids
+    return tuple(result)
+
+
 def disjoint(targets: Iterable[Target]) -> bool:
     """True when no site is among the uses of two of these targets of one tensor."""
     ids = [s.id for t in targets for s in t.sites]
@@ -211,8 +236,3 @@ def modules(t: Target) -> tuple[str, ...]:
     names = (t.parameter.name, *t.parameter.aliases)
     scopes = {s.scope for s in t.sites if s.scope}
     return tuple(n for n in names if n.rpartition(".")[0] in scopes)
-
-
-def op_of(t: Target, use: str) -> str:
-    """The op that an update reaches: what a file format needs to know."""
-    return next((s.op for s in t.sites if applies(use, s) and s.op != "embedding"), "embedding")

@@ -2,12 +2,14 @@
 
 =============  ====================================================================
 GLOB           a dotted suffix of the key without `.weight`: q_proj, *.fc1, layers.[0-3].*
-class:NAME     class of the module whose forward uses the weight
-op:NAME        linear, matmul, conv2d, embedding …
-role:NAME      q k v o gate up down head embedding router
 re:REGEX       searched in the key
+class:NAME     the uses by modules of this class
+op:NAME        the uses by an op: linear, matmul, conv2d, embedding …
+role:NAME      q k v o gate up down head embedding router
 ANY@USE        of what ANY names, the uses that the glob USE names, one update each: head@*
 =============  ====================================================================
+
+A name, and any other name of a tied tensor, means all of its uses.
 
 A weight that is refused by default only (depthwise) is taken where a selector names nothing else.
 A bare word that is no name is tried as a role. A selector that matches nothing is an error.
@@ -20,17 +22,16 @@ import re
 from collections.abc import Sequence
 
 from lora_fx.errors import LoraFxError
+from lora_fx.ir.graph import Site
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import (
     contains,
     each_use,
-    lookup_use,
-    matmul_use,
+    keys_of,
     modules,
-    named_use,
     of_use,
-    own_use,
     part,
+    tied,
 )
 from lora_fx.targets.roles import ROLES
 from lora_fx.targets.target import Target, base_name, split_use
@@ -49,42 +50,41 @@ def split(selectors: str | Sequence[str]) -> list[str]:
     return result
 
 
-def select(found: Found, selectors: str | Sequence[str]) -> dict[str, str]:
-    """{key: use} of the targets that any selector names, in definition order.
-
-    `use` is the alias through which the update applies where a tensor is tied to a lookup and
-    the selectors name only one of the two; empty for all uses.
-    """
-    hits: dict[str, set[str]] = {}
+def select(found: Found, selectors: str | Sequence[str]) -> list[str]:
+    """Keys of what any selector names, in definition order: targets, their parts and uses."""
+    hits: dict[str, list[Site]] = {}  # target → the uses that are named, for one update of them
+    apart: dict[str, None] = {}
     for text in split(selectors):
         matched = False
         for t in found.targets:
-            for use in _match(t, text):
-                hits.setdefault(t.key, set()).add(use)
+            sites = _match(t, text)
+            if sites is not None:
+                hits.setdefault(t.key, []).extend(sites)
                 matched = True
             for key in (*_parts(t, text), *_uses(t, text)):
-                hits.setdefault(key, set()).add("")
+                apart[key] = None
                 matched = True
         for t in () if matched else found.optional:  # refused unless a selector means it
-            for use in _match(t, text):
-                hits.setdefault(t.key, set()).add(use)
+            sites = _match(t, text)
+            if sites is not None:
+                hits.setdefault(t.key, []).extend(sites)
                 matched = True
         if not matched:
             raise LoraFxError(f"selector {text!r} matches no target", _hint(text, found))
-    order: dict[str, Target] = {}
+    chosen: dict[str, None] = {}
     for t in (*found.targets, *found.optional):
-        order[t.key] = t
-        order |= {k: t for k in hits if k not in order and base_name(k) == t.parameter.name}
-    chosen = {k: _one_use(order[k], hits[k]) for k in order if k in hits}
+        if t.key in hits:
+            chosen |= dict.fromkeys(keys_of(t, hits[t.key]))
+        chosen |= {k: None for k in apart if base_name(k) == t.parameter.name}
     for key in [k for k in chosen if not split_use(k)[1]]:  # uses apart come before the whole
-        apart = [found[k] for k in chosen if split_use(k)[1] and split_use(k)[0] == key]
-        if apart and {s.id for t in apart for s in t.sites} == {s.id for s in found[key].sites}:
+        own = [found[k] for k in chosen if split_use(k)[1] and split_use(k)[0] == key]
+        if own and {s.id for t in own for s in t.sites} == {s.id for s in found[key].sites}:
             del chosen[key]
-    return {
-        k: use or own_use(k)
-        for k, use in chosen.items()
+    return [
+        k
+        for k in chosen
         if split_use(k)[1] or not any(_covers(found[o], found[k]) for o in chosen if o != k)
-    }
+    ]
 
 
 def _covers(whole: Target, t: Target) -> bool:
@@ -95,7 +95,8 @@ def _covers(whole: Target, t: Target) -> bool:
 def _uses(t: Target, text: str) -> list[str]:
     """Keys of the uses of a target that one selector names apart; its own key if it has one use."""
     head, at, glob = text.rpartition("@")
-    if not at or text.startswith("re:") or not (_match(t, head) or t.key in _parts(t, head)):
+    known = at and not text.startswith("re:")
+    if not known or (_match(t, head) is None and t.key not in _parts(t, head)):
         return []
 
     def hit(use: str) -> bool:
@@ -112,7 +113,7 @@ def _parts(t: Target, text: str) -> list[str]:
     if role in ROLES:
         return [k for r, k in t.parts if r == role]
     name, bracket, region = text.partition("[")
-    if text.startswith("re:") or not bracket or not _match(t, name):
+    if text.startswith("re:") or not bracket or _match(t, name) is None:
         return []
     found = part(t, f"{t.parameter.name}[{region}")
     return [found.key] if found is not None else []
@@ -150,41 +151,28 @@ def _suffix(name: str, glob: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[i:]), glob) for i in range(len(parts)))
 
 
-def _match(t: Target, text: str) -> list[str]:
-    """The uses of a target that one selector names: aliases, or "" for all."""
+def _match(t: Target, text: str) -> Sequence[Site] | None:
+    """The uses of a target that one selector names; None where it does not name the target."""
     head, colon, rest = text.partition(":")
     if colon and head == "re":
         pattern = _regex(rest)
-        if pattern.search(t.key):
-            return [""]
-        return [named_use(t, a) for a in t.parameter.aliases if pattern.search(a)]
+        return t.sites if any(map(pattern.search, (t.key, *t.parameter.aliases))) else None
     if colon and head == "role":
         if rest not in ROLES:
             raise LoraFxError(f"no role {rest!r}", f"the roles are {', '.join(ROLES)}")
-        if rest == "embedding" and "embedding" in t.uses:
-            return [lookup_use(t)]
-        return [matmul_use(t)] if t.role == rest else []
-    if colon and head == "op":
-        if rest not in t.uses:
-            return []
-        return [lookup_use(t) if rest == "embedding" else matmul_use(t)]
-    if colon and head == "class":
-        named = any(s.module_class == rest for s in t.sites)
-        return [""] if named else []
-    uses = []
+        lookup = rest == "embedding" and "embedding" in t.uses
+        if not lookup and t.role != rest:
+            return None
+        return [s for s in t.sites if not tied(t) or (s.op == "embedding") == lookup]
+    if colon and head in ("op", "class"):
+        return [s for s in t.sites if rest == (s.op if head == "op" else s.module_class)] or None
     region = t.key[len(base_name(t.key)) :]
     for name in (t.parameter.name, *t.parameter.aliases):
         short = name.removesuffix(".weight")
         literal = text == name + region or text.removesuffix(".weight") == short + region
         if literal or _suffix(short, text) or _suffix(name, text):
-            uses.append(named_use(t, name))
-    if not uses and text in ROLES:
-        return _match(t, f"role:{text}")
-    return uses
-
-
-def _one_use(t: Target, uses: set[str]) -> str:
-    return next(iter(uses)) if len(uses) == 1 else ""
+            return t.sites
+    return _match(t, f"role:{text}") if text in ROLES else None
 
 
 def _hint(text: str, found: Found) -> str:

@@ -82,6 +82,8 @@ class Target:
         role: One of lora_fx.targets.roles.ROLES, or an empty text.
         default: Whether the default plan takes it; if not, `why_not` is the reason.
         parts: (role, key) of each part that a fused weight holds.
+        other_readers: Ops that read the tensor for more than these products, such as a norm: an
+            update does not reach them, and a merge into a checkpoint would.
     """
 
     key: str
@@ -94,6 +96,13 @@ class Target:
     default: bool = True
     why_not: str = ""
     parts: tuple[tuple[str, str], ...] = ()
+    other_readers: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """What its other readers mean for an update, for people; empty where there are none."""
+        ops = ", ".join(self.other_readers)
+        return f"{self.key}: read by {ops} too, where no update reaches it" if ops else ""
 
     @property
     def flops(self) -> int:
@@ -128,6 +137,7 @@ class Target:
             "default": self.default,
             "why_not": self.why_not,
             "parts": [{"role": r, "key": k} for r, k in self.parts],
+            "other_readers": list(self.other_readers),
             "rank": rank,
             "alpha": alpha,
         }

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.compare import EPSILON
 from lora_fx.errors import LoraFxError
@@ -19,7 +17,7 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched
-from lora_fx.passes.fold import fold_rows
+from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.targets.found import Found
 
 PROOF_ROWS = 4
@@ -33,13 +31,14 @@ def prove_merge(
     changed: set[str],
     found: Found,
     matched: Matched,
+    fold: Fold,
 ) -> OnnxGraph:
     """Open what was written, and compare it with what it has to be."""
     written = OnnxGraph(load(temporary))
     for name in before:
         if name not in changed and not same_bytes(written.reader(name)(), before[name]()):
             raise LoraFxError(f"{target}: not written: {name!r} is not the base's", "a full disk?")
-    for name, wrong in _wrong_rows(written, before, found, matched):
+    for name, wrong in _wrong_rows(written, before, found, fold):
         raise LoraFxError(
             f"{target}: not written: {name!r} is off by {wrong:.2e}",
             "was the base changed meanwhile? if not, this is a mistake of lora-fx",
@@ -51,15 +50,13 @@ def prove_merge(
 
 
 def _wrong_rows(
-    written: OnnxGraph, before: Named, found: Found, matched: Matched
+    written: OnnxGraph, before: Named, found: Found, fold: Fold
 ) -> Iterator[tuple[str, float]]:
-    by_name: dict[str, list[tuple[Any, LowRank]]] = {}
-    for key, update in matched.updates.items():
-        t = found[key]
-        by_name.setdefault(t.parameter.name, []).append((t, update))
     rng = np.random.default_rng()
-    for name, pairs in by_name.items():
-        base, got = before[name](), written.reader(name)()
+    for ident, name in fold.applied.items():
+        (f,) = (f for f in fold.report if ident == f"{f.parameter}|{'|'.join(f.keys)}")
+        pairs = [(found[k], fold.updates[k]) for k in f.keys]
+        base, got = before[f.parameter](), written.reader(name)()
         if base.ndim != 2:
             rows = slice(None)
         else:

@@ -32,7 +32,7 @@ from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Site, T
+from lora_fx.ir.graph import OtherReader, Site, T
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.insert import Insert, changed
 from lora_fx.passes.proofs.attached import (
@@ -438,6 +438,9 @@ class _Recorded:
 
     def parameters(self) -> Sequence[Parameter]:
         return self.graph.parameters()
+
+    def other_readers(self) -> Sequence[OtherReader]:
+        return ()
 
     def data_flops(self) -> int:
         return 0

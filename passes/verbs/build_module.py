@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.adapter import Adapter, bind, reading
 from lora_fx.adapter.factors import relearning
 from lora_fx.adapter.initial import OF_DATA, OF_WEIGHT, initial
 from lora_fx.adapter.lowrank import LowRank
@@ -29,6 +29,7 @@ from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.options import InsertOptions
 from lora_fx.targets.found import Found
+from lora_fx.targets.regions import own_use
 from lora_fx.text import Json
 
 
@@ -72,7 +73,8 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         bound = bind(options.adapter, found)
         updates, metadata = relearning(bound.lowrank, bound.metadata)
         metadata["dropout"] = options.dropout
-        return Start(Adapter(updates, metadata), tuple(bound.full), bound=bound)
+        said = tuple(text for k in updates if (text := found[k].said))
+        return Start(Adapter(updates, metadata), tuple(bound.full), said, bound)
     plan = options.planned(found, named_tensors(model)[0], options.also_train)
     moments, said = None, tuple[str, ...]()
     if options.init in OF_DATA:
@@ -82,15 +84,17 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
             raise LoraFxError(
                 f"init {options.init!r} needs a model that one graph can hold, and data"
             )
-        uses = {key: entry.use for key, entry in plan.entries.items()}
+        uses = {key: own_use(key) for key in plan.entries}
         seen = calibrate(cap, uses, options.data, options.loss, (OF_DATA[options.init],))
         moments, said = seen.moments, seen.notes
     read: Callable[[str], Array] | None = None
     if options.init in OF_WEIGHT or not named_variant(options.variant).branches:
         read = cap.fx_graph().read if cap else lambda name: to_numpy(tensor(model, name))
     made, notes = initial(found, plan, options.variant, options.seed, options.init, read, moments)
-    notes = (*plan.notes, *options.notes, *said, *notes)
-    return Start(Adapter(made, {"dropout": options.dropout}), plan.also_train, notes)
+    read_too = (text for k in made if (text := found[k].said))
+    notes = (*plan.notes, *options.notes, *said, *notes, *read_too)
+    metadata = reading(found, made, {"dropout": options.dropout})
+    return Start(Adapter(made, metadata), plan.also_train, notes)
 
 
 def adapted_module(

@@ -107,6 +107,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         demand(runtime, "ONNX Runtime differs from torch")
     if session.note:
         warnings.append(session.note)
+    warnings += [f.said for f in getattr(folded, "folded", ()) if f.said]
     lost = [f for f in getattr(folded, "folded", ()) if f.kept < 0.95]
     warnings += [f"{f.parameter}: rounding kept {f.kept:.1%} of the change" for f in lost]
     sizes = {str(f): f.stat().st_size for f in made_file.files}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter, reading
 from lora_fx.adapter.factors import slots_of
 from lora_fx.adapter.initial import OF_DATA, initial
 from lora_fx.adapter.lowrank import LowRank
@@ -88,7 +88,7 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
     found = find(graph)
     plan = asked.planned(found)
     updates, lowered = initial(found, plan, asked.variant, asked.seed, asked.init, graph.read)
-    notes = [*graph.notes, *plan.notes, *lowered]
+    notes = [*graph.notes, *plan.notes, *lowered, *(t for k in updates if (t := found[k].said))]
     with reference_of(source, graph, asked.provider, asked.inputs) as reference:
         if asked.dead != "allow":
             idle = reference.idle(Adapter({k: _visible(u) for k, u in updates.items()}))
@@ -102,7 +102,7 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
             updates = {k: u for k, u in updates.items() if k not in idle}
         rewritten = graph.clone()
         Insert(updates, role=Role.TRAIN)(rewritten)
-        rewritten.model.metadata_props[PROPERTY] = listed(updates)
+        rewritten.model.metadata_props[PROPERTY] = listed(updates, reading(found, updates, {}))
         rewritten.lint()
         with output(target, force=asked.force) as made:
             made.save(rewritten.model, asked.external_over)

@@ -1,8 +1,9 @@
 """merge for .onnx files: W + s·b·a in the initialisers, streamed, proven, then named.
 
-The folded graph has exactly the base's nodes. Values are computed while they are written, so that
-memory holds one tensor at a time; afterwards the file is opened again, what was not touched is
-compared byte for byte, and rows of what was are computed again in fp64.
+The folded graph has the base's nodes, and views of constants that some uses have for their own.
+Values are computed while they are written, so that memory holds one tensor at a time; afterwards
+the file is opened again, what was not touched is compared byte for byte, and rows of what was are
+computed again in fp64.
 """
 
 from __future__ import annotations
@@ -112,7 +113,6 @@ def merge_onnx(
         _check_delta(source, target, external, asked.repository)
     graph, matched, model = plan.graph, plan.matched, plan.graph.model
     before = {n: graph.reader(n) for n in graph.flow.stores}
-    nodes = graph.model.graph.num_nodes()
     pristine = graph.clone() if asked.run else graph
     fold = Fold(matched.updates, lazy=True)
     fold(graph)
@@ -121,11 +121,10 @@ def merge_onnx(
     model.metadata_props[METADATA] = _record(
         model.metadata_props.get(METADATA), plan.parts, str(source)
     )
-    assert graph.model.graph.num_nodes() == nodes
     with output(target, force=asked.force, repository=asked.repository) as made:
         made.save(model, 0 if external else asked.external_over, delta=asked.delta)
         changed = {*fold.applied.values(), *matched.whole}
-        written = prove_merge(made.seen, target, before, changed, plan.found, matched)
+        written = prove_merge(made.seen, target, before, changed, plan.found, matched, fold)
         if all(n in before and same_bytes(written.reader(n)(), before[n]()) for n in changed):
             raise NoEffectError(
                 f"{target}: not written: no element of {len(changed)} tensors would change",
@@ -204,7 +203,7 @@ def _report(
         for f in fold.report
     ]  # fmt: skip
     rows += [{"key": n, "tensor": n, "gain": None} for n in matched.whole]
-    warnings = list(notes)
+    warnings = [*notes, *(f.said for f in fold.report if f.said)]
     low = [(f.kept, f.parameter) for f in fold.report if f.kept < GAIN]
     if low:
         warnings.append(
@@ -215,7 +214,7 @@ def _report(
         warnings.append(f"{renamed} tensors got the names that the exporter's metadata tells")
     added = sorted(set(fold.applied.values()) - {f.parameter for f in fold.report})
     if added:
-        warnings.append(f"tied uses that differ have constants of their own: {', '.join(added)}")
+        warnings.append(f"uses that differ have constants of their own: {', '.join(added)}")
     outputs = [str(f) for f in files]
     return Report("merge", True, tuple(parity), tuple(outputs), tuple(warnings), {"tensors": rows})
 

@@ -28,11 +28,10 @@ from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.open import captured_of
 from lora_fx.passes.verbs.options import Selectors
 from lora_fx.targets.budget import allocate, cost_of, limit_of, parse_budget
-from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
 from lora_fx.targets.ranking import METHODS, Calibration, Moments, TargetStatistics
-from lora_fx.targets.regions import of_use
-from lora_fx.targets.target import Target, split_use
+from lora_fx.targets.regions import own_use
+from lora_fx.targets.target import Target
 from lora_fx.text import Json
 from lora_fx.text import table as columns
 
@@ -84,7 +83,7 @@ def plan(
     cap = captured_of(model, args, kwargs, dynamic)
     found = find(cap)
     chosen = make_plan(found, named_tensors(cap.model)[0], rank=1, include=include, exclude=exclude)
-    uses = {_key(found, key, entry.use): entry.use for key, entry in chosen.entries.items()}
+    uses = {key: own_use(key) for key in chosen.entries}
     costs = {key: cost_of(found[key], use, asked.unit) for key, use in uses.items()}
     most = {key: found[key].layout.max_rank for key in uses}
     limit = limit_of(asked, found, costs, most)
@@ -108,14 +107,6 @@ def plan(
     each = {key: ranks.get(key, 0) for key in uses}  # a dead one has none
     rows = tuple(Ranked(k, r, scale * r, costs[k], most[k]) for k, r in each.items())
     return RankPlan(rows, method, budget, asked.unit, limit, name, seen.examples, tuple(notes))
-
-
-def _key(found: Found, key: str, use: str) -> str:
-    """The key that a file says: with the use, where an update has some uses only."""
-    if not use or split_use(key)[1]:
-        return key
-    own = of_use(found[key], use)
-    return key if own is None else own.key
 
 
 # held_out: what every rank of one trained adapter is worth on data that it was not trained on.

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -107,10 +106,6 @@ class Lm(nn.Module):
         return out
 
 
-def chosen(found: Any, text: str) -> dict[str, str]:
-    return select(found, text)
-
-
 def test_default_plan_roles_and_selectors() -> None:
     ids = torch.zeros(2, 5, dtype=torch.long)
     found = lora_fx.find(Lm().eval(), (ids,))
@@ -124,25 +119,26 @@ def test_default_plan_roles_and_selectors() -> None:
     assert tied.key == "wte.weight" and tied.uses == ("embedding", "linear")
     assert (tied.layout.in_size, tied.layout.out_size) == (8, 1200)
     for text, want in {
-        "lm_head": {"wte.weight": "lm_head.weight"},
-        "wte": {"wte.weight": "wte.weight"},
-        "wte,lm_head": {"wte.weight": ""},
-        "role:head": {"wte.weight": "lm_head.weight"},
-        "op:embedding": {"wte.weight": "wte.weight"},
-        "*_proj": {k: "" for k in ("q_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")},
-        "mlp.*": {"mlp.up_proj.weight": "", "mlp.down_proj.weight": ""},
-        "mlp.up_proj.weight": {"mlp.up_proj.weight": ""},
-        "q": {"q_proj.weight": ""},
-        "role:up,down": {"mlp.up_proj.weight": "", "mlp.down_proj.weight": ""},
-        "re:^mlp.*down": {"mlp.down_proj.weight": ""},
-        "class:Linear": {
-            "wte.weight": "",
-            "q_proj.weight": "",
-            "mlp.up_proj.weight": "",
-            "mlp.down_proj.weight": "",
-        },
+        "lm_head": ["wte.weight"],
+        "wte": ["wte.weight"],
+        "wte,lm_head": ["wte.weight"],
+        "role:head": ["wte.weight@lm_head.weight"],
+        "op:embedding": ["wte.weight@wte.weight"],
+        "op:embedding,role:head": ["wte.weight"],
+        "*_proj": ["q_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"],
+        "mlp.*": ["mlp.up_proj.weight", "mlp.down_proj.weight"],
+        "mlp.up_proj.weight": ["mlp.up_proj.weight"],
+        "q": ["q_proj.weight"],
+        "role:up,down": ["mlp.up_proj.weight", "mlp.down_proj.weight"],
+        "re:^mlp.*down": ["mlp.down_proj.weight"],
+        "class:Linear": [
+            "wte.weight@lm_head.weight",
+            "q_proj.weight",
+            "mlp.up_proj.weight",
+            "mlp.down_proj.weight",
+        ],
     }.items():
-        assert chosen(found, text) == want, text
+        assert select(found, text) == want, text
 
 
 def test_a_small_tied_head_is_adapted_and_a_classifier_too() -> None:

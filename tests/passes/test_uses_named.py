@@ -18,7 +18,7 @@ from tests.passes.test_uses import Tied, adapted, built, out
 
 def test_a_use_that_the_model_lacks_is_named() -> None:
     cap, x = built("Tied")
-    adapter = lora_fx.insert(cap, rank=2, include="head").adapter()
+    adapter = lora_fx.insert(cap, rank=2, include="role:head").adapter()
 
     class Bare(Tied):
         def forward(self, ids: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def test_a_file_that_names_one_module_of_a_shared_tensor(tmp_path: Path) -> None
     cap, _ = built("Shared")
     a, b = draw("w", lora_fx.find(cap).targets[0].layout, 2, 0, "probe")
     bound = Adapter({"b.weight": lora_fx.LowRank(a, b, 1.0)}).bind(cap)
-    assert {k: u.use for k, u in bound.lowrank.items()} == {"a.weight": "b.weight"}
+    assert {k: u.use for k, u in bound.lowrank.items()} == {"a.weight@b.weight": "b.weight"}
     whole = lora_fx.insert(cap, rank=2, include="*").adapter()
     (note, *_) = lora_fx.save_adapter(whole, tmp_path / "adapter")
     assert "several modules that share the tensor" in note

@@ -261,7 +261,13 @@ def effect(pair: Pair) -> Iterator[Finding]:
 
 
 ALLOWED = MergeOptions(
-    untie=True, again=True, allow_unused=True, allow_missing=True, add=True, any_base=True
+    untie=True,
+    again=True,
+    allow_unused=True,
+    allow_missing=True,
+    add=True,
+    any_base=True,
+    other_readers=True,
 )
 """Of a merge that takes what one of the checks has told already."""
 

@@ -23,7 +23,7 @@ from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.fx.patterns.elementwise import VIEWS
 from lora_fx.fx.tensors import owner
 from lora_fx.ir.emitter import Parameter
-from lora_fx.ir.graph import Analysed, Site
+from lora_fx.ir.graph import Analysed, OtherReader, Site
 from lora_fx.ir.kinds import Einsum
 
 
@@ -54,6 +54,10 @@ class PartialGraphs(Analysed):
     def parameters(self) -> Sequence[Parameter]:
         """Every parameter of the model."""
         return FxGraph(fx.Graph(), self.root).parameters()
+
+    def other_readers(self) -> list[OtherReader]:
+        """What reads a parameter beside its sites, in any of the stretches."""
+        return [r for g in self.graphs for r in g.other_readers()]
 
     def data_flops(self) -> int:
         """FLOPs of the products of activations in all stretches."""

@@ -34,6 +34,13 @@ from lora_fx.ir.kinds import Shape
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
 
 aten = torch.ops.aten
+_MADE = "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"
+_NEW = "new_zeros new_ones new_empty new_full new_empty_strided"
+SHAPE_ONLY = {
+    **dict.fromkeys((*_MADE.split(), *_NEW.split()), 0),
+    **dict.fromkeys(("type_as", "expand_as", "view_as", "reshape_as", "to"), 1),
+}
+"""Ops → the operand whose shape and dtype they read, and no element of it."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,10 @@ def _call(flow: FxFlow, node: fx.Node) -> None:
     found = [i for i in inputs if i in flow.behind]
     if not found:
         if all(i in flow.constants for i in inputs):
+            flow.constants.add(node)
+        return
+    if SHAPE_ONLY.get(op_name(node)) == 0:
+        if "rand" not in op_name(node):
             flow.constants.add(node)
         return
     source = flow.weights.get(found[0])
@@ -397,12 +408,19 @@ SPLITS = {
 }
 _reversed = _permute(lambda node, n: tuple(range(n))[::-1])
 _last_two = _permute(lambda node, n: (*range(n - 2), n - 1, n - 2))
+
+
+def _adjoint(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    swapped: list[Step] | None = _last_two(node, shape)
+    return None if value(node).is_complex() else swapped  # conjugated, it is another tensor
+
+
 VIEWS: Mapping[object, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
     aten.t.default: _reversed,
     aten.numpy_T.default: _reversed,
     aten.mT.default: _last_two,
-    aten.adjoint.default: _last_two,
-    aten.matrix_H.default: _last_two,
+    aten.adjoint.default: _adjoint,
+    aten.matrix_H.default: _adjoint,
     aten.transpose.int: _permute(_swapped),
     aten.permute.default: _permute(lambda node, n: tuple(argument(node, "dims"))),
     aten.view.default: _reshape,

@@ -15,10 +15,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, tensor, weight_flow
 from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, mark, value
-from lora_fx.fx.graph.sites import FxWeightUse, data_flops, uses
+from lora_fx.fx.graph.sites import FxWeightUse, data_flops, other_readers, slots, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
 from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Analysed, Deferred, Site
+from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
 
 
 class FxGraph(Analysed):
@@ -82,6 +82,10 @@ class FxGraph(Analysed):
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order."""
         return [site for site, _ in self._uses()]
+
+    def other_readers(self) -> Sequence[OtherReader]:
+        """What reads a parameter beside its sites."""
+        return other_readers(self.graph, self.flow(), [f for _, f in self._uses()], self.bodies)
 
     def data_flops(self) -> int:
         """FLOPs of the matmuls that no weight takes part in."""
@@ -249,15 +253,19 @@ class FxGraph(Analysed):
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when these sites are all that reads a parameter in this graph."""
-        chains = [self._chain(s) for s in sites]
-        inside = {n for chain in chains for n in chain}
-        mine = inside | {self._at(s) for s in sites}
+        inside = {n for s in sites for n in self._chain(s)}
+        mine = {(self._at(s), s.slot) for s in sites}
         starts = {
             n
             for n in self.graph.nodes
             if n.op == "get_attr" and self._names.get(str(n.target)) == name
         }
-        return all(user in mine for n in inside | starts for user in n.users)
+        # a node may read the weight in another slot than the site's, as its bias
+        return all(
+            user in inside or all((user, path) in mine for path in slots(user, n))
+            for n in inside | starts
+            for user in n.users
+        )
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """Let sites read a value; a constant of their own is called `NAME_folded[_1]`.
@@ -268,7 +276,9 @@ class FxGraph(Analysed):
         stored = name.replace("~", "")
         module, leaf = owner(self.root, stored)
         old = tensor(self.root, name if name in self._aliases else sites[0].behind[0])
-        new = nn.Parameter(from_numpy(value, like=old), requires_grad=False)
+        # a computed weight may have another dtype than what it is computed from
+        made = from_numpy(value, old) if name in self._aliases else from_numpy(value).to(old.device)
+        new = nn.Parameter(made, requires_grad=False)
         if name in self._aliases and self.covers(name, sites):
             for m in self.root.modules():
                 for k, p in m._parameters.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.flow import (
+    SHAPE_ONLY,
     SPLITS,
     VIEWS,
     FxFlow,
@@ -22,7 +23,7 @@ from lora_fx.fx.graph.flow import (
 )
 from lora_fx.fx.graph.nodes import NO_GRAD, hint, is_marked, numel, op_name, shape_of, value
 from lora_fx.fx.graph.ops import FxOperand, pick
-from lora_fx.ir.graph import Axes, Kind, Site
+from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
 from lora_fx.ir.kinds import WeightForm, letters
 from lora_fx.ir.view import View
 
@@ -120,16 +121,7 @@ def body_uses(
     node: fx.Node, weights: Mapping[fx.Node, FxWeight], held: Mapping[str, fx.GraphModule]
 ) -> Iterator[ops.FxOperand]:
     """Uses of a higher-order op's operands as weights, by what its bodies do with them."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
-        return
-    bodies = [b for a in node.args if (b := _body(a, held)) is not None]
-    last = max((i for i, a in enumerate(node.args) if _body(a, held) is not None), default=-1)
-    paths: list[ops.Path] = []
-    for i, arg in enumerate(node.args[last + 1 :], last + 1):
-        if isinstance(arg, (tuple, list)):
-            paths += [(i, j) for j in range(len(arg))]
-        else:
-            paths.append((i,))
+    bodies, paths = _operands(node, held)
     for path in paths:
         operand = ops.pick(node, path)
         if not isinstance(operand, fx.Node) or operand not in weights:
@@ -139,6 +131,23 @@ def body_uses(
             flops = sum(f for _, f in inner)
             axes = inner[0][0]
             yield ops.FxOperand(path, (0,), WeightForm("body", axes), flops=flops)
+
+
+def _operands(
+    node: fx.Node, held: Mapping[str, fx.GraphModule]
+) -> tuple[list[fx.GraphModule], list[ops.Path]]:
+    """The bodies of a higher-order op, and the paths to what their placeholders stand for."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return [], []
+    bodies = [b for a in node.args if (b := _body(a, held)) is not None]
+    last = max((i for i, a in enumerate(node.args) if _body(a, held) is not None), default=-1)
+    paths: list[ops.Path] = []
+    for i, arg in enumerate(node.args[last + 1 :], last + 1):
+        if isinstance(arg, (tuple, list)):
+            paths += [(i, j) for j in range(len(arg))]
+        else:
+            paths.append((i,))
+    return bodies, paths
 
 
 def _body(arg: Any, held: Mapping[str, fx.GraphModule]) -> fx.GraphModule | None:
@@ -167,6 +176,66 @@ def _inside(
             axes = use.kind.axes(tuple(hint(n) for n in shape_of(ops.pick(node, use.weight)) or ()))
             steps = w.view.steps + axes.steps
             yield Axes(axes.batch, axes.out, axes.in_, steps), site_flops(node, use)
+
+
+# What reads a weight and is no site: an index, a norm, a sum, the model's output.
+
+
+def slots(node: fx.Node, operand: fx.Node) -> list[ops.Path]:
+    """Every path to an operand in a node's args; empty for one that only a keyword reads."""
+
+    def inside(arg: Any, path: ops.Path) -> Iterator[ops.Path]:
+        if arg is operand:
+            yield path
+        for i, a in enumerate(arg if isinstance(arg, (tuple, list)) else ()):
+            yield from inside(a, (*path, i))
+
+    by_name = [(-1,)] if operand in node.kwargs.values() else []
+    return [*inside(tuple(node.args), ()), *by_name]
+
+
+def other_readers(
+    graph: fx.Graph,
+    flow: FxFlow,
+    found: Sequence[FxWeightUse],
+    bodies: Mapping[str, fx.GraphModule],
+) -> list[OtherReader]:
+    """Every read of a parameter, or of a view of it, that is neither a view nor a site."""
+    taken = {
+        (f.node, f.use.weight)
+        for f in found
+        if not f.weight.edited and (not f.use.refusal or f.use.allowed)
+    }
+    result, live = list[OtherReader](), set[fx.Node]()
+    for node in reversed(graph.nodes):
+        if node.op != "output" and not (node.is_impure() or any(u in live for u in node.users)):
+            continue
+        live.add(node)
+        here = flow.weights.get(node)
+        for operand in node.all_input_nodes if not is_marked(node) else ():
+            w = flow.weights.get(operand)
+            if w is None or not w.name:
+                continue
+            if here is not None and here.name == w.name and node.args[0] is operand:
+                continue  # a view
+            op = "the output" if node.op == "output" else op_name(node)
+            inner, paths = _operands(node, bodies)
+            for path in slots(node, operand):
+                if path in paths:
+                    result += _in_bodies(inner, paths.index(path), w)
+                elif (node, path) not in taken and path != (SHAPE_ONLY.get(op),):
+                    result.append(OtherReader(w.name, op, w.view))
+    return result[::-1]
+
+
+def _in_bodies(bodies: Sequence[fx.GraphModule], i: int, w: FxWeight) -> Iterator[OtherReader]:
+    """What reads a weight, the i-th operand of some bodies, beside the products in them."""
+    for body in bodies:
+        place = [n for n in body.graph.nodes if n.op == "placeholder"][i]
+        flow = weight_flow(body.graph, None, {}, {place: replace(w, root=place)})
+        inner = {n: m for n, m in body.named_children() if isinstance(m, fx.GraphModule)}
+        found = [f for _, f in uses(body.graph, flow, inner)]
+        yield from other_readers(body.graph, flow, found, inner)
 
 
 Part = tuple[str, int, int]

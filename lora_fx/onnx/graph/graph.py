@@ -7,7 +7,7 @@ function serves all its calls with one body; bodies of If, Loop and Scan are rew
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,14 @@ import onnx_ir as ir
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Analysed, Deferred, Site
+from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.graph.flow import (
     MARK,
     VIEW,
     WAS,
     OnnxFlow,
+    OnnxWeight,
     OnnxWeightUse,
     Store,
     dtype_name,
@@ -190,17 +191,31 @@ class OnnxGraph(Analysed):
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when only these sites, and the views before them, read the tensor."""
         mine = {(id(self.at(s).node), s.slot[0]) for s in sites}
-        weights = self.flow.weights
-        for value in [v for v, w in weights.items() if w.name == name]:
-            if value.is_graph_output():
-                return False
-            for user, i in value.uses():
-                viewed = i == 0 and any(
-                    o in weights and weights[o].name == name for o in user.outputs
-                )
-                if not viewed and (id(user), i) not in mine:
-                    return False
-        return True
+        return not any(w.name == name and self._beside(v, mine) for v, w in self._weights())
+
+    def _weights(self) -> Sequence[tuple[ir.Value, OnnxWeight]]:
+        return tuple(self.flow.weights.items())
+
+    def _beside(self, value: ir.Value, mine: Collection[tuple[int, int]]) -> list[str]:
+        """What reads a weight at other places than these, and is no view of it."""
+        weights, name = self.flow.weights, self.flow.weights[value].name
+        others = ["the output"] if value.is_graph_output() else []
+        for user, i in value.uses():
+            viewed = i == 0 and any(o in weights and weights[o].name == name for o in user.outputs)
+            if not viewed and (id(user), i) not in mine:
+                others.append(user.op_type)
+        return others
+
+    def other_readers(self) -> Sequence[OtherReader]:
+        """What reads a stored tensor beside its sites."""
+        found = (f for f in self.flow.found if not f.site.refusal or f.site.allowed)
+        mine = {(id(f.node), f.use.weight) for f in found}
+        return [
+            OtherReader(w.name, op, w.view)
+            for v, w in self._weights()
+            for op in self._beside(v, mine)
+            if op not in ("Shape", "Size")
+        ]
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
         """Let sites read another stored tensor through views of their own."""
