@@ -12,6 +12,7 @@ a cache that is not empty, the first row is padded by one), floats are N(0, 1), 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,6 +122,11 @@ class Inputs:
         """The symbols that are neither the batch nor a cache's length."""
         return [s for s in self._symbols() if s not in (BATCH, PAST) and not s.isdigit()]
 
+    def apart(self) -> Inputs:
+        """The same inputs with a symbol for every free size, and no conditions."""
+        dims = {s.name: {d: f"{s.name}.{d}" for d in s.dims} for s in self.specs}
+        return Inputs(self.with_dims(dims).specs)
+
     def alike(self) -> Inputs:
         """The same inputs where one symbol stands for all of `others`."""
         one = {s: self.others[0] for s in self.others}
@@ -187,6 +193,14 @@ class Inputs:
             s.name: tuple(extent(places[s.name, d], values) for d in range(len(s.shape)))
             for s in self.specs
         }
+
+    def implied(self, condition: Condition) -> bool:
+        """Whether a condition holds wherever sizes of one symbol are equal."""
+        places = self._places()
+        symbols = sorted({t for s in condition.about for t in terms(places.get(s, ""))})
+        tried = itertools.product((1, 2, 3, 8, 37, 600), repeat=min(len(symbols), 4))
+        sizes = [dict(zip(symbols, n, strict=False)) for n in tried]
+        return all(condition.holds({s: extent(t, v) for s, t in places.items()}) for v in sizes)
 
     def outside(self, condition: Condition) -> dict[str, int] | None:
         """Values of symbols that break a condition and no other; None where there are none."""

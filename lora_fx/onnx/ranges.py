@@ -21,32 +21,34 @@ from lora_fx.errors import LoraFxError
 from lora_fx.sizes import Condition
 
 PROPERTY = "lora_fx.ranges"
+GUARD = "lora_fx holds for "
 _OPS = {
     "Add": "Add", "Sub": "Sub", "Mult": "Mul", "Mod": "Mod", "min": "Min", "max": "Max",
     "Lt": "Less", "LtE": "LessOrEqual", "Gt": "Greater", "GtE": "GreaterOrEqual", "Eq": "Equal",
 }  # fmt: skip
 
 
-def keep_within(model: ir.Model, conditions: Sequence[Condition], *, guard: bool = True) -> int:
-    """Write conditions into a model; returns how many guards were put in.
+def say_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
+    """Write conditions on a model's inputs into its metadata; a file of ours may have them."""
+    own = _of_inputs(model, conditions)
+    if own:
+        model.metadata_props.setdefault(PROPERTY, json.dumps([c.stored() for c in own]))
 
-    A condition that the model itself demands gets none: its operators fail there by themselves.
 
-    Args:
-        model: Edited in place.
-        conditions: Over its inputs.
-        guard: Put nodes in that fail; without, the metadata alone says it.
-    """
+def guard_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
+    """Put nodes in that fail where one of the conditions does not hold; once for a model."""
     inputs = {str(v.name): v for v in model.graph.inputs}
-    own = [c for c in conditions if all(n in inputs for _, n, _ in c.sizes)]
-    if not own or PROPERTY in model.metadata_props:  # a file of ours has them already
-        return 0
-    own = [Condition.read(c.stored()) for c in own]  # without folders of this machine
-    model.metadata_props[PROPERTY] = json.dumps([c.stored() for c in own])
-    guarded = [c for c in own if guard and not c.demanded]
-    for i, condition in enumerate(guarded):
+    if any(str(n.name).startswith(GUARD) for n in model.graph):
+        return
+    for i, condition in enumerate(_of_inputs(model, conditions)):
         _guard(model.graph, inputs[condition.sizes[0][1]], inputs, condition, i)
-    return len(guarded)
+
+
+def _of_inputs(model: ir.Model, conditions: Sequence[Condition]) -> list[Condition]:
+    """Those over the model's inputs, without folders of this machine."""
+    names = {str(v.name) for v in model.graph.inputs}
+    own = (c for c in conditions if all(n in names for _, n, _ in c.sizes))
+    return [Condition.read(c.stored()) for c in own]
 
 
 def conditions_of(metadata: Mapping[str, str], where: str) -> tuple[Condition, ...]:
@@ -114,7 +116,7 @@ def _guard(
     broken = made.op("Cast", made.op("Not", holds))
     shape = made.op("Shape", x)
     other = made.op("Add", shape, made.op("Mul", made.op("Add", shape, 1), broken))
-    y = made.op("Reshape", x, other, name=f"lora_fx holds for {condition} only")
+    y = made.op("Reshape", x, other, name=f"{GUARD}{condition} only")
     y.type, y.shape = x.type, x.shape
     for node, index in users:
         node.replace_input_with(index, y)

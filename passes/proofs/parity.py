@@ -20,13 +20,15 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name
+from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name, sample_call
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Extents, Named
+from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.sizes import Condition
+from lora_fx.text import Json
 
 
 def arrays_of(named: Named) -> dict[str, Array]:
@@ -96,6 +98,22 @@ def feeds_of(
         if tuple(shapes.values()) not in seen and not outside(reference, named):
             seen.add(tuple(shapes.values()))
             yield named, feeds
+
+
+def runs_on(session: RuntimeSession, reference: CapturedModule) -> tuple[Condition, ...]:
+    """The conditions outside which ONNX Runtime gives an answer, which is not the model's."""
+    implied = reference.captured.bounded_inputs().implied  # dimensions of one name say as much
+    own = (c for c in reference.conditions() if not c.demanded and not implied(c))
+    tried = ((c, feeds_outside(reference, c)) for c in own)
+    return onnx_conditions([c for c, feeds in tried if feeds is not None and session.runs(feeds)])
+
+
+def feeds_outside(reference: CapturedModule, condition: Condition) -> dict[str, Array] | None:
+    """Arrays of sizes that break a condition, each size by itself; None where none was found."""
+    captured = reference.captured
+    inputs = captured.bounded_inputs().apart()
+    values = inputs.outside(condition)
+    return None if values is None else arrays_of(sample_call(inputs, captured.named, values))
 
 
 def outside(reference: CapturedModule, named: Named) -> bool:
@@ -249,6 +267,14 @@ class TorchReference:
     def conditions(self) -> tuple[Condition, ...]:
         """See Reference."""
         return onnx_conditions(self.base.conditions())
+
+    def ranges(self) -> list[Json]:
+        """See Reference."""
+        return [c.to_json() for c in self.base.captured.ranges]
+
+    def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
+        """See Reference."""
+        return runs_on(session, self.base)
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""

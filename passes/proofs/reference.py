@@ -30,6 +30,7 @@ from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.insert import Insert
 from lora_fx.sizes import Condition
+from lora_fx.text import Json
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 """{input: array} → {output: array}."""
@@ -41,6 +42,14 @@ class Reference(Protocol):
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What sizes have to satisfy, by the names of ONNX inputs."""
+        ...
+
+    def ranges(self) -> list[Json]:
+        """Rows of `ranges[]`."""
+        ...
+
+    def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
+        """The conditions outside which a file of this model would run, and be wrong."""
         ...
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
@@ -95,6 +104,14 @@ class OnnxReference:
     def conditions(self) -> tuple[Condition, ...]:
         """See Reference."""
         return self.inputs.conditions
+
+    def ranges(self) -> list[Json]:
+        """See Reference."""
+        return [c.to_json() for c in self.conditions if not self.inputs.implied(c)]
+
+    def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
+        """None: a file of ours has its guards already, and of others nothing is known."""
+        return ()
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""

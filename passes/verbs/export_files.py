@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import onnx_ir as ir
+
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import Report, demand, rel
@@ -21,8 +23,9 @@ from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import copies_of
-from lora_fx.onnx.ranges import keep_within
-from lora_fx.onnx.session import Session, open_session, write_adapter
+from lora_fx.onnx.ranges import guard_within, say_within
+from lora_fx.onnx.save import Output
+from lora_fx.onnx.session import RuntimeSession, Session, open_session, write_adapter
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.batch import prove_rows
@@ -60,15 +63,34 @@ def beside(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
     return paths
 
 
-def said_of(conditions: Sequence[Condition], options: ExportOptions) -> list[str]:
-    """A line for each set of sizes that the file is true for and no other."""
+def save_within(
+    made: Output,
+    model: ir.Model,
+    conditions: Sequence[Condition],
+    wrong: Callable[[RuntimeSession], Sequence[Condition]],
+    options: ExportOptions,
+    slots: Sequence[str] = (),
+) -> list[str]:
+    """Save a model with the sizes that it is true for; returns a line for each that matters.
+
+    Args:
+        made: The file.
+        model: What goes into it.
+        conditions: What sizes have to satisfy.
+        wrong: Those outside which a session would give an answer. They get a guard each.
+        options: Of export.
+        slots: See Output.save.
+    """
+    say_within(model, conditions)
+    made.save(model, options.external_over, slots)
+    if all(c.demanded for c in conditions):
+        return []
+    needed = wrong(open_session(made.path, options.provider))
+    if needed and not options.within:
+        guard_within(model, needed)
+        made.save(model, options.external_over, slots)
     then = "it is not checked" if options.within else "the file fails elsewhere"
-    return [f"it holds for {c} only: {then}" for c in conditions if not c.demanded]
-
-
-def ranges_of(conditions: Sequence[Condition]) -> list[Json]:
-    """Rows of `ranges[]`: what bounds a size, and what the model takes another path without."""
-    return [c.to_json() for c in conditions if not c.demanded or any(c.bounds())]
+    return [f"it holds for {c} only: {then}" for c in needed]
 
 
 def write_switch(
@@ -102,7 +124,7 @@ def write_switch(
     paths = beside(adapters, options)
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: a switchable file")
-    warnings = [*warnings, *said_of(reference.conditions, options)]
+    warnings = list(warnings)
     here = find(graph)
     if loose:
         left = [k for k in keys if here.get(k) is None]
@@ -127,8 +149,9 @@ def write_switch(
     layouts = {k: known[k].layout for k in manifest.slots}
     with options.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
-        keep_within(graph.model, reference.conditions, guard=not options.within)
-        made_file.save(graph.model, options.external_over, slots)
+        warnings += save_within(
+            made_file, graph.model, reference.conditions, reference.runs_on, options, slots
+        )
         serve = _serving(made_file.path, options.provider, load)
         run, session = serve(None)
         parity = reference.prove(run, None, "base")
@@ -156,7 +179,7 @@ def write_switch(
     sizes = {str(f): f.stat().st_size for f in outputs}
     details: Json = {"files": sizes, "provider": session.provider}
     details |= {"mode": manifest.mode, "targets": len(manifest.slots)}
-    details["ranges"] = ranges_of(reference.conditions)
+    details["ranges"] = reference.ranges()
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), details)
 
@@ -256,14 +279,13 @@ def write_batch(
         if v.shape is not None and len(v.shape) and str(v.shape[0]) == symbol
     ]
     with options.output() as made_file:
-        keep_within(model, reference.conditions, guard=not options.within)
-        made_file.save(model, options.external_over)
+        told = save_within(made_file, model, reference.conditions, reference.runs_on, options)
         session = open_session(made_file.path, options.provider)
         parity = prove_rows(
             session.run, reference, adapters, rowed, fixed=fixed, scales=options.scales
         )
     sizes = {str(f): f.stat().st_size for f in made_file.files}
-    said = [*warnings, *said_of(reference.conditions, options)]
+    said = [*warnings, *told]
     said += [session.note] if session.note else []
     details = {
         "files": sizes,
@@ -272,7 +294,7 @@ def write_batch(
         "adapters": list(adapters),
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "nodes_of_base": before,
-        "ranges": ranges_of(reference.conditions),
+        "ranges": reference.ranges(),
     }
     return Report("export", True, tuple(parity), tuple(sizes), tuple(said), details)
 

@@ -29,12 +29,16 @@ from lora_fx.onnx.names import (
 )
 from lora_fx.onnx.optimise.precision import GATES
 from lora_fx.onnx.optimise.stages import RewriteStage
-from lora_fx.onnx.ranges import keep_within
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
-from lora_fx.passes.proofs.parity import TorchReference, prove, torch_run
+from lora_fx.passes.proofs.parity import TorchReference, prove, runs_on, torch_run
 from lora_fx.passes.verbs.adapt import find, fold, grown, insert
-from lora_fx.passes.verbs.export_files import by_name, ranges_of, said_of, write_batch, write_switch
+from lora_fx.passes.verbs.export_files import (
+    by_name,
+    save_within,
+    write_batch,
+    write_switch,
+)
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.optimise import narrowed
 from lora_fx.passes.verbs.optimise import optimise as optimised
@@ -80,7 +84,6 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     strip_traces(made.model)
     model = made.model
     conditions = onnx_conditions(branched.conditions())
-    warnings += said_of(conditions, options)
     stages: list[RewriteStage] = []
     if options.optimise:
         model, stages = optimised(model, branched, inputs, provider)
@@ -91,8 +94,8 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         model, tol = made_of.model, GATES[precision]
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
-        keep_within(model, conditions, guard=not options.within)
-        made_file.save(model, options.external_over)
+        wrong = partial(runs_on, reference=branched)
+        told = save_within(made_file, model, conditions, wrong, options)
         session = open_session(made_file.path, provider)
         runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
         if any(s.kept for s in stages) and not precision and not all(p.ok for p in runtime):
@@ -100,11 +103,11 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
             why = "the stages together differ from torch"
             stages = [replace(s, kept=False, why=s.why or why) for s in stages]
             model = made.model
-            keep_within(model, conditions, guard=not options.within)
-            made_file.save(model, options.external_over)
+            told = save_within(made_file, model, conditions, wrong, options)
             session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
         demand(runtime, "ONNX Runtime differs from torch")
+    warnings += told
     if session.note:
         warnings.append(session.note)
     warnings += [f.said for f in getattr(folded, "folded", ()) if f.said]
@@ -124,7 +127,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
             "mode": "merged",
             "nodes": sum(1 for _ in model.graph.all_nodes()),
             "grown_bytes": grown(getattr(folded, "folded", ())),
-            "ranges": ranges_of(conditions),
+            "ranges": [c.to_json() for c in branched.captured.ranges],
             **({"stages": [s.to_json() for s in stages]} if options.optimise else {}),
         },
     )

@@ -95,6 +95,29 @@ class Signature:
         return forward(*lead, *rest, **named)
 
 
+def without_cache(out: object, left_out: list[str] | None = None) -> object:
+    """A model's outputs without key-value caches of transformers, which are no tensors.
+
+    Decoders return one with their default configuration, whether it is asked for or not.
+
+    Args:
+        out: An output class, dict or tuple of a model, or anything else, which comes back.
+        left_out: Gets the names of what is left out.
+    """
+    pairs: list[tuple[object, object]] = []
+    if isinstance(out, dict):
+        pairs = list(out.items())
+    elif type(out) is tuple:
+        pairs = list(enumerate(out))
+    caches = [k for k, v in pairs if type(v).__module__ == "transformers.cache_utils"]
+    if not caches:
+        return out
+    if left_out is not None:
+        left_out += [str(k) for k in caches]
+    kept = {str(k): v for k, v in pairs if k not in caches}
+    return tuple(kept.values()) if type(out) is tuple else type(out)(**kept)
+
+
 def apart(leaves: Sequence[Any]) -> list[Any]:
     """The leaves, with a copy where one tensor is given for two inputs (labels=input_ids).
 

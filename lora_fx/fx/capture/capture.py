@@ -162,7 +162,8 @@ class Captured:
     def ranges(self) -> tuple[Condition, ...]:
         """The sizes at which the model takes the path that was captured, and no other."""
         door = self.traced(False, self.named).door
-        return tuple(c for c in door.conditions if not c.demanded or any(c.bounds()))
+        told = (c for c in door.conditions if not c.demanded or any(c.bounds()))
+        return tuple(c for c in told if not self.inputs.implied(c))
 
     @property
     def eval(self) -> fx.GraphModule:
@@ -280,6 +281,9 @@ class Captured:
         with batched_experts(source.module) if portable else contextlib.nullcontext():
             traced = self._trace(source, training, named, requested)
         self._settle(traced)
+        for name in traced.left_out:
+            said = f"the output {name!r} is left out: a key-value cache is no tensor"
+            self.notes += [said] if said not in self.notes else []
         return traced
 
     def settle(self, kept: Sequence[Condition]) -> None:
@@ -405,12 +409,6 @@ _CAUSES = (
         "aten._local_scalar_dense",
         "a tensor's value is read (.item(), int(), bool())",
         "keep it a tensor: torch.where, masks, or a Python argument",
-    ),
-    (
-        "cache_utils.",
-        "its outputs hold a key-value cache, which is no tensor",
-        "call it with use_cache=False, or set config.use_cache = False before; "
-        "export(…, cache=True) has the cache as tensors",
     ),
     (
         "references nonexistent attribute",

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names
+from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names, without_cache
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import NO_GRAD, value
@@ -42,6 +42,7 @@ class Traced:
         doubtful: What a kernel asked of sizes; a run decides whether it matters.
         cuts: Numbers that sizes are compared, cut or divided with.
         bodies: What higher-order ops call, by the name that the graph reads.
+        left_out: Outputs that are no tensors, and that no graph makes.
         analyses: What was computed of it; see lora_fx.ir.graph.Analysed.
     """
 
@@ -53,6 +54,7 @@ class Traced:
     doubtful: list[Condition] = field(default_factory=list)
     cuts: tuple[int, ...] = ()
     bodies: dict[str, fx.GraphModule] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     analyses: dict[str, object] = field(default_factory=dict)
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
@@ -128,7 +130,9 @@ def _trace(
     log = GuardLog()
     with log.listening():
         program = export_program(entry, (named,), (shapes,))
-    return clean(program, names, requested, log)
+    traced = clean(program, names, requested, log)
+    traced.left_out = tuple(entry.left_out)
+    return traced
 
 
 def export_program(
@@ -160,12 +164,14 @@ class RootModule(nn.Module):
         self.__dict__["_modules"] = source._modules
         self.__dict__["_non_persistent_buffers_set"] = source._non_persistent_buffers_set
         self.training = source.training
-        self._call = (signature, forward)
+        self.left_out: list[str] = []
+        self._call = (signature, forward, self.left_out)
 
     def forward(self, named: dict[str, Any]) -> Any:
         """Call the user's forward with its arguments by name."""
-        signature, forward = self._call
-        return signature.call(forward, named)
+        signature, forward, left_out = self._call
+        left_out.clear()
+        return without_cache(signature.call(forward, named), left_out)
 
 
 @contextlib.contextmanager
