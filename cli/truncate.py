@@ -6,11 +6,21 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.options import adapter_of, force_option, json_option, trust_option
+from lora_fx.cli.options import (
+    adapter_of,
+    captured,
+    force_option,
+    json_option,
+    loss_of,
+    training_data,
+    trust_option,
+)
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
-from lora_fx.cli.truncate_table import TABLE, print_table, table_options
 from lora_fx.errors import LoraFxError
+from lora_fx.text import Json, JsonView
+
+TABLE = ("table", "model", "label", "loss", "weights")
 
 
 @click.command("truncate")
@@ -22,7 +32,11 @@ from lora_fx.errors import LoraFxError
 @click.option("--energy", type=float, help="Share of Σσ² over all updates to keep, at least.")
 @click.option("--max-error", type=float, help="‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most.")
 @click.option("--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most.")
-@table_options
+@click.option("--table", metavar="DATA", help="Print its loss at every rank, and no more.")
+@click.option("--model", metavar="MODEL", help="Of --table: what ADAPTER was trained on.")
+@click.option("--label", default="", metavar="COL", help="Of --table.  [default: labels]")
+@click.option("--loss", default="ce", show_default=True, help="Of --table, as for train.")
+@click.option("--weights", metavar="FILE", help="Of --model, where it is built from code.")
 @trust_option
 @force_option
 @json_option
@@ -44,8 +58,11 @@ def command(
     from lora_fx.formats.io import save_adapter
 
     options = {k: goal.pop(k) for k in TABLE}
+    inputs = [{"adapter": adapter}]
     if options["table"]:
-        print_table(adapter, output, goal, trust, as_json, options)
+        given = [k for k, v in {**goal, "output": output or None}.items() if v is not None]
+        said, fields = _table(adapter, given, trust, options)
+        emit(as_json, "truncate", said, inputs=inputs, **fields)
         return
     if not output:
         raise LoraFxError("nothing to write to", "-o OUT, or --table DATA to look first")
@@ -58,11 +75,25 @@ def command(
         note("no rank was dropped: the adapter is within the goal as it is")
     for text in save_adapter(result.adapter, output, force=force):
         note(text)
-    emit(
-        as_json,
-        "truncate",
-        f"{result}\nwrote {output}",
-        inputs=[{"adapter": adapter}],
-        outputs=[output],
-        **result.to_json(),
-    )
+    said, fields = f"{result}\nwrote {output}", result.to_json()
+    emit(as_json, "truncate", said, inputs=inputs, outputs=[output], **fields)
+
+
+def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tuple[str, Json]:
+    """Losses on DATA at lower ranks, as text and for --json; nothing is written."""
+    from lora_fx.passes.verbs.plan import held_out
+
+    if given:
+        raise LoraFxError(
+            f"--{given[0].replace('_', '-')} has no say beside --table, which writes nothing",
+            "look at the table first",
+        )
+    if not options["model"]:
+        raise LoraFxError("--table needs the model", "--model MODEL")
+    loaded, cap = captured(options["model"], options["weights"], None, (), (), trust)
+    data = training_data(options["table"], loaded, cap, options["label"], 128)
+    result = held_out(cap, adapter_of(adapter, trust), data, loss_of(options["loss"]))
+    for text in result.notes:
+        note(text)
+    rows = [row.to_json() for row in result.rows]
+    return str(result), {"table": rows, "examples": result.examples}

@@ -37,8 +37,7 @@ from lora_fx.fx.attach.live import (
     restore,
     swap,
 )
-from lora_fx.fx.module.adapted import AdaptedReport, entries_of
-from lora_fx.fx.module.fingerprint import Base
+from lora_fx.fx.module.adapted import AdaptedReport, Base, entries_of
 from lora_fx.fx.tensors import (
     AdapterTensors,
     from_numpy,
