@@ -126,12 +126,13 @@ def _trace(
         ],
         spec,
     )
-    entry = RootModule(source, signature, forward)
+    left_out: list[str] = []  # torch.export puts back what a module held before: so not there
+    entry = RootModule(source, signature, forward, left_out)
     log = GuardLog()
     with log.listening():
         program = export_program(entry, (named,), (shapes,))
     traced = clean(program, names, requested, log)
-    traced.left_out = tuple(entry.left_out)
+    traced.left_out = tuple(left_out)
     return traced
 
 
@@ -157,15 +158,16 @@ def export_program(
 class RootModule(nn.Module):
     """A module over the source's own tensors, under their names, that takes a dict of arguments."""
 
-    def __init__(self, source: nn.Module, signature: Signature, forward: Any) -> None:
+    def __init__(
+        self, source: nn.Module, signature: Signature, forward: Any, left_out: list[str]
+    ) -> None:
         super().__init__()
         self.__dict__["_parameters"] = source._parameters
         self.__dict__["_buffers"] = source._buffers
         self.__dict__["_modules"] = source._modules
         self.__dict__["_non_persistent_buffers_set"] = source._non_persistent_buffers_set
         self.training = source.training
-        self.left_out: list[str] = []
-        self._call = (signature, forward, self.left_out)
+        self._call = (signature, forward, left_out)
 
     def forward(self, named: dict[str, Any]) -> Any:
         """Call the user's forward with its arguments by name."""
