@@ -1,9 +1,9 @@
 """fold's numbers: complex weights, a weight in two slots of one node, computed weights' dtypes.
 
 The oracle is the model's own code in fp64 (complex128) with W + ΔW where its product reads W. On
-788628f: `complex` lost the imaginary part and said kept 1.0 (`conjugate`, `adjoint`, `as complex`
-and `real part` raised raw); `added` members were folded in both slots; `dtype` members raised raw,
-`codes first` too.
+788628f: COMPLEX lost the imaginary part and said kept 1.0, the transposed twin too (`conjugate`,
+`adjoint`, `as complex` and `real part` raised raw); of ADDED `addmm`, `one view` and `baddbmm` were
+folded in both slots, the others were right; DTYPE raised raw or were cut to the parameter's dtype.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A key without @ is an update of all uses of a tensor, and NAME@USE of one; else it is refused.
 
-On 788628f: `*` and names of Raw, Inner, Called and Three adapted the lookup or the head alone under
-a key that names both, and a merge into a checkpoint changed both while verify said True; so did the
-default plan and `op:`, `role:` of every model here where one name is stored. Sliced and the alias
-`head` of Aliased were as they should be in the graph, and merged both uses.
+Wrong on 788628f: `*` and names of Inner and Called and the names of Aliased and Three adapted one
+use, in the graph, live and in ONNX, under a key that names all; Raw was right there, and a merge
+into its .onnx file reached the lookup alone. What roles, ops and the default plan chose had plain
+keys, and a merge into a checkpoint changed all uses while verify said True. One stored copy of two
+kept the old values (Aliased, Three), and exclude of one use took both away. Sliced was right.
 """
 
 from __future__ import annotations
