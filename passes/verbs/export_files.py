@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
@@ -36,6 +35,9 @@ from lora_fx.sizes import Condition
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 RANK = 4
 """Of the random adapter that stands in where none is given."""
