@@ -29,6 +29,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
+from lora_fx.targets.regions import own_use
 from lora_fx.text import Json, JsonView, near
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ class Manifest:
         result: dict[str, Array] = {}
         for key, low in adapter.lowrank.items():
             slot = self.slots.get(key)
-            if slot is None or low.use:
-                name = f"{key}@{low.use}" if low.use else key
+            if slot is None or low.use != own_use(key):
+                name = key if "@" in key or not low.use else f"{key}@{low.use}"
                 raise LoraFxError(
                     f"{where}: {name!r} is no target of the file", near(key, self.slots)
                 )

@@ -22,6 +22,7 @@ from torch import Tensor
 import lora_fx
 from lora_fx.compare import FOLD_TOL, ORT_TOL, rel
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.session import Session
 from tests.trust.tied import TIED, Apart, adapted, built, explicit, out, values
 
 CASES = [(n, i) for n, make in TIED.items() for i in ("*", *make.names)]
@@ -185,6 +186,17 @@ def test_onnx(name: str, include: str, tmp_path: Path) -> None:
         return
     lora_fx.merge(tmp_path / "b.onnx", module.adapter(), tmp_path / "n.onnx")
     assert rel(session(tmp_path / "n.onnx", ids), want) < ORT_TOL
+
+
+@pytest.mark.parametrize("include", ["*", HEAD])
+def test_mode_switch(include: str, tmp_path: Path) -> None:
+    model, ids = built(TIED["Called"])
+    module = adapted(model, ids, include)
+    lora_fx.export(module, tmp_path / "s.onnx", mode="switch", provider="cpu")
+    opened = Session(tmp_path / "s.onnx", "cpu")
+    opened.load("one", module.adapter())
+    (got,) = opened.run({"ids": ids.numpy()}, "one").values()
+    assert rel(got, out(module, ids)) < ORT_TOL
 
 
 def test_a_file_without_the_head_by_its_name_is_refused(tmp_path: Path) -> None:
