@@ -12,6 +12,7 @@ import linecache
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ from lora_fx.fx.capture.call import (
     leaf_names,
     limits,
     program_key,
+    sample_call,
+    without_cache,
 )
-from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts, trace
+from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts, record, trace
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import AdapterTensors
-from lora_fx.inputs import Dynamic, Inputs, Named, default_dynamic, merge_dynamic
+from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.sizes import Condition, SizeError
 
 MOST_PATHS = 8
@@ -177,9 +180,7 @@ class Captured:
 
     def _graph_module(self, training: bool) -> fx.GraphModule:
         traced, graph = self.traced(training, self.named), self.fx_graph(training).graph
-        tensors: dict[str, Any] = dict(self.model.named_parameters(remove_duplicate=False))
-        tensors |= dict(self.model.named_buffers(remove_duplicate=False)) | traced.constants
-        tensors |= traced.bodies
+        tensors = _tensors(self.model) | traced.constants | traced.bodies
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
 
@@ -279,12 +280,85 @@ class Captured:
             for n, dims in {**self.requested, **unknown}.items()
         }
         with batched_experts(source.module) if portable else contextlib.nullcontext():
-            traced = self._trace(source, training, named, requested)
+            try:
+                traced = self._trace(source, training, named, requested)
+            except CaptureError as e:
+                traced = self._lower(e, source, training, named)
         self._settle(traced)
         for name in traced.left_out:
             said = f"the output {name!r} is left out: a key-value cache is no tensor"
             self.notes += [said] if said not in self.notes else []
         return traced
+
+    def _lower(
+        self, error: CaptureError, source: ModelSource, training: bool, named: Named
+    ) -> Traced:
+        """The rungs below an export with free sizes: with fixed ones, then one recorded run."""
+        why = one_line(error.message, 200)
+        leaves = dict(zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True))
+        try:
+            traced = self._trace(source, training, named, {})
+            traced.pinned = [
+                Pinned(n, d, int(leaves[n].shape[d]), why)
+                for n, dims in self.requested.items()
+                for d in dims
+                if isinstance(leaves.get(n), torch.Tensor)
+            ]
+            return traced
+        except CaptureError:
+            pass
+        own = self.source.in_dtype(None, self.base_dtype)
+        real = all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
+        if source is not own or not real:
+            raise error
+        modes = [(m, m.training, _computed(m)) for m in self.model.modules()]
+        try:
+            self.model.train(training)
+            with torch.random.fork_rng(devices=[]):
+                traced = record(self.model, self.signature, _hooked(self.model), named, why)
+            self._name_constants(traced)
+            if not training and not self._again(traced, named):
+                raise error  # what its values decide is not what another input's would
+        except CaptureError:
+            raise
+        except Exception as e:
+            raise error from e
+        finally:
+            for m, was, computed in modes:
+                m.training = was
+                m.__dict__.update(computed)
+        self.notes.append(
+            f"one recorded run, true for the example's sizes and for what its values decide: {why}"
+        )
+        return traced
+
+    def _again(self, traced: Traced, named: Named) -> bool:
+        """Whether a recorded graph gives the model's numbers on other inputs of its sizes.
+
+        They are drawn small, large and with the other sign too: branches go by such things.
+        """
+        fixed = describe(leaf_names(named), pytree.tree_leaves(dict(named)))
+        drawn = [named, *(sample_call(fixed, named, SIZES[0], seed) for seed in range(2))]
+        others = [
+            pytree.tree_map_only(torch.Tensor, partial(_times, factor), dict(n))
+            for n in drawn
+            for factor in (-1.0, 16.0, 1 / 16)
+        ]
+        tensors = _tensors(self.model) | traced.constants | traced.bodies
+        used = {str(n.target) for n in traced.graph.nodes if n.op == "get_attr"}
+        graph = fx.GraphModule({n: tensors[n] for n in used}, traced.graph)
+        for other in (*drawn[1:], *others):
+            with torch.no_grad():
+                try:
+                    want = self.signature.call(self.model, other)
+                except Exception:  # it need not be an input that the model takes
+                    continue
+                leaves = pytree.tree_leaves(dict(other))
+                got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
+            pairs = zip(got, pytree.tree_leaves(without_cache(want)), strict=True)
+            if not all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor)):
+                return False
+        return True
 
     def settle(self, kept: Sequence[Condition]) -> None:
         """Take these of what was doubtful for conditions, and the rest for of no meaning."""
@@ -350,6 +424,20 @@ class Captured:
         new.__dict__.update(self.__dict__)
         new.tracings = {k: list(v) for k, v in self.tracings.items()}
         return new
+
+
+def _times(factor: float, x: torch.Tensor) -> torch.Tensor:
+    return x * factor if x.is_floating_point() else x.clone()
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers under all their names."""
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _computed(module: nn.Module) -> dict[str, torch.Tensor]:

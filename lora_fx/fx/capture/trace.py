@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
@@ -153,6 +156,100 @@ def export_program(
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+def record(model: nn.Module, signature: Signature, forward: Any, named: Named, why: str) -> Traced:
+    """One run of a model on its real tensors, written down: the last rung of a capture.
+
+    It holds for the sizes of the example, and for the branches that its values took: whatever
+    Python read of a tensor is a constant of the graph.
+
+    Args:
+        model: With its values, in the mode to record; it stays as it is.
+        signature: Of its forward.
+        forward: What is called.
+        named: The example's arguments.
+        why: Why torch.export refused, for `pinned`.
+    """
+    leaves, spec = pytree.tree_flatten(dict(named))
+    names, left_out = leaf_names(named), list[str]()
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    parameters = dict(model.named_parameters())
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    root, made = RootModule(model, signature, forward, left_out), list[Any]()
+
+    def run(parameters: Any, buffers: Any, given: list[torch.Tensor]) -> list[Any]:
+        rest = iter(given)
+        all_leaves = [next(rest) if isinstance(x, torch.Tensor) else x for x in leaves]
+        arguments = (pytree.tree_unflatten(all_leaves, spec),)
+        out = torch.func.functional_call(root, {**parameters, **buffers}, arguments)
+        flat, out_spec = pytree.tree_flatten(out)
+        made[:] = [out_spec]
+        return flat
+
+    with _quiet(), torch.no_grad(), _scopes(model):
+        module = make_fx(
+            run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
+        )(parameters, buffers, [x.clone() for x in tensors])
+    graph = module.graph
+    constants, bodies = _constants(module, graph)
+    graph.owning_module = None  # it has none of the model's names
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    for place, name in zip(places, (*parameters, *buffers), strict=False):
+        with graph.inserting_before(place):
+            read = graph.get_attr(name)
+        read.meta = dict(place.meta)
+        place.replace_all_uses_with(read)
+        graph.erase_node(place)
+    rest = iter(places[len(parameters) + len(buffers) :])
+    last = None
+    for x, name in zip(leaves, names, strict=True):
+        if isinstance(x, torch.Tensor):
+            last = next(rest)
+        else:  # a constant of the call is a leaf that nothing reads
+            first = next(iter(graph.nodes))
+            with graph.inserting_before(first) if last is None else graph.inserting_after(last):
+                last = graph.placeholder(re.sub(r"\W", "_", name))
+    (end,) = graph.find_nodes(op="output")
+    end.args = (tuple(end.args[0]),)
+    graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
+    _follow_device(graph)
+    graph.set_codegen(fx.graph.CodeGen())
+    sizes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
+    traced = Traced(graph, constants, Door(tuple(names), sizes), made[0], bodies=bodies)
+    traced.left_out = tuple(left_out)
+    traced.pinned = [
+        Pinned(n, d, size, why, "recorded")
+        for n, shape in zip(names, sizes, strict=True)
+        for d, size in enumerate(shape or ())
+    ]
+    return traced
+
+
+@contextlib.contextmanager
+def _scopes(model: nn.Module) -> Iterator[None]:
+    """Nodes get the stack of modules that they were made in, which make_fx leaves out."""
+    stack: dict[str, tuple[str, str]] = {}
+    hooks = []
+    for path, module in model.named_modules():
+        entry = (path, type(module).__qualname__)
+
+        def enter(_m: Any, _args: Any, entry: tuple[str, str] = entry) -> None:
+            stack[entry[0]] = entry
+            traceback.current_meta["nn_module_stack"] = dict(stack)
+
+        def leave(_m: Any, _args: Any, _out: Any, path: str = path) -> None:
+            stack.pop(path, None)
+            traceback.current_meta["nn_module_stack"] = dict(stack)
+
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with traceback.preserve_node_meta():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class RootModule(nn.Module):
@@ -318,10 +415,14 @@ class Pinned:
     dim: int
     size: int
     op: str
+    rung: str = "pinned"
 
     def to_json(self) -> Json:
         """One row of `pinned[]`."""
-        return {"input": self.input, "dim": self.dim, "size": self.size, "op": self.op}
+        return {
+            "input": self.input, "dim": self.dim, "size": self.size, "op": self.op,
+            "rung": self.rung,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         """A line for people."""

@@ -1,0 +1,124 @@
+"""The rungs of a capture: what torch.export refuses is recorded, where a run can stand for others.
+
+On 788628f none of Rows, Scaled and Counted could be captured; Signed and Peeled were refused then
+as they are now, since another input takes another path.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fx
+from tests.fx.module.test_module import perturb
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+class Rows(Two):
+    """Picks rows, and asks Python how many there are."""
+
+    def forward(self, x: Tensor) -> Any:
+        kept = (x.abs().sum(1) >= 0).nonzero()[:, 0]
+        h = self.a(x)
+        return {"y": self.b(h[kept] * 1.5 if kept.numel() > 1 else h)}
+
+
+class Scaled(Two):
+    """Reads a value, which cancels."""
+
+    def forward(self, x: Tensor) -> Any:
+        largest = float(self.a(x).detach().numpy().max())
+        return self.b(self.a(x) / largest * largest)
+
+
+class Counted(Two):
+    def forward(self, x: Tensor) -> Any:
+        steps = int((x == x).sum()) // x.numel() + 1
+        for _ in range(steps):
+            x = self.a(x)
+        return self.b(x)
+
+
+class Signed(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.a(x) if x.sum() > 0 else x)
+
+
+class Peeled(Two):
+    def forward(self, x: Tensor) -> Any:
+        while x.abs().max() > 1:
+            x = self.a(x) / 4
+        return self.b(x)
+
+
+RECORDED = [Rows, Scaled, Counted]
+
+
+def example() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(3, 4)
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_one_run_serves_its_sizes_and_says_so(kind: type[Two]) -> None:
+    torch.manual_seed(0)
+    model, x = kind().eval(), example()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    module = lora_fx.insert(model, (x,), rank=2, include="*")
+    assert set(module.updates) == {"a.weight", "b.0.weight"}
+    assert {p.rung for p in module.found.pinned} == {"recorded"}
+    assert "one recorded run" in str(module.report())
+    perturb(module)
+    by_hand = copy.deepcopy(model)
+    for key, delta in module.adapter().deltas().items():
+        by_hand.get_parameter(key).data += torch.from_numpy(np.asarray(delta)).float()
+    for value in (x, torch.randn(3, 4), torch.randn(5, 4)):  # other rows: another run
+        got, want = (out(m(value)) for m in (module.eval(), by_hand))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    out(module.train()(x)).square().sum().backward()
+    assert all(a.grad is not None and b.grad is not None for a, b in module.slots().values())
+    assert not model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def out(result: Any) -> Tensor:
+    found: Tensor = result["y"] if isinstance(result, dict) else result
+    return found
+
+
+@pytest.mark.parametrize("kind", [Signed, Peeled])
+def test_a_path_that_values_decide_is_refused(kind: type[Two]) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(lora_fx.LoraFxError, match="depends on a tensor's value"):
+        lora_fx.insert(kind().eval(), (example(),), rank=2, include="*")
+
+
+def test_a_recorded_run_is_exported_at_its_sizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = lora_fx.insert(Scaled().eval(), (example(),), rank=2, include="*")
+    perturb(module)
+    report = lora_fx.export(module, tmp_path / "m.onnx")
+    assert any("is fixed at 3" in w for w in report.warnings)
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 4)
+    got = session.run(None, {"x": x.numpy()})[0]
+    np.testing.assert_allclose(got, module(x).detach(), rtol=1e-5, atol=1e-5)
+    assert session.get_inputs()[0].shape == [3, 4]
+
+
+def test_every_module_of_a_recorded_run_is_named() -> None:
+    found = lora_fx.find(Rows().eval(), (example(),))
+    sites = [site for t in found.targets for site in t.sites]
+    assert [(s.scope, s.module_class) for s in sites] == [("a", "Linear"), ("b.0", "Linear")]
