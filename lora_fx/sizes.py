@@ -244,8 +244,8 @@ def nearest(
     moved = [s for s in wanted if s in named]
     for steps in _steps(len(moved)):
         tried = {**wanted, **{s: wanted[s] + k for s, k in zip(moved, steps, strict=True)}}
-        if min(tried.values(), default=1) < 1:
-            continue
+        if any(n < min(1, wanted[s]) for s, n in tried.items()):
+            continue  # an empty cache is one, an empty input is not
         given = {size: extent(text, tried) for size, text in places.items()}
         if broken(conditions, given) is None:
             return tried

@@ -175,9 +175,12 @@ def _only_size(found: Learnt, names: Sequence[str]) -> None:
     """A size that an equation leaves no choice, beside the example's other sizes, is fixed."""
     example = {(n, d): hint(k) for n, shape in zip(names, found.sizes, strict=True)
                for d, k in enumerate(shape or ())}  # fmt: skip
-    equations = [c for c in found.conditions if len(c.sizes) == 1 and parsed(c.text)[0] == "Eq"]
+    equal = [c for c in found.conditions if parsed(c.text)[0] == "Eq"]
+    # a size that equals another one moves with it
+    equal = [c for c in equal if not c.equal_sizes(dict.fromkeys(c.about, "n"))]
+    equations = [c for c in equal if len(c.sizes) == 1]
     for name, d in dict.fromkeys((c.sizes[0][1], c.sizes[0][2]) for c in equations):
-        own = [c for c in found.conditions if (name, d) in c.about]
+        own = [c for c in equal if (name, d) in c.about]
         able = (n for n in range(1, SEARCHED) if broken(own, {**example, (name, d): n}) is None)
         shape = found.sizes[i := names.index(name)]
         if shape is not None and list(islice(able, 2)) == [example[name, d]]:

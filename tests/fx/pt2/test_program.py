@@ -15,6 +15,8 @@ import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.verbs.open import load_program
+from lora_fx.targets.found import Found
+from lora_fx.text import Json
 from tests.fx.pt2.models import exported, net, stirred
 from tests.zoo.shared import captured
 
@@ -23,13 +25,19 @@ SLOW = (pytest.param(n, marks=pytest.mark.slow) for n in WHOLE)
 FOREIGN = ("hf_gpt2/1", "tv_resnet18/1", "transformer_encoder", *SLOW)
 
 
+def told(found: Found) -> Json:
+    """Its JSON, without the lines of source that a foreign file does not hold."""
+    result = found.to_json()
+    return {**result, "ranges": [{**row, "line": ""} for row in result["ranges"]]}
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_file_has_the_targets_of_its_source(name: str, tmp_path: Path) -> None:
     cap, args, kwargs = captured(name)
     path = exported(cap, args, kwargs, tmp_path / "x.pt2")
-    want = lora_fx.find(cap).to_json()
-    assert lora_fx.find(path).to_json() == want
-    assert lora_fx.find(lora_fx.capture(path)).to_json() == want
+    want = told(lora_fx.find(cap))
+    assert told(lora_fx.find(path)) == want
+    assert told(lora_fx.find(lora_fx.capture(path))) == want
     assert len(want["targets"]) > (3 if "/" in name else 5)
 
 
