@@ -78,7 +78,11 @@ def test_what_a_cache_excludes_is_refused(tmp_path: Path) -> None:
     assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_cache_among_the_outputs_of_a_capture_is_explained() -> None:
-    with pytest.raises(LoraFxError, match="its outputs hold a key-value cache") as e:
-        lora_fx.insert(gpt2(), (torch.tensor(IDS),), rank=2)
-    assert "cache=True" in str(e.value.hint)
+def test_a_cache_among_the_outputs_of_a_capture_is_left_out_and_said() -> None:
+    model, ids = gpt2(), torch.tensor(IDS)
+    module = lora_fx.insert(model, (ids,), rank=2)
+    (note,) = module.found.notes
+    assert "a key-value cache is no tensor" in note
+    out = module(ids)
+    torch.testing.assert_close(out.logits, model(ids).logits)
+    assert list(out) == ["logits"]

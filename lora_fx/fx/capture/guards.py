@@ -369,8 +369,8 @@ def _spell(node: Any, names: Mapping[fx.Node, str], sizes: dict[Size, str]) -> s
         return sizes.setdefault(size, f"s{len(sizes)}")
     if node.target in _CALLED:
         return f"{_CALLED[node.target]}({', '.join(_spell(a, names, sizes) for a in node.args)})"
-    left, right = node.args
     sign = _SPELLED[node.target]
+    left, right = node.args
     return f"({_spell(left, names, sizes)} {sign} {_spell(right, names, sizes)})"
 
 
