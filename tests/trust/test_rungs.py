@@ -122,3 +122,30 @@ def test_every_module_of_a_recorded_run_is_named() -> None:
     found = lora_fx.find(Rows().eval(), (example(),))
     sites = [site for t in found.targets for site in t.sites]
     assert [(s.scope, s.module_class) for s in sites] == [("a", "Linear"), ("b.0", "Linear")]
+
+
+class Dropping(nn.Module):
+    """Leaves layers out at random in train mode, as Wav2Vec2 and BART do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            drawn = torch.rand([])
+            if self.training and drawn < 0.9:
+                continue
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_no_layer_is_dropped_in_a_train_graph() -> None:
+    torch.manual_seed(0)
+    model, x = Dropping().eval(), example()
+    module = lora_fx.insert(model, (x,), rank=2)
+    perturb(module)
+    torch.testing.assert_close(module.train()(x), module.eval()(x))
+    module.train()(x).sum().backward()
+    assert all(a.grad is not None for a, _ in module.slots().values())
+    assert "no layer is dropped in train mode" in str(module.report())

@@ -285,9 +285,9 @@ class Captured:
             except CaptureError as e:
                 traced = self._lower(e, source, training, named)
         self._settle(traced)
-        for name in traced.left_out:
-            said = f"the output {name!r} is left out: a key-value cache is no tensor"
-            self.notes += [said] if said not in self.notes else []
+        cache = "is left out: a key-value cache is no tensor"
+        left = (f"the output {n!r} {cache}" for n in traced.left_out)
+        self.notes += [n for n in (*left, *traced.notes) if n not in self.notes]
         return traced
 
     def _lower(

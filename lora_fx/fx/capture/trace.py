@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate, map_arg
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names, without_cache
@@ -46,6 +47,7 @@ class Traced:
         cuts: Numbers that sizes are compared, cut or divided with.
         bodies: What higher-order ops call, by the name that the graph reads.
         left_out: Outputs that are no tensors, and that no graph makes.
+        notes: What else has to be said.
         analyses: What was computed of it; see lora_fx.ir.graph.Analysed.
     """
 
@@ -58,6 +60,7 @@ class Traced:
     cuts: tuple[int, ...] = ()
     bodies: dict[str, fx.GraphModule] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     analyses: dict[str, object] = field(default_factory=dict)
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
@@ -132,10 +135,11 @@ def _trace(
     left_out: list[str] = []  # torch.export puts back what a module held before: so not there
     entry = RootModule(source, signature, forward, left_out)
     log = GuardLog()
-    with log.listening():
+    kept: list[str] = []
+    with log.listening(), every_layer(source, kept):
         program = export_program(entry, (named,), (shapes,))
     traced = clean(program, names, requested, log)
-    traced.left_out = tuple(left_out)
+    traced.left_out, traced.notes = tuple(left_out), tuple(kept)
     return traced
 
 
@@ -187,7 +191,8 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
         made[:] = [out_spec]
         return flat
 
-    with _quiet(), torch.no_grad(), _scopes(model):
+    kept: list[str] = []
+    with _quiet(), torch.no_grad(), _scopes(model), every_layer(model, kept):
         module = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
         )(parameters, buffers, [x.clone() for x in tensors])
@@ -217,13 +222,44 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
     graph.set_codegen(fx.graph.CodeGen())
     sizes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
     traced = Traced(graph, constants, Door(tuple(names), sizes), made[0], bodies=bodies)
-    traced.left_out = tuple(left_out)
+    traced.left_out, traced.notes = tuple(left_out), tuple(kept)
     traced.pinned = [
         Pinned(n, d, size, why, "recorded")
         for n, shape in zip(names, sizes, strict=True)
         for d, size in enumerate(shape or ())
     ]
     return traced
+
+
+class _Drawn(float):
+    """A random number that Python compares, drawn so that nothing is left out."""
+
+    def item(self) -> float:
+        """The number, as a tensor gives it."""
+        return float(self)
+
+
+class _EveryLayer(TorchFunctionMode):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self.said = said
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.rand and len(args) == 1 and args[0] in ([], ()):
+            self.said[:] = ["no layer is dropped in train mode: a graph has all of them"]
+            return _Drawn(1.0)
+        return func(*args, **(kwargs or {}))
+
+
+def every_layer(model: nn.Module, said: list[str]) -> contextlib.AbstractContextManager[object]:
+    """A context in which a train mode that drops whole layers at random drops none.
+
+    Wav2Vec2, BART and their like draw one number a layer and let Python compare it, which no graph
+    can hold. (Stochastic depth by a mask draws tensors, and stays.)
+    """
+    return _EveryLayer(said) if model.training else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
