@@ -153,7 +153,7 @@ class Captured:
         )
         self.inputs = self.inputs.with_dims(self.requested)
         self.tracings: dict[tuple[Any, ...], list[Traced]] = {}
-        self.kept: tuple[Condition, ...] | None = None
+        self.idle: frozenset[object] | None = None
         self._limits_known = False
 
     @property
@@ -360,17 +360,16 @@ class Captured:
                 return False
         return True
 
-    def settle(self, kept: Sequence[Condition]) -> None:
-        """Take these of what was doubtful for conditions, and the rest for of no meaning."""
-        self.kept = tuple(kept)
+    def settle(self, idle: Collection[Condition]) -> None:
+        """Take these of what was doubtful for conditions of no meaning, and the rest for true."""
+        self.idle = frozenset((c.text, c.sizes) for c in idle)
         for held in self.tracings.values():
             for traced in held:
                 self._settle(traced)
 
     def _settle(self, traced: Traced) -> None:
-        if self.kept is not None:
-            same = {(c.text, c.sizes) for c in self.kept}
-            more = [c for c in traced.doubtful if (c.text, c.sizes) in same]
+        if self.idle is not None:
+            more = [c for c in traced.doubtful if (c.text, c.sizes) not in self.idle]
             door = traced.door
             traced.door = replace(door, conditions=tuple(dict.fromkeys([*door.conditions, *more])))
 

@@ -335,6 +335,7 @@ _SPELLED: dict[Any, str] = {
     operator.eq: "==", operator.ne: "!=",
 }  # fmt: skip
 _CALLED = {torch.sym_max: "max", torch.sym_min: "min"}
+_DECIDES = {*_SPELLED, *_CALLED} - {operator.add, operator.sub, operator.mul}
 _NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 
 
@@ -418,7 +419,7 @@ def constants_of(graph: fx.Graph) -> tuple[int, ...]:
             shape, d = getattr(node.args[0].meta.get("val"), "shape", ()), node.args[1:2]
             free = bool(shape) and isinstance(shape[d[0] if d else 0], torch.SymInt)
             numbers = [a for a in node.args[2:4] if type(a) is int and free]
-        elif node.target in (*_SPELLED, *_CALLED):
+        elif node.target in _DECIDES:
             free = any(isinstance(_value(a), torch.SymInt) for a in node.args)
             numbers = [a for a in node.args if type(a) is int and free]
         else:

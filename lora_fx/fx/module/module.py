@@ -435,20 +435,23 @@ def decide_doubts(module: CapturedModule) -> None:
     """
     captured = module.captured
     traced = captured.traced(False, captured.named)
-    if captured.kept is not None:
+    if captured.idle is not None:
         return
-    inputs, kept = captured.bounded_inputs(), []
+    inputs, idle = captured.bounded_inputs(), []
     tried: dict[tuple[tuple[str, tuple[int, ...]], ...], bool] = {}
     for condition in traced.doubtful:
         outside = inputs.outside(condition)
-        if outside is None:
-            continue  # nothing but a size of 0 breaks it, or what else has to hold implies it
+        if (
+            outside is None
+        ):  # nothing but a size of 0 breaks it, or what else has to hold implies it
+            idle.append(condition)
+            continue
         key = tuple(inputs.sizes(outside).items())
         if key not in tried:
             tried[key] = _same_at(module, captured, module.sample(outside))
-        if not tried[key]:
-            kept.append(condition)
-    captured.settle(kept)
+        if tried[key]:
+            idle.append(condition)
+    captured.settle(idle)
     module._programs.compiled.clear()
 
 

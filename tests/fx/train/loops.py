@@ -22,7 +22,12 @@ STEPS, ROWS = 20, 3
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
     """Accelerate keeps the precision of the last Trainer for the whole process."""
+    _reset()
     yield
+    _reset()
+
+
+def _reset() -> None:
     accelerate = sys.modules.get("accelerate")
     if accelerate is not None:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

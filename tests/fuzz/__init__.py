@@ -1,0 +1,1 @@
+"""Random programs: everything that is accepted is right, everything refused is refused in words."""
