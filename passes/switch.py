@@ -80,7 +80,9 @@ class Switch:
             Insert(some, role=role, weight_form=whole)(graph)
         slots = {}
         for i, t in enumerate(targets):
-            rank = self.rank or (0 if self._direct(t) else 1)
+            # [out, 0] @ [N, 0, n] is left as the memory was, by ONNX Runtime 1.31 on the CPU
+            left = any(getattr(s.kind, "form", "") == "left" for s in t.sites)
+            rank = self.rank or (0 if self._direct(t) and not left else 1)
             slots[t.key] = settle(graph, t, rank, "" if self.rank else f"rank_{i}")
         if not self.rank:
             accumulate(graph, slots.values())
