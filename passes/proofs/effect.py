@@ -18,17 +18,19 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import FOLD_TOL
+from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.module.adapted import AdaptedModule, Effect
-from lora_fx.fx.module.module import Rewriter, copied
+from lora_fx.fx.module.module import Rewriter, copied, plain
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.attached import eval_mode
 from lora_fx.passes.proofs.parity import prove, torch_run
 from lora_fx.sizes import SizeError
+from lora_fx.targets.target import base_name
 from lora_fx.text import some
 
 if TYPE_CHECKING:
@@ -183,7 +185,37 @@ def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
     except LoraFxError:
         return ()  # a file with a train program only; the note on eval mode says so
     _same_as_weight_form(module, named)
+    _same_gradients(module, named)
     return ()
+
+
+def _same_gradients(module: AdaptedModule, named: Named) -> None:
+    """Where a forward has autograd functions or hooks, its weights' gradients are the graph's.
+
+    A capture drops them: a memory saver's gradient is the same, a reversal's is not.
+    """
+    captured = module.captured
+    own = captured.traced(False, captured.named, module.base_dtype).own_gradients
+    if not own or captured.live:
+        return
+    names = list(dict.fromkeys(base_name(k) for k in module.updates))[:8]
+    tangents = torch.Generator().manual_seed(0)
+    found = []
+    for model in (captured.model, plain(captured)):
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        given = {n: weights[n].detach().clone().requires_grad_() for n in names if n in weights}
+        with eval_mode(model), torch.enable_grad():
+            out = torch.func.functional_call(model, given, (), copied(named))
+            floats = [y for y in pytree.tree_leaves(out) if isinstance(y, torch.Tensor)]
+            draws = ((y, tangents.manual_seed(0)) for y in floats if y.requires_grad)
+            parts = [(y * torch.randn(y.shape, generator=g).to(y)).sum() for y, g in draws]
+        grads = torch.autograd.grad(parts, list(given.values()), allow_unused=True)
+        found.append([torch.zeros(()) if g is None else g for g in grads])
+    if any(rel(to_numpy(b), to_numpy(a)) > 1e-3 for a, b in zip(*found, strict=True)):
+        raise LoraFxError(
+            f"{some(own)} has a gradient of its own, which a graph drops: training would differ",
+            "lora_fx.attach trains the live model; dead='allow' inserts all the same",
+        )
 
 
 def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:

@@ -116,6 +116,7 @@ def attach(
             model if isinstance(model, Captured) else capture(_module(model), args, kwargs, dynamic)
         )
         model = _module(cap.model)
+        cap.live = True
         planner = _whole(cap, dropout)
     except CaptureError as e:
         cap, planner = None, _partial(model, args, kwargs, dropout, e)

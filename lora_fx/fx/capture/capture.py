@@ -115,6 +115,7 @@ class Captured:
     """
 
     adapter: Adapter | None = None
+    live = False  # True where the model itself trains, and the graph shows its targets
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class Traced:
         bodies: What higher-order ops call, by the name that the graph reads.
         left_out: Outputs that are no tensors, and that no graph makes.
         notes: What else has to be said.
+        own_gradients: What may have another gradient than its forward, which a graph has not.
         analyses: What was computed of it; see lora_fx.ir.graph.Analysed.
     """
 
@@ -61,6 +62,7 @@ class Traced:
     bodies: dict[str, fx.GraphModule] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    own_gradients: tuple[str, ...] = ()
     analyses: dict[str, object] = field(default_factory=dict)
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
@@ -136,10 +138,12 @@ def _trace(
     entry = RootModule(source, signature, forward, left_out)
     log = GuardLog()
     kept: list[str] = []
-    with log.listening(), every_layer(source, kept):
+    own = [n for n, m in source.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    with log.listening(), every_layer(source, kept), _gradients_of_its_own(own):
         program = export_program(entry, (named,), (shapes,))
     traced = clean(program, names, requested, log)
     traced.left_out, traced.notes = tuple(left_out), tuple(kept)
+    traced.own_gradients = tuple(dict.fromkeys(own))
     return traced
 
 
@@ -260,6 +264,28 @@ def every_layer(model: nn.Module, said: list[str]) -> contextlib.AbstractContext
     can hold. (Stochastic depth by a mask draws tensors, and stays.)
     """
     return _EveryLayer(said) if model.training else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _gradients_of_its_own(found: list[str]) -> Iterator[None]:
+    """Note autograd functions and tensor hooks that a forward uses: an export drops them."""
+    function: Any = torch.autograd.Function
+    tensor: Any = torch.Tensor
+    apply, hook = function.__dict__["apply"], tensor.register_hook
+
+    def noted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        found.extend([cls.__qualname__] * (not cls.__module__.startswith("torch.")))
+        return apply.__func__(cls, *args, **kwargs)
+
+    def hooked(self: Any, *args: Any) -> Any:
+        found.append("Tensor.register_hook")
+        return hook(self, *args)
+
+    function.apply, tensor.register_hook = classmethod(noted), hooked
+    try:
+        yield
+    finally:
+        function.apply, tensor.register_hook = apply, hook
 
 
 @contextlib.contextmanager

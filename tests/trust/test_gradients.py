@@ -1,0 +1,137 @@
+"""Gradients that are not those of the forward: refused for insert, kept by attach.
+
+On 788628f Reversed, Hooked, ModuleHooked, Clipped and Straight were inserted without a word and
+trained along the gradient of the forward: Reversed in the opposite direction.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fx
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, and lets the gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x * 4).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Saving(torch.autograd.Function):
+    """Swish that keeps its input only; its gradient is the true one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return grad * (s + x * s * (1 - s))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def between(self, h: Tensor) -> Tensor:
+        return h
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(self.between(torch.tanh(self.a(x))))
+        return result
+
+
+class Reversed(Two):
+    def between(self, h: Tensor) -> Tensor:
+        return Reverse.apply(h)
+
+
+class Quantised(Two):
+    def between(self, h: Tensor) -> Tensor:
+        return h + Straight.apply(h)
+
+
+class Hooked(Two):
+    def between(self, h: Tensor) -> Tensor:
+        h = h * 1.0
+        if h.requires_grad:
+            h.register_hook(lambda g: g * 3)
+        return h
+
+
+class Clipped(Two):
+    def between(self, h: Tensor) -> Tensor:
+        h = h * 1.0
+        if h.requires_grad:
+            h.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+        return h
+
+
+class ModuleHooked(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))
+
+
+class Memory(Two):
+    def between(self, h: Tensor) -> Tensor:
+        return Saving.apply(h)
+
+
+class Watching(Two):
+    """A hook that only looks."""
+
+    def between(self, h: Tensor) -> Tensor:
+        h = h * 1.0
+        if h.requires_grad:
+            h.register_hook(lambda g: None)
+        return h
+
+
+OWN = [Reversed, Quantised, Hooked, Clipped, ModuleHooked]
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_insert_refuses_and_attach_keeps_it(kind: type[Two]) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(5, 4)
+    with pytest.raises(lora_fx.LoraFxError, match="gradient of its own") as e:
+        lora_fx.insert(model, (x,), rank=2)
+    assert "attach" in e.value.hint
+    lora_fx.insert(model, (x,), rank=2, dead="allow")
+    live = copy.deepcopy(model)
+    lora_fx.attach(live, (x,), rank=2)
+    live.train()(x).sum().backward()
+    assert all(p.grad is not None for p in live.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", [Two, Memory, Watching])
+def test_what_has_the_true_gradient_is_served(kind: type[Two]) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(5, 4)
+    assert lora_fx.insert(model, (x,), rank=2).updates
