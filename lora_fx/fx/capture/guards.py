@@ -24,6 +24,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
+from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import hint
@@ -32,6 +33,8 @@ from lora_fx.sizes import SEARCHED, Condition, Size, broken, parsed
 aten = torch.ops.aten
 BRANCH, DEMAND, LAYOUT = "branch", "demand", "layout"
 UNKNOWN = "the model's arithmetic"
+Shape = list["int | torch.SymInt"]
+"""The sizes of a leaf as the export has them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class GuardLog:
             yield self
             return
 
-        def log(env: Any, prefix: str, g: Any, *args: Any, **kwargs: Any) -> None:
+        def log(env: object, prefix: str, g: object, *args: object, **kwargs: object) -> None:
             if "suppressed" not in prefix:
                 found = Guard(g, *_origin(sys._getframe(1)))
                 for text in (str(g), str(symbolic_shapes.canonicalize_bool_expr(g))):
@@ -134,7 +137,7 @@ class Learnt:
 
     conditions: list[Condition]
     doubtful: list[Condition]
-    sizes: list[list[Any] | None]
+    sizes: list[Shape | None]
     fixed: dict[tuple[int, int], str] = field(default_factory=dict)
 
 
@@ -149,7 +152,9 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
     """
     places = [n for n in graph.nodes if n.op == "placeholder"]
     values = [p.meta.get("val") for p in places]
-    shapes = [list(v.shape) if isinstance(v, torch.Tensor) else None for v in values]
+    shapes: list[Shape | None] = [
+        list(v.shape) if isinstance(v, torch.Tensor) else None for v in values
+    ]
     found = Learnt([], [], shapes)
     symbols = _symbols(shapes)
     by_node = {p: name for p, name in zip(places, names, strict=True)}
@@ -215,7 +220,7 @@ def _sort(found: Learnt, condition: Condition, guard: Guard) -> None:
         found.conditions.append(condition)
 
 
-def _symbols(shapes: Sequence[list[Any] | None]) -> dict[Any, tuple[int, int]]:
+def _symbols(shapes: Sequence[Shape | None]) -> dict[Any, tuple[int, int]]:
     """Symbol → the first (leaf, dimension) that it is alone the size of."""
     result: dict[Any, tuple[int, int]] = {}
     for i, shape in enumerate(shapes):
@@ -252,22 +257,22 @@ def _bound(
             _sort(found, made, guard)
 
 
-def _whole(n: Any) -> int | None:
+def _whole(n: object) -> int | None:
     try:
-        return int(n) if int(n) < 1 << 31 else None
+        return found if (found := int(str(n))) < 1 << 31 else None
     except (OverflowError, TypeError, ValueError, AttributeError):
         return None
 
 
 def _shared(
     found: Learnt,
-    shapes: Sequence[list[Any] | None],
+    shapes: Sequence[Shape | None],
     symbols: Mapping[Any, tuple[int, int]],
     names: Sequence[str],
     log: GuardLog,
 ) -> None:
     """Sizes that are not free by themselves: equal to another, or computed of it."""
-    printer = _printer()
+    printer = PythonPrinter().doprint
     for i, shape in enumerate(shapes):
         for d, n in enumerate(shape or ()):
             if not isinstance(n, torch.SymInt) or symbols.get(n.node.expr) == (i, d):
@@ -317,12 +322,6 @@ def _speaks_of(guard: Guard, symbols: set[Any]) -> bool:
     return symbols < getattr(guard.expression, "free_symbols", set())
 
 
-def _printer() -> Any:
-    from torch.utils._sympy.printers import PythonPrinter
-
-    return PythonPrinter().doprint
-
-
 def _symbol(name: str) -> Any:
     import sympy  # type: ignore[import-untyped]
 
@@ -358,7 +357,7 @@ def _of_node(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condition
     return Condition(text, rows, guard.line, guard.kind == DEMAND)
 
 
-def _spell(node: Any, names: Mapping[fx.Node, str], sizes: dict[Size, str]) -> str:
+def _spell(node: object, names: Mapping[fx.Node, str], sizes: dict[Size, str]) -> str:
     """An expression of sizes as text; raises KeyError where it is made of anything else."""
     if type(node) is int:
         return str(node)
@@ -428,5 +427,5 @@ def constants_of(graph: fx.Graph) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _value(node: Any) -> Any:
+def _value(node: object) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else None

@@ -273,11 +273,11 @@ def _gradients_of_its_own(found: list[str]) -> Iterator[None]:
     tensor: Any = torch.Tensor
     apply, hook = function.__dict__["apply"], tensor.register_hook
 
-    def noted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def noted(cls: Any, *args: object, **kwargs: object) -> Any:
         found.extend([cls.__qualname__] * (not cls.__module__.startswith("torch.")))
         return apply.__func__(cls, *args, **kwargs)
 
-    def hooked(self: Any, *args: Any) -> Any:
+    def hooked(self: object, *args: object) -> object:
         found.append("Tensor.register_hook")
         return hook(self, *args)
 
@@ -296,11 +296,11 @@ def _scopes(model: nn.Module) -> Iterator[None]:
     for path, module in model.named_modules():
         entry = (path, type(module).__qualname__)
 
-        def enter(_m: Any, _args: Any, entry: tuple[str, str] = entry) -> None:
+        def enter(_m: object, _args: object, entry: tuple[str, str] = entry) -> None:
             stack[entry[0]] = entry
             traceback.current_meta["nn_module_stack"] = dict(stack)
 
-        def leave(_m: Any, _args: Any, _out: Any, path: str = path) -> None:
+        def leave(_m: object, _args: object, _out: object, path: str = path) -> None:
             stack.pop(path, None)
             traceback.current_meta["nn_module_stack"] = dict(stack)
 
