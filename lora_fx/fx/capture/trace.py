@@ -273,7 +273,7 @@ def _gradients_of_its_own(found: list[str]) -> Iterator[None]:
     tensor: Any = torch.Tensor
     apply, hook = function.__dict__["apply"], tensor.register_hook
 
-    def noted(cls: Any, *args: object, **kwargs: object) -> Any:
+    def noted(cls: Any, /, *args: object, **kwargs: object) -> Any:
         found.extend([cls.__qualname__] * (not cls.__module__.startswith("torch.")))
         return apply.__func__(cls, *args, **kwargs)
 
