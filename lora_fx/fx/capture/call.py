@@ -197,31 +197,34 @@ class Door:
     sizes: tuple[tuple[int | None, ...] | None, ...]
     conditions: tuple[Condition, ...] = ()
 
-    def check(self, leaves: Sequence[Any]) -> None:
-        """Raise SizeError naming the input whose size does not fit."""
+    def refused(self, leaves: Sequence[Any]) -> SizeError | None:
+        """The error that names the input whose size does not fit; None where all do.
+
+        In plain loops, which torch.compile traces.
+        """
         for name, want, leaf in zip(self.names, self.sizes, leaves, strict=True):
-            if want is None:
-                continue
-            for i in range(len(want)):
-                if want[i] is not None and leaf.shape[i] != want[i]:
-                    raise SizeError(
-                        f"{name}: captured for sizes {list(want)} (None = any), "
+            for i, n in enumerate(want or ()):
+                if n is not None and leaf.shape[i] != n:
+                    return SizeError(
+                        f"{name}: captured for sizes {list(want or ())} (None = any), "
                         f"got {list(leaf.shape)}",
                         "give such sizes, or capture with this dimension dynamic",
                     )
         for condition in self.conditions:
             given = self.given(condition, leaves)
             if not condition.holds(given):
-                raise condition.refusal(given)
+                return condition.refusal(given)
+        return None
+
+    def check(self, leaves: Sequence[Any]) -> None:
+        """Raise what refused gives."""
+        error = self.refused(leaves)
+        if error is not None:
+            raise error
 
     def admits(self, leaves: Sequence[Any]) -> bool:
-        """Whether check would raise nothing; in plain loops, which torch.compile traces."""
-        for want, leaf in zip(self.sizes, leaves, strict=True):
-            if want is not None:
-                for i in range(len(want)):
-                    if want[i] is not None and leaf.shape[i] != want[i]:
-                        return False
-        return all(c.holds(self.given(c, leaves)) for c in self.conditions)
+        """Whether all sizes fit."""
+        return self.refused(leaves) is None
 
     def given(self, condition: Condition, leaves: Sequence[Any]) -> dict[Size, int]:
         """The sizes that a condition speaks of."""

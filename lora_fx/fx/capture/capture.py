@@ -40,7 +40,7 @@ from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts,
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
-from lora_fx.sizes import Condition, SizeError
+from lora_fx.sizes import Condition
 
 MOST_PATHS = 8
 """Graphs of one call: a model that takes another path at every size is refused from then on."""
@@ -232,10 +232,8 @@ class Captured:
     ) -> Traced:
         """The graph at sizes where those so far do not hold: another path of the model's code."""
         leaves = pytree.tree_leaves(dict(named))
-        try:
-            held[0].door.check(leaves)
-        except SizeError as e:
-            refused = e
+        refused = held[0].door.refused(leaves)
+        assert refused is not None
         ones = {
             n: {d for d in dims if x.shape[d] == 1}
             for n, x in zip(leaf_names(named), leaves, strict=True)

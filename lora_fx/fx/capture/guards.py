@@ -15,7 +15,7 @@ import linecache
 import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import FrameType
 from typing import Any
@@ -211,6 +211,8 @@ def _said(node: fx.Node) -> str:
 def _sort(found: Learnt, condition: Condition, guard: Guard) -> None:
     at = [condition.holds(dict.fromkeys(condition.about, n)) for n in range(1, 70)]
     only_one = len(condition.sizes) == 1 and not at[0] and all(at[1:])
+    if only_one:  # one text for it: the two modes of a model ask in different words
+        condition = replace(condition, text=f"{condition.sizes[0][0]} != 1")
     if guard.kind == LAYOUT or (only_one and not condition.demanded):
         # Kept, "not 1" refuses a batch of 1 that nn.TransformerEncoder takes, and the single token
         # that decoders of transformers run on. Dropped, a model with `if x.shape[0] == 1` is wrong
