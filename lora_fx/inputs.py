@@ -102,8 +102,7 @@ class Inputs:
     @property
     def checks(self) -> tuple[Extents, ...]:
         """The sizes of every check; both sides of each cut are among them."""
-        symbols = self._symbols()
-        cached = PAST in symbols
+        cached = PAST in self._symbols()
         free = next(iter(self.others), None)
         near = sorted({n + k for n in self.cuts if n <= LARGEST_CUT for k in (0, 1)})
         bounds = [n for c in self.conditions for n in c.bounds() if n is not None and n <= 64]
