@@ -207,7 +207,7 @@ class Inputs:
         wanted = self._wanted(SIZES[0], places)
         named = {t for s in condition.about for t in terms(places.get(s, ""))}
         for symbol in (s for s in wanted if s in named):
-            for n in (1, *range(2, 70)):
+            for n in (*range(1, 70), *(m + k for m in condition.bounds() if m for k in (-1, 1))):
                 tried = {**wanted, symbol: n}
                 given = {size: extent(text, tried) for size, text in places.items()}
                 if not condition.holds(given) and broken(self.conditions, given) is None:

@@ -145,7 +145,7 @@ _BINARY: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul,
     "FloorDiv": operator.floordiv, "Mod": operator.mod,
     "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge,
-    "Eq": operator.eq, "NotEq": operator.ne,
+    "Eq": operator.eq, "NotEq": operator.ne, "Or": operator.or_, "And": operator.and_,
 }  # fmt: skip
 _CALLS: dict[str, Callable[..., int]] = {"min": min, "max": max}
 
@@ -178,6 +178,8 @@ def _tree(node: ast.expr) -> str | Tree | int:
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         return (type(node.ops[0]).__name__, _tree(node.left), _tree(node.comparators[0]))
     match node:
+        case ast.BoolOp(op, [left, right]):
+            return (type(op).__name__, _tree(left), _tree(right))
         case ast.Call(ast.Name(name), [_, *_] as given, []) if name in _CALLS:
             return (name, *(_tree(a) for a in given))
     raise ValueError(ast.dump(node))

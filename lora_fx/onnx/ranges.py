@@ -25,6 +25,7 @@ GUARD = "lora_fx holds for "
 _OPS = {
     "Add": "Add", "Sub": "Sub", "Mult": "Mul", "Mod": "Mod", "min": "Min", "max": "Max",
     "Lt": "Less", "LtE": "LessOrEqual", "Gt": "Greater", "GtE": "GreaterOrEqual", "Eq": "Equal",
+    "Or": "Or", "And": "And",
 }  # fmt: skip
 
 

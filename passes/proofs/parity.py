@@ -63,11 +63,13 @@ def prove(
     reference.eval()
     results: list[Parity] = []
     own: dict[str, float] | None = None
-    for named, feeds in feeds_of(reference, arrays, sizes):
+    for named, feeds, extra in feeds_of(reference, arrays, sizes):
         shapes = shapes_of(feeds)
         try:
             expected = reference.flat(named)
         except (RuntimeError, ValueError) as e:
+            if extra:
+                continue  # a size beyond a cut need not be one that the model takes
             sizes_text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
             raise LoraFxError(
                 f"the model does not run at {sizes_text}: {one_line(e, 160)}",
@@ -87,8 +89,8 @@ def feeds_of(
     reference: CapturedModule,
     arrays: Named | None = None,
     sizes: Sequence[Extents] | None = None,
-) -> Iterator[tuple[Named, dict[str, Array]]]:
-    """(named arguments, {ONNX input: array}) of every size that the model takes, each once."""
+) -> Iterator[tuple[Named, dict[str, Array], bool]]:
+    """(named arguments, {ONNX input: array}, whether a cut asked) of every size, each once."""
     seen: set[tuple[Any, ...]] = set()
     sizes = reference.captured.inputs.checks if sizes is None else sizes
     for size in sizes if arrays is None else sizes[:1]:
@@ -97,7 +99,7 @@ def feeds_of(
         shapes = {k: v.shape for k, v in feeds.items()}
         if tuple(shapes.values()) not in seen and not outside(reference, named):
             seen.add(tuple(shapes.values()))
-            yield named, feeds
+            yield named, feeds, isinstance(size, Mapping)
 
 
 def runs_on(session: RuntimeSession, reference: CapturedModule) -> tuple[Condition, ...]:

@@ -34,7 +34,7 @@ def optimise(
     """(onnx_ir model, its stages), on the inputs that export proves with."""
     from lora_fx.passes.proofs.parity import feeds_of  # imports torch, which files do without
 
-    feeds = [f for _, f in feeds_of(reference, arrays)]
+    feeds = [f for _, f, extra in feeds_of(reference, arrays) if not extra]
     return _cleaned(*apply_stages(model, feeds, provider=provider))
 
 
@@ -48,7 +48,7 @@ def narrowed(
     """A graph in fewer bits, on the inputs that export proves with."""
     from lora_fx.passes.proofs.parity import feeds_of
 
-    feeds = [f for _, f in feeds_of(reference, arrays)]
+    feeds = [f for _, f, extra in feeds_of(reference, arrays) if not extra]
     return narrow(model, precision, feeds, provider)
 
 

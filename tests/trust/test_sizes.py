@@ -100,6 +100,18 @@ class Positions(Two):
         return self.a(x + self.table[: x.shape[1]])
 
 
+class Limited(Two):
+    """Positions from a buffer, by expand: torch's condition on them is an alternative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.arange(120)[None] % 16)
+
+    def forward(self, x: Tensor) -> Any:
+        places = self.get_buffer("places")[:, : x.shape[1]].expand(x.shape[0], x.shape[1])
+        return self.a(x + self.table[places])
+
+
 SIZES = [(2, 6), (3, 7), (1, 11), (2, 8), (2, 16), (4, 17), (1, 1), (2, 30)]
 PATHS = [Branch, Pooled, Total, ShortBatch, Even, Unlike, Ordered, Last, Cut]
 TWINS = [Twin, Shifted, SameOnBothSides, Positions]
@@ -227,6 +239,17 @@ def test_a_switchable_file_and_its_session_know_the_sizes(tmp_path: Path) -> Non
     np.testing.assert_allclose(next(iter(got.values())), by_hand(x).detach(), rtol=1e-5, atol=1e-5)
     with pytest.raises(SizeError, match=r"'x' has size 30 in dimension 1"):
         session.run({"x": np.zeros((2, 30, 4), np.float32)}, adapter="adapter")
+
+
+def test_a_limit_beyond_the_sizes_of_proofs_is_a_limit(tmp_path: Path) -> None:
+    module, by_hand = adapted(Limited)
+    for steps in (6, 1, 120):
+        x = example(Limited, 2, steps)[0]
+        torch.testing.assert_close(module(x), by_hand(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="120"):  # torch's own, as in eager mode
+        by_hand(torch.randn(2, 121, 4))
+    report = lora_fx.export(module, tmp_path / "m.onnx")
+    assert max(p.sizes["x"][1] for p in report.parity) == 120
 
 
 def test_a_path_for_every_size_ends_in_a_refusal() -> None:

@@ -168,7 +168,7 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
     for symbol, bounds in program.range_constraints.items():
         if symbol in symbols:
             _bound(found, symbols[symbol], names, bounds, symbol, log)
-    _shared(found, shapes, symbols, names, log)
+    _shared(found, shapes, symbols, names)
     _squeezed(found, graph, symbols, names)
     found.conditions = _distinct(found.conditions)
     _only_size(found, names)
@@ -271,7 +271,6 @@ def _shared(
     shapes: Sequence[Shape | None],
     symbols: Mapping[Any, tuple[int, int]],
     names: Sequence[str],
-    log: GuardLog,
 ) -> None:
     """Sizes that are not free by themselves: equal to another, or computed of it."""
     printer = PythonPrinter().doprint
@@ -290,9 +289,7 @@ def _shared(
                 parsed(text := f"s0 == {right}")
             except (LoraFxError, NotImplementedError, TypeError):
                 continue
-            asked = (g for g in log.guards.values() if _speaks_of(g, {*free}))
-            line = next((g.line for g in asked), UNKNOWN)
-            found.conditions.append(Condition(text, tuple(sizes), line, demanded=True))
+            found.conditions.append(Condition(text, tuple(sizes), UNKNOWN, demanded=True))
 
 
 def _squeezed(
@@ -313,15 +310,9 @@ def _squeezed(
                 line = str(node.meta.get("stack_trace") or UNKNOWN).splitlines()
                 where = next((x.strip() for x in reversed(line) if "File " in x), UNKNOWN)
                 sizes = (("s0", names[i], d),)
-                found.conditions.append(Condition("s0 != 1", sizes, _plain(where)))
-
-
-def _plain(line: str) -> str:
-    return line.removeprefix("File ").replace('"', "")
-
-
-def _speaks_of(guard: Guard, symbols: set[Any]) -> bool:
-    return symbols < getattr(guard.expression, "free_symbols", set())
+                found.conditions.append(
+                    Condition("s0 != 1", sizes, where.removeprefix("File ").replace('"', ""))
+                )
 
 
 def _symbol(name: str) -> Any:
@@ -342,21 +333,28 @@ _NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 
 def _of_node(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condition | None:
     """The comparison that an assert's node computes; None where it is not one of sizes."""
-    negated = isinstance(test, fx.Node) and test.target is torch.sym_not
-    node = test.args[0] if negated else test
-    sign = _SPELLED.get(getattr(node, "target", None), "")
-    if sign not in _NEGATED:
-        return None
     sizes: dict[Size, str] = {}
     try:
-        left, right = (_spell(a, names, sizes) for a in node.args)
-    except KeyError:
+        text = _test(test, names, sizes, negated=False)
+    except (KeyError, AttributeError):
         return None
-    text = f"{left} {_NEGATED[sign] if negated else sign} {right}"
     if not sizes or len(text) > 4000:
         return None
     rows = tuple((short, name, d) for (name, d), short in sizes.items())
     return Condition(text, rows, guard.line, guard.kind == DEMAND)
+
+
+def _test(node: Any, names: Mapping[fx.Node, str], sizes: dict[Size, str], *, negated: bool) -> str:
+    """A comparison, or two, as text; raises KeyError where it is anything else."""
+    if node.target is torch.sym_not:
+        return _test(node.args[0], names, sizes, negated=not negated)
+    if node.target in (operator.or_, operator.and_):
+        word = "or" if (node.target is operator.or_) != negated else "and"
+        return f" {word} ".join(f"({_test(a, names, sizes, negated=negated)})" for a in node.args)
+    sign = _SPELLED[node.target]
+    left, right = (_spell(a, names, sizes) for a in node.args)
+    other = _NEGATED[sign]
+    return f"{left} {other if negated else sign} {right}"
 
 
 def _spell(node: object, names: Mapping[fx.Node, str], sizes: dict[Size, str]) -> str:
@@ -407,8 +405,8 @@ def drop_layout(graph: fx.Graph, log: GuardLog) -> None:
 _OPERATORS: dict[str, Any] = {
     "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "FloorDiv": operator.floordiv,
     "Mod": operator.mod, "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt,
-    "GtE": operator.ge, "Eq": operator.eq, "NotEq": operator.ne,
-    "min": torch.sym_min, "max": torch.sym_max,
+    "GtE": operator.ge, "Eq": operator.eq, "NotEq": operator.ne, "Or": operator.or_,
+    "And": operator.and_, "min": torch.sym_min, "max": torch.sym_max,
 }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def _trace(
     own = [n for n, m in source.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     with log.listening(), every_layer(source, kept), _gradients_of_its_own(own):
         program = export_program(entry, (named,), (shapes,))
-    traced = clean(program, names, requested, log)
+    traced = clean_module(program.module(check_guards=False), program, names, requested, log)
     traced.left_out, traced.notes = tuple(left_out), tuple(kept)
     traced.own_gradients = tuple(dict.fromkeys(own))
     return traced
@@ -372,20 +372,6 @@ def at_least_two(x: torch.Tensor, dims: Mapping[int, str]) -> torch.Tensor:
     return x
 
 
-def clean(
-    program: ExportedProgram, names: Sequence[str], requested: Requested, log: GuardLog
-) -> Traced:
-    """A program as a flat graph whose placeholders are the leaves.
-
-    Args:
-        program: The export, or what a file holds.
-        names: The names of the leaves.
-        requested: What should be dynamic.
-        log: What was learnt while it was made; empty for a file.
-    """
-    return clean_module(program.module(check_guards=False), program, names, requested, log)
-
-
 def clean_module(
     module: fx.GraphModule,
     program: ExportedProgram,
@@ -393,7 +379,15 @@ def clean_module(
     requested: Requested,
     log: GuardLog,
 ) -> Traced:
-    """See clean; the module is the program's, and may have been edited."""
+    """A program as a flat graph whose placeholders are the leaves.
+
+    Args:
+        module: The program's; it may have been edited.
+        program: The export, or what a file holds.
+        names: The names of the leaves.
+        requested: What should be dynamic.
+        log: What was learnt while it was made; empty for a file.
+    """
     graph = module.graph
     inline_regions(module, graph)
     for node in list(graph.nodes):
