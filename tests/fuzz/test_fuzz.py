@@ -9,7 +9,7 @@ from tests.fuzz.check import check
 from tests.fuzz.programs import program
 
 
-@pytest.mark.parametrize("seed", [*range(8), 41])
+@pytest.mark.parametrize("seed", [*range(8), 41, 1031])
 def test_a_drawn_program_is_right_or_refused_in_words(seed: int) -> None:
     drawn = program(seed)
     verdict = check(drawn, checks.VERBS if seed % 4 == 0 else checks.VERBS[:3])

@@ -441,11 +441,8 @@ def decide_doubts(module: CapturedModule) -> None:
     tried: dict[tuple[tuple[str, tuple[int, ...]], ...], bool] = {}
     for condition in traced.doubtful:
         outside = inputs.outside(condition)
-        if (
-            outside is None
-        ):  # nothing but a size of 0 breaks it, or what else has to hold implies it
-            idle.append(condition)
-            continue
+        if outside is None:
+            continue  # the others imply it here; in the graph of another path they need not
         key = tuple(inputs.sizes(outside).items())
         if key not in tried:
             tried[key] = _same_at(module, captured, module.sample(outside))
