@@ -3,10 +3,9 @@
 Symbols take the sizes (2, 5), (3, 7), (1, 11): the first number is the batch (dimension 0), the
 second the first other symbol, and every further symbol has sizes of its own, in no fixed order;
 `past`, the tokens in a decoder's cache, takes first · second mod 7, and `past + length` their sum.
-Where the graph is true for
-some sizes only, the nearest of those are taken. Integers lie below the rows of the table they
-index, masks are ones (over
-a cache that is not empty, the first row is padded by one), floats are N(0, 1), from seed 0.
+Where the graph is true for some sizes only, the nearest of those are taken. Integers lie below the
+rows of the table they index, masks are ones (over a cache that is not empty, the first row is
+padded by one), floats are N(0, 1), from seed 0.
 """
 
 from __future__ import annotations
@@ -197,7 +196,7 @@ class Inputs:
         """Whether a condition holds wherever sizes of one symbol are equal."""
         places = self._places()
         symbols = sorted({t for s in condition.about for t in terms(places.get(s, ""))})
-        tried = itertools.product((1, 2, 3, 8, 37, 600), repeat=min(len(symbols), 4))
+        tried = itertools.product((1, 2, 3, 8, 37, 10**9), repeat=min(len(symbols), 4))
         sizes = [dict(zip(symbols, n, strict=False)) for n in tried]
         return all(condition.holds({s: extent(t, v) for s, t in places.items()}) for v in sizes)
 
@@ -207,7 +206,7 @@ class Inputs:
         wanted = self._wanted(SIZES[0], places)
         named = {t for s in condition.about for t in terms(places.get(s, ""))}
         for symbol in (s for s in wanted if s in named):
-            for n in (*range(1, 70), *(m + k for m in condition.bounds() if m for k in (-1, 1))):
+            for n in condition.turns():
                 tried = {**wanted, symbol: n}
                 given = {size: extent(text, tried) for size, text in places.items()}
                 if not condition.holds(given) and broken(self.conditions, given) is None:

@@ -91,6 +91,12 @@ class Condition:
             row["condition"] = self._spelled()
         return row
 
+    def turns(self) -> list[int]:
+        """Sizes at which it may turn: small ones, and those beside each number in it."""
+        numbers = [n for n in _leaves(parsed(self.text)) if isinstance(n, int)]
+        near = {n + k for m in numbers for n in (m, -m) for k in (-1, 0, 1)}
+        return [*range(1, 70), *sorted(n for n in near if n >= 70)]
+
     def bounds(self) -> tuple[int | None, int | None]:
         """(least, largest) where it bounds one size by a number, else (None, None)."""
         return _bounds(self.text) if len(self.sizes) == 1 else (None, None)
@@ -197,7 +203,7 @@ def _sum(tree: str | Tree | int, where: Mapping[str, Size], places: Mapping[Size
 
 @lru_cache(4096)
 def _bounds(text: str) -> tuple[int | None, int | None]:
-    """Of a comparison of one size: tried at every size up to SEARCHED and a few beyond."""
+    """Of a comparison of one size; where its form does not tell, every size is tried."""
     tree = parsed(text)
     if len(tree) == 3 and isinstance(tree[1], str) and isinstance(n := tree[2], int):
         low = {"Gt": n + 1, "GtE": n, "Eq": n}.get(str(tree[0]))

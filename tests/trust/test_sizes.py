@@ -112,6 +112,15 @@ class Limited(Two):
         return self.a(x + self.table[places])
 
 
+class Long(Two):
+    """Turns where no proof looks by itself."""
+
+    limit = 70
+
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) if x.shape[1] < self.limit else 2 * self.a(x)
+
+
 SIZES = [(2, 6), (3, 7), (1, 11), (2, 8), (2, 16), (4, 17), (1, 1), (2, 30)]
 PATHS = [Branch, Pooled, Total, ShortBatch, Even, Unlike, Ordered, Last, Cut]
 TWINS = [Twin, Shifted, SameOnBothSides, Positions]
@@ -250,6 +259,17 @@ def test_a_limit_beyond_the_sizes_of_proofs_is_a_limit(tmp_path: Path) -> None:
         by_hand(torch.randn(2, 121, 4))
     report = lora_fx.export(module, tmp_path / "m.onnx")
     assert max(p.sizes["x"][1] for p in report.parity) == 120
+
+
+@pytest.mark.parametrize("limit", [69, 70, 71, 100, 513, 5000])
+def test_a_branch_at_any_size_is_seen(limit: int) -> None:
+    model = Long().eval()
+    model.limit = limit
+    module = lora_fx.insert(model, (torch.randn(2, 6, 4),), rank=2, include="a")
+    assert [c.bounds() for c in module.found.ranges] == [(None, limit - 1)]
+    for steps in (limit - 1, limit, limit + 1, 6):
+        x = torch.randn(1, steps, 4)
+        torch.testing.assert_close(module(x), model(x))
 
 
 def test_a_path_for_every_size_ends_in_a_refusal() -> None:

@@ -209,7 +209,7 @@ def _said(node: fx.Node) -> str:
 
 
 def _sort(found: Learnt, condition: Condition, guard: Guard) -> None:
-    at = [condition.holds(dict.fromkeys(condition.about, n)) for n in range(1, 70)]
+    at = [condition.holds(dict.fromkeys(condition.about, n)) for n in condition.turns()]
     only_one = len(condition.sizes) == 1 and not at[0] and all(at[1:])
     if only_one:  # one text for it: the two modes of a model ask in different words
         condition = replace(condition, text=f"{condition.sizes[0][0]} != 1")
