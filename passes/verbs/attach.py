@@ -8,6 +8,7 @@ fused path reads its weight raw) changes to the weight form first.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,6 +117,7 @@ def attach(
             model if isinstance(model, Captured) else capture(_module(model), args, kwargs, dynamic)
         )
         model = _module(cap.model)
+        cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
         planner = _whole(cap, dropout)
     except CaptureError as e:

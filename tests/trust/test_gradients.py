@@ -135,3 +135,31 @@ def test_what_has_the_true_gradient_is_served(kind: type[Two]) -> None:
     torch.manual_seed(0)
     model, x = kind(), torch.randn(5, 4)
     assert lora_fx.insert(model, (x,), rank=2).updates
+
+
+def test_attach_leaves_a_capture_as_careful_as_it_was() -> None:
+    torch.manual_seed(0)
+    cap = lora_fx.capture(Reversed(), (torch.randn(5, 4),))
+    lora_fx.detach(lora_fx.attach(cap, rank=2))
+    with pytest.raises(lora_fx.LoraFxError, match="gradient of its own"):
+        lora_fx.insert(cap, rank=2)
+
+
+class Starred(Reversed):
+    def forward(self, x: Tensor, /, y: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) + y.sum()
+
+
+class Idle(Memory):
+    """One of its weights has no gradient at these inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.relu(self.a(x) - 1e6).sum()
+
+
+def test_calls_and_weights_of_every_kind() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    with pytest.raises(lora_fx.LoraFxError, match="gradient of its own"):
+        lora_fx.insert(Starred(), (x, x), rank=2)
+    assert lora_fx.insert(Idle(), (x,), rank=2, include="*", dead="drop").updates

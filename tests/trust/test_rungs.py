@@ -51,6 +51,21 @@ class Counted(Two):
         return self.b(x)
 
 
+class Reversing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class ReversedRows(Rows):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(Reversing.apply(x + self.a(x)))
+
+
 class Signed(Two):
     def forward(self, x: Tensor) -> Any:
         return self.b(self.a(x) if x.sum() > 0 else x)
@@ -149,3 +164,62 @@ def test_no_layer_is_dropped_in_a_train_graph() -> None:
     module.train()(x).sum().backward()
     assert all(a.grad is not None for a, _ in module.slots().values())
     assert "no layer is dropped in train mode" in str(module.report())
+
+
+class Counting(nn.Module):
+    """Changes buffers in forward, in place and by a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("calls").add_(1.0)
+        self.mean = 0.9 * self.get_buffer("mean") + 0.1 * x.mean((0, 1))
+        h: Tensor = self.a(x) if x.shape[1] > 1 else self.a(x.flip(1))
+        return h + self.get_buffer("calls") * 0
+
+
+class CountingRows(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        kept = (x.abs().sum(2) >= 0).flatten().nonzero()[:, 0]
+        return super().forward(x) * (1.0 if kept.numel() > 1 else 2.0)
+
+
+@pytest.mark.parametrize("kind", [Counting, CountingRows])
+def test_the_users_model_is_not_touched(kind: type[Counting]) -> None:
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 6, 4)
+    module = lora_fx.insert(model, (x,), rank=2)
+    module(torch.randn(2, 1, 4))
+    assert float(model.get_buffer("calls")) == 0
+    assert float(model.get_buffer("mean").abs().sum()) == 0
+
+
+class Masking(nn.Module):
+    """Draws with numpy in train mode, as SpecAugment does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * torch.from_numpy(np.random.rand(*x.shape[:2]) > 0.5)[..., None]
+        return self.a(x)
+
+
+def test_what_numpy_draws_in_train_mode_is_not_recorded() -> None:
+    model, x = Masking().eval(), torch.randn(2, 6, 4)
+    module = lora_fx.insert(model, (x,), rank=2)
+    assert "train mode is not proven" in str(module.report())
+    with pytest.raises(lora_fx.LoraFxError, match="in train mode"):
+        module.train()(x)
+
+
+def test_a_recorded_run_notices_gradients_of_its_own() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(lora_fx.LoraFxError, match="gradient of its own"):
+        lora_fx.insert(ReversedRows().eval(), (example(),), rank=2)

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import linecache
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -310,22 +310,16 @@ class Captured:
         real = all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
         if source is not own or not real:
             raise error
-        modes = [(m, m.training, _computed(m)) for m in self.model.modules()]
         try:
-            self.model.train(training)
-            with torch.random.fork_rng(devices=[]):
+            with as_it_was(self.model, training), torch.random.fork_rng(devices=[]):
                 traced = record(self.model, self.signature, _hooked(self.model), named, why)
-            self._name_constants(traced)
-            if not training and not self._again(traced, named):
-                raise error  # what its values decide is not what another input's would
+                self._name_constants(traced)
+                if not self._again(traced, named):
+                    raise error  # what its values decide is not what another input's would
         except CaptureError:
             raise
         except Exception as e:
             raise error from e
-        finally:
-            for m, was, computed in modes:
-                m.training = was
-                m.__dict__.update(computed)
         self.notes.append(
             f"one recorded run, true for the example's sizes and for what its values decide: {why}"
         )
@@ -349,10 +343,12 @@ class Captured:
         for other in (*drawn[1:], *others):
             with torch.no_grad():
                 try:
+                    torch.manual_seed(0)
                     want = self.signature.call(self.model, other)
                 except Exception:  # it need not be an input that the model takes
                     continue
                 leaves = pytree.tree_leaves(dict(other))
+                torch.manual_seed(0)
                 got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
             pairs = zip(got, pytree.tree_leaves(without_cache(want)), strict=True)
             if not all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor)):
@@ -375,20 +371,15 @@ class Captured:
     def _trace(
         self, source: ModelSource, training: bool, named: Named, requested: Requested
     ) -> Traced:
-        modes = [(m, m.training, _computed(m)) for m in source.module.modules()]
-        source.module.train(training)
-        try:
-            traced = trace(source.module, self.signature, source.forward, named, requested)
-            self._name_constants(traced)
-            return traced
-        except LoraFxError:
-            raise
-        except Exception as e:
-            raise explain(e, type(self.model).__name__, training) from e
-        finally:
-            for m, was, computed in modes:
-                m.training = was
-                m.__dict__.update(computed)
+        with as_it_was(source.module, training):
+            try:
+                traced = trace(source.module, self.signature, source.forward, named, requested)
+            except LoraFxError:
+                raise
+            except Exception as e:
+                raise explain(e, type(self.model).__name__, training) from e
+        self._name_constants(traced)
+        return traced
 
     def _name_constants(self, traced: Traced) -> None:
         """Give the model's own tensors that a function closed over their names back."""
@@ -438,11 +429,29 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
     return named | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _computed(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The plain tensors among a module's attributes.
+@contextlib.contextmanager
+def as_it_was(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """A block in which a model runs in a mode; what a run may leave behind is put back after it.
 
-    Hooks write such (weight_norm's weight), and a trace would leave fake ones behind.
+    That is every module's mode, its buffers, in place or replaced, and the plain tensors among its
+    attributes: hooks write such (weight_norm's weight), and a trace would leave fake ones.
     """
+    held = [(m, m.training, dict(m._buffers), _plain(m)) for m in model.modules()]
+    values = [(b, b.detach().clone()) for b in model.buffers()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for m, was, buffers, plain in held:
+            m.training = was
+            m._buffers.update(buffers)
+            m.__dict__.update(plain)
+        with torch.no_grad():
+            for b, value in values:
+                b.copy_(value)
+
+
+def _plain(module: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
 
 

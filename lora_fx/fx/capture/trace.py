@@ -6,12 +6,14 @@ import contextlib
 import io
 import logging
 import operator
+import random
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
@@ -21,6 +23,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lora_fx.errors import CaptureError
 from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names, without_cache
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.graph.graph import FxGraph
@@ -137,13 +140,10 @@ def _trace(
     left_out: list[str] = []  # torch.export puts back what a module held before: so not there
     entry = RootModule(source, signature, forward, left_out)
     log = GuardLog()
-    kept: list[str] = []
-    own = [n for n, m in source.named_modules() if m._backward_hooks or m._backward_pre_hooks]
-    with log.listening(), every_layer(source, kept), _gradients_of_its_own(own):
+    with log.listening(), _watched(source) as seen:
         program = export_program(entry, (named,), (shapes,))
     traced = clean_module(program.module(check_guards=False), program, names, requested, log)
-    traced.left_out, traced.notes = tuple(left_out), tuple(kept)
-    traced.own_gradients = tuple(dict.fromkeys(own))
+    traced.left_out, traced.notes, traced.own_gradients = tuple(left_out), *seen()
     return traced
 
 
@@ -195,8 +195,7 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
         made[:] = [out_spec]
         return flat
 
-    kept: list[str] = []
-    with _quiet(), torch.no_grad(), _scopes(model), every_layer(model, kept):
+    with _quiet(), torch.no_grad(), _scopes(model), _watched(model) as seen:
         module = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
         )(parameters, buffers, [x.clone() for x in tensors])
@@ -226,7 +225,7 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
     graph.set_codegen(fx.graph.CodeGen())
     sizes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
     traced = Traced(graph, constants, Door(tuple(names), sizes), made[0], bodies=bodies)
-    traced.left_out, traced.notes = tuple(left_out), tuple(kept)
+    traced.left_out, traced.notes, traced.own_gradients = tuple(left_out), *seen()
     traced.pinned = [
         Pinned(n, d, size, why, "recorded")
         for n, shape in zip(names, sizes, strict=True)
@@ -257,35 +256,50 @@ class _EveryLayer(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def every_layer(model: nn.Module, said: list[str]) -> contextlib.AbstractContextManager[object]:
-    """A context in which a train mode that drops whole layers at random drops none.
-
-    Wav2Vec2, BART and their like draw one number a layer and let Python compare it, which no graph
-    can hold. (Stochastic depth by a mask draws tensors, and stays.)
-    """
-    return _EveryLayer(said) if model.training else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
-def _gradients_of_its_own(found: list[str]) -> Iterator[None]:
-    """Note autograd functions and tensor hooks that a forward uses: an export drops them."""
+def _watched(model: nn.Module) -> Iterator[Callable[[], tuple[tuple[str, ...], tuple[str, ...]]]]:
+    """A block that traces a model; gives what has to be said, and what has gradients of its own.
+
+    A train mode that drops whole layers at random drops none: Wav2Vec2, BART and their like draw
+    one number a layer and let Python compare it, which no graph can hold. (Stochastic depth by a
+    mask draws tensors, and stays.) An export drops autograd functions and hooks, so they are noted.
+    What numpy and Python draw would be a constant of the graph.
+
+    Raises:
+        CaptureError: Numbers were drawn outside torch.
+    """
+    said: list[str] = []
+    own = [n for n, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     function: Any = torch.autograd.Function
     tensor: Any = torch.Tensor
     apply, hook = function.__dict__["apply"], tensor.register_hook
 
     def noted(cls: Any, /, *args: object, **kwargs: object) -> Any:
-        found.extend([cls.__qualname__] * (not cls.__module__.startswith("torch.")))
+        own.extend([cls.__qualname__] * (not cls.__module__.startswith("torch.")))
         return apply.__func__(cls, *args, **kwargs)
 
     def hooked(self: object, *args: object) -> object:
-        found.append("Tensor.register_hook")
+        own.append("Tensor.register_hook")
         return hook(self, *args)
 
+    before = _drawn_outside()
     function.apply, tensor.register_hook = classmethod(noted), hooked
     try:
-        yield
+        with _EveryLayer(said) if model.training else contextlib.nullcontext():
+            yield lambda: (tuple(said), tuple(dict.fromkeys(own)))
     finally:
         function.apply, tensor.register_hook = apply, hook
+    if _drawn_outside() != before:
+        raise CaptureError(
+            f"cannot capture {type(model).__name__} in {'train' if model.training else 'eval'} "
+            "mode: it draws random numbers by numpy or Python, which a graph would keep",
+            "draw them by torch; lora_fx.attach trains the live model",
+        )
+
+
+def _drawn_outside() -> tuple[object, ...]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return (random.getstate(), name, np.asarray(keys).tobytes(), *rest)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from lora_fx.compare import rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call, without_cache
-from lora_fx.fx.capture.capture import Captured, base_dtype
+from lora_fx.fx.capture.capture import Captured, as_it_was, base_dtype
 from lora_fx.fx.capture.trace import has_grouped
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
@@ -454,18 +454,13 @@ def decide_doubts(module: CapturedModule) -> None:
 
 def _same_at(module: CapturedModule, captured: Captured, named: Named) -> bool:
     model = captured.model
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), module.base():
-            ours = pytree.tree_leaves(module._run_named(copied(named)))
+        with as_it_was(model), as_it_was(module), torch.no_grad(), module.base():
             theirs = captured.signature.call(model, copied(named))
             theirs = pytree.tree_leaves(without_cache(theirs))
+            ours = pytree.tree_leaves(module._run_named(copied(named)))
     except Exception:  # whatever stops either at this size, the size is not proven
         return False
-    finally:
-        for m, was in modes:
-            m.training = was
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, torch.Tensor)]
     return all(rel(to_numpy(a), to_numpy(b)) < 1e-4 or torch.equal(a, b) for a, b in pairs)
 
