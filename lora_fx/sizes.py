@@ -147,7 +147,7 @@ def broken(conditions: Iterable[Condition], given: Mapping[Size, int]) -> Condit
 
 
 Tree = tuple["str | Tree | int", ...]
-_BINARY: dict[str, Callable[[int, int], int]] = {
+BINARY: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul,
     "FloorDiv": operator.floordiv, "Mod": operator.mod,
     "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge,
@@ -179,7 +179,7 @@ def _tree(node: ast.expr) -> str | Tree | int:
         return node.id
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return ("Sub", 0, _tree(node.operand))
-    if isinstance(node, ast.BinOp) and type(node.op).__name__ in _BINARY:
+    if isinstance(node, ast.BinOp) and type(node.op).__name__ in BINARY:
         return (type(node.op).__name__, _tree(node.left), _tree(node.right))
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         return (type(node.ops[0]).__name__, _tree(node.left), _tree(node.comparators[0]))
@@ -235,7 +235,7 @@ def _value(tree: str | Tree | int, given: Mapping[str, int]) -> int:
         return _CALLS[str(op)](values)
     if op in ("FloorDiv", "Mod") and values[1] == 0:
         return 0
-    return _BINARY[str(op)](*values)
+    return BINARY[str(op)](*values)
 
 
 def nearest(

@@ -71,15 +71,9 @@ class _Nodes:
     def __init__(self, prefix: str) -> None:
         self.prefix, self.nodes = prefix, list[ir.Node]()
 
-    def op(
-        self, kind: str, *xs: ir.Value | int, name: str = "", start: int | None = None
-    ) -> ir.Value:
+    def op(self, kind: str, *xs: ir.Value | int, name: str = "") -> ir.Value:
         values = [self.number(x) if isinstance(x, int) else x for x in xs]
-        attributes = []
-        if start is not None:
-            attributes = [ir.AttrInt64("start", start), ir.AttrInt64("end", start + 1)]
-        if kind == "Cast":
-            attributes = [ir.AttrInt64("to", ir.DataType.INT64)]
+        attributes = [ir.AttrInt64("to", ir.DataType.INT64)] if kind == "Cast" else []
         node = ir.Node("", kind, values, attributes, name=name or self._name())
         node.outputs[0].name = f"{self._name()}_value"
         self.nodes.append(node)
@@ -110,7 +104,7 @@ def _guard(
     made = _Nodes(f"lora_fx_within_{i}")
     users = [(u.node, u.idx) for u in x.uses()]
     sizes: dict[str, ir.Value | int] = {
-        n: made.op("Shape", inputs[name], start=d) for n, name, d in condition.sizes
+        n: made.op("Gather", made.op("Shape", inputs[name]), d) for n, name, d in condition.sizes
     }
     holds = condition.build(made.make, sizes)
     assert isinstance(holds, ir.Value)

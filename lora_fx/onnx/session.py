@@ -81,7 +81,7 @@ class RuntimeSession:
 
         options = ort.RunOptions()
         options.log_severity_level = 4
-        rows = len(next(iter(feeds.values())))
+        rows = max((len(x) for x in feeds.values() if x.ndim), default=1)
         missing = [i for i in self.session.get_inputs() if i.name not in feeds]
         zeros = {i.name: np.zeros(rows, numpy_dtype(from_onnx(i.type))) for i in missing}
         try:

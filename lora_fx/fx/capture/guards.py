@@ -28,7 +28,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import hint
-from lora_fx.sizes import SEARCHED, Condition, Size, broken, parsed
+from lora_fx.sizes import BINARY, SEARCHED, Condition, Size, broken, parsed
 
 aten = torch.ops.aten
 BRANCH, DEMAND, LAYOUT = "branch", "demand", "layout"
@@ -109,11 +109,9 @@ def _origin(frame: FrameType | None) -> tuple[str, str]:
                 kind = DEMAND
             elif tail == "/__init__.py" and name in ("__bool__", "__int__", "__index__"):
                 asked = True
-            elif tail not in _MACHINERY and path != "<string>":
+            elif tail not in _MACHINERY:
                 library = not inside or tail.startswith("/nn/")
                 kind = BRANCH if asked and library else LAYOUT
-            elif path == "<string>":
-                kind = BRANCH if asked else LAYOUT
         if kind and not inside and not path.startswith(_OURS):
             code = linecache.getline(path, frame.f_lineno).strip()
             where = f"{path}, line {frame.f_lineno}, in {name}"
@@ -275,20 +273,19 @@ def _shared(
     """Sizes that are not free by themselves: equal to another, or computed of it."""
     printer = PythonPrinter().doprint
     for i, shape in enumerate(shapes):
-        for d, n in enumerate(shape or ()):
+        for d, n in enumerate(shape := shape or []):
             if not isinstance(n, torch.SymInt) or symbols.get(n.node.expr) == (i, d):
                 continue
             free = sorted(n.node.expr.free_symbols, key=str)
-            if not all(s in symbols for s in free):
-                continue
             own = {s: f"s{k}" for k, s in enumerate(free, 1)}
-            sizes = [("s0", names[i], d)]
-            sizes += [(own[s], names[symbols[s][0]], symbols[s][1]) for s in free]
             try:
+                sizes = [(own[s], names[symbols[s][0]], symbols[s][1]) for s in free]
                 right = printer(n.node.expr.subs({s: _symbol(own[s]) for s in free}))
                 parsed(text := f"s0 == {right}")
-            except (LoraFxError, NotImplementedError, TypeError):
+            except (KeyError, LoraFxError, NotImplementedError, TypeError):
+                shape[d] = hint(n)  # what cannot be said cannot be checked: `pinned` says it
                 continue
+            sizes = [("s0", names[i], d), *sizes]
             found.conditions.append(Condition(text, tuple(sizes), UNKNOWN, demanded=True))
 
 
@@ -402,12 +399,7 @@ def drop_layout(graph: fx.Graph, log: GuardLog) -> None:
     graph.eliminate_dead_code()
 
 
-_OPERATORS: dict[str, Any] = {
-    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "FloorDiv": operator.floordiv,
-    "Mod": operator.mod, "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt,
-    "GtE": operator.ge, "Eq": operator.eq, "NotEq": operator.ne, "Or": operator.or_,
-    "And": operator.and_, "min": torch.sym_min, "max": torch.sym_max,
-}  # fmt: skip
+_OPERATORS: dict[str, Any] = {**BINARY, "min": torch.sym_min, "max": torch.sym_max}
 
 
 def constants_of(graph: fx.Graph) -> tuple[int, ...]:
