@@ -161,7 +161,7 @@ def own_errors(
         draws.insert(0, (sizes[0], arrays, 0))
     worst: dict[str, float] = {}
     exactly: Callable[[Named], dict[str, Array]] = _wide(model)
-    moved = [_moved(model, seed) for seed in seeds]
+    moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
     for size, given, seed in draws:
         try:
             named = model.sample(size, given, seed)
@@ -172,7 +172,7 @@ def own_errors(
                 exact = exactly(named)
             except (RuntimeError, TypeError, ValueError):
                 exactly, exact = model.flat, ours
-            for values in (ours, *(m.flat(named) for m in moved)):
+            for values in (ours, *(_moved(model, moved, k).flat(named) for k in seeds)):
                 for name, value in values.items():
                     found = rel(value, exact[name])
                     worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
@@ -215,15 +215,14 @@ def _up(x: Any) -> Any:
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def _moved(model: CapturedModule, seed: int) -> CapturedModule:
-    """The model with every weight moved by half a unit of its last place, up or down."""
-    other = copy.deepcopy(model).eval()
+def _moved(model: CapturedModule, other: CapturedModule, seed: int) -> CapturedModule:
+    """A copy of the model with every weight moved by half a unit of its last place, up or down."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in other.parameters():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
             if p.is_floating_point():
                 signs = torch.randint(0, 2, p.shape, generator=generator).to(p.device) * 2 - 1
-                p.copy_(p * (1 + signs * torch.finfo(p.dtype).eps / 2))
+                q.copy_(p * (1 + signs * torch.finfo(p.dtype).eps / 2))
     return other
 
 

@@ -223,3 +223,15 @@ def test_a_recorded_run_notices_gradients_of_its_own() -> None:
     torch.manual_seed(0)
     with pytest.raises(lora_fx.LoraFxError, match="gradient of its own"):
         lora_fx.insert(ReversedRows().eval(), (example(),), rank=2)
+
+
+class Flagged(Rows):
+    def forward(self, scale: float, x: Tensor, turned: bool = False) -> Any:  # type: ignore[override]
+        return super().forward(x.flip(1) if turned else x)["y"] * scale
+
+
+def test_a_recorded_call_has_constants_too() -> None:
+    torch.manual_seed(0)
+    model, x = Flagged().eval(), example()
+    module = lora_fx.insert(model, (2.0, x), {"turned": True}, rank=2)
+    torch.testing.assert_close(module(2.0, x, turned=True), model(2.0, x, turned=True))

@@ -7,7 +7,6 @@ import io
 import logging
 import operator
 import random
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -209,15 +208,7 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
         read.meta = dict(place.meta)
         place.replace_all_uses_with(read)
         graph.erase_node(place)
-    rest = iter(places[len(parameters) + len(buffers) :])
-    last = None
-    for x, name in zip(leaves, names, strict=True):
-        if isinstance(x, torch.Tensor):
-            last = next(rest)
-        else:  # a constant of the call is a leaf that nothing reads
-            first = next(iter(graph.nodes))
-            with graph.inserting_before(first) if last is None else graph.inserting_after(last):
-                last = graph.placeholder(re.sub(r"\W", "_", name))
+    match_places(graph, leaves)
     (end,) = graph.find_nodes(op="output")
     end.args = (tuple(end.args[0]),)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
@@ -232,6 +223,25 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
         for d, size in enumerate(shape or ())
     ]
     return traced
+
+
+def match_places(graph: fx.Graph, leaves: Sequence[object]) -> None:
+    """One placeholder for each leaf of the call: constants get one, or lose theirs."""
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    tensors = [p for p in places if isinstance(p.meta.get("val"), torch.Tensor)]
+    for place in places:
+        if place not in tensors:
+            place.replace_all_uses_with(place.meta.get("val"))
+            graph.erase_node(place)
+    wanted = iter(tensors)
+    at = None
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            at = next(wanted)
+            continue
+        anchor = next(iter(graph.nodes)) if at is None else at.next
+        with graph.inserting_before(anchor):
+            at = graph.placeholder(f"constant_{i}")
 
 
 class _Drawn(float):

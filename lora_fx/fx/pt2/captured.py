@@ -23,7 +23,7 @@ from lora_fx.errors import LoraFxError, check_format
 from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
-from lora_fx.fx.capture.trace import Traced, clean_module
+from lora_fx.fx.capture.trace import Traced, clean_module, match_places
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
 from lora_fx.fx.pt2.manifest import (
@@ -35,7 +35,6 @@ from lora_fx.fx.pt2.manifest import (
 from lora_fx.fx.pt2.program import (
     Modal,
     load_program,
-    match_places,
     modal_nodes,
     mode_of,
     pick_programs,

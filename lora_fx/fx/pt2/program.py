@@ -181,25 +181,6 @@ def tensor_places(program: Any) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
-def match_places(graph: fx.Graph, leaves: Sequence[object]) -> None:
-    """One placeholder for each leaf of the call: constants get one, or lose theirs."""
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    tensors = [p for p in places if isinstance(p.meta.get("val"), torch.Tensor)]
-    for place in places:
-        if place not in tensors:
-            place.replace_all_uses_with(place.meta.get("val"))
-            graph.erase_node(place)
-    wanted = iter(tensors)
-    at = None
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            at = next(wanted)
-            continue
-        anchor = next(iter(graph.nodes)) if at is None else at.next
-        with graph.inserting_before(anchor):
-            at = graph.placeholder(f"constant_{i}")
-
-
 def strip_branches(graph: fx.Graph) -> None:
     """Take out what insert put in: a marked sum of a value and a branch is that value again."""
     for node in list(graph.nodes):
