@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from lora_fx.conditions import Condition, Size, broken
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.sizes import Condition, Size, broken, extent, nearest, terms
 from lora_fx.text import Json
 
 Named = Mapping[str, Any]
@@ -130,7 +130,7 @@ class Inputs:
         one = {s: self.others[0] for s in self.others}
 
         def text(symbols: str) -> str:
-            return " + ".join(one.get(t, t) for t in terms(symbols))
+            return " + ".join(one.get(t, t) for t in _terms(symbols))
 
         specs = [replace(s, dims={d: text(t) for d, t in s.dims.items()}) for s in self.specs]
         return replace(self, specs=tuple(specs))
@@ -138,7 +138,7 @@ class Inputs:
     def _symbols(self) -> list[str]:
         """The symbols of all dimensions, in their order."""
         texts = (t for s in self.specs for t in s.dims.values())
-        return list(dict.fromkeys(t for text in texts for t in terms(text)))
+        return list(dict.fromkeys(t for text in texts for t in _terms(text)))
 
     def _places(self) -> dict[Size, str]:
         """The symbols of every size: one for sizes that have to be equal, numbers where fixed."""
@@ -148,7 +148,7 @@ class Inputs:
         for c in self.conditions:
             for size, text in c.equal_sizes(places):
                 old = places.get(size, "0")
-                if old != text and not old.isdigit() and old not in terms(text):
+                if old != text and not old.isdigit() and old not in _terms(text):
                     places = {k: text if t == old else t for k, t in places.items()}
                     break
         return places
@@ -166,7 +166,7 @@ class Inputs:
         """What every symbol should be at one size."""
         named: Mapping[str, int] = {} if isinstance(size, tuple) else size
         first = size if isinstance(size, tuple) else SIZES[0]
-        symbols = dict.fromkeys(t for text in places.values() for t in terms(text))
+        symbols = dict.fromkeys(t for text in places.values() for t in _terms(text))
         others = [s for s in symbols if s not in (BATCH, PAST) and not s.isdigit()]
         table = OTHERS.get(first[1], ())
         wanted = {BATCH: first[0], PAST: first[0] * first[1] % 7}
@@ -180,7 +180,7 @@ class Inputs:
     def values(self, size: Extents) -> dict[str, int] | None:
         """The symbols at one size, or at the nearest one allowed; None where none was found."""
         places = self._places()
-        return nearest(self._wanted(size, places), places, self.conditions)
+        return _nearest(self._wanted(size, places), places, self.conditions)
 
     def sizes(self, size: Extents) -> dict[str, tuple[int, ...]]:
         """The shape of every input where symbols take these values, or the nearest allowed."""
@@ -188,27 +188,27 @@ class Inputs:
         if values is None:  # the example is certain
             return {s.name: s.shape for s in self.specs}
         return {
-            s.name: tuple(extent(places[s.name, d], values) for d in range(len(s.shape)))
+            s.name: tuple(_extent(places[s.name, d], values) for d in range(len(s.shape)))
             for s in self.specs
         }
 
     def implied(self, condition: Condition) -> bool:
         """Whether a condition holds wherever sizes of one symbol are equal."""
         places = self._places()
-        symbols = sorted({t for s in condition.about for t in terms(places.get(s, ""))})
+        symbols = sorted({t for s in condition.about for t in _terms(places.get(s, ""))})
         tried = itertools.product((1, 2, 3, 8, 37, 10**9), repeat=min(len(symbols), 4))
         sizes = [dict(zip(symbols, n, strict=False)) for n in tried]
-        return all(condition.holds({s: extent(t, v) for s, t in places.items()}) for v in sizes)
+        return all(condition.holds({s: _extent(t, v) for s, t in places.items()}) for v in sizes)
 
     def outside(self, condition: Condition) -> dict[str, int] | None:
         """Values of symbols that break a condition and no other; None where there are none."""
         places = self._places()
         wanted = self._wanted(SIZES[0], places)
-        named = {t for s in condition.about for t in terms(places.get(s, ""))}
+        named = {t for s in condition.about for t in _terms(places.get(s, ""))}
         for symbol in (s for s in wanted if s in named):
             for n in condition.turns():
                 tried = {**wanted, symbol: n}
-                given = {size: extent(text, tried) for size, text in places.items()}
+                given = {size: _extent(text, tried) for size, text in places.items()}
                 if not condition.holds(given) and broken(self.conditions, given) is None:
                     return tried
         return None
@@ -234,6 +234,52 @@ class Inputs:
     def to_json(self) -> list[Json]:
         """Rows of `inputs[]`."""
         return [s.to_json() for s in self.specs]
+
+
+def _nearest(
+    wanted: Mapping[str, int], places: Mapping[Size, str], conditions: Sequence[Condition]
+) -> dict[str, int] | None:
+    """Values of symbols near the wanted ones at which every condition holds; None without such.
+
+    Args:
+        wanted: Symbol → the value that it should have.
+        places: The symbol of each size, or a sum of symbols and numbers.
+        conditions: What has to hold.
+    """
+    named = {t for c in conditions for s in c.about for t in _terms(places.get(s, ""))}
+    moved = [s for s in wanted if s in named]
+    for steps in _steps(len(moved)):
+        tried = {**wanted, **{s: wanted[s] + k for s, k in zip(moved, steps, strict=True)}}
+        if any(n < min(1, wanted[s]) for s, n in tried.items()):
+            continue  # an empty cache is one, an empty input is not
+        given = {size: _extent(text, tried) for size, text in places.items()}
+        if broken(conditions, given) is None:
+            return tried
+    return None
+
+
+def _steps(count: int, reach: int = 64) -> Iterator[tuple[int, ...]]:
+    """Changes of so many values, small ones first."""
+    line = [0, *(k for n in range(1, reach) for k in (n, -n))]
+    if count == 1:
+        yield from ((k,) for k in [*line, *range(reach, 4096)])
+        return
+    short = line if count < 3 else line[:13]
+    yield from (
+        sorted(itertools.product(short, repeat=count), key=lambda t: sum(abs(k) for k in t))
+        if count < 4
+        else [(0,) * count, *((k,) * count for k in line[1:])]
+    )
+
+
+def _terms(symbol: str) -> list[str]:
+    """The parts of a sum such as `past + length`."""
+    return [part.strip() for part in symbol.split("+")]
+
+
+def _extent(symbol: str, values: Mapping[str, int]) -> int:
+    """The value of a symbol, or of a sum of symbols and numbers."""
+    return sum(int(t) if t.isdigit() else values.get(t, 1) for t in _terms(symbol))
 
 
 def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
-from lora_fx.sizes import Condition
 
 PROPERTY = "lora_fx.ranges"
 GUARD = "lora_fx holds for "

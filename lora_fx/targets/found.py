@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx.sizes import Condition
+from lora_fx.conditions import Condition
 from lora_fx.targets.target import Target, split_use
 from lora_fx.text import Json, human, table
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import FOLD_TOL
+from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.fx.capture.call import leaf_names
@@ -29,7 +30,6 @@ from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.parity import prove, torch_run
-from lora_fx.sizes import SizeError
 from lora_fx.targets.target import base_name
 from lora_fx.text import some
 

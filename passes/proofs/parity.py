@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
+from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name, sample_call
@@ -27,7 +28,6 @@ from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Extents, Named
 from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.proofs.reference import Run
-from lora_fx.sizes import Condition
 from lora_fx.text import Json
 
 

@@ -21,6 +21,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Parity, compare, gates_of, rel, shapes_of, widened
+from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import SIZES, Extents, Named
@@ -29,7 +30,6 @@ from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.insert import Insert
-from lora_fx.sizes import Condition
 from lora_fx.text import Json
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]

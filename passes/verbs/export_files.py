@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import Report, demand, rel
+from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, replacing
@@ -31,7 +32,6 @@ from lora_fx.passes.proofs.batch import prove_rows
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
-from lora_fx.sizes import Condition
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json

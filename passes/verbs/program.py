@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
@@ -26,7 +27,6 @@ from lora_fx.fx.pt2.write import write_programs
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.verbs.open import load_program
-from lora_fx.sizes import SizeError
 
 
 def save_program(

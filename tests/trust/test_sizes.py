@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.conditions import SizeError
 from lora_fx.onnx.ranges import PROPERTY
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
-from lora_fx.sizes import SizeError
 from tests.fx.module.test_module import perturb
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.conditions import Condition, Size, SizeError
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.flow import VIEWS
 from lora_fx.fx.graph.nodes import dtype_name, shape_of, value
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.inputs import Extents, Input, Inputs, Named
-from lora_fx.sizes import Condition, Size, SizeError
 
 _EMPTY = inspect.Parameter.empty
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx.capture.call import (
     Called,
@@ -40,7 +41,6 @@ from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts,
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
-from lora_fx.sizes import Condition
 
 MOST_PATHS = 8
 """Graphs of one call: a model that takes another path at every size is refused from then on."""

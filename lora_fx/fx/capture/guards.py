@@ -26,9 +26,9 @@ from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
 from torch.utils._sympy.printers import PythonPrinter
 
+from lora_fx.conditions import BINARY, SEARCHED, Condition, Size, broken, parsed
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import hint
-from lora_fx.sizes import BINARY, SEARCHED, Condition, Size, broken, parsed
 
 aten = torch.ops.aten
 BRANCH, DEMAND, LAYOUT = "branch", "demand", "layout"

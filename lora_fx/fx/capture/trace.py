@@ -22,6 +22,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError
 from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names, without_cache
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
@@ -29,7 +30,6 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import NO_GRAD, value
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.inputs import Named
-from lora_fx.sizes import Condition
 from lora_fx.text import Json
 
 aten = torch.ops.aten

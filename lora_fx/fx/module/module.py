@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
+from lora_fx.conditions import Condition, Size
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call, without_cache
@@ -29,7 +30,6 @@ from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, le
 from lora_fx.fx.module.codegen import Compiled, compile_program
 from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
-from lora_fx.sizes import Condition, Size
 
 Rewriter = Callable[[FxGraph], object]
 

@@ -8,7 +8,6 @@ own that knows numbers, names, + - * // %, min, max and comparisons, and runs no
 from __future__ import annotations
 
 import ast
-import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -236,49 +235,3 @@ def _value(tree: str | Tree | int, given: Mapping[str, int]) -> int:
     if op in ("FloorDiv", "Mod") and values[1] == 0:
         return 0
     return BINARY[str(op)](*values)
-
-
-def nearest(
-    wanted: Mapping[str, int], places: Mapping[Size, str], conditions: Sequence[Condition]
-) -> dict[str, int] | None:
-    """Values of symbols near the wanted ones at which every condition holds; None without such.
-
-    Args:
-        wanted: Symbol → the value that it should have.
-        places: The symbol of each size, or a sum of symbols and numbers.
-        conditions: What has to hold.
-    """
-    named = {t for c in conditions for s in c.about for t in terms(places.get(s, ""))}
-    moved = [s for s in wanted if s in named]
-    for steps in _steps(len(moved)):
-        tried = {**wanted, **{s: wanted[s] + k for s, k in zip(moved, steps, strict=True)}}
-        if any(n < min(1, wanted[s]) for s, n in tried.items()):
-            continue  # an empty cache is one, an empty input is not
-        given = {size: extent(text, tried) for size, text in places.items()}
-        if broken(conditions, given) is None:
-            return tried
-    return None
-
-
-def _steps(count: int, reach: int = 64) -> Iterator[tuple[int, ...]]:
-    """Changes of so many values, small ones first."""
-    line = [0, *(k for n in range(1, reach) for k in (n, -n))]
-    if count == 1:
-        yield from ((k,) for k in [*line, *range(reach, 4096)])
-        return
-    short = line if count < 3 else line[:13]
-    yield from (
-        sorted(itertools.product(short, repeat=count), key=lambda t: sum(abs(k) for k in t))
-        if count < 4
-        else [(0,) * count, *((k,) * count for k in line[1:])]
-    )
-
-
-def terms(symbol: str) -> list[str]:
-    """The parts of a sum such as `past + length`."""
-    return [part.strip() for part in symbol.split("+")]
-
-
-def extent(symbol: str, values: Mapping[str, int]) -> int:
-    """The value of a symbol, or of a sum of symbols and numbers."""
-    return sum(int(t) if t.isdigit() else values.get(t, 1) for t in terms(symbol))
