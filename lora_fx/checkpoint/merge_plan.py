@@ -240,7 +240,7 @@ def _read_too(given: Sequence[Given], options: MergeOptions) -> list[str]:
             said = f"{g.where}: the update of {key!r} does not reach {', '.join(read[key])}"
             if not options.other_readers:
                 raise LoraFxError(
-                    f"{said}, which reads the tensor too; merged into it, it would",
+                    f"{said}, which reads the tensor too; a merge would change that",
                     "lora-fx export keeps them apart; --other-readers merges all the same",
                 )
             notes.append(f"{said}, which the merged tensor changes")
