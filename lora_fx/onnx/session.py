@@ -192,6 +192,8 @@ def signature(session: RuntimeSession) -> Inputs:
         try:  # many exporters give one length a name for every input
             session.run(inputs.sample())
         except LoraFxError:
+            equal = f"tried only where {', '.join(inputs.others)} are equal"
+            session.note = f"{session.note}; {equal}" if session.note else equal
             return inputs.alike()
     return inputs
 
@@ -290,10 +292,8 @@ class Session:
             external = manifest.padded(tensors_of(adapter, manifest))
         opened = open_session(path, provider, threads, external=external)
         self.session, self.provider, self.note = opened.session, opened.provider, opened.note
-        text = self.session.get_modelmeta().custom_metadata_map.get(PROPERTY)
-        self.manifest = _manifest(text, fspath(path))
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        self.ranges = conditions_of(metadata, fspath(path))
+        self.manifest = _manifest(opened.metadata.get(PROPERTY), fspath(path))
+        self.ranges = conditions_of(opened.metadata, fspath(path))
         self._inputs = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._arrays: dict[str, dict[str, Array]] = {}

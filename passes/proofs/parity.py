@@ -107,7 +107,9 @@ def runs_on(session: RuntimeSession, reference: CapturedModule) -> tuple[Conditi
     implied = reference.captured.bounded_inputs().implied  # dimensions of one name say as much
     own = (c for c in reference.conditions() if not c.demanded and not implied(c))
     tried = ((c, feeds_outside(reference, c)) for c in own)
-    return onnx_conditions([c for c, feeds in tried if feeds is not None and session.runs(feeds)])
+    able = session.runs(arrays_of(reference.sample()))  # else its failures outside tell nothing
+    wrong = [c for c, feeds in tried if feeds is not None and (not able or session.runs(feeds))]
+    return onnx_conditions(wrong)
 
 
 def feeds_outside(reference: CapturedModule, condition: Condition) -> dict[str, Array] | None:

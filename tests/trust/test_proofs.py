@@ -9,12 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.fx.module.module import plain
 from lora_fx.inputs import Input, Inputs
+from lora_fx.passes.proofs.parity import runs_on
+from tests.trust.test_sizes import Long
 
 
 class Cast(nn.Module):
@@ -96,3 +100,28 @@ def test_verify_holds_a_file_to_the_gate_of_its_precision(tmp_path: Path) -> Non
     with torch.no_grad():
         model[0].weight.add_(torch.from_numpy(np.full((64, 32), 0.05, np.float32)))
     assert not lora_fx.verify(tmp_path / "m.onnx", lora_fx.capture(model, (torch.randn(2, 32),)))
+
+
+def test_a_file_whose_names_are_sloppy_is_tried_with_equal_sizes_and_says_so(
+    tmp_path: Path,
+) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    g (float[b, s, 4] x, float[b, t, 4] m) => (float[b, s, 4] y) <float[4, 4] w = {
+      1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 9}> { p = MatMul(x, w) y = Mul(p, m) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    report = lora_fx.verify(tmp_path / "m.onnx", tmp_path / "m.onnx")
+    assert report
+    assert any("tried only where s, t are equal" in w for w in report.warnings)
+
+
+class Deaf:
+    """A session that runs nothing, so that its failures outside tell nothing either."""
+
+    def runs(self, feeds: object) -> bool:
+        return False
+
+
+def test_a_session_that_cannot_be_asked_gets_every_guard() -> None:
+    module = plain(lora_fx.capture(Long().eval(), (torch.randn(2, 6, 4),)))
+    (condition,) = runs_on(Deaf(), module)  # type: ignore[arg-type]
+    assert condition.bounds() == (None, 69)

@@ -255,10 +255,9 @@ class Captured:
         Not where the model does not run, and not at sizes that nobody asked to be free.
         """
         for name, want, leaf in zip(door.names, door.sizes, leaves, strict=True):
-            free = self.requested.get(name, {})
-            for d, n in enumerate(want or ()):
-                if n is not None and leaf.shape[d] != n and d not in free:
-                    return False
+            other = {d for d, n in enumerate(want or ()) if n not in (None, leaf.shape[d])}
+            if other - set(self.requested.get(name, {})):
+                return False
         broken = [c for c in door.conditions if not c.holds(door.given(c, leaves))]
         return not broken or not all(c.demanded for c in broken)
 
