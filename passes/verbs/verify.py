@@ -210,7 +210,7 @@ def verify_onnx(
     graph, one = _graph(b, needed=adapter is not None), open_session(a, provider)
     bound = None if graph is None or adapter is None else _bound(adapter, graph)
     with reference_of(Path(b), graph, provider, inputs) as reference:
-        names = reference.session.input_names
+        names, note = reference.session.input_names, reference.session.note
         if set(one.input_names) != set(names):
             raise LoraFxError(
                 f"{a} takes {sorted(one.input_names)}, {b} takes {sorted(names)}",
@@ -225,7 +225,7 @@ def verify_onnx(
                 for f in reference.sizes()
             ]
     ok = bool(parity) and all(p.ok for p in parity)
-    return Report("verify", ok, tuple(parity), (), (one.note,) if one.note else ())
+    return Report("verify", ok, tuple(parity), (), (note,) if note else ())
 
 
 def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:

@@ -123,5 +123,5 @@ class Deaf:
 
 def test_a_session_that_cannot_be_asked_gets_every_guard() -> None:
     module = plain(lora_fx.capture(Long().eval(), (torch.randn(2, 6, 4),)))
-    (condition,) = runs_on(Deaf(), module)  # type: ignore[arg-type]
+    (condition,) = runs_on(Deaf(), module)
     assert condition.bounds() == (None, 69)
