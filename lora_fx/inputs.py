@@ -204,13 +204,17 @@ class Inputs:
         """Values of symbols that break a condition and no other; None where there are none."""
         places = self._places()
         wanted = self._wanted(SIZES[0], places)
-        named = {t for s in condition.about for t in _terms(places.get(s, ""))}
-        for symbol in (s for s in wanted if s in named):
-            for n in condition.turns():
-                tried = {**wanted, symbol: n}
-                given = {size: _extent(text, tried) for size, text in places.items()}
-                if not condition.holds(given) and broken(self.conditions, given) is None:
-                    return tried
+        about = {t for s in condition.about for t in _terms(places.get(s, ""))}
+        named = [s for s in wanted if s in about]
+        moves = [{s: n} for s in named for n in condition.turns()]
+        small = {s: range(s != PAST, 5) for s in named}  # an empty cache is one; no other input is
+        for a, b in itertools.combinations(named, 2):  # a sum is small where both are
+            moves += [{a: m, b: n} for m in small[a] for n in small[b]]
+        for move in moves:
+            tried = {**wanted, **move}
+            given = {size: _extent(text, tried) for size, text in places.items()}
+            if not condition.holds(given) and broken(self.conditions, given) is None:
+                return tried
         return None
 
     def sample(self, size: Extents = SIZES[0], seed: int = 0) -> dict[str, Array]:

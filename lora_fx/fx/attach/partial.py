@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.capture.trace import _quiet
+from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.fx.patterns.elementwise import VIEWS
@@ -118,7 +118,7 @@ def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraph
 
     _dynamo.reset()  # what was compiled before would not be shown to this backend
     try:
-        with _quiet(), torch.no_grad(), _dynamo.config.patch(allow_rnn=True):
+        with quiet(), torch.no_grad(), _dynamo.config.patch(allow_rnn=True):
             torch.compile(call, backend=backend, dynamic=False)()
     finally:
         _dynamo.reset()

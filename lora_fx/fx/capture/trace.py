@@ -155,7 +155,7 @@ def export_program(
     leave the size checks in the graph as nodes, and a free batch keeps a cut such as `ids[:, :16]`
     where the example is shorter.
     """
-    with _quiet(), _free_batch():
+    with quiet(), _free_batch():
         return torch.export.export(
             module,
             args,
@@ -194,7 +194,7 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
         made[:] = [out_spec]
         return flat
 
-    with _quiet(), torch.no_grad(), _scopes(model), _watched(model) as seen:
+    with quiet(), torch.no_grad(), _scopes(model), _watched(model) as seen:
         module = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
         )(parameters, buffers, [x.clone() for x in tensors])
@@ -360,7 +360,8 @@ class RootModule(nn.Module):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """A block in which torch and the model warn of nothing: a warning that is an error is none."""
     names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
     loggers = [logging.getLogger(n) for n in names]
     levels = [logger.level for logger in loggers]

@@ -24,7 +24,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call, without_cache
 from lora_fx.fx.capture.capture import Captured, as_it_was, base_dtype
-from lora_fx.fx.capture.trace import has_grouped
+from lora_fx.fx.capture.trace import has_grouped, quiet
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.module.codegen import Compiled, compile_program
@@ -455,7 +455,7 @@ def decide_doubts(module: CapturedModule) -> None:
 def _same_at(module: CapturedModule, captured: Captured, named: Named) -> bool:
     model = captured.model
     try:
-        with as_it_was(model), as_it_was(module), torch.no_grad(), module.base():
+        with quiet(), as_it_was(model), as_it_was(module), torch.no_grad(), module.base():
             theirs = captured.signature.call(model, copied(named))
             theirs = pytree.tree_leaves(without_cache(theirs))
             ours = pytree.tree_leaves(module._run_named(copied(named)))
