@@ -68,36 +68,36 @@ class LazyGroup(click.Group):
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from importlib import metadata
-
     from lora_fx import __version__
 
     click.echo(f"lora-fx {__version__}")
-    for name in ("torch", "onnx", "onnxruntime-gpu", "onnxruntime"):
-        try:
-            click.echo(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
+    for name, number in installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime").items():
+        click.echo(f"{name} {number}")
     both = two_runtimes()
     if both:
         say(both)
     ctx.exit()
 
 
-def two_runtimes() -> str:
-    """A warning when onnxruntime and onnxruntime-gpu are both installed, else an empty text."""
+def installed(*names: str) -> dict[str, str]:
+    """{library: version} of those that are installed; nothing is imported."""
     from importlib import metadata
 
-    found = []
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def two_runtimes() -> str:
+    """A warning when onnxruntime and onnxruntime-gpu are both installed, else an empty text."""
+    found = installed("onnxruntime", "onnxruntime-gpu")
     if len(found) < 2:
         return ""
+    both = " and ".join(f"{name} {number}" for name, number in found.items())
     return (
-        f"warning: {' and '.join(found)} are both installed and overwrite each other's files; "
+        f"warning: {both} are both installed and overwrite each other's files; "
         "uninstall both, then install one"
     )
 
@@ -139,17 +139,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = group.main(argv, prog_name="lora-fx", standalone_mode=False, obj=given)
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as e:
-        _fail(e, argv, e.exit_code)
+        _fail(e, argv)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message())
         sys.exit(2)
     except click.ClickException as e:
-        hint = (
-            "lora-fx --help"
-            if not isinstance(e, click.UsageError) or not e.ctx
-            else (f"{e.ctx.command_path} --help")
-        )
-        _fail(LoraFxError(e.format_message(), hint), argv, 2)
+        ctx = e.ctx if isinstance(e, click.UsageError) else None
+        hint = f"{ctx.command_path if ctx else 'lora-fx'} --help"
+        _fail(LoraFxError(e.format_message(), hint), argv)
     except (KeyboardInterrupt, click.Abort) as e:
         ended = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
         what = "terminated" if ended else "interrupted"
@@ -161,17 +158,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except MemoryError as e:
-        _fail(LoraFxError(f"out of memory: {one_line(e)}", "a smaller model or batch"), argv, 2)
+        _fail(LoraFxError(f"out of memory: {one_line(e)}", "a smaller model or batch"), argv)
     except Exception as e:
         error = LoraFxError(
             f"{type(e).__name__}: {one_line(e)}",
             "this is not a mistake of yours: please report it with the output of -v",
         )
         error.__cause__ = e
-        _fail(error, argv, 2)
+        _fail(error, argv)
 
 
-def _fail(error: LoraFxError, argv: Sequence[str], code: int) -> None:
+def _fail(error: LoraFxError, argv: Sequence[str]) -> None:
     if "-v" in argv or "--verbose" in argv:
         traceback.print_exception(error, file=sys.stderr)
     click.echo(f"Error: {one_line(error.message, 1000)}", err=True)
@@ -180,7 +177,7 @@ def _fail(error: LoraFxError, argv: Sequence[str], code: int) -> None:
     if "--json" in argv and not error.told:
         command = next((a for a in argv if a in COMMANDS), "")
         emit(True, command, "", ok=False, error=error.message, hint=error.hint)
-    sys.exit(code)
+    sys.exit(error.exit_code)
 
 
 # SIGTERM as Ctrl-C: what a command was writing is removed on the way out.

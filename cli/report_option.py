@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import installed
 from lora_fx.cli.options import force_option, split_weight
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
@@ -116,16 +117,10 @@ def _once(adapters: list[Json], result: JsonView) -> None:
 def versions() -> dict[str, str]:
     """{library: version} of those that are installed; nothing is imported."""
     import platform
-    from importlib import metadata
 
     from lora_fx import __version__
 
-    found = {"lora-fx": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found = {"lora-fx": __version__, "python": platform.python_version(), **installed(*LIBRARIES)}
     return {**found, "platform": platform.platform(terse=True)}
 
 
