@@ -70,8 +70,7 @@ def command(
         notes += save_adapter(loaded, output, name, force=force)
     else:
         _write_for(loaded, model, output, name, force)
-    for text in notes:
-        note(text)
+    note(*notes)
     fields: Json = {"from": source, "to": name, "updates": len(loaded)}
     emit(
         as_json,

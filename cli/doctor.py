@@ -26,7 +26,6 @@ def command(base: str, adapter: str, as_json: bool) -> None:
 
     report = doctor(base, adapter)
     fields = {**report.to_json(), "inputs": [{"base": base, "adapter": adapter}]}
-    fields.pop("command")
     fields.pop("parity")
-    emit(as_json, "doctor", lines(report), **fields)
+    emit(as_json, text=lines(report), **fields)
     click.get_current_context().exit(0 if report else 1)

@@ -15,11 +15,11 @@ from lora_fx.cli.options import (
     model_options,
     named_adapters,
     refuse_given,
+    selectors_option,
     triton_options,
 )
 from lora_fx.cli.output import emit, emit_file, table, wrote
 from lora_fx.cli.report_option import report_option
-from lora_fx.text import Json
 
 
 @click.command("export")
@@ -28,8 +28,8 @@ from lora_fx.text import Json
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
 @click.option("--mode", default="merged", show_default=True, help="merged, switch, load or batch.")
-@click.option("--include", multiple=True, metavar="SELECTORS", help="Of switch, load: targets.")
-@click.option("--exclude", multiple=True, metavar="SELECTORS", help="Of switch, load: leave out.")
+@selectors_option("--include", "Of switch, load: targets.")
+@selectors_option("--exclude", "Of switch, load: leave out.")
 @click.option("--rank", type=int, help="Of load: the largest that an adapter may have.")
 @click.option("--scales", is_flag=True, help="Of batch: an input of weights by row.")
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -83,19 +83,17 @@ def command(
         )
     updates = named_adapters(adapters)
     given = {k: options.pop(k) for k in CAPTURE}
-    chosen: Json = {k: None if v == () else v for k, v in options.items()}
-    chosen["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
-    chosen |= {"mode": mode, "inputs": load_npz(given["inputs_file"]) or None}
+    options["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
+    options |= {"mode": mode, "inputs": load_npz(given["inputs_file"]) or None}
     if model.endswith(".onnx"):
         from lora_fx.onnx.match import read_map
 
         refuse_given(model, ("opset", "weights", "dynamic", "static", "trust"))
-        emit_file(as_json, model, export(model, output, names=read_map(names), **chosen))
+        emit_file(as_json, model, export(model, output, names=read_map(names), **options))
         return
     if names:
         raise LoraFxError("--map is of .onnx files", "a model's own names tell")
-    _, cap = captured(model, **given, cache=chosen["cache"])
-    report = export(cap, output, opset=opset, **chosen)
-    fields = {**report.to_json(), "inputs": cap.inputs.to_json(), "outputs": list(report.outputs)}
-    fields.pop("command")
-    emit(as_json, "export", f"{report}{table(report)}\n{wrote(report)}", **fields)
+    _, cap = captured(model, **given, cache=options["cache"])
+    report = export(cap, output, opset=opset, **options)
+    said = f"{report}{table(report)}\n{wrote(report)}"
+    emit(as_json, text=said, **{**report.to_json(), "inputs": cap.inputs.to_json()})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 import click
 
-from lora_fx.cli.options import force_option, json_option
+from lora_fx.cli.options import force_option, json_option, selectors_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_option
-from lora_fx.text import Json
 
 
 @click.command("extract")
@@ -21,8 +21,8 @@ from lora_fx.text import Json
 @click.option("--rank", "-r", type=int, help="Of every update.  [default: 16]")
 @click.option("--energy", type=float, help="Instead: per tensor what holds this share of ‖Δ‖².")
 @click.option("--max-rank", type=int, help="Cap of what --energy chooses.  [default: 128]")
-@click.option("--include", multiple=True, metavar="SELECTORS", help="Weights to look at.")
-@click.option("--exclude", multiple=True, metavar="SELECTORS", help="Tensors to leave out.")
+@selectors_option("--include", "Weights to look at.")
+@selectors_option("--exclude", "Tensors to leave out.")
 @click.option("--also-full", is_flag=True, help="Take norms and biases that differ, whole.")
 @click.option("--allow-missing", is_flag=True, help="Leave out tensors that do not fit.")
 @click.option(
@@ -33,9 +33,7 @@ from lora_fx.text import Json
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random subspaces.")
 @force_option
 @json_option
-def command(
-    base: str, tuned: str, output: str, force: bool, as_json: bool, **options: object
-) -> None:
+def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 
     Both are Hugging Face folders or .safetensors files with the same tensors. They are read one
@@ -50,13 +48,9 @@ def command(
     from lora_fx.formats.io import save_adapter
 
     check_output(output, force=force)
-    chosen: Json = {k: None if v == () else v for k, v in options.items()}
-    result = extraction(base, tuned, progress=_progress(), **chosen)
-    for text in (
-        *result.adapter.metadata["notes"],
-        *save_adapter(result.adapter, output, force=force),
-    ):
-        note(text)
+    result = extraction(base, tuned, progress=_progress(), **options)
+    said = save_adapter(result.adapter, output, force=force)
+    note(*result.adapter.metadata["notes"], *said)
     emit(
         as_json,
         "extract",

@@ -64,8 +64,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
         return
     loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
     start = start_from(loaded, cap, options["init"], **{k: options.pop(k) for k in START})
-    chosen: Json = {k: None if v == () else v for k, v in options.items()}
-    module = insert(cap, **chosen, **start)
+    module = insert(cap, **options, **start)
     report = module.report()
     if output.endswith(".pt2"):
         from lora_fx.passes.verbs.program import save_program
@@ -73,8 +72,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
         said = save_program(module, output, force=force)
     else:
         said = save_adapter(module.adapter(), output, force=force)
-    for text in said:
-        note(text)
+    note(*said)
     emit(
         as_json,
         "insert",
@@ -96,11 +94,8 @@ def _onnx(model: str, output: str, force: bool, as_json: bool, options: Json) ->
     no_say = ("also_train", "dropout", *START, "weights", "dynamic", "static", "trust")
     refuse_given(model, no_say)
     kept = {k: v for k, v in options.items() if k not in no_say}
-    chosen: Json = {k: None if v == () else v for k, v in kept.items()}
-    report = insert_onnx(model, output, inputs=arrays, force=force, **chosen)
-    for text in report.warnings:
-        note(text)
+    report = insert_onnx(model, output, inputs=arrays, force=force, **kept)
+    note(*report.warnings)
     count, trained = len(report.details["targets"]), report.details["trained"]
     said = f"{count} targets, {trained} elements to train\n{report}\nwrote {output}"
-    fields = {k: v for k, v in report.to_json().items() if k not in ("command", "warnings")}
-    emit(as_json, "insert", said, inputs=[{"model": model}], warnings=report.warnings, **fields)
+    emit(as_json, text=said, **{**report.to_json(), "inputs": [{"model": model}]})

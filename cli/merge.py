@@ -70,13 +70,11 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     plan = plan_merge(base, [split_weight(a) for a in adapters], MergeOptions(**options))
     inputs = [{"base": base, "adapters": list(adapters)}]
     if dry_run:
-        for text in plan.notes:
-            note(text)
+        note(*plan.notes)
         emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
         return
     with progress_bar() as progress:
         report = run(plan, out, link=link, force=force, workers=threads, progress=progress)
-    for text in report.warnings:
-        note(text)
+    note(*report.warnings)
     outputs = list(report.outputs)
     emit(as_json, "merge", lines(report), inputs=inputs, outputs=outputs, **report_json(report))

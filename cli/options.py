@@ -34,6 +34,17 @@ Command = Callable[..., object]
 """What click makes a command of."""
 
 
+def selectors_option(name: str, text: str) -> Callable[[Command], Command]:
+    """A repeatable option of selectors; None where it is not given."""
+    return click.option(
+        name,
+        multiple=True,
+        metavar="SELECTORS",
+        callback=lambda ctx, param, value: value or None,
+        help=text,
+    )
+
+
 def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
     """One decorator that adds options, in the order that --help lists them in."""
 
@@ -104,19 +115,11 @@ target_options = combined(
             "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
         ),
         click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
-        click.option(
-            "--include",
-            multiple=True,
-            metavar="SELECTORS",
-            help="Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…",
+        selectors_option(
+            "--include", "Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…"
         ),
-        click.option("--exclude", multiple=True, metavar="SELECTORS", help="Targets to leave out."),
-        click.option(
-            "--also-train",
-            multiple=True,
-            metavar="SELECTORS",
-            help="Tensors trained whole, such as a new head.",
-        ),
+        selectors_option("--exclude", "Targets to leave out."),
+        selectors_option("--also-train", "Tensors trained whole, such as a new head."),
         click.option(
             "--variant",
             type=click.Choice(["lora", "rslora", "dora", "lora-fa", "lora+"]),
@@ -179,20 +182,15 @@ def captured(
         loaded = LoadedModel(cap.model, (), dict(cap.named), model)
     else:
         loaded = load_model(model, weights=weights, meta=meta, trust=trust)
-        for text in loaded.notes:
-            note(text)
+        note(*loaded.notes)
         if cache and (inputs_file or dynamic or static):
             raise LoraFxError(
                 "with --cache the inputs and their dimensions are known",
                 "leave --inputs, --dynamic and --static out",
             )
         cap = capture_loaded(loaded, (), given, wanted, static, cache=cache)
-    for text in (
-        *cap.notes,
-        *(f"pinned: {pin}" for pin in cap.pinned),
-        *(f"captured for: {c}" for c in cap.ranges),
-    ):
-        note(text)
+    note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
+    note(*(f"captured for: {c}" for c in cap.ranges))
     return loaded, cap
 
 
@@ -270,8 +268,7 @@ def adapter_of(path: str, trust: bool = False) -> Adapter:
     from lora_fx.formats.io import load_adapter
 
     adapter = load_adapter(path, trust)
-    for text in adapter.metadata.get("notes", []):
-        note(text)
+    note(*adapter.metadata.get("notes", []))
     return adapter
 
 
@@ -440,13 +437,9 @@ def merge_file(
     dry_run, options["names"] = options.pop("dry_run"), read_map(options["names"])
     if dry_run:
         plan = plan_onnx(base, given, OnnxMergeOptions.of(options))
-        for text in plan.graph.notes:
-            note(text)
+        note(*plan.graph.notes)
         emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
         return
     report = merge(base, given, out, **options)
-    for text in report.warnings:
-        note(text)
-    fields = {**report.to_json(), "inputs": inputs}
-    fields.pop("command")
-    emit(as_json, "merge", lines(report), **fields)
+    note(*report.warnings)
+    emit(as_json, text=lines(report), **{**report.to_json(), "inputs": inputs})

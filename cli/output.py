@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_fx.errors import LoraFxError
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.compare import Report
@@ -34,11 +35,9 @@ def wrote(report: Report) -> str:
 
 def emit_file(as_json: bool, model: str, report: Report) -> None:
     """What became of an .onnx file."""
-    for text in report.warnings:
-        note(text)
-    shown = {k: v for k, v in report.to_json().items() if k not in ("command", "warnings")}
+    note(*report.warnings)
     said = f"{report}{table(report)}\n{wrote(report)}"
-    emit(as_json, "export", said, inputs=[{"model": model}], warnings=report.warnings, **shown)
+    emit(as_json, text=said, **{**report.to_json(), "inputs": [{"model": model}]})
 
 
 def emit(
@@ -56,12 +55,10 @@ def emit(
     `refused` ends the command after its result was shown: the object says ok = false, and the
     error follows on stderr with its exit code.
     """
-    ctx = click.get_current_context(silent=True)
-    said = list(ctx.find_root().obj["notes"]) if ctx and ctx.find_root().obj else []
     if refused is not None:
         ok, refused.told = False, True
         fields |= {"error": refused.message, "hint": refused.hint}
-    page = (ctx.find_root().obj or {}).get("report") if ctx else None  # what --report left here
+    page = _run().get("report")  # what --report left here
     if as_json or page:
         from lora_fx import __version__
 
@@ -71,7 +68,7 @@ def emit(
             "ok": ok,
             "inputs": [],
             "outputs": [],
-            "warnings": list(dict.fromkeys([*said, *warnings])),
+            "warnings": list(dict.fromkeys([*_run().get("notes", ()), *warnings])),
             **fields,
         }
     if page:
@@ -84,27 +81,29 @@ def emit(
         raise refused
 
 
+def _run() -> Json:
+    """What is known of this run of the command line, by name; empty outside of one."""
+    ctx = click.get_current_context(silent=True)
+    return (ctx.find_root().obj or {}) if ctx else {}
+
+
 def say(text: str) -> None:
     """A line of progress on stderr, unless -q."""
-    ctx = click.get_current_context(silent=True)
-    if not (ctx and (ctx.find_root().obj or {}).get("quiet")):
+    if not _run().get("quiet"):
         click.echo(text, err=True)
 
 
-def note(text: str) -> None:
-    """Something the user should know: a line on stderr, and a row of the JSON's warnings."""
-    ctx = click.get_current_context(silent=True)
-    if ctx and ctx.find_root().obj:
-        ctx.find_root().obj["notes"].append(text)
-    say(f"note: {text}")
+def note(*texts: str) -> None:
+    """What the user should know: a line each on stderr, and a row of the JSON's warnings."""
+    for text in texts:
+        _run().get("notes", []).append(text)
+        say(f"note: {text}")
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
     """A function of (bytes done, bytes in all) that draws a bar on a terminal's stderr."""
-    ctx = click.get_current_context(silent=True)
-    quiet = ctx and (ctx.find_root().obj or {}).get("quiet")
-    if quiet or not sys.stderr.isatty():
+    if _run().get("quiet") or not sys.stderr.isatty():
         yield None
         return
     with click.progressbar(length=1, file=sys.stderr, width=40) as bar:

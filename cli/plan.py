@@ -13,11 +13,11 @@ from lora_fx.cli.options import (
     json_option,
     loss_of,
     model_options,
+    selectors_option,
     some_batches,
 )
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
-from lora_fx.text import Json
 
 FROM_1 = click.IntRange(min=1)
 
@@ -46,8 +46,8 @@ FROM_1 = click.IntRange(min=1)
 @click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
 @click.option("--examples", type=FROM_1, default=1024, show_default=True, help="Of DATA, at most.")
 @click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
-@click.option("--include", multiple=True, metavar="SELECTORS", help="Targets to choose from.")
-@click.option("--exclude", multiple=True, metavar="SELECTORS", help="Targets to leave out.")
+@selectors_option("--include", "Targets to choose from.")
+@selectors_option("--exclude", "Targets to leave out.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of examples.")
 @model_options
 @force_option
@@ -78,11 +78,9 @@ def command(
     loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
     batches = some_batches(data, loaded, cap, options)
     loss = loss_of(options.pop("loss"))
-    chosen: Json = {k: None if v == () else v for k, v in options.items()}
-    made = plan(cap, data=batches, loss=loss, name=model, **chosen)
+    made = plan(cap, data=batches, loss=loss, name=model, **options)
     made.save(output, force=force)
-    for text in made.notes:
-        note(text)
+    note(*made.notes)
     found = find(cap)
     whole = made.to_json()
     emit(

@@ -82,9 +82,8 @@ def _train(
         note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
     training, validation = split(table, options.pop("validation"), options["seed"])
     loss = loss_of(options.pop("loss"))
-    chosen: Json = {k: None if v == () else v for k, v in options.items()}
-    chosen |= of_training(training, options["init"], loss)
-    module = (held(cap) if cap.adapter is not None else insert(cap, **chosen)).to(device)
+    options |= of_training(training, options["init"], loss)
+    module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
 
     def progress(step: int, steps: int, value: float) -> None:
         if step == steps or step % max(1, steps // 10) == 0:
@@ -96,8 +95,7 @@ def _train(
         )
     if not world.first:
         return
-    for text in (*report.warnings, *save_adapter(module.adapter(), output, force=force)):
-        note(text)
+    note(*report.warnings, *save_adapter(module.adapter(), output, force=force))
     made = module.report()
     fields = {
         "inputs": cap.inputs.to_json(),

@@ -73,8 +73,7 @@ def command(
     result = truncation(adapter_of(adapter, trust), **goal)
     if not result.dropped:
         note("no rank was dropped: the adapter is within the goal as it is")
-    for text in save_adapter(result.adapter, output, force=force):
-        note(text)
+    note(*save_adapter(result.adapter, output, force=force))
     said, fields = f"{result}\nwrote {output}", result.to_json()
     emit(as_json, "truncate", said, inputs=inputs, outputs=[output], **fields)
 
@@ -93,7 +92,6 @@ def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tu
     loaded, cap = captured(options["model"], options["weights"], None, (), (), trust)
     data = training_data(options["table"], loaded, cap, options["label"], 128)
     result = held_out(cap, adapter_of(adapter, trust), data, loss_of(options["loss"]))
-    for text in result.notes:
-        note(text)
+    note(*result.notes)
     rows = [row.to_json() for row in result.rows]
     return str(result), {"table": rows, "examples": result.examples}

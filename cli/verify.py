@@ -73,7 +73,6 @@ def command(a: str, b: str, as_json: bool, **options: Any) -> None:
         extra = [adapter_of(x).weighted(w) for x, w in map(split_weight, adapters)]
         beside = extra[0] if len(extra) == 1 else extra or None
         report = verify(one, two, arrays, adapter=beside, **options)
-    fields = {**report.to_json(), "inputs": [{"a": a, "b": b}], "outputs": []}
-    fields.pop("command")
-    emit(as_json, "verify", lines(report), **fields)
+    fields = {**report.to_json(), "inputs": [{"a": a, "b": b}]}
+    emit(as_json, text=lines(report), **fields)
     click.get_current_context().exit(0 if report else 1)
