@@ -241,7 +241,6 @@ def effect(pair: Pair) -> Iterator[Finding]:
             "the update is beyond what the tensor's dtype can hold",
             "finite numbers",
             "is lora_alpha right?",
-            ERROR,
         )
     large = {
         k: r for k in pair.adapter.lowrank if k not in never and (r := pair.ratio(k)) and r > LARGE
@@ -438,7 +437,7 @@ def start(pair: Pair) -> Iterator[Finding]:
         "lora-fx merge takes that part off again; other tools do not"
         if redone
         else "save it again with save_pretrained(…, path_initial_model_for_weight_conversion=…)",
-        WARNING if redone else "",
+        WARNING if redone else ERROR,
     )
 
 
@@ -532,7 +531,7 @@ def names(pair: Pair) -> Iterator[Finding]:
             f"names with {what}: PEFT would load none of them",
             f"{PREFIX}MODULE.lora_A.weight and so on",
             f"take {prefix!r} off the names" if prefix else f"put {PREFIX!r} before the names",
-            "" if pair.refusal else WARNING,
+            ERROR if pair.refusal else WARNING,
         )
 
 
@@ -576,5 +575,5 @@ def trained(pair: Pair) -> Iterator[Finding]:
         "A or B is zero: untrained" + (", and so is every other update" if whole else ""),
         "an update",
         "was the adapter saved before training?" if whole else "did a gradient reach them?",
-        "" if whole else WARNING,
+        ERROR if whole else WARNING,
     )

@@ -1,17 +1,16 @@
 """doctor: everything that is wrong with a base and an adapter, not only what is found first.
 
-A check is a row of CHECKS: its name, the severity of what it finds, and a function from the Pair
-to its findings. Only headers and samples of the base are read.
+A check is a row of CHECKS: its name, and a function from the Pair to its findings. Only headers
+and samples of the base are read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import name_of
@@ -23,44 +22,35 @@ from lora_fx.files.atomic import explain
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, some, table
 
-
-class Check(NamedTuple):
-    """A row of CHECKS."""
-
-    name: str
-    severity: str
-    function: Callable[[Pair], Iterable[Finding]]
-
-
-CHECKS = (
-    Check("config", ERROR, checks.config),
-    Check("alpha", ERROR, checks.scale),
-    Check("ranks", ERROR, checks.ranks),
-    Check("patterns", ERROR, checks.patterns),
-    Check("initialisation", ERROR, checks.start),
-    Check("dora", ERROR, checks.dora),
-    Check("finite numbers", ERROR, checks.numbers),
-    Check("dtypes", ERROR, checks.dtypes),
-    Check("empty tensors", ERROR, checks.sizes),
-    Check("pairs", ERROR, checks.halves),
-    Check("names", ERROR, checks.names),
-    Check("target_modules", ERROR, checks.dropped),
-    Check("prefix", ERROR, checks.prefix),
-    Check("unused keys", ERROR, checks.unused),
-    Check("missing keys", ERROR, checks.missing),
-    Check("vocabulary", ERROR, checks.vocabulary),
-    Check("shapes", ERROR, checks.shapes),
-    Check("tied weights", ERROR, checks.tied),
-    Check("quantised base", ERROR, checks.quantised),
-    Check("base", ERROR, checks.base),
-    Check("base values", ERROR, checks.values),
-    Check("merged before", ERROR, checks.merged),
-    Check("new tensors", ERROR, checks.added),
-    Check("training", ERROR, checks.trained),
-    Check("effect", WARNING, checks.effect),
-)
-LAST = Check("merge", ERROR, checks.refused)
-"""What nothing else has said; run where no other check finds an error."""
+CHECKS: dict[str, Callable[[Pair], Iterable[Finding]]] = {
+    "config": checks.config,
+    "alpha": checks.scale,
+    "ranks": checks.ranks,
+    "patterns": checks.patterns,
+    "initialisation": checks.start,
+    "dora": checks.dora,
+    "finite numbers": checks.numbers,
+    "dtypes": checks.dtypes,
+    "empty tensors": checks.sizes,
+    "pairs": checks.halves,
+    "names": checks.names,
+    "target_modules": checks.dropped,
+    "prefix": checks.prefix,
+    "unused keys": checks.unused,
+    "missing keys": checks.missing,
+    "vocabulary": checks.vocabulary,
+    "shapes": checks.shapes,
+    "tied weights": checks.tied,
+    "quantised base": checks.quantised,
+    "base": checks.base,
+    "base values": checks.values,
+    "merged before": checks.merged,
+    "new tensors": checks.added,
+    "training": checks.trained,
+    "effect": checks.effect,
+}
+LAST = "merge"
+"""The check that says what no other has; run where no other finds an error."""
 
 
 def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Report:
@@ -80,13 +70,10 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
     try:
         pair = open_pair(Path(base), Path(adapter))
         findings: list[Finding] = []
-        for check in (*CHECKS, LAST):
-            if check is LAST and any(f.severity == ERROR for f in findings):
-                continue
-            findings += [
-                dataclasses.replace(f, check=check.name, severity=f.severity or check.severity)
-                for f in check.function(pair)
-            ]
+        for name, check in CHECKS.items():
+            findings += [replace(f, check=name) for f in check(pair)]
+        if not any(f.severity == ERROR for f in findings):
+            findings += [replace(f, check=LAST) for f in checks.refused(pair)]
         rows, no = _updates(pair), checks.refusal(pair)
     except OSError as error:
         raise explain(error, error.filename or base) from error
@@ -141,15 +128,14 @@ def lines(report: Report) -> str:
     counts: dict[str, list[str]] = {}
     for f in d["findings"]:
         counts.setdefault(f["check"], []).append(f["severity"])
-    width = max(len(c.name) for c in CHECKS)
-    for check in (*CHECKS, LAST):
-        said = counts.get(check.name)
-        text.append(f"{check.name:<{width}}  {said[0] if said else 'ok'}")
+    width = max(map(len, CHECKS))
+    for name in (*CHECKS, LAST):
+        said = counts.get(name)
+        text.append(f"{name:<{width}}  {said[0] if said else 'ok'}")
     for f in d["findings"]:
         text += ["", f"{f['severity']}: {f['check']}: {some(f['keys'])}".removesuffix(": ")]
-        for name in ("found", "expected", "hint"):
-            label = {"hint": "do"}.get(name, name)
-            text += [f"  {label + ':':<10}{f[name]}"] if f[name] else []
+        for name, label in (("found", "found:"), ("expected", "expected:"), ("hint", "do:")):
+            text += [f"  {label:<10}{f[name]}"] if f[name] else []
     errors, warned = (sum(f["severity"] == s for f in d["findings"]) for s in (ERROR, WARNING))
     verdict = f"healthy; warnings: {warned}" if warned else "healthy"
     text += ["", verdict if report else f"errors: {errors}; do not merge this pair"]

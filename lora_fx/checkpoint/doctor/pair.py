@@ -44,7 +44,7 @@ class Finding:
         found: What is there.
         expected: What should be.
         hint: What to do.
-        severity: error: the pair is wrong; warning: look at it; note. Of the check, where empty.
+        severity: error: the pair is wrong; warning: look at it; note.
         check: Name of the check.
     """
 
@@ -52,7 +52,7 @@ class Finding:
     found: str
     expected: str
     hint: str
-    severity: str = ""
+    severity: str = ERROR
     check: str = ""
 
     def to_json(self) -> Json:
