@@ -18,6 +18,7 @@ from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
 from lora_fx.files.safetensors import AGAIN, TensorInfo
+from lora_fx.text import Json
 
 BLOCK = 1 << 18
 """Elements of one block."""
@@ -204,29 +205,35 @@ def _squares(block: Array) -> float:
 
 
 @dataclass(frozen=True)
-class Unlike:
-    """A tensor that differs: what, by how much, and in how many of its elements."""
+class Difference:
+    """A tensor that is not what it should be.
+
+    Attributes:
+        tensor: Its name.
+        what: In words.
+        ratio: Of a merge that is proven: the largest error over what is allowed.
+        rel: Of two files: max|a − b| / max|b|.
+        max_abs: Of two files: max|a − b|.
+        elements: Of two files: how many differ.
+    """
 
     tensor: str
     what: str
+    ratio: float = math.inf
     rel: float = math.inf
     max_abs: float = math.inf
-    elements: int = 0
+    elements: int | None = None
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> Json:
         """Plain values; an infinite difference is null."""
-        return {
-            "key": self.tensor,
-            "what": self.what,
-            "rel": self.rel if math.isfinite(self.rel) else None,
-            "max_abs": self.max_abs if math.isfinite(self.max_abs) else None,
-            "elements": self.elements,
-        }
+        sizes = {"ratio": self.ratio, "rel": self.rel, "max_abs": self.max_abs}
+        finite = {name: x if math.isfinite(x) else None for name, x in sizes.items()}
+        return {"key": self.tensor, "what": self.what, **finite, "elements": self.elements}
 
 
 def unlike(
     a: Mapping[str, TensorInfo], b: Mapping[str, TensorInfo], tol: float = 0.0
-) -> Iterator[Unlike]:
+) -> Iterator[Difference]:
     """Every tensor of `a` that is not that of `b`, the reference.
 
     Args:
@@ -237,27 +244,28 @@ def unlike(
     """
     for name in b:
         if name not in a:
-            yield Unlike(name, "is missing in A")
+            yield Difference(name, "is missing in A", elements=0)
     for name, ours in a.items():
         theirs = b.get(name)
         if theirs is None:
-            yield Unlike(name, "is missing in B")
+            yield Difference(name, "is missing in B", elements=0)
         elif ours.shape != theirs.shape:
-            yield Unlike(name, f"is {list(ours.shape)}; expected {list(theirs.shape)}")
+            what = f"is {list(ours.shape)}; expected {list(theirs.shape)}"
+            yield Difference(name, what, elements=0)
         elif ours.dtype != theirs.dtype and not tol:
-            yield Unlike(name, f"is {ours.dtype}; expected {theirs.dtype}")
+            yield Difference(name, f"is {ours.dtype}; expected {theirs.dtype}", elements=0)
         else:
             found = _values(name, ours, theirs)
             if found is not None and not found.rel <= tol:
                 yield found
 
 
-def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Unlike | None:
+def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | None:
     """How the values of two tensors of one shape differ; None where they are equal."""
     if same_bytes(ours, theirs):
         return None
     if DTYPES[ours.dtype].bits % 8 or DTYPES[theirs.dtype].bits % 8 or "complex" in ours.dtype:
-        return Unlike(name, "its bytes differ")
+        return Difference(name, "its bytes differ", elements=0)
     gap = top = 0.0
     count = 0
     size = math.prod(ours.shape)
@@ -268,7 +276,8 @@ def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Unlike | None:
         finite = np.isfinite(reference)
         same = np.isfinite(wide) == finite
         if not same.all() or not np.array_equal(wide[~finite], reference[~finite]):
-            return Unlike(name, "has NaN or infinite values where the other has not")
+            what = "has NaN or infinite values where the other has not"
+            return Difference(name, what, elements=0)
         gap = max(gap, float(np.abs(wide - reference)[finite].max(initial=0.0)))
         top = max(top, float(np.abs(reference)[finite].max(initial=0.0)))
     if not count:  # −0 and 0
@@ -276,4 +285,4 @@ def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Unlike | None:
     rel = gap / top if top else math.inf
     share = count / size
     what = f"{count} of {size} elements ({share:.1%}) differ, by up to {gap:.2e} (rel {rel:.2e})"
-    return Unlike(name, what, max(rel, math.ulp(0.0)), gap, count)
+    return Difference(name, what, math.inf, max(rel, math.ulp(0.0)), gap, count)

@@ -18,12 +18,11 @@ import hashlib
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.checkpoint.difference import same_bytes
+from lora_fx.checkpoint.difference import Difference, same_bytes
 from lora_fx.checkpoint.fold import (
     Rectangle,
     Space,
@@ -40,24 +39,9 @@ from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.text import Json
 
 ROWS = 4
 """Rows of every touched tensor that a merge computes again before it is done."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A tensor that is not what it should be: why, and by how much of what is allowed."""
-
-    tensor: str
-    what: str
-    ratio: float = float("inf")
-
-    def to_json(self) -> Json:
-        """Plain values; an infinite ratio is null."""
-        finite = np.isfinite(self.ratio)
-        return {"key": self.tensor, "what": self.what, "ratio": self.ratio if finite else None}
 
 
 def prove(
@@ -80,24 +64,16 @@ def prove(
 
 
 def _tensor(plan: MergePlan, out: Checkpoint, name: str, rows: int | None) -> Iterator[Difference]:
-    info, change = out.tensors[name], plan.changes.get(name)
-    if change is None and name not in plan.base.tensors:
+    info, change, old = out.tensors[name], plan.changes.get(name), plan.base.tensors.get(name)
+    wanted = change or old
+    if wanted is None:
         yield Difference(name, "is not in the base")
-    elif change is None:
-        yield from _same(name, plan.base.tensors[name], info)
-    elif (change.shape, change.dtype) != (info.shape, info.dtype):
-        want = f"{change.dtype} {list(change.shape)}"
-        yield Difference(name, f"is {info.dtype} {list(info.shape)}; expected {want}")
-    else:
+    elif (wanted.shape, wanted.dtype) != (info.shape, info.dtype):
+        expected = f"{wanted.dtype} {list(wanted.shape)}"
+        yield Difference(name, f"is {info.dtype} {list(info.shape)}; expected {expected}")
+    elif change is not None:
         yield from _recomputed(change, out, rows)
-
-
-def _same(name: str, old: TensorInfo, new: TensorInfo) -> Iterator[Difference]:
-    if (old.dtype, old.shape) != (new.dtype, new.shape):
-        yield Difference(
-            name, f"is {new.dtype} {list(new.shape)}; expected {old.dtype} {list(old.shape)}"
-        )
-    elif not same_bytes(old, new):
+    elif old is not None and not same_bytes(old, info):
         yield Difference(name, "no adapter changes it, but its bytes are not the base's")
 
 

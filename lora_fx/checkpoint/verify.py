@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.checkpoint.difference import Unlike, unlike
+from lora_fx.checkpoint.difference import Difference, unlike
 from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import AdapterLike, Adapters, cores, given
@@ -27,7 +27,7 @@ from lora_fx.checkpoint.merge_plan import (
     TensorChange,
     make_plan,
 )
-from lora_fx.checkpoint.prove import ROWS, Difference, prove
+from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import file_targets
 from lora_fx.checkpoint.tied import at_its_use, tie_of
@@ -39,8 +39,6 @@ from lora_fx.files.atomic import explain
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.formats.io import is_adapter, load_adapter
 from lora_fx.text import Json, JsonView
-
-_ROW = dict.fromkeys(("key", "what", "ratio", "rel", "max_abs", "elements"))
 
 
 def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
@@ -96,7 +94,7 @@ def verify_files(
 
 def _report(
     count: int,
-    found: Sequence[Difference | Unlike],
+    found: Sequence[Difference],
     notes: Sequence[str] = (),
     details: JsonView | None = None,
     *,
@@ -106,7 +104,7 @@ def _report(
         "tensors": count,
         "equal": count - len({d.tensor for d in found}),
         **(details or {}),
-        "differences": [{**_ROW, **d.to_json()} for d in found],
+        "differences": [d.to_json() for d in found],
     }
     ok = not found and complete
     return Report("verify", ok, warnings=tuple(dict.fromkeys(notes)), details=whole)
