@@ -55,13 +55,8 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Add another block's."""
-        self.elements += other.elements
-        self.still += other.still
-        self.weight += other.weight
-        self.delta += other.delta
-        self.along += other.along
-        self.error += other.error
-        self.own += other.own
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     @property
     def ratio(self) -> float:
@@ -372,16 +367,16 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     turned = (*layout.batch, *layout.in_, *layout.out) == tuple(range(nb + no + ni))
     magnitude = change.magnitude if isinstance(change, LowRank) else None
     count = math.prod(layout.batch_shape)
-    if straight or turned:
-        rows, columns = layout.out_size, layout.in_size
-        if not straight:
-            rows, columns = columns, rows
-        parts = (
-            Rectangle(change, i * rows, (i + 1) * rows, 0, columns, i, not straight, magnitude)
-            for i in range(count)
-        )
-        return Matrix(count * rows, columns, tuple(parts))
-    return _materialised(shape, change)
+    if not (straight or turned):
+        return _materialised(shape, change)
+    rows, columns = layout.out_size, layout.in_size
+    if not straight:
+        rows, columns = columns, rows
+    parts = (
+        Rectangle(change, i * rows, (i + 1) * rows, 0, columns, i, not straight, magnitude)
+        for i in range(count)
+    )
+    return Matrix(count * rows, columns, tuple(parts))
 
 
 def _materialised(shape: tuple[int, ...], change: Change) -> Matrix:
@@ -421,15 +416,12 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
         if (rows[1] - rows[0], columns[1] - columns[0]) != (inner.rows, inner.columns):
             continue
         parts = tuple(
-            Rectangle(
-                p.change,
-                p.top + rows[0],
-                p.bottom + rows[0],
-                p.left + columns[0],
-                p.right + columns[0],
-                p.batch,
-                p.transposed,
-                p.magnitude,
+            replace(
+                p,
+                top=p.top + rows[0],
+                bottom=p.bottom + rows[0],
+                left=p.left + columns[0],
+                right=p.right + columns[0],
             )
             for p in inner.parts
         )
@@ -459,9 +451,7 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
     """Several changes of one tensor, which must all see the same rows and columns."""
     sizes = {(m.rows, m.columns) for m in matrices}
     if len(sizes) == 1:
-        return Matrix(
-            matrices[0].rows, matrices[0].columns, tuple(p for m in matrices for p in m.parts)
-        )
+        return replace(matrices[0], parts=tuple(p for m in matrices for p in m.parts))
     raise LoraFxError(
         f"the changes of {name!r} take its axes in different ways: {sorted(sizes)}",
         "merge one adapter after the other",
@@ -474,7 +464,7 @@ def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
         replace(p, change=_cast(p.change, dtype), magnitude=_array(p.magnitude, dtype))
         for p in matrix.parts
     )
-    return Matrix(matrix.rows, matrix.columns, parts)
+    return replace(matrix, parts=parts)
 
 
 def _cast(change: Any, dtype: Floating) -> Any:

@@ -45,17 +45,13 @@ class Int8:
     scales: TensorInfo
     unit: float
 
-    def read(self, fd: int, scales: TensorInfo, low: int, count: int) -> Array:
-        """Scales of rows low ≤ i < low + count as stored, [count, 1]."""
-        return read_rows(fd, scales, low, count, 1)
-
     def rms(self, codes: TensorInfo, count: int = 16) -> float:
         """Root mean square of W, from rows at its start, middle and end."""
         rows, columns = codes.shape
         n, squares = min(count, rows), 0.0
         with open(codes.file, "rb") as f, open(self.scales.file, "rb") as g:
             for low in (0, (rows - n) // 2, rows - n):
-                step = self.steps(self.read(g.fileno(), self.scales, low, n))
+                step = self.steps(read_rows(g.fileno(), self.scales, low, n, 1))
                 weight = read_rows(f.fileno(), codes, low, n, columns) * step
                 squares += float(np.sum(weight**2))
         return math.sqrt(squares / (3 * n * columns))

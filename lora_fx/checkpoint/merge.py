@@ -17,6 +17,7 @@ from lora_fx.checkpoint.fold import Stats
 from lora_fx.checkpoint.int8 import HINT
 from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.prove import prove
+from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
@@ -186,7 +187,7 @@ def given(adapters: Adapters, trust: bool = False) -> list[Given]:
 
             where, path = str(adapter), Path(adapter)
             adapter = load_adapter(adapter, trust)
-        result.append(Given.of(adapter, float(weight), where, path))
+        result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
 
 

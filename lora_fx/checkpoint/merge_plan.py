@@ -19,7 +19,7 @@ from lora_fx.adapter.updates import ReplacedRows, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match
-from lora_fx.checkpoint.provenance import adapter_hash, base_note, history, refuse_again
+from lora_fx.checkpoint.provenance import base_note, history, refuse_again
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.tied import (
     Tie,
@@ -34,9 +34,8 @@ from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
+from lora_fx.targets.regions import overlap
 from lora_fx.text import Json, human, table
-
-__all__ = ["Given", "MergePlan", "TensorChange", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class Given:
     where: str
     hash: str
     path: Path | None = None
-
-    @classmethod
-    def of(cls, adapter: Adapter, weight: float, where: str, path: Path | None = None) -> Given:
-        """With its hash."""
-        return cls(adapter, weight, where, adapter_hash(adapter), path)
 
 
 _RECORDED = ("allow_unused", "allow_missing", "other_readers")
@@ -484,8 +478,8 @@ def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
         if p.entry.magnitude is None and not p.entry.mutated:
             continue
         for q in placed:
-            meet = all(a < d and c < b for (a, b), (c, d) in zip(p.bounds, q.bounds, strict=True))
-            if q is not p and meet and not isinstance(q.entry, ReplacedRows):
+            meet = q is not p and overlap(p.bounds, q.bounds)
+            if meet and not isinstance(q.entry, ReplacedRows):
                 how = "rescales it (DoRA)"
                 if p.entry.mutated:
                     how = f"is for a base that {p.entry.mutated} changed"

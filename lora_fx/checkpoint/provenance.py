@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
@@ -33,6 +33,17 @@ METADATA = "lora_fx.merge"
 VERSION = 1
 SAMPLE = 32 << 10
 """Bytes at each end of a tensor that its sample holds."""
+
+
+_HASHED: Mapping[type[Entry], tuple[str, ...]] = {
+    LowRank: ("a", "b", "scale", "magnitude"),
+    Full: ("value",),
+    Hadamard: ("a1", "b1", "a2", "b2", "scale"),
+    Kronecker: ("w1", "w2", "scale"),
+    Dense: ("value", "scale"),
+    ReplacedRows: ("index", "value"),
+}
+"""What of an update its adapter's hash is made of, in order."""
 
 
 def layout_hash(tensors: Mapping[str, TensorInfo]) -> str:
@@ -61,30 +72,17 @@ def adapter_hash(adapter: Adapter) -> str:
     whole = hashlib.sha256()
     for key in sorted(adapter.entries):
         whole.update(key.encode() + b"\0")
-        for part in _parts(adapter.entries[key]):
+        entry = adapter.entries[key]
+        for name in _HASHED[type(entry)]:
+            part = getattr(entry, name)
             if isinstance(part, np.ndarray):
                 text = f"{part.dtype}{part.shape}"
                 whole.update(text.encode())
                 whole.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
-            else:
-                whole.update(repr(part).encode() + b"\0")
+            elif part is not None:
+                number = part if isinstance(part, tuple) else float(part)
+                whole.update(repr(number).encode() + b"\0")
     return whole.hexdigest()
-
-
-def _parts(entry: object) -> tuple[Array | float | str | tuple[int, ...], ...]:
-    if isinstance(entry, LowRank):
-        extra = () if entry.magnitude is None else (entry.magnitude,)
-        return (entry.a, entry.b, float(entry.scale), *extra)
-    if isinstance(entry, Full):
-        return (entry.value,)
-    if isinstance(entry, Hadamard):
-        return (entry.a1, entry.b1, entry.a2, entry.b2, float(entry.scale))
-    if isinstance(entry, Kronecker):
-        return (entry.w1, entry.w2, float(entry.scale))
-    if isinstance(entry, Dense):
-        return (entry.value, float(entry.scale))
-    assert isinstance(entry, ReplacedRows)
-    return (entry.index, entry.value)
 
 
 def history(checkpoint: Checkpoint) -> list[Json]:

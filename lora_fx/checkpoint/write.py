@@ -78,15 +78,13 @@ def write(
         LoraFxError: A value that a tensor cannot hold.
         OSError: The disk is full, a file cannot be read …
     """
-    folder = stage if plan.base.path.is_dir() else stage.parent
-    if plan.base.path.is_dir():
+    is_folder, text = plan.base.path.is_dir(), recorded(plan)
+    if is_folder:
         stage.mkdir()
-    text = recorded(plan)
-    single = not plan.base.path.is_dir()
     touched: list[Shard] = []
     rest: list[tuple[Header, str, Path]] = []
     for name, header in plan.base.shards.items():
-        target = stage if single else folder / name
+        target = stage / name if is_folder else stage
         shard = lay_out(plan, plan.base.folder / name, target, name, header, text)
         if shard is None:
             rest.append((header, name, target))
@@ -95,9 +93,9 @@ def write(
     stats: dict[str, Stats] = {}
     with contextlib.ExitStack() as stack:
         _Run(plan, stack, workers, progress).go(touched, rest, stats, link=link)
-    if plan.base.path.is_dir():
-        copy_companions(plan, folder)
-        write_index(plan, folder)
+    if is_folder:
+        copy_companions(plan, stage)
+        write_index(plan, stage)
     return stats
 
 
@@ -299,7 +297,7 @@ class _Run:
         self, int8: Int8, fold: TensorFold, codes: Array, low: int, space: Space
     ) -> tuple[Array, Stats]:
         """New codes and what changed; the new scales are written here."""
-        scales = int8.read(self.sources[int8.scales.file], int8.scales, low, len(codes))
+        scales = read_rows(self.sources[int8.scales.file], int8.scales, low, len(codes), 1)
         new, moved, stats = int8.block(fold, codes, scales, low, space)
         fd, at = self.places[int8.name]
         write_at(fd, _bytes(moved), at + low * moved.itemsize)
@@ -399,20 +397,12 @@ def lay_out(
         return None
     slots, at = [], 0
     by_start = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].stop))
-    for n, info in by_start:
-        change = mine.get(n)
+    old = [(n, info, mine.get(n)) for n, info in by_start]
+    for n, info, change in [*old, *((c.name, c.source, c) for c in new)]:
         dtype, size = info.dtype, info.stop - info.start
         if change is not None:
             dtype, size = change.dtype, change.nbytes
         slots.append(TensorSlot(n, dtype, info.shape, at, at + size, info, change))
-        at += size
-    for change in new:
-        size = change.nbytes
-        slots.append(
-            TensorSlot(
-                change.name, change.dtype, change.shape, at, at + size, change.source, change
-            )
-        )
         at += size
     place = {s.name: s for s in slots}
     # A file without metadata loads in transformers, one without this of its metadata does not.
