@@ -53,9 +53,10 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     """
     if options["how"] != "svd":
         load_numpy()
-    from lora_fx.checkpoint.merge import check_target, lines, plan_merge, report_json, run
+    from lora_fx.checkpoint.merge import lines, plan_merge, report_json, run
     from lora_fx.checkpoint.merge_plan import MergeOptions
     from lora_fx.errors import LoraFxError
+    from lora_fx.files.atomic import check_output
 
     threads = options.pop("threads")
     if base.endswith(".onnx"):
@@ -66,7 +67,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         raise LoraFxError(f"--{wrong[0]} is of .onnx files", "leave it out")
     dry_run, link, force = (options.pop(name) for name in ("dry_run", "link", "force"))
     if not dry_run:
-        check_target(out, force=force)
+        check_output(out, force=force)
     plan = plan_merge(base, [split_weight(a) for a in adapters], MergeOptions(**options))
     inputs = [{"base": base, "adapters": list(adapters)}]
     if dry_run:

@@ -5,11 +5,10 @@ W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
@@ -21,7 +20,7 @@ from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.files.atomic import check_output, check_space, explain, replacing
+from lora_fx.files.atomic import check_output, check_space, explained, replacing
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.text import Json, some, table
 
@@ -91,7 +90,7 @@ def merge(
         again=again, allow_missing=allow_missing, any_base=any_base,
         other_readers=other_readers, trust=trust,
     )  # fmt: skip
-    check_target(out, force=force)
+    check_output(out, force=force)
     plan = plan_merge(base, adapters, options)
     return run(plan, out, link=link, force=force, workers=workers, progress=progress)
 
@@ -103,15 +102,9 @@ def plan_merge(
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
     options = options or MergeOptions()
-    with _explained(base):
+    with explained(base):
         parts = given(adapters, options.trust)
         return make_plan(open_checkpoint(Path(base)), parts, options)
-
-
-def check_target(out: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Refuse an output that cannot be made, before any work is done."""
-    with _explained(out):
-        check_output(out, force=force)
 
 
 def run(
@@ -125,7 +118,7 @@ def run(
 ) -> Report:
     """Carry out a plan; see `merge`."""
     target = Path(out)
-    with _explained(target):
+    with explained(target):
         check_output(target, force=force)
         _check_apart(plan, target)
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
@@ -150,15 +143,6 @@ def run(
                 text = json.dumps(report_json(report), indent=1) + "\n"
                 (stage / name).write_text(text, encoding="utf-8")
     return report
-
-
-@contextlib.contextmanager
-def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of the operating system as LoraFxErrors that name the file, else `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise explain(error, error.filename or path) from error
 
 
 def cores() -> int:

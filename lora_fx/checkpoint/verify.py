@@ -35,7 +35,7 @@ from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import explain
+from lora_fx.files.atomic import explained
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.formats.io import is_adapter, load_adapter
 from lora_fx.text import Json, JsonView
@@ -73,7 +73,7 @@ def verify_files(
         LoraFxError: Files that cannot be read, adapters that cannot be merged into the base.
     """
     first, second = open_checkpoint(Path(a)), open_checkpoint(Path(b))
-    try:
+    with explained(a):
         if adapter is None:
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda u: -u.rel)
             return _report(len({*first.tensors, *second.tensors}), found)
@@ -81,8 +81,6 @@ def verify_files(
         chain = chain_of(first, second, given(every), [_pair(x) for x in every])
         plan = chain.plan
         wrong = sorted(prove(plan, first, rows=rows, workers=cores()), key=lambda d: -d.ratio)
-    except OSError as error:
-        raise explain(error, error.filename or a) from error
     count = len({*first.tensors, *second.tensors, *plan.changes})
     details = {
         "touched": len(plan.changes),

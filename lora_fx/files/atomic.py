@@ -20,18 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.copying import copy_range, preallocate, read_at, reflink, write_at
 
 fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-__all__ = [
-    "check_output", "check_space", "copy_range", "explain", "preallocate", "read_at", "reflink",
-    "replacing", "sync", "write_at",
-]  # fmt: skip
 
 _OLD = "replaced"
 _WHY = {
@@ -111,23 +105,31 @@ def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
     return LoraFxError(f"{os.fspath(path)}: {one_line(why)}", hint)
 
 
+@contextlib.contextmanager
+def explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the operating system as LoraFxErrors that name their own file, else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, error.filename or path) from error
+
+
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Refuse an output that exists, or whose folder does not, before any work is done."""
     target = Path(path)
     if target.name in ("", "..") or "\0" in str(target):
         raise LoraFxError(f"{str(target)!r} names no file", "name a file or folder to create")
-    if _there(target) and not force:
-        raise LoraFxError(f"{target} exists", "choose another output, or --force to replace it")
-    if not target.parent.is_dir():
-        raise LoraFxError(f"the folder {target.parent} does not exist", "create it first")
+    with explained(target):
+        if _there(target) and not force:
+            raise LoraFxError(f"{target} exists", "choose another output, or --force to replace it")
+        if not target.parent.is_dir():
+            raise LoraFxError(f"the folder {target.parent} does not exist", "create it first")
 
 
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:
     """Refuse when the disk of `folder` has less than `needed` bytes free for this user."""
-    try:
+    with explained(folder):
         disk = shutil.disk_usage(folder)
-    except OSError as error:
-        raise explain(error, folder) from error
     if disk.total and disk.free < needed:  # a total of 0: the file system does not say
         from lora_fx.text import human  # imports numpy
 

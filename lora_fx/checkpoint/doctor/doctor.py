@@ -18,7 +18,7 @@ from lora_fx.checkpoint.doctor import checks
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
-from lora_fx.files.atomic import explain
+from lora_fx.files.atomic import explained
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, some, table
 
@@ -67,7 +67,7 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
     Raises:
         LoraFxError: One of the two cannot be read at all.
     """
-    try:
+    with explained(base):
         pair = open_pair(Path(base), Path(adapter))
         findings: list[Finding] = []
         for name, check in CHECKS.items():
@@ -75,8 +75,6 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
         if not any(f.severity == ERROR for f in findings):
             findings += [replace(f, check=LAST) for f in checks.refused(pair)]
         rows, no = _updates(pair), checks.refusal(pair)
-    except OSError as error:
-        raise explain(error, error.filename or base) from error
     findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
     details = {
         "used": sum(r["tensor"] is not None for r in rows),
