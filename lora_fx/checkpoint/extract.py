@@ -20,10 +20,10 @@ from lora_fx.adapter.lowrank import Full, LowRank, generator
 from lora_fx.adapter.svd import Triplets, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats, same_bytes
-from lora_fx.checkpoint.model_families import TensorUse, config_of, is_head, uses
+from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
 from lora_fx.checkpoint.targets import targets_of
-from lora_fx.checkpoint.tied import Tie, check_scaled, tie_of
+from lora_fx.checkpoint.tied import check_scaled, tie_of
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors

@@ -19,10 +19,10 @@ from lora_fx.adapter.updates import ReplacedRows, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match
+from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import base_note, history, refuse_again
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.tied import (
-    Tie,
     at_its_use,
     check_unknown,
     needs_untying,

@@ -8,7 +8,7 @@ the table, `biases` of the head's bias.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,77 +44,87 @@ def generates(classes: Iterable[object]) -> bool:
 
 
 @dataclass(frozen=True)
-class Family:
-    """Models that agree in these names.
+class Tie:
+    """A table that is the head too, and what one flag of the config ties besides.
 
     Attributes:
-        classes: Pattern of their classes, as config.json's `architectures` has them.
-        table: The table, which is stored where the two are tied.
-        head: The head's weight.
-        lookups: Other names of the table, in whose modules it is looked up.
+        table: The table's name; it is stored where the two are tied.
+        head: The head's, as stored or as it would be called; empty where it is not known.
+        lookups: Other names of the table, in whose modules it is looked up; some may be stored,
+            and equal it.
         biases: Another name of the head's bias → the one that is always stored.
         apart: Whether untied models have a tensor of its own for each of `lookups`.
     """
 
-    classes: str
     table: str
     head: str
     lookups: tuple[str, ...] = ()
     biases: Mapping[str, str] = field(default_factory=dict)
     apart: bool = True
 
+    def sources(self) -> dict[str, str]:
+        """Every other name → the stored tensor that it is."""
+        heads = (self.head,) if self.head else ()
+        return {**dict.fromkeys((*heads, *self.lookups), self.table), **self.biases}
+
+    def known(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The tensors under every name that an adapter may use."""
+        more = {n: tensors[s] for n, s in self.sources().items() if s in tensors}
+        return more | dict(tensors)
+
+    def new(self, tensors: Collection[str]) -> dict[str, str]:
+        """What an untied file has and this one lacks: name → the tensor it is a copy of."""
+        names = {n: s for n, s in self.sources().items() if n not in tensors and s in tensors}
+        return {n: s for n, s in names.items() if self.apart or n not in self.lookups}
+
 
 def _two(lead: str) -> tuple[str, str]:
     return f"{lead}encoder.embed_tokens.weight", f"{lead}decoder.embed_tokens.weight"
 
 
-def _masked(classes: str, model: str, head: str) -> Family:
-    """An encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
+def _masked(model: str, head: str) -> Tie:
+    """Of an encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
     biases = {f"{head}.decoder.bias": f"{head}.bias"}
-    return Family(
-        classes, f"{model}.embeddings.word_embeddings.weight", f"{head}.decoder.weight", (), biases
-    )
+    return Tie(f"{model}.embeddings.word_embeddings.weight", f"{head}.decoder.weight", (), biases)
 
 
 _LM = r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$"
 _SEQ = r"(ForConditionalGeneration|MTModel)$"
 FAMILIES = (
-    Family(_LM, "model.embed_tokens.weight", "lm_head.weight"),
-    Family(r"", "model.language_model.embed_tokens.weight", "lm_head.weight"),
-    Family(_LM, "transformer.wte.weight", "lm_head.weight"),
-    Family(_LM, "transformer.word_embeddings.weight", "lm_head.weight"),
-    Family(_LM, "gpt_neox.embed_in.weight", "embed_out.weight"),
-    Family(_LM, "backbone.embeddings.weight", "lm_head.weight"),
-    Family(
+    (_LM, Tie("model.embed_tokens.weight", "lm_head.weight")),
+    (r"", Tie("model.language_model.embed_tokens.weight", "lm_head.weight")),
+    (_LM, Tie("transformer.wte.weight", "lm_head.weight")),
+    (_LM, Tie("transformer.word_embeddings.weight", "lm_head.weight")),
+    (_LM, Tie("gpt_neox.embed_in.weight", "embed_out.weight")),
+    (_LM, Tie("backbone.embeddings.weight", "lm_head.weight")),
+    (
         r"^(OPT|Bart|MBart|Marian|Pegasus|Blenderbot|BlenderbotSmall|PLBart)ForCausalLM$",
-        "model.decoder.embed_tokens.weight",
-        "lm_head.weight",
+        Tie("model.decoder.embed_tokens.weight", "lm_head.weight"),
     ),
-    Family(r"^Whisper", "model.decoder.embed_tokens.weight", "proj_out.weight"),
-    Family(_SEQ, "model.shared.weight", "lm_head.weight", _two("model.")),
-    Family(_SEQ, "shared.weight", "lm_head.weight", _two(""), apart=False),
-    _masked(r"^Bert(ForMaskedLM|ForPreTraining|LMHeadModel)$", "bert", "cls.predictions"),
-    _masked(r"(ForMaskedLM|ForCausalLM)$", "roberta", "lm_head"),
-    _masked(r"^Albert(ForMaskedLM|ForPreTraining)$", "albert", "predictions"),
-    Family(
+    (r"^Whisper", Tie("model.decoder.embed_tokens.weight", "proj_out.weight")),
+    (_SEQ, Tie("model.shared.weight", "lm_head.weight", _two("model."))),
+    (_SEQ, Tie("shared.weight", "lm_head.weight", _two(""), apart=False)),
+    (r"^Bert(ForMaskedLM|ForPreTraining|LMHeadModel)$", _masked("bert", "cls.predictions")),
+    (r"(ForMaskedLM|ForCausalLM)$", _masked("roberta", "lm_head")),
+    (r"^Albert(ForMaskedLM|ForPreTraining)$", _masked("albert", "predictions")),
+    (
         r"^DistilBertForMaskedLM$",
-        "distilbert.embeddings.word_embeddings.weight",
-        "vocab_projector.weight",
+        Tie("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
     ),
-    Family(
+    (
         r"^Electra(ForMaskedLM|ForCausalLM)$",
-        "electra.embeddings.word_embeddings.weight",
-        "generator_lm_head.weight",
+        Tie("electra.embeddings.word_embeddings.weight", "generator_lm_head.weight"),
     ),
 )
+"""Pattern of classes, as config.json's `architectures` has them, and the names of their tie."""
 
 
-def family_of(classes: Iterable[object], names: Iterable[str]) -> Family | None:
-    """The family of a checkpoint, by its classes and the names of its tensors; None if unknown."""
+def family_of(classes: Iterable[object], names: Iterable[str]) -> Tie | None:
+    """The names of a checkpoint's family, by its classes and those of its tensors, if known."""
     said, names = [str(c) for c in classes] or [""], set(names)
-    for family in FAMILIES:
-        if family.table in names and any(re.search(family.classes, c) for c in said):
-            return family
+    for pattern, tie in FAMILIES:
+        if tie.table in names and any(re.search(pattern, c) for c in said):
+            return tie
     return None
 
 

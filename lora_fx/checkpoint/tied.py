@@ -7,12 +7,12 @@ with config.json tying them again when it is loaded, so the two are untied or th
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.checkpoint.match import Placed, lookup, use_of
-from lora_fx.checkpoint.model_families import family_of, generates, is_head, is_table
+from lora_fx.checkpoint.model_families import Tie, family_of, generates, is_head, is_table
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
@@ -25,42 +25,6 @@ _SAYS_SCALE = frozenset(("t5", "umt5", "longt5"))
 """Those of them whose config can say it, as scale_decoder_outputs."""
 _ALWAYS = frozenset(("t5", "mt5", "umt5", "longt5", "udop"))
 """model_type of models that are tied wherever no head is stored, whatever the config says."""
-
-
-@dataclass(frozen=True)
-class Tie:
-    """A table that is the head too, and what one flag of the config ties besides.
-
-    Attributes:
-        table: The table's name.
-        head: The head's, as stored or as it would be called; empty where it is not known.
-        stored: Whether the head is stored.
-        lookups: Other names of the table; some may be stored, and equal it.
-        biases: Another name of the head's bias → the one that is stored.
-        apart: Whether untied models have a tensor of its own for each of `lookups`.
-    """
-
-    table: str
-    head: str
-    stored: bool
-    lookups: tuple[str, ...] = ()
-    biases: Mapping[str, str] = field(default_factory=dict)
-    apart: bool = True
-
-    def sources(self) -> dict[str, str]:
-        """Every other name → the stored tensor that it is."""
-        heads = (self.head,) if self.head else ()
-        return {**dict.fromkeys((*heads, *self.lookups), self.table), **self.biases}
-
-    def known(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The tensors under every name that an adapter may use."""
-        more = {n: tensors[s] for n, s in self.sources().items() if s in tensors}
-        return more | dict(tensors)
-
-    def new(self, tensors: Collection[str]) -> dict[str, str]:
-        """What an untied file has and this one lacks: name → the tensor it is a copy of."""
-        names = {n: s for n, s in self.sources().items() if n not in tensors and s in tensors}
-        return {n: s for n, s in names.items() if self.apart or n not in self.lookups}
 
 
 def tie_of(
@@ -84,20 +48,16 @@ def tie_of(
     if named and not generates(named):  # without a head, whatever its config was copied from
         return None
     tables = [n for n in tensors if is_table(n) and len(tensors[n].shape) == 2]
-    family = family_of(named, tables)
-    if family is not None:
-        tables = [n for n in tables if n not in family.lookups]
+    family = family_of(named, tables) or Tie("", "")
+    tables = [n for n in tables if n not in family.lookups]
     if len(tables) != 1 or (heads and not said) or not (said or generates(named)):
         return None
-    wanted = "" if family is None else family.head
     if heads:
-        head = wanted if wanted in heads else heads[0]
+        head = family.head if family.head in heads else heads[0]
     else:
-        head = next((k for k in keys if is_head(k)), wanted)
-    if family is None:
-        return Tie(tables[0], head, bool(heads))
+        head = next((k for k in keys if is_head(k)), family.head)
     biases = {new: old for new, old in family.biases.items() if old in tensors}
-    return Tie(tables[0], head, bool(heads), family.lookups, biases, family.apart)
+    return replace(family, table=tables[0], head=head, biases=biases)
 
 
 def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> Placed:

@@ -17,9 +17,10 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.int8 import Int8, stored_as
 from lora_fx.checkpoint.match import match, stacked
+from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
-from lora_fx.checkpoint.tied import Tie, tie_of
+from lora_fx.checkpoint.tied import tie_of
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
