@@ -45,7 +45,7 @@ def _lost(pair: Pair) -> list[str]:
 def prefix(pair: Pair) -> Iterator[Finding]:
     """The adapter's names begin as the base's do."""
     more, less = pair.rename.more, pair.rename.less
-    if pair.raw is not None and pair.raw.prefixes:
+    if pair.raw.prefixes:
         return  # told by names
     if more or less:
         first, *_ = pair.adapter.entries
@@ -108,7 +108,7 @@ def unused(pair: Pair) -> Iterator[Finding]:
 
 def missing(pair: Pair) -> Iterator[Finding]:
     """Every layer that the config adapts has an update."""
-    broken = {f"{k.removesuffix('.weight')}" for k in (pair.raw.broken if pair.raw else ())}
+    broken = {k.removesuffix(".weight") for k in pair.raw.broken}
     lost = [m for m in absent_of(pair.adapter, pair.tensors, pair.rename) if m not in broken]
     if lost and not _lost(pair):
         yield Finding(
@@ -349,9 +349,9 @@ KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 def config(pair: Pair) -> Iterator[Finding]:
     """adapter_config.json is there, and says nothing that has no weight form."""
-    if pair.raw is None:
+    if not pair.of_peft:
         return
-    if not pair.fields:
+    if not pair.raw.config:
         yield Finding(
             [str(pair.path)],
             "no adapter_config.json beside the tensors or inside the file",
@@ -359,16 +359,16 @@ def config(pair: Pair) -> Iterator[Finding]:
             "take it from where the adapter comes from",
         )
     for name, (why, hint) in REFUSED.items():
-        value = pair.fields.get(name)
+        value = pair.raw.config.get(name)
         if value not in (None, False, [], {}, ""):
             yield Finding([name], f"{name} = {value!r}: {why}", "it off", hint)
 
 
 def scale(pair: Pair) -> Iterator[Finding]:
     """lora_alpha is a number."""
-    if pair.raw is None or not pair.fields:
+    if not pair.raw.config:
         return
-    value = pair.fields.get("lora_alpha")
+    value = pair.raw.config.get("lora_alpha")
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not np.isfinite(value):
         found = "no lora_alpha" if value is None else f"lora_alpha = {value!r}"
         yield Finding(
@@ -381,10 +381,10 @@ def scale(pair: Pair) -> Iterator[Finding]:
 
 def ranks(pair: Pair) -> Iterator[Finding]:
     """The ranks of the tensors are those of the config."""
-    if pair.raw is None or not pair.fields or pair.fields.get("target_parameters"):
+    if not pair.raw.config or pair.raw.config.get("target_parameters"):
         return
     try:
-        pattern = Pattern(pair.fields, "rank_pattern", "r", "")
+        pattern = Pattern(pair.raw.config, "rank_pattern", "r", "")
     except LoraFxError:
         return  # told by patterns
     for key, low in pair.adapter.lowrank.items():
@@ -400,13 +400,11 @@ def ranks(pair: Pair) -> Iterator[Finding]:
 
 def patterns(pair: Pair) -> Iterator[Finding]:
     """Every entry of rank_pattern and alpha_pattern matches a module of the adapter."""
-    if pair.raw is None:
-        return
     keys = [*pair.raw.updates, *pair.adapter.lowrank]  # of modules; of parameters too
     modules = [k.removesuffix(".weight") for k in keys]
     for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         try:
-            pattern = Pattern(pair.fields, table, default, str(pair.path))
+            pattern = Pattern(pair.raw.config, table, default, str(pair.path))
         except LoraFxError as error:
             yield Finding([table], error.message, "patterns and numbers", "correct the config")
             continue
@@ -426,7 +424,7 @@ def patterns(pair: Pair) -> Iterator[Finding]:
 
 def start(pair: Pair) -> Iterator[Finding]:
     """init_lora_weights left the base as it is: no PiSSA, OLoRA, … that was not converted."""
-    value = pair.fields.get("init_lora_weights", True)
+    value = pair.raw.config.get("init_lora_weights", True)
     if value in KEEPS_BASE:
         return
     redone = str(value).lower() in REDONE
@@ -443,9 +441,7 @@ def start(pair: Pair) -> Iterator[Finding]:
 
 def dora(pair: Pair) -> Iterator[Finding]:
     """use_dora is on where there are magnitudes, and off where there are none."""
-    if pair.raw is None:
-        return
-    on = bool(pair.fields.get("use_dora"))
+    on = bool(pair.raw.config.get("use_dora"))
     have = [k for k, p in pair.raw.updates.items() if "magnitude" in p.names]
     if have and not on:
         yield Finding(
@@ -465,7 +461,7 @@ def dora(pair: Pair) -> Iterator[Finding]:
 
 
 def _bad(pair: Pair, test: Callable[[Array], object]) -> list[str]:
-    return [name for name, value in pair.arrays.items() if test(value)]
+    return [name for name, value in pair.raw.tensors.items() if test(value)]
 
 
 def numbers(pair: Pair) -> Iterator[Finding]:
@@ -490,7 +486,7 @@ def dtypes(pair: Pair) -> Iterator[Finding]:
     names = _bad(pair, lambda value: not is_float(value))
     names = [n for n in names if ".lora_" in n or n.endswith(".weight")]
     if names:
-        kinds = ", ".join(sorted({str(pair.arrays[n].dtype) for n in names}))
+        kinds = ", ".join(sorted({str(pair.raw.tensors[n].dtype) for n in names}))
         yield Finding(
             names,
             f"dtype {kinds}",
@@ -511,7 +507,7 @@ def sizes(pair: Pair) -> Iterator[Finding]:
 
 def halves(pair: Pair) -> Iterator[Finding]:
     """A and B come in pairs whose shapes fit each other."""
-    for key, why in (pair.raw.broken if pair.raw else {}).items():
+    for key, why in pair.raw.broken.items():
         if "it has" in why:
             yield Finding([key], why, "A and B", "the file is incomplete: save or fetch it again")
         elif "; expected" in why:
@@ -522,7 +518,7 @@ def halves(pair: Pair) -> Iterator[Finding]:
 def names(pair: Pair) -> Iterator[Finding]:
     """Every tensor has the prefix that PEFT writes."""
     by_prefix: dict[str, list[str]] = {}
-    for name, prefix in (pair.raw.prefixes if pair.raw else {}).items():
+    for name, prefix in pair.raw.prefixes.items():
         by_prefix.setdefault(prefix, []).append(name)
     for prefix, these in by_prefix.items():
         what = f"the prefix {prefix!r} before PEFT's" if prefix else f"no prefix {PREFIX!r}"
@@ -537,10 +533,9 @@ def names(pair: Pair) -> Iterator[Finding]:
 
 def dropped(pair: Pair) -> Iterator[Finding]:
     """target_modules has every module that the file has an update of."""
-    if pair.raw is None or not pair.fields.get("target_modules"):
-        return
-    fields = {**pair.fields, "modules_to_save": None}
-    if pair.fields["target_modules"] == "all-linear" or pair.fields.get("target_parameters"):
+    fields = {**pair.raw.config, "modules_to_save": None}
+    listed = fields.get("target_modules")
+    if not listed or listed == "all-linear" or fields.get("target_parameters"):
         return
     out = [
         key

@@ -78,7 +78,7 @@ class Pair:
         tensors: Its tensors, a tied head that is not stored among them.
         tie: Of head and embedding.
         path: The adapter.
-        raw: Its file without judgement; None for formats other than PEFT's.
+        raw: Its file without judgement; NO_FILE for formats other than PEFT's.
         adapter: As far as it can be read.
         refusal: Why its reader does not take it.
         rename: The adapter's names → the base's.
@@ -91,7 +91,7 @@ class Pair:
     tensors: Mapping[str, TensorInfo]
     tie: Tie | None
     path: Path
-    raw: Raw | None
+    raw: Raw
     adapter: Adapter
     refusal: LoraFxError | None
     rename: Renaming
@@ -99,14 +99,9 @@ class Pair:
     digest: str
 
     @property
-    def fields(self) -> JsonView:
-        """adapter_config.json; empty where there is none."""
-        return self.raw.config if self.raw else {}
-
-    @property
-    def arrays(self) -> Mapping[str, Array]:
-        """The tensors of the adapter's file."""
-        return self.raw.tensors if self.raw else {}
+    def of_peft(self) -> bool:
+        """True where the adapter's file is one of PEFT's, sound or not."""
+        return self.raw is not NO_FILE
 
     def tensor(self, key: str) -> TensorInfo | None:
         """The base's tensor of a key."""
@@ -174,7 +169,10 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
         why = _misfit(key, entry, read, tensors, config, rename)
         if why:
             misfits[key] = why
-    return Pair(checkpoint, config, tensors, tie, path, raw, read, refusal, rename, misfits, digest)
+    seen = raw or NO_FILE
+    return Pair(
+        checkpoint, config, tensors, tie, path, seen, read, refusal, rename, misfits, digest
+    )
 
 
 def _of_peft(path: Path) -> bool:
@@ -306,6 +304,9 @@ class Raw:
         except LoraFxError:
             alpha = None
         return float("nan") if alpha is None else alpha
+
+
+NO_FILE = Raw(Path(), {}, {}, {}, {}, {})
 
 
 def read_raw(path: str | Path) -> Raw | None:
