@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -246,9 +246,7 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """
     residuals = {
-        i: _residual(fold, p, source)
-        for i, p in enumerate(fold.matrix.parts)
-        if isinstance(p.change, LowRank) and p.change.mutated
+        i: _residual(fold, p, source) for i, p in enumerate(fold.matrix.parts) if p.mutated
     }
     fold = replace(fold, residuals=residuals) if residuals else fold
     columns = {
@@ -321,7 +319,6 @@ class Rectangle:
         change: What is added.
         batch: Which matrix of the change's batch.
         transposed: ΔW's rows run along the tensor's columns.
-        magnitude: [out] of DoRA, or None.
     """
 
     change: Change
@@ -331,7 +328,16 @@ class Rectangle:
     right: int
     batch: int = 0
     transposed: bool = False
-    magnitude: Array | None = None
+
+    @property
+    def magnitude(self) -> Array | None:
+        """[out] of DoRA, or None."""
+        return self.change.magnitude if isinstance(self.change, LowRank) else None
+
+    @property
+    def mutated(self) -> str:
+        """The start that took a part off the base which the change is for; else empty."""
+        return self.change.mutated if isinstance(self.change, LowRank) else ""
 
     def delta(self, low: int, high: int, out: Array | None = None) -> Array:
         """ΔW of the tensor's rows low ≤ i < high, all within the rectangle, in the factors' dtype.
@@ -365,7 +371,6 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     nb, no, ni = len(layout.batch), len(layout.out), len(layout.in_)
     straight = (*layout.batch, *layout.out, *layout.in_) == tuple(range(nb + no + ni))
     turned = (*layout.batch, *layout.in_, *layout.out) == tuple(range(nb + no + ni))
-    magnitude = change.magnitude if isinstance(change, LowRank) else None
     count = math.prod(layout.batch_shape)
     if not (straight or turned):
         return _materialised(shape, change)
@@ -373,7 +378,7 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     if not straight:
         rows, columns = columns, rows
     parts = (
-        Rectangle(change, i * rows, (i + 1) * rows, 0, columns, i, not straight, magnitude)
+        Rectangle(change, i * rows, (i + 1) * rows, 0, columns, i, not straight)
         for i in range(count)
     )
     return Matrix(count * rows, columns, tuple(parts))
@@ -460,18 +465,11 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
 
 def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
     """The same with every factor in `dtype`, which is what ΔW is then computed in."""
-    parts = tuple(
-        replace(p, change=_cast(p.change, dtype), magnitude=_array(p.magnitude, dtype))
-        for p in matrix.parts
-    )
+    parts = tuple(replace(p, change=_cast(p.change, dtype)) for p in matrix.parts)
     return replace(matrix, parts=parts)
 
 
 def _cast(change: Any, dtype: Floating) -> Any:
-    arrays = {f.name: getattr(change, f.name) for f in fields(change)}
-    wide = {k: _array(v, dtype) for k, v in arrays.items() if isinstance(v, np.ndarray)}
+    arrays = {k: v for k, v in vars(change).items() if isinstance(v, np.ndarray)}
+    wide = {k: v.astype(dtype, copy=False) for k, v in arrays.items()}
     return replace(change, **wide) if any(wide[k] is not arrays[k] for k in wide) else change
-
-
-def _array(array: Array | None, dtype: Floating) -> Array | None:
-    return None if array is None else array.astype(dtype, copy=False)

@@ -436,8 +436,8 @@ def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:
         why = ""
         if p.transposed or (matrix.rows, matrix.columns) != info.shape:
             why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
-        elif isinstance(p.change, LowRank) and p.change.mutated:
-            why = f"the update is for a base that {p.change.mutated} changed before"
+        elif p.mutated:
+            why = f"the update is for a base that {p.mutated} changed before"
         if why:
             raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.difference import Difference, unlike
 from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match, names_of
@@ -360,7 +359,7 @@ def _then(
         why = "replaced whole"
     elif (one.matrix.rows, one.matrix.columns) != (two.matrix.rows, two.matrix.columns):
         why = "seen with other axes"
-    elif any(p.magnitude is not None or _mutated(p.change) for p in two.matrix.parts):
+    elif any(p.magnitude is not None or p.mutated for p in two.matrix.parts):
         why = "changed, and then rescaled,"
     if one is None or two is None or why:
         raise LoraFxError(
@@ -372,7 +371,3 @@ def _then(
     earlier = (*first.earlier, Stage(one, first.dtype))
     what = (*first.what, *second.what)
     return replace(second, source=first.source, dtype=dtype, earlier=earlier, what=what)
-
-
-def _mutated(change: object) -> bool:
-    return isinstance(change, LowRank) and bool(change.mutated)

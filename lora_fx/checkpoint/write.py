@@ -90,9 +90,8 @@ def write(
             rest.append((header, name, target))
         else:
             touched.append(shard)
-    stats: dict[str, Stats] = {}
     with contextlib.ExitStack() as stack:
-        _Run(plan, stack, workers, progress).go(touched, rest, stats, link=link)
+        stats = _Run(plan, stack, workers, progress).go(touched, rest, link=link)
     if is_folder:
         copy_companions(plan, stage)
         write_index(plan, stage)
@@ -132,13 +131,8 @@ class _Run:
         self.places: dict[str, tuple[int, int]] = {}  # (target, offset) of what changes
 
     def go(
-        self,
-        touched: list[Shard],
-        rest: list[tuple[Header, str, Path]],
-        stats: dict[str, Stats],
-        *,
-        link: bool,
-    ) -> None:
+        self, touched: list[Shard], rest: list[tuple[Header, str, Path]], *, link: bool
+    ) -> dict[str, Stats]:
         """Files are made at their full size, filled by the threads, and get their headers."""
         base = self.plan.base.folder
         copies = [self._copies(base / n, path, head.data, link=link) for head, n, path in rest]
@@ -160,7 +154,7 @@ class _Run:
             ThreadPoolExecutor(self.workers) as pool,
         ):
             try:
-                self._work(pool, disk, jobs, stats)
+                stats = self._work(pool, disk, jobs)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -170,15 +164,13 @@ class _Run:
             copy_range(source, target, 0, 0, size)
         if self.progress is not None:
             self.progress(self.total, self.total)
+        return stats
 
     def _work(
-        self,
-        pool: ThreadPoolExecutor,
-        disk: ThreadPoolExecutor,
-        jobs: Iterable[Job],
-        stats: dict[str, Stats],
-    ) -> None:
+        self, pool: ThreadPoolExecutor, disk: ThreadPoolExecutor, jobs: Iterable[Job]
+    ) -> dict[str, Stats]:
         """Run the jobs; sums are added up in their order, so that two runs report the same."""
+        stats: dict[str, Stats] = {}
         waiting: deque[Future[Done]] = deque()
         for job in itertools.chain(jobs, itertools.repeat(None)):
             if job is not None:
@@ -187,7 +179,7 @@ class _Run:
                     continue
             if not waiting:
                 self.flush.result()
-                return
+                break
             count, name, found = waiting.popleft().result()
             if found is not None:
                 stats.setdefault(name, Stats()).add(found)
@@ -197,6 +189,7 @@ class _Run:
                 self.flushed, self.flush = self.done, disk.submit(flushed, self.made)
             if self.progress is not None:
                 self.progress(self.done, self.total)
+        return stats
 
     def _create(self, path: Path, size: int) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
