@@ -30,6 +30,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
@@ -250,7 +251,7 @@ class _Configs:
 # From an Adapter to the tensors of a diffusers file; see `lora_fx.formats.diffusers`.
 
 
-_HINT = "save it as peft, which keeps everything"
+_refused = partial(base.refused, "a diffusers file")
 
 
 def encode(
@@ -268,13 +269,13 @@ def encode(
         if not isinstance(entry, LowRank):
             raise _refused(key, f"it is {name_of(entry)}", "kohya files hold LoHa, LoKr and .diff")
         if not is_plain(replace(entry, magnitude=None)):
-            raise _refused(key, f"it is {name_of(entry)}", _HINT)
+            raise _refused(key, f"it is {name_of(entry)}")
         form = form_of(key, entry)
         if form.kind == "embedding" or not form.module or form.transposed:
             why = form.why or (
                 "the weight is stored [in, out]" if form.transposed else "it is an embedding's"
             )
-            raise _refused(key, why, _HINT)
+            raise _refused(key, why)
         component, rest = split_component(form.module)
         component = component or guess_component(form.module)
         if not component:
@@ -322,7 +323,3 @@ def _config(component: str, updates: dict[str, LowRank]) -> Json:
     numbers = {name: (low.rank, low.alpha) for name, low in updates.items()}
     fields = {"use_rslora": variants.pop() == "rslora", "use_dora": with_magnitude.pop()}
     return build_config(numbers, updates, (), {}, fields)
-
-
-def _refused(key: str, why: str, hint: str) -> LoraFxError:
-    return LoraFxError(f"a diffusers file cannot say the update of {key!r}: {why}", hint)

@@ -29,6 +29,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,7 @@ def _unknown(name: str, file: File) -> LoraFxError:
 # From an Adapter to the tensors of a kohya file; see `lora_fx.formats.kohya`.
 
 
-_HINT = "save it as peft, which keeps everything"
+_refused = partial(base.refused, "a kohya file")
 
 
 def encode(adapter: Adapter) -> tuple[dict[str, Array], dict[str, str], tuple[str, ...]]:
@@ -235,7 +236,7 @@ def encode(adapter: Adapter) -> tuple[dict[str, Array], dict[str, str], tuple[st
             raise LoraFxError(
                 f"{owner[names[key]]!r} and {key!r} would both be {name!r} in the file: it has "
                 "'_' for '.'",
-                _HINT,
+                base.KEEPS,
             )
         tensors |= {f"{name}.{part}": array for part, array in parts.items()}
         if alpha is not None:
@@ -311,7 +312,3 @@ def _number(value: float) -> Array:
     """A scalar in fp32, or in fp64 where fp32 would round it."""
     narrow = np.asarray(value, np.float32)
     return narrow if float(narrow) == value else np.asarray(value, np.float64)
-
-
-def _refused(key: str, why: str) -> LoraFxError:
-    return LoraFxError(f"a kohya file cannot say the update of {key!r}: {why}", _HINT)

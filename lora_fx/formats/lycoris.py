@@ -143,15 +143,15 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
     Raises:
         LoraFxError: Another tensor in the file, a factor missing, shapes that do not fit.
     """
-    config, file, config_file = source.config, source.file, source.config_file
+    config, file, config_file = source.config, source.name, source.config_file
     kind = KINDS[config["peft_type"]]
     if ours:
         raise LoraFxError(
             f"{file}: metadata lora_fx beside peft_type {config['peft_type']!r}; expected 'LORA'",
             "the config was edited; save the adapter again",
         )
-    source.notes.extend(f"{config_file}: unknown field {k!r} is ignored" for k in _odd(config))
-    seen = source.seen
+    odd = sorted(set(config) - _KNOWN)
+    source.notes.extend(f"{config_file}: unknown field {k!r} is ignored" for k in odd)
     if "alpha" not in config or "r" not in config:
         raise LoraFxError(
             f"{config_file}: alpha or r is missing; expected both: the scale is alpha / r",
@@ -163,37 +163,33 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
     for name, array in source.tensors.items():
         module, _, part = name.removeprefix(PREFIX).rpartition(".")
         if not part.startswith(kind) or not module:
-            raise seen.error(
+            raise source.error(
                 name,
                 f"is not of {config['peft_type']}; expected X.{kind}… only",
                 "modules_to_save beside LoHa and LoKr are not supported",
             )
         if not targets(config, module):
-            raise seen.error(name, "is of a module that target_modules leaves out")
-        groups.setdefault(module, {})[part] = seen.master(name, array)
+            raise source.error(name, "is of a module that target_modules leaves out")
+        groups.setdefault(module, {})[part] = source.master(name, array)
     entries: dict[str, Entry] = {}
     for module, parts in groups.items():
         rank, alpha = ranks.of(module), alphas.of(module)
         if kind == "lokr_":
-            entries[f"{module}.weight"] = lokr(parts, alpha, seen, module, rank)
+            entries[f"{module}.weight"] = lokr(parts, alpha, source, module, rank)
         else:
-            entries[f"{module}.weight"] = change = loha(parts, alpha, seen, module)
+            entries[f"{module}.weight"] = change = loha(parts, alpha, source, module)
             if change.rank != rank:
-                raise seen.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
+                raise source.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
     for pattern in (ranks, alphas):
-        seen.notes.extend(pattern.notes())
+        source.notes.extend(pattern.notes())
     if not entries:
         raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     fields = ("task_type", "base_model_name_or_path", "revision")
     metadata = {field: config[field] for field in fields if config.get(field)}
-    return Adapter(entries, {**metadata, "dropout": 0.0, "notes": seen.notes})
+    return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})
 
 
 _LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1 and hada_t2"
-
-
-def _odd(config: JsonView) -> list[str]:
-    return sorted(set(config) - _KNOWN)
 
 
 def _half(

@@ -22,6 +22,7 @@ Facts: onnxruntime/lora/adapter_format/adapter_schema.fbs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.base import File, FileHead
+from lora_fx.formats.base import File, FileHead, refused
 
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False
@@ -110,6 +111,9 @@ def write_file(adapter: Adapter, path: str | Path, dtype: str = "float32") -> tu
     return tuple(notes)
 
 
+_refused = partial(refused, "an .onnx_adapter file", hint="merge it into the model instead")
+
+
 def _tensors(key: str, entry: Entry) -> dict[str, Array]:
     if isinstance(entry, Full):
         return {key: entry.value}
@@ -152,10 +156,3 @@ def _version(metadata: Mapping[str, object], field: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise LoraFxError(f"metadata {field} is {value!r}; expected a whole number below 2**31")
     return value
-
-
-def _refused(key: str, why: str) -> LoraFxError:
-    return LoraFxError(
-        f"an .onnx_adapter file cannot say the update of {key!r}: {why}",
-        "merge it into the model instead",
-    )

@@ -93,11 +93,11 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
             raise file.error(name, "is not a name that torchtune gives", "was the file edited?")
         module, part = (match[1], match[2]) if match[1] else (match[3], match[4])
         groups.setdefault(module, {})[part] = file.master(name, array)
-    heads = _Heads(path.parent if base is None else Path(base), file)
+    model = (path.parent if base is None else Path(base)) / "config.json"
     entries: dict[str, Entry] = {}
     for module, parts in groups.items():
         low = _lowrank(module, parts, config, file)
-        entries[f"{_name(module, file)}.weight"] = heads.ordered(module, low)
+        entries[f"{_name(module, file)}.weight"] = _in_halves(module, low, model, file)
     if not entries:
         raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     return Adapter(entries, {"dropout": config.get("lora_dropout") or 0.0, "notes": file.notes})
@@ -113,52 +113,42 @@ def to_halves(rows: Array, heads: int) -> Array:
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
 
 
-class _Heads:
-    """How many heads the base model has, looked up when q or k need it."""
-
-    def __init__(self, folder: Path, file: File) -> None:
-        self.path, self.file = folder / "config.json", file
-
-    def ordered(self, module: str, low: LowRank) -> LowRank:
-        """The update with the rows of q or k in Hugging Face's order."""
-        leaf = module.rpartition(".")[2]
-        if leaf not in ("q_proj", "k_proj"):
-            return low
-        config = self._read(module)
-        kind = config.get("model_type")
-        if kind in _HALVES:
-            return low
-        if kind not in _NEIGHBOURS:
-            raise LoraFxError(
-                f"{self.path}: model_type is {kind!r}; the order of the rows of {module!r} is "
-                f"known for {', '.join(sorted(_NEIGHBOURS | _HALVES))}",
-                "let torchtune save the adapter for PEFT",
-            )
-        heads = config.get("num_attention_heads")
-        if leaf == "k_proj":
-            heads = config.get("num_key_value_heads") or heads
-        size = config.get("head_dim")
-        good = isinstance(heads, int) and heads > 0 and len(low.b) % (2 * heads) == 0
-        if not good or (size is not None and size * heads != len(low.b)):
-            raise self.file.error(
-                module,
-                f"has {len(low.b)} rows; {self.path} says {heads!r} heads"
-                + (f" of {size!r}" if size is not None else ""),
-                "is it the adapter of this model?",
-            )
-        assert isinstance(heads, int)
-        magnitude = None if low.magnitude is None else to_halves(low.magnitude, heads)
-        b = to_halves(low.b, heads)
-        return replace(low, b=b, magnitude=magnitude)
-
-    def _read(self, module: str) -> JsonView:
-        if not self.path.is_file():
-            raise LoraFxError(
-                f"{self.file.name}: {module!r} has its rows in torchtune's order; to reorder them "
-                f"the number of heads is needed, and there is no {self.path}",
-                "give the folder of the base model (--base), or put its config.json there",
-            )
-        return read_json(self.path)
+def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
+    """The update with the rows of q or k in Hugging Face's order; `path` is the model's config."""
+    leaf = module.rpartition(".")[2]
+    if leaf not in ("q_proj", "k_proj"):
+        return low
+    if not path.is_file():
+        raise LoraFxError(
+            f"{file.name}: {module!r} has its rows in torchtune's order; to reorder them the "
+            f"number of heads is needed, and there is no {path}",
+            "give the folder of the base model (--base), or put its config.json there",
+        )
+    config = read_json(path)
+    kind = config.get("model_type")
+    if kind in _HALVES:
+        return low
+    if kind not in _NEIGHBOURS:
+        raise LoraFxError(
+            f"{path}: model_type is {kind!r}; the order of the rows of {module!r} is known for "
+            f"{', '.join(sorted(_NEIGHBOURS | _HALVES))}",
+            "let torchtune save the adapter for PEFT",
+        )
+    heads = config.get("num_attention_heads")
+    if leaf == "k_proj":
+        heads = config.get("num_key_value_heads") or heads
+    size = config.get("head_dim")
+    good = isinstance(heads, int) and heads > 0 and len(low.b) % (2 * heads) == 0
+    if not good or (size is not None and size * heads != len(low.b)):
+        raise file.error(
+            module,
+            f"has {len(low.b)} rows; {path} says {heads!r} heads"
+            + (f" of {size!r}" if size is not None else ""),
+            "is it the adapter of this model?",
+        )
+    assert isinstance(heads, int)
+    magnitude = None if low.magnitude is None else to_halves(low.magnitude, heads)
+    return replace(low, b=to_halves(low.b, heads), magnitude=magnitude)
 
 
 def _config(path: Path, file: File) -> Json:

@@ -45,45 +45,44 @@ _LOST = {
 }
 _LISTS = ("target_parameters", "modules_to_save")
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
-_SUPPORTED = (
-    "use_dora",
-    "trainable_token_indices",
-    "lora_bias",
-    "target_parameters",
-    "ensure_weight_tying",
+FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
 )
+"""What says which modules are adapted; readers keep these under metadata["peft"]."""
+VERSION = "peft_version"
+"""Kept there too: how PEFT takes stacks of experts depends on it."""
 
 KNOWN = frozenset(REFUSED) | frozenset(
     [
-        *_SUPPORTED,
+        *_LISTS,
+        *_FLAGS,
+        *FIELDS,
+        VERSION,
         "alpha_pattern",
         "auto_mapping",
         "base_model_name_or_path",
         "bias",
         "corda_config",
         "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
         "inference_mode",
         "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
         "loftq_config",
         "lora_alpha",
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
-        "modules_to_save",
         "peft_type",
-        "peft_version",
         "qalora_group_size",
         "r",
         "rank_pattern",
         "revision",
         "runtime_config",
-        "target_modules",
         "task_type",
-        "use_rslora",
+        "trainable_token_indices",
     ]
 )
 
@@ -282,16 +281,6 @@ def _texts(value: object) -> tuple[str, ...]:
 # none anywhere for a name in target_modules, all that the name matches are missing.
 
 
-FIELDS = (
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-)
-"""What of adapter_config.json decides it; readers keep these under metadata["peft"]."""
-VERSION = "peft_version"
-"""Kept there too: how PEFT takes stacks of experts depends on it."""
 _NOT_LINEAR = re.compile(
     r"(^|\.)(\w*embed(ding)?s?(_\w+)?|wte|wpe|shared|relative_attention_bias|lm_head|embed_out)$"
 )

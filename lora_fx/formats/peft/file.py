@@ -22,7 +22,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
 from lora_fx.formats import lycoris
-from lora_fx.formats.base import File, FileHead, PeftFile, metadata_text
+from lora_fx.formats.base import FileHead, PeftFile, metadata_text
 from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.read import decode
 from lora_fx.formats.peft.write import encode
@@ -95,7 +95,8 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
             f"{where}: peft_type is {kind!r}; expected {' or '.join(map(repr, KINDS))}",
             "merge it into its model with PEFT (merge_and_unload) and use the merged model",
         )
-    return reader(PeftFile(tensors, config, File(str(weights)), where), ours)
+    source = PeftFile(str(weights), tensors=tensors, config=config, config_file=where)
+    return reader(source, ours)
 
 
 def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:

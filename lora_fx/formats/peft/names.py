@@ -248,7 +248,7 @@ def read_stacks(
     ]
     if not ways:
         raise LoraFxError(
-            f"{source.file}: {levels[0].names['a']!r} and the layers inside it have "
+            f"{source.name}: {levels[0].names['a']!r} and the layers inside it have "
             f"{[len(a) for a, _ in pairs]} rows; expected multiples of the ranks "
             f"{ {k: v[0] for k, v in told.items()} } that {source.config_file} gives",
             "correct target_parameters, r or rank_pattern",
@@ -288,7 +288,7 @@ def _pair(group: Group, source: PeftFile) -> tuple[Array, Array]:
     a, b = source.factor(group.names["a"]), source.factor(group.names["b"])
     if group.kind != "linear" or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise LoraFxError(
-            f"{source.file}: {group.names['a']!r}: A is {list(a.shape)} and B is {list(b.shape)}; "
+            f"{source.name}: {group.names['a']!r}: A is {list(a.shape)} and B is {list(b.shape)}; "
             "expected [r·E, in] and [out, r·E] of a parameter",
             "do A and B come from the same file?",
         )
@@ -296,7 +296,7 @@ def _pair(group: Group, source: PeftFile) -> tuple[Array, Array]:
     if more or mutation(source.config) or source.config.get("use_dora"):
         what = group.names[more.pop()] if more else "use_dora or init_lora_weights"
         raise LoraFxError(
-            f"{source.file}: {what!r} beside target_parameters; expected plain lora or rslora: "
+            f"{source.name}: {what!r} beside target_parameters; expected plain lora or rslora: "
             "PEFT has no other for parameters",
             MERGE,
         )

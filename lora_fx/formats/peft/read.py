@@ -53,7 +53,7 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
         source: The file; its notes become the adapter's.
         ours: The JSON under `lora_fx` in its header; empty for files of PEFT.
     """
-    tensors, config, file, notes = source.tensors, source.config, source.file, source.notes
+    tensors, config, file, notes = source.tensors, source.config, source.name, source.notes
     notes += check_config(config, source.config_file)
     reader = _Reader(source)
     described, metadata = own_sections(ours, file)
@@ -106,7 +106,7 @@ class _Reader:
     def __init__(self, source: PeftFile) -> None:
         """Compile the patterns."""
         config = source.config
-        self.source, self.config, self.file = source, config, source.file
+        self.source, self.config, self.file = source, config, source.name
         self.ranks = Pattern(config, "rank_pattern", "r", source.config_file)
         self.alphas = Pattern(config, "alpha_pattern", "lora_alpha", source.config_file)
         self.variant = "rslora" if config.get("use_rslora") else "lora"
@@ -333,7 +333,7 @@ def _is_trained_bias(short: str, source: PeftFile, found: Mapping[str, Group]) -
         if f"{PREFIX}{module}.weight" in source.tensors:
             return False  # a copy of the whole frozen layer
         raise LoraFxError(
-            f"{source.file}: {PREFIX + short!r} is a trained bias of the base; expected none, as "
+            f"{source.name}: {PREFIX + short!r} is a trained bias of the base; expected none, as "
             f"bias is 'none' in {source.config_file}",
             "set bias to what the adapter was trained with",
         )
@@ -356,7 +356,7 @@ def _rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
     config = source.config.get("trainable_token_indices")
     if not config:
         raise LoraFxError(
-            f"{source.file}: {name!r} holds rows of an embedding; expected their numbers in "
+            f"{source.name}: {name!r} holds rows of an embedding; expected their numbers in "
             f"trainable_token_indices of {source.config_file}",
             "put the config of this very adapter beside the file",
         )
@@ -372,7 +372,7 @@ def _rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
         or value.ndim != 2
     ):
         raise LoraFxError(
-            f"{source.file}: {name!r} is {list(value.shape)} and trainable_token_indices gives "
+            f"{source.name}: {name!r} is {list(value.shape)} and trainable_token_indices gives "
             f"{index!r} for it; expected [n, dim] and n different numbers",
             f"correct {source.config_file}",
         )
@@ -392,7 +392,7 @@ def _check_tokens(tokens: set[str], source: PeftFile, entries: JsonView) -> None
     if lost:
         raise LoraFxError(
             f"{source.config_file}: trainable_token_indices gives {lost[0]!r}; expected a tensor "
-            f"X{DELTA} for them in {source.file}",
+            f"X{DELTA} for them in {source.name}",
             "the file is incomplete; save or fetch it again",
         )
 
@@ -405,16 +405,16 @@ def _is_whole(name: str, short: str, source: PeftFile, low_rank: bool) -> bool:
     frozen = outer != module and any(n.startswith(f"{PREFIX}{outer}.lora_") for n in source.tensors)
     if frozen or ".original_module." in short:
         # PEFT stores the frozen embedding again when the embedding is a target.
-        source.notes.append(f"{source.file}: {name!r} is a copy of the base weight; not read")
+        source.notes.append(f"{source.name}: {name!r} is a copy of the base weight; not read")
         return False
     if not name.startswith(OWN) and ".lora_" not in short and module:
         if saved_whole(source.config, module):
             return True
         if low_rank and value.ndim == 2 and short.endswith(".weight"):
             # PEFT stores resized embeddings and heads so, without listing them, beside updates.
-            source.notes.append(f"{source.file}: {name!r} replaces a whole tensor of the model")
+            source.notes.append(f"{source.name}: {name!r} replaces a whole tensor of the model")
             return True
-    raise unknown_name(name, source.file)
+    raise unknown_name(name, source.name)
 
 
 # Our own JSON in the header of an adapter file: what PEFT's names and config do not say.
@@ -460,13 +460,13 @@ def own_entries(
             fits = not isinstance(value, LowRank) or holds(value.layout, value.shape)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
-                f"{source.file}: metadata lora_fx does not fit the tensors at {key!r}: "
+                f"{source.name}: metadata lora_fx does not fit the tensors at {key!r}: "
                 f"{type(error).__name__} {one_line(error)}",
                 "the file was edited; save the adapter again",
             ) from error
         if isinstance(value, LowRank) and not fits:
             raise LoraFxError(
-                f"{source.file}: {key!r} has A {list(value.a.shape)} and B {list(value.b.shape)}; "
+                f"{source.name}: {key!r} has A {list(value.a.shape)} and B {list(value.b.shape)}; "
                 f"expected those of its layout {entry['layout']}",
                 "the file was edited; save the adapter again",
             )
@@ -520,7 +520,7 @@ def _pair(source: PeftFile, names: tuple[str, str], entry: Any, taken: set[str])
     a, b = (source.factor(name) for name in names)
     if a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
         raise LoraFxError(
-            f"{source.file}: {names[0]!r} is {list(a.shape)} and {names[1]!r} is "
+            f"{source.name}: {names[0]!r} is {list(a.shape)} and {names[1]!r} is "
             f"{list(b.shape)}; expected [*batch, r, in] and [*batch, out, r]"
         )
     magnitude = None
