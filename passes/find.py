@@ -58,7 +58,7 @@ def _search(graph: Graph[Any]) -> Found:
         if u.site.op == "embedding" and u.layout is not None
     ]
     readers: dict[str, list[tuple[str, Region]]] = {}
-    for r in (r for r in graph.other_readers() if r.parameter in uses):
+    for r in (r for r in graph.other_readers() if r.parameter in parameters):
         region = _region(parameters[r.parameter].shape, r.view.steps)
         readers.setdefault(r.parameter, []).append((r.op, region))
     targets: list[Target] = []
@@ -70,7 +70,7 @@ def _search(graph: Graph[Any]) -> Found:
             target = replace(target, other_readers=tuple(dict.fromkeys(others)))
             (optional if all(u.site.refusal for u in group) else targets).append(target)
     unreached = [
-        Unreached(p.name, p.shape, "no weight matmul uses it")
+        Unreached(p.name, p.shape, _unreached([op for op, _ in readers.get(p.name, ())]))
         for p in parameters.values()
         if len(p.shape) >= 2 and p.name not in seen
     ]
@@ -82,6 +82,11 @@ def _search(graph: Graph[Any]) -> Found:
         optional=tuple(replace(t, default=False, why_not=t.sites[0].refusal) for t in optional),
         shapes={n: p.shape for p in parameters.values() for n in (p.name, *p.aliases)},
     )
+
+
+def _unreached(readers: Sequence[str]) -> str:
+    ops = " and ".join(dict.fromkeys(readers))
+    return "no weight matmul uses it; " + (f"it is read by {ops}" if ops else "nothing reads it")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -103,3 +104,9 @@ def chunk(p: Any, x: Tensor) -> Tensor:
 def unbind(p: Any, x: Tensor) -> Tensor:
     q, k = p.w.view(2, 5, 8).unbind(0)
     return F.linear(x, q) + 2 * F.linear(x, k)
+
+
+def chain(p: Any, x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated since 1.9, and still in use
+        return torch.chain_matmul(x, p.v, p.w)

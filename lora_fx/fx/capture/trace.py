@@ -29,6 +29,7 @@ from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import NO_GRAD, value
 from lora_fx.fx.graph.ops import row_of
+from lora_fx.fx.graph.products import split_products
 from lora_fx.inputs import Named
 from lora_fx.text import Json
 
@@ -209,6 +210,7 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
         place.replace_all_uses_with(read)
         graph.erase_node(place)
     match_places(graph, leaves)
+    split_products(graph)
     (end,) = graph.find_nodes(op="output")
     end.args = (tuple(end.args[0]),)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
@@ -431,6 +433,7 @@ def clean_module(
                 pinned.append(Pinned(name, d, n, learnt.fixed.get((i, d), UNKNOWN)))
     constants, bodies = _constants(module, graph)
     cuts = constants_of(graph)
+    split_products(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
     _follow_device(graph)
     graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out

@@ -189,7 +189,7 @@ class FxGraph(Analysed):
         bias = None if row.bias is None else ops.pick(node, (row.bias,))
         if not isinstance(bias, fx.Node):
             return y
-        if row.op == "addmm" and float(argument(node, "beta", 1)) != 1.0:
+        if row.bias == 0 and float(argument(node, "beta", 1)) != 1.0:
             return None
         if row.op.startswith("conv"):
             bias = e.op("reshape", bias, shape=(-1, *(1 for _ in site.operand[2:])))

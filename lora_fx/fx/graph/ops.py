@@ -6,7 +6,7 @@ Adding an op is one row here and one row in tests/table.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from lora_fx.fx.graph.nodes import argument, op_name, shape_of, value
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Axes, Kind
-from lora_fx.ir.kinds import VECTOR, contraction, letters, product
+from lora_fx.ir.kinds import LETTERS, VECTOR, contraction, letters, product
 
 aten = torch.ops.aten
 Path = tuple[int, ...]
@@ -109,6 +109,36 @@ def _einsum(node: Node) -> Iterator[FxOperand]:
         yield FxOperand((1, i), (1, other), kind, {}, why)
 
 
+def _addbmm(node: Node) -> Iterator[FxOperand]:
+    yield from _pair(["bni", "bio", "no"], 1, float(argument(node, "alpha", 1)))
+
+
+def _inner(node: Node) -> Iterator[FxOperand]:
+    m, n = (len(shape_of(o) or ()) for o in node.args)
+    if m and n:
+        yield from _pair(_dotted(m, n, [-1], [-1]), 0, 1.0)
+
+
+def _tensordot(node: Node) -> Iterator[FxOperand]:
+    m, n = (len(shape_of(o) or ()) for o in node.args[:2])
+    dims = argument(node, "dims_self"), argument(node, "dims_other")
+    yield from _pair(_dotted(m, n, *dims), 0, 1.0)
+
+
+def _dotted(m: int, n: int, left: Sequence[int], right: Sequence[int]) -> list[str]:
+    """The terms of a sum over pairs of axes of two operands; the other axes stand in order."""
+    a, b = list(LETTERS[:m]), list(LETTERS[m : m + n])
+    for i, j in zip(left, right, strict=True):
+        b[j] = a[i]
+    return ["".join(a), "".join(b), "".join(c for c in a + b if not (c in a and c in b))]
+
+
+def _pair(terms: list[str], at: int, gain: float) -> Iterator[FxOperand]:
+    for i in (0, 1):
+        kind, why = contraction(terms, i)
+        yield FxOperand((at + i,), (at + 1 - i,), kind, {}, why, gain=gain)
+
+
 def _conv(node: Node) -> Iterator[FxOperand]:
     groups = int(argument(node, "groups", 1))
     w = shape_of(pick(node, (1,)))
@@ -172,9 +202,14 @@ def _table() -> dict[Any, FxOp]:
         aten.matmul.default: FxOp("matmul", _matmul),
         aten.mm.default: FxOp("mm", _matmul),
         aten.bmm.default: FxOp("bmm", _matmul),
+        aten.mv.default: FxOp("mv", _matmul),
         aten.addmm.default: FxOp("addmm", _addmm, bias=0),
         aten.baddbmm.default: FxOp("baddbmm", _addmm, bias=0),
+        aten.addmv.default: FxOp("addmv", _addmm, bias=0),
+        aten.addbmm.default: FxOp("addbmm", _addbmm, bias=0),
         aten.einsum.default: FxOp("einsum", _einsum),
+        aten.inner.default: FxOp("inner", _inner),
+        aten.tensordot.default: FxOp("tensordot", _tensordot),
         aten.conv1d.default: FxOp("conv1d", _conv, bias=2),
         aten.conv2d.default: FxOp("conv2d", _conv, bias=2),
         aten.conv3d.default: FxOp("conv3d", _conv, bias=2),

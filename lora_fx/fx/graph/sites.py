@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isqrt
 from typing import Any
 
 import torch
@@ -448,5 +449,9 @@ def data_flops(node: fx.Node) -> int:
         return 2 * numel(tuple({c: n for pair in pairs for c, n in pair}.values()))
     if op_name(node).startswith("conv"):
         return 2 * numel(y) * numel((shape_of(node.args[1]) or ())[1:])
-    first = shape_of(node.args[1 if op_name(node) in ("addmm", "baddbmm") else 0])
+    row = ops.row_of(node)
+    at = 1 if row is not None and row.bias == 0 else 0
+    first, second = (shape_of(a) or () for a in node.args[at : at + 2])
+    if op_name(node) in ("addbmm", "inner", "tensordot"):  # no axis of a stack in the result
+        return 2 * numel(y) * isqrt(numel(first) * numel(second) // max(1, numel(y)))
     return 2 * numel(y) * hint(first[-1]) if first else 0

@@ -59,6 +59,8 @@ class OnnxWeight:
     view: View
     shape: tuple[int, ...]
     quantised: str = ""
+    computed: str = ""
+    behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ class OnnxFlow:
     Attributes:
         stores: Every stored tensor by name; the model's own come first, in file order.
         weights: Values that are a stored tensor seen through views.
+        computed: Values that are made of stored tensors alone, or of one that a loop carries.
         found: Every use of one, in execution order.
         data_flops: FLOPs of the products of activations.
     """
 
     stores: dict[str, Store] = field(default_factory=dict)
     weights: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
+    computed: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
     found: list[OnnxWeightUse] = field(default_factory=list)
     data_flops: int = 0
 
@@ -146,7 +150,44 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
         flow.found += found
         if found:
             return
-    flow.data_flops += _data(node)
+    if not _computes(flow, node):
+        flow.data_flops += _data(node)
+
+
+def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
+    """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
+    known = {v: w for v in node.inputs if v and (w := flow.weights.get(v) or flow.computed.get(v))}
+    floats = [w for w in known.values() if "float" in dtype_name(flow.stores[w.name].value)]
+    names = tuple(dict.fromkeys(n for w in floats for n in w.behind or (w.name,)))
+    if not names:
+        return False
+    why = next((w.computed for w in floats if w.computed), "")
+    why = why or f"the weight is computed by {node.op_type} from {' and '.join(names)}"
+    bodies = [a.as_graph() for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
+    made = OnnxWeight(names[0], View(), (), computed=why, behind=names)
+    if not bodies and all(v is None or v in known for v in node.inputs):
+        for out in node.outputs:
+            flow.computed[out] = replace(made, shape=_sizes(out))
+        return True
+    if node.op_type in ("Loop", "Scan"):
+        into, back = (2, 1) if node.op_type == "Loop" else (0, 0)
+        for i, value in enumerate(node.inputs[into:]):
+            inner = bodies[0].inputs[into + i]
+            same = i + back < len(bodies[0].outputs) and _root(bodies[0].outputs[i + back]) is inner
+            if value in known and same:
+                why = known[value].computed or f"the weight is carried by a {node.op_type}"
+                flow.computed[inner] = replace(known[value], computed=why, view=View())
+    return False
+
+
+def _root(value: ir.Value | None) -> ir.Value | None:
+    """What a value is a copy of."""
+    node = None if value is None else value.producer()
+    return _root(node.inputs[0]) if node is not None and node.op_type == "Identity" else value
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    return tuple(n if isinstance(n, int) else 0 for n in shape_of(value) or ())
 
 
 def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
@@ -179,13 +220,13 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
         if slot >= len(node.inputs):
             return None
         value = node.inputs[slot]
-        known = None if value is None else flow.weights.get(value)
+        known = None if value is None else flow.weights.get(value) or flow.computed.get(value)
         return shape_of(value) if known is None else known.shape
 
     result = []
     for use in row.uses(node, shape):
         value = node.inputs[use.weight] if use.weight < len(node.inputs) else None
-        weight = None if value is None else flow.weights.get(value)
+        weight = None if value is None else flow.weights.get(value) or flow.computed.get(value)
         if weight is None or not _adaptable(flow.stores[weight.name].tensor.dtype, use, weight):
             continue
         result.append(OnnxWeightUse(_site(node, row, use, weight), node, use, row))
@@ -213,11 +254,12 @@ def _site(node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> S
         scope=scope[0],
         module_class=scope[1],
         flops=_flops(node, use, operand),
-        refusal=use.refusal or weight.quantised,
-        allowed=use.allowed or (not use.refusal and bool(weight.quantised)),
+        refusal=weight.computed or use.refusal or weight.quantised,
+        allowed=not weight.computed
+        and (use.allowed or (not use.refusal and bool(weight.quantised))),
         no_fold=quantised,
         gain=use.gain,
-        behind=(weight.name,),
+        behind=weight.behind or (weight.name,),
         slot=(use.weight,),
         root=weight.name,
     )
@@ -252,7 +294,7 @@ def scope_of(node: ir.Node) -> tuple[str, str]:
 
 def _count(shape: Shape | None) -> int:
     """The number of elements, where a symbolic size counts once."""
-    sizes = [n for n in shape or () if isinstance(n, int)]
+    sizes = [n for n in shape or () if isinstance(n, int) and n >= 0]  # some files say -1 for free
     return int(np.prod(sizes, dtype=np.int64)) if shape is not None else 0
 
 
@@ -279,8 +321,7 @@ def _data(node: ir.Node) -> int:
     first, y = shape_of(node.inputs[0]), shape_of(node.outputs[0])
     if not first or y is None:
         return 0
-    inner = first[-1]
-    return 2 * _count(y) * (inner if isinstance(inner, int) else 1)
+    return 2 * _count(y) * _count(first[-1:])
 
 
 # The ONNX ops that may stand between a weight and its use, as View steps.

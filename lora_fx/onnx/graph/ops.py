@@ -8,7 +8,7 @@ those that ONNX Runtime's own optimizers write.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -109,7 +109,11 @@ def _turned(
 
 def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     turns = bool(attr(node, "transA", 0)), bool(attr(node, "transB", 0))
-    yield from _turned(node, shape, turns, float(attr(node, "alpha", 1.0)))
+    for use in _turned(node, shape, turns, float(attr(node, "alpha", 1.0))):
+        if attr(node, "activation", "") and not use.refusal:  # FusedGemm: no place for a sum
+            axes = use.kind.axes(shape(use.weight) or ())
+            use = replace(use, kind=WeightForm("linear", axes))
+        yield use
 
 
 def _fused_matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -206,6 +210,7 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     **{("", k): row for k, row in _RECURRENT.items()},
     (MS, "FusedMatMul"): OnnxOp("matmul", _fused_matmul),
     (MS, "TransposeMatMul"): OnnxOp("matmul", _fused_matmul),
+    (MS, "FusedGemm"): OnnxOp("gemm", _gemm, bias=2),
     (MS, "FusedConv"): OnnxOp("conv", _conv, bias=2),
     (MS, "Attention"): OnnxOp("attention", _packed_qkv, bias=2),
     (MS, "PackedAttention"): OnnxOp("attention", _packed_qkv, bias=2),
