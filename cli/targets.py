@@ -10,6 +10,7 @@ import click
 from lora_fx.cli.options import captured, json_option, model_options
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
+from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.targets.found import Found
@@ -30,42 +31,30 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     lora-fx targets ./my-bert
     lora-fx targets torchvision:resnet18 --json
     """
-    if Path(model).is_file() and model.endswith(".safetensors"):
+    inputs: list[Json] = [{"model": model}]
+    tensors = Path(model).is_file() and model.endswith(".safetensors")
+    if tensors:
         from lora_fx.checkpoint.targets import file_targets
 
         found = file_targets(model)
-        emit(
-            as_json,
-            "targets",
-            str(found),
-            inputs=[{"model": model}],
-            warnings=found.notes,
-            **found.to_json(),
-        )
-        return
-    if model.endswith(".onnx"):
-        _onnx(model, as_json)
-        return
-    from lora_fx.passes.verbs.adapt import find
+    elif model.endswith(".onnx"):
+        found = _of_onnx(model)
+    else:
+        from lora_fx.passes.verbs.adapt import find
 
-    _, cap = captured(model, meta=True, **options)
-    found = find(cap, training=training)
-    refused = _none(model, found)
-    fields = {"inputs": cap.inputs.to_json(), "warnings": found.notes, **found.to_json()}
+        _, cap = captured(model, meta=True, **options)
+        found, inputs = find(cap, training=training), cap.inputs.to_json()
+    refused = None
+    if not (found.targets or tensors):
+        refused = LoraFxError(
+            f"{model} has no weight matmul that an adapter could attach to",
+            "the lines above say what was refused and why",
+        )
+    fields = {"inputs": inputs, "warnings": found.notes, **found.to_json()}
     emit(as_json, "targets", str(found), refused=refused, **fields)
 
 
-def _none(model: str, found: Found) -> LoraFxError | None:
-    """The error of a model without targets."""
-    if found.targets:
-        return None
-    return LoraFxError(
-        f"{model} has no weight matmul that an adapter could attach to",
-        "the lines above say what was refused and why",
-    )
-
-
-def _onnx(model: str, as_json: bool) -> None:
+def _of_onnx(model: str) -> Found:
     from dataclasses import replace
 
     from lora_fx.onnx.graph.graph import OnnxGraph
@@ -76,6 +65,4 @@ def _onnx(model: str, as_json: bool) -> None:
     opened = load(model)
     restore_weight_names(opened)
     graph = OnnxGraph(opened)
-    found = replace(find(graph), notes=tuple(graph.notes))
-    fields = {"inputs": [{"model": model}], "warnings": found.notes, **found.to_json()}
-    emit(as_json, "targets", str(found), refused=_none(model, found), **fields)
+    return replace(find(graph), notes=tuple(graph.notes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import click
@@ -81,8 +82,7 @@ def settings_of(options: Json) -> Settings:
     """Takes the loop's settings out of a command's options."""
     from lora_fx.fx.train.optimizer import Settings
 
-    names = ("epochs", "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "checks",
-             "patience", "accumulate", "mixed_precision")  # fmt: skip
+    names = [f.name for f in fields(Settings) if f.name != "seed"]  # which insert takes too
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 

@@ -31,6 +31,11 @@ def human(n: float) -> str:
     return f"{n / 1000**power:.1f} {' kMGTP'[power]}"
 
 
+def plain_number(number: float) -> float:
+    """A number as people and PEFT write it: an int where it is whole."""
+    return int(number) if float(number).is_integer() else float(number)
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first of many names, and how many more there are.
 

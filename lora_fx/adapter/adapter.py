@@ -284,14 +284,12 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
         if not entry.tied:  # there the file means all uses
             use = use or (lookup_use(target) if lookup else named_use(target, key))
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
-            entry = _turnable(key, entry)
-            entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
+            entry = _turned(key, entry)
     elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
         use = use or key
     if entry.op in ("experts", "embedding") and entry.layout == layout.transposed():
         # PEFT goes by the stored axes, extract by a table's name; the graph by what it contracts.
-        entry = _turnable(key, entry)
-        entry = replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
+        entry = _turned(key, entry)
     if entry.magnitude is not None:
         entry = replace(entry, magnitude=_lengths(key, entry, layout))
     a = (*layout.batch_shape, entry.rank, layout.in_size)
@@ -317,15 +315,15 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     )  # fmt: skip
 
 
-def _turnable(key: str, entry: LowRank) -> LowRank:
-    """The entry itself; raises for DoRA's, which has lengths of rows and none of columns."""
+def _turned(key: str, entry: LowRank) -> LowRank:
+    """The update of Wᵀ; raises for DoRA's, which has lengths of rows and none of columns."""
     if entry.magnitude is not None:
         raise LoraFxError(
             f"the DoRA update of {key!r} is for a use that reads the tensor the other way round; "
             "the model has one weight for both",
             "lora-fx merge folds it into a checkpoint",
         )
-    return entry
+    return replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
 
 
 def _lengths(key: str, entry: LowRank, layout: Layout) -> Array:

@@ -158,14 +158,14 @@ def truncate(
         LoraFxError: No goal or several, DoRA and other entries that are no s·b@a, values that are
             not finite, a goal that leaves nothing.
     """
-    goal = {
-        "rank": rank,
-        "params": params,
-        "energy": energy,
-        "max_error": max_error,
-        "max_abs_error": max_abs_error,
-    }
-    return truncation(adapter, **goal).adapter
+    return truncation(
+        adapter,
+        rank=rank,
+        params=params,
+        energy=energy,
+        max_error=max_error,
+        max_abs_error=max_abs_error,
+    ).adapter
 
 
 def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
@@ -270,7 +270,9 @@ def _built(
         new, (u, s, vt) = ranks[key], parts[key]
         norm = float(np.linalg.norm(s))
         if new >= entry.rank:
-            entries[key] = entry if entry.variant == "lora" else _as_lora(entry)
+            # The same update with the plain scale: PEFT has one flag for the whole adapter.
+            plain = replace(entry, alpha=entry.scale * entry.rank, variant="lora")
+            entries[key] = entry if entry.variant == "lora" else plain
             rows.append(Truncated(key, entry.rank, entry.rank, norm, 0.0, 0))
             continue
         saved = (entry.a.size + entry.b.size) // entry.rank * (entry.rank - new)
@@ -286,11 +288,6 @@ def _built(
     metadata = {k: v for k, v in adapter.metadata.items() if k != LEARNS}  # of the old ranks
     made = replace(adapter, entries=entries, metadata=metadata)
     return Truncation(made, tuple(rows), size)
-
-
-def _as_lora(entry: LowRank) -> LowRank:
-    """The same update with the plain scale: PEFT has one flag for the whole adapter."""
-    return replace(entry, alpha=entry.scale * entry.rank, variant="lora")
 
 
 # The singular values of every update of an adapter, and what else a page shows of one.

@@ -19,7 +19,7 @@ A variant composes Kinds and knows no IR. Its tensors by name are `lora_fx.adapt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -32,14 +32,19 @@ from lora_fx.ir.graph import Emitter
 from lora_fx.ir.layout import Layout
 
 
+@dataclass(frozen=True)
 class Lora:
-    """W + s·b·a; every other variant overrides what it does differently."""
+    """W + s·b·a; a variant with another W' is a class of its own.
 
-    name: ClassVar[str] = "lora"
+    Attributes:
+        name: Of the variant.
+        ratio: The learning rate of b over that of a.
+        branches: True when s·b·a can be added beside the op; False when the op has to read W'.
+    """
+
+    name: str
+    ratio: float = 1.0
     branches: ClassVar[bool] = True
-    """True when s·b·a can be added beside the op; False when the op has to read W'."""
-    ratio: ClassVar[float] = 1.0
-    """The learning rate of b over that of a."""
 
     def scale(self, alpha: float, rank: int) -> float:
         """The factor s before b·a."""
@@ -72,16 +77,9 @@ class Lora:
         return {"a": lr, "b": lr * self.ratio, "magnitude": lr * self.ratio}
 
 
-class RsLora(Lora):
-    """The scale falls with √rank, so that high ranks learn as fast as low ones."""
-
-    name = "rslora"
-
-
 class Dora(Lora):
     """The rows of W + s·b·a are given lengths of their own, which are trained."""
 
-    name = "dora"
     branches = False
 
     def scale(self, alpha: float, rank: int) -> float:
@@ -107,20 +105,16 @@ class Dora(Lora):
         return e.op("add", new, e.op("mul", w, -1.0))
 
 
-class LoraFA(Lora):
-    """a stays as it was drawn: neither its gradient nor x has to be kept for it."""
-
-    name = "lora-fa"
-
-
-class LoraPlus(Lora):
-    """b learns faster than a."""
-
-    name = "lora+"
-    ratio = 16.0
-
-
-VARIANTS: Mapping[str, Lora] = {v.name: v for v in (Lora(), RsLora(), Dora(), LoraFA(), LoraPlus())}
+VARIANTS: Mapping[str, Lora] = {
+    v.name: v
+    for v in (
+        Lora("lora"),
+        Lora("rslora"),  # its scale falls with √rank, so that high ranks learn as fast as low ones
+        Dora("dora"),
+        Lora("lora-fa"),  # a stays as it was drawn: neither its gradient nor x has to be kept
+        Lora("lora+", ratio=16.0),
+    )
+}
 
 
 def named_variant(name: str) -> Lora:

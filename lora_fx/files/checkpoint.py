@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -63,36 +63,20 @@ class Checkpoint:
         Hidden names and other weight files are left out; links are followed.
         """
         mine = {*self.shards, self.index.name if self.index else ""}
-        kept: list[PurePosixPath] = []
-        left: list[str] = []
-        if self.path.is_dir():
-            self._walk(self.path, PurePosixPath(), mine, kept, left)
-        return kept, left
+        found = _walk(self.path, PurePosixPath()) if self.path.is_dir() else ()
+        others = [(name, goes) for name, goes in found if str(name) not in mine]
+        return [n for n, goes in others if goes], [str(n) for n, goes in others if not goes]
 
-    def _walk(
-        self,
-        folder: Path,
-        at: PurePosixPath,
-        mine: set[str],
-        kept: list[PurePosixPath],
-        left: list[str],
-    ) -> None:
-        for child in sorted(folder.iterdir()):
-            name = at / child.name
-            if str(name) in mine:
-                continue
+
+def _walk(folder: Path, at: PurePosixPath) -> Iterator[tuple[PurePosixPath, bool]]:
+    """Every file below a folder, and whether it goes along with other weights."""
+    for child in sorted(folder.iterdir()):
+        name, hidden = at / child.name, child.name.startswith(".")
+        if child.is_dir() and not (hidden or child.is_symlink() or len(name.parts) > 8):
+            yield from _walk(child, name)
+        else:
             weights = child.name.endswith((*OTHER_WEIGHTS, ".index.json"))
-            if child.name.startswith(".") or (weights and not child.is_dir()):
-                left.append(str(name))
-            elif child.is_dir():
-                if child.is_symlink() or len(name.parts) > 8:
-                    left.append(str(name))
-                else:
-                    self._walk(child, name, mine, kept, left)
-            elif child.is_file():
-                kept.append(name)
-            else:
-                left.append(str(name))
+            yield name, child.is_file() and not (hidden or weights)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -261,10 +261,6 @@ def _said(row: Row) -> str:
     return "; ".join(dict.fromkeys(filter(None, texts)))
 
 
-def _norm(spectrum: Json) -> str:
-    return number(float(spectrum["norm"]))
-
-
 def _stable(spectrum: Json) -> str:
     top = spectrum["sigma"][0] if spectrum["sigma"] else 0
     return number((spectrum["norm"] / top) ** 2) if top else "–"

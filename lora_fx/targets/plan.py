@@ -14,7 +14,7 @@ from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_severa
 from lora_fx.targets.roles import HEAD_ROWS
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import Target, split_use
-from lora_fx.text import Json, JsonView, near, table
+from lora_fx.text import Json, JsonView, near, plain_number, table
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -245,7 +245,7 @@ class RankPlan:
 
     def to_json(self) -> Json:
         """The plan file as an object."""
-        targets = {r.key: {"rank": r.rank, "alpha": _plain(r.alpha)} for r in self.rows}
+        targets = {r.key: {"rank": r.rank, "alpha": plain_number(r.alpha)} for r in self.rows}
         return {
             "format": FORMAT,
             "version": 1,  # the number of the format; `format` was taken before it was a rule
@@ -284,10 +284,6 @@ class RankPlan:
             f"({self.used / self.limit:.1%})"
         )
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
-
-
-def _plain(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
 GivenRanks = RankPlan | str | PathLike[str] | JsonView

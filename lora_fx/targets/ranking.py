@@ -56,9 +56,6 @@ class Method(NamedTuple):
 # as by the other methods, so that a budget is exact. x is not centred, as in the start `eva`.
 
 
-_EVA_READS = ("inputs",)
-
-
 def eva(seen: TargetStatistics) -> Array | None:
     """The share of E[x xᵀ] that each direction explains, [max_rank]."""
     inputs = seen.moments.inputs
@@ -78,9 +75,6 @@ def eva(seen: TargetStatistics) -> Array | None:
 # ∂L/∂W is that of the mean loss over the data. GoRA gives every layer a share of the budget in
 # proportion to I; greedy on I/j per cost does the same with whole ranks and an exact budget.
 # GoRA's values of A and B are a start (`init`), and not part of this.
-
-
-_IMPORTANCE_READS = ("gradient",)
 
 
 def importance(seen: TargetStatistics) -> Array | None:
@@ -103,9 +97,6 @@ def importance(seen: TargetStatistics) -> Array | None:
 # batch.
 
 
-_KFAC_READS = ("power", "outputs")
-
-
 def kfac(seen: TargetStatistics) -> Array | None:
     """The Fisher information along each direction of the output, [max_rank]."""
     power, outputs, rows = seen.moments.power, seen.moments.outputs, seen.moments.rows
@@ -124,19 +115,16 @@ def kfac(seen: TargetStatistics) -> Array | None:
 # its next; a target that is full leaves its share to the others.
 
 
-_UNIFORM_READS: tuple[str, ...] = ()
-
-
 def uniform(seen: TargetStatistics) -> Array | None:
     """The same for the j-th rank of every target, per cost, [max_rank]."""
     return seen.cost / np.arange(1.0, seen.layout.max_rank + 1)
 
 
 METHODS: Mapping[str, Method] = {
-    "uniform": Method(_UNIFORM_READS, uniform),
-    "importance": Method(_IMPORTANCE_READS, importance),
-    "kfac": Method(_KFAC_READS, kfac),
-    "eva": Method(_EVA_READS, eva),
+    "uniform": Method((), uniform),
+    "importance": Method(("gradient",), importance),
+    "kfac": Method(("power", "outputs"), kfac),
+    "eva": Method(("inputs",), eva),
 }
 
 

@@ -55,21 +55,14 @@ def select(found: Found, selectors: str | Sequence[str]) -> list[str]:
     hits: dict[str, list[Site]] = {}  # target → the uses that are named, for one update of them
     apart: dict[str, None] = {}
     for text in split(selectors):
-        matched = False
-        for t in found.targets:
-            sites = _match(t, text)
-            if sites is not None:
-                hits.setdefault(t.key, []).extend(sites)
-                matched = True
-            for key in (*_parts(t, text), *_uses(t, text)):
-                apart[key] = None
-                matched = True
-        for t in () if matched else found.optional:  # refused unless a selector means it
-            sites = _match(t, text)
-            if sites is not None:
-                hits.setdefault(t.key, []).extend(sites)
-                matched = True
-        if not matched:
+        named = {t.key: s for t in found.targets if (s := _match(t, text)) is not None}
+        inside = [k for t in found.targets for k in (*_parts(t, text), *_uses(t, text))]
+        if not named and not inside:  # refused unless a selector means it
+            named = {t.key: s for t in found.optional if (s := _match(t, text)) is not None}
+        for key, sites in named.items():
+            hits.setdefault(key, []).extend(sites)
+        apart |= dict.fromkeys(inside)
+        if not named and not inside:
             raise LoraFxError(f"selector {text!r} matches no target", _hint(text, found))
     chosen: dict[str, None] = {}
     for t in (*found.targets, *found.optional):

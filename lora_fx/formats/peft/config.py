@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_fx.errors import LoraFxError
-from lora_fx.text import Json, JsonView, near
+from lora_fx.text import Json, JsonView, near, plain_number
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
@@ -404,7 +404,7 @@ def build_config(
         fields: More fields (use_rslora, use_dora, target_parameters …); None leaves one out.
     """
     ranks = {name: rank for name, (rank, _) in numbers.items()}
-    alphas = {name: _plain(alpha) for name, (_, alpha) in numbers.items()}
+    alphas = {name: plain_number(alpha) for name, (_, alpha) in numbers.items()}
     rank, alpha = _most_common(ranks.values(), 8), _most_common(alphas.values(), 8)
     targets = sorted(set(modules))
     config = {
@@ -446,8 +446,3 @@ def _most_common(values: Iterable[float], default: int) -> float:
     """The most frequent value, the smallest of several; `default` where there is none."""
     counts = Counter(values)
     return min(counts, key=lambda v: (-counts[v], v)) if counts else default
-
-
-def _plain(alpha: float) -> float:
-    """An int where the number is whole: that is what PEFT writes."""
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
