@@ -150,11 +150,7 @@ def run(out: Path, size: Size, say: Say) -> Result:
     }
     done("runtime", f"ONNX Runtime agrees on {facts['predictions_equal']} of {len(truth)} examples")
     _judge(result, size)
-    (out / "report.json").write_text(
-        json.dumps(
-            {"facts": facts, "seconds": result.seconds, "failures": result.failures}, indent=1
-        )
-    )
+    (out / "report.json").write_text(json.dumps(vars(result), indent=1))
     return result
 
 

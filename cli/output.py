@@ -60,17 +60,7 @@ def emit(
         fields |= {"error": refused.message, "hint": refused.hint}
     page = _run().get("report")  # what --report left here
     if as_json or page:
-        from lora_fx import __version__
-
-        whole = {
-            "command": command,
-            "version": __version__,
-            "ok": ok,
-            "inputs": [],
-            "outputs": [],
-            "warnings": list(dict.fromkeys([*_run().get("notes", ()), *warnings])),
-            **fields,
-        }
+        whole = result(command, ok, warnings, **fields)
     if page:
         say(f"wrote {page(whole)}")
     if as_json:
@@ -79,6 +69,15 @@ def emit(
         click.echo(text)
     if refused is not None:
         raise refused
+
+
+def result(command: str, ok: bool, warnings: Sequence[str] = (), **fields: object) -> Json:
+    """The one JSON object of docs/json.md; what was noted stands before the warnings."""
+    from lora_fx import __version__
+
+    said = dict.fromkeys([*_run().get("notes", ()), *warnings])
+    head = {"command": command, "version": __version__, "ok": ok}
+    return {**head, "inputs": [], "outputs": [], "warnings": list(said), **fields}
 
 
 def _run() -> Json:

@@ -17,6 +17,7 @@ import click
 
 from lora_fx.cli.common import installed
 from lora_fx.cli.options import force_option, split_weight
+from lora_fx.cli.output import result
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
@@ -47,7 +48,8 @@ def report_option(function: Callable[..., object]) -> Callable[..., object]:
             return function(*args, **kwargs)
         except LoraFxError as e:
             if e.exit_code == 1 and not e.told:
-                write(report, force, _stopped(ctx, e))
+                stopped = result(ctx.info_name or "", ok=False, error=e.message, hint=e.hint)
+                write(report, force, stopped)
             raise
 
     made: Callable[..., object] = command if own else force_option(command)
@@ -74,30 +76,21 @@ def _check(report: str, force: bool, given: JsonView) -> None:
         raise LoraFxError(f"--report {report} is a folder", "choose another name")
 
 
-def _stopped(ctx: click.Context, e: LoraFxError) -> Json:
-    from lora_fx import __version__
-
-    said = ctx.find_root().obj.get("notes", [])
-    head = {"command": ctx.info_name or "", "version": __version__, "ok": False}
-    rest = {"inputs": [], "outputs": [], "warnings": list(dict.fromkeys(said))}
-    return {**head, **rest, "error": e.message, "hint": e.hint}
-
-
-def write(path: str, force: bool, result: JsonView) -> str:
+def write(path: str, force: bool, shown: JsonView) -> str:
     """Write the page of a result, all of it or nothing; its path."""
     from lora_fx.files.atomic import replacing
     from lora_fx.report.page import page
 
     ctx = click.get_current_context()
     added: Json = {"argv": ctx.find_root().obj.get("argv") or [], "versions": versions()}
-    outputs = [Path(p) for p in result["outputs"]]
+    outputs = [Path(p) for p in shown["outputs"]]
     source = [p for p in _paths(ctx.params) if p not in outputs]
     added |= _hashed([("input", p) for p in source] + [("output", p) for p in outputs], path)
     trust = bool(ctx.params.get("trust"))
     added["adapters"], said = _adapters(outputs, ctx.params, trust)
     added["unhashed"] += said
-    _once(added["adapters"], result)
-    text = page({**result, "page": added})
+    _once(added["adapters"], shown)
+    text = page({**shown, "page": added})
     with replacing(path, force=force) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

@@ -168,13 +168,17 @@ class Adapter:
         return bind(self, found)
 
 
-def check_plain(adapter: Adapter, what: str) -> None:
-    """Raise for an entry that is more than s·b·a or a whole tensor."""
-    for key, kind in adapter.others.items():
-        raise LoraFxError(
-            f"{what}: the adapter's {key!r} is {kind}; expected lora, rslora or a whole tensor",
-            "lora-fx merge folds it into a checkpoint",
-        )
+def check_plain(adapter: Adapter, what: str, *, dora: bool = False) -> None:
+    """Raise for an entry that is more than s·b·a or a whole tensor; DoRA may be let through."""
+    kinds = f"lora, rslora{', dora' if dora else ''}"
+    for key, entry in adapter.entries.items():
+        plain = replace(entry, magnitude=None) if dora and isinstance(entry, LowRank) else entry
+        if not is_plain(plain):
+            raise LoraFxError(
+                f"{what}: the adapter's {key!r} is {name_of(plain)}; expected {kinds} or a whole "
+                "tensor",
+                "lora-fx merge folds it into a checkpoint",
+            )
 
 
 # bind: an adapter in the keys and layouts of a model; every misfit is named.
@@ -189,7 +193,7 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     """
     stacks = place(adapter.entries, found.shapes.get, tuple(found.shapes))
     adapter = replace(adapter, entries=stacks)
-    _check_graph(adapter)
+    check_plain(adapter, "a graph", dora=True)
     adapter = adapter.resolved(found.shapes)
     entries: dict[str, Entry] = {}
     first = {
@@ -233,18 +237,6 @@ def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
     rows = {k: list(t.other_readers) for k, t in known.items() if t and t.other_readers}
     kept = {k: v for k, v in metadata.items() if k != OTHER_READERS}
     return {**kept, **({OTHER_READERS: rows} if rows else {})}
-
-
-def _check_graph(adapter: Adapter) -> None:
-    """Raise for an entry that no graph can hold: all but low-rank updates and whole tensors."""
-    for key, entry in adapter.entries.items():
-        plain = replace(entry, magnitude=None) if isinstance(entry, LowRank) else entry
-        if not is_plain(plain):
-            raise LoraFxError(
-                f"a graph: the adapter's {key!r} is {name_of(plain)}; expected lora, rslora, dora "
-                "or a whole tensor",
-                "lora-fx merge folds it into a checkpoint",
-            )
 
 
 def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:

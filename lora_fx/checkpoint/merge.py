@@ -119,7 +119,6 @@ def run(
     """Carry out a plan; see `merge`."""
     target = Path(out)
     with explained(target):
-        check_output(target, force=force)
         _check_apart(plan, target)
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:

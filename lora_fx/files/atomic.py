@@ -17,15 +17,9 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from lora_fx.files.copying import fcntl
 
 _OLD = "replaced"
 _WHY = {

@@ -342,23 +342,18 @@ def _once(pairs: list[tuple[str, object]]) -> Json:
 
 
 def _entry(where: str, key: str, value: object) -> Json:
+    def bad(what: str) -> LoraFxError:
+        return LoraFxError(f"{where}: {what}", "correct the file")
+
     given = {"rank": value} if isinstance(value, int) else value
     if not isinstance(given, Mapping) or "rank" not in given or set(given) - {"rank", "alpha"}:
-        raise LoraFxError(
-            f'{where}: {key!r} is {value!r}; expected {{"rank": 8, "alpha": 16}}',
-            "correct the file",
-        )
+        raise bad(f'{key!r} is {value!r}; expected {{"rank": 8, "alpha": 16}}')
     rank, alpha = given["rank"], given.get("alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-        raise LoraFxError(
-            f"{where}: the rank of {key!r} is {rank!r}; expected a whole number from 0 up",
-            "correct the file",
-        )
+        raise bad(f"the rank of {key!r} is {rank!r}; expected a whole number from 0 up")
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if alpha is not None and not (number and 0 <= alpha < float("inf")):
-        raise LoraFxError(
-            f"{where}: the alpha of {key!r} is {alpha!r}; expected a number", "correct the file"
-        )
+        raise bad(f"the alpha of {key!r} is {alpha!r}; expected a number")
     return {"rank": rank, **({} if alpha is None else {"alpha": float(alpha)})}
 
 

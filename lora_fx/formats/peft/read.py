@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +60,7 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     taken: set[str] = set()
     found = groups(tensors, file)
     entries: dict[str, Entry] = {}
-    read = own_entries(described, source, lambda g: reader.update(g, found), found, taken)
+    read = own_entries(described, reader, found, taken)
     for key, entry, group in read:
         entries[key] = entry
         if group is not None and isinstance(entry, LowRank):
@@ -439,34 +439,29 @@ def own_sections(ours: JsonView, file: str) -> tuple[Json, Json]:
 
 
 def own_entries(
-    found: JsonView,
-    source: PeftFile,
-    update: Callable[[Group], LowRank],
-    groups: Mapping[str, Group],
-    taken: set[str],
+    found: JsonView, reader: _Reader, groups: Mapping[str, Group], taken: set[str]
 ) -> Iterator[tuple[str, Entry, Group | None]]:
     """The entries that our JSON describes, each with the layer of PEFT's that it was read from.
 
     Args:
         found: key → object.
-        source: The file.
-        update: Reads the update of a layer as PEFT would.
-        groups: PEFT's layers in the file.
+        reader: Of the file.
+        groups: PEFT's layers in it.
         taken: Gets the names of the tensors that were read.
     """
     for key, entry in found.items():
         try:
-            value, group = _one(entry, source, update, groups, taken)
+            value, group = _one(entry, reader, groups, taken)
             fits = not isinstance(value, LowRank) or holds(value.layout, value.shape)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
-                f"{source.name}: metadata lora_fx does not fit the tensors at {key!r}: "
+                f"{reader.file}: metadata lora_fx does not fit the tensors at {key!r}: "
                 f"{type(error).__name__} {one_line(error)}",
                 "the file was edited; save the adapter again",
             ) from error
         if isinstance(value, LowRank) and not fits:
             raise LoraFxError(
-                f"{source.name}: {key!r} has A {list(value.a.shape)} and B {list(value.b.shape)}; "
+                f"{reader.file}: {key!r} has A {list(value.a.shape)} and B {list(value.b.shape)}; "
                 f"expected those of its layout {entry['layout']}",
                 "the file was edited; save the adapter again",
             )
@@ -474,12 +469,9 @@ def own_entries(
 
 
 def _one(
-    entry: Any,
-    source: PeftFile,
-    update: Callable[[Group], LowRank],
-    groups: Mapping[str, Group],
-    taken: set[str],
+    entry: Any, reader: _Reader, groups: Mapping[str, Group], taken: set[str]
 ) -> tuple[Entry, Group | None]:
+    source = reader.source
     for kind in ("full", "dense", "rows"):
         if kind in entry:
             name = entry[kind]
@@ -507,7 +499,7 @@ def _one(
             raise ValueError(f"{names[0]!r} is no name of an A")
         group = groups[split[0]]
         taken.update(group.names.values())
-        low = update(group)
+        low = reader.update(group, groups)
     a, b = low.a, low.b
     if entry.get("swapped"):
         a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
