@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError
@@ -56,10 +57,10 @@ def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Comma
     return add
 
 
-def given_option(name: str) -> bool:
-    """True when an option stands on the command line."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is click.core.ParameterSource.COMMANDLINE
+def first_given(*names: str) -> str:
+    """The first of these options that stands on the command line, spelt as there; else empty."""
+    source, line = click.get_current_context().get_parameter_source, ParameterSource.COMMANDLINE
+    return next((f"--{n.replace('_', '-')}" for n in names if source(n) is line), "")
 
 
 def plan_option(function: Callable[..., object]) -> Callable[..., object]:
@@ -67,11 +68,10 @@ def plan_option(function: Callable[..., object]) -> Callable[..., object]:
 
     @functools.wraps(function)
     def command(*args: object, **kwargs: object) -> Any:
-        for name in ("rank", "alpha", "include") if kwargs["plan"] else ():
-            if given_option(name):
-                raise LoraFxError(
-                    f"--{name} has no say beside --plan {kwargs['plan']}", "leave one of them out"
-                )
+        if kwargs["plan"] and (other := first_given("rank", "alpha", "include")):
+            raise LoraFxError(
+                f"{other} has no say beside --plan {kwargs['plan']}", "leave one of them out"
+            )
         return function(*args, **kwargs)
 
     added = click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
@@ -196,12 +196,8 @@ def captured(
 
 def refuse_given(model: str, names: Sequence[str]) -> None:
     """Raise for an option that was given and has no say for an .onnx file."""
-    for name in names:
-        if given_option(name):
-            option = name.replace("_", "-")
-            raise LoraFxError(
-                f"--{option} has no say for {model}, a graph as it is", "leave it out"
-            )
+    if option := first_given(*names):
+        raise LoraFxError(f"{option} has no say for {model}, a graph as it is", "leave it out")
 
 
 def held(cap: Any) -> Any:
@@ -209,13 +205,11 @@ def held(cap: Any) -> Any:
     from lora_fx.passes.verbs.open import module_of
 
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
-    for name in (*chosen, "plan"):
-        if given_option(name):
-            raise LoraFxError(
-                f"{cap.path} holds an adapter, which is trained on, so --{name.replace('_', '-')} "
-                "has no say",
-                "leave it out, or start from the original model",
-            )
+    if option := first_given(*chosen, "plan"):
+        raise LoraFxError(
+            f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
+            "leave it out, or start from the original model",
+        )
     return module_of(cap)
 
 

@@ -143,10 +143,7 @@ def _extraction(
     old, new = sides.old, sides.new
     found = targets_of(old)
     kinds = uses(old, found, config_of(base), options.fan_in_fan_out, sides.table)
-    scope, notes = scope_of(
-        found, (str(base), old), (str(tuned), new),
-        options.include, options.exclude, options.allow_missing,
-    )  # fmt: skip
+    scope, notes = scope_of(found, (str(base), old), (str(tuned), new), options)
     check_lookups(sides, scope, str(tuned))
     notes += (n for n in sides.notes if n.partition(":")[0] in scope)
     entries: dict[str, Entry] = {}
@@ -435,12 +432,7 @@ HeaderOf = tuple[str, Mapping[str, TensorInfo]]
 
 
 def scope_of(
-    found: Found,
-    base: HeaderOf,
-    tuned: HeaderOf,
-    include: str | Sequence[str] | None,
-    exclude: str | Sequence[str] | None,
-    allow_missing: bool,
+    found: Found, base: HeaderOf, tuned: HeaderOf, options: ExtractOptions
 ) -> tuple[list[str], list[str]]:
     """Names to compare, in the order of base, and notes.
 
@@ -450,8 +442,8 @@ def scope_of(
         LoraFxError: A selector without a match; tensors of one side only, or of two shapes.
     """
     (_, old), (_, new) = base, tuned
-    chosen = None if include is None else _whole(select(found, include))
-    gone = _excluded(found, [*old, *(n for n in new if n not in old)], exclude or ())
+    chosen = None if options.include is None else _whole(select(found, options.include))
+    gone = _excluded(found, [*old, *(n for n in new if n not in old)], options.exclude or ())
 
     def wanted(name: str, info: TensorInfo) -> bool:
         return name not in gone and (chosen is None or len(info.shape) < 2 or name in chosen)
@@ -471,7 +463,7 @@ def scope_of(
         )
         if names
     ]
-    if problems and not allow_missing:
+    if problems and not options.allow_missing:
         raise LoraFxError(
             f"{tuned[0]} does not have the tensors of {base[0]}: {'; '.join(problems)}",
             _hint(old, new)

@@ -208,14 +208,14 @@ def _measured(old: Array, weight: Array, delta: Array, result: Array, space: Spa
     else:
         np.not_equal(weight, applied, out=differs)
     np.subtract(applied, weight, out=applied)
-    flat, d = weight.reshape(-1), np.ascontiguousarray(delta).reshape(-1)
-    return Stats(
-        old.size,
-        int(old.size - np.count_nonzero(differs)),
-        float(np.dot(flat, flat)),
-        float(np.dot(d, d)),
-        float(np.dot(applied.reshape(-1), d)),
-    )
+    return stats_of(weight, delta, applied, int(old.size - np.count_nonzero(differs)))
+
+
+def stats_of(weight: Array, delta: Array, moved: Array, still: int) -> Stats:
+    """The sums of a block: W, Δ, W_new − W, and how many elements did not move."""
+    w, m = weight.reshape(-1), moved.reshape(-1)
+    d = np.ascontiguousarray(delta).reshape(-1)
+    return Stats(w.size, still, float(np.dot(w, w)), float(np.dot(d, d)), float(np.dot(m, d)))
 
 
 def rows_per_block(columns: int) -> int:

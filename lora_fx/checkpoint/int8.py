@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows
+from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows, stats_of
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
@@ -138,15 +138,9 @@ def _measured(
     still = int(np.count_nonzero(there == weight))
     missed = (new - there).reshape(-1)
     there -= weight
-    flat, d = weight.reshape(-1), np.ascontiguousarray(delta).reshape(-1)
-    return Stats(
-        weight.size,
-        still,
-        float(np.dot(flat, flat)),
-        float(np.dot(d, d)),
-        float(np.dot(there.reshape(-1), d)),
-        float(np.dot(missed, missed)),
-    )
+    stats = stats_of(weight, delta, there, still)
+    stats.error = float(np.dot(missed, missed))
+    return stats
 
 
 # Weights that are stored quantised: which an update can be folded into, and why not the others.

@@ -405,7 +405,7 @@ def build_config(
     """
     ranks = {name: rank for name, (rank, _) in numbers.items()}
     alphas = {name: plain_number(alpha) for name, (_, alpha) in numbers.items()}
-    rank, alpha = _most_common(ranks.values(), 8), _most_common(alphas.values(), 8)
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     targets = sorted(set(modules))
     config = {
         "peft_type": "LORA",
@@ -442,7 +442,7 @@ def _exclude(modules: Sequence[str]) -> str:
     return rf"(?!(?:{all_})\Z).+\.(?:{'|'.join(short)})"
 
 
-def _most_common(values: Iterable[float], default: int) -> float:
-    """The most frequent value, the smallest of several; `default` where there is none."""
+def _most_common(values: Iterable[float]) -> float:
+    """The most frequent value, the smallest of several; PEFT's default where there is none."""
     counts = Counter(values)
-    return min(counts, key=lambda v: (-counts[v], v)) if counts else default
+    return min(counts, key=lambda v: (-counts[v], v)) if counts else 8
