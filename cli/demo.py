@@ -43,5 +43,5 @@ def command(output: str, quick: bool, force: bool, as_json: bool) -> None:
         result = run(out, Size.of(quick), say)
     emit(
         as_json, "demo", table(result, Path(output)), refused=refusal(result),
-        outputs=[output], **vars(result),
+        outputs=[output], facts=result.facts, seconds=result.seconds, failures=result.failures,
     )  # fmt: skip

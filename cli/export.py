@@ -18,7 +18,7 @@ from lora_fx.cli.options import (
     selectors_option,
     triton_options,
 )
-from lora_fx.cli.output import emit, emit_file, table, wrote
+from lora_fx.cli.output import emit, note, table, wrote
 from lora_fx.cli.report_option import report_option
 
 
@@ -89,11 +89,14 @@ def command(
         from lora_fx.onnx.match import read_map
 
         refuse_given(model, ("opset", "weights", "dynamic", "static", "trust"))
-        emit_file(as_json, model, export(model, output, names=read_map(names), **options))
-        return
-    if names:
-        raise LoraFxError("--map is of .onnx files", "a model's own names tell")
-    _, cap = captured(model, **given, cache=options["cache"])
-    report = export(cap, output, opset=opset, **options)
+        report = export(model, output, names=read_map(names), **options)
+        inputs = [{"model": model}]
+        note(*report.warnings)
+    else:
+        if names:
+            raise LoraFxError("--map is of .onnx files", "a model's own names tell")
+        _, cap = captured(model, **given, cache=options["cache"])
+        report = export(cap, output, opset=opset, **options)
+        inputs = cap.inputs.to_json()
     said = f"{report}{table(report)}\n{wrote(report)}"
-    emit(as_json, text=said, **{**report.to_json(), "inputs": cap.inputs.to_json()})
+    emit(as_json, text=said, **{**report.to_json(), "inputs": inputs})

@@ -33,13 +33,6 @@ def wrote(report: Report) -> str:
     return "\n".join(f"wrote {f}" for f in [report.outputs[0], *copies])
 
 
-def emit_file(as_json: bool, model: str, report: Report) -> None:
-    """What became of an .onnx file."""
-    note(*report.warnings)
-    said = f"{report}{table(report)}\n{wrote(report)}"
-    emit(as_json, text=said, **{**report.to_json(), "inputs": [{"model": model}]})
-
-
 def emit(
     as_json: bool,
     command: str,

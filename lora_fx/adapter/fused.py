@@ -122,16 +122,13 @@ def place(
         if turned is not None:
             found = [reading for reading in found if reading[1] == turned] or found
         names, way = _only(module, lows, found, order)
-        placed = {}
+        placed: dict[str, tuple[str, Entry]] = {}
         for key, name, low in zip(keys, names, lows, strict=True):
             shape = shape_of(name)
             assert shape is not None  # _readings saw it
             placed[key] = (name, _placed(low, name, shape, way))
         # In place, so that the order of the file is kept.
-        result = {
-            placed[k][0] if k in placed else k: placed[k][1] if k in placed else v
-            for k, v in result.items()
-        }
+        result = dict(placed.get(k, (k, v)) for k, v in result.items())
     return result
 
 
@@ -148,10 +145,8 @@ def _readings(
 ) -> Iterator[Reading]:
     names = sorted(_names(module, keys, lows))
     for way in permutations(names, len(lows)):
-        if any(
-            not low.candidates and key != name
-            for key, low, name in zip(keys, lows, way, strict=True)
-        ):
+        named = zip(keys, lows, way, strict=True)
+        if any(not low.candidates and key != name for key, low, name in named):
             continue
         stacked = any(len(shape_of(name) or ()) == 3 for name in way)
         for turned in (False, True) if stacked else (False,):

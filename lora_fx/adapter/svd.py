@@ -103,7 +103,7 @@ def squared_distance(delta: Array, a: Array, b: Array) -> float:
     """‖delta − b @ a‖² element by element in fp64, by blocks of rows."""
     total = 0.0
     wide = a.astype(np.float64)
-    for rows in _row_blocks(delta):
+    for rows in _blocks(*delta.shape):
         gap = delta[rows] - b[rows].astype(np.float64) @ wide
         total += float(np.vdot(gap, gap))
     return total
@@ -136,18 +136,18 @@ def above_noise(s: Array, total: float, shape: tuple[int, int]) -> int:
     return above
 
 
-def _row_blocks(delta: Array) -> list[slice]:
-    step = max(1, BLOCK // delta.shape[1])
-    return [slice(i, i + step) for i in range(0, delta.shape[0], step)]
+def _blocks(count: int, width: int) -> list[slice]:
+    """Of `count` rows, or columns, of `width` elements: BLOCK elements at a time."""
+    step = max(1, BLOCK // width)
+    return [slice(i, i + step) for i in range(0, count, step)]
 
 
 def _eigenvectors(delta: Array, k: int) -> Array:
     """The k leading left singular vectors of [m, n], m ≤ n, from ΔΔᵀ in fp64."""
     m, n = delta.shape
     gram = np.zeros((m, m))
-    step = max(1, BLOCK // m)
-    for i in range(0, n, step):
-        block = delta[:, i : i + step].astype(np.float64)
+    for columns in _blocks(n, m):
+        block = delta[:, columns].astype(np.float64)
         gram += block @ block.T
     _, vectors = np.linalg.eigh(gram)
     return np.asarray(vectors[:, ::-1][:, :k])
@@ -166,6 +166,5 @@ def _sampled(delta: Array, count: int, rng: np.random.Generator) -> Array:
 
 def _project(q: Array, delta: Array) -> Array:
     """qᵀ @ delta in fp64, by blocks of columns."""
-    step = max(1, BLOCK // delta.shape[0])
-    blocks = range(0, delta.shape[1], step)
-    return np.concatenate([q.T @ delta[:, i : i + step].astype(np.float64) for i in blocks], axis=1)
+    blocks = _blocks(delta.shape[1], delta.shape[0])
+    return np.concatenate([q.T @ delta[:, c].astype(np.float64) for c in blocks], axis=1)

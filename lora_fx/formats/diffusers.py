@@ -37,7 +37,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Dense, Entry, is_plain, name_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base
 from lora_fx.formats.base import File, FileHead
@@ -206,14 +206,8 @@ class _Configs:
     def __init__(self, header: Mapping[str, str], file: File) -> None:
         self.file = file
         self.where = f"{file.name}: {HEADER}"
-        try:
-            whole = json.loads(header.get(HEADER, "{}"))
-        except (ValueError, RecursionError) as error:
-            raise LoraFxError(f"{self.where}: not JSON: {one_line(error)}") from error
-        if not isinstance(whole, dict):
-            raise LoraFxError(f"{self.where}: a JSON {type(whole).__name__}; expected an object")
         self.configs: dict[str, Json] = {}
-        for key, value in whole.items():
+        for key, value in base.json_object(header.get(HEADER, "{}"), self.where).items():
             component, _, field = key.partition(".")
             known = component in COMPONENTS and field
             self.configs.setdefault(component if known else "", {})[field if known else key] = value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.targets.found import Found
-from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, rest, tied
+from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, tied
 from lora_fx.targets.roles import HEAD_ROWS
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import Target, split_use
@@ -155,7 +155,8 @@ def _default_uses(t: Target) -> tuple[str, ...]:
 
 def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
     """What is left of a target without what is excluded: its other parts, or its other uses."""
-    t, left = found[key], rest(found[key], gone)
+    t = found[key]
+    left = [part for _, part in t.parts if part not in gone]
     if len(left) < len(t.parts):
         return left
     name = t.parameter.name

@@ -53,12 +53,6 @@ def part(t: Target, key: str, role: str = "") -> Target | None:
     return replace(t, key=name, region=region, layout=layout, role=found, parts=())
 
 
-def rest(t: Target, taken: Iterable[str]) -> list[str]:
-    """Keys of a target's parts without those that are taken."""
-    gone = set(taken)
-    return [k for _, k in t.parts if k not in gone]
-
-
 def check_disjoint(targets: Iterable[Target]) -> None:
     """Raise where two regions of one tensor overlap at one of its uses."""
     by_name: dict[str, list[Target]] = {}
@@ -140,11 +134,6 @@ def of_several(t: Target) -> bool:
     return not split_use(t.key)[1] and (tied(t) or len(modules(t)) > 1)
 
 
-def matmul_use(t: Target) -> str:
-    """The use that leaves the lookup of a tied tensor alone; empty where nothing is tied."""
-    return _use(t, (s for s in t.sites if s.op != "embedding")) if tied(t) else ""
-
-
 def lookup_use(t: Target) -> str:
     """The use that means the lookup of a tied tensor only; empty where nothing is tied."""
     return _use(t, (s for s in t.sites if s.op == "embedding")) if tied(t) else ""
@@ -155,7 +144,9 @@ def named_use(t: Target, name: str) -> str:
     if not tied(t):
         return ""
     scope = name.rpartition(".")[0]
-    return name if any(s.scope == scope for s in t.sites) else matmul_use(t)
+    if any(s.scope == scope for s in t.sites):
+        return name
+    return _use(t, (s for s in t.sites if s.op != "embedding"))
 
 
 def _use(t: Target, sites: Iterable[Site]) -> str:

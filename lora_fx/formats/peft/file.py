@@ -19,10 +19,10 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
 from lora_fx.formats import lycoris
-from lora_fx.formats.base import FileHead, PeftFile, metadata_text
+from lora_fx.formats.base import FileHead, PeftFile, json_object, metadata_text
 from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.read import decode
 from lora_fx.formats.peft.write import encode
@@ -80,7 +80,7 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
     if path.is_dir() and trust and not weights.is_file() and (path / PICKLED).is_file():
         weights = path / PICKLED
     tensors, header = _tensors(weights, trust)
-    ours = _parse(header["lora_fx"], f"{weights}: metadata lora_fx") if "lora_fx" in header else {}
+    ours = json_object(header.get("lora_fx", "{}"), f"{weights}: metadata lora_fx")
     config, where = config_of(weights, ours)
     if config is None:
         raise LoraFxError(
@@ -104,7 +104,7 @@ def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
     beside = file.parent / CONFIG
     if isinstance(ours.get("config"), dict):
         return dict(ours["config"]), f"{file}: config in metadata lora_fx"
-    return _parse(beside.read_bytes(), str(beside)) if beside.is_file() else None, str(beside)
+    return json_object(beside.read_bytes(), str(beside)) if beside.is_file() else None, str(beside)
 
 
 def _tensors(path: Path, trust: bool) -> tuple[dict[str, Array], dict[str, str]]:
@@ -151,16 +151,3 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         Path(path), tensors, {"format": "pt", "lora_fx": metadata_text({**ours, "config": config})}
     )
     return notes
-
-
-def _parse(text: str | bytes, where: str) -> Json:
-    """A JSON object, or an error that names its place."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LoraFxError(
-            f"{where}: not JSON: {one_line(error)}", "is the file complete?"
-        ) from error
-    if not isinstance(value, dict):
-        raise LoraFxError(f"{where}: a JSON {type(value).__name__}; expected an object")
-    return value
