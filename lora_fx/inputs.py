@@ -55,6 +55,7 @@ class Input:
         shape: Sizes of the example.
         dims: Dimension → symbol, for the dynamic ones.
         high: Integers lie below this; None while unknown.
+        fill: What a mask mostly is in the example: what it says of a place that counts.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Input:
     shape: tuple[int, ...]
     dims: Mapping[int, str] = field(default_factory=dict)
     high: int | None = None
+    fill: int = 1
 
     @property
     def is_integer(self) -> bool:
@@ -226,9 +228,9 @@ class Inputs:
             rng = np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
             shape, dtype = shapes[s.name], numpy_dtype(s.dtype)
             if s.is_mask:
-                result[s.name] = np.ones(shape, dtype)
+                result[s.name] = np.full(shape, s.fill, dtype)
                 if "+" in s.dims.get(1, "") and before:
-                    result[s.name][:1, :1] = 0  # padding: else a graph may ignore the mask
+                    result[s.name][:1, :1] = 1 - s.fill  # padding: else a graph may ignore the mask
             elif s.is_integer:
                 result[s.name] = rng.integers(0, max(1, s.high or 2), shape).astype(dtype)
             else:

@@ -146,7 +146,7 @@ def _target(
     key = make_key(p.name, region, p.shape)
     parts = _parts(p, region, layout, uses)
     if len(parts) == 1:
-        role, parts = role or parts[0][0], ()
+        role, parts = parts[0][0] or role, ()  # what the data flow proves, before a name
     return Target(key, p, region, layout, lead.site.op, sites, role, parts=parts)
 
 

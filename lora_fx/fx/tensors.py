@@ -18,10 +18,15 @@ class AdapterTensors(nn.Module):
     """Holds one side of an update beside the module whose parameter it adapts."""
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """False for a tensor that is a shape alone: on the meta device, or a fake one of a trace."""
+    return tensor.device.type != "meta" and type(tensor).__name__ != "FakeTensor"
+
+
 def to_numpy(tensor: torch.Tensor | None) -> Array:
     """A tensor as an array; bfloat16 becomes ml_dtypes.bfloat16."""
     assert tensor is not None
-    if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
+    if not has_values(tensor):
         raise LoraFxError("this model has no weights", "load it with weights first (--weights)")
     t = tensor.detach().cpu().resolve_conj().resolve_neg()
     if t.dtype == torch.bfloat16:

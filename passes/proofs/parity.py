@@ -24,7 +24,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name, sample_call
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
-from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.inputs import Extents, Named
 from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.proofs.reference import Run
@@ -90,9 +90,9 @@ def feeds_of(
     arrays: Named | None = None,
     sizes: Sequence[Extents] | None = None,
 ) -> Iterator[tuple[Named, dict[str, Array], bool]]:
-    """(named arguments, {ONNX input: array}, whether a cut asked) of every size, each once."""
+    """(named arguments, {ONNX input: array}, whether it may fail) of every size and the example."""
     seen: set[tuple[Any, ...]] = set()
-    sizes = reference.captured.inputs.checks if sizes is None else sizes
+    every, sizes = sizes is None, sizes or reference.captured.inputs.checks
     for size in sizes if arrays is None else sizes[:1]:
         named = reference.sample(size, arrays)
         feeds = arrays_of(named)
@@ -100,6 +100,15 @@ def feeds_of(
         if tuple(shapes.values()) not in seen and not outside(reference, named):
             seen.add(tuple(shapes.values()))
             yield named, feeds, isinstance(size, Mapping)
+    example = reference.captured.named
+    if arrays is None and every and is_real(example):
+        yield example, arrays_of(example), True
+
+
+def is_real(named: Named) -> bool:
+    """Whether arguments have values: the example of a file, or of a meta model, has none."""
+    leaves = (x for x in pytree.tree_leaves(dict(named)) if isinstance(x, torch.Tensor))
+    return all(has_values(x) for x in leaves)
 
 
 def runs_on(session: RuntimeSession, reference: CapturedModule) -> tuple[Condition, ...]:

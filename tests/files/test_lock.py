@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock  # noqa: F401 - imported where there is no flock, it warns
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files import atomic
+from lora_fx.files import atomic, copying
 from lora_fx.files.atomic import locked, replacing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,12 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import random, sys, time
 from pathlib import Path
-from lora_fx.files import atomic
+from lora_fx.files import atomic, copying
 from lora_fx.files.atomic import replacing
 from lora_fx.errors import LoraFxError
 
 if sys.argv[1] == "no flock":
-    atomic.fcntl = None
+    copying.fcntl = None
 for line in sys.stdin:
     path, name = line.split()
     time.sleep(random.random() * 0.01)
@@ -47,12 +48,12 @@ for line in sys.stdin:
 # A writer that replaces its output by the next generation until it is killed.
 WRITER = """
 import sys
-from lora_fx.files import atomic
+from lora_fx.files import atomic, copying
 
 if sys.argv[2] == "two renames":
     atomic._exchange = lambda *_: False
 if sys.argv[2] == "no flock":
-    atomic.fcntl = None
+    copying.fcntl = None
 n = 0
 while True:
     with atomic.replacing(sys.argv[1], force=True) as out:
@@ -68,7 +69,7 @@ while True:
 EVERY_CALL = """
 import os, shutil, signal, sys
 from pathlib import Path
-from lora_fx.files import atomic
+from lora_fx.files import atomic, copying
 from tests.files.test_atomic import Scene
 from tests.faults import Faults
 
@@ -188,7 +189,7 @@ def test_a_lock_whose_file_lost_its_name_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between open and flock the holder may unlink the file: then the lock is on nothing."""
-    real, unlinked = atomic.fcntl.flock, list[int]()
+    real, unlinked = copying.fcntl.flock, list[int]()
 
     def late(fd: int, how: int) -> None:
         if not unlinked:
@@ -196,7 +197,7 @@ def test_a_lock_whose_file_lost_its_name_is_none(
             unlinked.append(fd)
         real(fd, how)
 
-    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    monkeypatch.setattr(copying.fcntl, "flock", late)
     with locked(tmp_path / "x"):
         assert (tmp_path / ".x.lock").exists()
         with pytest.raises(LoraFxError, match="another run"), locked(tmp_path / "x"):
@@ -204,7 +205,7 @@ def test_a_lock_whose_file_lost_its_name_is_none(
 
 
 def _without_flock(m: pytest.MonkeyPatch) -> None:
-    m.delattr(atomic.fcntl, "flock")
+    m.delattr(copying.fcntl, "flock")
 
 
 def _without_fcntl(m: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def _unlockable(code: int) -> Callable[[pytest.MonkeyPatch], None]:
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    return lambda m: m.setattr(atomic.fcntl, "flock", refuse)
+    return lambda m: m.setattr(copying.fcntl, "flock", refuse)
 
 
 @pytest.mark.parametrize(

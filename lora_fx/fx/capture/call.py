@@ -16,7 +16,7 @@ from lora_fx.conditions import Condition, Size, SizeError
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.flow import VIEWS
 from lora_fx.fx.graph.nodes import dtype_name, shape_of, value
-from lora_fx.fx.tensors import from_numpy
+from lora_fx.fx.tensors import from_numpy, has_values
 from lora_fx.inputs import Extents, Input, Inputs, Named
 
 _EMPTY = inspect.Parameter.empty
@@ -303,10 +303,12 @@ def describe(names: Sequence[str], leaves: Sequence[Any]) -> Inputs:
     for name, x in zip(names, leaves, strict=True):
         if not isinstance(x, torch.Tensor):
             continue
-        whole = not x.dtype.is_floating_point and not x.dtype.is_complex and x.dtype != torch.bool
-        real = whole and x.numel() and x.device.type != "meta" and type(x) is torch.Tensor
-        high = int(x.max()) + 1 if real else None
-        specs.append(Input(name, dtype_name(x.dtype), tuple(x.shape), high=high))
+        whole = not x.dtype.is_floating_point and not x.dtype.is_complex
+        real = whole and x.numel() and has_values(x)
+        high = int(x.max()) + 1 if real and x.dtype != torch.bool else None
+        # torch's padding masks are True where a token is left out, those of transformers where not
+        fill = int(x.double().mean() >= 0.5) if real else 1
+        specs.append(Input(name, dtype_name(x.dtype), tuple(x.shape), high=high, fill=fill))
     return Inputs(tuple(specs))
 
 

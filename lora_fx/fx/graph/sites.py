@@ -22,7 +22,16 @@ from lora_fx.fx.graph.flow import (
     scope_of,
     weight_flow,
 )
-from lora_fx.fx.graph.nodes import NO_GRAD, hint, is_marked, numel, op_name, shape_of, value
+from lora_fx.fx.graph.nodes import (
+    NO_GRAD,
+    argument,
+    hint,
+    is_marked,
+    numel,
+    op_name,
+    shape_of,
+    value,
+)
 from lora_fx.fx.graph.ops import FxOperand, pick
 from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
 from lora_fx.ir.kinds import WeightForm, letters
@@ -257,6 +266,8 @@ LIMIT = 8
 """More parts than this are heads, or steps of a loop, and have no roles."""
 LARGEST = 1 << 22
 """Results of more elements are not cut up: their parts are found on a tensor of that size."""
+DATA_PRODUCTS = {*ops.PRODUCTS, aten.baddbmm.default, aten.einsum.default}
+TURNS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default}
 FAR = 60
 """Among so many nodes behind a part its role is looked for."""
 
@@ -287,7 +298,7 @@ def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
     if halves and len(node.users) == 1:
         return ("up", 0, size // 2), ("gate", size // 2, size)
     if not _is_cut(node):
-        role = _role_alone(node)
+        role = _role([(u, node) for u in node.users])
         return ((role, 0, size),) if role else ()
     # Each place along out gets its number, and the numbers go through the views that follow: what
     # arrives at a node is the region that it reads.
@@ -362,51 +373,92 @@ def _roles(pieces: list[_Piece]) -> list[str]:
     gated = [any(u.target in GATES for u, _ in p.users) for p in pieces]
     if len(pieces) == 2 and sum(gated) == 1:
         return ["gate" if g else "up" for g in gated]
-    met = [_product(p.users) for p in pieces]
-    return [_attention(m, met) for m in met]
+    return [_role(p.users) for p in pieces]
 
 
-def _attention(mine: tuple[fx.Node, int] | None, met: list[Any]) -> str:
-    if mine is None:
-        return ""
-    node, operand = mine
-    if node.target in ATTENTION:
-        return "qkv"[operand] if operand < 3 else ""
-    if operand == 0:
-        return "q" if any(m and m[0] is node and m[1] == 1 for m in met) else ""
-    return "k" if any(m and m[0] is node and m[1] == 0 for m in met) else "v"
+def _role(steps: Sequence[Step]) -> str:
+    """The role that attention proves of a result: that of every product which it goes into."""
+    roles = {_in_attention(node, i) for node, i in _products(steps)}
+    return roles.pop() if len(roles) == 1 else ""
 
 
-def _role_alone(node: fx.Node) -> str:
-    """The role of a result that is used as a whole: only what sdpa says of it is certain."""
-    met = _product([(u, node) for u in node.users])
-    if met is not None and met[0].target in ATTENTION and met[1] < 3:
-        return "qkv"[met[1]]
-    return ""
-
-
-def _product(steps: list[Step]) -> tuple[fx.Node, int] | None:
-    """The first product of activations behind some nodes, and which operand leads there."""
+def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
+    """The first products of activations behind some nodes, and which operand leads there."""
     queue, seen = list(steps), set[fx.Node]()
     while queue and len(seen) < FAR:
         node, source = queue.pop(0)
-        row = ops.row_of(node)
-        if node.target in ATTENTION or (row is not None and _is_data(node)):
-            return node, next((i for i, a in enumerate(node.args) if a is source), 0)
-        if node not in seen and row is None and node.op == "call_function":
+        if node.target in ATTENTION or (node.target in DATA_PRODUCTS and _is_data(node)):
+            first = node.target is aten.baddbmm.default
+            yield from ((node, path[-1] - first) for path in slots(node, source))
+        elif node not in seen and ops.row_of(node) is None and node.op == "call_function":
             queue += [(u, node) for u in node.users]
         seen.add(node)
+
+
+def _in_attention(node: fx.Node, operand: int) -> str:
+    """What a product uses an operand for: softmax(q kᵀ) v, in any order of the factors."""
+    if node.target in ATTENTION:
+        return "qkv"[operand] if operand in (0, 1, 2) else ""
+    factors = _factors(node)
+    if len(factors) != 2 or operand not in (0, 1):
+        return ""
+    if _is_softmax(factors[1 - operand]):
+        return "v"
+    summed = _summed(node)
+    return "" if summed is None else "qk"[summed == operand]
+
+
+def _factors(node: fx.Node) -> Sequence[Any]:
+    if node.target is aten.einsum.default:
+        return node.args[1]  # type: ignore[return-value]
+    return node.args[node.target is aten.baddbmm.default :][:2]
+
+
+def _is_softmax(value: Any) -> bool:
+    """Whether a value is a softmax, but for masks, dropout, casts and views."""
+    for _ in range(10):
+        if not isinstance(value, fx.Node) or value.op != "call_function" or ops.row_of(value):
+            return False
+        if value.target is aten.softmax.int:
+            return True
+        value = value.args[0] if value.args else None
+    return False
+
+
+def _summed(node: fx.Node) -> int | None:
+    """Which factor has the axis that a softmax of their product sums over: the keys'."""
+    queue, seen = [node], set[fx.Node]()
+    while queue and len(seen) < FAR:
+        at = queue.pop(0)
+        for user in at.users:
+            if user.target is aten.softmax.int:
+                axis = argument(user, "dim") % -len(shape_of(user) or (0,))
+                weighs = any(True for _ in _products([(u, user) for u in user.users]))
+                return _owner(node, axis) if weighs and axis in (-1, -2) else None
+            if user not in seen and ops.row_of(user) is None and user.target not in TURNS:
+                queue.append(user)
+        seen.add(at)
     return None
 
 
+def _owner(node: fx.Node, axis: int) -> int | None:
+    if node.target is not aten.einsum.default:
+        return 1 if axis == -1 else 0
+    ranks = [len(shape_of(f) or ()) for f in _factors(node)]
+    first, second, result = letters(str(node.args[0]).replace(" ", ""), ranks)
+    mine = [result[axis] in term for term in (first, second)]
+    return mine.index(True) if sum(mine) == 1 else None
+
+
 def _is_data(node: fx.Node) -> bool:
-    """True for a product none of whose operands is read from the model."""
-    return all(i.op != "get_attr" for i in node.all_input_nodes) and node.target in (
-        aten.matmul.default,
-        aten.bmm.default,
-        aten.mm.default,
-        aten.baddbmm.default,
-    )
+    """True for a product none of whose operands is read from the model, or a view of that."""
+
+    def stored(value: Any) -> bool:
+        while isinstance(value, fx.Node) and _views(value):
+            value = value.args[0]
+        return isinstance(value, fx.Node) and value.op == "get_attr"
+
+    return not any(stored(f) for f in _factors(node))
 
 
 def site_flops(node: fx.Node, use: FxOperand) -> int:
