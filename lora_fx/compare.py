@@ -144,6 +144,9 @@ class Report:
     def __str__(self) -> str:
         """A few lines for people."""
         lines = [f"{self.command}: {'ok' if self.ok else 'FAILED'}"]
+        for row in self.details.get("unproven", ()):
+            sizes = ", ".join(f"{k} {v}" for k, v in row["sizes"].items())
+            lines.append(f"  not proven at {sizes}: {row['reason']}")
         for p in self.parity:
             sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
             verdict = "ok" if p.ok else "over the gate"

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
-from lora_fx.conditions import Condition
+from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name, sample_call
@@ -68,8 +68,9 @@ def prove(
         try:
             expected = reference.flat(named)
         except (RuntimeError, ValueError) as e:
-            if extra:
-                continue  # a size beyond a cut need not be one that the model takes
+            if extra:  # a size beyond a cut need not be one that the model takes
+                leave_out(reference, shapes, f"the model does not run there: {one_line(e, 160)}")
+                continue
             sizes_text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
             raise LoraFxError(
                 f"the model does not run at {sizes_text}: {one_line(e, 160)}",
@@ -97,12 +98,22 @@ def feeds_of(
         named = reference.sample(size, arrays)
         feeds = arrays_of(named)
         shapes = {k: v.shape for k, v in feeds.items()}
-        if tuple(shapes.values()) not in seen and not outside(reference, named):
-            seen.add(tuple(shapes.values()))
-            yield named, feeds, isinstance(size, Mapping)
+        if tuple(shapes.values()) in seen:
+            continue
+        seen.add(tuple(shapes.values()))
+        if refused := outside(reference, named):
+            leave_out(reference, shapes_of(feeds), f"another path: {refused.message}")
+            continue
+        yield named, feeds, isinstance(size, Mapping)
     example = reference.captured.named
     if arrays is None and every and is_real(example):
         yield example, arrays_of(example), True
+
+
+def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], reason: str) -> None:
+    """Note a size that nothing is proven of, for the report."""
+    row: Json = {"sizes": {k: list(v) for k, v in sizes.items()}, "reason": reason}
+    reference.captured.unproven[str(row["sizes"])] = row
 
 
 def is_real(named: Named) -> bool:
@@ -129,11 +140,11 @@ def feeds_outside(reference: CapturedModule, condition: Condition) -> dict[str, 
     return None if values is None else arrays_of(sample_call(inputs, captured.named, values))
 
 
-def outside(reference: CapturedModule, named: Named) -> bool:
-    """Whether the graph of the example does not hold at the sizes of these arguments."""
+def outside(reference: CapturedModule, named: Named) -> SizeError | None:
+    """Why the graph of the example does not hold at these sizes; None where it does."""
     captured = reference.captured
     traced = captured.traced(False, captured.named, reference.base_dtype)
-    return not traced.door.admits(pytree.tree_leaves(dict(named)))
+    return traced.door.refused(pytree.tree_leaves(dict(named)))
 
 
 def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> float:
@@ -283,6 +294,10 @@ class TorchReference:
     def ranges(self) -> list[Json]:
         """See Reference."""
         return [c.to_json() for c in self.base.captured.ranges]
+
+    def unproven(self) -> list[Json]:
+        """See Reference."""
+        return [*self.base.captured.unproven.values()]
 
     def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
         """See Reference."""

@@ -48,6 +48,10 @@ class Reference(Protocol):
         """Rows of `ranges[]`."""
         ...
 
+    def unproven(self) -> list[Json]:
+        """Rows of `unproven[]`: sizes at which nothing was compared."""
+        ...
+
     def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
         """The conditions outside which a file of this model would run, and be wrong."""
         ...
@@ -108,6 +112,10 @@ class OnnxReference:
     def ranges(self) -> list[Json]:
         """See Reference."""
         return [c.to_json() for c in self.conditions if not self.inputs.implied(c)]
+
+    def unproven(self) -> list[Json]:
+        """None: what the file does not take is an error."""
+        return []
 
     def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
         """None: a file of ours has its guards already, and of others nothing is known."""

@@ -181,7 +181,7 @@ def write_switch(
     sizes = {str(f): f.stat().st_size for f in outputs}
     details: Json = {"files": sizes, "provider": session.provider}
     details |= {"mode": manifest.mode, "targets": len(manifest.slots)}
-    details["ranges"] = reference.ranges()
+    details |= {"ranges": reference.ranges(), "unproven": reference.unproven()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), details)
 
@@ -297,6 +297,7 @@ def write_batch(
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "nodes_of_base": before,
         "ranges": reference.ranges(),
+        "unproven": reference.unproven(),
     }
     return Report("export", True, tuple(parity), tuple(sizes), tuple(said), details)
 

@@ -128,6 +128,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
             "nodes": sum(1 for _ in model.graph.all_nodes()),
             "grown_bytes": grown(getattr(folded, "folded", ())),
             "ranges": [c.to_json() for c in branched.captured.ranges],
+            "unproven": [*branched.captured.unproven.values()],
             **({"stages": [s.to_json() for s in stages]} if options.optimise else {}),
         },
     )

@@ -41,6 +41,7 @@ from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts,
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
+from lora_fx.text import Json
 
 MOST_PATHS = 8
 """Graphs of one call: a model that takes another path at every size is refused from then on."""
@@ -155,6 +156,8 @@ class Captured:
         self.inputs = self.inputs.with_dims(self.requested)
         self.tracings: dict[tuple[Any, ...], list[Traced]] = {}
         self.idle: frozenset[object] | None = None
+        self.unproven: dict[str, Json] = {}
+        """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
         self._limits_known = False
 
     @property

@@ -80,7 +80,7 @@ class FileCaptured(Captured):
         self.path, self._meta = path, meta
         self.notes: list[str] = []
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
-        self.idle = None
+        self.idle, self.unproven = None, {}
         self._traces: dict[str, Traced] = {}
         self._limits_known = False
         try:
