@@ -291,17 +291,18 @@ def _extent(symbol: str, values: Mapping[str, int]) -> int:
 def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
     """Dimension 0 of all, dimension 1 of integers, masks and 3-d floats; never height or width."""
     first = next((s.shape[0] for s in inputs.specs if s.shape), None)
-    lengths = {s.shape[1] for s in inputs.specs if _has_length(s)}
+    lengths = {s.shape[1] for s in inputs.specs if _has_length(s)} - {0}
     result: dict[str, dict[int, str]] = {}
     for s in inputs.specs:
         if not s.shape:
             continue
-        if 0 in s.shape:
+        if s.shape[0] == 0:
             raise LoraFxError(
                 f"the example for {s.name!r} has size 0: {list(s.shape)}", "give at least one row"
             )
         dims = {0: BATCH if s.shape[0] in (first, 1) else f"{s.name}_0"}
-        if _has_length(s) and not (s.shape[1] == 1 and not s.is_integer):  # 1 is broadcast
+        # 1 is broadcast, and an empty part stays one
+        if _has_length(s) and s.shape[1] and not (s.shape[1] == 1 and not s.is_integer):
             dims[1] = LENGTH if len(lengths) == 1 else f"{s.name}_length"
         result[s.name] = dims
     return result

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
-from lora_fx.fx.capture.trace import export_program
+from lora_fx.fx.capture.trace import export_program, recurrent_shapes
 from lora_fx.fx.graph.nodes import argument, hint, value
 from lora_fx.fx.module.module import CapturedModule
 
@@ -59,7 +59,7 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
         free = {d: s for d, s in wanted.items() if fixed[d] is None}
         shapes.append({d: Dim.AUTO for d in free} or None)
         symbols.update({(traced.door.names[i], d): s for d, s in free.items()})
-    with _quiet(), norms_apart(), torch.no_grad():
+    with _quiet(), norms_apart(), recurrent_shapes(), torch.no_grad():
         try:
             program = export_program(flat, tuple(leaves[i] for i in keep), tuple(shapes))
             onnx = torch.onnx.export(

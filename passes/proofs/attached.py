@@ -24,11 +24,11 @@ from lora_fx.compare import EPSILON, Parity, compare
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment
-from lora_fx.fx.capture.call import Signature, leaf_names, output_name
-from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.call import Signature, leaf_names, onnx_name
+from lora_fx.fx.capture.capture import Captured, alike
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import copied
-from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.module.module import by_output, copied
+from lora_fx.fx.tensors import from_numpy
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.parity import arrays_of, prove
 from lora_fx.targets.target import base_name, split_key
@@ -65,12 +65,12 @@ class InGraph:
         leaves, spec = pytree.tree_flatten(dict(self.cap.named))
         names = leaf_names(self.cap.named)
         new = [
-            from_numpy(feeds[n.replace(".", "_")]).to(x.device) if _tensor(x) else x
+            from_numpy(feeds[onnx_name(n)]).to(x.device) if _tensor(x) else x
             for n, x in zip(names, leaves, strict=True)
         ]
         named = pytree.tree_unflatten(new, spec)
         with eval_mode(self.state.model):
-            return _flat(self.cap.signature.call(self.state.model, named))
+            return by_output(self.cap.signature.call(self.state.model, named))
 
 
 class Explicit:
@@ -101,9 +101,9 @@ class Explicit:
             _, region = split_key(key, tuple(w.shape))
             w[tuple(slice(lo, hi) for lo, hi in region)] += torch.from_numpy(change).to(w)
         with eval_mode(model):
-            got = _flat(self.signature.call(model, copied(self.named)))
-            with self.state.base(), _data(weights, changed):
-                want = _flat(self.signature.call(model, copied(self.named)))
+            got = by_output(self.signature.call(model, copied(self.named)))
+        with eval_mode(model), self.state.base(), _data(weights, changed):
+            want = by_output(self.signature.call(model, copied(self.named)))
         gates = {n: TOLERANCE.get(v.dtype.name, 1e-9) for n, v in want.items()}
         return compare(got, want, {}, gates)
 
@@ -134,15 +134,9 @@ def random_values(key: str, update: LowRank) -> LowRank:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module gets its own mode back."""
-    modes = [(m, m.__dict__.get("training", m.training)) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, was in modes:
-            m.training = was
+    """Eval mode without gradients, with the same random numbers; the model is put back after it."""
+    with alike(model, training=False), torch.no_grad():
+        yield
 
 
 def prove_live(
@@ -195,12 +189,3 @@ def _alone(
 
 def _tensor(x: Any) -> bool:
     return isinstance(x, torch.Tensor)
-
-
-def _flat(out: Any) -> Arrays:
-    names = leaf_names({"": out}) if not _tensor(out) else ["output"]
-    return {
-        output_name(n, i): to_numpy(v)
-        for i, (n, v) in enumerate(zip(names, pytree.tree_leaves(out), strict=True))
-        if isinstance(v, torch.Tensor)
-    }

@@ -22,14 +22,12 @@ from lora_fx.compare import FOLD_TOL
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
-from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.capture.capture import Captured, as_it_was
 from lora_fx.fx.module.adapted import AdaptedModule, Effect
 from lora_fx.fx.module.module import Rewriter, copied, plain
-from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.proofs.parity import is_real, prove, torch_run
+from lora_fx.passes.proofs.parity import arrays_of, is_real, prove, torch_run
 from lora_fx.targets.target import base_name
 from lora_fx.text import some
 
@@ -236,8 +234,7 @@ def _gradients_of(
 
 
 def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
-    leaves = zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True)
-    arrays = {n: to_numpy(x) for n, x in leaves if isinstance(x, torch.Tensor)}
+    arrays = arrays_of(named)
 
     def weight_form(now: Mapping[str, LowRank], training: bool) -> Rewriter:
         return Insert(now, missing="skip", weight_form=True)

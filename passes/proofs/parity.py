@@ -23,6 +23,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name, sample_call
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.graph.nodes import dtype_name, dtype_of
+from lora_fx.fx.graph.ops import row_of
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.inputs import Extents, Named
@@ -67,8 +69,9 @@ def prove(
         shapes = shapes_of(feeds)
         try:
             expected = reference.flat(named)
-        except (RuntimeError, ValueError) as e:
-            if extra:  # a size beyond a cut need not be one that the model takes
+        except (IndexError, RuntimeError, ValueError) as e:
+            if extra or (arrays is None and sizes is None and is_real(reference.captured.named)):
+                # a size beyond a cut, or of inputs that depend on each other: the example remains
                 leave_out(reference, shapes, f"the model does not run there: {one_line(e, 160)}")
                 continue
             sizes_text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
@@ -155,12 +158,20 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol
     """
     found, updates = getattr(reference, "found", None), getattr(reference, "updates", {})
     stored = (found[key].parameter.dtype for key in updates) if found else ()
-    eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored))
+    eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored, *_narrow(reference)))
     if not eps:
         return tol
     with reference.base():
         base = reference.flat(named)[name]
     return max(tol, min(8 * eps, max(4 * eps, 0.5 * rel(base, expected))))
+
+
+def _narrow(reference: CapturedModule) -> set[str]:
+    """The dtypes of a model's products: by autocast in forward not those of its weights."""
+    captured = reference.captured
+    traced = captured.traced(False, captured.named, reference.base_dtype)
+    products = (n for n in traced.graph.nodes if row_of(n) is not None)
+    return {dtype_name(d) for n in products if (d := dtype_of(n)) is not None}
 
 
 def own_errors(
@@ -305,7 +316,13 @@ class TorchReference:
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
-        return arrays_of(self.base.sample(size, self.arrays, seed))
+        named = self.base.sample(size, self.arrays, seed)
+        example = self.base.captured.named
+        try:
+            self.base.flat(named)
+        except (IndexError, RuntimeError, ValueError):  # inputs that depend on each other, maybe
+            named = example if self.arrays is None and is_real(example) else named
+        return arrays_of(named)
 
     def run(self, adapter: Adapter | None) -> Run:
         """See Reference."""

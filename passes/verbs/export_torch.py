@@ -21,6 +21,7 @@ from lora_fx.fx.tensors import named_tensors, to_numpy
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.masks import mask_by_infinity
 from lora_fx.onnx.names import (
     mark_changed,
     rename_dimensions,
@@ -77,6 +78,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         demand(parity, "the fold differs from the unfolded model")
     opset = options.opset or OPSET
     made = to_onnx(folded, opset)
+    mask_by_infinity(made.model)
     restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
     values = {n: partial(_value, folded, n) for n in named_tensors(folded)[0]}
     mark_changed(made.model, values)
@@ -200,6 +202,7 @@ def export_slots(
 def _base(reference: TorchReference, opset: int, *, tied: bool) -> OnnxGraph:
     """The model in ONNX, its own names on weights and dimensions."""
     made = to_onnx(reference.base, opset)
+    mask_by_infinity(made.model)
     names = named_tensors(reference.base.captured.model)[0] if tied else None
     restore_weight_names(made.model, names)
     rename_dimensions(made.model, made.symbols)

@@ -8,8 +8,7 @@ is a pickle. The eval program is named "model", so `torch.export.load` opens it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -22,10 +21,12 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
+from lora_fx.fx.capture.capture import alike
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.write import write_programs
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import SIZES, Named
+from lora_fx.passes.proofs.parity import is_real
 from lora_fx.passes.verbs.open import load_program
 
 
@@ -112,21 +113,21 @@ def _prove(
     for m in modes:
         m.train(training)
     ran = 0
-    for size in SIZES:
-        named = module.sample(size)
+    example = module.captured.named
+    for named in (*map(module.sample, SIZES), *([example] if is_real(example) else ())):
         leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
-            want = _run(module, partial(module.flat, named))
+            want = module.flat(named)
         except (RuntimeError, ValueError, IndexError):
             continue  # a size that the model itself does not take
         try:
-            got = _run(again, partial(again.flat, named))
+            got = again.flat(named)
         except SizeError:
             continue  # the file says so by name; the module captures another path there
         ran += 1
         _demand(got, want, f"the {names} program")
         if loaded is not None:
-            with torch.no_grad():
+            with torch.no_grad(), alike(loaded):
                 values = pytree.tree_leaves(loaded(*leaves))
             tensors = [to_numpy(v) for v in values if isinstance(v, torch.Tensor)]
             _demand(dict(zip(want, tensors, strict=True)), want, "the program that torch loads")
@@ -134,20 +135,6 @@ def _prove(
         raise LoraFxError(
             "the model runs at none of the checks' sizes", "give --static or --inputs"
         )
-
-
-def _run(module: CapturedModule, call: Callable[[], dict[str, Array]]) -> dict[str, Array]:
-    """A call that leaves buffers and random state as they were."""
-    kept = {n: b.clone() for n, b in module.named_buffers()}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return call()
-    finally:
-        with torch.no_grad():
-            for n, b in module.named_buffers():
-                if n in kept:
-                    b.copy_(kept[n])
 
 
 def _demand(got: Named, want: Named, what: str) -> None:

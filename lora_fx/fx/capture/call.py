@@ -373,10 +373,11 @@ def sample_call(
         device: Where the tensors go; without it they stay on the CPU.
     """
     drawn = dict(inputs.sample(size, seed))
+    spelled = {onnx_name(name): name for name in drawn} | {name: name for name in drawn}
     for k, v in (arrays or {}).items():
-        if k not in drawn:
+        if k not in spelled:
             raise LoraFxError(f"no input is named {k!r}", f"the inputs are {', '.join(drawn)}")
-        drawn[k] = v
+        drawn[spelled[k]] = v
     leaves, spec = pytree.tree_flatten(dict(named))
     new = []
     for name, leaf in zip(leaf_names(named), leaves, strict=True):

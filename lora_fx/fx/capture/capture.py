@@ -39,6 +39,7 @@ from lora_fx.fx.capture.call import (
 )
 from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts, record, trace
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.text import Json
@@ -287,7 +288,12 @@ class Captured:
                 traced = self._lower(e, source, training, named)
         self._settle(traced)
         cache = "is left out: a key-value cache is no tensor"
-        left = (f"the output {n!r} {cache}" for n in traced.left_out)
+        left = [f"the output {n!r} {cache}" for n in traced.left_out]
+        if not training and (drawn := random_ops(traced.graph)):
+            left.append(
+                f"the model draws random numbers in eval mode ({', '.join(drawn)}): proofs in "
+                "torch draw them alike; ONNX Runtime draws others, so no file can be compared"
+            )
         self.notes += [n for n in (*left, *traced.notes) if n not in self.notes]
         return traced
 
@@ -432,15 +438,18 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def as_it_was(model: nn.Module, training: bool = False) -> Iterator[None]:
+def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]:
     """A block in which a model runs in a mode; what a run may leave behind is put back after it.
+
+    None is the mode that it is in.
 
     That is every module's mode, its buffers, in place or replaced, and the plain tensors among its
     attributes: hooks write such (weight_norm's weight), and a trace would leave fake ones.
     """
     held = [(m, m.training, dict(m._buffers), _plain(m)) for m in model.modules()]
     values = [(b, b.detach().clone()) for b in model.buffers()]
-    model.train(training)
+    if training is not None:
+        model.train(training)
     try:
         yield
     finally:
@@ -451,6 +460,14 @@ def as_it_was(model: nn.Module, training: bool = False) -> Iterator[None]:
         with torch.no_grad():
             for b, value in values:
                 b.copy_(value)
+
+
+@contextlib.contextmanager
+def alike(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
+    """A block in which a model draws the same random numbers every time, and is as it was after."""
+    with as_it_was(model, training), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _plain(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch._decomp import decomposition_table
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -156,7 +157,7 @@ def export_program(
     leave the size checks in the graph as nodes, and a free batch keeps a cut such as `ids[:, :16]`
     where the example is shorter.
     """
-    with quiet(), _free_batch():
+    with quiet(), _free_batch(), recurrent_shapes():
         return torch.export.export(
             module,
             args,
@@ -389,6 +390,35 @@ def _free_batch() -> Any:
         return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     except (ImportError, AttributeError):
         return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def recurrent_shapes() -> Iterator[None]:
+    """A block in which traces see LSTM and GRU as one op each, of any length.
+
+    torch's rule for a traced one runs every step of it in Python, which fixes the length.
+    """
+    ops = (aten.lstm.input, aten.gru.input)  # the exporter to ONNX has no RNN, and needs its steps
+    held = [(op, dict(op.py_kernels), decomposition_table[op]) for op in ops]
+
+    def shapes(x: Any, hx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        states = hx if isinstance(hx, (tuple, list)) else [hx]
+        directions = 2 if args[5] else 1
+        out = x.new_empty((*x.shape[:2], directions * states[0].shape[2]))
+        return out, *map(torch.empty_like, states)
+
+    def put(op: Any, kernels: Mapping[Any, Any], decomposition: Any) -> None:
+        op.py_kernels.update(kernels)
+        op._dispatch_cache.clear()
+        decomposition_table[op] = decomposition
+
+    try:
+        for op in ops:
+            put(op, dict.fromkeys(op.py_kernels, shapes), shapes)
+        yield
+    finally:
+        for kept in held:
+            put(*kept)
 
 
 def at_least_two(x: torch.Tensor, dims: Mapping[int, str]) -> torch.Tensor:

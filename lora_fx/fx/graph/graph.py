@@ -218,9 +218,10 @@ class FxGraph(Analysed):
         if len(site.slot) == 1:
             args[site.slot[0]] = w
         else:
-            inner = list(args[site.slot[0]])  # type: ignore[arg-type]
+            given = args[site.slot[0]]
+            inner = list(given)  # type: ignore[arg-type]
             inner[site.slot[1]] = w
-            args[site.slot[0]] = inner
+            args[site.slot[0]] = tuple(inner) if isinstance(given, tuple) else inner
         node.args = tuple(args)
         self.changed()
 

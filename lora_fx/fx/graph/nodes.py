@@ -66,6 +66,16 @@ def op_name(node: Node) -> str:
     return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
 
 
+def random_ops(graph: fx.Graph) -> list[str]:
+    """The ops of a graph that draw random numbers; a dropout that is off draws none."""
+    seeded = [
+        n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+    ]
+    off = ("train", "p", "dropout_p")
+    drawing = (n for n in seeded if all(argument(n, name, True) for name in off))
+    return list(dict.fromkeys(map(op_name, drawing)))
+
+
 NO_GRAD = "lora_fx_no_grad"
 """The key in the metadata of nodes that ran with gradients off."""
 MARK = "lora_fx"

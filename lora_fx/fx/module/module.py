@@ -23,7 +23,7 @@ from lora_fx.conditions import Condition, Size
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call, without_cache
-from lora_fx.fx.capture.capture import Captured, as_it_was, base_dtype
+from lora_fx.fx.capture.capture import Captured, alike, base_dtype
 from lora_fx.fx.capture.trace import has_grouped, quiet
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
@@ -380,7 +380,9 @@ class CapturedModule(Recomputing, Scope):
 
     def flat(self, named: Named) -> dict[str, Array]:
         """Run on copies of named arguments; {output name: array} of the tensors that come out."""
-        with torch.no_grad():  # a model may write over what it gets: both sides of a proof get it
+        # A model may write over what it gets, or count its calls in a buffer: both sides of a
+        # comparison start alike.
+        with torch.no_grad(), alike(self):
             return by_output(self._run_named(copied(named)))
 
     def _run_named(self, named: Named) -> object:
@@ -455,10 +457,12 @@ def decide_doubts(module: CapturedModule) -> None:
 def _same_at(module: CapturedModule, captured: Captured, named: Named) -> bool:
     model = captured.model
     try:
-        with quiet(), as_it_was(model), as_it_was(module), torch.no_grad(), module.base():
-            theirs = captured.signature.call(model, copied(named))
+        with quiet(), torch.no_grad(), module.base():
+            with alike(model, training=False):
+                theirs = captured.signature.call(model, copied(named))
             theirs = pytree.tree_leaves(without_cache(theirs))
-            ours = pytree.tree_leaves(module._run_named(copied(named)))
+            with alike(module, training=False):
+                ours = pytree.tree_leaves(module._run_named(copied(named)))
     except Exception:  # whatever stops either at this size, the size is not proven
         return False
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, torch.Tensor)]
