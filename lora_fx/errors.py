@@ -37,6 +37,13 @@ class NoEffectError(LoraFxError):
         super().__init__(message, hint, exit_code=1)
 
 
+class MisfitError(LoraFxError):
+    """An adapter does not fit a model: it was made for another, most likely."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "was the adapter trained on another model?")
+
+
 def stamp(number: int = 1) -> dict[str, int]:
     """What the JSON of every file of ours begins with: the number of its format.
 

@@ -16,7 +16,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.svd import truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found
@@ -258,10 +258,7 @@ def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> 
         raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
     have, want = tuple(entry.value.shape), tuple(shapes[key])
     if have != want:
-        raise LoraFxError(
-            f"adapter tensor {key!r} is {list(have)}; the model's is {list(want)}",
-            "was the adapter trained on another model?",
-        )
+        raise MisfitError(f"adapter tensor {key!r} is {list(have)}; the model's is {list(want)}")
     return entry
 
 
@@ -287,10 +284,9 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     a = (*layout.batch_shape, entry.rank, layout.in_size)
     b = (*layout.batch_shape, layout.out_size, entry.rank)
     if entry.a.shape != a or entry.b.shape != b:
-        raise LoraFxError(
+        raise MisfitError(
             f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
-            f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}",
-            "was the adapter trained on another model?",
+            f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}"
         )
     own = of_use(target, use) if use and target.sites else target
     if own is None:
@@ -323,10 +319,9 @@ def _lengths(key: str, entry: LowRank, layout: Layout) -> Array:
     assert entry.magnitude is not None
     shape = (*layout.batch_shape, layout.out_size)
     if entry.magnitude.size != math.prod(shape):
-        raise LoraFxError(
+        raise MisfitError(
             f"the DoRA magnitude of {key!r} has {entry.magnitude.size} numbers; the weight has "
-            f"{math.prod(shape)} rows",
-            "was the adapter trained on another model?",
+            f"{math.prod(shape)} rows"
         )
     return entry.magnitude.reshape(shape)
 

@@ -15,7 +15,7 @@ from itertools import permutations
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.targets.found import Found
 from lora_fx.targets.roles import role_by_name
@@ -192,9 +192,8 @@ def _only(
         ]
     shapes = ", ".join(f"A {list(low.a.shape)} and B {list(low.b.shape)}" for low in lows)
     if not found:
-        raise LoraFxError(
-            f"the updates of the parameters of {module!r} ({shapes}) fit no parameter of the base",
-            "was the adapter trained on another model?",
+        raise MisfitError(
+            f"the updates of the parameters of {module!r} ({shapes}) fit no parameter of the base"
         )
     if len({names for names, _ in found}) > 1:
         raise LoraFxError(

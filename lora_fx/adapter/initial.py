@@ -29,7 +29,7 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank, alpha_of, draw, generator
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found
@@ -264,10 +264,7 @@ def removed(weight: Array, rank: int, scale: float, how: str, where: str) -> Arr
         where: The weight, for messages.
     """
     if weight.ndim != 2 or not 0 < rank <= min(weight.shape):
-        raise LoraFxError(
-            f"{where}: {list(weight.shape)} has no {how} start of rank {rank}",
-            "was the adapter trained on another model?",
-        )
+        raise MisfitError(f"{where}: {list(weight.shape)} has no {how} start of rank {rank}")
     wide = weight.astype(np.float64)
     if not np.isfinite(wide).all():
         raise LoraFxError(f"{where}: the base has NaN or infinite values")

@@ -26,7 +26,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, scale_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Emitter
 from lora_fx.ir.layout import Layout
@@ -169,10 +169,9 @@ def factors(magnitude: Array, sums: Array, where: str) -> Array:
         LoraFxError: The sizes differ, or a row of V is zero or not finite.
     """
     if magnitude.shape != sums.shape:
-        raise LoraFxError(
+        raise MisfitError(
             f"{where}: the DoRA magnitude has {magnitude.size} numbers; the weight has "
-            f"{sums.size} rows",
-            "was the adapter trained on another model?",
+            f"{sums.size} rows"
         )
     bad = np.flatnonzero(~(np.isfinite(sums) & (sums > 0)))
     if bad.size:

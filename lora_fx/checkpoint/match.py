@@ -19,7 +19,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, name_of
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
 from lora_fx.checkpoint.renaming import STACKED, Part, Renaming, Stack, check_present, renaming
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
@@ -186,10 +186,7 @@ def _bounds(key: str, info: TensorInfo) -> Region:
     if not fits or not all(
         0 <= lo < hi <= n for (lo, hi), n in zip(bounds, info.shape, strict=True)
     ):
-        raise LoraFxError(
-            f"{info.file}: {key!r} is no region of a tensor {list(info.shape)}",
-            "was the adapter trained on another model?",
-        )
+        raise MisfitError(f"{info.file}: {key!r} is no region of a tensor {list(info.shape)}")
     return bounds
 
 

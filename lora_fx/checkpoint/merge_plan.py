@@ -31,7 +31,7 @@ from lora_fx.checkpoint.tied import (
     tie_of,
 )
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.regions import overlap
@@ -447,10 +447,9 @@ def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
     floats = value.dtype.name in FLOATING
     if dtype not in FLOATING or not floats:
         if value.dtype.name != dtype:
-            raise LoraFxError(
+            raise MisfitError(
                 f"{info.file}: tensor {name!r} is {dtype}, but the adapter replaces it by "
-                f"{value.dtype.name}; expected the same kind",
-                "was the adapter trained on another model?",
+                f"{value.dtype.name}; expected the same kind"
             )
         return
     if not value.size:
