@@ -17,9 +17,15 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.copying import fcntl
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _OLD = "replaced"
 _WHY = {

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import Dense, Entry, is_plain, name_of
+from lora_fx.adapter.updates import Dense, Entry, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
@@ -51,7 +51,7 @@ from lora_fx.formats.naming import (
 )
 from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
 from lora_fx.formats.peft.names import PREFIX, from_tensors
-from lora_fx.formats.peft.write import form_of, to_tensors
+from lora_fx.formats.peft.write import module_form, to_tensors
 from lora_fx.text import Json
 
 SUFFIXES = (".safetensors",)
@@ -262,14 +262,7 @@ def encode(
     for key, entry in adapter.entries.items():
         if not isinstance(entry, LowRank):
             raise _refused(key, f"it is {name_of(entry)}", "kohya files hold LoHa, LoKr and .diff")
-        if not is_plain(replace(entry, magnitude=None)):
-            raise _refused(key, f"it is {name_of(entry)}")
-        form = form_of(key, entry)
-        if form.kind == "embedding" or not form.module or form.transposed:
-            why = form.why or (
-                "the weight is stored [in, out]" if form.transposed else "it is an embedding's"
-            )
-            raise _refused(key, why)
+        form = module_form(key, entry, _refused)
         component, rest = split_component(form.module)
         component = component or guess_component(form.module)
         if not component:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
@@ -50,7 +49,7 @@ from lora_fx.formats.naming import (
     taken_names,
 )
 from lora_fx.formats.peft.names import PREFIX
-from lora_fx.formats.peft.write import form_of, to_tensors
+from lora_fx.formats.peft.write import module_form, to_tensors
 
 SUFFIXES = (".safetensors",)
 FOLDER = False
@@ -289,15 +288,7 @@ def _parts(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | None]
 
 
 def _lowrank_tensors(key: str, low: LowRank) -> tuple[str, dict[str, Array], float]:
-    if not is_plain(replace(low, magnitude=None)):
-        raise _refused(key, f"it is {name_of(low)}")
-    form = form_of(key, low)
-    if form.kind == "embedding":
-        raise _refused(key, "it is the update of an embedding")
-    if not form.module:
-        raise _refused(key, form.why)
-    if form.transposed:
-        raise _refused(key, "the weight is stored [in, out]")
+    form = module_form(key, low, _refused)
     tensors = to_tensors(form, low)
     a, b = (tensors[name] for name in form.names)
     parts = {"lora_down.weight": a, "lora_up.weight": b}

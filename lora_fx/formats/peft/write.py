@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
-from lora_fx.adapter.updates import Dense, ReplacedRows, name_of, to_json
+from lora_fx.adapter.updates import Dense, ReplacedRows, is_plain, name_of, to_json
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
@@ -342,6 +342,20 @@ def form_of(key: str, low: LowRank) -> PeftForm:
             return PeftForm("embedding", name.removesuffix(".weight"), plain=True)
         return PeftForm("own", why="it acts on several modules that share the tensor")
     return _of_layout(name.removesuffix(".weight"), low)
+
+
+def module_form(key: str, low: LowRank, refused: Callable[[str, str], LoraFxError]) -> PeftForm:
+    """The form of an update in a file that has those of modules' weights [out, in] alone."""
+    if not is_plain(replace(low, magnitude=None)):
+        raise refused(key, f"it is {name_of(low)}")
+    form = form_of(key, low)
+    if form.kind == "embedding":
+        raise refused(key, "it is the update of an embedding")
+    if not form.module:
+        raise refused(key, form.why)
+    if form.transposed:
+        raise refused(key, "the weight is stored [in, out]")
+    return form
 
 
 def _of_layout(module: str, low: LowRank) -> PeftForm:
