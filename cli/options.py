@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-trust_option = click.option(
-    "--trust",
-    is_flag=True,
-    help="Read an adapter_model.bin, by torch's unpickler that runs no code.",
-)
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
@@ -170,10 +165,11 @@ def captured(
     """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
     from lora_fx.fx.load.models import LoadedModel, load_model
     from lora_fx.fx.pt2.captured import is_program, open_program
+    from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
     from lora_fx.passes.verbs.open import capture_loaded
 
-    given = examples(inputs_file) if inputs_file else {}
+    given = {k: from_numpy(v) for k, v in load_npz(inputs_file).items()}
     wanted = parse_dynamic(dynamic) or None
     if is_program(model):
         if weights:
@@ -211,13 +207,6 @@ def held(cap: Any) -> Any:
             "leave it out, or start from the original model",
         )
     return module_of(cap)
-
-
-def examples(path: str) -> Json:
-    """Example inputs from an .npz, by argument name."""
-    from lora_fx.fx.tensors import from_numpy
-
-    return {k: from_numpy(v) for k, v in load_npz(path).items()}
 
 
 def load_npz(path: str | None) -> Json:
@@ -375,6 +364,7 @@ FLAGS = {
     "link": "Hard links for untouched files, instead of copies.",
     "trust": "Read an adapter_model.bin, by torch's unpickler that runs no code.",
 }
+trust_option = click.option("--trust", is_flag=True, help=FLAGS["trust"])
 
 
 ONNX = {"names": "map", "delta": "delta", "run": "run"}

@@ -28,7 +28,7 @@ from lora_fx.checkpoint.tied import (
     needs_untying,
     one_use,
     spread,
-    tie_of,
+    tie_and_names,
 )
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError, MisfitError
@@ -167,8 +167,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     config, notes = base.config(), _read_too(given, options)
     placed: list[Placed] = []
     weighted = _weighted(given, options)
-    tie = tie_of(base.tensors, config, [k for a, _ in weighted for k in a.entries])
-    known = dict(base.tensors) if tie is None else tie.known(base.tensors)
+    tie, known = tie_and_names(base, [k for a, _ in weighted for k in a.entries])
     for adapter, where in weighted:
         refuse_codes(adapter.entries, base, config)
         new = _new(adapter, base) if options.add else {}

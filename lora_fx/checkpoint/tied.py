@@ -60,6 +60,14 @@ def tie_of(
     return replace(family, table=tables[0], head=head, biases=biases)
 
 
+def tie_and_names(
+    base: Checkpoint, keys: Iterable[str]
+) -> tuple[Tie | None, dict[str, TensorInfo]]:
+    """The tie of a checkpoint, and its tensors under every name that an adapter may use."""
+    tie = tie_of(base.tensors, base.config(), keys)
+    return tie, dict(base.tensors) if tie is None else tie.known(base.tensors)
+
+
 def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> Placed:
     """An update of one use of a tensor, at the tensor that this use will read.
 

@@ -29,7 +29,7 @@ from lora_fx.checkpoint.merge_plan import (
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import file_targets
-from lora_fx.checkpoint.tied import at_its_use, tie_of
+from lora_fx.checkpoint.tied import at_its_use, tie_and_names
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING
@@ -126,11 +126,8 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
     """
     checkpoint = open_checkpoint(Path(base))
     adapter = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
-    tensors, config = dict(checkpoint.tensors), checkpoint.config()
-    tie = tie_of(tensors, config, adapter.entries)
-    if tie is not None:
-        tensors = tie.known(tensors)
-    placed, notes = match(adapter, tensors, config, str(checkpoint.path))
+    tie, tensors = tie_and_names(checkpoint, adapter.entries)
+    placed, notes = match(adapter, tensors, checkpoint.config(), str(checkpoint.path))
     placed = [at_its_use(p, tie, checkpoint, untie=True) for p in placed]
     if not placed:
         raise LoraFxError(

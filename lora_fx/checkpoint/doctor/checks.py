@@ -21,7 +21,7 @@ from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.peft.config import REDONE, REFUSED, Pattern, wanted_by
+from lora_fx.formats.peft.config import KEEPS_BASE, REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, near
@@ -344,7 +344,6 @@ def added(pair: Pair) -> Iterator[Finding]:
 
 
 GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"
-KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def config(pair: Pair) -> Iterator[Finding]:
@@ -425,7 +424,7 @@ def patterns(pair: Pair) -> Iterator[Finding]:
 def start(pair: Pair) -> Iterator[Finding]:
     """init_lora_weights left the base as it is: no PiSSA, OLoRA, … that was not converted."""
     value = pair.raw.config.get("init_lora_weights", True)
-    if value in KEEPS_BASE:
+    if value in (True, False, None, *KEEPS_BASE):
         return
     redone = str(value).lower() in REDONE
     yield Finding(

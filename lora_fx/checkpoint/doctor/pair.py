@@ -20,7 +20,7 @@ from lora_fx.checkpoint.match import match, stacked
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
-from lora_fx.checkpoint.tied import tie_of
+from lora_fx.checkpoint.tied import tie_and_names
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
@@ -74,7 +74,6 @@ class Pair:
 
     Attributes:
         base: The checkpoint.
-        config: Its config.json.
         tensors: Its tensors, a tied head that is not stored among them.
         tie: Of head and embedding.
         path: The adapter.
@@ -87,7 +86,6 @@ class Pair:
     """
 
     base: Checkpoint
-    config: JsonView
     tensors: Mapping[str, TensorInfo]
     tie: Tie | None
     path: Path
@@ -157,10 +155,8 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     if read is None:
         assert raw is not None
         read = raw.adapter()
-    tensors, config = dict(checkpoint.tensors), checkpoint.config()
-    tie = tie_of(tensors, config, read.entries)
-    if tie is not None:
-        tensors = tie.known(tensors)
+    config = checkpoint.config()
+    tie, tensors = tie_and_names(checkpoint, read.entries)
     rename = renaming(read, tensors, config, [])
     with contextlib.suppress(LoraFxError):  # told by the last check
         read = stacked(read, tensors, config, rename)
@@ -170,9 +166,7 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
         if why:
             misfits[key] = why
     seen = raw or NO_FILE
-    return Pair(
-        checkpoint, config, tensors, tie, path, seen, read, refusal, rename, misfits, digest
-    )
+    return Pair(checkpoint, tensors, tie, path, seen, read, refusal, rename, misfits, digest)
 
 
 def _of_peft(path: Path) -> bool:

@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "layer_replication": ("layers of the base model are repeated", MERGE),
     "megatron_config": ("the layers are Megatron's parallel ones", MERGE),
 }
-_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Names in init_lora_weights that leave the base weights as they are; so do true, false, null."""
 REDONE = ("pissa", "olora")
 """Names that change the base in a way that `lora_fx.adapter.initial` can redo from the base
@@ -154,7 +154,7 @@ def _check_init(config: JsonView, where: str) -> None:
             f"one changes them and that cannot be redone: {why}",
             _CONVERT,
         )
-    if name not in _KEEPS_BASE:
+    if name not in KEEPS_BASE:
         raise LoraFxError(
             f"{said}; expected one of peft 0.21.2: another may change the base weights", _CONVERT
         )
