@@ -21,7 +21,6 @@ from threading import Lock
 from lora_fx.checkpoint.merge import cores, plan_merge
 from lora_fx.checkpoint.merge_plan import MergeOptions
 from lora_fx.checkpoint.provenance import history
-from lora_fx.checkpoint.write import recorded
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.text import Json, JsonView
@@ -180,4 +179,4 @@ def _is_this(base: str, job: Job, options: JsonView) -> bool:
     out = open_checkpoint(job.out)
     plan = plan_merge(base, [(job.adapter, job.weight)], MergeOptions(**options))
     names = {*plan.base.tensors, *plan.added}
-    return set(out.tensors) == names and history(out) == json.loads(recorded(plan))
+    return set(out.tensors) == names and history(out) == json.loads(plan.record())

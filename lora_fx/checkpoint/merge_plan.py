@@ -6,6 +6,7 @@ what it was trained on; nothing is written.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,13 @@ from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, jo
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match
 from lora_fx.checkpoint.model_families import Tie
-from lora_fx.checkpoint.provenance import base_note, history, refuse_again
+from lora_fx.checkpoint.provenance import (
+    base_note,
+    history,
+    layout_hash,
+    refuse_again,
+    sample_hash,
+)
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.tied import (
     at_its_use,
@@ -31,7 +38,7 @@ from lora_fx.checkpoint.tied import (
     tie_and_names,
 )
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
-from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.errors import LoraFxError, MisfitError, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.regions import overlap
@@ -109,13 +116,20 @@ class MergePlan:
         """True when every adapter says that this is the base it was trained on."""
         return not self.unverified
 
-    @property
-    def recorded(self) -> Json:
-        """Options that say which numbers come out, for the output's metadata: no defaults."""
+    def record(self) -> str:
+        """The metadata of the output: the base's history and this merge, without its defaults."""
         asked, mixed = self.options, len(self.given) > 1 and self.options.how in ("linear", "svd")
         kept = {"how": asked.how, "rank": asked.rank} if mixed else {}
         kept |= {n: True for n in _RECORDED if getattr(asked, n)}
-        return {n: v for n, v in kept.items() if v is not None}
+        options = {n: v for n, v in kept.items() if v is not None}
+        old = ((n, self.base.tensors[n]) for n in self.changes if n not in self.added)
+        this = {
+            **stamp(),
+            "base": {"layout": layout_hash(self.base.tensors), "sample": sample_hash(old)},
+            "adapters": [{"hash": g.hash, "weight": g.weight} for g in self.given],
+            "dtype": asked.dtype,
+        } | ({"options": options} if options else {})
+        return json.dumps([*history(self.base), this], separators=(",", ":"))
 
     @property
     def touched_bytes(self) -> int:

@@ -167,35 +167,6 @@ def base_note(
     )
 
 
-def record(
-    checkpoint: Checkpoint,
-    touched: Iterable[str],
-    adapters: Iterable[tuple[str, float]],
-    dtype: str | None,
-    options: JsonView | None = None,
-) -> str:
-    """The metadata of a merge: the base's history and this one.
-
-    Args:
-        checkpoint: The base.
-        touched: Its tensors that change.
-        adapters: (hash, weight) of each.
-        dtype: Of touched tensors, where asked for.
-        options: What else says which numbers come out; left out where it is empty.
-    """
-    base = {
-        "layout": layout_hash(checkpoint.tensors),
-        "sample": sample_hash((n, checkpoint.tensors[n]) for n in touched),
-    }
-    this = {
-        **stamp(),
-        "base": base,
-        "adapters": [{"hash": h, "weight": w} for h, w in adapters],
-        "dtype": dtype,
-    } | ({"options": dict(options)} if options else {})
-    return json.dumps([*history(checkpoint), this], separators=(",", ":"))
-
-
 # Which base an adapter was trained on, told by a sample of the weights that it changes.
 #
 # metadata["base"] of an adapter is {"version", "dtype", "names", "sample"}. `sample` is the sha256

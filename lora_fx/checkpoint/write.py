@@ -35,7 +35,7 @@ from lora_fx.checkpoint.fold import (
 )
 from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
-from lora_fx.checkpoint.provenance import METADATA, record
+from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
@@ -78,7 +78,7 @@ def write(
         LoraFxError: A value that a tensor cannot hold.
         OSError: The disk is full, a file cannot be read …
     """
-    is_folder, text = plan.base.path.is_dir(), recorded(plan)
+    is_folder, text = plan.base.path.is_dir(), plan.record()
     if is_folder:
         stage.mkdir()
     touched: list[Shard] = []
@@ -96,17 +96,6 @@ def write(
         copy_companions(plan, stage)
         write_index(plan, stage)
     return stats
-
-
-def recorded(plan: MergePlan) -> str:
-    """The metadata of the merge that a plan is."""
-    return record(
-        plan.base,
-        [n for n in plan.changes if n not in plan.added],
-        [(g.hash, g.weight) for g in plan.given],
-        plan.options.dtype,
-        plan.recorded,
-    )
 
 
 class _Run:

@@ -160,11 +160,8 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     rename = renaming(read, tensors, config, [])
     with contextlib.suppress(LoraFxError):  # told by the last check
         read = stacked(read, tensors, config, rename)
-    misfits = {}
-    for key, entry in read.entries.items():
-        why = _misfit(key, entry, read, tensors, config, rename)
-        if why:
-            misfits[key] = why
+    reasons = {key: _misfit(key, read, tensors, config, rename) for key in read.entries}
+    misfits = {key: why for key, why in reasons.items() if why}
     seen = raw or NO_FILE
     return Pair(checkpoint, tensors, tie, path, seen, read, refusal, rename, misfits, digest)
 
@@ -179,19 +176,21 @@ def _of_peft(path: Path) -> bool:
 
 def _misfit(
     key: str,
-    entry: Entry,
     adapter: Adapter,
     tensors: Mapping[str, TensorInfo],
     config: JsonView,
     rename: Renaming,
 ) -> str:
+    """Why one update does not fit its tensor; empty where it fits, or has none."""
     old = base_name(key)
     name, stack = rename(old), rename.stack(old)
     names = {part.tensor for part in stack.parts} if stack else {name} & {*tensors}
     if not names:
         return ""
     metadata = {k: v for k, v in adapter.metadata.items() if k == "fan_in_fan_out"}
-    one = replace(adapter, entries={name + key.removeprefix(old): entry}, metadata=metadata)
+    one = replace(
+        adapter, entries={name + key.removeprefix(old): adapter.entries[key]}, metadata=metadata
+    )
     try:
         match(one, {n: tensors[n] for n in names}, config, "")
     except LoraFxError as error:
