@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.difference import Difference, unlike
+from lora_fx.checkpoint.difference import unlike
 from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match, names_of
 from lora_fx.checkpoint.merge import AdapterLike, Adapters, cores, given
@@ -72,39 +72,25 @@ def verify_files(
         LoraFxError: Files that cannot be read, adapters that cannot be merged into the base.
     """
     first, second = open_checkpoint(Path(a)), open_checkpoint(Path(b))
+    chain: MergeHistory | None = None
     with explained(a):
         if adapter is None:
-            found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda u: -u.rel)
-            return _report(len({*first.tensors, *second.tensors}), found)
-        every = _listed(adapter)
-        chain = chain_of(first, second, given(every), [_pair(x) for x in every])
-        plan = chain.plan
-        wrong = sorted(prove(plan, first, rows=rows, workers=cores()), key=lambda d: -d.ratio)
-    count = len({*first.tensors, *second.tensors, *plan.changes})
-    details = {
-        "touched": len(plan.changes),
-        "rows": "all" if rows is None else rows,
-        "recorded": [r.to_json() for r in chain.recorded],
-    }
-    return _report(count, wrong, chain.notes, details, complete=chain.complete)
-
-
-def _report(
-    count: int,
-    found: Sequence[Difference],
-    notes: Sequence[str] = (),
-    details: JsonView | None = None,
-    *,
-    complete: bool = True,
-) -> Report:
-    whole = {
-        "tensors": count,
-        "equal": count - len({d.tensor for d in found}),
-        **(details or {}),
-        "differences": [d.to_json() for d in found],
-    }
-    ok = not found and complete
-    return Report("verify", ok, warnings=tuple(dict.fromkeys(notes)), details=whole)
+            found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda d: -d.rel)
+        else:
+            every = _listed(adapter)
+            chain = chain_of(first, second, given(every), [_pair(x) for x in every])
+            wrong = prove(chain.plan, first, rows=rows, workers=cores())
+            found = sorted(wrong, key=lambda d: -d.ratio)
+    names = {*first.tensors, *second.tensors, *(chain.plan.changes if chain else ())}
+    details: Json = {"tensors": len(names), "equal": len(names) - len({d.tensor for d in found})}
+    if chain is not None:
+        details["touched"] = len(chain.plan.changes)
+        details["rows"] = "all" if rows is None else rows
+        details["recorded"] = [r.to_json() for r in chain.recorded]
+    details["differences"] = [d.to_json() for d in found]
+    ok = not found and (chain is None or chain.complete)
+    notes = tuple(dict.fromkeys(chain.notes)) if chain else ()
+    return Report("verify", ok, warnings=notes, details=details)
 
 
 def _pair(adapter: object) -> bool:
