@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -180,10 +181,7 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
         raise LoraFxError(
             "every ΔW of the adapter is zero; expected a trained one", "was it trained?"
         )
-
-    def built(ranks: Mapping[str, int]) -> Truncation:
-        return _built(adapter, updates, parts, ranks)
-
+    built = partial(_built, adapter, parts)
     if name == "rank":
         result = built({k: min(int(value), len(x)) for k, x in spectra.items()})
     elif name == "params":
@@ -254,12 +252,7 @@ def _bounded(
     return None
 
 
-def _built(
-    adapter: Adapter,
-    updates: Mapping[str, LowRank],
-    parts: Mapping[str, Triplets],
-    ranks: Mapping[str, int],
-) -> Truncation:
+def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, int]) -> Truncation:
     """The adapter with these ranks, and every error as measured."""
     entries: dict[str, Entry] = {}
     rows: list[Truncated] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,7 +101,11 @@ def match(
         known = [*tensors, *rename.loaded.names, *rename.loaded.stacks]
         hint = f"{near(lost[0], known)}; --allow-unused leaves them out"
         hint += ", --add writes them as new tensors" if whole else _renamed(config)
-        _unused(lost, hint, where, notes, allow=allow_unused)
+        if not allow_unused:
+            raise LoraFxError(
+                f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
+            )
+        notes.append(f"left out, the base has no such tensor: {some(lost)}")
     check_present(adapter, tensors, rename, where, notes, allow=allow_missing)
     return placed, notes
 
@@ -143,15 +147,6 @@ def _also(
 
 def _twins(entry: Entry, rename: Renaming) -> list[str]:
     return [rename(n) for n in entry.twins] if isinstance(entry, LowRank) else []
-
-
-def _unused(lost: list[str], hint: str, where: str, notes: list[str], *, allow: bool) -> None:
-    names = some(lost)
-    if not allow:
-        raise LoraFxError(
-            f"{where}: no tensor for {len(lost)} of the adapter's keys: {names}", hint
-        )
-    notes.append(f"left out, the base has no such tensor: {names}")
 
 
 def _renamed(config: JsonView) -> str:
@@ -249,11 +244,6 @@ def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | No
     if straight and swapped:
         return swapped if turned else straight
     return straight or swapped
-
-
-def names_of(placed: Iterable[Placed]) -> list[str]:
-    """The tensors that change, each once, in the order of the adapter."""
-    return list(dict.fromkeys(p.tensor for p in placed))
 
 
 # Updates of a stack of experts for a checkpoint that has its matrices apart.

@@ -343,7 +343,6 @@ class TensorChange:
         name: In the output.
         source: Where the base's tensor lies.
         dtype: Of the output.
-        shape: Of both.
         fold: W + Δ; None where the tensor is replaced whole.
         value: The whole new tensor; None where it is folded.
         what: For people: the kinds, ranks and scales of its updates.
@@ -356,13 +355,17 @@ class TensorChange:
     name: str
     source: TensorInfo
     dtype: str
-    shape: tuple[int, ...]
     fold: TensorFold | None = None
     value: Array | None = None
     what: tuple[str, ...] = ()
     earlier: tuple[Stage, ...] = ()
     int8: Int8 | None = None
     scales_of: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base's tensor and of the output's."""
+        return self.source.shape
 
     @property
     def nbytes(self) -> int:
@@ -391,7 +394,7 @@ class TensorChange:
             return None
         info, what = self.int8.scales, f"new scales of {self.name}"
         name = self.int8.name
-        return TensorChange(name, info, info.dtype, info.shape, what=(what,), scales_of=self.name)
+        return TensorChange(name, info, info.dtype, what=(what,), scales_of=self.name)
 
 
 def change_of(
@@ -422,9 +425,7 @@ def change_of(
                 _APART,
             )
         _check_whole(name, info, whole.value, out)
-        return TensorChange(
-            name, info, out, info.shape, value=whole.value, what=("replaced whole",)
-        )
+        return TensorChange(name, info, out, value=whole.value, what=("replaced whole",))
     _check_apart(name, placed, base)
     matrices: list[Matrix] = []
     for p in placed:
@@ -438,9 +439,7 @@ def change_of(
     if int8 is not None:
         _check_int8(name, info, matrix)
     what = tuple(map(_said, placed))
-    return TensorChange(
-        name, info, out, info.shape, TensorFold(name, matrix, rows), what=what, int8=int8
-    )
+    return TensorChange(name, info, out, TensorFold(name, matrix, rows), what=what, int8=int8)
 
 
 def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:

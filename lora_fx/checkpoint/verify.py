@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.difference import unlike
 from lora_fx.checkpoint.int8 import stored_as
-from lora_fx.checkpoint.match import match, names_of
+from lora_fx.checkpoint.match import match
 from lora_fx.checkpoint.merge import AdapterLike, Adapters, cores, given
 from lora_fx.checkpoint.merge_plan import (
     HOWS,
@@ -121,7 +121,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
             "is it the adapter of another model?",
         )
     full = adapter.full
-    touched = names_of(placed)
+    touched = list(dict.fromkeys(p.tensor for p in placed))
     for name in touched:
         if not any(p.tensor == name and p.key in full for p in placed):
             stored_as(name, tensors[name], checkpoint)

@@ -90,8 +90,9 @@ def write(
             rest.append((header, name, target))
         else:
             touched.append(shard)
-    with contextlib.ExitStack() as stack:
-        stats = _Run(plan, stack, workers, progress).go(touched, rest, link=link)
+    run = _Run(plan, workers, progress)
+    with run.stack:
+        stats = run.go(touched, rest, link=link)
     if is_folder:
         copy_companions(plan, stage)
         write_index(plan, stage)
@@ -101,14 +102,8 @@ def write(
 class _Run:
     """One merge under way: open files, threads, bytes done."""
 
-    def __init__(
-        self,
-        plan: MergePlan,
-        stack: contextlib.ExitStack,
-        workers: int,
-        progress: Progress | None,
-    ) -> None:
-        self.plan, self.stack, self.workers = plan, stack, max(1, workers)
+    def __init__(self, plan: MergePlan, workers: int, progress: Progress | None) -> None:
+        self.plan, self.stack, self.workers = plan, contextlib.ExitStack(), max(1, workers)
         self.progress, self.done, self.total = progress, 0, 1
         self.spaces = threading.local()
         self.sources: dict[Path, int] = {}
@@ -343,7 +338,6 @@ class TensorSlot:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
     start: int
     stop: int
     source: TensorInfo
@@ -384,7 +378,7 @@ def lay_out(
         dtype, size = info.dtype, info.stop - info.start
         if change is not None:
             dtype, size = change.dtype, change.nbytes
-        slots.append(TensorSlot(n, dtype, info.shape, at, at + size, info, change))
+        slots.append(TensorSlot(n, dtype, at, at + size, info, change))
         at += size
     place = {s.name: s for s in slots}
     # A file without metadata loads in transformers, one without this of its metadata does not.
@@ -394,7 +388,7 @@ def lay_out(
         s = place[n]
         entries[n] = {
             "dtype": DTYPES[s.dtype].code,
-            "shape": list(s.shape),
+            "shape": list(s.source.shape),
             "data_offsets": [s.start, s.stop],
         }
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

@@ -302,13 +302,11 @@ def read_rest(
     Raises:
         LoraFxError: A tensor that PEFT would not read, or that the config contradicts.
     """
-    tokens = set()
     for name in names:
         short = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
         if short.endswith(DELTA):
             module = short.removesuffix(DELTA)
             source.add(entries, f"{unwrapped(module)}.weight", _rows(name, module, source), name)
-            tokens.add(module)
         elif short.endswith(".bias") and _is_trained_bias(short, source, found):
             _add_bias(entries, f"{unwrapped(short)}", source.full(name), name, source)
         elif _is_whole(name, short, source, bool(found)):
@@ -317,7 +315,7 @@ def read_rest(
             full, old = source.full(name), entries.get(key)
             if not isinstance(old, Full) or not np.array_equal(old.value, full.value):
                 source.add(entries, key, full, name)
-    _check_tokens(tokens, source, entries)
+    _check_tokens(source, entries)
 
 
 def _is_trained_bias(short: str, source: PeftFile, found: Mapping[str, Group]) -> bool:
@@ -379,7 +377,7 @@ def _rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
     return ReplacedRows(tuple(index), value)
 
 
-def _check_tokens(tokens: set[str], source: PeftFile, entries: JsonView) -> None:
+def _check_tokens(source: PeftFile, entries: Mapping[str, Entry]) -> None:
     """Raise for tokens in the config that no tensor holds; PEFT stores tied ones once."""
     config = source.config.get("trainable_token_indices")
     if not config:
