@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,16 +44,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 @merge_options
 @force_option
 @json_option
-def command(
-    base: str,
-    adapters: tuple[str, ...],
-    out: str,
-    processes: int,
-    shard: tuple[int, int],
-    force: bool,
-    as_json: bool,
-    **options: object,
-) -> None:
+def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     r"""Merge every ADAPTER into BASE by itself, as DIR/NAME; a JSON line for each.
 
     One that cannot be merged fails alone, and the exit code is 1. An output that is this very merge
@@ -66,6 +58,7 @@ def command(
     from lora_fx.checkpoint.merge_all import jobs_of, merge_all
     from lora_fx.files.checkpoint import open_checkpoint
 
+    processes, shard, force = (options.pop(name) for name in ("processes", "shard", "force"))
     # A base that cannot be read is one error, not one for every adapter.
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
     jobs = jobs_of([split_weight(a) for a in adapters], Path(out), shard, suffix)
