@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from types import FrameType
-from typing import Any
 
 import click
 
@@ -57,7 +56,9 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for a name that is none."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             hint = near(args[0], COMMANDS, "lora-fx --help lists them")

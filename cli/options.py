@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lora_fx.data import Buckets, Table
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.load.models import LoadedModel
+    from lora_fx.fx.module.adapted import AdaptedModule
+    from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.fx.train.objective import Loss
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -62,7 +64,7 @@ def plan_option(function: Callable[..., object]) -> Callable[..., object]:
     """The option, which has the targets and ranks; others that choose them are refused."""
 
     @functools.wraps(function)
-    def command(*args: object, **kwargs: object) -> Any:
+    def command(*args: object, **kwargs: object) -> object:
         if kwargs["plan"] and (other := first_given("rank", "alpha", "include")):
             raise LoraFxError(
                 f"{other} has no say beside --plan {kwargs['plan']}", "leave one of them out"
@@ -196,8 +198,9 @@ def refuse_given(model: str, names: Sequence[str]) -> None:
         raise LoraFxError(f"{option} has no say for {model}, a graph as it is", "leave it out")
 
 
-def held(cap: Any) -> Any:
+def held(cap: FileCaptured) -> AdaptedModule:
     """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
+    from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.passes.verbs.open import module_of
 
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
@@ -206,7 +209,9 @@ def held(cap: Any) -> Any:
             f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
             "leave it out, or start from the original model",
         )
-    return module_of(cap)
+    module = module_of(cap)
+    assert isinstance(module, AdaptedModule)  # it has branches
+    return module
 
 
 def load_npz(path: str | None) -> Json:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -36,7 +35,7 @@ def report_option(function: Callable[..., object]) -> Callable[..., object]:
     own = any(p.name == "force" for p in getattr(function, "__click_params__", ()))
 
     @functools.wraps(function)
-    def command(*args: object, report: str | None, force: bool, **kwargs: object) -> Any:
+    def command(*args: object, report: str | None, force: bool, **kwargs: object) -> object:
         if own:
             kwargs["force"] = force
         if report is None:
