@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.load.models import LoadedModel
     from lora_fx.fx.module.adapted import AdaptedModule
-    from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.fx.train.objective import Loss
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -198,11 +197,13 @@ def refuse_given(model: str, names: Sequence[str]) -> None:
         raise LoraFxError(f"{option} has no say for {model}, a graph as it is", "leave it out")
 
 
-def held(cap: FileCaptured) -> AdaptedModule:
+def held(cap: Captured) -> AdaptedModule:
     """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
     from lora_fx.fx.module.adapted import AdaptedModule
+    from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.passes.verbs.open import module_of
 
+    assert isinstance(cap, FileCaptured)
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
     if option := first_given(*chosen, "plan"):
         raise LoraFxError(

@@ -66,7 +66,6 @@ def _train(
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import save_adapter
     from lora_fx.fx.load.models import check_device
-    from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.verbs.adapt import insert
 
@@ -84,10 +83,7 @@ def _train(
     training, validation = split(table, options.pop("validation"), options["seed"])
     loss = loss_of(options.pop("loss"))
     options |= of_training(training, options["init"], loss)
-    if isinstance(cap, FileCaptured) and cap.adapter is not None:
-        module = held(cap).to(device)
-    else:
-        module = insert(cap, **options).to(device)
+    module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
 
     def progress(step: int, steps: int, value: float) -> None:
         if step == steps or step % max(1, steps // 10) == 0:
