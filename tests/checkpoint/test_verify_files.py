@@ -219,7 +219,7 @@ def test_does_an_adapter_fit(home: Path, tmp_path: Path) -> None:
 
 def test_run_compares_outputs(home: Path) -> None:
     code, found, _ = run(str(home / "base"), str(home / "base"), "--run", "--tol", "0")
-    assert code == 0 and len(found["parity"]) == 3 and "tensors" not in found
+    assert code == 0 and len(found["parity"]) == 4 and "tensors" not in found
 
 
 # --- an adapter that lacks layers of its own config ----------------------------------------------
