@@ -66,7 +66,7 @@ class RuntimeSession:
 
         Feeds that the graph does not take are left out.
         """
-        known = {k: v for k, v in feeds.items() if k in self.input_names}
+        known = {k: _widened(v) for k, v in feeds.items() if k in self.input_names}
         names = [o.name for o in self.session.get_outputs()]
         with _told(feeds):
             made = self.session.run(names, known)
@@ -85,7 +85,8 @@ class RuntimeSession:
         missing = [i for i in self.session.get_inputs() if i.name not in feeds]
         zeros = {i.name: np.zeros(rows, numpy_dtype(from_onnx(i.type))) for i in missing}
         try:
-            self.session.run(None, {**feeds, **zeros}, options)
+            known = {k: _widened(v) for k, v in feeds.items()}
+            self.session.run(None, {**known, **zeros}, options)
         except Exception:  # the runtime's errors have no common base
             return False
         return True
@@ -103,6 +104,11 @@ def _told(feeds: Mapping[str, Array]) -> Iterator[None]:
             f"ONNX Runtime fails at {one_line(sizes, 120)}: {one_line(said, 240)}",
             "check sizes and dtypes of the inputs against the model",
         ) from e
+
+
+def _widened(array: Array) -> Array:
+    """bfloat16, which the runtime takes from no array, as float32; anything else as it is."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def open_session(
@@ -335,7 +341,7 @@ class Session:
         from onnxruntime import OrtValue
 
         self._check(inputs)
-        arrays = {n: np.ascontiguousarray(x) for n, x in inputs.items()}
+        arrays = {n: np.ascontiguousarray(_widened(x)) for n, x in inputs.items()}
         if isinstance(adapter, str) and self.provider == "cpu":
             self._known(adapter)
             with _told(inputs):

@@ -28,7 +28,7 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
-from lora_fx.onnx.optimise.precision import GATES
+from lora_fx.onnx.optimise.precision import GATES, widen
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
@@ -79,6 +79,10 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     opset = options.opset or OPSET
     made = to_onnx(folded, opset)
     mask_by_infinity(made.model)
+    if precision == "bfloat16":
+        warnings.append("bfloat16: ONNX Runtime's CPU has few ops for it")
+    elif widen(made.model):
+        warnings.append(WIDENED)
     restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
     values = {n: partial(_value, folded, n) for n in named_tensors(folded)[0]}
     mark_changed(made.model, values)
@@ -91,7 +95,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         model, stages = optimised(model, branched, inputs, provider)
         mark_changed(model, values)
     tol = ORT_TOL
-    if precision:
+    if precision in GATES:
         made_of = narrowed(model, branched, inputs, provider, precision)
         model, tol = made_of.model, GATES[precision]
         warnings.append(made_of.said(precision))
@@ -100,7 +104,8 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         told = save_within(made_file, model, conditions, wrong, options)
         session = open_session(made_file.path, provider)
         runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
-        if any(s.kept for s in stages) and not precision and not all(p.ok for p in runtime):
+        rewritten = any(s.kept for s in stages) and precision not in GATES
+        if rewritten and not all(p.ok for p in runtime):
             # each stage was near the exported graph, but together they are too far from torch
             why = "the stages together differ from torch"
             stages = [replace(s, kept=False, why=s.why or why) for s in stages]
@@ -161,6 +166,9 @@ def _branched(
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
 
 
+WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its rounding is not"
+
+
 def _value(module: CapturedModule, name: str) -> Array:
     return to_numpy(tensor(module, name))
 
@@ -187,8 +195,8 @@ def export_slots(
     reference = TorchReference(
         captured, lambda adapter: insert(captured, adapter=adapter, dead="allow"), options.inputs
     )
-    graph = _base(reference, options.opset or OPSET, tied=options.mode != "batch")
-    said = [str(p) for p in captured.pinned]
+    graph, widened = _base(reference, options.opset or OPSET, tied=options.mode != "batch")
+    said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
     if options.mode == "batch":
         sources = _sources(reference.base, graph)
         fixed = options.inputs is not None
@@ -199,15 +207,16 @@ def export_slots(
     )
 
 
-def _base(reference: TorchReference, opset: int, *, tied: bool) -> OnnxGraph:
-    """The model in ONNX, its own names on weights and dimensions."""
+def _base(reference: TorchReference, opset: int, *, tied: bool) -> tuple[OnnxGraph, bool]:
+    """The model in ONNX, its own names on weights and dimensions; whether it had bfloat16."""
     made = to_onnx(reference.base, opset)
     mask_by_infinity(made.model)
+    widened = widen(made.model)
     names = named_tensors(reference.base.captured.model)[0] if tied else None
     restore_weight_names(made.model, names)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
-    return OnnxGraph(made.model)
+    return OnnxGraph(made.model), widened
 
 
 def _sources(base: CapturedModule, graph: OnnxGraph) -> dict[str, tuple[str, StoredWeight]]:

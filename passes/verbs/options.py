@@ -148,6 +148,10 @@ class ExportOptions:
                     f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
                     "leave it out",
                 )
+        if self.precision not in (None, "float32", "bfloat16", "float16", "int8"):
+            raise LoraFxError(
+                f"no precision {self.precision!r}", "float32, bfloat16, float16 or int8"
+            )
         if self.precision == "int8" and self.optimise:
             raise LoraFxError(
                 "int8 starts from the graph as exported: fused nodes would stay in float32",

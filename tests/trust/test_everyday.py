@@ -228,3 +228,51 @@ def test_an_input_may_be_given_under_either_name(tmp_path: Path) -> None:
         given = dict.fromkeys(names, X.numpy())
         report = lora_fx.export(module, tmp_path / f"{names[0]}.onnx", provider="cpu", inputs=given)
         assert report
+
+
+@pytest.mark.parametrize("mode", ["merged", "switch", "load", "batch"])
+def test_a_bfloat16_model_is_a_file_in_float32_and_says_so(mode: str, tmp_path: Path) -> None:
+    """Its weights are the model's own; the oracle is W + s·BA of them, in fp64."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).bfloat16().eval()
+    args = (X.bfloat16(),)
+    module = lora_fx.insert(copy.deepcopy(model), args, rank=2)
+    perturb(module)
+    adapter = module.adapter()
+    file = tmp_path / "m.onnx"
+    if mode == "merged":
+        report = lora_fx.export(module, file, provider="cpu")
+    else:
+        report = lora_fx.export(
+            model, file, mode=mode, args=args, adapters={"a": adapter}, provider="cpu"
+        )
+    assert report and any("the file is in float32" in w for w in report.warnings)
+    exact = copy.deepcopy(model).double()
+    weights = dict(exact.named_parameters())
+    with torch.no_grad():
+        for key, u in adapter.lowrank.items():
+            change = u.scale * (u.b.astype(np.float64) @ u.a.astype(np.float64))
+            if mode == "merged":  # there the sum is stored in the weight's own dtype
+                w = (weights[key] + torch.from_numpy(change)).bfloat16().double()
+                weights[key].copy_(w)
+            else:
+                weights[key].add_(torch.from_numpy(change))
+        want = exact(X.bfloat16().double()).float()
+    if mode == "merged":
+        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        assert session.get_inputs()[0].type == "tensor(float)"
+        (y,) = session.run(None, {"input": X.bfloat16().float().numpy()})
+        assert near([torch.from_numpy(y)], [want], 1e-2)
+        assert not near([torch.from_numpy(y)], [model.float()(X)], 1e-2)
+
+
+def test_bfloat16_is_kept_on_request_and_other_dtypes_are_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).bfloat16().eval()
+    module = lora_fx.insert(model, (X.bfloat16(),), rank=2)
+    with pytest.raises(LoraFxError, match="ONNX Runtime cannot load it"):
+        lora_fx.export(module, tmp_path / "m.onnx", provider="cpu", precision="bfloat16")
+    with pytest.raises(LoraFxError, match="no precision 'fp8'") as error:
+        lora_fx.export(module, tmp_path / "m.onnx", provider="cpu", precision="fp8")
+    assert "float32, bfloat16, float16 or int8" in error.value.hint
+    assert not list(tmp_path.iterdir())
+    assert lora_fx.export(module, tmp_path / "h.onnx", provider="cpu", precision="float16")

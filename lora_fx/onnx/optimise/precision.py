@@ -1,4 +1,7 @@
-"""Fewer bits for a graph: float16 with islands of float32, or int8 products.
+"""The dtype of a graph: float32 for bfloat16, float16 with islands of float32, or int8 products.
+
+ONNX Runtime's CPU has few ops for bfloat16, so a file of such a model is in float32, which has
+every bfloat16 number.
 
 int8 is onnxruntime's own conversion. For float16, nodes whose values come near the end of its range
 stay in float32: on the CPU, where ONNX Runtime computes float16 in float32, nothing else would show
@@ -74,8 +77,6 @@ def narrow(
     Raises:
         LoraFxError: A model of over 2 GB, or one that differs too much whatever is left out.
     """
-    if precision not in GATES:
-        raise LoraFxError(f"no precision {precision!r}", "float16 or int8")
     if weight_bytes(model) > LARGEST:
         raise LoraFxError(
             f"{weight_bytes(model)} bytes of weights; expected less than 2 GB for {precision}",
@@ -88,6 +89,31 @@ def narrow(
         made = _half(model, error, peaks(model, feeds, provider))
     made.model.metadata_props[PRECISION] = precision  # the gate of whoever compares it later
     return made
+
+
+def widen(model: ir.Model) -> bool:
+    """Make bfloat16 float32 in place, in inputs and outputs too; whether there was any."""
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    nodes = list(model.graph.all_nodes())
+    graphs = {model.graph, *(n.graph for n in nodes if isinstance(n.graph, ir.Graph))}
+    values = {v for g in graphs for v in (*g.inputs, *g.initializers.values())}
+    values |= {v for n in nodes for v in n.outputs}
+    found = [v for v in values if v.dtype is narrow]
+    for value in found:
+        value.dtype = wide
+        if value.const_value is not None:
+            value.const_value = _float32(value.const_value)
+    for node in nodes:
+        for name, a in list(node.attributes.items()):
+            if name in ("to", "dtype") and a.value == narrow:
+                node.attributes[name] = ir.AttrInt64(name, int(wide))
+            elif a.type is ir.AttributeType.TENSOR and a.as_tensor().dtype is narrow:
+                node.attributes[name] = ir.AttrTensor(name, _float32(a.as_tensor()))
+    return bool(found)
+
+
+def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
 def _half(
