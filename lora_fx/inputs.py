@@ -55,7 +55,8 @@ class Input:
         shape: Sizes of the example.
         dims: Dimension → symbol, for the dynamic ones.
         high: Integers lie below this; None while unknown.
-        fill: What a mask mostly is in the example: what it says of a place that counts.
+        fill: What a mask mostly is in the example: what it says of a place that counts. None where
+            no example tells: booleans take turns then, which leaves no row out.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Input:
     shape: tuple[int, ...]
     dims: Mapping[int, str] = field(default_factory=dict)
     high: int | None = None
-    fill: int = 1
+    fill: int | None = None
 
     @property
     def is_integer(self) -> bool:
@@ -228,9 +229,12 @@ class Inputs:
             rng = np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
             shape, dtype = shapes[s.name], numpy_dtype(s.dtype)
             if s.is_mask:
-                result[s.name] = np.full(shape, s.fill, dtype)
+                counts = 1 if s.fill is None else s.fill
+                result[s.name] = np.full(shape, counts, dtype)
                 if "+" in s.dims.get(1, "") and before:
-                    result[s.name][:1, :1] = 1 - s.fill  # padding: else a graph may ignore the mask
+                    result[s.name][:1, :1] = 1 - counts  # padding: else a graph may ignore the mask
+                elif s.fill is None and dtype == np.bool_:
+                    result[s.name][..., 1::2] = False
             elif s.is_integer:
                 result[s.name] = rng.integers(0, max(1, s.high or 2), shape).astype(dtype)
             else:

@@ -91,7 +91,8 @@ def export(
         force: Replace an existing file.
         optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
         precision: Of merged: float16 (nodes that need float32 keep it) or int8 (dynamic; weights by
-            channel); what it costs is measured, said, and held to a gate.
+            channel); what it costs is measured, said, and held to a gate. A bfloat16 model is in
+            float32; bfloat16 keeps it.
         triton: A folder of models for Triton, which gets a copy as the next version of the file's
             stem (docs/serving.md).
         max_batch: Of triton: above 0 the server may put requests together, up to so many rows.

@@ -266,6 +266,17 @@ def test_a_bfloat16_model_is_a_file_in_float32_and_says_so(mode: str, tmp_path: 
         assert not near([torch.from_numpy(y)], [model.float()(X)], 1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_row_that_is_all_masked_is_0_in_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Masked().to(dtype).eval()
+    module = lora_fx.insert(model, (X.to(dtype), torch.ones(2, 5, dtype=torch.bool)), rank=2)
+    assert lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    x = X.numpy().astype(np.float16 if dtype is torch.float16 else np.float32)
+    (y,) = session.run(None, {"x": x, "mask": LEFT.numpy()})
+    assert np.abs(y[0]).max() > 0 and np.abs(y[1]).max() == 0
+
+
 def test_bfloat16_is_kept_on_request_and_other_dtypes_are_named(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 3)).bfloat16().eval()
     module = lora_fx.insert(model, (X.bfloat16(),), rank=2)

@@ -307,7 +307,7 @@ def describe(names: Sequence[str], leaves: Sequence[Any]) -> Inputs:
         real = whole and x.numel() and has_values(x)
         high = int(x.max()) + 1 if real and x.dtype != torch.bool else None
         # torch's padding masks are True where a token is left out, those of transformers where not
-        fill = int(x.double().mean() >= 0.5) if real else 1
+        fill = int(x.double().mean() >= 0.5) if real else None
         specs.append(Input(name, dtype_name(x.dtype), tuple(x.shape), high=high, fill=fill))
     return Inputs(tuple(specs))
 
