@@ -57,6 +57,15 @@ def gates_of(expected: Mapping[str, Array]) -> dict[str, float]:
     return {n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()}
 
 
+def rounded_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+    """The gate where an output or an adapted weight has so wide an epsilon: 8 of it.
+
+    Half the adapter's effect keeps a lost fold from passing as rounding, down to 4 epsilons, where
+    no output of that dtype can tell the two apart.
+    """
+    return max(tol, min(8 * eps, max(4 * eps, 0.5 * rel(base, expected))))
+
+
 @dataclass(frozen=True)
 class Parity:
     """One comparison at one size; `of` says what was compared: fold, onnxruntime, torch."""

@@ -27,6 +27,7 @@ from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Opaque, Permute, track
+from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.regions import widen
@@ -75,7 +76,7 @@ class Batch:
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
         """Edit the graph; one that has the branches already is left alone."""
         from lora_fx.onnx import batch
-        from lora_fx.onnx.row_provenance import SAME, provenance
+        from lora_fx.onnx.row_provenance import SAME, RowAxis, provenance
         from lora_fx.onnx.switch import Flat
 
         if PROPERTY in graph.model.metadata_props:
@@ -96,7 +97,7 @@ class Batch:
         forms = [batch.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
         for value in graph.model.graph.outputs:
             first = str(value.shape[0]) if value.shape is not None and len(value.shape) else ""
-            if first != symbol:
+            if first != symbol and states.get(value, SAME) != RowAxis(0):
                 raise LoraFxError(
                     f"output {value.name!r} has no row for every row of the batch",
                     "batch mode serves models whose outputs keep the batch dimension",
@@ -121,7 +122,7 @@ class Batch:
 
         key, source = self.sources[site.parameter]
         layout = read_layout(site, source)
-        dtype = numpy_dtype(parameter.dtype)
+        dtype = numpy_dtype(dtype_name(graph.output(site)) or parameter.dtype)
         pairs = [_joined(key, u, source, layout, site.gain) for u in self.adapters.values()]
         stacks = batch.stack(pairs, form, dtype)
         stem = key if form == "last" else f"{key}.{form}"

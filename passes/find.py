@@ -46,6 +46,8 @@ def _search(graph: Graph[Any]) -> Found:
     refusals, seen = [], set()
     for site in graph.sites():
         seen |= {site.parameter, *site.behind}
+        if 0 in site.operand:
+            site = replace(site, refusal="the weight has no elements", allowed=False)
         if site.refusal:
             refusals.append(Refusal(site.parameter, site.op, site.refusal, site.flops))
         if not site.refusal or site.allowed:

@@ -114,8 +114,8 @@ def matmul_right(batch: str = "") -> Einsum:
 
 def matmul_left(batch: str = "", *, vector: bool = False) -> Einsum:
     """W [*batch, out, in] @ x [..., in, n], or @ x [in]."""
-    if vector:
-        return Einsum("i", "oi", "o", "left")
+    if vector:  # x Wᵀ is the same; ONNX Runtime 1.31 gets Aᵀ x wrong when it fuses the transpose
+        return Einsum("i", "oi", "o", "right")
     return Einsum(f"...{batch}in", f"{batch}oi", f"...{batch}on", "left")
 
 

@@ -180,7 +180,7 @@ class BatchEmitter(OnnxEmitter):
         if self.ids.scales is None:
             return t
         factor = self._call("Reshape", self.ids.scales, self._ints(-1, 1, 1))
-        return self._call("Mul", t, self._call("CastLike", factor, t))
+        return self._call("Mul", t, self.op("cast_like", factor, t))
 
     def _rows(self, x: ir.Value, a: ir.Value) -> ir.Value:
         """The rows A[ids[b], x[b, j]] as [batch, m, r], looked up in A as one long table."""
@@ -309,7 +309,8 @@ class Choice:
         one = self._ints(1)
         pairs = self._call("Mul", count, self._call("Sub", count, one))
         more = self._call("Mul", pairs, self._positions(batch))
-        few = self._call("LessOrEqual", more, self._call("Mul", size, self._ints(LIMIT)))
+        most = self._call("Mul", size, self._ints(LIMIT))
+        few = self._call("Less", more, self._call("Add", most, one))
         begin = self._call("Where", few, self._ints(0), count)
         end = self._call("Where", few, count, self._ints(np.iinfo(np.int64).max))
         self._groups = self._call("Where", few, one, size)
@@ -331,7 +332,7 @@ class Choice:
         key = ("mask", rank, dtype)
         if key not in self._made:
             owner = self._call("Div", self.rows(rank), self._ints(rank))
-            owner = self._call("Unsqueeze", owner, self._ints(1))
+            owner = self._call("Reshape", owner, self._shape(1, -1))
             made = self._call("Equal", self._ids, owner)
             to = int(ir.DataType.from_numpy(numpy_dtype(dtype or "float32")))
             made = self._call("Cast", made, to=to)

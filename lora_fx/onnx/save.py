@@ -70,6 +70,10 @@ def save(
 def _with_data(
     model: ir.Model, path: Path, data: str, beside: Collection[str], delta: bool
 ) -> list[Path]:
+    for v in model.graph.initializers.values():  # else it would name the data of another file
+        small = v.const_value
+        if not delta and isinstance(small, ir.ExternalTensor) and small.nbytes < INLINE:
+            v.const_value = ir.tensor(small.numpy().copy(), name=small.name)
     # what a session replaces has to lie beside the file, however small it is
     values = [
         v

@@ -53,10 +53,11 @@ def _wrong_rows(
     written: OnnxGraph, before: Named, found: Found, fold: Fold
 ) -> Iterator[tuple[str, float]]:
     rng = np.random.default_rng()
-    for ident, name in fold.applied.items():
-        (f,) = (f for f in fold.report if ident == f"{f.parameter}|{'|'.join(f.keys)}")
-        pairs = [(found[k], fold.updates[k]) for k in f.keys]
-        base, got = before[f.parameter](), written.reader(name)()
+    idents = {f"{f.parameter}|{'|'.join(f.keys)}": f for f in fold.report}
+    for name in dict.fromkeys(fold.applied.values()):  # parts of one tensor lie in one constant
+        parts = [idents[i] for i, stored in fold.applied.items() if stored == name]
+        pairs = [(found[k], fold.updates[k]) for f in parts for k in f.keys]
+        base, got = before[parts[0].parameter](), written.reader(name)()
         if base.ndim != 2:
             rows = slice(None)
         else:

@@ -17,7 +17,16 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel, shapes_of, widened
+from lora_fx.compare import (
+    EPSILON,
+    ORT_TOL,
+    Parity,
+    compare,
+    rel,
+    rounded_gate,
+    shapes_of,
+    widened,
+)
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -151,11 +160,7 @@ def outside(reference: CapturedModule, named: Named) -> SizeError | None:
 
 
 def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> float:
-    """`tol` for fp32; for narrower outputs or adapted weights 8 eps, or half the adapter's effect.
-
-    Half the effect keeps a lost fold from passing as rounding, down to 4 epsilons, where no
-    output of that dtype can tell the two apart.
-    """
+    """`tol` for fp32; that of narrower outputs or adapted weights by their rounding."""
     found, updates = getattr(reference, "found", None), getattr(reference, "updates", {})
     stored = (found[key].parameter.dtype for key in updates) if found else ()
     eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored, *_narrow(reference)))
@@ -163,7 +168,7 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol
         return tol
     with reference.base():
         base = reference.flat(named)[name]
-    return max(tol, min(8 * eps, max(4 * eps, 0.5 * rel(base, expected))))
+    return rounded_gate(tol, eps, base, expected)
 
 
 def _narrow(reference: CapturedModule) -> set[str]:

@@ -20,7 +20,16 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.compare import Parity, compare, gates_of, rel, shapes_of, widened
+from lora_fx.compare import (
+    EPSILON,
+    Parity,
+    compare,
+    gates_of,
+    rel,
+    rounded_gate,
+    shapes_of,
+    widened,
+)
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -29,6 +38,7 @@ from lora_fx.ir.emitter import Role
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
+from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.text import Json
 
@@ -153,7 +163,7 @@ class OnnxReference:
         results = []
         for feeds in self.sizes():
             expected = self._run(adapter, True, feeds)
-            gates = gates_of(expected)
+            gates = self._gates(adapter, expected, feeds)
             shapes = shapes_of(feeds)
             got = run(feeds)
             parity = compare(got, expected, shapes, gates, of)
@@ -162,6 +172,19 @@ class OnnxReference:
                 parity = compare(got, expected, shapes, gates, of)
             results.append(parity)
         return results
+
+    def _gates(
+        self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
+    ) -> dict[str, float]:
+        """The base gates, wider where an adapted weight is stored in a narrower dtype."""
+        gates = gates_of(expected)
+        if adapter is None or self.graph is None:
+            return gates
+        found = find(self.graph)
+        eps = max(EPSILON.get(found[k].parameter.dtype, 0.0) for k in adapter.lowrank)
+        base = self._run(None, True, feeds) if eps else {}
+        return {n: rounded_gate(g, eps, base[n], expected[n]) if eps else g
+                for n, g in gates.items()}  # fmt: skip
 
     def idle(self, adapter: Adapter) -> list[str]:
         """Keys whose update, alone, changes no output."""

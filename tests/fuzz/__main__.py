@@ -1,12 +1,57 @@
-"""`python -m tests.fuzz FIRST LAST`: programs of these seeds, what became of them, in one table."""
+"""`python -m tests.fuzz [--onnx] FIRST LAST`: what became of these seeds, in one table.
+
+`--shrink` takes lines out of every failure while it stays one. Each share of the seeds is run by a
+process of its own, since the runtime ends some of them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
-from tests.fuzz.check import Verdict, check
+from tests.fuzz.check import check
 from tests.fuzz.programs import program
+from tests.fuzz.shrink import shrunk
+
+SHARE = 25
+"""Seeds of one process."""
+
+
+def verdict_of(seed: int, onnx: bool, export: bool) -> dict[str, Any]:
+    """What became of a seed."""
+    if onnx:
+        from tests.fuzz.check_graph import check_graph
+        from tests.fuzz.graphs import graph
+
+        return dataclasses.asdict(check_graph(graph(seed)))
+    verbs = ("insert", "fold", "attach") + (("export",) if export else ())
+    return dataclasses.asdict(check(program(seed), verbs))
+
+
+def verdicts(first: int, last: int, options: list[str]) -> Iterator[dict[str, Any]]:
+    """Those of all seeds; a process that ends at one is a failure of that one."""
+    while first < last:
+        end = min(last, first + SHARE)
+        words = [sys.executable, "-m", "tests.fuzz", str(first), str(end), "--lines", *options]
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("{"):
+                    verdict: dict[str, Any] = json.loads(line)
+                    first = verdict["seed"] + 1
+                    yield verdict
+        if child.returncode:
+            yield {"seed": first, "raw": [f"the process ends: {child.returncode}"]}
+            first += 1
 
 
 def main() -> None:
@@ -14,22 +59,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int)
+    parser.add_argument("--onnx", action="store_true")
     parser.add_argument("--no-export", action="store_true")
+    parser.add_argument("--shrink", action="store_true")
+    parser.add_argument("--lines", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    verbs = ("insert", "fold", "attach") + (() if given.no_export else ("export",))
-    verdicts: list[Verdict] = []
-    for seed in range(given.first, given.last):
-        drawn = program(seed)
-        verdict = check(drawn, verbs)
-        verdicts.append(verdict)
-        if verdict.wrong or verdict.raw:
-            print(f"--- seed {seed}: {verdict.wrong[:3]} {verdict.raw[:2]}\n{drawn.source}")
-        elif verdict.refused:
-            print(f"seed {seed} refused: {verdict.refused}", flush=True)
-    served = sum(bool({"insert", "attach"} & set(v.served)) for v in verdicts)
-    wrong, raw = (sum(bool(getattr(v, w)) for v in verdicts) for w in ("wrong", "raw"))
-    print(f"{len(verdicts)} programs, wrong {wrong}, raw {raw}, served {served}")
-    print(Counter(verb for v in verdicts for verb in v.served))
+    if given.lines:
+        for seed in range(given.first, given.last):
+            print(json.dumps(verdict_of(seed, given.onnx, not given.no_export)), flush=True)
+        return
+    options = ["--onnx"] * given.onnx + ["--no-export"] * given.no_export
+    counts: Counter[str] = Counter()
+    classes: Counter[str] = Counter()
+    seeds: dict[str, int] = {}
+    for v in verdicts(given.first, given.last, options):
+        counts["all"] += 1
+        for name in ("wrong", "raw", "unseen", "blind", "idle"):
+            counts[name] += bool(v.get(name))
+        counts.update(f"{verb} served" for verb in v.get("served", ()))
+        counts.update(f"{verb} served in part" for verb in v.get("partly", ()))
+        for verb, message in v.get("refused", {}).items():
+            kind = f"{verb.partition(' at ')[0]}: {plain(message)}"
+            classes[kind] += 1
+            seeds.setdefault(kind, v["seed"])
+        failed = {n: v[n][:2] for n in ("wrong", "raw", "unseen") if v.get(n)}
+        if failed:
+            print(f"--- seed {v['seed']}: {failed}", flush=True)
+        if given.shrink and (v.get("wrong") or v.get("raw")):
+            print(shrunk(v["seed"], given.onnx), flush=True)
+    print("; ".join(f"{name} {n}" for name, n in sorted(counts.items())))
+    for kind, n in classes.most_common():
+        print(f"{n:5} {kind} (seed {seeds[kind]})")
+
+
+def plain(message: str) -> str:
+    """A message without its names and numbers."""
+    text = re.sub(r"'[^']*'|/\S+", "…", message)
+    return re.sub(r"\d[\d.e+-]*", "#", text)[:160]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Shape
@@ -230,9 +230,24 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
         if weight is None or not _adaptable(flow.stores[weight.name].tensor.dtype, use, weight):
             continue
         result.append(OnnxWeightUse(_site(node, row, use, weight), node, use, row))
-    if not row.many and len(result) > 1:
-        return []  # both operands are stored: a constant
+        if not use.refusal and not weight.quantised:
+            _tell(flow, node, use, weight)
+    if not row.many and all(v is None or v in flow.weights for v in node.inputs):
+        return []  # every operand is stored: a constant
     return result
+
+
+def _tell(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -> None:
+    """Give x and the result the weight's dtype, where the file does not say theirs.
+
+    ONNX's inference knows nothing of other domains; ids are no numbers of that dtype.
+    """
+    cast = [s.dtype for s in weight.view.steps if isinstance(s, Cast)]
+    dtype = numpy_dtype(cast[-1]) if cast else flow.stores[weight.name].tensor.dtype.numpy()
+    ids = use.kind.name == "embedding"
+    for value in (None if ids else node.inputs[use.x], node.outputs[0]):
+        if value is not None and value.dtype is None:
+            value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
 
 
 def _adaptable(dtype: ir.DataType, use: OnnxOperand, weight: OnnxWeight) -> bool:

@@ -153,11 +153,16 @@ def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    shapes = [shape(i) for i in range(len(node.inputs))]
-    if any(s is None for s in shapes):
-        return
     equation = str(attr(node, "equation", "")).replace(" ", "")
-    terms = letters(equation, [len(s) for s in shapes if s is not None])
+    written = equation.partition("->")[0].split(",")
+    shapes = [shape(i) for i in range(len(node.inputs))]
+    if any(s is None and "." in t for s, t in zip(shapes, written, strict=True)):
+        why = "the rank of an operand is unknown"
+        yield from (OnnxOperand(i, 0, kinds.linear(), why) for i, s in enumerate(shapes) if s)
+        return
+    terms = letters(
+        equation, [len(t if s is None else s) for s, t in zip(shapes, written, strict=True)]
+    )
     for i in range(len(shapes)):
         kind, why = contraction(terms, i)
         other = next((j for j in range(len(shapes)) if j != i), i)

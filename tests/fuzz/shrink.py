@@ -1,0 +1,68 @@
+"""Less and less of a failing program: lines are dropped while it fails in the same way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from tests.fuzz.check import Verdict, check
+from tests.fuzz.programs import program
+
+Failure = tuple[str, str]
+"""wrong or raw, and the verb, with the kind of a raw exception."""
+
+
+def failures_of(verdict: Verdict) -> set[Failure]:
+    """The ways in which a program fails."""
+    wrong = {("wrong", re.split(r" at |:", w)[0]) for w in verdict.wrong}
+    return wrong | {("raw", ":".join(r.split(":")[:2]).partition(" at ")[0]) for r in verdict.raw}
+
+
+def shrink(source: str, fails: Callable[[str], bool]) -> str:
+    """A source of as few lines as can be that still fails; large parts are dropped first."""
+    lines = source.splitlines()
+    size = max(1, len(lines) // 2)
+    while size:
+        start, dropped = 0, False
+        while start < len(lines):
+            fewer = lines[:start] + lines[start + size :]
+            if fewer and fails("\n".join(fewer) + "\n"):
+                lines, dropped = fewer, True
+            else:
+                start += size
+        if not dropped or size > 1:
+            size //= 2
+    return "\n".join(lines) + "\n"
+
+
+def shrunk(seed: int, onnx: bool) -> str:
+    """The source of a seed that fails, made small."""
+    if onnx:
+        from tests.fuzz.check_graph import VERBS, check_graph
+        from tests.fuzz.graphs import graph
+
+        drawn = graph(seed)
+        first = failures_of(check_graph(drawn))
+        one = min(first)
+        verbs = [v for v in VERBS if v == re.split("[ :]", one[1])[0]]
+
+        def fails(source: str) -> bool:
+            try:
+                return one in failures_of(check_graph(replace(drawn, source=source), verbs))
+            except Exception:  # no graph
+                return False
+
+        return f"{one}\n{shrink(drawn.source, fails)}"
+    torch_drawn = program(seed)
+    one = min(failures_of(check(torch_drawn)))
+    verb = one[1].split(":")[0]
+    wanted = tuple(dict.fromkeys(("insert", verb)))
+
+    def fails_too(source: str) -> bool:
+        try:
+            return one in failures_of(check(replace(torch_drawn, source=source), wanted))
+        except Exception:  # no program
+            return False
+
+    return f"{one}\n{shrink(torch_drawn.source, fails_too)}"
