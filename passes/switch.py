@@ -60,7 +60,7 @@ class Switch:
         """Edit the graph; a graph that has a manifest is left alone.
 
         Raises:
-            LoraFxError: A key that is no target, or a part of a tensor.
+            LoraFxError: A key that is no target.
         """
         model = graph.model
         if PROPERTY in model.metadata_props:
@@ -69,7 +69,7 @@ class Switch:
         targets = []
         for key in self.keys:
             target = found.get(key)
-            if target is None or "[" in target.key:
+            if target is None:
                 raise LoraFxError(f"{key!r} is no target of the exported graph", "--exclude it")
             targets.append(target)
         if not targets:

@@ -31,7 +31,7 @@ from lora_fx.compare import (
     widened,
 )
 from lora_fx.conditions import Condition
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import SIZES, Extents, Named
 from lora_fx.ir.emitter import Role
@@ -40,6 +40,7 @@ from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
+from lora_fx.targets.target import base_name
 from lora_fx.text import Json
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -150,12 +151,21 @@ class OnnxReference:
         return partial(self._run, adapter, True)
 
     def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
-        """How far the runtime's own rewrites move the outputs."""
+        """How far the runtime's own rewrites, and a fold's rounding, move the outputs.
+
+        A fold moves every weight by half a unit of its last place, at most.
+        """
         worst: dict[str, float] = {}
+        updates = {} if adapter is None else adapter.lowrank
+        path = self._path(updates, moved=True) if updates else None
+        moved = open_session(path, self.session.provider) if path else self.session
         for feeds in self.sizes():
             plain, fused = (self._run(adapter, level, feeds) for level in (False, True))
-            for name, value in plain.items():
-                worst[name] = max(worst.get(name, 0.0), rel(value, fused[name]))
+            for key, u in updates.items():
+                feeds = {**feeds, **_factors(key, u)}
+            for values in (plain, self._outputs(moved, feeds)):
+                for name, value in values.items():
+                    worst[name] = max(worst.get(name, 0.0), rel(value, fused[name]))
         return worst
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
@@ -240,9 +250,9 @@ class OnnxReference:
             save(self._clone().model, path)
         return path
 
-    def _path(self, updates: Mapping[str, LowRank]) -> Path:
-        """The file of the graph with branches for these keys and ranks."""
-        key = tuple(
+    def _path(self, updates: Mapping[str, LowRank], *, moved: bool = False) -> Path:
+        """The file of the graph with branches for these keys and ranks, its weights as rounded."""
+        key = moved, *(
             (k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items()
         )
         if key not in self._made:
@@ -253,6 +263,12 @@ class OnnxReference:
             }
             Insert(zeros, role=Role.OPTIONAL_INPUT)(graph)
             graph.model.ir_version = max(graph.model.ir_version, 4)
+            for name in {base_name(k) for k in updates} if moved else ():
+                value = graph.read(name)
+                up = np.random.default_rng(0).integers(0, 2, value.shape) * 2 - 1
+                if "float" in value.dtype.name:
+                    eps = float(finfo(value.dtype.name).eps)
+                    graph.store(name, value.astype(np.float64) * (1 + up * (eps / 2)))
             path = self.folder / f"branches-{len(self._made)}.onnx"
             save(graph.model, path)
             self._made[key] = path
