@@ -35,12 +35,12 @@ from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import SIZES, Extents, Named
 from lora_fx.ir.emitter import Role
+from lora_fx.ir.view import Cast
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
-from lora_fx.targets.target import base_name
 from lora_fx.text import Json
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -191,7 +191,10 @@ class OnnxReference:
         if adapter is None or self.graph is None:
             return gates
         found = find(self.graph)
-        eps = max(EPSILON.get(found[k].parameter.dtype, 0.0) for k in adapter.lowrank)
+        targets = [found[k] for k in adapter.lowrank]
+        casts = (v for t in targets for s in t.sites for v in s.view.steps if isinstance(v, Cast))
+        dtypes = {*(t.parameter.dtype for t in targets), *(v.dtype for v in casts)}
+        eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
         base = self._run(None, True, feeds) if eps else {}
         return {n: rounded_gate(g, eps, base[n], expected[n]) if eps else g
                 for n, g in gates.items()}  # fmt: skip
@@ -263,7 +266,8 @@ class OnnxReference:
             }
             Insert(zeros, role=Role.OPTIONAL_INPUT)(graph)
             graph.model.ir_version = max(graph.model.ir_version, 4)
-            for name in {base_name(k) for k in updates} if moved else ():
+            found = find(self.graph) if moved and self.graph else {}
+            for name in {found[k].parameter.name for k in updates if found}:
                 value = graph.read(name)
                 up = np.random.default_rng(0).integers(0, 2, value.shape) * 2 - 1
                 if "float" in value.dtype.name:

@@ -177,9 +177,11 @@ def layouts_of(layout: str, shape: Sequence[int]) -> list[Axes]:
     return [own, own.swapped(), plain]
 
 
-def region_of(key: str) -> tuple[str, tuple[slice, ...]]:
+def region_of(key: str, names: Mapping[str, Any]) -> tuple[str, tuple[slice, ...]]:
     """A key's tensor, and the part of it."""
-    name, _, text = key.rstrip("]").partition("[")
+    if key in names or "[" not in key:
+        return key, ()
+    name, _, text = key.rstrip("]").rpartition("[")
     parts = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         lo, colon, hi = part.partition(":")
@@ -192,7 +194,7 @@ def updated(text: Text, adapter: Any) -> dict[str, Array]:
     """W + s·BA of every weight that the adapter changes, in fp64."""
     changed: dict[str, Array] = {}
     for key, low in adapter.lowrank.items():
-        name, region = region_of(key)
+        name, region = region_of(key, text.weights)
         whole = changed.setdefault(name, text.weights[name].astype(np.float64))
         part = whole[region] if region else whole
         a, b = low.a.astype(np.float64), low.b.astype(np.float64)
@@ -328,7 +330,7 @@ class Check:
             except LoraFxError as e:
                 self.verdict.refused.setdefault(verb, e.message)
                 named = [k for k in adapter.lowrank if f"'{k}'" in e.message
-                         or f"'{region_of(k)[0]}'" in e.message]  # fmt: skip
+                         or f"'{region_of(k, self.text.weights)[0]}'" in e.message]  # fmt: skip
                 kept = {k: v for k, v in adapter.lowrank.items() if k not in named}
                 if not named or not kept:
                     return None
@@ -495,7 +497,7 @@ class Check:
                 tensor.CopyFrom(from_array(new.astype(value.dtype), tensor.name))
         onnx.save(model, out)
         trained = self._tried("insert", lambda: adapter_in(out))
-        if trained is not None and all(region_of(k)[0] in self.text.weights for k in trained):
+        if trained is not None and all(region_of(k, self.text.weights)[0] in self.text.weights for k in trained):
             self._file("insert trained", out, self.truth(trained))
 
 

@@ -15,6 +15,7 @@ from tests.fuzz.onnx_text import Text
 
 WIDTHS = (3, 4, 6)
 ROWS = 20
+STYLES = ("{}.weight", "/layers/{}/MatMul", "a.{}[0]", "u@{}", "onnx::MatMul_{}", "{} .x", "é{}")
 OPSETS = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26)
 
 
@@ -30,7 +31,8 @@ class Draft:
         steps: T where it is a number.
         lines: The text.
         known: Weights that may be used again: (variable, in, out, whether stored [in, out]).
-        ids: The input of ids, where there is one.
+        ids: There is an input of ids, int64.
+        rows: N where it is a number.
     """
 
     rng: random.Random
@@ -41,6 +43,7 @@ class Draft:
     lines: list[str] = field(default_factory=list)
     known: list[tuple[str, int, int, bool]] = field(default_factory=list)
     ids: bool = False
+    rows: int | None = None
     count: int = 0
 
     def say(self, *lines: str) -> None:
@@ -56,7 +59,7 @@ class Draft:
         return self.rng.random() < share
 
     def name(self) -> str:
-        """A new variable."""
+        """A new variable, which is what a weight is called too; see Text.weight for odd names."""
         self.count += 1
         return f"w{self.count}"
 
@@ -152,7 +155,8 @@ def _stack(d: Draft) -> None:
     else:
         way = d.rng.randrange(4)
         if way == 0:
-            w = d.weight(f"1 {d.width} {out}", "i1 ib oc".replace("i1 ib oc", "b i o"))
+            rows = 2 if d.rows == 2 and d.chance(0.7) else 1
+            w = d.weight(f"{rows} {d.width} {out}", "b i o")
             d.say(f"h = g.node('MatMul', [h, {w}])")
         elif way == 1:
             w = d.weight(f"2 {d.width} {out}", "b i o")
@@ -167,6 +171,126 @@ def _stack(d: Draft) -> None:
             d.say("h = g.turn(g.unsqueeze(h, 1), 0, 1, 3, 2)",
                   f"h = g.turn(g.reduce('Mean', g.node('MatMul', [{w}, h]), [1], 0), 0, 2, 1)")  # fmt: skip
     d.width = out
+
+
+def _views(d: Draft) -> None:
+    """A weight behind several views, some of which change nothing."""
+    out, w = d.out(), d.name()
+    i, o, way = d.width, out, d.rng.randrange(10)
+    if way == 0:
+        d.say(f"{w} = g.weight('{w}', ({o}, 3, {i}), 'o b i')",
+              f"{w} = g.turn({w}, 1, 2, 0)", f"{w} = g.view('Gather', {w}, [g.const(-1)], axis=0)")  # fmt: skip
+    elif way == 1:
+        d.say(f"{w} = g.weight('{w}', ({i}, {o}), 'i o')",
+              f"{w} = g.cast(g.cast({w}, 'float16'), 'float32')", "g.gate.append(1e-2)")  # fmt: skip
+    elif way == 2:
+        d.say(f"{w} = g.weight('{w}', ({i}, {2 * o}), 'i o')",
+              f"{w} = g.view('Slice', {w}, [g.const([-{o}]), g.const([2**62]), g.const([-1])])")  # fmt: skip
+    elif way == 3:
+        attrs = "" if d.opset < 18 else ", num_outputs=2"
+        d.say(f"{w} = g.weight('{w}', ({i}, {2 * o}), 'i o')",
+              f"{w} = g.view('Split', {w}, n=2, at=1, axis=-1{attrs})")  # fmt: skip
+    elif way == 4:
+        d.say(f"{w} = g.weight('{w}', ({i}, {o}), 'i o')",
+              f"{w} = g.shape(g.shape({w}, [1, {i}, -1]), [{i}, {o}])")  # fmt: skip
+    elif way == 5:
+        d.say(f"{w} = g.weight('{w}', ({o}, {i}), 'o i')",
+              f"{w} = g.view('Flatten', {w}, axis=-1)", f"{w} = g.turn({w}, 1, 0)")  # fmt: skip
+    elif way == 6:  # not in the order of any axes
+        d.say(f"{w} = g.weight('{w}', ({o}, {i}), 'o i')", f"{w} = g.shape({w}, [{i}, {o}])")
+    elif way == 7:
+        d.say(f"{w} = g.weight('{w}', ({i}, {o}), 'i o')",
+              f"{w} = g.view('Expand', {w}, [g.const([1, {i}, {o}])])",
+              f"{w} = g.squeeze({w}, 0)")  # fmt: skip
+    elif way == 8:
+        d.say(f"{w} = g.weight('{w}', ({i + 2}, {o}), 'i o')",
+              f"{w} = g.cut(g.cut({w}, 1, {i + 2}, 0), 0, {i}, 0)")  # fmt: skip
+    else:
+        d.say(f"{w} = g.weight('{w}', ({i}, {o}), 'i o')", f"{w} = g.unsqueeze({w}, 0)")
+        d.say(f"{w} = g.squeeze({w}, 0)" if d.chance(0.5) else f"{w} = g.shape({w}, [{i}, {o}])")
+    d.say(f"h = g.node('MatMul', [h, {w}])")
+    d.width = out
+
+
+def _slots(d: Draft) -> None:
+    """One weight in two slots of a node."""
+    w = d.name()
+    n, way = d.width, d.rng.randrange(3)
+    if way == 0 and d.kind == "seq":
+        d.say(f"{w} = g.weight('{w}', (1, {n}, {n}), 'b o i')",
+              f"y = g.node('RNN', [g.turn(h, 1, 0, 2), {w}, {w}], hidden_size={n})",
+              f"h = g.shape(g.turn(y, 2, 0, 1, 3), [0, 0, {n}])")  # fmt: skip
+    elif way == 1 and d.opset >= 12:
+        eq = "nti,io,ok->ntk" if d.kind == "seq" else "ni,io,ok->nk"
+        d.say(f"{w} = g.weight('{w}', ({n}, {n}), 'i o')",
+              f"h = g.node('Einsum', [h, {w}, {w}], equation='{eq}')")  # fmt: skip
+    else:
+        d.say(f"{w} = g.weight('{w}', ({n}, {n}), 'i o')",
+              f"h = g.node('MatMul', [g.node('Tanh', [g.node('MatMul', [h, {w}])]), {w}])")  # fmt: skip
+
+
+def _chosen(d: Draft) -> None:
+    """A weight that data choose, join or mask."""
+    out = d.out()
+    a, b = d.name(), d.name()
+    size = f"({d.width}, {out})"
+    d.say(f"{a} = g.weight('{a}', {size}, 'i o')", f"{b} = g.weight('{b}', {size}, 'i o')",
+          "c = g.node('Greater', [g.reduce('Mean', h, [0, 1], 0), g.const(0.0, 'float32')])")  # fmt: skip
+    way = d.rng.randrange(4)
+    if way == 0:
+        d.say(f"v = g.node('Where', [c, g.other({a}), g.other({b})])")
+    elif way == 1:
+        d.say("s, t = g.body(), g.body()", f"s.output(s.node('Identity', [g.other({a})]))",
+              f"t.output(t.node('Identity', [g.other({b})]))",
+              "",
+              "v = g.node('If', [c], then_branch=s.graph(), else_branch=t.graph())")  # fmt: skip
+        d.lines[-2] = "c = g.node('Less', [g.node('Size', [h]), g.const(40)])"
+    elif way == 2:
+        d.say(f"v = g.node('Concat', [g.other({a}), g.other({b})], axis=1)")
+        out *= 2
+    else:
+        d.say(f"k = g.cast(g.node('Greater', [g.node('Size', [h]), g.const(40)]), 'int64')",
+              f"v = g.node('Concat', [g.unsqueeze(g.other({a}), 0), g.unsqueeze(g.other({b}), 0)], axis=0)",
+              "v = g.node('Gather', [v, k], axis=0)")  # fmt: skip
+    if way == 0 and d.kind != "seq":
+        d.lines[-1] = f"v = g.node('Add', [g.other({a}), g.other({b})])"
+    if way == 0 and d.kind == "seq":
+        d.lines[-2] = "c = g.node('Greater', [g.reduce('Mean', h, [0, 1, 2], 0), g.const(0.0, 'float32')])"
+    d.say("h = g.node('MatMul', [h, v])")
+    d.width = out
+
+
+def _ends(d: Draft) -> None:
+    """A product that is an output, and is read on."""
+    out = d.out()
+    w = d.matrix(d.width, out)
+    d.say(f"h = g.node('MatMul', [h, {w}])", "g.output(h)")
+    d.width = out
+
+
+def _narrow(d: Draft) -> None:
+    """A weight in float32 and a product in float16."""
+    out = d.out()
+    w = d.matrix(d.width, out)
+    d.say(f"h = g.cast(g.node('MatMul', [g.cast(h, 'float16'), g.cast({w}, 'float16')]), 'float32')",
+          "g.gate.append(1e-2)")  # fmt: skip
+    d.width = out
+
+
+def _nested(d: Draft) -> None:
+    """If in a Loop, its weight outside or inside."""
+    w = d.matrix(d.width, d.width)
+    d.say("b = g.body()", "i = b.input('i%d' % b.count[0], [], 'int64')",
+          "c = b.input('c%d' % b.count[0], [], 'bool')", "s = b.input('s%d' % b.count[0], None)",
+          "t, e = b.body(), b.body()", f"t.output(t.node('MatMul', [s, {w}]))")  # fmt: skip
+    if d.chance(0.5):
+        v = d.weight(f"{d.width} {d.width}", "i o", plain=True, owner="e")
+        d.say(f"e.output(e.node('Tanh', [e.node('MatMul', [s, {v}])]))")
+    else:
+        d.say("e.output(e.node('Tanh', [s]))")
+    d.say("r = b.node('If', [b.node('Less', [i, b.const(1)])], then_branch=t.graph(), else_branch=e.graph())",
+          "b.output(b.node('Identity', [c]), [], 'bool')", "b.output(b.node('Tanh', [r]))",
+          "h = g.node('Loop', [g.const(3), '', h], body=b.graph())")  # fmt: skip
 
 
 def _vector(d: Draft) -> None:
@@ -341,7 +465,7 @@ def _reader(d: Draft) -> None:
         d.say(f"r = g.node('Mul', [g.other({w}), g.const(0.01, 'float32')])",
               "h = g.add(h, g.reduce('Max', r, [0, 1], 0))")  # fmt: skip
     elif way == 4:
-        d.say(f"s = g.cast(g.node('Size', [g.other({w})]), 'float32')",
+        d.say(f"s = g.cast(g.node('Size', [{w}.old]), 'float32')",
               "h = g.node('Div', [h, s])")  # fmt: skip
     else:
         d.say(f"r = g.node('Mul', [g.other({w}), g.const(2.0, 'float32')])",
@@ -610,7 +734,7 @@ def _quantised(d: Draft) -> None:
               "y = g.node('MatMulInteger', [x, c, z, g.const(8, 'uint8')])",
               "h = g.node('Mul', [g.cast(y, 'float32'), g.node('Mul', [s, g.const(0.05, 'float32')])])")  # fmt: skip
     del w
-    d.say("g.gate.append(2e-2)")
+    d.say("g.gate.append(1e-1)")
     d.width = out
 
 
@@ -628,6 +752,7 @@ BLOCKS: tuple[Block, ...] = (
     *([_einsum] * 3 + [_convolution] * 3 + [_recurrent] * 2 + [_branch] * 2 + [_loop] * 2),
     *(_scan, _function, _fused, _fused, _half, _lookup, _lookup, _attend, _tie, _tie, _reader),
     *(_reader, _computed, _part, _overlap, _vector, _norm, _regroup, _quantised, _empty),
+    *(_views, _views, _slots, _chosen, _ends, _narrow, _nested),
 )
 IMAGE: tuple[Block, ...] = (*([_convolution] * 5 + [_plain] * 3), _norm, _fused)
 
@@ -663,8 +788,13 @@ class GraphProgram:
 
 def _begin(d: Draft) -> None:
     rng = d.rng
-    rows: int | str = rng.choice(("N", "N", "N", "N", 2))
+    rows: int | str = rng.choice(("N", "N", "N", "N", "N", 2))
+    d.rows = rows if isinstance(rows, int) else None
     d.say(f"g.opset = {d.opset}")
+    if d.chance(0.25):
+        d.say(f"g.style = {d.rng.choice(STYLES)!r}")
+    if d.chance(0.05):
+        d.say("g.domain = 'ai.onnx'")
     if d.kind == "seq":
         steps: int | str = rng.choice(("T", "T", "T", 5))
         d.steps = steps if isinstance(steps, int) else None

@@ -55,6 +55,8 @@ class Text:
         read: Weights that something else reads.
         symbols: Input → its dimensions, named.
         highs: Input → integers lie below this.
+        style: How weights are called.
+        domain: Of the standard's own ops.
         infer: Write the shapes of all values into the file.
         external: Keep the weights in a file beside it.
         cuts: Numbers on both sides of which sizes have to be tried.
@@ -78,6 +80,8 @@ class Text:
     functions: list[onnx.FunctionProto] = field(default_factory=list)
     symbols: dict[str, Dims] = field(default_factory=dict)
     highs: dict[str, int] = field(default_factory=dict)
+    style: str = "{}"
+    domain: str = ""
     infer: bool = False
     external: bool = False
 
@@ -85,7 +89,7 @@ class Text:
         """Another graph of the same model."""
         return Text(
             self.opset, self.seed, self.changed, self.weights, self.layouts, self.used, self.read,
-            self.cuts, self.gate, self.count,
+            self.cuts, self.gate, self.count, style=self.style,
         )  # fmt: skip
 
     def fresh(self, stem: str = "v") -> str:
@@ -110,6 +114,7 @@ class Text:
     ) -> Weight:
         """A weight; `how` is constant (a node) or input (an initialiser that is an input too)."""
         value = self._value(name, shape, scale).astype(dtype)
+        name = self.style.format(name)
         self.weights[name], self.layouts[name] = value, layout
         if name not in self.changed:
             self._store(name, value, how)
@@ -143,6 +148,7 @@ class Text:
         self.used.update(x.name for x in ins if isinstance(x, Weight))
         names = [x.new if isinstance(x, Weight) else x for x in ins]
         made = [self.fresh() for _ in range(n)]
+        domain = domain or self.domain
         self.nodes.append(helper.make_node(op, names, made, domain=domain, **attrs))
         return made[0] if n == 1 else tuple(made)
 
@@ -258,7 +264,7 @@ class Text:
         made = helper.make_model(
             self.graph("main"), opset_imports=opsets, functions=self.functions, ir_version=version
         )
-        return onnx.shape_inference.infer_shapes(made) if self.infer else made
+        return onnx.shape_inference.infer_shapes(made) if self.infer and not self.domain else made
 
 
 def _whole(value: Any) -> bool:
