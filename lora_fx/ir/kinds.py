@@ -345,6 +345,10 @@ def contraction(terms: list[str], i: int) -> tuple[Kind, str]:
     elif all(c in x for c in w) and all(c in y for c in w):
         why = "no contraction: nothing of low rank"
     elif all(c in y for c in w) or all(c in x or c not in y for c in w):
+        met = tuple(k for k, c in enumerate(w) if c in others[0])
+        rest = tuple(k for k in range(len(w)) if k not in met)
+        if len(others) > 1 and met and rest:  # a link of a chain: what it meets first is in
+            return WeightForm("einsum", Axes((), rest, met)), ""
         why = "one side of the weight has no axis: nothing of low rank"
     summed = any(c not in x and c not in y for c in w)
     if len(others) == 1 and (why or not summed):

@@ -232,8 +232,12 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
         result.append(OnnxWeightUse(_site(node, row, use, weight), node, use, row))
         if not use.refusal and not weight.quantised:
             _tell(flow, node, use, weight)
-    if not row.many and all(v is None or v in flow.weights for v in node.inputs):
-        return []  # every operand is stored: a constant
+    stored = (v is None or v in flow.weights or v in flow.computed for v in node.inputs)
+    if not row.many and all(stored):
+        return []  # a constant
+    if not row.many and len(result) > 1:  # an einsum of several weights: each has its own branch
+        result = [replace(f, site=replace(f.site, id=f"{f.site.id}:{f.use.weight}"))
+                  for f in result]  # fmt: skip
     return result
 
 
