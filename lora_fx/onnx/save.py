@@ -70,10 +70,11 @@ def save(
 def _with_data(
     model: ir.Model, path: Path, data: str, beside: Collection[str], delta: bool
 ) -> list[Path]:
-    for v in model.graph.initializers.values():  # else it would name the data of another file
-        small = v.const_value
-        if not delta and isinstance(small, ir.ExternalTensor) and small.nbytes < INLINE:
-            v.const_value = ir.tensor(small.numpy().copy(), name=small.name)
+    for graph in () if delta else model.graphs():  # else they would name the data of another file
+        for v in graph.initializers.values():
+            held, body = v.const_value, graph is not model.graph
+            if isinstance(held, ir.ExternalTensor) and (body or held.nbytes < INLINE):
+                v.const_value = ir.tensor(held.numpy().copy(), name=held.name)
     # what a session replaces has to lie beside the file, however small it is
     values = [
         v

@@ -255,8 +255,9 @@ class OnnxReference:
 
     def _path(self, updates: Mapping[str, LowRank], *, moved: bool = False) -> Path:
         """The file of the graph with branches for these keys and ranks, its weights as rounded."""
-        key = moved, *(
-            (k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items()
+        key = (
+            moved,
+            *((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items()),
         )
         if key not in self._made:
             graph = self._clone()

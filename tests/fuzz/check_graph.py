@@ -461,7 +461,11 @@ class Check:
         if took is None:
             return
         session = session_of(out, rewrites=True)
-        truths = [self.base, self.truth(took), Truth.of(self.program, updated(self.text, kept(took)))]
+        truths = [
+            self.base,
+            self.truth(took),
+            Truth.of(self.program, updated(self.text, kept(took))),
+        ]
         for k, feeds in self.sizes:
             rows = max((v.shape[0] for v in feeds.values()), default=0)
             wants = [t.at(k, feeds) for t in truths]
@@ -497,7 +501,9 @@ class Check:
                 tensor.CopyFrom(from_array(new.astype(value.dtype), tensor.name))
         onnx.save(model, out)
         trained = self._tried("insert", lambda: adapter_in(out))
-        if trained is not None and all(region_of(k, self.text.weights)[0] in self.text.weights for k in trained):
+        if trained is not None and all(
+            region_of(k, self.text.weights)[0] in self.text.weights for k in trained
+        ):
             self._file("insert trained", out, self.truth(trained))
 
 

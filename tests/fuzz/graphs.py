@@ -1,9 +1,11 @@
 """A small ONNX graph as source text, drawn from a seed, so that a failure can be read and replayed.
 
 A graph takes floats [batch, steps, width] or [batch, width], ids, or images, and goes through a few
-blocks: every way in which an op of the table reads a weight, views of weights, weights in bodies and
-functions, other readers, ties, cuts to constants, masks and reductions.
+blocks: every way in which an op of the table reads a weight, views of weights, weights in bodies
+and functions, other readers, ties, cuts to constants, masks and reductions.
 """
+
+# ruff: noqa: E501  # lines of drawn text are not folded
 
 from __future__ import annotations
 
@@ -96,9 +98,6 @@ class Draft:
             self.say(f"{w} = g.weight('{w}', ({sizes[0] * 2}, {text[len(str(sizes[0])) + 2:]}), "
                      f"'{layout}')", f"{w} = g.cut({w}, {sizes[0]}, {2 * sizes[0]}, 0)")  # fmt: skip
         elif way == 9:
-            kinds = f"o {layout}" if " o" in f" {layout}" else layout
-            axis = self.rng.choice((0, 1)) if kinds == layout else 0
-            del axis
             self.say(f"{w} = g.weight('{w}', (1, {text}), 'o1 "
                      + self._sized(layout, sizes) + "')", f"{w} = g.squeeze({w}, 0)")  # fmt: skip
         else:
@@ -114,7 +113,9 @@ class Draft:
     def matrix(self, inside: int, out: int, *, stored_in_out: bool = True) -> str:
         """A matrix, or one that stands there already."""
         if self.chance(0.15):
-            fits = [n for n, i, o, first in self.known if (i, o, first) == (inside, out, stored_in_out)]
+            fits = [
+                n for n, i, o, first in self.known if (i, o, first) == (inside, out, stored_in_out)
+            ]
             if fits:
                 return self.rng.choice(fits)
         shape, layout = (f"{inside} {out}", "i o") if stored_in_out else (f"{out} {inside}", "o i")
@@ -160,7 +161,9 @@ def _stack(d: Draft) -> None:
             d.say(f"h = g.node('MatMul', [h, {w}])")
         elif way == 1:
             w = d.weight(f"2 {d.width} {out}", "b i o")
-            d.say("h = g.unsqueeze(h, 1)", f"h = g.reduce('Mean', g.node('MatMul', [h, {w}]), [1], 0)")
+            d.say(
+                "h = g.unsqueeze(h, 1)", f"h = g.reduce('Mean', g.node('MatMul', [h, {w}]), [1], 0)"
+            )
         elif way == 2 and d.width % 2 == 0:
             half = d.width // 2
             w = d.weight(f"2 {half} {out}", "b i o")
@@ -197,7 +200,8 @@ def _views(d: Draft) -> None:
         d.say(f"{w} = g.weight('{w}', ({o}, {i}), 'o i')",
               f"{w} = g.view('Flatten', {w}, axis=-1)", f"{w} = g.turn({w}, 1, 0)")  # fmt: skip
     elif way == 6:  # not in the order of any axes
-        d.say(f"{w} = g.weight('{w}', ({o}, {i}), 'o i')", f"{w} = g.shape({w}, [{i}, {o}])")
+        d.say(f"{w} = g.weight('{w}', ({o}, {i}), '{'i o' if i == o else 'o i'}')",
+              f"{w} = g.shape({w}, [{i}, {o}])")  # fmt: skip
     elif way == 7:
         d.say(f"{w} = g.weight('{w}', ({i}, {o}), 'i o')",
               f"{w} = g.view('Expand', {w}, [g.const([1, {i}, {o}])])",
@@ -249,13 +253,15 @@ def _chosen(d: Draft) -> None:
         d.say(f"v = g.node('Concat', [g.other({a}), g.other({b})], axis=1)")
         out *= 2
     else:
-        d.say(f"k = g.cast(g.node('Greater', [g.node('Size', [h]), g.const(40)]), 'int64')",
+        d.say("k = g.cast(g.node('Greater', [g.node('Size', [h]), g.const(40)]), 'int64')",
               f"v = g.node('Concat', [g.unsqueeze(g.other({a}), 0), g.unsqueeze(g.other({b}), 0)], axis=0)",
               "v = g.node('Gather', [v, k], axis=0)")  # fmt: skip
     if way == 0 and d.kind != "seq":
         d.lines[-1] = f"v = g.node('Add', [g.other({a}), g.other({b})])"
     if way == 0 and d.kind == "seq":
-        d.lines[-2] = "c = g.node('Greater', [g.reduce('Mean', h, [0, 1, 2], 0), g.const(0.0, 'float32')])"
+        d.lines[-2] = (
+            "c = g.node('Greater', [g.reduce('Mean', h, [0, 1, 2], 0), g.const(0.0, 'float32')])"
+        )
     d.say("h = g.node('MatMul', [h, v])")
     d.width = out
 
@@ -359,12 +365,20 @@ def _convolution(d: Draft) -> None:
     ks = " ".join([str(kernel)] * n)
     if transposed:
         shape = f"{d.width} {out // groups} {ks}"
-        layout = "i" + " o" * (1 + n) if groups == 1 else f"b{groups} i{d.width // groups} o{out // groups}" + "".join(
-            f" o{kernel}" for _ in range(n))
+        layout = (
+            "i" + " o" * (1 + n)
+            if groups == 1
+            else f"b{groups} i{d.width // groups} o{out // groups}"
+            + "".join(f" o{kernel}" for _ in range(n))
+        )
     else:
         shape = f"{out} {d.width // groups} {ks}"
-        layout = "o" + " i" * (1 + n) if groups == 1 else f"b{groups} o{out // groups} i{d.width // groups}" + "".join(
-            f" i{kernel}" for _ in range(n))
+        layout = (
+            "o" + " i" * (1 + n)
+            if groups == 1
+            else f"b{groups} o{out // groups} i{d.width // groups}"
+            + "".join(f" i{kernel}" for _ in range(n))
+        )
     w = d.weight(shape, layout)
     bias = f", g.const(np.linspace(-1, 1, {out}), 'float32')" if d.chance(0.5) else ""
     op = "ConvTranspose" if transposed else "Conv"
@@ -409,7 +423,9 @@ def _einsum(d: Draft) -> None:
                   "equation='nti,io,o->nto')")  # fmt: skip
             d.width = out
             return
-        w = d.weight(*((f"{d.width} {out}", "i o") if way % 2 == 0 else (f"{out} {d.width}", "o i")))
+        w = d.weight(
+            *((f"{d.width} {out}", "i o") if way % 2 == 0 else (f"{out} {d.width}", "o i"))
+        )
         eq = ("nti,io->nto", "oi,nti->nto", "...i,io->...o", "NTI,OI->NTO")[way % 4]
         if eq.startswith("oi"):
             d.say(f"h = g.node('Einsum', [{w}, h], equation='{eq}')")
@@ -431,7 +447,9 @@ def _recurrent(d: Draft) -> None:
     attrs = f"hidden_size={hidden}, direction='{'bidirectional' if both else 'forward'}'"
     if op == "GRU" and d.chance(0.5):
         attrs += ", linear_before_reset=1"
-    bias = f", g.const(np.full(({n}, {2 * gates * hidden}), 0.1), 'float32')" if d.chance(0.5) else ""
+    bias = (
+        f", g.const(np.full(({n}, {2 * gates * hidden}), 0.1), 'float32')" if d.chance(0.5) else ""
+    )
     d.say(f"y = g.node('{op}', [g.turn(h, 1, 0, 2), {w}, {r}{bias}], {attrs})",
           f"h = g.shape(g.turn(y, 2, 0, 1, 3), [0, 0, {n * hidden}])")  # fmt: skip
     d.width = n * hidden
@@ -491,12 +509,16 @@ def _part(d: Draft) -> None:
     d.say(f"{w} = g.weight('{w}', ({wide}, {2 * wide}), 'i o')")
     if d.chance(0.5):
         opset = d.opset
-        attrs = ", split=[{0}, {0}]".format(wide) if opset < 13 else ""
+        attrs = f", split=[{wide}, {wide}]" if opset < 13 else ""
         ins = "" if opset < 13 else f", [g.const([{wide}, {wide}])]"
-        d.say(f"a, b = (g.view('Split', {w}{ins or ', []'}, n=2, at=k, axis=1{attrs}) for k in (0, 1))")
+        d.say(
+            f"a, b = (g.view('Split', {w}{ins or ', []'}, n=2, at=k, axis=1{attrs}) for k in (0, 1))"
+        )
     else:
         d.say(f"a, b = g.cut({w}, 0, {wide}, 1), g.cut({w}, {wide}, {2 * wide}, 1)")
-    d.say("h = g.node('Mul', [g.node('MatMul', [h, a]), g.node('Sigmoid', [g.node('MatMul', [h, b])])])")
+    d.say(
+        "h = g.node('Mul', [g.node('MatMul', [h, a]), g.node('Sigmoid', [g.node('MatMul', [h, b])])])"
+    )
 
 
 def _overlap(d: Draft) -> None:
@@ -555,7 +577,11 @@ def _scan(d: Draft) -> None:
     """Scan over the steps, or over a stack of weights."""
     if d.kind != "seq":
         return _loop(d)
-    d.say("b = g.body()", "s = b.input('s%d' % b.count[0], None)", "x = b.input('x%d' % b.count[0], None)")
+    d.say(
+        "b = g.body()",
+        "s = b.input('s%d' % b.count[0], None)",
+        "x = b.input('x%d' % b.count[0], None)",
+    )
     if d.chance(0.3):
         w = d.name()
         d.say(f"{w} = g.weight('{w}', (2, {d.width}, {d.width}), 'b i o')",
@@ -589,19 +615,23 @@ def _fused(d: Draft) -> None:
     if way == 0:
         turned = d.chance(0.5)
         w = d.matrix(d.width, out, stored_in_out=not turned)
-        d.say(f"h = g.node('FusedMatMul', [h, {w}], domain=MS, transB={int(turned)}, alpha={d.rng.choice((1.0, 0.5))})")
+        d.say(
+            f"h = g.node('FusedMatMul', [h, {w}], domain=MS, transB={int(turned)}, alpha={d.rng.choice((1.0, 0.5))})"
+        )
     elif way == 1 and d.kind == "seq":
         w = d.matrix(d.width, out)
         d.say(f"h = g.node('FusedMatMul', [g.turn(h, 0, 2, 1), {w}], domain=MS, transA=1)")
     elif way == 2 and d.kind == "seq" and d.width % 2 == 0:
         out = d.width
         w = d.weight(f"{d.width} {3 * out}", "i o")
-        d.say(f"h = g.node('Attention', [h, {w}, g.const([0.1] * {3 * out}, 'float32')], domain=MS, num_heads=2)")
+        d.say(
+            f"h = g.node('Attention', [h, {w}, g.const([0.1] * {3 * out}, 'float32')], domain=MS, num_heads=2)"
+        )
     else:
         out = d.width
         w = d.matrix(d.width, out)
         flat = "h" if d.kind == "flat" else f"g.shape(h, [-1, {d.width}])"
-        y = f"g.node('FusedGemm', [{flat}, g.other({w}), g.const([0.1] * {out}, 'float32')], domain=MS, activation='Relu')"
+        y = f"g.node('FusedGemm', [{flat}, {w}, g.const([0.1] * {out}, 'float32')], domain=MS, activation='Relu')"
         d.say(f"h = {y}" if d.kind == "flat" else f"h = g.like({y}, h, {out})")
     d.width = out
 
@@ -675,7 +705,11 @@ def _regroup(d: Draft) -> None:
     if way == 0:
         d.say(f"h = g.shape(g.shape(h, [-1, {d.width}]), [-1, 1, {d.width}])")
     elif way == 1:
-        d.say("s = g.node('Shape', [h])", f"x = g.shape(h, [-1, {d.width}])", "h = g.node('Reshape', [x, s])")
+        d.say(
+            "s = g.node('Shape', [h])",
+            f"x = g.shape(h, [-1, {d.width}])",
+            "h = g.node('Reshape', [x, s])",
+        )
         return None
     else:
         d.say("h = g.turn(h, 1, 0, 2)")
@@ -710,7 +744,9 @@ def _plain(d: Draft) -> None:
 
 def _norm(d: Draft) -> None:
     if d.kind == "image":
-        d.say(f"h = g.node('BatchNormalization', [h, *(g.const([v] * {d.width}, 'float32') for v in (1.5, 0.1, 0.2, 0.9))])")
+        d.say(
+            f"h = g.node('BatchNormalization', [h, *(g.const([v] * {d.width}, 'float32') for v in (1.5, 0.1, 0.2, 0.9))])"
+        )
     elif d.opset >= 17:
         d.say(f"h = g.node('LayerNormalization', [h, g.const([1.5] * {d.width}, 'float32'), "
               f"g.const([0.1] * {d.width}, 'float32')], axis=-1)")  # fmt: skip
@@ -723,7 +759,6 @@ def _norm(d: Draft) -> None:
 def _quantised(d: Draft) -> None:
     """A weight as integers."""
     out = d.out()
-    w = d.name()
     if d.chance(0.5):
         d.say(f"c = g.const(np.arange({d.width * out}).reshape({d.width}, {out}) % 17 - 8, 'int8')",
               "q = g.node('DequantizeLinear', [c, g.const(0.05, 'float32'), g.const(1, 'int8')])",
@@ -733,7 +768,6 @@ def _quantised(d: Draft) -> None:
               f"c = g.const(np.arange({d.width * out}).reshape({d.width}, {out}) % 17, 'uint8')",
               "y = g.node('MatMulInteger', [x, c, z, g.const(8, 'uint8')])",
               "h = g.node('Mul', [g.cast(y, 'float32'), g.node('Mul', [s, g.const(0.05, 'float32')])])")  # fmt: skip
-    del w
     d.say("g.gate.append(1e-1)")
     d.width = out
 
@@ -818,7 +852,10 @@ def _begin(d: Draft) -> None:
             d.ids = False
         table = d.weight(f"{ROWS} {d.width}", "i o")
         d.known.append((table, ROWS, d.width, True))
-        d.say(f"e = g.node('Gather', [{table}, 'ids'], axis=0)", "h = e" if alone else "h = g.add(h, e)")
+        d.say(
+            f"e = g.node('Gather', [{table}, 'ids'], axis=0)",
+            "h = e" if alone else "h = g.add(h, e)",
+        )
     if d.kind != "image" and d.chance(0.15):
         second = [f"{dims[0]}", *([dims[1]] if d.kind == "seq" else []), 3]
         second[0] = dims[0]

@@ -311,10 +311,8 @@ def axes_of(layout: str, shape: Sequence[int]) -> Axes:
     """The axes of a layout's text, of a tensor or of a region of one."""
     found = [TOKEN.fullmatch(t) for t in layout.split()]
     tokens = [m.groups() for m in found if m]
-    if len(tokens) == len(shape):
-        split = tuple(shape)
-    else:
-        split = tuple(int(size) for _, _, size in tokens)
+    whole = len(tokens) == len(shape)
+    split = tuple(shape) if whole else tuple(int(size) for _, _, size in tokens)
     return Axes(split, tuple(kind + order for kind, order, _ in tokens))
 
 

@@ -131,8 +131,9 @@ def _store(flow: OnnxFlow, value: ir.Value) -> None:
 
 def _visit(flow: OnnxFlow, node: ir.Node) -> None:
     if node.op_type == "Constant" and not node.domain:
-        if "value" in node.attributes and len(node.outputs[0].uses()):
-            _store(flow, node.outputs[0])
+        out = node.outputs[0]
+        if "value" in node.attributes and (out.uses() or out.is_graph_output()):
+            _store(flow, out)
         return
     source = None if not node.inputs or node.inputs[0] is None else node.inputs[0]
     weight = None if source is None else flow.weights.get(source)
