@@ -6,6 +6,7 @@ model with it runs in ONNX Runtime as it is, without the runtime's rewrites.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import tempfile
@@ -145,6 +146,7 @@ def survived(base: Truth, sizes: Sequence[tuple[int, Feeds]]) -> set[int]:
         read, write = os.pipe()
         child = os.fork()
         if not child:
+            faulthandler.disable()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             for k, feeds in todo:
                 base.at(k, feeds)
@@ -236,7 +238,7 @@ def drawn(found: Any, text: Text, seed: int, keys: Sequence[str] | None = None) 
         entries[target.key] = lora_fx.LowRank(
             a.astype(np.float32), b.astype(np.float32), alpha, layout
         )
-    return lora_fx.Adapter(entries)
+    return lora_fx.Adapter(entries).bind(found)  # a key without a use means all of them
 
 
 def _part(target: Any, rng: np.random.Generator) -> str:
