@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
+from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -190,8 +191,7 @@ class OnnxReference:
         gates = gates_of(expected)
         if adapter is None or self.graph is None:
             return gates
-        found = find(self.graph)
-        targets = [found[k] for k in adapter.lowrank]
+        targets = self._targets(adapter.lowrank)
         casts = (v for t in targets for s in t.sites for v in s.view.steps if isinstance(v, Cast))
         dtypes = {*(t.parameter.dtype for t in targets), *(v.dtype for v in casts)}
         eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
@@ -243,6 +243,11 @@ class OnnxReference:
             self._open[path, rewrites] = known
         return known
 
+    def _targets(self, keys: Iterable[str]) -> list[Target]:
+        assert self.graph is not None
+        found = find(self.graph)
+        return [found[k] for k in keys]
+
     def _clone(self) -> OnnxGraph:
         assert self.graph is not None
         return self.graph.clone()
@@ -267,8 +272,7 @@ class OnnxReference:
             }
             Insert(zeros, role=Role.OPTIONAL_INPUT)(graph)
             graph.model.ir_version = max(graph.model.ir_version, 4)
-            found = find(self.graph) if moved and self.graph else {}
-            for name in {found[k].parameter.name for k in updates if found}:
+            for name in {t.parameter.name for t in self._targets(updates)} if moved else ():
                 value = graph.read(name)
                 up = np.random.default_rng(0).integers(0, 2, value.shape) * 2 - 1
                 if "float" in value.dtype.name:

@@ -480,7 +480,7 @@ class Check:
                 self.verdict.raw.append(f"{where}: does not run")
                 return
             for row, i in enumerate(ids):
-                values, own = wants[i]  # type: ignore[misc]
+                values, own = wants[i]
                 for name, value in values.items():
                     gap = rel(got[name][row], value[row])
                     if not gap <= max(self.text.gate) + 10 * own:

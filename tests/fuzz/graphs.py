@@ -809,7 +809,7 @@ class GraphProgram:
 
         from tests.fuzz.onnx_text import LOCAL, MS
 
-        g = Text(seed=self.seed, changed=changed or {})  # type: ignore[arg-type]
+        g = Text(seed=self.seed, changed=changed or {})
         names: dict[str, object] = {"g": g, "np": np, "MS": MS, "LOCAL": LOCAL}
         exec(compile(self.source, f"<graph {self.seed}>", "exec"), names)
         return g
