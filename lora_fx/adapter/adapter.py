@@ -263,7 +263,7 @@ def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]:
-    plain, named = split_use(key)
+    plain, named = (key, "") if key in found.by_key else split_use(key)
     target = found.get(plain)
     if target is None:
         raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))

@@ -197,6 +197,7 @@ def updated(text: Text, adapter: Any) -> dict[str, Array]:
     changed: dict[str, Array] = {}
     for key, low in adapter.lowrank.items():
         name, region = region_of(key, text.weights)
+        name = text.known(name) or name
         whole = changed.setdefault(name, text.weights[name].astype(np.float64))
         part = whole[region] if region else whole
         a, b = low.a.astype(np.float64), low.b.astype(np.float64)
@@ -228,7 +229,7 @@ def drawn(found: Any, text: Text, seed: int, keys: Sequence[str] | None = None) 
     entries = {}
     every = [_part(t, rng) for t in (*found.targets, *found.optional)] if keys is None else keys
     for target in (found.get(key) for key in every):
-        if target is None or target.parameter.name not in text.weights:
+        if target is None or text.known(target.parameter.name) is None:
             continue
         layout = target.layout
         rank = int(rng.integers(1, max(2, min(4, layout.max_rank + 1))))
@@ -242,13 +243,14 @@ def drawn(found: Any, text: Text, seed: int, keys: Sequence[str] | None = None) 
 
 
 def _part(target: Any, rng: np.random.Generator) -> str:
-    """The key of a target, or of a part of it."""
+    """The key of a target, or of a part of it that is no square."""
     rows, *more = target.parameter.shape
     if len(more) == 1 and "[" not in target.key and target.op != "embedding" and rng.random() < 0.1:
         n, lead = (rows, "") if rng.random() < 0.5 else (more[0], ":, ")
         first = int(rng.integers(0, n))
-        if n > 1:
-            return f"{target.key}[{lead}{first}:{int(rng.integers(first + 1, n + 1))}]"
+        last = int(rng.integers(first + 1, n + 1))
+        if n > 1 and last - first != (more[0] if not lead else rows):  # a square reads both ways
+            return f"{target.key}[{lead}{first}:{last}]"
     return str(target.key)
 
 
@@ -290,8 +292,9 @@ class Check:
 
     def _named(self, found: Any) -> None:
         """Every weight of a product is named; so is what else reads it."""
-        targets = {t.parameter.name: t for t in (*found.targets, *found.optional)}
-        known = {*targets, *(r.key for r in found.refusals)}
+        every = (*found.targets, *found.optional)
+        targets = {self.text.known(t.parameter.name): t for t in every}
+        known = {*targets, *(self.text.known(r.key) for r in found.refusals)}
         for name in sorted(self.text.used):
             if name not in known and self.text.weights[name].size:
                 self.verdict.unseen.append(f"product of {name}")
@@ -504,7 +507,7 @@ class Check:
         onnx.save(model, out)
         trained = self._tried("insert", lambda: adapter_in(out))
         if trained is not None and all(
-            region_of(k, self.text.weights)[0] in self.text.weights for k in trained
+            self.text.known(region_of(k, self.text.weights)[0]) for k in trained
         ):
             self._file("insert trained", out, self.truth(trained))
 

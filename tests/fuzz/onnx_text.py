@@ -139,6 +139,11 @@ class Text:
         self._store(name, array, "constant" if node else "")
         return name
 
+    def known(self, name: str) -> str | None:
+        """The weight of a name, or of one where `@` and brackets are spelled `_`."""
+        spelled = {re.sub(r"[@\[\]]", "_", n): n for n in self.weights}
+        return name if name in self.weights else spelled.get(name)
+
     # --- nodes ------------------------------------------------------------------------------------
 
     def node(

@@ -136,6 +136,17 @@ CASES = {
         "h = g.node('If', [c], then_branch=a.graph(), else_branch=b.graph())\n" + END,
         ("merge", "load"),
     ),
+    # a name that reads as a part or a use of another tensor: KeyError, or no such target
+    "u@w": Case(
+        "g.style = 'u@{}'\n" + X + "w = g.weight('w', (4, 6), 'i o')\n"
+        "h = g.node('MatMul', [h, w])\n" + END,
+        ("merge", "switch", "load", "batch", "insert"),
+    ),
+    "a[0]": Case(
+        "g.style = 'a.{}[0]'\n" + X + "w = g.weight('w', (4, 6), 'i o')\n"
+        "h = g.node('MatMul', [h, w])\n" + END,
+        ("merge", "switch", "load", "batch", "insert"),
+    ),
     # a Constant that nothing but the output reads after the fold: KeyError
     "constant put out": Case(
         X + "w = g.weight('w', (4, 6), 'i o', how='constant')\nh = g.node('MatMul', [h, w])\n"

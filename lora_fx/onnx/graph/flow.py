@@ -7,6 +7,7 @@ nodes. A body reads the values of the graphs around it, so one walk over all nod
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Shape
 from lora_fx.ir.view import Cast, Permute, Reshape, Slice, Step, View
 from lora_fx.onnx.graph.ops import DATA_OPS, QUANTISED, OnnxOp, OnnxOperand, row_of
+from lora_fx.targets.target import base_name
 
 MARK = "lora_fx"
 VIEW = "lora_fx.view"
@@ -99,7 +101,8 @@ class OnnxFlow:
             dtype = tensor_dtype(store.tensor.dtype)
             if "float" in dtype or name in packed:
                 shape = packed.get(name) or tuple(store.tensor.shape.numpy())
-                result.append(Parameter(name, shape, dtype))
+                odd = base_name(str(store.value.name)) != store.value.name
+                result.append(Parameter(name, shape, dtype, (str(store.value.name),) * odd))
         return result
 
 
@@ -120,10 +123,13 @@ def follow(model: ir.Model) -> OnnxFlow:
 def _store(flow: OnnxFlow, value: ir.Value) -> None:
     if MARK in value.metadata_props or value.name is None:
         return
-    name, i = str(value.name), 0
+    own, i = str(value.name), 0
+    if base_name(own) != own:  # it would read as the key of a part or a use of another tensor
+        own = re.sub(r"[@\[\]]", "_", own)
+    name = own
     while name in flow.stores:  # a body may use a name again
         i += 1
-        name = f"{value.name}.{i}"
+        name = f"{own}.{i}"
     store = Store(name, value)
     flow.stores[name] = store
     flow.weights[value] = OnnxWeight(name, View(), tuple(store.tensor.shape.numpy()))
