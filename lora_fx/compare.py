@@ -57,7 +57,7 @@ def gates_of(expected: Mapping[str, Array]) -> dict[str, float]:
     return {n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()}
 
 
-def rounded_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+def narrow_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.ArrayLike) -> float:
     """The gate where an output or an adapted weight has so wide an epsilon: 8 of it.
 
     Half the adapter's effect keeps a lost fold from passing as rounding, down to 4 epsilons, where

@@ -17,16 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import (
-    EPSILON,
-    ORT_TOL,
-    Parity,
-    compare,
-    rel,
-    rounded_gate,
-    shapes_of,
-    widened,
-)
+from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, narrow_gate, rel, shapes_of, widened
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -168,7 +159,7 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol
         return tol
     with reference.base():
         base = reference.flat(named)[name]
-    return rounded_gate(tol, eps, base, expected)
+    return narrow_gate(tol, eps, base, expected)
 
 
 def _narrow(reference: CapturedModule) -> set[str]:

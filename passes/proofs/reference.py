@@ -20,16 +20,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.compare import (
-    EPSILON,
-    Parity,
-    compare,
-    gates_of,
-    rel,
-    rounded_gate,
-    shapes_of,
-    widened,
-)
+from lora_fx.compare import EPSILON, Parity, compare, gates_of, narrow_gate, rel, shapes_of, widened
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, one_line
@@ -196,7 +187,7 @@ class OnnxReference:
         dtypes = {*(t.parameter.dtype for t in targets), *(v.dtype for v in casts)}
         eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
         base = self._run(None, True, feeds) if eps else {}
-        return {n: rounded_gate(g, eps, base[n], expected[n]) if eps else g
+        return {n: narrow_gate(g, eps, base[n], expected[n]) if eps else g
                 for n, g in gates.items()}  # fmt: skip
 
     def idle(self, adapter: Adapter) -> list[str]:
