@@ -61,7 +61,8 @@ def _search(graph: Graph[Any]) -> Found:
     ]
     readers: dict[str, list[tuple[str, Region]]] = {}
     for r in (r for r in graph.other_readers() if r.parameter in parameters):
-        region = _region(parameters[r.parameter].shape, r.view.steps)
+        shape = parameters[r.parameter].shape if r.parameter in uses else ()
+        region = _region(shape, r.view.steps) if shape else ()
         readers.setdefault(r.parameter, []).append((r.op, region))
     targets: list[Target] = []
     optional: list[Target] = []

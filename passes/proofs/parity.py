@@ -23,8 +23,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_conditions, onnx_name, sample_call
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.graph.nodes import dtype_name, dtype_of
-from lora_fx.fx.graph.ops import row_of
+from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.graph.ops import OPS
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.inputs import Extents, Named
@@ -166,8 +166,8 @@ def _narrow(reference: CapturedModule) -> set[str]:
     """The dtypes of a model's products: by autocast in forward not those of its weights."""
     captured = reference.captured
     traced = captured.traced(False, captured.named, reference.base_dtype)
-    products = (n for n in traced.graph.nodes if row_of(n) is not None)
-    return {dtype_name(d) for n in products if (d := dtype_of(n)) is not None}
+    made = {n.meta.get("val") for n in traced.graph.nodes if n.target in OPS}
+    return {dtype_name(v.dtype) for v in made if isinstance(v, torch.Tensor)}
 
 
 def own_errors(

@@ -401,13 +401,13 @@ def recurrent_shapes() -> Iterator[None]:
     ops = (aten.lstm.input, aten.gru.input)  # the exporter to ONNX has no RNN, and needs its steps
     held = [(op, dict(op.py_kernels), decomposition_table[op]) for op in ops]
 
-    def shapes(x: Any, hx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
-        states = hx if isinstance(hx, (tuple, list)) else [hx]
+    def shapes(x: torch.Tensor, hx: object, *args: object) -> tuple[torch.Tensor, ...]:
+        states: Any = hx if isinstance(hx, (tuple, list)) else [hx]
         directions = 2 if args[5] else 1
         out = x.new_empty((*x.shape[:2], directions * states[0].shape[2]))
         return out, *map(torch.empty_like, states)
 
-    def put(op: Any, kernels: Mapping[Any, Any], decomposition: Any) -> None:
+    def put(op: Any, kernels: Mapping[Any, Any], decomposition: Callable[..., Any]) -> None:
         op.py_kernels.update(kernels)
         op._dispatch_cache.clear()
         decomposition_table[op] = decomposition

@@ -414,7 +414,7 @@ def _factors(node: fx.Node) -> Sequence[Any]:
     return node.args[node.target is aten.baddbmm.default :][:2]
 
 
-def _is_softmax(value: Any) -> bool:
+def _is_softmax(value: object) -> bool:
     """Whether a value is a softmax, but for masks, dropout, casts and views."""
     for _ in range(10):
         if not isinstance(value, fx.Node) or value.op != "call_function" or ops.row_of(value):
@@ -453,7 +453,7 @@ def _owner(node: fx.Node, axis: int) -> int | None:
 def _is_data(node: fx.Node) -> bool:
     """True for a product none of whose operands is read from the model, or a view of that."""
 
-    def stored(value: Any) -> bool:
+    def stored(value: object) -> bool:
         while isinstance(value, fx.Node) and _views(value):
             value = value.args[0]
         return isinstance(value, fx.Node) and value.op == "get_attr"
