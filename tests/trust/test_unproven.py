@@ -100,3 +100,24 @@ def test_a_padding_mask_is_not_drawn_as_all_padding(padding: int, tmp_path: Path
     assert not module.effect or not module.effect.dead
     report = lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
     assert report and all(np.isfinite(p.rel) for p in report.parity)
+
+
+class Loud(nn.Module):
+    """Passes on what is above 9, which no number drawn from N(0, 1) is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(x) + self.first(x) * (x.abs() > 9)
+        return y
+
+
+def test_a_target_that_only_the_example_reaches_is_alive() -> None:
+    x = X.clone()
+    x[0, 0] = 10.0
+    module = lora_fx.insert(Loud().eval(), (x,), rank=2)
+    assert set(module.updates) == {"first.weight", "last.weight"}
+    with pytest.raises(LoraFxError, match=r"no gradient reaches first\.weight"):
+        lora_fx.insert(Loud().eval(), (X,), rank=2, include="first.weight")
