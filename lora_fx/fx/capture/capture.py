@@ -465,13 +465,9 @@ def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]
 @contextlib.contextmanager
 def alike(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
     """A block in which a model draws the same random numbers every time, and is as it was after."""
-    # torch.manual_seed would seed a CUDA that is not yet there, too, and that stays
     there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count() if there else 0)
     with as_it_was(model, training), torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(0)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(0)
         yield
 
 
