@@ -45,19 +45,20 @@ def doubled(model: nn.Module) -> Any:
     return wide
 
 
-def explicit(subject: Subject, module: Any) -> Run:
-    """{input: array} → {output: array} of the original's own code on W + ΔW, in fp64.
+def explicit(subject: Subject, module: Any, *, double: bool = True) -> Run:
+    """{input: array} → {output: array} of the original's own code on W + ΔW, in fp64 or its own.
 
     Lookups of a tied tensor keep W where the update leaves them alone. ΔW of a computed weight
     is added to the operand that is computed from its parameters, in front of every product.
     """
-    model = doubled(subject.model)
+    model: Any = doubled(subject.model) if double else copy.deepcopy(subject.model)
     names = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in reversed(list(names.items()))}
     summed: dict[str, torch.Tensor] = {}
     computed: dict[frozenset[str], torch.Tensor] = {}
     for key, delta in module.adapter().deltas().items():
-        use, d = module.updates[key].use, torch.from_numpy(delta)
+        use = module.updates[key].use
+        d = torch.from_numpy(delta).to(torch.float64 if double else torch.float32)
         if key.endswith("~"):
             computed[_behind(key[:-1], names)] = d
             continue
@@ -83,7 +84,9 @@ def explicit(subject: Subject, module: Any) -> Run:
             from_numpy(feeds[n.replace(".", "_")]) if isinstance(x, torch.Tensor) else x
             for n, x in zip(leaf_names(named), leaves, strict=True)
         ]
-        wide = [x.double() if getattr(x, "dtype", None) == torch.float32 else x for x in new]
+        wide = [
+            x.double() if double and getattr(x, "dtype", None) == torch.float32 else x for x in new
+        ]
         with torch.no_grad(), mode:
             out = subject.cap.signature.call(model, pytree.tree_unflatten(wide, spec))
         outputs = list(module.flat(pytree.tree_unflatten(new, spec)))

@@ -1,0 +1,1 @@
+"""The zoo by lot: architectures that nobody picked, made small by rule."""
