@@ -142,10 +142,11 @@ target_options = combined(
         click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
         click.option(
             "--dead",
-            type=click.Choice(["error", "drop", "allow"]),
-            default="error",
+            type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
+            default="auto",
             show_default=True,
-            help="Targets that no gradient reaches: refuse, leave out, or prove nothing.",
+            help="Targets that no gradient reaches: refuse those you named and leave out others; "
+            "refuse; leave out; keep; or prove nothing.",
         ),
     ]
 )

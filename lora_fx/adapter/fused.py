@@ -35,6 +35,11 @@ def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
         entry: Its update, as a file of PEFT has it: `a` [rank, in], `b` [out, rank].
         found: The model's targets.
     """
+    whole = [t for t in found.targets if t.parameter.name == key]
+    whole.sort(key=lambda t: t.region[0])
+    sizes = [t.layout.out_size for t in whole if t.layout == plain_layout(t.layout.stored)]
+    if len(sizes) == len(whole) and sizes and sum(sizes) == entry.b.shape[0]:
+        return dict(_rows(entry, whole, sizes))
     path, role = _parent(key), role_by_name(key.removesuffix(".weight"))
     for t in _beside(found, path):
         for r, part in t.parts:

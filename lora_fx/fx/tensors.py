@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.updates import Dense, Full, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 
@@ -42,6 +45,24 @@ def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
         t = torch.from_numpy(np.ascontiguousarray(value))
     t = t.reshape(value.shape)  # ascontiguousarray gives a scalar a dimension
     return t if like is None else t.to(dtype=like.dtype, device=like.device)
+
+
+def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter with the whole tensors that its changes of biases and its trained rows make."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    entries = dict(adapter.entries)
+    for key, entry in adapter.entries.items():
+        if key not in tensors or not isinstance(entry, Dense | ReplacedRows):
+            continue
+        value = to_numpy(tensors[key]).astype(np.float32)
+        if isinstance(entry, ReplacedRows):
+            value[list(entry.index)] = entry.value
+        elif value.ndim == 1 and value.shape == entry.value.shape:
+            value += np.float32(entry.scale) * entry.value
+        else:
+            continue
+        entries[key] = Full(value)
+    return replace(adapter, entries=entries)
 
 
 def owner(root: nn.Module, name: str, *, create: bool = False) -> tuple[nn.Module, str]:

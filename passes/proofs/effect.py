@@ -156,12 +156,12 @@ def _gradients(
 # its weight form, in one eval forward
 
 
-def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
+def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
     """Prove every target; the module's tensors are as before afterwards.
 
     Args:
         module: Fresh from insert; `module.effect` gets the finding.
-        drop: Return the dead keys instead of raising.
+        dead: drop: return the dead keys instead of raising, unless all are; keep: neither.
 
     Raises:
         NoEffectError: A dead target, or branches that are not W + s·b·a.
@@ -172,12 +172,12 @@ def prove_effect(module: AdaptedModule, *, drop: bool = False) -> Sequence[str]:
     named = runs_at(module)
     found = prove_gradients(module, named)
     module.effect = found
-    if found.dead and drop:
+    if dead == "drop" and 0 < len(found.dead) < len(module.updates):
         return tuple(found.dead)
-    if found.dead:
-        dead = [f"{k} ({'/'.join(modes)})" for k, modes in found.dead.items()]
+    if found.dead and dead != "keep":
+        keys = [f"{k} ({'/'.join(modes)})" for k, modes in found.dead.items()]
         raise NoEffectError(
-            f"no gradient reaches {some(dead, 5)}: an adapter there would train nothing",
+            f"no gradient reaches {some(keys, 5)}: an adapter there would train nothing",
             "leave it out with exclude=…, or all such with dead='drop'; dead='allow' keeps it",
         )
     try:

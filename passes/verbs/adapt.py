@@ -13,6 +13,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
+from lora_fx.fx.tensors import with_base
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Graph
@@ -68,7 +69,7 @@ def insert(
     *,
     dynamic: Dynamic | None = None,
     norm_stats: str = "frozen",
-    dead: str = "error",
+    dead: str = "auto",
     init: str = "kaiming",
     data: Iterable[Named] | None = None,
     loss: str | Loss = "ce",
@@ -94,7 +95,8 @@ def insert(
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they behave as in the original, and the copied statistics move.
         dead: Every target is proven to take effect. error: one that does not is an error. drop:
-            it is left out, and said. allow: nothing is proven.
+            it is left out, and said. keep: it is said. auto: an error if include or plan named
+            it; the default plan leaves it out, and an adapter keeps it. allow: nothing is proven.
         init: What a and b start from: kaiming, gaussian, orthogonal, pissa, olora, eva or
             lora-ga, see lora_fx.adapter.initial. The base is never changed.
         data: Batches by argument name, for eva and lora-ga.
@@ -161,7 +163,7 @@ def fold(
         model.load_adapter(adapter)
         adapter = model.adapter()
     found = find(cap)
-    bound = bind(adapter, found)
+    bound = bind(with_base(adapter, cap.model), found)
     rewrite = Fold(bound.lowrank)
     source = model if isinstance(model, CapturedModule) else cap
     module = with_signature(FoldedModule, cap)(source, rewrite, bound)

@@ -70,7 +70,7 @@ def attach(
     *,
     dynamic: Dynamic | None = None,
     norm_stats: str = "frozen",
-    dead: str = "error",
+    dead: str = "auto",
     init: str = "kaiming",
     data: Iterable[Named] | None = None,
     loss: str | Loss = "ce",
@@ -93,7 +93,7 @@ def attach(
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they do what they did before.
-        dead: As in insert: error, drop or allow targets that no gradient reaches.
+        dead: As in insert: what becomes of targets that no gradient reaches.
 
     Returns:
         The same object.
@@ -126,7 +126,7 @@ def attach(
     start = start_of(model, cap, found, options)
     updates, notes = start.adapter.lowrank, start.notes
     inserted = (
-        insert(cap, adapter=Adapter(updates, learning(updates)), dead=dead)
+        insert(cap, adapter=Adapter(updates, learning(updates)), dead=options.dead)
         if cap and updates
         else None
     )

@@ -19,7 +19,7 @@ from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import with_signature
-from lora_fx.fx.tensors import named_tensors, to_numpy
+from lora_fx.fx.tensors import named_tensors, to_numpy, with_base
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fuse import Fuse
@@ -52,7 +52,7 @@ class Start:
     def without(self, idle: Collection[str]) -> Start:
         """The same, less the targets that no gradient reaches."""
         kept = {k: u for k, u in self.adapter.entries.items() if k not in idle}
-        left = (f"{k}: left out, no gradient reaches it" for k in idle)
+        left = (f"{k}: left out, no gradient reaches it at the example's sizes" for k in idle)
         adapter = replace(self.adapter, entries=kept)
         return replace(self, adapter=adapter, notes=(*self.notes, *left))
 
@@ -70,7 +70,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         LoraFxError: No target, an adapter that does not fit, a start that cannot be had.
     """
     if options.adapter is not None:
-        bound = bind(options.adapter, found)
+        bound = bind(with_base(options.adapter, model), found)
         updates, metadata = relearning(bound.lowrank, bound.metadata)
         metadata["dropout"] = options.dropout
         said = tuple(text for k in updates if (text := found[k].said))
@@ -129,7 +129,7 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     start = start_of(cap.model, cap, found, options)
     module = adapted_module(cap, found, start, options)
     if options.dead != "allow" and module.base_dtype is not None and start.adapter.entries:
-        idle = prove_effect(module, drop=options.dead == "drop")
+        idle = prove_effect(module, options.dead)
         if idle:
             module = adapted_module(cap, found, start.without(idle), options)
             prove_effect(module)

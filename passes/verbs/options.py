@@ -43,14 +43,17 @@ class BranchOptions:
     variant: str = "lora"
     seed: int = 0
     init: str = "kaiming"
-    dead: str = "error"
+    dead: str = "auto"
 
     def __post_init__(self) -> None:
-        """Raise for a name that is not known."""
+        """Raise for a name that is not known; dead="auto" takes its meaning."""
         named_variant(self.variant)
         check_init(self.init)
-        if self.dead not in ("error", "drop", "allow"):
-            raise LoraFxError(f"dead {self.dead!r} is not known", "error, drop or allow")
+        if self.dead == "auto":
+            named = "error" if self.include or self.plan is not None else "drop"
+            object.__setattr__(self, "dead", "keep" if getattr(self, "adapter", None) else named)
+        if self.dead not in ("error", "drop", "keep", "allow"):
+            raise LoraFxError(f"dead {self.dead!r} is not known", "auto, error, drop, keep, allow")
 
     def planned(
         self, found: Found, names: Mapping[str, str] | None = None, also_train: Selectors = None

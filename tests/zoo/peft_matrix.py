@@ -136,16 +136,18 @@ def _insert(base: nn.Module, saved: Path, options: Any, folder: Path) -> nn.Modu
 
 
 def _include(base: nn.Module, saved: Path, options: Any, folder: Path) -> nn.Module | None:
-    """The row's targets as selectors; then the adapter is loaded."""
+    """The row's targets as selectors give the keys of the adapter."""
     if {"modules_to_save", "trainable_token_indices", "use_dora"} & set(options):
         return None
     targets = options.get("target_modules", [])
     targets = [targets] if isinstance(targets, str) else list(targets)
     targets += [t.removesuffix(".weight") for t in options.get("target_parameters", [])]
-    model = copy.deepcopy(base)
-    module = lora_fx.insert(model, (example(),), include=targets, rank=options.get("r", 8))
-    module.load_adapter(lora_fx.load_adapter(saved))
-    return module
+    targets = [t if "." in t else f"re:^{t}[.]" for t in targets]
+    args, adapter = (example(),), lora_fx.load_adapter(saved)
+    module = lora_fx.insert(base, args, include=targets, rank=1, dead="allow")
+    ours, theirs = ({k.partition("[")[0] for k in keys} for keys in (module.updates, adapter))
+    assert ours == {k for k in theirs if not k.endswith(".bias")}, (ours, theirs)
+    return lora_fx.insert(copy.deepcopy(base), args, adapter=adapter)
 
 
 def _attach(base: nn.Module, saved: Path, options: Any, folder: Path) -> nn.Module:
@@ -189,6 +191,7 @@ def models(theirs: Any) -> dict[str, nn.Module]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.peft_matrix", description=__doc__)
+    parser.add_argument("--only", default="", help="rows and models with this in their name")
     parser.add_argument("--out", type=Path, help="a JSON file of all results")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -197,10 +200,12 @@ def main() -> None:
     with source() as theirs:
         rows = {
             case[0]: row(theirs, *case) for case in theirs.TEST_CASES
-            if case[2].__name__ == "LoraConfig"
+            if case[2].__name__ == "LoraConfig" and options.only in case[0]
         }  # fmt: skip
         own = {}
         for name, model in models(theirs).items():
+            if options.only not in name:
+                continue
             lot = Lot(name, (model, (example(),), {}))
             own[name] = {c.column: [c.state, c.why] for c in lot.cells()}
     able = {n: r for n, r in rows.items() if isinstance(r, dict)}

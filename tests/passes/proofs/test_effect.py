@@ -32,8 +32,8 @@ class Gated(nn.Module):
 
 def test_a_dead_target_is_an_error_that_names_it() -> None:
     with pytest.raises(NoEffectError, match=r"no gradient reaches dead\.weight \(eval/train\)"):
-        lora_fx.insert(Gated().eval(), (X,), rank=2)
-    m = lora_fx.insert(Gated().eval(), (X,), rank=2, dead="drop")
+        lora_fx.insert(Gated().eval(), (X,), rank=2, include="*")
+    m = lora_fx.insert(Gated().eval(), (X,), rank=2)  # nobody asked for it
     assert list(m.updates) == ["alive.weight"]
     assert "dead.weight: left out" in str(m.report())
     assert "gradients reach every target in eval and train" in str(m.report())
@@ -59,7 +59,7 @@ def test_dead_in_train_mode_only_is_seen() -> None:
             return self.a(x) + (y.detach() if self.training else y)
 
     with pytest.raises(NoEffectError, match=r"reaches b\.weight \(train\)"):
-        lora_fx.insert(OnlyServed().eval(), (X,), rank=2)
+        lora_fx.insert(OnlyServed().eval(), (X,), rank=2, include="*")
 
 
 def test_a_block_that_depth_drops_at_random_is_not_dead() -> None:
