@@ -69,8 +69,11 @@ class View:
         """This view followed by more steps."""
         return View(self.steps + steps)
 
-    def replay(self, emitter: Ops[V], value: V) -> V:
-        """Run the steps on a value of the emitter's IR that has the stored shape."""
+    def replay(self, emitter: Ops[V], value: V, ids: V | None = None) -> V:
+        """Run the steps on a value of the emitter's IR that has the stored shape.
+
+        `ids` are what a Gather picks, in a list.
+        """
         for step in self.steps:
             if isinstance(step, Permute):
                 value = emitter.op("transpose", value, perm=step.dims)
@@ -79,7 +82,9 @@ class View:
             elif isinstance(step, Slice):
                 value = emitter.op("slice", value, axis=step.axis, start=step.start, stop=step.stop)
             elif isinstance(step, Gather):
-                raise Opaque("what is gathered depends on data")
+                if ids is None:
+                    raise Opaque("what is gathered depends on data")
+                value = emitter.op("gather", value, ids)
             else:
                 value = emitter.op("cast", value, dtype=step.dtype)
         return value

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.compare import rel
+from lora_fx.onnx.session import Session, open_session
 from tests.fx.module.test_module import perturb
 
 
@@ -95,3 +96,65 @@ def session(module: Any, path: Path, *args: Tensor) -> Any:
     opened = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [i.name for i in opened.get_inputs()]
     return opened.run(None, {n: x.numpy() for n, x in zip(names, args, strict=True)})[0]
+
+
+class Crossed(nn.Module):
+    """Attention whose input weight is used in parts, q by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.attention(x, y, y, need_weights=False)[0]
+        return result
+
+
+def test_parts_of_a_weight_are_switched(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    model = Crossed().eval()
+    module = lora_fx.insert(model, (x, y), rank=2)
+    assert sum("[" in key for key in module.updates) == 2
+    perturb(module)
+    lora_fx.export(module, tmp_path / "s.onnx", mode="switch", provider="cpu")
+    opened = Session(tmp_path / "s.onnx", "cpu")
+    opened.load("one", module.adapter())
+    feeds = {"x": x.numpy(), "y": y.numpy()}
+    (got,), (base,) = opened.run(feeds, "one").values(), opened.run(feeds).values()
+    assert rel(got, module.eval()(x, y).detach()) < 1e-5
+    assert rel(base, model(x, y).detach()) < 1e-5 < 0.05 < rel(got, base)
+
+
+class Routed(nn.Module):
+    """Every row picks its own matrices of a stack, as a mixture's batched experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.up, self.down = (nn.Parameter(torch.randn(3, *s) / 3) for s in ((8, 6), (6, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = self.router(x).topk(2).indices
+        rows = x[:, None].expand(-1, 2, -1).reshape(-1, 6, 1)
+        h = self.up[ids.reshape(-1)] @ rows
+        y = self.down[ids.reshape(-1)] @ h.relu()
+        return y.reshape(-1, 2, 6).sum(1)
+
+
+def test_stacks_that_data_picks_from_are_switched_and_merged(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Routed().eval(), torch.randn(5, 6)
+    module = lora_fx.insert(model, (x,), rank=2, include="up,down")
+    perturb(module)
+    adapter, feeds = module.adapter(), {"x": x.numpy()}
+    want, plain = module.eval()(x).detach(), model(x).detach()
+    lora_fx.export(module, tmp_path / "s.onnx", mode="switch", provider="cpu")
+    opened = Session(tmp_path / "s.onnx", "cpu")
+    opened.load("one", adapter)
+    (got,), (base,) = opened.run(feeds, "one").values(), opened.run(feeds).values()
+    assert rel(got, want) < 1e-5 and rel(base, plain) < 1e-5 < 0.05 < rel(got, base)
+    lora_fx.export(model, tmp_path / "b.onnx", (x,), provider="cpu")
+    lora_fx.merge(tmp_path / "b.onnx", adapter, tmp_path / "m.onnx")
+    (merged,) = open_session(tmp_path / "m.onnx", "cpu").run(feeds).values()
+    assert rel(merged, want) < 1e-5

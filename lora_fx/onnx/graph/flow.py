@@ -18,7 +18,7 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Shape
-from lora_fx.ir.view import Cast, Permute, Reshape, Slice, Step, View
+from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
 from lora_fx.onnx.graph.ops import DATA_OPS, QUANTISED, OnnxOp, OnnxOperand, row_of
 from lora_fx.targets.target import base_name
 
@@ -500,13 +500,27 @@ def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 
 def _gather(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    """The slice of one entry of an axis that a constant picks; ids from data are a lookup."""
+    """The slice of one entry of an axis that a constant picks; ids from data pick matrices."""
     ids = constant(node.inputs[1])
-    if ids is None or ids.ndim:
-        return None
     axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else 0) % len(shape)
+    if ids is None or ids.ndim:
+        return _picked(node, shape, 1) if ids is None and axis == 0 else None
     k = int(ids) % shape[axis]
     return [Slice(axis, k, k + 1), Reshape(shape[:axis] + shape[axis + 1 :])]
+
+
+def _gather_nd(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
+    ids = node.inputs[1]
+    batched = "batch_dims" in node.attributes and node.attributes["batch_dims"].as_int()
+    one = ids is not None and ids.shape is not None and ids.shape[-1] == 1
+    return _picked(node, shape, 2) if one and not batched else None
+
+
+def _picked(node: ir.Node, shape: tuple[int, ...], rank: int) -> Steps:
+    """Stacked matrices that data picks along the first axis; ids of other ranks make new axes."""
+    ids = node.inputs[1]
+    known = ids is not None and ids.shape is not None and len(ids.shape) == rank
+    return [Gather(0)] if known and len(shape) > 2 else None
 
 
 VIEWS: Mapping[str, Rule] = {
@@ -521,6 +535,7 @@ VIEWS: Mapping[str, Rule] = {
     "Slice": _slice,
     "Split": _split,
     "Gather": _gather,
+    "GatherND": _gather_nd,
 }
 
 

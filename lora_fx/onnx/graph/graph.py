@@ -26,6 +26,7 @@ from lora_fx.onnx.graph.flow import (
     OnnxWeight,
     OnnxWeightUse,
     Store,
+    constant,
     dtype_name,
     follow,
     shape_of,
@@ -184,9 +185,19 @@ class OnnxGraph(Analysed):
         """Let the site read w through a view of its own."""
         e = self.emit(site, before=True)
         e.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
-        operand = site.view.replay(e, w)
+        ids = self._ids(self.at(site).node.inputs[site.slot[0]])
+        ids = None if ids is None else e.op("reshape", ids, shape=(-1,))
+        operand = site.view.replay(e, w, ids)
         self.at(site).node.replace_input_with(site.slot[0], operand)
         self.changed()
+
+    def _ids(self, value: ir.Value | None) -> ir.Value | None:
+        """What picks the matrices of a stack on the way from a weight to this value."""
+        while value in self.flow.weights and (node := value.producer()) is not None:
+            if node.op_type in ("Gather", "GatherND") and constant(node.inputs[1]) is None:
+                return node.inputs[1]
+            value = node.inputs[0]
+        return None
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when only these sites, and the views before them, read the tensor."""

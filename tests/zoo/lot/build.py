@@ -156,7 +156,7 @@ def _vision(drawn: Drawn) -> Iterator[Way]:
             fields = inspect.signature(builder).parameters
             return builder(**{k: v for k, v in (given | more).items() if k in fields or k in more})
 
-        sizes = [({}, (64, 128, 224, 299))]
+        sizes = [({"min_size": 64, "max_size": 96}, (64,)), ({}, (64, 128, 224, 299))]
     for more, sides in sizes:
 
         def calls(model: nn.Module, sides: tuple[int, ...] = sides) -> Iterator[tuple[Any, Any]]:
