@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -76,16 +76,8 @@ class InGraph:
 class Explicit:
     """Without a graph: the same live model, its adapter off, with W + s·b·a in its parameters."""
 
-    def __init__(
-        self,
-        state: Attachment,
-        signature: Signature,
-        args: Sequence[Any],
-        kwargs: Named | None,
-    ) -> None:
-        self.state = state
-        self.signature = signature
-        self.named = signature.bind(tuple(args), dict(kwargs or {}))
+    def __init__(self, state: Attachment, signature: Signature, named: Named) -> None:
+        self.state, self.signature, self.named = state, signature, named
 
     def put(self, updates: Mapping[str, LowRank]) -> None:
         """The live model has them already."""

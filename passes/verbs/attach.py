@@ -125,9 +125,12 @@ def attach(
     found = planner.found
     start = start_of(model, cap, found, options)
     updates, notes = start.adapter.lowrank, start.notes
+    # what the values of a recorded run decided need not be so with an adapter
+    recorded = cap is not None and any(p.rung == "recorded" for p in cap.pinned)
+    alone = recorded and not any("~" in k or u.use for k, u in updates.items())
     inserted = (
         insert(cap, adapter=Adapter(updates, learning(updates)), dead=options.dead)
-        if cap and updates
+        if cap and updates and not alone
         else None
     )
     if inserted is not None and len(inserted.updates) < len(updates):
@@ -142,8 +145,10 @@ def attach(
         notes=notes,
         metadata=start.adapter.metadata,
     )
-    if cap is None:
-        reference: InGraph | Explicit = Explicit(state, Signature(model.forward), args, kwargs)
+    if cap is None or alone:
+        signature = Signature(model.forward) if cap is None else cap.signature
+        named = signature.bind(tuple(args), dict(kwargs or {})) if cap is None else cap.named
+        reference: InGraph | Explicit = Explicit(state, signature, named)
     else:
         if inserted is not None:
             inserted.load_adapter(Adapter(probe, learning(probe)))

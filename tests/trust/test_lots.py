@@ -6,15 +6,18 @@ On the commit before its cure each was red: a raw exception, or a refusal of a m
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.onnx.session import Session, open_session
 from tests.fx.module.test_module import perturb
@@ -158,3 +161,33 @@ def test_stacks_that_data_picks_from_are_switched_and_merged(tmp_path: Path) -> 
     lora_fx.merge(tmp_path / "b.onnx", adapter, tmp_path / "m.onnx")
     (merged,) = open_session(tmp_path / "m.onnx", "cpu").run(feeds).values()
     assert rel(merged, want) < 1e-5
+
+
+class Probed(nn.Module):
+    """How often a layer runs depends on its weight, as a detector's boxes do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.register_buffer("probe", torch.randn(64, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int((self.a(self.get_buffer("probe")) > 0).sum()) % 7 + 1):
+            x = torch.tanh(self.a(x))
+        result: Tensor = self.b(x)
+        return result
+
+
+def test_what_a_recorded_run_decided_is_not_held_against_the_live_model() -> None:
+    torch.manual_seed(0)
+    model, x = Probed().eval(), torch.randn(3, 4)
+    live = lora_fx.attach(copy.deepcopy(model), (x,), rank=2)
+    state = live.adapter().lowrank
+    rng = np.random.default_rng(0)
+    drawn = {k: replace(u, b=rng.standard_normal(u.b.shape).astype("f")) for k, u in state.items()}
+    live.load_adapter(Adapter(drawn))
+    got, base = live(x).detach(), model(x).detach()
+    assert rel(got, by_hand(model, live)(x).detach()) < 1e-5
+    assert rel(got, base) > 0.05
+    live(x).sum().backward()
+    assert all(p.grad is not None for p in live.parameters() if p.requires_grad)
