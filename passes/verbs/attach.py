@@ -128,11 +128,13 @@ def attach(
     # what the values of a recorded run decided need not be so with an adapter
     recorded = cap is not None and any(p.rung == "recorded" for p in cap.pinned)
     alone = recorded and not any("~" in k or u.use for k, u in updates.items())
-    inserted = (
-        insert(cap, adapter=Adapter(updates, learning(updates)), dead=options.dead)
-        if cap and updates and not alone
-        else None
-    )
+    inserted = None
+    if cap and updates:
+        try:
+            inserted = insert(cap, adapter=Adapter(updates, learning(updates)), dead=options.dead)
+        except (LoraFxError, RuntimeError, IndexError):
+            if not alone:
+                raise
     if inserted is not None and len(inserted.updates) < len(updates):
         notes = (*notes, *inserted.notes)
         updates = {k: u for k, u in updates.items() if k in inserted.updates}

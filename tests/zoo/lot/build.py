@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..base import Built, redraw
-from ..oracles import flat
-from . import feed
-from .draw import Drawn
-from .shrink import LEVELS, overrides, without_repeats
+from tests.zoo.base import Built, redraw
+from tests.zoo.lot import feed
+from tests.zoo.lot.draw import Drawn
+from tests.zoo.lot.shrink import LEVELS, overrides, without_repeats
+from tests.zoo.oracles import flat
 
 LARGEST = 40e6
 """Parameters of a model after it was made small."""

@@ -1,7 +1,7 @@
 """What one drawn model is put through: the zoo's columns, attach, mode switch, and torch's export.
 
-The reference is the model's own code on W + s·BA, in fp64 where that runs; a model's own rounding is
-the difference of the same in its own dtype, and of the same with every weight half a unit off.
+The reference is the model's own code on W + s·BA, in fp64 where that runs; a model's own rounding
+is the difference of the same in its own dtype, and of the same with every weight half a unit off.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.onnx.session import Session, open_session
 from lora_fx.passes.proofs.parity import arrays_of
 from lora_fx.targets.target import base_name, split_key
-
 from tests.zoo.base import Built
 from tests.zoo.checks import EFFECT, FACTORS, seen
 from tests.zoo.oracles import Subject, doubled, explicit, flat
@@ -71,6 +70,8 @@ class Lot:
         self.name = name
         self.model.requires_grad_(False)
         self.module: Any = None
+        self.attached: Any = None
+        self.alike = False
         self.adapter: Adapter | None = None
         self.exact: Arrays | None = None
         self.rounding: float | None = None
@@ -219,7 +220,6 @@ class Lot:
             model.load_adapter(self.adapter)
             self.alike = True
         else:
-            self.alike = False
             updates = {}
             for key, u in model.adapter().lowrank.items():
                 a, b = draw(key, u.layout, u.rank, 0, "probe")
@@ -235,11 +235,10 @@ class Lot:
 
     def _live(self) -> str:
         model = self.attached
+        if model is None:
+            raise LoraFxError("nothing is attached")
         got = self.run(model.eval())
-        if self.alike:
-            said = self._equal(got, "attach")
-        else:
-            said = self._by_hand(model, got)
+        said = self._equal(got, "attach") if self.alike else self._by_hand(model, got)
         lora_fx.detach(model)
         if not all(map(np.array_equal, self.run(model), self.run(self.model))):
             raise Wrong("detach does not give the original back")
