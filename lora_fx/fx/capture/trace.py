@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import operator
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +15,10 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch._decomp import decomposition_table
-from torch._guards import detect_fake_mode
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -28,8 +26,8 @@ from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError
 from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names, without_cache
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
+from lora_fx.fx.capture.inline import inline_regions, without_vmap
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import NO_GRAD, value
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.fx.graph.products import split_products
 from lora_fx.inputs import Named
@@ -448,7 +446,7 @@ def clean_module(
     """
     graph = module.graph
     inline_regions(module, graph)
-    _without_vmap(graph)
+    without_vmap(graph)
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             # these bake dtype and device in: .to(bf16) and autocast would fail on them
@@ -472,48 +470,6 @@ def clean_module(
     door = Door(tuple(names), fixed, tuple(learnt.conditions))
     out_spec = program.call_spec.out_spec
     return Traced(graph, constants, door, out_spec, pinned, learnt.doubtful, cuts, bodies)
-
-
-def _without_vmap(graph: fx.Graph) -> None:
-    """The plain operations that torch.vmap makes, instead of its own.
-
-    A level of batching is entered and left by nodes without users, and what lies between holds
-    there alone: no pass could move it, share it or drop it.
-    """
-    depth, body = 0, list[fx.Node]()
-    for node in list(graph.nodes):
-        name = getattr(node.target, "__name__", "")
-        depth += name == "_vmap_increment_nesting"
-        if depth and node.op == "call_function":
-            body.append(node)
-        if name == "_vmap_decrement_nesting" and not (depth := depth - 1):
-            _batched(graph, body)
-            body = []
-
-
-def _batched(graph: fx.Graph, body: Sequence[fx.Node]) -> None:
-    """Trace the nodes of one vmap again, below its levels, and put what it runs in their place."""
-    read = dict.fromkeys(n for node in body for n in node.all_input_nodes)
-    given = [n for n in read if n not in body]
-    kept = [n for n in body if any(user not in body for user in n.users)]
-    values = [n.meta["val"] for n in given]
-
-    def run(*arguments: Any) -> list[Any]:
-        env = dict(zip(given, arguments, strict=True))
-        for node in body:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return [env[n] for n in kept]
-
-    with detect_fake_mode(values) or contextlib.nullcontext():
-        plain = make_fx(run)(*values).graph
-    places = dict(zip(plain.find_nodes(op="placeholder"), given, strict=True))
-    with graph.inserting_before(body[-1]):
-        results = graph.graph_copy(plain, places)
-    for node, new in zip(kept, results, strict=True):  # type: ignore[arg-type]
-        node.replace_all_uses_with(new)
-    for node in reversed(body):
-        graph.erase_node(node)
 
 
 def _constants(
@@ -589,116 +545,6 @@ class Pinned:
 
 Requested = Mapping[str, Mapping[int, str]]
 """What should be dynamic: leaf name → {dimension: symbol name}."""
-
-
-higher = torch.ops.higher_order
-
-
-def inline_regions(module: fx.GraphModule, graph: fx.Graph, *, no_grad: bool = False) -> None:
-    """Replace every call of a no_grad or autocast body by the body's own nodes.
-
-    What runs in them is the model's like everything else: its weights are targets. What the
-    regions did to gradients and dtypes is written out as detach and casts.
-    """
-    for node in list(graph.nodes):
-        if node.target is higher.wrap_with_set_grad_enabled:
-            enabled, body, *given = node.args
-            off = no_grad or not enabled
-            _inline(module, graph, node, body, given, no_grad=off, cast=None)
-        elif node.target is higher.wrap_with_autocast:
-            _, dtype, enabled, _, body, *given = node.args
-            cast = (dtype or torch.bfloat16) if enabled else None
-            _inline(module, graph, node, body, given, no_grad=no_grad, cast=cast)
-
-
-def _inline(
-    module: fx.GraphModule,
-    graph: fx.Graph,
-    node: fx.Node,
-    body: fx.Node,
-    given: list[Any],
-    *,
-    no_grad: bool,
-    cast: torch.dtype | None,
-) -> None:
-    part: Any = module
-    for name in str(body.target).split("."):
-        part = getattr(part, name)
-    inline_regions(part, part.graph, no_grad=no_grad)
-    env: dict[fx.Node, Any] = {}
-    arguments = iter(given)
-    results: Any = ()
-    with graph.inserting_before(node):
-        for inner in part.graph.nodes:
-            if inner.op == "placeholder":
-                outer = next(arguments)
-                env[inner] = _detached(graph, outer) if no_grad else outer
-            elif inner.op == "output":
-                results = map_arg(inner.args[0], lambda n: env[n])
-            else:
-                new = graph.node_copy(inner, lambda n: env[n])
-                if inner.op == "get_attr":
-                    new.target = f"{body.target}.{inner.target}"
-                if cast is not None:
-                    _cast_inputs(graph, new, cast)
-                if no_grad:
-                    new.meta[NO_GRAD] = True
-                env[inner] = new
-        if no_grad:
-            results = map_arg(results, lambda n: _detached(graph, n))
-    for user in list(node.users):
-        if user.target is operator.getitem:
-            user.replace_all_uses_with(results[user.args[1]])
-            graph.erase_node(user)
-    graph.erase_node(node)
-    if not body.users:
-        graph.erase_node(body)
-
-
-def _detached(graph: fx.Graph, node: Any) -> Any:
-    """The value without its gradient; tensors of the model and numbers have none to lose."""
-    floating = isinstance(node, fx.Node) and isinstance(v := value(node), torch.Tensor)
-    if not floating or node.op == "get_attr" or not v.is_floating_point():
-        return node
-    new = graph.call_function(aten.detach.default, (node,))
-    new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
-    return new
-
-
-def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
-    """Cast a node's floating operands as autocast did when the graph was recorded.
-
-    Ops that autocast runs narrow have a narrow result of wider operands; those that it runs in
-    fp32 have an fp32 result of narrow operands.
-    """
-    made = value(node)
-    if isinstance(made, (tuple, list)):
-        made = next((m for m in made if isinstance(m, torch.Tensor)), None)
-    if not isinstance(made, torch.Tensor) or not made.is_floating_point() or _casts(node):
-        return
-    operands = [
-        i for i in node.all_input_nodes if isinstance(v := value(i), torch.Tensor)
-        and v.is_floating_point()
-    ]  # fmt: skip
-    seen = {value(i).dtype for i in operands}
-    wanted = made.dtype
-    mixed = seen != {wanted} and wanted in (dtype, torch.float32)
-    if not mixed or (wanted is torch.float32 and torch.float32 in seen):
-        return  # plain type promotion
-    with graph.inserting_before(node):
-        for i in operands:
-            if value(i).dtype is not wanted:
-                new = graph.call_function(aten.to.dtype, (i, wanted))
-                new.meta = dict(i.meta)
-                new.meta["val"] = value(i).to(wanted)
-                node.replace_input_with(i, new)
-
-
-def _casts(node: fx.Node) -> bool:
-    name = str(node.target)
-    return name.startswith(
-        ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros")
-    )
 
 
 # The experts of a mixture, in a form that other runtimes have.
