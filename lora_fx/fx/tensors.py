@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.updates import Dense, Full, ReplacedRows
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 
