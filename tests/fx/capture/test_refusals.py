@@ -102,9 +102,10 @@ def test_a_product_of_two_weights_is_refused_by_name() -> None:
 
     found = lora_fx.find(Chain(), (torch.randn(3, 6),))
     assert [(r.key, r.reason) for r in found.refusals] == [
-        ("a", "the weight is computed by matmul with another weight from a")
+        ("b", "the weight is computed by matmul with another weight from b")
     ]
-    assert [u.key for u in found.unreached] == ["b"]
+    (left,) = found.unreached
+    assert (left.key, left.reason) == ("a", "no weight matmul uses it; it is read by matmul")
 
 
 def test_a_weight_under_a_name_that_is_taken_is_named() -> None:
