@@ -10,12 +10,10 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of, with_values
@@ -24,13 +22,12 @@ from lora_fx.compare import EPSILON, Parity, compare
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment
-from lora_fx.fx.capture.call import Signature, leaf_names, onnx_name
+from lora_fx.fx.capture.call import Signature
 from lora_fx.fx.capture.capture import Captured, alike
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import by_output, copied
-from lora_fx.fx.tensors import from_numpy
 from lora_fx.inputs import SIZES, Named
-from lora_fx.passes.proofs.parity import arrays_of, prove
+from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
 from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, Array]
@@ -62,15 +59,10 @@ class InGraph:
         return prove(self._live, module, arrays=None if idle else given, sizes=SIZES[:1])[0]
 
     def _live(self, feeds: Mapping[str, Array]) -> Arrays:
-        leaves, spec = pytree.tree_flatten(dict(self.cap.named))
-        names = leaf_names(self.cap.named)
-        new = [
-            from_numpy(feeds[onnx_name(n)]).to(x.device) if _tensor(x) else x
-            for n, x in zip(names, leaves, strict=True)
-        ]
-        named = pytree.tree_unflatten(new, spec)
         with eval_mode(self.state.model):
-            return by_output(self.cap.signature.call(self.state.model, named))
+            return by_output(
+                self.cap.signature.call(self.state.model, named_of(self.cap.named, feeds))
+            )
 
 
 class Explicit:
@@ -177,7 +169,3 @@ def _alone(
     state.fill(only)
     reference.put(only)
     return reference.check()
-
-
-def _tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)

@@ -93,8 +93,6 @@ def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn
     pairs = module.slots()
     held = module.tensors()
     kept = [(p, p.detach().clone()) for h in held.values() for p in h.values()]
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
-    was = module.training
     try:
         with torch.no_grad():
             for key, (a, b) in pairs.items():
@@ -105,15 +103,13 @@ def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn
                 b.copy_(torch.from_numpy(new_b * np.float32(SIZE / abs(u.scale or 1.0))))
                 if u.frozen:  # a large part of W; the probe is small and random
                     held[key]["b0"].mul_(SIZE)
-        yield pairs
+        with as_it_was(module, None):
+            yield pairs
     finally:
         with torch.no_grad():
             for p, value in kept:
                 p.copy_(value)
                 p.grad = None
-            for t, value in buffers:
-                t.copy_(value)
-        module.train(was)
 
 
 def _gradients(

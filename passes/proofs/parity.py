@@ -43,6 +43,17 @@ def arrays_of(named: Named) -> dict[str, Array]:
     }
 
 
+def named_of(example: Named, feeds: Mapping[str, Array]) -> dict[str, Any]:
+    """What arrays_of was made of, in the structure of the example and with its constants."""
+    leaves, spec = pytree.tree_flatten(dict(example))
+    new = [
+        from_numpy(feeds[onnx_name(n)]).to(x.device) if isinstance(x, torch.Tensor) else x
+        for n, x in zip(leaf_names(example), leaves, strict=True)
+    ]
+    named: dict[str, Any] = pytree.tree_unflatten(new, spec)
+    return named
+
+
 def prove(
     ours: Run,
     reference: CapturedModule,
@@ -257,17 +268,7 @@ def _moved(model: CapturedModule, other: CapturedModule, seed: int) -> CapturedM
 
 def torch_run(module: CapturedModule) -> Run:
     """A torch module as {input: array} → {output: array}."""
-
-    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        named = module.captured.named
-        leaves, spec = pytree.tree_flatten(dict(named))
-        new = [
-            from_numpy(feeds[onnx_name(n)]) if isinstance(x, torch.Tensor) else x
-            for n, x in zip(leaf_names(named), leaves, strict=True)
-        ]
-        return module.flat(pytree.tree_unflatten(new, spec))
-
-    return run
+    return lambda feeds: module.flat(named_of(module.captured.named, feeds))
 
 
 # A captured torch model as the reference of an export.
