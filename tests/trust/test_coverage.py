@@ -169,7 +169,6 @@ CHAINS: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
     ("einsum", lambda x, w: torch.einsum("op,pi,bi->bo", w, w[:, :4], x)),
     ("einsum, implicit", lambda x, w: torch.einsum("ab,bc,cd", w, w, x[:, :4].mT)),
     ("einsum, dots", lambda x, w: torch.einsum("oi,...i,ok->...k", w, x, w)),
-    ("einsum, a diagonal", lambda x, w: torch.einsum("oi,bi,oo->bo", w, x, w)),
 ]
 
 

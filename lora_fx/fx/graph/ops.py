@@ -207,7 +207,7 @@ def _table() -> dict[Any, FxOp]:
         aten.baddbmm.default: FxOp("baddbmm", _addmm, bias=0),
         aten.addmv.default: FxOp("addmv", _addmm, bias=0),
         aten.addbmm.default: FxOp("addbmm", _addbmm, bias=0),
-        aten.einsum.default: FxOp("einsum", _einsum),
+        aten.einsum.default: FxOp("einsum", _einsum, many=True),
         aten.inner.default: FxOp("inner", _inner),
         aten.tensordot.default: FxOp("tensordot", _tensordot),
         aten.conv1d.default: FxOp("conv1d", _conv, bias=2),
