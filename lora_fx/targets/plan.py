@@ -201,13 +201,12 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Ranked:
-    """One target: its rank and alpha, what one rank costs, and the highest that it can have."""
+    """One target: its rank and alpha, and what one rank costs."""
 
     key: str
     rank: int
     alpha: float
     cost: int
-    most: int
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def plan(
         raise LoraFxError("no gradient reaches any target", "look at the data and the loss")
     ranks = allocate(gains, costs, most, limit)
     each = {key: ranks.get(key, 0) for key in uses}  # a dead one has none
-    rows = tuple(Ranked(k, r, scale * r, costs[k], most[k]) for k, r in each.items())
+    rows = tuple(Ranked(k, r, scale * r, costs[k]) for k, r in each.items())
     return RankPlan(rows, method, budget, asked.unit, limit, name, seen.examples, tuple(notes))
 
 

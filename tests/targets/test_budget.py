@@ -60,7 +60,7 @@ def test_no_budget(text: str) -> None:
 
 
 def planned() -> RankPlan:
-    rows = Ranked("a.weight", 3, 6.0, 10, 8), Ranked("b.weight[0:4]", 0, 0.0, 20, 4)
+    rows = Ranked("a.weight", 3, 6.0, 10), Ranked("b.weight[0:4]", 0, 0.0, 20)
     return RankPlan(rows, "kfac", "params:40", "params", 40, "model.py:build", 12)
 
 
