@@ -34,7 +34,6 @@ from lora_fx.fx.pt2.manifest import (
     read_signature,
 )
 from lora_fx.fx.pt2.program import (
-    Modal,
     load_program,
     modal_nodes,
     mode_of,
@@ -85,8 +84,10 @@ class FileCaptured(Captured):
         self._limits_known = False
         try:
             self._read(manifest)
-            if args or kwargs:
-                self.named = self._given(args, kwargs or {})
+            if args or kwargs:  # an example of the caller's: a call that the programs take
+                given = self.signature.bind(tuple(args), dict(kwargs or {}))
+                self._same_call(given)
+                self.named = given
             self._describe(manifest, dynamic, static)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             if isinstance(e, LoraFxError):
@@ -124,21 +125,14 @@ class FileCaptured(Captured):
             self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
         self.base_dtype = base_dtype(self.model)
 
-    def _given(self, args: Sequence[object], kwargs: JsonView) -> Json:
-        """The caller's example, which must be a call that the file's programs take."""
-        named = self.signature.bind(tuple(args), dict(kwargs))
-        self._same_call(named)
-        return named
-
     def _describe(self, manifest: JsonView, dynamic: Dynamic | None, static: Sequence[str]) -> None:
         leaves = pytree.tree_leaves(self.named)
-        self.inputs: Inputs = describe(leaf_names(self.named), leaves)
         said = manifest.get("inputs", {})
-        specs = [
+        specs = (
             replace(s, high=said[s.name]["high"] if s.name in said else s.high)
-            for s in self.inputs.specs
-        ]
-        self.inputs = Inputs(tuple(specs))
+            for s in describe(leaf_names(self.named), leaves).specs
+        )
+        self.inputs: Inputs = Inputs(tuple(specs))
         wanted = {k: dict(v) for k, v in default_dynamic(self.inputs).items()}
         free = self._free(said)
         for name, open_dims in free.items():
@@ -183,7 +177,7 @@ class FileCaptured(Captured):
         if training in self.programs:
             return
         held = self.programs[not training]
-        modals = [m for m in self._modals(held) if m.training is not training]
+        modals = [m for m in modal_nodes(self._trace_of(held).graph) if m.training is not training]
         if training and norm_stats == "frozen":
             modals = [m for m in modals if not m.norm]  # frozen norms are those of the eval graph
         if not modals and training:
@@ -195,9 +189,6 @@ class FileCaptured(Captured):
             f"in {lacks} mode these behave otherwise: {says(modals) or 'unknown'}",
             LATER + hint,
         )
-
-    def _modals(self, name: str) -> list[Modal]:
-        return modal_nodes(self._trace_of(name).graph)
 
     def _graph_module(self, training: bool) -> fx.GraphModule:
         self.allows(training, "update")
@@ -304,13 +295,10 @@ def signature_of(named: JsonView) -> inspect.Signature:
     """A signature of these arguments; constants have themselves as defaults."""
     params: list[inspect.Parameter] = []
     kind: Any = kinds.POSITIONAL_OR_KEYWORD
-    optional = False
     for name, value in named.items():
-        plain = is_constant(value)
-        if optional and not plain:
+        if params and params[-1].default is not kinds.empty and not is_constant(value):
             kind = kinds.KEYWORD_ONLY
-        optional = optional or plain
-        params.append(kinds(name, kind, default=value if plain else kinds.empty))
+        params.append(_held(name, kind, value))
     return inspect.Signature(params)
 
 
@@ -323,15 +311,16 @@ def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signatur
             gap = gap or p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
             continue
         kind = kinds.KEYWORD_ONLY if gap and p.kind is not kinds.VAR_POSITIONAL else p.kind
-        value = named[p.name]
-        constant = is_constant(value)
-        gap = gap or constant
-        params.append(kinds(p.name, kind, default=value if constant else kinds.empty))
-    rest = {k: v for k, v in named.items() if k not in full.parameters}
-    for name, value in rest.items():
-        default = value if is_constant(value) else kinds.empty
-        params.append(kinds(name, kinds.KEYWORD_ONLY, default=default))
+        gap = gap or is_constant(named[p.name])
+        params.append(_held(p.name, kind, named[p.name]))
+    rest = (k for k in named if k not in full.parameters)
+    params += [_held(name, kinds.KEYWORD_ONLY, named[name]) for name in rest]
     return inspect.Signature(params)
+
+
+def _held(name: str, kind: Any, value: object) -> inspect.Parameter:
+    """A parameter of an argument that a file holds; a constant is its own default."""
+    return kinds(name, kind, default=value if is_constant(value) else kinds.empty)
 
 
 def call_text(named: JsonView) -> str:

@@ -16,19 +16,11 @@ from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.pt2.check import LEAF
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.text import Json, JsonView
 
-_KINDS = {
-    k.name: k
-    for k in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.VAR_POSITIONAL,
-        inspect.Parameter.KEYWORD_ONLY,
-        inspect.Parameter.VAR_KEYWORD,
-    )
-}
+_KINDS = {k.name: k for k in type(inspect.Parameter.KEYWORD_ONLY)}
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> Json:
@@ -122,13 +114,10 @@ def _parameter(p: inspect.Parameter) -> Json:
 
 def read_signature(rows: list[JsonView]) -> inspect.Signature:
     """The signature that `make_manifest` wrote."""
+    empty = inspect.Parameter.empty
     return inspect.Signature(
         [
-            inspect.Parameter(
-                str(r["name"]),
-                _KINDS[r["kind"]],
-                default=r.get("default", inspect.Parameter.empty),
-            )
+            inspect.Parameter(str(r["name"]), _KINDS[r["kind"]], default=r.get("default", empty))
             for r in rows
         ]
     )
@@ -175,9 +164,9 @@ def _plain(value: object) -> Any:
 
 def plain_spec(spec: Any) -> Json:
     """A tree of outputs as torch writes it, of dicts, lists and tuples only."""
-    children = [] if spec.is_leaf() else [plain_spec(c) for c in spec.children()]
     if spec.is_leaf():
-        return {"type": None, "context": None, "children_spec": []}
+        return LEAF
+    children = [plain_spec(c) for c in spec.children()]
     names: Any = spec.context
     if isinstance(names, type) and hasattr(names, "_fields"):
         names = list(names._fields)
