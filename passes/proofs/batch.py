@@ -8,11 +8,12 @@ of the other rows is in it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import ORT_TOL, Parity, compare, gates_of, widened
+from lora_fx.compare import Parity, compare_fairly, gates_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import SIZES, Named
@@ -108,10 +109,5 @@ def _row(
     alone = {n: np.repeat(v[row : row + 1], 2, 0) if n in rowed else v for n, v in feeds.items()}
     expected = {n: v[:1] for n, v in reference.run(adapter)(alone).items()}
     ours = {n: v[row : row + 1] for n, v in got.items()}
-    shapes = {n: v.shape for n, v in feeds.items()}
-    gates = gates_of(expected)
-    parity = compare(ours, expected, shapes, gates, "mixed batch")
-    if not parity.ok and gates[parity.output] == ORT_TOL:
-        gates = widened(gates, reference.own_errors(adapter))
-        parity = compare(ours, expected, shapes, gates, "mixed batch")
-    return parity
+    shapes, own = {n: v.shape for n, v in feeds.items()}, partial(reference.own_errors, adapter)
+    return compare_fairly(ours, expected, shapes, gates_of(expected), own, of="mixed batch")

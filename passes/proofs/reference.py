@@ -20,7 +20,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.compare import EPSILON, Parity, compare, gates_of, narrow_gate, rel, shapes_of, widened
+from lora_fx.compare import EPSILON, Parity, compare_fairly, gates_of, narrow_gate, rel, shapes_of
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, one_line
@@ -153,8 +153,7 @@ class OnnxReference:
         moved = open_session(path, self.session.provider) if path else self.session
         for feeds in self.sizes():
             plain, fused = (self._run(adapter, level, feeds) for level in (False, True))
-            for key, u in updates.items():
-                feeds = {**feeds, **_factors(key, u)}
+            feeds = {**feeds, **_factors(updates)}
             for values in (plain, self._outputs(moved, feeds)):
                 for name, value in values.items():
                     worst[name] = max(worst.get(name, 0.0), rel(value, fused[name]))
@@ -164,15 +163,9 @@ class OnnxReference:
         """See Reference."""
         results = []
         for feeds in self.sizes():
-            expected = self._run(adapter, True, feeds)
-            gates = self._gates(adapter, expected, feeds)
-            shapes = shapes_of(feeds)
-            got = run(feeds)
-            parity = compare(got, expected, shapes, gates, of)
-            if not parity.ok:
-                gates = widened(gates, self.own_errors(adapter))
-                parity = compare(got, expected, shapes, gates, of)
-            results.append(parity)
+            expected, own = self._run(adapter, True, feeds), partial(self.own_errors, adapter)
+            gates, shapes = self._gates(adapter, expected, feeds), shapes_of(feeds)
+            results.append(compare_fairly(run(feeds), expected, shapes, gates, own, of=of))
         return results
 
     def _gates(
@@ -197,7 +190,7 @@ class OnnxReference:
         base = session.run(feeds)
         result = []
         for key, u in adapter.lowrank.items():
-            changed = self._outputs(session, {**feeds, **_factors(key, u)})
+            changed = self._outputs(session, {**feeds, **_factors({key: u})})
             if not any(rel(changed[n], base[n]) > 0 for n in base):
                 result.append(key)
         return result
@@ -206,10 +199,7 @@ class OnnxReference:
         self, adapter: Adapter | None, rewrites: bool, feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
         updates = {} if adapter is None else adapter.lowrank
-        session = self._session(updates, rewrites)
-        for key, u in updates.items():
-            feeds = {**feeds, **_factors(key, u)}
-        return self._outputs(session, feeds)
+        return self._outputs(self._session(updates, rewrites), {**feeds, **_factors(updates)})
 
     def _outputs(self, session: RuntimeSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [o.name for o in session.session.get_outputs()]
@@ -275,9 +265,9 @@ class OnnxReference:
         return self._made[key]
 
 
-def _factors(key: str, update: LowRank) -> dict[str, Array]:
-    scaled = replace(update, b=update.b * np.float32(update.scale), frozen=0)
-    return {slot.name: slot.value for slot in slots_of(key, scaled)}
+def _factors(updates: Mapping[str, LowRank]) -> dict[str, Array]:
+    scaled = {k: replace(u, b=u.b * np.float32(u.scale), frozen=0) for k, u in updates.items()}
+    return {slot.name: slot.value for k, u in scaled.items() for slot in slots_of(k, u)}
 
 
 @contextlib.contextmanager

@@ -378,13 +378,15 @@ def sample_call(
         if k not in spelled:
             raise LoraFxError(f"no input is named {k!r}", f"the inputs are {', '.join(drawn)}")
         drawn[spelled[k]] = v
+    return filled(named, drawn, device)
+
+
+def filled(named: Named, arrays: Named, device: torch.device | None = None) -> dict[str, Any]:
+    """Named arguments again, their tensors from arrays by the names of the leaves."""
     leaves, spec = pytree.tree_flatten(dict(named))
-    new = []
-    for name, leaf in zip(leaf_names(named), leaves, strict=True):
-        if isinstance(leaf, torch.Tensor):
-            t = from_numpy(drawn[name]).to(leaf.dtype)
-            new.append(t.to(device) if device is not None else t)
-        else:
-            new.append(leaf)
+    new = [
+        from_numpy(arrays[n]).to(device, x.dtype) if isinstance(x, torch.Tensor) else x
+        for n, x in zip(leaf_names(named), leaves, strict=True)
+    ]
     result: dict[str, Any] = pytree.tree_unflatten(new, spec)
     return result
