@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import linecache
+import re
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,19 +72,19 @@ class ModelSource:
     @classmethod
     def of(cls, model: nn.Module) -> ModelSource:
         """Copy a model without its weights; where it cannot be copied, take it as it is."""
-        bound = getattr(model.function, "__self__", None) if isinstance(model, Called) else None
-        if isinstance(bound, nn.Module):
+        if isinstance(model, Called):
+            bound = getattr(model.function, "__self__", None)
+            if not isinstance(bound, nn.Module):
+                return cls(model, _hooked(model), None, live=True)
             copied, mode = weightless(bound)
             method = getattr(copied, str(getattr(model.function, "__name__", "forward")))
             return cls(copied, method, mode)
-        if not isinstance(model, Called):
-            try:
-                copied, mode = weightless(model)
-                return cls(copied, _hooked(copied), mode)
-            except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
-                why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
-                return cls(model, _hooked(model), None, live=True, why=why)
-        return cls(model, _hooked(model), None, live=True)
+        try:
+            copied, mode = weightless(model)
+            return cls(copied, _hooked(copied), mode)
+        except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
+            why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
+            return cls(model, _hooked(model), None, live=True, why=why)
 
     def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> ModelSource:
         """The source with its floating tensors in another dtype.
@@ -184,7 +185,9 @@ class Captured:
         return self._graph_module(True)
 
     def _graph_module(self, training: bool) -> fx.GraphModule:
-        traced, graph = self.traced(training, self.named), self.fx_graph(training).graph
+        return self._over_tensors(self.traced(training, self.named), self.fx_graph(training).graph)
+
+    def _over_tensors(self, traced: Traced, graph: fx.Graph) -> fx.GraphModule:
         tensors = _tensors(self.model) | traced.constants | traced.bodies
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
@@ -195,8 +198,7 @@ class Captured:
     def fx_graph(self, training: bool = False, root: nn.Module | None = None) -> FxGraph:
         """A fresh copy of a mode's graph, as passes see it."""
         traced = self.traced(training, self.named)
-        tree = root if root is not None else self.model
-        return traced.fx_graph(tree, training)
+        return traced.fx_graph(self.model if root is None else root, training)
 
     def traced(
         self,
@@ -345,9 +347,7 @@ class Captured:
             for n in drawn
             for factor in (-1.0, 16.0, 1 / 16)
         ]
-        tensors = _tensors(self.model) | traced.constants | traced.bodies
-        used = {str(n.target) for n in traced.graph.nodes if n.op == "get_attr"}
-        graph = fx.GraphModule({n: tensors[n] for n in used}, traced.graph)
+        graph = self._over_tensors(traced, traced.graph)
         for other in (*drawn[1:], *others):
             with torch.no_grad():
                 try:
@@ -511,17 +511,12 @@ def _forward_of(model: Any, module: nn.Module) -> Callable[..., Any]:
 
 _CAUSES = (
     (
-        "GuardOnDataDependentSymNode",
+        "GuardOnDataDependentSymNode|data-dependent",
         "a branch or a size depends on a tensor's value",
         "compute both branches with torch.where, or make the value a Python argument",
     ),
     (
-        "data-dependent",
-        "a branch or a size depends on a tensor's value",
-        "compute both branches with torch.where, or make the value a Python argument",
-    ),
-    (
-        "aten._local_scalar_dense",
+        r"aten\._local_scalar_dense",
         "a tensor's value is read (.item(), int(), bool())",
         "keep it a tensor: torch.where, masks, or a Python argument",
     ),
@@ -547,20 +542,16 @@ def explain(error: Exception, name: str, training: bool) -> CaptureError:
     mode = "train" if training else "eval"
     where = _user_line(error) or f"{name}.forward"
     text = f"{type(error).__name__}: {error}"
-    for needle, why, todo in _CAUSES:
-        if needle in text:
-            return CaptureError(f"cannot capture {name} in {mode} mode at {where}: {why}", todo)
-    if any(words in text for words in _SIZES):
-        return CaptureError(
-            f"cannot capture {name} in {mode} mode at {where}: sizes do not fit: "
-            f"{one_line(error, 160)}",
-            "check the example inputs against what the model expects",
-        )
-    return CaptureError(
-        f"cannot capture {name} in {mode} mode at {where}: "
-        f"{one_line(f'{type(error).__name__}: {error}', 160)}",
-        "check that the model runs on the example inputs; -v prints the traceback",
-    )
+    known = next(((why, todo) for cause, why, todo in _CAUSES if re.search(cause, text)), None)
+    if known is not None:
+        why, todo = known
+    elif any(words in text for words in _SIZES):
+        why = f"sizes do not fit: {one_line(error, 160)}"
+        todo = "check the example inputs against what the model expects"
+    else:
+        why = one_line(text, 160)
+        todo = "check that the model runs on the example inputs; -v prints the traceback"
+    return CaptureError(f"cannot capture {name} in {mode} mode at {where}: {why}", todo)
 
 
 def _user_line(error: BaseException) -> str:
@@ -569,15 +560,9 @@ def _user_line(error: BaseException) -> str:
     inner = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         path = frame.f_code.co_filename
-        if "/torch/" in path or path.startswith(ours + "/lora_fx/") or path.startswith("<"):
-            continue
-        if path.startswith(ours + "/passes/") or path.startswith(ours + "/cli/"):
-            continue
-        if (
-            frame.f_code.co_name != "<module>"
-            and "/lib/python3" in path
-            and "site-packages" not in path
-        ):
+        own = path.startswith(("<", f"{ours}/lora_fx/", f"{ours}/passes/", f"{ours}/cli/"))
+        standard = "/lib/python3" in path and "site-packages" not in path
+        if "/torch/" in path or own or (standard and frame.f_code.co_name != "<module>"):
             continue
         inner = (path, line)
     if inner is None:

@@ -70,12 +70,11 @@ def decoder(model: Any) -> Captured:
             f"{model.path} holds a traced graph without a cache",
             "export from the model's folder or code",
         )
+    notes: list[str] = []
     if isinstance(model, Captured):
         if isinstance(model.model, Cached):
             return model
         notes, model = model.notes, model.model
-    else:
-        notes = []
     layers = _layers(model)
     generator = torch.Generator().manual_seed(0)
     rows = int(model.config.get_text_config().vocab_size)
