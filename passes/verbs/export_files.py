@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import Report, demand, rel
+from lora_fx.compare import Parity, Report, demand, rel
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
@@ -34,7 +34,7 @@ from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
-from lora_fx.text import Json
+from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -177,13 +177,24 @@ def write_switch(
                 write_adapter(adapters[name], manifest, part)
     if session.note:
         warnings.append(session.note)
-    outputs = [*made_file.files, *paths.values()]
-    sizes = {str(f): f.stat().st_size for f in outputs}
-    details: Json = {"files": sizes, "provider": session.provider}
-    details |= {"mode": manifest.mode, "targets": len(manifest.slots)}
+    details: Json = {"mode": manifest.mode, "targets": len(manifest.slots)}
     details |= {"ranges": reference.ranges(), "unproven": reference.unproven()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
-    return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), details)
+    files = [*made_file.files, *paths.values()]
+    return report_of(files, session.provider, parity, warnings, details)
+
+
+def report_of(
+    files: Sequence[Path],
+    provider: str,
+    parity: Sequence[Parity],
+    warnings: Sequence[str],
+    details: JsonView,
+) -> Report:
+    """The report of an export that has written these files."""
+    sizes = {str(f): f.stat().st_size for f in files}
+    whole = {"files": sizes, "provider": provider, **details}
+    return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), whole)
 
 
 def _serving(
@@ -235,9 +246,6 @@ def _random(
 # Only where all rows agree (`prove_rows`) the file gets its name.
 
 
-Adapters = Adapter | Sequence[Adapter] | Mapping[str, Adapter]
-
-
 def write_batch(
     graph: OnnxGraph,
     reference: Reference,
@@ -286,12 +294,9 @@ def write_batch(
         parity = prove_rows(
             session.run, reference, adapters, rowed, fixed=fixed, scales=options.scales
         )
-    sizes = {str(f): f.stat().st_size for f in made_file.files}
     said = [*warnings, *told]
     said += [session.note] if session.note else []
     details = {
-        "files": sizes,
-        "provider": session.provider,
         "mode": "batch",
         "adapters": list(adapters),
         "nodes": sum(1 for _ in model.graph.all_nodes()),
@@ -299,7 +304,7 @@ def write_batch(
         "ranges": reference.ranges(),
         "unproven": reference.unproven(),
     }
-    return Report("export", True, tuple(parity), tuple(sizes), tuple(said), details)
+    return report_of(made_file.files, session.provider, parity, said, details)
 
 
 def named(adapters: ExportAdapters | None) -> dict[str, Adapter]:

@@ -11,7 +11,6 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.graph.flow import tensor
@@ -36,6 +35,7 @@ from lora_fx.passes.proofs.parity import TorchReference, prove, runs_on, torch_r
 from lora_fx.passes.verbs.adapt import find, fold, grown, insert
 from lora_fx.passes.verbs.export_files import (
     by_name,
+    report_of,
     save_within,
     write_batch,
     write_switch,
@@ -44,6 +44,7 @@ from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.optimise import narrowed
 from lora_fx.passes.verbs.optimise import optimise as optimised
 from lora_fx.passes.verbs.options import ExportOptions
+from lora_fx.text import Json
 
 
 def export_merged(
@@ -84,7 +85,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     elif widen(made.model):
         warnings.append(WIDENED)
     restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
-    values = {n: partial(_value, folded, n) for n in named_tensors(folded)[0]}
+    values = {n: partial(to_numpy, tensor(folded, n)) for n in named_tensors(folded)[0]}
     mark_changed(made.model, values)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)
@@ -117,28 +118,22 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     warnings += told
     if session.note:
         warnings.append(session.note)
-    warnings += [f.said for f in getattr(folded, "folded", ()) if f.said]
-    lost = [f for f in getattr(folded, "folded", ()) if f.kept < 0.95]
-    warnings += [f"{f.parameter}: rounding kept {f.kept:.1%} of the change" for f in lost]
-    sizes = {str(f): f.stat().st_size for f in made_file.files}
-    return Report(
-        "export",
-        True,
-        (*parity, *runtime),
-        tuple(sizes),
-        tuple(warnings),
-        {
-            "files": sizes,
-            "provider": session.provider,
-            "opset": opset,
-            "mode": "merged",
-            "nodes": sum(1 for _ in model.graph.all_nodes()),
-            "grown_bytes": grown(getattr(folded, "folded", ())),
-            "ranges": [c.to_json() for c in branched.captured.ranges],
-            "unproven": [*branched.captured.unproven.values()],
-            **({"stages": [s.to_json() for s in stages]} if options.optimise else {}),
-        },
-    )
+    changes = getattr(folded, "folded", ())
+    warnings += [f.said for f in changes if f.said]
+    warnings += [
+        f"{f.parameter}: rounding kept {f.kept:.1%} of the change" for f in changes if f.kept < 0.95
+    ]
+    details: Json = {
+        "opset": opset,
+        "mode": "merged",
+        "nodes": sum(1 for _ in model.graph.all_nodes()),
+        "grown_bytes": grown(changes),
+        "ranges": [c.to_json() for c in branched.captured.ranges],
+        "unproven": [*branched.captured.unproven.values()],
+    }
+    if options.optimise:
+        details["stages"] = [s.to_json() for s in stages]
+    return report_of(made_file.files, session.provider, (*parity, *runtime), warnings, details)
 
 
 def _branched(
@@ -167,10 +162,6 @@ def _branched(
 
 
 WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its rounding is not"
-
-
-def _value(module: CapturedModule, name: str) -> Array:
-    return to_numpy(tensor(module, name))
 
 
 # export of a torch model in modes switch, load and batch: the base in ONNX, then its rewrite.
