@@ -118,9 +118,8 @@ def merge_onnx(
     fold(graph)
     for name, value in matched.whole.items():
         graph.store(name, value)
-    model.metadata_props[METADATA] = _record(
-        model.metadata_props.get(METADATA), plan.parts, str(source)
-    )
+    now = {"format": 1, "adapters": [{"hash": p.hash, "weight": p.weight} for p in plan.parts]}
+    model.metadata_props[METADATA] = json.dumps([*plan.merges, now])
     with output(target, force=asked.force, repository=asked.repository) as made:
         made.save(model, 0 if external else asked.external_over, delta=asked.delta)
         changed = {*fold.applied.values(), *matched.whole}
@@ -131,7 +130,8 @@ def merge_onnx(
                 "is the adapter untrained, or its weight 0?",
             )
         parity = _ran(source, pristine, made.seen, matched, asked) if asked.run else []
-        notes = [*graph.notes, *_loads(source, made.seen, weight_bytes(model), ran=asked.run)]
+        loads = [] if asked.run else _loads(source, made.seen, weight_bytes(model))
+        notes = [*graph.notes, *loads]
     return _report(made.files, fold, matched, plan.renamed, notes, parity)
 
 
@@ -167,10 +167,8 @@ def _ran(
     return parity
 
 
-def _loads(source: Path, written: Path, size: int, *, ran: bool) -> list[str]:
+def _loads(source: Path, written: Path, size: int) -> list[str]:
     """Load what was written in ONNX Runtime, where that takes little memory; returns notes."""
-    if ran:
-        return []
     if size > EXTERNAL_OVER:
         return ["not loaded in ONNX Runtime, which would read all of it: tensors were compared"]
     try:
@@ -182,11 +180,6 @@ def _loads(source: Path, written: Path, size: int, *, ran: bool) -> list[str]:
             return [f"ONNX Runtime here loads neither the base nor the output: {error.message}"]
         raise
     return []
-
-
-def _record(text: str | None, parts: Sequence[Given], where: str) -> str:
-    adapters = [{"hash": p.hash, "weight": p.weight} for p in parts]
-    return json.dumps([*history(text, where), {"format": 1, "adapters": adapters}])
 
 
 def _report(
@@ -240,6 +233,7 @@ class OnnxMergePlan:
         parts: The adapters as given.
         matched: Their sum.
         renamed: Tensors that got the names that the exporter's metadata tells.
+        merges: Those before, as the file's metadata tells of them.
     """
 
     graph: OnnxGraph
@@ -247,24 +241,21 @@ class OnnxMergePlan:
     parts: tuple[Given, ...]
     matched: Matched
     renamed: int
+    merges: Sequence[Json]
 
     def rows(self) -> list[Json]:
         """One a key: the tensor, its shape, rank and scale, and the bytes that are written."""
-        rows = []
-        for key, update in self.matched.updates.items():
-            p = self.found[key].parameter
-            size = self.graph.flow.stores[p.name].tensor.nbytes
-            rows.append(
-                {"key": key, "tensor": p.name, "shape": list(p.shape), "rank": update.rank,
-                 "scale": update.scale, "bytes": size}
-            )  # fmt: skip
-        for name, value in self.matched.whole.items():
-            size = self.graph.flow.stores[name].tensor.nbytes
-            rows.append(
-                {"key": name, "tensor": name, "shape": list(value.shape), "rank": None,
-                 "scale": None, "bytes": size}
-            )  # fmt: skip
-        return rows
+        updates = ((k, self.found[k].parameter, u) for k, u in self.matched.updates.items())
+        rows: list[Json] = [
+            {"key": k, "tensor": p.name, "shape": list(p.shape), "rank": u.rank, "scale": u.scale}
+            for k, p, u in updates
+        ]
+        rows += [
+            {"key": n, "tensor": n, "shape": list(v.shape), "rank": None, "scale": None}
+            for n, v in self.matched.whole.items()
+        ]
+        stores = self.graph.flow.stores
+        return [{**row, "bytes": stores[row["tensor"]].tensor.nbytes} for row in rows]
 
     def to_json(self) -> Json:
         """Fields of `merge --dry-run --json`."""
@@ -303,7 +294,7 @@ def plan_onnx(
     graph = OnnxGraph(model)
     found = find(graph)
     matched = _sum(parts, graph, found, options)
-    return OnnxMergePlan(graph, found, tuple(parts), matched, renamed)
+    return OnnxMergePlan(graph, found, tuple(parts), matched, renamed, merges)
 
 
 def _sum(
