@@ -20,10 +20,9 @@ from operator import getitem
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.flow import Writes
+from lora_fx.fx.graph.flow import Writes, tensor
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.patterns.elementwise import Maker, Projection, block_of, projections
-from lora_fx.fx.tensors import owner
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten
@@ -60,7 +59,7 @@ def _join(graph: FxGraph, group: Sequence[Projection]) -> None:
     first = group[0]
     emit = Maker(first.node, first.node)
     factors = [a for p in group for a in p.factors]
-    ranks = [sum(_rank(graph, a) for a in p.factors) for p in group]
+    ranks = [sum(len(tensor(graph.root, str(a.target))) for a in p.factors) for p in group]
     a = emit.call(aten.cat.default, ([emit.get_attr(str(f.target)) for f in factors],))
     turned = emit.call(
         aten.permute.default, (emit.call(aten.type_as.default, (a, first.x)), [1, 0])
@@ -69,10 +68,3 @@ def _join(graph: FxGraph, group: Sequence[Projection]) -> None:
     parts = emit.call(aten.split_with_sizes.default, (t, ranks, -1))
     for i, p in enumerate(group):
         p.node.replace_all_uses_with(emit.call(getitem, (parts, i)))
-
-
-def _rank(graph: FxGraph, factor: fx.Node) -> int:
-    module, leaf = owner(graph.root, str(factor.target))
-    held = module._parameters[leaf]
-    assert held is not None
-    return int(held.shape[0])

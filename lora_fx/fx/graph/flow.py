@@ -11,7 +11,7 @@ import itertools
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ def _follow(
             _call(flow, node)
         known = flow.weights.get(node)
         if node in changed and known is not None and known.name:
-            flow.weights[node] = _edited(known)
+            flow.weights[node] = replace(known, edited="an in-place edit")
     return flow
 
 
@@ -163,10 +163,6 @@ def _is_layer(flow: FxFlow, product: fx.Node) -> bool:
             ):
                 return False
     return read
-
-
-def _edited(w: FxWeight) -> FxWeight:
-    return FxWeight(w.name, w.view, w.shape, w.root, w.behind, "an in-place edit")
 
 
 def _call(flow: FxFlow, node: fx.Node) -> None:
@@ -259,23 +255,23 @@ def aliased_by(node: fx.Node) -> list[fx.Node]:
     if node.target in _MAY_ALIAS:
         return [v for v in node.args[:1] if isinstance(v, fx.Node)]
     schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return []
-    if not any(r.alias_info for r in schema.returns):
-        return []
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-    held = [given.get(a.name) for a in schema.arguments if a.alias_info]
-    return [v for v in held if isinstance(v, fx.Node)]
+    held = schema is not None and any(r.alias_info for r in schema.returns)
+    return [v for _, v in _annotated(node)] if held else []
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The operands that a node changes in place."""
+    return [v for info, v in _annotated(node) if info.is_write]
+
+
+def _annotated(node: fx.Node) -> list[tuple[Any, fx.Node]]:
+    """(what the op's schema says, operand) of operands that a result lies in or that change."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return []
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-    changed = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    return [v for name in changed if isinstance(v := given.get(name), fx.Node)]
+    said = ((a.alias_info, given.get(a.name)) for a in schema.arguments if a.alias_info)
+    return [(info, v) for info, v in said if isinstance(v, fx.Node)]
 
 
 def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
@@ -289,9 +285,7 @@ def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
     if steps is None:
         return None
     shape = tuple(hint(n) for n in shape_of(node) or weight.shape)
-    return FxWeight(
-        weight.name, weight.view.then(*steps), shape, weight.root, weight.behind, weight.edited
-    )
+    return replace(weight, view=weight.view.then(*steps), shape=shape)
 
 
 def scope_of(node: fx.Node) -> tuple[str, str]:
@@ -352,6 +346,11 @@ def _slice(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
         return None
     start = min(max(start + n if start < 0 else start, 0), n)
     return [Slice(axis, start, start + out[axis])]
+
+
+def _narrow(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
+    axis, start, length = (int(argument(node, k)) for k in ("dim", "start", "length"))
+    return [Slice(axis % len(shape), start, start + length)]
 
 
 def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
@@ -434,13 +433,7 @@ VIEWS: Mapping[object, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
     aten.unsqueeze.default: _reshape,
     aten.expand.default: _expand,
     aten.slice.Tensor: _slice,
-    aten.narrow.default: lambda node, shape: [
-        Slice(
-            int(node.args[1]) % len(shape),  # type: ignore[arg-type]
-            int(node.args[2]),  # type: ignore[arg-type]
-            int(node.args[2]) + int(node.args[3]),  # type: ignore[arg-type]
-        )
-    ],
+    aten.narrow.default: _narrow,
     aten.select.int: _select,
     operator.getitem: _item,
     aten.to.dtype: _cast,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx import Node
 
 from lora_fx.ir.kinds import Shape
-
-if TYPE_CHECKING:
-    pass
 
 
 def value(node: object) -> Any:
@@ -40,10 +38,7 @@ def hint(size: Any) -> int:
 
 def numel(shape: Shape) -> int:
     """The number of elements at the example's sizes."""
-    n = 1
-    for size in shape:
-        n *= hint(size)
-    return n
+    return math.prod(map(hint, shape))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -25,10 +25,11 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call, without_cache
 from lora_fx.fx.capture.capture import Captured, alike, base_dtype
 from lora_fx.fx.capture.trace import has_grouped, quiet
+from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.module.codegen import Compiled, compile_program
-from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, owner, to_numpy
+from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
 
 Rewriter = Callable[[FxGraph], object]
@@ -521,9 +522,7 @@ class FoldedModule(CapturedModule):
         self._rewriter = rewriter
         self.folded: tuple[Any, ...] = ()
         for name, full in adapter.full.items():
-            m, leaf = owner(self, name)
-            old = m._parameters[leaf]
-            assert old is not None
+            old = tensor(self, name)
             new = nn.Parameter(from_numpy(full.value, like=old), requires_grad=False)
             for part in self.modules():
                 for k, p in part._parameters.items():
