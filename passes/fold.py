@@ -101,21 +101,17 @@ class Fold:
                     "insert adds a floating branch beside it (include names the weight)",
                 )
             targets[key] = target
-        sites = {s.id: s for t in targets.values() for s in t.sites}
-        for site in sites.values():
-            keys = tuple(
-                k
-                for k, t in targets.items()
-                if t.parameter.name == site.parameter
-                and _reads(t, site)
-                and applies(self.updates[k].use, site)
-            )
-            if keys:
-                groups.setdefault((site.parameter, keys), []).append(site)
+        reached: dict[str, tuple[Site, list[str]]] = {}
+        for key, target in targets.items():
+            for site in target.sites:
+                if applies(self.updates[key].use, site):
+                    reached.setdefault(site.id, (site, []))[1].append(key)
+        for site, keys in reached.values():
+            groups.setdefault((site.parameter, tuple(keys)), []).append(site)
         modified = False
-        for (name, keys), members in groups.items():
-            ident = f"{name}|{'|'.join(keys)}"
-            pairs = [(targets[k], self.updates[k]) for k in keys]
+        for (name, folded), members in groups.items():
+            ident = f"{name}|{'|'.join(folded)}"
+            pairs = [(targets[k], self.updates[k]) for k in folded]
             # Uses of other regions find their numbers in the new constant too, so it can take the
             # old one's place. Where programs share tensors, another may still read the old one.
             readers = list(members)
@@ -125,7 +121,7 @@ class Fold:
                 modified |= self._again(graph, name, members, readers, self.applied[ident])
                 continue
             alone = readers if graph.covers(name, readers) else members
-            stored = graph.replace_parameter(name, alone, self._value(name, keys, graph, pairs))
+            stored = graph.replace_parameter(name, alone, self._value(name, folded, graph, pairs))
             self.applied[ident] = stored
             if not self.lazy:
                 last = self.report[-1]
@@ -178,10 +174,6 @@ def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:
         if t.parameter.name == name and not any(overlap(t.region, r) for r in regions)
         for s in t.sites
     ]
-
-
-def _reads(t: Target, site: Site) -> bool:
-    return any(s.id == site.id for s in t.sites)
 
 
 ROWS = 1 << 20
