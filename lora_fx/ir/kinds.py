@@ -125,12 +125,12 @@ def _y(batch: str) -> str:
 
 @dataclass(frozen=True)
 class Embedding(Apart):
-    """A gather of rows: w [in, out] by ids; in is the number of rows."""
+    """A gather of rows: w [in, out] by ids; in is the number of rows.
 
-    @property
-    def name(self) -> str:
-        """Embedding: a lookup is a matmul with a one-hot x, and costs no FLOPs."""
-        return "embedding"
+    A lookup is a matmul with a one-hot x, and costs no FLOPs.
+    """
+
+    name = "embedding"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The rows are in, everything else is out."""
@@ -150,12 +150,8 @@ class Embedding(Apart):
 class EmbeddingBag(Apart):
     """Rows of w [in, out] gathered by ids and reduced a bag at a time by sum, mean or max."""
 
+    name = "embedding"  # a bag is a lookup, and costs no FLOPs
     mode: str = "sum"
-
-    @property
-    def name(self) -> str:
-        """Embedding as well: a bag is a lookup, and costs no FLOPs."""
-        return "embedding"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The rows are in, the width is out."""
@@ -177,10 +173,7 @@ class EmbeddingBag(Apart):
 class Grouped(Apart):
     """Rows of x [n, in] sorted by group, each group times its own matrix of w [groups, in, out]."""
 
-    @property
-    def name(self) -> str:
-        """Grouped, as the experts of a mixture are."""
-        return "grouped"
+    name = "grouped"  # as the experts of a mixture are
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The experts are batch."""
@@ -235,12 +228,8 @@ RECURRENT = WeightForm("recurrent", Axes((), (0,), (1,)))
 class Conv:
     """A convolution: w [g·out, in, *kernel] over x [n, g·in, *size]; in spans the kernel too."""
 
+    name = "conv"  # for any number of dimensions
     groups: int = 1
-
-    @property
-    def name(self) -> str:
-        """Conv, for any number of dimensions."""
-        return "conv"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The groups are batch, and in is C_in/groups · ∏kernel."""
@@ -272,12 +261,8 @@ class ConvTranspose(Apart):
     Every input element is spread over the kernel, so here out spans it: out = C_out/g · ∏kernel.
     """
 
+    name = "conv_transpose"
     groups: int = 1
-
-    @property
-    def name(self) -> str:
-        """conv_transpose, for any number of dimensions."""
-        return "conv_transpose"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The groups are batch, and out is C_out/groups · ∏kernel."""
