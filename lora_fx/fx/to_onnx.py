@@ -27,14 +27,12 @@ OPSET = 20
 
 @dataclass(frozen=True)
 class OnnxProgram:
-    """What the exporter made: an onnx_ir.Model, and the names that we own.
+    """What the exporter made: an onnx_ir.Model, and the names of its dimensions.
 
     `symbols` maps (input, dimension) to the name that the dimension shall have in the file.
     """
 
     model: Any
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
     symbols: dict[tuple[str, int], str]
 
 
@@ -76,7 +74,7 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
                 "a Hugging Face model may need attn_implementation='eager' (-v prints all)",
             ) from e
     assert onnx is not None
-    return OnnxProgram(onnx.model, tuple(names), tuple(outputs), symbols)
+    return OnnxProgram(onnx.model, symbols)
 
 
 def flat_program(
@@ -108,8 +106,7 @@ def flat_program(
             outputs.append(output_name(path, i))
     out.args = (tuple(kept),)
     graph.set_codegen(fx.graph.CodeGen())
-    flat = fx.GraphModule(module, graph)
-    return flat, names, outputs
+    return fx.GraphModule(module, graph), names, outputs
 
 
 def output_paths(spec: Any, count: int) -> list[str]:
@@ -147,21 +144,17 @@ def norms_apart() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints progress and warns about its own parts."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    others = [logging.getLogger(n) for n in ("onnxscript", "onnx_ir")]
-    levels = [o.level for o in others]
-    for o in others:
-        o.setLevel(logging.ERROR)
+    least = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
+    levels = {name: logging.getLogger(name).level for name in least}
+    for name, level in least.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-        for o, was in zip(others, levels, strict=True):
-            o.setLevel(was)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.

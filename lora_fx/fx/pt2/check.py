@@ -111,9 +111,8 @@ def _walk(value: object, where: str) -> None:
             check_operator(v, where)
         elif key in NAMES and isinstance(v, str) and v:
             _name(v, where)
-        elif key in PATHS:
-            if not isinstance(v, str) or not PATH.fullmatch(v):
-                raise _refused(where, f"the name {v!r}")
+        elif key in PATHS and not (isinstance(v, str) and PATH.fullmatch(v)):
+            raise _refused(where, f"the name {v!r}")
         elif key == "metadata" and isinstance(v, dict):
             value[key] = {k: t for k, t in v.items() if k in KEPT and isinstance(t, str)}
             continue

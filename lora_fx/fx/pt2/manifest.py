@@ -20,7 +20,7 @@ from lora_fx.fx.pt2.check import LEAF
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.text import Json, JsonView
 
-_KINDS = {k.name: k for k in type(inspect.Parameter.KEYWORD_ONLY)}
+_KINDS = {k.name: k for k in inspect._ParameterKind}
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> Json:

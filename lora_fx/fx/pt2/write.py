@@ -33,13 +33,13 @@ def write_programs(module: CapturedModule, path: Path, modes: Sequence[bool]) ->
     """Write the programs of a module for these modes (training or not)."""
     made = {NAMES[m]: _export(module, m) for m in modes}
     manifest = make_manifest(module, {NAMES[m]: "train" if m else "eval" for m in modes})
-    kept = _everything(module)
+    kept = module.state_dict(keep_vars=True)
     with PT2ArchiveWriter(str(path)) as archive:
         store = _Store(archive)
         for name, (program, spec) in made.items():
             weights = {**program.state_dict}
             if name == NAMES[False]:  # tensors that no graph reads, and second names of others
-                weights = {**{n: t for n, t in kept.items()}, **weights}
+                weights = {**kept, **weights}
             store.table("weights", "weight_", name, weights)
             store.table("constants", "tensor_", name, program.constants)
             archive.write_bytes(f"models/{name}.json", _json(program, spec, module))
@@ -82,11 +82,6 @@ class _Store:
         table = _dataclass_to_dict(PayloadConfig(config=rows))  # type: ignore[no-untyped-call]
         config = json.dumps(table)
         self.archive.write_string(f"data/{kind}/{program}_{kind}_config.json", config)
-
-
-def _everything(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer under all its names, in the tree's order."""
-    return dict(module.state_dict(keep_vars=True))
 
 
 def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, str]:
