@@ -142,14 +142,8 @@ class Recomputing:
         """The older name of activation_checkpointing_enable."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of activation_checkpointing_disable."""
-        self.activation_checkpointing_disable()
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """The older name of is_activation_checkpointing."""
-        return self.is_activation_checkpointing
+    gradient_checkpointing_disable = activation_checkpointing_disable
+    is_gradient_checkpointing = is_activation_checkpointing
 
 
 def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:

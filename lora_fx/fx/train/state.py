@@ -80,6 +80,10 @@ class Trail:
     moved: list[str] = field(default_factory=list)
 
 
+COUNTS = ("step", "epoch", "at", "waited")
+"""The numbers of a Trail, by which a state has them too."""
+
+
 def snapshot(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """A copy of what is trained."""
     return {name: p.detach().clone() for name, p in optimizer.named.items()}
@@ -113,10 +117,7 @@ def save_state(
         tensors |= {f"{part}/{name}": to_numpy(t) for name, t in values.items()}
     tensors |= {f"adam/{name}": to_numpy(t) for name, t in optimizer.moments().items()}
     words = {
-        "step": trail.step,
-        "epoch": trail.epoch,
-        "at": trail.at,
-        "waited": trail.waited,
+        **{name: getattr(trail, name) for name in COUNTS},
         "best": trail.best if trail.kept else None,
         "best_step": report.best_step,
         "before": report.before,
@@ -171,12 +172,11 @@ def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimize
     if len(report.losses) != words["step"]:
         raise ValueError(f"{len(report.losses)} losses of {words['step']} steps")
     trail = Trail(report=report, moved=list(words["moments"]))
+    for name in COUNTS:
+        setattr(trail, name, int(words[name]))
     for name in trail.moved:
         if name not in optimizer.named:
             raise KeyError(name)
-    trail.step, trail.epoch, trail.at, trail.waited = (
-        int(words[k]) for k in ("step", "epoch", "at", "waited")
-    )
     if words["best"] is not None:
         trail.best, trail.kept = float(words["best"]), snapshot(optimizer)
     return trail
