@@ -126,11 +126,10 @@ class Batch:
         pairs = [_joined(key, u, source, layout, site.gain) for u in self.adapters.values()]
         stacks = batch.stack(pairs, form, dtype)
         stem = key if form == "last" else f"{key}.{form}"
-        names = (f"{stem}.batch_A", f"{stem}.batch_B")
         taken = self.targets.get(stem)
         if taken is not None and taken["layout"] != [layout.to_json(), site.gain]:
             stem = f"{stem}@{site.id}"
-            names = (f"{stem}.batch_A", f"{stem}.batch_B")
+        names = (f"{stem}.batch_A", f"{stem}.batch_B")
         batch.add_branch(graph, site, ids, row, form, names, stacks)
         rank = max(a.shape[0] for a, _ in filter(None, pairs))
         self.targets[stem] = {

@@ -206,17 +206,12 @@ class BatchEmitter(OnnxEmitter):
             one = np.eye(size, dtype=np.float32).reshape(size, 1, *kernel)
             value = np.tile(one, (channels, *(1 for _ in one.shape[1:])))
             name = f"{self.site.id}_lora_windows"
-            w = self.parameter(name, value.astype(_numpy(x)), Role.FROZEN)
+            dtype = numpy_dtype(dtype_name(x) or "float32")
+            w = self.parameter(name, value.astype(dtype), Role.FROZEN)
             attributes["group"] = ir.AttrInt64("group", channels)
             attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(kernel))
             x = self._place(ir.Node("", "Conv", [x, w], list(attributes.values())))
         return self._call("Reshape", x, self._sizes(channels * size, -1))
-
-
-def _numpy(value: ir.Value) -> NumpyDtype:
-    from lora_fx.dtypes import numpy_dtype
-
-    return numpy_dtype(dtype_name(value) or "float32")
 
 
 def stack(

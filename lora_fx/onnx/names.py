@@ -130,19 +130,12 @@ def strip_traces(model: ir.Model) -> None:
 
     What lora-fx wrote stays.
     """
-    for node in model.graph.all_nodes():
-        _strip(node)
-        for out in node.outputs:
-            if out is not None:
-                _strip(out)
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        _strip(value)
-    model.graph.metadata_props.clear()
-
-
-def _strip(thing: ir.Node | ir.Value) -> None:
-    for key in [k for k in thing.metadata_props if not k.startswith("lora_fx")]:
-        del thing.metadata_props[key]
+    graph = model.graph
+    things: list[ir.Node | ir.Value] = [*graph.all_nodes(), *_values(model)]
+    for thing in [*things, *graph.initializers.values()]:
+        for key in [k for k in thing.metadata_props if not k.startswith("lora_fx")]:
+            del thing.metadata_props[key]
+    graph.metadata_props.clear()
 
 
 # One tied tensor as several constants: which of them an update of the tensor reaches.

@@ -136,19 +136,6 @@ def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | N
     return replace(state, axis=rest[state.axis])
 
 
-def _squeeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 1)
-    if state.axis is None or r is None or axes is None:
-        return None
-    return _removed(state, {a % r for a in axes})
-
-
-def _removed(state: RowAxis, gone: set[int]) -> RowAxis | None:
-    if state.axis is None or state.axis in gone:
-        return None
-    return replace(state, axis=state.axis - sum(1 for a in gone if a < state.axis))
-
-
 def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r = _state(node, states, 0), rank(node.inputs[0])
     single = node.op_type in ("ArgMax", "ArgMin")
@@ -156,16 +143,15 @@ def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     if state.axis is None or r is None or not axes:
         return None
     gone = {a % r for a in axes}
-    if _attr(node, "keepdims", 1):
-        return None if state.axis in gone else state
-    return _removed(state, gone)
+    if state.axis in gone:
+        return None
+    kept = node.op_type != "Squeeze" and _attr(node, "keepdims", 1)
+    return state if kept else replace(state, axis=state.axis - sum(a < state.axis for a in gone))
 
 
 def _slice(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 3)
-    if axes is None or r is None or state.axis in {a % r for a in axes}:
-        return None
-    return state
+    return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
 
 
 def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -284,7 +270,7 @@ RULES: Mapping[str, Rule] = {
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _along(0),
-    "Squeeze": _squeeze,
+    "Squeeze": _reduce,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }

@@ -247,9 +247,7 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
     where = fspath(adapter)
     if where.endswith(".onnx_adapter"):
         found = read_file(Path(where))[0]
-        known = {n for s in manifest.slots.values() for n in (s.a, s.b)}
         manifest.check(found, where)
-        assert set(found) <= known
         return found
     return manifest.tensors(load_adapter(where), where)
 

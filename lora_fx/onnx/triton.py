@@ -28,7 +28,7 @@ from google.protobuf.text_encoding import CEscape
 
 from lora_fx.dtypes import from_onnx
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.atomic import explain, replacing
+from lora_fx.files.atomic import explained, replacing
 from lora_fx.onnx.load import data_names
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_manifest
 from lora_fx.onnx.session import RuntimeSession, open_session
@@ -104,10 +104,8 @@ class Repository:
         made = self.home if first else self.home / number
         with ExitStack() as failed:
             if not self.folder.exists():
-                try:
+                with explained(self.folder):
                     self.folder.mkdir()
-                except OSError as error:
-                    raise explain(error, self.folder) from error
                 failed.callback(_remove_empty, self.folder)
             with replacing(made) as new:
                 version = new / number if first else new
