@@ -46,8 +46,8 @@ def arrays_of(named: Named) -> dict[str, Array]:
 
 def named_of(example: Named, feeds: Mapping[str, Array]) -> dict[str, Any]:
     """What arrays_of was made of, in the structure of the example and with its constants."""
-    tensors = [x for x in pytree.tree_leaves(dict(example)) if isinstance(x, torch.Tensor)]
-    device = tensors[0].device if is_real(example) else None
+    first = next(x for x in pytree.tree_leaves(dict(example)) if isinstance(x, torch.Tensor))
+    device = None if first.is_meta else first.device
     return filled(example, {n: feeds.get(onnx_name(n)) for n in leaf_names(example)}, device)
 
 

@@ -77,6 +77,8 @@ def narrow(
     Raises:
         LoraFxError: A model of over 2 GB, or one that differs too much whatever is left out.
     """
+    if precision not in GATES:
+        raise LoraFxError(f"no precision {precision!r}", "float16 or int8")
     if weight_bytes(model) > LARGEST:
         raise LoraFxError(
             f"{weight_bytes(model)} bytes of weights; expected less than 2 GB for {precision}",
