@@ -27,7 +27,7 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
-from lora_fx.onnx.optimise.precision import GATES, widen
+from lora_fx.onnx.optimise.precision import GATES, in_bfloat16, widen
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
@@ -81,6 +81,10 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     made = to_onnx(folded, opset)
     mask_by_infinity(made.model)
     if precision == "bfloat16":
+        if not in_bfloat16(made.model):
+            raise LoraFxError(
+                "the model has no bfloat16 to keep", "float16 or int8 takes fewer bits"
+            )
         warnings.append("bfloat16: ONNX Runtime's CPU has few ops for it")
     elif widen(made.model):
         warnings.append(WIDENED)

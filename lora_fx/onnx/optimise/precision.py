@@ -93,19 +93,24 @@ def narrow(
     return made
 
 
-def widen(model: ir.Model) -> bool:
-    """Make bfloat16 float32 in place, in inputs and outputs too; whether there was any."""
-    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+def in_bfloat16(model: ir.Model) -> list[ir.Value]:
+    """The values of a model that are in bfloat16, bodies included."""
     nodes = list(model.graph.all_nodes())
     graphs = {model.graph, *(n.graph for n in nodes if isinstance(n.graph, ir.Graph))}
     values = {v for g in graphs for v in (*g.inputs, *g.initializers.values())}
     values |= {v for n in nodes for v in n.outputs}
-    found = [v for v in values if v.dtype is narrow]
+    return [v for v in values if v.dtype is ir.DataType.BFLOAT16]
+
+
+def widen(model: ir.Model) -> bool:
+    """Make bfloat16 float32 in place, in inputs and outputs too; whether there was any."""
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    found = in_bfloat16(model)
     for value in found:
         value.dtype = wide
         if value.const_value is not None:
             value.const_value = _float32(value.const_value)
-    for node in nodes:
+    for node in model.graph.all_nodes():
         for name, a in list(node.attributes.items()):
             if name in ("to", "dtype") and a.value == narrow:
                 node.attributes[name] = ir.AttrInt64(name, int(wide))

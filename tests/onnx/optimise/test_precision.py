@@ -165,7 +165,8 @@ def test_files(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     rows: list[tuple[str, dict[str, Any]]] = [
-        ("no precision 'bfloat16'", {"precision": "bfloat16"}),
+        ("no precision 'fp4'", {"precision": "fp4"}),
+        ("no bfloat16 to keep", {"precision": "bfloat16"}),
         ("starts from the graph as exported", {"precision": "int8", "optimise": True}),
         ("would ignore", {"precision": "float16", "mode": "switch"}),
     ]
