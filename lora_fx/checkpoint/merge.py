@@ -22,11 +22,11 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, check_space, explained, replacing
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.formats.io import AdapterLike
 from lora_fx.text import Json, some, table
 
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
-AdapterLike = str | os.PathLike[str] | Adapter
 Adapters = AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]]
 _MISSED = ("error", "own")
 

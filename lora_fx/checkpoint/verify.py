@@ -16,7 +16,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.difference import unlike
 from lora_fx.checkpoint.int8 import stored_as
 from lora_fx.checkpoint.match import match
-from lora_fx.checkpoint.merge import AdapterLike, Adapters, cores, given
+from lora_fx.checkpoint.merge import Adapters, cores, given
 from lora_fx.checkpoint.merge_plan import (
     HOWS,
     Given,
@@ -36,7 +36,7 @@ from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import explained
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
-from lora_fx.formats.io import is_adapter, load_adapter
+from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json, JsonView
 
 

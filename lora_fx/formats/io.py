@@ -124,6 +124,14 @@ def load_adapter(
     return resolved
 
 
+AdapterLike = str | PathLike[str] | Adapter
+
+
+def as_adapter(given: AdapterLike) -> Adapter:
+    """An adapter, or that of a path."""
+    return given if isinstance(given, Adapter) else load_adapter(given)
+
+
 def _weights(path: Path, trust: bool = False) -> Path:
     """The one tensor file of an adapter; a pickle where it is trusted and there is no other."""
     if not path.exists():

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.adapter import bind
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
@@ -64,7 +65,7 @@ def insert(
     variant: str = "lora",
     dropout: float = 0.0,
     plan: Plan | GivenRanks | None = None,
-    adapter: Adapter | None = None,
+    adapter: AdapterLike | None = None,
     seed: int = 0,
     *,
     dynamic: Dynamic | None = None,
@@ -89,7 +90,7 @@ def insert(
         variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.adapter.variant.
         dropout: On the input of each branch, in train mode.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
-        adapter: Start from this adapter; its targets and ranks replace the plan.
+        adapter: Start from this adapter, or that of a path; its targets and ranks replace the plan.
         seed: Of the initial values; each target draws from (seed, key).
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:
@@ -114,7 +115,8 @@ def insert(
     """
     options = InsertOptions(
         rank=rank, alpha=alpha, include=include, exclude=exclude, also_train=also_train,
-        variant=variant, dropout=dropout, plan=plan, adapter=adapter, seed=seed,
+        variant=variant, dropout=dropout, plan=plan, seed=seed,
+        adapter=None if adapter is None else as_adapter(adapter),
         norm_stats=norm_stats, dead=dead, init=init, data=data, loss=loss, fast=fast,
     )  # fmt: skip
     if is_program(model):
@@ -134,7 +136,7 @@ def fold(
     args: Sequence[object] = (),
     kwargs: Named | None = None,
     *,
-    adapter: Adapter | None = None,
+    adapter: AdapterLike | None = None,
     dynamic: Dynamic | None = None,
 ) -> FoldedModule:
     """An eval-mode module without branches, W + s·b·a in its weights.
@@ -144,7 +146,7 @@ def fold(
             module, a function of tensors, or a Captured.
         args: Example inputs, for a model that is not captured yet.
         kwargs: Example inputs by keyword.
-        adapter: What to fold.
+        adapter: What to fold, or its path.
         dynamic: As in capture.
 
     Returns:
@@ -163,7 +165,7 @@ def fold(
         model.load_adapter(adapter)
         adapter = model.adapter()
     found = find(cap)
-    bound = bind(with_base(adapter, cap.model), found)
+    bound = bind(with_base(as_adapter(adapter), cap.model), found)
     rewrite = Fold(bound.lowrank)
     source = model if isinstance(model, CapturedModule) else cap
     module = with_signature(FoldedModule, cap)(source, rewrite, bound)

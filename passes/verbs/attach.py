@@ -19,6 +19,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import learning
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import CaptureError, LoraFxError, one_line
+from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
 from lora_fx.fx.attach.eager_emitter import Program, Recorder, Value
 from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
@@ -65,7 +66,7 @@ def attach(
     variant: str = "lora",
     dropout: float = 0.0,
     plan: Plan | GivenRanks | None = None,
-    adapter: Adapter | None = None,
+    adapter: AdapterLike | None = None,
     seed: int = 0,
     *,
     dynamic: Dynamic | None = None,
@@ -104,7 +105,8 @@ def attach(
     """
     options = InsertOptions(
         rank=rank, alpha=alpha, include=include, exclude=exclude, also_train=also_train,
-        variant=variant, dropout=dropout, plan=plan, adapter=adapter, seed=seed,
+        variant=variant, dropout=dropout, plan=plan, seed=seed,
+        adapter=None if adapter is None else as_adapter(adapter),
         norm_stats=norm_stats, dead=dead, init=init, data=data, loss=loss,
     )  # fmt: skip
     if is_attached(model):
@@ -164,8 +166,8 @@ def attach(
         state.proven = {k: u.use for k, u in updates.items()}
         if start.bound is not None and start.bound.full:
             state.load_adapter(start.bound)
-        if adapter is not None:
-            state.check_base(adapter)
+        if options.adapter is not None:
+            state.check_base(options.adapter)
     except BaseException:
         state.uninstall()
         del model.__dict__[REGISTRY]

@@ -17,6 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.files.atomic import check_output
+from lora_fx.formats.io import AdapterLike
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -30,7 +31,7 @@ from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.optimise import optimise_file
-from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions, Selectors
+from lora_fx.passes.verbs.options import ExportOptions, Selectors, opened_adapters
 from lora_fx.targets.found import Found
 from lora_fx.text import Json
 
@@ -41,7 +42,7 @@ def export(
     args: Sequence[object] = (),
     kwargs: Named | None = None,
     *,
-    adapters: ExportAdapters | None = None,
+    adapters: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None = None,
     mode: str = "merged",
     include: Selectors = None,
     exclude: Selectors = None,
@@ -72,8 +73,8 @@ def export(
         path: Where to write; `PATH.data` beside it when the weights are large.
         args: Example inputs, for a model that is not captured yet.
         kwargs: Example inputs by keyword.
-        adapters: What to fold instead; for the other modes {name: adapter} (for batch also a
-            list). Those of switch and load are written beside the file as `NAME.onnx_adapter`.
+        adapters: What to fold instead, or its path; for the other modes {name: adapter}, or a list.
+            Those of switch and load are written beside the file as `NAME.onnx_adapter`.
         mode: merged; switch: adapters are chosen run by run (lora_fx.onnx.Session); load: one is
             chosen when a session is made; batch: one graph whose rows use different adapters
             (docs/export.md).
@@ -104,6 +105,7 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
+    adapters = opened_adapters(adapters)
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
         rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan, make_plan
@@ -29,6 +31,17 @@ Selectors = str | Sequence[str] | None
 """A comma list, or a list of them; None where none was given."""
 ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
 """One, or several: by name, or in the order of their ids."""
+
+
+def opened_adapters(
+    given: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None,
+) -> ExportAdapters | None:
+    """The adapters of an export, read where they are paths."""
+    if given is None or isinstance(given, (str, PathLike, Adapter)):
+        return None if given is None else as_adapter(given)
+    if isinstance(given, Mapping):
+        return {name: as_adapter(a) for name, a in given.items()}
+    return [as_adapter(a) for a in given]
 
 
 @dataclass(frozen=True, kw_only=True)

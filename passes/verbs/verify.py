@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter, bind
-from lora_fx.checkpoint.merge import AdapterLike, Adapters
+from lora_fx.checkpoint.merge import Adapters
 from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.io import is_adapter, load_adapter
+from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.inputs import Named
 from lora_fx.text import Json
 

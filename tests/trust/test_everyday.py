@@ -287,3 +287,35 @@ def test_bfloat16_is_kept_on_request_and_other_dtypes_are_named(tmp_path: Path) 
     assert "float32, bfloat16, float16 or int8" in error.value.hint
     assert not list(tmp_path.iterdir())
     assert lora_fx.export(module, tmp_path / "h.onnx", provider="cpu", precision="float16")
+
+
+def test_an_adapter_may_be_given_as_a_path(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    module = lora_fx.insert(model, (X,), rank=2)
+    perturb(module)
+    want = outputs(module, (X,))
+    lora_fx.save_adapter(module.adapter(), tmp_path / "a")
+    for path in (tmp_path / "a", str(tmp_path / "a")):
+        other = lora_fx.insert(model, (X,), rank=2)
+        other.load_adapter(path)
+        live = copy.deepcopy(model)
+        lora_fx.attach(live, (X,), adapter=path)
+        inserted = lora_fx.insert(model, (X,), adapter=path)
+        for made in (other, live, inserted, lora_fx.fold(model, (X,), adapter=path)):
+            assert near(outputs(made, (X,)), want)
+    file, many = tmp_path / "m.onnx", tmp_path / "s.onnx"
+    assert lora_fx.export(model, file, (X,), adapters=tmp_path / "a", provider="cpu")
+    (y,) = ort.InferenceSession(file).run(None, {"input": X.numpy()})
+    assert near([torch.from_numpy(y)], want)
+    for i, given in enumerate(([path], {"a": path}, path)):
+        target = many.with_name(f"s{i}") / "s.onnx"
+        target.parent.mkdir()
+        for mode in ("switch", "load", "batch"):
+            if mode == "batch" and given is path:
+                continue
+            file = target.with_stem(mode)
+            report = lora_fx.export(
+                model, file, (X,), mode=mode, adapters=given, provider="cpu", force=True
+            )
+            assert report

@@ -34,6 +34,7 @@ from lora_fx.checkpoint.provenance import (
 )
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.module import CapturedModule, Rewriter, decide_doubts
@@ -190,8 +191,8 @@ class AdaptedModule(CapturedModule):
         """Name → weight of what the branches hold; empty for the base."""
         return dict(self._active)
 
-    def load_adapter(self, adapter: Adapter, name: str | None = None) -> None:
-        """Replace the active adapter, or load one under a name for `activate`.
+    def load_adapter(self, adapter: AdapterLike, name: str | None = None) -> None:
+        """Replace the active adapter, or load one under a name for `activate`; a path will do.
 
         Targets, ranks and alphas become those of `adapter`.
 
@@ -199,6 +200,7 @@ class AdaptedModule(CapturedModule):
             LoraFxError: A key or a shape that does not fit, or a whole tensor that is not
                 among `also_train`.
         """
+        adapter = as_adapter(adapter)
         bound = self._bound(adapter)
         if name is not None and self._active != {name: 1.0}:
             self._stored[name] = bound
