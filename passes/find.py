@@ -49,7 +49,10 @@ def _search(graph: Graph[Any]) -> Found:
         if 0 in site.operand:
             site = replace(site, refusal="the weight has no elements", allowed=False)
         if site.refusal:
-            refusals.append(Refusal(site.parameter, site.op, site.refusal, site.flops))
+            refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)
+            if site.allowed:  # a branch can stand beside it
+                refusal = replace(refusal, verbs=("fold", "merge") if site.no_fold else ())
+            refusals.append(refusal)
         if not site.refusal or site.allowed:
             uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
     # the shapes of the lookup tables: a matmul of the same shape is an output head

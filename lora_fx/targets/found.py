@@ -133,16 +133,20 @@ class Found:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A use of a parameter that cannot be adapted, and why."""
+    """A use of a parameter that cannot be adapted, and why; `verbs` refuse it even by its name."""
 
     key: str
     op: str
     reason: str
     flops: int = 0
+    verbs: tuple[str, ...] = ("insert", "attach", "fold", "merge", "export")
 
     def to_json(self) -> Json:
         """One row of `refusals[]`."""
-        return {"key": self.key, "op": self.op, "reason": self.reason, "flops": self.flops}
+        return {
+            "key": self.key, "op": self.op, "reason": self.reason, "flops": self.flops,
+            "verbs": list(self.verbs),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

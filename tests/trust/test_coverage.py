@@ -108,6 +108,7 @@ def test_onnx(x: str, weights: dict[str, tuple[int, ...]], body: str, why: str, 
     found = find(graph(x, weights, body))
     assert [(r.key, r.reason) for r in found.refusals] == [("w", why)]
     assert found.flops["refused"] == flops and found.flops["data"] == 0
+    assert "insert" in found.refusals[0].to_json()["verbs"]
     assert found.reached_share < 1
     assert {t.key for t in found.targets} == set(weights) & {"r"}
     assert all(u.key not in "wv" for u in found.unreached)

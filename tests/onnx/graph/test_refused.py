@@ -62,6 +62,7 @@ def test_beside_a_quantised_weight_but_not_into_it(made: Any) -> None:
     found = find(graph)
     assert not found.targets
     assert "quantised" in found.refusals[0].reason
+    assert found.refusals[0].verbs == ("fold", "merge")
     (target,) = found.optional
     assert (target.layout.in_size, target.layout.out_size) == (8, 6)
     a = RNG.standard_normal((2, 8)).astype(np.float32)
