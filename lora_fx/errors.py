@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 
@@ -77,6 +78,6 @@ def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None
 
 
 def one_line(text: object, limit: int = 300) -> str:
-    """`text` folded to one line of at most `limit` characters."""
-    line = " ".join(str(text).split())
+    """`text` folded to one line of at most `limit` characters, without colours of a terminal."""
+    line = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"

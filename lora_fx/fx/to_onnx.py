@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.capture.trace import export_program, recurrent_shapes
-from lora_fx.fx.graph.nodes import argument, hint, value
+from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
 
 OPSET = 20
@@ -165,6 +165,7 @@ def _quiet() -> Iterator[None]:
 # instead. - The real part of a Fourier transform is products with cosines and sines. ONNX Runtime's
 # DFT   rounds ten times worse than torch's (2e-6 on FNet) and has no CUDA kernel.
 # - `number − integers` is cast first: the exporter promotes no number on the left.
+# - Attention without a dimension for heads gets one: the exporter takes four dimensions only.
 # - A check that all values are true holds for what runs in torch. ONNX has no checks.
 
 
@@ -294,6 +295,20 @@ def _all_true(graph: fx.Graph, node: fx.Node) -> None:
                 graph.erase_node(n)
 
 
+def _attention(graph: fx.Graph, node: fx.Node) -> None:
+    shape = shape_of(node.args[0])
+    if shape is not None and len(shape) < 4:
+        node.target = attention_in_four
+
+
+def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """Attention [n, d] or [batch, n, d] with the dimensions in front that the exporter wants."""
+    missing = 4 - q.dim()
+    q, k, v = (t[(None,) * missing] for t in (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, *rest, **named)
+    return y[(0,) * missing]
+
+
 def _squeeze(graph: fx.Graph, node: fx.Node) -> None:
     """A squeeze of a size that is not 1 leaves the value; ONNX's own fails there."""
     x, dims = node.args[0], node.args[1]
@@ -311,6 +326,7 @@ def _squeeze(graph: fx.Graph, node: fx.Node) -> None:
 
 _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.lstm.input: _lstm,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.real.default: _fourier,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,

@@ -20,7 +20,20 @@ import lora_fx
 from lora_fx.errors import LoraFxError
 from tests.fuzz.programs import Program
 
-SIZES = ((2, 6), (3, 7), (1, 11), (2, 1), (2, 5), (4, 16), (4, 17), (1, 1), (2, 30), (5, 8))
+SIZES = (
+    (2, 6),
+    (3, 7),
+    (1, 11),
+    (2, 1),
+    (2, 5),
+    (4, 16),
+    (4, 17),
+    (1, 1),
+    (2, 30),
+    (5, 8),
+    (2, 91),
+    (8, 90),
+)
 GATE = 1e-4
 """Of rel: what is wrong is wrong by more, and no drawn model rounds by as much."""
 

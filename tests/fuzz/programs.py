@@ -78,6 +78,41 @@ def _product(d: Draft) -> None:
     d.width = out
 
 
+def _chain(d: Draft) -> None:
+    middle, out = d.out(), d.out()
+    v, w = _parameter(d, d.width, middle), _parameter(d, middle, out)
+    flat = f"h.reshape(-1, {d.width})"
+    rows = f".view(h.shape[0], -1, {out})"
+    d.say(
+        d.rng.choice(
+            (
+                f"h = torch.inner(h, self.{v}.mT) @ self.{w}",
+                f"h = torch.tensordot(h, self.{v}, 1) @ self.{w}",
+                f"h = torch.einsum('bti,ij,jk->btk', h, self.{v}, self.{w})",
+                f"h = torch.einsum('jk,ij,bti->btk', self.{w}, self.{v}, h)",
+                f"h = torch.linalg.multi_dot([{flat}, self.{v}, self.{w}]){rows}",
+            )
+        )
+    )
+    d.width = out
+
+
+def _masked(d: Draft) -> None:
+    name = d.name("q")
+    d.add(name, f"nn.Linear({d.width}, {d.width})")
+    d.say(
+        f"q = self.{name}(h)",
+        "keep = h.abs().mean(-1) > 0.3",
+        d.rng.choice(
+            (
+                "h = h + F.scaled_dot_product_attention(q, h, h, attn_mask=keep[:, None, :])",
+                "h = h + ((q @ h.mT) / 3).masked_fill(~keep[:, None], -1e9).softmax(-1) @ h",
+                "h = h + torch.einsum('bts,bsd->btd', (h @ q.mT).softmax(-2).mT, h)",
+            )
+        ),
+    )
+
+
 def _part(d: Draft) -> None:
     w = _parameter(d, 2 * d.width, d.width)
     d.say(
@@ -125,7 +160,7 @@ def _write(d: Draft) -> None:
 
 
 def _cut(d: Draft) -> None:
-    n = d.rng.choice((3, 8, 16))
+    n = d.rng.choice((3, 8, 16, 90))
     cuts = (f":{n}", f"-{n}:", "::2")
     shorter = "h = h[:, 1:] if h.shape[1] > 1 else h"
     d.say(d.rng.choice((*(f"h = h[:, {c}]" for c in cuts), shorter)))
@@ -134,7 +169,8 @@ def _cut(d: Draft) -> None:
 def _branch(d: Draft) -> None:
     test = d.rng.choice(
         ("h.shape[1] < 8", "h.shape[1] > 16", "h.shape[0] == 1", "h.shape[1] % 2 == 0",
-         "h.shape[0] * h.shape[1] > 30", "h.shape[1] > h.shape[0]", "h.shape[1] != 6")
+         "h.shape[0] * h.shape[1] > 30", "h.shape[1] > 90", "h.shape[0] * h.shape[1] < 700",
+         "h.shape[1] > h.shape[0]", "h.shape[1] != 6")
     )  # fmt: skip
     name = d.name("lin")
     d.add(name, f"nn.Linear({d.width}, {d.width})")
@@ -175,6 +211,7 @@ def _norm(d: Draft) -> None:
 
 BLOCKS = (
     *([_linear] * 3 + [_product] * 3 + [_plain] * 3 + [_write] * 2 + [_branch] * 2),
+    *(_chain, _masked),
     *(_norm, _part, _convolution, _recurrent, _attention, _tie, _reader, _cut, _loop),
 )
 

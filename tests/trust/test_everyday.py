@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lora_fx
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb
@@ -319,3 +319,21 @@ def test_an_adapter_may_be_given_as_a_path(tmp_path: Path) -> None:
                 model, file, (X,), mode=mode, adapters=given, provider="cpu", force=True
             )
             assert report
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_attention_without_heads_is_exported(rank: int, tmp_path: Path) -> None:
+    class Bare(Layer):
+        def forward(self, x: Tensor) -> Any:
+            return F.scaled_dot_product_attention(self.lin(x), x, x, is_causal=rank == 3)
+
+    x = X if rank == 3 else X[0]
+    module = lora_fx.insert(Bare().eval(), (x,), rank=2)
+    perturb(module)
+    assert lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+    (y,) = ort.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    assert near([torch.from_numpy(y)], outputs(module, (x,)))
+
+
+def test_colours_of_another_program_do_not_reach_a_message() -> None:
+    assert one_line("\x1b[96mstep 3/3\x1b[0m\nfailed") == "step 3/3 failed"

@@ -193,7 +193,7 @@ class OnnxGraph(Analysed):
 
     def _ids(self, value: ir.Value | None) -> ir.Value | None:
         """What picks the matrices of a stack on the way from a weight to this value."""
-        while value in self.flow.weights and (node := value.producer()) is not None:
+        while value in self.flow.weights and (node := value.producer()) and node.inputs:
             if node.op_type in ("Gather", "GatherND") and constant(node.inputs[1]) is None:
                 return node.inputs[1]
             value = node.inputs[0]
