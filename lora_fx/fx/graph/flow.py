@@ -28,7 +28,7 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
     value,
 )
-from lora_fx.fx.graph.ops import OPS, PRODUCTS, pick, row_of
+from lora_fx.fx.graph.ops import COMPUTING, OPS, PRODUCTS, pick, row_of
 from lora_fx.fx.tensors import owner
 from lora_fx.ir.kinds import Shape
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
@@ -195,7 +195,7 @@ def _call(flow: FxFlow, node: fx.Node) -> None:
         return
     behind = tuple(sorted({n for i in found for n in flow.behind[i]}))
     constant_product = node.target in PRODUCTS and len(found) == 1 and len(behind) == 1
-    if node.target in OPS and not constant_product:
+    if node.target in OPS and node.target not in COMPUTING and not constant_product:
         return
     if constant_product:
         flow.products.append(node)

@@ -236,6 +236,8 @@ def _table() -> dict[Any, FxOp]:
 OPS = _table()
 PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 """Bare products. One of a constant and one parameter is a computed weight."""
+COMPUTING = {aten.mv.default, aten.inner.default, aten.tensordot.default, aten.addmv.default}
+"""Products that without an activation are a step of a computed weight, as in spectral_norm."""
 DATA_OPS = {aten.scaled_dot_product_attention.default}
 """Matmuls that no row adapts, counted as FLOPs between activations."""
 BY_NAME = {"transformers::grouped_mm_fallback": FxOp("grouped_mm", _grouped)}
