@@ -7,9 +7,16 @@ that find does not name, or an exception that is none of ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
+import lora_fx
+from lora_fx import Adapter, LowRank
+from lora_fx.ir.layout import plain_layout
+from lora_fx.onnx import Session
 from tests.fuzz.check_graph import check_graph
 from tests.fuzz.graphs import GraphProgram
 
@@ -177,3 +184,30 @@ def test_a_batch_that_mixes_rows_stays_refused(name: str) -> None:
     lines = FLAT + TWINS[name] + "h = g.node('MatMul', [h, g.weight('w', (4, 6), 'i o')])\n"
     verdict = check_graph(GraphProgram(0, lines + "g.output(h)\n"), ("batch",))
     assert "batch" in verdict.refused and not verdict.served and not verdict.wrong
+
+
+def test_a_weight_left_of_a_value_of_unknown_rank_is_right_at_every_rank(tmp_path: Path) -> None:
+    """Of a vector, ONNX Runtime gets aᵀ v wrong; nothing says that v is none.
+
+    A switchable file gave other numbers for the same change with a rank more.
+    """
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal(s).astype(np.float32) for s in ((5, 3), (1, 3)))
+    text = '<ir_version: 8, opset_import: ["": 17]> m (float[N,3] x, float[5,3] w) => (y) '
+    model = ir.from_onnx_text(text + "{ v = Squeeze(x) y = MatMul(w, v) }")
+    value = model.graph.inputs.pop()
+    value.const_value = ir.tensor(w, name="w")
+    model.graph.initializers["w"] = value
+    ir.save(model, tmp_path / "m.onnx")
+    a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3), (5, 2)))
+    out = tmp_path / "s.onnx"
+    lora_fx.export(tmp_path / "m.onnx", out, mode="switch", inputs={"x": x}, provider="cpu")
+    session = Session(out, "cpu")
+    want = (w + b.astype(np.float64) @ a) @ x[0]
+    layout = plain_layout((5, 3))
+    for more in range(3):
+        wide = np.concatenate([a, np.ones((more, 3), np.float32)])
+        tall = np.concatenate([b, np.zeros((5, more), np.float32)], 1)
+        low = LowRank(wide, tall, float(2 + more), layout)
+        session.load(f"r{more}", Adapter({"w": low}))
+        np.testing.assert_allclose(session.run({"x": x}, f"r{more}")["y"], want, rtol=1e-5)

@@ -107,7 +107,8 @@ def test_fold_and_onnx_runtime(name: str, provider: str, tmp_path: Path) -> None
     report = checks.export_report(module, tmp_path / "m.onnx", provider)
     assert report and all(p.ok for p in parity)
     sizes = {tuple(p.sizes.values()) for p in parity}
-    assert len(sizes) == len(parity) == len(checks.runtime_parity(report)) == 3
+    assert len(sizes) >= 3
+    assert len(parity) == len(checks.runtime_parity(report)) == 4, "the example comes last"
     if ZOO[name].fast:  # these do not need the wider gate
         assert max(p.rel for p in parity) < FOLD_TOL
         assert max(p.rel for p in report.parity) < ORT_TOL

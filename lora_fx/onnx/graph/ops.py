@@ -79,6 +79,8 @@ def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     for slot, x, w, left in ((1, first, second, False), (0, second, first, True)):
         if w is not None:
             kind, why = product((0,) * 9 if x is None else x, w, left=left)
+            if left and x is None and len(w) == 2:  # a vector, maybe, for which see matmul_left
+                kind = WeightForm("linear", Axes((), (0,), (1,)))
             yield OnnxOperand(slot, 1 - slot, kind, why)
 
 
