@@ -102,6 +102,15 @@ def shapes_of(feeds: JsonView) -> dict[str, tuple[int, ...]]:
     return {k: v.shape for k, v in feeds.items() if k[:16] != first[:16] or k == first}
 
 
+def sizes_text(sizes: Mapping[str, Sequence[int]]) -> str:
+    """The shapes of inputs for people.
+
+    >>> sizes_text({"x": (2, 5), "mask": (2,)})
+    'x [2, 5], mask [2]'
+    """
+    return ", ".join(f"{k} {list(v)}" for k, v in sizes.items())
+
+
 def compare(
     ours: Mapping[str, Array],
     reference: Mapping[str, Array],
@@ -154,10 +163,9 @@ class Report:
         """A few lines for people."""
         lines = [f"{self.command}: {'ok' if self.ok else 'FAILED'}"]
         for row in self.details.get("unproven", ()):
-            sizes = ", ".join(f"{k} {v}" for k, v in row["sizes"].items())
-            lines.append(f"  not proven at {sizes}: {row['reason']}")
+            lines.append(f"  not proven at {sizes_text(row['sizes'])}: {row['reason']}")
         for p in self.parity:
-            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
+            sizes = sizes_text(p.sizes)
             verdict = "ok" if p.ok else "over the gate"
             lines.append(
                 f"  {p.of or 'models'} at {sizes}: rel {p.rel:.2e} (gate {p.tol:.1e}) {verdict}"
@@ -207,7 +215,7 @@ def demand(parity: Sequence[Parity], what: str) -> None:
         )
     for p in parity:
         if not p.ok:
-            sizes = ", ".join(f"{k} {list(v)}" for k, v in p.sizes.items())
+            sizes = sizes_text(p.sizes)
             raise NoEffectError(
                 f"{what}{p.of and f' ({p.of})'}: output {p.output!r} at {sizes}: "
                 f"rel {p.rel:.2e}, the gate is {p.tol:.1e}",

@@ -4,8 +4,8 @@ Symbols take the sizes (2, 5), (3, 7), (1, 11): the first number is the batch (d
 second the first other symbol, and every further symbol has sizes of its own, in no fixed order;
 `past`, the tokens in a decoder's cache, takes first · second mod 7, and `past + length` their sum.
 Where the graph is true for some sizes only, the nearest of those are taken. Integers lie below the
-rows of the table they index, masks are ones (over a cache that is not empty, the first row is
-padded by one), floats are N(0, 1), from seed 0.
+rows of the table they index, masks are what the example's mostly are (over a cache that is not
+empty, the first row is padded by one), floats are N(0, 1), from seed 0.
 """
 
 from __future__ import annotations

@@ -196,6 +196,8 @@ def test_files_say_what_they_are_and_end() -> None:
     for m in MODULES:
         assert ast.get_docstring(m.tree), f"{m.name} has no docstring"
         assert m.lines <= LONG, m.name
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= LONG, path
 
 
 def test_passes_are_passes() -> None:

@@ -23,8 +23,9 @@ from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import filled, leaf_names, onnx_conditions, onnx_name, sample_call
-from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.capture.capture import Captured, alike
+from lora_fx.fx.capture.trace import quiet
+from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import has_values, to_numpy
@@ -78,15 +79,22 @@ def prove(
         try:
             expected = reference.flat(named)
         except (IndexError, RuntimeError, ValueError) as e:
+            where = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
+            if _runs(reference.captured, named):
+                raise LoraFxError(
+                    f"the captured graph does not run at {where}, and the model does: "
+                    f"{one_line(e, 160)}",
+                    "fix the dimension with --static NAME:DIM, and report this model",
+                ) from e
             if extra or (arrays is None and sizes is None and is_real(reference.captured.named)):
                 # a size beyond a cut, or of inputs that depend on each other: the example remains
                 leave_out(reference, shapes, f"the model does not run there: {one_line(e, 160)}")
                 continue
-            sizes_text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
             raise LoraFxError(
-                f"the model does not run at {sizes_text}: {one_line(e, 160)}",
+                f"the model does not run at {where}: {one_line(e, 160)}",
                 "fix the dimension with --static NAME:DIM, or give real data with --inputs",
             ) from e
+        reference.captured.unproven.pop(str(shapes), None)
         gates = {n: _gate(reference, named, n, v, tol) for n, v in expected.items()}
         results.append(compare_fairly(ours(feeds), expected, shapes, gates, own, tol, of=of))
     return results
@@ -99,7 +107,8 @@ def feeds_of(
 ) -> Iterator[tuple[Named, dict[str, Array], bool]]:
     """(named arguments, {ONNX input: array}, whether it may fail) of every size and the example."""
     seen: set[tuple[Any, ...]] = set()
-    every, sizes = sizes is None, sizes or reference.captured.inputs.checks
+    captured = reference.captured
+    every, sizes = sizes is None, sizes or captured.inputs.checks
     for size in sizes if arrays is None else sizes[:1]:
         named = reference.sample(size, arrays)
         feeds = arrays_of(named)
@@ -111,15 +120,24 @@ def feeds_of(
             leave_out(reference, shapes_of(feeds), f"another path: {refused.message}")
             continue
         yield named, feeds, isinstance(size, Mapping)
-    example = reference.captured.named
-    if arrays is None and every and is_real(example):
-        yield example, arrays_of(example), True
+    if arrays is None and every and is_real(captured.named):
+        yield captured.named, arrays_of(captured.named), True
 
 
 def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], reason: str) -> None:
     """Note a size that nothing is proven of, for the report."""
-    row: Json = {"sizes": {k: list(v) for k, v in sizes.items()}, "reason": reason}
-    reference.captured.unproven[str(row["sizes"])] = row
+    row = {"sizes": {k: list(v) for k, v in sizes.items()}, "reason": reason}
+    reference.captured.unproven[str(sizes)] = row
+
+
+def _runs(captured: Captured, named: Named) -> bool:
+    """Whether the user's own model, not the graph of it, runs on arguments."""
+    try:
+        with quiet(), torch.no_grad(), alike(captured.model, training=False):
+            captured.signature.call(captured.model, copied(named))
+    except Exception:  # of the user's code, or a model that has no weights
+        return False
+    return True
 
 
 def is_real(named: Named) -> bool:
@@ -169,7 +187,7 @@ def _narrow(reference: CapturedModule) -> set[str]:
     """The dtypes of a model's products: by autocast in forward not those of its weights."""
     captured = reference.captured
     traced = captured.traced(False, captured.named, reference.base_dtype)
-    made = {n.meta.get("val") for n in traced.graph.nodes if n.target in OPS}
+    made = (n.meta.get("val") for n in traced.graph.nodes if n.target in OPS)
     return {dtype_name(v.dtype) for v in made if isinstance(v, torch.Tensor)}
 
 
@@ -192,7 +210,8 @@ def own_errors(
     if arrays is not None:
         draws.insert(0, (sizes[0], arrays, 0))
     worst: dict[str, float] = {}
-    exactly: Callable[[Named], dict[str, Array]] = _wide(model)
+    drawn = random_ops(model.graph(False).graph)  # in fp64 torch draws other numbers
+    exactly: Callable[[Named], dict[str, Array]] = model.flat if drawn else _wide(model)
     runs: list[tuple[Named, dict[str, Array]]] = []
     for size, given, seed in draws:
         try:
@@ -232,7 +251,7 @@ def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
 
     def exactly(named: Named) -> dict[str, Array]:
         leaves = [_up(x) for x in pytree.tree_leaves(copied(named))]
-        with torch.no_grad():
+        with torch.no_grad(), alike(model):
             out = run.run(*leaves, enable_io_processing=False)
         return by_output(pytree.tree_unflatten(list(out), traced.out_spec))
 

@@ -64,7 +64,8 @@ class BranchOptions:
         check_init(self.init)
         if self.dead == "auto":
             named = "error" if self.include or self.plan is not None else "drop"
-            object.__setattr__(self, "dead", "keep" if getattr(self, "adapter", None) else named)
+            given = getattr(self, "adapter", None) is not None
+            object.__setattr__(self, "dead", "keep" if given else named)
         if self.dead not in ("error", "drop", "keep", "allow"):
             raise LoraFxError(f"dead {self.dead!r} is not known", "auto, error, drop, keep, allow")
 

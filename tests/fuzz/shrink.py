@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tests.fuzz.check import Verdict, check
 from tests.fuzz.programs import program
@@ -38,31 +39,21 @@ def shrink(source: str, fails: Callable[[str], bool]) -> str:
 
 def shrunk(seed: int, onnx: bool) -> str:
     """The source of a seed that fails, made small."""
+    drawn: Any = program(seed)
+    run: Callable[..., Verdict] = check
     if onnx:
-        from tests.fuzz.check_graph import VERBS, check_graph
+        from tests.fuzz.check_graph import check_graph
         from tests.fuzz.graphs import graph
 
-        drawn = graph(seed)
-        first = failures_of(check_graph(drawn))
-        one = min(first)
-        verbs = [v for v in VERBS if v == re.split("[ :]", one[1])[0]]
+        drawn, run = graph(seed), check_graph
+    one = min(failures_of(run(drawn)))
+    verb = re.split("[ :]", one[1])[0]
+    verbs = (verb,) if onnx else tuple(dict.fromkeys(("insert", verb)))
 
-        def fails(source: str) -> bool:
-            try:
-                return one in failures_of(check_graph(replace(drawn, source=source), verbs))
-            except Exception:  # no graph
-                return False
-
-        return f"{one}\n{shrink(drawn.source, fails)}"
-    torch_drawn = program(seed)
-    one = min(failures_of(check(torch_drawn)))
-    verb = one[1].split(":")[0]
-    wanted = tuple(dict.fromkeys(("insert", verb)))
-
-    def fails_too(source: str) -> bool:
+    def fails(source: str) -> bool:
         try:
-            return one in failures_of(check(replace(torch_drawn, source=source), wanted))
+            return one in failures_of(run(replace(drawn, source=source), verbs))
         except Exception:  # no program
             return False
 
-    return f"{one}\n{shrink(torch_drawn.source, fails_too)}"
+    return f"{one}\n{shrink(drawn.source, fails)}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from tests.fx.module.test_module import perturb
+from tests.trust.test_gradients import Reverse
 
 
 class Two(nn.Module):
@@ -51,19 +52,9 @@ class Counted(Two):
         return self.b(x)
 
 
-class Reversing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return -grad
-
-
 class ReversedRows(Rows):
     def forward(self, x: Tensor) -> Any:
-        return super().forward(Reversing.apply(x + self.a(x)))
+        return super().forward(Reverse.apply(x + self.a(x)))
 
 
 class Signed(Two):

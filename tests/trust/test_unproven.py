@@ -121,3 +121,21 @@ def test_a_target_that_only_the_example_reaches_is_alive() -> None:
     assert set(module.updates) == {"first.weight", "last.weight"}
     with pytest.raises(LoraFxError, match=r"no gradient reaches first\.weight"):
         lora_fx.insert(Loud().eval(), (X,), rank=2, include="first.weight")
+
+
+def test_a_size_where_only_the_graph_fails_is_no_unproven_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The model runs there, so a file would fail or be wrong: it is refused."""
+    module = lora_fx.insert(nn.Sequential(nn.Linear(4, 4)).eval(), (X,), rank=2)
+    real = type(module).flat
+
+    def failing(self: Any, named: Any) -> Any:
+        if named["input"].shape[0] == 3:
+            raise RuntimeError("a guard of the graph")
+        return real(self, named)
+
+    monkeypatch.setattr(type(module), "flat", failing)
+    with pytest.raises(LoraFxError, match=r"the captured graph does not run at input \[3, 7, 4\]"):
+        lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+    assert not list(tmp_path.iterdir())

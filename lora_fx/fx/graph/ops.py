@@ -236,7 +236,10 @@ def _table() -> dict[Any, FxOp]:
 OPS = _table()
 PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 """Bare products. One of a constant and one parameter is a computed weight."""
-COMPUTING = {aten.mv.default, aten.inner.default, aten.tensordot.default, aten.addmv.default}
+COMPUTING = {
+    *(aten.mv.default, aten.inner.default, aten.tensordot.default),
+    *(aten.addmv.default, aten.addbmm.default),
+}
 """Products that without an activation are a step of a computed weight, as in spectral_norm."""
 DATA_OPS = {aten.scaled_dot_product_attention.default}
 """Matmuls that no row adapts, counted as FLOPs between activations."""
