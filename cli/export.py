@@ -35,7 +35,9 @@ from lora_fx.cli.report_option import report_option
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
 @click.option("--optimise", is_flag=True, help="Rewrite the graph for ONNX Runtime, proven equal.")
-@click.option("--precision", metavar="DTYPE", help="float32, bfloat16, float16 or int8.")
+@click.option(
+    "--precision", metavar="DTYPE", help="float16 or int8; of a bfloat16 model, float32 too."
+)
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
 @click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")

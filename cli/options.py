@@ -54,7 +54,7 @@ def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Comma
 
 
 def first_given(*names: str) -> str:
-    """The first of these options that stands on the command line, spelt as there; else empty."""
+    """The first of these that stands on the command line, as a long option; else empty."""
     source, line = click.get_current_context().get_parameter_source, ParameterSource.COMMANDLINE
     return next((f"--{n.replace('_', '-')}" for n in names if source(n) is line), "")
 

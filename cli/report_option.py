@@ -95,13 +95,13 @@ def write(path: str, force: bool, shown: JsonView) -> str:
     return path
 
 
-def _once(adapters: list[Json], result: JsonView) -> None:
+def _once(adapters: list[Json], told: JsonView) -> None:
     """Take out of the adapters' rows what the result's own row of the same key says."""
-    own = result.get("targets")
-    told = {t["key"]: t for t in own} if isinstance(own, list) else {}
+    own = told.get("targets")
+    rows = {t["key"]: t for t in own} if isinstance(own, list) else {}
     for adapter in adapters:
         for i, row in enumerate(adapter["updates"]):
-            same = told.get(row["key"], {})
+            same = rows.get(row["key"], {})
             kept = {k: v for k, v in row.items() if k == "key" or k not in same or same[k] != v}
             adapter["updates"][i] = kept
 

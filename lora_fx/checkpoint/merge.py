@@ -22,7 +22,7 @@ from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, check_space, explained, replacing
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.formats.io import AdapterLike
+from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.text import Json, some, table
 
 GAIN = 0.95
@@ -118,6 +118,7 @@ def run(
 ) -> Report:
     """Carry out a plan; see `merge`."""
     target = Path(out)
+    check_output(target, force=force)
     with explained(target):
         _check_apart(plan, target)
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
@@ -166,8 +167,6 @@ def given(adapters: Adapters, trust: bool = False) -> list[Given]:
                 "give paths and Adapters, or pairs of one and its weight, in a list",
             )
         if not isinstance(adapter, Adapter):
-            from lora_fx.formats.io import load_adapter
-
             where, path = str(adapter), Path(adapter)
             adapter = load_adapter(adapter, trust)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))

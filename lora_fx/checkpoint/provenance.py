@@ -80,7 +80,7 @@ def adapter_hash(adapter: Adapter) -> str:
                 whole.update(text.encode())
                 whole.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
             elif part is not None:
-                number = part if isinstance(part, tuple) else float(part)
+                number = float(part) if name == "scale" else tuple(part)
                 whole.update(repr(number).encode() + b"\0")
     return whole.hexdigest()
 

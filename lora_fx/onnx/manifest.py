@@ -26,7 +26,7 @@ from lora_fx.adapter.factors import FIELDS, learning, slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, check_format, one_line, stamp
+from lora_fx.errors import LoraFxError, MisfitError, check_format, one_line, stamp
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
 from lora_fx.targets.regions import own_use
@@ -195,9 +195,8 @@ class Manifest:
         for name, shape in wanted.items():
             found = tensors[name]
             if found.shape != shape:
-                raise LoraFxError(
-                    f"{where}: tensor {name!r} is {list(found.shape)}; expected {list(shape)}",
-                    "was the adapter trained on another model?",
+                raise MisfitError(
+                    f"{where}: tensor {name!r} is {list(found.shape)}; expected {list(shape)}"
                 )
             if found.dtype.name != slot.dtype:
                 raise LoraFxError(

@@ -22,7 +22,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED, as_lookup, copies_of, spread
 from lora_fx.targets.found import Found
@@ -198,8 +198,7 @@ def _whole(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple[str, 
     if turned and value.ndim == 2:
         value = value.T  # a file of torch has [out, in]
     if value.shape != shape:
-        raise LoraFxError(
-            f"adapter tensor {key!r} is {list(entry.value.shape)}; the model's is {list(shape)}",
-            "was the adapter trained on another model?",
+        raise MisfitError(
+            f"adapter tensor {key!r} is {list(entry.value.shape)}; the model's is {list(shape)}"
         )
     return name, np.ascontiguousarray(value)

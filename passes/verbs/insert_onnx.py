@@ -92,14 +92,16 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
     with reference_of(source, graph, asked.provider, asked.inputs) as reference:
         if asked.dead != "allow":
             idle = reference.idle(Adapter({k: _visible(u) for k, u in updates.items()}))
-            if idle and (asked.dead == "error" or len(idle) == len(updates)):
+            lost = asked.dead == "error" or len(idle) == len(updates)
+            if idle and lost and asked.dead != "keep":
                 raise NoEffectError(
                     f"{idle[0]!r} and {len(idle) - 1} more change no output" if len(idle) > 1
                     else f"{idle[0]!r} changes no output",
                     "--dead drop leaves such targets out; --inputs gives real data",
                 )  # fmt: skip
-            notes += [f"{k}: left out, it changes no output" for k in idle]
-            updates = {k: u for k, u in updates.items() if k not in idle}
+            told = "" if asked.dead == "keep" else "left out, "
+            notes += [f"{k}: {told}it changes no output" for k in idle]
+            updates = {k: u for k, u in updates.items() if not told or k not in idle}
         rewritten = graph.clone()
         Insert(updates, role=Role.TRAIN)(rewritten)
         rewritten.model.metadata_props[PROPERTY] = listed(updates, reading(found, updates, {}))

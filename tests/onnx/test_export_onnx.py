@@ -218,6 +218,9 @@ def test_a_target_without_effect(tmp_path: Path) -> None:
     report = insert_onnx(path, tmp_path / "i.onnx", rank=2, provider="cpu")
     assert [t["key"] for t in report.details["targets"]] == ["live"]
     assert "dead: left out, it changes no output" in report.warnings
+    kept = insert_onnx(path, tmp_path / "k.onnx", rank=2, dead="keep", provider="cpu")
+    assert "dead: it changes no output" in kept.warnings
+    assert {t["key"] for t in kept.details["targets"]} == {"live", "dead"}
 
 
 @pytest.mark.parametrize("mode", ["switch", "load"])

@@ -17,6 +17,8 @@ import lora_fx
 from lora_fx import Adapter, LowRank
 from lora_fx.ir.layout import plain_layout
 from lora_fx.onnx import Session
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.passes.find import find
 from tests.fuzz.check_graph import check_graph
 from tests.fuzz.graphs import GraphProgram
 
@@ -211,3 +213,17 @@ def test_a_weight_left_of_a_value_of_unknown_rank_is_right_at_every_rank(tmp_pat
         low = LowRank(wide, tall, float(2 + more), layout)
         session.load(f"r{more}", Adapter({"w": low}))
         np.testing.assert_allclose(session.run({"x": x}, f"r{more}")["y"], want, rtol=1e-5)
+
+
+def test_a_name_that_reads_as_a_key_takes_no_other_tensors_name() -> None:
+    """Before, `u@w` became `u_w`, and the tensor of that name `u_w.1`: an adapter went astray."""
+    text = '<ir_version: 8, opset_import: ["": 17]> m (float[N,3] x, float[3,4] a, float[4,5] b)'
+    model = ir.from_onnx_text(text + " => (float[N,5] y) { h = MatMul(x, a) y = MatMul(h, b) }")
+    for value, name in zip(list(model.graph.inputs)[1:], ("u@w", "u_w"), strict=True):
+        model.graph.inputs.remove(value)
+        shape = tuple(value.shape.numpy()) if value.shape is not None else ()
+        value.const_value = ir.tensor(np.ones(shape, np.float32), name=name)
+        value.name = name
+        model.graph.initializers[name] = value
+    found = find(OnnxGraph(model))
+    assert found["u_w"].parameter.shape == (4, 5) and found["u@w"].parameter.shape == (3, 4)

@@ -72,7 +72,7 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
         so shapes go first); "untouched_targets": names in target_modules without a tensor.
 
     Raises:
-        LoraFxError: Anything that would change the result in silence: see `peft_config.REFUSED`,
+        LoraFxError: Anything that would change the result in silence: see `config.REFUSED`,
             half a pair, shapes that do not fit, empty or non-finite tensors, unknown names.
     """
     path = Path(path)

@@ -345,7 +345,7 @@ def form_of(key: str, low: LowRank) -> PeftForm:
 
 
 def module_form(key: str, low: LowRank, refused: Callable[[str, str], LoraFxError]) -> PeftForm:
-    """The form of an update in a file that has those of modules' weights [out, in] alone."""
+    """The form of an update in a file of modules' weights alone, stored with out first."""
     if not is_plain(replace(low, magnitude=None)):
         raise refused(key, f"it is {name_of(low)}")
     form = form_of(key, low)

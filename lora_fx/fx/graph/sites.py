@@ -22,16 +22,7 @@ from lora_fx.fx.graph.flow import (
     scope_of,
     weight_flow,
 )
-from lora_fx.fx.graph.nodes import (
-    NO_GRAD,
-    argument,
-    hint,
-    is_marked,
-    numel,
-    op_name,
-    shape_of,
-    value,
-)
+from lora_fx.fx.graph.nodes import NO_GRAD, argument, hint, is_marked, numel, op_name, shape_of
 from lora_fx.fx.graph.ops import FxOperand, pick
 from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
 from lora_fx.ir.kinds import WeightForm, letters
@@ -365,7 +356,7 @@ def _leaves(node: fx.Node, marks: Any) -> Iterator[tuple[torch.Tensor, Step]]:
 
 
 def _plain(node: fx.Node) -> Any:
-    v = value(node)
+    v = node.meta.get("val")
     return hint(v) if isinstance(v, torch.SymInt) else v
 
 

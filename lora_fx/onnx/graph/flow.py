@@ -101,15 +101,15 @@ class OnnxFlow:
             dtype = tensor_dtype(store.tensor.dtype)
             if "float" in dtype or name in packed:
                 shape = packed.get(name) or tuple(store.tensor.shape.numpy())
-                odd = base_name(str(store.value.name)) != store.value.name
-                result.append(Parameter(name, shape, dtype, (str(store.value.name),) * odd))
+                alias = (str(store.value.name),) * _is_odd(store.value)
+                result.append(Parameter(name, shape, dtype, alias))
         return result
 
 
 def follow(model: ir.Model) -> OnnxFlow:
     """Walk a model once, over all nodes, bodies included, in execution order."""
     flow = OnnxFlow()
-    for value in model.graph.initializers.values():
+    for value in sorted(model.graph.initializers.values(), key=_is_odd):
         _store(flow, value)
     for node in model.graph.all_nodes():
         if node.graph is not model.graph and isinstance(node.graph, ir.Graph):
@@ -120,11 +120,16 @@ def follow(model: ir.Model) -> OnnxFlow:
     return flow
 
 
+def _is_odd(value: ir.Value) -> bool:
+    """Whether a name would read as the key of a part or of a use of another tensor."""
+    return base_name(str(value.name)) != value.name
+
+
 def _store(flow: OnnxFlow, value: ir.Value) -> None:
     if MARK in value.metadata_props or value.name is None:
         return
     own, i = str(value.name), 0
-    if base_name(own) != own:  # it would read as the key of a part or a use of another tensor
+    if _is_odd(value):  # such come last, so that a plain name is the key of its own tensor
         own = re.sub(r"[@\[\]]", "_", own)
     name = own
     while name in flow.stores:  # a body may use a name again

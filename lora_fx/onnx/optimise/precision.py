@@ -78,7 +78,7 @@ def narrow(
         LoraFxError: A model of over 2 GB, or one that differs too much whatever is left out.
     """
     if precision not in GATES:
-        raise LoraFxError(f"no precision {precision!r}", "float16 or int8")
+        raise LoraFxError(f"a file is not converted to {precision!r}", "float16 or int8")
     if weight_bytes(model) > LARGEST:
         raise LoraFxError(
             f"{weight_bytes(model)} bytes of weights; expected less than 2 GB for {precision}",
