@@ -38,6 +38,10 @@ class NoEffectError(LoraFxError):
         super().__init__(message, hint, exit_code=1)
 
 
+class DeadTargetError(NoEffectError):
+    """No gradient reaches a target."""
+
+
 class MisfitError(LoraFxError):
     """An adapter does not fit a model: it was made for another, most likely."""
 

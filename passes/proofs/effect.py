@@ -21,7 +21,7 @@ from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import FOLD_TOL
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.errors import DeadTargetError, LoraFxError, NoEffectError, one_line
 from lora_fx.fx.capture.capture import Captured, as_it_was
 from lora_fx.fx.module.adapted import AdaptedModule, Effect
 from lora_fx.fx.module.module import Rewriter, copied, plain
@@ -172,7 +172,7 @@ def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
         return tuple(found.dead)
     if found.dead and dead != "keep":
         keys = [f"{k} ({'/'.join(modes)})" for k, modes in found.dead.items()]
-        raise NoEffectError(
+        raise DeadTargetError(
             f"no gradient reaches {some(keys, 5)}: an adapter there would train nothing",
             "leave it out with exclude=…, or all such with dead='drop'; dead='allow' keeps it",
         )

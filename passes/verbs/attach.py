@@ -18,7 +18,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import learning
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.errors import CaptureError, LoraFxError, one_line
+from lora_fx.errors import CaptureError, DeadTargetError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
 from lora_fx.fx.attach.eager_emitter import Program, Recorder, Value
@@ -134,8 +134,8 @@ def attach(
     if cap and updates:
         try:
             inserted = insert(cap, adapter=Adapter(updates, learning(updates)), dead=options.dead)
-        except (LoraFxError, RuntimeError, IndexError):
-            if not alone:
+        except (LoraFxError, RuntimeError, IndexError) as e:
+            if not alone or isinstance(e, DeadTargetError):
                 raise
     if inserted is not None and len(inserted.updates) < len(updates):
         notes = (*notes, *inserted.notes)

@@ -226,3 +226,23 @@ def test_a_recorded_call_has_constants_too() -> None:
     model, x = Flagged().eval(), example()
     module = lora_fx.insert(model, (2.0, x), {"turned": True}, rank=2)
     torch.testing.assert_close(module(2.0, x, turned=True), model(2.0, x, turned=True))
+
+
+class Silenced(Rows):
+    """A layer that no gradient reaches, in a model of which there is one recorded run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return {"y": super().forward(x)["y"] + 0.0 * self.c(x)}
+
+
+def test_a_dead_target_by_name_is_an_error_of_attach_too() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(lora_fx.LoraFxError, match=r"no gradient reaches c\.weight"):
+        lora_fx.attach(Silenced().eval(), (x,), rank=2, include="c")
+    live = Silenced().eval()
+    lora_fx.attach(live, (x,), rank=2)
+    assert not any(n.startswith("c.") and "lora" in n for n, _ in live.named_parameters())
