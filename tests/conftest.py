@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tracing makes millions of small objects that live: by default a tenth of the time goes into
 # looking for cycles among them.
 gc.set_threshold(100_000, 20, 20)
+
+importlib.import_module("tests.torchlib")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--lines", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.lines:
+        importlib.import_module("tests.torchlib")
         for seed in range(given.first, given.last):
             print(json.dumps(verdict_of(seed, given.onnx, not given.no_export)), flush=True)
         return
