@@ -218,13 +218,15 @@ def _of_gradient(gradient: Array, rank: int) -> tuple[Array, Array]:
 #
 # PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of W and train on the
 # residual W₀ = W − s·b₀a₀, which PEFT computes again whenever it loads such an adapter. So the
-# merged weight is W₀ + s·ba and not W + s·ba.
+# merged weight is W₀ + s·ba and not W + s·ba. KaSA (arXiv:2412.06071) trains on W without its
+# least singular parts.
 #
 # ======  ===============================  ==============================================
 # name    s·b₀a₀                           unique
 # ======  ===============================  ==============================================
 # pissa   the best rank-r part of W        where σ_r > σ_{r+1} (Eckart and Young 1936)
 # olora   s · Q_r R_r of W = QR            where the first r columns of W are independent
+# kasa    the last r singular parts of W   where σ_{k−r} > σ_{k−r+1}, k the smaller side
 # ======  ===============================  ==============================================
 #
 # Q_r R_r is the projection of W onto its first r columns, so signs of the QR do not matter. PEFT
@@ -249,52 +251,62 @@ def residual(weight: Array, low: LowRank, where: str) -> Array:
     Raises:
         LoraFxError: The part is not unique, or the rank does not fit.
     """
-    part = removed(weight, low.rank, low.scale, low.mutated, where)
+    left, right = removed(weight, low, where)
+    part = np.asarray((left @ right).astype(np.float32))
     return np.asarray((weight.astype(np.float32) - part).astype(weight.dtype))
 
 
-def removed(weight: Array, rank: int, scale: float, how: str, where: str) -> Array:
-    """The part s·b₀a₀ in fp32, [out, in].
+def on_base(weight: Array, low: LowRank, where: str) -> LowRank:
+    """The update of the base itself, of rank 2r: −s·b₀a₀ is a frozen half of it.
 
-    Args:
-        weight: [out, in].
-        rank: The rank r of the part.
-        scale: The factor s; only OLoRA's part depends on it.
-        how: The start that took it off: pissa or olora.
-        where: The weight, for messages.
+    Args and errors are those of `residual`.
     """
-    if weight.ndim != 2 or not 0 < rank <= min(weight.shape):
+    left, right = removed(weight, low, where)
+    a = np.concatenate([low.a, right.astype(np.float32)], -2)
+    b = np.concatenate([low.b, (-left / low.scale).astype(np.float32)], -1)
+    alpha = alpha_of(low.scale, len(a), low.variant)
+    return replace(low, a=a, b=b, alpha=alpha, frozen=low.rank, mutated="")
+
+
+def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
+    """The factors of the part s·b₀a₀, in fp64; see `residual`."""
+    how, rank, least = low.mutated, low.rank, min(weight.shape)
+    if weight.ndim != 2 or not 0 < rank <= least - (how == "kasa"):
         raise MisfitError(f"{where}: {list(weight.shape)} has no {how} start of rank {rank}")
     wide = weight.astype(np.float64)
     if not np.isfinite(wide).all():
         raise LoraFxError(f"{where}: the base has NaN or infinite values")
     left, right = factors(wide, rank, how, where)
-    return np.asarray((left @ right * (1.0 if how == "pissa" else scale)).astype(np.float32))
+    return left * (low.scale if how == "olora" else 1.0), right
 
 
 def factors(weight: Array, rank: int, how: str, where: str = "") -> tuple[Array, Array]:
     """The part's two factors, [out, rank] and [rank, in] in fp64; OLoRA's still lacks the s.
 
-    One side is orthonormal: the left one of OLoRA, that of the smaller side of PiSSA. `where` is
-    given where the part is to be redone: then one that is not unique is an error.
+    One side is orthonormal: the left one of OLoRA, that of the smaller side of the others. `where`
+    is given where the part is to be redone: then one that is not unique is an error.
     """
-    return (_leading if how == "pissa" else _projected)(weight, rank, where)
+    return (
+        _projected(weight, rank, where) if how == "olora" else _singular(weight, rank, how, where)
+    )
 
 
-def _leading(weight: Array, rank: int, where: str) -> tuple[Array, Array]:
-    """The best approximation of this rank, by the eigenvectors of the smaller Gram matrix."""
+def _singular(weight: Array, rank: int, how: str, where: str) -> tuple[Array, Array]:
+    """The first or the last singular parts, by the eigenvectors of the smaller Gram matrix."""
     flat = weight if weight.shape[0] <= weight.shape[1] else weight.T
     values, vectors = np.linalg.eigh(flat @ flat.T)  # ascending
     sigma = np.sqrt(np.maximum(values[::-1], 0))
-    if where and rank < len(sigma) and sigma[rank - 1] - sigma[rank] <= _GAP * sigma[0]:
+    last = rank if how == "pissa" else len(sigma) - rank
+    if where and last < len(sigma) and sigma[last - 1] - sigma[last] <= _GAP * sigma[0]:
         raise LoraFxError(
-            f"{where}: singular values {rank} and {rank + 1} are equal to fp32 "
-            f"({sigma[rank - 1]:g}, {sigma[rank]:g}), so PiSSA's part is not unique",
+            f"{where}: singular values {last} and {last + 1} are equal to fp32 "
+            f"({sigma[last - 1]:g}, {sigma[last]:g}), so the part that {how} took is not unique",
             "save the adapter again with path_initial_model_for_weight_conversion",
         )
-    top = vectors[:, len(values) - rank :][:, ::-1]
-    rest = top.T @ flat
-    return (top, rest) if flat is weight else (rest.T, top.T)
+    vectors = vectors[:, ::-1]
+    taken = vectors[:, :rank] if how == "pissa" else vectors[:, last:]
+    rest = taken.T @ flat
+    return (taken, rest) if flat is weight else (rest.T, taken.T)
 
 
 def _projected(weight: Array, rank: int, where: str) -> tuple[Array, Array]:

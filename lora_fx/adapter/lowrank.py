@@ -63,8 +63,8 @@ class LowRank:
         kernel: Of a convolution, where that is known; in is C_in/groups · ∏kernel.
         tied: True where it applies to all uses of a tensor that several modules share.
         twins: Other names of that tensor in a file: what they name changes alike.
-        mutated: The start (pissa, olora) that took its part off the base which the update is for;
-            see `lora_fx.adapter.initial.residual`. Empty for the base as it is.
+        mutated: The start (pissa, olora, kasa) that took its part off the base which the update
+            is for; see `lora_fx.adapter.initial.residual`. Empty for the base as it is.
         layer: Where a file has it, for `lora_fx.adapter.fused.place` and for writing it again.
     """
 

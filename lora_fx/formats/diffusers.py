@@ -217,12 +217,8 @@ class _Configs:
             plain = {k: v for k, v in config.items() if k not in ("use_dora", "lora_bias")}
             where = f"{self.where} {component}".rstrip()
             file.notes.extend(check_config(plain, where))
-            if mutation(config):
-                raise LoraFxError(
-                    f"{where}: init_lora_weights is {config['init_lora_weights']!r}; expected one "
-                    "that keeps the base weights",
-                    MERGE,
-                )
+            if changed := mutation(config) or ("BD-LoRA" if config.get("use_bdlora") else ""):
+                raise LoraFxError(f"{where}: its start is {changed!r}; expected plain LoRA", MERGE)
             self.alphas[component] = Pattern(config, "alpha_pattern", "lora_alpha", where)
 
     def of(self, module: str, rank: int) -> tuple[float | None, str]:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.initial import on_base
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -49,11 +50,20 @@ def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
-    """The adapter with the whole tensors that its changes of biases and its trained rows make."""
+    """The adapter with the whole tensors that its changes of biases and its trained rows make.
+
+    An update of a base from which its start took a part becomes one of the base as it is.
+    """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     entries = dict(adapter.entries)
     for key, entry in adapter.entries.items():
-        if key not in tensors or not isinstance(entry, Dense | ReplacedRows):
+        if key not in tensors or not isinstance(entry, Dense | ReplacedRows | LowRank):
+            continue
+        if isinstance(entry, LowRank):
+            if entry.mutated:
+                stored = to_numpy(tensors[key])
+                turned = adapter.metadata.get("fan_in_fan_out")
+                entries[key] = on_base(stored.T if turned else stored, entry, repr(key))
             continue
         value = to_numpy(tensors[key]).astype(np.float32)
         if isinstance(entry, ReplacedRows):

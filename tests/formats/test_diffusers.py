@@ -226,7 +226,7 @@ def test_one_component_becomes_one_model(tmp_path: Path) -> None:
 
 def test_starts_that_change_the_base(tmp_path: Path) -> None:
     config = {**CONFIG, "unet.init_lora_weights": "pissa"}
-    with pytest.raises(LoraFxError, match="init_lora_weights is 'pissa'"):
+    with pytest.raises(LoraFxError, match="its start is 'pissa'"):
         load_adapter(stored(tmp_path, PAIR, config))
     entry = low(mutated="pissa")
     for name, file in (

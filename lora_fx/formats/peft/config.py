@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView, near, plain_number
 
@@ -24,19 +27,23 @@ _CONVERT = (
 REFUSED: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": ("aLoRA acts only after certain tokens", "load it with PEFT"),
     "arrow_config": ("Arrow routes between adapters token by token", "load it with PEFT"),
-    "kasa_config": ("KaSA cuts the base weight and adds a diagonal", MERGE),
-    "monteclora_config": ("MonteCLoRA samples its factors", "load it with PEFT"),
-    "use_bdlora": ("BD-LoRA stores the blocks of a block-diagonal factor", MERGE),
     "use_qalora": ("QA-LoRA pools its inputs in groups", "load it with PEFT"),
-    "velora_config": ("VeLoRA compresses the activations it trains on", "load it with PEFT"),
     "layer_replication": ("layers of the base model are repeated", MERGE),
     "megatron_config": ("the layers are Megatron's parallel ones", MERGE),
 }
+TRAINS = {
+    "monteclora_config": ("lora_monteclora_sampler", "MonteCLoRA samples its factors in training"),
+    "velora_config": ("lora_velora_embed", "VeLoRA compresses what it keeps for backward"),
+}
+"""Fields that act in training alone, with the tensors that nothing else needs: PEFT itself merges
+such an adapter as W + s·B·A."""
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Names in init_lora_weights that leave the base weights as they are; so do true, false, null."""
 REDONE = ("pissa", "olora")
 """Names that change the base in a way that `lora_fx.adapter.initial` can redo from the base
 alone."""
+KASA = {"beta": 1e-4, "gamma": 1e-3}
+"""kasa_config as we write it: PEFT's defaults, of a loss that its user may add."""
 _LOST = {
     "pissa_niter_": "its fast SVD starts from random numbers",
     "corda": "what it took off depends on the data it saw",
@@ -56,7 +63,7 @@ FIELDS = (
 VERSION = "peft_version"
 """Kept there too: how PEFT takes stacks of experts depends on it."""
 
-KNOWN = frozenset(REFUSED) | frozenset(
+KNOWN = frozenset([*REFUSED, *TRAINS]) | frozenset(
     [
         *_LISTS,
         *_FLAGS,
@@ -70,6 +77,7 @@ KNOWN = frozenset(REFUSED) | frozenset(
         "eva_config",
         "inference_mode",
         "init_lora_weights",
+        "kasa_config",
         "loftq_config",
         "lora_alpha",
         "lora_dropout",
@@ -83,6 +91,7 @@ KNOWN = frozenset(REFUSED) | frozenset(
         "runtime_config",
         "task_type",
         "trainable_token_indices",
+        "use_bdlora",
     ]
 )
 
@@ -128,14 +137,44 @@ def check_config(config: JsonView, where: str) -> list[str]:
             "add the lora_alpha that the adapter was trained with",
         )
     unknown = sorted(set(config) - KNOWN)
-    return [f"{where}: unknown field {name!r} is ignored" for name in unknown]
+    notes = [f"{where}: unknown field {name!r} is ignored" for name in unknown]
+    said = [f"{where}: {n}: {why}; read as W + s·B·A" for n, (_, why) in TRAINS.items()
+            if config.get(n)]  # fmt: skip
+    return notes + said
 
 
 def mutation(config: JsonView) -> str:
-    """The name, pissa or olora, where PEFT took a part off linear base weights; else empty."""
+    """pissa, olora or kasa, where PEFT took a part off linear base weights; else empty."""
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
-    return name if name in REDONE else ""
+    return name if name in REDONE else "kasa" if config.get("kasa_config") else ""
+
+
+def whole_factor(config: JsonView, module: str, half: str, stored: Array, where: str) -> Array:
+    """A whole factor of BD-LoRA, which stores the blocks of a block-diagonal one in a column.
+
+    Args:
+        config: Of PEFT. In peft 0.21.2 a module is meant where its name holds one of the listed
+            texts; see BdLoraLinearVariant.
+        module: Its name.
+        half: a or b.
+        stored: [n·rows, columns] of n blocks.
+        where: The file, for messages.
+    """
+    given = config.get("use_bdlora") or {}
+    names = given.get(f"target_modules_bd_{half}") if isinstance(given, dict) else None
+    if not any(name in module for name in _texts(names)):
+        return stored
+    n = given.get("nblocks")
+    if type(n) is not int or n < 1 or stored.ndim != 2 or len(stored) % n:
+        raise LoraFxError(
+            f"{where}: use_bdlora gives {n!r} blocks; expected a number of them that divides the "
+            f"{len(stored)} rows of factor {half.upper()} of {module!r}"
+        )
+    rows, columns = len(stored) // n, stored.shape[1]
+    whole = np.zeros((n, rows, n, columns), stored.dtype)
+    whole[range(n), :, range(n)] = stored.reshape(n, rows, columns)
+    return whole.reshape(n * rows, n * columns)
 
 
 def _check_init(config: JsonView, where: str) -> None:
@@ -144,9 +183,11 @@ def _check_init(config: JsonView, where: str) -> None:
     said = f"{where}: init_lora_weights is {init!r}"
     if mutation(config) == "olora" and config.get("fan_in_fan_out"):
         raise LoraFxError(f"{said} with fan_in_fan_out; PEFT takes the QR of the wrong side", MERGE)
-    if init in (True, False, None) or mutation(config):
-        return
     name = str(init).lower()
+    if config.get("kasa_config") and name in REDONE:
+        raise LoraFxError(f"{said} beside kasa_config; expected one start", MERGE)
+    if init in (True, False, None) or name in REDONE:
+        return
     why = next((why for start, why in _LOST.items() if name.startswith(start)), "")
     if why:
         raise LoraFxError(

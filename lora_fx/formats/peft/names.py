@@ -9,6 +9,7 @@ embedding     X.lora_embedding_A, …_B              A [r, rows], B [dim, r]
 parameter     the first two; see `peft_stack`      A [r·E, in], B [out, r·E]
 DoRA          X.lora_magnitude_vector              [out], [1, C_out, 1, …] or [dim]
 lora_bias     X.lora_B.bias                        [out]
+KaSA          X.lora_diag                          [r]
 bias          X.base_layer.bias, or Y.bias         [out]
 tokens        X.token_adapter.trainable_tokens_…   [n, dim]
 ============  ===================================  ==========================================
@@ -45,12 +46,11 @@ _PARTS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "lora_B.bias": "bias",
+    "lora_diag": "diagonal",
 }
 _PART = re.compile(rf"(.+)\.({'|'.join(re.escape(p) for p in _PARTS)})")
-_REFUSED = {
-    "lora_diag": "the diagonal of KaSA",
-    "lora_E": "the singular values of AdaLoRA",
-}
+_PARTNERS = (("b", "a"), ("a", "b"), ("magnitude", "a"), ("bias", "b"), ("diagonal", "a"))
+_REFUSED = {"lora_E": "the singular values of AdaLoRA"}
 
 
 @dataclass
@@ -136,7 +136,7 @@ def groups(names: Iterable[str], where: str) -> dict[str, Group]:
 
 def _check_whole(group: Group, where: str) -> None:
     """Raise unless both halves are there."""
-    for have, missing in (("b", "a"), ("a", "b"), ("magnitude", "a"), ("bias", "b")):
+    for have, missing in _PARTNERS:
         if have in group.names and missing not in group.names:
             half = missing.upper()
             other = f"{PREFIX}{group.lead}.lora_{half}.weight"
@@ -292,7 +292,7 @@ def _pair(group: Group, source: PeftFile) -> tuple[Array, Array]:
             "expected [r·E, in] and [out, r·E] of a parameter",
             "do A and B come from the same file?",
         )
-    more = {"magnitude", "bias"} & set(group.names)
+    more = {"magnitude", "bias", "diagonal"} & set(group.names)
     if more or mutation(source.config) or source.config.get("use_dora"):
         what = group.names[more.pop()] if more else "use_dora or init_lora_weights"
         raise LoraFxError(

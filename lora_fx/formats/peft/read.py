@@ -17,6 +17,7 @@ from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import PeftFile, holds
 from lora_fx.formats.peft.config import (
+    TRAINS,
     Pattern,
     check_config,
     facts,
@@ -25,6 +26,7 @@ from lora_fx.formats.peft.config import (
     saved_whole,
     targets,
     untouched,
+    whole_factor,
 )
 from lora_fx.formats.peft.names import (
     DELTA,
@@ -44,6 +46,11 @@ from lora_fx.formats.peft.names import (
 from lora_fx.text import Json, JsonView
 
 _OUT = f".{WRAPPER}.out_proj"
+_BESIDE = {
+    "magnitude": ("lora_magnitude_vector", "DoRA", "use_dora"),
+    "diagonal": ("lora_diag", "KaSA", "kasa_config"),
+}
+"""Parts of a layer: the tensor's name, what it is of, and the field that calls for it."""
 
 
 def decode(source: PeftFile, ours: JsonView) -> Adapter:
@@ -141,7 +148,12 @@ class _Reader:
     def update(self, group: Group, found: Mapping[str, Group]) -> LowRank:
         """The update of one layer in PEFT's shapes."""
         a_name = group.names["a"]
-        a, b = self.source.factor(a_name), self.source.factor(group.names["b"])
+        a, b = (
+            whole_factor(
+                self.config, group.module, half, self.source.factor(group.names[half]), self.file
+            )
+            for half in "ab"
+        )
         a, b, op, kernel = from_tensors(group.kind, a, b, f"{self.file}: {a_name!r}")
         seen = unwrapped(group.lead.removesuffix(_OUT))  # PEFT wraps out_proj inside
         attention = f"{group.lead.removesuffix(_OUT)}{_OUT}" in found
@@ -163,8 +175,13 @@ class _Reader:
         if attention and group.lead.endswith(_OUT):
             alpha *= 2  # PEFT adds this update twice, in training and in merging
         mutated = self._mutated(group, plain=not (attention or kernel))
+        length = self._beside(group, "magnitude", on=bool(self.config.get("use_dora")))
+        between = self._beside(group, "diagonal", on=mutated == "kasa")
+        if between is not None:
+            a = a * self.source.vector(between, len(a))[:, None]
         return LowRank(
-            a, b, alpha, None, self.variant, magnitude=self._magnitude(group, len(b)),
+            a, b, alpha, None, self.variant,
+            magnitude=None if length is None else self.source.vector(length, len(b)),
             op=op, kernel=kernel, tied=bool(group.tied), twins=tuple(group.tied), mutated=mutated,
             layer=FileLayer(group.lead) if attention else None,
         )  # fmt: skip
@@ -182,23 +199,22 @@ class _Reader:
             )
         return changed
 
-    def _magnitude(self, group: Group, out: int) -> Array | None:
-        name = group.names.get("magnitude")
-        if self.config.get("use_dora"):
-            if name is None:
-                raise LoraFxError(
-                    f"{self.file}: {group.names['a']!r} has no lora_magnitude_vector beside it; "
-                    f"expected one, as use_dora is true in {self.source.config_file}",
-                    "PEFT would start a magnitude of its own; correct use_dora or save again",
-                )
-            return self.source.vector(name, out)
-        if name is not None:
+    def _beside(self, group: Group, part: str, *, on: bool) -> str | None:
+        """The name of a tensor that a field of the config calls for, where that is on."""
+        name, (tensor, kind, field) = group.names.get(part), _BESIDE[part]
+        if on and name is None:
             raise LoraFxError(
-                f"{self.file}: {name!r} is a DoRA magnitude; expected none, as use_dora is off in "
-                f"{self.source.config_file}: PEFT would drop it and the result would differ",
-                "set use_dora to true if the adapter was trained with DoRA",
+                f"{self.file}: {group.names['a']!r} has no {tensor} beside it; expected one, as "
+                f"{field} is on in {self.source.config_file}",
+                f"PEFT would start one of its own; correct {field} or save again",
             )
-        return None
+        if name is not None and not on:
+            raise LoraFxError(
+                f"{self.file}: {name!r} is of {kind}; expected none, as {field} is off in "
+                f"{self.source.config_file}: PEFT would drop it and the result would differ",
+                f"turn {field} on if the adapter was trained with it",
+            )
+        return name
 
     def bias(self, entries: dict[str, Entry], low: LowRank, group: Group) -> None:
         """The bias of B, which PEFT adds times the scale to the layer's own."""
@@ -302,8 +318,11 @@ def read_rest(
     Raises:
         LoraFxError: A tensor that PEFT would not read, or that the config contradicts.
     """
+    idle = [f".{part}" for field, (part, _) in TRAINS.items() if source.config.get(field)]
     for name in names:
         short = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
+        if any(part in short for part in idle):
+            continue
         if short.endswith(DELTA):
             module = short.removesuffix(DELTA)
             source.add(entries, f"{unwrapped(module)}.weight", _rows(name, module, source), name)

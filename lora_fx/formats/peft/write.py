@@ -14,7 +14,7 @@ from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.safetensors import finite, is_float
-from lora_fx.formats.peft.config import build_config, conflicts
+from lora_fx.formats.peft.config import KASA, build_config, conflicts
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER, packed, unwrapped
 from lora_fx.targets.target import split_use
 from lora_fx.text import Json
@@ -94,7 +94,9 @@ class _Writer:
         changed = {k: updates[k].mutated for k in others}
         first = next((v for v in changed.values() if v), "")
         all_or_none({k: v == first for k, v in changed.items()} if first else {}, first)
-        if first:
+        if first == "kasa":
+            self.fields["kasa_config"] = KASA
+        elif first:
             self.fields["init_lora_weights"] = first
         if any(u.tied for k, u in told.items() if self.told[k].plain):
             self.fields["ensure_weight_tying"] = True
@@ -112,6 +114,8 @@ class _Writer:
         else:
             names = dict(zip("ab", form.names, strict=True))
             values = to_tensors(form, low)
+            if low.mutated == "kasa":  # a holds the diagonal already
+                values[f"{PREFIX}{form.lead}.lora_diag"] = np.ones(low.rank, np.float32)
         for name, value in values.items():
             self._put(key, name, value)
         if not form.plain:
@@ -145,7 +149,8 @@ class _Writer:
         dense = {k: v for k, v in self.adapter.entries.items() if isinstance(v, Dense)}
         fits = {k for k, v in dense.items() if k in layers and self._is_bias_of(v, *layers[k])}
         needed = {k for k, (_, f) in layers.items() if not _in_proj(f)}
-        odd = self.fields["use_dora"] or "init_lora_weights" in self.fields  # PEFT refuses both
+        starts = {"init_lora_weights", "kasa_config"} & set(self.fields)
+        odd = self.fields["use_dora"] or starts  # PEFT refuses both
         say = bool(fits) and needed <= fits | full and not odd
         if say:
             self.fields["lora_bias"] = True

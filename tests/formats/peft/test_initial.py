@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_fx.adapter.initial import removed, residual
+import lora_fx
+from lora_fx.adapter.initial import residual
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
@@ -49,26 +51,41 @@ class Gpt(nn.Module):
         return self.c(x)
 
 
+TARGETS = ["tall", "wide", "emb"]
+
+
 def build(cls: type[nn.Module] = Plain, dtype: Any = torch.float32) -> Any:
     torch.manual_seed(0)
     return cls().to(dtype)
 
 
-def config(how: str, **fields: Any) -> Any:
-    usual = {"r": 4, "lora_alpha": 7, "target_modules": ["tall", "wide", "emb"]}
+def config(how: Any = True, **fields: Any) -> Any:
+    usual = {"r": 4, "lora_alpha": 7, "target_modules": TARGETS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.LoraConfig(**{**usual, "init_lora_weights": how, **fields})
+        return peft.LoraConfig(**{"init_lora_weights": how, **usual, **fields})
 
 
-@pytest.mark.parametrize("how", ["pissa", "olora"])
+STARTS = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "kasa": {"kasa_config": peft.KasaConfig()},
+}
+
+
+@pytest.mark.parametrize("how", STARTS)
 @pytest.mark.parametrize(
     "fields", [{}, {"use_rslora": True, "rank_pattern": {"wide": 2}}, {"use_dora": True}]
 )
 def test_merged_as_peft_does(tmp_path: Path, how: str, fields: dict[str, Any]) -> None:
-    got = check_with_peft(tmp_path, build, config(how, **fields), tolerance=1e-5, changed=3)
-    marks = {k: low.mutated or None for k, low in got.lowrank.items()}
-    assert marks == {"tall.weight": how, "wide.weight": how, "emb.weight": None}
+    if how == "kasa" and "use_dora" in fields:
+        pytest.skip("PEFT has no KaSA with DoRA")
+    names = TARGETS[: 2 if how == "kasa" else 3]  # PEFT has no KaSA of an embedding
+    given = config(**STARTS[how], **fields, target_modules=names)
+    got = check_with_peft(tmp_path, build, given, tolerance=1e-5, changed=len(names))
+    marks = {k: low.mutated or None for k, low in got.lowrank.items() if k != "emb.weight"}
+    assert marks == {"tall.weight": how, "wide.weight": how}
+    assert all(not low.mutated for k, low in got.lowrank.items() if k == "emb.weight")
     assert {"tall.weight", "wide.weight"} <= set(got.others)
     with pytest.raises(LoraFxError, match="DoRA" if "use_dora" in fields else how):
         got.deltas()
@@ -108,6 +125,77 @@ def test_the_residual_is_the_base_that_peft_trains_on(how: str, dtype: str) -> N
         assert moved > 0.1 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("how", STARTS)
+def test_a_graph_takes_the_part_off_too(tmp_path: Path, how: str) -> None:
+    """PEFT's unmerged and merged model are insert, attach and fold of the original base."""
+    names = TARGETS[: 2 if how == "kasa" else 3]
+    given = config(**STARTS[how], target_modules=names)
+    model = peft.get_peft_model(build(), given)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    x = (torch.arange(11)[None],)
+    with torch.no_grad():
+        want = model.eval()(*x)
+        for verb in (lora_fx.insert, lora_fx.attach, lora_fx.fold):
+            made = verb(build().eval(), x, adapter=tmp_path)
+            torch.testing.assert_close(made(*x), want, rtol=1e-4, atol=1e-5)
+    ours = lora_fx.insert(build().eval(), x, adapter=tmp_path)
+    frozen = {"emb": 0, "tall": 4, "wide": 4}
+    assert {k: low.frozen for k, low in ours.updates.items()} == {
+        f"{n}.weight": frozen[n] for n in names
+    }
+
+
+VARIANTS = {
+    "VeLoRA": {"velora_config": peft.VeloraConfig(num_groups=2)},
+    "MonteCLoRA": {"monteclora_config": peft.MontecloraConfig()},
+    "BD-LoRA": {
+        "use_bdlora": peft.BdLoraConfig(
+            target_modules_bd_a=["tall"], target_modules_bd_b=["wid"], nblocks=3
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_that_are_plain_when_merged(tmp_path: Path, name: str) -> None:
+    given = config(**VARIANTS[name], target_modules=["tall", "wide"], r=6)
+    got = check_with_peft(tmp_path, build, given, tolerance=1e-5, changed=2)
+    assert not got.others
+    assert any(name in note for note in got.metadata["notes"]) == (name != "BD-LoRA")
+
+
+@pytest.mark.parametrize("nblocks", [0, 5, True, "2", None])
+def test_blocks_that_do_not_divide_a_factor(tmp_path: Path, nblocks: Any) -> None:
+    model = peft.get_peft_model(build(), config(target_modules=["tall", "wide"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    said = {"target_modules_bd_a": ["tall"], "nblocks": nblocks}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_bdlora": said}))
+    with pytest.raises(LoraFxError, match=r"divides the 4 rows of factor A of 'tall'"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "word"),
+    [
+        ({"kasa_config": {"beta": 1e-4}}, "has no lora_diag beside it"),
+        ({"kasa_config": {}, "init_lora_weights": "pissa"}, ""),
+        ({"kasa_config": {"beta": 1e-4}, "init_lora_weights": "pissa"}, "beside kasa_config"),
+    ],
+)
+def test_kasa_in_the_config_alone(tmp_path: Path, field: Any, word: str) -> None:
+    model = peft.get_peft_model(build(), config(target_modules=["tall", "wide"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **field}))
+    if not word:
+        assert len(load_adapter(tmp_path).others) == 2
+        return
+    with pytest.raises(LoraFxError, match=word):
+        load_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_converted_adapter_is_a_plain_one(tmp_path: Path, rslora: bool) -> None:
     """PEFT then writes twice the rank, and init_lora_weights true: ΔW of the original base."""
@@ -139,18 +227,25 @@ def test_starts_that_keep_the_base(tmp_path: Path, how: str) -> None:
 
 def test_parts_that_are_not_unique() -> None:
     flat = np.diag(np.array([3, 2, 2, 1], np.float32))
+
+    def left(weight: Any, rank: int, how: str) -> Any:
+        a, b = np.zeros((rank, weight.shape[1])), np.zeros((len(weight), rank))
+        return residual(weight, LowRank(a, b, 1.0, mutated=how), "w")
+
     with pytest.raises(LoraFxError, match="singular values 2 and 3 are equal"):
-        removed(flat, 2, 1.0, "pissa", "w")
-    np.testing.assert_allclose(
-        removed(flat, 3, 1.0, "pissa", "w"), np.diag([3, 2, 2, 0]), atol=1e-6
-    )
+        left(flat, 2, "pissa")
+    with pytest.raises(LoraFxError, match="singular values 2 and 3 are equal"):
+        left(flat, 2, "kasa")
+    np.testing.assert_allclose(left(flat, 3, "pissa"), np.diag([0, 0, 0, 1]), atol=1e-6)
+    np.testing.assert_allclose(left(flat, 1, "kasa"), np.diag([3, 2, 2, 0]), atol=1e-6)
     same = np.ones((4, 5), np.float32)
     with pytest.raises(LoraFxError, match="first 2 columns"):
-        removed(same, 2, 1.0, "olora", "w")
-    with pytest.raises(LoraFxError, match="rank 6"):
-        removed(same, 6, 1.0, "pissa", "w")
+        left(same, 2, "olora")
+    for rank, how in ((6, "pissa"), (4, "kasa")):
+        with pytest.raises(LoraFxError, match=f"rank {rank}"):
+            left(same, rank, how)
     with pytest.raises(LoraFxError, match="NaN"):
-        removed(same * np.float32("nan"), 2, 1.0, "olora", "w")
+        left(same * np.float32("nan"), 2, "olora")
 
 
 def test_one_flag_for_all(tmp_path: Path) -> None:
