@@ -91,10 +91,19 @@ class Condition:
         return row
 
     def turns(self) -> list[int]:
-        """Sizes at which it may turn: small ones, and those beside each number in it."""
-        numbers = [n for n in _leaves(parsed(self.text)) if isinstance(n, int)]
-        near = {n + k for m in numbers for n in (m, -m) for k in (-1, 0, 1)}
-        return [*range(1, 70), *sorted(n for n in near if n >= 70)]
+        """Sizes at which it may turn: small ones, and those beside each number in it.
+
+        Where it computes, every size up to its numbers, and what comes of two numbers.
+        """
+        leaves = list(_leaves(parsed(self.text)))
+        numbers = {n for m in leaves if isinstance(m, int) for n in (m, -m)}
+        far = 69
+        if len(leaves) > 2:
+            far = max(far, min(SEARCHED, max(numbers, default=0) + 1))
+            more = {n + k for n in numbers for k in (-1, 0, 1)}
+            numbers |= {x for m in more for n in numbers if n > 0 for x in (m * n, m // n, m + n)}
+        near = {n + k for n in numbers for k in (-1, 0, 1)}
+        return [*range(1, far + 1), *sorted(n for n in near if n > far)]
 
     def bounds(self) -> tuple[int | None, int | None]:
         """(least, largest) where it bounds one size by a number, else (None, None)."""

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -198,10 +199,9 @@ class Inputs:
     def implied(self, condition: Condition) -> bool:
         """Whether a condition holds wherever sizes of one symbol are equal."""
         places = self._places()
-        symbols = sorted({t for s in condition.about for t in _terms(places.get(s, ""))})
-        tried = itertools.product((1, 2, 3, 8, 37, 10**9), repeat=min(len(symbols), 4))
-        sizes = [dict(zip(symbols, n, strict=False)) for n in tried]
-        return all(condition.holds({s: _extent(t, v) for s, t in places.items()}) for v in sizes)
+        return _implied(
+            condition, tuple((s, places[s]) for s in sorted(condition.about & {*places}))
+        )
 
     def outside(self, condition: Condition) -> dict[str, int] | None:
         """Values of symbols that break a condition and no other; None where there are none."""
@@ -285,6 +285,19 @@ def _steps(count: int, reach: int = 64) -> Iterator[tuple[int, ...]]:
 def _terms(symbol: str) -> list[str]:
     """The parts of a sum such as `past + length`."""
     return [part.strip() for part in symbol.split("+")]
+
+
+@lru_cache(4096)
+def _implied(condition: Condition, places: tuple[tuple[Size, str], ...]) -> bool:
+    """Whether it holds for all that the symbols of its sizes may be, as far as trying tells."""
+    symbols = sorted({t for _, text in places for t in _terms(text) if not t.isdigit()})
+    turns = condition.turns()
+    tried = itertools.product((1, 2, 3, 8, 37, 10**9), repeat=min(len(symbols), 4))
+    values = [dict(zip(symbols, n, strict=False)) for n in tried]
+    values += [
+        {**dict.fromkeys(symbols, rest), s: n} for s in symbols for rest in (1, 2, 3) for n in turns
+    ]
+    return all(condition.holds({s: _extent(t, v) for s, t in places}) for v in values)
 
 
 def _extent(symbol: str, values: Mapping[str, int]) -> int:

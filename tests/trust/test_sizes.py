@@ -272,6 +272,45 @@ def test_a_branch_at_any_size_is_seen(limit: int) -> None:
         torch.testing.assert_close(module(x), model(x))
 
 
+class Hole(Two):
+    """Another path at one size, where two sizes add up to one, or where a quarter is one."""
+
+    size, of = 7, "length"
+
+    def forward(self, x: Tensor) -> Any:
+        return 2 * self.a(x) if self.inside(*x.shape[:2]) else self.a(x)
+
+    def inside(self, batch: int, length: int) -> bool:
+        if self.of == "length":
+            return length == self.size
+        return batch + length == self.size if self.of == "sum" else length // 4 == self.size
+
+
+@pytest.mark.parametrize("of", ["length", "sum", "quarter"])
+@pytest.mark.parametrize("size", [4, 7, 20, 70, 513])
+def test_a_size_left_out_of_a_range_is_refused_by_the_file(
+    size: int, of: str, tmp_path: Path
+) -> None:
+    model = Hole().eval()
+    model.size, model.of = size, of
+    module = lora_fx.insert(model, (torch.randn(2, 6, 4),), rank=2, include="a")
+    report = lora_fx.export(module, tmp_path / "m.onnx")
+    assert len(report.details["ranges"]) >= 1
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(tmp_path / "m.onnx", options, ["CPUExecutionProvider"])
+    turn = {"length": size, "sum": size - 2, "quarter": 4 * size}[of]
+    for length in (turn - 1, turn, turn + 1, turn + 4):
+        x = torch.randn(2, length, 4)
+        torch.testing.assert_close(module(x), model(x))
+        if model.inside(2, length):
+            with pytest.raises(Exception, match="lora_fx holds for"):
+                session.run(None, {"x": x.numpy()})
+        else:
+            got = session.run(None, {"x": x.numpy()})[0]
+            np.testing.assert_allclose(got, model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_path_for_every_size_ends_in_a_refusal() -> None:
     class Unrolled(Two):
         def forward(self, x: Tensor) -> Any:
