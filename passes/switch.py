@@ -14,8 +14,8 @@ In mode load A and B stay initialisers of a fixed rank, and every use takes the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +29,7 @@ from lora_fx.onnx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.switch import accumulate, settle
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
-from lora_fx.passes.insert import Insert
+from lora_fx.passes.insert import Insert, changed
 from lora_fx.targets.target import Target
 
 if TYPE_CHECKING:
@@ -49,11 +49,17 @@ class Switch:
         rank: 0 for inputs with defaults. Above 0, mode load: A and B are initialisers of that
             rank, and every use has the weight form, which ONNX Runtime folds when it loads
             the file.
+        stored: Targets, of which the graph has the tensor by the key's name and computes what an
+            op reads from it: they are changed where they are stored.
+        turned: Keys whose in and out are the graph's swapped: adapters have the lookup of a tied
+            tensor as its head is.
         made: Receives the manifest.
     """
 
     keys: Sequence[str]
     rank: int = 0
+    stored: Sequence[Target] = ()
+    turned: Collection[str] = ()
     made: list[Manifest] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
@@ -71,19 +77,25 @@ class Switch:
             target = found.get(key)
             if target is None:
                 raise LoraFxError(f"{key!r} is no target of the exported graph", "--exclude it")
+            if key in self.turned:
+                target = replace(target, layout=target.layout.transposed())
             targets.append(target)
-        if not targets:
+        if not targets and not self.stored:
             raise LoraFxError("no target to switch", "lora-fx targets MODEL lists them")
         role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
         for whole in (False, True):
             some = {t.key: _zero(t) for t in targets if self._direct(t) is not whole}
             Insert(some, role=role, weight_form=whole)(graph)
+        for t in self.stored:
+            self._store(graph, t, role)
         slots = {}
-        for i, t in enumerate(targets):
+        keys = [*self.keys, *(t.key for t in self.stored)]
+        for i, (key, t) in enumerate(zip(keys, [*targets, *self.stored], strict=True)):
             # [out, 0] @ [N, 0, n] is left as the memory was, by ONNX Runtime 1.31 on the CPU
             left = any(getattr(s.kind, "form", "") == "left" for s in t.sites)
-            rank = self.rank or (0 if self._direct(t) and not left else 1)
-            slots[t.key] = settle(graph, t, rank, "" if self.rank else f"rank_{i}")
+            direct = self._direct(t) and not left and t not in self.stored
+            rank = self.rank or (0 if direct else 1)
+            slots[key] = settle(graph, t, rank, "" if self.rank else f"rank_{i}")
         if not self.rank:
             accumulate(graph, slots.values())
         model.ir_version = max(model.ir_version, OLDEST_IR)
@@ -93,6 +105,15 @@ class Switch:
         graph.changed()
         graph.lint()
         return PassResult(graph, True)
+
+    def _store(self, graph: OnnxGraph, target: Target, role: Role) -> None:
+        """Let all that reads a stored tensor read W + s·b·a."""
+        value = graph.model.graph.initializers[target.key]
+        uses = list(value.uses())
+        e = graph.emit_first(target.key)
+        w = changed(e, target, _zero(target), value, value, role)
+        for user, i in uses:
+            user.replace_input_with(i, w)
 
     def _direct(self, target: Target) -> bool:
         """True where every use has a branch that never needs the rank as a number."""

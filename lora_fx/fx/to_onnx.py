@@ -7,10 +7,11 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 from torch.export import Dim
@@ -19,8 +20,12 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.capture.trace import export_program, recurrent_shapes
+from lora_fx.fx.graph.flow import tensor
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.tensors import to_numpy
+from lora_fx.targets.target import Target
 
 OPSET = 20
 
@@ -36,14 +41,23 @@ class OnnxProgram:
     symbols: dict[tuple[str, int], str]
 
 
-def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
+def to_onnx(
+    module: CapturedModule, opset: int = OPSET, apart: Mapping[str, Target] | None = None
+) -> OnnxProgram:
     """Translate the eval program of a module without branches.
+
+    Args:
+        module: A module in eval mode.
+        opset: Of the file.
+        apart: Weights that get an initialiser of their own, by its name: what the target's uses
+            read, which the exporter would compute from, join, or store once for several uses.
 
     Raises:
         LoraFxError: The exporter cannot translate an op; its own words are in the message.
     """
     captured = module.captured
     graph = module.graph(False, portable=True)
+    weights = {name: _apart(graph, t) for name, t in (apart or {}).items()}
     make_portable(graph.graph)
     flat, names, outputs = flat_program(module, graph.graph)
     named = module.sample()
@@ -59,12 +73,13 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
         symbols.update({(traced.door.names[i], d): s for d, s in free.items()})
     with _quiet(), norms_apart(), recurrent_shapes(), torch.no_grad():
         try:
-            program = export_program(flat, tuple(leaves[i] for i in keep), tuple(shapes))
+            given = (*(leaves[i] for i in keep), *weights.values())
+            program = export_program(flat, given, (*shapes, *(None for _ in weights)))
             onnx = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                input_names=names,
+                input_names=[*names, *weights],
                 output_names=outputs,
                 verbose=False,
             )
@@ -74,7 +89,23 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
                 "a Hugging Face model may need attn_implementation='eager' (-v prints all)",
             ) from e
     assert onnx is not None
+    owner = onnx.model.graph
+    for place, weight in zip(owner.inputs[len(names) :], weights.values(), strict=True):
+        place.const_value = ir.tensor(to_numpy(weight), name=place.name)
+        owner.inputs.remove(place)
+        owner.register_initializer(place)
     return OnnxProgram(onnx.model, symbols)
+
+
+def _apart(graph: FxGraph, target: Target) -> Tensor:
+    """Let the uses of a weight read an input in its place; returns its value."""
+    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    with graph.graph.inserting_after(places[-1]):
+        place = graph.graph.placeholder(f"weight_{len(places)}")
+    for site in target.sites:
+        graph.rebase(site, place)
+    # a copy: an export takes one tensor for one value, wherever it meets it
+    return tensor(graph.root, target.parameter.name).detach().clone()
 
 
 def flat_program(
@@ -89,7 +120,7 @@ def flat_program(
     leaves = pytree.tree_leaves(module.captured.named)
     names = []
     places = [n for n in graph.nodes if n.op == "placeholder"]
-    for place, name, leaf in zip(places, traced.door.names, leaves, strict=True):
+    for place, name, leaf in zip(places, traced.door.names, leaves, strict=False):
         if isinstance(leaf, torch.Tensor):
             names.append(onnx_name(name))
         else:

@@ -132,7 +132,8 @@ class BatchEmitter(OnnxEmitter):
     """Emits the nodes of one site's branch."""
 
     def __init__(self, owner: OnnxGraph, found: OnnxWeightUse, ids: Ids, rows: RowAxis) -> None:
-        super().__init__(owner, found, before=False)
+        super().__init__(owner, found.node, found.site.id, found, before=False)
+        self.site = found.site
         self.ids, self.rows = ids, rows
 
     def branch(self, form: str, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:

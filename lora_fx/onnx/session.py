@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.dtypes import Array, from_onnx, numpy_dtype
+from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import BATCH, Input, Inputs
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
@@ -71,25 +71,6 @@ class RuntimeSession:
         with _told(feeds):
             made = self.session.run(names, known)
         return dict(zip(names, made, strict=True))
-
-    def runs(self, feeds: Mapping[str, Array]) -> bool:
-        """Whether the runtime takes these inputs; it prints nothing where it does not.
-
-        Inputs that are not given, an adapter's number for each row, are zeros.
-        """
-        import onnxruntime as ort
-
-        options = ort.RunOptions()
-        options.log_severity_level = 4
-        rows = max((len(x) for x in feeds.values() if x.ndim), default=1)
-        missing = [i for i in self.session.get_inputs() if i.name not in feeds]
-        zeros = {i.name: np.zeros(rows, numpy_dtype(from_onnx(i.type))) for i in missing}
-        try:
-            known = {k: _widened(v) for k, v in feeds.items()}
-            self.session.run(None, {**known, **zeros}, options)
-        except Exception:  # the runtime's errors have no common base
-            return False
-        return True
 
 
 @contextlib.contextmanager

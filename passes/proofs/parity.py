@@ -22,7 +22,7 @@ from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare_fairly, narrow_gat
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.call import filled, leaf_names, onnx_conditions, onnx_name, sample_call
+from lora_fx.fx.capture.call import filled, leaf_names, onnx_conditions, onnx_name
 from lora_fx.fx.capture.capture import Captured, alike
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.nodes import dtype_name, random_ops
@@ -30,7 +30,6 @@ from lora_fx.fx.graph.ops import OPS
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import has_values, to_numpy
 from lora_fx.inputs import Extents, Named
-from lora_fx.onnx.session import RuntimeSession
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.text import Json
 
@@ -146,22 +145,15 @@ def is_real(named: Named) -> bool:
     return all(has_values(x) for x in leaves)
 
 
-def runs_on(session: RuntimeSession, reference: CapturedModule) -> tuple[Condition, ...]:
-    """The conditions outside which ONNX Runtime gives an answer, which is not the model's."""
+def guards(reference: CapturedModule) -> tuple[Condition, ...]:
+    """The conditions outside which a file of this model may be another model.
+
+    That it is one is not tried: at such sizes ONNX Runtime 1.31 may end the process, as a
+    recurrent layer of no steps does.
+    """
     implied = reference.captured.bounded_inputs().implied  # dimensions of one name say as much
     own = (c for c in reference.conditions() if not c.demanded and not implied(c))
-    tried = ((c, feeds_outside(reference, c)) for c in own)
-    able = session.runs(arrays_of(reference.sample()))  # else its failures outside tell nothing
-    wrong = [c for c, feeds in tried if feeds is not None and (not able or session.runs(feeds))]
-    return onnx_conditions(wrong)
-
-
-def feeds_outside(reference: CapturedModule, condition: Condition) -> dict[str, Array] | None:
-    """Arrays of sizes that break a condition, each size by itself; None where none was found."""
-    captured = reference.captured
-    inputs = captured.bounded_inputs().apart()
-    values = inputs.outside(condition)
-    return None if values is None else arrays_of(sample_call(inputs, captured.named, values))
+    return onnx_conditions([*own])
 
 
 def outside(reference: CapturedModule, named: Named) -> SizeError | None:
@@ -325,9 +317,9 @@ class TorchReference:
         """See Reference."""
         return [*self.base.captured.unproven.values()]
 
-    def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
+    def guards(self) -> tuple[Condition, ...]:
         """See Reference."""
-        return runs_on(session, self.base)
+        return guards(self.base)
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""

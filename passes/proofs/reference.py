@@ -55,8 +55,8 @@ class Reference(Protocol):
         """Rows of `unproven[]`: sizes at which nothing was compared."""
         ...
 
-    def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
-        """The conditions outside which a file of this model would run, and be wrong."""
+    def guards(self) -> tuple[Condition, ...]:
+        """The conditions outside which a file of this model may be another model."""
         ...
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
@@ -120,7 +120,7 @@ class OnnxReference:
         """None: what the file does not take is an error."""
         return []
 
-    def runs_on(self, session: RuntimeSession) -> tuple[Condition, ...]:
+    def guards(self) -> tuple[Condition, ...]:
         """None: a file of ours has its guards already, and of others nothing is known."""
         return ()
 

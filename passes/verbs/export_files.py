@@ -25,7 +25,7 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import copies_of
 from lora_fx.onnx.ranges import guard_within, say_within
 from lora_fx.onnx.save import Output
-from lora_fx.onnx.session import RuntimeSession, Session, open_session, write_adapter
+from lora_fx.onnx.session import Session, open_session, write_adapter
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.batch import prove_rows
@@ -33,6 +33,7 @@ from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.targets.found import Found
+from lora_fx.targets.regions import own_use
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
 
@@ -69,7 +70,7 @@ def save_within(
     made: Output,
     model: ir.Model,
     conditions: Sequence[Condition],
-    wrong: Callable[[RuntimeSession], Sequence[Condition]],
+    guards: Sequence[Condition],
     options: ExportOptions,
     slots: Sequence[str] = (),
 ) -> list[str]:
@@ -79,20 +80,16 @@ def save_within(
         made: The file.
         model: What goes into it.
         conditions: What sizes have to satisfy.
-        wrong: Those outside which a session would give an answer. They get a guard each.
+        guards: Those outside which a session could give an answer. They get a guard each.
         options: Of export.
         slots: See Output.save.
     """
     say_within(model, conditions)
+    if guards and not options.within:
+        guard_within(model, guards)
     made.save(model, options.external_over, slots)
-    if all(c.demanded for c in conditions):
-        return []
-    needed = wrong(open_session(made.path, options.provider))
-    if needed and not options.within:
-        guard_within(model, needed)
-        made.save(model, options.external_over, slots)
     then = "it is not checked" if options.within else "the file fails elsewhere"
-    return [f"it holds for {c} only: {then}" for c in needed]
+    return [f"it holds for {c} only: {then}" for c in guards]
 
 
 def write_switch(
@@ -127,9 +124,13 @@ def write_switch(
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: a switchable file")
     warnings = list(warnings)
-    here = find(graph)
+    here, kept = find(graph), graph.model.graph.initializers
+    known = here if found is None else found
+    lost = [k for k in keys if here.get(k) is None]
+    apart = [known[k] for k in lost if found is not None and k in kept]  # see to_onnx
+    keys = [k for k in keys if k not in {t.key for t in apart}]
     if loose:
-        left = [k for k in keys if here.get(k) is None]
+        left = [k for k in keys if k in lost]
         warnings += [f"{k}: left out, the exported graph has no such target" for k in left]
         keys = [k for k in keys if k not in left]
     stored = copies_of(graph.model).values()
@@ -144,15 +145,15 @@ def write_switch(
     largest = max((u.rank for a in adapters.values() for u in a.lowrank.values()), default=0)
     if load and rank and rank < largest:
         raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
-    known = here if found is None else found
-    switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0)
+    layouts = {k: known[k].layout for k in (*keys, *(t.key for t in apart))}
+    turned = {k for k in keys if here[k].op == "embedding" and layouts[k].in_ != (0,)}
+    switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, apart, turned)
     switch(graph)
     manifest = switch.made[0]
-    layouts = {k: known[k].layout for k in manifest.slots}
     with options.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
         warnings += save_within(
-            made_file, graph.model, reference.conditions, reference.runs_on, options, slots
+            made_file, graph.model, reference.conditions, reference.guards(), options, slots
         )
         serve = _serving(made_file.path, options.provider, load)
         run, session = serve(None)
@@ -231,7 +232,7 @@ def _random(
         entries = {}
         for key, layout in layouts.items():
             a, b = draw(key, layout, min(RANK, most, layout.max_rank), 0, "probe")
-            entries[key] = LowRank(a, b, size * a.shape[-2], layout)
+            entries[key] = LowRank(a, b, size * a.shape[-2], layout, use=own_use(key))
         made = Adapter(entries)
         changed = serve(made)[0](feeds)
         if all(rel(changed[n], base[n]) <= 1 for n in base):
@@ -289,7 +290,7 @@ def write_batch(
         if v.shape is not None and len(v.shape) and str(v.shape[0]) == symbol
     ]
     with options.output() as made_file:
-        told = save_within(made_file, model, reference.conditions, reference.runs_on, options)
+        told = save_within(made_file, model, reference.conditions, reference.guards(), options)
         session = open_session(made_file.path, options.provider)
         parity = prove_rows(
             session.run, reference, adapters, rowed, fixed=fixed, scales=options.scales

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,12 +16,13 @@ from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, plain
-from lora_fx.fx.tensors import named_tensors, to_numpy
+from lora_fx.fx.tensors import named_tensors, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.masks import mask_by_infinity
 from lora_fx.onnx.names import (
+    copies_of,
     mark_changed,
     rename_dimensions,
     restore_weight_names,
@@ -31,7 +32,7 @@ from lora_fx.onnx.optimise.precision import GATES, in_bfloat16, widen
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
-from lora_fx.passes.proofs.parity import TorchReference, prove, runs_on, torch_run
+from lora_fx.passes.proofs.parity import TorchReference, guards, prove, torch_run
 from lora_fx.passes.verbs.adapt import find, fold, grown, insert
 from lora_fx.passes.verbs.export_files import (
     by_name,
@@ -44,6 +45,8 @@ from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.optimise import narrowed
 from lora_fx.passes.verbs.optimise import optimise as optimised
 from lora_fx.passes.verbs.options import ExportOptions
+from lora_fx.targets.regions import applies, own_use
+from lora_fx.targets.target import Target, base_name
 from lora_fx.text import Json
 
 
@@ -105,8 +108,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         model, tol = made_of.model, GATES[precision]
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
-        wrong = partial(runs_on, reference=branched)
-        told = save_within(made_file, model, conditions, wrong, options)
+        told = save_within(made_file, model, conditions, guards(branched), options)
         session = open_session(made_file.path, provider)
         runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
         rewritten = any(s.kept for s in stages) and precision not in GATES
@@ -115,7 +117,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
             why = "the stages together differ from torch"
             stages = [replace(s, kept=False, why=s.why or why) for s in stages]
             model = made.model
-            told = save_within(made_file, model, conditions, wrong, options)
+            told = save_within(made_file, model, conditions, guards(branched), options)
             session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
         demand(runtime, "ONNX Runtime differs from torch")
@@ -186,25 +188,45 @@ def export_slots(
     adapters = by_name(options)
     captured = captured_of(model, args, kwargs, options.dynamic)
     found = find(captured)
-    bound = {name: bind(a, found) for name, a in adapters.items()}
+    bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
     reference = TorchReference(
         captured, lambda adapter: insert(captured, adapter=adapter, dead="allow"), options.inputs
     )
-    graph, widened = _base(reference, options.opset or OPSET, tied=options.mode != "batch")
+    opset = options.opset or OPSET
+    graph, widened = _base(reference, opset, tied=options.mode != "batch")
     said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
     if options.mode == "batch":
         sources = _sources(reference.base, graph)
         fixed = options.inputs is not None
         return write_batch(graph, reference, sources, bound, options, fixed=fixed, warnings=said)
     keys, loose = options.chosen(found, bound)
+    apart = _apart(reference, graph, keys)
+    if apart:
+        graph, _ = _base(reference, opset, tied=True, apart=apart)
     return write_switch(
         graph, reference, keys, bound, options, loose=loose, found=found, warnings=said
     )
 
 
-def _base(reference: TorchReference, opset: int, *, tied: bool) -> tuple[OnnxGraph, bool]:
+def _apart(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> dict[str, Target]:
+    """Targets that the exporter lost: it computed from their weight, or stored it twice."""
+    here, stored = find(graph), set(copies_of(graph.model).values())
+    lost = [k for k in keys if here.get(k) is None or base_name(k) in stored]
+    known = find(reference.base.graph(False, portable=True)) if lost else here
+    apart: dict[str, Target] = {}
+    for key in lost:
+        target = known.get(key)
+        if target is not None and not target.other_readers and not key.endswith("]"):
+            sites = tuple(s for s in target.sites if applies(own_use(key), s))
+            apart |= {key: replace(target, sites=sites)} if sites else {}
+    return apart
+
+
+def _base(
+    reference: TorchReference, opset: int, *, tied: bool, apart: Mapping[str, Target] | None = None
+) -> tuple[OnnxGraph, bool]:
     """The model in ONNX, its own names on weights and dimensions; whether it had bfloat16."""
-    made = to_onnx(reference.base, opset)
+    made = to_onnx(reference.base, opset, apart)
     mask_by_infinity(made.model)
     widened = widen(made.model)
     names = named_tensors(reference.base.captured.model)[0] if tied else None

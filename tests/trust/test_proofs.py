@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.fx.module.module import plain
 from lora_fx.inputs import Input, Inputs
-from lora_fx.passes.proofs.parity import runs_on
-from tests.trust.test_sizes import Long
 
 
 class Cast(nn.Module):
@@ -112,16 +109,3 @@ def test_a_file_whose_names_are_sloppy_is_tried_with_equal_sizes_and_says_so(
     report = lora_fx.verify(tmp_path / "m.onnx", tmp_path / "m.onnx")
     assert report
     assert any("tried only where s, t are equal" in w for w in report.warnings)
-
-
-class Deaf:
-    """A session that runs nothing, so that its failures outside tell nothing either."""
-
-    def runs(self, feeds: object) -> bool:
-        return False
-
-
-def test_a_session_that_cannot_be_asked_gets_every_guard() -> None:
-    module = plain(lora_fx.capture(Long().eval(), (torch.randn(2, 6, 4),)))
-    (condition,) = runs_on(Deaf(), module)
-    assert condition.bounds() == (None, 69)

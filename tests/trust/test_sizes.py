@@ -311,6 +311,30 @@ def test_a_size_left_out_of_a_range_is_refused_by_the_file(
             np.testing.assert_allclose(got, model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_runtime_that_would_end_the_process_is_not_asked(kind: str, tmp_path: Path) -> None:
+    """ONNX Runtime 1.31 divides by zero, or aborts, in a recurrent layer of no steps."""
+
+    class Recurrent(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r = getattr(nn, kind)(4, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.r(x[:, 1:] if x.shape[1] > 1 else x)[0]
+
+    model = Recurrent().eval()
+    lora_fx.export(model, tmp_path / "m.onnx", (torch.randn(2, 6, 4),), provider="cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(tmp_path / "m.onnx", options, ["CPUExecutionProvider"])
+    x = torch.randn(2, 3, 4)
+    got = session.run(None, {"x": x.numpy()})[0]
+    np.testing.assert_allclose(got, model(x).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(Exception, match="lora_fx holds for"):
+        session.run(None, {"x": x[:, :1].numpy()})
+
+
 def test_a_path_for_every_size_ends_in_a_refusal() -> None:
     class Unrolled(Two):
         def forward(self, x: Tensor) -> Any:

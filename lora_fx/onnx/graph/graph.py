@@ -156,7 +156,11 @@ class OnnxGraph(Analysed):
 
     def emit(self, site: Site, *, before: bool = False) -> OnnxEmitter:
         """An emitter after the site's node, or before it."""
-        return OnnxEmitter(self, self.at(site), before=before)
+        return OnnxEmitter(self, self.at(site).node, site.id, self.at(site), before=before)
+
+    def emit_first(self, mark: str) -> OnnxEmitter:
+        """An emitter before all nodes, for what is computed of initialisers."""
+        return OnnxEmitter(self, next(iter(self.model.graph)), mark, before=True)
 
     def replace_output(self, site: Site, y: ir.Value) -> None:
         """Let every user but the branch itself read y; an output of a graph keeps its name.
@@ -335,23 +339,31 @@ def add_initialiser(
 class OnnxEmitter:
     """Inserts in order, after the site's node or before it, in the graph or body that holds it."""
 
-    def __init__(self, owner: OnnxGraph, found: OnnxWeightUse, *, before: bool) -> None:
+    def __init__(
+        self,
+        owner: OnnxGraph,
+        node: ir.Node,
+        mark: str,
+        found: OnnxWeightUse | None = None,
+        *,
+        before: bool,
+    ) -> None:
         self.owner = owner
         self.found = found
-        self.site = found.site
-        self.node = found.node
+        self.mark = mark
+        self.node = node
         self.before = before
         self.viewing = False
-        self.last = found.node
+        self.last = node
 
     def _call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         return self._place(ir.node(op, inputs, attributes))
 
     def _place(self, new: ir.Node) -> ir.Value:
-        new.metadata_props[MARK] = self.site.id
+        new.metadata_props[MARK] = self.mark
         if self.viewing:
             new.metadata_props[VIEW] = "of the weight form"
-        new.outputs[0].name = self.owner.fresh(f"{self.site.id}_lora")
+        new.outputs[0].name = self.owner.fresh(f"{self.mark}_lora")
         graph = self.node.graph
         assert graph is not None
         if self.before:
@@ -366,8 +378,8 @@ class OnnxEmitter:
         return self._constant(np.array(values, np.int64))
 
     def _constant(self, value: Array) -> ir.Value:
-        name = self.owner.fresh(f"{self.site.id}_lora_const")
-        return add_initialiser(self.owner.model.graph, name, value, self.site.id)
+        name = self.owner.fresh(f"{self.mark}_lora_const")
+        return add_initialiser(self.owner.model.graph, name, value, self.mark)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
         """Add the node of one primitive of the closed set; see lora_fx.ir.emitter."""
@@ -443,6 +455,7 @@ class OnnxEmitter:
 
     def like(self, site: Site, x: ir.Value, w: ir.Value) -> ir.Value:
         """The site's own op on other operands, its attributes kept and its bias left out."""
+        assert self.found is not None
         use, bias = self.found.use, self.found.row.bias
         inputs = list(self.node.inputs)
         inputs[use.x], inputs[use.weight] = x, w
@@ -468,7 +481,7 @@ class OnnxEmitter:
         known = graph.initializers.get(name)
         if known is not None:
             return known
-        made = add_initialiser(graph, name, value, self.site.id)
+        made = add_initialiser(graph, name, value, self.mark)
         if role is Role.OPTIONAL_INPUT:
             graph.inputs.append(made)
         elif role is Role.REQUIRED_INPUT:

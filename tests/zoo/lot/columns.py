@@ -77,7 +77,13 @@ class Lot:
         self.rounding: float | None = None
 
     def run(self, model: Any) -> Arrays:
-        """The tensors of the example's output, with one state of the random numbers."""
+        """The tensors of the example's output, with one state of the random numbers.
+
+        A model may keep what its weights made (Levit its attention biases) until its mode is set.
+        """
+        if isinstance(model, nn.Module) and not model.training:
+            model.train()
+            model.eval()
         torch.manual_seed(0)
         with torch.no_grad():
             return flat(model(*self.args, **self.kwargs))
