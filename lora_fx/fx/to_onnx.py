@@ -20,11 +20,10 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.capture.trace import export_program, recurrent_shapes
-from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import to_numpy
+from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.targets.target import Target
 
 OPSET = 20
@@ -99,13 +98,14 @@ def to_onnx(
 
 def _apart(graph: FxGraph, target: Target) -> Tensor:
     """Let the uses of a weight read an input in its place; returns its value."""
+    # a copy: an export takes one tensor for one value, wherever it meets it
+    weight = from_numpy(graph.read(target.parameter.name).copy())
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     with graph.graph.inserting_after(places[-1]):
         place = graph.graph.placeholder(f"weight_{len(places)}")
     for site in target.sites:
         graph.rebase(site, place)
-    # a copy: an export takes one tensor for one value, wherever it meets it
-    return tensor(graph.root, target.parameter.name).detach().clone()
+    return weight
 
 
 def flat_program(

@@ -127,6 +127,10 @@ def attach(
     found = planner.found
     start = start_of(model, cap, found, options)
     updates, notes = start.adapter.lowrank, start.notes
+    if options.dead == "drop":  # nobody named them
+        lost = planner.unreached(updates)
+        notes = (*notes, *(f"{why}: left out, lora_fx.insert reaches it" for why in lost.values()))
+        updates = {k: u for k, u in updates.items() if k not in lost}
     # what the values of a recorded run decided need not be so with an adapter
     recorded = cap is not None and any(p.rung == "recorded" for p in cap.pinned)
     alone = recorded and not any("~" in k or u.use for k, u in updates.items())
@@ -339,16 +343,23 @@ class GraphPlanner(Planner):
         result: dict[str, Form],
     ) -> None:
         """A computed weight is no parameter: there is only the output form."""
+        for key, why in self.unreached([t.key for t, _ in group], by_weight).items():
+            raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert")
         for target, _ in group:
             for site in target.sites:
-                path = self.path_of.get(site.scope)
-                if path is None or path in by_weight or site.id not in branches:
-                    raise LoraFxError(
-                        f"{target.key}: the model computes this weight from "
-                        f"{', '.join(site.behind)}, and no module's forward is that op alone",
-                        f"exclude={target.key!r}, or use lora_fx.insert",
-                    )
-                result.setdefault(path, Form()).output = branches[site.id]
+                result.setdefault(self.path_of[site.scope], Form()).output = branches[site.id]
+
+    def unreached(
+        self, keys: Iterable[str], by_weight: frozenset[str] = frozenset()
+    ) -> dict[str, str]:
+        """Computed weights that are not all of a module's forward, and why each is out of reach."""
+        lost = {}
+        for key in keys:
+            for site in self.found[key].sites if key.endswith("~") else ():
+                if site.id not in self.clean or self.path_of[site.scope] in by_weight:
+                    behind = f"the model computes this weight from {', '.join(site.behind)}"
+                    lost[key] = f"{key}: {behind}, and no module's forward is that op alone"
+        return lost
 
     def _place(
         self,

@@ -50,6 +50,19 @@ class Attention(nn.Module):
         return self.m(x, x, x)[0]
 
 
+class Computed(nn.Module):
+    """A table that is stretched before it is looked up, as in the attention of SAM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.l = nn.Parameter(torch.randn(5, 4)), nn.Linear(4, 4)
+        self.register_buffer("at", torch.randint(0, 9, (5, 5)))
+
+    def forward(self, x: Tensor) -> Any:
+        table = nn.functional.interpolate(self.p[None, None], size=(9, 4), mode="bilinear")[0, 0]
+        return torch.einsum("bqc,qkc->bqk", self.l(x), table[self.at])
+
+
 STEPS, IDS = torch.randn(2, 5, 4), torch.randint(0, 11, (2, 5))
 BOTH = ["e.weight@e.weight", "e.weight@h.weight"]
 CASES: dict[str, tuple[nn.Module, Tensor, Any, set[str]]] = {
@@ -65,6 +78,7 @@ CASES: dict[str, tuple[nn.Module, Tensor, Any, set[str]]] = {
     "the table": (Tied(), IDS, BOTH[:1], {BOTH[0]}),
     "the head": (Tied(), IDS, BOTH[1:], {BOTH[1]}),
     "the default plan": (Tied(), IDS, None, {"e.weight@h.weight", "l.weight"}),
+    "a computed table": (Computed(), STEPS, "*", {"p~", "l.weight"}),
     "attention, the twin": (
         Attention(), torch.randn(2, 5, 8), "*", {"m.in_proj_weight", "m.out_proj.weight"}
     ),
@@ -75,7 +89,7 @@ CASES: dict[str, tuple[nn.Module, Tensor, Any, set[str]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_an_adapter_reaches_it(name: str, mode: str, tmp_path: Path) -> None:
     model, x, include, keys = CASES[name]
-    module = lora_fx.insert(model.eval(), (x,), rank=2, include=include)
+    module = lora_fx.insert(model.eval(), (x,), rank=2, include=include, dead="allow")
     with torch.no_grad():
         for p in module.parameters():
             if p.requires_grad:
@@ -98,6 +112,15 @@ def test_an_adapter_reaches_it(name: str, mode: str, tmp_path: Path) -> None:
             got = session.run({"x": x.numpy()}, adapter="one")
         want = lora_fx.fold(model, (x,), adapter=adapter)(x).detach()
         np.testing.assert_allclose(next(iter(got.values())), want, rtol=1e-4, atol=2e-6)
+
+
+def test_attach_leaves_out_what_only_a_graph_can_reach_unless_it_is_named() -> None:
+    model = Computed().eval()
+    with pytest.raises(lora_fx.LoraFxError, match=r"p~: the model computes this weight from p,"):
+        lora_fx.attach(model, (STEPS,), rank=2, include="*")
+    lora_fx.attach(model, (STEPS,), rank=2)
+    assert set(model.adapter().lowrank) == {"l.weight"}
+    assert any("p~" in n and "left out" in n for n in model.report().notes)
 
 
 def test_a_start_that_changed_the_base_is_served(tmp_path: Path) -> None:

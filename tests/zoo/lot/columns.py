@@ -25,6 +25,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import ORT_TOL, rel
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.onnx.session import Session, open_session
 from lora_fx.passes.proofs.parity import arrays_of
 from lora_fx.targets.target import base_name, split_key
@@ -81,7 +82,8 @@ class Lot:
 
         A model may keep what its weights made (Levit its attention biases) until its mode is set.
         """
-        if isinstance(model, nn.Module) and not model.training:
+        own = isinstance(model, nn.Module) and not isinstance(model, CapturedModule)
+        if own and not model.training:
             model.train()
             model.eval()
         torch.manual_seed(0)
