@@ -143,10 +143,7 @@ class Refusal:
 
     def to_json(self) -> Json:
         """One row of `refusals[]`."""
-        return {
-            "key": self.key, "op": self.op, "reason": self.reason, "flops": self.flops,
-            "verbs": list(self.verbs),
-        }  # fmt: skip
+        return {**vars(self), "verbs": list(self.verbs)}
 
 
 @dataclass(frozen=True)
@@ -159,4 +156,4 @@ class Unreached:
 
     def to_json(self) -> Json:
         """One row of `unreached[]`."""
-        return {"key": self.key, "shape": list(self.shape), "reason": self.reason}
+        return {**vars(self), "shape": list(self.shape)}
