@@ -129,7 +129,8 @@ class Captured:
         static: Sequence[str] = (),
     ) -> None:
         self.model = as_module(model)
-        self.signature = Signature(_forward_of(model, self.model))
+        forward: Any = self.model.forward if isinstance(model, nn.Module) else model
+        self.signature = Signature(forward)
         self.source = ModelSource.of(self.model)
         self.base_dtype = base_dtype(self.model)
         self.notes: list[str] = []
@@ -500,10 +501,6 @@ def base_dtype(model: nn.Module) -> torch.dtype | None:
                 if p is not None and p.is_floating_point():
                     return p.dtype
     return None
-
-
-def _forward_of(model: Any, module: nn.Module) -> Callable[..., Any]:
-    return module.forward if isinstance(model, nn.Module) else model
 
 
 # Why a model could not be captured: the line of the user's code, the cause, what to do.

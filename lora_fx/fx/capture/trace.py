@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -483,9 +484,7 @@ def _constants(
     for node in graph.nodes:
         if node.op != "get_attr":
             continue
-        value: Any = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = operator.attrgetter(str(node.target))(module)
         if isinstance(value, torch.Tensor):
             result[str(node.target)] = value
         elif isinstance(value, fx.GraphModule):
@@ -533,10 +532,7 @@ class Pinned:
 
     def to_json(self) -> Json:
         """One row of `pinned[]`."""
-        return {
-            "input": self.input, "dim": self.dim, "size": self.size, "op": self.op,
-            "rung": self.rung,
-        }  # fmt: skip
+        return dict(vars(self))
 
     def __str__(self) -> str:
         """A line for people."""

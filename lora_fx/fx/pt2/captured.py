@@ -90,8 +90,6 @@ class FileCaptured(Captured):
                 self.named = given
             self._describe(manifest, dynamic, static)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-            if isinstance(e, LoraFxError):
-                raise
             raise archive.bad(f"{MANIFEST} is wrong: {type(e).__name__} {e}") from e
 
     def _read(self, manifest: JsonView) -> None:
