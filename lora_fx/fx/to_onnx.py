@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +19,11 @@ from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.capture.trace import export_program, recurrent_shapes
 from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.silence import silenced
 
 OPSET = 20
+LEAST = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
+"""Levels of the exporter's loggers; it also prints progress and warns about its own parts."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def to_onnx(module: CapturedModule, opset: int = OPSET) -> OnnxProgram:
         free = {d: s for d, s in wanted.items() if fixed[d] is None}
         shapes.append({d: Dim.AUTO for d in free} or None)
         symbols.update({(traced.door.names[i], d): s for d, s in free.items()})
-    with _quiet(), norms_apart(), recurrent_shapes(), torch.no_grad():
+    said = silenced(contextlib.redirect_stdout, LEAST)
+    with said, norms_apart(), recurrent_shapes(), torch.no_grad():
         try:
             program = export_program(flat, tuple(leaves[i] for i in keep), tuple(shapes))
             onnx = torch.onnx.export(
@@ -139,22 +141,6 @@ def norms_apart() -> Iterator[None]:
         yield
     finally:
         setattr(rewriter, name, rules)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints progress and warns about its own parts."""
-    least = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
-    levels = {name: logging.getLogger(name).level for name in least}
-    for name, level in least.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.

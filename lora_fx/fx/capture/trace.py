@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import operator
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +30,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.fx.graph.products import split_products
 from lora_fx.inputs import Named
+from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 aten = torch.ops.aten
@@ -362,21 +361,10 @@ class RootModule(nn.Module):
         return without_cache(signature.call(forward, named), left_out)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """A block in which torch and the model warn of nothing: a warning that is an error is none."""
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """A block in which torch and the model warn of nothing; a failing capture prints its graph."""
     names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
-    loggers = [logging.getLogger(n) for n in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:  # a failing capture prints its partial graph
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return silenced(contextlib.redirect_stderr, dict.fromkeys(names, logging.CRITICAL))
 
 
 def _free_batch() -> Any:

@@ -7,11 +7,9 @@ that raises, does not load, changes the inputs or outputs, or differs is rolled 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,16 +25,10 @@ from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
 from lora_fx.onnx.optimise.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 # What onnx_ir and onnxscript bring: dead nodes out, constant folding, fusions for ONNX Runtime.
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ class FoldConstants(ir.passes.InPlacePass):
         from onnxscript.optimizer import optimize_ir
 
         before = sum(1 for _ in model.graph.all_nodes())
-        with _quiet():
+        with silenced(contextlib.redirect_stdout):
             optimize_ir(model)
         after = sum(1 for _ in model.graph.all_nodes())
         return ir.passes.PassResult(model, after != before)
@@ -71,7 +63,7 @@ class FuseForRuntime(ir.passes.InPlacePass):
         """Edit the model in place."""
         from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-        with _quiet():
+        with silenced(contextlib.redirect_stdout):
             _, counts = optimize_for_ort(model)
         return ir.passes.PassResult(model, any(counts.values()))
 
