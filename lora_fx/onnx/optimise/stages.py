@@ -124,7 +124,6 @@ def apply_stages(
     feeds: Sequence[Mapping[str, Array]],
     stages: Mapping[str, Rewrite] | None = None,
     provider: str = "cpu",
-    tol: float = ORT_TOL,
 ) -> tuple[ir.Model, list[RewriteStage]]:
     """The model after the stages that held, and a row for every stage that changed something.
 
@@ -133,7 +132,6 @@ def apply_stages(
         feeds: Inputs by name, one mapping a size; two sizes or more unless the model has one.
         stages: Name → rewrite, in order; None means STAGES, and CPU_STAGES on the CPU.
         provider: auto, cpu or cuda.
-        tol: The gate on max|a − b| / max|b| of every output.
     """
     with tempfile.TemporaryDirectory() as folder:
         base = _open(model, Path(folder) / "base.onnx", provider)
@@ -147,7 +145,7 @@ def apply_stages(
                 if not rewrite(candidate).modified:
                     continue
                 row, session = _try(
-                    name, model, candidate, feeds, wanted, tol, Path(folder) / f"{i}", provider
+                    name, model, candidate, feeds, wanted, Path(folder) / f"{i}", provider
                 )
             except Exception as e:  # a library's rewrite may raise anything; so may the runtime
                 row = _row(name, candidate, one_line(e, 160) or type(e).__name__)
@@ -215,7 +213,6 @@ def _try(
     candidate: ir.Model,
     feeds: Sequence[Mapping[str, Array]],
     wanted: Sequence[Mapping[str, Array]],
-    tol: float,
     folder: Path,
     provider: str,
 ) -> tuple[RewriteStage, RuntimeSession | None]:
@@ -229,11 +226,11 @@ def _try(
     worst = 0.0
     for feed, want in zip(feeds, wanted, strict=True):
         shapes = {k: v.shape for k, v in feed.items()}
-        got = compare(session.run(feed), want, shapes, tol)
+        got = compare(session.run(feed), want, shapes, ORT_TOL)
         worst = max(worst, got.rel)
         if not got.ok:
             text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
-            why = f"output {got.output!r} at {text}: rel {got.rel:.2e}, the gate is {tol:.1e}"
+            why = f"output {got.output!r} at {text}: rel {got.rel:.2e}, the gate is {ORT_TOL:.1e}"
             return _row(name, candidate, why, worst if math.isfinite(worst) else None), None
     return _row(name, candidate, "", worst), session
 
