@@ -228,7 +228,7 @@ def _flat(base: Array, updates: list[tuple[Target, LowRank]]) -> bool:
     """True for updates of a whole matrix, whose rows can be had one by one."""
     return base.ndim == 2 and all(
         (low.layout or t.layout).shape == base.shape
-        and t.region == _whole(base)
+        and t.region == tuple((0, n) for n in base.shape)
         and (low.magnitude is None or (low.layout or t.layout).out == (0,))
         for t, low in updates
     )
@@ -245,10 +245,6 @@ def _blocks(
     for first in range(0, base.shape[0], step):
         rows = slice(first, min(base.shape[0], first + step))
         yield rows, [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
-
-
-def _whole(base: Array) -> Region:
-    return tuple((0, n) for n in base.shape)
 
 
 def _narrowed(t: Target, low: LowRank, rows: slice, columns: int) -> tuple[Target, LowRank]:

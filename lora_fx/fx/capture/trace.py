@@ -347,10 +347,8 @@ class RootModule(nn.Module):
         self, source: nn.Module, signature: Signature, forward: Any, left_out: list[str]
     ) -> None:
         super().__init__()
-        self.__dict__["_parameters"] = source._parameters
-        self.__dict__["_buffers"] = source._buffers
-        self.__dict__["_modules"] = source._modules
-        self.__dict__["_non_persistent_buffers_set"] = source._non_persistent_buffers_set
+        for part in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[part] = getattr(source, part)
         self.training = source.training
         self._call = (signature, forward, left_out)
 
