@@ -21,8 +21,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import Door, program_key
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.ops import replaced
+from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds

@@ -214,7 +214,7 @@ class FxGraph(Analysed):
         """Make w the weight operand of the site."""
         node = self._at(site)
         w.meta["val"] = _node(ops.pick(node, site.slot)).meta.get("val")
-        node.args = ops.replaced(node.args, site.slot, w)
+        node.args = replaced(node.args, site.slot, w)
         self.changed()
 
     def rebase(self, site: Site, w: fx.Node) -> None:
@@ -321,6 +321,15 @@ class FxGraph(Analysed):
             # not: so a run gives the same bits again, also from a file.
             tensor = from_numpy(value).clone().to(device)
             module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
+
+
+def replaced(args: Any, path: Sequence[int], value: Any) -> Any:
+    """The arguments with another value at a path."""
+    if not path:
+        return value
+    changed = list(args)
+    changed[path[0]] = replaced(changed[path[0]], path[1:], value)
+    return tuple(changed) if isinstance(args, tuple) else changed
 
 
 def _node(arg: object) -> fx.Node:

@@ -76,15 +76,6 @@ def pick(node: Node, path: Path) -> Any:
     return arg
 
 
-def replaced(args: Any, path: Sequence[int], value: Any) -> Any:
-    """The arguments with another value at a path."""
-    if not path:
-        return value
-    changed = list(args)
-    changed[path[0]] = replaced(changed[path[0]], path[1:], value)
-    return tuple(changed) if isinstance(args, tuple) else changed
-
-
 def _linear(node: Node) -> Iterator[FxOperand]:
     flat = len(shape_of(pick(node, (1,))) or ()) != 2
     yield FxOperand((1,), (0,), kinds.linear(), {}, VECTOR if flat else "")
