@@ -120,6 +120,12 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
             raise LoraFxError(f"the folder {target.parent} does not exist", "create it first")
 
 
+def check_apart(source: Path, target: Path) -> None:
+    """Refuse an output that would replace the input."""
+    if target.resolve() == source.resolve():
+        raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
+
+
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:
     """Refuse when the disk of `folder` has less than `needed` bytes free for this user."""
     with explained(folder):

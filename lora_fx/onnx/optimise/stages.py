@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lora_fx.compare import ORT_TOL, compare
+from lora_fx.compare import ORT_TOL, compare, sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
@@ -229,8 +229,8 @@ def _try(
         got = compare(session.run(feed), want, shapes, ORT_TOL)
         worst = max(worst, got.rel)
         if not got.ok:
-            text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
-            why = f"output {got.output!r} at {text}: rel {got.rel:.2e}, the gate is {ORT_TOL:.1e}"
+            where = sizes_text(shapes)
+            why = f"output {got.output!r} at {where}: rel {got.rel:.2e}, the gate is {ORT_TOL:.1e}"
             return _row(name, candidate, why, worst if math.isfinite(worst) else None), None
     return _row(name, candidate, "", worst), session
 
