@@ -189,9 +189,7 @@ def fold_value(base: Array, updates: list[tuple[Target, LowRank]]) -> tuple[Arra
     for rows, block in _blocks(base, updates):
         before: Array = base[rows].astype(work, copy=False)
         wide: Array = np.array(before)
-        for target, low in block:
-            part = tuple(slice(lo, hi) for lo, hi in target.region)
-            wide[part] = _changed(wide[part], target, low)
+        _add(wide, block)
         value[rows] = wide.astype(base.dtype, copy=False)
         if base.dtype == work:
             continue  # the sum as it is: nothing is rounded away
@@ -209,19 +207,19 @@ def fold_rows(base: Array, updates: list[tuple[Target, LowRank]], rows: slice) -
         updates = [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
         base, rows = base[rows], slice(None)
     wide = base.astype(np.result_type(base.dtype, np.float64))
-    for target, low in updates:
-        part = tuple(slice(lo, hi) for lo, hi in target.region)
-        wide[part] = _changed(wide[part], target, low)
+    _add(wide, updates)
     return np.asarray(wide[rows])
 
 
-def _changed(part: Array, target: Target, low: LowRank) -> Array:
-    """A region of W with its update in it, in the dtype of `part`."""
+def _add(wide: Array, updates: list[tuple[Target, LowRank]]) -> None:
+    """Put each update into its region of W, in the dtype that W has here."""
     e: Emitter[Array] = NumpyEmitter()
-    layout, work = low.layout or target.layout, part.dtype
-    change = delta(e, layout, low.a.astype(work), low.b.astype(work), float(low.scale))
-    size = None if low.magnitude is None else low.magnitude.astype(work)
-    return np.asarray(part + variant_of(low).change(e, layout, part, change, size))
+    for target, low in updates:
+        part = wide[tuple(slice(lo, hi) for lo, hi in target.region)]
+        layout, work = low.layout or target.layout, wide.dtype
+        change = delta(e, layout, low.a.astype(work), low.b.astype(work), float(low.scale))
+        size = None if low.magnitude is None else low.magnitude.astype(work)
+        part[...] = part + variant_of(low).change(e, layout, part, change, size)
 
 
 def _flat(base: Array, updates: list[tuple[Target, LowRank]]) -> bool:

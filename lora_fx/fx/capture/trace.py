@@ -210,12 +210,9 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
         place.replace_all_uses_with(read)
         graph.erase_node(place)
     match_places(graph, leaves)
-    split_products(graph)
     (end,) = graph.find_nodes(op="output")
     end.args = (tuple(end.args[0]),)
-    graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
-    _follow_device(graph)
-    graph.set_codegen(fx.graph.CodeGen())
+    _finish(graph)
     sizes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
     traced = Traced(graph, constants, Door(tuple(names), sizes), made[0], bodies=bodies)
     traced.left_out, traced.notes, traced.own_gradients = tuple(left_out), *seen()
@@ -450,10 +447,7 @@ def clean_module(
                 pinned.append(Pinned(name, d, n, learnt.fixed.get((i, d), UNKNOWN)))
     constants, bodies = _constants(module, graph)
     cuts = constants_of(graph)
-    split_products(graph)
-    graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
-    _follow_device(graph)
-    graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
+    _finish(graph)
     door = Door(tuple(names), fixed, tuple(learnt.conditions))
     out_spec = program.call_spec.out_spec
     return Traced(graph, constants, door, out_spec, pinned, learnt.doubtful, cuts, bodies)
@@ -476,6 +470,14 @@ def _constants(
         elif isinstance(value, fx.GraphModule):
             bodies[str(node.target)] = value
     return result, bodies
+
+
+def _finish(graph: fx.Graph) -> None:
+    """The last steps of a graph that is otherwise clean."""
+    split_products(graph)
+    graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
+    _follow_device(graph)
+    graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
 
 
 def _follow_device(graph: fx.Graph) -> None:
