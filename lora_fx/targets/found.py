@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.conditions import Condition
+from lora_fx.targets.regions import of_use, part
 from lora_fx.targets.target import Target, split_use
 from lora_fx.text import Json, human, table
 
@@ -46,11 +47,6 @@ class Found:
 
     def get(self, key: str) -> Target | None:
         """The target of a key, as by indexing; None where there is none."""
-        from lora_fx.targets.regions import (
-            of_use,
-            part,  # a part is a target: both know this module
-        )
-
         whole = self.by_key.get(key)
         if whole is not None:
             return whole

@@ -280,9 +280,7 @@ class GraphPlanner(Planner):
         self.dropout = dropout
         self.graph = graph if whole else None
         root = graph.root
-        paths: dict[int, str] = {}
-        for path, m in root.named_modules():
-            paths.setdefault(id(m), path)
+        paths = {id(m): path for path, m in root.named_modules()}
         self.path_of = {p: paths[id(m)] for p, m in root.named_modules(remove_duplicate=False)}
         self.owners: dict[str, list[Owner]] = {}
         for name, canonical in named_tensors(root)[0].items():
