@@ -345,16 +345,20 @@ aten = torch.ops.aten
 CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 
 
-def _mul(x: fx.Node, y: fx.Node | float) -> tuple[Any, tuple[Any, ...]]:
+OpCall = tuple[Any, tuple[Any, ...]]
+"""An op and what it takes."""
+
+
+def _mul(x: fx.Node, y: fx.Node | float) -> OpCall:
     return aten.mul.Scalar if isinstance(y, (int, float)) else aten.mul.Tensor, (x, y)
 
 
-def _pad(x: fx.Node, before: Sequence[int], after: Sequence[int]) -> tuple[Any, tuple[Any, ...]]:
+def _pad(x: fx.Node, before: Sequence[int], after: Sequence[int]) -> OpCall:
     pairs = list(zip(before, after, strict=True))[::-1]  # it counts from the last axis
     return aten.constant_pad_nd.default, (x, [n for pair in pairs for n in pair], 0.0)
 
 
-PRIMS: Mapping[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
+PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "matmul": lambda x, y: (aten.matmul.default, (x, y)),
     "add": lambda x, y: (aten.add.Tensor, (x, y)),
     "mul": _mul,
@@ -371,7 +375,7 @@ PRIMS: Mapping[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
 }
-"""What node each primitive of lora_fx.ir.emitter is: the op, and what it takes; but for conv."""
+"""What node each primitive of lora_fx.ir.emitter is, but for conv."""
 
 
 class FxEmitter:
