@@ -9,7 +9,7 @@ import click
 from lora_fx.cli.options import force_option, json_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
-from lora_fx.formats.io import WRITERS
+from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -60,8 +60,6 @@ def command(
     lora-fx convert ./adapter -o de.onnx_adapter --for bert.onnx
     lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
     """
-    from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter
-
     name = name or format_for(output)
     source = format_of(adapter)
     loaded = load_adapter(adapter, trust, base=base)

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -229,8 +230,6 @@ def split_weight(text: str) -> tuple[str, float]:
     >>> split_weight("adapter")
     ('adapter', 1.0)
     """
-    from pathlib import Path
-
     path, colon, number = text.rpartition(":")
     if colon and path and Path(path).exists():
         try:
@@ -264,8 +263,6 @@ def adapter_of(path: str, trust: bool = False) -> Adapter:
 
 def named_adapters(texts: Sequence[str]) -> Json:
     """`ADAPTER[:W]` arguments by the name of the folder or file."""
-    from pathlib import Path
-
     result: Json = {}
     for path, weight in map(split_weight, texts):
         name = Path(path).resolve().name.removesuffix(".safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -88,8 +89,6 @@ def settings_of(options: Json) -> Settings:
 
 def saving_of(options: Json, force: bool) -> Saving:
     """Takes what says where states are out of a command's options; checks the folder."""
-    from pathlib import Path
-
     from lora_fx.fx.train.state import Saving, check_folder
 
     every, resume = options.pop("save_every"), options.pop("resume")
@@ -153,7 +152,5 @@ def stateful(saving: Saving) -> Iterator[None]:
 
 def _written(folder: str | None) -> tuple[int, int] | None:
     """Tells one state from the next; None where there is none."""
-    from pathlib import Path
-
     path = Path(folder or "")
     return (path.stat().st_ino, path.stat().st_mtime_ns) if folder and path.is_dir() else None

@@ -84,14 +84,11 @@ class Parity:
 
     def to_json(self) -> Json:
         """One row of `parity[]`; an infinite difference is null."""
-        finite = math.isfinite(self.rel)
         return {
+            **vars(self),
             "sizes": {k: list(v) for k, v in self.sizes.items()},
             "max_abs": self.max_abs if math.isfinite(self.max_abs) else None,
-            "rel": self.rel if finite else None,
-            "tol": self.tol,
-            "output": self.output,
-            "of": self.of,
+            "rel": self.rel if math.isfinite(self.rel) else None,
             "ok": self.ok,
         }
 

@@ -67,10 +67,7 @@ _FROM_ONNX = {d.onnx: d.name for d in DTYPES.values() if d.onnx}
 
 def numpy_dtype(name: str) -> NumpyDtype:
     """The numpy dtype of a name such as float32 or bfloat16."""
-    if hasattr(ml_dtypes, name):
-        narrow: NumpyDtype = np.dtype(getattr(ml_dtypes, name))
-        return narrow
-    return np.dtype(name)
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def from_onnx(kind: str) -> str:

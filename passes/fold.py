@@ -189,9 +189,7 @@ def fold_value(base: Array, updates: list[tuple[Target, LowRank]]) -> tuple[Arra
     for rows, block in _blocks(base, updates):
         before: Array = base[rows].astype(work, copy=False)
         wide: Array = np.array(before)
-        for target, low in block:
-            part = tuple(slice(lo, hi) for lo, hi in target.region)
-            wide[part] = _changed(wide[part], target, low)
+        _add(wide, block)
         value[rows] = wide.astype(base.dtype, copy=False)
         if base.dtype == work:
             continue  # the sum as it is: nothing is rounded away
@@ -209,26 +207,26 @@ def fold_rows(base: Array, updates: list[tuple[Target, LowRank]], rows: slice) -
         updates = [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
         base, rows = base[rows], slice(None)
     wide = base.astype(np.result_type(base.dtype, np.float64))
-    for target, low in updates:
-        part = tuple(slice(lo, hi) for lo, hi in target.region)
-        wide[part] = _changed(wide[part], target, low)
+    _add(wide, updates)
     return np.asarray(wide[rows])
 
 
-def _changed(part: Array, target: Target, low: LowRank) -> Array:
-    """A region of W with its update in it, in the dtype of `part`."""
+def _add(wide: Array, updates: list[tuple[Target, LowRank]]) -> None:
+    """Put each update into its region of W, in the dtype that W has here."""
     e: Emitter[Array] = NumpyEmitter()
-    layout, work = low.layout or target.layout, part.dtype
-    change = delta(e, layout, low.a.astype(work), low.b.astype(work), float(low.scale))
-    size = None if low.magnitude is None else low.magnitude.astype(work)
-    return np.asarray(part + variant_of(low).change(e, layout, part, change, size))
+    for target, low in updates:
+        part = wide[tuple(slice(lo, hi) for lo, hi in target.region)]
+        layout, work = low.layout or target.layout, wide.dtype
+        change = delta(e, layout, low.a.astype(work), low.b.astype(work), float(low.scale))
+        size = None if low.magnitude is None else low.magnitude.astype(work)
+        part[...] = part + variant_of(low).change(e, layout, part, change, size)
 
 
 def _flat(base: Array, updates: list[tuple[Target, LowRank]]) -> bool:
     """True for updates of a whole matrix, whose rows can be had one by one."""
     return base.ndim == 2 and all(
         (low.layout or t.layout).shape == base.shape
-        and t.region == _whole(base)
+        and t.region == tuple((0, n) for n in base.shape)
         and (low.magnitude is None or (low.layout or t.layout).out == (0,))
         for t, low in updates
     )
@@ -245,10 +243,6 @@ def _blocks(
     for first in range(0, base.shape[0], step):
         rows = slice(first, min(base.shape[0], first + step))
         yield rows, [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
-
-
-def _whole(base: Array) -> Region:
-    return tuple((0, n) for n in base.shape)
 
 
 def _narrowed(t: Target, low: LowRank, rows: slice, columns: int) -> tuple[Target, LowRank]:

@@ -168,12 +168,7 @@ class Recorded:
 
     def to_json(self) -> Json:
         """A row of `recorded[]` in docs/json.md."""
-        return {
-            "merge": self.merge,
-            "hash": self.hash,
-            "weight": self.weight,
-            "given": bool(self.given),
-        }
+        return {**vars(self), "given": bool(self.given)}
 
     def __str__(self) -> str:
         """For people."""

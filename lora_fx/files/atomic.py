@@ -17,15 +17,9 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lora_fx.errors import LoraFxError, one_line
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from lora_fx.files.copying import fcntl
 
 _OLD = "replaced"
 _WHY = {
@@ -63,7 +57,7 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
             is writing it, the disk is full, or the file system refuses.
     """
     target = Path(path)
-    with _explained(target):
+    with explained(target, itself=True):
         check_output(target, force=force)
         lock = contextlib.ExitStack()
         lock.enter_context(locked(target))
@@ -71,14 +65,14 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
         holder = target.with_name(f".{target.name}.lora_fx_{secrets.token_hex(4)}.tmp")
         temporary = holder / target.name
         try:
-            with _explained(target):
+            with explained(target, itself=True):
                 _clear_stale(target)
                 check_output(target, force=force)
                 holder.mkdir()
                 mode = stat.S_IMODE(holder.stat().st_mode) & 0o777  # what the umask leaves
-            with _explained(target, _ONLY_WRITING):
+            with explained(target, _ONLY_WRITING, itself=True):
                 yield temporary
-            with _explained(target):
+            with explained(target, itself=True):
                 _open_up(temporary, mode)
                 sync(temporary)
                 check_output(target, force=force)
@@ -86,16 +80,6 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
                 _sync_folder(target.parent)
         finally:
             _discard(holder, target)
-
-
-@contextlib.contextmanager
-def _explained(target: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if only and error.errno not in only:
-            raise
-        raise explain(error, target) from error
 
 
 def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
@@ -106,12 +90,22 @@ def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
 
 
 @contextlib.contextmanager
-def explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of the operating system as LoraFxErrors that name their own file, else `path`."""
+def explained(
+    path: str | os.PathLike[str], only: tuple[int, ...] = (), *, itself: bool = False
+) -> Iterator[None]:
+    """Errors of the operating system as LoraFxErrors that name their own file, else `path`.
+
+    Args:
+        path: What is worked on.
+        only: The numbers of the errors that are meant; all where it is empty.
+        itself: Name `path` even where an error has a file of its own, such as a temporary one.
+    """
     try:
         yield
     except OSError as error:
-        raise explain(error, error.filename or path) from error
+        if only and error.errno not in only:
+            raise
+        raise explain(error, path if itself else error.filename or path) from error
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -124,6 +118,12 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
             raise LoraFxError(f"{target} exists", "choose another output, or --force to replace it")
         if not target.parent.is_dir():
             raise LoraFxError(f"the folder {target.parent} does not exist", "create it first")
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Refuse an output that would replace the input."""
+    if target.resolve() == source.resolve():
+        raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
 
 
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:

@@ -86,14 +86,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         LoraFxError: Damaged, incomplete or unsafe files; the message names file and tensor.
     """
     path = Path(path)
-    if not path.is_dir():
-        header = read_header(path)
-        return Checkpoint(path, {path.name: header}, header.tensors)
-    file, is_index = _weights_of(path)
-    if not is_index:
-        header = read_header(file)
-        return Checkpoint(path, {file.name: header}, header.tensors)
-    return _sharded(path, file)
+    file, is_index = _weights_of(path) if path.is_dir() else (path, False)
+    if is_index:
+        return _sharded(path, file)
+    header = read_header(file)
+    return Checkpoint(path, {file.name: header}, header.tensors)
 
 
 def _weights_of(folder: Path) -> tuple[Path, bool]:

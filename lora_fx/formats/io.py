@@ -13,7 +13,7 @@ from types import ModuleType
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.atomic import explain, replacing
+from lora_fx.files.atomic import explained, replacing
 from lora_fx.formats import diffusers, kohya, onnx_adapter, torchtune
 from lora_fx.formats.base import FileHead, look
 from lora_fx.formats.naming import (
@@ -73,13 +73,11 @@ def save_adapter(
         adapter = one_model(adapter, f"format {format}")
     _check_free(path, single, force)
     write = writer.write_file if single else writer.write
-    try:
+    with explained(path, itself=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, force=True) as stage:
             _check_free(path, single, force)  # another run may have ended since
             notes: tuple[str, ...] = write(adapter, stage)
-    except OSError as error:
-        raise explain(error, path) from error
     return notes
 
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import Door, program_key
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds
@@ -198,7 +198,7 @@ class _Interpreter(fx.Interpreter):
         args, kwargs = map_arg((n.args, n.kwargs), lambda m: beside.get(m, self.env.get(m)))
         for tap in self.at.get(n, ()):
             given = self.leaves[tap.keys, tap.chain[0].name][tap.chain[-1]]
-            args = _replaced(args, tap.site.slot, given)
+            args = replaced(args, tap.site.slot, given)
         return getattr(self, n.op)(n.target, args, kwargs)
 
 
@@ -208,15 +208,6 @@ def _by(taps: Sequence[Tap], nodes: Callable[[Tap], Sequence[fx.Node]]) -> dict[
         for node in nodes(tap):
             found.setdefault(node, []).append(tap)
     return found
-
-
-def _replaced(args: Any, path: Sequence[int], value: Any) -> Any:
-    """The arguments with another value at a path."""
-    if not path:
-        return value
-    changed = list(args)
-    changed[path[0]] = _replaced(changed[path[0]], path[1:], value)
-    return tuple(changed) if isinstance(args, tuple) else changed
 
 
 # x and dy of a use as rows: [*batch, rows, in] and [*batch, rows, out] in the axes of its Kind.
@@ -244,7 +235,6 @@ def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> SiteRows | Non
     if isinstance(kind, kinds.Einsum):
         return _einsum(site, x, kind.x, kind.axes(site.operand).in_)
     if isinstance(kind, kinds.Grouped):
-        assert ends is not None
         return _grouped(x, ends)
     if isinstance(kind, kinds.Conv):
         return _channels(kind.groups, _windows(site, _images(site, x)), site)
@@ -263,7 +253,6 @@ def rows_out(
     if isinstance(kind, kinds.Einsum):
         return _einsum(site, dy, kind.y, kind.axes(site.operand).out)
     if isinstance(kind, kinds.Grouped):
-        assert ends is not None
         return _grouped(dy, ends)
     if isinstance(kind, kinds.Conv):
         return _channels(kind.groups, _images(site, dy), site)
@@ -309,8 +298,9 @@ def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> SiteRows |
     return SiteRows(flat, flat.shape[-2], lead=tuple(t.shape[i] for i in rest))
 
 
-def _grouped(t: Tensor, ends: Tensor) -> SiteRows:
+def _grouped(t: Tensor, ends: Tensor | None) -> SiteRows:
     """Rows sorted by group as [groups, largest, side]; `ends` are the groups' last rows + 1."""
+    assert ends is not None
     stops = ends.tolist()
     parts = [t[a:b] for a, b in zip([0, *stops], stops, strict=False)]
     return SiteRows(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), len(t))

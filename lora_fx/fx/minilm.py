@@ -106,13 +106,9 @@ def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[Array, ...]
     return result
 
 
-def run_all(
-    run: Callable[[Array, Array], Array],
-    rows: Sequence[dict[str, object]],
-    size: int = 64,
-) -> Array:
+def run_all(run: Callable[[Array, Array], Array], rows: Sequence[dict[str, object]]) -> Array:
     """`run` over all rows, batch by batch; results in the order of the rows."""
-    parts = [(at, run(ids, mask)) for at, ids, mask in batches(rows, size)]
+    parts = [(at, run(ids, mask)) for at, ids, mask in batches(rows, 64)]
     out = np.zeros((len(rows), parts[0][1].shape[1]), np.float32)
     for at, value in parts:
         out[at] = value

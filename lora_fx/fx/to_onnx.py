@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 from torch.export import Dim
@@ -24,9 +21,12 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.silence import silenced
 from lora_fx.targets.target import Target
 
 OPSET = 20
+LEAST = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
+"""Levels of the exporter's loggers; it also prints progress and warns about its own parts."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def to_onnx(
     Raises:
         LoraFxError: The exporter cannot translate an op; its own words are in the message.
     """
+    import onnx_ir as ir
+
     captured = module.captured
     graph = module.graph(False, portable=True)
     weights = {name: _apart(graph, t) for name, t in (apart or {}).items()}
@@ -70,7 +72,8 @@ def to_onnx(
         free = {d: s for d, s in wanted.items() if fixed[d] is None}
         shapes.append({d: Dim.AUTO for d in free} or None)
         symbols.update({(traced.door.names[i], d): s for d, s in free.items()})
-    with _quiet(), norms_apart(), recurrent_shapes(), torch.no_grad():
+    said = silenced(contextlib.redirect_stdout, LEAST)
+    with said, norms_apart(), recurrent_shapes(), torch.no_grad():
         try:
             given = (*(leaves[i] for i in keep), *weights.values())
             program = export_program(flat, given, (*shapes, *(None for _ in weights)))
@@ -170,22 +173,6 @@ def norms_apart() -> Iterator[None]:
         yield
     finally:
         setattr(rewriter, name, rules)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints progress and warns about its own parts."""
-    least = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
-    levels = {name: logging.getLogger(name).level for name in least}
-    for name, level in least.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.

@@ -43,6 +43,14 @@ class Apart:
         return ()
 
 
+class OwnNode(Apart):
+    """A Kind of an op that has more operands than x and w: only the IR's own node can run it."""
+
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """The site's own op."""
+        return e.like(site, x, w)
+
+
 @dataclass(frozen=True)
 class Einsum:
     """A contraction of an activation with one weight: x, w → y in einsum letters.
@@ -147,7 +155,7 @@ class Embedding(Apart):
 
 
 @dataclass(frozen=True)
-class EmbeddingBag(Apart):
+class EmbeddingBag(OwnNode):
     """Rows of w [in, out] gathered by ids and reduced a bag at a time by sum, mean or max."""
 
     name = "embedding"  # a bag is a lookup, and costs no FLOPs
@@ -156,10 +164,6 @@ class EmbeddingBag(Apart):
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The rows are in, the width is out."""
         return Axes((), (1,), (0,))
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """The op has offsets and weights of its own: only the IR's own node can run it."""
-        return e.like(site, x, w)
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """bag(aᵀ) bᵀ for sum and mean, which are linear; max has the weight form only."""
@@ -170,7 +174,7 @@ class EmbeddingBag(Apart):
 
 
 @dataclass(frozen=True)
-class Grouped(Apart):
+class Grouped(OwnNode):
     """Rows of x [n, in] sorted by group, each group times its own matrix of w [groups, in, out]."""
 
     name = "grouped"  # as the experts of a mixture are
@@ -178,10 +182,6 @@ class Grouped(Apart):
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The experts are batch."""
         return Axes((0,), (2,), (1,))
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """The op has the offsets of the groups: only the IR's own node can run it."""
-        return e.like(site, x, w)
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """The site's own op twice, with aᵀ and with bᵀ."""
@@ -193,7 +193,7 @@ class Grouped(Apart):
 
 
 @dataclass(frozen=True)
-class WeightForm(Apart):
+class WeightForm(OwnNode):
     """A contraction whose low-rank part cannot be had from its output: only W + s·b·a.
 
     The gates of a recurrent op (the low-rank part would have to run at every step inside it), a
@@ -206,10 +206,6 @@ class WeightForm(Apart):
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """Those that the op table's row names, whatever the operand."""
         return self.parts
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """The op has more operands than these two: only the IR's own node can run it."""
-        return e.like(site, x, w)
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """There is none: the op reads W + s·b·a."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,47 +87,48 @@ def conv_transpose(
     return y.reshape(x.shape[0], -1, *full)[(slice(None),) * 2 + inner]
 
 
+def _slice(x: Array, axis: int, start: int, stop: int) -> Array:
+    index = [slice(None)] * x.ndim
+    index[axis] = slice(start, stop)
+    return np.asarray(x[tuple(index)])
+
+
+def _beside(x: Array, y: Any) -> Any:
+    """The second operand of x; a number takes the dtype of x."""
+    return np.asarray(y, x.dtype) if isinstance(y, (int, float)) else y
+
+
+PRIMS: Mapping[str, Callable[..., Any]] = {
+    "matmul": np.matmul,
+    "add": lambda x, y: x + _beside(x, y),
+    "mul": lambda x, y: x * _beside(x, y),
+    "div": lambda x, y: x / y,
+    "norm": lambda x: np.sqrt(np.square(x).sum(-1, keepdims=True)),
+    "detach": lambda x: x,
+    "transpose": lambda x, perm: np.transpose(x, perm),
+    "reshape": lambda x, shape: np.asarray(x).reshape(shape),
+    "slice": _slice,
+    "pad": lambda x, before, after: np.pad(x, list(zip(before, after, strict=True))),
+    "einsum": lambda x, y, equation: np.einsum(equation, x, y),
+    "conv": conv,
+    "conv_transpose": conv_transpose,
+    "gather": lambda x, ids: x[ids],
+    "dropout": lambda x, p: x,
+    "cast": lambda x, dtype: x.astype(numpy_dtype(dtype)),
+    "cast_like": lambda x, y: x.astype(y.dtype),
+}
+"""What computes each primitive of lora_fx.ir.emitter."""
+
+
 @dataclass(frozen=True)
 class NumpyEmitter:
     """Computes every primitive at once, in the dtype of its operands."""
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> Array:
         """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
-        x = xs[0]
-        if prim == "matmul":
-            return np.asarray(np.matmul(x, xs[1]))
-        if prim in ("add", "mul"):
-            y = np.asarray(xs[1], x.dtype) if isinstance(xs[1], (int, float)) else xs[1]
-            return np.asarray(x + y if prim == "add" else x * y)
-        if prim == "div":
-            return np.asarray(x / xs[1])
-        if prim == "norm":
-            return np.asarray(np.sqrt(np.square(x).sum(-1, keepdims=True)))
-        if prim == "transpose":
-            return np.asarray(np.transpose(x, attrs["perm"]))
-        if prim == "reshape":
-            return np.asarray(x).reshape(attrs["shape"])
-        if prim == "slice":
-            index = [slice(None)] * x.ndim
-            index[attrs["axis"]] = slice(attrs["start"], attrs["stop"])
-            return np.asarray(x[tuple(index)])
-        if prim == "pad":
-            return np.pad(x, list(zip(attrs["before"], attrs["after"], strict=True)))
-        if prim == "einsum":
-            return np.asarray(np.einsum(attrs["equation"], *xs))
-        if prim == "conv":
-            return conv(x, xs[1], **attrs)
-        if prim == "conv_transpose":
-            return conv_transpose(x, xs[1], **attrs)
-        if prim == "gather":
-            return np.asarray(x[xs[1]])
-        if prim in ("dropout", "detach"):
-            return np.asarray(x)
-        if prim == "cast":
-            return np.asarray(x.astype(numpy_dtype(attrs["dtype"])))
-        if prim == "cast_like":
-            return np.asarray(x.astype(xs[1].dtype))
-        raise LoraFxError(f"the numpy emitter has no primitive {prim!r}")
+        if prim not in PRIMS:
+            raise LoraFxError(f"the numpy emitter has no primitive {prim!r}")
+        return np.asarray(PRIMS[prim](*xs, **attrs))
 
     def like(self, site: Site, x: Array, w: Array) -> Array:
         """Run the site's op on arrays, written out from primitives by its Kind."""

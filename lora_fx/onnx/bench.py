@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import TypeVar
 
+from lora_fx.compare import sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
@@ -62,7 +63,7 @@ class Timings:
 
     def __str__(self) -> str:
         """A table, in milliseconds."""
-        sizes = ", ".join(f"{k} {list(v)}" for k, v in self.sizes.items())
+        sizes = sizes_text(self.sizes)
         wide = max(len(n) for n in self.samples)
         lines = [
             f"{sizes} ({self.repeats} runs a sample)",

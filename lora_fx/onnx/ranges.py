@@ -74,14 +74,14 @@ class _Nodes:
     def op(self, kind: str, *xs: ir.Value | int, name: str = "") -> ir.Value:
         values = [self.number(x) if isinstance(x, int) else x for x in xs]
         attributes = [ir.AttrInt64("to", ir.DataType.INT64)] if kind == "Cast" else []
-        node = ir.Node("", kind, values, attributes, name=name or self._name())
-        node.outputs[0].name = f"{self._name()}_value"
-        self.nodes.append(node)
-        return node.outputs[0]
+        return self._added(ir.Node("", kind, values, attributes, name=name or self._name()))
 
     def number(self, n: int) -> ir.Value:
         tensor = ir.tensor(np.array([n], np.int64))
-        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=self._name())
+        value = [ir.AttrTensor("value", tensor)]
+        return self._added(ir.Node("", "Constant", [], value, name=self._name()))
+
+    def _added(self, node: ir.Node) -> ir.Value:
         node.outputs[0].name = f"{self._name()}_value"
         self.nodes.append(node)
         return node.outputs[0]

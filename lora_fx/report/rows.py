@@ -54,12 +54,9 @@ def rows_of(result: Json) -> list[Row]:
     rows: dict[str, Row] = {}
     flops = result.get("flops") or {}
     total = (flops.get("reached") or 0) + (flops.get("refused") or 0)
-    for found in _dicts(result, "targets"):
-        row = rows.setdefault(str(found["key"]), Row(str(found["key"])))
+    for row, found in _told(rows, result, "targets"):
         _target(row, found, total)
-    for found in _dicts(result, "tensors"):
-        key = str(found.get("key", ""))
-        row = rows.setdefault(key, Row(key))
+    for row, found in _told(rows, result, "tensors"):
         row.shape = row.shape or list(found.get("shape") or [])
         gain = found.get("gain")
         row.rounding = None if gain is None else 1 - gain
@@ -68,15 +65,13 @@ def rows_of(result: Json) -> list[Row]:
         if (int8 := found.get("int8")) and int8.get("error") is not None:
             row.rounding = int8["error"]
     for name in ("extracted", "truncated"):
-        for found in _dicts(result, name):
-            row = rows.setdefault(str(found["key"]), Row(str(found["key"])))
+        for row, found in _told(rows, result, name):
             row.shape = list(found.get("shape") or row.shape)
             row.rank = [int(found["rank"] if "rank" in found else found["after"])]
             row.effect, row.error = found.get("change"), found.get("relative")
             if "before" in found:
                 row.said.append(f"rank {found['before']} → {found['after']}")
-    for found in _dicts(result, "differences"):
-        row = rows.setdefault(str(found["key"]), Row(str(found["key"])))
+    for row, found in _told(rows, result, "differences"):
         row.error = found.get("ratio") if found.get("ratio") is not None else found.get("rel")
         row.said.append(str(found.get("what", "")))
     known = len(rows)
@@ -152,11 +147,13 @@ def _nearest(key: str, tails: dict[str, list[str]], have: dict[str, str]) -> str
     return hits[0] if len(hits) == 1 else None
 
 
-def _dicts(result: Json, name: str) -> Iterator[Json]:
-    """The rows of a list of the result; verify has a number under a name that merge has rows."""
+def _told(rows: dict[str, Row], result: Json, name: str) -> Iterator[tuple[Row, Json]]:
+    """(row, what is said of it) of a list of the result; verify has a number where merge has it."""
     found = result.get(name)
-    if isinstance(found, list):
-        yield from (x for x in found if isinstance(x, dict) and ("key" in x))
+    for x in found if isinstance(found, list) else ():
+        if isinstance(x, dict) and "key" in x:
+            key = str(x["key"])
+            yield rows.setdefault(key, Row(key)), x
 
 
 # Text for HTML: escaping, and how numbers look. Nothing here trusts a name.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.conditions import Condition
+from lora_fx.targets.regions import of_use, part
 from lora_fx.targets.target import Target, split_use
 from lora_fx.text import Json, human, table
 
@@ -46,11 +47,6 @@ class Found:
 
     def get(self, key: str) -> Target | None:
         """The target of a key, as by indexing; None where there is none."""
-        from lora_fx.targets.regions import (
-            of_use,
-            part,  # a part is a target: both know this module
-        )
-
         whole = self.by_key.get(key)
         if whole is not None:
             return whole
@@ -143,10 +139,7 @@ class Refusal:
 
     def to_json(self) -> Json:
         """One row of `refusals[]`."""
-        return {
-            "key": self.key, "op": self.op, "reason": self.reason, "flops": self.flops,
-            "verbs": list(self.verbs),
-        }  # fmt: skip
+        return {**vars(self), "verbs": list(self.verbs)}
 
 
 @dataclass(frozen=True)
@@ -159,4 +152,4 @@ class Unreached:
 
     def to_json(self) -> Json:
         """One row of `unreached[]`."""
-        return {"key": self.key, "shape": list(self.shape), "reason": self.reason}
+        return {**vars(self), "shape": list(self.shape)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,6 @@ from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.parity import arrays_of, is_real, prove, torch_run
 from lora_fx.targets.target import base_name
 from lora_fx.text import some
-
-if TYPE_CHECKING:
-    from lora_fx.fx.module.adapted import AdaptedModule
-
 
 DEAD = 1e-6
 """Share of the median gradient below which a target is dead."""

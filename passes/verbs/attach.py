@@ -127,8 +127,8 @@ def attach(
     found = planner.found
     start = start_of(model, cap, found, options)
     updates, notes = start.adapter.lowrank, start.notes
-    if options.dead == "drop":  # nobody named them
-        lost = planner.unreached(updates)
+    lost = planner.unreached(updates) if options.dead == "drop" else {}  # nobody named them
+    if len(lost) < len(updates):
         notes = (*notes, *(f"{why}: left out, lora_fx.insert reaches it" for why in lost.values()))
         updates = {k: u for k, u in updates.items() if k not in lost}
     # what the values of a recorded run decided need not be so with an adapter
@@ -284,9 +284,7 @@ class GraphPlanner(Planner):
         self.dropout = dropout
         self.graph = graph if whole else None
         root = graph.root
-        paths: dict[int, str] = {}
-        for path, m in root.named_modules():
-            paths.setdefault(id(m), path)
+        paths = {id(m): path for path, m in root.named_modules()}
         self.path_of = {p: paths[id(m)] for p, m in root.named_modules(remove_duplicate=False)}
         self.owners: dict[str, list[Owner]] = {}
         for name, canonical in named_tensors(root)[0].items():

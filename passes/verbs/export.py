@@ -16,7 +16,7 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.files.atomic import check_output
+from lora_fx.files.atomic import check_apart, check_output
 from lora_fx.formats.io import AdapterLike
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -166,10 +166,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
         NoEffectError: The outputs differ; nothing is written.
     """
     source = Path(source)
-    if options.target.resolve() == source.resolve():
-        raise LoraFxError(
-            f"{options.target}: the output would replace the input", "choose another output"
-        )
+    check_apart(source, options.target)
     if options.mode == "merged":
         return _merged_file(source, options)
     adapters = by_name(options)

@@ -21,7 +21,7 @@ from lora_fx.adapter.initial import OF_DATA, initial
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.files.atomic import check_output
+from lora_fx.files.atomic import check_apart, check_output
 from lora_fx.inputs import Named
 from lora_fx.ir.emitter import Role
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -78,8 +78,7 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
     asked = OnnxInsertOptions(**options)
     source, target = Path(source), Path(path)
     check_output(target, force=asked.force)
-    if target.resolve() == source.resolve():
-        raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
+    check_apart(source, target)
     model = load(source)
     if PROPERTY in model.metadata_props:
         raise LoraFxError(f"{source}: it has slots for adapters already", "start from its base")

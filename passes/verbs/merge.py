@@ -22,7 +22,7 @@ from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.checkpoint.provenance import METADATA, refuse_again
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError, check_format
-from lora_fx.files.atomic import check_output
+from lora_fx.files.atomic import check_apart, check_output
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -105,8 +105,7 @@ def merge_onnx(
     asked = OnnxMergeOptions.of(options)
     source, target = Path(base), Path(out)
     check_output(target, force=asked.force)
-    if target.resolve() == source.resolve():
-        raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
+    check_apart(source, target)
     plan = plan_onnx(source, adapters, asked)
     external = is_external(source)  # once it is known to be a file that can be read
     if asked.delta:

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fx.compare import Report
+from lora_fx.compare import Report, sizes_text
 from lora_fx.files.atomic import check_output
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.load import load
@@ -86,11 +86,11 @@ def optimise_file(
     values = {str(n): v.const_value.numpy for n, v in stored if v.const_value is not None}
     session = open_session(source, provider)
     specs = signature(session)
-    feeds: list[Json] = []
+    by_shape: dict[str, Json] = {}
     for size in specs.checks if inputs is None else SIZES[:1]:
         feed = {**specs.sample(size), **(inputs or {})}
-        if not any({k: v.shape for k, v in feed.items()} == _shapes(f) for f in feeds):
-            feeds.append(feed)
+        by_shape.setdefault(sizes_text({k: v.shape for k, v in feed.items()}), feed)
+    feeds = list(by_shape.values())
     chosen: Named | None = None if optimise else {}
     model, stages = _cleaned(*apply_stages(opened, feeds, chosen, provider=provider))
     mark_changed(model, values)
@@ -113,10 +113,6 @@ def optimise_file(
             "stages": [s.to_json() for s in stages],
         },
     )
-
-
-def _shapes(feed: Named) -> Json:
-    return {k: v.shape for k, v in feed.items()}
 
 
 def _cleaned(model: ir.Model, stages: list[RewriteStage]) -> tuple[ir.Model, list[RewriteStage]]:

@@ -8,7 +8,6 @@ is a pickle. The eval program is named "model", so `torch.export.load` opens it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
-from lora_fx.fx.capture.capture import alike
+from lora_fx.fx.capture.capture import alike, all_tensors
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.write import write_programs
 from lora_fx.fx.tensors import to_numpy
@@ -88,16 +87,11 @@ def _share_memory(again: nn.Module, module: nn.Module, what: str) -> None:
     How a product is summed up depends on the strides of its operands and on where they lie, and a
     file holds rows one after the other: to the bit, programs compare on the same memory only.
     """
-    own = dict(_tensors(module))
-    for name, t in _tensors(again):
+    own = all_tensors(module)
+    for name, t in all_tensors(again).items():
         if name in own:
             _demand({name: _bits(t)}, {name: _bits(own[name])}, what)
         t.data = own[name].data if name in own else t.data.clone()
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _bits(t: torch.Tensor) -> Array:

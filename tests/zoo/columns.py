@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx.compare import Parity, rel
 from lora_fx.errors import one_line
+from lora_fx.silence import silenced
 
 from . import checks, flops
 from .models import ZOO
@@ -248,9 +250,9 @@ def peft(name: str) -> Iterator[Cell]:
         return Cell("peft_merge", _number(found), not why, why)
 
     def onnx() -> Cell:
-        from lora_fx.fx.to_onnx import _quiet
+        from lora_fx.fx.to_onnx import LEAST
 
-        with _quiet(), torch.no_grad():
+        with silenced(contextlib.redirect_stdout, LEAST), torch.no_grad():
             state["program"] = torch.onnx.export(
                 need("merged"), args, kwargs=kwargs, dynamo=True, verbose=False
             )

@@ -348,8 +348,8 @@ GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then 
 
 def config(pair: Pair) -> Iterator[Finding]:
     """adapter_config.json is there, and says nothing that has no weight form."""
-    if not pair.of_peft:
-        return
+    if pair.raw.file is None:
+        return  # not of PEFT
     if not pair.raw.config:
         yield Finding(
             [str(pair.path)],

@@ -77,7 +77,7 @@ class Pair:
         tensors: Its tensors, a tied head that is not stored among them.
         tie: Of head and embedding.
         path: The adapter.
-        raw: Its file without judgement; NO_FILE for formats other than PEFT's.
+        raw: Its file without judgement; an empty one for formats other than PEFT's.
         adapter: As far as it can be read.
         refusal: Why its reader does not take it.
         rename: The adapter's names → the base's.
@@ -95,11 +95,6 @@ class Pair:
     rename: Renaming
     misfits: Mapping[str, str]
     digest: str
-
-    @property
-    def of_peft(self) -> bool:
-        """True where the adapter's file is one of PEFT's, sound or not."""
-        return self.raw is not NO_FILE
 
     def tensor(self, key: str) -> TensorInfo | None:
         """The base's tensor of a key."""
@@ -162,7 +157,7 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
         read = stacked(read, tensors, config, rename)
     reasons = {key: _misfit(key, read, tensors, config, rename) for key in read.entries}
     misfits = {key: why for key, why in reasons.items() if why}
-    seen = raw or NO_FILE
+    seen = raw or Raw()
     return Pair(checkpoint, tensors, tie, path, seen, read, refusal, rename, misfits, digest)
 
 
@@ -246,7 +241,7 @@ class Raw:
     """An adapter's file as it is.
 
     Attributes:
-        file: The tensors' file.
+        file: The tensors' file; None for a format other than PEFT's, of which nothing is here.
         tensors: All of them.
         config: adapter_config.json, or the one inside our own file; empty where there is none.
         updates: Key → the tensors of a low-rank update.
@@ -255,12 +250,12 @@ class Raw:
         broken: Key → why its tensors make no update.
     """
 
-    file: Path
-    tensors: Mapping[str, Array]
-    config: JsonView
-    updates: Mapping[str, PeftPart]
-    whole: Mapping[str, str]
-    prefixes: Mapping[str, str]
+    file: Path | None = None
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+    config: JsonView = field(default_factory=dict)
+    updates: dict[str, PeftPart] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
 
     def adapter(self) -> Adapter:
@@ -299,9 +294,6 @@ class Raw:
         return float("nan") if alpha is None else alpha
 
 
-NO_FILE = Raw(Path(), {}, {}, {}, {}, {})
-
-
 def read_raw(path: str | Path) -> Raw | None:
     """The file of an adapter of PEFT; None for a file that has neither its config nor its names.
 
@@ -316,33 +308,27 @@ def read_raw(path: str | Path) -> Raw | None:
     except (ValueError, RecursionError):
         ours = {}
     config, _ = config_of(file, ours if isinstance(ours, dict) else {})
-    updates: dict[str, PeftPart] = {}
-    whole: dict[str, str] = {}
-    prefixes: dict[str, str] = {}
+    raw = Raw(file, tensors, config or {})
     for name in tensors:
-        _sort(name, updates, whole, prefixes)
-    if config is None and not updates:
-        return None
-    return Raw(file, tensors, config or {}, updates, whole, prefixes)
+        _sort(name, raw)
+    return raw if config is not None or raw.updates else None
 
 
-def _sort(
-    name: str, updates: dict[str, PeftPart], whole: dict[str, str], prefixes: dict[str, str]
-) -> None:
+def _sort(name: str, raw: Raw) -> None:
     at = name.find(PREFIX)
     own = name.startswith(OWN)
     core = name.removeprefix(OWN) if own else name[at + len(PREFIX) :] if at >= 0 else name
     match = _PART.fullmatch(core)
     if not own and at:
-        prefixes[name] = name[:at] if at > 0 else ""
+        raw.prefixes[name] = name[:at] if at > 0 else ""
     if match is None:
         if ".base_layer." not in core and ".original_module." not in core:
             key = core.removesuffix(".full") if own else core
-            whole[unwrapped(key, _WRAPPERS)] = name
+            raw.whole[unwrapped(key, _WRAPPERS)] = name
         return
     lead = unwrapped(match["lead"], _WRAPPERS)
     key = lead if own else f"{lead}.weight"
-    part = updates.setdefault(key, PeftPart(key))
+    part = raw.updates.setdefault(key, PeftPart(key))
     if match["magnitude"]:
         part.names["magnitude"] = name
     elif match["leaf"] == ".bias":

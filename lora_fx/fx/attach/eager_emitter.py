@@ -37,17 +37,9 @@ def _conv_transpose(x: torch.Tensor, w: torch.Tensor, **attrs: Any) -> torch.Ten
     return result
 
 
-def _slice(x: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
-    return x.narrow(axis, start, stop - start)
-
-
 def _pad(x: torch.Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> torch.Tensor:
     pairs = list(zip(before, after, strict=True))[::-1]
     return F.pad(x, [n for pair in pairs for n in pair])
-
-
-def _gather(w: torch.Tensor, ids: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
-    return F.embedding(ids, w, padding_idx)
 
 
 PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
@@ -59,12 +51,12 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "detach": torch.Tensor.detach,
     "transpose": lambda x, perm: x.permute(perm),
     "reshape": lambda x, shape: x.reshape(shape),
-    "slice": _slice,
+    "slice": lambda x, axis, start, stop: x.narrow(axis, start, stop - start),
     "pad": _pad,
     "einsum": lambda x, y, equation: torch.einsum(equation, x, y),
     "conv": _conv,
     "conv_transpose": _conv_transpose,
-    "gather": _gather,
+    "gather": lambda w, ids, padding_idx=None: F.embedding(ids, w, padding_idx),
     "dropout": lambda x, p: F.dropout(x, p, training=True),
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
     "cast_like": lambda x, y: x.to(y.dtype),

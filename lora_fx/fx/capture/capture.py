@@ -129,7 +129,8 @@ class Captured:
         static: Sequence[str] = (),
     ) -> None:
         self.model = as_module(model)
-        self.signature = Signature(_forward_of(model, self.model))
+        forward: Any = self.model.forward if isinstance(model, nn.Module) else model
+        self.signature = Signature(forward)
         self.source = ModelSource.of(self.model)
         self.base_dtype = base_dtype(self.model)
         self.notes: list[str] = []
@@ -188,7 +189,7 @@ class Captured:
         return self._over_tensors(self.traced(training, self.named), self.fx_graph(training).graph)
 
     def _over_tensors(self, traced: Traced, graph: fx.Graph) -> fx.GraphModule:
-        tensors = _tensors(self.model) | traced.constants | traced.bodies
+        tensors = all_tensors(self.model) | traced.constants | traced.bodies
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
 
@@ -218,23 +219,18 @@ class Captured:
         leaves = pytree.tree_leaves(dict(named))
         key = (training, portable, dtype or self.base_dtype, *program_key(named, leaves))
         held = self.tracings.setdefault(key, [])
+        new = partial(self._new, training, named, dtype, portable=portable)
         if not held:
-            held.append(self._new(training, named, dtype, portable=portable))
+            held.append(new())
         example = named is self.named
         found = next((t for t in held if example or t.door.admits(leaves)), None)
         if found is None:
-            found = self._elsewhere(held, training, named, dtype, portable=portable)
+            found = self._elsewhere(held, named, new)
             held.append(found)
         return found
 
     def _elsewhere(
-        self,
-        held: Sequence[Traced],
-        training: bool,
-        named: Named,
-        dtype: torch.dtype | None,
-        *,
-        portable: bool,
+        self, held: Sequence[Traced], named: Named, new: Callable[..., Traced]
     ) -> Traced:
         """The graph at sizes where those so far do not hold: another path of the model's code."""
         leaves = pytree.tree_leaves(dict(named))
@@ -248,7 +244,7 @@ class Captured:
         if len(held) >= MOST_PATHS or not self._another(held[0].door, leaves):
             raise refused
         try:  # a free size is never 1 in an export: there the size is part of the path
-            found = self._new(training, named, dtype, portable=portable, fixed=ones)
+            found = new(fixed=ones)
         except CaptureError as e:
             raise refused from e
         if not found.door.admits(leaves):
@@ -431,7 +427,7 @@ def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def _tensors(model: nn.Module) -> dict[str, Any]:
+def all_tensors(model: nn.Module) -> dict[str, Any]:
     """Parameters and buffers under all their names."""
     named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     return named | dict(model.named_buffers(remove_duplicate=False))
@@ -500,10 +496,6 @@ def base_dtype(model: nn.Module) -> torch.dtype | None:
                 if p is not None and p.is_floating_point():
                     return p.dtype
     return None
-
-
-def _forward_of(model: Any, module: nn.Module) -> Callable[..., Any]:
-    return module.forward if isinstance(model, nn.Module) else model
 
 
 # Why a model could not be captured: the line of the user's code, the cause, what to do.

@@ -46,9 +46,7 @@ def _inline(
     no_grad: bool,
     cast: torch.dtype | None,
 ) -> None:
-    part: Any = module
-    for name in str(body.target).split("."):
-        part = getattr(part, name)
+    part = operator.attrgetter(str(body.target))(module)
     inline_regions(part, part.graph, no_grad=no_grad)
     env: dict[fx.Node, Argument] = {}
     arguments = iter(given)

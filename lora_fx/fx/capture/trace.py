@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
+import operator
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +30,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.fx.graph.products import split_products
 from lora_fx.inputs import Named
+from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 aten = torch.ops.aten
@@ -210,12 +210,9 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
         place.replace_all_uses_with(read)
         graph.erase_node(place)
     match_places(graph, leaves)
-    split_products(graph)
     (end,) = graph.find_nodes(op="output")
     end.args = (tuple(end.args[0]),)
-    graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
-    _follow_device(graph)
-    graph.set_codegen(fx.graph.CodeGen())
+    _finish(graph)
     sizes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
     traced = Traced(graph, constants, Door(tuple(names), sizes), made[0], bodies=bodies)
     traced.left_out, traced.notes, traced.own_gradients = tuple(left_out), *seen()
@@ -347,10 +344,8 @@ class RootModule(nn.Module):
         self, source: nn.Module, signature: Signature, forward: Any, left_out: list[str]
     ) -> None:
         super().__init__()
-        self.__dict__["_parameters"] = source._parameters
-        self.__dict__["_buffers"] = source._buffers
-        self.__dict__["_modules"] = source._modules
-        self.__dict__["_non_persistent_buffers_set"] = source._non_persistent_buffers_set
+        for part in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[part] = getattr(source, part)
         self.training = source.training
         self._call = (signature, forward, left_out)
 
@@ -361,21 +356,10 @@ class RootModule(nn.Module):
         return without_cache(signature.call(forward, named), left_out)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """A block in which torch and the model warn of nothing: a warning that is an error is none."""
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """A block in which torch and the model warn of nothing; a failing capture prints its graph."""
     names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
-    loggers = [logging.getLogger(n) for n in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:  # a failing capture prints its partial graph
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return silenced(contextlib.redirect_stderr, dict.fromkeys(names, logging.CRITICAL))
 
 
 def _free_batch() -> Any:
@@ -463,10 +447,7 @@ def clean_module(
                 pinned.append(Pinned(name, d, n, learnt.fixed.get((i, d), UNKNOWN)))
     constants, bodies = _constants(module, graph)
     cuts = constants_of(graph)
-    split_products(graph)
-    graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
-    _follow_device(graph)
-    graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
+    _finish(graph)
     door = Door(tuple(names), fixed, tuple(learnt.conditions))
     out_spec = program.call_spec.out_spec
     return Traced(graph, constants, door, out_spec, pinned, learnt.doubtful, cuts, bodies)
@@ -483,14 +464,20 @@ def _constants(
     for node in graph.nodes:
         if node.op != "get_attr":
             continue
-        value: Any = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = operator.attrgetter(str(node.target))(module)
         if isinstance(value, torch.Tensor):
             result[str(node.target)] = value
         elif isinstance(value, fx.GraphModule):
             bodies[str(node.target)] = value
     return result, bodies
+
+
+def _finish(graph: fx.Graph) -> None:
+    """The last steps of a graph that is otherwise clean."""
+    split_products(graph)
+    graph.eliminate_dead_code(lambda n: n.op in ("output", "placeholder") or n.is_impure())
+    _follow_device(graph)
+    graph.set_codegen(fx.graph.CodeGen())  # leaves in, leaves out
 
 
 def _follow_device(graph: fx.Graph) -> None:
@@ -533,10 +520,7 @@ class Pinned:
 
     def to_json(self) -> Json:
         """One row of `pinned[]`."""
-        return {
-            "input": self.input, "dim": self.dim, "size": self.size, "op": self.op,
-            "rung": self.rung,
-        }  # fmt: skip
+        return dict(vars(self))
 
     def __str__(self) -> str:
         """A line for people."""

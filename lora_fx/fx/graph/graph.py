@@ -214,15 +214,7 @@ class FxGraph(Analysed):
         """Make w the weight operand of the site."""
         node = self._at(site)
         w.meta["val"] = _node(ops.pick(node, site.slot)).meta.get("val")
-        args = list(node.args)
-        if len(site.slot) == 1:
-            args[site.slot[0]] = w
-        else:
-            given = args[site.slot[0]]
-            inner = list(given)  # type: ignore[arg-type]
-            inner[site.slot[1]] = w
-            args[site.slot[0]] = tuple(inner) if isinstance(given, tuple) else inner
-        node.args = tuple(args)
+        node.args = replaced(node.args, site.slot, w)
         self.changed()
 
     def rebase(self, site: Site, w: fx.Node) -> None:
@@ -331,6 +323,15 @@ class FxGraph(Analysed):
             module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
 
 
+def replaced(args: Any, path: Sequence[int], value: Any) -> Any:
+    """The arguments with another value at a path."""
+    if not path:
+        return value
+    changed = list(args)
+    changed[path[0]] = replaced(changed[path[0]], path[1:], value)
+    return tuple(changed) if isinstance(args, tuple) else changed
+
+
 def _node(arg: object) -> fx.Node:
     assert isinstance(arg, fx.Node)
     return arg
@@ -342,6 +343,39 @@ def _node(arg: object) -> fx.Node:
 
 aten = torch.ops.aten
 CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
+
+
+OpCall = tuple[Any, tuple[Any, ...]]
+"""An op and what it takes."""
+
+
+def _mul(x: fx.Node, y: fx.Node | float) -> OpCall:
+    return aten.mul.Scalar if isinstance(y, (int, float)) else aten.mul.Tensor, (x, y)
+
+
+def _pad(x: fx.Node, before: Sequence[int], after: Sequence[int]) -> OpCall:
+    pairs = list(zip(before, after, strict=True))[::-1]  # it counts from the last axis
+    return aten.constant_pad_nd.default, (x, [n for pair in pairs for n in pair], 0.0)
+
+
+PRIMS: Mapping[str, Callable[..., OpCall]] = {
+    "matmul": lambda x, y: (aten.matmul.default, (x, y)),
+    "add": lambda x, y: (aten.add.Tensor, (x, y)),
+    "mul": _mul,
+    "div": lambda x, y: (aten.div.Tensor, (x, y)),
+    "norm": lambda x: (aten.linalg_vector_norm.default, (x, 2, [-1], True)),
+    "detach": lambda x: (aten.detach.default, (x,)),
+    "transpose": lambda x, perm: (aten.permute.default, (x, list(perm))),
+    "reshape": lambda x, shape: (aten.reshape.default, (x, list(shape))),
+    "slice": lambda x, axis, start, stop: (aten.slice.Tensor, (x, axis, start, stop)),
+    "pad": _pad,
+    "einsum": lambda x, y, equation: (aten.einsum.default, (equation, [x, y])),
+    "gather": lambda w, ids: (aten.embedding.default, (w, ids)),
+    "dropout": lambda x, p: (aten.dropout.default, (x, p, True)),
+    "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
+    "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
+}
+"""What node each primitive of lora_fx.ir.emitter is, but for conv."""
 
 
 class FxEmitter:
@@ -374,43 +408,11 @@ class FxEmitter:
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:
         """Add the node of one primitive of the closed set; see lora_fx.ir.emitter."""
-        x = xs[0]
-        if prim == "matmul":
-            return self._call(aten.matmul.default, xs)
-        if prim in ("add", "mul"):
-            scalar = isinstance(xs[1], (int, float))
-            packet = getattr(aten, prim)
-            return self._call(packet.Scalar if scalar and prim == "mul" else packet.Tensor, xs)
-        if prim == "div":
-            return self._call(aten.div.Tensor, xs)
-        if prim == "norm":
-            return self._call(aten.linalg_vector_norm.default, (x, 2, [-1], True))
-        if prim == "detach":
-            return self._call(aten.detach.default, xs)
-        if prim == "transpose":
-            return self._call(aten.permute.default, (x, list(attrs["perm"])))
-        if prim == "reshape":
-            return self._call(aten.reshape.default, (x, list(attrs["shape"])))
-        if prim == "slice":
-            return self._call(aten.slice.Tensor, (x, attrs["axis"], attrs["start"], attrs["stop"]))
-        if prim == "pad":
-            # constant_pad_nd counts from the last axis
-            pairs = list(zip(attrs["before"], attrs["after"], strict=True))[::-1]
-            return self._call(aten.constant_pad_nd.default, (x, [n for p in pairs for n in p], 0.0))
-        if prim == "einsum":
-            return self._call(aten.einsum.default, (attrs["equation"], list(xs)))
         if prim == "conv":
-            w, n = xs[1], len(self.site.operand)
-            return self._call(CONVS[n], (x, w), {"groups": attrs["groups"]})
-        if prim == "gather":
-            return self._call(aten.embedding.default, xs)
-        if prim == "dropout":
-            return self._call(aten.dropout.default, (x, attrs["p"], True))
-        if prim == "cast":
-            return self._call(aten.to.dtype, (x, getattr(torch, attrs["dtype"])))
-        if prim == "cast_like":  # no fixed dtype: a and b stay fp32 over a base of any
-            return self._call(aten.type_as.default, xs)
-        raise LoraFxError(f"the fx emitter has no primitive {prim!r}")
+            return self._call(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
+        if prim not in PRIMS:
+            raise LoraFxError(f"the fx emitter has no primitive {prim!r}")
+        return self._call(*PRIMS[prim](*xs, **attrs))
 
     def like(self, site: Site, x: fx.Node, w: fx.Node) -> fx.Node:
         """The site's own op on other operands, its attributes kept and its bias left out."""

@@ -140,26 +140,14 @@ def _pair(terms: list[str], at: int, gain: float) -> Iterator[FxOperand]:
 
 
 def _conv(node: Node) -> Iterator[FxOperand]:
-    groups = int(argument(node, "groups", 1))
-    w = shape_of(pick(node, (1,)))
-    lone = w is not None and groups > 1 and w[1] == 1
-    attrs = _window(node, "stride", "padding", "dilation")
-    why = DEPTHWISE if lone else ""
-    yield FxOperand((1,), (0,), kinds.Conv(groups), attrs, why, allowed=lone)
-
-
-def _conv_transpose(node: Node) -> Iterator[FxOperand]:
-    groups = int(argument(node, "groups", 1))
-    w = shape_of(pick(node, (1,)))
-    lone = w is not None and groups > 1 and w[0] == groups
-    attrs = _window(node, "stride", "padding", "output_padding", "dilation")
-    why = DEPTHWISE if lone else ""
-    yield FxOperand((1,), (0,), kinds.ConvTranspose(groups), attrs, why, allowed=lone)
-
-
-def _window(node: Node, *names: str) -> dict[str, Any]:
+    groups, w = int(argument(node, "groups", 1)), shape_of(pick(node, (1,)))
+    names, turned = ["stride", "padding", "dilation"], "transpose" in op_name(node)
+    names += ["output_padding"] if turned else []
     given = {k: argument(node, k) for k in names}
-    return {k: v if isinstance(v, str) else tuple(v) for k, v in given.items()}
+    attrs = {k: v if isinstance(v, str) else tuple(v) for k, v in given.items()}
+    lone = w is not None and groups > 1 and (w[0] == groups if turned else w[1] == 1)
+    kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
+    yield FxOperand((1,), (0,), kind, attrs, DEPTHWISE if lone else "", allowed=lone)
 
 
 def _embedding(node: Node) -> Iterator[FxOperand]:
@@ -216,9 +204,9 @@ def _table() -> dict[Any, FxOp]:
         aten.conv1d.padding: FxOp("conv1d", _conv, bias=2),
         aten.conv2d.padding: FxOp("conv2d", _conv, bias=2),
         aten.conv3d.padding: FxOp("conv3d", _conv, bias=2),
-        aten.conv_transpose1d.default: FxOp("conv_transpose1d", _conv_transpose, bias=2),
-        aten.conv_transpose2d.input: FxOp("conv_transpose2d", _conv_transpose, bias=2),
-        aten.conv_transpose3d.input: FxOp("conv_transpose3d", _conv_transpose, bias=2),
+        aten.conv_transpose1d.default: FxOp("conv_transpose1d", _conv, bias=2),
+        aten.conv_transpose2d.input: FxOp("conv_transpose2d", _conv, bias=2),
+        aten.conv_transpose3d.input: FxOp("conv_transpose3d", _conv, bias=2),
         aten.embedding.default: FxOp("embedding", _embedding),
         aten.embedding_bag.default: FxOp("embedding_bag", _embedding_bag, first=True),
         aten.embedding_bag.padding_idx: FxOp("embedding_bag", _embedding_bag, first=True),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import read_json
+from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:
@@ -296,8 +296,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silenced():
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from lora_fx.files.safetensors import CONVERT, TensorInfo
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.factory import call_factory
 from lora_fx.fx.load.huggingface import load_folder
+from lora_fx.silence import silenced
 from lora_fx.text import near, some
 
 FORMS = (
@@ -150,7 +150,7 @@ def _refuse_files(text: str, path: Path) -> None:
 
 def _reserved(text: str, library: str, name: str, file: Path | None, meta: bool) -> LoadedModel:
     try:
-        with _silent():
+        with silenced():
             package = importlib.import_module(library)
     except ImportError as e:
         raise LoraFxError(
@@ -158,7 +158,7 @@ def _reserved(text: str, library: str, name: str, file: Path | None, meta: bool)
         ) from e
     make = _timm if library == "timm" else _torchvision
     try:
-        with _silent():
+        with silenced():
             module, shape = _on(meta, lambda: make(package, name))
     except LoraFxError:
         raise
@@ -279,13 +279,6 @@ def _same_random_numbers() -> Iterator[None]:
     """Seed 0 for the CPU's numbers while a model is built; the caller's are put back."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        yield
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         yield
 
 

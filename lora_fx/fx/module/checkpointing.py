@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.codegen import inside
@@ -38,10 +38,6 @@ def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[object])
                 b.copy_(was)
 
 
-def _nothing() -> tuple[object, object]:
-    return contextlib.nullcontext(), contextlib.nullcontext()
-
-
 def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]:
     """Torch's checkpoint with these options, to be called with (code, block, *values).
 
@@ -53,7 +49,7 @@ def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]
     def once(code: Callable[..., object], block: nn.Module, *args: object) -> object:
         given = dict(options)
         if getattr(block, "_moves", False):
-            user = given.pop("context_fn", _nothing)
+            user = given.pop("context_fn", noop_context_fn)
 
             def contexts() -> tuple[object, object]:
                 first, again = user()

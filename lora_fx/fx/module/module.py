@@ -8,6 +8,7 @@ yet are captured on first use.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,14 +74,10 @@ class Scope(nn.Module):
         return code(self, *args)
 
 
-_classes: dict[tuple[str, type], type[Any]] = {}
-
-
-def scope_class(name: str, base: type[Any] = Scope) -> type[Any]:
+@functools.cache
+def scope_class(name: str) -> type[Any]:
     """A subclass of Scope by the name of the user's class, for printing and wrap policies."""
-    if (name, base) not in _classes:
-        _classes[name, base] = type(name, (base,), {"__module__": __name__})
-    return _classes[name, base]
+    return type(name, (Scope,), {"__module__": __name__})
 
 
 def blocks_of(root: nn.Module) -> dict[str, Scope]:

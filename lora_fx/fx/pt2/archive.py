@@ -105,8 +105,6 @@ class Archive:
             try:
                 result[name] = self._tensor(folder, name, row)
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-                if isinstance(e, LoraFxError):
-                    raise
                 raise self.bad(
                     f"{member}: {name!r} is described wrongly: {one_line(e, 120)}"
                 ) from e

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -44,6 +43,7 @@ from lora_fx.fx.pt2.program import (
     tree_of,
 )
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
+from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView
 
 LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"
@@ -72,8 +72,7 @@ class FileCaptured(Captured):
         meta: bool = False,
     ) -> None:
         archive = open_archive(path, trust=trust, meta=meta)
-        with archive.zip, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's parsers warn about their own parts
+        with archive.zip, silenced():  # torch's parsers warn about their own parts
             manifest = archive.json(MANIFEST) if MANIFEST in archive.members else {}
             self._loaded = {n: load_program(archive, n) for n in archive.programs}
         self.path, self._meta = path, meta
@@ -90,8 +89,6 @@ class FileCaptured(Captured):
                 self.named = given
             self._describe(manifest, dynamic, static)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-            if isinstance(e, LoraFxError):
-                raise
             raise archive.bad(f"{MANIFEST} is wrong: {type(e).__name__} {e}") from e
 
     def _read(self, manifest: JsonView) -> None:

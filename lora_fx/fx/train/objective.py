@@ -194,7 +194,8 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
             )
         if name == "mse":
             return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.squeeze(-1).float())
-        return _cross_entropy(scores, labels)
+        check_labels(labels, scores.shape[-1])
+        return nn.functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long())
 
     return loss, own
 
@@ -210,11 +211,6 @@ def scores_of(out: object) -> torch.Tensor:
 def field_of(out: object, name: str) -> object:
     """An output's field, of a mapping or an object; None where it has none."""
     return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
-
-
-def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    check_labels(labels, scores.shape[-1])
-    return nn.functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long())
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:

@@ -239,7 +239,10 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
     for use in row.uses(node, shape):
         value = node.inputs[use.weight] if use.weight < len(node.inputs) else None
         weight = None if value is None else flow.weights.get(value) or flow.computed.get(value)
-        if weight is None or not _adaptable(flow.stores[weight.name].tensor.dtype, use, weight):
+        if weight is None:
+            continue
+        dtype = tensor_dtype(flow.stores[weight.name].tensor.dtype)
+        if not (use.refusal or weight.quantised or "float" in dtype):
             continue
         result.append(OnnxWeightUse(_site(node, row, use, weight), node, use, row))
         if not use.refusal and not weight.quantised:
@@ -264,10 +267,6 @@ def _tell(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -
     for value in (None if ids else node.inputs[use.x], node.outputs[0]):
         if value is not None and value.dtype is None:
             value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
-
-
-def _adaptable(dtype: ir.DataType, use: OnnxOperand, weight: OnnxWeight) -> bool:
-    return bool(use.refusal or weight.quantised) or "float" in tensor_dtype(dtype)
 
 
 def _site(node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> Site:

@@ -336,6 +336,10 @@ def add_initialiser(
     return v
 
 
+PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather"}
+"""Primitives that are a node of the same operands."""
+
+
 class OnnxEmitter:
     """Inserts in order, after the site's node or before it, in the graph or body that holds it."""
 
@@ -396,21 +400,19 @@ class OnnxEmitter:
         return None if first is None else first.dtype
 
     def _op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        if prim == "matmul":
-            return self._call("MatMul", *xs)
+        if prim in PLAIN:
+            return self._call(PLAIN[prim], *xs)
         if prim in ("add", "mul"):
             x, y = xs
             if isinstance(y, (int, float)):
                 kind = numpy_dtype(dtype_name(x) or "float32")
                 y = self._constant(np.array(y, np.float32).astype(kind))
             return self._call(prim.title(), x, y)
-        if prim == "div":
-            return self._call("Div", *xs)
         if prim == "norm":
             if self.owner.model.opset_imports.get("", 0) < 18:
                 return self._call("ReduceL2", xs[0], axes=[-1], keepdims=1)
             return self._call("ReduceL2", xs[0], self._ints(-1), keepdims=1)
-        if prim == "detach":  # a file has no gradients
+        if prim in ("detach", "dropout"):  # a file has no gradients and is no training graph
             assert isinstance(xs[0], ir.Value)
             return xs[0]
         if prim == "transpose":
@@ -426,11 +428,6 @@ class OnnxEmitter:
             return self._call("Einsum", *xs, equation=attrs["equation"])
         if prim == "conv":
             return self._call("Conv", *xs, group=attrs["groups"])
-        if prim == "gather":
-            return self._call("Gather", *xs)
-        if prim == "dropout":  # of training graphs
-            assert isinstance(xs[0], ir.Value)
-            return xs[0]
         if prim == "cast":
             return self._cast(xs[0], attrs["dtype"])
         if prim == "cast_like":

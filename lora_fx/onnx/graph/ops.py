@@ -126,23 +126,19 @@ def _fused_matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    yield from _window(node, shape, "output_padding" if node.op_type == "ConvTranspose" else "")
-
-
-def _window(node: ir.Node, shape: Shapes, extra: str) -> Iterator[OnnxOperand]:
-    w, groups = shape(1), int(attr(node, "group", 1))
+    w, groups, turned = shape(1), int(attr(node, "group", 1)), node.op_type == "ConvTranspose"
     if w is None:
         return
     if len(w) < 3:
         yield OnnxOperand(1, 0, kinds.Conv(groups), VECTOR)
         return
-    lone = groups > 1 and (w[0] == groups if extra else w[1] == 1)
+    lone = groups > 1 and (w[0] == groups if turned else w[1] == 1)
     why = DEPTHWISE if lone else ""
     if attr(node, "activation", ""):  # FusedConv: the activation leaves no place for a sum
         axes = kinds.Conv(groups).axes(w)
         yield OnnxOperand(1, 0, WeightForm("conv", axes), why, allowed=lone)
         return
-    kind = kinds.ConvTranspose(groups) if extra else kinds.Conv(groups)
+    kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
     yield OnnxOperand(1, 0, kind, why, allowed=lone)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.dtypes import Array
+from lora_fx.onnx.graph.graph import add_initialiser
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
         if int(shape[2]) * int(shape[3]) != sizes[1]:  # type: ignore[arg-type]
             return False
         lead = shape[:2]
-        to = _constant(model, f"{out.name}_rows", np.array([0, 0, sizes[1]], np.int64))
+        rows = np.array([0, 0, sizes[1]], np.int64)
+        to = add_initialiser(model.graph, f"{out.name}_rows", rows)
         new.append(ir.node("Reshape", [source, to]))
         source = new[-1].outputs[0]
         source.name = f"{out.name}_in"
@@ -105,15 +106,6 @@ def _keeps_order(node: ir.Node, value: ir.Value) -> bool:
 
 def _constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None if value is None else ir.convenience.get_const_tensor(value)
-
-
-def _constant(model: ir.Model, name: str, array: Array) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-    )
-    model.graph.initializers[name] = value
-    return value
 
 
 # (x·W + bias) + delta → (x·W + delta) + bias, where delta is a chain of products of the same x.

@@ -26,6 +26,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.optimise.stages import WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
 
@@ -317,9 +318,7 @@ class ToHalf(ir.passes.InPlacePass):
         assert maker is not None
         value.name = f"{name}_half"
         value.type = ir.TensorType(HALF)
-        full = self._casts.get((id(value), FULL))
-        if full is None:
-            full = self._as(graph, value, FULL)
+        full = self._as(graph, value, FULL)
         full.name = name
         for i, out in enumerate(graph.outputs):
             if out is value:
@@ -331,12 +330,6 @@ def _stored(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.
     tensor = value.const_value
     assert tensor is not None
     array = tensor.numpy().astype(np.float16 if to == HALF else np.float32)
-    new = ir.Value(
-        name=name,
-        const_value=ir.tensor(array, name=name),
-        shape=value.shape,
-        type=ir.TensorType(to),
-    )
+    new = add_initialiser(graph, name, array)
     new.metadata_props.update(value.metadata_props)
-    graph.initializers[name] = new
     return new

@@ -7,11 +7,9 @@ that raises, does not load, changes the inputs or outputs, or differs is rolled 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lora_fx.compare import ORT_TOL, compare
+from lora_fx.compare import ORT_TOL, compare, sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
@@ -27,16 +25,10 @@ from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
 from lora_fx.onnx.optimise.skip_norm import SplitSkipNorm
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 # What onnx_ir and onnxscript bring: dead nodes out, constant folding, fusions for ONNX Runtime.
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ class FoldConstants(ir.passes.InPlacePass):
         from onnxscript.optimizer import optimize_ir
 
         before = sum(1 for _ in model.graph.all_nodes())
-        with _quiet():
+        with silenced(contextlib.redirect_stdout):
             optimize_ir(model)
         after = sum(1 for _ in model.graph.all_nodes())
         return ir.passes.PassResult(model, after != before)
@@ -71,7 +63,7 @@ class FuseForRuntime(ir.passes.InPlacePass):
         """Edit the model in place."""
         from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-        with _quiet():
+        with silenced(contextlib.redirect_stdout):
             _, counts = optimize_for_ort(model)
         return ir.passes.PassResult(model, any(counts.values()))
 
@@ -132,7 +124,6 @@ def apply_stages(
     feeds: Sequence[Mapping[str, Array]],
     stages: Mapping[str, Rewrite] | None = None,
     provider: str = "cpu",
-    tol: float = ORT_TOL,
 ) -> tuple[ir.Model, list[RewriteStage]]:
     """The model after the stages that held, and a row for every stage that changed something.
 
@@ -141,7 +132,6 @@ def apply_stages(
         feeds: Inputs by name, one mapping a size; two sizes or more unless the model has one.
         stages: Name → rewrite, in order; None means STAGES, and CPU_STAGES on the CPU.
         provider: auto, cpu or cuda.
-        tol: The gate on max|a − b| / max|b| of every output.
     """
     with tempfile.TemporaryDirectory() as folder:
         base = _open(model, Path(folder) / "base.onnx", provider)
@@ -155,7 +145,7 @@ def apply_stages(
                 if not rewrite(candidate).modified:
                     continue
                 row, session = _try(
-                    name, model, candidate, feeds, wanted, tol, Path(folder) / f"{i}", provider
+                    name, model, candidate, feeds, wanted, Path(folder) / f"{i}", provider
                 )
             except Exception as e:  # a library's rewrite may raise anything; so may the runtime
                 row = _row(name, candidate, one_line(e, 160) or type(e).__name__)
@@ -223,7 +213,6 @@ def _try(
     candidate: ir.Model,
     feeds: Sequence[Mapping[str, Array]],
     wanted: Sequence[Mapping[str, Array]],
-    tol: float,
     folder: Path,
     provider: str,
 ) -> tuple[RewriteStage, RuntimeSession | None]:
@@ -237,11 +226,11 @@ def _try(
     worst = 0.0
     for feed, want in zip(feeds, wanted, strict=True):
         shapes = {k: v.shape for k, v in feed.items()}
-        got = compare(session.run(feed), want, shapes, tol)
+        got = compare(session.run(feed), want, shapes, ORT_TOL)
         worst = max(worst, got.rel)
         if not got.ok:
-            text = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
-            why = f"output {got.output!r} at {text}: rel {got.rel:.2e}, the gate is {tol:.1e}"
+            where = sizes_text(shapes)
+            why = f"output {got.output!r} at {where}: rel {got.rel:.2e}, the gate is {ORT_TOL:.1e}"
             return _row(name, candidate, why, worst if math.isfinite(worst) else None), None
     return _row(name, candidate, "", worst), session
 
