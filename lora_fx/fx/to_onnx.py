@@ -144,11 +144,15 @@ def flat_program(
 
 
 def output_paths(spec: Any, count: int) -> list[str]:
-    """The dotted paths of an output's leaves."""
+    """The dotted paths of an output's leaves.
+
+    An output class of transformers may give its fields back in another order than they came in.
+    """
     dummy = pytree.tree_unflatten(list(range(count)), spec)
     if isinstance(dummy, int):
         return [""]
-    return leaf_names({"": dummy})
+    places = dict(zip(pytree.tree_leaves(dummy), leaf_names({"": dummy}), strict=True))
+    return [places[i] for i in range(count)]
 
 
 @contextlib.contextmanager
@@ -178,12 +182,14 @@ def norms_apart() -> Iterator[None]:
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.
 #
 # - A projected LSTM, h = P·(o⊙tanh c), is a plain one whose recurrent weight is W_hh·P, with P
-# after   it: gates = W_ih·x + W_hh·h = W_ih·x + (W_hh·P)·(o⊙tanh c). A first state h₀ enters as
-# further   inputs of the first step, weighed by W_hh. The exporter writes an LSTM of wrong shapes
-# instead. - The real part of a Fourier transform is products with cosines and sines. ONNX Runtime's
-# DFT   rounds ten times worse than torch's (2e-6 on FNet) and has no CUDA kernel.
+#   after it: gates = W_ih·x + W_hh·h = W_ih·x + (W_hh·P)·(o⊙tanh c). A first state h₀ enters as
+#   further inputs of the first step, weighed by W_hh. The exporter writes an LSTM of wrong shapes
+#   instead.
+# - The real part of a Fourier transform is products with cosines and sines. ONNX Runtime's DFT
+#   rounds ten times worse than torch's (2e-6 on FNet) and has no CUDA kernel.
 # - `number − integers` is cast first: the exporter promotes no number on the left.
 # - Attention without a dimension for heads gets one: the exporter takes four dimensions only.
+# - Complex numbers lose or gain dimensions as pairs: see OF_PAIRS.
 # - A check that all values are true holds for what runs in torch. ONNX has no checks.
 
 
@@ -342,6 +348,28 @@ def _squeeze(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
 
 
+def _of_pairs(op: Any) -> Callable[..., Tensor]:
+    """unsqueeze, select or expand of the pairs that a complex tensor is."""
+
+    def of_pairs(x: Tensor, where: Any, *rest: Any) -> Tensor:
+        where = (where if where >= 0 else where - 1) if isinstance(where, int) else [*where, 2]
+        return torch.view_as_complex(op(torch.view_as_real(x), where, *rest))
+
+    return of_pairs
+
+
+OF_PAIRS: dict[object, Callable[..., Tensor]] = {
+    op: _of_pairs(op) for op in (aten.unsqueeze.default, aten.select.int, aten.expand.default)
+}
+
+
+def _complex(graph: fx.Graph, node: fx.Node) -> None:
+    """The exporter has complex numbers as pairs, and lacks these ops of them."""
+    made = value(node)
+    if isinstance(made, Tensor) and made.is_complex():
+        node.target = OF_PAIRS[node.target]
+
+
 _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.lstm.input: _lstm,
     aten.scaled_dot_product_attention.default: _attention,
@@ -349,5 +377,6 @@ _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
     aten.rsub.Scalar: _rsub,
+    **dict.fromkeys(OF_PAIRS, _complex),
     aten._is_all_true.default: _all_true,
 }

@@ -76,6 +76,49 @@ def test_the_file_of_all_of_them_equals_torch_at_three_sizes(tmp_path: Path) -> 
     assert max(p.rel for p in rows) < 2e-6
 
 
+class Rotary(nn.Module):
+    """Positions as complex numbers, whose dimensions come and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 16)
+        self.register_buffer("turns", torch.polar(torch.ones(16, 4), torch.randn(16, 4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = torch.view_as_complex(self.q(x).reshape(*x.shape[:-1], 2, 4, 2))
+        turns = self.turns[: x.shape[1]].unsqueeze(0).unsqueeze(-2).expand(x.shape[0], -1, 2, -1)
+        first = torch.view_as_real(turns.select(-2, 0)).flatten(2)
+        return torch.view_as_real(q * turns).flatten(3).select(2, 1) + first
+
+
+def test_complex_positions_have_a_file(tmp_path: Path) -> None:
+    model, x = Rotary().eval(), torch.randn(2, 5, 8)
+    module = lora_fx.insert(model, (x,), rank=2)
+    with torch.no_grad():
+        module.get_parameter("q.lora_B.weight").normal_(std=0.3)
+    report = lora_fx.export(module, tmp_path / "m.onnx")
+    assert max(p.rel for p in report.parity if p.of == "onnxruntime") < 2e-6
+
+
+def test_an_output_goes_by_its_name_whatever_the_order_of_its_class(tmp_path: Path) -> None:
+    """transformers rebuilds its classes in the order of their fields."""
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> object:
+            made = outputs.BaseModelOutputWithPooling(pooler_output=x.mean(1))
+            made["last_hidden_state"] = self.l(x)
+            return made
+
+    module = lora_fx.insert(Swapped().eval(), (torch.randn(2, 5, 4),), rank=2)
+    report = lora_fx.export(module, tmp_path / "m.onnx")
+    assert {p.output for p in report.parity} == {"pooler_output", "last_hidden_state"}
+
+
 def test_what_needs_no_rewriting_stays() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

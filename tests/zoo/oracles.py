@@ -33,8 +33,11 @@ class Subject:
 
 
 def flat(out: Any) -> list[np.ndarray[Any, Any]]:
-    """The tensors of an output as arrays."""
-    return [x.detach().numpy() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+    """The tensors of an output as arrays, in the order that its class gives them."""
+    leaves = pytree.tree_leaves(
+        pytree.tree_map(lambda x: x, out)
+    )  # it may have been made in another
+    return [x.detach().numpy() for x in leaves if isinstance(x, torch.Tensor)]
 
 
 def doubled(model: nn.Module) -> Any:

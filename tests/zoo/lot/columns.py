@@ -70,11 +70,14 @@ class Lot:
         self.model, self.args, self.kwargs = built
         self.name = name
         self.model.requires_grad_(False)
+        self.model.train()  # see run
+        self.model.eval()
         self.module: Any = None
         self.attached: Any = None
         self.alike = False
         self.adapter: Adapter | None = None
         self.exact: Arrays | None = None
+        self.outputs: list[str] = []
         self.rounding: float | None = None
 
     def run(self, model: Any) -> Arrays:
@@ -187,7 +190,9 @@ class Lot:
 
             def once(double: bool) -> Arrays:
                 torch.manual_seed(0)
-                return list(explicit(subject, self.module, double=double)(feeds).values())
+                made = explicit(subject, self.module, double=double)(feeds)
+                self.outputs = list(made)
+                return list(made.values())
 
             plain = once(False)
             try:
@@ -279,7 +284,7 @@ class Lot:
             path = Path(folder) / "m.onnx"
             report = lora_fx.export(self.module, path, provider="cpu")
             got = open_session(path, "cpu").run(arrays_of(self.module.captured.named))
-            said = self._equal(list(got.values()), "ONNX Runtime")
+            said = self._equal(self._named(got), "ONNX Runtime")
         return f"{said}; {one_line('; '.join(report.warnings), 200)}"
 
     def _switch(self) -> str:
@@ -290,7 +295,12 @@ class Lot:
             session = Session(path, "cpu")
             session.load("one", self.module.adapter())
             got = session.run(arrays_of(self.module.captured.named), "one")
-            return self._equal(list(got.values()), "mode switch")
+            return self._equal(self._named(got), "mode switch")
+
+    def _named(self, got: dict[str, np.ndarray[Any, Any]]) -> Arrays:
+        """The outputs of a file in the order of the reference's, where they have its names."""
+        self._reference()
+        return [got[n] for n in self.outputs] if set(got) == set(self.outputs) else [*got.values()]
 
     def _is_alarm(self, text: str) -> bool:
         """True where the difference that was refused is the model's own rounding."""
