@@ -197,22 +197,25 @@ def own_errors(
     weights alone tell.
     """
     sizes = model.captured.inputs.checks if sizes is None else sizes
-    draws: list[tuple[Extents, Any, int]]
-    draws = [(size, None, seed) for size in sizes for seed in seeds]
+    example = model.captured.named
+    calls: list[Callable[[], Named]]
+    calls = [partial(model.sample, size, None, seed) for size in sizes for seed in seeds]
     if arrays is not None:
-        draws.insert(0, (sizes[0], arrays, 0))
+        calls.insert(0, partial(model.sample, sizes[0], arrays))
+    elif is_real(example):  # what is drawn need not fit
+        calls.insert(0, lambda: example)
     worst: dict[str, float] = {}
     drawn = random_ops(model.graph(False).graph)  # in fp64 torch draws other numbers
     exactly: Callable[[Named], dict[str, Array]] = model.flat if drawn else _wide(model)
     runs: list[tuple[Named, dict[str, Array]]] = []
-    for size, given, seed in draws:
+    for call in calls:
         try:
-            named = model.sample(size, given, seed)
+            named = call()
             if outside(model, named):
                 continue
             ours = model.flat(named)
         except (LoraFxError, RuntimeError, TypeError, ValueError, IndexError):
-            continue  # what is drawn need not fit: it is no run of the proof either
+            continue  # it is no run of the proof either
         try:
             exact = exactly(named)
         except (RuntimeError, TypeError, ValueError):
@@ -222,8 +225,8 @@ def own_errors(
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
     for seed in seeds:
         _move(model, moved, seed)
-        for call, values in runs:
-            _grow(worst, moved.flat(call), values)
+        for named, values in runs:
+            _grow(worst, moved.flat(named), values)
     return worst
 
 

@@ -36,5 +36,5 @@ def test_inputs_that_fit_count_where_sampled_ones_do_not() -> None:
     torch.manual_seed(0)
     x = torch.full((2, 4), 303.0)
     adapted = lora_fx.insert(Rows().eval(), (x,), rank=2, include="fc")
-    assert own_errors(adapted) == {}
+    assert 0 < own_errors(adapted)["output"] < 1e-6  # the example counts
     assert 0 < own_errors(adapted, {"x": x.numpy()})["output"] < 1e-6
