@@ -61,15 +61,19 @@ def runs_at(module: AdaptedModule) -> Named:
 def prove_gradients(module: AdaptedModule, named: Named) -> Effect:
     """One backward per mode at random a and b; the module is left as it was."""
     found: dict[str, list[str]] = {}
-    modes, notes = [], []
+    modes: list[str] = []
+    notes: list[str] = []
     with probe(module) as pairs:
         for training in (False, True):
             mode = "train" if training else "eval"
             try:
                 size = _gradients(module, named, pairs, training)
             except (LoraFxError, RuntimeError, ValueError) as e:
-                if not training and not isinstance(e, LoraFxError):
-                    raise
+                if training and not modes and not isinstance(e, LoraFxError):
+                    raise LoraFxError(
+                        f"no backward pass of the model runs: {one_line(e, 160)}",
+                        "does the original train?",
+                    ) from e
                 notes.append(f"{mode} mode is not proven: {one_line(e, 160)}")
                 continue
             if size is None:

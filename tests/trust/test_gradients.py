@@ -163,3 +163,34 @@ def test_calls_and_weights_of_every_kind() -> None:
     with pytest.raises(lora_fx.LoraFxError, match="gradient of its own"):
         lora_fx.insert(Starred(), (x, x), rank=2)
     assert lora_fx.insert(Idle(), (x,), rank=2, include="*", dead="drop").updates
+
+
+class Stateful(nn.Module):
+    """Writes over what backward needs, where it keeps a state: in eval mode, or in both."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.always = nn.Linear(4, 4), nn.Linear(4, 4), always
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.exp(self.a(x))
+        y = self.b(h)
+        if self.always or not self.training:
+            h[:, 0] = y[:, 0]
+        return y
+
+
+def test_a_model_whose_eval_mode_has_no_backward_is_trained() -> None:
+    model, x = Stateful(always=False).eval(), torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="inplace"):
+        model(x).sum().backward()
+    module = lora_fx.insert(model, (x,), rank=2)
+    assert set(module.updates) == {"a.weight", "b.weight"}
+    assert any("eval mode is not proven" in n for n in module.effect.notes)
+    lora_fx.attach(copy.deepcopy(model), (x,), rank=2)
+
+
+def test_a_model_without_any_backward_is_an_error_of_one_line() -> None:
+    for verb in (lora_fx.insert, lora_fx.attach):
+        with pytest.raises(lora_fx.LoraFxError, match="no backward pass of the model runs"):
+            verb(Stateful(always=True).eval(), (torch.randn(3, 4),), rank=2)
