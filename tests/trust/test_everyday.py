@@ -9,6 +9,7 @@ mask leaves out everywhere was the mean of all values in ONNX Runtime and 0 in t
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,29 @@ torch.manual_seed(0)
 X = torch.randn(2, 5, 4)
 LEFT = torch.tensor([[True] * 5, [False] * 5])
 Case = tuple[Callable[[], nn.Module], tuple[Any, ...]]
+
+
+@dataclasses.dataclass
+class Inner:
+    y: Tensor
+
+
+@dataclasses.dataclass
+class Outer:
+    mean: Tensor
+    inner: Inner
+
+
+class Fields(Layer):
+    """Dataclasses that torch does not know."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.lin(x)
+        return Outer(y.mean(), Inner(y))
+
+
 CASES: dict[str, Case] = {
+    "a dataclass of dataclasses": (Fields, (X,)),
     "a buffer counts": (Counts, (X,)),
     "autocast": (Autocast, (X,)),
     "noise": (Noise, (X,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -98,12 +99,17 @@ class Signature:
 def without_cache(out: object, left_out: list[str] | None = None) -> object:
     """A model's outputs without key-value caches of transformers, which are no tensors.
 
-    Decoders return one with their default configuration, whether it is asked for or not.
+    Decoders return one with their default configuration, whether it is asked for or not. A plain
+    dataclass is made known to torch, to which its tensors would be none.
 
     Args:
         out: An output class, dict or tuple of a model, or anything else, which comes back.
         left_out: Gets the names of what is left out.
     """
+    for leaf in pytree.tree_leaves(out):
+        if dataclasses.is_dataclass(leaf):
+            pytree.register_dataclass(type(leaf))
+            return without_cache(out, left_out)
     pairs: list[tuple[object, object]] = []
     if isinstance(out, dict):
         pairs = list(out.items())
