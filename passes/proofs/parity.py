@@ -183,6 +183,10 @@ def _narrow(reference: CapturedModule) -> set[str]:
     return {dtype_name(v.dtype) for v in made if isinstance(v, torch.Tensor)}
 
 
+FEW = 8
+"""Numbers of an output, a loss, of which three moves of the weights tell too little."""
+
+
 def own_errors(
     model: CapturedModule,
     arrays: Named | None = None,
@@ -223,7 +227,8 @@ def own_errors(
         runs.append((named, exact))
         _grow(worst, ours, exact)
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
-    for seed in seeds:
+    few = any(v.size < FEW for _, values in runs for v in values.values())
+    for seed in range(4 * len(seeds)) if few else seeds:
         _move(model, moved, seed)
         for named, values in runs:
             _grow(worst, moved.flat(named), values)
