@@ -29,6 +29,7 @@ from lora_fx.onnx.graph.flow import MARK, OnnxWeightUse, dtype_name
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.row_provenance import RowAxis, rank
+from lora_fx.onnx.switch import keep_zeros
 from lora_fx.text import JsonView
 
 SCALES = "adapter_scales"
@@ -174,7 +175,8 @@ class BatchEmitter(OnnxEmitter):
         return self._call("Concat", self.ids.size, self._ints(*rest), axis=0)
 
     def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
-        return self._call("Reshape", delta, self._call("Shape", y))
+        shape = self._call("Shape", y)
+        return self._call("Reshape", delta, shape, **keep_zeros(self.owner))
 
     def _scaled(self, t: ir.Value) -> ir.Value:
         """The value t [batch, …, …] times the weight of each row."""

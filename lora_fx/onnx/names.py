@@ -47,7 +47,7 @@ def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None
         old = str(value.name)
         source = _source(value.metadata_props.get(FOLDED_FROM, "")) or old
         source = names.get(source, source)
-        if source == old:
+        if source == old or value.is_graph_output():  # whose name is the file's interface
             continue
         name, i = source, 0
         while name in taken:

@@ -154,7 +154,8 @@ def _rewrite(add: ir.Node, match: Match, slot: SwitchSlot, flat: Flat) -> None:
     else:
         total = flat.made(add, "Gemm", t, b, y if plain else flat.rows(add, y, slot.out))
         if not plain:
-            total = flat.made(add, "Reshape", total, flat.made(add, "Shape", y))
+            shape = flat.made(add, "Shape", y)
+            total = flat.made(add, "Reshape", total, shape, **keep_zeros(flat.graph))
         total.shape = old.shape
     total.type = old.type
     delta = next(v for v in add.inputs if v is not y)
@@ -178,18 +179,23 @@ def _rewrite(add: ir.Node, match: Match, slot: SwitchSlot, flat: Flat) -> None:
 # activation once more. Elsewhere the bias is left to the runtime, which fuses it into what follows.
 
 
+def keep_zeros(graph: OnnxGraph) -> dict[str, int]:
+    """Attributes of a Reshape to a computed shape: from opset 14 on, a size of 0 is one."""
+    return {"allowzero": 1} if graph.model.opset_imports.get("", 0) >= 14 else {}
+
+
 class Flat:
     """Makes nodes before the Add of a branch; each activation is flattened once."""
 
     def __init__(self, graph: OnnxGraph) -> None:
-        self._graph = graph
+        self.graph = graph
         self._rows: dict[tuple[int, int], ir.Value] = {}
 
-    def made(self, add: ir.Node, op: str, *inputs: ir.Value) -> ir.Value:
+    def made(self, add: ir.Node, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         """A new node of the branch that `add` ends."""
-        node = ir.node(op, inputs)
+        node = ir.node(op, inputs, attributes)
         node.metadata_props[MARK] = add.metadata_props.get(MARK, "")
-        node.outputs[0].name = self._graph.fresh(f"lora_flat_{op}")
+        node.outputs[0].name = self.graph.fresh(f"lora_flat_{op}")
         assert add.graph is not None
         add.graph.insert_before(add, node)
         return node.outputs[0]
@@ -201,7 +207,7 @@ class Flat:
         """
         key = (id(add.graph), id(value))
         if key not in self._rows:
-            owner, name = self._graph.model.graph, f"lora_rows_of_{width}"
+            owner, name = self.graph.model.graph, f"lora_rows_of_{width}"
             to = owner.initializers.get(name)
             if to is None:
                 to = add_initialiser(owner, name, np.array([-1, width], np.int64), name)
@@ -225,7 +231,7 @@ class Flat:
     def heads(self) -> int:
         """Rewrite every branch of that form; returns how many."""
         done = 0
-        for add in list(self._graph.model.graph.all_nodes()):
+        for add in list(self.graph.model.graph.all_nodes()):
             if add.op_type != "Add" or add.domain or MARK not in add.metadata_props:
                 continue
             for y, delta in (add.inputs, add.inputs[::-1]):
@@ -245,7 +251,7 @@ class Flat:
                 add.graph.remove((bias, add, product), safe=True)
                 done += 1
                 break
-        self._graph.changed()
+        self.graph.changed()
         return done
 
 

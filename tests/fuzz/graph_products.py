@@ -79,7 +79,7 @@ def views(d: Draft) -> None:
     elif way == 5:
         d.say(f"{w} = g.weight('{w}', ({o}, {i}), 'o i')",
               f"{w} = g.view('Flatten', {w}, axis=-1)", f"{w} = g.turn({w}, 1, 0)")  # fmt: skip
-    elif way == 6:  # not in the order of any axes
+    elif way == 6 and (i == o or (i % o and o % i)):  # not in the order of any axes
         d.say(f"{w} = g.weight('{w}', ({o}, {i}), '{'i o' if i == o else 'o i'}')",
               f"{w} = g.shape({w}, [{i}, {o}])")  # fmt: skip
     elif way == 7:

@@ -55,6 +55,18 @@ CASES = {
         "a, b = g.cut(w, 0, 4, 0), g.cut(w, 4, 8, 0)\n" + PARTS + END,
         ("merge", "merged", "switch", "load"),
     ),
+    # a size of 0 copied another one in the Reshape of a branch
+    "a sequence of none": Case(
+        X + "w = g.weight('w', (4, 4), 'i o')\ng.cuts.append(3)\n"
+        "h = g.cut(h, 1, 4611686018427387904, 1, 1)\nh = g.node('MatMul', [h, w])\n" + END,
+        ("switch", "load"),
+    ),
+    # onnxscript's optimizer takes the Identity away, and the output got the weight's name
+    "an output that is a weight": Case(
+        X + "w = g.weight('w', (4, 4), 'i o')\nu = g.weight('u', (6, 4), 'i o')\n"
+        "h = g.node('MatMul', [h, w])\ng.output(g.other(u))\n" + END,
+        ("merged",), 1,
+    ),
     # no elements: ZeroDivisionError
     "no columns": Case(
         X + "w, e = g.weight('w', (4, 6), 'i o'), g.weight('e', (6, 0), 'i o')\n"
