@@ -18,7 +18,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.capture.trace import export_program, recurrent_shapes
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
+from lora_fx.fx.graph.nodes import argument, hint, random_ops, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.silence import silenced
@@ -58,6 +58,12 @@ def to_onnx(
 
     captured = module.captured
     graph = module.graph(False, portable=True)
+    if drawn := random_ops(graph.graph):
+        raise LoraFxError(
+            f"the model draws random numbers in eval mode ({', '.join(drawn)}), and ONNX Runtime "
+            "draws others: no file can be compared with it",
+            "let forward take the numbers as an input",
+        )
     weights = {name: _apart(graph, t) for name, t in (apart or {}).items()}
     make_portable(graph.graph)
     flat, names, outputs = flat_program(module, graph.graph)
