@@ -152,8 +152,7 @@ def guards(reference: CapturedModule) -> tuple[Condition, ...]:
     recurrent layer of no steps does.
     """
     implied = reference.captured.bounded_inputs().implied  # dimensions of one name say as much
-    own = (c for c in reference.conditions() if not c.demanded and not implied(c))
-    return onnx_conditions([*own])
+    return onnx_conditions([c for c in reference.conditions() if not (c.demanded or implied(c))])
 
 
 def outside(reference: CapturedModule, named: Named) -> SizeError | None:

@@ -127,7 +127,8 @@ def write_switch(
     here, kept = find(graph), graph.model.graph.initializers
     known = here if found is None else found
     lost = [k for k in keys if here.get(k) is None]
-    apart = [known[k] for k in lost if found is not None and k in kept]  # see to_onnx
+    own = (t for t in map(known.get, lost) if t is not None and not t.other_readers)
+    apart = [t for t in own if t.key in kept]  # see to_onnx
     keys = [k for k in keys if k not in {t.key for t in apart}]
     if loose:
         left = [k for k in keys if k in lost]
