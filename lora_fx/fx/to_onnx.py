@@ -58,10 +58,10 @@ def to_onnx(
 
     captured = module.captured
     graph = module.graph(False, portable=True)
+    captured.allows(False)
     if drawn := random_ops(graph.graph):
         raise LoraFxError(
-            f"the model draws random numbers in eval mode ({', '.join(drawn)}), and ONNX Runtime "
-            "draws others: no file can be compared with it",
+            f"the model draws random numbers in eval mode, ONNX Runtime others: {', '.join(drawn)}",
             "let forward take the numbers as an input",
         )
     weights = {name: _apart(graph, t) for name, t in (apart or {}).items()}
