@@ -263,8 +263,9 @@ def on_base(weight: Array, low: LowRank, where: str) -> LowRank:
     """
     left, right = removed(weight, low, where)
     a = np.concatenate([low.a, right.astype(np.float32)], -2)
-    b = np.concatenate([low.b, (-left / low.scale).astype(np.float32)], -1)
-    alpha = alpha_of(low.scale, len(a), low.variant)
+    scale = low.scale or 1.0  # of an update of scale 0 the part is left
+    b = np.concatenate([low.b * np.float32(low.scale / scale), np.float32(-left / scale)], -1)
+    alpha = alpha_of(scale, len(a), low.variant)
     return replace(low, a=a, b=b, alpha=alpha, frozen=low.rank, mutated="")
 
 

@@ -64,7 +64,7 @@ def to_onnx(
             f"the model draws random numbers in eval mode, ONNX Runtime others: {', '.join(drawn)}",
             "let forward take the numbers as an input",
         )
-    weights = {name: _apart(graph, t) for name, t in (apart or {}).items()}
+    weights = {name: _lifted(graph, t) for name, t in (apart or {}).items()}
     make_portable(graph.graph)
     flat, names, outputs = flat_program(module, graph.graph)
     named = module.sample()
@@ -105,7 +105,7 @@ def to_onnx(
     return OnnxProgram(onnx.model, symbols)
 
 
-def _apart(graph: FxGraph, target: Target) -> Tensor:
+def _lifted(graph: FxGraph, target: Target) -> Tensor:
     """Let the uses of a weight read an input in its place; returns its value."""
     # a copy: an export takes one tensor for one value, wherever it meets it
     weight = from_numpy(graph.read(target.parameter.name).copy())

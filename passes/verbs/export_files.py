@@ -126,12 +126,12 @@ def write_switch(
     warnings = list(warnings)
     here, kept = find(graph), graph.model.graph.initializers
     known = here if found is None else found
-    lost = [k for k in keys if here.get(k) is None]
-    own = (t for t in map(known.get, lost) if t is not None and not t.other_readers)
-    apart = [t for t in own if t.key in kept]  # see to_onnx
+    there = {k: t.op for k in keys if (t := here.get(k)) is not None}
+    lost = (known.get(k) for k in keys if k not in there)
+    apart = [t for t in lost if t and not t.other_readers and t.key in kept]  # see to_onnx
     keys = [k for k in keys if k not in {t.key for t in apart}]
     if loose:
-        left = [k for k in keys if k in lost]
+        left = [k for k in keys if k not in there]
         warnings += [f"{k}: left out, the exported graph has no such target" for k in left]
         keys = [k for k in keys if k not in left]
     stored = copies_of(graph.model).values()
@@ -147,7 +147,7 @@ def write_switch(
     if load and rank and rank < largest:
         raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
     layouts = {k: known[k].layout for k in (*keys, *(t.key for t in apart))}
-    turned = {k for k in keys if here[k].op == "embedding" and layouts[k].in_ != (0,)}
+    turned = {k for k in keys if there.get(k) == "embedding" and layouts[k].in_ != (0,)}
     switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, apart, turned)
     switch(graph)
     manifest = switch.made[0]

@@ -200,7 +200,7 @@ def export_slots(
         fixed = options.inputs is not None
         return write_batch(graph, reference, sources, bound, options, fixed=fixed, warnings=said)
     keys, loose = options.chosen(found, bound)
-    apart = _apart(reference, graph, keys)
+    apart = _lost(reference, graph, keys)
     if apart:
         graph, _ = _base(reference, opset, tied=True, apart=apart)
     return write_switch(
@@ -208,7 +208,7 @@ def export_slots(
     )
 
 
-def _apart(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> dict[str, Target]:
+def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> dict[str, Target]:
     """Targets that the exporter lost: it computed from their weight, or stored it twice."""
     here, stored = find(graph), set(copies_of(graph.model).values())
     lost = [k for k in keys if here.get(k) is None or base_name(k) in stored]

@@ -114,6 +114,19 @@ def test_an_adapter_reaches_it(name: str, mode: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(next(iter(got.values())), want, rtol=1e-4, atol=2e-6)
 
 
+def test_a_weight_that_something_else_reads_is_not_changed_where_it_is_stored(
+    tmp_path: Path,
+) -> None:
+    class Read(Recurrent):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) * self.r.weight_hh_l0.norm()
+
+    module = lora_fx.insert(Read("LSTM").eval(), (STEPS,), rank=2, include="*hh*")
+    with pytest.raises(lora_fx.LoraFxError, match=r"weight_hh_l0' is no target of the exported"):
+        lora_fx.export(module, tmp_path / "m.onnx", mode="switch", provider="cpu")
+    assert not (tmp_path / "m.onnx").exists()
+
+
 def test_attach_leaves_out_what_only_a_graph_can_reach_unless_it_is_named() -> None:
     model = Computed().eval()
     with pytest.raises(lora_fx.LoraFxError, match=r"p~: the model computes this weight from p,"):

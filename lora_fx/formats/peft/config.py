@@ -138,9 +138,8 @@ def check_config(config: JsonView, where: str) -> list[str]:
         )
     unknown = sorted(set(config) - KNOWN)
     notes = [f"{where}: unknown field {name!r} is ignored" for name in unknown]
-    said = [f"{where}: {n}: {why}; read as W + s·B·A" for n, (_, why) in TRAINS.items()
-            if config.get(n)]  # fmt: skip
-    return notes + said
+    on = (n for n in TRAINS if config.get(n))
+    return notes + [f"{where}: {n}: {TRAINS[n][1]}; read as W + s·B·A" for n in on]
 
 
 def mutation(config: JsonView) -> str:

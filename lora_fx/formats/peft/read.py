@@ -194,8 +194,8 @@ class _Reader:
         if not plain:
             raise LoraFxError(
                 f"{self.file}: {group.names['a']!r} is of an attention module or a convolution; "
-                f"expected a linear layer, as init_lora_weights is {changed!r}",
-                "correct init_lora_weights to what the adapter was trained with",
+                f"expected a linear layer, as its start is {changed!r}",
+                "correct the config to what the adapter was trained with",
             )
         return changed
 

@@ -107,7 +107,7 @@ def without_cache(out: object, left_out: list[str] | None = None) -> object:
         left_out: Gets the names of what is left out.
     """
     for leaf in pytree.tree_leaves(out):
-        if dataclasses.is_dataclass(leaf):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             pytree.register_dataclass(type(leaf))
             return without_cache(out, left_out)
     pairs: list[tuple[object, object]] = []

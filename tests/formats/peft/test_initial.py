@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lora_fx
-from lora_fx.adapter.initial import residual
+from lora_fx.adapter.initial import on_base, residual
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
@@ -144,6 +144,16 @@ def test_a_graph_takes_the_part_off_too(tmp_path: Path, how: str) -> None:
     assert {k: low.frozen for k, low in ours.updates.items()} == {
         f"{n}.weight": frozen[n] for n in names
     }
+
+
+@pytest.mark.parametrize("alpha", [0.0, 6.0])
+def test_the_part_is_left_out_whatever_the_scale(alpha: float) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((7, 5)).astype(np.float32)
+    a, b = rng.standard_normal((2, 5)), rng.standard_normal((7, 2))
+    low = LowRank(a.astype(np.float32), b.astype(np.float32), alpha, mutated="pissa")
+    want = residual(weight, low, "w") + alpha / 2 * (b @ a)
+    np.testing.assert_allclose(weight + on_base(weight, low, "w").matrix(), want, atol=2e-5)
 
 
 VARIANTS = {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.passes.proofs import parity
 from lora_fx.passes.proofs.parity import own_errors
 
 
@@ -18,6 +22,25 @@ def test_one_input_that_rounds_well_does_not_narrow_the_gate() -> None:
     zeros = {"input": np.zeros((2, 32), np.float32)}
     assert 0 < own_errors(adapted)["output"] < 1e-6
     assert own_errors(adapted, zeros) == own_errors(adapted)
+
+
+@pytest.mark.parametrize(("width", "moves"), [(1, 12), (64, 3)])
+def test_few_numbers_are_moved_more_often(
+    width: int, moves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three draws of one number tell little of how far it may be moved."""
+    seen, real = [], parity._move
+
+    def move(model: Any, other: Any, seed: int) -> None:
+        seen.append(seed)
+        real(model, other, seed)
+
+    monkeypatch.setattr(parity, "_move", move)
+    adapted = lora_fx.insert(
+        nn.Sequential(nn.Linear(8, width)).eval(), (torch.randn(2, 8),), rank=1
+    )
+    assert own_errors(adapted)["output"] > 0
+    assert seen == [*range(moves)]
 
 
 class Rows(nn.Module):
