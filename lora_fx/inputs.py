@@ -124,11 +124,6 @@ class Inputs:
         """The symbols that are neither the batch nor a cache's length."""
         return [s for s in self._symbols() if s not in (BATCH, PAST) and not s.isdigit()]
 
-    def apart(self) -> Inputs:
-        """The same inputs with a symbol for every free size, and no conditions."""
-        dims = {s.name: {d: f"{s.name}.{d}" for d in s.dims} for s in self.specs}
-        return Inputs(self.with_dims(dims).specs)
-
     def alike(self) -> Inputs:
         """The same inputs where one symbol stands for all of `others`."""
         one = {s: self.others[0] for s in self.others}
