@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import json_option, load_npz
 from lora_fx.cli.output import emit
 
 
-@click.command("bench")
+@click.command("bench", cls=FileCommand)
 @click.argument("files", nargs=-1, required=True, metavar="A.onnx [B.onnx]...")
 @click.option(
     "--size",

@@ -10,13 +10,15 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 
 import click
 
-from lora_fx.cli.output import emit, say
+from lora_fx.cli.output import echo, emit, say
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.text import near
+from lora_fx.files.read import remember, remembering
+from lora_fx.text import JsonView, near
 
 COMMANDS = {
     "targets": "List what an adapter can attach to, and why the rest cannot.",
@@ -34,6 +36,36 @@ COMMANDS = {
     "bench": "Time ONNX files in turn, and print the ratios.",
     "demo": "All of it, end to end, on a real model and real data.",
 }
+
+
+NAMED = (
+    "model", "data", "base", "tuned", "adapter", "adapters", "a", "b",
+    "weights", "inputs_file", "names", "plan",
+)  # fmt: skip
+"""Arguments and options that can name a file. Not every word that is one's name is meant so."""
+
+
+class FileCommand(click.Command):
+    """A command whose inputs are remembered, so that no output takes the place of one."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run it."""
+        remember(*input_paths(ctx.params))
+        return super().invoke(ctx)
+
+
+def input_paths(given: JsonView) -> list[Path]:
+    """The files that were given: weights, and the function of `file.py:name`, cut off."""
+    found: dict[Path, None] = {}
+    for value in (given[n] for n in NAMED if n in given):
+        for text in value if isinstance(value, (tuple, list)) else [value]:
+            if not isinstance(text, str) or "\0" in text or len(text) > 4096:
+                continue
+            for path in (Path(text), Path(text.rpartition(":")[0])):
+                if path.name and path.exists():
+                    found[path] = None
+                    break
+    return list(found)
 
 
 class LazyGroup(click.Group):
@@ -135,8 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     everywhere = [a for a in argv if a in ("-v", "--verbose", "-q", "--quiet")]
     given = {"argv": argv}
     argv = everywhere + [a for a in argv if a not in everywhere]
+    written: list[Path] = []
     try:
-        with stopping():
+        with stopping(), remembering() as files:
+            written = files.written
             code = group.main(argv, prog_name="lora-fx", standalone_mode=False, obj=given)
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as e:
@@ -152,7 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ended = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
         what = "terminated" if ended else "interrupted"
         left = getattr(e, "left", None) or getattr(e.__cause__, "left", None)
-        click.echo(f"{what}; {left or 'nothing was left behind'}", err=True)
+        if written and not left:
+            left = f"{', '.join(map(str, written))} was written"
+        echo(f"{what}; {left or 'nothing was left behind'}", err=True)
         sys.exit(143 if ended else 130)
     except BrokenPipeError:
         sys.exit(0)
@@ -172,9 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _fail(error: LoraFxError, argv: Sequence[str]) -> None:
     if "-v" in argv or "--verbose" in argv:
         traceback.print_exception(error, file=sys.stderr)
-    click.echo(f"Error: {one_line(error.message, 1000)}", err=True)
+    echo(f"Error: {one_line(error.message, 1000)}", err=True)
     if error.hint:
-        click.echo(f"Hint: {one_line(error.hint, 1000)}", err=True)
+        echo(f"Hint: {one_line(error.hint, 1000)}", err=True)
     if "--json" in argv and not error.told:
         command = next((a for a in argv if a in COMMANDS), "")
         emit(True, command, "", ok=False, error=error.message, hint=error.hint)

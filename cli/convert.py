@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import force_option, json_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_option
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
 
 
-@click.command("convert")
+@click.command("convert", cls=FileCommand)
 @report_option
 @click.argument("adapter")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The file or folder to write.")

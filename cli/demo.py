@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import force_option, json_option
 from lora_fx.cli.output import emit, note, say
 
 
-@click.command("demo")
+@click.command("demo", cls=FileCommand)
 @click.option(
     "-o",
     "--output",

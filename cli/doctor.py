@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import json_option
 from lora_fx.cli.output import emit
 
 
-@click.command("doctor")
+@click.command("doctor", cls=FileCommand)
 @click.argument("base")
 @click.argument("adapter")
 @json_option

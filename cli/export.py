@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
@@ -22,7 +23,7 @@ from lora_fx.cli.output import emit, note, table, wrote
 from lora_fx.cli.report_option import report_option
 
 
-@click.command("export")
+@click.command("export", cls=FileCommand)
 @report_option
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")

@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import force_option, json_option, selectors_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_option
 
 
-@click.command("extract")
+@click.command("extract", cls=FileCommand)
 @report_option
 @click.argument("base")
 @click.argument("tuned")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     START,
@@ -24,7 +25,7 @@ from lora_fx.cli.report_option import report_option
 from lora_fx.text import Json
 
 
-@click.command("insert")
+@click.command("insert", cls=FileCommand)
 @report_option
 @click.argument("model")
 @click.option(

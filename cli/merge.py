@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     ONNX,
     force_option,
@@ -20,7 +21,7 @@ from lora_fx.cli.output import emit, note, progress_bar
 from lora_fx.cli.report_option import report_option
 
 
-@click.command("merge")
+@click.command("merge", cls=FileCommand)
 @report_option
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     arguments,
     force_option,
@@ -16,7 +16,7 @@ from lora_fx.cli.options import (
     merge_options,
     split_weight,
 )
-from lora_fx.cli.output import emit
+from lora_fx.cli.output import emit, print_json
 from lora_fx.cli.report_option import report_option
 from lora_fx.errors import LoraFxError, NoEffectError
 
@@ -28,7 +28,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     return int(i), int(n)
 
 
-@click.command("merge-all")
+@click.command("merge-all", cls=FileCommand)
 @report_option
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
@@ -75,7 +75,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     ):
         rows.append(row)
         if not as_json:
-            click.echo(json.dumps(row))
+            print_json(row)
     bad = [r for r in rows if not r["ok"]]
     refused = None
     if bad:

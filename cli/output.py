@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.errors import LoraFxError
-from lora_fx.text import Json
+from lora_fx.errors import LoraFxError, one_line, visible
+from lora_fx.text import Json, strict_json
 
 if TYPE_CHECKING:
     from lora_fx.compare import Report
@@ -55,13 +55,30 @@ def emit(
     if as_json or page:
         whole = result(command, ok, warnings, **fields)
     if page:
-        say(f"wrote {page(whole)}")
+        try:
+            say(f"wrote {page(whole)}")
+        except LoraFxError as e:
+            outputs = fields.get("outputs")
+            if not isinstance(outputs, list) or not outputs:
+                raise
+            told = f"{', '.join(outputs)} was written, and its page was not: {e.message}"
+            raise LoraFxError(told, e.hint, exit_code=1) from e
     if as_json:
-        click.echo(json.dumps(whole, indent=1, default=str))
+        print_json(whole, indent=1)
     elif text:
-        click.echo(text)
+        echo(text)
     if refused is not None:
         raise refused
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print text; what no terminal should be told is shown by its code."""
+    click.echo(visible(text, lines=True), err=err)
+
+
+def print_json(value: object, indent: int | None = None) -> None:
+    """Print a value that any reader of JSON takes."""
+    click.echo(json.dumps(strict_json(value), indent=indent, default=str))
 
 
 def result(command: str, ok: bool, warnings: Sequence[str] = (), **fields: object) -> Json:
@@ -82,12 +99,12 @@ def _run() -> Json:
 def say(text: str) -> None:
     """A line of progress on stderr, unless -q."""
     if not _run().get("quiet"):
-        click.echo(text, err=True)
+        echo(text, err=True)
 
 
 def note(*texts: str) -> None:
     """What the user should know: a line each on stderr, and a row of the JSON's warnings."""
-    for text in texts:
+    for text in (one_line(t, 10_000) for t in texts):
         _run().get("notes", []).append(text)
         say(f"note: {text}")
 

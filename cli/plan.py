@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
@@ -22,7 +23,7 @@ from lora_fx.cli.report_option import report_option
 FROM_1 = click.IntRange(min=1)
 
 
-@click.command("plan")
+@click.command("plan", cls=FileCommand)
 @report_option
 @click.argument("model")
 @click.argument("data", required=False)

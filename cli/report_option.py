@@ -14,18 +14,13 @@ from pathlib import Path
 
 import click
 
-from lora_fx.cli.common import installed
+from lora_fx.cli.common import input_paths, installed
 from lora_fx.cli.options import force_option, split_weight
 from lora_fx.cli.output import result
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
 LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
-NAMED = (
-    "model", "data", "base", "tuned", "adapter", "adapters", "a", "b",
-    "weights", "inputs_file", "names", "plan",
-)  # fmt: skip
-"""Arguments and options that can name a file. Not every word that is one's name is meant so."""
 FILES = 100
 """Of a folder that are hashed."""
 
@@ -64,7 +59,7 @@ def _check(report: str, force: bool, given: JsonView) -> None:
 
     if not report.endswith((".html", ".htm")):
         raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
-    for path in _paths(given):
+    for path in input_paths(given):
         if path.exists() and Path(report).resolve() == path.resolve():
             raise LoraFxError(f"--report {report} is also an input", "choose another name")
     output = given.get("output") or given.get("out")
@@ -83,7 +78,7 @@ def write(path: str, force: bool, shown: JsonView) -> str:
     ctx = click.get_current_context()
     added: Json = {"argv": ctx.find_root().obj.get("argv") or [], "versions": versions()}
     outputs = [Path(p) for p in shown["outputs"]]
-    source = [p for p in _paths(ctx.params) if p not in outputs]
+    source = [p for p in input_paths(ctx.params) if p not in outputs]
     added |= _hashed([("input", p) for p in source] + [("output", p) for p in outputs], path)
     trust = bool(ctx.params.get("trust"))
     added["adapters"], said = _adapters(outputs, ctx.params, trust)
@@ -114,20 +109,6 @@ def versions() -> dict[str, str]:
 
     found = {"lora-fx": __version__, "python": platform.python_version(), **installed(*LIBRARIES)}
     return {**found, "platform": platform.platform(terse=True)}
-
-
-def _paths(given: JsonView) -> list[Path]:
-    """The files that were given: weights, and the function of `file.py:name`, cut off."""
-    found: dict[Path, None] = {}
-    for value in (given[n] for n in NAMED if n in given):
-        for text in value if isinstance(value, (tuple, list)) else [value]:
-            if not isinstance(text, str) or "\0" in text or len(text) > 4096:
-                continue
-            for path in (Path(text), Path(text.rpartition(":")[0])):
-                if path.name and path.exists():
-                    found[path] = None
-                    break
-    return list(found)
 
 
 def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import captured, json_option, model_options
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lora_fx.targets.found import Found
 
 
-@click.command("targets")
+@click.command("targets", cls=FileCommand)
 @click.argument("model")
 @model_options
 @click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")

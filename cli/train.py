@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.train.processes import Processes
 
 
-@click.command("train")
+@click.command("train", cls=FileCommand)
 @report_option
 @click.argument("model")
 @click.argument("data")

@@ -97,7 +97,7 @@ def saving_of(options: Json, force: bool) -> Saving:
         raise LoraFxError("--save-every, but no state is kept", "--save-state DIR")
     if folder:
         again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
-        check_folder(folder, force=force or again)
+        check_folder(folder, force=force or again, own=again)
     return Saving(folder, every, resume)
 
 

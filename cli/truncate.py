@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     adapter_of,
     captured,
@@ -23,7 +24,7 @@ from lora_fx.text import Json, JsonView
 TABLE = ("table", "model", "label", "loss", "weights")
 
 
-@click.command("truncate")
+@click.command("truncate", cls=FileCommand)
 @report_option
 @click.argument("adapter")
 @click.option("-o", "--output", metavar="OUT", help="Folder or .safetensors.")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     adapter_of,
@@ -19,7 +20,7 @@ from lora_fx.cli.output import emit
 from lora_fx.cli.report_option import report_option
 
 
-@click.command("verify")
+@click.command("verify", cls=FileCommand)
 @report_option
 @click.argument("a")
 @click.argument("b")

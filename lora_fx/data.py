@@ -9,6 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +22,7 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.read import open_input, read_text
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
 
@@ -273,9 +277,9 @@ def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[st
 def read_npz(path: str) -> dict[str, Array]:
     """Arrays of an .npz by name; never unpickles."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with open_input(path) as file, np.load(file, allow_pickle=False) as data:
             return dict(data)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as e:
         raise LoraFxError(
             f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez makes one"
         ) from e
@@ -283,10 +287,10 @@ def read_npz(path: str) -> dict[str, Array]:
 
 def _jsonl(path: str) -> dict[str, list[object]]:
     columns: dict[str, list[object]] = {}
-    for i, line in enumerate((x for x in _text(path).split("\n") if x.strip()), 1):
+    for i, line in enumerate((x for x in read_text(path).split("\n") if x.strip()), 1):
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise LoraFxError(f"{path}: row {i} is no JSON: {e}", "one object a line") from e
         if not isinstance(row, dict):
             raise LoraFxError(f"{path}: row {i} is no object", 'such as {"text": "…", "labels": 1}')
@@ -300,23 +304,16 @@ def _jsonl(path: str) -> dict[str, list[object]]:
     return columns
 
 
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise LoraFxError(f"{path}: not UTF-8: {e}", "iconv -t UTF-8 converts it") from e
-
-
 def _csv(path: str) -> dict[str, list[object]]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""))
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
         names = next(reader, [])
         rows = list(reader)
     except csv.Error as e:
         raise LoraFxError(f"{path}: line {reader.line_num}: {e}", "is it a .csv?") from e
-    twice = [n for n in names if names.count(n) > 1]
-    if twice:
-        raise LoraFxError(f"{path}: two columns are named {twice[0]!r}", "rename one")
+    twice = next((n for n, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise LoraFxError(f"{path}: two columns are named {twice!r}", "rename one")
     for i, row in enumerate(rows, 2):
         if len(row) != len(names):
             raise LoraFxError(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 
 
 class LoraFxError(Exception):
@@ -16,6 +20,7 @@ class LoraFxError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "", *, exit_code: int = 2) -> None:
+        message, hint = visible(message, lines=True), visible(hint, lines=True)
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -81,7 +86,81 @@ def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None
         )
 
 
+def visible(text: object, *, lines: bool = False) -> str:
+    r"""The text with control, format and lone surrogate characters as their codes.
+
+    Names from files are another's word: they may hold what moves a terminal's cursor, or turns the
+    direction of reading.
+
+    Args:
+        text: What is to be shown.
+        lines: Ends of lines stay.
+
+    >>> visible("a\u202eb\n")
+    'a\\u202eb\\u000a'
+    """
+    whole = str(text)
+    if whole.isprintable():
+        return whole
+    kept = " \n" if lines else " "
+    return "".join(c if c.isprintable() or c in kept else _code(c) for c in whole)
+
+
+def _code(c: str) -> str:
+    if unicodedata.category(c) == "Zs":
+        return c
+    return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+
+
 def one_line(text: object, limit: int = 300) -> str:
     """`text` folded to one line of at most `limit` characters, without colours of a terminal."""
-    line = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split())
+    line = visible(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+# Errors of the operating system.
+
+
+_WHY = {
+    errno.ENOSPC: ("disk full", "free space, or write to another disk"),
+    errno.EDQUOT: ("disk quota exceeded", "free space, or write to another disk"),
+    errno.EFBIG: ("larger than a file may be here", "write to another file system"),
+    errno.EROFS: ("the file system is read-only", "write to another folder"),
+    errno.EACCES: ("permission denied", "check who owns it and its mode"),
+    errno.EPERM: ("not permitted", "check who owns it and its mode"),
+    errno.EIO: ("input/output error", "the disk or the connection to it fails"),
+    errno.ENOENT: ("no such file or folder", "is the path right?"),
+    errno.EISDIR: ("is a folder", "is the path right?"),
+    errno.ENOTDIR: ("a part of the path is no folder", "is the path right?"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
+    errno.EBUSY: ("in use by the system", "is it a mount point? choose another output"),
+    errno.EMFILE: ("too many open files", "raise the limit: ulimit -n"),
+    errno.ENFILE: ("too many open files", "close other programs"),
+    errno.ESTALE: ("stale file handle", "the network file system was remounted: try again"),
+}
+
+
+def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
+    """What an error of the operating system means for `path`, in one line."""
+    why, hint = _WHY.get(error.errno or 0, ("", "is there space and access?"))
+    why = why or error.strerror or str(error) or type(error).__name__
+    return LoraFxError(f"{os.fspath(path)}: {one_line(why)}", hint)
+
+
+@contextlib.contextmanager
+def explained(
+    path: str | os.PathLike[str], only: tuple[int, ...] = (), *, itself: bool = False
+) -> Iterator[None]:
+    """Errors of the operating system as LoraFxErrors that name their own file, else `path`.
+
+    Args:
+        path: What is worked on.
+        only: The numbers of the errors that are meant; all where it is empty.
+        itself: Name `path` even where an error has a file of its own, such as a temporary one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if only and error.errno not in only:
+            raise
+        raise explain(error, path if itself else error.filename or path) from error

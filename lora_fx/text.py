@@ -6,14 +6,30 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_fx.errors import visible
+
 Json = dict[str, Any]
 """A JSON object; its values are what JSON has."""
 JsonView = Mapping[str, Any]
 """A JSON object that is only read."""
 
 
+def strict_json(value: Any) -> Any:
+    """A value as any reader of JSON takes it: infinities and NaN null, half surrogates as codes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {strict_json(str(k)): strict_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(v) for v in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
+
+
 def table(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as aligned text columns, the first row underlined."""
+    rows = [tuple(map(visible, row)) for row in rows]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

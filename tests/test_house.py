@@ -25,9 +25,9 @@ MODULES = list(HOUSE.modules.values())
 ORDER = (
     ("lora_fx.errors", "lora_fx.text", "lora_fx.dtypes", "lora_fx.silence"),
     ("lora_fx.conditions",),
+    ("lora_fx.files",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),
     ("lora_fx.ir",),
-    ("lora_fx.files",),
     ("lora_fx.targets",),
     ("lora_fx.adapter",),
     ("lora_fx.onnx.graph",),
@@ -50,7 +50,7 @@ LAZY = {
 LONG = 700
 FRAGMENT = 150
 """Lines: a module below it with one importer in its own folder is part of that importer."""
-CODE_LINES = 31_130
+CODE_LINES = 31_630
 """The budget without blanks, comments and docstrings; raised only with a line in the CHANGELOG."""
 ANY = 7.5
 """Occurrences in 1,000 lines: Any stays where torch's pytrees and foreign objects begin."""

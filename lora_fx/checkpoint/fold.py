@@ -22,6 +22,7 @@ from lora_fx.adapter.variant import factors, squares
 from lora_fx.dtypes import Array, Floating, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
+from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Region
@@ -260,7 +261,7 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
 def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:
     """What is left of W when the part that the update started from is taken off, as stored."""
     assert isinstance(p.change, LowRank)
-    with open(source.file, "rb") as f:
+    with open_input(source.file) as f:
         old = read_rows(f.fileno(), source, p.top, p.bottom - p.top, fold.matrix.columns)
     weight = old[:, p.left : p.right]
     left = residual(weight.T if p.transposed else weight, p.change, f"tensor {fold.name!r}")
@@ -271,7 +272,7 @@ def _column_squares(fold: TensorFold, i: int, p: Rectangle, source: TensorInfo) 
     """Sums of squares of W + ΔW along its columns, fp64."""
     sums = np.zeros(p.right - p.left, np.float64)
     step = rows_per_block(fold.matrix.columns)
-    with open(source.file, "rb") as f:
+    with open_input(source.file) as f:
         for low in range(p.top, p.bottom, step):
             n = min(step, p.bottom - low)
             delta = p.delta(low, low + n)

@@ -21,6 +21,7 @@ from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows, stats_o
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView
@@ -49,7 +50,7 @@ class Int8:
         """Root mean square of W, from rows at its start, middle and end."""
         rows, columns = codes.shape
         n, squares = min(count, rows), 0.0
-        with open(codes.file, "rb") as f, open(self.scales.file, "rb") as g:
+        with open_input(codes.file) as f, open_input(self.scales.file) as g:
             for low in (0, (rows - n) // 2, rows - n):
                 step = self.steps(read_rows(g.fileno(), self.scales, low, n, 1))
                 weight = read_rows(f.fileno(), codes, low, n, columns) * step
@@ -265,7 +266,7 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
 def _first_byte(info: TensorInfo | None) -> int:
     if info is None or info.stop == info.start:
         return 0
-    with open(info.file, "rb") as f:
+    with open_input(info.file) as f:
         f.seek(info.start)
         return (f.read(1) or b"\0")[0]
 

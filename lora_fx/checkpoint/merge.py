@@ -19,9 +19,10 @@ from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.files.atomic import check_output, check_space, explained, replacing
+from lora_fx.errors import LoraFxError, NoEffectError, explained
+from lora_fx.files.atomic import check_output, check_space, replacing
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.text import Json, some, table
 
@@ -31,6 +32,7 @@ Adapters = AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]]
 _MISSED = ("error", "own")
 
 
+@remembering()
 def merge(
     base: str | os.PathLike[str],
     adapters: Adapters,
@@ -107,6 +109,7 @@ def plan_merge(
         return make_plan(open_checkpoint(Path(base)), parts, options)
 
 
+@remembering()
 def run(
     plan: MergePlan,
     out: str | os.PathLike[str],
@@ -118,9 +121,11 @@ def run(
 ) -> Report:
     """Carry out a plan; see `merge`."""
     target = Path(out)
+    remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
+    for path in (g.path for g in plan.given if g.path):
+        remember(path, *(path.iterdir() if path.is_dir() else ()))
     check_output(target, force=force)
     with explained(target):
-        _check_apart(plan, target)
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:
             threads = workers or cores()
@@ -171,18 +176,6 @@ def given(adapters: Adapters, trust: bool = False) -> list[Given]:
             adapter = load_adapter(adapter, trust)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
-
-
-def _check_apart(plan: MergePlan, target: Path) -> None:
-    """Raise where writing the output would change an input."""
-    out, base = target.resolve(), plan.base.path.resolve()
-    for path in (base, *(g.path.resolve() for g in plan.given if g.path)):
-        inside = path == base and base.is_dir() and base in out.parents
-        if out == path or out in path.parents or inside:
-            raise LoraFxError(
-                f"{target}: the output {'lies in' if inside else 'would replace'} the input {path}",
-                "inputs are never changed: choose another output",
-            )
 
 
 def _whole(plan: MergePlan) -> bool:

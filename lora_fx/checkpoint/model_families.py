@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fx.files.safetensors import TensorInfo, read_json
+from lora_fx.files.read import read_json
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.targets.found import Found
 from lora_fx.text import JsonView

@@ -38,6 +38,7 @@ from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 
 ROWS = 4
@@ -178,7 +179,7 @@ def _ratio_int8(
 
 
 def _read(info: TensorInfo, low: int, high: int, columns: int) -> Array:
-    with open(info.file, "rb") as f:
+    with open_input(info.file) as f:
         return read_rows(f.fileno(), info, low, high - low, columns)
 
 

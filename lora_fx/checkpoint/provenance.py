@@ -25,6 +25,7 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
+from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
@@ -62,7 +63,7 @@ def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
 
 def _both_ends(info: TensorInfo, size: int) -> bytes:
     """The first and the last `size` bytes of a stored tensor; they overlap where it is short."""
-    with open(info.file, "rb") as f:
+    with open_input(info.file) as f:
         starts = (info.start, max(info.start, info.stop - size))
         return b"".join(read_at(f.fileno(), min(size, info.stop - i), i) for i in starts)
 

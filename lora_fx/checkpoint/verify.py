@@ -33,8 +33,7 @@ from lora_fx.checkpoint.tied import at_its_use, tie_and_names
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import explained
+from lora_fx.errors import LoraFxError, explained
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json, JsonView

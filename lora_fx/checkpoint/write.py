@@ -39,7 +39,8 @@ from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
-from lora_fx.files.safetensors import Header, TensorInfo, read_json
+from lora_fx.files.read import open_input, read_bytes, read_json
+from lora_fx.files.safetensors import Header, TensorInfo
 from lora_fx.text import Json, JsonView
 
 CHUNK = 64 << 20
@@ -436,10 +437,11 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         source, target = plan.base.path / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if str(name) == "config.json" and plan.tie is not None:
-            config = untied(json.loads(source.read_bytes()))
+            config = untied(read_json(source))
             target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
-            shutil.copyfile(source, target)
+            with open_input(source) as read, target.open("wb") as written:
+                shutil.copyfileobj(read, written)
 
 
 def report_name(plan: MergePlan) -> str:
@@ -464,7 +466,7 @@ def write_index(plan: MergePlan, folder: Path) -> None:
     if plan.base.index is None:
         return
     same = not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values())
-    data = plan.base.index.read_bytes()
+    data = read_bytes(plan.base.index)
     if not same:
         index = json.loads(data)
         index["weight_map"] |= dict(plan.added)

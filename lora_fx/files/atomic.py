@@ -15,35 +15,27 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, explained
 from lora_fx.files.copying import fcntl
+from lora_fx.files.ownership import check_apart, check_replaceable, write_contents
+from lora_fx.files.read import run_of_files
 
 _OLD = "replaced"
-_WHY = {
-    errno.ENOSPC: ("disk full", "free space, or write to another disk"),
-    errno.EDQUOT: ("disk quota exceeded", "free space, or write to another disk"),
-    errno.EFBIG: ("larger than a file may be here", "write to another file system"),
-    errno.EROFS: ("the file system is read-only", "write to another folder"),
-    errno.EACCES: ("permission denied", "check who owns it and its mode"),
-    errno.EPERM: ("not permitted", "check who owns it and its mode"),
-    errno.EIO: ("input/output error", "the disk or the connection to it fails"),
-    errno.ENOENT: ("no such file or folder", "is the path right?"),
-    errno.EISDIR: ("is a folder", "is the path right?"),
-    errno.ENOTDIR: ("a part of the path is no folder", "is the path right?"),
-    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
-    errno.EBUSY: ("in use by the system", "is it a mount point? choose another output"),
-    errno.EMFILE: ("too many open files", "raise the limit: ulimit -n"),
-    errno.ENFILE: ("too many open files", "close other programs"),
-    errno.ESTALE: ("stale file handle", "the network file system was remounted: try again"),
-}
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def replacing(
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    own: bool = False,
+    listed: bool = True,
+    undo: contextlib.ExitStack | None = None,
+) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends without an error.
 
     The block may make a file or a folder of it. Files get the mode 0666 & ~umask and folders
@@ -52,13 +44,20 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
     the very last step fails, the fsync of the parent, the whole output stands. One process at a
     time writes a path. What a killed one left is removed first.
 
+    Args:
+        path: The output.
+        force: Replace what `ownership` lets be replaced.
+        own: `path` is this run's own state, which it may have read.
+        listed: A folder gets the list of its files that makes it lora-fx's own.
+        undo: Where an error reaches this stack, the file goes again, and what it replaced is back.
+
     Raises:
-        LoraFxError: `path` exists and force is not given, its parent does not exist, another run
-            is writing it, the disk is full, or the file system refuses.
+        LoraFxError: `path` exists and force is not given, or does not count; its parent does not
+            exist, another run is writing it, the disk is full, or the file system refuses.
     """
     target = Path(path)
     with explained(target, itself=True):
-        check_output(target, force=force)
+        check_output(target, force=force, own=own)
         lock = contextlib.ExitStack()
         lock.enter_context(locked(target))
     with lock:
@@ -67,63 +66,76 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
         try:
             with explained(target, itself=True):
                 _clear_stale(target)
-                check_output(target, force=force)
+                check_output(target, force=force, own=own)
                 holder.mkdir()
                 mode = stat.S_IMODE(holder.stat().st_mode) & 0o777  # what the umask leaves
             with explained(target, _ONLY_WRITING, itself=True):
                 yield temporary
             with explained(target, itself=True):
+                if listed and _is_folder(temporary):
+                    write_contents(temporary)
                 _open_up(temporary, mode)
                 sync(temporary)
-                check_output(target, force=force)
+                check_output(target, force=force, own=own, new=temporary)
+                if undo is not None:
+                    _undone(undo, target)
                 _swap(temporary, target, holder / _OLD)
                 _sync_folder(target.parent)
         finally:
             _discard(holder, target)
+        if (run := run_of_files()) is not None:
+            run.written.append(target)
 
 
-def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
-    """What an error of the operating system means for `path`, in one line."""
-    why, hint = _WHY.get(error.errno or 0, ("", "is there space and access?"))
-    why = why or error.strerror or str(error) or type(error).__name__
-    return LoraFxError(f"{os.fspath(path)}: {one_line(why)}", hint)
+def _undone(undo: contextlib.ExitStack, target: Path) -> None:
+    """Let `undo` put a file back to what it is now, or remove it, where an error reaches it."""
+    holder = target.with_name(f".{target.name}.lora_fx_{secrets.token_hex(4)}.tmp")
+    old, there = holder / _OLD, _there(target)
+    holder.mkdir()
+
+    def back(error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            with contextlib.suppress(OSError):
+                os.replace(old, target) if there else target.unlink()
+        _discard(holder, target)
+
+    undo.push(back)
+    if there:
+        try:
+            os.link(target, old, follow_symlinks=False)
+        except OSError:  # no links on this file system
+            shutil.copy2(target, old, follow_symlinks=False)
 
 
-@contextlib.contextmanager
-def explained(
-    path: str | os.PathLike[str], only: tuple[int, ...] = (), *, itself: bool = False
-) -> Iterator[None]:
-    """Errors of the operating system as LoraFxErrors that name their own file, else `path`.
+def check_output(
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    own: bool = False,
+    new: Path | None = None,
+    names: Collection[str] | None = None,
+) -> None:
+    """Refuse an output, before any work is done, that exists or whose folder does not.
 
     Args:
-        path: What is worked on.
-        only: The numbers of the errors that are meant; all where it is empty.
-        itself: Name `path` even where an error has a file of its own, such as a temporary one.
+        path: The output.
+        force: It may exist, where `ownership` lets it be replaced.
+        own: It is this run's own state, which it may have read.
+        new: What takes its place, once that is written.
+        names: The files of a folder that is written, where they are known before.
     """
-    try:
-        yield
-    except OSError as error:
-        if only and error.errno not in only:
-            raise
-        raise explain(error, path if itself else error.filename or path) from error
-
-
-def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Refuse an output that exists, or whose folder does not, before any work is done."""
     target = Path(path)
     if target.name in ("", "..") or "\0" in str(target):
         raise LoraFxError(f"{str(target)!r} names no file", "name a file or folder to create")
     with explained(target):
         if _there(target) and not force:
             raise LoraFxError(f"{target} exists", "choose another output, or --force to replace it")
+        if _there(target):
+            check_replaceable(target, new, names)
+            if not own:
+                check_apart(target)
         if not target.parent.is_dir():
             raise LoraFxError(f"the folder {target.parent} does not exist", "create it first")
-
-
-def check_apart(source: Path, target: Path) -> None:
-    """Refuse an output that would replace the input."""
-    if target.resolve() == source.resolve():
-        raise LoraFxError(f"{target}: the output would replace the input", "choose another output")
 
 
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:

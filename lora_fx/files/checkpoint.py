@@ -7,13 +7,14 @@ and so is what must not travel with changed weights: other copies of them.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.safetensors import AGAIN, CONVERT, Header, TensorInfo, read_header, read_json
+from lora_fx.files.ownership import CONTENTS, is_ours
+from lora_fx.files.read import AGAIN, inside, read_json
+from lora_fx.files.safetensors import CONVERT, Header, TensorInfo, read_header
 from lora_fx.text import Json, JsonView
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -60,11 +61,20 @@ class Checkpoint:
     def companions(self) -> tuple[list[PurePosixPath], list[str]]:
         """Relative paths of the folder's other files, and names that are left out.
 
-        Hidden names and other weight files are left out; links are followed.
+        Hidden names, other weight files and folders that lora-fx wrote are left out.
+
+        Raises:
+            LoraFxError: A file is a link that leads out of the folder.
         """
         mine = {*self.shards, self.index.name if self.index else ""}
         found = _walk(self.path, PurePosixPath()) if self.path.is_dir() else ()
         others = [(name, goes) for name, goes in found if str(name) not in mine]
+        for name in (n for n, goes in others if goes):
+            if inside(self.path, str(name)) is None:
+                raise LoraFxError(
+                    f"{self.path / name}: a link that leads out of the folder",
+                    "copy what it points to (cp -L) in its place, or remove it",
+                )
         return [n for n, goes in others if goes], [str(n) for n, goes in others if not goes]
 
 
@@ -72,9 +82,12 @@ def _walk(folder: Path, at: PurePosixPath) -> Iterator[tuple[PurePosixPath, bool
     """Every file below a folder, and whether it goes along with other weights."""
     for child in sorted(folder.iterdir()):
         name, hidden = at / child.name, child.name.startswith(".")
+        if ".lora_fx_" in child.name and hidden:
+            continue  # what is being written, in a folder of its own base
         if child.is_dir() and not (hidden or child.is_symlink() or len(name.parts) > 8):
-            yield from _walk(child, name)
-        else:
+            if not is_ours(child):
+                yield from _walk(child, name)
+        elif child.name != CONTENTS:
             weights = child.name.endswith((*OTHER_WEIGHTS, ".index.json"))
             yield name, child.is_file() and not (hidden or weights)
 
@@ -148,8 +161,7 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
 
 
 def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:
-    path = PurePosixPath(name)
-    outside = path.is_absolute() or ".." in path.parts or bool(re.search(r"[\\:\0]", name))
+    outside = inside(index.parent, name) is None
     if outside or not name.endswith(".safetensors"):
         raise LoraFxError(
             f"{index}: names the shard {one_line(repr(name), 120)}; expected a .safetensors file "

@@ -13,7 +13,6 @@ import json
 import math
 import operator
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,19 +21,21 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, explained, one_line
+from lora_fx.files.read import (
+    AGAIN,
+    MAX_JSON,
+    json_object,
+    open_input,
+    refuse_pointer,
+)
 from lora_fx.text import Json
-
-MAX_HEADER = 32 << 20
-"""Largest header or index, in bytes; Python's json takes about 12 times that in memory."""
 
 MAX_DIMS = 64
 """numpy's limit; without one, the product of a hostile shape would never end."""
 
 _BY_CODE = {d.code: d for d in DTYPES.values()}
-_LFS = b"version https://git-lfs.github.com/spec/"
 CONVERT = "convert it to safetensors: safetensors.torch.save_file(state_dict, 'model.safetensors')"
-AGAIN = "the file is damaged or cut off: download or write it again"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def parse_header(data: bytes, size: int, file: Path) -> Header:
     What is accepted is what the safetensors library accepts, less what no writer makes and what
     two readers could take for two different things: a key that is there twice, fields beside
     dtype, shape and data_offsets, an entry that is no object, sizes from 2^63 up, more than
-    MAX_DIMS axes, more than MAX_HEADER bytes.
+    MAX_DIMS axes, more than MAX_JSON bytes.
 
     Args:
         data: The file from its first byte to the end of its header, or further.
@@ -81,9 +82,9 @@ def parse_header(data: bytes, size: int, file: Path) -> Header:
     Raises:
         LoraFxError: Anything else that is wrong; the message names file and tensor.
     """
-    _refuse_pointer(data, size, file)
+    refuse_pointer(data, size, file)
     n = _length(data[:8], size, file)
-    entries = _parse(file, data[8 : 8 + n], "header", refuse_minus_zero=True)
+    entries = json_object(data[8 : 8 + n], f"{file}: header", sizes=True)
     metadata = entries.pop("__metadata__", None)
     if metadata is None:  # serde reads null so too
         metadata = {}
@@ -99,11 +100,11 @@ def _length(head: bytes, size: int, file: Path) -> int:
     n = int.from_bytes(head, "little")
     if size < 8:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
-    if n > MAX_HEADER:
+    if n > MAX_JSON:
         if head.startswith((b"PK", b"\x80")):  # only now: a header of 128 bytes begins so too
             raise LoraFxError(f"{file}: a PyTorch pickle, not a safetensors file", CONVERT)
         raise LoraFxError(
-            f"{file}: its header would be {n} bytes; at most {MAX_HEADER} are read",
+            f"{file}: its header would be {n} bytes; at most {MAX_JSON} are read",
             "is this a safetensors file?",
         )
     if 8 + n > size:
@@ -111,66 +112,13 @@ def _length(head: bytes, size: int, file: Path) -> int:
     return n
 
 
-def read_json(file: Path) -> Json:
-    """A JSON object from a file of at most MAX_HEADER bytes; twice the same key is refused."""
-    size, _ = _open(file, 0)
-    if size > MAX_HEADER:
-        raise LoraFxError(f"{file}: {size} bytes; at most {MAX_HEADER} are read", AGAIN)
-    _, text = _open(file, size)
-    return _parse(file, text, "file")
-
-
 def _open(file: Path, count: int) -> tuple[int, bytes]:
     """Size of a file and its first `count` bytes; a git-LFS pointer is named as such."""
-    try:
-        if file.is_dir() or (file.exists() and not file.is_file()):
-            raise LoraFxError(f"{file}: not a regular file", "give a .safetensors file")
-        with file.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            _refuse_pointer(f.read(len(_LFS)), size, file)
-            f.seek(0)
-            return size, f.read(count)
-    except (OSError, ValueError) as e:
-        why = getattr(e, "strerror", None) or str(e)
-        raise LoraFxError(f"{file}: cannot be read: {why}", "is the path right?") from e
-
-
-def _refuse_pointer(data: bytes, size: int, file: Path) -> None:
-    if data.startswith(_LFS):
-        raise LoraFxError(
-            f"{file}: a git-LFS pointer ({size} bytes), not the file it stands for",
-            f"fetch the real files: git -C {file.parent} lfs pull",
-        )
-
-
-def _parse(file: Path, text: bytes, what: str, *, refuse_minus_zero: bool = False) -> Json:
-    def once(pairs: list[tuple[str, object]]) -> Json:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
-            raise ValueError(f"key {one_line(repr(twice), 80)} is there twice")
-        return result
-
-    def number(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    def integer(digits: str) -> int:
-        if digits == "-0":
-            raise ValueError("-0 is no size")
-        return int(digits)
-
-    slow = integer if refuse_minus_zero and b"-0" in text else None
-    try:
-        value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=once, parse_constant=number, parse_int=slow
-        )
-        if b"\\u" in text:  # half a surrogate pair is no text: nothing could print or write it
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as e:
-        raise LoraFxError(f"{file}: its {what} is not valid JSON: {one_line(e, 120)}", AGAIN) from e
-    if not isinstance(value, dict):
-        raise LoraFxError(f"{file}: its {what} is a JSON {type(value).__name__}, not an object")
-    return value
+    with open_input(file) as f, explained(file):
+        size = os.fstat(f.fileno()).st_size
+        head = f.read(max(count, 64))
+    refuse_pointer(head, size, file)
+    return size, head[:count]
 
 
 def _entry(file: Path, name: str, entry: object, data: int) -> TensorInfo:
@@ -309,11 +257,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 def first_bytes(path: Path) -> bytes:
     """The first 64 bytes of a file, which tell its kind."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(64)
-    except OSError as error:
-        raise LoraFxError(f"{path}: {error.strerror or error}", "is the path right?") from error
+    with open_input(path) as file, explained(path):
+        return file.read(64)
 
 
 def refuse_other_kinds(path: Path) -> None:

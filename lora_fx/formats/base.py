@@ -56,19 +56,6 @@ def metadata_text(metadata: JsonView) -> str:
         ) from error
 
 
-def json_object(text: str | bytes, where: str) -> Json:
-    """A JSON object, or an error that names its place."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LoraFxError(
-            f"{where}: not JSON: {one_line(error)}", "is the file complete?"
-        ) from error
-    if not isinstance(value, dict):
-        raise LoraFxError(f"{where}: a JSON {type(value).__name__}; expected an object")
-    return value
-
-
 def restore(
     entries: Mapping[str, Entry], header: Mapping[str, str], file: str
 ) -> tuple[dict[str, Entry], Json, bool]:

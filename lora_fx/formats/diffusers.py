@@ -38,6 +38,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Dense, Entry, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base
 from lora_fx.formats.base import File, FileHead
@@ -207,7 +208,7 @@ class _Configs:
         self.file = file
         self.where = f"{file.name}: {HEADER}"
         self.configs: dict[str, Json] = {}
-        for key, value in base.json_object(header.get(HEADER, "{}"), self.where).items():
+        for key, value in json_object(header.get(HEADER, "{}"), self.where).items():
             component, _, field = key.partition(".")
             known = component in COMPONENTS and field
             self.configs.setdefault(component if known else "", {})[field if known else key] = value

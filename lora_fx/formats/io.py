@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.atomic import explained, replacing
+from lora_fx.errors import LoraFxError, explained, one_line
+from lora_fx.files.atomic import check_output, replacing
 from lora_fx.formats import diffusers, kohya, onnx_adapter, torchtune
 from lora_fx.formats.base import FileHead, look
 from lora_fx.formats.naming import (
@@ -37,7 +37,6 @@ FORMATS: dict[str, ModuleType] = {
 WRITERS = tuple(name for name, module in FORMATS.items() if hasattr(module, "write_file"))
 _NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json", ".gguf")
 _ONE_MODEL = ("peft", "onnx_adapter")
-_REPLACEABLE = frozenset((peft.CONFIG, peft.WEIGHTS, diffusers.WEIGHTS, peft.PICKLED, "README.md"))
 
 
 def save_adapter(
@@ -71,12 +70,13 @@ def save_adapter(
     single = _is_file_of(writer, path, format)
     if format in _ONE_MODEL:
         adapter = one_model(adapter, f"format {format}")
-    _check_free(path, single, force)
+    force = force or (path.is_dir() and not single and not any(path.iterdir()))
+    if path.exists():
+        check_output(path, force=force)
     write = writer.write_file if single else writer.write
     with explained(path, itself=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, force=True) as stage:
-            _check_free(path, single, force)  # another run may have ended since
+        with replacing(path, force=force) as stage:
             notes: tuple[str, ...] = write(adapter, stage)
     return notes
 
@@ -205,26 +205,6 @@ def _is_file_of(writer: ModuleType, path: Path, format: str) -> bool:
             "choose another name or another format",
         )
     return False
-
-
-def _check_free(path: Path, single: bool, force: bool) -> None:
-    """Raise unless `path` may be written."""
-    if not path.exists() or (path.is_dir() and not single and not any(path.iterdir())):
-        return
-    if not force:
-        raise LoraFxError(f"{path}: output exists", "--force (force=True) replaces it")
-    if path.is_dir() == single:
-        kind, want = ("folder", "file") if single else ("file", "folder")
-        raise LoraFxError(
-            f"{path}: output exists and is a {kind}; expected a {want} to replace",
-            "choose another name",
-        )
-    others = [] if single else sorted({p.name for p in path.iterdir()} - _REPLACEABLE)
-    if others:
-        raise LoraFxError(
-            f"{path}: output exists and holds more than an adapter: {', '.join(others[:5])}",
-            "choose another folder, or remove it yourself",
-        )
 
 
 def is_adapter(path: str | PathLike[str]) -> bool:

@@ -42,7 +42,8 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_json, read_tensors
+from lora_fx.files.read import read_json
+from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.base import File, FileHead
 from lora_fx.text import Json, JsonView
 

@@ -6,8 +6,10 @@ the end of the data file or have negative sizes, and fail late or write a corrup
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,12 +17,17 @@ import onnx
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.read import inside, open_input, read_bytes, refuse_pointer
+from lora_fx.files.safetensors import MAX_DIMS
 
 DAMAGED = "the download or copy may be incomplete; fetch the file again"
-LFS = b"version https://git-lfs"
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 """The fields of a tensor that hold numbers one by one, beside raw_data."""
+MAX_MODEL = 1 << 31
+"""Bytes of an .onnx file without its data: protobuf's own limit."""
+MAX_NODES = 500_000
+"""Nodes of a model with its functions written out."""
 HALF_BYTE = {"INT4", "UINT4", "FLOAT4E2M1"}
 QUARTER_BYTE = {"INT2", "UINT2"}
 
@@ -32,11 +39,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
     """
     file = Path(path)
-    proto = _proto(file)
-    training = [g for t in proto.training_info for g in (t.initialization, t.algorithm)]
-    for graph in (proto.graph, *training):
-        for tensor in _tensors(graph, proto.functions):
-            _check(file, tensor)
+    proto = checked(file)
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises whatever its parts raise
@@ -52,24 +55,73 @@ def data_names(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
     """
+    proto = checked(path)
+    entries = (e for t in _all_tensors(proto) for e in t.external_data)
+    return list(dict.fromkeys(e.value for e in entries if e.key == "location"))
+
+
+def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The model of a file as protobuf, its tensors and sizes checked.
+
+    Raises:
+        LoraFxError: As load.
+    """
     file = Path(path)
     proto = _proto(file)
-    names: dict[str, None] = {}
-    for tensor in _tensors(proto.graph, proto.functions):
-        _check(file, tensor)
-        names |= {e.value: None for e in tensor.external_data if e.key == "location"}
-    return list(names)
+    sums: dict[Path, str] = {}
+    for tensor in _all_tensors(proto):
+        _check(file, tensor, sums)
+    twice = [n for n, k in Counter(t.name for t in proto.graph.initializer).items() if k > 1]
+    if twice:
+        raise LoraFxError(f"{file}: two initialisers are called {twice[0]!r}", DAMAGED)
+    count = _node_count(file, proto)
+    if count > MAX_NODES:
+        raise LoraFxError(
+            f"{file}: {count} nodes, functions written out; at most {MAX_NODES} are read",
+            "split the model, or let its exporter fold constants",
+        )
+    return proto
+
+
+def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    training = [g for t in proto.training_info for g in (t.initialization, t.algorithm)]
+    yield from _tensors(proto.graph, proto.functions)
+    for graph in training:
+        yield from _tensors(graph)
+
+
+def _node_count(file: Path, proto: onnx.ModelProto) -> int:
+    """Nodes of the model once every call of a function is written out."""
+    bodies = {(f.domain, f.name, f.overload): f.node for f in proto.functions}
+    known: dict[tuple[str, str, str], int] = {}
+    open_: set[tuple[str, str, str]] = set()
+
+    def count(nodes: Iterable[onnx.NodeProto]) -> int:
+        found = 0
+        for node in nodes:
+            name = (node.domain, node.op_type, node.overload)
+            found += of_function(name) if name in bodies else 1
+            for a in node.attribute:
+                found += sum(count(g.node) for g in _bodies(a))
+        return found
+
+    def of_function(name: tuple[str, str, str]) -> int:
+        if name in open_:
+            raise LoraFxError(f"{file}: the function {name[1]!r} calls itself", DAMAGED)
+        if name not in known:
+            open_.add(name)
+            known[name] = count(bodies[name])
+            open_.remove(name)
+        return known[name]
+
+    try:
+        return count(proto.graph.node)
+    except RecursionError as error:
+        raise LoraFxError(f"{file}: its functions call each other too deeply", DAMAGED) from error
 
 
 def _proto(file: Path) -> onnx.ModelProto:
-    try:
-        with file.open("rb") as f:
-            head = f.read(len(LFS))
-            if head == LFS:
-                raise LoraFxError(f"{file}: a git-lfs pointer, not the model", "git lfs pull")
-            data = head + f.read()
-    except OSError as error:
-        raise LoraFxError(f"{file}: {error.strerror}", "is the path right?") from error
+    data = read_bytes(file, most=MAX_MODEL)
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -96,33 +148,54 @@ def _tensors(
         yield from a.tensors
         for sparse in (a.sparse_tensor, *a.sparse_tensors):
             yield from (sparse.values, sparse.indices) if sparse.dims else ()
-        for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
+        for body in _bodies(a):
             yield from _tensors(body)
 
 
-def _check(file: Path, tensor: onnx.TensorProto) -> None:
-    """Raise where a tensor's sizes and bytes do not agree."""
+def _bodies(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
+    """Raise where a tensor's sizes and bytes do not agree; `sums` keeps those of data files."""
     name = f"{file}: tensor {tensor.name!r}"
     dims = list(tensor.dims)
+    external = tensor.data_location == onnx.TensorProto.EXTERNAL
+    if bool(tensor.external_data) != external:
+        there = "a place in a data file and no mark" if tensor.external_data else "a mark and none"
+        raise LoraFxError(f"{name} has {there} that its bytes lie there", DAMAGED)
     if any(d < 0 for d in dims):
         raise LoraFxError(f"{name} has sizes {dims}; expected none below 0", DAMAGED)
+    if len(dims) > MAX_DIMS:
+        raise LoraFxError(f"{name} has {len(dims)} axes; at most {MAX_DIMS} are read", DAMAGED)
     if tensor.data_type == onnx.TensorProto.STRING:
+        if external or tensor.HasField("raw_data") or len(tensor.string_data) != math.prod(dims):
+            raise LoraFxError(f"{name}: its texts do not fit its sizes {dims}", DAMAGED)
         return
     if tensor.data_type not in onnx.TensorProto.DataType.values() or not tensor.data_type:
         raise LoraFxError(f"{name} has the unknown dtype {tensor.data_type}", DAMAGED)
     wanted = _bytes(tensor.data_type, math.prod(dims))
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        _external(file, name, tensor, wanted)
+    typed = _typed(tensor)
+    if external:
+        _external(file, name, tensor, wanted, sums)
     elif tensor.HasField("raw_data") and len(tensor.raw_data) != wanted:
         raise LoraFxError(
             f"{name} holds {len(tensor.raw_data)} bytes; {dims} needs {wanted}", DAMAGED
         )
-    elif (
-        wanted
-        and not tensor.HasField("raw_data")
-        and not any(len(getattr(tensor, n)) for n in TYPED)
-    ):
-        raise LoraFxError(f"{name} holds 0 bytes; {dims} needs {wanted}", DAMAGED)
+    elif not tensor.HasField("raw_data") and typed != _numbers(tensor.data_type, math.prod(dims)):
+        raise LoraFxError(f"{name} holds {typed} numbers; {dims} needs {wanted} bytes", DAMAGED)
+
+
+def _typed(tensor: onnx.TensorProto) -> int:
+    """How many numbers a tensor holds one by one."""
+    return sum(len(getattr(tensor, name)) for name in TYPED)
+
+
+def _numbers(dtype: int, count: int) -> int:
+    """How many a tensor of so many elements needs there: small ones are packed, complex two."""
+    kind = onnx.TensorProto.DataType.Name(dtype)
+    packed = 2 if kind in HALF_BYTE else 4 if kind in QUARTER_BYTE else 1
+    return 2 * count if kind.startswith("COMPLEX") else -(-count // packed)
 
 
 def _bytes(dtype: int, count: int) -> int:
@@ -134,7 +207,9 @@ def _bytes(dtype: int, count: int) -> int:
     return count * onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize
 
 
-def _external(file: Path, name: str, tensor: onnx.TensorProto, wanted: int) -> None:
+def _external(
+    file: Path, name: str, tensor: onnx.TensorProto, wanted: int, sums: dict[Path, str]
+) -> None:
     entries = {e.key: e.value for e in tensor.external_data}
     twice = len(entries) < len(tensor.external_data)  # readers differ in which one they take
     odd = ["given twice"] if twice else sorted(set(entries) - KNOWN)
@@ -158,23 +233,29 @@ def _external(file: Path, name: str, tensor: onnx.TensorProto, wanted: int) -> N
             f"{name} lies at bytes {offset} to {offset + wanted} of {location}, which has {size}",
             DAMAGED,
         )
+    if said := entries.get("checksum"):
+        if data not in sums:
+            with open_input(data) as opened:
+                sums[data] = hashlib.file_digest(opened, "sha1").hexdigest()  # type: ignore[arg-type]
+        if said.lower() != sums[data]:
+            raise LoraFxError(
+                f"{name}: {location} has the SHA-1 sum {sums[data]}; expected {one_line(said, 60)}",
+                DAMAGED,
+            )
 
 
 def _data_file(file: Path, name: str, location: str) -> Path:
     """The data file of a tensor, which has to lie in the model's own folder."""
-    folder = file.parent.resolve()
-    data = file.parent / location
-    inside = location and not os.path.isabs(location) and folder in data.resolve().parents
-    if not inside:
+    data, home = inside(file.parent, location), file.parent.resolve()
+    if data is None or home not in data.parents:  # the runtime follows no links out of it
         raise LoraFxError(
             f"{name} is said to lie in {location!r}, outside the folder of the model",
             "data files lie beside the model; a cache of links has to be copied (cp -rL) first",
         )
     if not data.is_file():
         raise LoraFxError(f"{name} lies in {location}, which is missing", DAMAGED)
-    with data.open("rb") as f:
-        if f.read(len(LFS)) == LFS:
-            raise LoraFxError(f"{data}: a git-lfs pointer, not the data", "git lfs pull")
+    with open_input(data) as f:
+        refuse_pointer(f.read(64), data.stat().st_size, data)
     if data.stat().st_nlink > 1:
         raise LoraFxError(
             f"{data} has {data.stat().st_nlink} hard links; the onnx package refuses such data",

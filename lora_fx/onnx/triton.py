@@ -27,8 +27,8 @@ from google.protobuf.message_factory import GetMessages
 from google.protobuf.text_encoding import CEscape
 
 from lora_fx.dtypes import from_onnx
-from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.atomic import explained, replacing
+from lora_fx.errors import LoraFxError, explained, one_line
+from lora_fx.files.atomic import replacing
 from lora_fx.onnx.load import data_names
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_manifest
 from lora_fx.onnx.session import RuntimeSession, open_session
@@ -107,7 +107,7 @@ class Repository:
                 with explained(self.folder):
                     self.folder.mkdir()
                 failed.callback(_remove_empty, self.folder)
-            with replacing(made) as new:
+            with replacing(made, listed=False) as new:
                 version = new / number if first else new
                 version.mkdir(parents=True)
                 if first:

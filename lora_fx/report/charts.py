@@ -12,7 +12,8 @@ from typing import NamedTuple, TypeGuard
 
 from markupsafe import Markup
 
-from lora_fx.report.rows import Json, Row, number, percent, plural, visible
+from lora_fx.errors import visible
+from lora_fx.report.rows import Json, Row, number, percent, plural
 
 POINTS = 400
 """Of a drawn line; a longer run is drawn as means of equal spans."""

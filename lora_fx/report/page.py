@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from lora_fx.errors import visible
 from lora_fx.report import charts
 from lora_fx.report.rows import (
     Json,
@@ -30,8 +30,8 @@ from lora_fx.report.rows import (
     rows_of,
     shape,
     size,
-    visible,
 )
+from lora_fx.text import strict_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -55,7 +55,7 @@ def page(result: Json) -> str:
         "rounding": charts.rounding(rows),
         "table": table(result, rows),
         "command_line": shlex.join((result.get("page") or {}).get("argv") or ()),
-        "data": _plain(result),
+        "data": strict_json(result),
         "style": Markup((TEMPLATES / "style.css").read_text("utf-8")),
         "script": Markup(script),
         "script_hash": _hash(script),
@@ -78,17 +78,6 @@ def _templates() -> Environment:
         "separators": (",", ":"), "default": str, "allow_nan": False,
     }  # fmt: skip
     return made
-
-
-def _plain(value: object) -> object:
-    """JSON has no infinities and no NaN: they are null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
 
 
 def _hash(script: str) -> str:

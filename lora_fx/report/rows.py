@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from markupsafe import Markup
+
+from lora_fx.errors import visible
 
 
 @dataclass
@@ -166,21 +167,6 @@ THIN = "\u202f"
 """A narrow space that does not break: between groups of three digits."""
 
 Json = Mapping[str, Any]
-
-
-def visible(text: object) -> str:
-    r"""The text with control, format and lone surrogate characters as their codes.
-
-    >>> visible("a\u202eb\n")
-    'a\\u202eb\\u000a'
-    """
-    return "".join(_shown(c) if not c.isprintable() and c != " " else c for c in str(text))
-
-
-def _shown(c: str) -> str:
-    if unicodedata.category(c) == "Zs":
-        return c
-    return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
 
 
 def broken(key: str) -> Markup:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 
-from lora_fx.errors import LoraFxError, check_format, one_line
+from lora_fx.errors import LoraFxError, check_format
+from lora_fx.files.read import read_json
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, tied
 from lora_fx.targets.roles import HEAD_ROWS
@@ -308,11 +309,8 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
     where = fspath(path)
     if not Path(where).is_file():
         raise LoraFxError(f"{where}: no such file", "lora-fx plan MODEL DATA -o FILE writes one")
-    try:
-        data = json.loads(Path(where).read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as e:
-        raise LoraFxError(f"{where} is no JSON: {one_line(e, 100)}", "write it again") from e
-    if not isinstance(data, dict) or not isinstance(data.get("targets"), dict):
+    data = read_json(where, hint="write it again")
+    if not isinstance(data.get("targets"), dict):
         raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")
     for name, value in data.items():
         if name not in FIELDS:
@@ -330,15 +328,6 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
     if not kept:
         raise LoraFxError(f"{where}: no target has a rank above 0", "there is nothing to adapt")
     return kept
-
-
-def _once(pairs: list[tuple[str, object]]) -> Json:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [k for k, _ in pairs]
-        twice = next(k for k in names if names.count(k) > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
-    return found
 
 
 def _entry(where: str, key: str, value: object) -> Json:

@@ -16,7 +16,8 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.files.atomic import check_apart, check_output
+from lora_fx.files.atomic import check_output
+from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -36,6 +37,7 @@ from lora_fx.targets.found import Found
 from lora_fx.text import Json
 
 
+@remembering()
 def export(
     model: object,
     path: str | PathLike[str],
@@ -105,6 +107,7 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
+    remember(*([model] if isinstance(model, (str, PathLike)) else []))
     adapters = opened_adapters(adapters)
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
@@ -166,7 +169,6 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
         NoEffectError: The outputs differ; nothing is written.
     """
     source = Path(source)
-    check_apart(source, options.target)
     if options.mode == "merged":
         return _merged_file(source, options)
     adapters = by_name(options)

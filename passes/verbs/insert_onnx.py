@@ -21,7 +21,8 @@ from lora_fx.adapter.initial import OF_DATA, initial
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.files.atomic import check_apart, check_output
+from lora_fx.files.atomic import check_output
+from lora_fx.files.read import remember, remembering
 from lora_fx.inputs import Named
 from lora_fx.ir.emitter import Role
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -62,6 +63,7 @@ class OnnxInsertOptions(BranchOptions):
             )
 
 
+@remembering()
 def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **options: Any) -> Report:
     """Write the file with untrained branches.
 
@@ -77,8 +79,8 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
     """
     asked = OnnxInsertOptions(**options)
     source, target = Path(source), Path(path)
+    remember(source)
     check_output(target, force=asked.force)
-    check_apart(source, target)
     model = load(source)
     if PROPERTY in model.metadata_props:
         raise LoraFxError(f"{source}: it has slots for adapters already", "start from its base")

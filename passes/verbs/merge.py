@@ -22,7 +22,8 @@ from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.checkpoint.provenance import METADATA, refuse_again
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError, check_format
-from lora_fx.files.atomic import check_apart, check_output
+from lora_fx.files.atomic import check_output
+from lora_fx.files.read import remember, remembering
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -87,6 +88,7 @@ class OnnxMergeOptions:
         return cls(**{k: v for k, v in options.items() if k in known})
 
 
+@remembering()
 def merge_onnx(
     base: str | PathLike[str], adapters: Adapters, out: str | PathLike[str], **options: object
 ) -> Report:
@@ -104,8 +106,8 @@ def merge_onnx(
     """
     asked = OnnxMergeOptions.of(options)
     source, target = Path(base), Path(out)
+    remember(source)
     check_output(target, force=asked.force)
-    check_apart(source, target)
     plan = plan_onnx(source, adapters, asked)
     external = is_external(source)  # once it is known to be a file that can be read
     if asked.delta:

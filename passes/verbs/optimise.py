@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_fx.compare import Report, sizes_text
 from lora_fx.files.atomic import check_output
+from lora_fx.files.read import remember
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
@@ -78,6 +79,7 @@ def optimise_file(
     Raises:
         LoraFxError: The file does not load or run; nothing is written.
     """
+    remember(source)
     check_output(path, force=force)
     target = Path(path)
     opened = load(source)

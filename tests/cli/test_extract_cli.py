@@ -54,7 +54,9 @@ def test_the_whole_way(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, _ = run(capsys, f"{BOTH} --energy 0.5 --max-rank 3 --force --include q_proj")
     assert code == 0 and list(lora_fx.load_adapter("x").entries) == ["q_proj.weight"]
     code, _, err = run(capsys, "truncate x -o x --rank 1 --force")
-    assert code == 0 and lora_fx.load_adapter("x").lowrank["q_proj.weight"].rank == 1
+    assert code == 2 and "would replace the input x" in err
+    code, _, err = run(capsys, "truncate x -o t --rank 1 --force")
+    assert code == 0 and lora_fx.load_adapter("t").lowrank["q_proj.weight"].rank == 1
 
 
 def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,16 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from lora_fx.errors import LoraFxError
+from lora_fx import errors
+from lora_fx.errors import LoraFxError, explain
 from lora_fx.files import atomic
-from lora_fx.files.atomic import check_output, explain, replacing
+from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.copying import copy_range, preallocate, write_at
+from lora_fx.files.ownership import CONTENTS, write_contents
 from tests.faults import WRITES, each_fault
 
 State = dict[str, bytes] | bytes | None
 NEW_FOLDER: State = {"a.bin": b"head" + b"input" * 50, "b.json": b'{"x": 1}', "sub/c": b"c"}
-NEW_FILE: State = b"new"
-OLD: dict[str, State] = {"file": b"old", "folder": {"old": b"1", "sub/older": b"2"}, "none": None}
+NEW_FILE: State = b'{"format": 1, "version": 2}'
+OLD: dict[str, State] = {
+    "file": b'{"format": 1, "version": 1}',
+    "folder": {"old": b"1", "sub/older": b"2"},
+    "none": None,
+}
 
 
 def state(path: Path) -> State:
@@ -29,7 +35,9 @@ def state(path: Path) -> State:
         return None
     if path.is_file():
         return path.read_bytes()
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    found = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    assert found.pop(CONTENTS)
+    return found
 
 
 def put(path: Path, what: State) -> None:
@@ -38,13 +46,15 @@ def put(path: Path, what: State) -> None:
     for name, content in (what if isinstance(what, dict) else {}).items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
+    if isinstance(what, dict):
+        write_contents(path)
 
 
 def write(out: Path, source: Path, kind: str, force: bool) -> None:
     """A small output by every way of writing."""
     with replacing(out, force=force) as temporary:
         if kind == "file":
-            temporary.write_bytes(b"new")
+            temporary.write_bytes(b'{"format": 1, "version": 2}')
             return
         (temporary / "sub").mkdir(parents=True)
         with source.open("rb") as f:
@@ -59,8 +69,7 @@ def write(out: Path, source: Path, kind: str, force: bool) -> None:
         (temporary / "sub" / "c").write_text("c")
 
 
-VARIANTS = [("file", "none"), ("file", "file"), ("folder", "none"), ("folder", "folder"),
-            ("folder", "file"), ("file", "folder")]  # fmt: skip
+VARIANTS = [("file", "none"), ("file", "file"), ("folder", "none"), ("folder", "folder")]
 
 
 class Scene:
@@ -124,7 +133,7 @@ def test_a_full_disk_is_one_line(memory: Path, kind: str, before: str, error: in
         scene.check()
         if case.raised is not None:
             assert isinstance(case.raised, LoraFxError), str(case)
-            assert case.raised.message == f"{scene.out}: {atomic._WHY[error][0]}"
+            assert case.raised.message == f"{scene.out}: {errors._WHY[error][0]}"
             assert words[error] in case.raised.message and case.raised.hint
 
 
@@ -218,11 +227,11 @@ def test_stale_temporaries_go_and_nothing_else(tmp_path: Path) -> None:
         put(tmp_path / name, {"f": b"1"})
     with replacing(tmp_path / "out") as temporary:
         assert not stale.exists()
-        temporary.write_text("x")
+        put(temporary, NEW_FILE)
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "out"])
     (tmp_path / ".out.lora_fx_00000000.tmp").write_text("a file is none of ours")
     with replacing(tmp_path / "out", force=True) as temporary:
-        temporary.write_text("x")
+        put(temporary, NEW_FILE)
     assert (tmp_path / ".out.lora_fx_00000000.tmp").exists()
 
 

@@ -19,7 +19,8 @@ from lora_fx.checkpoint.targets import file_targets
 from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import MAX_HEADER, TensorInfo, read_header
+from lora_fx.files.read import MAX_JSON
+from lora_fx.files.safetensors import TensorInfo, read_header
 from lora_fx.fx.load.models import check_fit
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -79,8 +80,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "header cut": (made({"w": W})[:40], "header alone needs"),
     "data cut": (made({"w": W}, 23), "cut off"),
     "trailing": (made({"w": W}, 25), "belong to no tensor"),
-    "header bomb": ((1 << 60).to_bytes(8, "little") + bytes(64), f"at most {MAX_HEADER}"),
-    "too large": ((MAX_HEADER + 1).to_bytes(8, "little") + bytes(64), f"at most {MAX_HEADER}"),
+    "header bomb": ((1 << 60).to_bytes(8, "little") + bytes(64), f"at most {MAX_JSON}"),
+    "too large": ((MAX_JSON + 1).to_bytes(8, "little") + bytes(64), f"at most {MAX_JSON}"),
     "git-LFS": (LFS, "git-LFS pointer"),
     "zip pickle": (b"PK\x03\x04" + bytes(60), "PyTorch pickle"),
     "bad JSON": (made(b'{"w": '), "not valid JSON"),

@@ -173,7 +173,7 @@ def test_killed_at_every_call(memory: Path, kind: str, before: str, swap: str) -
 
 def test_a_second_run_fails_at_once(tmp_path: Path) -> None:
     with replacing(tmp_path / "x") as temporary:
-        temporary.write_text("first")
+        temporary.write_text('{"format": 1, "version": 1}')
         begin = time.monotonic()
         with pytest.raises(LoraFxError) as caught, replacing(tmp_path / "x", force=True):
             pytest.fail("entered")
@@ -230,7 +230,7 @@ def test_without_flock(
     with monkeypatch.context() as m:
         remove(m)
         with replacing(tmp_path / "x") as temporary:
-            temporary.write_text("1")
+            temporary.write_text('{"format": 1, "version": 1}')
             content = file.read_text()
             pid, host, *_ = content.split()
             me = f"{pid} {host}"
@@ -245,7 +245,7 @@ def test_without_flock(
             file.write_text(text)
             if free:
                 with replacing(tmp_path / "x", force=True) as temporary:
-                    temporary.write_text("2")
+                    temporary.write_text('{"format": 1, "version": 2}')
                 assert os.listdir(tmp_path) == ["x"]
                 continue
             with pytest.raises(LoraFxError, match="another run") as caught, locked(tmp_path / "x"):

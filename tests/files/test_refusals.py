@@ -15,7 +15,8 @@ from safetensors.numpy import save, save_file
 from lora_fx.checkpoint.targets import EMPTY, file_targets
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import MAX_HEADER, parse_header, read_header, read_json
+from lora_fx.files.read import MAX_JSON, read_json
+from lora_fx.files.safetensors import parse_header, read_header
 from lora_fx.formats.io import load_adapter
 
 FILE = Path("x.safetensors")
@@ -81,11 +82,11 @@ def test_bytes_may_end_with_the_header() -> None:
 def test_a_large_header_is_refused_unread(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     with file.open("wb") as f:
-        f.write((MAX_HEADER + 1).to_bytes(8, "little") + b"{")
-        f.truncate(4 * MAX_HEADER)  # sparse
+        f.write((MAX_JSON + 1).to_bytes(8, "little") + b"{")
+        f.truncate(4 * MAX_JSON)  # sparse
     tracemalloc.start()
     try:
-        with pytest.raises(LoraFxError, match=f"at most {MAX_HEADER} are read"):
+        with pytest.raises(LoraFxError, match=f"at most {MAX_JSON} are read"):
             read_json(file) if name.endswith("json") else read_header(file)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

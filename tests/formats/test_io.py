@@ -51,7 +51,7 @@ def test_a_file_finds_its_config_beside_it(plain: Write) -> None:
 def test_existing_output(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     save_adapter(small(1), path)
-    with pytest.raises(LoraFxError, match="output exists") as caught:
+    with pytest.raises(LoraFxError, match="exists") as caught:
         save_adapter(small(2), path)
     assert "--force" in caught.value.hint
     assert load_adapter(path).lowrank["x.weight"].a[0, 0] == 1

@@ -18,7 +18,7 @@ from lora_fx.checkpoint.doctor import checks
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
-from lora_fx.files.atomic import explained
+from lora_fx.errors import explained
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, some, table
 

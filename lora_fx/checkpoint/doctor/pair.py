@@ -25,6 +25,7 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.copying import read_at
+from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo, is_float, read_tensors
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
@@ -207,7 +208,7 @@ def sample(info: TensorInfo, count: int = 4096) -> Array:
     size = (info.stop - info.start) // dtype.itemsize
     n = min(count, size)
     parts = []
-    with open(info.file, "rb") as f:
+    with open_input(info.file) as f:
         for at in (0, (size - n) // 2, size - n):
             raw = read_at(f.fileno(), n * dtype.itemsize, info.start + at * dtype.itemsize)
             parts.append(np.frombuffer(raw, dtype).astype(np.float64))

@@ -20,9 +20,10 @@ from pathlib import Path
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.read import json_object, read_json
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
 from lora_fx.formats import lycoris
-from lora_fx.formats.base import FileHead, PeftFile, json_object, metadata_text
+from lora_fx.formats.base import FileHead, PeftFile, metadata_text
 from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.read import decode
 from lora_fx.formats.peft.write import encode
@@ -104,7 +105,7 @@ def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
     beside = file.parent / CONFIG
     if isinstance(ours.get("config"), dict):
         return dict(ours["config"]), f"{file}: config in metadata lora_fx"
-    return json_object(beside.read_bytes(), str(beside)) if beside.is_file() else None, str(beside)
+    return read_json(beside) if beside.is_file() else None, str(beside)
 
 
 def _tensors(path: Path, trust: bool) -> tuple[dict[str, Array], dict[str, str]]:

@@ -22,7 +22,7 @@ from lora_fx.data import Tokenizer
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import read_json
+from lora_fx.files.read import read_json
 from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView, some
 

@@ -8,18 +8,18 @@ bytes by what the JSON says of them, their checksums compared.
 from __future__ import annotations
 
 import io
-import json
 import math
+import weakref
 import zipfile
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.read import json_object, open_input
 from lora_fx.text import Json, JsonView
 
 MANIFEST = "data/extra/lora_fx.json"
@@ -78,13 +78,7 @@ class Archive:
 
     def json(self, member: str) -> Json:
         """A member as a JSON object."""
-        try:
-            value = json.loads(self.read(member))
-        except (ValueError, RecursionError) as e:
-            raise self.bad(f"{member} is no JSON: {one_line(e, 120)}") from e
-        if not isinstance(value, dict):
-            raise self.bad(f"{member} is a {type(value).__name__}, not an object")
-        return value
+        return json_object(bytes(self.read(member)), f"{self.path}: {member}", hint=BROKEN)
 
     def state(self, folder: str, program: str, kind: str) -> dict[str, torch.Tensor]:
         """{name: tensor} of one program; equal bytes read in equal ways are one tensor.
@@ -203,10 +197,10 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     Raises:
         LoraFxError: No such file, no zip, no .pt2 archive, or one of another version.
     """
-    if not Path(path).is_file():
-        raise LoraFxError(f"{path}: no such file", "is the path right?")
     try:
-        opened = zipfile.ZipFile(path)
+        file = open_input(path)
+        opened = zipfile.ZipFile(file)
+        weakref.finalize(opened, file.close)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
         raise LoraFxError(f"{path}: no .pt2 file, or a cut one: {one_line(e, 120)}", BROKEN) from e
     infos = opened.infolist()

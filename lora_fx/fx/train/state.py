@@ -27,8 +27,9 @@ from lora_fx.adapter.factors import asked
 from lora_fx.checkpoint.provenance import ends
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, check_format, one_line, stamp
+from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -215,25 +216,20 @@ def _put_rng(row: torch.Tensor, device: torch.device) -> None:
 WORDS, TENSORS = "state.json", "state.safetensors"
 
 
-def check_folder(folder: str, *, force: bool) -> None:
+def check_folder(folder: str, *, force: bool, own: bool = False) -> None:
     """Refuse, before any work, a folder that no state can be written to.
 
     Args:
         folder: To be made.
         force: Replace a state that is there; a folder that holds anything else never is.
+        own: The state of this run, which goes on from it.
     """
-    check_output(folder, force=force)
-    path = Path(folder)
-    if path.exists() and not (
-        path.is_dir() and {p.name for p in path.iterdir()} <= {WORDS, TENSORS}
-    ):
-        raise LoraFxError(f"{folder} holds other things than a training state", "choose another")
+    check_output(folder, force=force, own=own, names=(WORDS, TENSORS))
 
 
 def write_folder(folder: str, words: Named, tensors: Mapping[str, Array]) -> None:
     """Write a state; the old one stands until the new one is whole and on disk."""
-    with replacing(folder, force=True) as stage:
-        check_folder(folder, force=True)
+    with replacing(folder, force=True, own=True) as stage:
         stage.mkdir()
         text = json.dumps({**stamp(), **words}, indent=1, allow_nan=False)
         (stage / WORDS).write_text(text + "\n", encoding="utf-8")
@@ -260,12 +256,7 @@ def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
             f"{folder}: no training state: {WORDS} and {TENSORS} are not both there",
             "train --save-state writes one",
         )
-    try:
-        words = json.loads((path / WORDS).read_text(encoding="utf-8"))
-        if not isinstance(words, dict):
-            raise TypeError("no object")
-    except (ValueError, TypeError, OSError) as e:
-        raise LoraFxError(f"{path / WORDS}: damaged: {one_line(e)}", "start anew") from e
+    words = read_json(path / WORDS, hint="start anew")
     check_format(words, str(path / WORDS))
     return words, read_tensors(path / TENSORS)[0]
 

@@ -1,0 +1,250 @@
+"""The one gate for what is read: regular files of a bounded size, and names that stay at home.
+
+A path that the user gives is followed wherever it leads. A name that stands in a file (a shard in
+an index, the data of an ONNX tensor) or in a folder that is copied whole is another's word: it is
+resolved inside that folder, and no link may lead out of it. The Hugging Face cache is the one
+exception, since the files of a snapshot there are links to `blobs` of the same repository.
+
+Within a block of `remembering`, whatever is read is remembered, and `ownership` lets no output
+take its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from lora_fx.errors import LoraFxError, explain, one_line
+from lora_fx.text import Json
+
+MAX_JSON = 32 << 20
+"""Largest JSON file, header or index, in bytes; Python's json takes about 12 times that."""
+
+AGAIN = "the file is damaged or cut off: download or write it again"
+_LFS = b"version https://git-lfs"
+_KINDS = {
+    stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device", stat.S_ISBLK: "a device",
+}  # fmt: skip
+
+
+@dataclass
+class Remembered:
+    """What a run has read and written: the paths as they were given and as links lead, and inodes.
+
+    Attributes:
+        paths: Absolute path → the name that the user knows it by.
+        inodes: (device, inode) → the same.
+        written: Outputs that have their name.
+    """
+
+    paths: dict[Path, str] = field(default_factory=dict)
+    inodes: dict[tuple[int, int], str] = field(default_factory=dict)
+    written: list[Path] = field(default_factory=list)
+
+
+_run: ContextVar[Remembered | None] = ContextVar("run", default=None)
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[Remembered]:
+    """A run: what is read within is remembered until its end. One within another is part of it."""
+    now = _run.get()
+    if now is not None:
+        yield now
+        return
+    token = _run.set(Remembered())
+    try:
+        run = _run.get()
+        assert run is not None
+        yield run
+    finally:
+        _run.reset(token)
+
+
+def run_of_files() -> Remembered | None:
+    """What the run that goes on has read and written; None outside of one."""
+    return _run.get()
+
+
+def remember(*paths: str | os.PathLike[str]) -> None:
+    """Take files and folders for inputs of this run, where there is one; what is not there is not.
+
+    A file is remembered by itself wherever it is opened here: this is for those that a library
+    opens by their names.
+    """
+    run = _run.get()
+    if run is None:
+        return
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            found = os.stat(path)
+            name = os.fspath(path)
+            run.paths |= {Path(os.path.abspath(path)): name, Path(os.path.realpath(path)): name}
+            run.inodes[found.st_dev, found.st_ino] = name
+
+
+def open_input(
+    path: str | os.PathLike[str], *, most: int | None = None, buffering: int = -1
+) -> BinaryIO:
+    """A regular file, open for reading.
+
+    Args:
+        path: What to open. Links are followed; a pipe or device is not waited for.
+        most: The largest size, in bytes; any where None.
+        buffering: As of `open`.
+
+    Raises:
+        LoraFxError: It is not there, cannot be read, is no regular file, or is larger.
+    """
+    name = os.fspath(path)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except (OSError, ValueError) as error:
+        if os.path.isdir(path):
+            raise LoraFxError(f"{name}: a folder, not a regular file", "name the file") from error
+        raise _unreadable(error, name) from error
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            kind = next((text for test, text in _KINDS.items() if test(found.st_mode)), "no file")
+            raise LoraFxError(f"{name}: {kind}, not a regular file", "name the file")
+        if most is not None and found.st_size > most:
+            raise LoraFxError(
+                f"{name}: {found.st_size} bytes; at most {most} are read", "is it the right file?"
+            )
+        remember(path)
+        return os.fdopen(descriptor, "rb", buffering)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+
+
+def _unreadable(error: OSError | ValueError, name: str) -> LoraFxError:
+    if isinstance(error, OSError):
+        return explain(error, f"{name}: cannot be read")
+    return LoraFxError(f"{name!r} names no file: {error}", "is the path right?")
+
+
+def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:
+    """A regular file's content; see open_input. A git-LFS pointer is refused as such."""
+    with open_input(path, most=most) as file:
+        try:
+            data = file.read()
+        except OSError as error:
+            raise _unreadable(error, os.fspath(path)) from error
+    refuse_pointer(data, len(data), path)
+    return data
+
+
+def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
+    """A regular file's text, which has to be UTF-8; a mark of byte order is left out."""
+    try:
+        return read_bytes(path, most=most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LoraFxError(
+            f"{os.fspath(path)}: not UTF-8: {error}", "iconv -t UTF-8 converts it"
+        ) from error
+
+
+def refuse_pointer(data: bytes, size: int, path: str | os.PathLike[str]) -> None:
+    """Raise where a file's first bytes are those of a git-LFS pointer."""
+    if data.startswith(_LFS):
+        raise LoraFxError(
+            f"{os.fspath(path)}: a git-LFS pointer ({size} bytes), not the file it stands for",
+            f"fetch the real files: git -C {Path(path).parent} lfs pull",
+        )
+
+
+def json_object(text: str | bytes, where: str, *, sizes: bool = False, hint: str = AGAIN) -> Json:
+    """A JSON object, read strictly: no key twice, no NaN, no half of a surrogate pair.
+
+    Args:
+        text: UTF-8 where it is bytes.
+        where: The file, for messages.
+        sizes: -0 is refused too: whole numbers are sizes.
+        hint: Of the error.
+
+    Raises:
+        LoraFxError: It is no JSON, no object, or nested too deeply.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> Json:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
+            raise ValueError(f"key {one_line(repr(twice), 80)} is there twice")
+        return result
+
+    def number(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    def integer(digits: str) -> int:
+        if digits == "-0":
+            raise ValueError("-0 is no size")
+        return int(digits)
+
+    try:
+        plain = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(
+            plain,
+            object_pairs_hook=once,
+            parse_constant=number,
+            parse_int=integer if sizes and "-0" in plain else None,
+        )
+        if "\\u" in plain:  # half a surrogate pair is no text: nothing could print or write it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        why = "too deeply nested" if isinstance(error, RecursionError) else one_line(error)
+        raise LoraFxError(f"{where}: not valid JSON: {why}", hint) from error
+    if not isinstance(value, dict):
+        raise LoraFxError(f"{where}: a JSON {type(value).__name__}, not an object", hint)
+    return value
+
+
+def read_json(path: str | os.PathLike[str], *, hint: str = AGAIN) -> Json:
+    """The JSON object of a file of at most MAX_JSON bytes; see json_object."""
+    return json_object(read_bytes(path, most=MAX_JSON), os.fspath(path), hint=hint)
+
+
+# Names from files.
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file that a name from a file stands for; None where that leads out of the folder.
+
+    Args:
+        folder: Where the file lies that says the name.
+        name: Relative, by `/`.
+
+    Returns:
+        Where it lies, without links; it may be missing.
+    """
+    parts = PurePosixPath(name)
+    if not name or parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:\0]", name):
+        return None
+    try:
+        home, file = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a name that is too long
+        return None
+    return file if any(root in file.parents for root in (home, *_blobs(folder))) else None
+
+
+def _blobs(folder: Path) -> Iterator[Path]:
+    """Where links of a snapshot of the Hugging Face cache lead: REPOSITORY/blobs."""
+    at = Path(os.path.abspath(folder))
+    for snapshot in (at, *at.parents):
+        blobs = snapshot.parent.parent / "blobs"
+        if snapshot.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            yield blobs.resolve()
