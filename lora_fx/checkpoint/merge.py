@@ -105,8 +105,9 @@ def plan_merge(
     """What `merge` with these options would do; nothing is written."""
     options = options or MergeOptions()
     with explained(base):
-        parts = given(adapters, options.trust)
-        return make_plan(open_checkpoint(Path(base)), parts, options)
+        opened = open_checkpoint(Path(base))
+        parts = given(adapters, options.trust, 2 * opened.elements)
+        return make_plan(opened, parts, options)
 
 
 @remembering()
@@ -157,8 +158,8 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def given(adapters: Adapters, trust: bool = False) -> list[Given]:
-    """Adapters as `merge` takes them, read."""
+def given(adapters: Adapters, trust: bool = False, most: int | None = None) -> list[Given]:
+    """Adapters as `merge` takes them, read; `most` as of load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
     result = []
@@ -173,7 +174,7 @@ def given(adapters: Adapters, trust: bool = False) -> list[Given]:
             )
         if not isinstance(adapter, Adapter):
             where, path = str(adapter), Path(adapter)
-            adapter = load_adapter(adapter, trust)
+            adapter = load_adapter(adapter, trust, most=most)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
 

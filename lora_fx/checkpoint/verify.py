@@ -110,7 +110,11 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
             quantised tensor that nothing can be folded into.
     """
     checkpoint = open_checkpoint(Path(base))
-    adapter = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
+    adapter = (
+        adapter
+        if isinstance(adapter, Adapter)
+        else load_adapter(Path(adapter), most=2 * checkpoint.elements)
+    )
     tie, tensors = tie_and_names(checkpoint, adapter.entries)
     placed, notes = match(adapter, tensors, checkpoint.config(), str(checkpoint.path))
     placed = [at_its_use(p, tie, checkpoint, untie=True) for p in placed]

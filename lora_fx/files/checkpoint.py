@@ -6,6 +6,7 @@ and so is what must not travel with changed weights: other copies of them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all shards."""
         return sum((self.folder / name).stat().st_size for name in self.shards)
+
+    @property
+    def elements(self) -> int:
+        """Of all tensors."""
+        return sum(math.prod(t.shape) for t in self.tensors.values())
 
     def config(self) -> Json:
         """config.json of a folder; empty for a file, or where there is none."""

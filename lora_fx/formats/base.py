@@ -196,12 +196,14 @@ class FileHead:
         names: Tensor names of a safetensors file; empty for others.
         metadata: The texts of its header.
         config: True where adapter_config.json lies beside it.
+        elements: Of all tensors.
     """
 
     head: bytes
     names: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: bool = False
+    elements: int = 0
 
 
 def look(path: Path) -> FileHead:
@@ -216,7 +218,8 @@ def look(path: Path) -> FileHead:
         return FileHead(head, config=config)
     refuse_other_kinds(path)
     header = read_header(path)
-    return FileHead(head, tuple(header.tensors), header.metadata, config)
+    elements = sum(math.prod(t.shape) for t in header.tensors.values())
+    return FileHead(head, tuple(header.tensors), header.metadata, config, elements)
 
 
 # The tensors of one adapter file, each checked as it is read.

@@ -6,8 +6,9 @@ crash leaves the old adapter or none, never half of one. Inputs are never change
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from types import ModuleType
 
@@ -37,6 +38,7 @@ FORMATS: dict[str, ModuleType] = {
 WRITERS = tuple(name for name, module in FORMATS.items() if hasattr(module, "write_file"))
 _NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json", ".gguf")
 _ONE_MODEL = ("peft", "onnx_adapter")
+_LARGE = 64 << 20
 
 
 def save_adapter(
@@ -82,7 +84,11 @@ def save_adapter(
 
 
 def load_adapter(
-    path: str | PathLike[str], trust: bool = False, *, base: str | Path | None = None
+    path: str | PathLike[str],
+    trust: bool = False,
+    *,
+    base: str | Path | None = None,
+    most: int | None = None,
 ) -> Adapter:
     """Read an adapter: a file or folder of PEFT, kohya, diffusers, torchtune or ONNX Runtime.
 
@@ -93,6 +99,7 @@ def load_adapter(
         trust: Also open adapter_model.bin, a pickle, with torch's unpickler that runs no code.
         base: Folder (or file) of the model that it is for, where the names or the rows of the
             file depend on it (kohya, diffusers, torchtune). Only names and config.json are read.
+        most: Elements that a file above 64 MiB may have, looked at before they are read.
 
     Returns:
         An Adapter with keys and layouts as the file knows them; `bind` fits it to a model.
@@ -109,6 +116,8 @@ def load_adapter(
         return adapter_in(path)
     if trust and path.suffix == ".bin":
         return peft.read(path, trust)
+    if most is not None:
+        check_elements(path, most)
     name = _sniffed(path, look(path))
     if name == "torchtune":
         return torchtune.read(path, base)
@@ -120,6 +129,21 @@ def load_adapter(
     if parts and is_pipeline(base):
         return replace(resolved, names=ForeignNames("diffusers", tuple(parts)))
     return resolved
+
+
+def check_elements(path: str | PathLike[str], most: int) -> None:
+    """Refuse, before they are read, tensors of more elements than an adapter of a base can have.
+
+    Files up to 64 MiB are read in any case.
+    """
+    if Path(path).is_file() and os.stat(path).st_size > _LARGE:
+        count = look(Path(path)).elements
+        if count > most:
+            raise LoraFxError(
+                f"{fspath(path)}: its tensors have {count} elements; at most {most} are read for "
+                "this base, twice as many as that has",
+                "is it an adapter of this model?",
+            )
 
 
 AdapterLike = str | PathLike[str] | Adapter

@@ -108,6 +108,7 @@ class Output:
         external: True when it was saved with data.
         repository: The place of a copy, for Triton.
         copies: The names of the copy's files.
+        undo: Puts back what was written beside the file, where an error reaches it.
         seen: What can be loaded before it has its name: `path`, but for a file that shares data.
     """
 
@@ -117,6 +118,7 @@ class Output:
     external: bool = False
     repository: Repository | None = None
     copies: list[Path] = field(default_factory=list)
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     seen: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -182,9 +184,9 @@ def output(
     Raises:
         LoraFxError: The file exists and `force` is not given; its data exists and it is not.
     """
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as beside, contextlib.ExitStack() as undo:
         with replacing(target, force=force) as temporary:
-            made = Output(target, temporary, _free(target), repository=repository)
+            made = Output(target, temporary, _free(target), repository=repository, undo=beside)
             try:
                 yield made
             finally:

@@ -27,7 +27,7 @@ from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.copying import read_at
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo, is_float, read_tensors
-from lora_fx.formats.io import format_of, load_adapter
+from lora_fx.formats.io import check_elements, format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
 from lora_fx.formats.peft.file import WEIGHTS, config_of
 from lora_fx.formats.peft.names import OWN, PREFIX, WRAPPER, from_tensors, unwrapped
@@ -132,6 +132,7 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
         LoraFxError: A file that cannot be read at all.
     """
     checkpoint, path = open_checkpoint(Path(base)), Path(adapter)
+    check_elements(path / WEIGHTS if path.is_dir() else path, 2 * checkpoint.elements)
     read: Adapter | None = None
     refusal, digest = None, ""
     try:

@@ -7,6 +7,7 @@ is refused; a field that PEFT 0.21.2 does not know becomes a note.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -14,9 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import regex
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.text import Json, JsonView, near, plain_number
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
@@ -200,6 +202,38 @@ def _check_init(config: JsonView, where: str) -> None:
         )
 
 
+SECONDS = 1.0
+"""A pattern of a file may take on one name."""
+
+
+def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
+    """As re.match, or re.fullmatch for `whole`, in bounded time.
+
+    Patterns come from files, and Python's own `re` can take for ever on one of ten characters.
+
+    Raises:
+        regex.error: It is no pattern.
+        LoraFxError: It takes longer than SECONDS.
+    """
+    compiled = _compiled(pattern)
+    try:
+        return (compiled.fullmatch if whole else compiled.match)(module, timeout=SECONDS)
+    except TimeoutError as error:
+        raise LoraFxError(
+            f"the pattern {one_line(repr(pattern), 120)} takes longer than {SECONDS:g} s on the "
+            f"name {one_line(repr(module), 120)}",
+            "write it without repeats of repeats",
+        ) from error
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    try:
+        return regex.compile(pattern)
+    except (RecursionError, OverflowError, MemoryError) as error:
+        raise regex.error(f"too complex: {one_line(error)}") from error
+
+
 class Pattern:
     """rank_pattern or alpha_pattern with its default: module name → number.
 
@@ -219,14 +253,15 @@ class Pattern:
         self.seen: set[str] = set()
         self.doubts: set[str] = set()  # where the order of the table decides
         try:
-            self.regexes = {k: re.compile(rf"(.*\.)?({k})$") for k in self.numbers}
-        except re.error as error:
+            for pattern in self.numbers:
+                _compiled(rf"(.*\.)?({pattern})$")
+        except regex.error as error:
             raise LoraFxError(f"{where}: {table} holds a bad pattern: {error}") from error
 
     def of(self, module: str) -> float | None:
         """The number of one module; None where the config gives none."""
         self.seen.add(module)
-        hits = [k for k, regex in self.regexes.items() if regex.match(module)]
+        hits = [k for k in self.numbers if matched(rf"(.*\.)?({k})$", module)]
         hits += [module] if module in self.numbers else []
         self.unmatched -= set(hits)
         other = next((k for k in hits if self.numbers[k] != self.numbers[hits[0]]), None)
@@ -269,8 +304,8 @@ def targets(config: JsonView, module: str) -> bool:
         return True
     if isinstance(wanted, str):
         try:
-            return re.fullmatch(wanted, module) is not None
-        except re.error:
+            return matched(wanted, module, whole=True) is not None
+        except regex.error:
             return False
     return any(module == name or module.endswith(f".{name}") for name in _texts(wanted))
 
@@ -302,8 +337,8 @@ def saved_whole(config: JsonView, module: str) -> bool:
 def conflicts(saved: str, module: str) -> bool:
     """True when PEFT, told to save `saved` whole, leaves out or wraps a low-rank `module`."""
     try:
-        return module.endswith(saved) or bool(re.match(rf"(^|.*\.){saved}($|\..*)", module))
-    except re.error:  # PEFT takes the name for a pattern, and would fail on this one
+        return module.endswith(saved) or bool(matched(rf"(^|.*\.){saved}($|\..*)", module))
+    except regex.error:  # PEFT takes the name for a pattern, and would fail on this one
         return True
 
 
@@ -341,24 +376,24 @@ def wanted_by(config: JsonView, module: str) -> str | None:
     """
     try:
         return _wanted_by(config, module)
-    except re.error:
+    except regex.error:
         return None  # PEFT would fail on such a pattern
 
 
 def _wanted_by(config: JsonView, module: str) -> str | None:
     out = config.get("exclude_modules")
-    if isinstance(out, str) and out and re.fullmatch(out, module):
+    if isinstance(out, str) and out and matched(out, module, whole=True):
         return None
     if isinstance(out, list) and any(_ends(module, name) for name in out):
         return None
-    for name in config.get("modules_to_save") or ():
-        if re.match(rf"(^|.*\.){name}($|\..*)", module):
+    for saved in listed_whole(config):
+        if matched(rf"(^|.*\.){saved}($|\..*)", module):
             return None
     targets = config.get("target_modules")
     if isinstance(targets, str):
         if targets == "all-linear":
             return None if _NOT_LINEAR.search(module) else targets
-        return targets if re.fullmatch(targets, module) else None
+        return targets if matched(targets, module, whole=True) else None
     if not isinstance(targets, list):
         return None
     if module in targets:
@@ -383,10 +418,10 @@ def _layer_is_meant(config: JsonView, module: str) -> bool:
         names = [patterns] if isinstance(patterns, str) else patterns
         tries = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names]
     for pattern in tries:
-        found = re.match(pattern, module)
+        found = matched(pattern, module)
         if found:
             meant = layers if isinstance(layers, list) else [layers]
-            return int(found[1]) in meant
+            return len(found[1]) < 20 and int(found[1]) in meant
     return False
 
 

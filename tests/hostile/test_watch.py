@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 from lora_fx.cli.common import COMMANDS
-from tests.hostile import MARK, Payload
+from tests.hostile.watch import MARK, Payload
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 NO_FILES = {"demo", "train", "bench"}
 """Commands that take no file of somebody else's, or run code that the user names."""
 
 
 def test_no_command_runs_what_is_in_a_file(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.hostile", str(tmp_path)],
+        [sys.executable, "-W", "ignore", "-m", "tests.hostile.watch", str(tmp_path)],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,6 +1,6 @@
 """Run every command over hostile files in one process that watches what Python does.
 
-`python -m tests.hostile FOLDER` makes the files in FOLDER, runs the commands, and prints one JSON
+`python -m tests.hostile.watch FOLDER` makes the files in FOLDER, runs the commands, and prints one JSON
 object: {"ran": {command: exit code}, "events": [[command, event, detail] …]}. An audit hook cannot
 be taken off again, so this is a process of its own.
 

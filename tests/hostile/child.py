@@ -1,0 +1,140 @@
+"""One command of the command line in a child of this process, with limits on time and memory.
+
+The parent imports the libraries once and forks, so that a command costs milliseconds and not the
+seconds that torch takes to be imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS = 10.0
+MEGABYTES = 1024
+"""What a command may take for a hostile file, beyond what the libraries have."""
+LIBRARIES = (
+    "lora_fx.fx.load.models", "lora_fx.onnx.session", "lora_fx.passes.verbs.adapt",
+    "lora_fx.passes.verbs.export", "lora_fx.passes.verbs.merge", "lora_fx.checkpoint.merge",
+    "lora_fx.checkpoint.verify", "lora_fx.formats.io", "lora_fx.onnx.load",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended.
+
+    Attributes:
+        code: Its exit code; minus the signal's number where one ended it.
+        out: Stdout.
+        err: Stderr.
+        seconds: Of wall time.
+        megabytes: Resident at most, beyond what the parent had.
+        hung: True where it was killed for its time.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    megabytes: float
+    hung: bool = False
+
+    @property
+    def raw(self) -> bool:
+        """True where an exception reached the user, or the process died."""
+        told = "please report it" in self.err or "Traceback" in self.err
+        return self.hung or self.code not in (0, 1, 2) or told
+
+    @property
+    def refused(self) -> bool:
+        """True for exit 2 with one line of error and one of hint."""
+        lines = [x for x in self.err.splitlines() if x.startswith(("Error: ", "Hint: "))]
+        return self.code == 2 and [x.split(":")[0] for x in lines] == ["Error", "Hint"]
+
+
+def prepare() -> None:
+    """Import what commands import, so that every fork has it."""
+    for name in (*LIBRARIES, *(f"lora_fx.cli.{p.stem}" for p in _commands())):
+        importlib.import_module(name)
+
+
+def _commands() -> list[Path]:
+    import lora_fx.cli
+
+    (folder,) = lora_fx.cli.__path__
+    return sorted(p for p in Path(folder).glob("*.py") if not p.name.startswith("_"))
+
+
+def command(
+    argv: Sequence[str], folder: Path, *, seconds: float = SECONDS, hard: float = 6.0
+) -> Outcome:
+    """Run `lora-fx ARGV` in a folder.
+
+    Args:
+        argv: What follows lora-fx.
+        folder: The working folder.
+        seconds: After which it is killed.
+        hard: GiB of address space that it may add; what needs more gets a MemoryError.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        start = time.monotonic()
+        child = os.fork()
+        if not child:
+            _run(argv, folder, out.fileno(), err.fileno(), hard)
+        hung, status, usage = _wait(child, start + seconds)
+        code = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        told = [f.read().decode("utf-8", "replace") for f in (out, err)]
+        grown = max(0.0, usage.ru_maxrss / 1024 - before)
+        return Outcome(code, told[0], told[1], time.monotonic() - start, grown, hung)
+
+
+def _wait(child: int, end: float) -> tuple[bool, int, resource.struct_rusage]:
+    pause, hung = 0.002, False
+    while True:
+        done, status, usage = os.wait4(child, 0 if hung else os.WNOHANG)
+        if done:
+            return hung, status, usage
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            hung = True
+        time.sleep(pause)
+        pause = min(0.05, pause * 1.3)
+
+
+def _run(argv: Sequence[str], folder: Path, out: int, err: int, hard: float) -> None:
+    """The child: it never returns."""
+    code = 70
+    try:
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        os.chdir(folder)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        with contextlib.suppress(ValueError, OSError):
+            most = used + int(hard * 2**30)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        warnings.simplefilter("ignore")
+        from lora_fx.cli import main
+
+        try:
+            main(list(argv))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
