@@ -11,6 +11,7 @@ from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import captured, json_option, model_options
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.validity import blaming
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     emit(as_json, "targets", str(found), refused=refused, **fields)
 
 
+@blaming
 def _of_onnx(model: str) -> Found:
     from dataclasses import replace
 

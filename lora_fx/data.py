@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -279,7 +277,9 @@ def read_npz(path: str) -> dict[str, Array]:
     try:
         with open_input(path) as file, np.load(file, allow_pickle=False) as data:
             return dict(data)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as e:
+    except LoraFxError:
+        raise
+    except Exception as e:  # numpy and zipfile raise whatever their parts do
         raise LoraFxError(
             f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez makes one"
         ) from e

@@ -15,11 +15,11 @@ class LoraFxError(Exception):
 
     Args:
         message: What was found and what was expected, naming the file and the tensor.
-        hint: What to do about it, one line; may be empty.
+        hint: What to do about it, one line.
         exit_code: 2 for refused or misused input, 1 where the input was good and the answer is no.
     """
 
-    def __init__(self, message: str, hint: str = "", *, exit_code: int = 2) -> None:
+    def __init__(self, message: str, hint: str, *, exit_code: int = 2) -> None:
         message, hint = visible(message, lines=True), visible(hint, lines=True)
         super().__init__(message)
         self.message = message
@@ -39,7 +39,7 @@ class CaptureError(LoraFxError):
 class NoEffectError(LoraFxError):
     """The inputs were good and the answer is no: nothing changed, or two models differ."""
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message, hint, exit_code=1)
 
 

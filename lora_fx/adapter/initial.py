@@ -276,7 +276,9 @@ def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
         raise MisfitError(f"{where}: {list(weight.shape)} has no {how} start of rank {rank}")
     wide = weight.astype(np.float64)
     if not np.isfinite(wide).all():
-        raise LoraFxError(f"{where}: the base has NaN or infinite values")
+        raise LoraFxError(
+            f"{where}: the base has NaN or infinite values", "start from a sound base"
+        )
     left, right = factors(wide, rank, how, where)
     return left * (low.scale if how == "olora" else 1.0), right
 

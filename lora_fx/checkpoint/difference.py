@@ -113,7 +113,10 @@ def pairs(
 def read_floats(info: TensorInfo, lo: int, hi: int, dtype: np.dtype[np.generic]) -> Array:
     """Elements lo ≤ i < hi of a float tensor, widened to `dtype`."""
     if info.dtype not in FLOATING:
-        raise LoraFxError(f"{info.file}: a tensor of {info.dtype}; expected floats")
+        raise LoraFxError(
+            f"{info.file}: a tensor of {info.dtype}; expected floats",
+            "compare checkpoints of floats",
+        )
     raw = _stored(info, lo, hi)
     if info.dtype == "bfloat16":  # the upper half of an fp32: faster than ml_dtypes' own cast
         raw = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32)

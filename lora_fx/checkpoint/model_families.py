@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fx.files.read import read_json
+from lora_fx.files.checkpoint import model_config
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.targets.found import Found
@@ -183,7 +183,7 @@ def config_of(path: str | Path) -> JsonView:
     """The config.json of a folder, or beside a file; empty where there is none."""
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
-    return read_json(file) if file.is_file() else {}
+    return model_config(file) if file.is_file() else {}
 
 
 def uses(

@@ -24,6 +24,48 @@ OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".data", ".gguf", ".safet
 """Endings of files that hold weights: beside merged ones they would be stale copies."""
 
 
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "model_type": (str,),
+    "architectures": (list,),
+    "tie_word_embeddings": (bool,),
+    "text_config": (dict,),
+    "quantization_config": (dict,),
+    "dtype": (str, dict),
+    "torch_dtype": (str,),
+    "num_attention_heads": (int, list),
+    "num_key_value_heads": (int, list),
+    "head_dim": (int,),
+    "vocab_size": (int,),
+}
+"""Fields of config.json that are looked at, and what they can be."""
+
+
+def model_config(file: Path) -> Json:
+    """A config.json whose fields are what they should be, those of its text_config too.
+
+    Raises:
+        LoraFxError: Names the field.
+    """
+    config = read_json(file)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name, kinds in _FIELDS.items():
+            value = part.get(name)
+            if value is not None and type(value) not in kinds:
+                raise LoraFxError(
+                    f"{file}: {name} is {one_line(repr(value), 80)}; expected "
+                    f"{' or '.join(k.__name__ for k in kinds)}",
+                    "correct the file, or download it again",
+                )
+        names = part.get("architectures") or []
+        if not all(isinstance(name, str) for name in names):
+            raise LoraFxError(
+                f"{file}: architectures is {one_line(repr(names), 80)}; expected texts",
+                "correct the file, or download it again",
+            )
+    return config
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The weights of a model on disk.
@@ -62,7 +104,7 @@ class Checkpoint:
         if self.settings is not None:
             return dict(self.settings)
         file = self.path / "config.json"
-        return read_json(file) if self.path.is_dir() and file.is_file() else {}
+        return model_config(file) if self.path.is_dir() and file.is_file() else {}
 
     def companions(self) -> tuple[list[PurePosixPath], list[str]]:
         """Relative paths of the folder's other files, and names that are left out.

@@ -154,5 +154,8 @@ def _full(name: str, array: Array, file: File) -> Full:
 def _version(metadata: Mapping[str, object], field: str) -> int:
     value = metadata.get(field, 1)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise LoraFxError(f"metadata {field} is {value!r}; expected a whole number below 2**31")
+        raise LoraFxError(
+            f"metadata {field} is {value!r}; expected a whole number below 2**31",
+            "choose a smaller one",
+        )
     return value

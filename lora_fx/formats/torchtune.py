@@ -42,6 +42,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import model_config
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.base import File, FileHead
@@ -125,7 +126,7 @@ def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
             f"number of heads is needed, and there is no {path}",
             "give the folder of the base model (--base), or put its config.json there",
         )
-    config = read_json(path)
+    config = model_config(path)
     kind = config.get("model_type")
     if kind in _HALVES:
         return low
@@ -164,7 +165,9 @@ def _config(path: Path, file: File) -> Json:
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             shown = json.dumps(value)
-            raise LoraFxError(f"{path}: {name} is {shown}; expected a number above 0")
+            raise LoraFxError(
+                f"{path}: {name} is {shown}; expected a number above 0", "correct the file"
+            )
     return config
 
 

@@ -85,7 +85,9 @@ def owner(root: nn.Module, name: str, *, create: bool = False) -> tuple[nn.Modul
         child = module._modules.get(part)
         if child is None:
             if not create:
-                raise LoraFxError(f"no module {part!r} on the way to {name!r}")
+                raise LoraFxError(
+                    f"no module {part!r} on the way to {name!r}", "named_modules() lists the names"
+                )
             child = AdapterTensors()
             module.add_module(part, child)
         module = child
@@ -101,7 +103,9 @@ def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
     module, leaf = owner(root, name)
     p = module._parameters.get(leaf)
     if p is None:
-        raise LoraFxError(f"{name!r} is no parameter of the model")
+        raise LoraFxError(
+            f"{name!r} is no parameter of the model", "named_parameters() lists the names"
+        )
     return p
 
 

@@ -127,7 +127,10 @@ class NumpyEmitter:
     def op(self, prim: str, *xs: Any, **attrs: Any) -> Array:
         """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
         if prim not in PRIMS:
-            raise LoraFxError(f"the numpy emitter has no primitive {prim!r}")
+            raise LoraFxError(
+                f"the numpy emitter has no primitive {prim!r}",
+                "report this: it is a mistake of lora-fx",
+            )
         return np.asarray(PRIMS[prim](*xs, **attrs))
 
     def like(self, site: Site, x: Array, w: Array) -> Array:

@@ -29,6 +29,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, check_format, one_line, stamp
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
+from lora_fx.onnx.validity import blaming
 from lora_fx.targets.regions import own_use
 from lora_fx.text import Json, JsonView, near
 
@@ -277,7 +278,10 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
     for name, array in held.items():
         got = again.get(name)
         if got is None or got.dtype != array.dtype or got.tobytes() != array.tobytes():
-            raise LoraFxError(f"{path}: tensor {name!r} does not read back as it was written")
+            raise LoraFxError(
+                f"{path}: tensor {name!r} does not read back as it was written",
+                "is the disk sound? write it again",
+            )
 
 
 def _array(value: ort.OrtValue) -> Array:
@@ -308,6 +312,7 @@ def listed(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
     return json.dumps({**stamp(), "mode": "insert", "targets": targets, "metadata": metadata})
 
 
+@blaming
 def adapter_in(path: str | PathLike[str]) -> Adapter:
     """Read the adapter whose branches stand in a file that insert wrote, trained since.
 

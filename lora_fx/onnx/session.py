@@ -206,7 +206,10 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
     try:
         text = ir.load(fspath(path)).metadata_props.get(PROPERTY)
     except Exception as e:  # protobuf's and the system's errors have no common base
-        raise LoraFxError(f"{fspath(path)}: not an ONNX file that can be read") from e
+        raise LoraFxError(
+            f"{fspath(path)}: not an ONNX file that can be read",
+            "is it a file of lora-fx export --mode switch, load or batch?",
+        ) from e
     return _manifest(text, fspath(path))
 
 

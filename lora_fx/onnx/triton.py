@@ -429,8 +429,12 @@ def _port(value: ort.NodeArg, optional: bool) -> Port:
     dtype = from_onnx(value.type).replace("bfloat", "bf").replace("float", "fp")
     kind = f"TYPE_{dtype.upper()}"
     if kind not in KINDS.values():
-        raise LoraFxError(f"{value.name!r} is {value.type}, which Triton does not carry")
+        raise LoraFxError(
+            f"{value.name!r} is {value.type}, which Triton does not carry", "leave --triton out"
+        )
     dims = tuple(d if isinstance(d, int) else -1 for d in value.shape)
     if any(d < 1 and d != -1 for d in dims):
-        raise LoraFxError(f"{value.name!r} is {list(dims)}; Triton takes no dimension of 0")
+        raise LoraFxError(
+            f"{value.name!r} is {list(dims)}; Triton takes no dimension of 0", "leave --triton out"
+        )
     return Port(kind, dims or (1,), optional)

@@ -45,7 +45,10 @@ def prove_merge(
         )
     for name, value in matched.whole.items():
         if not same_bytes(written.reader(name)(), value.astype(before[name]().dtype)):
-            raise LoraFxError(f"{target}: not written: {name!r} is not the adapter's")
+            raise LoraFxError(
+                f"{target}: not written: {name!r} is not the adapter's",
+                "report this: it is a mistake of lora-fx",
+            )
     return written
 
 

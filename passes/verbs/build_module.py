@@ -82,7 +82,8 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
 
         if cap is None or options.data is None:
             raise LoraFxError(
-                f"init {options.init!r} needs a model that one graph can hold, and data"
+                f"init {options.init!r} needs a model that one graph can hold, and data",
+                "kaiming, gaussian, orthogonal, pissa or olora",
             )
         uses = {key: own_use(key) for key in plan.entries}
         seen = calibrate(cap, uses, options.data, options.loss, (OF_DATA[options.init],))

@@ -26,6 +26,7 @@ from lora_fx.onnx.match import match
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
+from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import reference_of
@@ -161,6 +162,7 @@ def export(
 # Runtime, with the branches that insert adds.
 
 
+@blaming
 def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     """Write another .onnx file of a file, which is not changed; see lora_fx.passes.verbs.export.
 

@@ -31,6 +31,7 @@ from lora_fx.onnx.manifest import PROPERTY, listed
 from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import EXTERNAL_OVER, output
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.reference import reference_of
@@ -64,6 +65,7 @@ class OnnxInsertOptions(BranchOptions):
 
 
 @remembering()
+@blaming
 def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **options: Any) -> Report:
     """Write the file with untrained branches.
 

@@ -32,6 +32,7 @@ from lora_fx.onnx.names import restore_weight_names
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external, output, weight_bytes
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton import Repository
+from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.proofs.merge import prove_merge
@@ -84,11 +85,14 @@ class OnnxMergeOptions:
         known = {f.name for f in fields(cls)}
         for name, value in options.items():
             if name not in known and value not in (None, False, "sum"):
-                raise LoraFxError(f"{name} is an option for checkpoints, not for .onnx files")
+                raise LoraFxError(
+                    f"{name} is an option for checkpoints, not for .onnx files", "leave it out"
+                )
         return cls(**{k: v for k, v in options.items() if k in known})
 
 
 @remembering()
+@blaming
 def merge_onnx(
     base: str | PathLike[str], adapters: Adapters, out: str | PathLike[str], **options: object
 ) -> Report:
@@ -278,6 +282,7 @@ class OnnxMergePlan:
         return "\n".join([*table(rows), f"{total} bytes of weights, {touched} of them change"])
 
 
+@blaming
 def plan_onnx(
     base: str | PathLike[str], adapters: Adapters, options: OnnxMergeOptions
 ) -> OnnxMergePlan:

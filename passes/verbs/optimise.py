@@ -21,6 +21,7 @@ from lora_fx.onnx.optimise.stages import RewriteStage, apply_stages
 from lora_fx.onnx.save import output
 from lora_fx.onnx.session import open_session, signature
 from lora_fx.onnx.triton import Repository
+from lora_fx.onnx.validity import blaming
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def narrowed(
     return narrow(model, precision, feeds, provider)
 
 
+@blaming
 def optimise_file(
     source: str | PathLike[str],
     path: str | PathLike[str],

@@ -133,7 +133,10 @@ def _prove(
 
 def _demand(got: Named, want: Named, what: str) -> None:
     if list(got) != list(want):
-        raise NoEffectError(f"{what} gives {list(got)}, the module {list(want)}")
+        raise NoEffectError(
+            f"{what} gives {list(got)}, the module {list(want)}",
+            "report this: it is a mistake of lora-fx",
+        )
     for name, a in got.items():
         if a.shape != want[name].shape or not np.array_equal(a, want[name], equal_nan=True):
             raise NoEffectError(f"{what} gives other numbers in {name!r}", "nothing was written")
@@ -144,4 +147,7 @@ def _by_torch(file: Path) -> nn.Module:
     try:
         return torch.export.load(str(file)).module(check_guards=False)
     except Exception as e:
-        raise LoraFxError(f"torch does not load the program again: {one_line(e)}") from e
+        raise LoraFxError(
+            f"torch does not load the program again: {one_line(e)}",
+            "report this: it is a mistake of lora-fx",
+        ) from e

@@ -19,6 +19,7 @@ from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.inputs import Named
+from lora_fx.onnx.validity import blaming
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lora_fx.passes.proofs.reference import Run
 
 
+@blaming
 def verify(
     a: object,
     b: Any,

@@ -1,8 +1,8 @@
 """Run every command over hostile files in one process that watches what Python does.
 
-`python -m tests.hostile.watch FOLDER` makes the files in FOLDER, runs the commands, and prints one JSON
-object: {"ran": {command: exit code}, "events": [[command, event, detail] …]}. An audit hook cannot
-be taken off again, so this is a process of its own.
+`python -m tests.hostile.watch FOLDER` makes the files in FOLDER, runs the commands, and prints one
+JSON object: {"ran": {command: exit code}, "events": [[command, event, detail] …]}. An audit hook
+cannot be taken off again, so this is a process of its own.
 
 What counts as an event: code of a hostile file that runs (its code objects, and whatever has the
 mark MARK in its names or constants), pickle.find_class, os.system, os.exec, os.posix_spawn,

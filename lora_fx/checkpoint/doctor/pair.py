@@ -275,10 +275,13 @@ class Raw:
     def _update(self, part: PeftPart) -> LowRank:
         if not {"a", "b"} <= set(part.names):
             have, lost = ("A", "B") if "a" in part.names else ("B", "A")
-            raise LoraFxError(f"it has {have} and no {lost}")
+            raise LoraFxError(f"it has {have} and no {lost}", "save the adapter again")
         a, b = (self.tensors[part.names[half]] for half in "ab")
         if not a.size or not b.size or not is_float(a) or not is_float(b):
-            raise LoraFxError(f"A is {a.dtype} {list(a.shape)}, B is {b.dtype} {list(b.shape)}")
+            raise LoraFxError(
+                f"A is {a.dtype} {list(a.shape)}, B is {b.dtype} {list(b.shape)}",
+                "save the adapter again",
+            )
         with np.errstate(over="ignore", invalid="ignore"):
             a, b = a.astype(np.float32), b.astype(np.float32)
         op, kernel = "", a.shape[:0]

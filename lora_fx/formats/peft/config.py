@@ -115,15 +115,22 @@ def check_config(config: JsonView, where: str) -> list[str]:
             raise LoraFxError(f"{where}: {name} is {value!r}; expected it off: {why}", hint)
     if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
         raise LoraFxError(
-            f"{where}: bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'"
+            f"{where}: bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'",
+            "correct the file, or save the adapter again with PEFT",
         )
     for name in _LISTS:
         value = config.get(name)
         if value is not None and not (isinstance(value, list) and len(_texts(value)) == len(value)):
-            raise LoraFxError(f"{where}: {name} is {value!r}; expected a list of names")
+            raise LoraFxError(
+                f"{where}: {name} is {value!r}; expected a list of names",
+                "correct the file, or save the adapter again with PEFT",
+            )
     for flag in _FLAGS:
         if config.get(flag) not in (None, True, False):
-            raise LoraFxError(f"{where}: {flag} is {config[flag]!r}; expected true or false")
+            raise LoraFxError(
+                f"{where}: {flag} is {config[flag]!r}; expected true or false",
+                "correct the file, or save the adapter again with PEFT",
+            )
     if config.get("use_dora") and config.get("lora_bias"):
         raise LoraFxError(
             f"{where}: use_dora and lora_bias are both true; expected one of them, as PEFT does",
@@ -132,7 +139,10 @@ def check_config(config: JsonView, where: str) -> list[str]:
     _check_init(config, where)
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
-        raise LoraFxError(f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)")
+        raise LoraFxError(
+            f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)",
+            "correct the file, or save the adapter again with PEFT",
+        )
     if "lora_alpha" not in config:
         raise LoraFxError(
             f"{where}: lora_alpha is missing; expected a number: the scale is lora_alpha / r",
@@ -170,7 +180,8 @@ def whole_factor(config: JsonView, module: str, half: str, stored: Array, where:
     if type(n) is not int or n < 1 or stored.ndim != 2 or len(stored) % n:
         raise LoraFxError(
             f"{where}: use_bdlora gives {n!r} blocks; expected a number of them that divides the "
-            f"{len(stored)} rows of factor {half.upper()} of {module!r}"
+            f"{len(stored)} rows of factor {half.upper()} of {module!r}",
+            "correct the file, or save the adapter again with PEFT",
         )
     rows, columns = len(stored) // n, stored.shape[1]
     whole = np.zeros((n, rows, n, columns), stored.dtype)
@@ -246,7 +257,10 @@ class Pattern:
         self.where, self.table = where, table
         given = config.get(table) or {}
         if not isinstance(given, dict):
-            raise LoraFxError(f"{where}: {table} is {given!r}; expected an object")
+            raise LoraFxError(
+                f"{where}: {table} is {given!r}; expected an object",
+                "correct the file, or save the adapter again with PEFT",
+            )
         self.default = None if default not in config else self._number(default, config[default])
         self.numbers = {k: self._number(f"{table} {k!r}", v) for k, v in given.items()}
         self.unmatched = set(self.numbers)
@@ -256,7 +270,10 @@ class Pattern:
             for pattern in self.numbers:
                 _compiled(rf"(.*\.)?({pattern})$")
         except regex.error as error:
-            raise LoraFxError(f"{where}: {table} holds a bad pattern: {error}") from error
+            raise LoraFxError(
+                f"{where}: {table} holds a bad pattern: {error}",
+                "correct the file, or save the adapter again with PEFT",
+            ) from error
 
     def of(self, module: str) -> float | None:
         """The number of one module; None where the config gives none."""
@@ -293,7 +310,10 @@ class Pattern:
     def _number(self, what: str, value: Any) -> float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
-            raise LoraFxError(f"{self.where}: {what} is {value!r}; expected a number")
+            raise LoraFxError(
+                f"{self.where}: {what} is {value!r}; expected a number",
+                "correct the file, or save the adapter again with PEFT",
+            )
         return float(value)
 
 

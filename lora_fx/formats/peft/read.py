@@ -451,7 +451,7 @@ def own_sections(ours: JsonView, file: str) -> tuple[Json, Json]:
     found, metadata = ours.get("entries"), ours.get("metadata")
     check_format(ours, f"{file}: metadata lora_fx")
     if not isinstance(found, dict) or not isinstance(metadata, dict):
-        raise LoraFxError(f"{file}: metadata lora_fx is damaged")
+        raise LoraFxError(f"{file}: metadata lora_fx is damaged", "convert the adapter again")
     return found, dict(metadata)
 
 
@@ -530,7 +530,8 @@ def _pair(source: PeftFile, names: tuple[str, str], entry: Any, taken: set[str])
     if a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
         raise LoraFxError(
             f"{source.name}: {names[0]!r} is {list(a.shape)} and {names[1]!r} is "
-            f"{list(b.shape)}; expected [*batch, r, in] and [*batch, out, r]"
+            f"{list(b.shape)}; expected [*batch, r, in] and [*batch, out, r]",
+            "save the adapter again",
         )
     magnitude = None
     if "magnitude" in entry:

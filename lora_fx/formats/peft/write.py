@@ -209,7 +209,9 @@ class _Writer:
 
     def _put(self, key: str, name: str, array: Array) -> None:
         if array.size == 0:
-            raise LoraFxError(f"{key!r} has an empty tensor, shape {list(array.shape)}")
+            raise LoraFxError(
+                f"{key!r} has an empty tensor, shape {list(array.shape)}", "leave it out"
+            )
         if is_float(array) and not finite(array):
             raise LoraFxError(f"{key!r} has NaN or infinite values", "training may have diverged")
         self.tensors[name] = array

@@ -178,7 +178,10 @@ class Recorder:
             groups[self.made[i][0]].append(self.made[i][1:])
         for prim, *_ in groups["step"]:
             if prim not in PRIMS:
-                raise LoraFxError(f"the eager emitter has no primitive {prim!r}")
+                raise LoraFxError(
+                    f"the eager emitter has no primitive {prim!r}",
+                    "report this: it is a mistake of lora-fx",
+                )
         steps = tuple((p, tuple(at[o] for o in operands), a) for p, operands, a in groups["step"])
         return Program(
             tuple(t[0] for t in groups["tensor"]), tuple(c[0] for c in groups["constant"]), steps

@@ -179,7 +179,10 @@ class FxGraph(Analysed):
         first = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
         if first:
             return _node(first[0])
-        raise LoraFxError(f"nothing reads the result of site {site.id!r}")
+        raise LoraFxError(
+            f"nothing reads the result of site {site.id!r}",
+            "report this: it is a mistake of lora-fx",
+        )
 
     def product(self, site: Site, e: Any) -> fx.Node | None:
         """The result without its bias: the bias is subtracted again, so no product runs twice."""
@@ -411,7 +414,10 @@ class FxEmitter:
         if prim == "conv":
             return self._call(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
         if prim not in PRIMS:
-            raise LoraFxError(f"the fx emitter has no primitive {prim!r}")
+            raise LoraFxError(
+                f"the fx emitter has no primitive {prim!r}",
+                "report this: it is a mistake of lora-fx",
+            )
         return self._call(*PRIMS[prim](*xs, **attrs))
 
     def like(self, site: Site, x: fx.Node, w: fx.Node) -> fx.Node:

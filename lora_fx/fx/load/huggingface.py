@@ -21,8 +21,7 @@ from torch import nn
 from lora_fx.data import Tokenizer
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.checkpoint import tensors
-from lora_fx.files.read import read_json
+from lora_fx.files.checkpoint import model_config, tensors
 from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView, some
 
@@ -104,7 +103,7 @@ def _config_json(folder: Path) -> Json:
         if (folder / "model_index.json").exists():
             raise LoraFxError(f"{folder}: a diffusers pipeline, not one model", FACTORY)
         raise LoraFxError(f"{folder}: no config.json", "give a folder that save_pretrained wrote")
-    raw = read_json(folder / "config.json")
+    raw = model_config(folder / "config.json")
     if "_class_name" in raw and "model_type" not in raw:
         raise LoraFxError(f"{folder}: a diffusers model ({raw['_class_name']})", FACTORY)
     return raw

@@ -519,9 +519,13 @@ def _cast_sample(
 
 def _sample(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], Array]:
     if is_sharded(tensor):
-        raise LoraFxError(f"{name!r} is sharded: every process would have to gather it")
+        raise LoraFxError(
+            f"{name!r} is sharded: every process would have to gather it", "gather it before"
+        )
     if dtype_name(tensor.dtype) not in FLOATING:
-        raise LoraFxError(f"{name!r} is {tensor.dtype}, no dtype of plain weights")
+        raise LoraFxError(
+            f"{name!r} is {tensor.dtype}, no dtype of plain weights", "cast it before"
+        )
     flat = tensor.detach().reshape(-1)
     both = [to_numpy(flat[part].clone()) for part in ends(len(flat))]
     return name, tuple(tensor.shape), np.concatenate(both)

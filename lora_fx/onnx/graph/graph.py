@@ -301,7 +301,10 @@ def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
     for node in graph:
         for v in node.inputs:
             if v is not None and v not in seen:
-                raise LoraFxError(f"{node.op_type} {site_name(node)} reads {v.name!r} too early")
+                raise LoraFxError(
+                    f"{node.op_type} {site_name(node)} reads {v.name!r} too early",
+                    "onnx.checker says where the order of its nodes is wrong",
+                )
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 _lint(attribute.as_graph(), seen)
@@ -440,7 +443,9 @@ class OnnxEmitter:
                     "onnx.shape_inference.infer_shapes(model) writes dtypes into the file",
                 )
             return self._call("CastLike", *xs)
-        raise LoraFxError(f"the ONNX emitter has no primitive {prim!r}")
+        raise LoraFxError(
+            f"the ONNX emitter has no primitive {prim!r}", "report this: it is a mistake of lora-fx"
+        )
 
     def _cast(self, x: ir.Value, dtype: str) -> ir.Value:
         if dtype_name(x) == dtype:
@@ -482,7 +487,10 @@ class OnnxEmitter:
         if role is Role.OPTIONAL_INPUT:
             graph.inputs.append(made)
         elif role is Role.REQUIRED_INPUT:
-            raise LoraFxError("the ONNX emitter makes no required inputs yet")
+            raise LoraFxError(
+                "the ONNX emitter makes no required inputs yet",
+                "report this: it is a mistake of lora-fx",
+            )
         return made
 
 

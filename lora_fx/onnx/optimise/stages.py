@@ -249,4 +249,6 @@ def _open(model: ir.Model, path: Path, provider: str) -> RuntimeSession:
         return open_session(path, provider, threads=1)
     except LoraFxError as e:
         message = e.message.partition("cannot load it: ")[2] or e.message
-        raise LoraFxError(f"ONNX Runtime cannot load it: {message}") from e
+        raise LoraFxError(
+            f"ONNX Runtime cannot load it: {message}", "report this: it is a mistake of lora-fx"
+        ) from e

@@ -249,7 +249,7 @@ class Lot:
     def _live(self) -> str:
         model = self.attached
         if model is None:
-            raise LoraFxError("nothing is attached")
+            raise LoraFxError("nothing is attached", "")
         got = self.run(model.eval())
         said = self._equal(got, "attach") if self.alike else self._by_hand(model, got)
         lora_fx.detach(model)
