@@ -25,7 +25,7 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
-from lora_fx.files.read import open_input
+from lora_fx.files.read import json_value, open_input
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
@@ -88,30 +88,32 @@ def adapter_hash(adapter: Adapter) -> str:
 
 def history(checkpoint: Checkpoint) -> list[Json]:
     """The merges that a checkpoint has been through; of the shard that has most of them."""
-    longest: list[Json] = []
-    for name, header in checkpoint.shards.items():
-        text = header.metadata.get(METADATA)
-        if text is None:
-            continue
-        try:
-            merges = json.loads(text)
-            ok = isinstance(merges, list) and all(_listed(m["adapters"]) for m in merges)
-        except (ValueError, TypeError, KeyError):
-            ok = False
-        if not ok:
-            raise LoraFxError(
-                f"{checkpoint.folder / name}: metadata {METADATA} is no list of merges",
-                "was the file edited?",
-            )
-        merges = [{**stamp(), **merge} for merge in merges]  # 0.1 wrote version alone
-        for merge in merges:
-            check_format(merge, f"{checkpoint.folder / name}: metadata {METADATA}")
-        longest = max(longest, merges, key=len)
-    return longest
+    texts = ((n, h.metadata.get(METADATA)) for n, h in checkpoint.shards.items())
+    every = [merges_of(text, str(checkpoint.folder / name)) for name, text in texts]
+    return max(every, key=len, default=[])
 
 
-def _listed(adapters: object) -> bool:
-    return isinstance(adapters, list) and all(isinstance(a, dict) for a in adapters)
+def merges_of(text: str | None, where: str) -> list[Json]:
+    """The merges that a file's metadata tells of; none where it has no such text.
+
+    Raises:
+        LoraFxError: It is no list of merges, or a later lora-fx wrote it.
+    """
+    place = f"{where}: metadata {METADATA}"
+    merges = [] if text is None else json_value(text, place, hint="was the file edited?")
+    if not isinstance(merges, list) or not all(map(_is_merge, merges)):
+        raise LoraFxError(f"{place} is no list of merges", "was the file edited?")
+    merges = [{**stamp(), **merge} for merge in merges]  # 0.1 wrote version alone
+    for merge in merges:
+        check_format(merge, place)
+    return merges
+
+
+def _is_merge(merge: object) -> bool:
+    adapters = merge.get("adapters") if isinstance(merge, dict) else None
+    return isinstance(adapters, list) and all(
+        isinstance(a, dict) and isinstance(a.get("hash", ""), str) for a in adapters
+    )
 
 
 def refuse_again(

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.text import Json
@@ -167,8 +167,11 @@ def refuse_pointer(data: bytes, size: int, path: str | os.PathLike[str]) -> None
         )
 
 
-def json_object(text: str | bytes, where: str, *, sizes: bool = False, hint: str = AGAIN) -> Json:
-    """A JSON object, read strictly: no key twice, no NaN, no half of a surrogate pair.
+def json_value(text: str | bytes, where: str, *, sizes: bool = False, hint: str = AGAIN) -> Any:
+    """A JSON value, read strictly: no key twice, no NaN, no half of a surrogate pair.
+
+    Whole numbers have at most 20 digits: no file that is read here has larger ones, and numbers of
+    thousands of digits take Python's time and are no floats.
 
     Args:
         text: UTF-8 where it is bytes.
@@ -177,7 +180,7 @@ def json_object(text: str | bytes, where: str, *, sizes: bool = False, hint: str
         hint: Of the error.
 
     Raises:
-        LoraFxError: It is no JSON, no object, or nested too deeply.
+        LoraFxError: It is no JSON, or nested too deeply.
     """
 
     def once(pairs: list[tuple[str, object]]) -> Json:
@@ -191,23 +194,36 @@ def json_object(text: str | bytes, where: str, *, sizes: bool = False, hint: str
         raise ValueError(f"{name} is not JSON")
 
     def integer(digits: str) -> int:
-        if digits == "-0":
+        if sizes and digits == "-0":
             raise ValueError("-0 is no size")
+        if len(digits) > 20:
+            raise ValueError(f"a whole number of {len(digits)} digits")
         return int(digits)
 
     try:
         plain = text.decode("utf-8") if isinstance(text, bytes) else text
+        odd = "-0" in plain or re.search(r"\d{20}", plain)  # Python's own way is faster
         value = json.loads(
             plain,
             object_pairs_hook=once,
             parse_constant=number,
-            parse_int=integer if sizes and "-0" in plain else None,
+            parse_int=integer if odd else None,
         )
         if "\\u" in plain:  # half a surrogate pair is no text: nothing could print or write it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         why = "too deeply nested" if isinstance(error, RecursionError) else one_line(error)
         raise LoraFxError(f"{where}: not valid JSON: {why}", hint) from error
+    return value
+
+
+def json_object(text: str | bytes, where: str, *, sizes: bool = False, hint: str = AGAIN) -> Json:
+    """A JSON object; see json_value.
+
+    Raises:
+        LoraFxError: It is no JSON, or no object.
+    """
+    value = json_value(text, where, sizes=sizes, hint=hint)
     if not isinstance(value, dict):
         raise LoraFxError(f"{where}: a JSON {type(value).__name__}, not an object", hint)
     return value

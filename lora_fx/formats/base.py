@@ -69,8 +69,8 @@ def restore(
     """
     if FIELD not in header:
         return dict(entries), {}, False
+    whole = json_object(header[FIELD], f"{file}: metadata {FIELD}")
     try:
-        whole = json.loads(header[FIELD])
         check_format(whole, f"{file}: metadata {FIELD}")
         rows, metadata = dict(whole["names"]), dict(whole["metadata"])
         result: dict[str, Entry] = {}

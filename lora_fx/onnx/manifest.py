@@ -27,6 +27,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, check_format, one_line, stamp
+from lora_fx.files.read import json_object
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
 from lora_fx.onnx.validity import blaming
@@ -45,10 +46,7 @@ def read_manifest(text: str, where: str) -> Json:
     Raises:
         LoraFxError: It is damaged, or of a later format.
     """
-    try:
-        data = dict(json.loads(text))
-    except (ValueError, TypeError) as e:
-        raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
+    data = json_object(text, f"{where}: its manifest", hint="export the model again")
     check_format(data, f"{where}: its manifest")
     return data
 

@@ -58,7 +58,7 @@ def conditions_of(metadata: Mapping[str, str], where: str) -> tuple[Condition, .
     if text is None:
         return ()
     try:
-        return tuple(Condition.read(row) for row in json.loads(text))
+        return tuple(Condition.read(row) for row in json_value(text, where))
     except (ValueError, TypeError, KeyError, LoraFxError) as e:
         raise LoraFxError(
             f"{where}: its metadata {PROPERTY} is damaged", "export the model again"

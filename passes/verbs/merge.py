@@ -19,9 +19,9 @@ from lora_fx.adapter.adapter import HOWS, Adapter, mix
 from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.merge import GAIN, Adapters, given
 from lora_fx.checkpoint.merge_plan import Given
-from lora_fx.checkpoint.provenance import METADATA, refuse_again
+from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
 from lora_fx.compare import Parity, Report, demand
-from lora_fx.errors import LoraFxError, NoEffectError, check_format
+from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.inputs import Named
@@ -294,7 +294,7 @@ def plan_onnx(
     source = Path(base)
     parts = given(adapters, options.trust)
     model = load(source)
-    merges = history(model.metadata_props.get(METADATA), str(source))
+    merges = merges_of(model.metadata_props.get(METADATA), str(source))
     refuse_again(source, merges, [(p.where, p.hash) for p in parts], again=options.again)
     renamed = restore_weight_names(model)
     graph = OnnxGraph(model)
@@ -329,22 +329,6 @@ def _sum(
         for p, m in zip(parts, each, strict=True)
     ]
     return Matched(dict(mix(bound, how, options.rank).lowrank), {})
-
-
-def history(text: str | None, where: str) -> list[Json]:
-    """The merges that a file's metadata tells of; empty where it tells none.
-
-    Raises:
-        LoraFxError: A later lora-fx wrote it.
-    """
-    try:
-        found = json.loads(text or "[]")
-        merges = [m for m in found if all("hash" in a for a in m["adapters"])]
-    except (ValueError, TypeError, KeyError):
-        return []
-    for merge in merges:
-        check_format({"format": 1, **merge}, f"{where}: metadata {METADATA}")
-    return merges
 
 
 # merge: adapters folded into a file of weights, or into an ONNX graph; neither needs torch.
