@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
+from lora_fx.files.read import json_value
 
 PROPERTY = "lora_fx.ranges"
 GUARD = "lora_fx holds for "
