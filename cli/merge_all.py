@@ -18,7 +18,7 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.output import emit, print_json
 from lora_fx.cli.report_option import report_option
-from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.errors import LoraFxError, explained
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -62,9 +62,14 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     # A base that cannot be read is one error, not one for every adapter.
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
     jobs = jobs_of([split_weight(a) for a in adapters], Path(out), shard, suffix)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise LoraFxError(f"{out} is no folder", "choose another output")
+    made = not folder.exists()
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     keywords = {k: v for k, v in options.items() if k != "link"}
-    rows = []
+    rows, codes = [], set()
     for row in merge_all(
         base,
         jobs,
@@ -73,16 +78,21 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         arguments=arguments(options),
         options=keywords,
     ):
+        codes.add(row.pop("code", 0))
         rows.append(row)
         if not as_json:
             print_json(row)
     bad = [r for r in rows if not r["ok"]]
-    refused = None
+    if made and len(bad) == len(rows):
+        folder.rmdir()
+    refused: LoraFxError | None = None
     if bad:
-        refused = NoEffectError(
+        every = codes == {2}  # refused, each of them
+        refused = LoraFxError(
             f"{len(bad)} of {len(rows)} merges failed, the first {bad[0]['adapter']}: "
             f"{bad[0]['error']}",
-            "the others are done; the lines above say why each failed",
+            bad[0]["hint"] if every else "the lines above say why each failed",
+            exit_code=2 if every else 1,
         )
     outputs = [r["out"] for r in rows if r["ok"]]
     inputs = [{"base": base, "adapters": list(adapters)}]

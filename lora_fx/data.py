@@ -276,7 +276,10 @@ def read_npz(path: str) -> dict[str, Array]:
     """Arrays of an .npz by name; never unpickles."""
     try:
         with open_input(path) as file, np.load(file, allow_pickle=False) as data:
-            return dict(data)
+            found = dict(data)
+        if odd := [n for n, v in found.items() if not isinstance(v, np.ndarray)]:
+            raise ValueError(f"its member {odd[0]} is no array")
+        return found
     except LoraFxError:
         raise
     except Exception as e:  # numpy and zipfile raise whatever their parts do

@@ -103,8 +103,8 @@ def merge_all(
         options: The same as keywords of `MergeOptions`.
 
     Yields:
-        {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true for an
-        output that was there already.
+        {"adapter", "out", "ok"} and, where it failed, "error", "hint" and exit "code"; "kept" is
+        true for an output that was there already.
     """
     threads = max(1, cores() // max(1, processes))
     extra = [*arguments, "--threads", str(threads), *(["--force"] if force else [])]
@@ -160,7 +160,7 @@ def _one(
         if options is not None and job.out.exists() and _is_this(base, job, options):
             return row | {"kept": True}
     except LoraFxError as error:
-        return row | {"ok": False, "error": error.message, "hint": error.hint}
+        return row | {"ok": False, "error": error.message, "hint": error.hint, "code": 2}
     adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
     command = [sys.executable, "-m", "lora_fx.cli", "merge", base, adapter]
     code, out, err = running.run([*command, "-o", str(job.out), "--json", *extra])
@@ -171,7 +171,9 @@ def _one(
         why = f"the merge ended with code {code}{f': {last[-1]}' if last else ''}"
         return row | {"ok": False, "error": why, "hint": "was it killed for its memory?"}
     row |= {"ok": bool(said["ok"]), "warnings": said["warnings"]}
-    return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}
+    if said["ok"]:
+        return row
+    return row | {"error": said["error"], "hint": said["hint"], "code": code}
 
 
 def _is_this(base: str, job: Job, options: JsonView) -> bool:

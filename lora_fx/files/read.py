@@ -252,6 +252,9 @@ def inside(folder: Path, name: str) -> Path | None:
         return None
     try:
         home, file = folder.resolve(), (folder / name).resolve()
+        os.path.lexists(file) or file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except (OSError, RuntimeError, ValueError):  # links in a circle; a name that is too long
         return None
     return file if any(root in file.parents for root in (home, *_blobs(folder))) else None

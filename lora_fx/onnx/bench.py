@@ -17,6 +17,7 @@ from typing import TypeVar
 from lora_fx.compare import sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.onnx.load import checked
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
 from lora_fx.text import Json
 
@@ -109,6 +110,8 @@ def bench(
             raise LoraFxError(f"{name} is {value}", "1 or more")
     if not files:
         raise LoraFxError("no file to time", "bench A.onnx B.onnx")
+    for file in files:
+        checked(file)
     opened = _sessions([fspath(f) for f in files], provider, threads)
     found, seen = [], set()
     for size in sizes if inputs is None else sizes[:1]:

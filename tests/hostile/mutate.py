@@ -107,6 +107,7 @@ def make(folder: Path) -> None:
         argv = ["export", "graph.onnx", "peft", "-o", f"{mode}.onnx", "--mode", mode, "--force"]
         outcome = child.command(argv, folder, seconds=60)
         assert outcome.code == 0, outcome.err
+    (folder / "peft.onnx_adapter").unlink()
 
 
 def _onnx(folder: Path, weight: Any, bias: Any) -> None:
