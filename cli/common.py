@@ -17,7 +17,7 @@ import click
 
 from lora_fx.cli.output import echo, emit, say
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.read import remember, remembering
+from lora_fx.files.read import Remembered, remember, remembering
 from lora_fx.text import JsonView, near
 
 COMMANDS = {
@@ -167,10 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     everywhere = [a for a in argv if a in ("-v", "--verbose", "-q", "--quiet")]
     given = {"argv": argv}
     argv = everywhere + [a for a in argv if a not in everywhere]
-    written: list[Path] = []
+    files = Remembered()
     try:
         with stopping(), remembering() as files:
-            written = files.written
             code = group.main(argv, prog_name="lora-fx", standalone_mode=False, obj=given)
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as e:
@@ -186,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ended = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
         what = "terminated" if ended else "interrupted"
         left = getattr(e, "left", None) or getattr(e.__cause__, "left", None)
-        if written and not left:
+        if (written := files.written) and not left:
             left = f"{', '.join(map(str, written))} was written"
         echo(f"{what}; {left or 'nothing was left behind'}", err=True)
         sys.exit(143 if ended else 130)

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,8 +23,12 @@ from lora_fx.checkpoint.merge import cores, plan_merge
 from lora_fx.checkpoint.merge_plan import MergeOptions
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import BUSY
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.text import Json, JsonView
+
+_WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Seconds between tries at an output that another merge is writing."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,17 @@ def _one(
         return row | {"ok": False, "error": error.message, "hint": error.hint, "code": 2}
     adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
     command = [sys.executable, "-m", "lora_fx.cli", "merge", base, adapter]
-    code, out, err = running.run([*command, "-o", str(job.out), "--json", *extra])
+    for wait in (*_WAITS, None):
+        code, out, err = running.run([*command, "-o", str(job.out), "--json", *extra])
+        if wait is None or code != 2 or BUSY not in out:
+            break
+        time.sleep(wait)  # a merge of a run that was killed lives on: it may be this very one
     try:
         said = json.loads(out)
+        if code == 2 and options is not None and job.out.exists() and _is_this(base, job, options):
+            return row | {"kept": True}
+    except LoraFxError as error:
+        return row | {"ok": False, "error": error.message, "hint": error.hint, "code": 2}
     except ValueError:
         last = err.strip().splitlines()
         why = f"the merge ended with code {code}{f': {last[-1]}' if last else ''}"

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explained
 from lora_fx.files.copying import fcntl
 from lora_fx.files.ownership import check_apart, check_replaceable, write_contents
-from lora_fx.files.read import run_of_files
+from lora_fx.files.read import inode_of, run_of_files
 
-_OLD = "replaced"
+_OLD, _LIST = "replaced", "beside"
+BUSY = "another run is writing"
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -34,7 +36,7 @@ def replacing(
     force: bool = False,
     own: bool = False,
     listed: bool = True,
-    undo: contextlib.ExitStack | None = None,
+    beside: Beside | None = None,
 ) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends without an error.
 
@@ -49,7 +51,7 @@ def replacing(
         force: Replace what `ownership` lets be replaced.
         own: `path` is this run's own state, which it may have read.
         listed: A folder gets the list of its files that makes it lora-fx's own.
-        undo: Where an error reaches this stack, the file goes again, and what it replaced is back.
+        beside: The outputs that this one belongs to.
 
     Raises:
         LoraFxError: `path` exists and force is not given, or does not count; its parent does not
@@ -58,6 +60,8 @@ def replacing(
     target = Path(path)
     with explained(target, itself=True):
         check_output(target, force=force, own=own)
+        if (run := run_of_files()) is not None:
+            run.outputs.setdefault(target, inode_of(target))
         lock = contextlib.ExitStack()
         lock.enter_context(locked(target))
     with lock:
@@ -77,34 +81,70 @@ def replacing(
                 _open_up(temporary, mode)
                 sync(temporary)
                 check_output(target, force=force, own=own, new=temporary)
-                if undo is not None:
-                    _undone(undo, target)
+                if beside is not None:
+                    beside.add(target, temporary)
                 _swap(temporary, target, holder / _OLD)
                 _sync_folder(target.parent)
         finally:
             _discard(holder, target)
-        if (run := run_of_files()) is not None:
-            run.written.append(target)
 
 
-def _undone(undo: contextlib.ExitStack, target: Path) -> None:
-    """Let `undo` put a file back to what it is now, or remove it, where an error reaches it."""
-    holder = target.with_name(f".{target.name}.lora_fx_{secrets.token_hex(4)}.tmp")
-    old, there = holder / _OLD, _there(target)
-    holder.mkdir()
+class Beside(contextlib.ExitStack):
+    """Outputs beside a main one, which go again where that one does not get its name.
 
-    def back(error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:
-            with contextlib.suppress(OSError):
-                os.replace(old, target) if there else target.unlink()
-        _discard(holder, target)
+    What they replaced comes back. Between two renames a run can be killed: until the main output
+    has its name, a list beside its temporary file says what was put beside it, by inode, and the
+    next run takes that away.
 
-    undo.push(back)
-    if there:
-        try:
-            os.link(target, old, follow_symlinks=False)
-        except OSError:  # no links on this file system
-            shutil.copy2(target, old, follow_symlinks=False)
+    Args:
+        target: The main output; None where nothing follows.
+        temporary: Where that lies until it has its name.
+    """
+
+    def __init__(self, target: Path | None = None, temporary: Path | None = None) -> None:
+        super().__init__()
+        self.target, self.temporary = target, temporary
+
+    def on_error(self, undo: Callable[[], object]) -> None:
+        """Let this be called where an error comes before the main output has its name."""
+        main = None if self.temporary is None else inode_of(self.temporary)
+
+        def end(error: type[BaseException] | None, *_: object) -> None:
+            settled = self.target is not None and main in {inode_of(self.target)} - {None}
+            if error is not None and not settled:
+                with contextlib.suppress(OSError):
+                    undo()
+
+        self.push(end)
+
+    def add(self, target: Path, new: Path) -> None:
+        """Take in what is about to be renamed to `target`."""
+        holder = target.with_name(f".{target.name}.lora_fx_{secrets.token_hex(4)}.tmp")
+        old = holder / _OLD
+        inode = new.stat().st_ino
+        holder.mkdir()
+        self.callback(_discard, holder, target)
+        self.on_error(lambda: _take_back(target, inode, old))
+        if _there(target):
+            try:
+                os.link(target, old, follow_symlinks=False)
+            except OSError:  # no links on this file system
+                shutil.copy2(target, old, follow_symlinks=False)
+        if self.temporary is not None:
+            with (self.temporary.parent / _LIST).open("a", encoding="utf-8") as file:
+                file.write(json.dumps([os.path.abspath(target), inode]) + "\n")
+
+
+def _take_back(target: Path, inode: int, old: Path | None = None) -> None:
+    """Remove an output, unless another has its name by now; put back what it replaced."""
+    if not _there(target) or target.lstat().st_ino != inode:
+        return
+    if old is not None and _there(old):
+        os.replace(old, target)
+    elif _is_folder(target):
+        shutil.rmtree(target, ignore_errors=True)
+    else:
+        target.unlink()
 
 
 def check_output(
@@ -240,7 +280,23 @@ def _clear_stale(target: Path) -> None:
     for name in os.listdir(target.parent):
         path = target.with_name(name)
         if ours.fullmatch(name) and _is_folder(path):
+            if _there(path / target.name) and _there(path / _LIST):
+                _clear_beside(path / _LIST, target.parent)
             _discard(path, target)
+
+
+def _clear_beside(listed: Path, folder: Path) -> None:
+    """Take away what a killed run put beside an output that did not get its name."""
+    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            name, inode = json.loads(line)
+            path = Path(name)
+        except (ValueError, TypeError):  # it was killed as it wrote
+            continue
+        if folder.resolve() in path.parents and isinstance(inode, int):
+            with locked(path):
+                _take_back(path, inode)
+                _clear_stale(path)
 
 
 def _discard(holder: Path, target: Path) -> None:
@@ -380,4 +436,4 @@ def _release(fd: int, lock: Path) -> None:
 
 def _busy(target: Path, more: str = "") -> LoraFxError:
     hint = "wait for it to end, or choose another output"
-    return LoraFxError(f"another run is writing {target}", hint + more)
+    return LoraFxError(f"{BUSY} {target}", hint + more)

@@ -44,12 +44,26 @@ class Remembered:
     Attributes:
         paths: Absolute path → the name that the user knows it by.
         inodes: (device, inode) → the same.
-        written: Outputs that have their name.
+        outputs: Output → the inode that had its name before.
     """
 
     paths: dict[Path, str] = field(default_factory=dict)
     inodes: dict[tuple[int, int], str] = field(default_factory=dict)
-    written: list[Path] = field(default_factory=list)
+    outputs: dict[Path, int | None] = field(default_factory=dict)
+
+    @property
+    def written(self) -> list[Path]:
+        """The outputs that have their name."""
+        found = ((path, inode_of(path), before) for path, before in self.outputs.items())
+        return [path for path, now, before in found if now is not None and now != before]
+
+
+def inode_of(path: Path) -> int | None:
+    """The inode that has a name; None for none."""
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return None
 
 
 _run: ContextVar[Remembered | None] = ContextVar("run", default=None)

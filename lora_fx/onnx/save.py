@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import replacing
+from lora_fx.files.atomic import Beside, replacing
 
 if TYPE_CHECKING:
     from lora_fx.onnx.triton import Repository
@@ -108,7 +108,7 @@ class Output:
         external: True when it was saved with data.
         repository: The place of a copy, for Triton.
         copies: The names of the copy's files.
-        undo: Puts back what was written beside the file, where an error reaches it.
+        beside: What is written beside the file, and goes again where that gets no name.
         seen: What can be loaded before it has its name: `path`, but for a file that shares data.
     """
 
@@ -118,7 +118,7 @@ class Output:
     external: bool = False
     repository: Repository | None = None
     copies: list[Path] = field(default_factory=list)
-    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    beside: Beside = field(default_factory=Beside)
     seen: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -184,26 +184,24 @@ def output(
     Raises:
         LoraFxError: The file exists and `force` is not given; its data exists and it is not.
     """
-    with contextlib.ExitStack() as beside, contextlib.ExitStack() as undo:
-        with replacing(target, force=force) as temporary:
-            made = Output(target, temporary, _free(target), repository=repository, undo=beside)
-            try:
-                yield made
-            finally:
-                if made.seen != made.path:
-                    made.seen.unlink(missing_ok=True)
-            if made.external and made.data.name != f"{target.name}.data" and not force:
-                raise LoraFxError(
-                    f"{target}.data exists",
-                    "choose another output, or --force to write beside it",
-                )
-            if repository is not None:
-                made.copies = repository.place(temporary, undo)
-            if made.external:
-                with replacing(made.data) as place:
-                    temporary.with_name(made.data.name).replace(place)
-                undo.callback(made.data.unlink, missing_ok=True)
-        undo.pop_all()
+    with Beside(target) as beside, replacing(target, force=force) as temporary:
+        beside.temporary = temporary
+        made = Output(target, temporary, _free(target), repository=repository, beside=beside)
+        try:
+            yield made
+        finally:
+            if made.seen != made.path:
+                made.seen.unlink(missing_ok=True)
+        if made.external and made.data.name != f"{target.name}.data" and not force:
+            raise LoraFxError(
+                f"{target}.data exists",
+                "choose another output, or --force to write beside it",
+            )
+        if repository is not None:
+            made.copies = repository.place(temporary, beside)
+        if made.external:
+            with replacing(made.data, beside=beside) as place:
+                temporary.with_name(made.data.name).replace(place)
 
 
 def _free(target: Path) -> Path:

@@ -13,9 +13,9 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ from google.protobuf.text_encoding import CEscape
 
 from lora_fx.dtypes import from_onnx
 from lora_fx.errors import LoraFxError, explained, one_line
-from lora_fx.files.atomic import replacing
+from lora_fx.files.atomic import Beside, replacing
 from lora_fx.onnx.load import data_names
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_manifest
 from lora_fx.onnx.session import RuntimeSession, open_session
@@ -91,8 +91,8 @@ class Repository:
             )
         return made
 
-    def place(self, model: Path, undo: ExitStack) -> list[Path]:
-        """Copy an .onnx file and its data in as the next version; `undo` takes it back.
+    def place(self, model: Path, beside: Beside) -> list[Path]:
+        """Copy an .onnx file and its data in as the next version, beside a main output.
 
         Raises:
             LoraFxError: It does not fit what is there; nothing is written.
@@ -102,25 +102,22 @@ class Repository:
         first = not self.home.exists()
         number = "1" if first else str(max([0, *_versions(self.home)]) + 1)
         made = self.home if first else self.home / number
-        with ExitStack() as failed:
-            if not self.folder.exists():
-                with explained(self.folder):
-                    self.folder.mkdir()
-                failed.callback(_remove_empty, self.folder)
-            with replacing(made, listed=False) as new:
-                version = new / number if first else new
-                version.mkdir(parents=True)
-                if first:
-                    (new / CONFIG).write_text(config.to_text(), encoding="utf-8")
-                shutil.copyfile(model, version / MODEL)
-                for name in data:
-                    if (version / name).exists():
-                        raise LoraFxError(f"{model}: its data is called {name!r}", "rename it")
-                    (version / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(model.parent / name, version / name)
-                _compare(_read(new if first else self.home), version / MODEL, self.name)
-            undo.push(failed.pop_all())
-        undo.callback(shutil.rmtree, made, ignore_errors=True)
+        if not self.folder.exists():
+            beside.on_error(partial(_remove_empty, self.folder))
+            with explained(self.folder):
+                self.folder.mkdir()
+        with replacing(made, listed=False, beside=beside) as new:
+            version = new / number if first else new
+            version.mkdir(parents=True)
+            if first:
+                (new / CONFIG).write_text(config.to_text(), encoding="utf-8")
+            shutil.copyfile(model, version / MODEL)
+            for name in data:
+                if (version / name).exists():
+                    raise LoraFxError(f"{model}: its data is called {name!r}", "rename it")
+                (version / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(model.parent / name, version / name)
+            _compare(_read(new if first else self.home), version / MODEL, self.name)
         return [self.home / CONFIG] * first + [self.home / number / n for n in (MODEL, *data)]
 
 
@@ -161,9 +158,8 @@ def write_repository(
             versions that are there. Nothing is written.
     """
     source = Path(model)
-    with ExitStack() as undo:
-        made = Repository(Path(folder), name or source.stem, max_batch).place(source, undo)
-        undo.pop_all()
+    with Beside() as beside:
+        made = Repository(Path(folder), name or source.stem, max_batch).place(source, beside)
     return made
 
 

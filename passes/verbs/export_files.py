@@ -175,7 +175,7 @@ def write_switch(
             parity += reference.prove(run, adapter, name)
         demand(parity, "ONNX Runtime differs from the model")
         for name, path in paths.items():
-            with replacing(path, force=options.force, undo=made_file.undo) as part:
+            with replacing(path, force=options.force, beside=made_file.beside) as part:
                 write_adapter(adapters[name], manifest, part)
     if session.note:
         warnings.append(session.note)

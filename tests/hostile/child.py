@@ -76,7 +76,12 @@ def _commands() -> list[Path]:
 
 
 def command(
-    argv: Sequence[str], folder: Path, *, seconds: float = SECONDS, hard: float = 6.0
+    argv: Sequence[str],
+    folder: Path,
+    *,
+    seconds: float = SECONDS,
+    hard: float = 6.0,
+    stop: tuple[float, signal.Signals] | None = None,
 ) -> Outcome:
     """Run `lora-fx ARGV` in a folder.
 
@@ -85,13 +90,21 @@ def command(
         folder: The working folder.
         seconds: After which it is killed.
         hard: GiB of address space that it may add; what needs more gets a MemoryError.
+        stop: (seconds, signal): what it is sent, and when.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        start = time.monotonic()
+        ready, told_ready = os.pipe()
         child = os.fork()
         if not child:
-            _run(argv, folder, out.fileno(), err.fileno(), hard)
+            _run(argv, folder, out.fileno(), err.fileno(), hard, told_ready)
+        os.close(told_ready)
+        os.read(ready, 1)  # libraries do things of their own as they are forked
+        os.close(ready)
+        start = time.monotonic()
+        if stop is not None:
+            time.sleep(max(0.0, start + stop[0] - time.monotonic()))
+            os.kill(child, stop[1])  # a zombie until it is waited for: the number is still its own
         hung, status, usage = _wait(child, start + seconds)
         code = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -114,12 +127,13 @@ def _wait(child: int, end: float) -> tuple[bool, int, resource.struct_rusage]:
         pause = min(0.05, pause * 1.3)
 
 
-def _run(argv: Sequence[str], folder: Path, out: int, err: int, hard: float) -> None:
+def _run(argv: Sequence[str], folder: Path, out: int, err: int, hard: float, ready: int) -> None:
     """The child: it never returns."""
     code = 70
     try:
         os.dup2(out, 1)
         os.dup2(err, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         os.chdir(folder)
@@ -130,6 +144,8 @@ def _run(argv: Sequence[str], folder: Path, out: int, err: int, hard: float) -> 
         warnings.simplefilter("ignore")
         from lora_fx.cli import main
 
+        os.write(ready, b"1")
+        os.close(ready)
         try:
             main(list(argv))
         except SystemExit as end:
