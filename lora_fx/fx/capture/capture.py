@@ -189,7 +189,8 @@ class Captured:
         return self._over_tensors(self.traced(training, self.named), self.fx_graph(training).graph)
 
     def _over_tensors(self, traced: Traced, graph: fx.Graph) -> fx.GraphModule:
-        tensors = all_tensors(self.model) | traced.constants | traced.bodies
+        # what the weightless source holds in the place of the model's tensors is fake
+        tensors = traced.constants | all_tensors(self.model) | traced.bodies
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
 
