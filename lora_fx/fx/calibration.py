@@ -23,6 +23,7 @@ from lora_fx.fx.capture.call import Door, program_key
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.tensors import padding
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Site
@@ -99,7 +100,7 @@ class Made:
 
     def rows(self, dy: Tensor) -> SiteRows | None:
         """Those of dy = ∂L/∂zeros."""
-        return rows_out(self.tap.site, dy, self.shape, self.ends)
+        return rows_of(self.tap.site, dy, self.ends, self.shape)
 
 
 class Watched(CapturedModule):
@@ -176,7 +177,7 @@ class _Interpreter(fx.Interpreter):
                 grouped = isinstance(site.kind, Grouped)
                 ends: Any = map_arg(n.args[2], lambda m: self.env[m]) if grouped else None
                 self.shapes[tap] = tuple(x.shape), ends
-                self.saw(site, tap.keys, rows_in(site, x.detach(), ends))
+                self.saw(site, tap.keys, rows_of(site, x.detach(), ends))
         value = self._call(n, {}) if self.along and n in self.at else super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor):
             value = value.detach()  # the model's own need no gradient
@@ -203,6 +204,7 @@ class _Interpreter(fx.Interpreter):
 
 
 def _by(taps: Sequence[Tap], nodes: Callable[[Tap], Sequence[fx.Node]]) -> dict[fx.Node, list[Tap]]:
+    """Node → the taps that have it among these nodes of theirs."""
     found: dict[fx.Node, list[Tap]] = {}
     for tap in taps:
         for node in nodes(tap):
@@ -226,39 +228,31 @@ def readable(site: Site) -> bool:
     return isinstance(site.kind, (*known, kinds.ConvTranspose)) and not gathered
 
 
-def rows_in(site: Site, x: Tensor, ends: Tensor | None = None) -> SiteRows | None:
-    """The rows of x; None where its sizes are broadcast. `ends` are those of the groups."""
-    kind = site.kind
-    if isinstance(kind, kinds.Embedding):
-        ids = x.reshape(-1)
-        return SiteRows(ids, ids.numel(), site.operand[0], tuple(x.shape))
-    if isinstance(kind, kinds.Einsum):
-        return _einsum(site, x, kind.x, kind.axes(site.operand).in_)
-    if isinstance(kind, kinds.Grouped):
-        return _grouped(x, ends)
-    if isinstance(kind, kinds.Conv):
-        return _channels(kind.groups, _windows(site, _images(site, x)), site)
-    assert isinstance(kind, kinds.ConvTranspose)
-    return _channels(kind.groups, _images(site, x), site)
-
-
-def rows_out(
-    site: Site, dy: Tensor, x: Sequence[int], ends: Tensor | None = None
+def rows_of(
+    site: Site, t: Tensor, ends: Tensor | None, x: Sequence[int] | None = None
 ) -> SiteRows | None:
-    """The rows of dy, in the order of those of x, whose shape is given."""
-    kind = site.kind
+    """The rows of a use's x, or of its dy, in the same order; None where sizes are broadcast.
+
+    Args:
+        site: The use.
+        t: Its activation x, or dy.
+        ends: Those of the groups, of a grouped op.
+        x: The shape of x, where t is dy.
+    """
+    kind, out = site.kind, x is not None
     if isinstance(kind, kinds.Embedding):
-        flat = dy.reshape(-1, math.prod(site.operand[1:]))
-        return SiteRows(flat, len(flat))
+        rows = t.reshape(-1, math.prod(site.operand[1:])) if out else t.reshape(-1)
+        return SiteRows(rows, len(rows), 0 if out else site.operand[0], () if out else t.shape)
     if isinstance(kind, kinds.Einsum):
-        return _einsum(site, dy, kind.y, kind.axes(site.operand).out)
+        axes = kind.axes(site.operand)
+        return _einsum(site, t, *((kind.y, axes.out) if out else (kind.x, axes.in_)))
     if isinstance(kind, kinds.Grouped):
-        return _grouped(dy, ends)
-    if isinstance(kind, kinds.Conv):
-        return _channels(kind.groups, _images(site, dy), site)
-    assert isinstance(kind, kinds.ConvTranspose)
-    spots = tuple(x)[-(len(site.operand) - 2) :]
-    return _channels(kind.groups, _windows(site, _images(site, dy), spots), site)
+        return _grouped(t, ends)
+    assert isinstance(kind, kinds.Conv | kinds.ConvTranspose)
+    t = t if t.dim() == len(site.operand) else t.unsqueeze(0)  # torch's can go without examples
+    if out == isinstance(kind, kinds.ConvTranspose):  # the side that spans the kernel
+        t = _windows(site, t, () if x is None else x[2 - len(site.operand) :])
+    return _channels(kind.groups, t, site)
 
 
 def part(rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: bool) -> Tensor:
@@ -306,11 +300,6 @@ def _grouped(t: Tensor, ends: Tensor | None) -> SiteRows:
     return SiteRows(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), len(t))
 
 
-def _images(site: Site, t: Tensor) -> Tensor:
-    """With an axis of examples, which torch's convolutions may go without."""
-    return t if t.dim() == len(site.operand) else t.unsqueeze(0)
-
-
 def _channels(groups: int, t: Tensor, site: Site) -> SiteRows:
     """[n, g·c, *spots, *taps] → [g, n·∏spots, c·∏taps]; taps are there after _windows."""
     dims = len(site.operand) - 2
@@ -328,18 +317,17 @@ def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
     k = len(kernel)
     stride, dilation = (_each(attrs[name], k) for name in ("stride", "dilation"))
     reach = [d * (s - 1) + 1 for d, s in zip(dilation, kernel, strict=True)]
-    padding = attrs["padding"]
-    if padding == "same":
+    given = attrs["padding"]
+    if given == "same":
         before = [(r - 1) // 2 for r in reach]
         after = [r - 1 - b for r, b in zip(reach, before, strict=True)]
     else:
-        before = after = [0] * k if padding == "valid" else _each(padding, k)
+        before = after = [0] * k if given == "valid" else _each(given, k)
     if spots:  # of a transposed convolution: a window for every element of its x
         have = [n + b for n, b in zip(t.shape[2:], before, strict=True)]
         need = [(n - 1) * s + r for n, s, r in zip(spots, stride, reach, strict=True)]
         after = [max(0, n - h) for n, h in zip(need, have, strict=True)]
-    pairs = [width for b, a in zip(before[::-1], after[::-1], strict=True) for width in (b, a)]
-    t = torch.nn.functional.pad(t, pairs)
+    t = torch.nn.functional.pad(t, padding(before, after))
     for axis in range(k):
         t = t.unfold(2 + axis, reach[axis], stride[axis])
         t = t[..., :: dilation[axis]]

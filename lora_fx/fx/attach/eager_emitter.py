@@ -7,6 +7,7 @@ torch.compile traces through that loop.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from torch import nn
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.graph.nodes import reached
+from lora_fx.fx.tensors import owner, padding
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Conv, ConvTranspose, Einsum
@@ -25,21 +28,14 @@ INPUTS = 2
 """A call brings two values: the activation or the stored weight, and the op's result."""
 
 
-def _conv(x: torch.Tensor, w: torch.Tensor, **attrs: Any) -> torch.Tensor:
-    run: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[w.dim()]
-    result: torch.Tensor = run(x, w, None, **attrs)
-    return result
+def _conv(name: str) -> Callable[..., torch.Tensor]:
+    """The convolution of so many dimensions as the weight has, without a bias."""
 
+    def run(x: torch.Tensor, w: torch.Tensor, **attrs: Any) -> torch.Tensor:
+        result: torch.Tensor = getattr(F, f"{name}{w.dim() - 2}d")(x, w, None, **attrs)
+        return result
 
-def _conv_transpose(x: torch.Tensor, w: torch.Tensor, **attrs: Any) -> torch.Tensor:
-    run: Any = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[w.dim()]
-    result: torch.Tensor = run(x, w, None, **attrs)
-    return result
-
-
-def _pad(x: torch.Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> torch.Tensor:
-    pairs = list(zip(before, after, strict=True))[::-1]
-    return F.pad(x, [n for pair in pairs for n in pair])
+    return run
 
 
 PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
@@ -52,10 +48,10 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "transpose": lambda x, perm: x.permute(perm),
     "reshape": lambda x, shape: x.reshape(shape),
     "slice": lambda x, axis, start, stop: x.narrow(axis, start, stop - start),
-    "pad": _pad,
+    "pad": lambda x, before, after: F.pad(x, padding(before, after)),
     "einsum": lambda x, y, equation: torch.einsum(equation, x, y),
-    "conv": _conv,
-    "conv_transpose": _conv_transpose,
+    "conv": _conv("conv"),
+    "conv_transpose": _conv("conv_transpose"),
     "gather": lambda w, ids, padding_idx=None: F.embedding(ids, w, padding_idx),
     "dropout": lambda x, p: F.dropout(x, p, training=True),
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
@@ -72,6 +68,7 @@ class Value:
 
 
 Step = tuple[str, tuple[int, ...], tuple[tuple[str, Any], ...]]
+"""A primitive, the places of what it takes, and its attributes: programs are compared."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +103,10 @@ class Bound:
         return values[-1]
 
 
-def bound(program: Program, place: Callable[[str], tuple[nn.Module, str]]) -> Bound:
-    """The program with the module of each of its tensors, found by the tensor's name."""
+def bound(program: Program, root: nn.Module) -> Bound:
+    """The program with the modules under `root` that hold its tensors."""
     steps = tuple((prim, operands, dict(attrs)) for prim, operands, attrs in program.steps)
-    return Bound(tuple(place(n) for n in program.tensors), program.constants, steps)
+    return Bound(tuple(owner(root, n) for n in program.tensors), program.constants, steps)
 
 
 @dataclass
@@ -162,27 +159,19 @@ class Recorder:
         Raises:
             LoraFxError: A primitive that PRIMS lacks.
         """
-        needed: set[int] = set()
-        queue = [result.index]
-        while queue:
-            i = queue.pop()
-            if i not in needed:
-                needed.add(i)
-                queue += self.made[i][2] if self.made[i][0] == "step" else ()
-        kept = [i for i in sorted(needed) if i >= INPUTS]
-        rank = {"tensor": 0, "constant": 1, "step": 2}
-        order = sorted(kept, key=lambda i: (rank[self.made[i][0]], i))
-        at = {i: i for i in range(INPUTS)} | {i: INPUTS + n for n, i in enumerate(order)}
-        groups: dict[str, list[Any]] = {"tensor": [], "constant": [], "step": []}
-        for i in order:
-            groups[self.made[i][0]].append(self.made[i][1:])
-        for prim, *_ in groups["step"]:
+        made = self.made
+        needed = reached([result.index], lambda i: made[i][2] if made[i][0] == "step" else ())
+        groups: dict[str, list[int]] = {"input": [], "tensor": [], "constant": [], "step": []}
+        for i in sorted({*range(INPUTS), *needed}):
+            groups[made[i][0]].append(i)
+        at = {i: n for n, i in enumerate(itertools.chain(*groups.values()))}
+        steps = []
+        for _, prim, read, attrs in (made[i] for i in groups["step"]):
             if prim not in PRIMS:
                 raise LoraFxError(
                     f"the eager emitter has no primitive {prim!r}",
                     "report this: it is a mistake of lora-fx",
                 )
-        steps = tuple((p, tuple(at[o] for o in operands), a) for p, operands, a in groups["step"])
-        return Program(
-            tuple(t[0] for t in groups["tensor"]), tuple(c[0] for c in groups["constant"]), steps
-        )
+            steps.append((prim, tuple(at[i] for i in read), attrs))
+        tensors, constants = (tuple(made[i][1] for i in groups[k]) for k in ("tensor", "constant"))
+        return Program(tensors, constants, tuple(steps))

@@ -136,13 +136,10 @@ def _frozen_training() -> property:
     What train() and eval() set is kept, and comes back with detach.
     """
 
-    def read(self: nn.Module) -> bool:
-        return False
-
     def write(self: nn.Module, value: bool) -> None:
         self.__dict__["training"] = value
 
-    return property(read, write)
+    return property(lambda self: False, write)
 
 
 def _forwarded(name: str) -> Callable[..., object]:

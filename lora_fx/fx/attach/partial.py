@@ -16,12 +16,13 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.capture.call import OverTree
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.fx.patterns.elementwise import VIEWS
-from lora_fx.fx.tensors import owner
+from lora_fx.fx.tensors import parameter_of
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Analysed, OtherReader, Site
 from lora_fx.ir.kinds import Einsum
@@ -64,29 +65,17 @@ class PartialGraphs(Analysed):
         return sum(g.data_flops() for g in self.graphs)
 
 
-class _Stretch(nn.Module):
+class _Stretch(OverTree):
     """One partial graph as a module with the model's parameters; takes the other inputs."""
 
-    def __init__(
-        self, model: nn.Module, code: fx.GraphModule, names: Sequence[str | None], training: bool
-    ) -> None:
-        super().__init__()
-        for part in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[part] = getattr(model, part)
+    def __init__(self, model: nn.Module, code: fx.GraphModule, names: Sequence[str | None]) -> None:
+        super().__init__(model)
         self.code: Callable[..., object] = code.forward  # no child: its names are not the model's
         self.names = list(names)
-        self.training = training
 
     def forward(self, *data: object) -> Any:
         rest = iter(data)
-        tensors = []
-        for name in self.names:
-            if name is None:
-                tensors.append(next(rest))
-            else:
-                module, leaf = owner(self, name)
-                tensors.append(module._parameters[leaf])
-        return self.code(*tensors)
+        return self.code(*(next(rest) if n is None else parameter_of(self, n) for n in self.names))
 
 
 def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraphs:
@@ -137,7 +126,7 @@ def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraph
 def _read(
     model: nn.Module, code: fx.GraphModule, inputs: Sequence[object], names: Sequence[str | None]
 ) -> FxGraph:
-    stretch = _Stretch(model, code, names, model.training)
+    stretch = _Stretch(model, code, names)
     data = tuple(x for x, n in zip(inputs, names, strict=True) if n is None)
     captured = Captured(stretch, data)
     traced = captured.traced(False, captured.named)

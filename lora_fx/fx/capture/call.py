@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.conditions import Condition, Size, SizeError
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.flow import VIEWS
-from lora_fx.fx.graph.nodes import dtype_name, shape_of, value
+from lora_fx.fx.graph.nodes import dtype_name, dtype_of, reached, shape_of
 from lora_fx.fx.tensors import from_numpy, has_values
 from lora_fx.inputs import Extents, Input, Inputs, Named
 
@@ -33,20 +33,19 @@ class Signature:
         self.signature = inspect.signature(forward)
         kinds = inspect.Parameter
         params = self.signature.parameters.values()
-        self.positional_only = [p.name for p in params if p.kind is kinds.POSITIONAL_ONLY]
-        self.positional = [
-            p.name for p in params if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-        ]
-        self.keywords = {p.name for p in params if p.kind is kinds.KEYWORD_ONLY} | set(
-            self.positional
-        )
-        self.rest = next((p.name for p in params if p.kind is kinds.VAR_POSITIONAL), "")
-        self.open = any(p.kind is kinds.VAR_KEYWORD for p in params)
+
+        def of(kind: object) -> list[str]:
+            return [p.name for p in params if p.kind is kind]
+
+        self.positional_only = of(kinds.POSITIONAL_ONLY)
+        self.positional = self.positional_only + of(kinds.POSITIONAL_OR_KEYWORD)
+        named = self.positional + of(kinds.KEYWORD_ONLY)
+        self.keywords = set(named)
+        self.rest = next(iter(of(kinds.VAR_POSITIONAL)), "")
+        self.open = bool(of(kinds.VAR_KEYWORD))
         self.order = {p.name: i for i, p in enumerate(params)}
         self.defaults = {p.name: p.default for p in params if p.default is not _EMPTY}
-        self.required = [n for n in self.positional if n not in self.defaults] + [
-            p.name for p in params if p.kind is kinds.KEYWORD_ONLY and p.default is _EMPTY
-        ]
+        self.required = [n for n in named if n not in self.defaults]
 
     def bind(self, args: Sequence[Any], kwargs: Named) -> dict[str, Any]:
         """The arguments by name, in the order of the signature, without None and defaults.
@@ -89,10 +88,8 @@ class Signature:
         """Call a forward of this signature with bound arguments."""
         named = dict(named)
         rest = named.pop(self.rest, ()) if self.rest else ()
-        lead: list[Any] = []
         names = self.positional if rest else self.positional_only
-        for n in names:
-            lead.append(named.pop(n, self.defaults.get(n)))
+        lead = [named.pop(n, self.defaults.get(n)) for n in names]
         return forward(*lead, *rest, **named)
 
 
@@ -137,13 +134,18 @@ def apart(leaves: Sequence[Any]) -> list[Any]:
     return result
 
 
-def leaf_names(named: Named) -> list[str]:
-    """Names of the flattened leaves: the argument's own, with `.i` for parts of a container."""
+def leaves_of(named: Named) -> list[tuple[str, Any]]:
+    """Names and leaves, flattened: the argument's name, with `.i` for parts of a container."""
     result = []
-    for path, _ in pytree.tree_flatten_with_path(dict(named))[0]:
+    for path, leaf in pytree.tree_flatten_with_path(dict(named))[0]:
         parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-        result.append(".".join(parts))
+        result.append((".".join(parts), leaf))
     return result
+
+
+def leaf_names(named: Named) -> list[str]:
+    """The names of the flattened leaves."""
+    return [name for name, _ in leaves_of(named)]
 
 
 def onnx_conditions(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
@@ -165,7 +167,7 @@ def onnx_name(path: str) -> str:
     return path if _CACHE.fullmatch(path) else path.replace(".", "_")
 
 
-def output_name(path: str, i: int) -> str:
+def output_name(path: str) -> str:
     """The name of a flat output: its field in a dict or output class, else output, output_1."""
     name = path.lstrip(".")
     if not name or name.split(".")[0].isdigit():
@@ -187,6 +189,10 @@ def program_key(named: Named, leaves: Sequence[Any]) -> tuple[Any, ...]:
         else:
             parts.append((type(leaf).__name__, leaf))
     return tuple(parts)
+
+
+Requested = Mapping[str, Mapping[int, str]]
+"""What should be dynamic: leaf name → {dimension: symbol name}."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +228,14 @@ class Door:
                 return condition.refusal(given)
         return None
 
+    def free(self, requested: Requested) -> dict[str, dict[int, str]]:
+        """Name of a tensor leaf → {dimension: symbol} of what should be dynamic and is."""
+        return {
+            name: {d: s for d, s in requested.get(name, {}).items() if fixed[d] is None}
+            for name, fixed in zip(self.names, self.sizes, strict=True)
+            if fixed is not None
+        }
+
     def check(self, leaves: Sequence[Any]) -> None:
         """Raise what refused gives."""
         error = self.refused(leaves)
@@ -238,13 +252,13 @@ class Door:
         return {(n, d): leaves[names.index(n)].shape[d] for _, n, d in condition.sizes}
 
 
-def as_module(model: Any) -> torch.nn.Module:
+def as_module(model: Any) -> nn.Module:
     """The module whose forward a capture traces: the model, or one that calls it.
 
     A bound method of a module becomes that module with this method as its forward. A function
     becomes a module that owns the modules and parameters its closure and globals name.
     """
-    if isinstance(model, torch.nn.Module):
+    if isinstance(model, nn.Module):
         return model
     if not callable(model):
         raise LoraFxError(
@@ -254,29 +268,37 @@ def as_module(model: Any) -> torch.nn.Module:
     return Called(model)
 
 
-class Called(torch.nn.Module):
+class OverTree(nn.Module):
+    """Another forward over the tensors and modules of a source, under their names.
+
+    Args:
+        source: Whose tree it is, and whose mode; None for a tree of its own.
+    """
+
+    def __init__(self, source: nn.Module | None) -> None:
+        super().__init__()
+        if source is not None:
+            for part in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+                self.__dict__[part] = getattr(source, part)
+            self.training = source.training
+
+
+class Called(OverTree):
     """A function as a module; the modules that it closes over are its children."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
         bound = getattr(function, "__self__", None)
-        if isinstance(bound, torch.nn.Module):
-            for name, child in bound._modules.items():
-                self.add_module(name, child)
-            for name, p in bound._parameters.items():
-                self.register_parameter(name, p)
-            for name, b in bound._buffers.items():
-                self.register_buffer(name, b)
-            return
+        source = bound if isinstance(bound, nn.Module) else None
+        super().__init__(source)
+        self.function = function
         inner = inspect.unwrap(function)
-        if not inspect.isfunction(inner):
+        if source is not None or not inspect.isfunction(inner):
             return
         free = inspect.getclosurevars(inner)
         for name, v in {**free.globals, **free.nonlocals}.items():
-            if isinstance(v, torch.nn.Module):
+            if isinstance(v, nn.Module):
                 self.add_module(name, v)
-            elif isinstance(v, torch.nn.Parameter):
+            elif isinstance(v, nn.Parameter):
                 self.register_parameter(name, v)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -303,10 +325,10 @@ _PASS = {
 }
 
 
-def describe(names: Sequence[str], leaves: Sequence[Any]) -> Inputs:
-    """The signature of example leaves; integers take their limit from the example for now."""
+def describe(named: Named) -> Inputs:
+    """The signature of an example; integers take their limit from the example for now."""
     specs = []
-    for name, x in zip(names, leaves, strict=True):
+    for name, x in leaves_of(named):
         if not isinstance(x, torch.Tensor):
             continue
         whole = not x.dtype.is_floating_point and not x.dtype.is_complex
@@ -318,45 +340,35 @@ def describe(names: Sequence[str], leaves: Sequence[Any]) -> Inputs:
     return Inputs(tuple(specs))
 
 
-def limits(inputs: Inputs, graph: fx.Graph, root: nn.Module, traced: Any) -> Inputs:
+def limits(inputs: Inputs, graph: fx.Graph, door: Door) -> tuple[Input, ...]:
     """The inputs with their limits.
 
     Integers stay below the rows of the tables that they index, sizes where the graph is true.
     """
-    names = traced.door.names
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    high: dict[str, int] = {}
-    for name, place in zip(names, places, strict=True):
-        rows = _rows_reached(place)
-        if rows:
-            high[name] = min(rows)
-    specs = []
-    for s in inputs.specs:
-        i = names.index(s.name) if s.name in names else -1
-        fixed = traced.door.sizes[i] if i >= 0 else None
-        dims = {d: n for d, n in s.dims.items() if fixed is None or fixed[d] is None}
-        specs.append(replace(s, high=high.get(s.name, s.high), dims=dims))
-    return Inputs(tuple(specs), traced.door.conditions, traced.cuts)
+    places = zip(door.names, graph.find_nodes(op="placeholder"), strict=True)
+    rows = {name: _rows_reached(place) for name, place in places}
+    free = door.free({s.name: s.dims for s in inputs.specs})
+    return tuple(
+        replace(s, high=min(rows.get(s.name, ()), default=s.high), dims=free.get(s.name, s.dims))
+        for s in inputs.specs
+    )
 
 
 def _rows_reached(place: fx.Node) -> list[int]:
     """Rows of every lookup table whose ids come from an integer input through id-like ops."""
-    ids = value(place)
-    if not isinstance(ids, torch.Tensor) or ids.dtype.is_floating_point:
+    ids = dtype_of(place)
+    if ids is None or ids.is_floating_point:
         return []
-    rows, todo, seen = [], [place], {place}
-    while todo:
-        node = todo.pop()
+
+    def onwards(node: fx.Node) -> list[fx.Node]:
+        dtypes = {u: dtype_of(u) for u in node.users if u.target in _PASS}
+        return [u for u, dtype in dtypes.items() if dtype and not dtype.is_floating_point]
+
+    rows = []
+    for node in reached([place], onwards):
         for user in node.users:
             if user.target is aten.embedding.default and user.args[1] is node:
-                shape = shape_of(user.args[0])
-                if shape:
-                    rows.append(int(shape[0]))
-            elif user.target in _PASS and user not in seen:
-                v = value(user)
-                if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
-                    seen.add(user)
-                    todo.append(user)
+                rows += [int(n) for n in (shape_of(user.args[0]) or ())[:1]]
     return rows
 
 
@@ -389,10 +401,9 @@ def sample_call(
 
 def filled(named: Named, arrays: Named, device: torch.device | None = None) -> dict[str, Any]:
     """Named arguments again, their tensors from arrays by the names of the leaves."""
-    leaves, spec = pytree.tree_flatten(dict(named))
     new = [
         from_numpy(arrays[n]).to(device, x.dtype) if isinstance(x, torch.Tensor) else x
-        for n, x in zip(leaf_names(named), leaves, strict=True)
+        for n, x in leaves_of(named)
     ]
-    result: dict[str, Any] = pytree.tree_unflatten(new, spec)
+    result: dict[str, Any] = pytree.tree_unflatten(new, pytree.tree_structure(dict(named)))
     return result

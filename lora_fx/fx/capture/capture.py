@@ -11,7 +11,7 @@ import copy
 import linecache
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -28,17 +28,27 @@ from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx.capture.call import (
     Called,
     Door,
+    Requested,
     Signature,
     apart,
     as_module,
     describe,
-    leaf_names,
+    leaves_of,
     limits,
     program_key,
     sample_call,
     without_cache,
 )
-from lora_fx.fx.capture.trace import Pinned, Requested, Traced, batched_experts, record, trace
+from lora_fx.fx.capture.trace import (
+    Pinned,
+    RootModule,
+    Traced,
+    batched_experts,
+    less,
+    ones_of,
+    record,
+    trace,
+)
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.tensors import AdapterTensors
@@ -152,7 +162,7 @@ class Captured:
                 "no example input is a tensor",
                 f"pass args or kwargs for forward{self.signature.signature}",
             )
-        self.inputs: Inputs = describe(leaf_names(self.named), leaves)
+        self.inputs: Inputs = describe(self.named)
         self.requested: Requested = merge_dynamic(
             self.inputs, default_dynamic(self.inputs), dynamic, static
         )
@@ -186,10 +196,12 @@ class Captured:
         return self._graph_module(True)
 
     def _graph_module(self, training: bool) -> fx.GraphModule:
+        self.allows(training, "update")
         return self._over_tensors(self.traced(training, self.named), self.fx_graph(training).graph)
 
     def _over_tensors(self, traced: Traced, graph: fx.Graph) -> fx.GraphModule:
-        tensors = all_tensors(self.model) | traced.constants | traced.bodies
+        # what the weightless source holds in the place of the model's tensors is fake
+        tensors = traced.constants | all_tensors(self.model) | traced.bodies
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
 
@@ -236,15 +248,10 @@ class Captured:
         leaves = pytree.tree_leaves(dict(named))
         refused = held[0].door.refused(leaves)
         assert refused is not None
-        ones = {
-            n: {d for d in dims if x.shape[d] == 1}
-            for n, x in zip(leaf_names(named), leaves, strict=True)
-            if isinstance(x, torch.Tensor) and (dims := self.requested.get(n))
-        }
         if len(held) >= MOST_PATHS or not self._another(held[0].door, leaves):
             raise refused
         try:  # a free size is never 1 in an export: there the size is part of the path
-            found = new(fixed=ones)
+            found = new(fixed=ones_of(named, self.requested))
         except CaptureError as e:
             raise refused from e
         if not found.door.admits(leaves):
@@ -270,15 +277,12 @@ class Captured:
         dtype: torch.dtype | None,
         *,
         portable: bool,
-        fixed: Mapping[str, Collection[int]] | None = None,
+        fixed: Collection[tuple[str, int]] = (),
     ) -> Traced:
         source = self.source.in_dtype(dtype, self.base_dtype)
-        new = describe(leaf_names(named), pytree.tree_leaves(dict(named)))
-        unknown = {n: d for n, d in default_dynamic(new).items() if n not in self.inputs.names}
-        requested = {
-            n: {d: s for d, s in dims.items() if d not in (fixed or {}).get(n, ())}
-            for n, dims in {**self.requested, **unknown}.items()
-        }
+        new = default_dynamic(describe(named))
+        unknown = {n: d for n, d in new.items() if n not in self.inputs.names}
+        requested = less({**self.requested, **unknown}, fixed)
         with batched_experts(source.module) if portable else contextlib.nullcontext():
             try:
                 traced = self._trace(source, training, named, requested)
@@ -300,7 +304,7 @@ class Captured:
     ) -> Traced:
         """The rungs below an export with free sizes: with fixed ones, then one recorded run."""
         why = one_line(error.message, 200)
-        leaves = dict(zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True))
+        leaves = dict(leaves_of(named))
         try:
             traced = self._trace(source, training, named, {})
             traced.pinned = [
@@ -318,7 +322,8 @@ class Captured:
             raise error
         try:
             with as_it_was(self.model, training), torch.random.fork_rng(devices=[]):
-                traced = record(self.model, self.signature, _hooked(self.model), named, why)
+                entry = RootModule(self.model, self.signature, _hooked(self.model))
+                traced = record(entry, named, why)
                 self._name_constants(traced)
                 if not self._again(traced, named):
                     raise error  # what its values decide is not what another input's would
@@ -336,7 +341,7 @@ class Captured:
 
         They are drawn small, large and with the other sign too: branches go by such things.
         """
-        fixed = describe(leaf_names(named), pytree.tree_leaves(dict(named)))
+        fixed = describe(named)
         drawn = [named, *(sample_call(fixed, named, SIZES[0], seed) for seed in range(2))]
         others = [
             pytree.tree_map_only(torch.Tensor, partial(_times, factor), dict(n))
@@ -377,7 +382,8 @@ class Captured:
     ) -> Traced:
         with as_it_was(source.module, training):
             try:
-                traced = trace(source.module, self.signature, source.forward, named, requested)
+                entry = RootModule(source.module, self.signature, source.forward)
+                traced = trace(entry, named, requested)
             except LoraFxError:
                 raise
             except Exception as e:
@@ -407,7 +413,8 @@ class Captured:
         """The signature with the integer limits that the eval graph shows."""
         if not self._limits_known:
             traced = self.traced(False, self.named)
-            self.inputs = limits(self.inputs, traced.graph, self.model, traced)
+            specs = limits(self.inputs, traced.graph, traced.door)
+            self.inputs = Inputs(specs, traced.door.conditions, traced.cuts)
             self._limits_known = True
         return self.inputs
 

@@ -18,6 +18,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.capture import Captured, base_dtype, weightless
 from lora_fx.fx.capture.trace import batched_experts
 from lora_fx.fx.pt2.captured import FileCaptured
+from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import LENGTH, PAST
 
 ROWS, NOW, BEFORE = 2, 5, 3
@@ -152,7 +153,7 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
 
 def _device(model: nn.Module) -> torch.device:
     """Where a model takes its inputs; captures of models without weights run on the CPU."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return torch.device("cpu") if device.type == "meta" else device
 
 

@@ -16,6 +16,7 @@ import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from types import FrameType
 from typing import Any
@@ -28,7 +29,8 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.conditions import BINARY, SEARCHED, Condition, Size, broken, parsed
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.graph.nodes import hint
+from lora_fx.fx.graph.nodes import hint, shape_of, value
+from lora_fx.fx.tensors import patched
 
 aten = torch.ops.aten
 BRANCH, DEMAND, LAYOUT = "branch", "demand", "layout"
@@ -72,11 +74,8 @@ class GuardLog:
                     self.guards.setdefault(text, found)
             original(env, prefix, g, *args, **kwargs)
 
-        kind._log_guard = log
-        try:
+        with patched(kind, _log_guard=log):
             yield self
-        finally:
-            kind._log_guard = original
 
     def of(self, text: str) -> Guard:
         """The guard of an expression as torch prints it."""
@@ -127,16 +126,113 @@ class Learnt:
     """What an export holds for.
 
     Attributes:
+        names: The names of the leaves.
+        sizes: For each leaf, the size of each dimension: a number where it is fixed.
+        log: What was written down while the export was made.
+        symbols: Symbol → the first (leaf, dimension) that it is alone the size of.
         conditions: What sizes have to satisfy.
         doubtful: What a run has to decide: see `layout` above.
-        sizes: For each leaf, the size of each dimension: a number where it is fixed.
         fixed: (leaf, dimension) → the line that fixed it.
     """
 
-    conditions: list[Condition]
-    doubtful: list[Condition]
+    names: Sequence[str]
     sizes: list[Shape | None]
+    log: GuardLog
+    symbols: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    conditions: list[Condition] = field(default_factory=list)
+    doubtful: list[Condition] = field(default_factory=list)
     fixed: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def sort(self, condition: Condition, guard: Guard) -> None:
+        """Put a condition among those that hold or those that a run decides; drop an idle one."""
+        at = [condition.holds(dict.fromkeys(condition.about, n)) for n in condition.turns()]
+        only_one = len(condition.sizes) == 1 and not at[0] and all(at[1:])
+        if only_one:  # one text for it: the two modes of a model ask in different words
+            condition = replace(condition, text=f"{condition.sizes[0][0]} != 1")
+        if guard.kind == LAYOUT or (only_one and not condition.demanded):
+            # Kept, "not 1" refuses a batch of 1 that nn.TransformerEncoder takes, and the single
+            # token that decoders of transformers run on. Dropped, a model with
+            # `if x.shape[0] == 1` is wrong there and says nothing. So a run at size 1 decides.
+            self.doubtful.append(condition)
+        elif len(condition.sizes) > 1 or not all(at):
+            self.conditions.append(condition)
+
+    def bound(self, symbol: Any, bounds: Any) -> None:
+        """Turn the range of one symbol into conditions, or into a fixed size."""
+        low, high = (_whole(n) for n in (bounds.lower, bounds.upper))
+        i, d = place = self.symbols[symbol]
+        if low is not None and low == high:
+            self.fixed[place] = self.log.of_bound(symbol, low + 1).line
+            shape = self.sizes[i]
+            assert shape is not None
+            shape[d] = low
+            return
+        for sign, n, outside in ((">=", low, -1), ("<=", high, 1)):
+            if n is not None and n > 1:
+                guard = self.log.of_bound(symbol, n + outside)
+                if n == 2 and sign == ">=" and guard.line == UNKNOWN:
+                    continue  # torch takes every free size for 2 or more, whatever the model does
+                sizes = (("s0", self.names[i], d),)
+                made = Condition(f"s0 {sign} {n}", sizes, guard.line, guard.kind == DEMAND)
+                self.sort(made, guard)
+
+    def shared(self) -> None:
+        """Add what binds a size that is not free: it equals another one, or is computed of some."""
+        import sympy  # type: ignore[import-untyped]
+
+        symbol = partial(sympy.Symbol, integer=True, positive=True)
+        printer, symbols = PythonPrinter().doprint, self.symbols
+        for i, shape in enumerate(self.sizes):
+            for d, n in enumerate(shape := shape or []):
+                if not isinstance(n, torch.SymInt) or symbols.get(n.node.expr) == (i, d):
+                    continue
+                free = sorted(n.node.expr.free_symbols, key=str)
+                own = {s: f"s{k}" for k, s in enumerate(free, 1)}
+                try:
+                    sizes = [(own[s], self.names[symbols[s][0]], symbols[s][1]) for s in free]
+                    right = printer(n.node.expr.subs({s: symbol(own[s]) for s in free}))
+                    parsed(text := f"s0 == {right}")
+                except (KeyError, LoraFxError, NotImplementedError, TypeError):
+                    shape[d] = hint(n)  # what cannot be said cannot be checked: `pinned` says it
+                    continue
+                sizes = [("s0", self.names[i], d), *sizes]
+                self.conditions.append(Condition(text, tuple(sizes), UNKNOWN, demanded=True))
+
+    def squeezed(self, graph: fx.Graph) -> None:
+        """Add that a free size that is squeezed is not 1: there the result has another rank."""
+        for node in graph.nodes:
+            if node.target not in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+                continue
+            shape = shape_of(node.args[0]) or ()
+            given: Any = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+            dims = given if isinstance(given, (list, tuple)) else [given]
+            line = str(node.meta.get("stack_trace") or UNKNOWN).splitlines()
+            where = next((x.strip() for x in reversed(line) if "File " in x), UNKNOWN)
+            where = where.removeprefix("File ").replace('"', "")
+            for n in (shape[d] for d in dims if shape):
+                if isinstance(n, torch.SymInt) and n.node.expr in self.symbols:
+                    i, d = self.symbols[n.node.expr]
+                    self.conditions.append(Condition("s0 != 1", (("s0", self.names[i], d),), where))
+
+    def only_size(self) -> None:
+        """Fix a size that an equation leaves no choice, beside the example's other sizes."""
+        example = {
+            (n, d): hint(k)
+            for n, shape in zip(self.names, self.sizes, strict=True)
+            for d, k in enumerate(shape or ())
+        }
+        equal = [c for c in self.conditions if parsed(c.text)[0] == "Eq"]
+        # a size that equals another one moves with it
+        equal = [c for c in equal if not c.equal_sizes(dict.fromkeys(c.about, "n"))]
+        equations = [c for c in equal if len(c.sizes) == 1]
+        for name, d in dict.fromkeys((c.sizes[0][1], c.sizes[0][2]) for c in equations):
+            own = [c for c in equal if (name, d) in c.about]
+            able = (n for n in range(1, SEARCHED) if broken(own, {**example, (name, d): n}) is None)
+            shape = self.sizes[i := self.names.index(name)]
+            if shape is not None and list(islice(able, 2)) == [example[name, d]]:
+                shape[d] = example[name, d]
+                self.fixed[i, d] = next(c.line for c in equations if (name, d) in c.about)
+                self.conditions = [c for c in self.conditions if c not in equations or c not in own]
 
 
 def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: GuardLog) -> Learnt:
@@ -148,48 +244,29 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
         names: The names of the leaves.
         log: What was written down while it was made; an empty one for a program from a file.
     """
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    values = [p.meta.get("val") for p in places]
-    shapes: list[Shape | None] = [
-        list(v.shape) if isinstance(v, torch.Tensor) else None for v in values
-    ]
-    found = Learnt([], [], shapes)
-    symbols = _symbols(shapes)
-    by_node = {p: name for p, name in zip(places, names, strict=True)}
+    places = dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
+    shapes = [shape_of(place) for place in places]
+    found = Learnt(names, [None if shape is None else list(shape) for shape in shapes], log)
+    for i, shape in enumerate(shapes):
+        for d, n in enumerate(shape or ()):
+            if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol:
+                found.symbols.setdefault(n.node.expr, (i, d))
     for node in list(graph.nodes):
         if node.target is aten._assert_scalar.default:
             guard = log.of(_said(node))
-            condition = _of_node(node.args[0], by_node, guard)
+            condition = _of_node(node.args[0], places, guard)
             if condition is not None:
-                _sort(found, condition, guard)
+                found.sort(condition, guard)
                 graph.erase_node(node)
     for symbol, bounds in program.range_constraints.items():
-        if symbol in symbols:
-            _bound(found, symbols[symbol], names, bounds, symbol, log)
-    _shared(found, shapes, symbols, names)
-    _squeezed(found, graph, symbols, names)
+        if symbol in found.symbols:
+            found.bound(symbol, bounds)
+    found.shared()
+    found.squeezed(graph)
     found.conditions = _distinct(found.conditions)
-    _only_size(found, names)
+    found.only_size()
     found.doubtful = [c for c in _distinct(found.doubtful) if c not in found.conditions]
     return found
-
-
-def _only_size(found: Learnt, names: Sequence[str]) -> None:
-    """A size that an equation leaves no choice, beside the example's other sizes, is fixed."""
-    example = {(n, d): hint(k) for n, shape in zip(names, found.sizes, strict=True)
-               for d, k in enumerate(shape or ())}  # fmt: skip
-    equal = [c for c in found.conditions if parsed(c.text)[0] == "Eq"]
-    # a size that equals another one moves with it
-    equal = [c for c in equal if not c.equal_sizes(dict.fromkeys(c.about, "n"))]
-    equations = [c for c in equal if len(c.sizes) == 1]
-    for name, d in dict.fromkeys((c.sizes[0][1], c.sizes[0][2]) for c in equations):
-        own = [c for c in equal if (name, d) in c.about]
-        able = (n for n in range(1, SEARCHED) if broken(own, {**example, (name, d): n}) is None)
-        shape = found.sizes[i := names.index(name)]
-        if shape is not None and list(islice(able, 2)) == [example[name, d]]:
-            shape[d] = example[name, d]
-            found.fixed[i, d] = next(c.line for c in equations if (name, d) in c.about)
-            found.conditions = [c for c in found.conditions if c not in equations or c not in own]
 
 
 def _distinct(conditions: Sequence[Condition]) -> list[Condition]:
@@ -206,116 +283,11 @@ def _said(node: fx.Node) -> str:
     return text.partition("for expression ")[2].rpartition(" on node ")[0]
 
 
-def _sort(found: Learnt, condition: Condition, guard: Guard) -> None:
-    at = [condition.holds(dict.fromkeys(condition.about, n)) for n in condition.turns()]
-    only_one = len(condition.sizes) == 1 and not at[0] and all(at[1:])
-    if only_one:  # one text for it: the two modes of a model ask in different words
-        condition = replace(condition, text=f"{condition.sizes[0][0]} != 1")
-    if guard.kind == LAYOUT or (only_one and not condition.demanded):
-        # Kept, "not 1" refuses a batch of 1 that nn.TransformerEncoder takes, and the single token
-        # that decoders of transformers run on. Dropped, a model with `if x.shape[0] == 1` is wrong
-        # there and says nothing. So a run at size 1 decides.
-        found.doubtful.append(condition)
-    elif len(condition.sizes) > 1 or not all(at):
-        found.conditions.append(condition)
-
-
-def _symbols(shapes: Sequence[Shape | None]) -> dict[Any, tuple[int, int]]:
-    """Symbol → the first (leaf, dimension) that it is alone the size of."""
-    result: dict[Any, tuple[int, int]] = {}
-    for i, shape in enumerate(shapes):
-        for d, n in enumerate(shape or ()):
-            if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol:
-                result.setdefault(n.node.expr, (i, d))
-    return result
-
-
-def _bound(
-    found: Learnt,
-    place: tuple[int, int],
-    names: Sequence[str],
-    bounds: Any,
-    symbol: Any,
-    log: GuardLog,
-) -> None:
-    """The range of one symbol as conditions, or as a fixed size."""
-    low, high = (_whole(n) for n in (bounds.lower, bounds.upper))
-    i, d = place
-    if low is not None and low == high:
-        found.fixed[place] = log.of_bound(symbol, low + 1).line
-        shape = found.sizes[i]
-        assert shape is not None
-        shape[d] = low
-        return
-    for sign, n, outside in ((">=", low, -1), ("<=", high, 1)):
-        if n is not None and n > 1:
-            guard = log.of_bound(symbol, n + outside)
-            if n == 2 and sign == ">=" and guard.line == UNKNOWN:
-                continue  # torch takes every free size for 2 or more, whatever the model does
-            text, sizes = f"s0 {sign} {n}", (("s0", names[i], d),)
-            made = Condition(text, sizes, guard.line, guard.kind == DEMAND)
-            _sort(found, made, guard)
-
-
 def _whole(n: object) -> int | None:
     try:
         return found if (found := int(str(n))) < 1 << 31 else None
     except (OverflowError, TypeError, ValueError, AttributeError):
         return None
-
-
-def _shared(
-    found: Learnt,
-    shapes: Sequence[Shape | None],
-    symbols: Mapping[Any, tuple[int, int]],
-    names: Sequence[str],
-) -> None:
-    """Sizes that are not free by themselves: equal to another, or computed of it."""
-    printer = PythonPrinter().doprint
-    for i, shape in enumerate(shapes):
-        for d, n in enumerate(shape := shape or []):
-            if not isinstance(n, torch.SymInt) or symbols.get(n.node.expr) == (i, d):
-                continue
-            free = sorted(n.node.expr.free_symbols, key=str)
-            own = {s: f"s{k}" for k, s in enumerate(free, 1)}
-            try:
-                sizes = [(own[s], names[symbols[s][0]], symbols[s][1]) for s in free]
-                right = printer(n.node.expr.subs({s: _symbol(own[s]) for s in free}))
-                parsed(text := f"s0 == {right}")
-            except (KeyError, LoraFxError, NotImplementedError, TypeError):
-                shape[d] = hint(n)  # what cannot be said cannot be checked: `pinned` says it
-                continue
-            sizes = [("s0", names[i], d), *sizes]
-            found.conditions.append(Condition(text, tuple(sizes), UNKNOWN, demanded=True))
-
-
-def _squeezed(
-    found: Learnt, graph: fx.Graph, symbols: Mapping[Any, tuple[int, int]], names: Sequence[str]
-) -> None:
-    """A free size that is squeezed must not be 1: there the result has another rank."""
-    for node in graph.nodes:
-        shape = getattr(_value(node.args[0]), "shape", ()) if node.args else ()
-        if node.target is aten.squeeze.default:
-            dims: Any = range(len(shape))
-        elif node.target in (aten.squeeze.dim, aten.squeeze.dims):
-            dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-        else:
-            continue
-        for n in (shape[d] for d in dims if shape):
-            if isinstance(n, torch.SymInt) and n.node.expr in symbols:
-                i, d = symbols[n.node.expr]
-                line = str(node.meta.get("stack_trace") or UNKNOWN).splitlines()
-                where = next((x.strip() for x in reversed(line) if "File " in x), UNKNOWN)
-                sizes = (("s0", names[i], d),)
-                found.conditions.append(
-                    Condition("s0 != 1", sizes, where.removeprefix("File ").replace('"', ""))
-                )
-
-
-def _symbol(name: str) -> Any:
-    import sympy  # type: ignore[import-untyped]
-
-    return sympy.Symbol(name, integer=True, positive=True)
 
 
 _SPELLED: dict[Any, str] = {
@@ -407,17 +379,13 @@ def constants_of(graph: fx.Graph) -> tuple[int, ...]:
     found: set[int] = set()
     for node in graph.nodes:
         if node.target is aten.slice.Tensor:
-            shape, d = getattr(node.args[0].meta.get("val"), "shape", ()), node.args[1:2]
+            shape, d = getattr(value(node.args[0]), "shape", ()), node.args[1:2]
             free = bool(shape) and isinstance(shape[d[0] if d else 0], torch.SymInt)
             numbers = [a for a in node.args[2:4] if type(a) is int and free]
         elif node.target in _DECIDES:
-            free = any(isinstance(_value(a), torch.SymInt) for a in node.args)
+            free = any(isinstance(value(a), torch.SymInt) for a in node.args)
             numbers = [a for a in node.args if type(a) is int and free]
         else:
             continue
         found |= {abs(n) for n in numbers if 1 < abs(n) < 1 << 31}
     return tuple(sorted(found))
-
-
-def _value(node: object) -> Any:
-    return node.meta.get("val") if isinstance(node, fx.Node) else None

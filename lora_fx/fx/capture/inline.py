@@ -17,6 +17,8 @@ from lora_fx.fx.graph.nodes import NO_GRAD, value
 
 aten = torch.ops.aten
 higher = torch.ops.higher_order
+CHOSEN = ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros")
+"""Beginnings of ops whose dtype the model chose, whatever autocast would."""
 
 
 def inline_regions(module: fx.GraphModule, graph: fx.Graph, *, no_grad: bool = False) -> None:
@@ -97,7 +99,9 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
     made = value(node)
     if isinstance(made, (tuple, list)):
         made = next((m for m in made if isinstance(m, torch.Tensor)), None)
-    if not isinstance(made, torch.Tensor) or not made.is_floating_point() or _casts(node):
+    if not isinstance(made, torch.Tensor) or not made.is_floating_point():
+        return
+    if str(node.target).startswith(CHOSEN):
         return
     operands = [
         i for i in node.all_input_nodes if isinstance(v := value(i), torch.Tensor)
@@ -115,13 +119,6 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
                 new.meta = dict(i.meta)
                 new.meta["val"] = value(i).to(wanted)
                 node.replace_input_with(i, new)
-
-
-def _casts(node: fx.Node) -> bool:
-    name = str(node.target)
-    return name.startswith(
-        ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros")
-    )
 
 
 def without_vmap(graph: fx.Graph) -> None:

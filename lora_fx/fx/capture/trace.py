@@ -6,8 +6,9 @@ import contextlib
 import logging
 import operator
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,23 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError
-from lora_fx.fx.capture.call import Door, Signature, apart, leaf_names, without_cache
+from lora_fx.fx.capture.call import (
+    Door,
+    OverTree,
+    Requested,
+    Signature,
+    apart,
+    leaf_names,
+    leaves_of,
+    without_cache,
+)
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.capture.inline import inline_regions, without_vmap
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import value
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.fx.graph.products import split_products
+from lora_fx.fx.tensors import patched
 from lora_fx.inputs import Named
 from lora_fx.silence import silenced
 from lora_fx.text import Json
@@ -75,75 +87,58 @@ class Traced:
         return graph.clone()
 
 
-def trace(
-    source: nn.Module,
-    signature: Signature,
-    forward: Any,
-    named: Named,
-    requested: Requested,
-) -> Traced:
-    """Export `forward` on `named` inputs and clean the graph.
+def trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
+    """Export a model on `named` inputs and clean the graph.
 
     A dynamic dimension of size 1 is tried at 2, and fixed where the model does not take that.
     """
     try:
-        return _trace(source, signature, forward, named, requested)
+        return _trace(entry, named, requested)
     except Exception:
-        leaves = dict(zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True))
-        lone = [
-            (n, d)
-            for n, dims in requested.items()
-            for d in dims
-            if isinstance(x := leaves.get(n), torch.Tensor) and d < x.dim() and x.shape[d] == 1
-        ]
+        lone = ones_of(named, requested)
         if not lone:
             raise
-        fewer = {
-            n: {d: s for d, s in dims.items() if (n, d) not in lone}
-            for n, dims in requested.items()
-        }
-        traced = _trace(source, signature, forward, named, fewer)
+        traced = _trace(entry, named, less(requested, lone))
         where = "the model: it does not run at size 2"
         traced.pinned = [*traced.pinned, *(Pinned(n, d, 1, where) for n, d in lone)]
         return traced
 
 
-def _trace(
-    source: nn.Module,
-    signature: Signature,
-    forward: Any,
-    named: Named,
-    requested: Requested,
-) -> Traced:
+def ones_of(named: Named, requested: Requested) -> list[tuple[str, int]]:
+    """(leaf name, dimension) of what should be dynamic and has size 1."""
+    leaves = dict(leaves_of(named))
+    return [
+        (n, d)
+        for n, dims in requested.items()
+        for d in dims
+        if isinstance(x := leaves.get(n), torch.Tensor) and d < x.dim() and x.shape[d] == 1
+    ]
+
+
+def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
+    """What should be dynamic, but for these dimensions, which become fixed."""
+    return {
+        n: {d: s for d, s in dims.items() if (n, d) not in fixed} for n, dims in requested.items()
+    }
+
+
+def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
     """Export once, through one dict argument.
 
     torch 2.13 cannot name shapes inside **kwargs ("Must provide a tree_name"), and that is how
     Hugging Face's Trainer passes num_items_in_batch.
     """
-    leaves, spec = pytree.tree_flatten(dict(named))
-    names = leaf_names(named)
-    leaves = [
-        at_least_two(x, requested.get(n, {})) if isinstance(x, torch.Tensor) else x
-        for x, n in zip(leaves, names, strict=True)
-    ]
-    leaves = apart(leaves)
-    named = pytree.tree_unflatten(leaves, spec)
-    shapes = pytree.tree_unflatten(
-        [
-            {d: Dim.AUTO for d in requested.get(n, {})} or None
-            if isinstance(x, torch.Tensor)
-            else None
-            for x, n in zip(leaves, names, strict=True)
-        ],
-        spec,
-    )
-    left_out: list[str] = []  # torch.export puts back what a module held before: so not there
-    entry = RootModule(source, signature, forward, left_out)
+    given, spec = leaves_of(named), pytree.tree_structure(dict(named))
+    free = [requested.get(n, {}) if isinstance(x, torch.Tensor) else {} for n, x in given]
+    large = [at_least_two(x, dims) for (_, x), dims in zip(given, free, strict=True)]
+    named = pytree.tree_unflatten(apart(large), spec)
+    shapes = pytree.tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
     log = GuardLog()
-    with log.listening(), _watched(source) as seen:
+    with log.listening(), _watched(entry.source) as seen:
         program = export_program(entry, (named,), (shapes,))
-    traced = clean_module(program.module(check_guards=False), program, names, requested, log)
-    traced.left_out, traced.notes, traced.own_gradients = tuple(left_out), *seen()
+    module = program.module(check_guards=False)
+    traced = clean_module(module, program, [n for n, _ in given], requested, log)
+    traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out), *seen()
     return traced
 
 
@@ -166,43 +161,41 @@ def export_program(
         )
 
 
-def record(model: nn.Module, signature: Signature, forward: Any, named: Named, why: str) -> Traced:
+def record(entry: RootModule, named: Named, why: str) -> Traced:
     """One run of a model on its real tensors, written down: the last rung of a capture.
 
     It holds for the sizes of the example, and for the branches that its values took: whatever
     Python read of a tensor is a constant of the graph.
 
     Args:
-        model: With its values, in the mode to record; it stays as it is.
-        signature: Of its forward.
-        forward: What is called.
+        entry: The model with its values, in the mode to record; it stays as it is.
         named: The example's arguments.
         why: Why torch.export refused, for `pinned`.
     """
     leaves, spec = pytree.tree_flatten(dict(named))
-    names, left_out = leaf_names(named), list[str]()
+    names, made = leaf_names(named), list[Any]()
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    parameters = dict(model.named_parameters())
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    root, made = RootModule(model, signature, forward, left_out), list[Any]()
+    parameters = dict(entry.named_parameters())
+    buffers = {n: b.clone() for n, b in entry.named_buffers()}
 
     def run(parameters: Any, buffers: Any, given: list[torch.Tensor]) -> list[Any]:
         rest = iter(given)
         all_leaves = [next(rest) if isinstance(x, torch.Tensor) else x for x in leaves]
         arguments = (pytree.tree_unflatten(all_leaves, spec),)
-        out = torch.func.functional_call(root, {**parameters, **buffers}, arguments)
+        out = torch.func.functional_call(entry, {**parameters, **buffers}, arguments)
         flat, out_spec = pytree.tree_flatten(out)
         made[:] = [out_spec]
         return flat
 
-    with quiet(), torch.no_grad(), _scopes(model), _watched(model) as seen:
+    source = entry.source
+    with quiet(), torch.no_grad(), _scopes(source), _watched(source) as seen:
         module = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
         )(parameters, buffers, [x.clone() for x in tensors])
     graph = module.graph
     constants, bodies = _constants(module, graph)
     graph.owning_module = None  # it has none of the model's names
-    places = [n for n in graph.nodes if n.op == "placeholder"]
+    places = graph.find_nodes(op="placeholder")
     for place, name in zip(places, (*parameters, *buffers), strict=False):
         with graph.inserting_before(place):
             read = graph.get_attr(name)
@@ -215,7 +208,7 @@ def record(model: nn.Module, signature: Signature, forward: Any, named: Named, w
     _finish(graph)
     sizes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
     traced = Traced(graph, constants, Door(tuple(names), sizes), made[0], bodies=bodies)
-    traced.left_out, traced.notes, traced.own_gradients = tuple(left_out), *seen()
+    traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out), *seen()
     traced.pinned = [
         Pinned(n, d, size, why, "recorded")
         for n, shape in zip(names, sizes, strict=True)
@@ -292,12 +285,9 @@ def _watched(model: nn.Module) -> Iterator[Callable[[], tuple[tuple[str, ...], t
         return hook(self, *args)
 
     before = _drawn_outside()
-    function.apply, tensor.register_hook = classmethod(noted), hooked
-    try:
-        with _EveryLayer(said) if model.training else contextlib.nullcontext():
-            yield lambda: (tuple(said), tuple(dict.fromkeys(own)))
-    finally:
-        function.apply, tensor.register_hook = apply, hook
+    watched = patched(function, apply=classmethod(noted)), patched(tensor, register_hook=hooked)
+    with watched[0], watched[1], _EveryLayer(said) if model.training else contextlib.nullcontext():
+        yield lambda: (tuple(said), tuple(dict.fromkeys(own)))
     if _drawn_outside() != before:
         raise CaptureError(
             f"cannot capture {type(model).__name__} in {'train' if model.training else 'eval'} "
@@ -315,43 +305,50 @@ def _drawn_outside() -> tuple[object, ...]:
 def _scopes(model: nn.Module) -> Iterator[None]:
     """Nodes get the stack of modules that they were made in, which make_fx leaves out."""
     stack: dict[str, tuple[str, str]] = {}
-    hooks = []
-    for path, module in model.named_modules():
-        entry = (path, type(module).__qualname__)
 
-        def enter(_m: object, _args: object, entry: tuple[str, str] = entry) -> None:
-            stack[entry[0]] = entry
-            traceback.current_meta["nn_module_stack"] = dict(stack)
+    def enter(path: str, module: nn.Module, _args: object) -> None:
+        stack[path] = (path, type(module).__qualname__)
+        traceback.current_meta["nn_module_stack"] = dict(stack)
 
-        def leave(_m: object, _args: object, _out: object, path: str = path) -> None:
-            stack.pop(path, None)
-            traceback.current_meta["nn_module_stack"] = dict(stack)
+    def leave(path: str, _m: object, _args: object, _out: object) -> None:
+        stack.pop(path, None)
+        traceback.current_meta["nn_module_stack"] = dict(stack)
 
-        hooks.append(module.register_forward_pre_hook(enter))
-        hooks.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        with traceback.preserve_node_meta():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, traceback.preserve_node_meta():
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(partial(enter, path)))
+            after = module.register_forward_hook(partial(leave, path), always_call=True)
+            hooks.enter_context(after)
+        yield
 
 
-class RootModule(nn.Module):
-    """A module over the source's own tensors, under their names, that takes a dict of arguments."""
+class RootModule(OverTree):
+    """A model that takes its arguments as one dict.
 
-    def __init__(
-        self, source: nn.Module, signature: Signature, forward: Any, left_out: list[str]
-    ) -> None:
-        super().__init__()
-        for part in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[part] = getattr(source, part)
-        self.training = source.training
-        self._call = (signature, forward, left_out)
+    Args:
+        source: The model.
+        signature: That of its forward.
+        forward: What is called.
+    """
+
+    def __init__(self, source: nn.Module, signature: Signature, forward: Any) -> None:
+        super().__init__(source)
+        # in a tuple: no child of this module, and torch.export puts back what attributes held
+        self._call = (source, signature, forward, list[str]())
+
+    @property
+    def source(self) -> nn.Module:
+        """The model."""
+        return self._call[0]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the outputs of the last run that are no tensors."""
+        return self._call[3]
 
     def forward(self, named: dict[str, Any]) -> Any:
         """Call the user's forward with its arguments by name."""
-        signature, forward, left_out = self._call
+        _, signature, forward, left_out = self._call
         left_out.clear()
         return without_cache(signature.call(forward, named), left_out)
 
@@ -404,8 +401,8 @@ def recurrent_shapes() -> Iterator[None]:
             put(*kept)
 
 
-def at_least_two(x: torch.Tensor, dims: Mapping[int, str]) -> torch.Tensor:
-    """The tensor with every dynamic dimension of size 1 doubled to 2."""
+def at_least_two(x: Any, dims: Mapping[int, str]) -> Any:
+    """A leaf whose every dynamic dimension of size 1 is doubled to 2."""
     for d in dims:
         if d < x.dim() and x.shape[d] == 1:
             x = torch.cat([x, x], d)
@@ -456,20 +453,11 @@ def clean_module(
 def _constants(
     module: fx.GraphModule, graph: fx.Graph
 ) -> tuple[dict[str, torch.Tensor], dict[str, fx.GraphModule]]:
-    """The tensors that are no parameter or buffer, and the bodies of higher-order ops."""
-    known = {n for n, _ in module.named_parameters(remove_duplicate=False)}
-    known |= {n for n, _ in module.named_buffers(remove_duplicate=False)}
-    result: dict[str, torch.Tensor] = {}
-    bodies: dict[str, fx.GraphModule] = {}
-    for node in graph.nodes:
-        if node.op != "get_attr":
-            continue
-        value = operator.attrgetter(str(node.target))(module)
-        if isinstance(value, torch.Tensor):
-            result[str(node.target)] = value
-        elif isinstance(value, fx.GraphModule):
-            bodies[str(node.target)] = value
-    return result, bodies
+    """The tensors that a graph reads, and the bodies of higher-order ops."""
+    names = [str(node.target) for node in graph.find_nodes(op="get_attr")]
+    held = {name: operator.attrgetter(name)(module) for name in names}
+    tensors = {n: v for n, v in held.items() if isinstance(v, torch.Tensor)}
+    return tensors, {n: v for n, v in held.items() if isinstance(v, fx.GraphModule)}
 
 
 def _finish(graph: fx.Graph) -> None:
@@ -485,27 +473,17 @@ def _follow_device(graph: fx.Graph) -> None:
 
     A captured Llama has 28 of them, and the graph would stay on the device of the capture.
     """
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    first = next((n for n in places if isinstance(n.meta.get("val"), torch.Tensor)), None)
-    uses = []
-
-    def look(arg: Any) -> Any:
-        if isinstance(arg, torch.device):
-            uses.append(arg)
-        return arg
-
-    for n in graph.nodes:
-        map_aggregate((n.args, n.kwargs), look)
-    if first is None or not uses:
+    places = graph.find_nodes(op="placeholder")
+    first = next((n for n in places if isinstance(value(n), torch.Tensor)), None)
+    literals = (a for n in graph.nodes for a in pytree.tree_leaves((n.args, n.kwargs)))
+    if first is None or not any(isinstance(a, torch.device) for a in literals):
         return
     with graph.inserting_after(places[-1]):
         device = graph.call_function(getattr, (first, "device"))
     for n in graph.nodes:
-        if n is not device:
-            n.args = map_aggregate(n.args, lambda a: device if isinstance(a, torch.device) else a)
-            n.kwargs = map_aggregate(
-                n.kwargs, lambda a: device if isinstance(a, torch.device) else a
-            )
+        n.args, n.kwargs = map_aggregate(
+            (n.args, n.kwargs), lambda a: device if isinstance(a, torch.device) else a
+        )
 
 
 @dataclass(frozen=True)
@@ -525,10 +503,6 @@ class Pinned:
     def __str__(self) -> str:
         """A line for people."""
         return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
-
-
-Requested = Mapping[str, Mapping[int, str]]
-"""What should be dynamic: leaf name → {dimension: symbol name}."""
 
 
 # The experts of a mixture, in a form that other runtimes have.
@@ -552,11 +526,8 @@ def batched_experts(model: nn.Module) -> Iterator[None]:
     """A context in which transformers' experts run in their batched form."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     name = "_experts_implementation_internal"  # the public setter also reaches into sub-configs
-    switched = [c for c in configs.values() if getattr(c, name, None) == GROUPED]
-    for c in switched:
-        setattr(c, name, BATCHED)
-    try:
+    with contextlib.ExitStack() as switched:
+        for config in configs.values():
+            if getattr(config, name, None) == GROUPED:
+                switched.enter_context(patched(config, **{name: BATCHED}))
         yield
-    finally:
-        for c in switched:
-            setattr(c, name, GROUPED)

@@ -25,11 +25,12 @@ from lora_fx.fx.graph.nodes import (
     is_marked,
     numel,
     op_name,
+    reached,
     shape_of,
     value,
 )
 from lora_fx.fx.graph.ops import COMPUTING, OPS, PRODUCTS, pick, row_of
-from lora_fx.fx.tensors import owner
+from lora_fx.fx.tensors import device_of, owner, parameter_of
 from lora_fx.ir.kinds import Shape
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
 
@@ -85,12 +86,8 @@ class FxFlow:
         return node in self.behind or node in self.constants
 
 
-def tensor(root: nn.Module, name: str) -> nn.Parameter:
-    """The parameter that stands under a dotted name."""
-    module, leaf = owner(root, name)
-    p = module._parameters[leaf]
-    assert p is not None
-    return p
+tensor = parameter_of
+"""The name by which passes know it."""
 
 
 def weight_flow(
@@ -134,7 +131,7 @@ def _follow(
             if name is None:
                 flow.constants.add(node)
             elif root is not None:
-                shape = tuple(tensor(root, name).shape)
+                shape = tuple(parameter_of(root, name).shape)
                 flow.weights[node] = FxWeight(name, View(), shape, node, (name,))
                 flow.behind[node] = (name,)
         elif node.op == "call_function" and node not in layers:
@@ -147,14 +144,10 @@ def _follow(
 
 def _is_layer(flow: FxFlow, product: fx.Node) -> bool:
     """True when data is made of a product, and no layer's weight is; bodies count as layers."""
-    todo, seen, read = [product], {product}, False
-    while todo:
-        node = todo.pop()
+    read = False
+    for node in reached([product], lambda n: [u for u in n.users if u in flow.behind]):
         for user in node.users:
             if user in flow.behind:
-                if user not in seen:
-                    seen.add(user)
-                    todo.append(user)
                 continue
             row, read = row_of(user), True
             if not is_marked(user) and (
@@ -288,16 +281,6 @@ def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
     return replace(weight, view=weight.view.then(*steps), shape=shape)
 
 
-def scope_of(node: fx.Node) -> tuple[str, str]:
-    """Path and class name of the innermost module whose forward made the node."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    if not stack:
-        return "", ""
-    path, cls = stack[-1]
-    name = cls if isinstance(cls, str) else cls.__name__
-    return str(path).split("@")[0], name.rpartition(".")[2]
-
-
 def _static(shape: Shape | None) -> tuple[int, ...] | None:
     return shape if shape is not None and all(isinstance(n, int) for n in shape) else None
 
@@ -354,9 +337,13 @@ def _narrow(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
 
 def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    axis, i = int(argument(node, "dim", 0)) % len(shape), argument(node, "index")
-    if not isinstance(i, int):
-        return None  # an index that is computed
+    i = argument(node, "index")
+    return _one(node, shape, i) if isinstance(i, int) else None  # another one is computed
+
+
+def _one(node: Node, shape: tuple[int, ...], i: int) -> list[Step]:
+    """The steps to one place along the op's axis, which goes."""
+    axis = int(argument(node, "dim", 0)) % len(shape)
     i %= shape[axis]
     return [Slice(axis, i, i + 1), Reshape(shape[:axis] + shape[axis + 1 :])]
 
@@ -366,10 +353,9 @@ def _item(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     parent, i = node.args
     if not isinstance(parent, Node) or not isinstance(i, int):
         return None
-    axis = int(argument(parent, "dim", 0)) % len(shape)
     if parent.target is aten.unbind.int:
-        i %= shape[axis]
-        return [Slice(axis, i, i + 1), Reshape(shape[:axis] + shape[axis + 1 :])]
+        return _one(parent, shape, i)
+    axis = int(argument(parent, "dim", 0)) % len(shape)
     sizes = [int(v.shape[axis]) for v in value(parent)]
     i %= len(sizes)
     start = sum(sizes[:i])
@@ -516,19 +502,19 @@ def evaluate(root: torch.nn.Module, flow: FxFlow, node: fx.Node) -> torch.Tensor
 
     Ops that edit intermediate values in place run as well; buffers are copied first.
     """
-    wanted = _ancestors({node})
+    wanted = _made_from(node)
     for n in node.graph.nodes:  # what edits an intermediate belongs to its value
         if n is node:
             break
         if flow.fixed(n) and any(w in wanted for w in written_by(n)):
-            wanted |= _ancestors({n})
+            wanted |= _made_from(n)
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for n in node.graph.nodes:
             if n not in wanted:
                 continue
             if n.target is getattr:
-                values[n] = _device(root)
+                values[n] = device_of(root)
             elif n.op == "get_attr":
                 module, leaf = owner(root, str(n.target))
                 values[n] = getattr(module, leaf).detach().clone()
@@ -545,16 +531,6 @@ def _plain(arg: object) -> Any:
     return hint(arg) if isinstance(arg, torch.SymInt) else arg
 
 
-def _device(root: torch.nn.Module) -> torch.device:
-    return next((p.device for p in root.parameters()), torch.device("cpu"))
-
-
-def _ancestors(start: set[fx.Node]) -> set[fx.Node]:
-    seen, queue = set(start), list(start)
-    while queue:
-        for i in queue.pop().all_input_nodes:
-            if i not in seen:
-                seen.add(i)
-                if i.target is not getattr:
-                    queue.append(i)
-    return seen
+def _made_from(node: fx.Node) -> set[fx.Node]:
+    """A node and all that its value depends on; a device is known without its tensor."""
+    return set(reached([node], lambda n: [] if n.target is getattr else n.all_input_nodes))

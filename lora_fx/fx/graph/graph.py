@@ -13,10 +13,20 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph import ops
-from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, tensor, weight_flow
-from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, mark, value
+from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, weight_flow
+from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, make_marked, mark, value
 from lora_fx.fx.graph.sites import FxWeightUse, data_flops, other_readers, slots, uses
-from lora_fx.fx.tensors import from_numpy, named_tensors, owner, to_numpy
+from lora_fx.fx.tensors import (
+    adapter_tensors,
+    device_of,
+    from_numpy,
+    named_tensors,
+    owner,
+    padding,
+    parameter_of,
+    replace_parameter,
+    to_numpy,
+)
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
 
@@ -61,22 +71,18 @@ class FxGraph(Analysed):
 
         A computed weight follows the parameter that its computation starts from.
         """
-        computed: dict[str, list[Parameter]] = {}
+        computed: dict[str, dict[str, Parameter]] = {}
         for site, found in self._uses():
-            if found.weight.name or any(
-                p.name == site.parameter for p in computed.get(found.weight.behind[0], ())
-            ):
-                continue
-            dtype = dtype_name(value(found.weight.root).dtype)
-            shape = tuple(value(found.weight.root).shape)
-            alias = site.parameter.rpartition("~")[0]
-            new = Parameter(site.parameter, shape, dtype, (alias,) if alias else ())
-            computed.setdefault(found.weight.behind[0], []).append(new)
+            if not found.weight.name:
+                name, made = site.parameter, value(found.weight.root)
+                aliases = tuple(filter(None, [name.rpartition("~")[0]]))
+                new = Parameter(name, tuple(made.shape), dtype_name(made.dtype), aliases)
+                computed.setdefault(found.weight.behind[0], {}).setdefault(name, new)
         result = []
-        for name, aliases in self._aliases.items():
-            t = tensor(self.root, name)
-            result.append(Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(aliases)))
-            result += computed.get(name, ())
+        for name, others in self._aliases.items():
+            t = parameter_of(self.root, name)
+            result.append(Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(others)))
+            result += computed.get(name, {}).values()
         return result
 
     def sites(self) -> Sequence[Site]:
@@ -109,7 +115,7 @@ class FxGraph(Analysed):
         for site, found in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
                 return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
-        return to_numpy(tensor(self.root, name))
+        return to_numpy(parameter_of(self.root, name))
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that gives the value as it was here: the storage may change before it runs."""
@@ -201,6 +207,7 @@ class FxGraph(Analysed):
 
     def emit(self, site: Site, *, before: bool = False) -> FxEmitter:
         """An emitter at the site: after its node (branch) or before it (weight form)."""
+        self.changed()  # here once, and when the result is put in its place: not at every node
         return FxEmitter(self, site, self._at(site), before=before)
 
     def replace_output(self, site: Site, y: fx.Node) -> None:
@@ -213,28 +220,25 @@ class FxGraph(Analysed):
         self.changed()
         node.replace_all_uses_with(y, delete_user_cb=lambda user: not is_marked(user, site.id))
 
-    def _read_by(self, site: Site, w: fx.Node) -> None:
-        """Make w the weight operand of the site."""
-        node = self._at(site)
-        w.meta["val"] = _node(ops.pick(node, site.slot)).meta.get("val")
-        node.args = replaced(node.args, site.slot, w)
-        self.changed()
-
     def rebase(self, site: Site, w: fx.Node) -> None:
         """Let the site read w through a copy of its own chain, which is part of the branch."""
         w.meta["val"] = self.weight(site).meta.get("val")  # what follows it reads shape and dtype
         self._replay(site, w, marked=True)
 
     def _replay(self, site: Site, start: fx.Node, *, marked: bool = False) -> None:
-        chain = self._chain(site)
+        """Let the site read what a copy of its chain makes of `start`."""
+        node, chain = self.places(site)
         env = {chain[0]: start}
-        with self.graph.inserting_before(self._at(site)):
+        with self.graph.inserting_before(node):
             for old in chain[1:]:
                 new = self.graph.node_copy(old, lambda n: env.get(n, n))
                 if marked:
                     mark(new, site.id)
                 env[old] = new
-        self._read_by(site, env[chain[-1]])
+        w = env[chain[-1]]
+        w.meta["val"] = chain[-1].meta.get("val")
+        node.args = replaced(node.args, site.slot, w)
+        self.changed()
 
     def _chain(self, site: Site) -> list[fx.Node]:
         """The nodes between the weight and the site, both ends included."""
@@ -271,15 +275,12 @@ class FxGraph(Analysed):
         value = value.compute() if isinstance(value, Deferred) else value
         stored = name.replace("~", "")
         module, leaf = owner(self.root, stored)
-        old = tensor(self.root, name if name in self._aliases else sites[0].behind[0])
+        old = parameter_of(self.root, name if name in self._aliases else sites[0].behind[0])
         # a computed weight may have another dtype than what it is computed from
         made = from_numpy(value, old) if name in self._aliases else from_numpy(value).to(old.device)
         new = nn.Parameter(made, requires_grad=False)
         if name in self._aliases and self.covers(name, sites):
-            for m in self.root.modules():
-                for k, p in m._parameters.items():
-                    if p is old:
-                        m._parameters[k] = new
+            replace_parameter(self.root, old, new)
             return name
         fresh, i = f"{leaf}_folded", 0
         while fresh in module._parameters:
@@ -315,16 +316,6 @@ class FxGraph(Analysed):
         """Run torch.fx's own check."""
         self.graph.lint()
 
-    def add_parameter(self, name: str, value: Array, role: Role) -> None:
-        """Register an adapter's tensor at its dotted name, once; a later graph finds it there."""
-        module, leaf = owner(self.root, name, create=True)
-        if leaf not in module._parameters:
-            device = next((p.device for p in self.root.parameters()), None)
-            # In torch's own memory, which is aligned, and row by row, which factors of an SVD are
-            # not: so a run gives the same bits again, also from a file.
-            tensor = from_numpy(value).clone().to(device)
-            module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
-
 
 def replaced(args: Any, path: Sequence[int], value: Any) -> Any:
     """The arguments with another value at a path."""
@@ -356,11 +347,6 @@ def _mul(x: fx.Node, y: fx.Node | float) -> OpCall:
     return aten.mul.Scalar if isinstance(y, (int, float)) else aten.mul.Tensor, (x, y)
 
 
-def _pad(x: fx.Node, before: Sequence[int], after: Sequence[int]) -> OpCall:
-    pairs = list(zip(before, after, strict=True))[::-1]  # it counts from the last axis
-    return aten.constant_pad_nd.default, (x, [n for pair in pairs for n in pair], 0.0)
-
-
 PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "matmul": lambda x, y: (aten.matmul.default, (x, y)),
     "add": lambda x, y: (aten.add.Tensor, (x, y)),
@@ -371,7 +357,10 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "transpose": lambda x, perm: (aten.permute.default, (x, list(perm))),
     "reshape": lambda x, shape: (aten.reshape.default, (x, list(shape))),
     "slice": lambda x, axis, start, stop: (aten.slice.Tensor, (x, axis, start, stop)),
-    "pad": _pad,
+    "pad": lambda x, before, after: (
+        aten.constant_pad_nd.default,
+        (x, padding(before, after), 0.0),
+    ),
     "einsum": lambda x, y, equation: (aten.einsum.default, (equation, [x, y])),
     "gather": lambda w, ids: (aten.embedding.default, (w, ids)),
     "dropout": lambda x, p: (aten.dropout.default, (x, p, True)),
@@ -393,32 +382,19 @@ class FxEmitter:
             after = after.next  # the parts of a result that is a tuple
         self.next = node if before else after
 
-    def _call(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> fx.Node:
-        with self.owner.graph.inserting_before(self.next):
-            name = f"lora_{getattr(target, '_opname', 'node')}"
-            new = self.owner.graph.create_node("call_function", target, args, kwargs or {}, name)
-        return self._tag(new)
-
-    def _tag(self, new: fx.Node) -> fx.Node:
-        stack = self.node.meta.get("nn_module_stack")
-        if stack is not None:
-            new.meta["nn_module_stack"] = stack
-        mark(new, self.site.id)
-        self.owner.changed()
-        return new
+    def _make(self, target: Any, args: Any = None, kwargs: Any = None) -> fx.Node:
+        return make_marked(self.next, self.node, self.site.id, target, args, kwargs)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:
         """Add the node of one primitive of the closed set; see lora_fx.ir.emitter."""
         if prim == "conv":
-            return self._call(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
+            return self._make(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
         if prim not in PRIMS:
             raise LoraFxError(
                 f"the fx emitter has no primitive {prim!r}",
                 "report this: it is a mistake of lora-fx",
             )
-        return self._call(*PRIMS[prim](*xs, **attrs))
+        return self._make(*PRIMS[prim](*xs, **attrs))
 
     def like(self, site: Site, x: fx.Node, w: fx.Node) -> fx.Node:
         """The site's own op on other operands, its attributes kept and its bias left out."""
@@ -429,14 +405,19 @@ class FxEmitter:
         if row.bias is not None and row.bias < len(args):
             args[row.bias] = None
         kwargs = {k: v for k, v in self.node.kwargs.items() if k != "bias"}
-        result = self._call(self.node.target, tuple(args), kwargs)
-        return self._call(operator.getitem, (result, 0)) if row.first else result
+        result = self._make(self.node.target, tuple(args), kwargs)
+        return self._make(operator.getitem, (result, 0)) if row.first else result
 
     def parameter(self, name: str, value: Array, role: Role) -> fx.Node:
-        """A get_attr of an adapter's tensor, registered on the tree if it is new."""
-        self.owner.add_parameter(name, value, role)
-        with self.owner.graph.inserting_before(self.next):
-            return self._tag(self.owner.graph.get_attr(name))
+        """A get_attr of an adapter's tensor, registered once at its dotted name on the tree."""
+        root = self.owner.root
+        module, leaf = owner(root, name, create=adapter_tensors)
+        if leaf not in module._parameters:  # a later graph finds it there
+            # In torch's own memory, which is aligned, and row by row, which factors of an SVD are
+            # not: so a run gives the same bits again, also from a file.
+            tensor = from_numpy(value).clone().to(device_of(root))
+            module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
+        return self._make(name)
 
 
 # Our passes in torch.fx's own pass manager.

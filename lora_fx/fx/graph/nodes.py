@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 from torch.fx import Node
 
 from lora_fx.ir.kinds import Shape
+
+T = TypeVar("T")
 
 
 def value(node: object) -> Any:
@@ -61,6 +65,39 @@ def op_name(node: Node) -> str:
     return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
 
 
+def scopes_of(node: fx.Node) -> dict[str, str]:
+    """Path → class name of the modules in whose forward a node was made, the outermost first."""
+    found: dict[str, str] = {}
+    for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+        name, path = cls if isinstance(cls, str) else cls.__name__, str(path).partition("@")[0]
+        found.pop(path, None)  # one that calls itself is innermost again
+        found[path] = name.rpartition(".")[2]
+    return found
+
+
+def scope_of(node: fx.Node) -> tuple[str, str]:
+    """Path and class name of the innermost module whose forward made the node."""
+    return next(reversed(scopes_of(node).items()), ("", ""))
+
+
+def overloads(row: T, *names: str) -> dict[object, T]:
+    """One row of a table of ATen's ops for every overload of the ops by these names."""
+    packets = [getattr(torch.ops.aten, name) for name in names]
+    return {getattr(packet, o): row for packet in packets for o in packet.overloads()}
+
+
+def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator[T]:
+    """What a walk through a graph meets, the nearest first and each once, `start` included."""
+    seen = dict.fromkeys(start)
+    queue = deque(seen)
+    while queue:
+        here = queue.popleft()
+        yield here
+        new = [n for n in onwards(here) if n not in seen]
+        seen.update(dict.fromkeys(new))
+        queue.extend(dict.fromkeys(new))
+
+
 def random_ops(graph: fx.Graph) -> list[str]:
     """The ops of a graph that draw random numbers; a dropout that is off draws none."""
     seeded = [
@@ -82,6 +119,33 @@ def mark(node: fx.Node, site: str) -> None:
     Of a node's metadata torch keeps "custom" through save, load and a second export.
     """
     node.meta["custom"] = {**node.meta.get("custom", {}), MARK: {"site": site}}
+
+
+def make_marked(
+    before: fx.Node, beside: fx.Node, site: str, target: Any, args: Any = None, kwargs: Any = None
+) -> fx.Node:
+    """A new node of a site's branch: an op on `args`, or without them a read of a tensor.
+
+    Args:
+        before: Where in the graph it stands.
+        beside: The node whose module it belongs to.
+        site: The id of the site.
+        target: The op or function, or the dotted name of a tensor of the tree.
+        args: What the op takes.
+        kwargs: What it takes by keyword.
+    """
+    graph = before.graph
+    with graph.inserting_before(before):
+        if args is None:
+            new = graph.get_attr(target)
+        else:
+            name = f"lora_{getattr(target, '_opname', target.__name__)}"
+            new = graph.create_node("call_function", target, args, kwargs or {}, name)
+    stack = beside.meta.get("nn_module_stack")
+    if stack is not None:
+        new.meta["nn_module_stack"] = stack
+    mark(new, site)
+    return new
 
 
 def is_marked(node: fx.Node, site: str | None = None) -> bool:

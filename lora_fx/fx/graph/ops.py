@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from lora_fx.fx.graph.nodes import argument, op_name, shape_of, value
+from lora_fx.fx.graph.nodes import argument, op_name, overloads, shape_of, value
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Axes, Kind
@@ -81,21 +82,18 @@ def _linear(node: Node) -> Iterator[FxOperand]:
     yield FxOperand((1,), (0,), kinds.linear(), {}, VECTOR if flat else "")
 
 
-def _matmul(node: Node) -> Iterator[FxOperand]:
-    yield from _products(node, 0, 1.0)
-
-
-def _addmm(node: Node) -> Iterator[FxOperand]:
-    yield from _products(node, 1, float(argument(node, "alpha", 1)))
-
-
-def _products(node: Node, at: int, gain: float) -> Iterator[FxOperand]:
+def _product(node: Node, at: int) -> Iterator[FxOperand]:
+    """A product of the operands at `at` and behind it; before them stands what it is added to."""
     first, second = shape_of(pick(node, (at,))), shape_of(pick(node, (at + 1,)))
     if first is None or second is None:
         return
     for w, x, left in ((at + 1, at, False), (at, at + 1, True)):
         kind, why = product(*((second, first) if left else (first, second)), left=left)
-        yield FxOperand((w,), (x,), kind, {}, why, gain=gain)
+        yield FxOperand((w,), (x,), kind, {}, why, gain=float(argument(node, "alpha", 1)))
+
+
+_matmul = partial(_product, at=0)
+_addmm = partial(_product, at=1)
 
 
 def _einsum(node: Node) -> Iterator[FxOperand]:
@@ -110,19 +108,19 @@ def _einsum(node: Node) -> Iterator[FxOperand]:
 
 
 def _addbmm(node: Node) -> Iterator[FxOperand]:
-    yield from _pair(["bni", "bio", "no"], 1, float(argument(node, "alpha", 1)))
+    yield from _pair(node, ["bni", "bio", "no"], 1)
 
 
 def _inner(node: Node) -> Iterator[FxOperand]:
     m, n = (len(shape_of(o) or ()) for o in node.args)
     if m and n:
-        yield from _pair(_dotted(m, n, [-1], [-1]), 0, 1.0)
+        yield from _pair(node, _dotted(m, n, [-1], [-1]), 0)
 
 
 def _tensordot(node: Node) -> Iterator[FxOperand]:
     m, n = (len(shape_of(o) or ()) for o in node.args[:2])
     dims = argument(node, "dims_self"), argument(node, "dims_other")
-    yield from _pair(_dotted(m, n, *dims), 0, 1.0)
+    yield from _pair(node, _dotted(m, n, *dims), 0)
 
 
 def _dotted(m: int, n: int, left: Sequence[int], right: Sequence[int]) -> list[str]:
@@ -133,7 +131,9 @@ def _dotted(m: int, n: int, left: Sequence[int], right: Sequence[int]) -> list[s
     return ["".join(a), "".join(b), "".join(c for c in a + b if not (c in a and c in b))]
 
 
-def _pair(terms: list[str], at: int, gain: float) -> Iterator[FxOperand]:
+def _pair(node: Node, terms: list[str], at: int) -> Iterator[FxOperand]:
+    """Two operands from `at` on, either of which may be the weight."""
+    gain = float(argument(node, "alpha", 1))
     for i in (0, 1):
         kind, why = contraction(terms, i)
         yield FxOperand((at + i,), (at + 1 - i,), kind, {}, why, gain=gain)
@@ -184,8 +184,11 @@ def _recurrent(node: Node) -> Iterator[FxOperand]:
                     yield FxOperand((i, j), (0,), kinds.RECURRENT)
 
 
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
 def _table() -> dict[Any, FxOp]:
-    rows = {
+    rows: dict[Any, FxOp] = {
         aten.linear.default: FxOp("linear", _linear, bias=2),
         aten.matmul.default: FxOp("matmul", _matmul),
         aten.mm.default: FxOp("mm", _matmul),
@@ -198,26 +201,15 @@ def _table() -> dict[Any, FxOp]:
         aten.einsum.default: FxOp("einsum", _einsum, many=True),
         aten.inner.default: FxOp("inner", _inner),
         aten.tensordot.default: FxOp("tensordot", _tensordot),
-        aten.conv1d.default: FxOp("conv1d", _conv, bias=2),
-        aten.conv2d.default: FxOp("conv2d", _conv, bias=2),
-        aten.conv3d.default: FxOp("conv3d", _conv, bias=2),
-        aten.conv1d.padding: FxOp("conv1d", _conv, bias=2),
-        aten.conv2d.padding: FxOp("conv2d", _conv, bias=2),
-        aten.conv3d.padding: FxOp("conv3d", _conv, bias=2),
-        aten.conv_transpose1d.default: FxOp("conv_transpose1d", _conv, bias=2),
-        aten.conv_transpose2d.input: FxOp("conv_transpose2d", _conv, bias=2),
-        aten.conv_transpose3d.input: FxOp("conv_transpose3d", _conv, bias=2),
         aten.embedding.default: FxOp("embedding", _embedding),
-        aten.embedding_bag.default: FxOp("embedding_bag", _embedding_bag, first=True),
-        aten.embedding_bag.padding_idx: FxOp("embedding_bag", _embedding_bag, first=True),
         aten.bilinear.default: FxOp("bilinear", _bilinear, bias=3),
         aten._grouped_mm.default: FxOp("grouped_mm", _grouped),
+        **overloads(FxOp("embedding_bag", _embedding_bag, first=True), "embedding_bag"),
     }
-    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        packet = getattr(aten, name)
-        rows |= {o: FxOp(name, _recurrent, many=True) for o in (packet.input, packet.data)}
-    for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
-        rows[getattr(aten, name).default] = FxOp(name, _recurrent, many=True)
+    for name in (f"{conv}{n}d" for conv in ("conv", "conv_transpose") for n in (1, 2, 3)):
+        rows |= overloads(FxOp(name, _conv, bias=2), name)
+    for name in (f"{net}{cell}" for net in RECURRENT for cell in ("", "_cell")):
+        rows |= overloads(FxOp(name, _recurrent, many=True), name)
     return rows
 
 

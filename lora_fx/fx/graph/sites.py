@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from math import isqrt
 from typing import Any
 
@@ -19,10 +20,19 @@ from lora_fx.fx.graph.flow import (
     FxFlow,
     FxWeight,
     Namer,
-    scope_of,
     weight_flow,
 )
-from lora_fx.fx.graph.nodes import NO_GRAD, argument, hint, is_marked, numel, op_name, shape_of
+from lora_fx.fx.graph.nodes import (
+    NO_GRAD,
+    argument,
+    hint,
+    is_marked,
+    numel,
+    op_name,
+    reached,
+    scope_of,
+    shape_of,
+)
 from lora_fx.fx.graph.ops import FxOperand, pick
 from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
 from lora_fx.ir.kinds import WeightForm, letters
@@ -140,15 +150,15 @@ def _operands(
     """The bodies of a higher-order op, and the paths to what their placeholders stand for."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return [], []
-    bodies = [b for a in node.args if (b := _body(a, held)) is not None]
-    last = max((i for i, a in enumerate(node.args) if _body(a, held) is not None), default=-1)
+    bodies = {i: b for i, a in enumerate(node.args) if (b := _body(a, held)) is not None}
+    last = max(bodies, default=-1)
     paths: list[ops.Path] = []
     for i, arg in enumerate(node.args[last + 1 :], last + 1):
         if isinstance(arg, (tuple, list)):
             paths += [(i, j) for j in range(len(arg))]
         else:
             paths.append((i,))
-    return bodies, paths
+    return list(bodies.values()), paths
 
 
 def _body(arg: Any, held: Mapping[str, fx.GraphModule]) -> fx.GraphModule | None:
@@ -263,13 +273,6 @@ FAR = 60
 """Among so many nodes behind a part its role is looked for."""
 
 
-@dataclass
-class _Piece:
-    lo: int
-    hi: int
-    users: list[Step] = field(default_factory=list)
-
-
 def out_axis(kind: Kind) -> int | None:
     """The axis of a result along which the weight's out lies; None where no single one does."""
     form = getattr(kind, "form", "")
@@ -303,16 +306,17 @@ def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
         runs.append((lo, hi, hi - lo == len(seen), step))
     bounds = {(lo, hi) for lo, hi, joined, _ in runs if joined}
     outer = [p for p in bounds if not any(q != p and _within(p, q) for q in bounds)]
-    ordered = [_Piece(lo, hi) for lo, hi in sorted(outer)]
+    pieces: dict[tuple[int, int], list[Step]] = {p: [] for p in sorted(outer)}
     for lo, hi, _, step in runs:
-        home = next((p for p in ordered if _within((lo, hi), (p.lo, p.hi))), None)
+        home = next((p for p in pieces if _within((lo, hi), p)), None)
         if home is None:
             return ()  # interleaved by heads: no region of the weight
-        home.users.append(step)
-    whole = [0, *(p.hi for p in ordered)]
-    if len(ordered) > LIMIT or whole != [*(p.lo for p in ordered), size] or len(ordered) < 2:
+        pieces[home].append(step)
+    ends = [0, *(hi for _, hi in pieces)]
+    if not 2 <= len(pieces) <= LIMIT or ends != [*(lo for lo, _ in pieces), size]:
         return ()
-    return tuple((r, p.lo, p.hi) for r, p in zip(_roles(ordered), ordered, strict=True))
+    roles = _roles(list(pieces.values()))
+    return tuple((role, lo, hi) for role, (lo, hi) in zip(roles, pieces, strict=True))
 
 
 def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
@@ -320,16 +324,7 @@ def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 
 
 def _is_cut(node: fx.Node) -> bool:
-    queue, seen = [node], {node}
-    while queue:
-        for user in queue.pop().users:
-            if user in seen or not _views(user):
-                continue
-            if user.target in CUTS:
-                return True
-            seen.add(user)
-            queue.append(user)
-    return False
+    return any(n.target in CUTS for n in reached([node], lambda n: filter(_views, n.users)))
 
 
 def _views(node: fx.Node) -> bool:
@@ -360,11 +355,12 @@ def _plain(node: fx.Node) -> Any:
     return hint(v) if isinstance(v, torch.SymInt) else v
 
 
-def _roles(pieces: list[_Piece]) -> list[str]:
-    gated = [any(u.target in GATES for u, _ in p.users) for p in pieces]
+def _roles(pieces: Sequence[Sequence[Step]]) -> list[str]:
+    """The roles of the parts of a result, each given as the steps that read it."""
+    gated = [any(user.target in GATES for user, _ in steps) for steps in pieces]
     if len(pieces) == 2 and sum(gated) == 1:
         return ["gate" if g else "up" for g in gated]
-    return [_role(p.users) for p in pieces]
+    return [_role(steps) for steps in pieces]
 
 
 def _role(steps: Sequence[Step]) -> str:
@@ -418,18 +414,16 @@ def _is_softmax(value: object) -> bool:
 
 def _summed(node: fx.Node) -> int | None:
     """Which factor has the axis that a softmax of their product sums over: the keys'."""
-    queue, seen = [node], set[fx.Node]()
-    while queue and len(seen) < FAR:
-        at = queue.pop(0)
-        for user in at.users:
-            if user.target is aten.softmax.int:
-                axis = argument(user, "dim") % -len(shape_of(user) or (0,))
-                weighs = any(True for _ in _products([(u, user) for u in user.users]))
-                return _owner(node, axis) if weighs and axis in (-1, -2) else None
-            if user not in seen and ops.row_of(user) is None and user.target not in TURNS:
-                queue.append(user)
-        seen.add(at)
-    return None
+
+    def onwards(at: fx.Node) -> list[fx.Node]:
+        return [u for u in at.users if ops.row_of(u) is None and u.target not in TURNS]
+
+    near = (user for at in islice(reached([node], onwards), FAR) for user in at.users)
+    softmax = next((user for user in near if user.target is aten.softmax.int), None)
+    if softmax is None or not any(_products([(u, softmax) for u in softmax.users])):
+        return None
+    axis = argument(softmax, "dim") % -len(shape_of(softmax) or (0,))
+    return _owner(node, axis) if axis in (-1, -2) else None
 
 
 def _owner(node: fx.Node, axis: int) -> int | None:

@@ -33,8 +33,11 @@ TOKENIZERS = (
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 FACTORY = "a factory can build it: give file.py:FACTORY, returning (module, args, kwargs)"
-_ATTENTION = (None, "eager", "sdpa")
-_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+_IMPLEMENTATIONS = {
+    "_attn_implementation": ("sdpa",),
+    "_experts_implementation": ("batched_mm", "grouped_mm"),
+}
+"""Fields of a config → what they may name beside eager."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
             f"{one_line(e, 120)}",
             "pip install 'lora-fx[hf]'",
         ) from e
-    with _quiet(transformers):
+    with quiet_transformers():
         config = _config(transformers, folder, raw)
         cls = _class(transformers, folder, raw, config)
         notes = _settle(config, folder, raw, cls)
@@ -167,12 +170,9 @@ def _settle(
         notes.append(
             f"{folder}: its own code (auto_map) is not run; transformers' {cls.__name__} is used"
         )
-    for field, known in (
-        ("_attn_implementation", _ATTENTION),
-        ("_experts_implementation", _EXPERTS),
-    ):
+    for field, known in _IMPLEMENTATIONS.items():
         value = getattr(config, field, None)
-        if value not in known:  # may name a kernel on a hub
+        if value not in (None, "eager", *known):  # may name a kernel on a hub
             setattr(config, field, None)
             notes.append(f"{folder}: {field.strip('_')} {value!r} is ignored")
     return tuple(notes)
@@ -288,17 +288,16 @@ def _pad(module: PreTrainedModel) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """No logs, bars or warnings of transformers; what matters becomes a note."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+def quiet_transformers() -> Iterator[None]:
+    """A block without logs, bars or warnings of transformers; what matters becomes a note."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with silenced():
+        with silenced(levels={"transformers": logging.CRITICAL}):
             yield
     finally:
-        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -88,7 +88,8 @@ def load_model(
         )
     file = None if weights is None else _weights_file(weights)
     place = check_device(device)
-    with _same_random_numbers():
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are put back
+        torch.default_generator.manual_seed(0)
         loaded = _load(text, file, meta)
     module = loaded.module.eval()
     if not any(p.is_meta for p in module.parameters()):
@@ -122,25 +123,27 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     raise LoraFxError(f"{text!r} is no model: no such folder", FORMS)
 
 
+REFUSED = {
+    ".pt2": (
+        "a .pt2 file is a program without a module",
+        "every verb takes its path; lora_fx.capture(path) opens it",
+    ),
+    ".onnx": ("an .onnx file cannot be opened as a torch model in this version", FORMS),
+    ".safetensors": (
+        "holds tensors but no code to run them",
+        "give the model, and the file as its weights: MODEL --weights {file}",
+    ),
+    **dict.fromkeys(
+        PICKLES, ("a pickle can run code and is not read; --trust is not supported yet", CONVERT)
+    ),
+}
+"""How a file's name ends → why it is no model, and what to do."""
+
+
 def _refuse_files(text: str, path: Path) -> None:
-    if path.suffix == ".pt2":
-        raise LoraFxError(
-            f"{text}: a .pt2 file is a program without a module",
-            "every verb takes its path; lora_fx.capture(path) opens it",
-        )
-    if path.suffix == ".onnx":
-        raise LoraFxError(
-            f"{text}: an .onnx file cannot be opened as a torch model in this version", FORMS
-        )
-    if path.suffix == ".safetensors":
-        raise LoraFxError(
-            f"{text}: holds tensors but no code to run them",
-            f"give the model, and the file as its weights: MODEL --weights {text}",
-        )
-    if path.suffix in PICKLES:
-        raise LoraFxError(
-            f"{text}: a pickle can run code and is not read; --trust is not supported yet", CONVERT
-        )
+    if path.suffix in REFUSED:
+        why, hint = REFUSED[path.suffix]
+        raise LoraFxError(f"{text}: {why}", hint.format(file=text))
     if path.is_file() and path.suffix != ".py":
         raise LoraFxError(f"{text}: a file of a kind that is not known", FORMS)
 
@@ -272,14 +275,6 @@ def check_device(device: str | None) -> torch.device:
             f"device {device!r} cannot be used: {one_line(e, 120)}", "cpu is always there"
         ) from e
     return place
-
-
-@contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Seed 0 for the CPU's numbers while a model is built; the caller's are put back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
 
 
 # Do the tensors of a file fit a model? Names and shapes, without reading a tensor.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
 from lora_fx.adapter.factors import (
-    FactorTensor,
     asked,
     frame,
     learning,
@@ -39,11 +39,13 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.module import CapturedModule, Rewriter, decide_doubts
 from lora_fx.fx.tensors import (
+    device_of,
     from_numpy,
     is_sharded,
     named_tensors,
     owner,
     parameter_of,
+    patched,
     put,
     refuse_shards,
     settle,
@@ -95,7 +97,7 @@ class AdaptedModule(CapturedModule):
         self.effect: Effect | None = None
         decide_doubts(self)
         self._graph(False, captured.named)  # registers the adapter's tensors
-        self._sampled.now(self._updates, self._tensor)  # while tensors are whole
+        self._sampled.now(self._updates, self)  # while tensors are whole
 
     def _rewriters(self, training: bool) -> list[Rewriter]:
         return [self._inserter(self._updates, training)]
@@ -103,16 +105,10 @@ class AdaptedModule(CapturedModule):
     def _speedups(self, training: bool, blocks: Sequence[str]) -> list[Rewriter]:
         return self._fast(blocks) if training and self._fast is not None else []
 
-    @contextlib.contextmanager
-    def inserting(self, inserter: Inserter) -> Iterator[None]:
-        """Within this block other passes make the branches, in programs of their own."""
-        was, programs, fast = self._inserter, self._programs, self._fast
-        self._inserter, self._fast = inserter, None
-        self._programs = replace(programs, codes={}, compiled={}, blocks=False)
-        try:
-            yield
-        finally:
-            self._inserter, self._programs, self._fast = was, programs, fast
+    def inserting(self, inserter: Inserter) -> contextlib.AbstractContextManager[None]:
+        """A block in which other passes make the branches, in programs of their own."""
+        programs = replace(self._programs, codes={}, compiled={}, blocks=False)
+        return patched(self, _inserter=inserter, _fast=None, _programs=programs)
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Key → the tensors a and b that the branches of the active adapter read, as trained."""
@@ -120,22 +116,14 @@ class AdaptedModule(CapturedModule):
 
     def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
         """Key → every tensor of its update by field: a and b, and a variant's own."""
-        held: dict[str, dict[str, nn.Parameter]] = {}
-        for key, slot in self._slots():
-            held.setdefault(key, {})[slot.field] = self._tensor(slot.name)
-        return held
-
-    def _slots(self) -> Iterator[tuple[str, FactorTensor]]:
-        for key, update in self._updates.items():
-            for slot in slots_of(key, update):
-                yield key, slot
+        return held_tensors(self, self._updates)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """What trains, for an optimizer: one group for each learning rate of the variant.
 
         Args:
-            lr: Of a, and of tensors trained whole; LoRA+ trains b faster.
-            weight_decay: Of every group.
+            lr: The rate of a, and of tensors trained whole; LoRA+ trains b faster.
+            weight_decay: That of every group.
         """
         rates: dict[int, float] = {}
         for key, held in self.tensors().items():
@@ -168,13 +156,8 @@ class AdaptedModule(CapturedModule):
             return self._stored[name]
         if not self._active:
             return Adapter({})
-        settle(self)
-        entries = entries_of(self, self._updates, dict.fromkeys(self._also))
-        own = {**learning(self._updates), **self._sampled.now(self._updates, self._tensor)}
-        return Adapter(entries, {**self._metadata, **own})
-
-    def _tensor(self, name: str) -> nn.Parameter:
-        return parameter_of(self, name)
+        also = dict.fromkeys(self._also)
+        return held_adapter(self, self._updates, also, self._metadata, self._sampled)
 
     def changes_anything(self) -> bool:
         """False while every update is zero, as after insert, and no tensor is trained whole."""
@@ -201,7 +184,7 @@ class AdaptedModule(CapturedModule):
                 among `also_train`.
         """
         adapter = as_adapter(adapter)
-        bound = self._bound(adapter)
+        bound = fitted(adapter, self._found, self, self._also, "insert")
         if name is not None and self._active != {name: 1.0}:
             self._stored[name] = bound
             self.check_base(adapter, f"the adapter {name!r}")
@@ -216,7 +199,7 @@ class AdaptedModule(CapturedModule):
 
     def check_base(self, adapter: Adapter, name: str = "the adapter") -> None:
         """Note for the report if an adapter says that it was trained on other weights."""
-        self._sampled.check(adapter.metadata, self._tensor, name)
+        self._sampled.check(adapter.metadata, self, name)
 
     def activate(self, which: str | Mapping[str, float] | None) -> None:
         """Let the branches hold an adapter, a weighted sum of several (exact), or none.
@@ -238,9 +221,9 @@ class AdaptedModule(CapturedModule):
             lone = len(wanted) == 1 and 1.0 in wanted.values()
             parts = [(self._stored[n], w) for n, w in wanted.items()]
             self._put(parts[0][0] if lone else mix(parts))
-            held = self.tensors()
-            for key, slot in self._slots():
-                held[key][slot.field].requires_grad_(lone and slot.trained)
+            for key, update in self._updates.items():
+                for slot in slots_of(key, update):
+                    parameter_of(self, slot.name).requires_grad_(lone and slot.trained)
         self._active = wanted
 
     def scale(self, factor: float) -> None:
@@ -251,34 +234,20 @@ class AdaptedModule(CapturedModule):
         if name not in self.adapters:
             raise LoraFxError(f"no adapter {name!r} is loaded", f"loaded: {list(self.adapters)}")
 
-    def _bound(self, adapter: Adapter) -> Adapter:
-        bound = bind(adapter, self._found)
-        updates, metadata = relearning(bound.lowrank, bound.metadata)
-        bound = Adapter({**bound.entries, **updates}, metadata)
-        names, _ = named_tensors(self)
-        for name in bound.full:
-            if names[name] not in self._also:
-                raise LoraFxError(
-                    f"the adapter holds the whole tensor {name!r}",
-                    f"insert with also_train={name!r} before loading it",
-                )
-        return bound
-
     @torch.no_grad()
     def _put(self, bound: Adapter) -> None:
         """Put an adapter into the branches; equal shapes and scales keep the programs."""
         settle(self)
         if frame(bound.lowrank) == frame(self._updates):
             self._updates = dict(bound.lowrank)
-            for _, slot in self._slots():
-                value = torch.from_numpy(np.ascontiguousarray(slot.value))
-                put(slot.name, self._tensor(slot.name), value)
+            fill(self, self._updates)
         else:
             refuse_shards(self)
-            for _, slot in self._slots():
-                m, leaf = owner(self, slot.name)
-                del m._parameters[leaf]
-            device = next(self.parameters()).device
+            for key, update in self._updates.items():
+                for slot in slots_of(key, update):
+                    m, leaf = owner(self, slot.name)
+                    del m._parameters[leaf]
+            device = device_of(self)
             self._updates = dict(bound.lowrank)  # the passes read it
             self._programs.compiled.clear()
             self._programs.codes.clear()
@@ -286,31 +255,19 @@ class AdaptedModule(CapturedModule):
             for tensors in self.tensors().values():
                 for tensor in tensors.values():
                     tensor.data = tensor.data.to(device)
-        names, _ = named_tensors(self)
         originals = dict(self.captured.model.named_parameters())
-        full = {names[k]: from_numpy(v.value) for k, v in bound.full.items()}
-        for name in self._also:  # what the adapter does not hold goes back to the model's own
-            put(name, self._tensor(name), full.get(name, originals[name]))
+        put_whole(self, bound, {name: originals[name] for name in self._also})
         self._metadata = dict(bound.metadata)
 
     def report(self) -> AdaptedReport:
         """What is adapted, what is trained, and what had to be said."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
-        rows = tuple((key, *asked(u), self._found[key].flops) for key, u in self._updates.items())
-        return AdaptedReport(
-            rows,
-            self._also,
-            trained,
-            frozen,
-            self._found,
-            (*self._notes, *self._sampled.said, *self.captured.notes),
-            self.effect,
-            self.adapters if len(self.adapters) > 1 else (),
-        )
+        notes = (*self._notes, *self._sampled.said, *self.captured.notes)
+        found = adapted_report(self, self._updates, self._found, self._also, notes)
+        names = self.adapters if len(self.adapters) > 1 else ()
+        return replace(found, effect=self.effect, adapters=names)
 
 
-# What the tensors of an update say where a module holds them: did they move, how do they learn.
+# An adapter as the tensors of a tree of modules, be it a module of ours or the user's own.
 
 
 def grouped(
@@ -319,10 +276,10 @@ def grouped(
     """Groups of what trains for an optimizer, one for each learning rate.
 
     Args:
-        parameters: Of the module.
+        parameters: Those of the module.
         rates: Learning rate by id of a parameter.
-        lr: Of every other one.
-        weight_decay: Of every group.
+        lr: The rate of every other one.
+        weight_decay: That of every group.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for p in parameters:
@@ -334,10 +291,67 @@ def grouped(
     ]
 
 
-def entries_of(
-    root: nn.Module, updates: Mapping[str, LowRank], also: Mapping[str, tuple[int, ...] | None]
-) -> dict[str, LowRank | Full]:
-    """The entries of an adapter, with the values that the tensors of a module have now.
+def held_tensors(
+    root: nn.Module, updates: Mapping[str, LowRank]
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Key → the tensors of its update by field, where a tree holds them."""
+    return {
+        key: {slot.field: parameter_of(root, slot.name) for slot in slots_of(key, update)}
+        for key, update in updates.items()
+    }
+
+
+def fill(root: nn.Module, updates: Mapping[str, LowRank]) -> None:
+    """Write the values of updates into the tensors of their shapes that a tree holds."""
+    settle(root)
+    for key, update in updates.items():
+        for slot in slots_of(key, update):
+            put(slot.name, parameter_of(root, slot.name), torch.from_numpy(np.array(slot.value)))
+
+
+def fitted(
+    adapter: Adapter, found: Found, root: nn.Module, also: Collection[str], verb: str
+) -> Adapter:
+    """An adapter that is to be loaded, bound to a model.
+
+    Args:
+        adapter: As it was read.
+        found: The model's targets.
+        root: The model.
+        also: First names of the tensors that are trained whole.
+        verb: What can make more of them so, for the hint.
+
+    Raises:
+        LoraFxError: A key or a shape that does not fit, or a whole tensor that is not in `also`.
+    """
+    bound = bind(adapter, found)
+    updates, metadata = relearning(bound.lowrank, bound.metadata)
+    names, _ = named_tensors(root)
+    for name in bound.full:
+        if names[name] not in also:
+            raise LoraFxError(
+                f"the adapter holds the whole tensor {name!r}",
+                f"{verb} with also_train={name!r} before loading it",
+            )
+    return Adapter({**bound.entries, **updates}, metadata)
+
+
+def put_whole(root: nn.Module, adapter: Adapter, originals: Mapping[str, torch.Tensor]) -> None:
+    """Write the tensors that are trained whole; what an adapter lacks is the model's own again."""
+    names, _ = named_tensors(root)
+    full = {names[k]: from_numpy(v.value) for k, v in adapter.full.items()}
+    for name, original in originals.items():
+        put(name, parameter_of(root, name), full.get(name, original))
+
+
+def held_adapter(
+    root: nn.Module,
+    updates: Mapping[str, LowRank],
+    also: Mapping[str, tuple[int, ...] | None],
+    metadata: Named,
+    base: Base,
+) -> Adapter:
+    """The adapter with the values that the tensors of a tree have now.
 
     Sharded tensors are gathered, so every process has to call it.
 
@@ -345,7 +359,10 @@ def entries_of(
         root: Holds the tensors.
         updates: Key → the update as it was inserted.
         also: First name of a tensor that is trained whole → its shape, where that is known.
+        metadata: What else the adapter says.
+        base: What it says of the frozen weights.
     """
+    settle(root)
     entries: dict[str, LowRank | Full] = {}
     for key, update in updates.items():
         values = {}
@@ -355,7 +372,8 @@ def entries_of(
         entries[key] = with_values(update, values)
     for name, shape in also.items():
         entries[name] = Full(whole(name, parameter_of(root, name), shape))
-    return entries
+    own = {**learning(updates), **base.now(updates, root)}
+    return Adapter(entries, {**metadata, **own})
 
 
 def moved(u: LowRank, held: Mapping[str, nn.Parameter]) -> bool:
@@ -369,6 +387,20 @@ def moved(u: LowRank, held: Mapping[str, nn.Parameter]) -> bool:
 
 
 # What `model.report()` says.
+
+
+def adapted_report(
+    root: nn.Module,
+    updates: Mapping[str, LowRank],
+    found: Found,
+    also: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> AdaptedReport:
+    """The report on a tree that holds the tensors of these updates."""
+    rows = tuple((key, *asked(u), found[key].flops) for key, u in updates.items())
+    trained = sum(p.numel() for p in root.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in root.parameters() if not p.requires_grad)
+    return AdaptedReport(rows, also, trained, frozen, found, notes)
 
 
 @dataclass(frozen=True)
@@ -461,24 +493,19 @@ class Base:
         """Notes on adapters whose base is another than this one, or cannot be compared."""
         return tuple(self._said.values())
 
-    def check(
-        self,
-        metadata: Named,
-        parameter: Callable[[str], torch.Tensor],
-        name: str = "the adapter",
-    ) -> None:
+    def check(self, metadata: Named, root: nn.Module, name: str = "the adapter") -> None:
         """Compare the weights with those that an adapter says it was trained on, if it does.
 
         Args:
-            metadata: Of the adapter.
-            parameter: As in `now`.
-            name: Of the adapter, for the note; one of the same name before is forgotten.
+            metadata: That of the adapter.
+            root: The tree that holds the weights.
+            name: The adapter's name, for the note; an earlier one of that name is forgotten.
         """
         self._said.pop(name, None)
         recorded = metadata.get(FIELD)
         if recorded is None:
             return
-        same, why = compared(recorded, lambda n, dtype: _cast_sample(n, dtype, parameter))
+        same, why = compared(recorded, partial(_cast_sample, root))
         if same is None:
             self._said[name] = f"{name}: its base is not verified: {why}"
         elif not same:
@@ -488,16 +515,16 @@ class Base:
                 "tensors that it changed there differ"
             )
 
-    def now(self, keys: Iterable[str], parameter: Callable[[str], torch.Tensor]) -> dict[str, Any]:
+    def now(self, keys: Iterable[str], root: nn.Module) -> dict[str, Any]:
         """{"base": fingerprint} of the weights of low-rank keys; empty where they have no values.
 
         Args:
-            keys: Of the adapter.
-            parameter: Name of a parameter → the frozen tensor; raises LoraFxError for others.
+            keys: Those of the adapter.
+            root: The tree that holds the weights.
         """
         keys = frozenset(keys)
         try:
-            samples = [_sample(name, parameter(name)) for name in parameters_of(keys)]
+            samples = [_sample(root, name) for name in parameters_of(keys)]
             found = {FIELD: fingerprint(samples)} if samples else {}
         except LoraFxError:
             return self._last if keys == self._keys else {}
@@ -505,11 +532,9 @@ class Base:
         return found
 
 
-def _cast_sample(
-    name: str, dtype: str, parameter: Callable[[str], torch.Tensor]
-) -> tuple[tuple[int, ...], Array]:
+def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...], Array]:
     try:
-        _, shape, values = _sample(name, parameter(name))
+        _, shape, values = _sample(root, name)
     except LoraFxError as error:
         raise Unknown(error.message) from error
     if values.dtype.itemsize < numpy_dtype(dtype).itemsize:
@@ -517,7 +542,9 @@ def _cast_sample(
     return shape, cast(values, dtype)
 
 
-def _sample(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], Array]:
+def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
+    """The name, the shape, and both ends of a parameter."""
+    tensor = parameter_of(root, name)
     if is_sharded(tensor):
         raise LoraFxError(
             f"{name!r} is sharded: every process would have to gather it", "gather it before"

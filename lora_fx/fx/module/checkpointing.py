@@ -18,7 +18,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.module.codegen import inside
+from lora_fx.fx.module.codegen import made_in
 from lora_fx.inputs import Named
 
 OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
@@ -59,9 +59,7 @@ def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]
         return checkpoint(code, block, *args, use_reentrant=False, **given)
 
     def away(code: Callable[..., object], block: nn.Module, *args: object) -> object:
-        device = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
+        device = torch.accelerator.current_accelerator(check_available=True)
         with save_on_cpu(device is not None, device.type if device else "cpu"):
             return once(code, block, *args)
 
@@ -144,8 +142,7 @@ class Recomputing:
 
 def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
     """Blocks some of whose nodes are in the graph still, after it was outlined."""
-    made = [n for n in graph.nodes if n.op in ("call_function", "call_module")]
-    return {path for path in blocks if any(inside(n, path) for n in made)}
+    return {path for path in blocks if made_in(graph, path)}
 
 
 def apart(blocks: Named, inlined: set[str]) -> None:

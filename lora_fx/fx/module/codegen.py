@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.capture.call import Door
+from lora_fx.fx.graph.nodes import scopes_of
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def function(graph: fx.Graph, name: str) -> Callable[..., Any]:
     return function
 
 
-def inside(node: fx.Node, path: str) -> bool:
-    """True for a node that was made inside the module at this path."""
-    stack = node.meta.get("nn_module_stack", {}).values()
-    return any(str(v[0]).split("@")[0] == path for v in stack)
+def made_in(graph: fx.Graph, path: str) -> list[fx.Node]:
+    """The nodes of a graph that were made inside the module at this path."""
+    made = (n for n in graph.nodes if n.op in ("call_function", "call_module"))
+    return [n for n in made if path in scopes_of(n)]
 
 
 def outline(graph: fx.Graph, path: str, ident: str) -> fx.Graph | None:
@@ -68,29 +68,19 @@ def outline(graph: fx.Graph, path: str, ident: str) -> fx.Graph | None:
 
     Returns None, and leaves the graph alone, where a node between them depends on the block.
     """
-    made = [n for n in graph.nodes if n.op in ("call_function", "call_module")]
-    body = [n for n in made if inside(n, path)]
+    body = made_in(graph, path)
     if not body:
         return None
     member = set(body)
     if not _gather(graph, body, member):
         return None
-    reads = {
-        i
-        for n in body
-        for i in n.all_input_nodes
-        if i.op == "get_attr" and str(i.target).startswith(path + ".")
-    }
-    sub, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    outer: list[fx.Node] = []
-    inputs = dict.fromkeys(i for n in body for i in n.all_input_nodes)
-    for i in inputs:
-        if i not in member and i not in reads:
-            env[i] = sub.placeholder(i.name)
-            outer.append(i)
-    for i in inputs:
-        if i in reads:
-            env[i] = sub.get_attr(str(i.target)[len(path) + 1 :])
+    inputs = dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in member)
+    own = f"{path}."
+    reads = [i for i in inputs if i.op == "get_attr" and str(i.target).startswith(own)]
+    outer = [i for i in inputs if i not in reads]
+    sub = fx.Graph()
+    env = {i: sub.placeholder(i.name) for i in outer}
+    env |= {i: sub.get_attr(str(i.target).removeprefix(own)) for i in reads}
     for n in body:
         env[n] = sub.node_copy(n, env.__getitem__)
     outs = [n for n in body if any(u not in member for u in n.users)]
@@ -100,27 +90,18 @@ def outline(graph: fx.Graph, path: str, ident: str) -> fx.Graph | None:
     # The program is an argument, not the state of some module: a block that is recomputed after
     # another program has run must not pick that one's code.
     call.meta["nn_module_stack"] = {}
-    if len(outs) == 1:
-        _swap(outs[0], call, member)
-    else:
-        at = call
-        for k, out in enumerate(outs):
-            with graph.inserting_after(at):
-                at = graph.call_function(operator.getitem, (call, k))
-            _swap(out, at, member)
+    results = [call]
+    if len(outs) != 1:
+        with graph.inserting_before(call.next):
+            results = [graph.call_function(operator.getitem, (call, k)) for k in range(len(outs))]
+    for old, new in zip(outs, results, strict=True):
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in member)
     for n in reversed(body):
         graph.erase_node(n)
     for i in reads:
         if not i.users:
             graph.erase_node(i)
     return sub
-
-
-def _swap(old: fx.Node, new: fx.Node, member: set[fx.Node]) -> None:
-    for user in list(old.users):
-        if user not in member:
-            user.args = map_arg(user.args, lambda n: new if n is old else n)
-            user.kwargs = map_arg(user.kwargs, lambda n: new if n is old else n)
 
 
 def _gather(graph: fx.Graph, body: list[fx.Node], member: set[fx.Node]) -> bool:

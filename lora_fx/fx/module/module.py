@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,14 +23,22 @@ from lora_fx.compare import rel
 from lora_fx.conditions import Condition, Size
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import leaf_names, output_name, program_key, sample_call, without_cache
-from lora_fx.fx.capture.capture import Captured, alike, base_dtype
+from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
+from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype
 from lora_fx.fx.capture.trace import has_grouped, quiet
-from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.module.codegen import Compiled, compile_program
-from lora_fx.fx.tensors import AdapterTensors, from_numpy, named_tensors, to_numpy
+from lora_fx.fx.tensors import (
+    AdapterTensors,
+    device_of,
+    from_numpy,
+    named_tensors,
+    parameter_of,
+    patched,
+    replace_parameter,
+    to_numpy,
+)
 from lora_fx.inputs import SIZES, Extents, Named
 
 Rewriter = Callable[[FxGraph], object]
@@ -53,11 +61,8 @@ class Scope(nn.Module):
 
     def __getitem__(self, index: int | str) -> nn.Module:
         """A child by position or name, as Sequential and ModuleDict have it."""
-        if isinstance(index, str):
-            child = self._modules[index]
-        else:
-            child = list(self._modules.values())[index]
-        assert child is not None
+        children: Any = self._modules
+        child: nn.Module = children[index if isinstance(index, str) else list(children)[index]]
         return child
 
     def forward(self, program: str, *args: object) -> Any:
@@ -274,9 +279,7 @@ class CapturedModule(Recomputing, Scope):
 
     def _place_constants(self, graph: FxGraph, constants: Mapping[str, torch.Tensor]) -> None:
         """Tensors that forward made become `_constN` buffers, equal ones once."""
-        state = {n for n, _ in self.named_parameters(remove_duplicate=False)}
-        state |= {n for n, _ in self.named_buffers(remove_duplicate=False)}
-        where: dict[str, str] = {}
+        state, where = all_tensors(self), dict[str, str]()
         for name, t in constants.items():
             if name in state:
                 continue
@@ -305,14 +308,13 @@ class CapturedModule(Recomputing, Scope):
 
     def _constant(self, value: torch.Tensor) -> str:
         device = next((p.device for p in self.parameters()), value.device)
-        for name, b in self._buffers.items():
-            alike = name.startswith("_const") and b is not None and b.dtype == value.dtype
-            if b is None or not alike or b.shape != value.shape:
-                continue
-            if torch.equal(b, value.to(b.device)):
+        held = {n: b for n, b in self._buffers.items() if n.startswith("_const") and b is not None}
+        for name, b in held.items():
+            same = (b.dtype, b.shape) == (value.dtype, value.shape)
+            if same and torch.equal(b, value.to(b.device)):
                 return name
         # not persistent: the state dict keeps the names of the original and no others
-        name = f"_const{sum(n.startswith('_const') for n in self._buffers)}"
+        name = f"_const{len(held)}"
         self.register_buffer(name, value.detach().clone().to(device), persistent=False)
         return name
 
@@ -361,20 +363,15 @@ class CapturedModule(Recomputing, Scope):
         """The capture behind this module."""
         return self._programs.captured
 
-    @contextlib.contextmanager
-    def base(self) -> Iterator[None]:
-        """Within this block the module gives the unadapted numbers."""
-        was, self._adapted = self._adapted, False
-        try:
-            yield
-        finally:
-            self._adapted = was
+    def base(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the module gives the unadapted numbers."""
+        return patched(self, _adapted=False)
 
     def sample(self, size: Extents = SIZES[0], arrays: Any = None, seed: int = 0) -> dict[str, Any]:
         """Named arguments of one size, from the captured signature."""
         captured = self._programs.captured
-        device = next((p.device for p in self.parameters()), None)
-        return sample_call(captured.bounded_inputs(), captured.named, size, seed, arrays, device)
+        inputs = captured.bounded_inputs()
+        return sample_call(inputs, captured.named, size, seed, arrays, device_of(self))
 
     def flat(self, named: Named) -> dict[str, Array]:
         """Run on copies of named arguments; {output name: array} of the tensors that come out."""
@@ -389,13 +386,8 @@ class CapturedModule(Recomputing, Scope):
 
 def by_output(out: Any) -> dict[str, Array]:
     """The tensors among a model's outputs, by name."""
-    names = leaf_names({"": out}) if not isinstance(out, torch.Tensor) else ["output"]
-    leaves = pytree.tree_leaves(out)
-    return {
-        output_name(n, i): to_numpy(v)
-        for i, (n, v) in enumerate(zip(names, leaves, strict=True))
-        if isinstance(v, torch.Tensor)
-    }
+    leaves = leaves_of({"": out})
+    return {output_name(n): to_numpy(v) for n, v in leaves if isinstance(v, torch.Tensor)}
 
 
 def copied(named: Named) -> dict[str, Any]:
@@ -410,16 +402,13 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._run(args, kwargs)
 
-    inner = captured.signature.signature
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    inner, kinds = captured.signature.signature, inspect.Parameter
     params = [p for p in inner.parameters.values() if p.name != "self"]
-    kind = inspect.Parameter.POSITIONAL_ONLY
-    if params and params[0].kind is kind:
-        me = me.replace(kind=kind)
+    only = bool(params) and params[0].kind is kinds.POSITIONAL_ONLY
+    me = kinds("self", kinds.POSITIONAL_ONLY if only else kinds.POSITIONAL_OR_KEYWORD)
     # Trainer reads it to drop the columns of a data set that the model does not take
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [me, *params], return_annotation=inner.return_annotation
-    )
+    signature = inner.replace(parameters=[me, *params])
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = "The original call."
     return type(type(captured.model).__name__, (base,), {"forward": forward})
 
@@ -521,12 +510,9 @@ class FoldedModule(CapturedModule):
         self._rewriter = rewriter
         self.folded: tuple[Any, ...] = ()
         for name, full in adapter.full.items():
-            old = tensor(self, name)
+            old = parameter_of(self, name)
             new = nn.Parameter(from_numpy(full.value, like=old), requires_grad=False)
-            for part in self.modules():
-                for k, p in part._parameters.items():
-                    if p is old:
-                        part._parameters[k] = new
+            replace_parameter(self, old, new)
         self._graph(False, captured.named)
 
     def _rewriters(self, training: bool) -> list[Rewriter]:
@@ -542,7 +528,6 @@ class FoldedModule(CapturedModule):
 
 def plain(captured: Captured) -> CapturedModule:
     """The captured model as a module, with no adapter."""
-    module = with_signature(CapturedModule, captured)(captured)
-    assert isinstance(module, CapturedModule)
+    module: CapturedModule = with_signature(CapturedModule, captured)(captured)
     decide_doubts(module)
     return module

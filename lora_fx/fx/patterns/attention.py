@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.nodes import argument, op_name, shape_of, value
+from lora_fx.fx.graph.nodes import argument, op_name, overloads, shape_of, value
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -34,12 +34,10 @@ def plain_mask(node: fx.Node, formulas: Formulas) -> bool:
     truth = formulas.of(mask)
     if not isinstance(truth, Where) or truth.form not in ("bool", "open"):
         return False
-    if truth.as_("bool") == constant(True):
-        give(node, attn_mask=None)
-        return True
-    if truth.as_("bool") != causal() or len(shape_of(mask) or ()) < 2:
+    is_open = truth.as_("bool") == constant(True)
+    if not is_open and (truth.as_("bool") != causal() or _rank(mask) < 2):
         return False
-    give(node, attn_mask=None, is_causal=True)
+    give(node, attn_mask=None, is_causal=not is_open)
     return True
 
 
@@ -65,7 +63,7 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
         return None
     if node.target is aten.repeat_interleave.self_int:
         k, times = argument(node, "self"), argument(node, "repeats")
-        by_head = len(shape_of(k) or ()) == 4 and argument(node, "dim") in (1, -3)
+        by_head = _rank(k) == 4 and argument(node, "dim") in (1, -3)
         return (k, times) if by_head and isinstance(times, int) else None
     if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
         return None
@@ -83,11 +81,9 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
     if not times.isdigit() or not heads.isdigit():
         return None
     n, _, length, width = before
-    if between != (n, heads, times, length, width):
-        return None
-    if after != (n, str(int(heads) * int(times)), length, width):
-        return None
-    return k, int(times)
+    repeats = between == (n, heads, times, length, width)
+    joins = after == (n, str(int(heads) * int(times)), length, width)
+    return (k, int(times)) if repeats and joins else None
 
 
 def _sizes(node: Any) -> tuple[str, ...]:
@@ -144,7 +140,7 @@ class Formulas:
         return self._known[node]
 
 
-def _rank(node: fx.Node) -> int:
+def _rank(node: object) -> int:
     return len(shape_of(node) or ())
 
 
@@ -187,7 +183,7 @@ def _slice(f: Formulas, node: fx.Node) -> Formula | None:
 def _index(f: Formulas, node: fx.Node) -> Formula | None:
     """x[i₁, i₂ …] with an index for every axis; a negative one would count from the end."""
     formula, given = f.of(node.args[0]), node.args[1]
-    rank = len(shape_of(node.args[0]) or ())
+    rank = _rank(node.args[0])
     if formula is None or not isinstance(given, (list, tuple)) or len(given) != rank:
         return None
     places = {}
@@ -340,24 +336,18 @@ Rule = Callable[["Formulas", fx.Node], "Formula | None"]
 """The formula of a node of one op from those of what it reads."""
 
 
-def _rows(rule: Rule, *names: str) -> dict[object, Rule]:
-    """Every overload of these ops."""
-    packets = [getattr(aten, name) for name in names]
-    return {getattr(p, o): rule for p in packets for o in p.overloads()}
-
-
 RULES: dict[object, Rule] = {
-    **_rows(_arange, "arange"),
-    **_rows(_filled, "ones", "zeros", "full", "new_ones", "new_zeros", "new_full"),
-    **_rows(_sum, "add", "sub"),
-    **_rows(_compare, "le", "lt", "ge", "gt", "eq", "ne"),
-    **_rows(_and, "bitwise_and", "logical_and", "__and__"),
-    **_rows(_not, "bitwise_not", "logical_not"),
-    **_rows(_triangle, "tril", "triu"),
-    **_rows(_choice, "where", "masked_fill"),
-    **_rows(_cast, "to", "_to_copy"),
-    **_rows(_same, "expand", "alias", "clone"),
-    **_rows(_unsqueeze, "unsqueeze"),
+    **overloads(_arange, "arange"),
+    **overloads(_filled, "ones", "zeros", "full", "new_ones", "new_zeros", "new_full"),
+    **overloads(_sum, "add", "sub"),
+    **overloads(_compare, "le", "lt", "ge", "gt", "eq", "ne"),
+    **overloads(_and, "bitwise_and", "logical_and", "__and__"),
+    **overloads(_not, "bitwise_not", "logical_not"),
+    **overloads(_triangle, "tril", "triu"),
+    **overloads(_choice, "where", "masked_fill"),
+    **overloads(_cast, "to", "_to_copy"),
+    **overloads(_same, "expand", "alias", "clone"),
+    **overloads(_unsqueeze, "unsqueeze"),
     aten.transpose.int: _transpose,
     aten.slice.Tensor: _slice,
     aten.index.Tensor: _index,

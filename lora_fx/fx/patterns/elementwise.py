@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.fx.graph.nodes import MARK, dtype_of, is_marked, mark, numel, value
+from lora_fx.fx.graph.nodes import MARK, dtype_of, is_marked, make_marked, numel, scopes_of, value
 from lora_fx.fx.tensors import owner
 
 aten = torch.ops.aten
@@ -134,13 +134,9 @@ def _cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) 
     if node in written or not isinstance(value(node), torch.Tensor):
         return False
     if node.target in SUMS and not sums:
-        large = [a for a in node.args if isinstance(a, fx.Node) and _large(a, x)]
-        return len(large) < 2
+        data = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
+        return sum(2 * nbytes(a) > nbytes(x) for a in data) < 2
     return True
-
-
-def _large(node: fx.Node, x: fx.Node) -> bool:
-    return node.op != "get_attr" and nbytes(node) * 2 > nbytes(x)
 
 
 def _weigh(
@@ -251,8 +247,8 @@ def operands(node: Any, target: Any) -> tuple[Any, ...]:
 
 def block_of(node: fx.Node, blocks: Sequence[str]) -> str:
     """The block among `blocks` whose forward made a node; empty for the rest of the model."""
-    stack = {str(v[0]).split("@")[0] for v in node.meta.get("nn_module_stack", {}).values()}
-    return next((b for b in blocks if b in stack), "")
+    made_in = scopes_of(node)
+    return next((b for b in blocks if b in made_in), "")
 
 
 @dataclass(frozen=True)
@@ -269,19 +265,9 @@ class Maker:
 
     def get_attr(self, name: str) -> fx.Node:
         """Read a tensor of the tree."""
-        with self.before.graph.inserting_before(self.before):
-            return self._tag(self.before.graph.get_attr(name))
+        return self.call(name, None)
 
     def call(self, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
-        """One op or function."""
-        name = f"lora_{getattr(target, '_opname', target.__name__)}"
-        graph = self.before.graph
-        with graph.inserting_before(self.before):
-            return self._tag(graph.create_node("call_function", target, args, kwargs or {}, name))
-
-    def _tag(self, node: fx.Node) -> fx.Node:
-        stack = self.before.meta.get("nn_module_stack")
-        if stack is not None:
-            node.meta["nn_module_stack"] = stack
-        mark(node, self.branch.meta["custom"][MARK]["site"])
-        return node
+        """Run one op or function."""
+        site = self.branch.meta["custom"][MARK]["site"]
+        return make_marked(self.before, self.before, site, target, args, kwargs)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.nodes import dtype_of
+from lora_fx.fx.graph.nodes import dtype_of, reached
 
 aten = torch.ops.aten
 Poly = dict[int, float]
@@ -28,6 +30,8 @@ KINDS: dict[str, tuple[str, Poly]] = {
 """`approximate` of torch's gelu → (F, r)."""
 CLOSE = 1e-7
 """Constants of one formula are written with eight digits or more."""
+LONGEST = 26
+"""More nodes than any such chain has."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,9 @@ def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] 
 
 def _behind(node: fx.Node) -> list[fx.Node]:
     """What a chain through this node may start from; nothing where no F is near."""
-    todo, seen = [node], dict[fx.Node, None]()
-    while todo and len(seen) < 24:  # longer than any of them
-        here = todo.pop(0)
-        for i in here.all_input_nodes if here.target in STEPS else ():
-            if i not in seen:
-                seen[i] = None
-                todo.append(i)
-    return list(seen) if any(n.target in FUNCTIONS for n in seen) else []
+    walk = reached([node], lambda n: n.all_input_nodes if n.target in STEPS else [])
+    near = list(islice(walk, 1, LONGEST))
+    return near if any(n.target in FUNCTIONS for n in near) else []
 
 
 def _form(node: Any, x: fx.Node, written: Collection[fx.Node]) -> _Form | None:
@@ -93,10 +92,6 @@ def _sum(a: _Form, b: _Form, sign: float = 1.0) -> _Form | None:
         return None
     one = a if a.q else b
     return _Form(_plus(a.p, b.p, sign), _plus(a.q, b.q, sign), one.name, one.r)
-
-
-def _difference(a: _Form, b: _Form) -> _Form | None:
-    return _sum(a, b, -1.0)
 
 
 def _product(a: _Form, b: _Form) -> _Form | None:
@@ -124,11 +119,8 @@ def _power(a: _Form, b: _Form) -> _Form | None:
     return result
 
 
-def _function(name: str) -> object:
-    def apply(a: _Form) -> _Form | None:
-        return None if a.q else _Form({}, {0: 1.0}, name, a.p)
-
-    return apply
+def _function(a: _Form, name: str) -> _Form | None:
+    return None if a.q else _Form({}, {0: 1.0}, name, a.p)
 
 
 def _plus(a: Poly, b: Poly, sign: float = 1.0) -> Poly:
@@ -151,14 +143,14 @@ FUNCTIONS = (aten.tanh.default, aten.erf.default)
 STEPS: dict[Any, Any] = {
     aten.add.Tensor: _sum,
     aten.add.Scalar: _sum,
-    aten.sub.Tensor: _difference,
-    aten.sub.Scalar: _difference,
+    aten.sub.Tensor: partial(_sum, sign=-1.0),
+    aten.sub.Scalar: partial(_sum, sign=-1.0),
     aten.mul.Tensor: _product,
     aten.mul.Scalar: _product,
     aten.div.Tensor: _quotient,
     aten.div.Scalar: _quotient,
     aten.pow.Tensor_Scalar: _power,
     aten.square.default: lambda a: _product(a, a),
-    aten.tanh.default: _function("tanh"),
-    aten.erf.default: _function("erf"),
+    aten.tanh.default: partial(_function, name="tanh"),
+    aten.erf.default: partial(_function, name="erf"),
 }

@@ -14,7 +14,6 @@ from os import PathLike, fspath
 from typing import Any, TypeGuard
 
 import torch
-from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
@@ -28,6 +27,7 @@ from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
 from lora_fx.fx.pt2.manifest import (
     adapter_names,
+    is_constant,
     read_adapter,
     read_arguments,
     read_signature,
@@ -75,7 +75,7 @@ class FileCaptured(Captured):
         with archive.zip, silenced():  # torch's parsers warn about their own parts
             manifest = archive.json(MANIFEST) if MANIFEST in archive.members else {}
             self._loaded = {n: load_program(archive, n) for n in archive.programs}
-        self.path, self._meta = path, meta
+        self.path = path
         self.notes: list[str] = []
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
         self.idle, self.unproven = None, {}
@@ -123,11 +123,10 @@ class FileCaptured(Captured):
         self.base_dtype = base_dtype(self.model)
 
     def _describe(self, manifest: JsonView, dynamic: Dynamic | None, static: Sequence[str]) -> None:
-        leaves = pytree.tree_leaves(self.named)
         said = manifest.get("inputs", {})
         specs = (
             replace(s, high=said[s.name]["high"] if s.name in said else s.high)
-            for s in describe(leaf_names(self.named), leaves).specs
+            for s in describe(self.named).specs
         )
         self.inputs: Inputs = Inputs(tuple(specs))
         wanted = {k: dict(v) for k, v in default_dynamic(self.inputs).items()}
@@ -186,10 +185,6 @@ class FileCaptured(Captured):
             f"in {lacks} mode these behave otherwise: {says(modals) or 'unknown'}",
             LATER + hint,
         )
-
-    def _graph_module(self, training: bool) -> fx.GraphModule:
-        self.allows(training, "update")
-        return super()._graph_module(training)
 
     def traced(
         self,
@@ -281,11 +276,6 @@ class FileSignature(Signature):
             raise LoraFxError(
                 f"{self.path} holds the program for {self.signature}: {e}", NO_SOURCE
             ) from e
-
-
-def is_constant(value: object) -> bool:
-    """True for arguments that a program has built in."""
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def signature_of(named: JsonView) -> inspect.Signature:

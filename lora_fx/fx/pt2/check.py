@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -235,12 +235,20 @@ def _plain(tree: JsonView, fields: Mapping[str, list[str]], where: str) -> Any:
         names = json.loads(context) if isinstance(context, str) else context
     if kind == "collections.namedtuple" or names is None or isinstance(names, str):
         names = fields.get(str(names if isinstance(names, str) else context), names)
-    if isinstance(names, list) and len(names) == 2 and isinstance(names[0], list):
-        names = names[0]  # a dataclass: its fields, and those that are None
-    fit = isinstance(names, list) and len(names) == len(children)
-    if not fit or not all(isinstance(n, (str, int)) for n in names):
+    found = named_children(names, children)
+    if found is None:
         raise LoraFxError(
             f"{where}: the structure {str(kind)[:80]!r} is not known",
             "export a model that takes and returns tensors, tuples, lists and dicts",
         )
-    return {"type": "builtins.dict", "context": json.dumps(names), "children_spec": children}
+    return found
+
+
+def named_children(names: Any, children: Sequence[Json]) -> Json | None:
+    """A container as a dict of its children; None where what its type keeps is no names of them."""
+    if isinstance(names, (list, tuple)) and len(names) == 2 and isinstance(names[0], list):
+        names = names[0]  # a dataclass: its fields, and those that are None
+    fit = isinstance(names, (list, tuple)) and len(names) == len(children)
+    if not fit or not all(isinstance(n, (str, int)) for n in names):
+        return None
+    return {"type": "builtins.dict", "context": json.dumps(list(names)), "children_spec": children}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.pt2.check import LEAF
+from lora_fx.fx.pt2.check import LEAF, named_children
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.text import Json, JsonView
 
@@ -104,11 +103,15 @@ def adapter_names(manifest: JsonView) -> frozenset[str]:
 # --- the call ------------------------------------------------------------------------------------
 
 
+def is_constant(value: object) -> bool:
+    """True for arguments that a program has built in."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _parameter(p: inspect.Parameter) -> Json:
     row: Json = {"name": p.name, "kind": p.kind.name}
     if p.default is not inspect.Parameter.empty:
-        plain = isinstance(p.default, (bool, int, float, str))
-        row["default"] = p.default if plain else None
+        row["default"] = p.default if is_constant(p.default) else None
     return row
 
 
@@ -131,7 +134,7 @@ def _arguments(value: object) -> object:
         return {"dict": {str(k): _arguments(v) for k, v in value.items()}}
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return {type(value).__name__: [_arguments(v) for v in value]}
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if is_constant(value):
         return {"constant": value}
     raise LoraFxError(
         f"an argument of type {type(value).__name__} cannot be written to a .pt2 file",
@@ -159,7 +162,7 @@ def _plain(value: object) -> Any:
         return {k: v for k, v in pairs.items() if v is not None}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return value if isinstance(value, (bool, int, float, str)) else None
+    return value if is_constant(value) else None
 
 
 def plain_spec(spec: Any) -> Json:
@@ -170,11 +173,6 @@ def plain_spec(spec: Any) -> Json:
     names: Any = spec.context
     if isinstance(names, type) and hasattr(names, "_fields"):
         names = list(names._fields)
-    if isinstance(names, (list, tuple)) and len(names) == 2 and isinstance(names[0], list):
-        names = names[0]
-    named = isinstance(names, (list, tuple)) and len(names) == len(children)
-    if spec.type not in (tuple, list) and named and all(isinstance(n, (str, int)) for n in names):
-        kind, context = "builtins.dict", json.dumps(list(names))
-    else:
-        kind, context = f"builtins.{'list' if spec.type is list else 'tuple'}", "null"
-    return {"type": kind, "context": context, "children_spec": children}
+    found = None if spec.type in (tuple, list) else named_children(names, children)
+    kind = f"builtins.{'list' if spec.type is list else 'tuple'}"
+    return found or {"type": kind, "context": "null", "children_spec": children}

@@ -14,11 +14,20 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.graph.flow import scope_of
-from lora_fx.fx.graph.nodes import MARK, argument, hint, is_marked
+from lora_fx.fx.graph.nodes import (
+    MARK,
+    argument,
+    hint,
+    is_marked,
+    numel,
+    scope_of,
+    scopes_of,
+    value,
+)
 from lora_fx.fx.module.module import scope_class
 from lora_fx.fx.pt2.archive import Archive
 from lora_fx.fx.pt2.check import clean_program
+from lora_fx.fx.tensors import owner
 from lora_fx.text import Json, JsonView
 
 
@@ -64,16 +73,13 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
     except LoraFxError:
         raise
     except Exception as e:  # torch raises whatever its parsers do
+        last = (str(e).strip().splitlines() or [""])[-1]
         raise LoraFxError(
             f"{archive.path}: {member} cannot be read by torch {torch.__version__}: "
-            f"{one_line(_last_line(e), 200)}",
+            f"{one_line(f'{type(e).__name__}: {last}', 200)}",
             "a file of another torch may have to be written again: torch.export.save",
         ) from e
     return LoadedProgram(program, state, volatile, named, _classes(program))
-
-
-def _last_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
 def _example(program: ExportedProgram, data: JsonView) -> Json:
@@ -86,39 +92,34 @@ def _example(program: ExportedProgram, data: JsonView) -> Json:
         if row.kind.name != "USER_INPUT":
             continue
         arg = row.arg
-        value = getattr(arg, "value", None)
-        if arg.name in places and not hasattr(arg, "value"):
-            value = places[arg.name].meta.get("val")
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        found = arg.value if hasattr(arg, "value") else value(places.get(arg.name))
+        if isinstance(found, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             raise LoraFxError(
                 f"the argument {arg.name!r} is a number that varies",
                 "export with numbers as constants, or as tensors",
             )
-        leaves.append(example_of(value) if isinstance(value, torch.Tensor) else value)
+        leaves.append(example_of(found) if isinstance(found, torch.Tensor) else found)
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     names = list(call.get("forward_arg_names") or ())
     if len(names) < len(args):
         names = [f"arg{i}" for i in range(len(args))]
-    named = dict(zip(names, args, strict=False))
-    return {**named, **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def example_of(value: torch.Tensor) -> torch.Tensor:
+def example_of(place: torch.Tensor) -> torch.Tensor:
     """A tensor as large as the program's example: noise, or 0, 1, 0, 1 … of whole numbers."""
-    shape = [hint(n) for n in value.shape]
-    if value.dtype.is_floating_point or value.dtype.is_complex:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(value.dtype)
-    count = int(torch.Size(shape).numel())
-    return (torch.arange(count) % 2).reshape(shape).to(value.dtype)
+    shape = [hint(n) for n in place.shape]
+    if place.dtype.is_floating_point or place.dtype.is_complex:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.dtype)
+    return (torch.arange(numel(tuple(shape))) % 2).reshape(shape).to(place.dtype)
 
 
 def _classes(program: ExportedProgram) -> dict[str, str]:
     """{path: class name} from the module stacks of the nodes."""
     result: dict[str, str] = {}
     for node in program.graph.nodes:
-        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
-            text = cls if isinstance(cls, str) else cls.__name__
-            result.setdefault(str(path).partition("@")[0], text.rpartition(".")[2])
+        for path, name in scopes_of(node).items():
+            result.setdefault(path, name)
     return result
 
 
@@ -129,21 +130,19 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
         programs: Their tensors are joined; one tensor under two names stays one.
         skip: Names to leave out (an adapter's).
     """
-    classes = {k: v for p in reversed(programs) for k, v in p.classes.items()}
-    root: nn.Module = scope_class(_identifier(classes.get("", "Program")))()
+    classes = {"": "Program", **{k: v for p in reversed(programs) for k, v in p.classes.items()}}
+
+    def scope(path: str) -> nn.Module:
+        name = classes.get(path, "")
+        made: nn.Module = scope_class(name if name.isidentifier() else "Scope")()
+        return made
+
+    root = scope("")
     for loaded in programs:
         for name, t in loaded.state.items():
             if name in skip:
                 continue
-            *path, leaf = _split(name)
-            module, at = root, ""
-            for part in path:
-                at = f"{at}.{part}" if at else part
-                if part not in module._modules:
-                    module.add_module(part, scope_class(_identifier(classes.get(at, "")))())
-                child = module._modules[part]
-                assert child is not None
-                module = child
+            module, leaf = owner(root, name, create=scope)
             if leaf in module._parameters or leaf in module._buffers:
                 continue
             if isinstance(t, nn.Parameter):
@@ -155,17 +154,6 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
         if type(module).__name__ == "Scope" and digits and all(digits):
             module.__class__ = scope_class("ModuleList")
     return root
-
-
-def _split(name: str) -> list[str]:
-    """Parts of a dotted name; dots in a bracketed region do not count."""
-    head, bracket, tail = name.partition("[")
-    parts = head.split(".")
-    return [*parts[:-1], parts[-1] + bracket + tail]
-
-
-def _identifier(name: str) -> str:
-    return name if name.isidentifier() else "Scope"
 
 
 # Small edits that turn a file's graph into one that passes know: its inputs, its branches.
@@ -185,9 +173,9 @@ def strip_branches(graph: fx.Graph) -> None:
     """Take out what insert put in: a marked sum of a value and a branch is that value again."""
     for node in list(graph.nodes):
         if node.op == "call_function" and is_marked(node) and node.target is aten.add.Tensor:
-            value, branch = node.args[:2]
-            if isinstance(value, fx.Node) and not is_marked(value) and is_marked(branch):
-                node.replace_all_uses_with(value)
+            y, branch = node.args[:2]
+            if isinstance(y, fx.Node) and not is_marked(y) and is_marked(branch):
+                node.replace_all_uses_with(y)
     for node in reversed(list(graph.nodes)):
         if is_marked(node):
             if not node.users:

@@ -14,9 +14,9 @@ from torch._export.serde.serialize import _dataclass_to_dict, serialize, seriali
 from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 from torch.export.pt2_archive._package import _get_raw_tensor_bytes
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.capture.call import leaves_of
 from lora_fx.fx.capture.guards import GuardLog, drop_layout, put_asserts
 from lora_fx.fx.capture.trace import RootModule, at_least_two, export_program
 from lora_fx.fx.module.module import CapturedModule
@@ -91,23 +91,17 @@ def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, st
     traced = captured.traced(training, captured.named, module.base_dtype)
     flat, names, _ = flat_program(module, graph.graph, all_outputs=True)
     _keep_volatile(flat, module)
-    leaves, shapes = [], []  # the example's own sizes, for FLOPs are counted at them
-    examples = pytree.tree_leaves(dict(captured.named))
-    for x, name, fixed in zip(examples, traced.door.names, traced.door.sizes, strict=True):
-        if fixed is not None:
-            wanted = captured.requested.get(name, {})
-            shapes.append({d: Dim.AUTO for d in wanted if fixed[d] is None} or None)
-            leaves.append(at_least_two(x, wanted).cpu())
-    places = [n for n in flat.graph.nodes if n.op == "placeholder"]
-    tensors = [
-        n for n, s in zip(traced.door.names, traced.door.sizes, strict=True) if s is not None
-    ]
-    put_asserts(flat.graph, dict(zip(tensors, places, strict=True)), traced.door.conditions)
+    free = traced.door.free(captured.requested)
+    shapes = tuple({d: Dim.AUTO for d in dims} or None for dims in free.values())
+    examples = dict(leaves_of(captured.named))  # of its own sizes, for FLOPs are counted at them
+    tensors = tuple(at_least_two(examples[name], dims).cpu() for name, dims in free.items())
+    places = dict(zip(free, flat.graph.find_nodes(op="placeholder"), strict=True))
+    put_asserts(flat.graph, places, traced.door.conditions)
     flat.recompile()
     log = GuardLog()
     try:
         with log.listening():
-            program = export_program(flat, tuple(leaves), tuple(shapes))
+            program = export_program(flat, tensors, shapes)
     except Exception as e:
         raise LoraFxError(
             f"the {'train' if training else 'eval'} program cannot be exported: {one_line(e)}",

@@ -241,8 +241,8 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
     """Stop before the optimizer moves anything.
 
     Args:
-        model: After backward.
-        loss: Of this step.
+        model: The model after backward.
+        loss: The loss of this step.
         norm: The norm of all gradients together.
         step: Counted from 1.
 

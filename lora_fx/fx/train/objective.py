@@ -16,7 +16,7 @@ from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.tensors import from_numpy
+from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.fx.train.processes import ALONE, Processes
 
 PROBE = 8
@@ -55,7 +55,7 @@ class Objective:
     def loss(self, batch: Table) -> torch.Tensor:
         """The mean loss, with its graph, in the mode that the model is in."""
         labels = batch.columns.get(batch.label)
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
             out = self.model(**inputs_of(self.model, batch, self.own))
             return self.compute(out, None if labels is None else from_numpy(labels).to(device))
@@ -155,7 +155,7 @@ def _heed_classes(model: AdaptedModule, training: Table | Buckets) -> list[str]:
 
 def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, object]:
     """A batch as the model's arguments, on its device."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     keep = {k: v for k, v in batch.columns.items() if k != batch.label or own}
     return {k: from_numpy(v).to(device) for k, v in keep.items()}
 

@@ -20,7 +20,7 @@ class Optimizer:
     Args:
         model: From insert; what requires grad is trained.
         settings: Learning rate, weight decay, warm-up.
-        steps: Of the whole run.
+        steps: The steps of the whole run.
     """
 
     def __init__(self, model: AdaptedModule, settings: Settings, steps: int) -> None:
@@ -81,14 +81,14 @@ class Settings:
 
     Args:
         epochs: Passes over the training data.
-        steps: Of the optimizer, instead of epochs.
+        steps: Steps of the optimizer, instead of epochs.
         batch_size: Examples a step, of all processes together.
         lr: Highest learning rate of a; the variant says that of b.
-        weight_decay: Of AdamW: what a weight loses in a step is lr · weight_decay of itself.
+        weight_decay: What a weight loses in a step of AdamW is lr · weight_decay of itself.
         warmup: Share of the steps in which the rate rises; then it falls as half a cosine.
         clip: The longest gradient, as the norm of all of them together; 0 clips nothing.
         checks: Validations in a run.
-        seed: Of dropout and of the order of the examples.
+        seed: The seed of dropout and of the order of the examples.
         patience: Validations in a row without a new lowest loss that end the run.
         accumulate: Parts that a process's share of a step runs in, one after another.
         mixed_precision: no, or bf16: products in bfloat16, what is trained stays float32.

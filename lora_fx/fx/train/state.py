@@ -33,7 +33,7 @@ from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.tensors import device_of, from_numpy, to_numpy
 from lora_fx.fx.train.objective import Loss
 from lora_fx.fx.train.optimizer import MOMENTS, Optimizer, Settings
 from lora_fx.fx.train.processes import Processes
@@ -301,7 +301,7 @@ def facts_of(
             **{k: v for k, v in asdict(settings).items() if k != "epochs"},
             "steps": steps,
             "loss": loss if isinstance(loss, str) else _function(loss),
-            "device": next(model.parameters()).device.type,
+            "device": device_of(model).type,
             "processes": processes,
         },
     }
