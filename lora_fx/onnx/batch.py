@@ -25,7 +25,7 @@ from lora_fx.errors import LoraFxError, stamp
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
-from lora_fx.onnx.graph.flow import MARK, OnnxWeightUse, dtype_name
+from lora_fx.onnx.graph.flow import OnnxWeightUse, dtype_name
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.row_provenance import RowAxis, rank
@@ -81,22 +81,14 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids
         inner.inputs.append(value)
         return value
 
-    def made(op: str, *inputs: ir.Value) -> ir.Value:
-        node = ir.node(op, inputs)
-        node.metadata_props[MARK] = IDS
-        node.outputs[0].name = graph.fresh(f"{IDS}_lora")
-        inner.insert_before(first, node)
-        return node.outputs[0]
-
-    first = inner[0]
+    e = graph.emit_first(IDS)
     raw = added(IDS, ir.DataType.INT64)
     weights = added(SCALES, ir.DataType.FLOAT) if scales else None
-    size = made("Shape", raw)
+    size = e.call("Shape", raw)
     zero = add_initialiser(inner, f"{IDS}_zero", np.array(0, np.int64), IDS)
     over = add_initialiser(inner, f"{IDS}_over", np.array(count, np.int64), IDS)
-    checked = made("Where", made("Less", raw, zero), over, raw)
+    checked = e.call("Where", e.call("Less", raw, zero), over, raw)
     choice = Choice(graph, checked, size, weights, batch)
-    graph.changed()
     return Ids(checked, size, count, weights, choice)
 
 
@@ -141,13 +133,13 @@ class BatchEmitter(OnnxEmitter):
         """The low-rank part of y, in its shape."""
         if form == "last":
             return self._last(x, a, b, y)
-        mine = self._call("Gather", b, self.ids.ids)
+        mine = self.call("Gather", b, self.ids.ids)
         if form == "lookup":
-            return self._shaped(self._call("MatMul", self._scaled(self._rows(x, a)), mine), y)
+            return self._shaped(self.call("MatMul", self._scaled(self._rows(x, a)), mine), y)
         if isinstance(self.site.kind, Conv):
             x = self._windows(x)
-        t = self._call("MatMul", self._call("Gather", a, self.ids.ids), x)
-        return self._shaped(self._call("MatMul", mine, self._scaled(t)), y)
+        t = self.call("MatMul", self.call("Gather", a, self.ids.ids), x)
+        return self._shaped(self.call("MatMul", mine, self._scaled(t)), y)
 
     def _last(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
         """The delta in the shape of y; rows of x are brought to the front, and those of y back."""
@@ -155,46 +147,46 @@ class BatchEmitter(OnnxEmitter):
         assert r is not None and axis is not None
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         order = (axis, *(k for k in range(r) if k != axis))
-        first = self._call("Transpose", x, perm=list(order)) if axis else x
+        first = self.call("Transpose", x, perm=list(order)) if axis else x
         plain = r == 3 and self.rows.exact
-        seen = first if plain else self._call("Reshape", first, self._sizes(-1, width))
+        seen = first if plain else self.call("Reshape", first, self._sizes(-1, width))
         rows, own = self.ids.choice, int(a.shape.numpy()[0]) // self.ids.count  # type: ignore[union-attr]
-        a, b = (self._call("Gather", v, rows.rows(own)) for v in (a, b))
-        t = self._call("MatMul", seen, self._call("Transpose", a, perm=[0, 2, 1]))
-        delta = self._call("MatMul", self._call("Mul", t, rows.mask(own, dtype_name(x))), b)
+        a, b = (self.call("Gather", v, rows.rows(own)) for v in (a, b))
+        t = self.call("MatMul", seen, self.call("Transpose", a, perm=[0, 2, 1]))
+        delta = self.call("MatMul", self.call("Mul", t, rows.mask(own, dtype_name(x))), b)
         if not axis:
             return delta if plain else self._shaped(delta, y)
         if not plain:
-            lead = self._call("Slice", self._call("Shape", first), self._ints(0), self._ints(r - 1))
-            sizes = self._call("Concat", lead, self._ints(-1), axis=0)
-            delta = self._call("Reshape", delta, sizes)
-        return self._call("Transpose", delta, perm=[order.index(k) for k in range(r)])
+            lead = self.call("Slice", self.call("Shape", first), self._ints(0), self._ints(r - 1))
+            sizes = self.call("Concat", lead, self._ints(-1), axis=0)
+            delta = self.call("Reshape", delta, sizes)
+        return self.call("Transpose", delta, perm=[order.index(k) for k in range(r)])
 
     def _sizes(self, *rest: int) -> ir.Value:
         """[batch, *rest] as a shape."""
-        return self._call("Concat", self.ids.size, self._ints(*rest), axis=0)
+        return self.call("Concat", self.ids.size, self._ints(*rest), axis=0)
 
     def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
-        shape = self._call("Shape", y)
-        return self._call("Reshape", delta, shape, **keep_zeros(self.owner))
+        shape = self.call("Shape", y)
+        return self.call("Reshape", delta, shape, **keep_zeros(self.owner))
 
     def _scaled(self, t: ir.Value) -> ir.Value:
         """The value t [batch, …, …] times the weight of each row."""
         if self.ids.scales is None:
             return t
-        factor = self._call("Reshape", self.ids.scales, self._ints(-1, 1, 1))
-        return self._call("Mul", t, self.op("cast_like", factor, t))
+        factor = self.call("Reshape", self.ids.scales, self._ints(-1, 1, 1))
+        return self.call("Mul", t, self.op("cast_like", factor, t))
 
     def _rows(self, x: ir.Value, a: ir.Value) -> ir.Value:
         """The rows A[ids[b], x[b, j]] as [batch, m, r], looked up in A as one long table."""
         count = self.site.operand[0]
-        flat = self._call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))  # type: ignore[union-attr]
-        tokens = self._call("Cast", x, to=int(ir.DataType.INT64))
-        tokens = self._call("Reshape", tokens, self._sizes(-1))
-        tokens = self._call("Mod", tokens, self._ints(count))  # negative ones count from the end
-        start = self._call("Mul", self._call("Reshape", self.ids.ids, self._ints(-1, 1)),
+        flat = self.call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))  # type: ignore[union-attr]
+        tokens = self.call("Cast", x, to=int(ir.DataType.INT64))
+        tokens = self.call("Reshape", tokens, self._sizes(-1))
+        tokens = self.call("Mod", tokens, self._ints(count))  # negative ones count from the end
+        start = self.call("Mul", self.call("Reshape", self.ids.ids, self._ints(-1, 1)),
                            self._ints(count))  # fmt: skip
-        return self._call("Gather", flat, self._call("Add", tokens, start))
+        return self.call("Gather", flat, self.call("Add", tokens, start))
 
     def _windows(self, x: ir.Value) -> ir.Value:
         """The windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
@@ -214,7 +206,7 @@ class BatchEmitter(OnnxEmitter):
             attributes["group"] = ir.AttrInt64("group", channels)
             attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(kernel))
             x = self._place(ir.Node("", "Conv", [x, w], list(attributes.values())))
-        return self._call("Reshape", x, self._sizes(channels * size, -1))
+        return self.call("Reshape", x, self._sizes(channels * size, -1))
 
 
 def stack(
@@ -290,7 +282,7 @@ LIMIT = 5
 NAME, IDS = "adapter_rows", "adapter_ids"
 
 
-class Choice:
+class Choice(OnnxEmitter):
     """The nodes that decide, at the start of a graph, before everything that reads them."""
 
     def __init__(
@@ -298,45 +290,43 @@ class Choice:
     ) -> None:
         node = ids.producer()
         assert node is not None
-        self._graph, self._last = graph, node
+        super().__init__(graph, node, NAME, before=False)
         self._made: dict[tuple[object, ...], ir.Value] = {}
-        unique = ir.node("Unique", [ids], num_outputs=1)
-        self._place(unique)
-        used = unique.outputs[0]
-        count = self._call("Shape", used)
+        used = self._place(ir.node("Unique", [ids], num_outputs=1))
+        count = self.call("Shape", used)
         one = self._ints(1)
-        pairs = self._call("Mul", count, self._call("Sub", count, one))
-        more = self._call("Mul", pairs, self._positions(batch))
-        most = self._call("Mul", size, self._ints(LIMIT))
-        few = self._call("Less", more, self._call("Add", most, one))
-        begin = self._call("Where", few, self._ints(0), count)
-        end = self._call("Where", few, count, self._ints(np.iinfo(np.int64).max))
-        self._groups = self._call("Where", few, one, size)
-        chosen = self._call("Slice", self._call("Concat", used, ids, axis=0), begin, end)
-        self._chosen = self._call("Reshape", chosen, self._shape(-1, 1))
-        self._ids, self._scales = self._call("Reshape", ids, self._ints(-1, 1, 1)), scales
+        pairs = self.call("Mul", count, self.call("Sub", count, one))
+        more = self.call("Mul", pairs, self._positions(batch))
+        most = self.call("Mul", size, self._ints(LIMIT))
+        few = self.call("Less", more, self.call("Add", most, one))
+        begin = self.call("Where", few, self._ints(0), count)
+        end = self.call("Where", few, count, self._ints(np.iinfo(np.int64).max))
+        self._groups = self.call("Where", few, one, size)
+        chosen = self.call("Slice", self.call("Concat", used, ids, axis=0), begin, end)
+        self._chosen = self.call("Reshape", chosen, self._shape(-1, 1))
+        self._ids, self._scales = self.call("Reshape", ids, self._ints(-1, 1, 1)), scales
 
     def rows(self, rank: int) -> ir.Value:
         """Which rows of the tables [n·rank, …] are read, as int64 [g, k·rank]."""
         key = ("rows", rank)
         if key not in self._made:
-            first = self._call("Mul", self._chosen, self._ints(rank))
-            each = self._call("Add", first, self._constant(np.arange(rank)))
-            self._made[key] = self._call("Reshape", each, self._shape(-1))
+            first = self.call("Mul", self._chosen, self._ints(rank))
+            each = self.call("Add", first, self._constant(np.arange(rank)))
+            self._made[key] = self.call("Reshape", each, self._shape(-1))
         return self._made[key]
 
     def mask(self, rank: int, dtype: str | None) -> ir.Value:
         """The mask [b, 1, k·rank]: a row's weight at its own factors, 0 at all others."""
         key = ("mask", rank, dtype)
         if key not in self._made:
-            owner = self._call("Div", self.rows(rank), self._ints(rank))
-            owner = self._call("Reshape", owner, self._shape(1, -1))
-            made = self._call("Equal", self._ids, owner)
+            owner = self.call("Div", self.rows(rank), self._ints(rank))
+            owner = self.call("Reshape", owner, self._shape(1, -1))
+            made = self.call("Equal", self._ids, owner)
             to = int(ir.DataType.from_numpy(numpy_dtype(dtype or "float32")))
-            made = self._call("Cast", made, to=to)
+            made = self.call("Cast", made, to=to)
             if self._scales is not None:
-                weights = self._call("Reshape", self._scales, self._ints(-1, 1, 1))
-                made = self._call("Mul", made, self._call("Cast", weights, to=to))
+                weights = self.call("Reshape", self._scales, self._ints(-1, 1, 1))
+                made = self.call("Mul", made, self.call("Cast", weights, to=to))
             self._made[key] = made
         return self._made[key]
 
@@ -344,7 +334,7 @@ class Choice:
         """[g, *rest] as a shape."""
         key = ("shape", *rest)
         if key not in self._made:
-            self._made[key] = self._call("Concat", self._groups, self._ints(*rest), axis=0)
+            self._made[key] = self.call("Concat", self._groups, self._ints(*rest), axis=0)
         return self._made[key]
 
     def _positions(self, batch: str) -> ir.Value:
@@ -352,7 +342,7 @@ class Choice:
 
         They are counted on the tokens, else on the first input without its last axis.
         """
-        rows = [v for v in self._graph.model.graph.inputs if v.shape and str(v.shape[0]) == batch]
+        rows = [v for v in self.owner.model.graph.inputs if v.shape and str(v.shape[0]) == batch]
         tokens = [v for v in rows if v.dtype in (ir.DataType.INT64, ir.DataType.INT32)]
         tokens = [v for v in tokens if v.name != IDS]
         found = (tokens or rows)[0]
@@ -360,30 +350,11 @@ class Choice:
         end = len(found.shape) - (not tokens)
         if end <= 1:
             return self._ints(1)
-        sizes = self._call("Slice", self._call("Shape", found), self._ints(1), self._ints(end))
-        return self._call("ReduceProd", sizes, keepdims=1)
-
-    def _ints(self, *values: int) -> ir.Value:
-        return self._constant(np.array(values, np.int64))
+        sizes = self.call("Slice", self.call("Shape", found), self._ints(1), self._ints(end))
+        return self.call("ReduceProd", sizes, keepdims=1)
 
     def _constant(self, value: Array) -> ir.Value:
         key = (str(value.dtype), *value.tolist())
         if key not in self._made:
-            name = self._graph.fresh(NAME)
-            self._made[key] = add_initialiser(self._graph.model.graph, name, value, NAME)
+            self._made[key] = super()._constant(value)
         return self._made[key]
-
-    def _call(
-        self, op: str, *inputs: ir.Value, **attributes: int | str | Sequence[int]
-    ) -> ir.Value:
-        node = ir.node(op, inputs, attributes)
-        self._place(node)
-        return node.outputs[0]
-
-    def _place(self, node: ir.Node) -> None:
-        node.metadata_props[MARK] = NAME
-        for value in node.outputs:
-            value.name = self._graph.fresh(NAME)
-        self._graph.model.graph.insert_after(self._last, node)
-        self._last = node
-        self._graph.changed()

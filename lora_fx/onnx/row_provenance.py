@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import constant, numbers
+from lora_fx.onnx.graph.flow import bodies_of, constant, numbers
 
 
 @dataclass(frozen=True)
@@ -307,16 +307,11 @@ def provenance(model: ir.Model, batch: str) -> dict[ir.Value, RowAxis]:
                 states[out] = SAME
             elif lost:
                 states[out] = RowAxis(lost=lost)
-            elif _has_body(node) or any(s.axis is not None for s in ins):
+            elif bodies_of(node) or any(s.axis is not None for s in ins):
                 states[out] = _after(node, states, i, batch)
             else:
                 states[out] = SAME
     return states
-
-
-def _has_body(node: ir.Node) -> bool:
-    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return any(a.type in kinds for a in node.attributes.values())
 
 
 def _after(node: ir.Node, states: States, i: int, batch: str) -> RowAxis:

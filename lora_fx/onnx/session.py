@@ -317,8 +317,6 @@ class Session:
         Raises:
             LoraFxError: An adapter that is not loaded, a missing or unknown input.
         """
-        from onnxruntime import OrtValue
-
         self._check(inputs)
         arrays = {n: np.ascontiguousarray(_widened(x)) for n, x in inputs.items()}
         if isinstance(adapter, str) and self.provider == "cpu":
@@ -330,8 +328,8 @@ class Session:
             if adapter is None:
                 made = self.session.run(self._outputs, arrays)
                 return dict(zip(self._outputs, made, strict=True))
-            feeds = {n: OrtValue.ortvalue_from_numpy(x) for n, x in arrays.items()}
-            made = self.session.run_with_ort_values(self._outputs, {**feeds, **chosen})
+            feeds = {**_values(arrays), **chosen}
+            made = self.session.run_with_ort_values(self._outputs, feeds)
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
 
     def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
@@ -357,14 +355,9 @@ class Session:
 
         Run it by `session.session.run_with_iobinding(binding)`.
         """
-        from onnxruntime import OrtValue
-
         self._check(inputs)
         binding = self.session.io_binding()
-        feeds = {
-            n: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for n, x in inputs.items()
-        }
-        for name, value in {**feeds, **self.choice(adapter)}.items():
+        for name, value in {**_values(inputs), **self.choice(adapter)}.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, self.provider)

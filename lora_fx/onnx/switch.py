@@ -13,8 +13,8 @@ import onnx_ir as ir
 from lora_fx.adapter.factors import slot_names
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
-from lora_fx.onnx.graph.flow import MARK
-from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
+from lora_fx.onnx.graph.flow import MARK, constant
+from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import SwitchSlot
 from lora_fx.onnx.row_provenance import rank
 from lora_fx.targets.target import Target
@@ -79,12 +79,10 @@ def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...
                 reader.replace_input_with(j, new)
             body.remove(user, safe=True)
         else:
-            turned = ir.node("Transpose", (new,), {"perm": list(perm)})
-            turned.metadata_props[MARK] = user.metadata_props.get(MARK, "")
-            turned.outputs[0].name = graph.fresh(f"{new.name}_transposed")
-            turned.outputs[0].type = new.type
-            body.insert_before(user, turned)
-            user.replace_input_with(i, turned.outputs[0])
+            e = OnnxEmitter(graph, user, user.metadata_props.get(MARK, ""), before=True)
+            turned = e.call("Transpose", new, perm=list(perm))
+            turned.type = new.type
+            user.replace_input_with(i, turned)
 
 
 def _is_one(value: ir.Value | None) -> bool:
@@ -193,12 +191,8 @@ class Flat:
 
     def made(self, add: ir.Node, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         """A new node of the branch that `add` ends."""
-        node = ir.node(op, inputs, attributes)
-        node.metadata_props[MARK] = add.metadata_props.get(MARK, "")
-        node.outputs[0].name = self.graph.fresh(f"lora_flat_{op}")
-        assert add.graph is not None
-        add.graph.insert_before(add, node)
-        return node.outputs[0]
+        mark = add.metadata_props.get(MARK, "")
+        return OnnxEmitter(self.graph, add, mark, before=True).call(op, *inputs, **attributes)
 
     def rows(self, add: ir.Node, value: ir.Value, width: int) -> ir.Value:
         """The value as [rows, width].
@@ -284,7 +278,7 @@ def _no_zero(target: ir.Value | None) -> bool:
     """True for a shape that copies no size from its input: none of its constants is 0."""
     node = target.producer() if target is not None else None
     parts = list(node.inputs) if node is not None and node.op_type == "Concat" else [target]
-    known = [ir.convenience.get_const_tensor(v) for v in parts if v is not None]
+    known = [constant(v) for v in parts]
     if len(parts) == 1 and known[0] is None:
         return False
-    return all(t is None or bool((t.numpy() != 0).all()) for t in known)
+    return all(t is None or bool((t != 0).all()) for t in known)

@@ -175,7 +175,7 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
         return False
     why = next((w.computed for w in floats if w.computed), "")
     why = why or f"the weight is computed by {node.op_type} from {' and '.join(names)}"
-    bodies = [a.as_graph() for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
+    bodies = bodies_of(node)
     made = OnnxWeight(names[0], View(), (), computed=why, behind=names)
     if not bodies and all(v is None or v in known for v in node.inputs):
         for out in node.outputs:
@@ -190,6 +190,17 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
                 why = known[value].computed or f"the weight is carried by a {node.op_type}"
                 flow.computed[inner] = replace(known[value], computed=why, view=View())
     return False
+
+
+def bodies_of(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that an If, a Loop or a Scan runs; empty for other ops."""
+    bodies: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            bodies.append(attribute.as_graph())
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            bodies += attribute.as_graphs()
+    return bodies
 
 
 def _root(value: ir.Value | None) -> ir.Value | None:

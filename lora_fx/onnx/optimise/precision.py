@@ -26,6 +26,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.graph.flow import bodies_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.optimise.stages import WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
@@ -278,10 +279,9 @@ class ToHalf(ir.passes.InPlacePass):
 
     def _converts(self, node: ir.Node) -> bool:
         """True for a node that computes with floats, and may do so with fewer bits."""
-        bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
         if node.op_type in KEPT or node.name in self.islands or node.domain not in ("", MICROSOFT):
             return False
-        if any(a.type in bodies for a in node.attributes.values()):
+        if bodies_of(node):
             return False
         values = [v for v in (*node.inputs, *node.outputs) if v is not None]
         known = all(v.dtype is not None for v in values)

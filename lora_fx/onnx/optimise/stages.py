@@ -10,7 +10,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,6 @@ from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 # What onnx_ir and onnxscript bring: dead nodes out, constant folding, fusions for ONNX Runtime.
-
-
-@dataclass(frozen=True)
-class DropDead(ir.passes.InPlacePass):
-    """Nodes that no output needs: the runtime would run them."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit the model in place."""
-        return RemoveUnusedNodesPass()(model)
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ class FuseForRuntime(ir.passes.InPlacePass):
 
 Rewrite = Callable[[ir.Model], ir.passes.PassResult]
 STAGES: Mapping[str, Rewrite] = {
-    "dead nodes": DropDead(),
+    "dead nodes": RemoveUnusedNodesPass(),  # the runtime would run them
     "gemm to matmul": GemmToMatMul(),
     "delta before bias": DeltaBeforeBias(),
     "onnxscript optimizer": FoldConstants(),
@@ -240,7 +231,7 @@ def _timed(
 ) -> RewriteStage:
     found = time_sessions({"base": base, "new": session}, {"base": feed, "new": feed}, ROUNDS, 1)
     cpu = found.rows()[1]["cpu"]
-    return RewriteStage(**{**vars(row), "seconds": cpu["median"], "ratio": cpu["ratio"]})
+    return replace(row, seconds=cpu["median"], ratio=cpu["ratio"])
 
 
 def _open(model: ir.Model, path: Path, provider: str) -> RuntimeSession:
