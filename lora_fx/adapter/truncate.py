@@ -54,14 +54,8 @@ class Truncated:
 
     def to_json(self) -> Json:
         """One row of `truncated[]` in docs/json.md."""
-        return {
-            "key": self.key,
-            "before": self.before,
-            "after": self.after,
-            "norm": self.norm,
-            "error": self.error,
-            "relative": self.relative,
-        }
+        names = ("key", "before", "after", "norm", "error", "relative")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -113,11 +113,10 @@ def extract(
         LoraFxError: Names or shapes that do not fit each other, integers or quantised values that
             differ, values that are not finite; all by name.
     """
-    options = ExtractOptions(
-        rank=rank, energy=energy, max_rank=max_rank, include=include, exclude=exclude,
+    return extraction(
+        base, tuned, rank=rank, energy=energy, max_rank=max_rank, include=include, exclude=exclude,
         also_full=also_full, allow_missing=allow_missing, fan_in_fan_out=fan_in_fan_out, seed=seed,
-    )  # fmt: skip
-    return _extraction(base, tuned, options).adapter
+    ).adapter  # fmt: skip
 
 
 def extraction(
@@ -125,18 +124,10 @@ def extraction(
     tuned: str | Path,
     *,
     progress: Callable[[float], None] | None = None,
-    **options: Any,
+    **asked: Any,
 ) -> Extraction:
     """As extract, with the report; `progress` is told the share of bytes that is done."""
-    return _extraction(base, tuned, ExtractOptions(**options), progress)
-
-
-def _extraction(
-    base: str | Path,
-    tuned: str | Path,
-    options: ExtractOptions,
-    progress: Callable[[float], None] | None = None,
-) -> Extraction:
+    options = ExtractOptions(**asked)
     sides = sides_of(
         (str(base), tensors(base), config_of(base)), (str(tuned), tensors(tuned), config_of(tuned))
     )
@@ -346,18 +337,9 @@ class Extracted:
 
     def to_json(self) -> Json:
         """One row of `extracted[]` in docs/json.md."""
-        return {
-            "key": self.key,
-            "shape": list(self.shape),
-            "rank": self.rank,
-            "norm": self.norm,
-            "change": self.change,
-            "error": self.error,
-            "relative": self.relative,
-            "stable_rank": self.stable_rank,
-            "above_noise": self.above_noise,
-            "known": self.known,
-        }
+        names = ("rank", "norm", "change", "error", "relative", "stable_rank")
+        numbers = {name: getattr(self, name) for name in (*names, "above_noise", "known")}
+        return {"key": self.key, "shape": list(self.shape), **numbers}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
+from lora_fx.checkpoint.difference import read_bytes
 from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows, stats_of
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
@@ -242,7 +243,8 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
     if scb is not None:
         if scb.shape != (rows,) or scb.dtype not in FLOATING:
             return None, f"SCB is {scb.dtype} {list(scb.shape)}; expected float32 [{rows}]"
-        order = _first_byte(tensors.get(f"{module}.weight_format"))
+        form = tensors.get(f"{module}.weight_format")
+        order = int(read_bytes(form, 0, 1)[0]) if form is not None and form.stop > form.start else 0
         if order:
             return None, f"weight_format is {order}, an order for GPUs; expected 0, row by row"
         return Int8("bitsandbytes int8", f"{module}.SCB", scb, float(TOP)), ""
@@ -260,14 +262,6 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
         if config.get(change):
             return None, f"config.json has a {change}: its weights are not the model's"
     return Int8("compressed-tensors int8", f"{module}.weight_scale", scale, 1.0), ""
-
-
-def _first_byte(info: TensorInfo | None) -> int:
-    if info is None or info.stop == info.start:
-        return 0
-    with open(info.file, "rb") as f:
-        f.seek(info.start)
-        return (f.read(1) or b"\0")[0]
 
 
 def _refuse_empty(name: str, info: TensorInfo) -> None:

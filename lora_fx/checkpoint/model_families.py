@@ -192,11 +192,11 @@ def uses(
     fan_in_fan_out: bool | None = None,
     table: str | None = None,
 ) -> dict[str, TensorUse]:
-    """The Use of every tensor.
+    """How every tensor is read.
 
     Args:
         tensors: Of the checkpoint.
-        found: Its targets, from `file_targets`: roles are theirs.
+        found: Its targets, whose roles are taken.
         config: Its config.json, or empty.
         fan_in_fan_out: True: two-dimensional weights are [in, out], except embeddings and heads;
             False: none is; None: config.json says.

@@ -182,8 +182,6 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
                 raise source.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
     for pattern in (ranks, alphas):
         source.notes.extend(pattern.notes())
-    if not entries:
-        raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     fields = ("task_type", "base_model_name_or_path", "revision")
     metadata = {field: config[field] for field in fields if config.get(field)}
     return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})

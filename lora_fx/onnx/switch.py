@@ -98,22 +98,16 @@ def _is_one(value: ir.Value | None) -> bool:
 # result and its bias are only reshaped, all of it stays flat: Gemm(x A, B, Gemm(x, W, bias)).
 
 
-def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> int:
-    """Rewrite every branch of that form; returns how many.
-
-    Branches with casts or stacks in them stay as they are.
-    """
+def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
+    """Rewrite every branch of that form; branches with casts or stacks in them stay as they are."""
     flat = Flat(graph)
     pairs = {(s.a, s.b): s for s in slots if not s.batch}
-    done = 0
     for node in list(graph.model.graph.all_nodes()):
         match = _match(node)
         slot = pairs.get((str(match[1].name), str(match[2].name))) if match else None
         if match and slot:
             _rewrite(node, match, slot, flat)
-            done += 1
     graph.changed()
-    return done
 
 
 Match = tuple[ir.Value, ir.Value, ir.Value, ir.Value]
@@ -222,9 +216,8 @@ class Flat:
         node.metadata_props.update(product.metadata_props)
         return whole
 
-    def heads(self) -> int:
-        """Rewrite every branch of that form; returns how many."""
-        done = 0
+    def heads(self) -> None:
+        """Rewrite every branch of that form."""
         for add in list(self.graph.model.graph.all_nodes()):
             if add.op_type != "Add" or add.domain or MARK not in add.metadata_props:
                 continue
@@ -243,10 +236,8 @@ class Flat:
                 bias.outputs[0].replace_all_uses_with(total)
                 assert add.graph is not None
                 add.graph.remove((bias, add, product), safe=True)
-                done += 1
                 break
         self.graph.changed()
-        return done
 
 
 def reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:

@@ -58,8 +58,8 @@ def check_disjoint(targets: Iterable[Target]) -> None:
     by_name: dict[str, list[Target]] = {}
     for t in targets:
         for other in by_name.setdefault(t.parameter.name, []):
-            apart = t.sites and disjoint((t, other))
-            if overlap(t.region, other.region) and not apart:
+            common = {s.id for s in t.sites} & {s.id for s in other.sites}
+            if overlap(t.region, other.region) and (common or not t.sites):
                 raise LoraFxError(
                     f"{other.key!r} and {t.key!r} share elements of one tensor",
                     "regions of one parameter, and its uses, must not overlap",
@@ -214,12 +214,6 @@ def keys_of(t: Target, sites: Iterable[Site]) -> tuple[str, ...]:
             result.append(key)
             left -= ids
     return tuple(result)
-
-
-def disjoint(targets: Iterable[Target]) -> bool:
-    """True when no site is among the uses of two of these targets of one tensor."""
-    ids = [s.id for t in targets for s in t.sites]
-    return len(ids) == len(set(ids))
 
 
 def modules(t: Target) -> tuple[str, ...]:

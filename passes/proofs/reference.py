@@ -81,7 +81,8 @@ class OnnxReference:
 
     Args:
         graph: The base; not changed. Without it no adapter can be added.
-        session: It in ONNX Runtime.
+        source: Its file.
+        provider: auto, cpu or cuda.
         folder: Where graphs with branches are written.
         arrays: A user's inputs by name, instead of sampled ones.
     """
@@ -89,11 +90,13 @@ class OnnxReference:
     def __init__(
         self,
         graph: OnnxGraph | None,
-        session: RuntimeSession,
+        source: Path,
+        provider: str,
         folder: Path,
         arrays: Named | None,
     ) -> None:
-        self.graph, self.session, self.folder = graph, session, folder
+        self.graph, self.source, self.folder = graph, source, folder
+        self.session = session = open_session(source, provider)
         self.arrays = dict(arrays or {})
         found = {} if graph is None else highest(graph)
         said = signature(session)
@@ -219,7 +222,7 @@ class OnnxReference:
         path = self._path(updates) if updates else None
         known = self._open.get((path, rewrites))
         if known is None:
-            source = path or self._base()
+            source = path or self.source
             known = open_session(source, self.session.provider, rewrites=rewrites)
             self._open[path, rewrites] = known
         return known
@@ -229,16 +232,6 @@ class OnnxReference:
         found = find(self.graph)
         return [found[k] for k in keys]
 
-    def _clone(self) -> OnnxGraph:
-        assert self.graph is not None
-        return self.graph.clone()
-
-    def _base(self) -> Path:
-        path = self.folder / "base.onnx"
-        if not path.exists():
-            save(self._clone().model, path)
-        return path
-
     def _path(self, updates: Mapping[str, LowRank], *, moved: bool = False) -> Path:
         """The file of the graph with branches for these keys and ranks, its weights as rounded."""
         key = (
@@ -246,7 +239,8 @@ class OnnxReference:
             *((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items()),
         )
         if key not in self._made:
-            graph = self._clone()
+            assert self.graph is not None
+            graph = self.graph.clone()
             zeros = {
                 k: replace(u, a=np.zeros_like(u.a), b=np.zeros_like(u.b), alpha=u.alpha / u.scale)
                 for k, u in updates.items()
@@ -275,6 +269,5 @@ def reference_of(
     source: Path, graph: OnnxGraph | None, provider: str, arrays: Named | None
 ) -> Iterator[OnnxReference]:
     """The reference of a file, and room for its variants while the block runs."""
-    session = open_session(source, provider)
     with tempfile.TemporaryDirectory() as folder:
-        yield OnnxReference(graph, session, Path(folder), arrays)
+        yield OnnxReference(graph, source, provider, Path(folder), arrays)

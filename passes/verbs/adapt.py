@@ -19,7 +19,7 @@ from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.find import find as find_graph
-from lora_fx.passes.fold import Fold, Folded
+from lora_fx.passes.fold import Fold
 from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
@@ -172,8 +172,3 @@ def fold(
     module.folded = tuple(rewrite.report)
     assert isinstance(module, FoldedModule)
     return module
-
-
-def grown(folded: Sequence[Folded]) -> int:
-    """Bytes of constants that fold had to add for tied uses that differ."""
-    return sum(f.grew for f in folded)

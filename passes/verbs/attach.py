@@ -45,7 +45,7 @@ from lora_fx.passes.proofs.attached import (
     random_values,
 )
 from lora_fx.passes.verbs.adapt import insert
-from lora_fx.passes.verbs.build_module import learnt, start_of
+from lora_fx.passes.verbs.build_module import found_in, start_of
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
@@ -121,7 +121,7 @@ def attach(
         model = _module(cap.model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
-        planner = _whole(cap, dropout)
+        planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout, cap.notes)
     except CaptureError as e:
         cap, planner = None, _partial(model, args, kwargs, dropout, e)
     found = planner.found
@@ -202,12 +202,6 @@ def _module(model: object) -> nn.Module:
             "lora_fx.insert takes functions of tensors",
         )
     return model
-
-
-def _whole(cap: Captured, dropout: float) -> GraphPlanner:
-    graph = cap.fx_graph()
-    found = replace(find_graph(graph), **learnt(cap))
-    return GraphPlanner(graph, found, dropout, cap.notes)
 
 
 def _partial(

@@ -203,22 +203,16 @@ def _serving(
     path: Path, provider: str, load: bool
 ) -> Callable[[Adapter | None], tuple[Run, Session]]:
     """Adapter → what runs with it: one session for all, or one for each in mode load."""
-    if load:
+    shared = None if load else Session(path, provider)
 
-        def loaded(adapter: Adapter | None) -> tuple[Run, Session]:
-            session = Session(path, provider, adapter=adapter)
-            return session.run, session
-
-        return loaded
-    session = Session(path, provider)
-
-    def switched(adapter: Adapter | None) -> tuple[Run, Session]:
-        if adapter is None:
+    def serve(adapter: Adapter | None) -> tuple[Run, Session]:
+        session = shared or Session(path, provider, adapter=adapter)
+        if adapter is None or load:
             return session.run, session
         session.load("adapter", adapter)
         return (lambda feeds: session.run(feeds, adapter="adapter")), session
 
-    return switched
+    return serve
 
 
 def _random(

@@ -19,7 +19,6 @@ from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.inputs import Named
-from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.module import CapturedModule
@@ -178,11 +177,7 @@ def _fits(model: object, adapter: Adapter) -> Report:
     found = find(model)
     bound = bind(adapter, found)
     untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
-    details: Json = {
-        "fits": len(bound.lowrank),
-        "whole": len(bound.full),
-        "untouched": untouched,
-    }
+    details = {"fits": len(bound.lowrank), "whole": len(bound.full), "untouched": untouched}
     return Report("verify", True, details=details)
 
 
@@ -224,8 +219,7 @@ def verify_onnx(
                 compare(one.run(f), expected(f), shapes_of(f), gate if tol is None else tol)
                 for f in reference.sizes()
             ]
-    ok = bool(parity) and all(p.ok for p in parity)
-    return Report("verify", ok, tuple(parity), (), (note,) if note else ())
+    return _report(parity, [note] if note else [])
 
 
 def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:

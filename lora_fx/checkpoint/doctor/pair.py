@@ -15,6 +15,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
+from lora_fx.checkpoint.difference import read_floats
 from lora_fx.checkpoint.int8 import Int8, stored_as
 from lora_fx.checkpoint.match import match, stacked
 from lora_fx.checkpoint.model_families import Tie
@@ -24,7 +25,6 @@ from lora_fx.checkpoint.tied import tie_and_names
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
-from lora_fx.files.copying import read_at
 from lora_fx.files.safetensors import TensorInfo, is_float, read_tensors
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
@@ -58,14 +58,8 @@ class Finding:
 
     def to_json(self) -> Json:
         """One row of `findings[]`."""
-        return {
-            "check": self.check,
-            "severity": self.severity,
-            "keys": list(self.keys),
-            "found": self.found,
-            "expected": self.expected,
-            "hint": self.hint,
-        }
+        first = {"check": self.check, "severity": self.severity}
+        return first | vars(self) | {"keys": list(self.keys)}
 
 
 @dataclass(frozen=True)
@@ -203,15 +197,11 @@ def norm(low: LowRank) -> float:
 
 def sample(info: TensorInfo, count: int = 4096) -> Array:
     """Elements of a float tensor from its start, middle and end, in fp64."""
-    dtype = numpy_dtype(info.dtype)
-    size = (info.stop - info.start) // dtype.itemsize
+    # by its bytes: the shape of a stack is that of all its matrices, and these are the first's
+    size = (info.stop - info.start) // numpy_dtype(info.dtype).itemsize
     n = min(count, size)
-    parts = []
-    with open(info.file, "rb") as f:
-        for at in (0, (size - n) // 2, size - n):
-            raw = read_at(f.fileno(), n * dtype.itemsize, info.start + at * dtype.itemsize)
-            parts.append(np.frombuffer(raw, dtype).astype(np.float64))
-    return np.concatenate(parts)
+    starts = (0, (size - n) // 2, size - n)
+    return np.concatenate([read_floats(info, at, at + n, np.dtype(np.float64)) for at in starts])
 
 
 # A PEFT adapter read without judging it: what is there, under whatever names, sound or not.

@@ -50,7 +50,6 @@ _PARTS = {
 }
 _PART = re.compile(rf"(.+)\.({'|'.join(re.escape(p) for p in _PARTS)})")
 _PARTNERS = (("b", "a"), ("a", "b"), ("magnitude", "a"), ("bias", "b"), ("diagonal", "a"))
-_REFUSED = {"lora_E": "the singular values of AdaLoRA"}
 
 
 @dataclass
@@ -110,12 +109,11 @@ def groups(names: Iterable[str], where: str) -> dict[str, Group]:
     """
     result: dict[str, Group] = {}
     for name in names:
-        for ending, what in _REFUSED.items():
-            if name.endswith(f".{ending}"):
-                raise LoraFxError(
-                    f"{where}: {name!r} is {what}: not supported",
-                    "merge it into its model with PEFT (merge_and_unload)",
-                )
+        if name.endswith(".lora_E"):
+            raise LoraFxError(
+                f"{where}: {name!r} is the singular values of AdaLoRA: not supported",
+                "merge it into its model with PEFT (merge_and_unload)",
+            )
         split = split_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
         if split is None:
             continue

@@ -77,8 +77,6 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     for pattern in (reader.ranks, reader.alphas):
         notes += pattern.notes()
     whole = [key for key, entry in entries.items() if isinstance(entry, Full)]
-    if not entries:
-        raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     for module in listed_whole(config):
         if not any(saved_whole({"modules_to_save": [module]}, k.rpartition(".")[0]) for k in whole):
             notes.append(f"{file}: modules_to_save {module!r} has no tensor in the file")

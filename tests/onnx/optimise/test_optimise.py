@@ -122,9 +122,8 @@ def test_fusions_that_break_a_graph_are_rolled_back(tmp_path: Path) -> None:
     assert not any(n.op_type == "Gemm" for n in done.graph)
     assert sum(n.op_type == "Gemm" for n in before.graph) == 8, "a clone was edited"
     assert not GemmToMatMul()(done).modified
-    ir.passes.Sequential(GemmToMatMul(), RemoveUnusedNodesPass())(
-        before
-    )  # onnx_ir's own manager runs them
+    # onnx_ir's own manager runs them
+    ir.passes.Sequential(GemmToMatMul(), RemoveUnusedNodesPass())(before)
     assert not any(n.op_type == "Gemm" for n in before.graph)
 
 
