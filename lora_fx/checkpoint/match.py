@@ -18,7 +18,7 @@ from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, name_of
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
-from lora_fx.checkpoint.renaming import STACKED, Part, Renaming, Stack, check_present, renaming
+from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, renaming
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
@@ -106,7 +106,19 @@ def match(
                 f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
             )
         notes.append(f"left out, the base has no such tensor: {some(lost)}")
-    check_present(adapter, tensors, rename, where, notes, allow=allow_missing)
+    absent = absent_of(adapter, tensors, rename)
+    if absent:
+        name, by = next(iter(absent.items()))
+        said = (
+            f"{where}: {name!r} is adapted by the adapter's own config (target_modules {by!r}), "
+            f"but its file has no update of it: {len(absent)} such layers"
+        )
+        if not allow_missing:
+            hint = (
+                "is the file complete, and this its base? --allow-missing leaves them as they are"
+            )
+            raise LoraFxError(said, hint)
+        notes.append(said)
     return placed, notes
 
 
@@ -127,12 +139,24 @@ def stacked(
 
 
 def _apart(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
-    """An entry of a stack at the tensors that hold its matrices."""
+    """An entry of a stack, or of a region of one, at the tensors that hold its matrices.
+
+    ΔW [E, out, in] of the stack is s·b[e]·a[e] for expert e; a tensor that is rows low ≤ i < high
+    of expert e gets s·b[e, low:high]·a[e]. So every part has the rank and the scale of the whole.
+
+    Raises:
+        LoraFxError: An update that is not low-rank, or whose axes cannot be taken apart.
+    """
     bounds = _bounds(key, stack.info)
     bound = _bound(key, entry, stack.info, bounds, turned=False)
-    for part, region, piece in apart(key, bound, bounds, stack):
-        rows = f"{part.low + region[0][0]}:{part.low + region[0][1]}"
-        yield Placed(f"{base_name(key)}[{part.expert}, {rows}]", part.tensor, region, piece)
+    (first, last), (top, bottom), columns = bounds
+    for part in stack.parts:
+        low, high = max(top, part.low), min(bottom, part.high)
+        if first <= part.expert < last and low < high:
+            piece = _piece(key, bound, part.expert - first, slice(low - top, high - top), stack)
+            region = ((low - part.low, high - part.low), columns)
+            name = f"{base_name(key)}[{part.expert}, {low}:{high}]"
+            yield Placed(name, part.tensor, region, piece)
 
 
 def _also(
@@ -246,38 +270,8 @@ def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | No
     return straight or swapped
 
 
-# Updates of a stack of experts for a checkpoint that has its matrices apart.
-#
-# ΔW [E, out, in] of the stack is s·b[e]·a[e] for expert e; a tensor that is rows low ≤ i < high of
-# expert e gets s·b[e, low:high]·a[e]. So every part has the rank and the scale of the whole.
-
-
-Piece = tuple[Part, Region, Entry]
-"""(the tensor, the region of it that changes, what is done to that)."""
-
-
-def apart(key: str, entry: Entry, bounds: Region, stack: Stack) -> Iterator[Piece]:
-    """What an entry of a stack, or of a region of one, is for each tensor that it reaches.
-
-    Args:
-        key: Of the adapter, for messages.
-        entry: With its layout.
-        bounds: The region of the stack.
-        stack: Where its matrices lie.
-
-    Raises:
-        LoraFxError: An update that is not low-rank, or whose axes cannot be taken apart.
-    """
-    (first, last), (top, bottom), columns = bounds
-    for part in stack.parts:
-        low, high = max(top, part.low), min(bottom, part.high)
-        if first <= part.expert < last and low < high:
-            rows = slice(low - top, high - top)
-            region = ((low - part.low, high - part.low), columns)
-            yield part, region, _piece(key, entry, part.expert - first, rows, stack)
-
-
 def _piece(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> Entry:
+    """Some rows of one expert of an entry, as an entry of a tensor of their own."""
     if isinstance(entry, Full):
         return Full(np.ascontiguousarray(entry.value[expert, rows]))
     layout = entry.layout if isinstance(entry, LowRank) else None

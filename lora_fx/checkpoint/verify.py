@@ -28,7 +28,7 @@ from lora_fx.checkpoint.merge_plan import (
 )
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
-from lora_fx.checkpoint.targets import file_targets
+from lora_fx.checkpoint.targets import targets_of
 from lora_fx.checkpoint.tied import at_its_use, tie_and_names
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
@@ -125,7 +125,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
     for name in touched:
         if not any(p.tensor == name and p.key in full for p in placed):
             stored_as(name, tensors[name], checkpoint)
-    found = file_targets(checkpoint.path).targets
+    found = targets_of(checkpoint.tensors).targets
     details: Json = {
         "fits": len(placed) - len(full),
         "whole": len(full),

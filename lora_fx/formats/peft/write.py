@@ -56,10 +56,8 @@ class _Writer:
         for key, low in updates.items():
             self._update(key, low)
         biases = self._biases()
-        modules = {f.target for f in self.told.values()} - {
-            f.target for f in self.told.values() if f.kind == "stack"
-        }
-        named = modules | {f.target for f in self.told.values()}
+        named = {f.target for f in self.told.values()}
+        modules = named - {f.target for f in self.told.values() if f.kind == "stack"}
         full = {k: v for k, v in self.adapter.full.items() if k not in biases}
         whole, odd = split_full(full, named)
         for key, value in full.items():

@@ -29,6 +29,7 @@ from lora_fx.onnx.graph.flow import (
     constant,
     dtype_name,
     follow,
+    free_name,
     shape_of,
     site_name,
 )
@@ -241,10 +242,7 @@ class OnnxGraph(Analysed):
             store = self.flow.stores[name]
             store.put(as_tensor(value, str(store.tensor.name)))  # no other flow: nothing to drop
             return name
-        stored, i = f"{name}_folded", 0
-        while stored in self.flow.stores:
-            i += 1
-            stored = f"{name}_folded_{i}"
+        stored = free_name(f"{name}_folded", self.flow.stores, "_")
         add_initialiser(self.model.graph, stored, value)
         self.changed()
         self.repoint(sites, stored)

@@ -294,15 +294,15 @@ class ToHalf(ir.passes.InPlacePass):
             return known
         stem = "half" if to == HALF else "full"
         if value.const_value is not None and value.name in graph.initializers:
-            made = _stored(graph, value, to, f"{value.name}_{stem}")
+            kind = np.float16 if to == HALF else np.float32
+            array = value.const_value.numpy().astype(kind)
+            made = add_initialiser(graph, f"{value.name}_{stem}", array)
+            made.metadata_props.update(value.metadata_props)
         else:
             node = ir.node("Cast", [value], {"to": int(to)}, name=f"{value.name}_to_{stem}")
             made = node.outputs[0]
-            made.name, made.type, made.shape = (
-                f"{value.name}_{stem}",
-                ir.TensorType(to),
-                value.shape,
-            )
+            made.name, made.type = f"{value.name}_{stem}", ir.TensorType(to)
+            made.shape = value.shape
             maker = value.producer()
             if maker is None:
                 graph.insert_before(graph[0], node)
@@ -323,13 +323,3 @@ class ToHalf(ir.passes.InPlacePass):
         for i, out in enumerate(graph.outputs):
             if out is value:
                 graph.outputs[i] = full
-
-
-def _stored(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
-    """A weight in other bits; under its own name where nothing reads the old one any more."""
-    tensor = value.const_value
-    assert tensor is not None
-    array = tensor.numpy().astype(np.float16 if to == HALF else np.float32)
-    new = add_initialiser(graph, name, array)
-    new.metadata_props.update(value.metadata_props)
-    return new
