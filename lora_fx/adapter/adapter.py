@@ -23,7 +23,6 @@ from lora_fx.targets.found import Found
 from lora_fx.targets.regions import (
     check_disjoint,
     each_use,
-    lookup_use,
     modules,
     named_use,
     of_several,
@@ -271,7 +270,7 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     lookup = entry.op == "embedding"
     if tied(target) and entry.layout is None:  # a file names a module, so it means one use
         if not entry.tied:  # there the file means all uses
-            use = use or (lookup_use(target) if lookup else named_use(target, key))
+            use = use or named_use(target, key, lookup=lookup)
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
             entry = _turned(key, entry)
     elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:

@@ -154,13 +154,9 @@ def truncate(
             not finite, a goal that leaves nothing.
     """
     return truncation(
-        adapter,
-        rank=rank,
-        params=params,
-        energy=energy,
-        max_error=max_error,
-        max_abs_error=max_abs_error,
-    ).adapter
+        adapter, rank=rank, params=params, energy=energy,
+        max_error=max_error, max_abs_error=max_abs_error,
+    ).adapter  # fmt: skip
 
 
 def truncation(adapter: Adapter, **goal: float | None) -> Truncation:

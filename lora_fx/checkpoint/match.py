@@ -214,7 +214,9 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
     shape = tuple(hi - lo for lo, hi in bounds)
     if isinstance(entry, Full):
         if tuple(entry.value.shape) != shape:
-            raise _misfit(key, info, f"a whole tensor {list(entry.value.shape)}", _grown(entry))
+            grown = "was the vocabulary resized? resize the base's embeddings first, then merge"
+            hint = grown if entry.value.ndim == 2 else ""
+            raise _misfit(key, info, f"a whole tensor {list(entry.value.shape)}", hint)
         return entry
     if isinstance(entry, ReplacedRows):
         fits = shape and shape == info.shape and tuple(entry.value.shape[1:]) == shape[1:]
@@ -234,12 +236,6 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
     if magnitude is not None and magnitude.shape != (layout.out_size,):
         raise _misfit(key, info, f"a magnitude {list(magnitude.shape)}", "")
     return replace(entry, layout=layout)
-
-
-def _grown(entry: Full) -> str:
-    if entry.value.ndim != 2:
-        return ""
-    return "was the vocabulary resized? resize the base's embeddings first, then merge"
 
 
 def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:

@@ -26,22 +26,17 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import File, PeftFile
-from lora_fx.formats.peft.config import Pattern, targets
+from lora_fx.formats.peft.config import SHARED, Pattern, targets
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.text import JsonView
 
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}
 """PEFT's peft_type → what its tensor names begin with."""
 
-_KNOWN = frozenset(
-    (
-        "alpha", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "decompose_both",
-        "decompose_factor", "exclude_modules", "inference_mode", "init_weights", "layers_pattern",
-        "layers_to_transform", "module_dropout", "modules_to_save", "peft_type", "peft_version",
-        "r", "rank_dropout", "rank_dropout_scale", "rank_pattern", "revision", "target_modules",
-        "task_type", "use_effective_conv2d",
-    )
-)  # fmt: skip
+_KNOWN = SHARED | frozenset((
+    "alpha", "decompose_both", "decompose_factor", "init_weights", "module_dropout",
+    "rank_dropout", "rank_dropout_scale", "use_effective_conv2d",
+))  # fmt: skip
 
 
 def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:

@@ -20,7 +20,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.inputs import BATCH, Input, Inputs
+from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
 from lora_fx.onnx.ranges import conditions_of
 from lora_fx.text import Json, near
@@ -183,6 +183,17 @@ def signature(session: RuntimeSession) -> Inputs:
             session.note = f"{session.note}; {equal}" if session.note else equal
             return inputs.alike()
     return inputs
+
+
+def feeds_of_sizes(inputs: Inputs, given: Named) -> Iterator[dict[str, Array]]:
+    """Feeds of every size at which shapes differ; of one where arrays of a user are given."""
+    seen: list[dict[str, tuple[int, ...]]] = []
+    for size in SIZES[:1] if given else inputs.checks:
+        feeds = {**inputs.sample(size), **given}
+        shapes = {name: array.shape for name, array in feeds.items()}
+        if shapes not in seen:
+            seen.append(shapes)
+            yield feeds
 
 
 # Sessions on switchable ONNX files: adapters are loaded by name and chosen run by run.

@@ -134,27 +134,19 @@ def of_several(t: Target) -> bool:
     return not split_use(t.key)[1] and (tied(t) or len(modules(t)) > 1)
 
 
-def lookup_use(t: Target) -> str:
-    """The use that means the lookup of a tied tensor only; empty where nothing is tied."""
-    return _use(t, (s for s in t.sites if s.op == "embedding")) if tied(t) else ""
+def named_use(t: Target, name: str, *, lookup: bool) -> str:
+    """The use that one name of a tied tensor means: its own module's, else the matmul's.
 
-
-def named_use(t: Target, name: str) -> str:
-    """The use that one name of a tied tensor means: its own module's, else the matmul's."""
-    if not tied(t):
-        return ""
+    Of an update of a lookup it is the lookup, whatever the name.
+    """
     scope = name.rpartition(".")[0]
-    if any(s.scope == scope for s in t.sites):
+    if not lookup and any(s.scope == scope for s in t.sites):
         return name
-    return _use(t, (s for s in t.sites if s.op != "embedding"))
-
-
-def _use(t: Target, sites: Iterable[Site]) -> str:
     op = ""
-    for site in sites:
-        for name in (t.parameter.name, *t.parameter.aliases):
-            if site.scope and name.rpartition(".")[0] == site.scope:
-                return name
+    for site in (s for s in t.sites if (s.op == "embedding") == lookup):
+        for known in (t.parameter.name, *t.parameter.aliases):
+            if site.scope and known.rpartition(".")[0] == site.scope:
+                return known
         op = op or f"op:{site.op}"
     return op
 

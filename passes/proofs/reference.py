@@ -29,7 +29,7 @@ from lora_fx.ir.emitter import Role
 from lora_fx.ir.view import Cast
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
-from lora_fx.onnx.session import RuntimeSession, open_session, signature
+from lora_fx.onnx.session import RuntimeSession, feeds_of_sizes, open_session, signature
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.targets.target import Target
@@ -133,13 +133,7 @@ class OnnxReference:
 
     def sizes(self) -> Iterator[dict[str, Array]]:
         """Feeds of every size that differs; one where the user gave arrays."""
-        seen: list[dict[str, Any]] = []
-        for size in SIZES[:1] if self.arrays else self.inputs.checks:
-            feeds = self.feeds(size)
-            shapes = {k: v.shape for k, v in feeds.items()}
-            if shapes not in seen:
-                seen.append(shapes)
-                yield feeds
+        return feeds_of_sizes(self.inputs, self.arrays)
 
     def run(self, adapter: Adapter | None) -> Run:
         """See Reference."""
@@ -209,9 +203,8 @@ class OnnxReference:
         try:
             values = session.session.run(names, dict(feeds))
         except Exception as e:  # the runtime's exceptions have no common base
-            text = ", ".join(
-                f"{k} {list(v.shape)}" for k, v in feeds.items() if k in self.inputs.names
-            )
+            known = ((n, v) for n, v in feeds.items() if n in self.inputs.names)
+            text = ", ".join(f"{name} {list(value.shape)}" for name, value in known)
             raise LoraFxError(
                 f"the model does not run at {text}: {one_line(e, 160)}",
                 "give real data with --inputs FILE.npz",

@@ -10,17 +10,16 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fx.compare import Report, sizes_text
+from lora_fx.compare import Report
 from lora_fx.files.atomic import check_output
-from lora_fx.inputs import SIZES, Named
+from lora_fx.inputs import Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
 from lora_fx.onnx.optimise.precision import narrow
 from lora_fx.onnx.optimise.stages import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.save import output
-from lora_fx.onnx.session import open_session, signature
+from lora_fx.onnx.session import feeds_of_sizes, open_session, signature
 from lora_fx.onnx.triton import Repository
-from lora_fx.text import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -72,12 +71,7 @@ def optimise_file(
     stored = opened.graph.initializers.items()
     values = {str(n): v.const_value.numpy for n, v in stored if v.const_value is not None}
     session = open_session(source, provider)
-    specs = signature(session)
-    by_shape: dict[str, Json] = {}
-    for size in specs.checks if inputs is None else SIZES[:1]:
-        feed = {**specs.sample(size), **(inputs or {})}
-        by_shape.setdefault(sizes_text({k: v.shape for k, v in feed.items()}), feed)
-    feeds = list(by_shape.values())
+    feeds = list(feeds_of_sizes(signature(session), inputs or {}))
     model, stages = optimised(opened, feeds, provider, None if optimise else {})
     mark_changed(model, values)
     said = [session.note] if session.note else []

@@ -63,37 +63,16 @@ FIELDS = (
 VERSION = "peft_version"
 """Kept there too: how PEFT takes stacks of experts depends on it."""
 
-KNOWN = frozenset([*REFUSED, *TRAINS]) | frozenset(
-    [
-        *_LISTS,
-        *_FLAGS,
-        *FIELDS,
-        VERSION,
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "eva_config",
-        "inference_mode",
-        "init_lora_weights",
-        "kasa_config",
-        "loftq_config",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_type",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "task_type",
-        "trainable_token_indices",
-        "use_bdlora",
-    ]
-)
+SHARED = frozenset((
+    *FIELDS, VERSION, "alpha_pattern", "auto_mapping", "base_model_name_or_path", "inference_mode",
+    "peft_type", "r", "rank_pattern", "revision", "task_type",
+))  # fmt: skip
+"""Fields that LORA, LOHA and LOKR all have."""
+KNOWN = SHARED | frozenset((
+    *REFUSED, *TRAINS, *_LISTS, *_FLAGS, "bias", "corda_config", "eva_config", "init_lora_weights",
+    "kasa_config", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "qalora_group_size", "runtime_config", "trainable_token_indices", "use_bdlora",
+))  # fmt: skip
 
 
 def check_config(config: JsonView, where: str) -> list[str]:

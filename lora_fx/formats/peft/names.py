@@ -83,11 +83,6 @@ def unwrapped(lead: str, wrappers: Sequence[str] = (WRAPPER,)) -> str:
     return ".".join(part for part in lead.split(".") if part not in wrappers)
 
 
-def wrappers(lead: str) -> int:
-    """How many wrappers a name ends in."""
-    return len(lead.split(".")) - len(re.sub(rf"(\.{WRAPPER})+$", "", lead).split("."))
-
-
 def split_name(name: str) -> tuple[str, str, str] | None:
     """(lead, kind, part) of a tensor name without prefix; None where it is of no low-rank layer.
 

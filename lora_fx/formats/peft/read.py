@@ -41,7 +41,6 @@ from lora_fx.formats.peft.names import (
     split_name,
     unknown_name,
     unwrapped,
-    wrappers,
 )
 from lora_fx.text import Json, JsonView
 
@@ -123,13 +122,13 @@ class _Reader:
         for lead, group in self._twins(found).items():
             outer = unwrapped(lead)
             if self._is_stacked(outer):
-                if wrappers(lead) == 0:
+                if not lead.endswith(f".{WRAPPER}"):
                     levels = self._levels(lead, found)
                     stacks = read_stacks(levels, self.source, self.ranks, self.alphas, self.variant)
                     self.modules.append(outer)
                     for key, low in stacks.items():
                         self.source.add(entries, key, low, group.names["a"])
-                elif f"{lead.removesuffix(f'.{WRAPPER}')}" not in found:
+                elif lead.removesuffix(f".{WRAPPER}") not in found:
                     raise self._nested(group)
                 continue
             self._check_place(group, found)
@@ -325,7 +324,7 @@ def read_rest(
             module = short.removesuffix(DELTA)
             source.add(entries, f"{unwrapped(module)}.weight", _rows(name, module, source), name)
         elif short.endswith(".bias") and _is_trained_bias(short, source, found):
-            _add_bias(entries, f"{unwrapped(short)}", source.full(name), name, source)
+            _add_bias(entries, unwrapped(short), source.full(name), name, source)
         elif _is_whole(name, short, source, bool(found)):
             # PEFT asked to save embeddings writes a trained one twice, under its wrapper as well.
             key = short.replace(".modules_to_save.", ".")
@@ -377,7 +376,7 @@ def _rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
         )
     index = config
     if isinstance(config, dict):
-        fits = [v for k, v in config.items() if f"{unwrapped(module)}".endswith(k)]
+        fits = [v for k, v in config.items() if unwrapped(module).endswith(k)]
         index = fits[0] if fits and all(f == fits[0] for f in fits) else None
     if (
         not isinstance(index, list)

@@ -66,7 +66,7 @@ class _Writer:
             self.described[key] = {"full": name}
             if key in odd:
                 self.notes.append(f"PEFT will not see the whole tensor {key!r}: {odd[key]}")
-        self.notes += partial(whole, full)
+        self.notes += partly_held(whole, full)
         self._rows(named | set(whole))
         if not self.told:
             self.notes.append("PEFT will not load this adapter: it has no update that it can apply")
@@ -429,7 +429,7 @@ def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], 
     return [m for m in chosen if not any(m.startswith(f"{o}.") for o in chosen)], odd
 
 
-def partial(whole: list[str], full: Mapping[str, Full]) -> list[str]:
+def partly_held(whole: list[str], full: Mapping[str, Full]) -> list[str]:
     """Notes on modules of which the adapter may hold only some tensors."""
     notes = []
     for module in whole:

@@ -131,21 +131,22 @@ def apply_stages(
         if stages is None:
             stages = {**STAGES, **(CPU_STAGES if base.provider == "cpu" else {})}
         for i, (name, rewrite) in enumerate(stages.items()):
-            candidate = model.clone()
+            candidate, session = model.clone(), base
+            error: float | None = None
             try:
                 if not rewrite(candidate).modified:
                     continue
-                row, session = _try(
-                    name, model, candidate, feeds, wanted, Path(folder) / f"{i}", provider
-                )
+                why = _renamed(model, candidate)
+                if not why:
+                    session = _open(candidate, Path(folder) / f"{i}.onnx", provider)
+                    why, error = _difference(session, feeds, wanted)
             except Exception as e:  # a library's rewrite may raise anything; so may the runtime
-                row = _row(name, candidate, one_line(e, 160) or type(e).__name__)
-            else:
-                if session is not None:
-                    row = _timed(row, base, session, feeds[0])
-            rows.append(row)
-            if row.kept:
-                model = candidate
+                why = one_line(e, 160) or type(e).__name__
+            nodes = sum(1 for _ in candidate.graph.all_nodes())
+            size = weight_bytes(candidate)
+            row = RewriteStage(name, not why, why, nodes, size, error=error)
+            rows.append(row if why else _timed(row, base, session, feeds[0]))
+            model = model if why else candidate
         return model, rows
 
 
@@ -193,27 +194,22 @@ def peaks(model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str) 
     return found
 
 
-def _row(name: str, model: ir.Model, why: str, error: float | None = None) -> RewriteStage:
-    nodes = sum(1 for _ in model.graph.all_nodes())
-    return RewriteStage(name, not why, why, nodes, weight_bytes(model), error=error)
-
-
-def _try(
-    name: str,
-    before: ir.Model,
-    candidate: ir.Model,
-    feeds: Sequence[Mapping[str, Array]],
-    wanted: Sequence[Mapping[str, Array]],
-    folder: Path,
-    provider: str,
-) -> tuple[RewriteStage, RuntimeSession | None]:
+def _renamed(before: ir.Model, after: ir.Model) -> str:
+    """Which inputs or outputs a rewrite changed; empty where it changed none."""
     for what in ("inputs", "outputs"):
-        a, b = ([v.name for v in getattr(m.graph, what)] for m in (before, candidate))
+        a, b = ([v.name for v in getattr(m.graph, what)] for m in (before, after))
         if a != b:
             lost = ", ".join(str(n) for n in a if n not in b) or "their order"
-            return _row(name, candidate, f"it changes the {what}: {lost}"), None
-    folder.mkdir()
-    session = _open(candidate, folder / "candidate.onnx", provider)
+            return f"it changes the {what}: {lost}"
+    return ""
+
+
+def _difference(
+    session: RuntimeSession,
+    feeds: Sequence[Mapping[str, Array]],
+    wanted: Sequence[Mapping[str, Array]],
+) -> tuple[str, float | None]:
+    """Where outputs differ by more than the gate, or nothing; and the largest rel, if finite."""
     worst = 0.0
     for feed, want in zip(feeds, wanted, strict=True):
         shapes = {k: v.shape for k, v in feed.items()}
@@ -222,8 +218,8 @@ def _try(
         if not got.ok:
             where = sizes_text(shapes)
             why = f"output {got.output!r} at {where}: rel {got.rel:.2e}, the gate is {ORT_TOL:.1e}"
-            return _row(name, candidate, why, worst if math.isfinite(worst) else None), None
-    return _row(name, candidate, "", worst), session
+            return why, worst if math.isfinite(worst) else None
+    return "", worst
 
 
 def _timed(
