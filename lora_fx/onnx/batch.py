@@ -12,25 +12,21 @@ lays out. (A convolution with the batch as its groups would need a group count k
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
-from lora_fx.errors import LoraFxError, stamp
+from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
 from lora_fx.onnx.graph.flow import OnnxWeightUse, dtype_name
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
-from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.row_provenance import RowAxis, rank
 from lora_fx.onnx.switch import keep_zeros
-from lora_fx.text import JsonView
 
 SCALES = "adapter_scales"
 
@@ -55,18 +51,7 @@ def batch_symbol(model: ir.Model) -> str:
     return found.pop()
 
 
-@dataclass(frozen=True)
-class Ids:
-    """The inputs of a batch graph: adapter numbers, and weights where they were asked for."""
-
-    ids: ir.Value
-    size: ir.Value
-    count: int
-    scales: ir.Value | None
-    choice: Choice
-
-
-def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids:
+def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> RowAdapters:
     """Add `adapter_ids` int64 [batch], and with `scales` also `adapter_scales` float [batch].
 
     Gather counts a negative id from the end; it is turned into one that Gather refuses.
@@ -84,12 +69,10 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids
     e = graph.emit_first(IDS)
     raw = added(IDS, ir.DataType.INT64)
     weights = added(SCALES, ir.DataType.FLOAT) if scales else None
-    size = e.call("Shape", raw)
     zero = add_initialiser(inner, f"{IDS}_zero", np.array(0, np.int64), IDS)
     over = add_initialiser(inner, f"{IDS}_over", np.array(count, np.int64), IDS)
     checked = e.call("Where", e.call("Less", raw, zero), over, raw)
-    choice = Choice(graph, checked, size, weights, batch)
-    return Ids(checked, size, count, weights, choice)
+    return RowAdapters(graph, checked, count, weights, batch)
 
 
 def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
@@ -124,21 +107,21 @@ def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
 class BatchEmitter(OnnxEmitter):
     """Emits the nodes of one site's branch."""
 
-    def __init__(self, owner: OnnxGraph, found: OnnxWeightUse, ids: Ids, rows: RowAxis) -> None:
-        super().__init__(owner, found.node, found.site.id, found, before=False)
-        self.site = found.site
-        self.ids, self.rows = ids, rows
+    def __init__(self, owner: OnnxGraph, site: Site, own: RowAdapters, rows: RowAxis) -> None:
+        found = owner.at(site)
+        super().__init__(owner, found.node, site.id, found, before=False)
+        self.site, self.own, self.rows = site, own, rows
 
     def branch(self, form: str, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
         """The low-rank part of y, in its shape."""
         if form == "last":
             return self._last(x, a, b, y)
-        mine = self.call("Gather", b, self.ids.ids)
+        mine = self.call("Gather", b, self.own.ids)
         if form == "lookup":
             return self._shaped(self.call("MatMul", self._scaled(self._rows(x, a)), mine), y)
         if isinstance(self.site.kind, Conv):
             x = self._windows(x)
-        t = self.call("MatMul", self.call("Gather", a, self.ids.ids), x)
+        t = self.call("MatMul", self.call("Gather", a, self.own.ids), x)
         return self._shaped(self.call("MatMul", mine, self._scaled(t)), y)
 
     def _last(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
@@ -150,10 +133,10 @@ class BatchEmitter(OnnxEmitter):
         first = self.call("Transpose", x, perm=list(order)) if axis else x
         plain = r == 3 and self.rows.exact
         seen = first if plain else self.call("Reshape", first, self._sizes(-1, width))
-        rows, own = self.ids.choice, int(a.shape.numpy()[0]) // self.ids.count  # type: ignore[union-attr]
-        a, b = (self.call("Gather", v, rows.rows(own)) for v in (a, b))
+        low = int(a.shape.numpy()[0]) // self.own.count  # type: ignore[union-attr]
+        a, b = (self.call("Gather", v, self.own.rows(low)) for v in (a, b))
         t = self.call("MatMul", seen, self.call("Transpose", a, perm=[0, 2, 1]))
-        delta = self.call("MatMul", self.call("Mul", t, rows.mask(own, dtype_name(x))), b)
+        delta = self.call("MatMul", self.call("Mul", t, self.own.mask(low, dtype_name(x))), b)
         if not axis:
             return delta if plain else self._shaped(delta, y)
         if not plain:
@@ -164,7 +147,7 @@ class BatchEmitter(OnnxEmitter):
 
     def _sizes(self, *rest: int) -> ir.Value:
         """[batch, *rest] as a shape."""
-        return self.call("Concat", self.ids.size, self._ints(*rest), axis=0)
+        return self.call("Concat", self.own.size, self._ints(*rest), axis=0)
 
     def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
         shape = self.call("Shape", y)
@@ -172,9 +155,9 @@ class BatchEmitter(OnnxEmitter):
 
     def _scaled(self, t: ir.Value) -> ir.Value:
         """The value t [batch, …, …] times the weight of each row."""
-        if self.ids.scales is None:
+        if self.own.scales is None:
             return t
-        factor = self.call("Reshape", self.ids.scales, self._ints(-1, 1, 1))
+        factor = self.call("Reshape", self.own.scales, self._ints(-1, 1, 1))
         return self.call("Mul", t, self.op("cast_like", factor, t))
 
     def _rows(self, x: ir.Value, a: ir.Value) -> ir.Value:
@@ -184,7 +167,7 @@ class BatchEmitter(OnnxEmitter):
         tokens = self.call("Cast", x, to=int(ir.DataType.INT64))
         tokens = self.call("Reshape", tokens, self._sizes(-1))
         tokens = self.call("Mod", tokens, self._ints(count))  # negative ones count from the end
-        start = self.call("Mul", self.call("Reshape", self.ids.ids, self._ints(-1, 1)),
+        start = self.call("Mul", self.call("Reshape", self.own.ids, self._ints(-1, 1)),
                            self._ints(count))  # fmt: skip
         return self.call("Gather", flat, self.call("Add", tokens, start))
 
@@ -237,33 +220,6 @@ def stack(
     return tuple(np.ascontiguousarray(v.astype(dtype)) for v in (a_all, b_all))  # type: ignore[return-value]
 
 
-def add_branch(
-    graph: OnnxGraph,
-    site: Site,
-    ids: Ids,
-    rows: RowAxis,
-    form: str,
-    names: tuple[str, str],
-    stacks: tuple[Array, Array],
-) -> None:
-    """Add the branch of one use to its result; stacks of one name are stored once."""
-    found = graph.at(site)
-    x, y = found.node.inputs[found.use.x], found.node.outputs[0]
-    assert x is not None
-    e = BatchEmitter(graph, found, ids, rows)
-    a, b = (e.parameter(n, v, Role.FROZEN) for n, v in zip(names, stacks, strict=True))
-    total = e.op("add", y, e.branch(form, x, a, b, y))
-    graph.replace_output(site, total)
-
-
-def write_manifest(
-    model: ir.Model, adapters: Sequence[str], targets: Mapping[str, JsonView]
-) -> None:
-    """Say in the model's metadata which id is which adapter, and where the factors are."""
-    content = {**stamp(), "mode": "batch", "adapters": list(adapters)}
-    model.metadata_props[PROPERTY] = json.dumps({**content, "targets": dict(targets)})
-
-
 # How the rows of a batch read their factors: one pair each, or all those in use side by side.
 #
 #     x [b, m, in] · Aᵀ [g, in, k·r] ⊙ mask [b, 1, k·r] · B [g, k·r, out]
@@ -282,29 +238,38 @@ LIMIT = 5
 NAME, IDS = "adapter_rows", "adapter_ids"
 
 
-class Choice(OnnxEmitter):
-    """The nodes that decide, at the start of a graph, before everything that reads them."""
+class RowAdapters(OnnxEmitter):
+    """Which adapter each row has, and the nodes that decide, before everything that reads them.
+
+    Args:
+        graph: The graph, whose inputs the next two are.
+        ids: The adapters' numbers, checked, [batch].
+        count: How many adapters there are, the base among them.
+        scales: Weights by row [batch], where they were asked for.
+        batch: The symbol of the batch dimension.
+    """
 
     def __init__(
-        self, graph: OnnxGraph, ids: ir.Value, size: ir.Value, scales: ir.Value | None, batch: str
+        self, graph: OnnxGraph, ids: ir.Value, count: int, scales: ir.Value | None, batch: str
     ) -> None:
         node = ids.producer()
         assert node is not None
         super().__init__(graph, node, NAME, before=False)
         self._made: dict[tuple[object, ...], ir.Value] = {}
+        self.ids, self.count, self.scales = ids, count, scales
+        self.size = size = self.call("Shape", ids)
         used = self._place(ir.node("Unique", [ids], num_outputs=1))
-        count = self.call("Shape", used)
-        one = self._ints(1)
-        pairs = self.call("Mul", count, self.call("Sub", count, one))
+        different, one = self.call("Shape", used), self._ints(1)
+        pairs = self.call("Mul", different, self.call("Sub", different, one))
         more = self.call("Mul", pairs, self._positions(batch))
         most = self.call("Mul", size, self._ints(LIMIT))
         few = self.call("Less", more, self.call("Add", most, one))
-        begin = self.call("Where", few, self._ints(0), count)
-        end = self.call("Where", few, count, self._ints(np.iinfo(np.int64).max))
+        begin = self.call("Where", few, self._ints(0), different)
+        end = self.call("Where", few, different, self._ints(np.iinfo(np.int64).max))
         self._groups = self.call("Where", few, one, size)
         chosen = self.call("Slice", self.call("Concat", used, ids, axis=0), begin, end)
         self._chosen = self.call("Reshape", chosen, self._shape(-1, 1))
-        self._ids, self._scales = self.call("Reshape", ids, self._ints(-1, 1, 1)), scales
+        self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
 
     def rows(self, rank: int) -> ir.Value:
         """Which rows of the tables [n·rank, …] are read, as int64 [g, k·rank]."""
@@ -321,11 +286,11 @@ class Choice(OnnxEmitter):
         if key not in self._made:
             owner = self.call("Div", self.rows(rank), self._ints(rank))
             owner = self.call("Reshape", owner, self._shape(1, -1))
-            made = self.call("Equal", self._ids, owner)
+            made = self.call("Equal", self._column, owner)
             to = int(ir.DataType.from_numpy(numpy_dtype(dtype or "float32")))
             made = self.call("Cast", made, to=to)
-            if self._scales is not None:
-                weights = self.call("Reshape", self._scales, self._ints(-1, 1, 1))
+            if self.scales is not None:
+                weights = self.call("Reshape", self.scales, self._ints(-1, 1, 1))
                 made = self.call("Mul", made, self.call("Cast", weights, to=to))
             self._made[key] = made
         return self._made[key]
