@@ -260,8 +260,7 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
 def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:
     """What is left of W when the part that the update started from is taken off, as stored."""
     assert isinstance(p.change, LowRank)
-    with open(source.file, "rb") as f:
-        old = read_rows(f.fileno(), source, p.top, p.bottom - p.top, fold.matrix.columns)
+    old = read_block(source, p.top, p.bottom, fold.matrix.columns)
     weight = old[:, p.left : p.right]
     left = residual(weight.T if p.transposed else weight, p.change, f"tensor {fold.name!r}")
     return left.T if p.transposed else left
@@ -294,6 +293,12 @@ def read_rows(
         error.filename = str(info.file)
         raise
     return old
+
+
+def read_block(info: TensorInfo, low: int, high: int, columns: int) -> Array:
+    """The same of rows low ≤ i < high, where no file is open yet."""
+    with open(info.file, "rb") as f:
+        return read_rows(f.fileno(), info, low, high - low, columns)
 
 
 # A stored tensor as a matrix of rows, and the rectangles of it that an adapter changes.
@@ -470,6 +475,5 @@ def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
 
 
 def _cast(change: Any, dtype: Floating) -> Any:
-    arrays = {k: v for k, v in vars(change).items() if isinstance(v, np.ndarray)}
-    wide = {k: v.astype(dtype, copy=False) for k, v in arrays.items()}
-    return replace(change, **wide) if any(wide[k] is not arrays[k] for k in wide) else change
+    arrays = ((k, v) for k, v in vars(change).items() if isinstance(v, np.ndarray))
+    return replace(change, **{k: v.astype(dtype, copy=False) for k, v in arrays})

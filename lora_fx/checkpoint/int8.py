@@ -18,7 +18,7 @@ import numpy as np
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import read_bytes
-from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows, stats_of
+from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_block, stats_of
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
@@ -50,11 +50,10 @@ class Int8:
         """Root mean square of W, from rows at its start, middle and end."""
         rows, columns = codes.shape
         n, squares = min(count, rows), 0.0
-        with open(codes.file, "rb") as f, open(self.scales.file, "rb") as g:
-            for low in (0, (rows - n) // 2, rows - n):
-                step = self.steps(read_rows(g.fileno(), self.scales, low, n, 1))
-                weight = read_rows(f.fileno(), codes, low, n, columns) * step
-                squares += float(np.sum(weight**2))
+        for low in (0, (rows - n) // 2, rows - n):
+            step = self.steps(read_block(self.scales, low, low + n, 1))
+            weight = read_block(codes, low, low + n, columns) * step
+            squares += float(np.sum(weight**2))
         return math.sqrt(squares / (3 * n * columns))
 
     def steps(self, scales: Array) -> Array:

@@ -49,12 +49,10 @@ def runs_at(module: AdaptedModule) -> Named:
         with torch.no_grad(), probe(module):
             module.eval()
             module._run_named(copied(named))
-    except SizeError:
+    except (SizeError, RuntimeError, ValueError, IndexError):
         return module.captured.named
     except LoraFxError:
         return named  # no eval program, in a file
-    except (RuntimeError, ValueError, IndexError):
-        return module.captured.named
     return named
 
 

@@ -129,6 +129,12 @@ def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], r
     reference.captured.unproven[str(sizes)] = row
 
 
+def rows_of(captured: Captured) -> Json:
+    """`ranges[]` and `unproven[]` of a capture, as reports have them."""
+    ranges = [c.to_json() for c in captured.ranges]
+    return {"ranges": ranges, "unproven": [*captured.unproven.values()]}
+
+
 def _runs(captured: Captured, named: Named) -> bool:
     """Whether the user's own model, not the graph of it, runs on arguments."""
     try:
@@ -316,13 +322,9 @@ class TorchReference:
         """See Reference."""
         return onnx_conditions(self.base.conditions())
 
-    def ranges(self) -> list[Json]:
+    def details(self) -> Json:
         """See Reference."""
-        return [c.to_json() for c in self.base.captured.ranges]
-
-    def unproven(self) -> list[Json]:
-        """See Reference."""
-        return [*self.base.captured.unproven.values()]
+        return rows_of(self.base.captured)
 
     def guards(self) -> tuple[Condition, ...]:
         """See Reference."""

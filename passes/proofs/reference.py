@@ -47,12 +47,8 @@ class Reference(Protocol):
         """What sizes have to satisfy, by the names of ONNX inputs."""
         ...
 
-    def ranges(self) -> list[Json]:
-        """Rows of `ranges[]`."""
-        ...
-
-    def unproven(self) -> list[Json]:
-        """Rows of `unproven[]`: sizes at which nothing was compared."""
+    def details(self) -> Json:
+        """`ranges[]`, and `unproven[]`: sizes at which nothing was compared."""
         ...
 
     def guards(self) -> tuple[Condition, ...]:
@@ -115,13 +111,10 @@ class OnnxReference:
         """See Reference."""
         return self.inputs.conditions
 
-    def ranges(self) -> list[Json]:
-        """See Reference."""
-        return [c.to_json() for c in self.conditions if not self.inputs.implied(c)]
-
-    def unproven(self) -> list[Json]:
-        """None: what the file does not take is an error."""
-        return []
+    def details(self) -> Json:
+        """See Reference; nothing is unproven, since what the file does not take is an error."""
+        ranges = [c.to_json() for c in self.conditions if not self.inputs.implied(c)]
+        return {"ranges": ranges, "unproven": []}
 
     def guards(self) -> tuple[Condition, ...]:
         """None: a file of ours has its guards already, and of others nothing is known."""

@@ -179,8 +179,7 @@ def write_switch(
                 write_adapter(adapters[name], manifest, part)
     if session.note:
         warnings.append(session.note)
-    details: Json = {"mode": manifest.mode, "targets": len(manifest.slots)}
-    details |= {"ranges": reference.ranges(), "unproven": reference.unproven()}
+    details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     files = [*made_file.files, *paths.values()]
     return report_of(files, session.provider, parity, warnings, details)
@@ -297,8 +296,7 @@ def write_batch(
         "adapters": list(adapters),
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "nodes_of_base": before,
-        "ranges": reference.ranges(),
-        "unproven": reference.unproven(),
+        **reference.details(),
     }
     return report_of(made_file.files, session.provider, parity, said, details)
 

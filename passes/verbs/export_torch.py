@@ -32,7 +32,7 @@ from lora_fx.onnx.optimise.precision import GATES, in_bfloat16, narrow, widen
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
-from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, torch_run
+from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, rows_of, torch_run
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.export_files import (
     by_name,
@@ -135,8 +135,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         "mode": "merged",
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "grown_bytes": sum(f.grew for f in changes),
-        "ranges": [c.to_json() for c in branched.captured.ranges],
-        "unproven": [*branched.captured.unproven.values()],
+        **rows_of(branched.captured),
     }
     if options.optimise:
         details["stages"] = [s.to_json() for s in stages]
