@@ -107,7 +107,7 @@ class Adapter:
 
         Args:
             base: Not needed by lora and rslora.
-            dtype: Of the arithmetic and of the result.
+            dtype: The dtype of the arithmetic and of the result.
 
         Raises:
             LoraFxError: An update whose effect depends on the base (DoRA, PiSSA, OLoRA).
@@ -227,7 +227,7 @@ def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
     Args:
         found: The model's targets; targets of a checkpoint, whose readers nobody knows, change
             nothing.
-        keys: Of the updates.
+        keys: The keys of the updates.
         metadata: What else is known.
     """
     if not any(t.sites for t in found.targets):
@@ -345,7 +345,7 @@ def mix(
     Args:
         parts: (adapter, weight); bound to one model, or files of one naming.
         how: cat, svd or linear.
-        rank: For svd; the largest rank of the parts where none is given.
+        rank: The rank of an svd mix; the largest of the parts where none is given.
 
     Raises:
         LoraFxError: A whole tensor, unequal ranks in a linear mix, updates that do not fit.

@@ -102,7 +102,7 @@ def place(
     What a binder does with updates whose op is experts: call this before it matches keys.
 
     Args:
-        entries: Of an unbound adapter.
+        entries: The entries of an unbound adapter.
         shape_of: Stored shape of a parameter by the adapter's name for it; None where the base has
             none.
         order: Names in the order in which the model defines them, where that is known; the first

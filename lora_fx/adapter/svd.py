@@ -132,7 +132,7 @@ def above_noise(s: Array, total: float, shape: tuple[int, int]) -> int:
 
 
 def _blocks(count: int, width: int) -> list[slice]:
-    """Of `count` rows, or columns, of `width` elements: BLOCK elements at a time."""
+    """Slices of `count` rows, or columns, of `width` elements: BLOCK elements at a time."""
     step = max(1, BLOCK // width)
     return [slice(i, i + step) for i in range(0, count, step)]
 

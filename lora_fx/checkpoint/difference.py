@@ -42,7 +42,7 @@ class TensorPair:
 
     @property
     def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]:
-        """Of Δ: fp64 where either side is, else fp32."""
+        """The dtype of Δ: fp64 where either side is, else fp32."""
         wide = "float64" in (self.base.dtype, self.tuned.dtype)
         return np.dtype(np.float64) if wide else np.dtype(np.float32)
 
@@ -208,10 +208,10 @@ class Difference:
     Attributes:
         tensor: Its name.
         what: In words.
-        ratio: Of a merge that is proven: the largest error over what is allowed.
-        rel: Of two files: max|a − b| / max|b|.
-        max_abs: Of two files: max|a − b|.
-        elements: Of two files: how many differ.
+        ratio: In the proof of a merge, the largest error over what is allowed.
+        rel: Between two files, max|a − b| / max|b|.
+        max_abs: Between two files, max|a − b|.
+        elements: How many elements of two files differ.
     """
 
     tensor: str
@@ -235,7 +235,7 @@ def unlike(
 
     Args:
         a: Tensors of one checkpoint.
-        b: Of the other.
+        b: Tensors of the other.
         tol: Gate on rel. Above 0, tensors of different dtypes are compared by their values; at 0
             they differ.
     """

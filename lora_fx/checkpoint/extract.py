@@ -94,7 +94,7 @@ def extract(
     Args:
         base: A Hugging Face folder or a .safetensors file.
         tuned: The same, with the same tensors.
-        rank: Of every update, capped by the smaller side; 16 where energy is not given.
+        rank: The rank of every update, capped by the smaller side; 16 where energy is not given.
         energy: Instead of rank: per tensor the lowest rank that holds this share of ‖Δ‖².
         max_rank: Cap of what energy chooses; 128.
         include: Selectors of the weights to look at; all where none is given.
@@ -102,7 +102,7 @@ def extract(
         also_full: Vectors that differ (norms, biases) go into the adapter as whole tensors.
         allow_missing: Leave out, with a note, tensors of one side only or of two shapes.
         fan_in_fan_out: Linear weights are stored [in, out]; None: config.json says.
-        seed: Of the random subspaces; each key draws numbers of its own.
+        seed: The seed of the random subspaces; each key draws numbers of its own.
 
     Returns:
         fp32 updates by tensor name, with layouts, alpha = rank. metadata["notes"] has what must be
@@ -303,7 +303,7 @@ class Extracted:
     Attributes:
         key: The tensor's name.
         shape: As stored.
-        rank: Of the update.
+        rank: The rank of the update.
         norm: ‖Δ‖.
         base_norm: ‖W‖.
         error: ‖Δ − b@a‖.
@@ -518,7 +518,7 @@ class Sides:
         new: The tuned model's, likewise.
         table: The table that is the head too, on both sides; empty where there is none, None where
             only its role can tell.
-        tie: Of the base, else of the tuned model.
+        tie: The tie of the base, else of the tuned model.
         notes: What has to be said.
     """
 

@@ -106,7 +106,7 @@ class TensorFold:
     """What happens to one stored tensor.
 
     Attributes:
-        name: Of the tensor.
+        name: The tensor's name.
         matrix: Its rows, columns and rectangles.
         rows: Row → its new values: PEFT's trainable tokens.
         columns: By part, for DoRA of a transposed weight: what its columns are multiplied by.
@@ -125,8 +125,8 @@ class TensorFold:
         Args:
             old: Rows low ≤ i < low + len(old) as stored, [n, columns].
             low: The first row.
-            dtype: Of the result.
-            space: Of the calling thread; the result lies in it.
+            dtype: The dtype of the result.
+            space: The calling thread's; the result lies in it.
 
         Raises:
             LoraFxError: A value that is no number, or beyond the range of the dtype.
@@ -296,7 +296,7 @@ def read_rows(
 
 
 def read_block(info: TensorInfo, low: int, high: int, columns: int) -> Array:
-    """The same of rows low ≤ i < high, where no file is open yet."""
+    """Rows low ≤ i < high of a stored tensor, as `read_rows` gives them; its file is opened."""
     with open(info.file, "rb") as f:
         return read_rows(f.fileno(), info, low, high - low, columns)
 
@@ -469,7 +469,7 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
 
 
 def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
-    """The same with every factor in `dtype`, which is what ΔW is then computed in."""
+    """The matrix with every factor in `dtype`, which is what ΔW is then computed in."""
     parts = tuple(replace(p, change=_cast(p.change, dtype)) for p in matrix.parts)
     return replace(matrix, parts=parts)
 

@@ -35,8 +35,8 @@ class Int8:
     """How a weight [rows, columns] of int8 codes is stored.
 
     Attributes:
-        scheme: For people.
-        name: Of the tensor of scales.
+        scheme: How it is quantised, for people.
+        name: The name of the tensor of scales.
         scales: Where that lies in the base; one number a row.
         unit: What the scales are divided by.
     """
@@ -71,7 +71,7 @@ class Int8:
 
     @property
     def dtype(self) -> NumpyDtype:
-        """Of the scales."""
+        """The dtype of the scales."""
         return numpy_dtype(self.scales.dtype)
 
     @property
@@ -89,7 +89,7 @@ class Int8:
             codes: Rows low ≤ i < low + len(codes) as stored, [n, columns].
             scales: Theirs, [n, 1].
             low: The first row.
-            space: Of the calling thread; the codes lie in it.
+            space: The calling thread's; the codes lie in it.
 
         Raises:
             LoraFxError: A value that is no number, or a scale beyond the range of its dtype.
@@ -206,8 +206,8 @@ def stored_as(
     """How a weight is stored that an update can be folded into; None where as plain floats.
 
     Args:
-        name: Of the tensor.
-        info: Of the base.
+        name: The tensor's name.
+        info: Where it lies in the base.
         base: The checkpoint.
         entries: The updates; a tensor without scales that is replaced whole may be of any dtype.
 

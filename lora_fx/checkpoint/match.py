@@ -35,7 +35,7 @@ class Placed:
         key: The adapter's.
         tensor: Name in the checkpoint.
         bounds: The region that changes, half-open, per stored axis.
-        entry: With its layout.
+        entry: The entry with its layout.
     """
 
     key: str
@@ -58,7 +58,7 @@ def match(
 
     Args:
         adapter: Bound or not.
-        tensors: Of the checkpoint.
+        tensors: The checkpoint's tensors.
         config: config.json of the checkpoint; empty where there is none.
         where: The checkpoint, for messages.
         new: Whole tensors that the checkpoint lacks and is to get, by the adapter's names.

@@ -83,7 +83,7 @@ def _two(lead: str) -> tuple[str, str]:
 
 
 def _masked(model: str, head: str) -> Tie:
-    """Of an encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
+    """The tie of an encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
     biases = {f"{head}.decoder.bias": f"{head}.bias"}
     return Tie(f"{model}.embeddings.word_embeddings.weight", f"{head}.decoder.weight", (), biases)
 
@@ -195,7 +195,7 @@ def uses(
     """How every tensor is read.
 
     Args:
-        tensors: Of the checkpoint.
+        tensors: The checkpoint's tensors.
         found: Its targets, whose roles are taken.
         config: Its config.json, or empty.
         fan_in_fan_out: True: two-dimensional weights are [in, out], except embeddings and heads;

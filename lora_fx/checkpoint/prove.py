@@ -50,7 +50,7 @@ def prove(
     """What differs between a merged checkpoint and what the plan says it should be.
 
     Args:
-        plan: Of the merge.
+        plan: The plan of the merge.
         out: The merged checkpoint, reopened.
         rows: Rows of every touched tensor to compute again; None for all.
         workers: Threads.
@@ -158,7 +158,7 @@ def _ratio(
 def _ratio_int8(
     change: TensorChange, int8: Int8, exact: TensorFold, out: Checkpoint, low: int, high: int
 ) -> float:
-    """The same for codes and scales; a row may keep a scale that holds W + Δ as fp32 sees it."""
+    """As _ratio, for codes and scales; a row may keep a scale that holds W + Δ as fp32 sees it."""
     columns = exact.matrix.columns
     codes = read_block(change.source, low, high, columns)
     new = read_block(out.tensors[change.name], low, high, columns)

@@ -260,7 +260,7 @@ def loaded_of(tensors: Mapping[str, TensorInfo], config: JsonView) -> Loaded:
     """The names of the model that transformers 5 makes of a checkpoint; empty where not known.
 
     Args:
-        tensors: Of the checkpoint.
+        tensors: The checkpoint's tensors.
         config: Its config.json.
     """
     kind, text = config.get("model_type"), config.get("text_config")

@@ -171,7 +171,7 @@ class Recorded:
         return {**vars(self), "given": bool(self.given)}
 
     def __str__(self) -> str:
-        """For people."""
+        """One line for people."""
         if self.given:
             return f"merge {self.merge}: {self.given}"
         weight = "" if self.weight is None else f" with weight {self.weight:g}"
@@ -196,7 +196,7 @@ def chain_of(
         merged: The file.
         base: What it is compared with.
         given: The adapters, in any order.
-        stated: Of each whether its weight was, instead of being the recorded one.
+        stated: For each, whether its weight was given, instead of being the recorded one.
 
     Raises:
         LoraFxError: An adapter that cannot be merged, or a tensor whose changes by one merge

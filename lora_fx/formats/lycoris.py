@@ -51,7 +51,7 @@ def loha(parts: Mapping[str, Array], alpha: float | None, file: File, module: st
     Args:
         parts: hada_w1_a … as fp32, by the ends of their names.
         alpha: None: the rank.
-        file: For messages and notes.
+        file: The file, for messages and notes.
         module: Its name in the file.
     """
     ends = {part.removeprefix("hada_") for part in parts}

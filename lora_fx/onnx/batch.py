@@ -201,7 +201,7 @@ def stack(
         updates: One entry for each adapter, None where it has no update of this use; the scale is
             in b.
         form: One of the three of the module's docstring.
-        dtype: Of the result.
+        dtype: The dtype of the result.
     """
     given = [u for u in updates if u is not None]
     r = max(a.shape[0] for a, _ in given)

@@ -153,7 +153,7 @@ def write_repository(
     Args:
         model: The .onnx file; its data is found.
         folder: The repository; made where it is not there.
-        name: Of the model, instead of the file's. Where it is there, the file is its next version.
+        name: The model's name, instead of the file's. If it is there, the file is its next version.
         max_batch: Above 0: the server may put requests together, up to so many rows.
 
     Raises:
@@ -244,7 +244,7 @@ class Port:
     optional: bool = False
 
     def __str__(self) -> str:
-        """As errors show it."""
+        """The port as errors show it."""
         return f"{self.kind} {list(self.dims)}" + " optional" * self.optional
 
 
@@ -253,7 +253,7 @@ class Config:
     """What a config.pbtxt says of a model, or what a session would have it say.
 
     Attributes:
-        name: Of the model, and of its folder.
+        name: The name of the model and of its folder.
         inputs: By name.
         outputs: By name.
         max_batch: 0: dims are whole. Else the server leaves out the first dimension, and may put

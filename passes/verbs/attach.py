@@ -256,10 +256,10 @@ class GraphPlanner(Planner):
     """Forms from an eval graph.
 
     Args:
-        graph: Of the model before anything is attached; never changed.
+        graph: The model's graph before anything is attached; it is never changed.
         found: Its targets.
-        dropout: Of the branches in train mode.
-        notes: For the report.
+        dropout: The dropout of the branches in train mode.
+        notes: What the report has to say.
         whole: False where the sites come from parts of the model and know no module: then the
             weight form serves every target.
     """

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 RANK = 4
-"""Of the random adapter that stands in where none is given."""
+"""The rank of the random adapter that stands in where none is given."""
 SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
-"""Of the random adapter: the first at which no output changes by more than its own size."""
+"""Scales of the random adapter: the first at which no output changes by more than its size."""
 LOAD_RANK = 16
-"""Of the slots of mode load where neither a rank nor an adapter is given."""
+"""The rank of the slots of mode load where neither a rank nor an adapter is given."""
 
 
 def by_name(options: ExportOptions) -> dict[str, Adapter]:
@@ -81,8 +81,8 @@ def save_within(
         model: What goes into it.
         conditions: What sizes have to satisfy.
         guards: Those outside which a session could give an answer. They get a guard each.
-        options: Of export.
-        slots: See Output.save.
+        options: What export is asked for.
+        slots: Names of tensors that a session replaces; see Output.save.
     """
     say_within(model, conditions)
     if guards and not options.within:
@@ -110,7 +110,7 @@ def write_switch(
         reference: What it has to equal.
         keys: Its targets.
         adapters: Bound to the reference.
-        options: Of export, in mode switch or load.
+        options: What export is asked for, in mode switch or load.
         loose: Leave out keys that the graph has no target for, and say so.
         found: The targets as adapters know them, where those are not the graph's.
         warnings: To be reported with those found here.
@@ -258,7 +258,7 @@ def write_batch(
         reference: What its rows have to equal.
         sources: See lora_fx.passes.batch.Batch.
         adapters: Bound to the reference, in the order of their ids, 1, 2 …
-        options: Of export; with scales the file has the input `adapter_scales`, a weight by row.
+        options: With scales the file has the input `adapter_scales`, a weight by row.
         fixed: The reference has one size: a user's inputs.
         warnings: To be reported.
 

@@ -47,13 +47,13 @@ def verify(
         a: A tensor file, a captured module, a Captured, or an .onnx or .pt2 file.
         b: Another one, the reference; or an Adapter or its path: does it fit `a`?
         inputs: Arrays by input name, instead of sampled ones.
-        adapter: Of models that are run: applied to whichever of the two is not an .onnx file (b
+        adapter: Where models are run, it goes into whichever of the two is not an .onnx file (b
             where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
             several, and pairs (adapter, weight).
         tol: Gate on max|a − b| / max|b|: of each output, 2e-6; of each tensor, 0.
-        provider: For .onnx files.
+        provider: The provider of .onnx files: auto, cpu or cuda.
         run: Run tensor files too, as models.
-        rows: Of tensor files with adapters: rows of every touched tensor that are computed again;
+        rows: With adapters of tensor files, rows of every touched tensor that are computed again;
             None for all.
 
     Raises:

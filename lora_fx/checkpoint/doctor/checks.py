@@ -268,7 +268,7 @@ ALLOWED = MergeOptions(
     any_base=True,
     other_readers=True,
 )
-"""Of a merge that takes what one of the checks has told already."""
+"""The options of a merge that takes what one of the checks has told already."""
 
 
 def _plan(

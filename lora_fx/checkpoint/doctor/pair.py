@@ -41,7 +41,7 @@ class Finding:
     """One thing that a check found.
 
     Attributes:
-        keys: Of the adapter, or names of tensors, that it is about.
+        keys: Keys of the adapter, or names of tensors, that it is about.
         found: What is there.
         expected: What should be.
         hint: What to do.
@@ -69,7 +69,7 @@ class Pair:
     Attributes:
         base: The checkpoint.
         tensors: Its tensors, a tied head that is not stored among them.
-        tie: Of head and embedding.
+        tie: How its head and embedding are tied.
         path: The adapter.
         raw: Its file without judgement; an empty one for formats other than PEFT's.
         adapter: As far as it can be read.

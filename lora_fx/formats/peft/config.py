@@ -132,7 +132,7 @@ def whole_factor(config: JsonView, module: str, half: str, stored: Array, where:
     """A whole factor of BD-LoRA, which stores the blocks of a block-diagonal one in a column.
 
     Args:
-        config: Of PEFT. In peft 0.21.2 a module is meant where its name holds one of the listed
+        config: PEFT's. In peft 0.21.2 a module is meant where its name holds one of the listed
             texts; see BdLoraLinearVariant.
         module: Its name.
         half: a or b.
@@ -373,8 +373,8 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
     """{module that PEFT would have adapted and the adapter lacks: the entry that names it}.
 
     Args:
-        config: Of PEFT, or the facts of it.
-        modules: Of the base that have a weight of two dimensions or more, as PEFT names them.
+        config: PEFT's config, or the facts of it.
+        modules: Those of the base with a weight of two dimensions or more, as PEFT names them.
         adapted: Modules that the adapter has an update of.
 
     >>> missing({"target_modules": ["q", "v"]}, ["l.0.q", "l.0.v", "l.1.q", "head.q"], ["l.0.q"])

@@ -307,7 +307,7 @@ def read_rest(
     """Add what these tensors say to `entries`.
 
     Args:
-        names: Of tensors that belong to no low-rank layer.
+        names: The names of tensors that belong to no low-rank layer.
         source: The file.
         found: Its low-rank layers.
         entries: Those of the layers; biases of B may get the trained bias beneath them.
@@ -459,7 +459,7 @@ def own_entries(
 
     Args:
         found: key → object.
-        reader: Of the file.
+        reader: The file's reader.
         groups: PEFT's layers in it.
         taken: Gets the names of the tensors that were read.
     """

@@ -80,10 +80,10 @@ class RewriteStage:
         name: Its name.
         kept: The graph has it.
         why: Why not, or empty.
-        nodes: Of the graph after it, or of what was rolled back.
-        bytes: Of the weights.
+        nodes: How many nodes the graph after it has, or what was rolled back.
+        bytes: How many bytes its weights have.
         seconds: Median CPU of one run at the first size, one thread; None where it was not run.
-        ratio: Of that to the graph that came in, timed in the same rounds.
+        ratio: That over the time of the graph that came in, in the same rounds.
         error: Largest max|a − b| / max|b| to the graph that came in; None where it was not run.
     """
 
