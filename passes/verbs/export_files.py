@@ -131,9 +131,9 @@ def write_switch(
     apart = [t for t in lost if t and not t.other_readers and t.key in kept]  # see to_onnx
     keys = [k for k in keys if k not in {t.key for t in apart}]
     if loose:
-        left = [k for k in keys if k not in there]
+        left = (k for k in keys if k not in there)
         warnings += [f"{k}: left out, the exported graph has no such target" for k in left]
-        keys = [k for k in keys if k not in left]
+        keys = [k for k in keys if k in there]
     stored = copies_of(graph.model).values()
     twice = [k for k in keys if base_name(k) in stored]
     if twice and not loose:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.safetensors import TensorInfo, is_float, read_tensors
+from lora_fx.formats.base import json_object
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
 from lora_fx.formats.peft.file import WEIGHTS, config_of
@@ -293,11 +293,10 @@ def read_raw(path: str | Path) -> Raw | None:
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
     tensors, header = read_tensors(file)
-    try:
-        ours = json.loads(header.get("lora_fx", "{}"))
-    except (ValueError, RecursionError):
-        ours = {}
-    config, _ = config_of(file, ours if isinstance(ours, dict) else {})
+    ours: JsonView = {}
+    with contextlib.suppress(LoraFxError):  # damaged: there may be a config beside the file
+        ours = json_object(header.get("lora_fx", "{}"), str(file))
+    config, _ = config_of(file, ours)
     raw = Raw(file, tensors, config or {})
     for name in tensors:
         _sort(name, raw)

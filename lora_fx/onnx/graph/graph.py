@@ -34,6 +34,7 @@ from lora_fx.onnx.graph.flow import (
     site_name,
 )
 from lora_fx.onnx.graph.ops import row_of
+from lora_fx.silence import silenced
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
@@ -283,13 +284,8 @@ def _infer_shapes(model: ir.Model) -> None:
     """
     from onnx_ir.passes.common import ShapeInferencePass
 
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
+    with silenced(levels={"onnx_ir": logging.CRITICAL}):
         ShapeInferencePass()(model)
-    finally:
-        logger.setLevel(level)
 
 
 def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:

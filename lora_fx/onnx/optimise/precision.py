@@ -12,10 +12,9 @@ with the node that has to go back.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from lora_fx.onnx.graph.flow import bodies_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.optimise.stages import WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
+from lora_fx.silence import silenced
 
 PRECISION = "lora_fx.precision"
 GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}
@@ -197,7 +197,8 @@ def _int8(model: ir.Model, error: WorstError) -> Narrowed:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    # the converter logs advice that is not for our users
+    with tempfile.TemporaryDirectory() as folder, silenced(levels={"": logging.ERROR}):
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         copy = model.clone()
         ir.external_data.load_to_model(copy)
@@ -215,16 +216,6 @@ def _int8(model: ir.Model, error: WorstError) -> Narrowed:
             "float16, or a model that was trained for int8",
         )
     return Narrowed(made, found)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converters log advice that is not for our users."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 # float16 for every node but the islands: weights converted, casts where the two meet.
