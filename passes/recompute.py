@@ -236,9 +236,8 @@ def _through(
     if not ends or not wanted:
         return [None] * len(given)
     outputs, gradients = zip(*ends, strict=True)
-    got = iter(
-        torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, create_graph=twice)
-    )
+    found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, create_graph=twice)
+    got = iter(found)
     return [next(got) if need else None for need in needs]
 
 

@@ -136,9 +136,7 @@ class Adapter:
             return self
         scaled: dict[str, Entry] = {}
         for key, entry in self.entries.items():
-            if isinstance(entry, Hadamard) or (
-                isinstance(entry, LowRank) and key not in self.others
-            ):
+            if isinstance(entry, Hadamard) or (isinstance(entry, LowRank) and is_plain(entry)):
                 scaled[key] = replace(entry, alpha=entry.alpha * weight)
             elif isinstance(entry, (Kronecker, Dense)):
                 scaled[key] = replace(entry, scale=entry.scale * weight)

@@ -139,10 +139,8 @@ class MergePlan:
     @property
     def disk(self) -> int:
         """Bytes that the output will take, without headers' growth."""
-        old = sum(
-            c.source.stop - c.source.start for n, c in self.changes.items() if n not in self.added
-        )
-        return self.base.size + self.touched_bytes - old
+        old = (c.source for n, c in self.changes.items() if n not in self.added)
+        return self.base.size + self.touched_bytes - sum(s.stop - s.start for s in old)
 
     def to_json(self) -> Json:
         """What a dry run prints."""

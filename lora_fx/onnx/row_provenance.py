@@ -217,13 +217,9 @@ def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     left, arrow, y = equation.partition("->")
     if not arrow or "." in equation:
         return None
-    named = {
-        (term[s.axis], s.exact)
-        for term, s in zip(
-            left.split(","), (_state(node, states, k) for k in range(9)), strict=False
-        )
-        if s.axis is not None
-    }
+    operands = (_state(node, states, k) for k in range(len(node.inputs)))
+    terms = zip(left.split(","), operands, strict=False)
+    named = {(term[s.axis], s.exact) for term, s in terms if s.axis is not None}
     if len(named) != 1:
         return None
     letter, exact = named.pop()
@@ -318,7 +314,6 @@ def _after(node: ir.Node, states: States, i: int, batch: str) -> RowAxis:
     rule = None if node.domain else RULES.get(node.op_type)
     found = None if rule is None else rule(node, states, i, batch)
     if found is None:
-        return RowAxis(
-            lost=f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch"
-        )
+        why = f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch"
+        return RowAxis(lost=why)
     return found

@@ -170,10 +170,8 @@ def signature(session: RuntimeSession) -> Inputs:
         sizes = [IMAGE if image and k > 1 and not isinstance(d, int) else d
                  for k, d in enumerate(i.shape)]  # fmt: skip
         shape = tuple(d if isinstance(d, int) else 2 for d in sizes)
-        dims = {k: str(d) for k, d in enumerate(sizes) if not isinstance(d, int)}
-        specs.append(
-            Input(i.name, dtype, shape, {k: BATCH if k == 0 else v for k, v in dims.items()})
-        )
+        dims = {k: str(d) if k else BATCH for k, d in enumerate(sizes) if not isinstance(d, int)}
+        specs.append(Input(i.name, dtype, shape, dims))
     inputs = Inputs(tuple(specs), conditions_of(session.metadata, "the model"))
     if len(inputs.others) > 1:
         try:  # many exporters give one length a name for every input

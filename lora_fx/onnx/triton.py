@@ -295,11 +295,8 @@ class Config:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of protobuf for a wrong escape; the server's fails
-                made = text_format.Parse(
-                    _LIST.sub(lambda found: found[1] or ": [", text),
-                    _model_config()(),
-                    allow_unknown_field=True,
-                )
+                plain = _LIST.sub(lambda found: found[1] or ": [", text)
+                made = text_format.Parse(plain, _model_config()(), allow_unknown_field=True)
         except (text_format.ParseError, RecursionError, DeprecationWarning) as error:
             raise _no_config(where, one_line(error)) from error
         for key, known in OURS.items():

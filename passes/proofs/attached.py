@@ -61,9 +61,8 @@ class InGraph:
 
     def _live(self, feeds: Mapping[str, Array]) -> Arrays:
         with eval_mode(self.state.model):
-            return by_output(
-                self.cap.signature.call(self.state.model, named_of(self.cap.named, feeds))
-            )
+            named = named_of(self.cap.named, feeds)
+            return by_output(self.cap.signature.call(self.state.model, named))
 
 
 class Explicit:

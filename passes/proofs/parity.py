@@ -268,9 +268,8 @@ class _Wide(fx.Interpreter):
         return _up(super().get_attr(target, args, kwargs))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(
-            target, *(fx.node.map_aggregate(a, _up) for a in (args, kwargs))
-        )
+        args, kwargs = (fx.node.map_aggregate(a, _up) for a in (args, kwargs))
+        return super().call_function(target, args, kwargs)
 
 
 def _up(x: Any) -> Any:

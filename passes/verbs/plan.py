@@ -96,9 +96,8 @@ def plan(
         def weight(target: Target = target) -> Array:
             return matrix(target, graph.read(target.parameter.name))
 
-        gains[key] = way.gains(
-            TargetStatistics(target.layout, costs[key], seen.moments[key], weight)
-        )
+        known = TargetStatistics(target.layout, costs[key], seen.moments[key], weight)
+        gains[key] = way.gains(known)
         if gains[key] is None:
             notes.append(f"{key}: {method} has nothing to read there; it gets uniform's rank")
     if not gains:

@@ -276,11 +276,10 @@ class Raw:
         return LowRank(a, b, self._alpha(part.key), None, variant, op=op, kernel=kernel)
 
     def _alpha(self, key: str) -> float:
-        try:
+        alpha = None
+        with contextlib.suppress(LoraFxError):
             pattern = Pattern(self.config, "alpha_pattern", "lora_alpha", str(self.file))
             alpha = pattern.of(key.removesuffix(".weight"))
-        except LoraFxError:
-            alpha = None
         return float("nan") if alpha is None else alpha
 
 

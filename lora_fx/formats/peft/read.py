@@ -145,12 +145,8 @@ class _Reader:
     def update(self, group: Group, found: Mapping[str, Group]) -> LowRank:
         """The update of one layer in PEFT's shapes."""
         a_name = group.names["a"]
-        a, b = (
-            whole_factor(
-                self.config, group.module, half, self.source.factor(group.names[half]), self.file
-            )
-            for half in "ab"
-        )
+        halves = ((half, self.source.factor(group.names[half])) for half in "ab")
+        a, b = (whole_factor(self.config, group.module, *half, self.file) for half in halves)
         a, b, op, kernel = from_tensors(group.kind, a, b, f"{self.file}: {a_name!r}")
         seen = unwrapped(group.lead.removesuffix(_OUT))  # PEFT wraps out_proj inside
         attention = f"{group.lead.removesuffix(_OUT)}{_OUT}" in found

@@ -35,9 +35,8 @@ def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
     x, w = gemm.inputs[0], gemm.inputs[1]
     flat = x.producer() if x is not None else None
     attributes = gemm.attributes
-    plain = attributes.get_float("alpha", 1.0) == attributes.get_float(
-        "beta", 1.0
-    ) == 1.0 and not attributes.get_int("transA", 0)
+    scales = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
+    plain = scales == (1.0, 1.0) and not attributes.get_int("transA", 0)
     if x is None or flat is None or flat.op_type != "Reshape" or flat.domain or not plain:
         return False
     source = flat.inputs[0]
