@@ -12,7 +12,6 @@ A whole tensor (a bias, a new head) goes by the same names; a matrix lies as its
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.files.safetensors import read_json
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED, as_lookup, copies_of, spread
 from lora_fx.targets.found import Found
@@ -156,11 +156,8 @@ def read_map(path: str | None) -> dict[str, str]:
     """The map of a --map file: one JSON object of adapter keys and tensor names."""
     if path is None:
         return {}
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoraFxError(f"{path}: cannot be read as JSON: {error}", "a JSON object") from error
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+    found = read_json(Path(path))
+    if not all(isinstance(v, str) for v in found.values()):
         raise LoraFxError(f"{path}: expected one object of names", '{"adapter key": "tensor"}')
     return found
 

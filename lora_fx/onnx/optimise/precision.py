@@ -97,10 +97,8 @@ def narrow(
 
 def in_bfloat16(model: ir.Model) -> list[ir.Value]:
     """The values of a model that are in bfloat16, bodies included."""
-    nodes = list(model.graph.all_nodes())
-    graphs = {model.graph, *(n.graph for n in nodes if isinstance(n.graph, ir.Graph))}
-    values = {v for g in graphs for v in (*g.inputs, *g.initializers.values())}
-    values |= {v for n in nodes for v in n.outputs}
+    values = {v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())}
+    values |= {v for n in model.graph.all_nodes() for v in n.outputs}
     return [v for v in values if v.dtype is ir.DataType.BFLOAT16]
 
 
