@@ -113,10 +113,11 @@ def extract(
         LoraFxError: Names or shapes that do not fit each other, integers or quantised values that
             differ, values that are not finite; all by name.
     """
-    return extraction(
-        base, tuned, rank=rank, energy=energy, max_rank=max_rank, include=include, exclude=exclude,
+    options = ExtractOptions(
+        rank=rank, energy=energy, max_rank=max_rank, include=include, exclude=exclude,
         also_full=also_full, allow_missing=allow_missing, fan_in_fan_out=fan_in_fan_out, seed=seed,
-    ).adapter  # fmt: skip
+    )  # fmt: skip
+    return extraction(base, tuned, **vars(options)).adapter
 
 
 def extraction(
