@@ -13,6 +13,7 @@ This pass has to know which axis of an activation holds the rows of the batch. T
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,8 +22,8 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import Parameter
+from lora_fx.errors import LoraFxError, stamp
+from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter
@@ -37,7 +38,7 @@ from lora_fx.text import Json
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from lora_fx.onnx.batch import Ids
+    from lora_fx.onnx.batch import RowAdapters
     from lora_fx.onnx.graph.graph import OnnxGraph
     from lora_fx.onnx.row_provenance import RowAxis
 
@@ -102,11 +103,12 @@ class Batch:
                     f"output {value.name!r} has no row for every row of the batch",
                     "batch mode serves models whose outputs keep the batch dimension",
                 )
-        ids = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
+        own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
         for site, row, form in zip(sites, rows, forms, strict=True):
-            self._branch(graph, site, parameters[site.parameter], ids, row, form)
+            self._branch(graph, site, parameters[site.parameter], own, row, form)
         Flat(graph).heads()
-        batch.write_manifest(graph.model, tuple(self.adapters), self.targets)
+        content = {**stamp(), "mode": "batch", "adapters": list(self.adapters)}
+        graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})
         return PassResult(graph, bool(sites))
 
     def _branch(
@@ -114,7 +116,7 @@ class Batch:
         graph: OnnxGraph,
         site: Site,
         parameter: Parameter,
-        ids: Ids,
+        own: RowAdapters,
         row: RowAxis,
         form: str,
     ) -> None:
@@ -130,7 +132,10 @@ class Batch:
         if taken is not None and taken["layout"] != [layout.to_json(), site.gain]:
             stem = f"{stem}@{site.id}"
         names = (f"{stem}.batch_A", f"{stem}.batch_B")
-        batch.add_branch(graph, site, ids, row, form, names, stacks)
+        e = batch.BatchEmitter(graph, site, own, row)
+        x, y = graph.activation(site), graph.output(site)
+        a, b = (e.parameter(n, v, Role.FROZEN) for n, v in zip(names, stacks, strict=True))
+        graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y)))
         rank = max(a.shape[0] for a, _ in filter(None, pairs))
         self.targets[stem] = {
             "a": names[0], "b": names[1], "rank": rank, "form": form,

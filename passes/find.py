@@ -103,10 +103,8 @@ class _Use:
 
 
 def _use(site: Site, p: Parameter) -> _Use:
-    layout = site_layout(site, p.shape)
-    if layout is None:
-        return _Use(site, tuple((0, n) for n in p.shape), None)
-    return _Use(site, layout[0], layout[1])
+    whole = tuple((0, n) for n in p.shape)
+    return _Use(site, *(site_layout(site, p.shape) or (whole, None)))
 
 
 def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | None:

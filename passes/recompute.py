@@ -209,20 +209,15 @@ class _Recomputed(torch.autograd.Function):
         groups = _groups(values[:n], ctx.counts)
         for group, dt in zip(groups, grads[len(made) :], strict=True):
             wanted = needs[len(found) : len(found) + len(group)]
-            if dt is None:
-                found += [None] * len(group)
-                continue
-            if any(wanted):
+            own: list[torch.Tensor | None] = [None] * len(group)
+            if dt is not None and any(wanted):
                 rows = x.to(dt.dtype).reshape(-1, x.shape[-1])
                 da = torch.matmul(dt.reshape(-1, dt.shape[-1]).t(), rows)
                 parts = torch.split(da, [len(a) for a in group])
-                found += [
-                    p.to(a.dtype) if w else None
-                    for p, a, w in zip(parts, group, wanted, strict=True)
-                ]
-            else:
-                found += [None] * len(group)
-            if any(needs[n:]):
+                both = zip(parts, group, wanted, strict=True)
+                own = [p.to(a.dtype) if w else None for p, a, w in both]
+            found += own
+            if dt is not None and any(needs[n:]):
                 dx = torch.matmul(dt, stacked(group).to(dt.dtype)).to(x.dtype)
                 into[0] = dx if into[0] is None else into[0] + dx
         return (None, None, *found, *_through(made, into, given, needs[n:], twice))
@@ -241,9 +236,8 @@ def _through(
     if not ends or not wanted:
         return [None] * len(given)
     outputs, gradients = zip(*ends, strict=True)
-    got = iter(
-        torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, create_graph=twice)
-    )
+    found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, create_graph=twice)
+    got = iter(found)
     return [next(got) if need else None for need in needs]
 
 

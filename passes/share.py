@@ -61,9 +61,8 @@ def _join(graph: FxGraph, group: Sequence[Projection]) -> None:
     factors = [a for p in group for a in p.factors]
     ranks = [sum(len(tensor(graph.root, str(a.target))) for a in p.factors) for p in group]
     a = emit.call(aten.cat.default, ([emit.get_attr(str(f.target)) for f in factors],))
-    turned = emit.call(
-        aten.permute.default, (emit.call(aten.type_as.default, (a, first.x)), [1, 0])
-    )
+    cast = emit.call(aten.type_as.default, (a, first.x))
+    turned = emit.call(aten.permute.default, (cast, [1, 0]))
     t = emit.call(aten.matmul.default, (first.x, turned))
     parts = emit.call(aten.split_with_sizes.default, (t, ranks, -1))
     for i, p in enumerate(group):

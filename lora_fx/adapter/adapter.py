@@ -23,7 +23,6 @@ from lora_fx.targets.found import Found
 from lora_fx.targets.regions import (
     check_disjoint,
     each_use,
-    lookup_use,
     modules,
     named_use,
     of_several,
@@ -108,7 +107,7 @@ class Adapter:
 
         Args:
             base: Not needed by lora and rslora.
-            dtype: Of the arithmetic and of the result.
+            dtype: The dtype of the arithmetic and of the result.
 
         Raises:
             LoraFxError: An update whose effect depends on the base (DoRA, PiSSA, OLoRA).
@@ -137,9 +136,7 @@ class Adapter:
             return self
         scaled: dict[str, Entry] = {}
         for key, entry in self.entries.items():
-            if isinstance(entry, Hadamard) or (
-                isinstance(entry, LowRank) and key not in self.others
-            ):
+            if isinstance(entry, Hadamard) or (isinstance(entry, LowRank) and is_plain(entry)):
                 scaled[key] = replace(entry, alpha=entry.alpha * weight)
             elif isinstance(entry, (Kronecker, Dense)):
                 scaled[key] = replace(entry, scale=entry.scale * weight)
@@ -228,7 +225,7 @@ def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
     Args:
         found: The model's targets; targets of a checkpoint, whose readers nobody knows, change
             nothing.
-        keys: Of the updates.
+        keys: The keys of the updates.
         metadata: What else is known.
     """
     if not any(t.sites for t in found.targets):
@@ -271,7 +268,7 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     lookup = entry.op == "embedding"
     if tied(target) and entry.layout is None:  # a file names a module, so it means one use
         if not entry.tied:  # there the file means all uses
-            use = use or (lookup_use(target) if lookup else named_use(target, key))
+            use = use or named_use(target, key, lookup=lookup)
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
             entry = _turned(key, entry)
     elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
@@ -346,7 +343,7 @@ def mix(
     Args:
         parts: (adapter, weight); bound to one model, or files of one naming.
         how: cat, svd or linear.
-        rank: For svd; the largest rank of the parts where none is given.
+        rank: The rank of an svd mix; the largest of the parts where none is given.
 
     Raises:
         LoraFxError: A whole tensor, unequal ranks in a linear mix, updates that do not fit.

@@ -102,7 +102,7 @@ def place(
     What a binder does with updates whose op is experts: call this before it matches keys.
 
     Args:
-        entries: Of an unbound adapter.
+        entries: The entries of an unbound adapter.
         shape_of: Stored shape of a parameter by the adapter's name for it; None where the base has
             none.
         order: Names in the order in which the model defines them, where that is known; the first
@@ -150,15 +150,12 @@ def _readings(
 ) -> Iterator[Reading]:
     names = sorted(_names(module, keys, lows))
     for way in permutations(names, len(lows)):
-        named = zip(keys, lows, way, strict=True)
+        named = list(zip(keys, lows, way, strict=True))
         if any(not low.candidates and key != name for key, low, name in named):
             continue
         stacked = any(len(shape_of(name) or ()) == 3 for name in way)
         for turned in (False, True) if stacked else (False,):
-            if all(
-                _fits(low, name, shape_of(name), turned)
-                for low, name in zip(lows, way, strict=True)
-            ):
+            if all(_fits(low, name, shape_of(name), turned) for _, low, name in named):
                 yield way, turned
 
 

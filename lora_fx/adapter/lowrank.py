@@ -60,7 +60,7 @@ class LowRank:
             gradient takes off, so that the base stays as it is.
         op: The op that reads the weight (linear, addmm, conv2d, embedding, experts …), where that
             is known. in of an embedding is its rows.
-        kernel: Of a convolution, where that is known; in is C_in/groups · ∏kernel.
+        kernel: The kernel of a convolution, where it is known; in is C_in/groups · ∏kernel.
         tied: True where it applies to all uses of a tensor that several modules share.
         twins: Other names of that tensor in a file: what they name changes alike.
         mutated: The start (pissa, olora, kasa) that took its part off the base which the update

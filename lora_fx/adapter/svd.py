@@ -84,7 +84,7 @@ def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
         return ut.T, s, v.T
     side = delta.shape[0]
     k = min(k, side)
-    if is_exact(delta.shape, k):
+    if side <= max(EXACT_SIDE, 2 * OVERSAMPLING * k):
         q = _eigenvectors(delta, k)
         small = _project(q, delta)
     else:
@@ -92,11 +92,6 @@ def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
         small = (q.T.astype(delta.dtype) @ delta).astype(np.float64)
     u, s, vt = np.linalg.svd(small, full_matrices=False)
     return (q @ u)[:, :k], s[:k], vt[:k]
-
-
-def is_exact(shape: tuple[int, ...], k: int) -> bool:
-    """True when `leading` takes no random subspace."""
-    return min(shape) <= max(EXACT_SIDE, 2 * OVERSAMPLING * k)
 
 
 def squared_distance(delta: Array, a: Array, b: Array) -> float:
@@ -137,7 +132,7 @@ def above_noise(s: Array, total: float, shape: tuple[int, int]) -> int:
 
 
 def _blocks(count: int, width: int) -> list[slice]:
-    """Of `count` rows, or columns, of `width` elements: BLOCK elements at a time."""
+    """Slices of `count` rows, or columns, of `width` elements: BLOCK elements at a time."""
     step = max(1, BLOCK // width)
     return [slice(i, i + step) for i in range(0, count, step)]
 

@@ -54,14 +54,8 @@ class Truncated:
 
     def to_json(self) -> Json:
         """One row of `truncated[]` in docs/json.md."""
-        return {
-            "key": self.key,
-            "before": self.before,
-            "after": self.after,
-            "norm": self.norm,
-            "error": self.error,
-            "relative": self.relative,
-        }
+        names = ("key", "before", "after", "norm", "error", "relative")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -160,13 +154,9 @@ def truncate(
             not finite, a goal that leaves nothing.
     """
     return truncation(
-        adapter,
-        rank=rank,
-        params=params,
-        energy=energy,
-        max_error=max_error,
-        max_abs_error=max_abs_error,
-    ).adapter
+        adapter, rank=rank, params=params, energy=energy,
+        max_error=max_error, max_abs_error=max_abs_error,
+    ).adapter  # fmt: skip
 
 
 def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
@@ -181,19 +171,17 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
         raise LoraFxError(
             "every ΔW of the adapter is zero; expected a trained one", "was it trained?"
         )
-    built = partial(_built, adapter, parts)
+    built, within = partial(_built, adapter, parts), partial(within_loss, spectra, costs)
     if name == "rank":
         result = built({k: min(int(value), len(x)) for k, x in spectra.items()})
     elif name == "params":
         result = built(within_budget(spectra, costs, int(value)))
     elif name == "energy":
-        result = built(within_loss(spectra, costs, (1.0 - value) * norm * norm))
+        result = built(within((1.0 - value) * norm * norm))
     else:
         bound = value * norm if name == "max_error" else value
         unchanged = {k: u.rank for k, u in updates.items()}  # where rounding alone is more
-        result = _bounded(built, lambda loss: within_loss(spectra, costs, loss), bound) or built(
-            unchanged
-        )
+        result = _bounded(built, within, bound) or built(unchanged)
     if not result.adapter.lowrank:
         cheapest = min(costs, key=lambda k: costs[k])
         raise LoraFxError(

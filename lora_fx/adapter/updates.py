@@ -185,8 +185,8 @@ def from_json(entry: Described, row: JsonView) -> Described:
     """The update with what a row says of it; the rank is that of its tensors.
 
     Args:
-        entry: With its tensors. What the row leaves out stays as it is here.
-        row: Of `to_json`; its layout is needed.
+        entry: The update with its tensors. What the row leaves out stays as it is here.
+        row: What `to_json` gave; its layout is needed.
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError: The row was edited.

@@ -37,7 +37,7 @@ class Lora:
     """W + s·b·a; a variant with another W' is a class of its own.
 
     Attributes:
-        name: Of the variant.
+        name: The variant's name.
         ratio: The learning rate of b over that of a.
         branches: True when s·b·a can be added beside the op; False when the op has to read W'.
     """

@@ -43,7 +43,7 @@ class TensorPair:
 
     @property
     def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]:
-        """Of Δ: fp64 where either side is, else fp32."""
+        """The dtype of Δ: fp64 where either side is, else fp32."""
         wide = "float64" in (self.base.dtype, self.tuned.dtype)
         return np.dtype(np.float64) if wide else np.dtype(np.float32)
 
@@ -62,8 +62,14 @@ class TensorPair:
             old = read_floats(self.base, at + lo, at + hi, self.dtype)
             new = read_floats(self.tuned, at + lo, at + hi, self.dtype)
             for info, block in ((self.base, old), (self.tuned, new)):
-                if not math.isfinite(_squares(block)):
-                    self._refuse_values(info, block)
+                if not math.isfinite(_squares(block)) and not np.isfinite(block).all():
+                    count = int(np.count_nonzero(~np.isfinite(block)))
+                    raise LoraFxError(
+                        f"{info.file}: tensor {self.key!r} has {count} NaN or infinite values (or "
+                        "more); expected finite ones",
+                        "training may have diverged; use an earlier checkpoint, or --exclude the "
+                        "tensor",
+                    )
             np.subtract(new, old, out=result[lo:hi])
             changed += _squares(result[lo:hi])
             original += _squares(old)
@@ -73,15 +79,6 @@ class TensorPair:
                 "are the two of one model? --exclude leaves the tensor out",
             )
         return result.reshape(self.rows, self.columns), changed, original
-
-    def _refuse_values(self, info: TensorInfo, block: Array) -> None:
-        finite = np.isfinite(block)
-        if not finite.all():
-            raise LoraFxError(
-                f"{info.file}: tensor {self.key!r} has {int((~finite).sum())} NaN or infinite "
-                "values (or more); expected finite ones",
-                "training may have diverged; use an earlier checkpoint, or --exclude the tensor",
-            )
 
 
 def pairs(
@@ -215,10 +212,10 @@ class Difference:
     Attributes:
         tensor: Its name.
         what: In words.
-        ratio: Of a merge that is proven: the largest error over what is allowed.
-        rel: Of two files: max|a − b| / max|b|.
-        max_abs: Of two files: max|a − b|.
-        elements: Of two files: how many differ.
+        ratio: In the proof of a merge, the largest error over what is allowed.
+        rel: Between two files, max|a − b| / max|b|.
+        max_abs: Between two files, max|a − b|.
+        elements: How many elements of two files differ.
     """
 
     tensor: str
@@ -242,7 +239,7 @@ def unlike(
 
     Args:
         a: Tensors of one checkpoint.
-        b: Of the other.
+        b: Tensors of the other.
         tol: Gate on rel. Above 0, tensors of different dtypes are compared by their values; at 0
             they differ.
     """

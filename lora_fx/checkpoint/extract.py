@@ -94,7 +94,7 @@ def extract(
     Args:
         base: A Hugging Face folder or a .safetensors file.
         tuned: The same, with the same tensors.
-        rank: Of every update, capped by the smaller side; 16 where energy is not given.
+        rank: The rank of every update, capped by the smaller side; 16 where energy is not given.
         energy: Instead of rank: per tensor the lowest rank that holds this share of ‖Δ‖².
         max_rank: Cap of what energy chooses; 128.
         include: Selectors of the weights to look at; all where none is given.
@@ -102,7 +102,7 @@ def extract(
         also_full: Vectors that differ (norms, biases) go into the adapter as whole tensors.
         allow_missing: Leave out, with a note, tensors of one side only or of two shapes.
         fan_in_fan_out: Linear weights are stored [in, out]; None: config.json says.
-        seed: Of the random subspaces; each key draws numbers of its own.
+        seed: The seed of the random subspaces; each key draws numbers of its own.
 
     Returns:
         fp32 updates by tensor name, with layouts, alpha = rank. metadata["notes"] has what must be
@@ -117,7 +117,7 @@ def extract(
         rank=rank, energy=energy, max_rank=max_rank, include=include, exclude=exclude,
         also_full=also_full, allow_missing=allow_missing, fan_in_fan_out=fan_in_fan_out, seed=seed,
     )  # fmt: skip
-    return _extraction(base, tuned, options).adapter
+    return extraction(base, tuned, **vars(options)).adapter
 
 
 def extraction(
@@ -125,18 +125,10 @@ def extraction(
     tuned: str | Path,
     *,
     progress: Callable[[float], None] | None = None,
-    **options: Any,
+    **asked: Any,
 ) -> Extraction:
     """As extract, with the report; `progress` is told the share of bytes that is done."""
-    return _extraction(base, tuned, ExtractOptions(**options), progress)
-
-
-def _extraction(
-    base: str | Path,
-    tuned: str | Path,
-    options: ExtractOptions,
-    progress: Callable[[float], None] | None = None,
-) -> Extraction:
+    options = ExtractOptions(**asked)
     sides = sides_of(
         (str(base), tensors(base), config_of(base)), (str(tuned), tensors(tuned), config_of(tuned))
     )
@@ -312,7 +304,7 @@ class Extracted:
     Attributes:
         key: The tensor's name.
         shape: As stored.
-        rank: Of the update.
+        rank: The rank of the update.
         norm: ‖Δ‖.
         base_norm: ‖W‖.
         error: ‖Δ − b@a‖.
@@ -346,18 +338,9 @@ class Extracted:
 
     def to_json(self) -> Json:
         """One row of `extracted[]` in docs/json.md."""
-        return {
-            "key": self.key,
-            "shape": list(self.shape),
-            "rank": self.rank,
-            "norm": self.norm,
-            "change": self.change,
-            "error": self.error,
-            "relative": self.relative,
-            "stable_rank": self.stable_rank,
-            "above_noise": self.above_noise,
-            "known": self.known,
-        }
+        names = ("rank", "norm", "change", "error", "relative", "stable_rank")
+        numbers = {name: getattr(self, name) for name in (*names, "above_noise", "known")}
+        return {"key": self.key, "shape": list(self.shape), **numbers}
 
 
 @dataclass(frozen=True)
@@ -536,7 +519,7 @@ class Sides:
         new: The tuned model's, likewise.
         table: The table that is the head too, on both sides; empty where there is none, None where
             only its role can tell.
-        tie: Of the base, else of the tuned model.
+        tie: The tie of the base, else of the tuned model.
         notes: What has to be said.
     """
 

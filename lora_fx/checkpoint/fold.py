@@ -107,7 +107,7 @@ class TensorFold:
     """What happens to one stored tensor.
 
     Attributes:
-        name: Of the tensor.
+        name: The tensor's name.
         matrix: Its rows, columns and rectangles.
         rows: Row → its new values: PEFT's trainable tokens.
         columns: By part, for DoRA of a transposed weight: what its columns are multiplied by.
@@ -126,8 +126,8 @@ class TensorFold:
         Args:
             old: Rows low ≤ i < low + len(old) as stored, [n, columns].
             low: The first row.
-            dtype: Of the result.
-            space: Of the calling thread; the result lies in it.
+            dtype: The dtype of the result.
+            space: The calling thread's; the result lies in it.
 
         Raises:
             LoraFxError: A value that is no number, or beyond the range of the dtype.
@@ -261,8 +261,7 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
 def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:
     """What is left of W when the part that the update started from is taken off, as stored."""
     assert isinstance(p.change, LowRank)
-    with open_input(source.file) as f:
-        old = read_rows(f.fileno(), source, p.top, p.bottom - p.top, fold.matrix.columns)
+    old = read_block(source, p.top, p.bottom, fold.matrix.columns)
     weight = old[:, p.left : p.right]
     left = residual(weight.T if p.transposed else weight, p.change, f"tensor {fold.name!r}")
     return left.T if p.transposed else left
@@ -295,6 +294,12 @@ def read_rows(
         error.filename = str(info.file)
         raise
     return old
+
+
+def read_block(info: TensorInfo, low: int, high: int, columns: int) -> Array:
+    """Rows low ≤ i < high of a stored tensor, as `read_rows` gives them; its file is opened."""
+    with open_input(info.file) as f:
+        return read_rows(f.fileno(), info, low, high - low, columns)
 
 
 # A stored tensor as a matrix of rows, and the rectangles of it that an adapter changes.
@@ -465,12 +470,11 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
 
 
 def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
-    """The same with every factor in `dtype`, which is what ΔW is then computed in."""
+    """The matrix with every factor in `dtype`, which is what ΔW is then computed in."""
     parts = tuple(replace(p, change=_cast(p.change, dtype)) for p in matrix.parts)
     return replace(matrix, parts=parts)
 
 
 def _cast(change: Any, dtype: Floating) -> Any:
-    arrays = {k: v for k, v in vars(change).items() if isinstance(v, np.ndarray)}
-    wide = {k: v.astype(dtype, copy=False) for k, v in arrays.items()}
-    return replace(change, **wide) if any(wide[k] is not arrays[k] for k in wide) else change
+    arrays = ((k, v) for k, v in vars(change).items() if isinstance(v, np.ndarray))
+    return replace(change, **{k: v.astype(dtype, copy=False) for k, v in arrays})

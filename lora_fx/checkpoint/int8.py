@@ -17,11 +17,11 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_rows, stats_of
+from lora_fx.checkpoint.difference import read_bytes
+from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_block, stats_of
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView
@@ -35,8 +35,8 @@ class Int8:
     """How a weight [rows, columns] of int8 codes is stored.
 
     Attributes:
-        scheme: For people.
-        name: Of the tensor of scales.
+        scheme: How it is quantised, for people.
+        name: The name of the tensor of scales.
         scales: Where that lies in the base; one number a row.
         unit: What the scales are divided by.
     """
@@ -50,11 +50,10 @@ class Int8:
         """Root mean square of W, from rows at its start, middle and end."""
         rows, columns = codes.shape
         n, squares = min(count, rows), 0.0
-        with open_input(codes.file) as f, open_input(self.scales.file) as g:
-            for low in (0, (rows - n) // 2, rows - n):
-                step = self.steps(read_rows(g.fileno(), self.scales, low, n, 1))
-                weight = read_rows(f.fileno(), codes, low, n, columns) * step
-                squares += float(np.sum(weight**2))
+        for low in (0, (rows - n) // 2, rows - n):
+            step = self.steps(read_block(self.scales, low, low + n, 1))
+            weight = read_block(codes, low, low + n, columns) * step
+            squares += float(np.sum(weight**2))
         return math.sqrt(squares / (3 * n * columns))
 
     def steps(self, scales: Array) -> Array:
@@ -72,7 +71,7 @@ class Int8:
 
     @property
     def dtype(self) -> NumpyDtype:
-        """Of the scales."""
+        """The dtype of the scales."""
         return numpy_dtype(self.scales.dtype)
 
     @property
@@ -90,7 +89,7 @@ class Int8:
             codes: Rows low ≤ i < low + len(codes) as stored, [n, columns].
             scales: Theirs, [n, 1].
             low: The first row.
-            space: Of the calling thread; the codes lie in it.
+            space: The calling thread's; the codes lie in it.
 
         Raises:
             LoraFxError: A value that is no number, or a scale beyond the range of its dtype.
@@ -207,8 +206,8 @@ def stored_as(
     """How a weight is stored that an update can be folded into; None where as plain floats.
 
     Args:
-        name: Of the tensor.
-        info: Of the base.
+        name: The tensor's name.
+        info: Where it lies in the base.
         base: The checkpoint.
         entries: The updates; a tensor without scales that is replaced whole may be of any dtype.
 
@@ -243,7 +242,8 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
     if scb is not None:
         if scb.shape != (rows,) or scb.dtype not in FLOATING:
             return None, f"SCB is {scb.dtype} {list(scb.shape)}; expected float32 [{rows}]"
-        order = _first_byte(tensors.get(f"{module}.weight_format"))
+        form = tensors.get(f"{module}.weight_format")
+        order = int(read_bytes(form, 0, 1)[0]) if form is not None and form.stop > form.start else 0
         if order:
             return None, f"weight_format is {order}, an order for GPUs; expected 0, row by row"
         return Int8("bitsandbytes int8", f"{module}.SCB", scb, float(TOP)), ""
@@ -261,14 +261,6 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
         if config.get(change):
             return None, f"config.json has a {change}: its weights are not the model's"
     return Int8("compressed-tensors int8", f"{module}.weight_scale", scale, 1.0), ""
-
-
-def _first_byte(info: TensorInfo | None) -> int:
-    if info is None or info.stop == info.start:
-        return 0
-    with open_input(info.file) as f:
-        f.seek(info.start)
-        return (f.read(1) or b"\0")[0]
 
 
 def _refuse_empty(name: str, info: TensorInfo) -> None:

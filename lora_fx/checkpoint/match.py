@@ -18,7 +18,7 @@ from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, name_of
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
-from lora_fx.checkpoint.renaming import STACKED, Part, Renaming, Stack, check_present, renaming
+from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, renaming
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.layout import Layout, plain_layout
@@ -35,7 +35,7 @@ class Placed:
         key: The adapter's.
         tensor: Name in the checkpoint.
         bounds: The region that changes, half-open, per stored axis.
-        entry: With its layout.
+        entry: The entry with its layout.
     """
 
     key: str
@@ -58,7 +58,7 @@ def match(
 
     Args:
         adapter: Bound or not.
-        tensors: Of the checkpoint.
+        tensors: The checkpoint's tensors.
         config: config.json of the checkpoint; empty where there is none.
         where: The checkpoint, for messages.
         new: Whole tensors that the checkpoint lacks and is to get, by the adapter's names.
@@ -106,7 +106,19 @@ def match(
                 f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
             )
         notes.append(f"left out, the base has no such tensor: {some(lost)}")
-    check_present(adapter, tensors, rename, where, notes, allow=allow_missing)
+    absent = absent_of(adapter, tensors, rename)
+    if absent:
+        name, by = next(iter(absent.items()))
+        said = (
+            f"{where}: {name!r} is adapted by the adapter's own config (target_modules {by!r}), "
+            f"but its file has no update of it: {len(absent)} such layers"
+        )
+        if not allow_missing:
+            hint = (
+                "is the file complete, and this its base? --allow-missing leaves them as they are"
+            )
+            raise LoraFxError(said, hint)
+        notes.append(said)
     return placed, notes
 
 
@@ -127,12 +139,24 @@ def stacked(
 
 
 def _apart(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
-    """An entry of a stack at the tensors that hold its matrices."""
+    """An entry of a stack, or of a region of one, at the tensors that hold its matrices.
+
+    ΔW [E, out, in] of the stack is s·b[e]·a[e] for expert e; a tensor that is rows low ≤ i < high
+    of expert e gets s·b[e, low:high]·a[e]. So every part has the rank and the scale of the whole.
+
+    Raises:
+        LoraFxError: An update that is not low-rank, or whose axes cannot be taken apart.
+    """
     bounds = _bounds(key, stack.info)
     bound = _bound(key, entry, stack.info, bounds, turned=False)
-    for part, region, piece in apart(key, bound, bounds, stack):
-        rows = f"{part.low + region[0][0]}:{part.low + region[0][1]}"
-        yield Placed(f"{base_name(key)}[{part.expert}, {rows}]", part.tensor, region, piece)
+    (first, last), (top, bottom), columns = bounds
+    for part in stack.parts:
+        low, high = max(top, part.low), min(bottom, part.high)
+        if first <= part.expert < last and low < high:
+            piece = _piece(key, bound, part.expert - first, slice(low - top, high - top), stack)
+            region = ((low - part.low, high - part.low), columns)
+            name = f"{base_name(key)}[{part.expert}, {low}:{high}]"
+            yield Placed(name, part.tensor, region, piece)
 
 
 def _also(
@@ -190,7 +214,9 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
     shape = tuple(hi - lo for lo, hi in bounds)
     if isinstance(entry, Full):
         if tuple(entry.value.shape) != shape:
-            raise _misfit(key, info, f"a whole tensor {list(entry.value.shape)}", _grown(entry))
+            grown = "was the vocabulary resized? resize the base's embeddings first, then merge"
+            hint = grown if entry.value.ndim == 2 else ""
+            raise _misfit(key, info, f"a whole tensor {list(entry.value.shape)}", hint)
         return entry
     if isinstance(entry, ReplacedRows):
         fits = shape and shape == info.shape and tuple(entry.value.shape[1:]) == shape[1:]
@@ -210,12 +236,6 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
     if magnitude is not None and magnitude.shape != (layout.out_size,):
         raise _misfit(key, info, f"a magnitude {list(magnitude.shape)}", "")
     return replace(entry, layout=layout)
-
-
-def _grown(entry: Full) -> str:
-    if entry.value.ndim != 2:
-        return ""
-    return "was the vocabulary resized? resize the base's embeddings first, then merge"
 
 
 def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:
@@ -246,38 +266,8 @@ def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | No
     return straight or swapped
 
 
-# Updates of a stack of experts for a checkpoint that has its matrices apart.
-#
-# ΔW [E, out, in] of the stack is s·b[e]·a[e] for expert e; a tensor that is rows low ≤ i < high of
-# expert e gets s·b[e, low:high]·a[e]. So every part has the rank and the scale of the whole.
-
-
-Piece = tuple[Part, Region, Entry]
-"""(the tensor, the region of it that changes, what is done to that)."""
-
-
-def apart(key: str, entry: Entry, bounds: Region, stack: Stack) -> Iterator[Piece]:
-    """What an entry of a stack, or of a region of one, is for each tensor that it reaches.
-
-    Args:
-        key: Of the adapter, for messages.
-        entry: With its layout.
-        bounds: The region of the stack.
-        stack: Where its matrices lie.
-
-    Raises:
-        LoraFxError: An update that is not low-rank, or whose axes cannot be taken apart.
-    """
-    (first, last), (top, bottom), columns = bounds
-    for part in stack.parts:
-        low, high = max(top, part.low), min(bottom, part.high)
-        if first <= part.expert < last and low < high:
-            rows = slice(low - top, high - top)
-            region = ((low - part.low, high - part.low), columns)
-            yield part, region, _piece(key, entry, part.expert - first, rows, stack)
-
-
 def _piece(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> Entry:
+    """Some rows of one expert of an entry, as an entry of a tensor of their own."""
     if isinstance(entry, Full):
         return Full(np.ascontiguousarray(entry.value[expert, rows]))
     layout = entry.layout if isinstance(entry, LowRank) else None

@@ -139,10 +139,8 @@ class MergePlan:
     @property
     def disk(self) -> int:
         """Bytes that the output will take, without headers' growth."""
-        old = sum(
-            c.source.stop - c.source.start for n, c in self.changes.items() if n not in self.added
-        )
-        return self.base.size + self.touched_bytes - old
+        old = (c.source for n, c in self.changes.items() if n not in self.added)
+        return self.base.size + self.touched_bytes - sum(s.stop - s.start for s in old)
 
     def to_json(self) -> Json:
         """What a dry run prints."""
@@ -342,10 +340,10 @@ class TensorChange:
     Attributes:
         name: In the output.
         source: Where the base's tensor lies.
-        dtype: Of the output.
+        dtype: The dtype of the output.
         fold: W + Δ; None where the tensor is replaced whole.
         value: The whole new tensor; None where it is folded.
-        what: For people: the kinds, ranks and scales of its updates.
+        what: The kinds, ranks and scales of its updates, for people.
         earlier: Merges before this one, oldest first; only where verify looks back.
         int8: How it is stored where it is quantised anew; None for floats.
         scales_of: Where the tensor is the scales of such a weight, and is written with it: its
@@ -364,12 +362,12 @@ class TensorChange:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the base's tensor and of the output's."""
+        """The shape of the base's tensor, which is that of the output's."""
         return self.source.shape
 
     @property
     def nbytes(self) -> int:
-        """Of the output."""
+        """How many bytes the output's tensor has."""
         return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
     def to_json(self) -> Json:
@@ -403,11 +401,11 @@ def change_of(
     """All updates of one tensor.
 
     Args:
-        name: Of the tensor.
-        info: Of the base, or of a tensor to add.
+        name: The tensor's name.
+        info: Where it lies in the base, or what is known of a tensor to add.
         placed: The updates; none for a copy.
         base: The checkpoint.
-        dtype: Of the output where it is a float tensor; as stored where None.
+        dtype: The output's dtype where it is a float tensor; as stored where None.
 
     Raises:
         LoraFxError: A tensor that nothing can be folded into, updates that exclude each other,

@@ -84,7 +84,7 @@ def _two(lead: str) -> tuple[str, str]:
 
 
 def _masked(model: str, head: str) -> Tie:
-    """Of an encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
+    """The tie of an encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
     biases = {f"{head}.decoder.bias": f"{head}.bias"}
     return Tie(f"{model}.embeddings.word_embeddings.weight", f"{head}.decoder.weight", (), biases)
 
@@ -193,11 +193,11 @@ def uses(
     fan_in_fan_out: bool | None = None,
     table: str | None = None,
 ) -> dict[str, TensorUse]:
-    """The Use of every tensor.
+    """How every tensor is read.
 
     Args:
-        tensors: Of the checkpoint.
-        found: Its targets, from `file_targets`: roles are theirs.
+        tensors: The checkpoint's tensors.
+        found: Its targets, whose roles are taken.
         config: Its config.json, or empty.
         fan_in_fan_out: True: two-dimensional weights are [in, out], except embeddings and heads;
             False: none is; None: config.json says.

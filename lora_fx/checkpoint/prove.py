@@ -31,14 +31,13 @@ from lora_fx.checkpoint.fold import (
     in_dtype,
     one_blas_thread,
     prepared,
-    read_rows,
+    read_block,
     rows_per_block,
 )
 from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 
 ROWS = 4
@@ -51,7 +50,7 @@ def prove(
     """What differs between a merged checkpoint and what the plan says it should be.
 
     Args:
-        plan: Of the merge.
+        plan: The plan of the merge.
         out: The merged checkpoint, reopened.
         rows: Rows of every touched tensor to compute again; None for all.
         workers: Threads.
@@ -141,8 +140,8 @@ def _ratio(
 ) -> float:
     """The largest error of rows low ≤ i < high, as a multiple of what is allowed."""
     columns = stages[0].fold.matrix.columns
-    want = _read(change.source, low, high, columns).astype(np.float64)
-    new = _read(info, low, high, columns).astype(np.float64)
+    want = read_block(change.source, low, high, columns).astype(np.float64)
+    new = read_block(info, low, high, columns).astype(np.float64)
     allowed, dtype = np.zeros_like(want), change.source.dtype
     for stage in stages:
         want, size = _stage(stage.fold, want, low, high)
@@ -159,10 +158,11 @@ def _ratio(
 def _ratio_int8(
     change: TensorChange, int8: Int8, exact: TensorFold, out: Checkpoint, low: int, high: int
 ) -> float:
-    """The same for codes and scales; a row may keep a scale that holds W + Δ as fp32 sees it."""
+    """As _ratio, for codes and scales; a row may keep a scale that holds W + Δ as fp32 sees it."""
     columns = exact.matrix.columns
-    codes, new = (_read(t, low, high, columns) for t in (change.source, out.tensors[change.name]))
-    before, scales = (_read(t, low, high, 1) for t in (int8.scales, out.tensors[int8.name]))
+    codes = read_block(change.source, low, high, columns)
+    new = read_block(out.tensors[change.name], low, high, columns)
+    before, scales = (read_block(t, low, high, 1) for t in (int8.scales, out.tensors[int8.name]))
     old = codes * int8.steps(before)
     want, size = _stage(exact, old, low, high)
     slack = 2 * float(np.finfo(np.float32).eps) * (np.abs(want) + size)
@@ -176,11 +176,6 @@ def _ratio_int8(
     same = scales.view(np.uint8) == before.view(np.uint8)
     kept = np.where(same.all(axis=1), _rows(np.abs(new * steps - want), slack), np.inf)
     return float(np.minimum(np.maximum(rounded, scaled), kept).max(initial=0.0))
-
-
-def _read(info: TensorInfo, low: int, high: int, columns: int) -> Array:
-    with open_input(info.file) as f:
-        return read_rows(f.fileno(), info, low, high - low, columns)
 
 
 def _stage(fold: TensorFold, old: Array, low: int, high: int) -> tuple[Array, Array]:

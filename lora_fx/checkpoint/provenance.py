@@ -48,13 +48,13 @@ _HASHED: Mapping[type[Entry], tuple[str, ...]] = {
 
 
 def layout_hash(tensors: Mapping[str, TensorInfo]) -> str:
-    """Of the sorted (name, dtype, shape) of all tensors: every fine-tune has its base's."""
+    """A hash of the sorted (name, dtype, shape) of all tensors: every fine-tune has its base's."""
     rows = sorted((n, t.dtype, list(t.shape)) for n, t in tensors.items())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
-    """Of both ends of every tensor given, by name: tells a base from its fine-tunes, at once."""
+    """A hash of both ends of these tensors, by name, which tells a base from its fine-tunes."""
     whole = hashlib.sha256()
     for name, info in sorted(tensors, key=lambda item: item[0]):
         whole.update(name.encode() + b"\0" + _both_ends(info, SAMPLE))
@@ -69,7 +69,7 @@ def _both_ends(info: TensorInfo, size: int) -> bytes:
 
 
 def adapter_hash(adapter: Adapter) -> str:
-    """Of all factors and scales, by key; names of files and metadata do not count."""
+    """A hash of all factors and scales, by key; names of files and metadata do not count."""
     whole = hashlib.sha256()
     for key in sorted(adapter.entries):
         whole.update(key.encode() + b"\0")
@@ -143,7 +143,7 @@ def base_note(
     """Why an adapter's base is not verified; empty where the checkpoint is that base.
 
     Args:
-        adapter: With metadata["base"], or without.
+        adapter: An adapter with metadata["base"], or without.
         where: The adapter, for messages.
         checkpoint: The base.
         tensors: Its tensors under every name that an adapter may use.

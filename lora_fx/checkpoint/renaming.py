@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.formats.peft.config import missing
 from lora_fx.targets.target import base_name
@@ -131,31 +130,6 @@ def absent_of(
         lost = missing(config, modules, adapted)
         answers.append({modules[m]: entry for m, entry in lost.items()})
     return {m: entry for m, entry in answers[0].items() if all(m in a for a in answers)}
-
-
-def check_present(
-    adapter: Adapter,
-    tensors: Mapping[str, TensorInfo],
-    rename: Renaming,
-    where: str,
-    notes: list[str],
-    *,
-    allow: bool,
-) -> None:
-    """Raise for a layer that the adapter's own config adapts and its file lacks; or note it."""
-    absent = absent_of(adapter, tensors, rename)
-    if not absent:
-        return
-    name, entry = next(iter(absent.items()))
-    said = (
-        f"{where}: {name!r} is adapted by the adapter's own config (target_modules {entry!r}), "
-        f"but its file has no update of it: {len(absent)} such layers"
-    )
-    if not allow:
-        raise LoraFxError(
-            said, "is the file complete, and this its base? --allow-missing leaves them as they are"
-        )
-    notes.append(said)
 
 
 # Names in a checkpoint's file and in the loaded model, where transformers 5 has them differ.
@@ -286,7 +260,7 @@ def loaded_of(tensors: Mapping[str, TensorInfo], config: JsonView) -> Loaded:
     """The names of the model that transformers 5 makes of a checkpoint; empty where not known.
 
     Args:
-        tensors: Of the checkpoint.
+        tensors: The checkpoint's tensors.
         config: Its config.json.
     """
     kind, text = config.get("model_type"), config.get("text_config")

@@ -28,7 +28,7 @@ from lora_fx.checkpoint.merge_plan import (
 )
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
-from lora_fx.checkpoint.targets import file_targets
+from lora_fx.checkpoint.targets import targets_of
 from lora_fx.checkpoint.tied import at_its_use, tie_and_names
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
@@ -87,7 +87,7 @@ def verify_files(
         details["rows"] = "all" if rows is None else rows
         details["recorded"] = [r.to_json() for r in chain.recorded]
     details["differences"] = [d.to_json() for d in found]
-    ok = not found and (chain is None or chain.complete)
+    ok = not found and (chain is None or all(r.given for r in chain.recorded))
     notes = tuple(dict.fromkeys(chain.notes)) if chain else ()
     return Report("verify", ok, warnings=notes, details=details)
 
@@ -128,7 +128,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
     for name in touched:
         if not any(p.tensor == name and p.key in full for p in placed):
             stored_as(name, tensors[name], checkpoint)
-    found = file_targets(checkpoint.path).targets
+    found = targets_of(checkpoint.tensors).targets
     details: Json = {
         "fits": len(placed) - len(full),
         "whole": len(full),
@@ -174,7 +174,7 @@ class Recorded:
         return {**vars(self), "given": bool(self.given)}
 
     def __str__(self) -> str:
-        """For people."""
+        """One line for people."""
         if self.given:
             return f"merge {self.merge}: {self.given}"
         weight = "" if self.weight is None else f" with weight {self.weight:g}"
@@ -189,11 +189,6 @@ class MergeHistory:
     recorded: tuple[Recorded, ...]
     notes: tuple[str, ...]
 
-    @property
-    def complete(self) -> bool:
-        """True where every adapter that is recorded was given."""
-        return all(r.given for r in self.recorded)
-
 
 def chain_of(
     merged: Checkpoint, base: Checkpoint, given: Sequence[Given], stated: Sequence[bool]
@@ -204,7 +199,7 @@ def chain_of(
         merged: The file.
         base: What it is compared with.
         given: The adapters, in any order.
-        stated: Of each whether its weight was, instead of being the recorded one.
+        stated: For each, whether its weight was given, instead of being the recorded one.
 
     Raises:
         LoraFxError: An adapter that cannot be merged, or a tensor whose changes by one merge

@@ -112,8 +112,6 @@ def read(path: str | Path) -> Adapter:
     for module, parts in groups.items():
         entries |= _entries(module, parts, configs, file)
     file.notes.extend(configs.notes())
-    if not entries:
-        raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     entries, metadata, named = base.restore(entries, header, str(path))
     components = {split_component(key)[0] for key in entries} - {""}
     names = taken_names(metadata)
@@ -275,8 +273,6 @@ def encode(
         modules[component][rest] = entry
         lead = f"{PREFIX}{form.lead}"
         tensors |= {name + n.removeprefix(lead): t for n, t in to_tensors(form, entry).items()}
-    if not tensors:
-        raise LoraFxError("the adapter has no update", "was it saved before training?")
     config: Json = {}
     for component, updates in modules.items():
         for field, value in _config(component, updates).items():

@@ -67,6 +67,8 @@ def save_adapter(
         raise LoraFxError(
             f"no adapter can be written as {format!r}: {why}", f"formats: {', '.join(WRITERS)}"
         )
+    if not adapter.entries and format != "peft":  # which says so in a note
+        raise LoraFxError("the adapter has no update", "was it saved before training?")
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path  # replace what it points to
     single = _is_file_of(writer, path, format)
@@ -114,14 +116,16 @@ def load_adapter(
         from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without
 
         return adapter_in(path)
+    adapter: Adapter
     if trust and path.suffix == ".bin":
-        return peft.read(path, trust)
-    if most is not None:
-        check_elements(path, most)
-    name = _sniffed(path, look(path))
-    if name == "torchtune":
-        return torchtune.read(path, base)
-    adapter: Adapter = FORMATS[name].read(path)
+        adapter = peft.read(path, trust)
+    else:
+        if most is not None:
+            check_elements(path, most)
+        name = _sniffed(path, look(path))
+        adapter = torchtune.read(path, base) if name == "torchtune" else FORMATS[name].read(path)
+    if not adapter.entries:
+        raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     if base is None or adapter.names is None:
         return adapter
     resolved = adapter.resolved(names_of(base))

@@ -100,8 +100,6 @@ def read(path: str | Path) -> Adapter:
     entries: dict[str, Entry] = {}
     for module, parts in groups.items():
         entries |= _entries(module, parts, file)
-    if not entries:
-        raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     entries, metadata, named = base.restore(entries, header, str(path))
     told = taken_names(metadata)
     names = told if named else ForeignNames("kohya")
@@ -240,8 +238,6 @@ def encode(adapter: Adapter) -> tuple[dict[str, Array], dict[str, str], tuple[st
         tensors |= {f"{name}.{part}": array for part, array in parts.items()}
         if alpha is not None:
             tensors[f"{name}.alpha"] = _number(alpha)
-    if not tensors:
-        raise LoraFxError("the adapter has no update", "was it saved before training?")
     if adapter.metadata.get("fan_in_fan_out"):
         notes.append("the model stores weights [in, out], of which readers of kohya know nothing")
     if any(name.startswith("lycoris_") for name in names.values()):

@@ -26,22 +26,17 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import File, PeftFile
-from lora_fx.formats.peft.config import Pattern, targets
+from lora_fx.formats.peft.config import SHARED, Pattern, targets
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.text import JsonView
 
 KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}
 """PEFT's peft_type → what its tensor names begin with."""
 
-_KNOWN = frozenset(
-    (
-        "alpha", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "decompose_both",
-        "decompose_factor", "exclude_modules", "inference_mode", "init_weights", "layers_pattern",
-        "layers_to_transform", "module_dropout", "modules_to_save", "peft_type", "peft_version",
-        "r", "rank_dropout", "rank_dropout_scale", "rank_pattern", "revision", "target_modules",
-        "task_type", "use_effective_conv2d",
-    )
-)  # fmt: skip
+_KNOWN = SHARED | frozenset((
+    "alpha", "decompose_both", "decompose_factor", "init_weights", "module_dropout",
+    "rank_dropout", "rank_dropout_scale", "use_effective_conv2d",
+))  # fmt: skip
 
 
 def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:
@@ -56,7 +51,7 @@ def loha(parts: Mapping[str, Array], alpha: float | None, file: File, module: st
     Args:
         parts: hada_w1_a … as fp32, by the ends of their names.
         alpha: None: the rank.
-        file: For messages and notes.
+        file: The file, for messages and notes.
         module: Its name in the file.
     """
     ends = {part.removeprefix("hada_") for part in parts}
@@ -182,8 +177,6 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
                 raise source.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
     for pattern in (ranks, alphas):
         source.notes.extend(pattern.notes())
-    if not entries:
-        raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     fields = ("task_type", "base_model_name_or_path", "revision")
     metadata = {field: config[field] for field in fields if config.get(field)}
     return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})

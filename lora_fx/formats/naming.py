@@ -85,8 +85,8 @@ class ForeignNames:
         another component fits.
 
         Args:
-            adapter: With the names of the file.
-            names: Of the model's parameters; of a pipeline's, with the component before them.
+            adapter: The adapter under the names of the file.
+            names: Those of the model's parameters; a pipeline's have the component before them.
 
         Raises:
             LoraFxError: A name that fits no parameter or several, or two that fit the same.

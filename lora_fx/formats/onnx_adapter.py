@@ -65,8 +65,6 @@ def read(path: str | Path) -> Adapter:
             entries[name] = _full(name, array, file)
         elif half == "A" or f"{key}.lora_A" not in tensors:
             entries[key] = _lowrank(key, tensors, file)
-    if not entries:
-        raise LoraFxError(f"{path}: no tensor in it", "was the adapter saved before training?")
     return Adapter(entries, {**versions, "notes": file.notes})
 
 
@@ -100,8 +98,6 @@ def write_file(adapter: Adapter, path: str | Path, dtype: str = "float32") -> tu
             if name in tensors:
                 raise LoraFxError(f"two tensors would be named {name!r}", "rename the parameter")
             tensors[name] = array if not is_float(array) else array.astype(numpy_dtype(dtype))
-    if not tensors:
-        raise LoraFxError("the adapter has no update", "was it saved before training?")
     versions = {
         field: _version(adapter.metadata, field) for field in ("adapter_version", "model_version")
     }

@@ -100,8 +100,6 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
     for module, parts in groups.items():
         low = _lowrank(module, parts, config, file)
         entries[f"{_name(module, file)}.weight"] = _in_halves(module, low, model, file)
-    if not entries:
-        raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     return Adapter(entries, {"dropout": config.get("lora_dropout") or 0.0, "notes": file.notes})
 
 

@@ -12,25 +12,21 @@ lays out. (A convolution with the batch as its groups would need a group count k
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
-from lora_fx.errors import LoraFxError, stamp
+from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
-from lora_fx.onnx.graph.flow import MARK, OnnxWeightUse, dtype_name
+from lora_fx.onnx.graph.flow import OnnxWeightUse, dtype_name
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
-from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.row_provenance import RowAxis, rank
 from lora_fx.onnx.switch import keep_zeros
-from lora_fx.text import JsonView
 
 SCALES = "adapter_scales"
 
@@ -55,18 +51,7 @@ def batch_symbol(model: ir.Model) -> str:
     return found.pop()
 
 
-@dataclass(frozen=True)
-class Ids:
-    """The inputs of a batch graph: adapter numbers, and weights where they were asked for."""
-
-    ids: ir.Value
-    size: ir.Value
-    count: int
-    scales: ir.Value | None
-    choice: Choice
-
-
-def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids:
+def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> RowAdapters:
     """Add `adapter_ids` int64 [batch], and with `scales` also `adapter_scales` float [batch].
 
     Gather counts a negative id from the end; it is turned into one that Gather refuses.
@@ -81,23 +66,13 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Ids
         inner.inputs.append(value)
         return value
 
-    def made(op: str, *inputs: ir.Value) -> ir.Value:
-        node = ir.node(op, inputs)
-        node.metadata_props[MARK] = IDS
-        node.outputs[0].name = graph.fresh(f"{IDS}_lora")
-        inner.insert_before(first, node)
-        return node.outputs[0]
-
-    first = inner[0]
+    e = graph.emit_first(IDS)
     raw = added(IDS, ir.DataType.INT64)
     weights = added(SCALES, ir.DataType.FLOAT) if scales else None
-    size = made("Shape", raw)
     zero = add_initialiser(inner, f"{IDS}_zero", np.array(0, np.int64), IDS)
     over = add_initialiser(inner, f"{IDS}_over", np.array(count, np.int64), IDS)
-    checked = made("Where", made("Less", raw, zero), over, raw)
-    choice = Choice(graph, checked, size, weights, batch)
-    graph.changed()
-    return Ids(checked, size, count, weights, choice)
+    checked = e.call("Where", e.call("Less", raw, zero), over, raw)
+    return RowAdapters(graph, checked, count, weights, batch)
 
 
 def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
@@ -132,22 +107,22 @@ def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
 class BatchEmitter(OnnxEmitter):
     """Emits the nodes of one site's branch."""
 
-    def __init__(self, owner: OnnxGraph, found: OnnxWeightUse, ids: Ids, rows: RowAxis) -> None:
-        super().__init__(owner, found.node, found.site.id, found, before=False)
-        self.site = found.site
-        self.ids, self.rows = ids, rows
+    def __init__(self, owner: OnnxGraph, site: Site, own: RowAdapters, rows: RowAxis) -> None:
+        found = owner.at(site)
+        super().__init__(owner, found.node, site.id, found, before=False)
+        self.site, self.own, self.rows = site, own, rows
 
     def branch(self, form: str, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
         """The low-rank part of y, in its shape."""
         if form == "last":
             return self._last(x, a, b, y)
-        mine = self._call("Gather", b, self.ids.ids)
+        mine = self.call("Gather", b, self.own.ids)
         if form == "lookup":
-            return self._shaped(self._call("MatMul", self._scaled(self._rows(x, a)), mine), y)
+            return self._shaped(self.call("MatMul", self._scaled(self._rows(x, a)), mine), y)
         if isinstance(self.site.kind, Conv):
             x = self._windows(x)
-        t = self._call("MatMul", self._call("Gather", a, self.ids.ids), x)
-        return self._shaped(self._call("MatMul", mine, self._scaled(t)), y)
+        t = self.call("MatMul", self.call("Gather", a, self.own.ids), x)
+        return self._shaped(self.call("MatMul", mine, self._scaled(t)), y)
 
     def _last(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
         """The delta in the shape of y; rows of x are brought to the front, and those of y back."""
@@ -155,46 +130,46 @@ class BatchEmitter(OnnxEmitter):
         assert r is not None and axis is not None
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         order = (axis, *(k for k in range(r) if k != axis))
-        first = self._call("Transpose", x, perm=list(order)) if axis else x
+        first = self.call("Transpose", x, perm=list(order)) if axis else x
         plain = r == 3 and self.rows.exact
-        seen = first if plain else self._call("Reshape", first, self._sizes(-1, width))
-        rows, own = self.ids.choice, int(a.shape.numpy()[0]) // self.ids.count  # type: ignore[union-attr]
-        a, b = (self._call("Gather", v, rows.rows(own)) for v in (a, b))
-        t = self._call("MatMul", seen, self._call("Transpose", a, perm=[0, 2, 1]))
-        delta = self._call("MatMul", self._call("Mul", t, rows.mask(own, dtype_name(x))), b)
+        seen = first if plain else self.call("Reshape", first, self._sizes(-1, width))
+        low = int(a.shape.numpy()[0]) // self.own.count  # type: ignore[union-attr]
+        a, b = (self.call("Gather", v, self.own.rows(low)) for v in (a, b))
+        t = self.call("MatMul", seen, self.call("Transpose", a, perm=[0, 2, 1]))
+        delta = self.call("MatMul", self.call("Mul", t, self.own.mask(low, dtype_name(x))), b)
         if not axis:
             return delta if plain else self._shaped(delta, y)
         if not plain:
-            lead = self._call("Slice", self._call("Shape", first), self._ints(0), self._ints(r - 1))
-            sizes = self._call("Concat", lead, self._ints(-1), axis=0)
-            delta = self._call("Reshape", delta, sizes)
-        return self._call("Transpose", delta, perm=[order.index(k) for k in range(r)])
+            lead = self.call("Slice", self.call("Shape", first), self._ints(0), self._ints(r - 1))
+            sizes = self.call("Concat", lead, self._ints(-1), axis=0)
+            delta = self.call("Reshape", delta, sizes)
+        return self.call("Transpose", delta, perm=[order.index(k) for k in range(r)])
 
     def _sizes(self, *rest: int) -> ir.Value:
         """[batch, *rest] as a shape."""
-        return self._call("Concat", self.ids.size, self._ints(*rest), axis=0)
+        return self.call("Concat", self.own.size, self._ints(*rest), axis=0)
 
     def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
-        shape = self._call("Shape", y)
-        return self._call("Reshape", delta, shape, **keep_zeros(self.owner))
+        shape = self.call("Shape", y)
+        return self.call("Reshape", delta, shape, **keep_zeros(self.owner))
 
     def _scaled(self, t: ir.Value) -> ir.Value:
         """The value t [batch, …, …] times the weight of each row."""
-        if self.ids.scales is None:
+        if self.own.scales is None:
             return t
-        factor = self._call("Reshape", self.ids.scales, self._ints(-1, 1, 1))
-        return self._call("Mul", t, self.op("cast_like", factor, t))
+        factor = self.call("Reshape", self.own.scales, self._ints(-1, 1, 1))
+        return self.call("Mul", t, self.op("cast_like", factor, t))
 
     def _rows(self, x: ir.Value, a: ir.Value) -> ir.Value:
         """The rows A[ids[b], x[b, j]] as [batch, m, r], looked up in A as one long table."""
         count = self.site.operand[0]
-        flat = self._call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))  # type: ignore[union-attr]
-        tokens = self._call("Cast", x, to=int(ir.DataType.INT64))
-        tokens = self._call("Reshape", tokens, self._sizes(-1))
-        tokens = self._call("Mod", tokens, self._ints(count))  # negative ones count from the end
-        start = self._call("Mul", self._call("Reshape", self.ids.ids, self._ints(-1, 1)),
+        flat = self.call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))  # type: ignore[union-attr]
+        tokens = self.call("Cast", x, to=int(ir.DataType.INT64))
+        tokens = self.call("Reshape", tokens, self._sizes(-1))
+        tokens = self.call("Mod", tokens, self._ints(count))  # negative ones count from the end
+        start = self.call("Mul", self.call("Reshape", self.own.ids, self._ints(-1, 1)),
                            self._ints(count))  # fmt: skip
-        return self._call("Gather", flat, self._call("Add", tokens, start))
+        return self.call("Gather", flat, self.call("Add", tokens, start))
 
     def _windows(self, x: ir.Value) -> ir.Value:
         """The windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
@@ -214,7 +189,7 @@ class BatchEmitter(OnnxEmitter):
             attributes["group"] = ir.AttrInt64("group", channels)
             attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(kernel))
             x = self._place(ir.Node("", "Conv", [x, w], list(attributes.values())))
-        return self._call("Reshape", x, self._sizes(channels * size, -1))
+        return self.call("Reshape", x, self._sizes(channels * size, -1))
 
 
 def stack(
@@ -226,7 +201,7 @@ def stack(
         updates: One entry for each adapter, None where it has no update of this use; the scale is
             in b.
         form: One of the three of the module's docstring.
-        dtype: Of the result.
+        dtype: The dtype of the result.
     """
     given = [u for u in updates if u is not None]
     r = max(a.shape[0] for a, _ in given)
@@ -243,33 +218,6 @@ def stack(
     if form == "last":
         a_all, b_all = (v.reshape(-1, v.shape[-1]) for v in (a_all, b_all))
     return tuple(np.ascontiguousarray(v.astype(dtype)) for v in (a_all, b_all))  # type: ignore[return-value]
-
-
-def add_branch(
-    graph: OnnxGraph,
-    site: Site,
-    ids: Ids,
-    rows: RowAxis,
-    form: str,
-    names: tuple[str, str],
-    stacks: tuple[Array, Array],
-) -> None:
-    """Add the branch of one use to its result; stacks of one name are stored once."""
-    found = graph.at(site)
-    x, y = found.node.inputs[found.use.x], found.node.outputs[0]
-    assert x is not None
-    e = BatchEmitter(graph, found, ids, rows)
-    a, b = (e.parameter(n, v, Role.FROZEN) for n, v in zip(names, stacks, strict=True))
-    total = e.op("add", y, e.branch(form, x, a, b, y))
-    graph.replace_output(site, total)
-
-
-def write_manifest(
-    model: ir.Model, adapters: Sequence[str], targets: Mapping[str, JsonView]
-) -> None:
-    """Say in the model's metadata which id is which adapter, and where the factors are."""
-    content = {**stamp(), "mode": "batch", "adapters": list(adapters)}
-    model.metadata_props[PROPERTY] = json.dumps({**content, "targets": dict(targets)})
 
 
 # How the rows of a batch read their factors: one pair each, or all those in use side by side.
@@ -290,53 +238,60 @@ LIMIT = 5
 NAME, IDS = "adapter_rows", "adapter_ids"
 
 
-class Choice:
-    """The nodes that decide, at the start of a graph, before everything that reads them."""
+class RowAdapters(OnnxEmitter):
+    """Which adapter each row has, and the nodes that decide, before everything that reads them.
+
+    Args:
+        graph: The graph, whose inputs the next two are.
+        ids: The adapters' numbers, checked, [batch].
+        count: How many adapters there are, the base among them.
+        scales: Weights by row [batch], where they were asked for.
+        batch: The symbol of the batch dimension.
+    """
 
     def __init__(
-        self, graph: OnnxGraph, ids: ir.Value, size: ir.Value, scales: ir.Value | None, batch: str
+        self, graph: OnnxGraph, ids: ir.Value, count: int, scales: ir.Value | None, batch: str
     ) -> None:
         node = ids.producer()
         assert node is not None
-        self._graph, self._last = graph, node
+        super().__init__(graph, node, NAME, before=False)
         self._made: dict[tuple[object, ...], ir.Value] = {}
-        unique = ir.node("Unique", [ids], num_outputs=1)
-        self._place(unique)
-        used = unique.outputs[0]
-        count = self._call("Shape", used)
-        one = self._ints(1)
-        pairs = self._call("Mul", count, self._call("Sub", count, one))
-        more = self._call("Mul", pairs, self._positions(batch))
-        most = self._call("Mul", size, self._ints(LIMIT))
-        few = self._call("Less", more, self._call("Add", most, one))
-        begin = self._call("Where", few, self._ints(0), count)
-        end = self._call("Where", few, count, self._ints(np.iinfo(np.int64).max))
-        self._groups = self._call("Where", few, one, size)
-        chosen = self._call("Slice", self._call("Concat", used, ids, axis=0), begin, end)
-        self._chosen = self._call("Reshape", chosen, self._shape(-1, 1))
-        self._ids, self._scales = self._call("Reshape", ids, self._ints(-1, 1, 1)), scales
+        self.ids, self.count, self.scales = ids, count, scales
+        self.size = size = self.call("Shape", ids)
+        used = self._place(ir.node("Unique", [ids], num_outputs=1))
+        different, one = self.call("Shape", used), self._ints(1)
+        pairs = self.call("Mul", different, self.call("Sub", different, one))
+        more = self.call("Mul", pairs, self._positions(batch))
+        most = self.call("Mul", size, self._ints(LIMIT))
+        few = self.call("Less", more, self.call("Add", most, one))
+        begin = self.call("Where", few, self._ints(0), different)
+        end = self.call("Where", few, different, self._ints(np.iinfo(np.int64).max))
+        self._groups = self.call("Where", few, one, size)
+        chosen = self.call("Slice", self.call("Concat", used, ids, axis=0), begin, end)
+        self._chosen = self.call("Reshape", chosen, self._shape(-1, 1))
+        self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
 
     def rows(self, rank: int) -> ir.Value:
         """Which rows of the tables [n·rank, …] are read, as int64 [g, k·rank]."""
         key = ("rows", rank)
         if key not in self._made:
-            first = self._call("Mul", self._chosen, self._ints(rank))
-            each = self._call("Add", first, self._constant(np.arange(rank)))
-            self._made[key] = self._call("Reshape", each, self._shape(-1))
+            first = self.call("Mul", self._chosen, self._ints(rank))
+            each = self.call("Add", first, self._constant(np.arange(rank)))
+            self._made[key] = self.call("Reshape", each, self._shape(-1))
         return self._made[key]
 
     def mask(self, rank: int, dtype: str | None) -> ir.Value:
         """The mask [b, 1, k·rank]: a row's weight at its own factors, 0 at all others."""
         key = ("mask", rank, dtype)
         if key not in self._made:
-            owner = self._call("Div", self.rows(rank), self._ints(rank))
-            owner = self._call("Reshape", owner, self._shape(1, -1))
-            made = self._call("Equal", self._ids, owner)
+            owner = self.call("Div", self.rows(rank), self._ints(rank))
+            owner = self.call("Reshape", owner, self._shape(1, -1))
+            made = self.call("Equal", self._column, owner)
             to = int(ir.DataType.from_numpy(numpy_dtype(dtype or "float32")))
-            made = self._call("Cast", made, to=to)
-            if self._scales is not None:
-                weights = self._call("Reshape", self._scales, self._ints(-1, 1, 1))
-                made = self._call("Mul", made, self._call("Cast", weights, to=to))
+            made = self.call("Cast", made, to=to)
+            if self.scales is not None:
+                weights = self.call("Reshape", self.scales, self._ints(-1, 1, 1))
+                made = self.call("Mul", made, self.call("Cast", weights, to=to))
             self._made[key] = made
         return self._made[key]
 
@@ -344,7 +299,7 @@ class Choice:
         """[g, *rest] as a shape."""
         key = ("shape", *rest)
         if key not in self._made:
-            self._made[key] = self._call("Concat", self._groups, self._ints(*rest), axis=0)
+            self._made[key] = self.call("Concat", self._groups, self._ints(*rest), axis=0)
         return self._made[key]
 
     def _positions(self, batch: str) -> ir.Value:
@@ -352,7 +307,7 @@ class Choice:
 
         They are counted on the tokens, else on the first input without its last axis.
         """
-        rows = [v for v in self._graph.model.graph.inputs if v.shape and str(v.shape[0]) == batch]
+        rows = [v for v in self.owner.model.graph.inputs if v.shape and str(v.shape[0]) == batch]
         tokens = [v for v in rows if v.dtype in (ir.DataType.INT64, ir.DataType.INT32)]
         tokens = [v for v in tokens if v.name != IDS]
         found = (tokens or rows)[0]
@@ -360,30 +315,11 @@ class Choice:
         end = len(found.shape) - (not tokens)
         if end <= 1:
             return self._ints(1)
-        sizes = self._call("Slice", self._call("Shape", found), self._ints(1), self._ints(end))
-        return self._call("ReduceProd", sizes, keepdims=1)
-
-    def _ints(self, *values: int) -> ir.Value:
-        return self._constant(np.array(values, np.int64))
+        sizes = self.call("Slice", self.call("Shape", found), self._ints(1), self._ints(end))
+        return self.call("ReduceProd", sizes, keepdims=1)
 
     def _constant(self, value: Array) -> ir.Value:
         key = (str(value.dtype), *value.tolist())
         if key not in self._made:
-            name = self._graph.fresh(NAME)
-            self._made[key] = add_initialiser(self._graph.model.graph, name, value, NAME)
+            self._made[key] = super()._constant(value)
         return self._made[key]
-
-    def _call(
-        self, op: str, *inputs: ir.Value, **attributes: int | str | Sequence[int]
-    ) -> ir.Value:
-        node = ir.node(op, inputs, attributes)
-        self._place(node)
-        return node.outputs[0]
-
-    def _place(self, node: ir.Node) -> None:
-        node.metadata_props[MARK] = NAME
-        for value in node.outputs:
-            value.name = self._graph.fresh(NAME)
-        self._graph.model.graph.insert_after(self._last, node)
-        self._last = node
-        self._graph.changed()

@@ -40,17 +40,14 @@ class Timings:
 
     def rows(self) -> list[Json]:
         """One row for each model, with `cpu` and `wall` as `summary` gives them."""
-        base = next(iter(self.samples.values()))
+        first = next(iter(self.samples.values()))
+
+        def summed(mine: Sequence[Sample], clock: str) -> Json:
+            own, base = ([getattr(s, clock) for s in samples] for samples in (mine, first))
+            return summary(own, base)
+
         return [
-            {
-                "model": name,
-                **{
-                    clock: summary(
-                        [getattr(s, clock) for s in mine], [getattr(s, clock) for s in base]
-                    )
-                    for clock in ("cpu", "wall")
-                },
-            }
+            {"model": name, "cpu": summed(mine, "cpu"), "wall": summed(mine, "wall")}
             for name, mine in self.samples.items()
         ]
 

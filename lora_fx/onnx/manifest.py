@@ -219,8 +219,6 @@ def _stored(matrix: Array, dtype: str) -> Array:
 _BF16 = 16
 """The number of BFLOAT16 in onnx.TensorProto.DataType."""
 
-_TYPES = {"tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16)}
-
 
 def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     """The tensors by name, in name order, and adapter_version and model_version.
@@ -284,11 +282,10 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
 
 def _array(value: ort.OrtValue) -> Array:
     """An own copy of a value of the runtime."""
-    dtype = _TYPES.get(value.data_type())
-    if dtype is None:
+    if value.data_type() != "tensor(bfloat16)":
         return np.array(value.numpy())
     data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-    return np.frombuffer(data, dtype).reshape(value.shape()).copy()
+    return np.frombuffer(data, ml_dtypes.bfloat16).reshape(value.shape()).copy()
 
 
 # Branches that insert put into an .onnx file: their list in the metadata, and the way back to an

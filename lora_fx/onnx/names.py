@@ -15,6 +15,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.graph.flow import free_name
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import keys_of, of_use
 from lora_fx.targets.target import Target, base_name, split_use
@@ -49,10 +50,7 @@ def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None
         source = names.get(source, source)
         if source == old or value.is_graph_output():  # whose name is the file's interface
             continue
-        name, i = source, 0
-        while name in taken:
-            i += 1
-            name = f"{source}.{i}"
+        name = free_name(source, taken)
         del graph.initializers[old]
         value.name = name
         if name != source:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import constant, numbers
+from lora_fx.onnx.graph.flow import bodies_of, constant, numbers
 
 
 @dataclass(frozen=True)
@@ -217,13 +217,9 @@ def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     left, arrow, y = equation.partition("->")
     if not arrow or "." in equation:
         return None
-    named = {
-        (term[s.axis], s.exact)
-        for term, s in zip(
-            left.split(","), (_state(node, states, k) for k in range(9)), strict=False
-        )
-        if s.axis is not None
-    }
+    operands = (_state(node, states, k) for k in range(len(node.inputs)))
+    terms = zip(left.split(","), operands, strict=False)
+    named = {(term[s.axis], s.exact) for term, s in terms if s.axis is not None}
     if len(named) != 1:
         return None
     letter, exact = named.pop()
@@ -307,23 +303,17 @@ def provenance(model: ir.Model, batch: str) -> dict[ir.Value, RowAxis]:
                 states[out] = SAME
             elif lost:
                 states[out] = RowAxis(lost=lost)
-            elif _has_body(node) or any(s.axis is not None for s in ins):
+            elif bodies_of(node) or any(s.axis is not None for s in ins):
                 states[out] = _after(node, states, i, batch)
             else:
                 states[out] = SAME
     return states
 
 
-def _has_body(node: ir.Node) -> bool:
-    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return any(a.type in kinds for a in node.attributes.values())
-
-
 def _after(node: ir.Node, states: States, i: int, batch: str) -> RowAxis:
     rule = None if node.domain else RULES.get(node.op_type)
     found = None if rule is None else rule(node, states, i, batch)
     if found is None:
-        return RowAxis(
-            lost=f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch"
-        )
+        why = f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch"
+        return RowAxis(lost=why)
     return found

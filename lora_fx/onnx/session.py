@@ -20,7 +20,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.inputs import BATCH, Input, Inputs
+from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
 from lora_fx.onnx.ranges import conditions_of
 from lora_fx.text import Json, near
@@ -170,10 +170,8 @@ def signature(session: RuntimeSession) -> Inputs:
         sizes = [IMAGE if image and k > 1 and not isinstance(d, int) else d
                  for k, d in enumerate(i.shape)]  # fmt: skip
         shape = tuple(d if isinstance(d, int) else 2 for d in sizes)
-        dims = {k: str(d) for k, d in enumerate(sizes) if not isinstance(d, int)}
-        specs.append(
-            Input(i.name, dtype, shape, {k: BATCH if k == 0 else v for k, v in dims.items()})
-        )
+        dims = {k: str(d) if k else BATCH for k, d in enumerate(sizes) if not isinstance(d, int)}
+        specs.append(Input(i.name, dtype, shape, dims))
     inputs = Inputs(tuple(specs), conditions_of(session.metadata, "the model"))
     if len(inputs.others) > 1:
         try:  # many exporters give one length a name for every input
@@ -183,6 +181,17 @@ def signature(session: RuntimeSession) -> Inputs:
             session.note = f"{session.note}; {equal}" if session.note else equal
             return inputs.alike()
     return inputs
+
+
+def feeds_of_sizes(inputs: Inputs, given: Named) -> Iterator[dict[str, Array]]:
+    """Feeds of every size at which shapes differ; of one where arrays of a user are given."""
+    seen: list[dict[str, tuple[int, ...]]] = []
+    for size in SIZES[:1] if given else inputs.checks:
+        feeds = {**inputs.sample(size), **given}
+        shapes = {name: array.shape for name, array in feeds.items()}
+        if shapes not in seen:
+            seen.append(shapes)
+            yield feeds
 
 
 # Sessions on switchable ONNX files: adapters are loaded by name and chosen run by run.
@@ -320,8 +329,6 @@ class Session:
         Raises:
             LoraFxError: An adapter that is not loaded, a missing or unknown input.
         """
-        from onnxruntime import OrtValue
-
         self._check(inputs)
         arrays = {n: np.ascontiguousarray(_widened(x)) for n, x in inputs.items()}
         if isinstance(adapter, str) and self.provider == "cpu":
@@ -333,8 +340,8 @@ class Session:
             if adapter is None:
                 made = self.session.run(self._outputs, arrays)
                 return dict(zip(self._outputs, made, strict=True))
-            feeds = {n: OrtValue.ortvalue_from_numpy(x) for n, x in arrays.items()}
-            made = self.session.run_with_ort_values(self._outputs, {**feeds, **chosen})
+            feeds = {**_values(arrays), **chosen}
+            made = self.session.run_with_ort_values(self._outputs, feeds)
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
 
     def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
@@ -360,14 +367,9 @@ class Session:
 
         Run it by `session.session.run_with_iobinding(binding)`.
         """
-        from onnxruntime import OrtValue
-
         self._check(inputs)
         binding = self.session.io_binding()
-        feeds = {
-            n: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for n, x in inputs.items()
-        }
-        for name, value in {**feeds, **self.choice(adapter)}.items():
+        for name, value in {**_values(inputs), **self.choice(adapter)}.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, self.provider)

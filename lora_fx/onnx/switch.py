@@ -13,8 +13,8 @@ import onnx_ir as ir
 from lora_fx.adapter.factors import slot_names
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
-from lora_fx.onnx.graph.flow import MARK
-from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
+from lora_fx.onnx.graph.flow import MARK, constant
+from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import SwitchSlot
 from lora_fx.onnx.row_provenance import rank
 from lora_fx.targets.target import Target
@@ -79,12 +79,10 @@ def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...
                 reader.replace_input_with(j, new)
             body.remove(user, safe=True)
         else:
-            turned = ir.node("Transpose", (new,), {"perm": list(perm)})
-            turned.metadata_props[MARK] = user.metadata_props.get(MARK, "")
-            turned.outputs[0].name = graph.fresh(f"{new.name}_transposed")
-            turned.outputs[0].type = new.type
-            body.insert_before(user, turned)
-            user.replace_input_with(i, turned.outputs[0])
+            e = OnnxEmitter(graph, user, user.metadata_props.get(MARK, ""), before=True)
+            turned = e.call("Transpose", new, perm=list(perm))
+            turned.type = new.type
+            user.replace_input_with(i, turned)
 
 
 def _is_one(value: ir.Value | None) -> bool:
@@ -100,22 +98,16 @@ def _is_one(value: ir.Value | None) -> bool:
 # result and its bias are only reshaped, all of it stays flat: Gemm(x A, B, Gemm(x, W, bias)).
 
 
-def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> int:
-    """Rewrite every branch of that form; returns how many.
-
-    Branches with casts or stacks in them stay as they are.
-    """
+def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
+    """Rewrite every branch of that form; branches with casts or stacks in them stay as they are."""
     flat = Flat(graph)
     pairs = {(s.a, s.b): s for s in slots if not s.batch}
-    done = 0
     for node in list(graph.model.graph.all_nodes()):
         match = _match(node)
         slot = pairs.get((str(match[1].name), str(match[2].name))) if match else None
         if match and slot:
             _rewrite(node, match, slot, flat)
-            done += 1
     graph.changed()
-    return done
 
 
 Match = tuple[ir.Value, ir.Value, ir.Value, ir.Value]
@@ -193,12 +185,8 @@ class Flat:
 
     def made(self, add: ir.Node, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         """A new node of the branch that `add` ends."""
-        node = ir.node(op, inputs, attributes)
-        node.metadata_props[MARK] = add.metadata_props.get(MARK, "")
-        node.outputs[0].name = self.graph.fresh(f"lora_flat_{op}")
-        assert add.graph is not None
-        add.graph.insert_before(add, node)
-        return node.outputs[0]
+        mark = add.metadata_props.get(MARK, "")
+        return OnnxEmitter(self.graph, add, mark, before=True).call(op, *inputs, **attributes)
 
     def rows(self, add: ir.Node, value: ir.Value, width: int) -> ir.Value:
         """The value as [rows, width].
@@ -228,9 +216,8 @@ class Flat:
         node.metadata_props.update(product.metadata_props)
         return whole
 
-    def heads(self) -> int:
-        """Rewrite every branch of that form; returns how many."""
-        done = 0
+    def heads(self) -> None:
+        """Rewrite every branch of that form."""
         for add in list(self.graph.model.graph.all_nodes()):
             if add.op_type != "Add" or add.domain or MARK not in add.metadata_props:
                 continue
@@ -249,10 +236,8 @@ class Flat:
                 bias.outputs[0].replace_all_uses_with(total)
                 assert add.graph is not None
                 add.graph.remove((bias, add, product), safe=True)
-                done += 1
                 break
         self.graph.changed()
-        return done
 
 
 def reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:
@@ -284,7 +269,7 @@ def _no_zero(target: ir.Value | None) -> bool:
     """True for a shape that copies no size from its input: none of its constants is 0."""
     node = target.producer() if target is not None else None
     parts = list(node.inputs) if node is not None and node.op_type == "Concat" else [target]
-    known = [ir.convenience.get_const_tensor(v) for v in parts if v is not None]
+    known = [constant(v) for v in parts]
     if len(parts) == 1 and known[0] is None:
         return False
-    return all(t is None or bool((t.numpy() != 0).all()) for t in known)
+    return all(t is None or bool((t != 0).all()) for t in known)

@@ -150,7 +150,7 @@ def write_repository(
     Args:
         model: The .onnx file; its data is found.
         folder: The repository; made where it is not there.
-        name: Of the model, instead of the file's. Where it is there, the file is its next version.
+        name: The model's name, instead of the file's. If it is there, the file is its next version.
         max_batch: Above 0: the server may put requests together, up to so many rows.
 
     Raises:
@@ -240,7 +240,7 @@ class Port:
     optional: bool = False
 
     def __str__(self) -> str:
-        """As errors show it."""
+        """The port as errors show it."""
         return f"{self.kind} {list(self.dims)}" + " optional" * self.optional
 
 
@@ -249,7 +249,7 @@ class Config:
     """What a config.pbtxt says of a model, or what a session would have it say.
 
     Attributes:
-        name: Of the model, and of its folder.
+        name: The name of the model and of its folder.
         inputs: By name.
         outputs: By name.
         max_batch: 0: dims are whole. Else the server leaves out the first dimension, and may put
@@ -291,11 +291,8 @@ class Config:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of protobuf for a wrong escape; the server's fails
-                made = text_format.Parse(
-                    _LIST.sub(lambda found: found[1] or ": [", text),
-                    _model_config()(),
-                    allow_unknown_field=True,
-                )
+                plain = _LIST.sub(lambda found: found[1] or ": [", text)
+                made = text_format.Parse(plain, _model_config()(), allow_unknown_field=True)
         except (text_format.ParseError, RecursionError, DeprecationWarning) as error:
             raise _no_config(where, one_line(error)) from error
         for key, known in OURS.items():

@@ -16,7 +16,7 @@ from lora_fx.errors import visible
 from lora_fx.report.rows import Json, Row, number, percent, plural
 
 POINTS = 400
-"""Of a drawn line; a longer run is drawn as means of equal spans."""
+"""The most points of a drawn line; a longer run is drawn as means of equal spans."""
 WIDE, HIGH = 1000, 300
 """Units of the drawing."""
 
@@ -155,7 +155,7 @@ SHADES = 5
 MOST = 16
 """Cells of a block. Above, or with two cells of one name, it is split at the next index."""
 WIDTH = 264
-"""Of the cells of one block, in pixels: a box fits a narrow screen."""
+"""The width of the cells of one block, in pixels: a box fits a narrow screen."""
 HEIGHT = 34
 _CHARACTER = 6.1
 """Width of a character of a cell's label at 10 pixels, at most."""

@@ -24,7 +24,7 @@ class Row:
     """What is known about one target; a field that no part of the result knows is None.
 
     Attributes:
-        share: Of the weight FLOPs.
+        share: Its share of the weight FLOPs.
         effect: ‖Δ‖/‖W‖.
         rounding: Share of the update that the output's dtype lost.
         unmoved: Share of the elements that rounding left where they were.
@@ -82,7 +82,7 @@ def rows_of(result: Json) -> list[Row]:
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
-    """For an order in which layer 2 comes before layer 10: files sort by letters."""
+    """A sort key that puts layer 2 before layer 10: files sort by letters."""
     return [(int(x), "") if x.isascii() and x.isdigit() else (-1, x) for x in key.split(".")]
 
 

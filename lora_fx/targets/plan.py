@@ -247,18 +247,9 @@ class RankPlan:
     def to_json(self) -> Json:
         """The plan file as an object."""
         targets = {r.key: {"rank": r.rank, "alpha": plain_number(r.alpha)} for r in self.rows}
-        return {
-            "format": FORMAT,
-            "version": 1,  # the number of the format; `format` was taken before it was a rule
-            "model": self.model,
-            "method": self.method,
-            "budget": self.budget,
-            "unit": self.unit,
-            "limit": self.limit,
-            "used": self.used,
-            "examples": self.examples,
-            "targets": targets,
-        }
+        # `version` is the number of the format; `format` was taken before it was a rule
+        known = {"format": FORMAT, "version": 1, "targets": targets}
+        return {name: known[name] if name in known else getattr(self, name) for name in FIELDS}
 
     def text(self) -> str:
         """The file's text, a target a line."""

@@ -116,7 +116,7 @@ def kfac(seen: TargetStatistics) -> Array | None:
 
 
 def uniform(seen: TargetStatistics) -> Array | None:
-    """The same for the j-th rank of every target, per cost, [max_rank]."""
+    """Gains that make the j-th rank of every target worth the same, per cost, [max_rank]."""
     return seen.cost / np.arange(1.0, seen.layout.max_rank + 1)
 
 

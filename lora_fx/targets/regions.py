@@ -58,8 +58,8 @@ def check_disjoint(targets: Iterable[Target]) -> None:
     by_name: dict[str, list[Target]] = {}
     for t in targets:
         for other in by_name.setdefault(t.parameter.name, []):
-            apart = t.sites and disjoint((t, other))
-            if overlap(t.region, other.region) and not apart:
+            common = {s.id for s in t.sites} & {s.id for s in other.sites}
+            if overlap(t.region, other.region) and (common or not t.sites):
                 raise LoraFxError(
                     f"{other.key!r} and {t.key!r} share elements of one tensor",
                     "regions of one parameter, and its uses, must not overlap",
@@ -134,27 +134,19 @@ def of_several(t: Target) -> bool:
     return not split_use(t.key)[1] and (tied(t) or len(modules(t)) > 1)
 
 
-def lookup_use(t: Target) -> str:
-    """The use that means the lookup of a tied tensor only; empty where nothing is tied."""
-    return _use(t, (s for s in t.sites if s.op == "embedding")) if tied(t) else ""
+def named_use(t: Target, name: str, *, lookup: bool) -> str:
+    """The use that one name of a tied tensor means: its own module's, else the matmul's.
 
-
-def named_use(t: Target, name: str) -> str:
-    """The use that one name of a tied tensor means: its own module's, else the matmul's."""
-    if not tied(t):
-        return ""
+    Of an update of a lookup it is the lookup, whatever the name.
+    """
     scope = name.rpartition(".")[0]
-    if any(s.scope == scope for s in t.sites):
+    if not lookup and any(s.scope == scope for s in t.sites):
         return name
-    return _use(t, (s for s in t.sites if s.op != "embedding"))
-
-
-def _use(t: Target, sites: Iterable[Site]) -> str:
     op = ""
-    for site in sites:
-        for name in (t.parameter.name, *t.parameter.aliases):
-            if site.scope and name.rpartition(".")[0] == site.scope:
-                return name
+    for site in (s for s in t.sites if (s.op == "embedding") == lookup):
+        for known in (t.parameter.name, *t.parameter.aliases):
+            if site.scope and known.rpartition(".")[0] == site.scope:
+                return known
         op = op or f"op:{site.op}"
     return op
 
@@ -214,12 +206,6 @@ def keys_of(t: Target, sites: Iterable[Site]) -> tuple[str, ...]:
             result.append(key)
             left -= ids
     return tuple(result)
-
-
-def disjoint(targets: Iterable[Target]) -> bool:
-    """True when no site is among the uses of two of these targets of one tensor."""
-    ids = [s.id for t in targets for s in t.sites]
-    return len(ids) == len(set(ids))
 
 
 def modules(t: Target) -> tuple[str, ...]:

@@ -116,19 +116,18 @@ def select_names(names: Sequence[str], selectors: str | Sequence[str]) -> tuple[
     """Parameter names (for also_train): a glob on a dotted suffix of the name or of its module."""
     chosen: dict[str, None] = {}
     for text in split(selectors):
-        rule = _name_rule(text)
-        hits = [n for n in names if rule(n) or rule(n.rpartition(".")[0])]
+        hits = [n for n in names if _names(text, n) or _names(text, n.rpartition(".")[0])]
         if not hits:
             raise LoraFxError(f"also_train {text!r} matches no parameter", _near(text, names))
         chosen.update(dict.fromkeys(hits))
     return tuple(chosen)
 
 
-def _name_rule(text: str):  # type: ignore[no-untyped-def]
+def _names(text: str, name: str) -> bool:
+    """True where a selector names a parameter or a module of this name."""
     if text.startswith("re:"):
-        pattern = _regex(text[3:])
-        return lambda name: bool(pattern.search(name))
-    return lambda name: bool(name) and _suffix(name, text)
+        return _regex(text[3:]).search(name) is not None
+    return bool(name) and _suffix(name, text)
 
 
 def _regex(text: str) -> re.Pattern[str]:

@@ -32,7 +32,7 @@ from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, Array]
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
-"""Of the explicit reference: it rounds W + s·b·a in another order."""
+"""The gates of the explicit reference, which rounds W + s·b·a in another order."""
 
 
 class InGraph:
@@ -49,7 +49,7 @@ class InGraph:
         self.module.load_adapter(Adapter(updates))
 
     def check(self) -> Parity:
-        """On the example inputs; on sampled ones where the adapter does nothing to those."""
+        """Compare on the example inputs; on sampled ones where the adapter does nothing there."""
         assert self.module is not None
         module, given = self.module, arrays_of(self.cap.named)
         with module.base():
@@ -61,9 +61,8 @@ class InGraph:
 
     def _live(self, feeds: Mapping[str, Array]) -> Arrays:
         with eval_mode(self.state.model):
-            return by_output(
-                self.cap.signature.call(self.state.model, named_of(self.cap.named, feeds))
-            )
+            named = named_of(self.cap.named, feeds)
+            return by_output(self.cap.signature.call(self.state.model, named))
 
 
 class Explicit:
@@ -76,7 +75,7 @@ class Explicit:
         """The live model has them already."""
 
     def check(self) -> Parity:
-        """On the example inputs."""
+        """Compare on the example inputs."""
         model = self.state.model
         weights = dict(model.named_parameters())
         changed: dict[str, torch.Tensor] = {}
@@ -109,7 +108,7 @@ def _data(
 
 
 def random_values(key: str, update: LowRank) -> LowRank:
-    """The same shapes with random a and b."""
+    """An update of the same shapes with random a and b."""
     assert update.layout is not None
     values = {s.field: s.value for s in slots_of(key, update)}
     rank = update.rank - update.frozen

@@ -53,7 +53,7 @@ def prove_rows(
         w = rng.uniform(0.5, 1.5, len(ids)).astype(np.float32) if scales else np.ones(len(ids))
         weights.append(w)
         got.append(run({**feeds, IDS: ids, **({SCALES: w} if scales else {})}))
-    worst: list[Parity | None] = [None] * len(batches)
+    found: list[list[Parity]] = [[] for _ in batches]
     for i, name in enumerate(["", *adapters]):
         for k, (feeds, ids) in enumerate(batches):
             for row in np.flatnonzero(ids == i):
@@ -62,9 +62,7 @@ def prove_rows(
                 if adapter is not None and scales:
                     adapter = adapter.weighted(weight)
                 parity = _row(reference, adapter, feeds, rowed, int(row), got[k])
-                last = worst[k]
-                if last is None or parity.rel / parity.tol > last.rel / last.tol:
-                    worst[k] = parity
+                found[k].append(parity)
                 if not parity.ok:
                     raise NoEffectError(
                         f"row {row} of a mixed batch differs from {name or 'the base'!r} (id {i}) "
@@ -72,7 +70,7 @@ def prove_rows(
                         f"the gate is {parity.tol:.1e}",
                         "nothing was written; does the model mix the rows of a batch?",
                     )
-    return [p for p in worst if p is not None]
+    return [max(rows, key=lambda p: p.rel / p.tol) for rows in found if rows]
 
 
 def _batches(

@@ -36,7 +36,7 @@ DEAD = 1e-6
 DRAWS = 4
 """What a random depth left out, or a ReLU cut off, gets so many chances to be seen."""
 SIZE = 0.05
-"""Of the probe's ΔW relative to a weight of unit fan-in: seen, and far from saturation."""
+"""The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
 
 
 def runs_at(module: AdaptedModule) -> Named:
@@ -49,12 +49,10 @@ def runs_at(module: AdaptedModule) -> Named:
         with torch.no_grad(), probe(module):
             module.eval()
             module._run_named(copied(named))
-    except SizeError:
+    except (SizeError, RuntimeError, ValueError, IndexError):
         return module.captured.named
     except LoraFxError:
         return named  # no eval program, in a file
-    except (RuntimeError, ValueError, IndexError):
-        return module.captured.named
     return named
 
 

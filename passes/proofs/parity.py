@@ -129,6 +129,12 @@ def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], r
     reference.captured.unproven[str(sizes)] = row
 
 
+def rows_of(captured: Captured) -> Json:
+    """`ranges[]` and `unproven[]` of a capture, as reports have them."""
+    ranges = [c.to_json() for c in captured.ranges]
+    return {"ranges": ranges, "unproven": [*captured.unproven.values()]}
+
+
 def _runs(captured: Captured, named: Named) -> bool:
     """Whether the user's own model, not the graph of it, runs on arguments."""
     try:
@@ -262,9 +268,8 @@ class _Wide(fx.Interpreter):
         return _up(super().get_attr(target, args, kwargs))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(
-            target, *(fx.node.map_aggregate(a, _up) for a in (args, kwargs))
-        )
+        args, kwargs = (fx.node.map_aggregate(a, _up) for a in (args, kwargs))
+        return super().call_function(target, args, kwargs)
 
 
 def _up(x: Any) -> Any:
@@ -316,13 +321,9 @@ class TorchReference:
         """See Reference."""
         return onnx_conditions(self.base.conditions())
 
-    def ranges(self) -> list[Json]:
+    def details(self) -> Json:
         """See Reference."""
-        return [c.to_json() for c in self.base.captured.ranges]
-
-    def unproven(self) -> list[Json]:
-        """See Reference."""
-        return [*self.base.captured.unproven.values()]
+        return rows_of(self.base.captured)
 
     def guards(self) -> tuple[Condition, ...]:
         """See Reference."""

@@ -29,7 +29,7 @@ from lora_fx.ir.emitter import Role
 from lora_fx.ir.view import Cast
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.save import save
-from lora_fx.onnx.session import RuntimeSession, open_session, signature
+from lora_fx.onnx.session import RuntimeSession, feeds_of_sizes, open_session, signature
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.targets.target import Target
@@ -47,12 +47,8 @@ class Reference(Protocol):
         """What sizes have to satisfy, by the names of ONNX inputs."""
         ...
 
-    def ranges(self) -> list[Json]:
-        """Rows of `ranges[]`."""
-        ...
-
-    def unproven(self) -> list[Json]:
-        """Rows of `unproven[]`: sizes at which nothing was compared."""
+    def details(self) -> Json:
+        """`ranges[]`, and `unproven[]`: sizes at which nothing was compared."""
         ...
 
     def guards(self) -> tuple[Condition, ...]:
@@ -81,7 +77,8 @@ class OnnxReference:
 
     Args:
         graph: The base; not changed. Without it no adapter can be added.
-        session: It in ONNX Runtime.
+        source: Its file.
+        provider: auto, cpu or cuda.
         folder: Where graphs with branches are written.
         arrays: A user's inputs by name, instead of sampled ones.
     """
@@ -89,11 +86,13 @@ class OnnxReference:
     def __init__(
         self,
         graph: OnnxGraph | None,
-        session: RuntimeSession,
+        source: Path,
+        provider: str,
         folder: Path,
         arrays: Named | None,
     ) -> None:
-        self.graph, self.session, self.folder = graph, session, folder
+        self.graph, self.source, self.folder = graph, source, folder
+        self.session = session = open_session(source, provider)
         self.arrays = dict(arrays or {})
         found = {} if graph is None else highest(graph)
         said = signature(session)
@@ -112,13 +111,10 @@ class OnnxReference:
         """See Reference."""
         return self.inputs.conditions
 
-    def ranges(self) -> list[Json]:
-        """See Reference."""
-        return [c.to_json() for c in self.conditions if not self.inputs.implied(c)]
-
-    def unproven(self) -> list[Json]:
-        """None: what the file does not take is an error."""
-        return []
+    def details(self) -> Json:
+        """See Reference; nothing is unproven, since what the file does not take is an error."""
+        ranges = [c.to_json() for c in self.conditions if not self.inputs.implied(c)]
+        return {"ranges": ranges, "unproven": []}
 
     def guards(self) -> tuple[Condition, ...]:
         """None: a file of ours has its guards already, and of others nothing is known."""
@@ -130,13 +126,7 @@ class OnnxReference:
 
     def sizes(self) -> Iterator[dict[str, Array]]:
         """Feeds of every size that differs; one where the user gave arrays."""
-        seen: list[dict[str, Any]] = []
-        for size in SIZES[:1] if self.arrays else self.inputs.checks:
-            feeds = self.feeds(size)
-            shapes = {k: v.shape for k, v in feeds.items()}
-            if shapes not in seen:
-                seen.append(shapes)
-                yield feeds
+        return feeds_of_sizes(self.inputs, self.arrays)
 
     def run(self, adapter: Adapter | None) -> Run:
         """See Reference."""
@@ -206,9 +196,8 @@ class OnnxReference:
         try:
             values = session.session.run(names, dict(feeds))
         except Exception as e:  # the runtime's exceptions have no common base
-            text = ", ".join(
-                f"{k} {list(v.shape)}" for k, v in feeds.items() if k in self.inputs.names
-            )
+            known = ((n, v) for n, v in feeds.items() if n in self.inputs.names)
+            text = ", ".join(f"{name} {list(value.shape)}" for name, value in known)
             raise LoraFxError(
                 f"the model does not run at {text}: {one_line(e, 160)}",
                 "give real data with --inputs FILE.npz",
@@ -219,7 +208,7 @@ class OnnxReference:
         path = self._path(updates) if updates else None
         known = self._open.get((path, rewrites))
         if known is None:
-            source = path or self._base()
+            source = path or self.source
             known = open_session(source, self.session.provider, rewrites=rewrites)
             self._open[path, rewrites] = known
         return known
@@ -229,16 +218,6 @@ class OnnxReference:
         found = find(self.graph)
         return [found[k] for k in keys]
 
-    def _clone(self) -> OnnxGraph:
-        assert self.graph is not None
-        return self.graph.clone()
-
-    def _base(self) -> Path:
-        path = self.folder / "base.onnx"
-        if not path.exists():
-            save(self._clone().model, path)
-        return path
-
     def _path(self, updates: Mapping[str, LowRank], *, moved: bool = False) -> Path:
         """The file of the graph with branches for these keys and ranks, its weights as rounded."""
         key = (
@@ -246,7 +225,8 @@ class OnnxReference:
             *((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items()),
         )
         if key not in self._made:
-            graph = self._clone()
+            assert self.graph is not None
+            graph = self.graph.clone()
             zeros = {
                 k: replace(u, a=np.zeros_like(u.a), b=np.zeros_like(u.b), alpha=u.alpha / u.scale)
                 for k, u in updates.items()
@@ -275,6 +255,5 @@ def reference_of(
     source: Path, graph: OnnxGraph | None, provider: str, arrays: Named | None
 ) -> Iterator[OnnxReference]:
     """The reference of a file, and room for its variants while the block runs."""
-    session = open_session(source, provider)
     with tempfile.TemporaryDirectory() as folder:
-        yield OnnxReference(graph, session, Path(folder), arrays)
+        yield OnnxReference(graph, source, provider, Path(folder), arrays)

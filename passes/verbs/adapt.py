@@ -19,7 +19,7 @@ from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Graph
 from lora_fx.passes.find import find as find_graph
-from lora_fx.passes.fold import Fold, Folded
+from lora_fx.passes.fold import Fold
 from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
@@ -82,7 +82,7 @@ def insert(
         model: A module, a function of tensors, a Captured, or a path as on the command line.
         args: Example inputs.
         kwargs: Example inputs by keyword.
-        rank: Of every target, capped (and said) where a side is smaller.
+        rank: The rank of every target, capped (and said) where a side is smaller.
         alpha: None means 2·rank.
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
@@ -91,7 +91,7 @@ def insert(
         dropout: On the input of each branch, in train mode.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
         adapter: Start from this adapter, or that of a path; its targets and ranks replace the plan.
-        seed: Of the initial values; each target draws from (seed, key).
+        seed: The seed of the initial values; each target draws from (seed, key).
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they behave as in the original, and the copied statistics move.
@@ -172,8 +172,3 @@ def fold(
     module.folded = tuple(rewrite.report)
     assert isinstance(module, FoldedModule)
     return module
-
-
-def grown(folded: Sequence[Folded]) -> int:
-    """Bytes of constants that fold had to add for tied uses that differ."""
-    return sum(f.grew for f in folded)

@@ -45,7 +45,7 @@ from lora_fx.passes.proofs.attached import (
     random_values,
 )
 from lora_fx.passes.verbs.adapt import insert
-from lora_fx.passes.verbs.build_module import learnt, start_of
+from lora_fx.passes.verbs.build_module import found_in, start_of
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.targets.found import Found
@@ -121,7 +121,7 @@ def attach(
         model = _module(cap.model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
-        planner = _whole(cap, dropout)
+        planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout, cap.notes)
     except CaptureError as e:
         cap, planner = None, _partial(model, args, kwargs, dropout, e)
     found = planner.found
@@ -204,12 +204,6 @@ def _module(model: object) -> nn.Module:
     return model
 
 
-def _whole(cap: Captured, dropout: float) -> GraphPlanner:
-    graph = cap.fx_graph()
-    found = replace(find_graph(graph), **learnt(cap))
-    return GraphPlanner(graph, found, dropout, cap.notes)
-
-
 def _partial(
     model: nn.Module,
     args: Sequence[object],
@@ -262,10 +256,10 @@ class GraphPlanner(Planner):
     """Forms from an eval graph.
 
     Args:
-        graph: Of the model before anything is attached; never changed.
+        graph: The model's graph before anything is attached; it is never changed.
         found: Its targets.
-        dropout: Of the branches in train mode.
-        notes: For the report.
+        dropout: The dropout of the branches in train mode.
+        notes: What the report has to say.
         whole: False where the sites come from parts of the model and know no module: then the
             weight form serves every target.
     """

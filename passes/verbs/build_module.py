@@ -64,7 +64,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         model: Where the tensors are.
         cap: The model's capture; None where no single graph can hold it.
         found: Its targets.
-        options: Of the verb.
+        options: What the verb is asked for.
 
     Raises:
         LoraFxError: No target, an adapter that does not fit, a start that cannot be had.

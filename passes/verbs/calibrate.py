@@ -53,8 +53,8 @@ def calibrate(
         uses: Target key → the alias through which its update applies; empty for all uses.
         data: Batches of arrays or tensors by argument name, with a column of labels.
         loss: ce, mse, or a function of (output, labels), as for train.
-        wanted: Of lora_fx.targets.ranking.STATISTICS. Without outputs and gradient no label is
-        needed.
+        wanted: Names in lora_fx.targets.ranking.STATISTICS. Without outputs and gradient no label
+            is needed.
 
     Raises:
         LoraFxError: No batch, a column that the model does not take, a loss that is not finite.
@@ -192,7 +192,7 @@ class _Seen:
                     self.sums[key].add("outputs", value.numpy(force=True), rows.count)
 
     def moments(self, examples: int) -> dict[str, Moments]:
-        """By key, in the order that was asked for."""
+        """The moments by key, in the order that was asked for."""
         for key in self.dead:
             self.say(key, "no gradient reaches it")
         return {key: sums.moments(examples) for key, sums in self.sums.items()}

@@ -81,12 +81,12 @@ def export(
         mode: merged; switch: adapters are chosen run by run (lora_fx.onnx.Session); load: one is
             chosen when a session is made; batch: one graph whose rows use different adapters
             (docs/export.md).
-        include: Of switch and load: targets, instead of the adapters' or the default plan's.
-        exclude: Of switch and load: targets to leave out.
-        rank: Of load: the largest rank that an adapter may have; the largest given by default,
+        include: In switch and load, targets instead of the adapters' or the default plan's.
+        exclude: In switch and load, targets to leave out.
+        rank: In load, the largest rank that an adapter may have; the largest given by default,
             or 16.
-        scales: Of batch: add an input of weights by row.
-        names: Of an .onnx file: adapter key → tensor, where the names do not tell.
+        scales: In batch, add an input of weights by row.
+        names: For an .onnx file, adapter key → tensor, where the names do not tell.
         inputs: Arrays by input name for the check, instead of sampled ones.
         provider: auto, cpu or cuda.
         opset: ONNX operator set; 20 by default. An .onnx file keeps its own.
@@ -94,14 +94,14 @@ def export(
         dynamic: As in capture.
         force: Replace an existing file.
         optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
-        precision: Of merged: float16 (nodes that need float32 keep it) or int8 (dynamic; weights by
+        precision: In merged, float16 (nodes that need float32 keep it) or int8 (dynamic; weights by
             channel); what it costs is measured, said, and held to a gate. A bfloat16 model is in
             float32; bfloat16 keeps it.
         triton: A folder of models for Triton, which gets a copy as the next version of the file's
             stem (docs/serving.md).
-        max_batch: Of triton: above 0 the server may put requests together, up to so many rows.
-        cache: Of a decoder of transformers, in all modes but batch: the key-value cache goes in and
-            comes out as tensors. The inputs are known, so none are given.
+        max_batch: With triton, above 0: the server may put requests together, up to so many rows.
+        cache: For a decoder of transformers, in all modes but batch: its key-value cache goes in
+            and comes out as tensors. The inputs are known, so none are given.
         within: You keep to the sizes that the report's `ranges` name: leave the nodes out that fail
             at others.
 

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 RANK = 4
-"""Of the random adapter that stands in where none is given."""
+"""The rank of the random adapter that stands in where none is given."""
 SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
-"""Of the random adapter: the first at which no output changes by more than its own size."""
+"""Scales of the random adapter: the first at which no output changes by more than its size."""
 LOAD_RANK = 16
-"""Of the slots of mode load where neither a rank nor an adapter is given."""
+"""The rank of the slots of mode load where neither a rank nor an adapter is given."""
 
 
 def by_name(options: ExportOptions) -> dict[str, Adapter]:
@@ -81,8 +81,8 @@ def save_within(
         model: What goes into it.
         conditions: What sizes have to satisfy.
         guards: Those outside which a session could give an answer. They get a guard each.
-        options: Of export.
-        slots: See Output.save.
+        options: What export is asked for.
+        slots: Names of tensors that a session replaces; see Output.save.
     """
     say_within(model, conditions)
     if guards and not options.within:
@@ -110,7 +110,7 @@ def write_switch(
         reference: What it has to equal.
         keys: Its targets.
         adapters: Bound to the reference.
-        options: Of export, in mode switch or load.
+        options: What export is asked for, in mode switch or load.
         loose: Leave out keys that the graph has no target for, and say so.
         found: The targets as adapters know them, where those are not the graph's.
         warnings: To be reported with those found here.
@@ -131,9 +131,9 @@ def write_switch(
     apart = [t for t in lost if t and not t.other_readers and t.key in kept]  # see to_onnx
     keys = [k for k in keys if k not in {t.key for t in apart}]
     if loose:
-        left = [k for k in keys if k not in there]
+        left = (k for k in keys if k not in there)
         warnings += [f"{k}: left out, the exported graph has no such target" for k in left]
-        keys = [k for k in keys if k not in left]
+        keys = [k for k in keys if k in there]
     stored = copies_of(graph.model).values()
     twice = [k for k in keys if base_name(k) in stored]
     if twice and not loose:
@@ -179,8 +179,7 @@ def write_switch(
                 write_adapter(adapters[name], manifest, part)
     if session.note:
         warnings.append(session.note)
-    details: Json = {"mode": manifest.mode, "targets": len(manifest.slots)}
-    details |= {"ranges": reference.ranges(), "unproven": reference.unproven()}
+    details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     files = [*made_file.files, *paths.values()]
     return report_of(files, session.provider, parity, warnings, details)
@@ -203,22 +202,16 @@ def _serving(
     path: Path, provider: str, load: bool
 ) -> Callable[[Adapter | None], tuple[Run, Session]]:
     """Adapter → what runs with it: one session for all, or one for each in mode load."""
-    if load:
+    shared = None if load else Session(path, provider)
 
-        def loaded(adapter: Adapter | None) -> tuple[Run, Session]:
-            session = Session(path, provider, adapter=adapter)
-            return session.run, session
-
-        return loaded
-    session = Session(path, provider)
-
-    def switched(adapter: Adapter | None) -> tuple[Run, Session]:
-        if adapter is None:
+    def serve(adapter: Adapter | None) -> tuple[Run, Session]:
+        session = shared or Session(path, provider, adapter=adapter)
+        if adapter is None or load:
             return session.run, session
         session.load("adapter", adapter)
         return (lambda feeds: session.run(feeds, adapter="adapter")), session
 
-    return switched
+    return serve
 
 
 def _random(
@@ -265,7 +258,7 @@ def write_batch(
         reference: What its rows have to equal.
         sources: See lora_fx.passes.batch.Batch.
         adapters: Bound to the reference, in the order of their ids, 1, 2 …
-        options: Of export; with scales the file has the input `adapter_scales`, a weight by row.
+        options: With scales the file has the input `adapter_scales`, a weight by row.
         fixed: The reference has one size: a user's inputs.
         warnings: To be reported.
 
@@ -303,8 +296,7 @@ def write_batch(
         "adapters": list(adapters),
         "nodes": sum(1 for _ in model.graph.all_nodes()),
         "nodes_of_base": before,
-        "ranges": reference.ranges(),
-        "unproven": reference.unproven(),
+        **reference.details(),
     }
     return report_of(made_file.files, session.provider, parity, said, details)
 

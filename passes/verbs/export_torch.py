@@ -28,12 +28,12 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
-from lora_fx.onnx.optimise.precision import GATES, in_bfloat16, widen
+from lora_fx.onnx.optimise.precision import GATES, in_bfloat16, narrow, widen
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
-from lora_fx.passes.proofs.parity import TorchReference, guards, prove, torch_run
-from lora_fx.passes.verbs.adapt import find, fold, grown, insert
+from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, rows_of, torch_run
+from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.export_files import (
     by_name,
     report_of,
@@ -42,8 +42,7 @@ from lora_fx.passes.verbs.export_files import (
     write_switch,
 )
 from lora_fx.passes.verbs.open import captured_of, opened
-from lora_fx.passes.verbs.optimise import narrowed
-from lora_fx.passes.verbs.optimise import optimise as optimised
+from lora_fx.passes.verbs.optimise import optimised
 from lora_fx.passes.verbs.options import ExportOptions
 from lora_fx.targets.regions import applies, own_use
 from lora_fx.targets.target import Target, base_name
@@ -99,12 +98,14 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     model = made.model
     conditions = onnx_conditions(branched.conditions())
     stages: list[RewriteStage] = []
+    wanted = feeds_of(branched, inputs) if options.optimise or precision in GATES else ()
+    feeds = [f for _, f, extra in wanted if not extra]
     if options.optimise:
-        model, stages = optimised(model, branched, inputs, provider)
+        model, stages = optimised(model, feeds, provider)
         mark_changed(model, values)
     tol = ORT_TOL
     if precision in GATES:
-        made_of = narrowed(model, branched, inputs, provider, precision)
+        made_of = narrow(model, precision, feeds, provider)
         model, tol = made_of.model, GATES[precision]
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
@@ -133,9 +134,8 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         "opset": opset,
         "mode": "merged",
         "nodes": sum(1 for _ in model.graph.all_nodes()),
-        "grown_bytes": grown(changes),
-        "ranges": [c.to_json() for c in branched.captured.ranges],
-        "unproven": [*branched.captured.unproven.values()],
+        "grown_bytes": sum(f.grew for f in changes),
+        **rows_of(branched.captured),
     }
     if options.optimise:
         details["stages"] = [s.to_json() for s in stages]

@@ -124,6 +124,6 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
 
 
 def _visible(update: LowRank) -> LowRank:
-    """The same with a b that is not zero."""
+    """The update with a b that is not zero."""
     b = np.random.default_rng(0).standard_normal(update.b.shape).astype(np.float32)
     return LowRank(update.a, b, update.alpha, update.layout, update.variant, update.use)

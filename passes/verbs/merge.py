@@ -53,12 +53,12 @@ class OnnxMergeOptions:
         external_over: Bytes of weights above which they go to a file of their own.
         repository: Where a copy goes, for Triton.
         how: Several adapters: sum (cat is the same), or linear and svd, which mix factors first.
-        rank: Of svd.
+        rank: The rank of an svd mix.
         delta: Write only what changes: the output reads the rest from the base's data file, which
             has to lie in the same folder and to stay.
         run: Also run it against the base with branches, at three sizes; that takes memory.
         inputs: Arrays by input name for run, instead of sampled ones.
-        provider: Of run: auto, cpu or cuda.
+        provider: The provider of `run`: auto, cpu or cuda.
     """
 
     names: Mapping[str, str] | None = None
@@ -364,5 +364,5 @@ def merge(base: StrPath, adapters: Adapters, out: StrPath, **options: Any) -> Re
 
 
 def is_onnx(path: StrPath) -> bool:
-    """By its name."""
+    """True for a path whose name is an ONNX file's."""
     return fspath(path).endswith(".onnx")

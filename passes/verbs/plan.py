@@ -62,7 +62,7 @@ def plan(
         method: uniform, importance, kfac or eva (lora_fx.targets.ranking).
         loss: ce, mse, or a function of (output, labels).
         include: Selectors, as for insert.
-        exclude: Likewise.
+        exclude: Selectors of targets that get no rank.
         scale: alpha/rank of every target.
         dynamic: As in capture.
         name: What the file calls the model.
@@ -96,9 +96,8 @@ def plan(
         def weight(target: Target = target) -> Array:
             return matrix(target, graph.read(target.parameter.name))
 
-        gains[key] = way.gains(
-            TargetStatistics(target.layout, costs[key], seen.moments[key], weight)
-        )
+        known = TargetStatistics(target.layout, costs[key], seen.moments[key], weight)
+        gains[key] = way.gains(known)
         if gains[key] is None:
             notes.append(f"{key}: {method} has nothing to read there; it gets uniform's rank")
     if not gains:
@@ -126,10 +125,10 @@ class Cut:
     """One rank.
 
     Attributes:
-        rank: Of every update, at most; 0 is the model without low-rank updates.
+        rank: The most that an update has; 0 is the model without low-rank updates.
         parameters: Elements of all a and b, for both.
         error: ‖ΔW − ΔW'‖/‖ΔW‖ at one rank for all.
-        loss: Of one rank for all.
+        loss: The loss at one rank for all.
         spread_error: The error of as many elements, spread.
         spread_loss: And its loss.
     """
@@ -173,7 +172,7 @@ def held_out(cap: Captured, adapter: Adapter, data: Table, loss: str | Loss = "c
 
     Args:
         cap: The model that it was trained on.
-        adapter: Of lora or rslora updates; tensors that were trained whole stay in every row.
+        adapter: One of lora or rslora updates; tensors that were trained whole stay in every row.
         data: Examples that it was not trained on, with their labels.
         loss: ce, mse, or a function of (output, labels).
 

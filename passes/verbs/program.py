@@ -58,7 +58,11 @@ def save_program(
         if isinstance(module, FoldedModule):
             notes.append("a folded model has no train program")
         else:
-            modes += _train_mode(module, notes)
+            try:
+                module.captured.allows(True, module._norm_stats)
+                modes.append(True)
+            except LoraFxError as e:
+                notes.append(f"no train program is written: {e.message}")
         with replacing(path, force=force) as temporary:
             write_programs(module.eval(), temporary, modes)
             again, by_torch = load_program(temporary), _by_torch(temporary)
@@ -70,15 +74,6 @@ def save_program(
         if not isinstance(module, FoldedModule):
             module.train(was)
     return tuple(notes)
-
-
-def _train_mode(module: CapturedModule, notes: list[str]) -> list[bool]:
-    try:
-        module.captured.allows(True, module._norm_stats)
-    except LoraFxError as e:
-        notes.append(f"no train program is written: {e.message}")
-        return []
-    return [True]
 
 
 def _share_memory(again: nn.Module, module: nn.Module, what: str) -> None:

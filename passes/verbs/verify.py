@@ -20,7 +20,6 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.inputs import Named
 from lora_fx.onnx.validity import blaming
-from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.fx.module.module import CapturedModule
@@ -50,13 +49,13 @@ def verify(
         a: A tensor file, a captured module, a Captured, or an .onnx or .pt2 file.
         b: Another one, the reference; or an Adapter or its path: does it fit `a`?
         inputs: Arrays by input name, instead of sampled ones.
-        adapter: Of models that are run: applied to whichever of the two is not an .onnx file (b
+        adapter: Where models are run, it goes into whichever of the two is not an .onnx file (b
             where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
             several, and pairs (adapter, weight).
         tol: Gate on max|a − b| / max|b|: of each output, 2e-6; of each tensor, 0.
-        provider: For .onnx files.
+        provider: The provider of .onnx files: auto, cpu or cuda.
         run: Run tensor files too, as models.
-        rows: Of tensor files with adapters: rows of every touched tensor that are computed again;
+        rows: With adapters of tensor files, rows of every touched tensor that are computed again;
             None for all.
 
     Raises:
@@ -180,11 +179,7 @@ def _fits(model: object, adapter: Adapter) -> Report:
     found = find(model)
     bound = bind(adapter, found)
     untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
-    details: Json = {
-        "fits": len(bound.lowrank),
-        "whole": len(bound.full),
-        "untouched": untouched,
-    }
+    details = {"fits": len(bound.lowrank), "whole": len(bound.full), "untouched": untouched}
     return Report("verify", True, details=details)
 
 
@@ -226,8 +221,7 @@ def verify_onnx(
                 compare(one.run(f), expected(f), shapes_of(f), gate if tol is None else tol)
                 for f in reference.sizes()
             ]
-    ok = bool(parity) and all(p.ok for p in parity)
-    return Report("verify", ok, tuple(parity), (), (note,) if note else ())
+    return _report(parity, [note] if note else [])
 
 
 def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:

@@ -28,12 +28,12 @@ def made(tmp_path: Path, kind: str, *, scales: bool) -> RuntimeSession:
     g ({kind} x) => ({kind} y) {{ y = Identity(x) }}"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "x.onnx")
     graph = OnnxGraph(ir.load(tmp_path / "x.onnx"))
-    choice = add_inputs(graph, "batch", 9, scales=scales).choice
-    for name, value in (("rows", choice.rows(RANK)), ("mask", choice.mask(RANK, "float32"))):
+    own = add_inputs(graph, "batch", 9, scales=scales)
+    for name, value in (("rows", own.rows(RANK)), ("mask", own.mask(RANK, "float32"))):
         value.name = name
         value.type = ir.TensorType(ir.DataType.INT64 if name == "rows" else ir.DataType.FLOAT)
         graph.model.graph.outputs.append(value)
-    assert choice.rows(RANK).name == "rows", "made twice"
+    assert own.rows(RANK).name == "rows", "made twice"
     ir.save(graph.model, tmp_path / "y.onnx")
     return open_session(tmp_path / "y.onnx", "cpu")
 

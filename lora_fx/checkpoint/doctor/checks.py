@@ -20,7 +20,7 @@ from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import is_float
+from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KEEPS_BASE, REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.targets.target import base_name
@@ -268,7 +268,7 @@ ALLOWED = MergeOptions(
     any_base=True,
     other_readers=True,
 )
-"""Of a merge that takes what one of the checks has told already."""
+"""The options of a merge that takes what one of the checks has told already."""
 
 
 def _plan(
@@ -465,12 +465,7 @@ def _bad(pair: Pair, test: Callable[[Array], object]) -> list[str]:
 
 def numbers(pair: Pair) -> Iterator[Finding]:
     """No NaN, no infinity."""
-
-    def broken(value: Array) -> bool:
-        with np.errstate(all="ignore"):
-            return is_float(value) and not np.isfinite(value.astype(np.float64)).all()
-
-    names = _bad(pair, broken)
+    names = _bad(pair, lambda value: is_float(value) and not finite(value))
     if names:
         yield Finding(
             names,

@@ -14,6 +14,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
+from lora_fx.checkpoint.difference import read_floats
 from lora_fx.checkpoint.int8 import Int8, stored_as
 from lora_fx.checkpoint.match import match, stacked
 from lora_fx.checkpoint.model_families import Tie
@@ -23,8 +24,7 @@ from lora_fx.checkpoint.tied import tie_and_names
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
-from lora_fx.files.copying import read_at
-from lora_fx.files.read import json_object, open_input
+from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import TensorInfo, is_float, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
@@ -41,7 +41,7 @@ class Finding:
     """One thing that a check found.
 
     Attributes:
-        keys: Of the adapter, or names of tensors, that it is about.
+        keys: Keys of the adapter, or names of tensors, that it is about.
         found: What is there.
         expected: What should be.
         hint: What to do.
@@ -58,14 +58,8 @@ class Finding:
 
     def to_json(self) -> Json:
         """One row of `findings[]`."""
-        return {
-            "check": self.check,
-            "severity": self.severity,
-            "keys": list(self.keys),
-            "found": self.found,
-            "expected": self.expected,
-            "hint": self.hint,
-        }
+        first = {"check": self.check, "severity": self.severity}
+        return first | vars(self) | {"keys": list(self.keys)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class Pair:
     Attributes:
         base: The checkpoint.
         tensors: Its tensors, a tied head that is not stored among them.
-        tie: Of head and embedding.
+        tie: How its head and embedding are tied.
         path: The adapter.
         raw: Its file without judgement; an empty one for formats other than PEFT's.
         adapter: As far as it can be read.
@@ -204,15 +198,11 @@ def norm(low: LowRank) -> float:
 
 def sample(info: TensorInfo, count: int = 4096) -> Array:
     """Elements of a float tensor from its start, middle and end, in fp64."""
-    dtype = numpy_dtype(info.dtype)
-    size = (info.stop - info.start) // dtype.itemsize
+    # by its bytes: the shape of a stack is that of all its matrices, and these are the first's
+    size = (info.stop - info.start) // numpy_dtype(info.dtype).itemsize
     n = min(count, size)
-    parts = []
-    with open_input(info.file) as f:
-        for at in (0, (size - n) // 2, size - n):
-            raw = read_at(f.fileno(), n * dtype.itemsize, info.start + at * dtype.itemsize)
-            parts.append(np.frombuffer(raw, dtype).astype(np.float64))
-    return np.concatenate(parts)
+    starts = (0, (size - n) // 2, size - n)
+    return np.concatenate([read_floats(info, at, at + n, np.dtype(np.float64)) for at in starts])
 
 
 # A PEFT adapter read without judging it: what is there, under whatever names, sound or not.
@@ -290,11 +280,10 @@ class Raw:
         return LowRank(a, b, self._alpha(part.key), None, variant, op=op, kernel=kernel)
 
     def _alpha(self, key: str) -> float:
-        try:
+        alpha = None
+        with contextlib.suppress(LoraFxError):
             pattern = Pattern(self.config, "alpha_pattern", "lora_alpha", str(self.file))
             alpha = pattern.of(key.removesuffix(".weight"))
-        except LoraFxError:
-            alpha = None
         return float("nan") if alpha is None else alpha
 
 
@@ -307,8 +296,8 @@ def read_raw(path: str | Path) -> Raw | None:
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
     tensors, header = read_tensors(file)
-    ours: Json = {}
-    with contextlib.suppress(LoraFxError):
+    ours: JsonView = {}
+    with contextlib.suppress(LoraFxError):  # damaged: there may be a config beside the file
         ours = json_object(header.get("lora_fx", "{}"), str(file))
     config, _ = config_of(file, ours)
     raw = Raw(file, tensors, config or {})

@@ -65,37 +65,16 @@ FIELDS = (
 VERSION = "peft_version"
 """Kept there too: how PEFT takes stacks of experts depends on it."""
 
-KNOWN = frozenset([*REFUSED, *TRAINS]) | frozenset(
-    [
-        *_LISTS,
-        *_FLAGS,
-        *FIELDS,
-        VERSION,
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "eva_config",
-        "inference_mode",
-        "init_lora_weights",
-        "kasa_config",
-        "loftq_config",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_type",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "task_type",
-        "trainable_token_indices",
-        "use_bdlora",
-    ]
-)
+SHARED = frozenset((
+    *FIELDS, VERSION, "alpha_pattern", "auto_mapping", "base_model_name_or_path", "inference_mode",
+    "peft_type", "r", "rank_pattern", "revision", "task_type",
+))  # fmt: skip
+"""Fields that LORA, LOHA and LOKR all have."""
+KNOWN = SHARED | frozenset((
+    *REFUSED, *TRAINS, *_LISTS, *_FLAGS, "bias", "corda_config", "eva_config", "init_lora_weights",
+    "kasa_config", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "qalora_group_size", "runtime_config", "trainable_token_indices", "use_bdlora",
+))  # fmt: skip
 
 
 def check_config(config: JsonView, where: str) -> list[str]:
@@ -165,7 +144,7 @@ def whole_factor(config: JsonView, module: str, half: str, stored: Array, where:
     """A whole factor of BD-LoRA, which stores the blocks of a block-diagonal one in a column.
 
     Args:
-        config: Of PEFT. In peft 0.21.2 a module is meant where its name holds one of the listed
+        config: PEFT's. In peft 0.21.2 a module is meant where its name holds one of the listed
             texts; see BdLoraLinearVariant.
         module: Its name.
         half: a or b.
@@ -449,8 +428,8 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
     """{module that PEFT would have adapted and the adapter lacks: the entry that names it}.
 
     Args:
-        config: Of PEFT, or the facts of it.
-        modules: Of the base that have a weight of two dimensions or more, as PEFT names them.
+        config: PEFT's config, or the facts of it.
+        modules: Those of the base with a weight of two dimensions or more, as PEFT names them.
         adapted: Modules that the adapter has an update of.
 
     >>> missing({"target_modules": ["q", "v"]}, ["l.0.q", "l.0.v", "l.1.q", "head.q"], ["l.0.q"])

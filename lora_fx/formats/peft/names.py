@@ -50,7 +50,6 @@ _PARTS = {
 }
 _PART = re.compile(rf"(.+)\.({'|'.join(re.escape(p) for p in _PARTS)})")
 _PARTNERS = (("b", "a"), ("a", "b"), ("magnitude", "a"), ("bias", "b"), ("diagonal", "a"))
-_REFUSED = {"lora_E": "the singular values of AdaLoRA"}
 
 
 @dataclass
@@ -84,11 +83,6 @@ def unwrapped(lead: str, wrappers: Sequence[str] = (WRAPPER,)) -> str:
     return ".".join(part for part in lead.split(".") if part not in wrappers)
 
 
-def wrappers(lead: str) -> int:
-    """How many wrappers a name ends in."""
-    return len(lead.split(".")) - len(re.sub(rf"(\.{WRAPPER})+$", "", lead).split("."))
-
-
 def split_name(name: str) -> tuple[str, str, str] | None:
     """(lead, kind, part) of a tensor name without prefix; None where it is of no low-rank layer.
 
@@ -110,12 +104,11 @@ def groups(names: Iterable[str], where: str) -> dict[str, Group]:
     """
     result: dict[str, Group] = {}
     for name in names:
-        for ending, what in _REFUSED.items():
-            if name.endswith(f".{ending}"):
-                raise LoraFxError(
-                    f"{where}: {name!r} is {what}: not supported",
-                    "merge it into its model with PEFT (merge_and_unload)",
-                )
+        if name.endswith(".lora_E"):
+            raise LoraFxError(
+                f"{where}: {name!r} is the singular values of AdaLoRA: not supported",
+                "merge it into its model with PEFT (merge_and_unload)",
+            )
         split = split_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
         if split is None:
             continue

@@ -41,7 +41,6 @@ from lora_fx.formats.peft.names import (
     split_name,
     unknown_name,
     unwrapped,
-    wrappers,
 )
 from lora_fx.text import Json, JsonView
 
@@ -77,8 +76,6 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     for pattern in (reader.ranks, reader.alphas):
         notes += pattern.notes()
     whole = [key for key, entry in entries.items() if isinstance(entry, Full)]
-    if not entries:
-        raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     for module in listed_whole(config):
         if not any(saved_whole({"modules_to_save": [module]}, k.rpartition(".")[0]) for k in whole):
             notes.append(f"{file}: modules_to_save {module!r} has no tensor in the file")
@@ -125,13 +122,13 @@ class _Reader:
         for lead, group in self._twins(found).items():
             outer = unwrapped(lead)
             if self._is_stacked(outer):
-                if wrappers(lead) == 0:
+                if not lead.endswith(f".{WRAPPER}"):
                     levels = self._levels(lead, found)
                     stacks = read_stacks(levels, self.source, self.ranks, self.alphas, self.variant)
                     self.modules.append(outer)
                     for key, low in stacks.items():
                         self.source.add(entries, key, low, group.names["a"])
-                elif f"{lead.removesuffix(f'.{WRAPPER}')}" not in found:
+                elif lead.removesuffix(f".{WRAPPER}") not in found:
                     raise self._nested(group)
                 continue
             self._check_place(group, found)
@@ -148,12 +145,8 @@ class _Reader:
     def update(self, group: Group, found: Mapping[str, Group]) -> LowRank:
         """The update of one layer in PEFT's shapes."""
         a_name = group.names["a"]
-        a, b = (
-            whole_factor(
-                self.config, group.module, half, self.source.factor(group.names[half]), self.file
-            )
-            for half in "ab"
-        )
+        halves = ((half, self.source.factor(group.names[half])) for half in "ab")
+        a, b = (whole_factor(self.config, group.module, *half, self.file) for half in halves)
         a, b, op, kernel = from_tensors(group.kind, a, b, f"{self.file}: {a_name!r}")
         seen = unwrapped(group.lead.removesuffix(_OUT))  # PEFT wraps out_proj inside
         attention = f"{group.lead.removesuffix(_OUT)}{_OUT}" in found
@@ -310,7 +303,7 @@ def read_rest(
     """Add what these tensors say to `entries`.
 
     Args:
-        names: Of tensors that belong to no low-rank layer.
+        names: The names of tensors that belong to no low-rank layer.
         source: The file.
         found: Its low-rank layers.
         entries: Those of the layers; biases of B may get the trained bias beneath them.
@@ -327,7 +320,7 @@ def read_rest(
             module = short.removesuffix(DELTA)
             source.add(entries, f"{unwrapped(module)}.weight", _rows(name, module, source), name)
         elif short.endswith(".bias") and _is_trained_bias(short, source, found):
-            _add_bias(entries, f"{unwrapped(short)}", source.full(name), name, source)
+            _add_bias(entries, unwrapped(short), source.full(name), name, source)
         elif _is_whole(name, short, source, bool(found)):
             # PEFT asked to save embeddings writes a trained one twice, under its wrapper as well.
             key = short.replace(".modules_to_save.", ".")
@@ -379,7 +372,7 @@ def _rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
         )
     index = config
     if isinstance(config, dict):
-        fits = [v for k, v in config.items() if f"{unwrapped(module)}".endswith(k)]
+        fits = [v for k, v in config.items() if unwrapped(module).endswith(k)]
         index = fits[0] if fits and all(f == fits[0] for f in fits) else None
     if (
         not isinstance(index, list)
@@ -462,7 +455,7 @@ def own_entries(
 
     Args:
         found: key → object.
-        reader: Of the file.
+        reader: The file's reader.
         groups: PEFT's layers in it.
         taken: Gets the names of the tensors that were read.
     """

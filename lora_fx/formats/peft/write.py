@@ -56,10 +56,8 @@ class _Writer:
         for key, low in updates.items():
             self._update(key, low)
         biases = self._biases()
-        modules = {f.target for f in self.told.values()} - {
-            f.target for f in self.told.values() if f.kind == "stack"
-        }
-        named = modules | {f.target for f in self.told.values()}
+        named = {f.target for f in self.told.values()}
+        modules = named - {f.target for f in self.told.values() if f.kind == "stack"}
         full = {k: v for k, v in self.adapter.full.items() if k not in biases}
         whole, odd = split_full(full, named)
         for key, value in full.items():
@@ -68,7 +66,7 @@ class _Writer:
             self.described[key] = {"full": name}
             if key in odd:
                 self.notes.append(f"PEFT will not see the whole tensor {key!r}: {odd[key]}")
-        self.notes += partial(whole, full)
+        self.notes += partly_held(whole, full)
         self._rows(named | set(whole))
         if not self.told:
             self.notes.append("PEFT will not load this adapter: it has no update that it can apply")
@@ -433,7 +431,7 @@ def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], 
     return [m for m in chosen if not any(m.startswith(f"{o}.") for o in chosen)], odd
 
 
-def partial(whole: list[str], full: Mapping[str, Full]) -> list[str]:
+def partly_held(whole: list[str], full: Mapping[str, Full]) -> list[str]:
     """Notes on modules of which the adapter may hold only some tensors."""
     notes = []
     for module in whole:

@@ -6,9 +6,10 @@ nodes. A body reads the values of the graphs around it, so one walk over all nod
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -128,16 +129,23 @@ def _is_odd(value: ir.Value) -> bool:
 def _store(flow: OnnxFlow, value: ir.Value) -> None:
     if MARK in value.metadata_props or value.name is None:
         return
-    own, i = str(value.name), 0
+    own = str(value.name)
     if _is_odd(value):  # such come last, so that a plain name is the key of its own tensor
         own = re.sub(r"[@\[\]]", "_", own)
-    name = own
-    while name in flow.stores:  # a body may use a name again
-        i += 1
-        name = f"{own}.{i}"
+    name = free_name(own, flow.stores)  # a body may use a name again
     store = Store(name, value)
     flow.stores[name] = store
     flow.weights[value] = OnnxWeight(name, View(), tuple(store.tensor.shape.numpy()))
+
+
+def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
+    """The stem where it is free, else the first of STEM.1, STEM.2 … that is.
+
+    >>> free_name("w", ()), free_name("w", ("w", "w.1"))
+    ('w', 'w.2')
+    """
+    numbered = (f"{stem}{joint}{i}" for i in itertools.count(1))
+    return next(name for name in itertools.chain([stem], numbered) if name not in taken)
 
 
 def _visit(flow: OnnxFlow, node: ir.Node) -> None:
@@ -175,7 +183,7 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
         return False
     why = next((w.computed for w in floats if w.computed), "")
     why = why or f"the weight is computed by {node.op_type} from {' and '.join(names)}"
-    bodies = [a.as_graph() for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
+    bodies = bodies_of(node)
     made = OnnxWeight(names[0], View(), (), computed=why, behind=names)
     if not bodies and all(v is None or v in known for v in node.inputs):
         for out in node.outputs:
@@ -190,6 +198,17 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
                 why = known[value].computed or f"the weight is carried by a {node.op_type}"
                 flow.computed[inner] = replace(known[value], computed=why, view=View())
     return False
+
+
+def bodies_of(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that an If, a Loop or a Scan runs; empty for other ops."""
+    bodies: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            bodies.append(attribute.as_graph())
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            bodies += attribute.as_graphs()
+    return bodies
 
 
 def _root(value: ir.Value | None) -> ir.Value | None:

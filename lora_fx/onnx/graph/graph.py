@@ -23,16 +23,18 @@ from lora_fx.onnx.graph.flow import (
     VIEW,
     WAS,
     OnnxFlow,
-    OnnxWeight,
     OnnxWeightUse,
     Store,
+    bodies_of,
     constant,
     dtype_name,
     follow,
+    free_name,
     shape_of,
     site_name,
 )
 from lora_fx.onnx.graph.ops import row_of
+from lora_fx.silence import silenced
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
@@ -206,10 +208,8 @@ class OnnxGraph(Analysed):
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when only these sites, and the views before them, read the tensor."""
         mine = {(id(self.at(s).node), s.slot[0]) for s in sites}
-        return not any(w.name == name and self._beside(v, mine) for v, w in self._weights())
-
-    def _weights(self) -> Sequence[tuple[ir.Value, OnnxWeight]]:
-        return tuple(self.flow.weights.items())
+        weights = self.flow.weights.items()
+        return not any(w.name == name and self._beside(v, mine) for v, w in weights)
 
     def _beside(self, value: ir.Value, mine: Collection[tuple[int, int]]) -> list[str]:
         """What reads a weight at other places than these, and is no view of it."""
@@ -227,7 +227,7 @@ class OnnxGraph(Analysed):
         mine = {(id(f.node), f.use.weight) for f in found}
         return [
             OtherReader(w.name, op, w.view)
-            for v, w in self._weights()
+            for v, w in self.flow.weights.items()
             for op in self._beside(v, mine)
             if op not in ("Shape", "Size")
         ]
@@ -243,10 +243,7 @@ class OnnxGraph(Analysed):
             store = self.flow.stores[name]
             store.put(as_tensor(value, str(store.tensor.name)))  # no other flow: nothing to drop
             return name
-        stored, i = f"{name}_folded", 0
-        while stored in self.flow.stores:
-            i += 1
-            stored = f"{name}_folded_{i}"
+        stored = free_name(f"{name}_folded", self.flow.stores, "_")
         add_initialiser(self.model.graph, stored, value)
         self.changed()
         self.repoint(sites, stored)
@@ -287,13 +284,8 @@ def _infer_shapes(model: ir.Model) -> None:
     """
     from onnx_ir.passes.common import ShapeInferencePass
 
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
+    with silenced(levels={"onnx_ir": logging.CRITICAL}):
         ShapeInferencePass()(model)
-    finally:
-        logger.setLevel(level)
 
 
 def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
@@ -305,12 +297,8 @@ def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
                     f"{node.op_type} {site_name(node)} reads {v.name!r} too early",
                     "onnx.checker says where the order of its nodes is wrong",
                 )
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                _lint(attribute.as_graph(), seen)
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for body in attribute.as_graphs():
-                    _lint(body, seen)
+        for body in bodies_of(node):
+            _lint(body, seen)
         seen.update(node.outputs)
 
 
@@ -363,7 +351,8 @@ class OnnxEmitter:
         self.viewing = False
         self.last = node
 
-    def _call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+    def call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Add a node of an ONNX op and give its first result."""
         return self._place(ir.node(op, inputs, attributes))
 
     def _place(self, new: ir.Node) -> ir.Value:
@@ -392,45 +381,40 @@ class OnnxEmitter:
         """Add the node of one primitive of the closed set; see lora_fx.ir.emitter."""
         made = self._op(prim, *xs, **attrs)
         # onnx_ir infers no types, and later casts ask for this one
-        if made.dtype is None:
-            dtype = self._dtype(xs, attrs)
-            if dtype is not None:
-                made.type = ir.TensorType(dtype)
-        return made
-
-    def _dtype(self, xs: Any, attrs: Any) -> ir.DataType | None:
         first = next((x for x in xs if isinstance(x, ir.Value)), None)
-        return None if first is None else first.dtype
+        if made.dtype is None and first is not None and first.dtype is not None:
+            made.type = ir.TensorType(first.dtype)
+        return made
 
     def _op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
         if prim in PLAIN:
-            return self._call(PLAIN[prim], *xs)
+            return self.call(PLAIN[prim], *xs)
         if prim in ("add", "mul"):
             x, y = xs
             if isinstance(y, (int, float)):
                 kind = numpy_dtype(dtype_name(x) or "float32")
                 y = self._constant(np.array(y, np.float32).astype(kind))
-            return self._call(prim.title(), x, y)
+            return self.call(prim.title(), x, y)
         if prim == "norm":
             if self.owner.model.opset_imports.get("", 0) < 18:
-                return self._call("ReduceL2", xs[0], axes=[-1], keepdims=1)
-            return self._call("ReduceL2", xs[0], self._ints(-1), keepdims=1)
+                return self.call("ReduceL2", xs[0], axes=[-1], keepdims=1)
+            return self.call("ReduceL2", xs[0], self._ints(-1), keepdims=1)
         if prim in ("detach", "dropout"):  # a file has no gradients and is no training graph
             assert isinstance(xs[0], ir.Value)
             return xs[0]
         if prim == "transpose":
-            return self._call("Transpose", xs[0], perm=list(attrs["perm"]))
+            return self.call("Transpose", xs[0], perm=list(attrs["perm"]))
         if prim == "reshape":
-            return self._call("Reshape", xs[0], self._ints(*attrs["shape"]))
+            return self.call("Reshape", xs[0], self._ints(*attrs["shape"]))
         if prim == "slice":
             bounds = (self._ints(attrs[k]) for k in ("start", "stop", "axis"))
-            return self._call("Slice", xs[0], *bounds)
+            return self.call("Slice", xs[0], *bounds)
         if prim == "pad":
-            return self._call("Pad", xs[0], self._ints(*attrs["before"], *attrs["after"]))
+            return self.call("Pad", xs[0], self._ints(*attrs["before"], *attrs["after"]))
         if prim == "einsum":
-            return self._call("Einsum", *xs, equation=attrs["equation"])
+            return self.call("Einsum", *xs, equation=attrs["equation"])
         if prim == "conv":
-            return self._call("Conv", *xs, group=attrs["groups"])
+            return self.call("Conv", *xs, group=attrs["groups"])
         if prim == "cast":
             return self._cast(xs[0], attrs["dtype"])
         if prim == "cast_like":
@@ -442,7 +426,7 @@ class OnnxEmitter:
                     f"the dtype of {xs[1].name!r} is unknown, and opset 15 is needed to ask for it",
                     "onnx.shape_inference.infer_shapes(model) writes dtypes into the file",
                 )
-            return self._call("CastLike", *xs)
+            return self.call("CastLike", *xs)
         raise LoraFxError(
             f"the ONNX emitter has no primitive {prim!r}", "report this: it is a mistake of lora-fx"
         )
@@ -451,7 +435,7 @@ class OnnxEmitter:
         if dtype_name(x) == dtype:
             return x
         to = ir.DataType.from_numpy(numpy_dtype(dtype))
-        made = self._call("Cast", x, to=int(to))
+        made = self.call("Cast", x, to=int(to))
         made.type = ir.TensorType(to)
         return made
 

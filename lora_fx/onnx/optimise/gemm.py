@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from lora_fx.onnx.graph.flow import constant
 from lora_fx.onnx.graph.graph import add_initialiser
 
 
@@ -34,16 +35,15 @@ def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
     x, w = gemm.inputs[0], gemm.inputs[1]
     flat = x.producer() if x is not None else None
     attributes = gemm.attributes
-    plain = attributes.get_float("alpha", 1.0) == attributes.get_float(
-        "beta", 1.0
-    ) == 1.0 and not attributes.get_int("transA", 0)
+    scales = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
+    plain = scales == (1.0, 1.0) and not attributes.get_int("transA", 0)
     if x is None or flat is None or flat.op_type != "Reshape" or flat.domain or not plain:
         return False
     source = flat.inputs[0]
-    target = _constant_of(flat.inputs[1])
+    target = constant(flat.inputs[1])
     if source is None or source.shape is None or target is None or w is None:
         return False
-    sizes, shape = [int(n) for n in target.numpy().ravel()], list(source.shape)
+    sizes, shape = [int(n) for n in target.ravel()], list(source.shape)
     if len(sizes) != 2 or sizes[0] != -1 or len(shape) < 3 or sizes[1] < 1:
         return False
     out = gemm.outputs[0]
@@ -100,12 +100,8 @@ def _keeps_order(node: ir.Node, value: ir.Value) -> bool:
         return False
     if node.attributes.get_int("allowzero", 0):
         return True
-    target = _constant_of(node.inputs[1])
-    return target is not None and bool((target.numpy() != 0).all())
-
-
-def _constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
-    return None if value is None else ir.convenience.get_const_tensor(value)
+    target = constant(node.inputs[1])
+    return target is not None and bool((target != 0).all())
 
 
 # (x·W + bias) + delta → (x·W + delta) + bias, where delta is a chain of products of the same x.

@@ -12,10 +12,9 @@ with the node that has to go back.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,9 +25,11 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.graph.flow import bodies_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.optimise.stages import WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
+from lora_fx.silence import silenced
 
 PRECISION = "lora_fx.precision"
 GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}
@@ -96,10 +97,8 @@ def narrow(
 
 def in_bfloat16(model: ir.Model) -> list[ir.Value]:
     """The values of a model that are in bfloat16, bodies included."""
-    nodes = list(model.graph.all_nodes())
-    graphs = {model.graph, *(n.graph for n in nodes if isinstance(n.graph, ir.Graph))}
-    values = {v for g in graphs for v in (*g.inputs, *g.initializers.values())}
-    values |= {v for n in nodes for v in n.outputs}
+    values = {v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())}
+    values |= {v for n in model.graph.all_nodes() for v in n.outputs}
     return [v for v in values if v.dtype is ir.DataType.BFLOAT16]
 
 
@@ -196,7 +195,8 @@ def _int8(model: ir.Model, error: WorstError) -> Narrowed:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    # the converter logs advice that is not for our users
+    with tempfile.TemporaryDirectory() as folder, silenced(levels={"": logging.ERROR}):
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         copy = model.clone()
         ir.external_data.load_to_model(copy)
@@ -214,16 +214,6 @@ def _int8(model: ir.Model, error: WorstError) -> Narrowed:
             "float16, or a model that was trained for int8",
         )
     return Narrowed(made, found)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converters log advice that is not for our users."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 # float16 for every node but the islands: weights converted, casts where the two meet.
@@ -278,10 +268,9 @@ class ToHalf(ir.passes.InPlacePass):
 
     def _converts(self, node: ir.Node) -> bool:
         """True for a node that computes with floats, and may do so with fewer bits."""
-        bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
         if node.op_type in KEPT or node.name in self.islands or node.domain not in ("", MICROSOFT):
             return False
-        if any(a.type in bodies for a in node.attributes.values()):
+        if bodies_of(node):
             return False
         values = [v for v in (*node.inputs, *node.outputs) if v is not None]
         known = all(v.dtype is not None for v in values)
@@ -294,15 +283,15 @@ class ToHalf(ir.passes.InPlacePass):
             return known
         stem = "half" if to == HALF else "full"
         if value.const_value is not None and value.name in graph.initializers:
-            made = _stored(graph, value, to, f"{value.name}_{stem}")
+            kind = np.float16 if to == HALF else np.float32
+            array = value.const_value.numpy().astype(kind)
+            made = add_initialiser(graph, f"{value.name}_{stem}", array)
+            made.metadata_props.update(value.metadata_props)
         else:
             node = ir.node("Cast", [value], {"to": int(to)}, name=f"{value.name}_to_{stem}")
             made = node.outputs[0]
-            made.name, made.type, made.shape = (
-                f"{value.name}_{stem}",
-                ir.TensorType(to),
-                value.shape,
-            )
+            made.name, made.type = f"{value.name}_{stem}", ir.TensorType(to)
+            made.shape = value.shape
             maker = value.producer()
             if maker is None:
                 graph.insert_before(graph[0], node)
@@ -323,13 +312,3 @@ class ToHalf(ir.passes.InPlacePass):
         for i, out in enumerate(graph.outputs):
             if out is value:
                 graph.outputs[i] = full
-
-
-def _stored(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
-    """A weight in other bits; under its own name where nothing reads the old one any more."""
-    tensor = value.const_value
-    assert tensor is not None
-    array = tensor.numpy().astype(np.float16 if to == HALF else np.float32)
-    new = add_initialiser(graph, name, array)
-    new.metadata_props.update(value.metadata_props)
-    return new

@@ -16,7 +16,7 @@ NORMS = {
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
 }
 DEFAULT_EPSILON = 1e-12
-"""Of the fused operators, where the attribute is left out."""
+"""The epsilon of the fused operators, where the attribute is left out."""
 
 
 @dataclass(frozen=True)

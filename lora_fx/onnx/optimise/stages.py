@@ -10,7 +10,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,6 @@ from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 # What onnx_ir and onnxscript bring: dead nodes out, constant folding, fusions for ONNX Runtime.
-
-
-@dataclass(frozen=True)
-class DropDead(ir.passes.InPlacePass):
-    """Nodes that no output needs: the runtime would run them."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit the model in place."""
-        return RemoveUnusedNodesPass()(model)
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ class FuseForRuntime(ir.passes.InPlacePass):
 
 Rewrite = Callable[[ir.Model], ir.passes.PassResult]
 STAGES: Mapping[str, Rewrite] = {
-    "dead nodes": DropDead(),
+    "dead nodes": RemoveUnusedNodesPass(),  # the runtime would run them
     "gemm to matmul": GemmToMatMul(),
     "delta before bias": DeltaBeforeBias(),
     "onnxscript optimizer": FoldConstants(),
@@ -89,10 +80,10 @@ class RewriteStage:
         name: Its name.
         kept: The graph has it.
         why: Why not, or empty.
-        nodes: Of the graph after it, or of what was rolled back.
-        bytes: Of the weights.
+        nodes: How many nodes the graph after it has, or what was rolled back.
+        bytes: How many bytes its weights have.
         seconds: Median CPU of one run at the first size, one thread; None where it was not run.
-        ratio: Of that to the graph that came in, timed in the same rounds.
+        ratio: That over the time of the graph that came in, in the same rounds.
         error: Largest max|a − b| / max|b| to the graph that came in; None where it was not run.
     """
 
@@ -140,21 +131,22 @@ def apply_stages(
         if stages is None:
             stages = {**STAGES, **(CPU_STAGES if base.provider == "cpu" else {})}
         for i, (name, rewrite) in enumerate(stages.items()):
-            candidate = model.clone()
+            candidate, session = model.clone(), base
+            error: float | None = None
             try:
                 if not rewrite(candidate).modified:
                     continue
-                row, session = _try(
-                    name, model, candidate, feeds, wanted, Path(folder) / f"{i}", provider
-                )
+                why = _renamed(model, candidate)
+                if not why:
+                    session = _open(candidate, Path(folder) / f"{i}.onnx", provider)
+                    why, error = _difference(session, feeds, wanted)
             except Exception as e:  # a library's rewrite may raise anything; so may the runtime
-                row = _row(name, candidate, one_line(e, 160) or type(e).__name__)
-            else:
-                if session is not None:
-                    row = _timed(row, base, session, feeds[0])
-            rows.append(row)
-            if row.kept:
-                model = candidate
+                why = one_line(e, 160) or type(e).__name__
+            nodes = sum(1 for _ in candidate.graph.all_nodes())
+            size = weight_bytes(candidate)
+            row = RewriteStage(name, not why, why, nodes, size, error=error)
+            rows.append(row if why else _timed(row, base, session, feeds[0]))
+            model = model if why else candidate
         return model, rows
 
 
@@ -202,27 +194,22 @@ def peaks(model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str) 
     return found
 
 
-def _row(name: str, model: ir.Model, why: str, error: float | None = None) -> RewriteStage:
-    nodes = sum(1 for _ in model.graph.all_nodes())
-    return RewriteStage(name, not why, why, nodes, weight_bytes(model), error=error)
-
-
-def _try(
-    name: str,
-    before: ir.Model,
-    candidate: ir.Model,
-    feeds: Sequence[Mapping[str, Array]],
-    wanted: Sequence[Mapping[str, Array]],
-    folder: Path,
-    provider: str,
-) -> tuple[RewriteStage, RuntimeSession | None]:
+def _renamed(before: ir.Model, after: ir.Model) -> str:
+    """Which inputs or outputs a rewrite changed; empty where it changed none."""
     for what in ("inputs", "outputs"):
-        a, b = ([v.name for v in getattr(m.graph, what)] for m in (before, candidate))
+        a, b = ([v.name for v in getattr(m.graph, what)] for m in (before, after))
         if a != b:
             lost = ", ".join(str(n) for n in a if n not in b) or "their order"
-            return _row(name, candidate, f"it changes the {what}: {lost}"), None
-    folder.mkdir()
-    session = _open(candidate, folder / "candidate.onnx", provider)
+            return f"it changes the {what}: {lost}"
+    return ""
+
+
+def _difference(
+    session: RuntimeSession,
+    feeds: Sequence[Mapping[str, Array]],
+    wanted: Sequence[Mapping[str, Array]],
+) -> tuple[str, float | None]:
+    """Where outputs differ by more than the gate, or nothing; and the largest rel, if finite."""
     worst = 0.0
     for feed, want in zip(feeds, wanted, strict=True):
         shapes = {k: v.shape for k, v in feed.items()}
@@ -231,8 +218,8 @@ def _try(
         if not got.ok:
             where = sizes_text(shapes)
             why = f"output {got.output!r} at {where}: rel {got.rel:.2e}, the gate is {ORT_TOL:.1e}"
-            return _row(name, candidate, why, worst if math.isfinite(worst) else None), None
-    return _row(name, candidate, "", worst), session
+            return why, worst if math.isfinite(worst) else None
+    return "", worst
 
 
 def _timed(
@@ -240,7 +227,7 @@ def _timed(
 ) -> RewriteStage:
     found = time_sessions({"base": base, "new": session}, {"base": feed, "new": feed}, ROUNDS, 1)
     cpu = found.rows()[1]["cpu"]
-    return RewriteStage(**{**vars(row), "seconds": cpu["median"], "ratio": cpu["ratio"]})
+    return replace(row, seconds=cpu["median"], ratio=cpu["ratio"])
 
 
 def _open(model: ir.Model, path: Path, provider: str) -> RuntimeSession:

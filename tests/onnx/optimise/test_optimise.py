@@ -13,11 +13,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 import lora_fx
 from lora_fx.compare import rel
 from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
-from lora_fx.onnx.optimise.stages import DropDead, FuseForRuntime, apply_stages
+from lora_fx.onnx.optimise.stages import FuseForRuntime, apply_stages
 from lora_fx.onnx.session import open_session
 
 FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding")
@@ -121,7 +122,8 @@ def test_fusions_that_break_a_graph_are_rolled_back(tmp_path: Path) -> None:
     assert not any(n.op_type == "Gemm" for n in done.graph)
     assert sum(n.op_type == "Gemm" for n in before.graph) == 8, "a clone was edited"
     assert not GemmToMatMul()(done).modified
-    ir.passes.Sequential(GemmToMatMul(), DropDead())(before)  # onnx_ir's own manager runs them
+    # onnx_ir's own manager runs them
+    ir.passes.Sequential(GemmToMatMul(), RemoveUnusedNodesPass())(before)
     assert not any(n.op_type == "Gemm" for n in before.graph)
 
 
@@ -178,10 +180,10 @@ def test_optional_inputs_do_not_vanish(tmp_path: Path) -> None:
 
 def test_dead_nodes_go(tmp_path: Path) -> None:
     model, feeds = small(tmp_path)
-    after, (row,) = apply_stages(model, feeds, {"dead": DropDead()})
+    after, (row,) = apply_stages(model, feeds, {"dead": RemoveUnusedNodesPass()})
     assert row.kept and row.nodes == 3 and row.error == 0.0
     assert not any(o.name == "unused" for n in after.graph for o in n.outputs)
-    assert apply_stages(after, feeds, {"dead": DropDead()})[1] == []
+    assert apply_stages(after, feeds, {"dead": RemoveUnusedNodesPass()})[1] == []
 
 
 def test_a_stage_that_raises_or_lies_is_rolled_back_alone(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_a_stage_that_raises_or_lies_is_rolled_back_alone(tmp_path: Path) -> Non
         node.replace_input_with(0, new.outputs[0])
         return ir.passes.PassResult(m, True)
 
-    stages = {"raises": raises, "lies": lies, "late": late, "dead": DropDead()}
+    stages = {"raises": raises, "lies": lies, "late": late, "dead": RemoveUnusedNodesPass()}
     after, rows = apply_stages(model, feeds, stages)
     assert [(r.name, r.kept) for r in rows] == [
         ("raises", False), ("lies", False), ("late", False), ("dead", True),
