@@ -11,7 +11,6 @@ from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import captured, json_option, model_options
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.validity import blaming
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -40,7 +39,9 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
 
         found = file_targets(model)
     elif model.endswith(".onnx"):
-        found = _of_onnx(model)
+        from lora_fx.onnx.validity import blaming
+
+        found = blaming(_of_onnx)(model)
     else:
         from lora_fx.passes.verbs.adapt import find
 
@@ -56,7 +57,6 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     emit(as_json, "targets", str(found), refused=refused, **fields)
 
 
-@blaming
 def _of_onnx(model: str) -> Found:
     from dataclasses import replace
 
