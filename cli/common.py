@@ -16,7 +16,7 @@ from types import FrameType
 import click
 
 from lora_fx.cli.output import echo, emit, say
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering
 from lora_fx.text import JsonView, near
 
@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
+    except OSError as e:
+        _fail(explain(e, e.filename or "a file"), argv)
     except MemoryError as e:
         _fail(LoraFxError(f"out of memory: {one_line(e)}", "a smaller model or batch"), argv)
     except Exception as e:

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.faults import Faults
+
 SECONDS = 10.0
 MEGABYTES = 1024
 """What a command may take for a hostile file, beyond what the libraries have."""
@@ -40,6 +42,7 @@ class Outcome:
         seconds: Of wall time.
         megabytes: Resident at most, beyond what the parent had.
         hung: True where it was killed for its time.
+        calls: Calls of the system that were counted, where they were (see faults).
     """
 
     code: int
@@ -48,6 +51,7 @@ class Outcome:
     seconds: float
     megabytes: float
     hung: bool = False
+    calls: int = 0
 
     @property
     def raw(self) -> bool:
@@ -82,6 +86,7 @@ def command(
     seconds: float = SECONDS,
     hard: float = 6.0,
     stop: tuple[float, signal.Signals] | None = None,
+    faults: Faults | None = None,
 ) -> Outcome:
     """Run `lora-fx ARGV` in a folder.
 
@@ -91,27 +96,29 @@ def command(
         seconds: After which it is killed.
         hard: GiB of address space that it may add; what needs more gets a MemoryError.
         stop: (seconds, signal): what it is sent, and when.
+        faults: What its calls of the system meet with.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         ready, told_ready = os.pipe()
         child = os.fork()
-        if not child:
-            _run(argv, folder, out.fileno(), err.fileno(), hard, told_ready)
+        if not child:  # which never comes back
+            _run(argv, folder, out.fileno(), err.fileno(), hard, told_ready, faults)
         os.close(told_ready)
         os.read(ready, 1)  # libraries do things of their own as they are forked
-        os.close(ready)
         start = time.monotonic()
         if stop is not None:
             time.sleep(max(0.0, start + stop[0] - time.monotonic()))
             os.kill(child, stop[1])  # a zombie until it is waited for: the number is still its own
         hung, status, usage = _wait(child, start + seconds)
         code = os.waitstatus_to_exitcode(status)
+        calls = int(os.read(ready, 20) or 0)
+        os.close(ready)
         out.seek(0)
         err.seek(0)
         told = [f.read().decode("utf-8", "replace") for f in (out, err)]
         grown = max(0.0, usage.ru_maxrss / 1024 - before)
-        return Outcome(code, told[0], told[1], time.monotonic() - start, grown, hung)
+        return Outcome(code, told[0], told[1], time.monotonic() - start, grown, hung, calls)
 
 
 def _wait(child: int, end: float) -> tuple[bool, int, resource.struct_rusage]:
@@ -127,7 +134,15 @@ def _wait(child: int, end: float) -> tuple[bool, int, resource.struct_rusage]:
         pause = min(0.05, pause * 1.3)
 
 
-def _run(argv: Sequence[str], folder: Path, out: int, err: int, hard: float, ready: int) -> None:
+def _run(
+    argv: Sequence[str],
+    folder: Path,
+    out: int,
+    err: int,
+    hard: float,
+    ready: int,
+    faults: Faults | None,
+) -> None:
     """The child: it never returns."""
     code = 70
     try:
@@ -145,11 +160,12 @@ def _run(argv: Sequence[str], folder: Path, out: int, err: int, hard: float, rea
         from lora_fx.cli import main
 
         os.write(ready, b"1")
-        os.close(ready)
         try:
-            main(list(argv))
+            with faults or contextlib.nullcontext():
+                main(list(argv))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
+        os.write(ready, str(len(faults.calls)).encode() if faults else b"")
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
