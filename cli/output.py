@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.errors import LoraFxError, one_line, visible
+from lora_fx.errors import LoraFxError, explained, one_line, visible
 from lora_fx.text import Json, strict_json
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def emit(
         whole = result(command, ok, warnings, **fields)
     if page:
         try:
-            say(f"wrote {page(whole)}")
+            with explained("the page"):
+                say(f"wrote {page(whole)}")
         except LoraFxError as e:
             outputs = fields.get("outputs")
             if not isinstance(outputs, list) or not outputs:

@@ -14,6 +14,7 @@ from lora_fx.errors import visible
 from lora_fx.report.charts import grouped
 from lora_fx.report.page import page
 from lora_fx.report.rows import Row, number, percent, rows_of
+from lora_fx.text import strict_json
 from tests.report.made import HOSTILE, everything, hostile, merged, target, trained
 from tests.report.read import Page
 
@@ -64,7 +65,7 @@ def test_a_merge_says_what_rounding_lost() -> None:
 def test_the_data_is_the_result() -> None:
     for make in MADE.values():
         result = make()
-        assert Page(page(result)).data == json.loads(json.dumps(result))
+        assert Page(page(result)).data == strict_json(json.loads(json.dumps(result)))
     odd = Page(page({**trained(1), "before": math.nan, "losses": [math.inf, 1.0]}))
     assert odd.data["before"] is None and odd.data["losses"] == [None, 1.0]
 
@@ -97,10 +98,7 @@ def test_a_hostile_name_is_text(name: str) -> None:
     seen = Page(page(hostile()))
     assert visible(name) in [r["target"] for r in seen.targets]
     assert seen.text.count(visible(name)) >= 5
-    assert (
-        seen.data["warnings"][HOSTILE.index(name)]
-        == name.encode("utf-8", "backslashreplace").decode()
-    )
+    assert seen.data["warnings"][HOSTILE.index(name)] == strict_json(name)
 
 
 def test_a_hostile_name_is_no_markup() -> None:
