@@ -59,7 +59,7 @@ def some(names: Sequence[str], most: int = 3) -> str:
     'a, b, c and 1 more'
     """
     more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(visible, names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def near(

@@ -87,6 +87,7 @@ def command(
     hard: float = 6.0,
     stop: tuple[float, signal.Signals] | None = None,
     faults: Faults | None = None,
+    terminal: bool = False,
 ) -> Outcome:
     """Run `lora-fx ARGV` in a folder.
 
@@ -97,13 +98,16 @@ def command(
         hard: GiB of address space that it may add; what needs more gets a MemoryError.
         stop: (seconds, signal): what it is sent, and when.
         faults: What its calls of the system meet with.
+        terminal: Its output goes to a pseudo-terminal, and all of it is `out`.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        screen, tty = os.openpty() if terminal else (-1, -1)
         ready, told_ready = os.pipe()
         child = os.fork()
         if not child:  # which never comes back
-            _run(argv, folder, out.fileno(), err.fileno(), hard, told_ready, faults)
+            to = (tty, tty) if terminal else (out.fileno(), err.fileno())
+            _run(argv, folder, *to, hard, told_ready, faults)
         os.close(told_ready)
         os.read(ready, 1)  # libraries do things of their own as they are forked
         start = time.monotonic()
@@ -117,8 +121,21 @@ def command(
         out.seek(0)
         err.seek(0)
         told = [f.read().decode("utf-8", "replace") for f in (out, err)]
+        if terminal:
+            os.close(tty)
+            told = [_shown(screen), ""]
         grown = max(0.0, usage.ru_maxrss / 1024 - before)
         return Outcome(code, told[0], told[1], time.monotonic() - start, grown, hung, calls)
+
+
+def _shown(screen: int) -> str:
+    """What a terminal was told, at most what its buffer holds."""
+    parts = []
+    with contextlib.suppress(OSError):  # its end
+        while part := os.read(screen, 1 << 16):
+            parts.append(part)
+    os.close(screen)
+    return b"".join(parts).decode("utf-8", "replace")
 
 
 def _wait(child: int, end: float) -> tuple[bool, int, resource.struct_rusage]:

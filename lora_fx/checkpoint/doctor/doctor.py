@@ -18,7 +18,7 @@ from lora_fx.checkpoint.doctor import checks
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
-from lora_fx.errors import explained
+from lora_fx.errors import explained, visible
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, some, table
 
@@ -138,7 +138,7 @@ def lines(report: Report) -> str:
     verdict = f"healthy; warnings: {warned}" if warned else "healthy"
     text += ["", verdict if report else f"errors: {errors}; do not merge this pair"]
     text += [f"lora-fx merge refuses it: {d['merge']}"] if d["merge"] else []
-    return "\n".join(text)
+    return "\n".join(map(visible, text))
 
 
 def _number(value: object, form: str) -> str:

@@ -1,0 +1,150 @@
+"""What may be read by a name from a file, what an output may replace, and who remembers it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_fx
+from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import Beside, replacing
+from lora_fx.files.ownership import CONTENTS
+from lora_fx.files.read import inside, remember, remembering
+from tests.checkpoint.made import adapter, factors
+
+RNG = np.random.default_rng(0)
+
+
+def base(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_file({"q.weight": RNG.standard_normal((6, 4)).astype("f4")}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    base(tmp_path / "base")
+    adapter(tmp_path / "adapter", {"q": factors(RNG, 6, 4, 2)})
+    return tmp_path / "base", tmp_path / "adapter"
+
+
+def test_a_snapshot_of_the_cache_is_served(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Every file of it is a link into blobs."""
+    home = tmp_path / "hub" / "models--a--b"
+    snapshot, blobs = home / "snapshots" / "1f", home / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(pair[0].iterdir())):
+        (blobs / str(i)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    lora_fx.merge(snapshot, [pair[1]], tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    (snapshot / "tokenizer.json").unlink()
+    (tmp_path / "secret").write_text("secret")
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(LoraFxError, match=r"tokenizer\.json: a link that leads out"):
+        lora_fx.merge(snapshot, [pair[1]], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_blobs_that_are_a_link_are_no_cache(tmp_path: Path) -> None:
+    home = tmp_path / "models--a--b"
+    (home / "snapshots" / "1").mkdir(parents=True)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "x").write_text("secret")
+    (home / "blobs").symlink_to(tmp_path / "etc")
+    (home / "snapshots" / "1" / "x").symlink_to("../../blobs/x")
+    assert inside(home / "snapshots" / "1", "x") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/x", "../x", "a/../../x", "a\\b", "C:x", "a\0b", "n" * 5000, "loop"]
+)
+def test_names_that_lead_nowhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert inside(tmp_path, name) is None
+
+
+def test_links_within_a_folder_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x").write_text("x")
+    (tmp_path / "y").symlink_to("sub/x")
+    for name in ("sub/x", "y", "missing"):
+        assert inside(tmp_path, name) is not None
+
+
+def test_a_new_name_inside_the_base_is_allowed(pair: tuple[Path, Path]) -> None:
+    out = pair[0] / "merged"
+    before = {p.name for p in pair[0].iterdir()}
+    lora_fx.merge(pair[0], [pair[1]], out)
+    assert {p.name for p in pair[0].iterdir()} == before | {"merged"}
+    contents = json.loads((out / CONTENTS).read_text())["files"]
+    assert contents == {p.name: p.stat().st_size for p in out.iterdir() if p.name != CONTENTS}
+    lora_fx.merge(pair[0], [pair[1]], pair[0] / "again")  # what lies in merged is no companion
+    assert not (pair[0] / "again" / "merged").exists()
+    assert load_file(pair[0] / "again" / "model.safetensors").keys() == {"q.weight"}
+
+
+def test_force_replaces_an_output_and_nothing_that_came_into_it(pair: tuple[Path, Path]) -> None:
+    out = pair[0].with_name("out")
+    lora_fx.merge(pair[0], [pair[1]], out)
+    lora_fx.merge(pair[0], [pair[1]], out, force=True)
+    (out / "notes.md").write_text("years")
+    with pytest.raises(LoraFxError, match=r"more than lora-fx wrote: notes\.md"):
+        lora_fx.merge(pair[0], [pair[1]], out, force=True)
+    (out / "notes.md").unlink()
+    (out / "tokenizer.json").write_text('{"mine": 1}')  # of another size now
+    with pytest.raises(LoraFxError, match=r"tokenizer\.json"):
+        lora_fx.merge(pair[0], [pair[1]], out, force=True)
+
+
+def test_an_output_of_before_there_was_a_list_is_replaced(pair: tuple[Path, Path]) -> None:
+    out = pair[0].with_name("out")
+    lora_fx.merge(pair[0], [pair[1]], out)
+    (out / CONTENTS).unlink()
+    lora_fx.merge(pair[0], [pair[1]], out, force=True)
+    assert (out / CONTENTS).exists()
+
+
+def test_a_run_remembers_until_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "a.onnx"
+    file.write_text("x")
+    with remembering():
+        remember(file)
+        with (
+            pytest.raises(LoraFxError, match="would replace the input"),
+            replacing(file, force=True),
+        ):
+            pytest.fail("entered")
+    with replacing(file, force=True) as temporary:
+        temporary.write_text("y")
+    assert file.read_text() == "y"
+
+
+@pytest.mark.parametrize("before", ["old", ""])
+@pytest.mark.parametrize("fails", [True, False])
+def test_outputs_go_together(tmp_path: Path, before: str, fails: bool) -> None:
+    beside_it, main = tmp_path / "a.onnx_adapter", tmp_path / "m.onnx"
+    if before:
+        beside_it.write_text(before)
+    try:
+        with Beside(main) as beside, replacing(main) as temporary:
+            beside.temporary = temporary
+            temporary.write_text("model")
+            with replacing(beside_it, force=True, beside=beside) as part:
+                part.write_text("new")
+            assert beside_it.read_text() == "new"
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert not main.exists()
+        assert (beside_it.read_text() if beside_it.exists() else "") == before
+    else:
+        assert main.read_text() == "model" and beside_it.read_text() == "new"
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
