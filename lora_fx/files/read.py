@@ -184,8 +184,8 @@ def refuse_pointer(data: bytes, size: int, path: str | os.PathLike[str]) -> None
 def json_value(text: str | bytes, where: str, *, sizes: bool = False, hint: str = AGAIN) -> Any:
     """A JSON value, read strictly: no key twice, no NaN, no half of a surrogate pair.
 
-    Whole numbers have at most 20 digits: no file that is read here has larger ones, and numbers of
-    thousands of digits take Python's time and are no floats.
+    Whole numbers have at most 300 digits: larger ones are no floats, and some of thousands of
+    digits take Python's time.
 
     Args:
         text: UTF-8 where it is bytes.
@@ -210,13 +210,13 @@ def json_value(text: str | bytes, where: str, *, sizes: bool = False, hint: str 
     def integer(digits: str) -> int:
         if sizes and digits == "-0":
             raise ValueError("-0 is no size")
-        if len(digits) > 20:
+        if len(digits) > 300:
             raise ValueError(f"a whole number of {len(digits)} digits")
         return int(digits)
 
     try:
         plain = text.decode("utf-8") if isinstance(text, bytes) else text
-        odd = "-0" in plain or re.search(r"\d{20}", plain)  # Python's own way is faster
+        odd = "-0" in plain or re.search(r"\d{301}", plain)  # Python's own way is faster
         value = json.loads(
             plain,
             object_pairs_hook=once,
