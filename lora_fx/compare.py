@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, strict_json
 
 FOLD_TOL = 1e-6
 """fold against insert, fp32, tiny models."""
@@ -84,13 +84,8 @@ class Parity:
 
     def to_json(self) -> Json:
         """One row of `parity[]`; an infinite difference is null."""
-        return {
-            **vars(self),
-            "sizes": {k: list(v) for k, v in self.sizes.items()},
-            "max_abs": self.max_abs if math.isfinite(self.max_abs) else None,
-            "rel": self.rel if math.isfinite(self.rel) else None,
-            "ok": self.ok,
-        }
+        row: Json = strict_json({**vars(self), "sizes": dict(self.sizes), "ok": self.ok})
+        return row
 
 
 def shapes_of(feeds: JsonView) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from lora_fx.errors import visible
 from lora_fx.report.rows import Json, Row, number, percent, plural
+from lora_fx.text import is_number
 
 POINTS = 400
 """The most points of a drawn line; a longer run is drawn as means of equal spans."""
@@ -141,7 +142,7 @@ def _step(rough: float) -> float:
 
 
 def _finite(x: object) -> TypeGuard[float]:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    return is_number(x) and math.isfinite(x)
 
 
 # Targets and ranks on the structure of the model: a box per block, a cell per target.

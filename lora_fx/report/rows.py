@@ -17,6 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lora_fx.errors import visible
+from lora_fx.text import is_number
 
 
 @dataclass
@@ -185,7 +186,7 @@ def number(value: object) -> str:
     >>> number(1.23456e-7), number(0.123456), number(12345678), number(None), number(1234.56)
     ('1.23e-07', '0.1235', '12\u202f345\u202f678', '–', '1235')
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         return "–"
     if isinstance(value, int):
         return f"{value:,}".replace(",", THIN)
@@ -206,7 +207,7 @@ def percent(value: object) -> str:
     >>> percent(-3.21e-5), percent(0)
     ('−0.0032\xa0%', '0\xa0%')
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         return "–"
     if value < 0:
         return "−" + percent(-value)
