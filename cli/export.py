@@ -6,25 +6,22 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
-    force_option,
-    json_option,
     load_npz,
     model_options,
     named_adapters,
     refuse_given,
+    result_options,
     selectors_option,
     triton_options,
 )
 from lora_fx.cli.output import emit, note, table, wrote
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 
 
-@click.command("export", cls=FileCommand)
-@report_option
+@report_command("export")
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
@@ -44,8 +41,7 @@ from lora_fx.cli.report_option import report_option
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @triton_options
 @model_options
-@force_option
-@json_option
+@result_options
 def command(
     model: str,
     adapters: tuple[str, ...],

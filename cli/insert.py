@@ -6,27 +6,24 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     START,
     captured,
-    force_option,
-    json_option,
     load_npz,
     model_options,
     refuse_given,
+    result_options,
     start_from,
     start_options,
     target_options,
 )
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 from lora_fx.text import Json
 
 
-@click.command("insert", cls=FileCommand)
-@report_option
+@report_command("insert")
 @click.argument("model")
 @click.option(
     "-o",
@@ -38,8 +35,7 @@ from lora_fx.text import Json
 @target_options
 @start_options
 @model_options
-@force_option
-@json_option
+@result_options
 def command(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Insert untrained branches and write them.
 

@@ -6,23 +6,20 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     ONNX,
-    force_option,
-    json_option,
     load_numpy,
     merge_file,
     merge_options,
     onnx_options,
+    result_options,
     split_weight,
 )
 from lora_fx.cli.output import emit, note, progress_bar
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 
 
-@click.command("merge", cls=FileCommand)
-@report_option
+@report_command("merge")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")
@@ -38,8 +35,7 @@ from lora_fx.cli.report_option import report_option
 @merge_options
 @onnx_options
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
-@force_option
-@json_option
+@result_options
 def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 

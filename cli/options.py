@@ -43,7 +43,7 @@ def selectors_option(name: str, text: str) -> Callable[[Command], Command]:
     )
 
 
-def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """One decorator that adds options, in the order that --help lists them in."""
 
     def add(function: Command) -> Command:
@@ -54,13 +54,17 @@ def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Comma
     return add
 
 
+result_options = combined(force_option, json_option)
+"""Options of every command that writes something."""
+
+
 def first_given(*names: str) -> str:
     """The first of these that stands on the command line, as a long option; else empty."""
     source, line = click.get_current_context().get_parameter_source, ParameterSource.COMMANDLINE
     return next((f"--{n.replace('_', '-')}" for n in names if source(n) is line), "")
 
 
-def plan_option(function: Callable[..., object]) -> Callable[..., object]:
+def plan_option(function: Command) -> Command:
     """The option, which has the targets and ranks; others that choose them are refused."""
 
     @functools.wraps(function)
@@ -72,15 +76,13 @@ def plan_option(function: Callable[..., object]) -> Callable[..., object]:
         return function(*args, **kwargs)
 
     added = click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
-    made: Callable[..., object] = added(command)
+    made: Command = added(command)
     return made
 
 
 triton_options = combined(
-    [
-        click.option("--triton", metavar="DIR", help="Also into a model repository of Triton."),
-        click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."),
-    ]
+    click.option("--triton", metavar="DIR", help="Also into a model repository of Triton."),
+    click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."),
 )
 """Options of a command that also writes a model repository."""
 
@@ -90,66 +92,60 @@ CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust")
 
 
 model_options = combined(
-    [
-        click.option("--weights", metavar="FILE", help="Weights for a model built from code."),
-        click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Example inputs by name."),
-        click.option(
-            "--dynamic", multiple=True, metavar="NAME:0=batch,2=h", help="Dimensions that may vary."
-        ),
-        click.option(
-            "--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."
-        ),
-        click.option("--trust", is_flag=True, help="Read pickled tensors of a .pt2 file."),
-    ]
+    click.option("--weights", metavar="FILE", help="Weights for a model built from code."),
+    click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Example inputs by name."),
+    click.option(
+        "--dynamic", multiple=True, metavar="NAME:0=batch,2=h", help="Dimensions that may vary."
+    ),
+    click.option("--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."),
+    click.option("--trust", is_flag=True, help="Read pickled tensors of a .pt2 file."),
 )
 """Options of every command that loads and captures a model."""
 
 
 target_options = combined(
-    [
-        plan_option,
-        click.option(
-            "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
+    plan_option,
+    click.option(
+        "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
+    ),
+    click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
+    selectors_option(
+        "--include", "Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…"
+    ),
+    selectors_option("--exclude", "Targets to leave out."),
+    selectors_option("--also-train", "Tensors trained whole, such as a new head."),
+    click.option(
+        "--variant",
+        type=click.Choice(["lora", "rslora", "dora", "lora-fa", "lora+"]),
+        default="lora",
+        show_default=True,
+        help="What an update is and how it learns.",
+    ),
+    click.option(
+        "--init",
+        type=click.Choice(
+            ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
         ),
-        click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
-        selectors_option(
-            "--include", "Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…"
-        ),
-        selectors_option("--exclude", "Targets to leave out."),
-        selectors_option("--also-train", "Tensors trained whole, such as a new head."),
-        click.option(
-            "--variant",
-            type=click.Choice(["lora", "rslora", "dora", "lora-fa", "lora+"]),
-            default="lora",
-            show_default=True,
-            help="What an update is and how it learns.",
-        ),
-        click.option(
-            "--init",
-            type=click.Choice(
-                ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
-            ),
-            default="kaiming",
-            show_default=True,
-            help="What A and B start from.",
-        ),
-        click.option(
-            "--dropout",
-            type=float,
-            default=0.0,
-            show_default=True,
-            help="Dropout on the branches' inputs.",
-        ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
-        click.option(
-            "--dead",
-            type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
-            default="auto",
-            show_default=True,
-            help="Targets that no gradient reaches: refuse those you named and leave out others; "
-            "refuse; leave out; keep; or prove nothing.",
-        ),
-    ]
+        default="kaiming",
+        show_default=True,
+        help="What A and B start from.",
+    ),
+    click.option(
+        "--dropout",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Dropout on the branches' inputs.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
+    click.option(
+        "--dead",
+        type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
+        default="auto",
+        show_default=True,
+        help="Targets that no gradient reaches: refuse those you named and leave out others; "
+        "refuse; leave out; keep; or prove nothing.",
+    ),
 )
 """Options that choose targets and ranks."""
 
@@ -283,11 +279,9 @@ BATCH = 32
 
 
 start_options = combined(
-    [
-        click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
-        click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
-        click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
-    ]
+    click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
+    click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
+    click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
 )
 """Options of a command that inserts and trains nothing."""
 
@@ -304,7 +298,8 @@ def start_from(
         return {}
     if not data:
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
-    return of_training(training_data(data, loaded, cap, label, 128), init, loss_of(loss))
+    table = training_data(data, loaded, cap, label, 128)
+    return {"data": batches_of(table), "loss": loss_of(loss)}
 
 
 def loss_of(text: str) -> str | Loss:
@@ -313,19 +308,6 @@ def loss_of(text: str) -> str | Loss:
 
     loss: str | Loss = load_function(text) if ":" in text else text
     return loss
-
-
-def of_training(table: Table | Buckets, init: str, loss: str | Loss) -> Json:
-    """Keyword arguments of insert for a start from the data that is trained on.
-
-    Args:
-        table: The data.
-        init: The start; {} for one that reads no data.
-        loss: ce, mse, or a function.
-    """
-    from lora_fx.adapter.initial import OF_DATA
-
-    return {"data": batches_of(table), "loss": loss} if init in OF_DATA else {}
 
 
 def batches_of(table: Table | Buckets, seed: int = 0) -> Iterator[JsonView]:
@@ -376,17 +358,15 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 
 
 onnx_options = combined(
-    [
-        click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor."),
-        click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest."),
-        click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches."),
-    ]
+    click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor."),
+    click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest."),
+    click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches."),
 )
 """Options of a merge into an .onnx file."""
 
 
 merge_options = combined(
-    [DTYPE, *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items())]
+    DTYPE, *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items())
 )
 """Options of every command that merges."""
 

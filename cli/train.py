@@ -6,21 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
+    batches_of,
     captured,
-    force_option,
     held,
-    json_option,
     loss_of,
     model_options,
-    of_training,
+    result_options,
     target_options,
     training_data,
 )
 from lora_fx.cli.output import emit, note, say
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
 from lora_fx.text import Json
 
@@ -28,8 +26,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.train.processes import Processes
 
 
-@click.command("train", cls=FileCommand)
-@report_option
+@report_command("train")
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
@@ -41,8 +38,7 @@ if TYPE_CHECKING:
 @loop_options
 @target_options
 @model_options
-@force_option
-@json_option
+@result_options
 def command(model: str, data: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
@@ -62,6 +58,7 @@ def _train(
     world: Processes, device: str, model: str, data: str, output: str, force: bool, as_json: bool,
     options: Json,
 ) -> None:  # fmt: skip
+    from lora_fx.adapter.initial import OF_DATA
     from lora_fx.data import split
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
@@ -83,7 +80,8 @@ def _train(
         note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
     training, validation = split(table, options.pop("validation"), options["seed"])
     loss = loss_of(options.pop("loss"))
-    options |= of_training(training, options["init"], loss)
+    if options["init"] in OF_DATA:
+        options |= {"data": batches_of(training), "loss": loss}
     module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
 
     def progress(step: int, steps: int, value: float) -> None:

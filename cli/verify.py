@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     adapter_of,
@@ -17,11 +16,10 @@ from lora_fx.cli.options import (
     split_weight,
 )
 from lora_fx.cli.output import emit
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 
 
-@click.command("verify", cls=FileCommand)
-@report_option
+@report_command("verify")
 @click.argument("a")
 @click.argument("b")
 @click.option(
