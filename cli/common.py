@@ -79,7 +79,7 @@ class LazyGroup(click.Group):
     """Commands are imported when they run; the list and its help lines need none of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the work, not of the alphabet."""
+        """Their names in the order of the work, not of the alphabet."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

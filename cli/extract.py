@@ -49,14 +49,8 @@ def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **op
     result = extraction(base, tuned, progress=_progress(), **options)
     said = save_adapter(result.adapter, output, force=force)
     note(*result.adapter.metadata["notes"], *said)
-    emit(
-        as_json,
-        "extract",
-        f"{result}\nwrote {output}",
-        inputs=[{"base": base, "tuned": tuned}],
-        outputs=[output],
-        **result.to_json(),
-    )
+    text, inputs = f"{result}\nwrote {output}", [{"base": base, "tuned": tuned}]
+    emit(as_json, "extract", text, inputs=inputs, outputs=[output], **result.to_json())
 
 
 def _progress() -> Callable[[float], None]:

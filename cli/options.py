@@ -43,7 +43,7 @@ def selectors_option(name: str, text: str) -> Callable[[Command], Command]:
     )
 
 
-def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
     """One decorator that adds options, in the order that --help lists them in."""
 
     def add(function: Command) -> Command:
@@ -54,7 +54,7 @@ def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return add
 
 
-result_options = combined(force_option, json_option)
+result_options = combined([force_option, json_option])
 """Options of every command that writes something."""
 
 
@@ -81,8 +81,10 @@ def plan_option(function: Command) -> Command:
 
 
 triton_options = combined(
-    click.option("--triton", metavar="DIR", help="Also into a model repository of Triton."),
-    click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."),
+    [
+        click.option("--triton", metavar="DIR", help="Also into a model repository of Triton."),
+        click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."),
+    ]
 )
 """Options of a command that also writes a model repository."""
 
@@ -92,60 +94,66 @@ CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust")
 
 
 model_options = combined(
-    click.option("--weights", metavar="FILE", help="Weights for a model built from code."),
-    click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Example inputs by name."),
-    click.option(
-        "--dynamic", multiple=True, metavar="NAME:0=batch,2=h", help="Dimensions that may vary."
-    ),
-    click.option("--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."),
-    click.option("--trust", is_flag=True, help="Read pickled tensors of a .pt2 file."),
+    [
+        click.option("--weights", metavar="FILE", help="Weights for a model built from code."),
+        click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Example inputs by name."),
+        click.option(
+            "--dynamic", multiple=True, metavar="NAME:0=batch,2=h", help="Dimensions that may vary."
+        ),
+        click.option(
+            "--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."
+        ),
+        click.option("--trust", is_flag=True, help="Read pickled tensors of a .pt2 file."),
+    ]
 )
 """Options of every command that loads and captures a model."""
 
 
 target_options = combined(
-    plan_option,
-    click.option(
-        "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
-    ),
-    click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
-    selectors_option(
-        "--include", "Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…"
-    ),
-    selectors_option("--exclude", "Targets to leave out."),
-    selectors_option("--also-train", "Tensors trained whole, such as a new head."),
-    click.option(
-        "--variant",
-        type=click.Choice(["lora", "rslora", "dora", "lora-fa", "lora+"]),
-        default="lora",
-        show_default=True,
-        help="What an update is and how it learns.",
-    ),
-    click.option(
-        "--init",
-        type=click.Choice(
-            ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+    [
+        plan_option,
+        click.option(
+            "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
         ),
-        default="kaiming",
-        show_default=True,
-        help="What A and B start from.",
-    ),
-    click.option(
-        "--dropout",
-        type=float,
-        default=0.0,
-        show_default=True,
-        help="Dropout on the branches' inputs.",
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
-    click.option(
-        "--dead",
-        type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
-        default="auto",
-        show_default=True,
-        help="Targets that no gradient reaches: refuse those you named and leave out others; "
-        "refuse; leave out; keep; or prove nothing.",
-    ),
+        click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
+        selectors_option(
+            "--include", "Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…"
+        ),
+        selectors_option("--exclude", "Targets to leave out."),
+        selectors_option("--also-train", "Tensors trained whole, such as a new head."),
+        click.option(
+            "--variant",
+            type=click.Choice(["lora", "rslora", "dora", "lora-fa", "lora+"]),
+            default="lora",
+            show_default=True,
+            help="What an update is and how it learns.",
+        ),
+        click.option(
+            "--init",
+            type=click.Choice(
+                ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+            ),
+            default="kaiming",
+            show_default=True,
+            help="What A and B start from.",
+        ),
+        click.option(
+            "--dropout",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Dropout on the branches' inputs.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
+        click.option(
+            "--dead",
+            type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
+            default="auto",
+            show_default=True,
+            help="Targets that no gradient reaches: refuse those you named and leave out others; "
+            "refuse; leave out; keep; or prove nothing.",
+        ),
+    ]
 )
 """Options that choose targets and ranks."""
 
@@ -279,9 +287,11 @@ BATCH = 32
 
 
 start_options = combined(
-    click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
-    click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
-    click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
+    [
+        click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
+        click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
+        click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
+    ]
 )
 """Options of a command that inserts and trains nothing."""
 
@@ -358,15 +368,20 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 
 
 onnx_options = combined(
-    click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor."),
-    click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest."),
-    click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches."),
+    [
+        click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor."),
+        click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest."),
+        click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches."),
+    ]
 )
 """Options of a merge into an .onnx file."""
 
 
 merge_options = combined(
-    DTYPE, *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items())
+    [
+        DTYPE,
+        *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items()),
+    ]
 )
 """Options of every command that merges."""
 

@@ -22,7 +22,7 @@ from lora_fx.text import Json, JsonView
 
 LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
 FILES = 100
-"""Of a folder that are hashed."""
+"""The most files of a folder that are hashed."""
 
 
 def report_command(name: str) -> Callable[[Command], click.Command]:

@@ -29,48 +29,52 @@ SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 SHOWN: Json = {"show_default": True}
 loop_options = combined(
-    click.option("--epochs", type=ABOVE_0, default=3.0, **SHOWN, help="Passes over DATA."),
-    click.option("--steps", type=FROM_1, metavar="N", help="Steps, instead of epochs."),
-    click.option("--batch-size", type=FROM_1, default=32, **SHOWN, help="Examples a step."),
-    click.option("--lr", type=ABOVE_0, default=1e-3, **SHOWN, help="Peak learning rate."),
-    click.option(
-        "--weight-decay", type=FROM_0, default=0.01, **SHOWN, help="Of AdamW, times the rate."
-    ),
-    click.option(
-        "--warmup", type=SHARE, default=0.05, **SHOWN, help="Share of the steps that warm up."
-    ),
-    click.option(
-        "--clip", type=FROM_0, default=1.0, **SHOWN, help="Longest gradient (norm); 0 for any."
-    ),
-    click.option("--checks", type=FROM_1, default=10, **SHOWN, help="Validations in the run."),
-    click.option(
-        "--patience", type=FROM_1, metavar="N", help="Validations in vain that end the run."
-    ),
-    click.option(
-        "--accumulate",
-        type=FROM_1,
-        default=1,
-        **SHOWN,
-        metavar="N",
-        envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-        help="Parts that a step runs in, one after another, to save memory.",
-    ),
-    click.option(
-        "--mixed-precision",
-        type=click.Choice(["no", "bf16"]),
-        default="no",
-        **SHOWN,
-        envvar="ACCELERATE_MIXED_PRECISION",
-        help="bf16: products in bfloat16; what is trained stays float32.",
-    ),
-    click.option("--save-state", metavar="DIR", help="Keep a state there to --resume from."),
-    click.option(
-        "--save-every",
-        type=FROM_1,
-        metavar="N",
-        help="Steps between two states.  [default: one at every validation]",
-    ),
-    click.option("--resume", metavar="DIR", help="Go on from a state; it is kept current there."),
+    [
+        click.option("--epochs", type=ABOVE_0, default=3.0, **SHOWN, help="Passes over DATA."),
+        click.option("--steps", type=FROM_1, metavar="N", help="Steps, instead of epochs."),
+        click.option("--batch-size", type=FROM_1, default=32, **SHOWN, help="Examples a step."),
+        click.option("--lr", type=ABOVE_0, default=1e-3, **SHOWN, help="Peak learning rate."),
+        click.option(
+            "--weight-decay", type=FROM_0, default=0.01, **SHOWN, help="Of AdamW, times the rate."
+        ),
+        click.option(
+            "--warmup", type=SHARE, default=0.05, **SHOWN, help="Share of the steps that warm up."
+        ),
+        click.option(
+            "--clip", type=FROM_0, default=1.0, **SHOWN, help="Longest gradient (norm); 0 for any."
+        ),
+        click.option("--checks", type=FROM_1, default=10, **SHOWN, help="Validations in the run."),
+        click.option(
+            "--patience", type=FROM_1, metavar="N", help="Validations in vain that end the run."
+        ),
+        click.option(
+            "--accumulate",
+            type=FROM_1,
+            default=1,
+            **SHOWN,
+            metavar="N",
+            envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            help="Parts that a step runs in, one after another, to save memory.",
+        ),
+        click.option(
+            "--mixed-precision",
+            type=click.Choice(["no", "bf16"]),
+            default="no",
+            **SHOWN,
+            envvar="ACCELERATE_MIXED_PRECISION",
+            help="bf16: products in bfloat16; what is trained stays float32.",
+        ),
+        click.option("--save-state", metavar="DIR", help="Keep a state there to --resume from."),
+        click.option(
+            "--save-every",
+            type=FROM_1,
+            metavar="N",
+            help="Steps between two states.  [default: one at every validation]",
+        ),
+        click.option(
+            "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
+        ),
+    ]
 )
 """Options of the loop, in the order of `Settings`, and those of its states."""
 

@@ -23,7 +23,7 @@ ORT_TOL = 2e-6
 CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
 EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
-"""Of the dtypes that round a change: an output's, or that of an adapted weight."""
+"""The epsilons of dtypes that round a change, be it an output's or an adapted weight's."""
 
 
 def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
@@ -183,7 +183,7 @@ def compare_fairly(
     *,
     of: str = "",
 ) -> Parity:
-    """As compare; where a gate that is `tol` is exceeded, those allow for `own`: 4 × that + 1e-7.
+    """Compare; where a gate that is `tol` is exceeded, such gates become 4 × `own` + 1e-7.
 
     `own` tells how far rounding alone moves each output of the reference; it may take long.
     """

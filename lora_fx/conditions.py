@@ -205,7 +205,7 @@ def _sum(tree: str | Tree | int, where: Mapping[str, Size], places: Mapping[Size
 
 @lru_cache(4096)
 def _bounds(text: str) -> tuple[int | None, int | None]:
-    """Of a comparison of one size; where its form does not tell, every size is tried."""
+    """The bounds of one size; where the comparison's form does not tell, every size is tried."""
     tree = parsed(text)
     if len(tree) == 3 and isinstance(tree[1], str) and isinstance(n := tree[2], int):
         low = {"Gt": n + 1, "GtE": n, "Eq": n}.get(str(tree[0]))

@@ -7,7 +7,7 @@ operands (`apply`), and how to compute the low-rank part of the output without t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_fx.ir.emitter import V
@@ -257,11 +257,9 @@ class ConvTranspose(Apart):
     groups: int = 1
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The groups are batch, and out is C_out/groups · ∏kernel."""
-        if self.groups == 1:
-            return Axes((), tuple(range(1, len(operand))), (0,))
-        split = (self.groups, operand[0] // self.groups, *operand[1:])
-        return Axes((0,), tuple(range(2, len(split))), (1,), (Reshape(split),))
+        """A convolution's with out and in swapped: out is C_out/groups · ∏kernel."""
+        conv = Conv(self.groups).axes(operand)
+        return replace(conv, out=conv.in_, in_=conv.out)
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
         """One transposed convolution."""

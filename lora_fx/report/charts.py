@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeGuard
 from markupsafe import Markup
 
 from lora_fx.errors import visible
-from lora_fx.report.rows import Json, Row, number, percent, plural
-from lora_fx.text import is_number
+from lora_fx.report.rows import Row, number, percent, plural
+from lora_fx.text import JsonView, is_number
 
 POINTS = 400
 """The most points of a drawn line; a longer run is drawn as means of equal spans."""
@@ -22,7 +22,7 @@ WIDE, HIGH = 1000, 300
 """Units of the drawing."""
 
 
-def training(result: Json) -> Json | None:
+def training(result: JsonView) -> JsonView | None:
     """The training curves; None where nothing was trained."""
     losses, held = result.get("losses"), result.get("validation")
     if not isinstance(losses, list) or not losses or not isinstance(held, dict):
@@ -66,7 +66,7 @@ def training(result: Json) -> Json | None:
     }
 
 
-def rounding(rows: list[Row]) -> Json | None:
+def rounding(rows: list[Row]) -> JsonView | None:
     """Bars of the share of each update that the output's dtype lost; None without any."""
     lost = [(r.key, max(0.0, r.rounding)) for r in rows if r.rounding is not None]
     worst, top = max(lost, key=lambda pair: pair[1], default=("", 0.0))
@@ -88,7 +88,7 @@ def rounding(rows: list[Row]) -> Json | None:
     }
 
 
-def spark(spectrum: Json) -> str:
+def spark(spectrum: JsonView) -> str:
     """Singular values of s·b·a as bars from the largest on: an SVG of 22 pixels' height."""
     sigma: Sequence[float] = spectrum["sigma"]
     if not sigma or not sigma[0]:
@@ -174,7 +174,7 @@ class Cell(NamedTuple):
     high: int = HEIGHT
 
 
-def blocks(rows: list[Row]) -> Json | None:
+def blocks(rows: list[Row]) -> JsonView | None:
     """The boxes of the model; None where no rank and no size is known, as of a comparison."""
     if not any(r.rank or r.parameters for r in rows):
         return None
@@ -249,7 +249,7 @@ def _scale(rows: list[Row]) -> tuple[Callable[[Row], int], str, str, str]:
     return by_share, legend, "0", percent(top / max(1, total))
 
 
-def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> Json:
+def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> JsonView:
     """One block as a figure; its label says every cell in words."""
     x = y = widest = 0
     cells = []
