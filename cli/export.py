@@ -94,7 +94,7 @@ def command(
     else:
         if names:
             raise LoraFxError("--map is of .onnx files", "a model's own names tell")
-        _, cap = captured(model, **given, cache=options["cache"])
+        _, cap = captured(model, given, cache=options["cache"])
         report = export(cap, output, opset=opset, **options)
         inputs = cap.inputs.to_json()
     said = f"{report}{table(report)}\n{wrote(report)}"

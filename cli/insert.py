@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import (
-    CAPTURE,
     START,
     captured,
     load_npz,
@@ -59,8 +58,8 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     if model.endswith(".onnx"):
         _onnx(model, output, force, as_json, options)
         return
-    loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
-    start = start_from(loaded, cap, options["init"], **{k: options.pop(k) for k in START})
+    loaded, cap = captured(model, options)
+    start = start_from(loaded, cap, options)
     module = insert(cap, **options, **start)
     report = module.report()
     if output.endswith(".pt2"):

@@ -159,23 +159,16 @@ target_options = combined(
 
 
 def captured(
-    model: str,
-    weights: str | None,
-    inputs_file: str | None,
-    dynamic: Sequence[str],
-    static: Sequence[str],
-    trust: bool = False,
-    *,
-    meta: bool = False,
-    cache: bool = False,
+    model: str, options: Json, *, meta: bool = False, cache: bool = False
 ) -> tuple[LoadedModel, Captured]:
-    """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
+    """(LoadedModel, Captured) of a MODEL argument; takes its options out and prints notes."""
     from lora_fx.fx.load.models import LoadedModel, load_model
     from lora_fx.fx.pt2.captured import is_program, open_program
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
     from lora_fx.passes.verbs.open import capture_loaded
 
+    weights, inputs_file, dynamic, static, trust = (options.pop(k) for k in CAPTURE)
     given = {k: from_numpy(v) for k, v in load_npz(inputs_file).items()}
     wanted = parse_dynamic(dynamic) or None
     if is_program(model):
@@ -296,12 +289,11 @@ start_options = combined(
 """Options of a command that inserts and trains nothing."""
 
 
-def start_from(
-    loaded: LoadedModel, cap: Captured, init: str, data: str | None, label: str, loss: str
-) -> Json:
-    """Keyword arguments of insert; empty for a start that reads no data."""
+def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
+    """Keyword arguments of insert; empty for a start that reads no data. Takes its options out."""
     from lora_fx.adapter.initial import OF_DATA
 
+    init, (data, label, loss) = options["init"], (options.pop(k) for k in START)
     if init not in OF_DATA:
         if data:
             raise LoraFxError(f"--init {init} reads no data", f"--init {' or '.join(OF_DATA)}")

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import (
-    CAPTURE,
     captured,
     loss_of,
     model_options,
@@ -72,7 +71,7 @@ def command(
         raise LoraFxError(f"{output} does not end in .json", "-o plan.json")
     if METHODS[options["method"]].wanted and not data:
         raise LoraFxError(f"--method {options['method']} reads data", "lora-fx plan MODEL DATA …")
-    loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
+    loaded, cap = captured(model, options)
     batches = some_batches(data, loaded, cap, options)
     loss = loss_of(options.pop("loss"))
     made = plan(cap, data=batches, loss=loss, name=model, **options)

@@ -86,7 +86,9 @@ def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tu
         )
     if not options["model"]:
         raise LoraFxError("--table needs the model", "--model MODEL")
-    loaded, cap = captured(options["model"], options["weights"], None, (), (), trust)
+    asked: Json = {"inputs_file": None, "dynamic": (), "static": (), "trust": trust}
+    asked["weights"] = options["weights"]
+    loaded, cap = captured(options["model"], asked)
     data = training_data(options["table"], loaded, cap, options["label"], 128)
     result = held_out(cap, adapter_of(adapter, trust), data, loss_of(options["loss"]))
     note(*result.notes)

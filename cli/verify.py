@@ -65,9 +65,9 @@ def command(a: str, b: str, as_json: bool, **options: Any) -> None:
     elif fits and a.endswith(".onnx"):
         report = verify(a, b)
     elif fits:
-        report = verify(captured(a, meta=True, **model)[1], adapter_of(b))
+        report = verify(captured(a, model, meta=True)[1], adapter_of(b))
     else:
-        one, two = (m if m.endswith(".onnx") else captured(m, **model)[1] for m in (a, b))
+        one, two = (m if m.endswith(".onnx") else captured(m, {**model})[1] for m in (a, b))
         arrays = load_npz(model["inputs_file"]) or None
         extra = [adapter_of(x).weighted(w) for x, w in map(split_weight, adapters)]
         beside = extra[0] if len(extra) == 1 else extra or None
