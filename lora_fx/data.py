@@ -214,7 +214,7 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
             columns[name] = _array(values, where, name)
     if texts:
         if tokenizer is None:
-            row = next(i for i, v in enumerate(raw[texts[0]]) if not _is_number(v))
+            row = next((i for i, v in enumerate(raw[texts[0]]) if not _is_number(v)), 0)
             raise LoraFxError(
                 f"{where}: column {texts[0]!r} is text (row {row + 1}: "
                 f"{one_line(repr(str(raw[texts[0]][row])), 40)}) and the model has no tokenizer",
