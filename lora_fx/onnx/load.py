@@ -31,11 +31,8 @@ MAX_NODES = 200_000
 """Nodes of a model with its functions written out."""
 PACKED = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "INT2": 4, "UINT2": 4}
 """Elements of a byte, of the dtypes that have several in one."""
-HOLDERS = {
-    "FunctionProto", "TrainingInfoProto", "GraphProto", "NodeProto", "AttributeProto",
-    "SparseTensorProto", "TensorProto",
-}  # fmt: skip
-"""The messages that stored tensors lie in, and the tensors themselves."""
+WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
+"""Messages that are many, and that no tensor lies in."""
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -137,7 +134,7 @@ def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
     """Every stored tensor: initialisers, sparse ones, and those in attributes and bodies."""
     for field, value in message.ListFields():
         kind = field.message_type
-        if kind is None or kind.name not in HOLDERS:
+        if kind is None or kind.name in WITHOUT:
             continue
         for part in [value] if isinstance(value, Message) else value:
             if kind.name == "TensorProto":

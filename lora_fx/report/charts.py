@@ -231,22 +231,22 @@ def _label(row: Row, block: str) -> str:
 def _scale(rows: list[Row]) -> tuple[Callable[[Row], int], str, str, str]:
     """The shade of a cell, the legend's sentence, its low end and its high end."""
     ranks = {sum(r.rank) for r in rows if r.rank}
-    if len(ranks) > 1:
-        low, high = min(ranks), max(ranks)
+    by_rank = len(ranks) > 1
 
-        def by_rank(row: Row) -> int:
-            return round((SHADES - 1) * (sum(row.rank) - low) / (high - low)) if row.rank else 0
+    def value(row: Row) -> int:
+        return sum(row.rank) if by_rank else row.parameters or 0
 
-        return by_rank, "Number and colour: the rank.", str(low), str(high)
+    low, top = min(ranks) if by_rank else 0, max(map(value, rows), default=0)
+
+    def shade(row: Row) -> int:
+        return max(0, round((SHADES - 1) * (value(row) - low) / max(1, top - low)))
+
+    if by_rank:
+        return shade, "Number and colour: the rank.", str(low), str(top)
     total = sum(r.parameters or 0 for r in rows)
-    top = max((r.parameters or 0 for r in rows), default=0)
-
-    def by_share(row: Row) -> int:
-        return round((SHADES - 1) * (row.parameters or 0) / top) if top else 0
-
     number_is = "Number: the rank. " if ranks else ""
     legend = f"{number_is}Colour: the share of the adapter's parameters."
-    return by_share, legend, "0", percent(top / max(1, total))
+    return shade, legend, "0", percent(top / max(1, total))
 
 
 def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> JsonView:
