@@ -15,7 +15,6 @@ from lora_fx.cli.options import (
     refuse_given,
     result_options,
     selectors_option,
-    triton_options,
 )
 from lora_fx.cli.output import emit, note, table, wrote
 from lora_fx.cli.report_option import report_command
@@ -39,7 +38,8 @@ from lora_fx.cli.report_option import report_command
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
 @click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
-@triton_options
+@click.option("--triton", metavar="DIR", help="Also into a model repository of Triton.")
+@click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
 @model_options
 @result_options
 def command(

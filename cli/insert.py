@@ -14,7 +14,6 @@ from lora_fx.cli.options import (
     refuse_given,
     result_options,
     start_from,
-    start_options,
     target_options,
 )
 from lora_fx.cli.output import emit, note
@@ -32,7 +31,9 @@ from lora_fx.text import Json
     help="Folder, .safetensors, .pt2; .onnx from .onnx.",
 )
 @target_options
-@start_options
+@click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads.")
+@click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]")
+@click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
 @model_options
 @result_options
 def command(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:

@@ -7,16 +7,17 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import (
-    ONNX,
     load_numpy,
     merge_file,
     merge_options,
-    onnx_options,
     result_options,
     split_weight,
 )
 from lora_fx.cli.output import emit, note, progress_bar
 from lora_fx.cli.report_option import report_command
+
+ONNX = {"names": "map", "delta": "delta", "run": "run"}
+"""Options that .onnx files alone have: argument → option."""
 
 
 @report_command("merge")
@@ -33,7 +34,9 @@ from lora_fx.cli.report_option import report_command
 )
 @click.option("--rank", type=int, help="Of an svd mix.")
 @merge_options
-@onnx_options
+@click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor.")
+@click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest.")
+@click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches.")
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
 @result_options
 def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:

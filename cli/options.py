@@ -80,15 +80,6 @@ def plan_option(function: Command) -> Command:
     return made
 
 
-triton_options = combined(
-    [
-        click.option("--triton", metavar="DIR", help="Also into a model repository of Triton."),
-        click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."),
-    ]
-)
-"""Options of a command that also writes a model repository."""
-
-
 CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust")
 """What model_options give to captured."""
 
@@ -279,16 +270,6 @@ BATCH = 32
 """Examples that run at a time."""
 
 
-start_options = combined(
-    [
-        click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
-        click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
-        click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
-    ]
-)
-"""Options of a command that inserts and trains nothing."""
-
-
 def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
     """Keyword arguments of insert; empty for a start that reads no data. Takes its options out."""
     from lora_fx.adapter.initial import OF_DATA
@@ -353,20 +334,6 @@ FLAGS = {
     "trust": "Read an adapter_model.bin, by torch's unpickler that runs no code.",
 }
 trust_option = click.option("--trust", is_flag=True, help=FLAGS["trust"])
-
-
-ONNX = {"names": "map", "delta": "delta", "run": "run"}
-"""Options that .onnx files alone have: argument → option."""
-
-
-onnx_options = combined(
-    [
-        click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor."),
-        click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest."),
-        click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches."),
-    ]
-)
-"""Options of a merge into an .onnx file."""
 
 
 merge_options = combined(
