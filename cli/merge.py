@@ -6,15 +6,10 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.options import (
-    load_numpy,
-    merge_file,
-    merge_options,
-    result_options,
-    split_weight,
-)
+from lora_fx.cli.options import load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, note, progress_bar
 from lora_fx.cli.report_option import report_command
+from lora_fx.text import Json
 
 ONNX = {"names": "map", "delta": "delta", "run": "run"}
 """Options that .onnx files alone have: argument → option."""
@@ -60,7 +55,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
 
     threads = options.pop("threads")
     if base.endswith(".onnx"):
-        merge_file(base, adapters, out, options, as_json)
+        _onnx(base, adapters, out, options, as_json)
         return
     of_onnx = {option: options.pop(name) for name, option in ONNX.items()}
     if wrong := [option for option, value in of_onnx.items() if value]:
@@ -79,3 +74,21 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     note(*report.warnings)
     outputs = list(report.outputs)
     emit(as_json, "merge", lines(report), inputs=inputs, outputs=outputs, **report_json(report))
+
+
+def _onnx(base: str, adapters: tuple[str, ...], out: str, options: Json, as_json: bool) -> None:
+    """Merge into an .onnx file, or print its plan."""
+    from lora_fx.onnx.match import read_map
+    from lora_fx.passes.verbs.merge import OnnxMergeOptions, lines, merge, plan_onnx
+
+    given = [split_weight(a) for a in adapters]
+    inputs = [{"base": base, "adapters": list(adapters)}]
+    dry_run, options["names"] = options.pop("dry_run"), read_map(options["names"])
+    if dry_run:
+        plan = plan_onnx(base, given, OnnxMergeOptions.of(options))
+        note(*plan.graph.notes)
+        emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
+        return
+    report = merge(base, given, out, **options)
+    note(*report.warnings)
+    emit(as_json, text=lines(report), **{**report.to_json(), "inputs": inputs})

@@ -7,13 +7,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.options import (
-    arguments,
-    load_numpy,
-    merge_options,
-    result_options,
-    split_weight,
-)
+from lora_fx.cli.options import arguments, load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, print_json
 from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError, explained

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from lora_fx.cli.output import emit, note
+from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
@@ -365,23 +365,3 @@ def load_numpy() -> None:
         import numpy  # noqa: F401
     finally:
         del os.environ[name]
-
-
-def merge_file(
-    base: str, adapters: tuple[str, ...], out: str, options: Json, as_json: bool
-) -> None:
-    """Merge into an .onnx file, or print its plan."""
-    from lora_fx.onnx.match import read_map
-    from lora_fx.passes.verbs.merge import OnnxMergeOptions, lines, merge, plan_onnx
-
-    given = [split_weight(a) for a in adapters]
-    inputs = [{"base": base, "adapters": list(adapters)}]
-    dry_run, options["names"] = options.pop("dry_run"), read_map(options["names"])
-    if dry_run:
-        plan = plan_onnx(base, given, OnnxMergeOptions.of(options))
-        note(*plan.graph.notes)
-        emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
-        return
-    report = merge(base, given, out, **options)
-    note(*report.warnings)
-    emit(as_json, text=lines(report), **{**report.to_json(), "inputs": inputs})
