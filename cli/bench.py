@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from lora_fx.cli.common import FileCommand
@@ -23,15 +25,7 @@ from lora_fx.cli.output import emit
 @click.option("--threads", type=int, default=1, show_default=True, help="Of ONNX Runtime.")
 @click.option("--provider", default="cpu", show_default=True, help="auto, cpu or cuda.")
 @json_option
-def command(
-    files: tuple[str, ...],
-    sizes: tuple[str, ...],
-    inputs_file: str | None,
-    rounds: int,
-    threads: int,
-    provider: str,
-    as_json: bool,
-) -> None:
+def command(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.
 
     A is timed twice: the second row says how far two measurements of one thing lie apart.
@@ -41,12 +35,11 @@ def command(
     """
     from lora_fx.onnx.bench import SIZES, bench
 
-    wanted = [_size(s) for s in sizes] or SIZES
-    arrays = load_npz(inputs_file) or None
-    found = bench(
-        files, sizes=wanted, inputs=arrays, threads=threads, rounds=rounds, provider=provider
-    )
-    head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {provider}"
+    wanted = [_size(s) for s in options.pop("sizes")] or SIZES
+    arrays = load_npz(options.pop("inputs_file")) or None
+    found = bench(files, sizes=wanted, inputs=arrays, **options)
+    rounds, threads = options["rounds"], options["threads"]
+    head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {options['provider']}"
     text = "\n".join([head, *map(str, found)])
     emit(
         as_json,

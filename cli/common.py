@@ -57,22 +57,29 @@ class FileCommand(click.Command):
 def input_paths(given: JsonView) -> list[Path]:
     """The files that were given: weights, and the function of `file.py:name`, cut off."""
     found: dict[Path, None] = {}
-    for value in (given[n] for n in NAMED if n in given):
-        for text in value if isinstance(value, (tuple, list)) else [value]:
-            if not isinstance(text, str) or "\0" in text or len(text) > 4096:
-                continue
-            for path in (Path(text), Path(text.rpartition(":")[0])):
-                if path.name and path.exists():
-                    found[path] = None
-                    break
+    for text in texts_of(given, NAMED):
+        if "\0" in text or len(text) > 4096:
+            continue
+        for path in (Path(text), Path(text.rpartition(":")[0])):
+            if path.name and path.exists():
+                found[path] = None
+                break
     return list(found)
+
+
+def texts_of(given: JsonView, names: Sequence[str]) -> Iterator[str]:
+    """The texts that these arguments and options were given, one or several each."""
+    for value in (given[n] for n in names if n in given):
+        for text in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(text, str) and text:
+                yield text
 
 
 class LazyGroup(click.Group):
     """Commands are imported when they run; the list and its help lines need none of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the work, not of the alphabet."""
+        """Their names in the order of the work, not of the alphabet."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import force_option, json_option, trust_option
+from lora_fx.cli.options import result_options, trust_option
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
 
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
 
 
-@click.command("convert", cls=FileCommand)
-@report_option
+@report_command("convert")
 @click.argument("adapter")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The file or folder to write.")
 @click.option(
@@ -39,8 +37,7 @@ if TYPE_CHECKING:
     help="The switchable file that OUT, an .onnx_adapter, is for.",
 )
 @trust_option
-@force_option
-@json_option
+@result_options
 def command(
     adapter: str,
     output: str,

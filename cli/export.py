@@ -6,25 +6,21 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
-    force_option,
-    json_option,
     load_npz,
     model_options,
     named_adapters,
     refuse_given,
+    result_options,
     selectors_option,
-    triton_options,
 )
 from lora_fx.cli.output import emit, note, table, wrote
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 
 
-@click.command("export", cls=FileCommand)
-@report_option
+@report_command("export")
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
@@ -42,10 +38,10 @@ from lora_fx.cli.report_option import report_option
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
 @click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
-@triton_options
+@click.option("--triton", metavar="DIR", help="Also into a model repository of Triton.")
+@click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
 @model_options
-@force_option
-@json_option
+@result_options
 def command(
     model: str,
     adapters: tuple[str, ...],
@@ -98,7 +94,7 @@ def command(
     else:
         if names:
             raise LoraFxError("--map is of .onnx files", "a model's own names tell")
-        _, cap = captured(model, **given, cache=options["cache"])
+        _, cap = captured(model, given, cache=options["cache"])
         report = export(cap, output, opset=opset, **options)
         inputs = cap.inputs.to_json()
     said = f"{report}{table(report)}\n{wrote(report)}"

@@ -8,14 +8,12 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import force_option, json_option, selectors_option
+from lora_fx.cli.options import result_options, selectors_option
 from lora_fx.cli.output import emit, note, say
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 
 
-@click.command("extract", cls=FileCommand)
-@report_option
+@report_command("extract")
 @click.argument("base")
 @click.argument("tuned")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
@@ -32,8 +30,7 @@ from lora_fx.cli.report_option import report_option
     help="Linear weights are stored [in, out].  [default: config.json says]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random subspaces.")
-@force_option
-@json_option
+@result_options
 def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 
@@ -52,14 +49,8 @@ def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **op
     result = extraction(base, tuned, progress=_progress(), **options)
     said = save_adapter(result.adapter, output, force=force)
     note(*result.adapter.metadata["notes"], *said)
-    emit(
-        as_json,
-        "extract",
-        f"{result}\nwrote {output}",
-        inputs=[{"base": base, "tuned": tuned}],
-        outputs=[output],
-        **result.to_json(),
-    )
+    text, inputs = f"{result}\nwrote {output}", [{"base": base, "tuned": tuned}]
+    emit(as_json, "extract", text, inputs=inputs, outputs=[output], **result.to_json())
 
 
 def _progress() -> Callable[[float], None]:

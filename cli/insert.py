@@ -6,27 +6,22 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
-    CAPTURE,
     START,
     captured,
-    force_option,
-    json_option,
     load_npz,
     model_options,
     refuse_given,
+    result_options,
     start_from,
-    start_options,
     target_options,
 )
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 from lora_fx.text import Json
 
 
-@click.command("insert", cls=FileCommand)
-@report_option
+@report_command("insert")
 @click.argument("model")
 @click.option(
     "-o",
@@ -36,10 +31,11 @@ from lora_fx.text import Json
     help="Folder, .safetensors, .pt2; .onnx from .onnx.",
 )
 @target_options
-@start_options
+@click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads.")
+@click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]")
+@click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
 @model_options
-@force_option
-@json_option
+@result_options
 def command(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Insert untrained branches and write them.
 
@@ -63,8 +59,8 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     if model.endswith(".onnx"):
         _onnx(model, output, force, as_json, options)
         return
-    loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
-    start = start_from(loaded, cap, options["init"], **{k: options.pop(k) for k in START})
+    loaded, cap = captured(model, options)
+    start = start_from(loaded, cap, options)
     module = insert(cap, **options, **start)
     report = module.report()
     if output.endswith(".pt2"):

@@ -6,23 +6,16 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import (
-    ONNX,
-    force_option,
-    json_option,
-    load_numpy,
-    merge_file,
-    merge_options,
-    onnx_options,
-    split_weight,
-)
+from lora_fx.cli.options import load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, note, progress_bar
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
+from lora_fx.text import Json
+
+ONNX = {"names": "map", "delta": "delta", "run": "run"}
+"""Options that .onnx files alone have: argument → option."""
 
 
-@click.command("merge", cls=FileCommand)
-@report_option
+@report_command("merge")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")
@@ -36,10 +29,11 @@ from lora_fx.cli.report_option import report_option
 )
 @click.option("--rank", type=int, help="Of an svd mix.")
 @merge_options
-@onnx_options
+@click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor.")
+@click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest.")
+@click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches.")
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
-@force_option
-@json_option
+@result_options
 def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 
@@ -61,7 +55,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
 
     threads = options.pop("threads")
     if base.endswith(".onnx"):
-        merge_file(base, adapters, out, options, as_json)
+        _onnx(base, adapters, out, options, as_json)
         return
     of_onnx = {option: options.pop(name) for name, option in ONNX.items()}
     if wrong := [option for option, value in of_onnx.items() if value]:
@@ -80,3 +74,21 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     note(*report.warnings)
     outputs = list(report.outputs)
     emit(as_json, "merge", lines(report), inputs=inputs, outputs=outputs, **report_json(report))
+
+
+def _onnx(base: str, adapters: tuple[str, ...], out: str, options: Json, as_json: bool) -> None:
+    """Merge into an .onnx file, or print its plan."""
+    from lora_fx.onnx.match import read_map
+    from lora_fx.passes.verbs.merge import OnnxMergeOptions, lines, merge, plan_onnx
+
+    given = [split_weight(a) for a in adapters]
+    inputs = [{"base": base, "adapters": list(adapters)}]
+    dry_run, options["names"] = options.pop("dry_run"), read_map(options["names"])
+    if dry_run:
+        plan = plan_onnx(base, given, OnnxMergeOptions.of(options))
+        note(*plan.graph.notes)
+        emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
+        return
+    report = merge(base, given, out, **options)
+    note(*report.warnings)
+    emit(as_json, text=lines(report), **{**report.to_json(), "inputs": inputs})

@@ -7,17 +7,9 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import (
-    arguments,
-    force_option,
-    json_option,
-    load_numpy,
-    merge_options,
-    split_weight,
-)
+from lora_fx.cli.options import arguments, load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, print_json
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError, explained
 
 
@@ -28,8 +20,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     return int(i), int(n)
 
 
-@click.command("merge-all", cls=FileCommand)
-@report_option
+@report_command("merge-all")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="DIR", help="The folder of the outputs.")
@@ -42,8 +33,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     help="This machine's part of the list.",
 )
 @merge_options
-@force_option
-@json_option
+@result_options
 def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     r"""Merge every ADAPTER into BASE by itself, as DIR/NAME; a JSON line for each.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from lora_fx.cli.output import emit, note
+from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
@@ -54,13 +54,17 @@ def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Comma
     return add
 
 
+result_options = combined([force_option, json_option])
+"""Options of every command that writes something."""
+
+
 def first_given(*names: str) -> str:
     """The first of these that stands on the command line, as a long option; else empty."""
     source, line = click.get_current_context().get_parameter_source, ParameterSource.COMMANDLINE
     return next((f"--{n.replace('_', '-')}" for n in names if source(n) is line), "")
 
 
-def plan_option(function: Callable[..., object]) -> Callable[..., object]:
+def plan_option(function: Command) -> Command:
     """The option, which has the targets and ranks; others that choose them are refused."""
 
     @functools.wraps(function)
@@ -72,17 +76,8 @@ def plan_option(function: Callable[..., object]) -> Callable[..., object]:
         return function(*args, **kwargs)
 
     added = click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
-    made: Callable[..., object] = added(command)
+    made: Command = added(command)
     return made
-
-
-triton_options = combined(
-    [
-        click.option("--triton", metavar="DIR", help="Also into a model repository of Triton."),
-        click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."),
-    ]
-)
-"""Options of a command that also writes a model repository."""
 
 
 CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust")
@@ -155,23 +150,16 @@ target_options = combined(
 
 
 def captured(
-    model: str,
-    weights: str | None,
-    inputs_file: str | None,
-    dynamic: Sequence[str],
-    static: Sequence[str],
-    trust: bool = False,
-    *,
-    meta: bool = False,
-    cache: bool = False,
+    model: str, options: Json, *, meta: bool = False, cache: bool = False
 ) -> tuple[LoadedModel, Captured]:
-    """(LoadedModel, Captured) of a MODEL argument, with the cache or without; notes are printed."""
+    """(LoadedModel, Captured) of a MODEL argument; takes its options out and prints notes."""
     from lora_fx.fx.load.models import LoadedModel, load_model
     from lora_fx.fx.pt2.captured import is_program, open_program
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
     from lora_fx.passes.verbs.open import capture_loaded
 
+    weights, inputs_file, dynamic, static, trust = (options.pop(k) for k in CAPTURE)
     given = {k: from_numpy(v) for k, v in load_npz(inputs_file).items()}
     wanted = parse_dynamic(dynamic) or None
     if is_program(model):
@@ -282,29 +270,19 @@ BATCH = 32
 """Examples that run at a time."""
 
 
-start_options = combined(
-    [
-        click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads."),
-        click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]"),
-        click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function."),
-    ]
-)
-"""Options of a command that inserts and trains nothing."""
-
-
-def start_from(
-    loaded: LoadedModel, cap: Captured, init: str, data: str | None, label: str, loss: str
-) -> Json:
-    """Keyword arguments of insert; empty for a start that reads no data."""
+def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
+    """Keyword arguments of insert; empty for a start that reads no data. Takes its options out."""
     from lora_fx.adapter.initial import OF_DATA
 
+    init, (data, label, loss) = options["init"], (options.pop(k) for k in START)
     if init not in OF_DATA:
         if data:
             raise LoraFxError(f"--init {init} reads no data", f"--init {' or '.join(OF_DATA)}")
         return {}
     if not data:
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
-    return of_training(training_data(data, loaded, cap, label, 128), init, loss_of(loss))
+    table = training_data(data, loaded, cap, label, 128)
+    return {"data": batches_of(table), "loss": loss_of(loss)}
 
 
 def loss_of(text: str) -> str | Loss:
@@ -313,19 +291,6 @@ def loss_of(text: str) -> str | Loss:
 
     loss: str | Loss = load_function(text) if ":" in text else text
     return loss
-
-
-def of_training(table: Table | Buckets, init: str, loss: str | Loss) -> Json:
-    """Keyword arguments of insert for a start from the data that is trained on.
-
-    Args:
-        table: The data.
-        init: The start; {} for one that reads no data.
-        loss: ce, mse, or a function.
-    """
-    from lora_fx.adapter.initial import OF_DATA
-
-    return {"data": batches_of(table), "loss": loss} if init in OF_DATA else {}
 
 
 def batches_of(table: Table | Buckets, seed: int = 0) -> Iterator[JsonView]:
@@ -371,22 +336,11 @@ FLAGS = {
 trust_option = click.option("--trust", is_flag=True, help=FLAGS["trust"])
 
 
-ONNX = {"names": "map", "delta": "delta", "run": "run"}
-"""Options that .onnx files alone have: argument → option."""
-
-
-onnx_options = combined(
-    [
-        click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor."),
-        click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest."),
-        click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches."),
-    ]
-)
-"""Options of a merge into an .onnx file."""
-
-
 merge_options = combined(
-    [DTYPE, *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items())]
+    [
+        DTYPE,
+        *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items()),
+    ]
 )
 """Options of every command that merges."""
 
@@ -411,23 +365,3 @@ def load_numpy() -> None:
         import numpy  # noqa: F401
     finally:
         del os.environ[name]
-
-
-def merge_file(
-    base: str, adapters: tuple[str, ...], out: str, options: Json, as_json: bool
-) -> None:
-    """Merge into an .onnx file, or print its plan."""
-    from lora_fx.onnx.match import read_map
-    from lora_fx.passes.verbs.merge import OnnxMergeOptions, lines, merge, plan_onnx
-
-    given = [split_weight(a) for a in adapters]
-    inputs = [{"base": base, "adapters": list(adapters)}]
-    dry_run, options["names"] = options.pop("dry_run"), read_map(options["names"])
-    if dry_run:
-        plan = plan_onnx(base, given, OnnxMergeOptions.of(options))
-        note(*plan.graph.notes)
-        emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
-        return
-    report = merge(base, given, out, **options)
-    note(*report.warnings)
-    emit(as_json, text=lines(report), **{**report.to_json(), "inputs": inputs})

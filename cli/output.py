@@ -1,4 +1,4 @@
-"""What export prints of what it wrote."""
+"""What commands print: a result as text or JSON, and notes and progress on stderr."""
 
 from __future__ import annotations
 

@@ -6,25 +6,21 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
-    CAPTURE,
     captured,
-    force_option,
-    json_option,
     loss_of,
     model_options,
+    result_options,
     selectors_option,
     some_batches,
 )
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 
 FROM_1 = click.IntRange(min=1)
 
 
-@click.command("plan", cls=FileCommand)
-@report_option
+@report_command("plan")
 @click.argument("model")
 @click.argument("data", required=False)
 @click.option("-o", "--output", required=True, metavar="PLAN", help="A .json file.")
@@ -51,8 +47,7 @@ FROM_1 = click.IntRange(min=1)
 @selectors_option("--exclude", "Targets to leave out.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of examples.")
 @model_options
-@force_option
-@json_option
+@result_options
 def command(
     model: str, data: str | None, output: str, force: bool, as_json: bool, **options: Any
 ) -> None:
@@ -76,7 +71,7 @@ def command(
         raise LoraFxError(f"{output} does not end in .json", "-o plan.json")
     if METHODS[options["method"]].wanted and not data:
         raise LoraFxError(f"--method {options['method']} reads data", "lora-fx plan MODEL DATA …")
-    loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
+    loaded, cap = captured(model, options)
     batches = some_batches(data, loaded, cap, options)
     loss = loss_of(options.pop("loss"))
     made = plan(cap, data=batches, loss=loss, name=model, **options)

@@ -1,6 +1,6 @@
 """--report PAGE.html: the result of a command as one HTML file, beside what it prints.
 
-`report_option` is on every command that changes or judges a model. The path is checked before the
+`report_command` makes every command that changes or judges a model. The path is checked before the
 work starts; emit() hands over the JSON object, whatever its answer, and an answer that is an error
 with exit code 1 makes a page too.
 """
@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
 
-from lora_fx.cli.common import input_paths, installed
-from lora_fx.cli.options import force_option, split_weight
+from lora_fx.cli.common import FileCommand, input_paths, installed, texts_of
+from lora_fx.cli.options import Command, force_option, split_weight
 from lora_fx.cli.output import result
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
 LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
 FILES = 100
-"""Of a folder that are hashed."""
+"""The most files of a folder that are hashed."""
 
 
-def report_option(function: Callable[..., object]) -> Callable[..., object]:
-    """The option --report, above all others; with it comes --force, where the command has none."""
+def report_command(name: str) -> Callable[[Command], click.Command]:
+    """A command of files with --report, above its other options, and with --force in any case."""
+    return lambda function: click.command(name, cls=FileCommand)(_with_report(function))
+
+
+def _with_report(function: Command) -> Command:
     own = any(p.name == "force" for p in getattr(function, "__click_params__", ()))
 
     @functools.wraps(function)
@@ -46,7 +50,7 @@ def report_option(function: Callable[..., object]) -> Callable[..., object]:
                 write(report, force, stopped)
             raise
 
-    made: Callable[..., object] = command if own else force_option(command)
+    made: Command = command if own else force_option(command)
     added = click.Option(["--report"], metavar="PAGE.html", help="Write the result as a page.")
     params: list[click.Parameter] = made.__click_params__  # type: ignore[attr-defined]
     params.insert(0, added)  # click reverses the list: the last one in --help
@@ -141,9 +145,8 @@ def _adapters(outputs: list[Path], given: JsonView, trust: bool) -> tuple[list[J
     found, said = [], []
     base = given.get("base")
     base = base if base and not str(base).endswith(".onnx") else None
-    for path, weight in list(_loadable([(str(p), 1.0) for p in outputs])) or list(
-        _loadable(_weighted(given))
-    ):
+    asked = map(split_weight, texts_of(given, ("adapter", "adapters", "b")))
+    for path, weight in _loadable((str(p), 1.0) for p in outputs) or _loadable(asked):
         from lora_fx.adapter.truncate import summary
         from lora_fx.formats.io import load_adapter
 
@@ -157,17 +160,8 @@ def _adapters(outputs: list[Path], given: JsonView, trust: bool) -> tuple[list[J
     return found, said
 
 
-def _weighted(given: JsonView) -> Iterator[tuple[str, float]]:
-    for name in ("adapter", "adapters", "b"):
-        value = given.get(name) or ()
-        for text in value if isinstance(value, (tuple, list)) else [value]:
-            if isinstance(text, str):
-                yield split_weight(text)
-
-
-def _loadable(paths: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+def _loadable(paths: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
     from lora_fx.formats.io import is_adapter
 
-    for path, weight in paths:
-        if not path.endswith((".onnx", ".pt2", ".data")) and is_adapter(path):
-            yield path, weight
+    plain = ((p, w) for p, w in paths if not p.endswith((".onnx", ".pt2", ".data")))
+    return [(path, weight) for path, weight in plain if is_adapter(path)]

@@ -45,7 +45,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     else:
         from lora_fx.passes.verbs.adapt import find
 
-        _, cap = captured(model, meta=True, **options)
+        _, cap = captured(model, options, meta=True)
         found, inputs = find(cap, training=training), cap.inputs.to_json()
     refused = None
     if not (found.targets or tensors):

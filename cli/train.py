@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
-    CAPTURE,
+    batches_of,
     captured,
-    force_option,
     held,
-    json_option,
     loss_of,
     model_options,
-    of_training,
+    result_options,
     target_options,
     training_data,
 )
 from lora_fx.cli.output import emit, note, say
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
-from lora_fx.text import Json
-
-if TYPE_CHECKING:
-    from lora_fx.fx.train.processes import Processes
 
 
-@click.command("train", cls=FileCommand)
-@report_option
+@report_command("train")
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
@@ -41,8 +33,7 @@ if TYPE_CHECKING:
 @loop_options
 @target_options
 @model_options
-@force_option
-@json_option
+@result_options
 def command(model: str, data: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
@@ -54,14 +45,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     lora-fx train ./my-bert reviews.csv --label stars -o adapter --also-train classifier
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     """
-    with together(options.pop("device")) as (world, device):
-        _train(world, device, model, data, output, force, as_json, options)
-
-
-def _train(
-    world: Processes, device: str, model: str, data: str, output: str, force: bool, as_json: bool,
-    options: Json,
-) -> None:  # fmt: skip
+    from lora_fx.adapter.initial import OF_DATA
     from lora_fx.data import split
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
@@ -70,40 +54,44 @@ def _train(
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.verbs.adapt import insert
 
-    check_output(output, force=force)
-    check_device(device)
-    if not 0 <= options["validation"] < 1:
-        raise LoraFxError(f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual")
-    if options["patience"] and not options["validation"]:
-        raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
-    settings, saving = settings_of(options), saving_of(options, force)
-    loaded, cap = captured(model, **{k: options.pop(k) for k in CAPTURE})
-    table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
-    if table.words:
-        note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
-    training, validation = split(table, options.pop("validation"), options["seed"])
-    loss = loss_of(options.pop("loss"))
-    options |= of_training(training, options["init"], loss)
-    module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
+    with together(options.pop("device")) as (world, device):
+        check_output(output, force=force)
+        check_device(device)
+        if not 0 <= options["validation"] < 1:
+            raise LoraFxError(
+                f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual"
+            )
+        if options["patience"] and not options["validation"]:
+            raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
+        settings, saving = settings_of(options), saving_of(options, force)
+        loaded, cap = captured(model, options)
+        table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
+        if table.words:
+            note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
+        training, validation = split(table, options.pop("validation"), options["seed"])
+        loss = loss_of(options.pop("loss"))
+        if options["init"] in OF_DATA:
+            options |= {"data": batches_of(training), "loss": loss}
+        module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
 
-    def progress(step: int, steps: int, value: float) -> None:
-        if step == steps or step % max(1, steps // 10) == 0:
-            say(f"step {step}/{steps}: loss {value:.4f}")
+        def progress(step: int, steps: int, value: float) -> None:
+            if step == steps or step % max(1, steps // 10) == 0:
+                say(f"step {step}/{steps}: loss {value:.4f}")
 
-    with stateful(saving):
-        report = fit(
-            module, training, validation, loss, settings, progress, saving=saving, world=world
-        )
-    if not world.first:
-        return
-    note(*report.warnings, *save_adapter(module.adapter(), output, force=force))
-    made = module.report()
-    fields = {
-        "inputs": cap.inputs.to_json(),
-        "outputs": [output],
-        **made.to_json(),
-        "examples": {"training": len(training), "validation": len(validation)},
-        **report.to_json(),
-    }
-    said = f"{made}\n{report}\nwrote {output}"
-    emit(as_json, "train", said, warnings=made.notes, **fields)
+        with stateful(saving):
+            report = fit(
+                module, training, validation, loss, settings, progress, saving=saving, world=world
+            )
+        if not world.first:
+            return
+        note(*report.warnings, *save_adapter(module.adapter(), output, force=force))
+        made = module.report()
+        fields = {
+            "inputs": cap.inputs.to_json(),
+            "outputs": [output],
+            **made.to_json(),
+            "examples": {"training": len(training), "validation": len(validation)},
+            **report.to_json(),
+        }
+        said = f"{made}\n{report}\nwrote {output}"
+        emit(as_json, "train", said, warnings=made.notes, **fields)

@@ -6,26 +6,23 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     adapter_of,
     captured,
-    force_option,
-    json_option,
     loss_of,
+    result_options,
     training_data,
     trust_option,
 )
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
 TABLE = ("table", "model", "label", "loss", "weights")
 
 
-@click.command("truncate", cls=FileCommand)
-@report_option
+@report_command("truncate")
 @click.argument("adapter")
 @click.option("-o", "--output", metavar="OUT", help="Folder or .safetensors.")
 @click.option("--rank", "-r", type=int, help="No update has a higher one.")
@@ -39,8 +36,7 @@ TABLE = ("table", "model", "label", "loss", "weights")
 @click.option("--loss", default="ce", show_default=True, help="Of --table, as for train.")
 @click.option("--weights", metavar="FILE", help="Of --model, where it is built from code.")
 @trust_option
-@force_option
-@json_option
+@result_options
 def command(
     adapter: str, output: str | None, trust: bool, force: bool, as_json: bool, **goal: Any
 ) -> None:
@@ -90,7 +86,9 @@ def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tu
         )
     if not options["model"]:
         raise LoraFxError("--table needs the model", "--model MODEL")
-    loaded, cap = captured(options["model"], options["weights"], None, (), (), trust)
+    asked: Json = {"inputs_file": None, "dynamic": (), "static": (), "trust": trust}
+    asked["weights"] = options["weights"]
+    loaded, cap = captured(options["model"], asked)
     data = training_data(options["table"], loaded, cap, options["label"], 128)
     result = held_out(cap, adapter_of(adapter, trust), data, loss_of(options["loss"]))
     note(*result.notes)

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import (
     CAPTURE,
     adapter_of,
@@ -17,11 +16,10 @@ from lora_fx.cli.options import (
     split_weight,
 )
 from lora_fx.cli.output import emit
-from lora_fx.cli.report_option import report_option
+from lora_fx.cli.report_option import report_command
 
 
-@click.command("verify", cls=FileCommand)
-@report_option
+@report_command("verify")
 @click.argument("a")
 @click.argument("b")
 @click.option(
@@ -67,9 +65,9 @@ def command(a: str, b: str, as_json: bool, **options: Any) -> None:
     elif fits and a.endswith(".onnx"):
         report = verify(a, b)
     elif fits:
-        report = verify(captured(a, meta=True, **model)[1], adapter_of(b))
+        report = verify(captured(a, model, meta=True)[1], adapter_of(b))
     else:
-        one, two = (m if m.endswith(".onnx") else captured(m, **model)[1] for m in (a, b))
+        one, two = (m if m.endswith(".onnx") else captured(m, {**model})[1] for m in (a, b))
         arrays = load_npz(model["inputs_file"]) or None
         extra = [adapter_of(x).weighted(w) for x, w in map(split_weight, adapters)]
         beside = extra[0] if len(extra) == 1 else extra or None

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, strict_json
 
 FOLD_TOL = 1e-6
 """fold against insert, fp32, tiny models."""
@@ -23,7 +23,7 @@ ORT_TOL = 2e-6
 CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
 EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
-"""Of the dtypes that round a change: an output's, or that of an adapted weight."""
+"""The epsilons of dtypes that round a change, be it an output's or an adapted weight's."""
 
 
 def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
@@ -84,13 +84,8 @@ class Parity:
 
     def to_json(self) -> Json:
         """One row of `parity[]`; an infinite difference is null."""
-        return {
-            **vars(self),
-            "sizes": {k: list(v) for k, v in self.sizes.items()},
-            "max_abs": self.max_abs if math.isfinite(self.max_abs) else None,
-            "rel": self.rel if math.isfinite(self.rel) else None,
-            "ok": self.ok,
-        }
+        row: Json = strict_json({**vars(self), "sizes": dict(self.sizes), "ok": self.ok})
+        return row
 
 
 def shapes_of(feeds: JsonView) -> dict[str, tuple[int, ...]]:
@@ -188,7 +183,7 @@ def compare_fairly(
     *,
     of: str = "",
 ) -> Parity:
-    """As compare; where a gate that is `tol` is exceeded, those allow for `own`: 4 × that + 1e-7.
+    """Compare; where a gate that is `tol` is exceeded, such gates become 4 × `own` + 1e-7.
 
     `own` tells how far rounding alone moves each output of the reference; it may take long.
     """

@@ -51,7 +51,7 @@ class Condition:
         """Whether the sizes satisfy it; sizes that are not given make it true."""
         if any((i, d) not in given for _, i, d in self.sizes):
             return True
-        return bool(_value(parsed(self.text), {n: given[i, d] for n, i, d in self.sizes}))
+        return bool(self.build(_result, {n: given[i, d] for n, i, d in self.sizes}))
 
     @property
     def about(self) -> frozenset[Size]:
@@ -116,13 +116,7 @@ class Condition:
             make: (operation, operands) → what it makes; numbers are operands as they are.
             sizes: What stands for each size, by its name here.
         """
-
-        def walk(tree: str | Tree | int) -> V:
-            if isinstance(tree, tuple):
-                return make(str(tree[0]), [walk(t) for t in tree[1:]])
-            return sizes[tree] if isinstance(tree, str) else cast("V", tree)
-
-        return walk(parsed(self.text))
+        return _built(parsed(self.text), make, sizes)
 
     def equal_sizes(self, places: Mapping[Size, str]) -> list[tuple[Size, str]]:
         """(size, symbols that it is the sum of), where the comparison says just that."""
@@ -211,13 +205,13 @@ def _sum(tree: str | Tree | int, where: Mapping[str, Size], places: Mapping[Size
 
 @lru_cache(4096)
 def _bounds(text: str) -> tuple[int | None, int | None]:
-    """Of a comparison of one size; where its form does not tell, every size is tried."""
+    """The bounds of one size; where the comparison's form does not tell, every size is tried."""
     tree = parsed(text)
     if len(tree) == 3 and isinstance(tree[1], str) and isinstance(n := tree[2], int):
         low = {"Gt": n + 1, "GtE": n, "Eq": n}.get(str(tree[0]))
         return low, {"Lt": n - 1, "LtE": n, "Eq": n}.get(str(tree[0]))
     (name,) = {x for x in _leaves(tree) if isinstance(x, str)}
-    true = [n for n in range(1, SEARCHED + 1) if _value(tree, {name: n})]
+    true = [n for n in range(1, SEARCHED + 1) if _built(tree, _result, {name: n})]
     if not true or true != list(range(true[0], true[-1] + 1)):
         return None, None
     low, high = true[0], true[-1]
@@ -232,15 +226,17 @@ def _leaves(tree: str | Tree | int) -> Iterator[str | int]:
         yield from _leaves(t)
 
 
-def _value(tree: str | Tree | int, given: Mapping[str, int]) -> int:
-    if isinstance(tree, int):
-        return tree
-    if isinstance(tree, str):
-        return given[tree]
-    op, *operands = tree
-    values = [_value(t, given) for t in operands]
+def _built(
+    tree: str | Tree | int, make: Callable[[str, Sequence[V]], V], sizes: Mapping[str, V]
+) -> V:
+    if isinstance(tree, tuple):
+        return make(str(tree[0]), [_built(t, make, sizes) for t in tree[1:]])
+    return sizes[tree] if isinstance(tree, str) else cast("V", tree)
+
+
+def _result(op: str, values: Sequence[int]) -> int:
     if op in _CALLS:
-        return _CALLS[str(op)](values)
+        return _CALLS[op](values)
     if op in ("FloorDiv", "Mod") and values[1] == 0:
         return 0
-    return BINARY[str(op)](*values)
+    return BINARY[op](*values)

@@ -46,7 +46,7 @@ class Table:
     def rows(self, index: npt.ArrayLike) -> Table:
         """The examples of an index, in its order."""
         columns = {k: v[np.asarray(index)] for k, v in self.columns.items()}
-        return Table(columns, self.label, self.words)
+        return replace(self, columns=columns)
 
     def trimmed(self) -> Table:
         """Without the columns of padding that no example needs (right padding only)."""
@@ -58,13 +58,11 @@ class Table:
             k for k, v in self.columns.items() if v.shape == mask.shape and v.dtype.kind in "iub"
         }
         columns = {k: v[:, :width] if k in alike else v for k, v in self.columns.items()}
-        return Table(columns, self.label, self.words)
+        return replace(self, columns=columns)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """Trimmed batches in order, or shuffled by a seed; the last one may be smaller."""
-        order = np.arange(len(self))
-        if seed is not None:
-            np.random.default_rng(seed).shuffle(order)
+        order = _order(len(self), seed)
         for start in range(0, len(order), size):
             yield self.rows(order[start : start + size]).trimmed()
 
@@ -91,11 +89,15 @@ class Buckets:
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """The batches as they were made, whatever `size` says."""
-        order = np.arange(len(self.tables))
-        if seed is not None:
-            np.random.default_rng(seed).shuffle(order)
-        for i in order:
+        for i in _order(len(self.tables), seed):
             yield self.tables[int(i)]
+
+
+def _order(count: int, seed: int | None) -> Array:
+    order = np.arange(count)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
+    return order
 
 
 def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
@@ -212,7 +214,7 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
             columns[name] = _array(values, where, name)
     if texts:
         if tokenizer is None:
-            row = next(i for i, v in enumerate(raw[texts[0]]) if not _is_number(v))
+            row = next((i for i, v in enumerate(raw[texts[0]]) if not _is_number(v)), 0)
             raise LoraFxError(
                 f"{where}: column {texts[0]!r} is text (row {row + 1}: "
                 f"{one_line(repr(str(raw[texts[0]][row])), 40)}) and the model has no tokenizer",

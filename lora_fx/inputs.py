@@ -39,7 +39,7 @@ BATCH = "batch"
 LENGTH = "length"
 PAST = "past"
 CACHE_SIZES: tuple[tuple[int, int], ...] = (*SIZES, (2, 1))
-"""Of a decoder: 3, 0, 4 and 2 tokens in the cache; one new token is what it mostly runs on."""
+"""A decoder's: 3, 0, 4 and 2 tokens lie in the cache. One new token is what it mostly runs on."""
 LARGEST_CUT = 512
 """Proofs do not run at longer sizes than a constant of this size asks for: they would take long."""
 Extents = tuple[int, int] | Mapping[str, int]

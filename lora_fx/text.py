@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_fx.errors import visible
 
@@ -45,6 +45,16 @@ def human(n: float) -> str:
         return f"{n:.0f}"
     power = min(5, int(math.log10(n) // 3))
     return f"{n / 1000**power:.1f} {' kMGTP'[power]}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """True for an int or a float; a bool is no number, though Python's is an int."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """True for an int that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def plain_number(number: float) -> float:

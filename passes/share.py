@@ -20,9 +20,10 @@ from operator import getitem
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.flow import Writes, tensor
+from lora_fx.fx.graph.flow import Writes
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.patterns.elementwise import Maker, Projection, block_of, projections
+from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten
@@ -59,7 +60,7 @@ def _join(graph: FxGraph, group: Sequence[Projection]) -> None:
     first = group[0]
     emit = Maker(first.node, first.node)
     factors = [a for p in group for a in p.factors]
-    ranks = [sum(len(tensor(graph.root, str(a.target))) for a in p.factors) for p in group]
+    ranks = [sum(len(parameter_of(graph.root, str(a.target))) for a in p.factors) for p in group]
     a = emit.call(aten.cat.default, ([emit.get_attr(str(f.target)) for f in factors],))
     cast = emit.call(aten.type_as.default, (a, first.x))
     turned = emit.call(aten.permute.default, (cast, [1, 0]))

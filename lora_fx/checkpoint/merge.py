@@ -61,8 +61,9 @@ def merge(
         adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
         out: The folder or file to write.
         how: Several adapters: sum (exact, one rounding), cat (the same sum), linear, svd.
-        rank: Of an svd mix.
-        dtype: Of touched tensors; as stored where None. bfloat16, float16, float32, float64.
+        rank: The rank of an svd mix.
+        dtype: What touched tensors are stored in: bfloat16, float16, float32, float64; as they
+            were where None.
         allow_unused: Leave out entries whose tensor the base lacks, instead of refusing.
         untie: Write a tied head as a tensor of its own where an update means one use only.
         add: Add whole tensors that the base lacks, such as a new head.

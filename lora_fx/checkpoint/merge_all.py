@@ -52,7 +52,7 @@ def jobs_of(
         adapters: (path, weight).
         folder: Where the outputs go.
         shard: (i, n), i from 1 to n.
-        suffix: Of the outputs' names, where they are files.
+        suffix: What the outputs' names end in, where they are files.
 
     Raises:
         LoraFxError: The same adapter twice, or no such shard.
@@ -104,7 +104,7 @@ def merge_all(
         jobs: See jobs_of.
         processes: How many merges run at a time.
         force: Replace outputs that exist; without it one that is this very merge is kept.
-        arguments: Of `lora-fx merge`, for all of them.
+        arguments: What `lora-fx merge` is given for all of them.
         options: The same as keywords of `MergeOptions`.
 
     Yields:
@@ -162,10 +162,16 @@ def _one(
 ) -> Json:
     row: Json = {"adapter": job.adapter, "out": str(job.out), "ok": True}
     try:
-        if options is not None and job.out.exists() and _is_this(base, job, options):
-            return row | {"kept": True}
+        return row | _merged(running, base, job, extra, options)
     except LoraFxError as error:
         return row | {"ok": False, "error": error.message, "hint": error.hint, "code": 2}
+
+
+def _merged(
+    running: _Running, base: str, job: Job, extra: Sequence[str], options: JsonView | None
+) -> Json:
+    if _is_kept(base, job, options):
+        return {"kept": True}
     adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
     command = [sys.executable, "-m", "lora_fx.cli", "merge", base, adapter]
     for wait in (*_WAITS, None):
@@ -175,22 +181,20 @@ def _one(
         time.sleep(wait)  # a merge of a run that was killed lives on: it may be this very one
     try:
         said = json.loads(out)
-        if code == 2 and options is not None and job.out.exists() and _is_this(base, job, options):
-            return row | {"kept": True}
-    except LoraFxError as error:
-        return row | {"ok": False, "error": error.message, "hint": error.hint, "code": 2}
     except ValueError:
         last = err.strip().splitlines()
         why = f"the merge ended with code {code}{f': {last[-1]}' if last else ''}"
-        return row | {"ok": False, "error": why, "hint": "was it killed for its memory?"}
-    row |= {"ok": bool(said["ok"]), "warnings": said["warnings"]}
-    if said["ok"]:
-        return row
-    return row | {"error": said["error"], "hint": said["hint"], "code": code}
+        return {"ok": False, "error": why, "hint": "was it killed for its memory?"}
+    if code == 2 and _is_kept(base, job, options):
+        return {"kept": True}
+    row = {"ok": bool(said["ok"]), "warnings": said["warnings"]}
+    return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"], "code": code}
 
 
-def _is_this(base: str, job: Job, options: JsonView) -> bool:
-    """True where an output is what this very merge would write; by its own record."""
+def _is_kept(base: str, job: Job, options: JsonView | None) -> bool:
+    """True where an output is there that this very merge would write; by its own record."""
+    if options is None or not job.out.exists():
+        return False
     out = open_checkpoint(job.out)
     plan = plan_merge(base, [(job.adapter, job.weight)], MergeOptions(**options))
     names = {*plan.base.tensors, *plan.added}

@@ -56,6 +56,7 @@ class Given:
     path: Path | None = None
 
 
+HOWS = ("sum", "cat", "linear", "svd")
 _RECORDED = ("allow_unused", "allow_missing", "other_readers")
 
 
@@ -522,9 +523,3 @@ def _said(p: Placed) -> str:
     rank = f" rank {entry.rank}" if hasattr(entry, "rank") else ""
     part = p.key[p.key.index("[") :] if p.key.endswith("]") else ""
     return f"{name_of(entry)}{part}{rank} scale {entry.scale:.6g}"
-
-
-# What a merge into a checkpoint is asked for; see `lora_fx.checkpoint.merge.merge`.
-
-
-HOWS = ("sum", "cat", "linear", "svd")

@@ -224,37 +224,29 @@ class _Run:
                 yield from self._range(source, fd, start, lead + run[0].start, count)
 
     def _fold(self, change: TensorChange) -> Iterator[Job]:
-        fd, at = self.places[change.name]
         if change.scales_of:
             return  # written with the codes
         if change.fold is None:
-            yield partial(self._replace, change, fd, at)
+            yield partial(self._replace, change)
             return
         fold = prepared(change.fold, change.source)
-        source = self._open(change.source.file)
+        self._open(change.source.file)
         if change.int8 is not None:
             self._open(change.int8.scales.file)
         step = rows_per_block(fold.matrix.columns) * RUN
         for low in range(0, fold.matrix.rows, step):
             high = min(fold.matrix.rows, low + step)
-            yield partial(self._rows, change, fold, source, fd, at, low, high)
+            yield partial(self._rows, change, fold, low, high)
 
-    def _replace(self, change: TensorChange, fd: int, at: int) -> Done:
+    def _replace(self, change: TensorChange) -> Done:
         assert change.value is not None
+        fd, at = self.places[change.name]
         value = np.atleast_1d(change.value).astype(numpy_dtype(change.dtype))
         write_at(fd, _bytes(value), at)
         return change.nbytes, change.name, None
 
-    def _rows(
-        self,
-        change: TensorChange,
-        fold: TensorFold,
-        source: int,
-        fd: int,
-        at: int,
-        low: int,
-        high: int,
-    ) -> Done:
+    def _rows(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
+        source, (fd, at) = self.sources[change.source.file], self.places[change.name]
         stats, columns = Stats(), fold.matrix.columns
         row = numpy_dtype(change.dtype).itemsize * columns
         step = rows_per_block(columns)

@@ -34,6 +34,7 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File, FileHead, refused
+from lora_fx.text import is_whole
 
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False
@@ -149,7 +150,7 @@ def _full(name: str, array: Array, file: File) -> Full:
 
 def _version(metadata: Mapping[str, object], field: str) -> int:
     value = metadata.get(field, 1)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+    if not is_whole(value) or not 0 <= value < 2**31:
         raise LoraFxError(
             f"metadata {field} is {value!r}; expected a whole number below 2**31",
             "choose a smaller one",

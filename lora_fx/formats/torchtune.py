@@ -46,7 +46,7 @@ from lora_fx.files.checkpoint import model_config
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.base import File, FileHead
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, is_number
 
 SUFFIXES = (".safetensors",)
 FOLDER = False
@@ -161,7 +161,7 @@ def _config(path: Path, file: File) -> Json:
     config = read_json(path)
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if not is_number(value) or not value > 0:
             shown = json.dumps(value)
             raise LoraFxError(
                 f"{path}: {name} is {shown}; expected a number above 0", "correct the file"

@@ -38,7 +38,6 @@ class Ops(Protocol[V_co]):
 
     def op(self, prim: str, *xs: object, **attrs: object) -> V_co:
         """Build the node, or compute the value, of one primitive of the table above."""
-        ...
 
 
 class Role(Enum):

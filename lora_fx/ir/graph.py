@@ -83,11 +83,9 @@ class Emitter(Ops[V], Protocol[V]):
 
     def like(self, site: Site, x: V, w: V) -> V:
         """The site's own op, attributes kept and bias left out, with other operands."""
-        ...
 
     def parameter(self, name: str, value: Array, role: Role) -> V:
         """A new stored tensor, or the one of that name if it exists already."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -134,84 +132,64 @@ class Graph(Protocol[V]):
 
     def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
         """See `Analysed`."""
-        ...
 
     def changed(self) -> None:
         """See `Analysed`."""
-        ...
 
     @property
     def alone(self) -> bool:
         """True when no other graph reads the same stored tensors."""
-        ...
 
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order; nodes that a pass emitted are left out."""
-        ...
 
     def other_readers(self) -> Sequence[OtherReader]:
         """What reads a parameter beside its sites, in execution order; its shape alone is none."""
-        ...
 
     def parameters(self) -> Sequence[Parameter]:
         """Every stored parameter, in definition order."""
-        ...
 
     def data_flops(self) -> int:
         """FLOPs of the matmuls between activations, at the example's sizes."""
-        ...
 
     def adapted(self) -> frozenset[str]:
         """The ids of sites that already carry a branch."""
-        ...
 
     def read(self, name: str) -> Array:
         """A stored parameter as an array (bfloat16 through ml_dtypes)."""
-        ...
 
     def reader(self, name: str) -> Callable[[], Array]:
         """The parameter's value as it is now, read when it is called."""
-        ...
 
     def activation(self, site: Site) -> V:
         """The other operand of the site, as it is now."""
-        ...
 
     def kept_activation(self, site: Site) -> V:
         """The activation, as a branch may keep it for backward."""
-        ...
 
     def weight(self, site: Site) -> V:
         """The stored parameter that the site reads, as a value of this IR."""
-        ...
 
     def output(self, site: Site) -> V:
         """The result of the site's op."""
-        ...
 
     def product(self, site: Site, e: Emitter[V]) -> V | None:
         """The result of the site's op without its bias; None where that cannot be had apart."""
-        ...
 
     def emit(self, site: Site, *, before: bool = False) -> Emitter[V]:
         """An emitter that inserts after the site, or before it, and marks what it makes."""
-        ...
 
     def replace_output(self, site: Site, y: V) -> None:
         """Let every user of the site's result read y instead."""
-        ...
 
     def rebase(self, site: Site, w: V) -> None:
         """Let the site read w [stored shape], through its own view, instead of its weight."""
-        ...
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when nothing but these sites reads the parameter, its views included."""
-        ...
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
         """Let sites read another stored tensor of the same shape, through their own view."""
-        ...
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """Let `sites` read `value` [stored shape] for parameter `name`.
@@ -219,15 +197,12 @@ class Graph(Protocol[V]):
         When these are all its uses its own constant is replaced, else they get a constant of
         their own. Returns the name that holds the value.
         """
-        ...
 
     def clone(self) -> Graph[V]:
         """The same graph in new nodes; tensors are shared."""
-        ...
 
     def lint(self) -> None:
         """Raise if the graph is not valid."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -259,20 +234,15 @@ class Kind(Protocol):
     @property
     def name(self) -> str:
         """What refusals, FLOP counts and file formats call it, such as linear or conv."""
-        ...
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """Which axes of an operand of this shape are batch, out and in."""
-        ...
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
         """The op itself from primitives, without bias."""
-        ...
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """b·(a·x) in the shape of the op's output; None where only the weight form exists."""
-        ...
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
         """The shape in which a number a row of W goes with the result; empty where none does."""
-        ...

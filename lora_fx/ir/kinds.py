@@ -7,7 +7,7 @@ operands (`apply`), and how to compute the low-rank part of the output without t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_fx.ir.emitter import V
@@ -131,9 +131,8 @@ def _y(batch: str) -> str:
     return f"...{batch}no" if batch else "...o"
 
 
-@dataclass(frozen=True)
-class Embedding(Apart):
-    """A gather of rows: w [in, out] by ids; in is the number of rows.
+class Lookup(Apart):
+    """A Kind that picks rows of w [in, out] by ids; in is the number of rows.
 
     A lookup is a matmul with a one-hot x, and costs no FLOPs.
     """
@@ -144,10 +143,6 @@ class Embedding(Apart):
         """The rows are in, everything else is out."""
         return Axes((), tuple(range(1, len(operand))), (0,))
 
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One gather."""
-        return e.op("gather", w, x)
-
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """aᵀ[ids] bᵀ: rows of aᵀ are looked up by the site's own op."""
         t = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
@@ -155,22 +150,23 @@ class Embedding(Apart):
 
 
 @dataclass(frozen=True)
-class EmbeddingBag(OwnNode):
-    """Rows of w [in, out] gathered by ids and reduced a bag at a time by sum, mean or max."""
+class Embedding(Lookup):
+    """A gather of rows."""
 
-    name = "embedding"  # a bag is a lookup, and costs no FLOPs
+    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
+        """One gather."""
+        return e.op("gather", w, x)
+
+
+@dataclass(frozen=True)
+class EmbeddingBag(OwnNode, Lookup):
+    """Rows gathered by ids and reduced a bag at a time by sum, mean or max."""
+
     mode: str = "sum"
-
-    def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The rows are in, the width is out."""
-        return Axes((), (1,), (0,))
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """bag(aᵀ) bᵀ for sum and mean, which are linear; max has the weight form only."""
-        if self.mode == "max":
-            return None
-        t = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
-        return e.op("matmul", t, e.op("transpose", f.b, perm=(1, 0)))
+        return None if self.mode == "max" else super().branch(e, site, x, f)
 
 
 @dataclass(frozen=True)
@@ -261,11 +257,9 @@ class ConvTranspose(Apart):
     groups: int = 1
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The groups are batch, and out is C_out/groups · ∏kernel."""
-        if self.groups == 1:
-            return Axes((), tuple(range(1, len(operand))), (0,))
-        split = (self.groups, operand[0] // self.groups, *operand[1:])
-        return Axes((0,), tuple(range(2, len(split))), (1,), (Reshape(split),))
+        """A convolution's with out and in swapped: out is C_out/groups · ∏kernel."""
+        conv = Conv(self.groups).axes(operand)
+        return replace(conv, out=conv.in_, in_=conv.out)
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
         """One transposed convolution."""

@@ -62,28 +62,28 @@ class Layout:
             bounds: Half-open, per stored axis of this layout.
         """
         shape = list(self.shape)
-        at = 0
-        for (lo, hi), n in zip(bounds, self.stored, strict=True):
-            first = at
-            while at < len(shape) and (at == first or math.prod(shape[first:at]) < n):
-                at += 1
+        for axes, (lo, hi), n in zip(self._axes(), bounds, self.stored, strict=True):
             if (lo, hi) != (0, n):
-                if at - first != 1 or not 0 <= lo < hi <= n:
+                if len(axes) != 1 or not 0 <= lo < hi <= n:
                     return None
-                shape[first] = hi - lo
+                shape[axes[0]] = hi - lo
         stored = tuple(hi - lo for lo, hi in bounds)
         return Layout(tuple(shape), self.batch, self.out, self.in_, stored)
 
     def starts(self, bounds: Region) -> tuple[int, ...]:
         """Where a part that `narrow` allows begins, per axis of `shape`."""
-        result: list[int] = []
-        for (lo, _), n in zip(bounds, self.stored, strict=True):
-            first = len(result)
-            while len(result) < len(self.shape) and (
-                len(result) == first or math.prod(self.shape[first : len(result)]) < n
-            ):
-                result.append(lo if len(result) == first else 0)
-        return tuple(result)
+        first = {axes[0]: lo for axes, (lo, _) in zip(self._axes(), bounds, strict=True) if axes}
+        return tuple(first.get(axis, 0) for axis in range(len(self.shape)))
+
+    def _axes(self) -> list[range]:
+        """The axes of `shape` that each stored axis is split into."""
+        result, at = [], 0
+        for n in self.stored:
+            first = at
+            while at < len(self.shape) and (at == first or math.prod(self.shape[first:at]) < n):
+                at += 1
+            result.append(range(first, at))
+        return result
 
     def from_stored(self, e: Ops[V], value: V) -> V:
         """Bring a value from the stored shape to [*batch, out, in], in any IR."""

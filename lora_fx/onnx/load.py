@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import inside, open_input, read_bytes, refuse_pointer
@@ -28,8 +29,10 @@ MAX_MODEL = 1 << 31
 """Bytes of an .onnx file without its data: protobuf's own limit."""
 MAX_NODES = 200_000
 """Nodes of a model with its functions written out."""
-HALF_BYTE = {"INT4", "UINT4", "FLOAT4E2M1"}
-QUARTER_BYTE = {"INT2", "UINT2"}
+PACKED = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "INT2": 4, "UINT2": 4}
+"""Elements of a byte, of the dtypes that have several in one."""
+WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
+"""Messages that are many, and that no tensor lies in."""
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -56,7 +59,7 @@ def data_names(path: str | os.PathLike[str]) -> list[str]:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
     """
     proto = checked(path)
-    entries = (e for t in _all_tensors(proto) for e in t.external_data)
+    entries = (e for t in _tensors(proto) for e in t.external_data)
     return list(dict.fromkeys(e.value for e in entries if e.key == "location"))
 
 
@@ -76,19 +79,12 @@ def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
             "split the model, or let its exporter fold constants",
         )
     sums: dict[Path, str] = {}
-    for tensor in _all_tensors(proto):
+    for tensor in _tensors(proto):
         _check(file, tensor, sums)
     twice = [n for n, k in Counter(t.name for t in proto.graph.initializer).items() if k > 1]
     if twice:
         raise LoraFxError(f"{file}: two initialisers are called {twice[0]!r}", DAMAGED)
     return proto
-
-
-def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    training = [g for t in proto.training_info for g in (t.initialization, t.algorithm)]
-    yield from _tensors(proto.graph, proto.functions)
-    for graph in training:
-        yield from _tensors(graph)
 
 
 def _node_count(file: Path, proto: onnx.ModelProto) -> int:
@@ -103,7 +99,8 @@ def _node_count(file: Path, proto: onnx.ModelProto) -> int:
             name = (node.domain, node.op_type, node.overload)
             found += of_function(name) if name in bodies else 1
             for a in node.attribute:
-                found += sum(count(g.node) for g in _bodies(a))
+                found += sum(count(g.node) for g in a.graphs)
+                found += count(a.g.node) if a.HasField("g") else 0
         return found
 
     def of_function(name: tuple[str, str, str]) -> int:
@@ -133,28 +130,17 @@ def _proto(file: Path) -> onnx.ModelProto:
     return proto
 
 
-def _tensors(
-    graph: onnx.GraphProto, functions: Iterable[onnx.FunctionProto] = ()
-) -> Iterator[onnx.TensorProto]:
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
     """Every stored tensor: initialisers, sparse ones, and those in attributes and bodies."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    nodes = [*graph.node, *(n for f in functions for n in f.node)]
-    attributes = [a for n in nodes for a in n.attribute]
-    attributes += [a for f in functions for a in f.attribute_proto]
-    for a in attributes:
-        if a.HasField("t"):
-            yield a.t
-        yield from a.tensors
-        for sparse in (a.sparse_tensor, *a.sparse_tensors):
-            yield from (sparse.values, sparse.indices) if sparse.dims else ()
-        for body in _bodies(a):
-            yield from _tensors(body)
-
-
-def _bodies(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
-    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+    for field, value in message.ListFields():
+        kind = field.message_type
+        if kind is None or kind.name in WITHOUT:
+            continue
+        for part in [value] if isinstance(value, Message) else value:
+            if kind.name == "TensorProto":
+                yield part
+            else:
+                yield from _tensors(part)
 
 
 def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
@@ -176,7 +162,7 @@ def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
     if tensor.data_type not in onnx.TensorProto.DataType.values() or not tensor.data_type:
         raise LoraFxError(f"{name} has the unknown dtype {tensor.data_type}", DAMAGED)
     wanted = _bytes(tensor.data_type, math.prod(dims))
-    typed = _typed(tensor)
+    typed = sum(len(getattr(tensor, field)) for field in TYPED)
     if external:
         _external(file, name, tensor, wanted, sums)
     elif tensor.HasField("raw_data") and len(tensor.raw_data) != wanted:
@@ -187,24 +173,15 @@ def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
         raise LoraFxError(f"{name} holds {typed} numbers; {dims} needs {wanted} bytes", DAMAGED)
 
 
-def _typed(tensor: onnx.TensorProto) -> int:
-    """How many numbers a tensor holds one by one."""
-    return sum(len(getattr(tensor, name)) for name in TYPED)
-
-
 def _numbers(dtype: int, count: int) -> int:
     """How many a tensor of so many elements needs there: small ones are packed, complex two."""
     kind = onnx.TensorProto.DataType.Name(dtype)
-    packed = 2 if kind in HALF_BYTE else 4 if kind in QUARTER_BYTE else 1
-    return 2 * count if kind.startswith("COMPLEX") else -(-count // packed)
+    return 2 * count if kind.startswith("COMPLEX") else -(-count // PACKED.get(kind, 1))
 
 
 def _bytes(dtype: int, count: int) -> int:
-    kind = onnx.TensorProto.DataType.Name(dtype)
-    if kind in HALF_BYTE:
-        return -(-count // 2)
-    if kind in QUARTER_BYTE:
-        return -(-count // 4)
+    if packed := PACKED.get(onnx.TensorProto.DataType.Name(dtype)):
+        return -(-count // packed)
     return count * onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize
 
 

@@ -105,25 +105,21 @@ class Output:
         target: The name that it gets.
         path: Where it is written.
         data: The name that its data gets, if it is saved with any.
+        seen: What can be loaded before it has its name: `path`, but for a file that shares data.
         external: True when it was saved with data.
         repository: The place of a copy, for Triton.
         copies: The names of the copy's files.
         beside: What is written beside the file, and goes again where that gets no name.
-        seen: What can be loaded before it has its name: `path`, but for a file that shares data.
     """
 
     target: Path
     path: Path
     data: Path
+    seen: Path
     external: bool = False
     repository: Repository | None = None
     copies: list[Path] = field(default_factory=list)
     beside: Beside = field(default_factory=Beside)
-    seen: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Begin with a file that shares no data, so that it can be loaded where it is written."""
-        self.seen = self.path
 
     def save(
         self,
@@ -186,7 +182,8 @@ def output(
     """
     with Beside(target) as beside, replacing(target, force=force) as temporary:
         beside.temporary = temporary
-        made = Output(target, temporary, _free(target), repository=repository, beside=beside)
+        data = _free(target)
+        made = Output(target, temporary, data, temporary, repository=repository, beside=beside)
         try:
             yield made
         finally:

@@ -159,8 +159,7 @@ def write_repository(
     """
     source = Path(model)
     with Beside() as beside:
-        made = Repository(Path(folder), name or source.stem, max_batch).place(source, beside)
-    return made
+        return Repository(Path(folder), name or source.stem, max_batch).place(source, beside)
 
 
 def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:

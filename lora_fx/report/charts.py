@@ -13,7 +13,8 @@ from typing import NamedTuple, TypeGuard
 from markupsafe import Markup
 
 from lora_fx.errors import visible
-from lora_fx.report.rows import Json, Row, number, percent, plural
+from lora_fx.report.rows import Row, number, percent, plural
+from lora_fx.text import JsonView, is_number
 
 POINTS = 400
 """The most points of a drawn line; a longer run is drawn as means of equal spans."""
@@ -21,7 +22,7 @@ WIDE, HIGH = 1000, 300
 """Units of the drawing."""
 
 
-def training(result: Json) -> Json | None:
+def training(result: JsonView) -> JsonView | None:
     """The training curves; None where nothing was trained."""
     losses, held = result.get("losses"), result.get("validation")
     if not isinstance(losses, list) or not losses or not isinstance(held, dict):
@@ -65,7 +66,7 @@ def training(result: Json) -> Json | None:
     }
 
 
-def rounding(rows: list[Row]) -> Json | None:
+def rounding(rows: list[Row]) -> JsonView | None:
     """Bars of the share of each update that the output's dtype lost; None without any."""
     lost = [(r.key, max(0.0, r.rounding)) for r in rows if r.rounding is not None]
     worst, top = max(lost, key=lambda pair: pair[1], default=("", 0.0))
@@ -87,7 +88,7 @@ def rounding(rows: list[Row]) -> Json | None:
     }
 
 
-def spark(spectrum: Json) -> str:
+def spark(spectrum: JsonView) -> str:
     """Singular values of s·b·a as bars from the largest on: an SVG of 22 pixels' height."""
     sigma: Sequence[float] = spectrum["sigma"]
     if not sigma or not sigma[0]:
@@ -141,7 +142,7 @@ def _step(rough: float) -> float:
 
 
 def _finite(x: object) -> TypeGuard[float]:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    return is_number(x) and math.isfinite(x)
 
 
 # Targets and ranks on the structure of the model: a box per block, a cell per target.
@@ -173,7 +174,7 @@ class Cell(NamedTuple):
     high: int = HEIGHT
 
 
-def blocks(rows: list[Row]) -> Json | None:
+def blocks(rows: list[Row]) -> JsonView | None:
     """The boxes of the model; None where no rank and no size is known, as of a comparison."""
     if not any(r.rank or r.parameters for r in rows):
         return None
@@ -230,25 +231,25 @@ def _label(row: Row, block: str) -> str:
 def _scale(rows: list[Row]) -> tuple[Callable[[Row], int], str, str, str]:
     """The shade of a cell, the legend's sentence, its low end and its high end."""
     ranks = {sum(r.rank) for r in rows if r.rank}
-    if len(ranks) > 1:
-        low, high = min(ranks), max(ranks)
+    by_rank = len(ranks) > 1
 
-        def by_rank(row: Row) -> int:
-            return round((SHADES - 1) * (sum(row.rank) - low) / (high - low)) if row.rank else 0
+    def value(row: Row) -> int:
+        return sum(row.rank) if by_rank else row.parameters or 0
 
-        return by_rank, "Number and colour: the rank.", str(low), str(high)
+    low, top = min(ranks) if by_rank else 0, max(map(value, rows), default=0)
+
+    def shade(row: Row) -> int:
+        return max(0, round((SHADES - 1) * (value(row) - low) / max(1, top - low)))
+
+    if by_rank:
+        return shade, "Number and colour: the rank.", str(low), str(top)
     total = sum(r.parameters or 0 for r in rows)
-    top = max((r.parameters or 0 for r in rows), default=0)
-
-    def by_share(row: Row) -> int:
-        return round((SHADES - 1) * (row.parameters or 0) / top) if top else 0
-
     number_is = "Number: the rank. " if ranks else ""
     legend = f"{number_is}Colour: the share of the adapter's parameters."
-    return by_share, legend, "0", percent(top / max(1, total))
+    return shade, legend, "0", percent(top / max(1, total))
 
 
-def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> Json:
+def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> JsonView:
     """One block as a figure; its label says every cell in words."""
     x = y = widest = 0
     cells = []

@@ -21,7 +21,6 @@ from markupsafe import Markup
 from lora_fx.errors import visible
 from lora_fx.report import charts
 from lora_fx.report.rows import (
-    Json,
     Row,
     broken,
     number,
@@ -31,12 +30,12 @@ from lora_fx.report.rows import (
     shape,
     size,
 )
-from lora_fx.text import strict_json
+from lora_fx.text import JsonView, strict_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(result: Json) -> str:
+def page(result: JsonView) -> str:
     """The page of a command's JSON object (docs/json.md).
 
     Args:
@@ -93,10 +92,10 @@ class Fact(NamedTuple):
     ok: bool | None = None
 
 
-def facts(result: Json, rows: list[Row]) -> list[Fact]:
+def facts(result: JsonView, rows: list[Row]) -> list[Fact]:
     """The numbers of the strip, the most telling first."""
     made: list[Fact] = []
-    parity: list[Json] = result.get("parity") or []
+    parity: list[JsonView] = result.get("parity") or []
     if parity:
         worst = max(parity, key=_nearness)
         gate = f"gate {number(worst['tol'])}; {plural(len(parity), 'comparison')}"
@@ -135,11 +134,11 @@ def facts(result: Json, rows: list[Row]) -> list[Fact]:
     return made
 
 
-def _nearness(p: Json) -> float:
+def _nearness(p: JsonView) -> float:
     return float("inf") if p["rel"] is None else p["rel"] / max(p["tol"], 1e-30)
 
 
-def _training(result: Json) -> list[Fact]:
+def _training(result: JsonView) -> list[Fact]:
     validation = result.get("validation")
     if not isinstance(validation, dict) or "losses" not in result:
         return []
@@ -162,7 +161,7 @@ def _rounding(rows: list[Row]) -> list[Fact]:
     return [Fact("Largest rounding loss", percent(worst), f"of {len(lost)} tensors", worst < 0.1)]
 
 
-def _sizes(result: Json) -> list[Fact]:
+def _sizes(result: JsonView) -> list[Fact]:
     added = result.get("page") or {}
     out = [f["bytes"] for f in added.get("files") or () if f["of"] == "output"]
     source = [f["bytes"] for f in added.get("files") or () if f["of"] == "input"]
@@ -216,7 +215,7 @@ class TargetTable(NamedTuple):
     means: str
 
 
-def table(result: Json, rows: list[Row]) -> TargetTable | None:
+def table(result: JsonView, rows: list[Row]) -> TargetTable | None:
     """The table of the targets; None without rows."""
     if not rows:
         return None
@@ -250,6 +249,6 @@ def _said(row: Row) -> str:
     return "; ".join(dict.fromkeys(filter(None, texts)))
 
 
-def _stable(spectrum: Json) -> str:
+def _stable(spectrum: JsonView) -> str:
     top = spectrum["sigma"][0] if spectrum["sigma"] else 0
     return number((spectrum["norm"] / top) ** 2) if top else "–"

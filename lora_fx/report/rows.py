@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 from markupsafe import Markup
 
 from lora_fx.errors import visible
+from lora_fx.text import JsonView, is_number
 
 
 @dataclass
@@ -45,12 +45,12 @@ class Row:
     rounding: float | None = None
     unmoved: float | None = None
     error: float | None = None
-    spectra: list[Json] = field(default_factory=list)
+    spectra: list[JsonView] = field(default_factory=list)
     updates: str = ""
     said: list[str] = field(default_factory=list)
 
 
-def rows_of(result: Json) -> list[Row]:
+def rows_of(result: JsonView) -> list[Row]:
     """A row for every target of a result, in the result's order."""
     rows: dict[str, Row] = {}
     flops = result.get("flops") or {}
@@ -86,7 +86,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(x), "") if x.isascii() and x.isdigit() else (-1, x) for x in key.split(".")]
 
 
-def _target(row: Row, found: Json, total: int) -> None:
+def _target(row: Row, found: JsonView, total: int) -> None:
     row.op, row.role = str(found.get("op", "")), str(found.get("role", ""))
     row.shape = list(found.get("shape") or [])
     if found.get("rank") is not None:
@@ -99,7 +99,7 @@ def _target(row: Row, found: Json, total: int) -> None:
         row.parameters = prod(found.get("batch") or []) * row.rank[0] * (found["in"] + found["out"])
 
 
-def _adapters(rows: dict[str, Row], result: Json) -> None:
+def _adapters(rows: dict[str, Row], result: JsonView) -> None:
     """What the files of the adapters say, on the row that each of their keys means."""
     have = {k: _path(k) for k in rows}
     exact = {path: k for k, path in have.items()}
@@ -114,7 +114,7 @@ def _adapters(rows: dict[str, Row], result: Json) -> None:
             _update(row, found, fresh=not row.rank)
 
 
-def _update(row: Row, found: Json, fresh: bool) -> None:
+def _update(row: Row, found: JsonView, fresh: bool) -> None:
     """What a file says of one update: of the first adapter only what the result has not said."""
     if found.get("sigma") is not None:
         row.spectra.append(found)
@@ -148,7 +148,7 @@ def _nearest(key: str, tails: dict[str, list[str]], have: dict[str, str]) -> str
     return hits[0] if len(hits) == 1 else None
 
 
-def _told(rows: dict[str, Row], result: Json, name: str) -> Iterator[tuple[Row, Json]]:
+def _told(rows: dict[str, Row], result: JsonView, name: str) -> Iterator[tuple[Row, JsonView]]:
     """(row, what is said of it) of a list of the result; verify has a number where merge has it."""
     found = result.get(name)
     for x in found if isinstance(found, list) else ():
@@ -165,8 +165,6 @@ def _told(rows: dict[str, Row], result: Json, name: str) -> Iterator[tuple[Row, 
 
 THIN = "\u202f"
 """A narrow space that does not break: between groups of three digits."""
-
-Json = Mapping[str, Any]
 
 
 def broken(key: str) -> Markup:
@@ -185,7 +183,7 @@ def number(value: object) -> str:
     >>> number(1.23456e-7), number(0.123456), number(12345678), number(None), number(1234.56)
     ('1.23e-07', '0.1235', '12\u202f345\u202f678', '–', '1235')
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         return "–"
     if isinstance(value, int):
         return f"{value:,}".replace(",", THIN)
@@ -206,7 +204,7 @@ def percent(value: object) -> str:
     >>> percent(-3.21e-5), percent(0)
     ('−0.0032\xa0%', '0\xa0%')
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         return "–"
     if value < 0:
         return "−" + percent(-value)

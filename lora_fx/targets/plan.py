@@ -15,7 +15,7 @@ from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_severa
 from lora_fx.targets.roles import HEAD_ROWS
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import Target, split_use
-from lora_fx.text import Json, JsonView, near, plain_number, table
+from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, table
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -88,7 +88,7 @@ def make_plan(
     Raises:
         LoraFxError: No target, a selector without a match, a rank that no target can hold.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+    if not is_whole(rank) or rank <= 0:
         raise LoraFxError(f"rank {rank!r} is not a positive whole number", "8 or 16 is usual")
     if not found.targets and not (include and found.optional):
         raise LoraFxError(
@@ -329,10 +329,9 @@ def _entry(where: str, key: str, value: object) -> Json:
     if not isinstance(given, Mapping) or "rank" not in given or set(given) - {"rank", "alpha"}:
         raise bad(f'{key!r} is {value!r}; expected {{"rank": 8, "alpha": 16}}')
     rank, alpha = given["rank"], given.get("alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+    if not is_whole(rank) or rank < 0:
         raise bad(f"the rank of {key!r} is {rank!r}; expected a whole number from 0 up")
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if alpha is not None and not (number and 0 <= alpha < float("inf")):
+    if alpha is not None and not (is_number(alpha) and 0 <= alpha < float("inf")):
         raise bad(f"the alpha of {key!r} is {alpha!r}; expected a number")
     return {"rank": rank, **({} if alpha is None else {"alpha": float(alpha)})}
 

@@ -15,11 +15,10 @@ from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import with_signature
-from lora_fx.fx.tensors import named_tensors, to_numpy, with_base
+from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fuse import Fuse
@@ -90,7 +89,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         moments, said = seen.moments, seen.notes
     read: Callable[[str], Array] | None = None
     if options.init in OF_WEIGHT or not named_variant(options.variant).branches:
-        read = cap.fx_graph().read if cap else lambda name: to_numpy(tensor(model, name))
+        read = cap.fx_graph().read if cap else lambda name: to_numpy(parameter_of(model, name))
     made, notes = initial(found, plan, options.variant, options.seed, options.init, read, moments)
     read_too = (text for k in made if (text := found[k].said))
     notes = (*plan.notes, *options.notes, *said, *notes, *read_too)

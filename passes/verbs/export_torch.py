@@ -13,10 +13,9 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.graph.flow import tensor
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, plain
-from lora_fx.fx.tensors import named_tensors, to_numpy, with_base
+from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -91,7 +90,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     elif widen(made.model):
         warnings.append(WIDENED)
     restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
-    values = {n: partial(to_numpy, tensor(folded, n)) for n in named_tensors(folded)[0]}
+    values = {n: partial(to_numpy, parameter_of(folded, n)) for n in named_tensors(folded)[0]}
     mark_changed(made.model, values)
     rename_dimensions(made.model, made.symbols)
     strip_traces(made.model)

@@ -24,7 +24,7 @@ from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KEEPS_BASE, REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.targets.target import base_name
-from lora_fx.text import Json, near
+from lora_fx.text import Json, is_number, near
 
 LARGE = 1.0
 """‖ΔW‖/‖W‖ above which an update is worth a look: usual ones are below .3."""
@@ -368,7 +368,7 @@ def scale(pair: Pair) -> Iterator[Finding]:
     if not pair.raw.config:
         return
     value = pair.raw.config.get("lora_alpha")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not np.isfinite(value):
+    if not is_number(value) or not np.isfinite(value):
         found = "no lora_alpha" if value is None else f"lora_alpha = {value!r}"
         yield Finding(
             ["lora_alpha"],

@@ -19,7 +19,7 @@ import regex
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.text import Json, JsonView, near, plain_number
+from lora_fx.text import Json, JsonView, is_number, near, plain_number
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
@@ -287,8 +287,7 @@ class Pattern:
         ] + sorted(self.doubts)
 
     def _number(self, what: str, value: Any) -> float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             raise LoraFxError(
                 f"{self.where}: {what} is {value!r}; expected a number",
                 "correct the file, or save the adapter again with PEFT",

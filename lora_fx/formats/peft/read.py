@@ -42,7 +42,7 @@ from lora_fx.formats.peft.names import (
     unknown_name,
     unwrapped,
 )
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, is_whole
 
 _OUT = f".{WRAPPER}.out_proj"
 _BESIDE = {
@@ -376,7 +376,7 @@ def _rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
         index = fits[0] if fits and all(f == fits[0] for f in fits) else None
     if (
         not isinstance(index, list)
-        or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in index)
+        or not all(is_whole(i) and i >= 0 for i in index)
         or len(set(index)) != len(index)
         or value.shape[:1] != (len(index),)
         or value.ndim != 2

@@ -86,10 +86,6 @@ class FxFlow:
         return node in self.behind or node in self.constants
 
 
-tensor = parameter_of
-"""The name by which passes know it."""
-
-
 def weight_flow(
     graph: fx.Graph,
     root: nn.Module | None,

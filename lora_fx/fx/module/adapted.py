@@ -553,6 +553,10 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
         raise LoraFxError(
             f"{name!r} is {tensor.dtype}, no dtype of plain weights", "cast it before"
         )
+    return name, tuple(tensor.shape), both_ends(tensor)
+
+
+def both_ends(tensor: torch.Tensor) -> Array:
+    """The first and the last elements of a tensor, as a fingerprint samples them."""
     flat = tensor.detach().reshape(-1)
-    both = [to_numpy(flat[part].clone()) for part in ends(len(flat))]
-    return name, tuple(tensor.shape), np.concatenate(both)
+    return np.concatenate([to_numpy(flat[part].clone()) for part in ends(len(flat))])

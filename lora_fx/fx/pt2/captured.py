@@ -218,11 +218,8 @@ class FileCaptured(Captured):
             )
 
     def _trace_of(self, name: str) -> Traced:
-        if name not in self._traces:
-            self._traces[name] = self._trace_program(name)
-        return self._traces[name]
-
-    def _trace_program(self, name: str) -> Traced:
+        if name in self._traces:
+            return self._traces[name]
         loaded = self._loaded[name]
         module = loaded.program.module(check_guards=False)
         strip_branches(module.graph)
@@ -241,6 +238,7 @@ class FileCaptured(Captured):
             ones = [Condition("s0 != 1", (("s0", n, d),)) for n, d in self._banned]  # as 0.1 wrote
             traced.door = replace(traced.door, conditions=(*traced.door.conditions, *ones))
             traced.doubtful = []
+        self._traces[name] = traced
         return traced
 
     def plain(self) -> FileCaptured:

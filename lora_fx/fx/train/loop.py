@@ -38,7 +38,7 @@ NO_VALIDATION = (
 Progress = Callable[[int, int, float], None]
 """What is told the step, the steps in all, and the loss."""
 APART = 1_000_003
-"""Between the seeds of two processes, whose dropout must differ."""
+"""How far the seeds of two processes lie apart, whose dropout must differ."""
 
 
 def fit(
@@ -136,13 +136,12 @@ class _Run:
     def go(self, training: Table | Buckets, trail: Trail, progress: Progress | None) -> None:
         """Take the steps that are left."""
         s, report = self.settings, trail.report
-        take = Stepper(self.objective, self.optimizer, self.world, s.accumulate, s.clip)
         every = max(1, self.steps // max(1, s.checks))
         save_every = self.saving.every or every
         while trail.step < self.steps and report.stopped is None:
             batches = training.batches(s.batch_size, s.seed + trail.epoch)
             for batch in itertools.islice(batches, trail.at, None):
-                report.losses.append(take(batch, trail.step + 1))
+                report.losses.append(self._take(batch, trail.step + 1))
                 trail.step, trail.at = trail.step + 1, trail.at + 1
                 if progress is not None:
                     progress(trail.step, self.steps, report.losses[-1])
@@ -169,33 +168,12 @@ class _Run:
         if trail.waited == s.patience and step < self.steps:
             report.stopped = step
 
-
-# One step of a run: the loss and gradients of a batch, however many parts it runs in.
-
-
-@dataclass(frozen=True)
-class Stepper:
-    """Takes steps; the same ones for any number of processes and parts, up to rounding.
-
-    A part's loss is a mean over `objective.weight(part)` items, so its share of the batch's loss,
-    and of its gradient, is that weight over the weight of the whole batch.
-
-    Args:
-        objective: The loss.
-        optimizer: What moves the weights.
-        world: The processes that share a batch.
-        parts: In which one process's share runs, one after another.
-        clip: The longest gradient; 0 for any.
-    """
-
-    objective: Objective
-    optimizer: Optimizer
-    world: Processes
-    parts: int
-    clip: float
-
-    def __call__(self, batch: Table, step: int) -> float:
+    def _take(self, batch: Table, step: int) -> float:
         """Take a step, counted from 1; returns the batch's loss before it.
+
+        It is the same for any number of processes and parts, up to rounding. A part's loss is a
+        mean over `objective.weight(part)` items, so its share of the batch's loss, and of its
+        gradient, is that weight over the weight of the whole batch.
 
         Raises:
             LoraFxError: The loss or a gradient is not finite; no weight has moved.
@@ -212,22 +190,23 @@ class Stepper:
         self.world.add([p.grad for p in trained], trained)
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         check_step(model, value, float(norm), step)  # clipping would spread a nan
-        if self.clip:
-            nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+        if self.settings.clip:
+            nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)
         self.optimizer.take(step)
         return value
 
     def _parts(self, batch: Table) -> Iterator[tuple[Table, float]]:
         """This process's parts of a batch and their shares of its loss; empty ones left out."""
-        count = self.world.size * self.parts
+        parts = self.settings.accumulate
+        count = self.world.size * parts
         whole = self.objective.weight(batch)
         if count == 1 or not whole:
             yield batch, 1.0 / self.world.size
             return
         least = 2 if any(d == 0 for _, d in self.objective.model.not_one) else 1
-        first = self.world.rank * self.parts
+        first = self.world.rank * parts
         rows = np.array_split(np.arange(len(batch)), min(count, max(1, len(batch) // least)))
-        for index in rows[first : first + self.parts]:
+        for index in rows[first : first + parts]:
             part = batch.rows(index)  # not trimmed: as in the whole batch
             weight = self.objective.weight(part)
             if weight:

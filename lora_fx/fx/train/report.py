@@ -40,7 +40,7 @@ class TrainReport:
         return f"{said}\n{self.verdict}"
 
     def to_json(self) -> Json:
-        """For report files."""
+        """What report files hold."""
         return {
             "losses": [round(x, 6) for x in self.losses],
             "validation": {str(k): round(v, 6) for k, v in self.validation.items()},

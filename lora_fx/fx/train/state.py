@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lora_fx.adapter.factors import asked
-from lora_fx.checkpoint.provenance import ends
+from lora_fx.checkpoint.provenance import fingerprint
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, stamp
@@ -32,7 +32,7 @@ from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule, both_ends
 from lora_fx.fx.tensors import device_of, from_numpy, to_numpy
 from lora_fx.fx.train.objective import Loss
 from lora_fx.fx.train.optimizer import MOMENTS, Optimizer, Settings
@@ -46,7 +46,7 @@ class Saving:
     """Where a run keeps its state, and from where it goes on.
 
     Args:
-        folder: To be written, and replaced; None for none.
+        folder: The folder that is written, and replaced; None for none.
         every: Steps between two states; None for one at every validation.
         resume: The state of an earlier run to go on from.
     """
@@ -335,13 +335,7 @@ def _shown(value: object) -> str:
 
 
 def _weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    whole = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda row: row[0]):
-        whole.update(json.dumps([name, list(tensor.shape), dtype_name(tensor.dtype)]).encode())
-        flat = tensor.detach().reshape(-1)
-        for part in (flat[s] for s in ends(len(flat))):
-            whole.update(np.ascontiguousarray(to_numpy(part)).tobytes())
-    return whole.hexdigest()
+    return str(fingerprint((n, tuple(t.shape), both_ends(t)) for n, t in tensors)["sample"])
 
 
 def _data(data: Table | Buckets | None) -> str:
