@@ -10,7 +10,7 @@ import click
 from lora_fx.cli.options import arguments, load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, print_json
 from lora_fx.cli.report_option import report_command
-from lora_fx.errors import LoraFxError, explained
+from lora_fx.errors import LoraFxError, NoEffectError, explained
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -59,7 +59,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     keywords = {k: v for k, v in options.items() if k != "link"}
-    rows, codes = [], set()
+    rows = []
     for row in merge_all(
         base,
         jobs,
@@ -68,21 +68,18 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         arguments=arguments(options),
         options=keywords,
     ):
-        codes.add(row.pop("code", 0))
         rows.append(row)
         if not as_json:
             print_json(row)
     bad = [r for r in rows if not r["ok"]]
     if made and len(bad) == len(rows):
         folder.rmdir()
-    refused: LoraFxError | None = None
+    refused = None
     if bad:
-        every = codes == {2}  # refused, each of them
-        refused = LoraFxError(
+        refused = NoEffectError(
             f"{len(bad)} of {len(rows)} merges failed, the first {bad[0]['adapter']}: "
             f"{bad[0]['error']}",
-            bad[0]["hint"] if every else "the lines above say why each failed",
-            exit_code=2 if every else 1,
+            "the lines above say why each failed",
         )
     outputs = [r["out"] for r in rows if r["ok"]]
     inputs = [{"base": base, "adapters": list(adapters)}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -56,6 +57,9 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
     with together(options.pop("device")) as (world, device):
         check_output(output, force=force)
+        state = options["save_state"] or options["resume"]
+        if state and Path(state).resolve() == Path(output).resolve():
+            raise LoraFxError(f"{output} is also the folder of the state", "choose another name")
         check_device(device)
         if not 0 <= options["validation"] < 1:
             raise LoraFxError(

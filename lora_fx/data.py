@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,8 @@ from lora_fx.files.read import open_input, read_text
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
 
 
+MAX_GROWTH, MIB = 100, 1 << 20
+"""Times its size, or a MiB's, that an .npz may unpack to."""
 LABELS = ("labels", "label", "y", "target")
 
 
@@ -277,6 +281,13 @@ def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[st
 def read_npz(path: str) -> dict[str, Array]:
     """Arrays of an .npz by name; never unpickles."""
     try:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
+            full = sum(i.file_size for i in archive.infolist())
+            if full > MAX_GROWTH * max(MIB, os.fstat(file.fileno()).st_size):
+                raise LoraFxError(
+                    f"{path}: {full} bytes when unpacked, over {MAX_GROWTH} times its size",
+                    "numpy.savez writes it without compression",
+                )
         with open_input(path) as file, np.load(file, allow_pickle=False) as data:
             found = dict(data)
         if odd := [n for n, v in found.items() if not isinstance(v, np.ndarray)]:

@@ -24,6 +24,7 @@ from lora_fx.files.atomic import check_output, check_space, replacing
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, load_adapter
+from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
 from lora_fx.text import Json, some, table
 
 GAIN = 0.95
@@ -125,7 +126,7 @@ def run(
     target = Path(out)
     remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
     for path in (g.path for g in plan.given if g.path):
-        remember(path, *(path.iterdir() if path.is_dir() else ()))
+        remember(path, *(path / name for name in (CONFIG, WEIGHTS, PICKLED)))
     check_output(target, force=force)
     with explained(target):
         check_space(target.parent, plan.touched_bytes if link else plan.disk)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,10 +26,14 @@ from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import BUSY
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.read import inode_of, run_of_files
 from lora_fx.text import Json, JsonView
 
 _WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Seconds between tries at an output that another merge is writing."""
+
+
+_ENDING = r"\.(safetensors|onnx_adapter|bin|onnx)$"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
     >>> _names(["a/x", "b/x", "y.safetensors"])
     {'a/x': 'a__x', 'b/x': 'b__x', 'y.safetensors': 'y'}
     """
-    parts = {p: Path(os.path.abspath(p)).with_suffix("").parts for p in paths}
+    parts = {p: Path(re.sub(_ENDING, "", os.path.abspath(p))).parts for p in paths}
     if len(set(parts.values())) < len(paths):
         twice = next(p for p in paths if [*parts.values()].count(parts[p]) > 1)
         raise LoraFxError(f"{twice} is there twice", "give every adapter once")
@@ -108,9 +113,11 @@ def merge_all(
         options: The same as keywords of `MergeOptions`.
 
     Yields:
-        {"adapter", "out", "ok"} and, where it failed, "error", "hint" and exit "code"; "kept" is
-        true for an output that was there already.
+        {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true
+        for an output that was there already.
     """
+    if (run := run_of_files()) is not None:
+        run.outputs |= {job.out: inode_of(job.out) for job in jobs}
     threads = max(1, cores() // max(1, processes))
     extra = [*arguments, "--threads", str(threads), *(["--force"] if force else [])]
     running = _Running()
@@ -164,7 +171,7 @@ def _one(
     try:
         return row | _merged(running, base, job, extra, options)
     except LoraFxError as error:
-        return row | {"ok": False, "error": error.message, "hint": error.hint, "code": 2}
+        return row | {"ok": False, "error": error.message, "hint": error.hint}
 
 
 def _merged(
@@ -188,7 +195,7 @@ def _merged(
     if code == 2 and _is_kept(base, job, options):
         return {"kept": True}
     row = {"ok": bool(said["ok"]), "warnings": said["warnings"]}
-    return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"], "code": code}
+    return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}
 
 
 def _is_kept(base: str, job: Job, options: JsonView | None) -> bool:

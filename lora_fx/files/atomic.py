@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import secrets
@@ -24,7 +23,7 @@ from lora_fx.files.copying import fcntl
 from lora_fx.files.ownership import check_apart, check_replaceable, write_contents
 from lora_fx.files.read import inode_of, run_of_files
 
-_OLD, _LIST = "replaced", "beside"
+_OLD, _NEW = "replaced", "new"
 BUSY = "another run is writing"
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -92,9 +91,9 @@ def replacing(
 class Beside(contextlib.ExitStack):
     """Outputs beside a main one, which go again where that one does not get its name.
 
-    What they replaced comes back. Between two renames a run can be killed: until the main output
-    has its name, a list beside its temporary file says what was put beside it, by inode, and the
-    next run takes that away.
+    What they replaced comes back. Between two renames a run can be killed: what lies in the folder
+    of the main output is taken away by the next run of that, by a link in a temporary folder whose
+    name has the same token. A copy elsewhere stays.
 
     Args:
         target: The main output; None where nothing follows.
@@ -119,7 +118,10 @@ class Beside(contextlib.ExitStack):
 
     def add(self, target: Path, new: Path) -> None:
         """Take in what is about to be renamed to `target`."""
-        holder = target.with_name(f".{target.name}.lora_fx_{secrets.token_hex(4)}.tmp")
+        main = self.temporary
+        together = main is not None and target.parent == main.parent.parent
+        token = main.parent.name[-12:-4] if together and main else secrets.token_hex(4)
+        holder = target.with_name(f".{target.name}.lora_fx_{token}.tmp")
         old = holder / _OLD
         inode = new.stat().st_ino
         holder.mkdir()
@@ -130,9 +132,9 @@ class Beside(contextlib.ExitStack):
                 os.link(target, old, follow_symlinks=False)
             except OSError:  # no links on this file system
                 shutil.copy2(target, old, follow_symlinks=False)
-        if self.temporary is not None:
-            with (self.temporary.parent / _LIST).open("a", encoding="utf-8") as file:
-                file.write(json.dumps([os.path.abspath(target), inode]) + "\n")
+        if together and not _is_folder(new):
+            with contextlib.suppress(OSError):
+                os.link(new, holder / _NEW)
 
 
 def _take_back(target: Path, inode: int, old: Path | None = None) -> None:
@@ -276,27 +278,30 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def _clear_stale(target: Path) -> None:
     """Remove what killed runs left of this target; its lock is held, so none of it is in use."""
-    ours = re.compile(re.escape(f".{target.name}.lora_fx_") + r"[0-9a-f]{8}\.tmp")
+    ours = re.compile(re.escape(f".{target.name}.lora_fx_") + r"([0-9a-f]{8})\.tmp")
     for name in os.listdir(target.parent):
         path = target.with_name(name)
-        if ours.fullmatch(name) and _is_folder(path):
-            if _there(path / target.name) and _there(path / _LIST):
-                _clear_beside(path / _LIST, target.parent)
+        if (found := ours.fullmatch(name)) and _is_folder(path):
+            if _there(path / target.name):
+                _clear_beside(target, found[1])
             _discard(path, target)
 
 
-def _clear_beside(listed: Path, folder: Path) -> None:
-    """Take away what a killed run put beside an output that did not get its name."""
-    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            name, inode = json.loads(line)
-            path = Path(name)
-        except (ValueError, TypeError):  # it was killed as it wrote
+def _clear_beside(target: Path, token: str) -> None:
+    """Take away what a killed run put beside an output that did not get its name.
+
+    It lies in the same folder, and its own temporary folder has a hard link to it.
+    """
+    beside = re.compile(r"\.(.+)\.lora_fx_" + token + r"\.tmp")
+    for name in os.listdir(target.parent):
+        found, holder = beside.fullmatch(name), target.with_name(name)
+        if found is None or found[1] == target.name or not _is_folder(holder):
             continue
-        if folder.resolve() in path.parents and isinstance(inode, int):
-            with locked(path):
-                _take_back(path, inode)
-                _clear_stale(path)
+        path, new = target.with_name(found[1]), holder / _NEW
+        with contextlib.suppress(OSError, LoraFxError), locked(path):
+            if _there(new) and stat.S_ISREG(new.lstat().st_mode):
+                _take_back(path, new.lstat().st_ino, holder / _OLD)
+            _discard(holder, path)
 
 
 def _discard(holder: Path, target: Path) -> None:
@@ -401,6 +406,9 @@ def _open(lock: Path) -> tuple[int, bool]:
         with contextlib.suppress(FileExistsError):
             return os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666), True
         with contextlib.suppress(FileNotFoundError):  # unlinked by its holder since
+            kind = lock.lstat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe would be waited for
+                raise LoraFxError(f"{lock}: not a regular file", "remove it: it is no lock of ours")
             return os.open(lock, flags), False
     raise OSError(f"{lock} comes and goes")
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.ownership import CONTENTS, is_ours
-from lora_fx.files.read import AGAIN, inside, read_json
+from lora_fx.files.read import AGAIN, inside, read_json, within
 from lora_fx.files.safetensors import CONVERT, Header, TensorInfo, read_header
 from lora_fx.text import Json, JsonView
 
@@ -31,10 +31,10 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "text_config": (dict,),
     "quantization_config": (dict,),
     "dtype": (str, dict),
-    "torch_dtype": (str,),
-    "num_attention_heads": (int, list),
-    "num_key_value_heads": (int, list),
-    "head_dim": (int,),
+    "torch_dtype": (str, dict),
+    "num_attention_heads": (int, float, list),
+    "num_key_value_heads": (int, float, list),
+    "head_dim": (int, float, list),
     "vocab_size": (int,),
 }
 """Fields of config.json that are looked at, and what they can be."""
@@ -46,7 +46,7 @@ def model_config(file: Path) -> Json:
     Raises:
         LoraFxError: Names the field.
     """
-    config = read_json(file)
+    config = read_json(file, constants=True)  # which Python writes for infinite limits
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for name, kinds in _FIELDS.items():
@@ -118,7 +118,7 @@ class Checkpoint:
         found = _walk(self.path, PurePosixPath()) if self.path.is_dir() else ()
         others = [(name, goes) for name, goes in found if str(name) not in mine]
         for name in (n for n, goes in others if goes):
-            if inside(self.path, str(name)) is None:
+            if within(self.path, str(name)) is None:
                 raise LoraFxError(
                     f"{self.path / name}: a link that leads out of the folder",
                     "copy what it points to (cp -L) in its place, or remove it",
@@ -130,7 +130,7 @@ def _walk(folder: Path, at: PurePosixPath) -> Iterator[tuple[PurePosixPath, bool
     """Every file below a folder, and whether it goes along with other weights."""
     for child in sorted(folder.iterdir()):
         name, hidden = at / child.name, child.name.startswith(".")
-        if ".lora_fx_" in child.name and hidden:
+        if hidden and (".lora_fx_" in child.name or child.name.endswith(".lock")):
             continue  # what is being written, in a folder of its own base
         if child.is_dir() and not (hidden or child.is_symlink() or len(name.parts) > 8):
             if not is_ours(child):
@@ -211,10 +211,13 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
 def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:
     outside = inside(index.parent, name) is None
     if outside or not name.endswith(".safetensors"):
+        elsewhere = "do not use this folder: its index points elsewhere"
+        copied = "it is a link: copy what it points to (cp -L) in its place"
+        linked = "\0" not in name and os.path.islink(index.parent / name)
         raise LoraFxError(
             f"{index}: names the shard {one_line(repr(name), 120)}; expected a .safetensors file "
             "inside the folder",
-            "do not use this folder: its index points elsewhere" if outside else CONVERT,
+            (copied if linked else elsewhere) if outside else CONVERT,
         )
     file = index.parent / name
     if not os.path.exists(file):  # also False for names that no file can have

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -50,13 +51,14 @@ def check_apart(target: Path) -> None:
         return
     found = target.lstat()
     name = run.inodes.get((found.st_dev, found.st_ino))
+    inputs = {Path(os.path.realpath(path)): name for path, name in run.paths.items()} | run.paths
     for place in (Path(os.path.abspath(target)), Path(os.path.realpath(target))):
-        name = name or run.paths.get(place)
-        held = name or next((n for p, n in run.paths.items() if place in p.parents), None)
+        name = name or inputs.get(place)
+        held = name or next((n for p, n in inputs.items() if place in p.parents), None)
         if held is not None:
-            what = "would replace" if held == name else "holds, and would replace,"
+            inside = "" if held == name else ", which lies in it"
             raise LoraFxError(
-                f"{target}: the output {what} the input {held}",
+                f"{target}: the output would replace the input {held}{inside}",
                 "inputs are never changed: choose another output",
             )
 
@@ -109,10 +111,12 @@ def _check_file(target: Path, new: Path | None) -> None:
 
 def kind_of(file: Path) -> str | None:
     """What a file of a kind that lora-fx writes is; None for any other."""
-    if file.suffix in _ENDINGS:
-        return f"a {file.suffix} file"
     with file.open("rb") as opened:
         head = opened.read(_HEAD)
+    if file.suffix == ".safetensors" and re.search(rb"(?i)lora|hada_|lokr_|oft_", head):
+        return "an adapter in a .safetensors file"
+    if file.suffix in _ENDINGS:
+        return f"a {file.suffix} file"
     if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= file.stat().st_size:
         return "a .safetensors file"
     if b"<title>lora-fx " in head and head.lstrip()[:15].lower() == b"<!doctype html>":
@@ -132,7 +136,7 @@ def _is_own_json(file: Path) -> bool:
 
 def _foreign(folder: Path, names: Collection[str] | None) -> list[str]:
     """Names of a folder's files that lora-fx did not write, or that were changed since."""
-    there = dict(_files(folder))
+    there = {n: size for n, size in _files(folder) if not _is_clutter(n.rpartition("/")[2])}
     if not 0 <= there.get(CONTENTS, -1) <= MAX_JSON:
         return [] if names is None else [n for n in there if n not in names]
     text = (folder / CONTENTS).read_bytes()
@@ -142,6 +146,11 @@ def _foreign(folder: Path, names: Collection[str] | None) -> list[str]:
         return [CONTENTS]
     known = listed if isinstance(listed, dict) else {}
     return [n for n, size in there.items() if n != CONTENTS and known.get(n) != size]
+
+
+def _is_clutter(name: str) -> bool:
+    """True for what desktops and network file systems leave in a folder."""
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith(".nfs")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:

@@ -39,7 +39,7 @@ _KINDS = {
 
 @dataclass
 class Remembered:
-    """What a run has read and written: the paths as they were given and as links lead, and inodes.
+    """What a run has read and written.
 
     Attributes:
         paths: Absolute path → the name that the user knows it by.
@@ -101,10 +101,12 @@ def remember(*paths: str | os.PathLike[str]) -> None:
         return
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
-            found = os.stat(path)
-            name = os.fspath(path)
-            run.paths |= {Path(os.path.abspath(path)): name, Path(os.path.realpath(path)): name}
-            run.inodes[found.st_dev, found.st_ino] = name
+            _note(run, path, os.stat(path))
+
+
+def _note(run: Remembered, path: str | os.PathLike[str], found: os.stat_result) -> None:
+    run.paths[Path(os.path.abspath(path))] = os.fspath(path)
+    run.inodes[found.st_dev, found.st_ino] = os.fspath(path)
 
 
 def open_input(
@@ -137,7 +139,8 @@ def open_input(
             raise LoraFxError(
                 f"{name}: {found.st_size} bytes; at most {most} are read", "is it the right file?"
             )
-        remember(path)
+        if (run := _run.get()) is not None:
+            _note(run, path, found)
         return os.fdopen(descriptor, "rb", buffering)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -181,7 +184,14 @@ def refuse_pointer(data: bytes, size: int, path: str | os.PathLike[str]) -> None
         )
 
 
-def json_value(text: str | bytes, where: str, *, sizes: bool = False, hint: str = AGAIN) -> Any:
+def json_value(
+    text: str | bytes,
+    where: str,
+    *,
+    sizes: bool = False,
+    constants: bool = False,
+    hint: str = AGAIN,
+) -> Any:
     """A JSON value, read strictly: no key twice, no NaN, no half of a surrogate pair.
 
     Whole numbers have at most 300 digits: larger ones are no floats, and some of thousands of
@@ -190,7 +200,8 @@ def json_value(text: str | bytes, where: str, *, sizes: bool = False, hint: str 
     Args:
         text: UTF-8 where it is bytes.
         where: The file, for messages.
-        sizes: -0 is refused too: whole numbers are sizes.
+        sizes: -0 is refused too, and a mark of byte order: whole numbers are sizes.
+        constants: Infinity and NaN are taken, which Python writes and JSON has not.
         hint: Of the error.
 
     Raises:
@@ -215,12 +226,13 @@ def json_value(text: str | bytes, where: str, *, sizes: bool = False, hint: str 
         return int(digits)
 
     try:
-        plain = text.decode("utf-8") if isinstance(text, bytes) else text
+        encoding = "utf-8" if sizes else "utf-8-sig"
+        plain = text.decode(encoding) if isinstance(text, bytes) else text
         odd = "-0" in plain or re.search(r"\d{301}", plain)  # Python's own way is faster
         value = json.loads(
             plain,
             object_pairs_hook=once,
-            parse_constant=number,
+            parse_constant=None if constants else number,
             parse_int=integer if odd else None,
         )
         if "\\u" in plain:  # half a surrogate pair is no text: nothing could print or write it
@@ -231,21 +243,29 @@ def json_value(text: str | bytes, where: str, *, sizes: bool = False, hint: str 
     return value
 
 
-def json_object(text: str | bytes, where: str, *, sizes: bool = False, hint: str = AGAIN) -> Json:
+def json_object(
+    text: str | bytes,
+    where: str,
+    *,
+    sizes: bool = False,
+    constants: bool = False,
+    hint: str = AGAIN,
+) -> Json:
     """A JSON object; see json_value.
 
     Raises:
         LoraFxError: It is no JSON, or no object.
     """
-    value = json_value(text, where, sizes=sizes, hint=hint)
+    value = json_value(text, where, sizes=sizes, constants=constants, hint=hint)
     if not isinstance(value, dict):
         raise LoraFxError(f"{where}: a JSON {type(value).__name__}, not an object", hint)
     return value
 
 
-def read_json(path: str | os.PathLike[str], *, hint: str = AGAIN) -> Json:
+def read_json(path: str | os.PathLike[str], *, constants: bool = False, hint: str = AGAIN) -> Json:
     """The JSON object of a file of at most MAX_JSON bytes; see json_object."""
-    return json_object(read_bytes(path, most=MAX_JSON), os.fspath(path), hint=hint)
+    text = read_bytes(path, most=MAX_JSON)
+    return json_object(text, os.fspath(path), constants=constants, hint=hint)
 
 
 # Names from files.
@@ -264,6 +284,11 @@ def inside(folder: Path, name: str) -> Path | None:
     parts = PurePosixPath(name)
     if not name or parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:\0]", name):
         return None
+    return within(folder, name)
+
+
+def within(folder: Path, name: str) -> Path | None:
+    """Where the links of a folder's own entry lead; None where that is out of the folder."""
     try:
         home, file = folder.resolve(), (folder / name).resolve()
         os.path.lexists(file) or file.lstat()
@@ -276,8 +301,8 @@ def inside(folder: Path, name: str) -> Path | None:
 
 def _blobs(folder: Path) -> Iterator[Path]:
     """Where links of a snapshot of the Hugging Face cache lead: REPOSITORY/blobs."""
-    at = Path(os.path.abspath(folder))
-    for snapshot in (at, *at.parents):
+    at, real = Path(os.path.abspath(folder)), folder.resolve()
+    for snapshot in (at, *at.parents, real, *real.parents):
         blobs = snapshot.parent.parent / "blobs"
         if snapshot.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
             yield blobs.resolve()

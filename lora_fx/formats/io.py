@@ -70,7 +70,7 @@ def save_adapter(
     if not adapter.entries and format != "peft":  # which says so in a note
         raise LoraFxError("the adapter has no update", "was it saved before training?")
     path = Path(path)
-    path = path.resolve() if path.is_symlink() else path  # replace what it points to
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # replace what it is
     single = _is_file_of(writer, path, format)
     if format in _ONE_MODEL:
         adapter = one_model(adapter, f"format {format}")

@@ -81,7 +81,8 @@ def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
     sums: dict[Path, str] = {}
     for tensor in _tensors(proto):
         _check(file, tensor, sums)
-    twice = [n for n, k in Counter(t.name for t in proto.graph.initializer).items() if k > 1]
+    names = Counter(t.name for t in proto.graph.initializer if t.name)
+    twice = [n for n, k in names.items() if k > 1]
     if twice:
         raise LoraFxError(f"{file}: two initialisers are called {twice[0]!r}", DAMAGED)
     return proto

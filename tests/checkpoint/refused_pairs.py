@@ -81,12 +81,6 @@ def same_output(folder: Path) -> list[str]:
     return ["-o", str(folder / "base"), "--force"]
 
 
-def inside_output(folder: Path) -> list[str]:
-    base(folder)
-    good(folder)
-    return ["-o", str(folder / "base" / "merged")]
-
-
 def around_output(folder: Path) -> list[str]:
     base(folder)
     good(folder)
@@ -281,7 +275,6 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
     # outputs
     "output exists": (existing_output, ("out exists", "--force")),
     "output is the base": (same_output, ("would replace the input", "base")),
-    "output in the base": (inside_output, ("lies in the input", "base")),
     "output around the base": (around_output, ("would replace the input",)),
 }
 PAIRS |= {name: (other(make), texts) for name, (make, texts) in BASES.items()}

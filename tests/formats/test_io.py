@@ -67,7 +67,7 @@ def test_force_never_takes_other_things_away(tmp_path: Path) -> None:
         save_adapter(small(2), tmp_path / "x", force=True)
     (tmp_path / "y.safetensors").mkdir()
     (tmp_path / "z").write_text("years")
-    for name, word in (("y.safetensors", "is a folder"), ("z", "is a file")):
+    for name, word in (("y.safetensors", "is a folder"), ("z", "no file that lora-fx writes")):
         with pytest.raises(LoraFxError, match=word):
             save_adapter(small(2), tmp_path / name, force=True)
     assert (tmp_path / "z").read_text() == "years"

@@ -135,8 +135,8 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut": (cut, "damaged|no ONNX model"),
     "random": (bytes_of(bytes(range(256))), "damaged"),
     "empty": (bytes_of(b""), "no ONNX model"),
-    "git-lfs": (pointer, "git-lfs pointer"),
-    "git-lfs data": (lfs_data, "git-lfs pointer"),
+    "git-lfs": (pointer, "git-LFS pointer"),
+    "git-lfs data": (lfs_data, "git-LFS pointer"),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -192,8 +193,9 @@ def _check_init(config: JsonView, where: str) -> None:
         )
 
 
-SECONDS = 1.0
-"""A pattern of a file may take on one name."""
+SECONDS, IN_ALL = 1.0, 10.0
+"""What a pattern of a file may take on one name, and all of them since a config was read."""
+_spent = [0.0]
 
 
 def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
@@ -205,15 +207,26 @@ def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[st
         regex.error: It is no pattern.
         LoraFxError: It takes longer than SECONDS.
     """
-    compiled = _compiled(pattern)
+    return _timed(_compiled(pattern), module, whole)
+
+
+def _timed(pattern: regex.Pattern[str], module: str, whole: bool = False) -> Any:
+    start, left = time.monotonic(), min(SECONDS, IN_ALL - _spent[0])
     try:
-        return (compiled.fullmatch if whole else compiled.match)(module, timeout=SECONDS)
+        return (pattern.fullmatch if whole else pattern.match)(module, timeout=max(0.001, left))
     except TimeoutError as error:
         raise LoraFxError(
-            f"the pattern {one_line(repr(pattern), 120)} takes longer than {SECONDS:g} s on the "
-            f"name {one_line(repr(module), 120)}",
+            f"the pattern {one_line(repr(pattern.pattern), 120)} takes longer than {SECONDS:g} s "
+            f"on a name, or {IN_ALL:g} s in all, at {one_line(repr(module), 120)}",
             "write it without repeats of repeats",
         ) from error
+    finally:
+        _spent[0] += time.monotonic() - start
+
+
+def forget_time() -> None:
+    """Begin to count the time of patterns anew, for the next config."""
+    _spent[0] = 0.0
 
 
 @functools.lru_cache(maxsize=512)
@@ -246,8 +259,7 @@ class Pattern:
         self.seen: set[str] = set()
         self.doubts: set[str] = set()  # where the order of the table decides
         try:
-            for pattern in self.numbers:
-                _compiled(rf"(.*\.)?({pattern})$")
+            self.regexes = {k: _compiled(rf"(.*\.)?({k})$") for k in self.numbers}
         except regex.error as error:
             raise LoraFxError(
                 f"{where}: {table} holds a bad pattern: {error}",
@@ -257,7 +269,7 @@ class Pattern:
     def of(self, module: str) -> float | None:
         """The number of one module; None where the config gives none."""
         self.seen.add(module)
-        hits = [k for k in self.numbers if matched(rf"(.*\.)?({k})$", module)]
+        hits = [k for k, pattern in self.regexes.items() if _timed(pattern, module)]
         hits += [module] if module in self.numbers else []
         self.unmatched -= set(hits)
         other = next((k for k in hits if self.numbers[k] != self.numbers[hits[0]]), None)

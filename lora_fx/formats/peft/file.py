@@ -24,6 +24,7 @@ from lora_fx.files.read import json_object, read_json
 from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
 from lora_fx.formats import lycoris
 from lora_fx.formats.base import FileHead, PeftFile, metadata_text
+from lora_fx.formats.peft.config import forget_time
 from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.read import decode
 from lora_fx.formats.peft.write import encode
@@ -102,6 +103,7 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
 
 def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
     """The config inside our JSON or beside the file, None where there is neither; and its place."""
+    forget_time()
     beside = file.parent / CONFIG
     if isinstance(ours.get("config"), dict):
         return dict(ours["config"]), f"{file}: config in metadata lora_fx"

@@ -138,7 +138,7 @@ def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
         program = export_program(entry, (named,), (shapes,))
     module = program.module(check_guards=False)
     traced = clean_module(module, program, [n for n, _ in given], requested, log)
-    traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out), *seen()
+    traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out()), *seen()
     return traced
 
 
@@ -208,7 +208,7 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
     _finish(graph)
     sizes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
     traced = Traced(graph, constants, Door(tuple(names), sizes), made[0], bodies=bodies)
-    traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out), *seen()
+    traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out()), *seen()
     traced.pinned = [
         Pinned(n, d, size, why, "recorded")
         for n, shape in zip(names, sizes, strict=True)
@@ -329,28 +329,32 @@ class RootModule(OverTree):
         source: The model.
         signature: That of its forward.
         forward: What is called.
+
+    Attributes:
+        left_out: Gives the names of the outputs of the last run that are no tensors.
     """
 
     def __init__(self, source: nn.Module, signature: Signature, forward: Any) -> None:
         super().__init__(source)
-        # in a tuple: no child of this module, and torch.export puts back what attributes held
-        self._call = (source, signature, forward, list[str]())
+        left_out = list[str]()
+
+        def call(named: dict[str, Any]) -> Any:
+            left_out.clear()
+            return without_cache(signature.call(forward, named), left_out)
+
+        # Functions, since torch.export puts back what lists and tuples of a module held.
+        self._call: Callable[[dict[str, Any]], Any] = call
+        self._source: Callable[[], nn.Module] = lambda: source
+        self.left_out: Callable[[], list[str]] = lambda: left_out
 
     @property
     def source(self) -> nn.Module:
         """The model."""
-        return self._call[0]
-
-    @property
-    def left_out(self) -> list[str]:
-        """Names of the outputs of the last run that are no tensors."""
-        return self._call[3]
+        return self._source()
 
     def forward(self, named: dict[str, Any]) -> Any:
         """Call the user's forward with its arguments by name."""
-        _, signature, forward, left_out = self._call
-        left_out.clear()
-        return without_cache(signature.call(forward, named), left_out)
+        return self._call(named)
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:

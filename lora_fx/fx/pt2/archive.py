@@ -197,11 +197,12 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     Raises:
         LoraFxError: No such file, no zip, no .pt2 archive, or one of another version.
     """
+    file = open_input(path)
     try:
-        file = open_input(path)
         opened = zipfile.ZipFile(file)
         weakref.finalize(opened, file.close)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+        file.close()
         raise LoraFxError(f"{path}: no .pt2 file, or a cut one: {one_line(e, 120)}", BROKEN) from e
     infos = opened.infolist()
     names = [i.filename for i in infos]

@@ -161,9 +161,9 @@ def test_nan_in_a_whole_tensor(plain: Write) -> None:
 def test_missing_or_broken_config(plain: Write) -> None:
     folder = plain()
     (folder / peft.CONFIG).write_text("{")
-    refused(folder, peft.CONFIG, "not JSON")
+    refused(folder, peft.CONFIG, "not valid JSON")
     (folder / peft.CONFIG).write_text("[]")
-    refused(folder, peft.CONFIG, "expected an object")
+    refused(folder, peft.CONFIG, "not an object")
     (folder / peft.CONFIG).unlink()
     assert "beside" in refused(folder, peft.WEIGHTS, "no config in its metadata").hint
 

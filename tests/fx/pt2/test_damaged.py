@@ -53,7 +53,7 @@ def unread(config: dict[str, Any]) -> None:
         ({"data/weights/weight_0": lambda _: None}, "is missing"),
         ({JSON: lambda _: None}, "holds no program"),
         ({JSON: lambda _: b"{}"}, "is no exported program"),
-        ({JSON: cut}, "is no JSON"),
+        ({JSON: cut}, "not valid JSON"),
         ({"archive_version": lambda _: b"9"}, "archive version"),
         ({"archive_format": lambda _: b"pt3"}, "no .pt2 archive"),
     ],

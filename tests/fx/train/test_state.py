@@ -158,7 +158,7 @@ def test_damaged_states(state: Path, tmp_path: Path) -> None:
         (lambda w: w.update(format=2), None, "format 2; this lora-fx knows formats up to 1"),
         (lambda w: w.update(facts=None), None, "is the state of another run"),
         (lambda w: w.update(step=3), None, "4 losses of 3 steps"),
-        (lambda w: [w], None, "damaged: no object"),
+        (lambda w: [w], None, "a JSON list, not an object"),
         (None, without(a), f"no tensor '{a}'"),
         (lambda w: w["moments"].append("odd"), None, "damaged: KeyError('odd')"),
         (None, without("rng/0"), "no tensor 'rng/0'"),
@@ -178,7 +178,7 @@ def test_damaged_states(state: Path, tmp_path: Path) -> None:
 
 
 def test_a_state_holds_no_pickle(state: Path) -> None:
-    assert {p.name for p in state.iterdir()} == {"state.json", "state.safetensors"}
+    assert {p.name for p in state.iterdir()} == {"lora_fx.json", "state.json", "state.safetensors"}
     held = read_tensors(state / "state.safetensors")[0]
     assert {k.partition("/")[0] for k in held} == {"now", "best", "adam", "rng", "losses"}
     json.loads((state / "state.json").read_text())
