@@ -79,7 +79,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         refused = NoEffectError(
             f"{len(bad)} of {len(rows)} merges failed, the first {bad[0]['adapter']}: "
             f"{bad[0]['error']}",
-            "the lines above say why each failed",
+            "the others are done; the lines above say why each failed",
         )
     outputs = [r["out"] for r in rows if r["ok"]]
     inputs = [{"base": base, "adapters": list(adapters)}]
