@@ -189,6 +189,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = f"{ctx.command_path if ctx else 'lora-fx'} --help"
         _fail(LoraFxError(e.format_message(), hint), argv)
     except (KeyboardInterrupt, click.Abort) as e:
+        from lora_fx.files.atomic import sweep
+
+        for target in files.outputs:
+            sweep(target)
         ended = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
         what = "terminated" if ended else "interrupted"
         left = getattr(e, "left", None) or getattr(e.__cause__, "left", None)

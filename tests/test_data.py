@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.data import Buckets, Table, read_table, split, table_of
+from lora_fx.data import Buckets, Table, read_npz, read_table, split, table_of
 from lora_fx.errors import LoraFxError
 
 
@@ -110,3 +110,20 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
     with pytest.raises(LoraFxError) as info:
         read_table(str(tmp_path / name))
     assert message in info.value.message and name in info.value.message
+
+
+def test_a_column_of_texts_that_are_numbers_needs_a_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"x": "1", "labels": 0}\n{"x": "2", "labels": 1}\n')
+    with pytest.raises(LoraFxError, match="column 'x' is text"):
+        read_table(str(file))
+
+
+def test_a_small_file_does_not_unpack_to_gigabytes(tmp_path: Path) -> None:
+    for size, fits in ((1 << 20, True), (1 << 28, False)):
+        np.savez_compressed(tmp_path / "x.npz", x=np.zeros(size, np.int8))
+        if fits:
+            assert read_npz(str(tmp_path / "x.npz"))["x"].size == size
+        else:
+            with pytest.raises(LoraFxError, match="when unpacked"):
+                read_npz(str(tmp_path / "x.npz"))

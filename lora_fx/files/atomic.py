@@ -276,6 +276,12 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
 
 
+def sweep(target: Path) -> None:
+    """Take away what an interrupt between two steps left of an output of this run."""
+    with contextlib.suppress(OSError, LoraFxError), locked(target):
+        _clear_stale(target)
+
+
 def _clear_stale(target: Path) -> None:
     """Remove what killed runs left of this target; its lock is held, so none of it is in use."""
     ours = re.compile(re.escape(f".{target.name}.lora_fx_") + r"([0-9a-f]{8})\.tmp")

@@ -79,3 +79,14 @@ def test_a_model_that_cannot_be_copied_keeps_its_computed_tensors() -> None:
     before = model.weight
     lora_fx.insert(model, (torch.randn(3, 6),), rank=2)
     assert model.weight is before and type(before) is torch.Tensor
+
+
+def test_the_two_graphs_run_on_the_models_own_tensors() -> None:
+    """Not on those of the weightless copy that was captured."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU()), torch.randn(3, 4)
+    captured = lora_fx.capture(model, (x,))
+    for graph in (captured.eval, captured.train):
+        assert graph.get_parameter("0.weight") is model[0].weight
+        (out,) = torch.utils._pytree.tree_leaves(graph(x))
+        torch.testing.assert_close(out, model(x))
