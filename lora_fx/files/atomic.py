@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from lora_fx.errors import LoraFxError, explained
+from lora_fx.errors import LoraFxError, explain, explained
 from lora_fx.files.copying import fcntl
 from lora_fx.files.ownership import check_apart, check_replaceable, write_contents
 from lora_fx.files.read import inode_of, run_of_files
@@ -42,7 +42,8 @@ def replacing(
     The block may make a file or a folder of it. Files get the mode 0666 & ~umask and folders
     0777 & ~umask, however they were made; links, and files with other names, stay as they are.
     On any error, Ctrl-C included, what was written is removed and `path` is as it was; only when
-    the very last step fails, the fsync of the parent, the whole output stands. One process at a
+    the very last step fails, the fsync of the parent, the whole output stands, and the exit code
+    of the error is 1. One process at a
     time writes a path. What a killed one left is removed first.
 
     Args:
@@ -83,7 +84,11 @@ def replacing(
                 if beside is not None:
                     beside.add(target, temporary)
                 _swap(temporary, target, holder / _OLD)
+            try:
                 _sync_folder(target.parent)
+            except OSError as error:
+                told = explain(error, f"{target} was written, and its folder is not synced")
+                raise LoraFxError(told.message, told.hint, exit_code=1) from error
         finally:
             _discard(holder, target)
 

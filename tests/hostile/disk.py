@@ -56,7 +56,8 @@ def rounds(lines: dict[str, str], count: int, seed: int, folder: Path) -> Iterat
                     yield "left", *label, str(left)
                 if got.code == 2 and outputs and not parts:
                     yield "left", *label, f"{sorted(outputs)} {told}"
-                if got.code == 0 and set(outputs) != want:
+                whole = got.code == 0 or "was written" in got.err
+                if whole and not parts and not want >= set(outputs) > set():
                     yield "wrong", *label, str(set(outputs) ^ want)
                 clear(folder)
                 done = child.command(line.split(), folder, seconds=120)

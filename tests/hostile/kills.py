@@ -93,7 +93,8 @@ def rounds(lines: dict[str, str], count: int, seed: int, folder: Path) -> Iterat
                 yield "input changed", *label
             if number is not signal.SIGKILL and left:
                 yield "left", *label, str(left)
-            stopped = number is not signal.SIGKILL and got.code != 0
+            # by its own number: it came when the command had ended, and Python had not
+            stopped = number is not signal.SIGKILL and got.code not in (0, -number)
             parts = "merge-all" in line or "--save-state" in line  # each whole by itself
             if stopped and outputs and not parts and "was written" not in got.err:
                 yield "left", *label, f"{sorted(outputs)} {got.err[-200:]}"
