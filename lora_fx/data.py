@@ -148,6 +148,10 @@ def training_table(
     else:
         table = read_table(path, label=label, tokenizer=tokenizer)
     names = [n for n in table.columns if n != table.label]
+    if not names:
+        raise LoraFxError(
+            f"{path}: no column but {table.label!r}", f"the model takes {', '.join(inputs)}"
+        )
     tabular = len(inputs) == 1 and not set(names) & set(inputs)
     if tabular and all(table.columns[n].ndim == 1 for n in names):
         return replace(table, columns=features(table.columns, table.label, inputs[0]))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.data import Buckets, Table, read_npz, read_table, split, table_of
+from lora_fx.data import Buckets, Table, read_npz, read_table, split, table_of, training_table
 from lora_fx.errors import LoraFxError
 
 
@@ -117,6 +117,12 @@ def test_a_column_of_texts_that_are_numbers_needs_a_tokenizer(tmp_path: Path) ->
     file.write_text('{"x": "1", "labels": 0}\n{"x": "2", "labels": 1}\n')
     with pytest.raises(LoraFxError, match="column 'x' is text"):
         read_table(str(file))
+
+
+def test_a_table_of_labels_alone_trains_nothing(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", labels=np.arange(3))
+    with pytest.raises(LoraFxError, match="no column but 'labels'"):
+        training_table(str(tmp_path / "d.npz"), ["x"], lambda text: None)
 
 
 def test_a_small_file_does_not_unpack_to_gigabytes(tmp_path: Path) -> None:

@@ -195,7 +195,15 @@ class _Seen:
         """The moments by key, in the order that was asked for."""
         for key in self.dead:
             self.say(key, "no gradient reaches it")
-        return {key: sums.moments(examples) for key, sums in self.sums.items()}
+        found = {key: sums.moments(examples) for key, sums in self.sums.items()}
+        for key, moments in found.items():
+            for value in (moments.inputs, moments.outputs):
+                if value is not None and not np.isfinite(value).all():
+                    raise LoraFxError(
+                        f"{key}: the data leads to NaN or infinite values there",
+                        "are there such values, or very large ones, in the data?",
+                    )
+        return found
 
     @property
     def dead(self) -> tuple[str, ...]:
