@@ -290,3 +290,11 @@ def test_padding_is_no_input() -> None:
     want = np.bincount(ids[mask == 1], minlength=11) / 14
     np.testing.assert_allclose(seen["table.weight"].inputs, want, rtol=1e-12)
     assert want[10] == 0 and seen["out.weight"].rows == 1.0
+
+
+def test_data_that_leads_to_infinite_values_is_refused() -> None:
+    model, x = nn.Linear(4, 6), torch.ones(3, 4)
+    x[1, 2] = torch.inf
+    cap = Captured(model, (torch.ones(3, 4),))
+    with pytest.raises(LoraFxError, match=r"weight: the data leads to NaN or infinite"):
+        calibrate(cap, {"weight": ""}, [{next(iter(cap.named)): x}], "mse", ("inputs",))
