@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -180,14 +181,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = group.main(argv, prog_name="lora-fx", standalone_mode=False, obj=given)
         sys.exit(code if isinstance(code, int) else 0)
     except LoraFxError as e:
-        _fail(e, argv)
+        _fail(e, argv, files)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message())
         sys.exit(2)
     except click.ClickException as e:
         ctx = e.ctx if isinstance(e, click.UsageError) else None
         hint = f"{ctx.command_path if ctx else 'lora-fx'} --help"
-        _fail(LoraFxError(e.format_message(), hint), argv)
+        _fail(LoraFxError(e.format_message(), hint), argv, files)
     except (KeyboardInterrupt, click.Abort) as e:
         from lora_fx.files.atomic import sweep
 
@@ -205,19 +206,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except OSError as e:
-        _fail(explain(e, e.filename or "a file"), argv)
+        _fail(explain(e, e.filename or "a file"), argv, files)
     except MemoryError as e:
-        _fail(LoraFxError(f"out of memory: {one_line(e)}", "a smaller model or batch"), argv)
+        _fail(LoraFxError(f"out of memory: {one_line(e)}", "a smaller model or batch"), argv, files)
     except Exception as e:
+        cause: BaseException | None = e  # onnx_ir and torch wrap what the system said
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, OSError):
+            _fail(explain(cause, cause.filename or "a file"), argv, files)
         error = LoraFxError(
             f"{type(e).__name__}: {one_line(e)}",
             "this is not a mistake of yours: please report it with the output of -v",
         )
         error.__cause__ = e
-        _fail(error, argv)
+        _fail(error, argv, files)
 
 
-def _fail(error: LoraFxError, argv: Sequence[str]) -> None:
+def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoReturn:
+    """End with an error; one that comes after an output has its name says so, by exit code 1."""
+    if error.exit_code == 2 and (written := files.written):
+        told = f"{', '.join(map(str, written))} was written; then: {error.message}"
+        shown, error = error.told, LoraFxError(told, error.hint, exit_code=1)
+        error.told = shown
     if "-v" in argv or "--verbose" in argv:
         traceback.print_exception(error, file=sys.stderr)
     echo(f"Error: {one_line(error.message, 1000)}", err=True)

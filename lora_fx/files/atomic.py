@@ -87,6 +87,8 @@ def replacing(
             try:
                 _sync_folder(target.parent)
             except OSError as error:
+                if beside is not None:  # which takes it back
+                    raise explain(error, target) from error
                 told = explain(error, f"{target} was written, and its folder is not synced")
                 raise LoraFxError(told.message, told.hint, exit_code=1) from error
         finally:
