@@ -39,6 +39,7 @@ def blaming(verb: Verb) -> Verb:
 def _invalid(file: str) -> str:
     """What onnx's checker, its strict inference of shapes or the runtime say; empty for nothing."""
     import onnx
+    import onnx_ir as ir
     import onnxruntime as ort
 
     def runtime(name: str) -> object:
@@ -50,6 +51,7 @@ def _invalid(file: str) -> str:
         onnx.checker.check_model,
         lambda name: onnx.shape_inference.infer_shapes(onnx.load(name), strict_mode=True),
         runtime,
+        lambda name: ir.serde.serialize_model(ir.load(name)),  # texts that are not UTF-8
     ):
         try:
             check(file)
