@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import regex
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -198,19 +197,19 @@ SECONDS, IN_ALL = 1.0, 10.0
 _spent = [0.0]
 
 
-def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
+def matched(pattern: str, module: str, *, whole: bool = False) -> Any:
     """As re.match, or re.fullmatch for `whole`, in bounded time.
 
     Patterns come from files, and Python's own `re` can take for ever on one of ten characters.
 
     Raises:
-        regex.error: It is no pattern.
+        PatternError: It is no pattern.
         LoraFxError: It takes longer than SECONDS.
     """
     return _timed(_compiled(pattern), module, whole)
 
 
-def _timed(pattern: regex.Pattern[str], module: str, whole: bool = False) -> Any:
+def _timed(pattern: Any, module: str, whole: bool = False) -> Any:
     start, left = time.monotonic(), min(SECONDS, IN_ALL - _spent[0])
     try:
         return (pattern.fullmatch if whole else pattern.match)(module, timeout=max(0.001, left))
@@ -229,12 +228,18 @@ def forget_time() -> None:
     _spent[0] = 0.0
 
 
+class PatternError(ValueError):
+    """A text that is no regular expression."""
+
+
 @functools.lru_cache(maxsize=512)
-def _compiled(pattern: str) -> regex.Pattern[str]:
+def _compiled(pattern: str) -> Any:
+    import regex  # most configs have no pattern
+
     try:
         return regex.compile(pattern)
-    except (RecursionError, OverflowError, MemoryError) as error:
-        raise regex.error(f"too complex: {one_line(error)}") from error
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise PatternError(one_line(error)) from error
 
 
 class Pattern:
@@ -260,7 +265,7 @@ class Pattern:
         self.doubts: set[str] = set()  # where the order of the table decides
         try:
             self.regexes = {k: _compiled(rf"(.*\.)?({k})$") for k in self.numbers}
-        except regex.error as error:
+        except PatternError as error:
             raise LoraFxError(
                 f"{where}: {table} holds a bad pattern: {error}",
                 "correct the file, or save the adapter again with PEFT",
@@ -315,7 +320,7 @@ def targets(config: JsonView, module: str) -> bool:
     if isinstance(wanted, str):
         try:
             return matched(wanted, module, whole=True) is not None
-        except regex.error:
+        except PatternError:
             return False
     return any(module == name or module.endswith(f".{name}") for name in _texts(wanted))
 
@@ -348,7 +353,7 @@ def conflicts(saved: str, module: str) -> bool:
     """True when PEFT, told to save `saved` whole, leaves out or wraps a low-rank `module`."""
     try:
         return module.endswith(saved) or bool(matched(rf"(^|.*\.){saved}($|\..*)", module))
-    except regex.error:  # PEFT takes the name for a pattern, and would fail on this one
+    except PatternError:  # PEFT takes the name for a pattern, and would fail on this one
         return True
 
 
@@ -386,7 +391,7 @@ def wanted_by(config: JsonView, module: str) -> str | None:
     """
     try:
         return _wanted_by(config, module)
-    except regex.error:
+    except PatternError:
         return None  # PEFT would fail on such a pattern
 
 
