@@ -133,7 +133,7 @@ def read_bytes(info: TensorInfo, lo: int, hi: int) -> Array:
         LoraFxError: The file ends before them, or cannot be read.
     """
     result = np.empty(hi - lo, np.uint8)
-    with _reading(info), open_input(info.file, buffering=0) as file:
+    with _reading(info), open_input(info.file) as file:
         read_into(file.fileno(), result.data, info.start + lo)
     return result
 
@@ -167,7 +167,7 @@ def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
     """
     block = bytearray(CHUNK)
     if isinstance(tensor, TensorInfo):
-        with _reading(tensor), open_input(tensor.file, buffering=0) as file:
+        with _reading(tensor), open_input(tensor.file) as file:
             for lo in range(tensor.start, tensor.stop, CHUNK):
                 read_into(file.fileno(), memoryview(block)[: tensor.stop - lo], lo)
                 yield block

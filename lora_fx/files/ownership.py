@@ -113,11 +113,13 @@ def kind_of(file: Path) -> str | None:
     """What a file of a kind that lora-fx writes is; None for any other."""
     with file.open("rb") as opened:
         head = opened.read(_HEAD)
-    if file.suffix == ".safetensors" and re.search(rb"(?i)lora|hada_|lokr_|oft_", head):
+    length = int.from_bytes(head[:8], "little")
+    names = head[8 : 8 + length]  # no data: any letters may stand there
+    if file.suffix == ".safetensors" and re.search(rb"(?i)lora|hada_|lokr_|oft_", names):
         return "an adapter in a .safetensors file"
     if file.suffix in _ENDINGS:
         return f"a {file.suffix} file"
-    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= file.stat().st_size:
+    if head[8:9] == b"{" and 8 + length <= file.stat().st_size:
         return "a .safetensors file"
     if b"<title>lora-fx " in head and head.lstrip()[:15].lower() == b"<!doctype html>":
         return "a page of lora-fx"

@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.text import Json
@@ -109,15 +110,12 @@ def _note(run: Remembered, path: str | os.PathLike[str], found: os.stat_result) 
     run.inodes[found.st_dev, found.st_ino] = os.fspath(path)
 
 
-def open_input(
-    path: str | os.PathLike[str], *, most: int | None = None, buffering: int = -1
-) -> BinaryIO:
+def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> BufferedReader:
     """A regular file, open for reading.
 
     Args:
         path: What to open. Links are followed; a pipe or device is not waited for.
         most: The largest size, in bytes; any where None.
-        buffering: As of `open`.
 
     Raises:
         LoraFxError: It is not there, cannot be read, is no regular file, or is larger.
@@ -141,7 +139,7 @@ def open_input(
             )
         if (run := _run.get()) is not None:
             _note(run, path, found)
-        return os.fdopen(descriptor, "rb", buffering)
+        return os.fdopen(descriptor, "rb")
     except BaseException:
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -228,7 +226,9 @@ def json_value(
     try:
         encoding = "utf-8" if sizes else "utf-8-sig"
         plain = text.decode(encoding) if isinstance(text, bytes) else text
-        odd = "-0" in plain or re.search(r"\d{301}", plain)  # Python's own way is faster
+        odd = (sizes and "-0" in plain) or re.search(
+            r"\d{301}", plain
+        )  # Python's own way is faster
         value = json.loads(
             plain,
             object_pairs_hook=once,
@@ -291,7 +291,7 @@ def within(folder: Path, name: str) -> Path | None:
     """Where the links of a folder's own entry lead; None where that is out of the folder."""
     try:
         home, file = folder.resolve(), (folder / name).resolve()
-        os.path.lexists(file) or file.lstat()
+        file.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, ValueError):  # links in a circle; a name that is too long

@@ -215,7 +215,7 @@ def _external(
     if said := entries.get("checksum"):
         if data not in sums:
             with open_input(data) as opened:
-                sums[data] = hashlib.file_digest(opened, "sha1").hexdigest()  # type: ignore[arg-type]
+                sums[data] = hashlib.file_digest(opened, "sha1").hexdigest()
         if said.lower() != sums[data]:
             raise LoraFxError(
                 f"{name}: {location} has the SHA-1 sum {sums[data]}; expected {one_line(said, 60)}",

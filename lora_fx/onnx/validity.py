@@ -23,7 +23,7 @@ def blaming(verb: Verb) -> Verb:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return verb(*args, **kwargs)
-        except LoraFxError:
+        except (LoraFxError, OSError, MemoryError):  # no fault of the file
             raise
         except Exception as error:
             paths = [os.fspath(x) for x in args if isinstance(x, (str, os.PathLike))]
@@ -37,7 +37,7 @@ def blaming(verb: Verb) -> Verb:
 
 
 def _invalid(file: str) -> str:
-    """What onnx's checker, its strict inference of shapes or the runtime say; empty for nothing."""
+    """What onnx's checker, its shapes, the runtime or onnx_ir find wrong; empty for nothing."""
     import onnx
     import onnx_ir as ir
     import onnxruntime as ort

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import resource
 import signal
@@ -15,9 +16,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from tests.faults import Faults
 
@@ -64,6 +67,21 @@ class Outcome:
         """True for exit 2 with one line of error and one of hint."""
         lines = [x for x in self.err.splitlines() if x.startswith(("Error: ", "Hint: "))]
         return self.code == 2 and [x.split(":")[0] for x in lines] == ["Error", "Hint"]
+
+
+def tell(rows: Iterable[tuple[str, ...]], **counts: object) -> NoReturn:
+    """Print a line for each row that failed, then one JSON object of counts, and exit.
+
+    The last row is ("counts", JSON of how often each end came).
+    """
+    failed: Counter[str] = Counter()
+    for row in rows:
+        if row[0] == "counts":
+            print(json.dumps({**counts, "ended": json.loads(row[1]), "failed": failed}))
+        else:
+            failed[row[0]] += 1
+            print("\t".join(row), flush=True)
+    sys.exit(1 if failed else 0)
 
 
 def prepare() -> None:
