@@ -282,7 +282,7 @@ def inside(folder: Path, name: str) -> Path | None:
         Where it lies, without links; it may be missing.
     """
     parts = PurePosixPath(name)
-    if not name or parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:\0]", name):
+    if parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:\0]", name):
         return None
     return within(folder, name)
 

@@ -71,6 +71,14 @@ def test_names_that_lead_nowhere(tmp_path: Path, name: str) -> None:
     assert inside(tmp_path, name) is None
 
 
+def test_names_that_hold_in_one_place_only(tmp_path: Path) -> None:
+    """They lead to a file of the folder, by what lies around it."""
+    (tmp_path / "x").write_text("x")
+    assert inside(tmp_path, "x") is not None
+    assert inside(tmp_path, str(tmp_path / "x")) is None
+    assert inside(tmp_path, f"../{tmp_path.name}/x") is None
+
+
 def test_links_within_a_folder_are_followed(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "x").write_text("x")

@@ -211,7 +211,7 @@ ONNX: dict[str, Case] = {
     "typed data, too many": Case(graph_with(typed(25)), READ_ONNX, say="25 numbers"),
     "two of one name": Case(graph_with(twice), READ_ONNX, say="'fc.weight'"),
     "a wrong sum": Case(graph_with(checksum), READ_ONNX, say="SHA-1"),
-    "20 GB that take no room": Case(sparse("bad.onnx", 20 << 30), READ_ONNX),
+    "20 GB that take no room": Case(sparse("bad.onnx", 20 << 30), READ_ONNX, say="at most 2147483648"),
     "a pipe": Case(lambda folder: os.mkfifo(folder / "bad.onnx"), READ_ONNX),
     "a device": Case(lambda folder: (folder / "bad.onnx").symlink_to("/dev/zero"), READ_ONNX),
     "empty": Case(lambda folder: (folder / "bad.onnx").write_bytes(b""), READ_ONNX),
