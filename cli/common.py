@@ -205,19 +205,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
-    except OSError as e:
-        _fail(explain(e, e.filename or "a file"), argv, files)
     except MemoryError as e:
         _fail(LoraFxError(f"out of memory: {one_line(e)}", "a smaller model or batch"), argv, files)
     except Exception as e:
-        cause: BaseException | None = e  # onnx_ir and torch wrap what the system said
+        cause: BaseException | None = e  # onnx_ir wraps what the system said
         while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if isinstance(cause, OSError):
-            _fail(explain(cause, cause.filename or "a file"), argv, files)
-        error = LoraFxError(
-            f"{type(e).__name__}: {one_line(e)}",
-            "this is not a mistake of yours: please report it with the output of -v",
+            cause = cause.__cause__
+        error = (
+            explain(cause, cause.filename or "a file")
+            if cause
+            else LoraFxError(
+                f"{type(e).__name__}: {one_line(e)}",
+                "this is not a mistake of yours: please report it with the output of -v",
+            )
         )
         error.__cause__ = e
         _fail(error, argv, files)
@@ -227,8 +227,8 @@ def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoRetur
     """End with an error; one that comes after an output has its name says so, by exit code 1."""
     if error.exit_code == 2 and (written := files.written):
         told = f"{', '.join(map(str, written))} was written; then: {error.message}"
-        shown, error = error.told, LoraFxError(told, error.hint, exit_code=1)
-        error.told = shown
+        before, error = error, LoraFxError(told, error.hint, exit_code=1)
+        error.told, error.__cause__ = before.told, before
     if "-v" in argv or "--verbose" in argv:
         traceback.print_exception(error, file=sys.stderr)
     echo(f"Error: {one_line(error.message, 1000)}", err=True)

@@ -84,11 +84,12 @@ def _write_for(adapter: Adapter, model: str, output: str, name: str, force: bool
 
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output, replacing
+    from lora_fx.formats.io import ADAPTER_FILES
     from lora_fx.onnx.session import manifest_of, write_adapter
 
     if name != "onnx_adapter":
         raise LoraFxError(f"--for is for onnx_adapter, not for {name}", "-o X.onnx_adapter")
-    check_output(output, force=force)
+    check_output(output, force=force, names=ADAPTER_FILES)
     manifest = manifest_of(model)
     with replacing(Path(output), force=force) as temporary:
         write_adapter(adapter, manifest, temporary)

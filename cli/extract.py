@@ -43,9 +43,9 @@ def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **op
     """
     from lora_fx.checkpoint.extract import extraction
     from lora_fx.files.atomic import check_output
-    from lora_fx.formats.io import save_adapter
+    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
 
-    check_output(output, force=force)
+    check_output(output, force=force, names=ADAPTER_FILES)
     result = extraction(base, tuned, progress=_progress(), **options)
     said = save_adapter(result.adapter, output, force=force)
     note(*result.adapter.metadata["notes"], *said)

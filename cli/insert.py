@@ -52,10 +52,10 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     lora-fx insert bert.onnx -o branches.onnx --rank 4
     """
     from lora_fx.files.atomic import check_output
-    from lora_fx.formats.io import save_adapter
+    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.passes.verbs.adapt import insert
 
-    check_output(output, force=force)
+    check_output(output, force=force, names=ADAPTER_FILES)
     if model.endswith(".onnx"):
         _onnx(model, output, force, as_json, options)
         return

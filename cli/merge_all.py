@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         if not as_json:
             print_json(row)
     bad = [r for r in rows if not r["ok"]]
-    if made and len(bad) == len(rows):
-        folder.rmdir()
+    if made and rows and len(bad) == len(rows):
+        with contextlib.suppress(OSError):  # a killed merge leaves files, and shards share it
+            folder.rmdir()
     refused = None
     if bad:
         refused = NoEffectError(

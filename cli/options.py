@@ -265,7 +265,7 @@ def named_adapters(texts: Sequence[str]) -> Json:
 
 
 START = ("data", "label", "loss")
-"""What start_options give to start_from."""
+"""The options that start_from takes."""
 BATCH = 32
 """Examples that run at a time."""
 

@@ -50,13 +50,13 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     from lora_fx.data import split
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
-    from lora_fx.formats.io import save_adapter
+    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.verbs.adapt import insert
 
     with together(options.pop("device")) as (world, device):
-        check_output(output, force=force)
+        check_output(output, force=force, names=ADAPTER_FILES)
         state = options["save_state"] or options["resume"]
         if state and Path(state).resolve() == Path(output).resolve():
             raise LoraFxError(f"{output} is also the folder of the state", "choose another name")

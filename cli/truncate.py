@@ -52,7 +52,7 @@ def command(
     """
     from lora_fx.adapter.truncate import truncation
     from lora_fx.files.atomic import check_output
-    from lora_fx.formats.io import save_adapter
+    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
 
     options = {k: goal.pop(k) for k in TABLE}
     inputs = [{"adapter": adapter}]
@@ -66,7 +66,7 @@ def command(
     for name in ("model", "weights", "label"):
         if options[name]:
             raise LoraFxError(f"--{name} has no say without --table DATA", "leave it out")
-    check_output(output, force=force)
+    check_output(output, force=force, names=ADAPTER_FILES)
     result = truncation(adapter_of(adapter, trust), **goal)
     if not result.dropped:
         note("no rank was dropped: the adapter is within the goal as it is")

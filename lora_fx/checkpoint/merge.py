@@ -127,7 +127,7 @@ def run(
     remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
     for path in (g.path for g in plan.given if g.path):
         remember(path, *(path / name for name in (CONFIG, WEIGHTS, PICKLED)))
-    check_output(target, force=force)
+    check_output(target, force=force, names=_names(plan, target))
     with explained(target):
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:
@@ -151,6 +151,14 @@ def run(
                 text = json.dumps(report_json(report), indent=1) + "\n"
                 (stage / name).write_text(text, encoding="utf-8")
     return report
+
+
+def _names(plan: MergePlan, target: Path) -> set[str]:
+    """The files that the output can have; those of other sizes of shards are of the same kind."""
+    names = {str(name) for name in plan.base.companions()[0]} | {*plan.base.shards, *REPORTS}
+    kinds = (".safetensors", ".index.json")
+    there = (p.name for p in target.iterdir()) if target.is_dir() else ()
+    return names | {name for name in there if name.endswith(kinds)}
 
 
 def cores() -> int:

@@ -34,6 +34,7 @@ _WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 _ENDING = r"\.(safetensors|onnx_adapter|bin|onnx)$"
+"""What a name loses; a version, as in llama-3.2, is no ending."""
 
 
 @dataclass(frozen=True)

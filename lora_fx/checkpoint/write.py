@@ -429,7 +429,7 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         source, target = plan.base.path / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if str(name) == "config.json" and plan.tie is not None:
-            config = untied(read_json(source))
+            config = untied(read_json(source, constants=True))
             target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
             with open_input(source) as read, target.open("wb") as written:

@@ -96,7 +96,7 @@ class Checkpoint:
 
     @property
     def elements(self) -> int:
-        """Of all tensors."""
+        """How many all tensors have together."""
         return sum(math.prod(t.shape) for t in self.tensors.values())
 
     def config(self) -> Json:

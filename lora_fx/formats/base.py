@@ -197,7 +197,7 @@ class FileHead:
         names: Tensor names of a safetensors file; empty for others.
         metadata: The texts of its header.
         config: True where adapter_config.json lies beside it.
-        elements: Of all tensors.
+        elements: How many all tensors have together.
     """
 
     head: bytes

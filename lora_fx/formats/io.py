@@ -37,6 +37,8 @@ FORMATS: dict[str, ModuleType] = {
 
 WRITERS = tuple(name for name, module in FORMATS.items() if hasattr(module, "write_file"))
 _NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json", ".gguf")
+ADAPTER_FILES = (peft.CONFIG, peft.WEIGHTS, diffusers.WEIGHTS)
+"""What a folder of an adapter can have, whatever its format."""
 _ONE_MODEL = ("peft", "onnx_adapter")
 _LARGE = 64 << 20
 
@@ -76,7 +78,7 @@ def save_adapter(
         adapter = one_model(adapter, f"format {format}")
     force = force or (path.is_dir() and not single and not any(path.iterdir()))
     if path.exists():
-        check_output(path, force=force)
+        check_output(path, force=force, names=ADAPTER_FILES)
     write = writer.write_file if single else writer.write
     with explained(path, itself=True):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 
 from lora_fx.errors import LoraFxError, one_line
 
+_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
+"""Whose operators the runtime has by itself."""
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
@@ -26,7 +28,8 @@ def blaming(verb: Verb) -> Verb:
         except (LoraFxError, OSError, MemoryError):  # no fault of the file
             raise
         except Exception as error:
-            paths = [os.fspath(x) for x in args if isinstance(x, (str, os.PathLike))]
+            given = (*args, *kwargs.values())
+            paths = [os.fspath(x) for x in given if isinstance(x, (str, os.PathLike))]
             for name in (p for p in paths if p.endswith(".onnx") and os.path.isfile(p)):
                 if why := _invalid(name):
                     hint = "onnx.checker.check_model says what is wrong with it"
@@ -43,6 +46,9 @@ def _invalid(file: str) -> str:
     import onnxruntime as ort
 
     def runtime(name: str) -> object:
+        domains = {o.domain for o in onnx.load(name, load_external_data=False).opset_import}
+        if not domains <= _DOMAINS:
+            return None  # it lacks the library of somebody's own operators
         options = ort.SessionOptions()
         options.log_severity_level = 4
         return ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])

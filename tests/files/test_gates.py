@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import Beside, replacing
+from lora_fx.files.checkpoint import model_config
 from lora_fx.files.ownership import CONTENTS
 from lora_fx.files.read import inside, remember, remembering
 from tests.checkpoint.made import adapter, factors
@@ -156,3 +157,24 @@ def test_outputs_go_together(tmp_path: Path, before: str, fails: bool) -> None:
     else:
         assert main.read_text() == "model" and beside_it.read_text() == "new"
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_folder_that_is_not_replaced_costs_no_work(pair: tuple[Path, Path]) -> None:
+    out, calls = pair[0].with_name("out"), []
+    lora_fx.merge(pair[0], [pair[1]], out)
+    (out / "thesis.tex").write_text("years")
+    (out / CONTENTS).unlink()
+    with pytest.raises(LoraFxError, match=r"thesis\.tex"):
+        lora_fx.merge(
+            pair[0], [pair[1]], out, force=True, progress=lambda *done: calls.append(done)
+        )
+    assert not calls
+
+
+def test_a_config_may_have_infinity(tmp_path: Path) -> None:
+    folder = tmp_path / "tied"
+    base(folder)
+    config = {"model_type": "x", "tie_word_embeddings": True, "limit": [0.0, float("inf")]}
+    (folder / "config.json").write_text(json.dumps(config))
+    read = model_config(folder / "config.json")
+    assert read["limit"] == [0.0, float("inf")]

@@ -15,7 +15,7 @@ import json
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.faults import CALLS, WRITES, Faults
@@ -26,13 +26,16 @@ from tests.hostile.mutate import make
 KINDS = {"disk full": (errno.ENOSPC, WRITES), "I/O error": (errno.EIO, CALLS)}
 
 
-def rounds(lines: dict[str, str], count: int, seed: int, folder: Path) -> Iterator[tuple[str, ...]]:
+def rounds(
+    lines: dict[str, str], count: int, seed: int, folder: Path, kinds: Iterable[str] = KINDS
+) -> Iterator[tuple[str, ...]]:
     """(class, command, fault, what) of each that failed; counts at the end."""
     make(folder)
     inputs = split(folder)[0]
     ended: Counter[str] = Counter()
     for name, line in lines.items():
-        for kind, (error, only) in KINDS.items():
+        for kind in kinds:
+            error, only = KINDS[kind]
             counted = child.command(line.split(), folder, seconds=120, faults=Faults(only=only))
             assert counted.code == 0 and counted.calls, f"{line}: {counted.err}"
             want = set(split(folder)[1])

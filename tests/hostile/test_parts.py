@@ -42,6 +42,12 @@ def test_failing_disks(tmp_path: Path) -> None:
     assert not failed and sum(json.loads(counts[1]).values()) == 24
 
 
+def test_a_disk_that_is_full_at_every_write(tmp_path: Path) -> None:
+    lines = {"merge .onnx": kills.WRITERS["merge .onnx"]}
+    *failed, counts = disk.rounds(lines, 1000, 0, tmp_path, ["disk full"])
+    assert not failed and json.loads(counts[1])["disk full: 2"] > 10
+
+
 def spoofing(folder: Path, spoof: str) -> tuple[str, ...]:
     """Files whose names and whose content try to speak to the terminal."""
     rng = np.random.default_rng(0)

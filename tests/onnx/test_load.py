@@ -18,6 +18,7 @@ from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import save_adapter
 from lora_fx.onnx.load import load
+from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.merge import merge
 
 W = np.arange(192, dtype=np.float32).reshape(8, 24)
@@ -220,3 +221,25 @@ def test_every_command_that_reads_a_file_checks_it_first(
     assert len(err.splitlines()) == 2 and "please report" not in err, err
     assert re.search(words, err), err
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(before)
+
+
+def test_only_an_invalid_file_is_blamed(tmp_path: Path) -> None:
+    """Not one with somebody's own operators, nor for an error of the system."""
+
+    @blaming
+    def verb(path: str, error: Exception) -> None:
+        raise error
+
+    node = onnx.helper.make_node("Mine", ["x"], ["y"], domain="my.ops")
+    x, y = (onnx.helper.make_tensor_value_info(n, 1, ["N", 4]) for n in "xy")
+    graph = onnx.helper.make_graph([node], "g", [x], [y])
+    opset = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("my.ops", 1)]
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "a.onnx"
+    )
+    (tmp_path / "b.onnx").write_bytes(b"no model")
+    for name, error in (("a", KeyError("k")), ("b", OSError(28, "full")), ("b", MemoryError())):
+        with pytest.raises(type(error)):
+            verb(path=str(tmp_path / f"{name}.onnx"), error=error)
+    with pytest.raises(LoraFxError, match="no valid ONNX model"):
+        verb(path=str(tmp_path / "b.onnx"), error=KeyError("k"))

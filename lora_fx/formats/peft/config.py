@@ -234,11 +234,16 @@ class PatternError(ValueError):
 
 @functools.lru_cache(maxsize=512)
 def _compiled(pattern: str) -> Any:
+    """A pattern as PEFT's `re` reads it, for `regex`, which alone can stop.
+
+    `regex` takes more for a pattern: braces that count nothing are fuzzy to it, and plain in `re`.
+    """
     import regex  # most configs have no pattern
 
     try:
-        return regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        re.compile(pattern)
+        return regex.compile(re.sub(r"(?<!\\)\{(?!\d*,?\d*\})", r"\\{", pattern))
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise PatternError(one_line(error)) from error
 
 
@@ -453,6 +458,7 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
     """
     here = set(adapted)
     places = {_place(m) for m in here}
+    forget_time()
     entries = {wanted_by(config, m) for m in here}
     lost = {}
     for module in modules:

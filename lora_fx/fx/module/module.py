@@ -59,11 +59,11 @@ class Scope(nn.Module):
     """Save this block's inputs only, and run it again in backward (torch.utils.checkpoint)."""
     _again = staticmethod(checkpointer({}))
 
-    def __getitem__(self, index: int | str) -> nn.Module:
-        """A child by position or name, as Sequential and ModuleDict have it."""
-        children: Any = self._modules
-        child: nn.Module = children[index if isinstance(index, str) else list(children)[index]]
-        return child
+    def __getitem__(self, index: int | slice | str) -> Any:
+        """A child by position or name, or several, as Sequential and ModuleDict have it."""
+        if isinstance(index, str):
+            return self._modules[index]
+        return list(self._modules.values())[index]
 
     def forward(self, program: str, *args: object) -> Any:
         """Run this block's part of a program."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats.io import load_adapter
+from lora_fx.formats.peft import config
 from lora_fx.formats.peft import file as peft
 
 Write = Callable[..., Path]
@@ -204,3 +206,46 @@ def test_a_tensor_that_does_not_fit_its_layout(mixed: Adapter, tmp_path: Path) -
     tensors[name] = tensors[name][:, :5]
     write_tensors(tmp_path / peft.WEIGHTS, tensors, header)
     refused(tmp_path, "h.0.fc.weight", "A [2, 5]", "'stored': [8, 6]")
+
+
+def test_a_pattern_without_end_is_refused_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    endless = "(([a-z._0-9])+){1,9}[XYZ]"
+    monkeypatch.setattr(config, "SECONDS", 0.2)
+    config.forget_time()
+    start = time.monotonic()
+    with pytest.raises(LoraFxError, match=r"takes longer than 0\.2 s"):
+        config.wanted_by({"target_modules": endless}, name)
+    monkeypatch.setattr(config, "IN_ALL", 0.0)
+    with pytest.raises(LoraFxError, match="in all"):
+        config.wanted_by({"target_modules": endless}, name)
+    assert time.monotonic() - start < 5
+    config.forget_time()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "hit"),
+    [
+        (r"q{e<=1}", "k", None),  # fuzzy for regex, plain for re
+        (r"q{e<=1}", "q{e<=1}", True),
+        (r"a{2}\{x\}", "aa{x}", True),
+        (r"layers\.\d{1,2}\.q", "layers.12.q", True),
+        (r".*(?i)q", "Q", "error"),
+        (r"\p{L}+", "q", "error"),
+    ],
+)
+def test_patterns_are_those_of_re(pattern: str, name: str, hit: bool | str | None) -> None:
+    if hit == "error":
+        with pytest.raises(config.PatternError):
+            config.matched(pattern, name, whole=True)
+    else:
+        assert bool(config.matched(pattern, name, whole=True)) == bool(hit)
+
+
+def test_many_patterns_are_compiled_once() -> None:
+    """560 are 80 layers of 7 modules each."""
+    names = [f"layers.{i}.m{j}" for i in range(80) for j in range(7)]
+    table = config.Pattern({"rank_pattern": dict.fromkeys(names, 4)}, "rank_pattern", "r", "x")
+    start = time.monotonic()
+    assert [table.of(name) for name in names] == [4.0] * 560
+    assert time.monotonic() - start < 10

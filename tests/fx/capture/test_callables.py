@@ -90,3 +90,10 @@ def test_the_two_graphs_run_on_the_models_own_tensors() -> None:
         assert graph.get_parameter("0.weight") is model[0].weight
         (out,) = torch.utils._pytree.tree_leaves(graph(x))
         torch.testing.assert_close(out, model(x))
+
+
+def test_a_sequential_that_was_inserted_into_is_indexed_as_before() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
+    m = lora_fx.insert(model, (x,), rank=2)
+    assert m[0] is m["0"] and m[-1] is m["2"]
+    assert list(m[:2]) == [m[0], m[1]]
