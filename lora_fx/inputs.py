@@ -46,6 +46,12 @@ Extents = tuple[int, int] | Mapping[str, int]
 """One size of a check: (batch, first other symbol), or some symbols by name."""
 
 
+def generator(key: str, seed: int) -> np.random.Generator:
+    """A generator for one key, so that its numbers do not depend on what else is drawn."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
+
+
 @dataclass(frozen=True)
 class Input:
     """One tensor input.
@@ -220,8 +226,7 @@ class Inputs:
         shapes, before = self.sizes(size), (self.values(size) or {}).get(PAST, 0)
         result: dict[str, Array] = {}
         for s in self.specs:
-            digest = hashlib.sha256(f"{seed}:{s.name}".encode()).digest()
-            rng = np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
+            rng = generator(s.name, seed)
             shape, dtype = shapes[s.name], numpy_dtype(s.dtype)
             if s.is_mask:
                 counts = 1 if s.fill is None else s.fill

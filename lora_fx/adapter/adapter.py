@@ -92,11 +92,6 @@ class Adapter:
         return {k: name_of(v) for k, v in self.entries.items() if not is_plain(v)}
 
     @property
-    def bound(self) -> bool:
-        """True when every low-rank update knows its layout."""
-        return all(v.layout is not None for v in self.lowrank.values())
-
-    @property
     def parameters(self) -> int:
         """Number of trained elements."""
         fields = (v for entry in self.entries.values() for v in vars(entry).values())

@@ -26,10 +26,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, alpha_of, draw, generator
+from lora_fx.adapter.lowrank import LowRank, alpha_of, draw
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.inputs import generator
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found

@@ -7,7 +7,6 @@ s·(b @ a), and `Layout` says how that lies in the stored parameter. Hu et al. 2
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.dtypes import Array
+from lora_fx.inputs import generator
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import product
 
@@ -137,12 +137,6 @@ def scale_of(alpha: float, rank: int, variant: str = "lora") -> float:
 def alpha_of(scale: float, rank: int, variant: str = "lora") -> float:
     """The alpha that gives this scale; the inverse of `scale_of`."""
     return scale * (math.sqrt(rank) if variant == "rslora" else rank)
-
-
-def generator(key: str, seed: int) -> np.random.Generator:
-    """A generator for one key, so that its numbers do not depend on what else is drawn."""
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
 
 
 def draw(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank, generator
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.svd import Triplets, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats, same_bytes
@@ -28,6 +28,7 @@ from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import TensorInfo
+from lora_fx.inputs import generator
 from lora_fx.targets.found import Found
 from lora_fx.targets.selectors import select, select_names, split
 from lora_fx.text import Json, JsonView, some, table

@@ -127,8 +127,8 @@ def run(
     remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
     for path in (g.path for g in plan.given if g.path):
         remember(path, *(path / name for name in (CONFIG, WEIGHTS, PICKLED)))
-    check_output(target, force=force, names=_names(plan, target))
     with explained(target):
+        check_output(target, force=force, names=_names(plan, target))
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:
             threads = workers or cores()

@@ -76,11 +76,11 @@ def save_adapter(
     single = _is_file_of(writer, path, format)
     if format in _ONE_MODEL:
         adapter = one_model(adapter, f"format {format}")
-    force = force or (path.is_dir() and not single and not any(path.iterdir()))
-    if path.exists():
-        check_output(path, force=force, names=ADAPTER_FILES)
     write = writer.write_file if single else writer.write
     with explained(path, itself=True):
+        force = force or (path.is_dir() and not single and not any(path.iterdir()))
+        if path.exists():
+            check_output(path, force=force, names=ADAPTER_FILES)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, force=force) as stage:
             notes: tuple[str, ...] = write(adapter, stage)

@@ -46,7 +46,6 @@ class Role(Enum):
     TRAIN = "train"
     FROZEN = "frozen"
     OPTIONAL_INPUT = "optional input"
-    REQUIRED_INPUT = "required input"
 
 
 @dataclass(frozen=True)

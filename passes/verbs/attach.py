@@ -115,9 +115,8 @@ def attach(
         )
     cap: Captured | None
     try:
-        cap = (
-            model if isinstance(model, Captured) else capture(_module(model), args, kwargs, dynamic)
-        )
+        captured = isinstance(model, Captured)
+        cap = model if captured else capture(_module(model), args, kwargs, dynamic)
         model = _module(cap.model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True

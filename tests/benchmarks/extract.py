@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import generator
 from lora_fx.adapter.svd import leading
 from lora_fx.dtypes import Array
+from lora_fx.inputs import generator
 
 
 def spectrum(side: int, noise: float = 0.3) -> Array:

@@ -27,9 +27,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.adapter.lowrank import generator
 from lora_fx.adapter.truncate import truncation
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.inputs import generator
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.plan import plan
 from lora_fx.targets.budget import allocate

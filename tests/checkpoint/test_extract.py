@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_fx
-from lora_fx.adapter.lowrank import generator
 from lora_fx.adapter.svd import above_noise, leading
 from lora_fx.checkpoint.extract import extraction
 from lora_fx.errors import NoEffectError
+from lora_fx.inputs import generator
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -146,7 +146,8 @@ def test_bind_resolves(tmp_path: Path) -> None:
     file = tmp_path / "k.safetensors"
     save_file({f"lora_unet_{k}": v.astype(np.float32) for k, v in tensors.items()}, file)
     adapter = load_adapter(file).bind(net, (x,))
-    assert sorted(adapter) == ["deep.c_1.weight", "my_fc.weight"] and adapter.bound
+    assert sorted(adapter) == ["deep.c_1.weight", "my_fc.weight"]
+    assert all(update.layout is not None for update in adapter.lowrank.values())
     folded = lora_fx.fold(net, (x,), adapter=load_adapter(file))
     with torch.no_grad():
         net.my_fc.weight += torch.tensor(u1 @ d1).float()

@@ -470,11 +470,6 @@ class OnnxEmitter:
         made = add_initialiser(graph, name, value, self.mark)
         if role is Role.OPTIONAL_INPUT:
             graph.inputs.append(made)
-        elif role is Role.REQUIRED_INPUT:
-            raise LoraFxError(
-                "the ONNX emitter makes no required inputs yet",
-                "report this: it is a mistake of lora-fx",
-            )
         return made
 
 
