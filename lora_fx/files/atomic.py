@@ -36,6 +36,7 @@ def replacing(
     own: bool = False,
     listed: bool = True,
     beside: Beside | None = None,
+    parts: Beside | None = None,
 ) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends without an error.
 
@@ -52,6 +53,7 @@ def replacing(
         own: `path` is this run's own state, which it may have read.
         listed: A folder gets the list of its files that makes it lora-fx's own.
         beside: The outputs that this one belongs to.
+        parts: The outputs that belong to this one; it is left when this one has its name or not.
 
     Raises:
         LoraFxError: `path` exists and force is not given, or does not count; its parent does not
@@ -64,35 +66,37 @@ def replacing(
             run.outputs.setdefault(target, inode_of(target))
         lock = contextlib.ExitStack()
         lock.enter_context(locked(target))
-    with lock:
-        holder = target.with_name(f".{target.name}.lora_fx_{secrets.token_hex(4)}.tmp")
+    with lock, contextlib.ExitStack() as stack:
+        token = secrets.token_hex(4) if beside is None else beside.token(target)
+        holder = target.with_name(f".{target.name}.lora_fx_{token}.tmp")
         temporary = holder / target.name
+        (beside or stack).callback(_discard, holder, target)  # what it replaced may come back
+        if parts is not None:  # left before the folder goes by which a later run finds them
+            parts.target, parts.temporary = target, temporary
+            stack.enter_context(parts)
+        with explained(target, itself=True):
+            _clear_stale(target)
+            check_output(target, force=force, own=own)
+            holder.mkdir()
+            mode = stat.S_IMODE(holder.stat().st_mode) & 0o777  # what the umask leaves
+        with explained(target, _ONLY_WRITING, itself=True):
+            yield temporary
+        with explained(target, itself=True):
+            if listed and _is_folder(temporary):
+                write_contents(temporary)
+            _open_up(temporary, mode)
+            sync(temporary)
+            check_output(target, force=force, own=own, new=temporary)
+            if beside is not None:
+                beside.add(target, temporary)
+            _swap(temporary, target, holder / _OLD)
         try:
-            with explained(target, itself=True):
-                _clear_stale(target)
-                check_output(target, force=force, own=own)
-                holder.mkdir()
-                mode = stat.S_IMODE(holder.stat().st_mode) & 0o777  # what the umask leaves
-            with explained(target, _ONLY_WRITING, itself=True):
-                yield temporary
-            with explained(target, itself=True):
-                if listed and _is_folder(temporary):
-                    write_contents(temporary)
-                _open_up(temporary, mode)
-                sync(temporary)
-                check_output(target, force=force, own=own, new=temporary)
-                if beside is not None:
-                    beside.add(target, temporary)
-                _swap(temporary, target, holder / _OLD)
-            try:
-                _sync_folder(target.parent)
-            except OSError as error:
-                if beside is not None:  # which takes it back
-                    raise explain(error, target) from error
-                told = explain(error, f"{target} was written, and its folder is not synced")
-                raise LoraFxError(told.message, told.hint, exit_code=1) from error
-        finally:
-            _discard(holder, target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            if beside is not None:  # which takes it back
+                raise explain(error, target) from error
+            told = explain(error, f"{target} was written, and its folder is not synced")
+            raise LoraFxError(told.message, told.hint, exit_code=1) from error
 
 
 class Beside(contextlib.ExitStack):
@@ -102,14 +106,13 @@ class Beside(contextlib.ExitStack):
     of the main output is taken away by the next run of that, by a link in a temporary folder whose
     name has the same token. A copy elsewhere stays.
 
-    Args:
+    Attributes:
         target: The main output; None where nothing follows.
         temporary: Where that lies until it has its name.
     """
 
-    def __init__(self, target: Path | None = None, temporary: Path | None = None) -> None:
-        super().__init__()
-        self.target, self.temporary = target, temporary
+    target: Path | None = None
+    temporary: Path | None = None
 
     def on_error(self, undo: Callable[[], object]) -> None:
         """Let this be called where an error comes before the main output has its name."""
@@ -123,25 +126,24 @@ class Beside(contextlib.ExitStack):
 
         self.push(end)
 
-    def add(self, target: Path, new: Path) -> None:
-        """Take in what is about to be renamed to `target`."""
+    def token(self, target: Path) -> str:
+        """What the temporary folder of an output is known by: that of the main one, beside it."""
         main = self.temporary
         together = main is not None and target.parent == main.parent.parent
-        token = main.parent.name[-12:-4] if together and main else secrets.token_hex(4)
-        holder = target.with_name(f".{target.name}.lora_fx_{token}.tmp")
-        old = holder / _OLD
-        inode = new.stat().st_ino
-        holder.mkdir()
-        self.callback(_discard, holder, target)
+        return main.parent.name[-12:-4] if together and main else secrets.token_hex(4)
+
+    def add(self, target: Path, new: Path) -> None:
+        """Take in what is about to be renamed to `target`; it lies in its temporary folder."""
+        inode, old = new.stat().st_ino, new.with_name(_OLD)
         self.on_error(lambda: _take_back(target, inode, old))
         if _there(target):
             try:
                 os.link(target, old, follow_symlinks=False)
             except OSError:  # no links on this file system
                 shutil.copy2(target, old, follow_symlinks=False)
-        if together and not _is_folder(new):
+        if not _is_folder(new):
             with contextlib.suppress(OSError):
-                os.link(new, holder / _NEW)
+                os.link(new, new.with_name(_NEW))
 
 
 def _take_back(target: Path, inode: int, old: Path | None = None) -> None:
@@ -295,15 +297,15 @@ def _clear_stale(target: Path) -> None:
     for name in os.listdir(target.parent):
         path = target.with_name(name)
         if (found := ours.fullmatch(name)) and _is_folder(path):
-            if _there(path / target.name):
-                _clear_beside(target, found[1])
+            _clear_beside(target, found[1], named=not _there(path / target.name))
             _discard(path, target)
 
 
-def _clear_beside(target: Path, token: str) -> None:
-    """Take away what a killed run put beside an output that did not get its name.
+def _clear_beside(target: Path, token: str, *, named: bool) -> None:
+    """Take away what a killed run left beside an output.
 
-    It lies in the same folder, and its own temporary folder has a hard link to it.
+    Where that did not get its name, what was put beside it goes too: it lies in the same folder,
+    and its own temporary folder has a hard link to it.
     """
     beside = re.compile(r"\.(.+)\.lora_fx_" + token + r"\.tmp")
     for name in os.listdir(target.parent):
@@ -312,7 +314,7 @@ def _clear_beside(target: Path, token: str) -> None:
             continue
         path, new = target.with_name(found[1]), holder / _NEW
         with contextlib.suppress(OSError, LoraFxError), locked(path):
-            if _there(new) and stat.S_ISREG(new.lstat().st_mode):
+            if not named and _there(new) and stat.S_ISREG(new.lstat().st_mode):
                 _take_back(path, new.lstat().st_ino, holder / _OLD)
             _discard(holder, path)
 

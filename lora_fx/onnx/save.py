@@ -180,8 +180,8 @@ def output(
     Raises:
         LoraFxError: The file exists and `force` is not given; its data exists and it is not.
     """
-    with Beside(target) as beside, replacing(target, force=force) as temporary:
-        beside.temporary = temporary
+    beside = Beside()
+    with replacing(target, force=force, parts=beside) as temporary:
         data = _free(target)
         made = Output(target, temporary, data, temporary, repository=repository, beside=beside)
         try:

@@ -223,13 +223,14 @@ def test_everything_is_synced_before_it_is_renamed(
 
 def test_stale_temporaries_go_and_nothing_else(tmp_path: Path) -> None:
     stale = tmp_path / ".out.lora_fx_0123abcd.tmp"
-    others = [".out.txt.lora_fx_0123abcd.tmp", ".out.mine.tmp", ".out2.lora_fx_0123abcd.tmp",
+    part = tmp_path / ".out.data.lora_fx_0123abcd.tmp"  # what the same run wrote beside it
+    others = [".out.txt.lora_fx_0123abce.tmp", ".out.mine.tmp", ".out2.lora_fx_0123abce.tmp",
               "xout.lora_fx_0123abcd.tmp", ".out.lora_fx_by_hand.tmp",
               ".out.lora_fx_0123abcd.tmp2"]  # fmt: skip
-    for name in (stale.name, *others):
+    for name in (stale.name, part.name, *others):
         put(tmp_path / name, {"f": b"1"})
     with replacing(tmp_path / "out") as temporary:
-        assert not stale.exists()
+        assert not stale.exists() and not part.exists()
         put(temporary, NEW_FILE)
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "out"])
     (tmp_path / ".out.lora_fx_00000000.tmp").write_text("a file is none of ours")

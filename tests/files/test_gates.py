@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from lora_fx.files.checkpoint import model_config
 from lora_fx.files.ownership import CONTENTS
 from lora_fx.files.read import inside, remember, remembering
 from tests.checkpoint.made import adapter, factors
+from tests.faults import Faults
 
 RNG = np.random.default_rng(0)
 
@@ -143,8 +146,8 @@ def test_outputs_go_together(tmp_path: Path, before: str, fails: bool) -> None:
     if before:
         beside_it.write_text(before)
     try:
-        with Beside(main) as beside, replacing(main) as temporary:
-            beside.temporary = temporary
+        beside = Beside()
+        with replacing(main, parts=beside) as temporary:
             temporary.write_text("model")
             with replacing(beside_it, force=True, beside=beside) as part:
                 part.write_text("new")
@@ -157,6 +160,44 @@ def test_outputs_go_together(tmp_path: Path, before: str, fails: bool) -> None:
     else:
         assert main.read_text() == "model" and beside_it.read_text() == "new"
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def _write_together(folder: Path, part_name: str = "a.onnx_adapter") -> None:
+    beside = Beside()
+    with replacing(folder / "m.onnx", force=True, parts=beside) as temporary:
+        temporary.write_text("model")
+        with replacing(folder / part_name, force=True, beside=beside) as part:
+            part.write_text("data")
+
+
+@pytest.mark.parametrize("before", ["old", ""])
+def test_a_kill_at_any_call_leaves_nothing_after_the_next_run(tmp_path: Path, before: str) -> None:
+    (tmp_path / "count").mkdir()
+    with Faults() as seen:
+        _write_together(tmp_path / "count")
+    for at in range(1, len(seen.calls) + 1):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        for name in ("m.onnx", "a.onnx_adapter") if before else ():
+            (folder / name).write_text(before)
+        child = os.fork()
+        if not child:
+            with Faults(at, signal.SIGKILL):
+                _write_together(folder)
+            os._exit(0)
+        os.waitpid(child, 0)
+        main, data = folder / "m.onnx", folder / "a.onnx_adapter"
+        where = f"killed at call {at} of {len(seen.calls)}, {seen.calls[at - 1]}"
+        assert not main.exists() or main.read_text() in ("model", before), where
+        named = main.exists() and main.read_text() == "model"
+        assert not named or data.read_text() == "data", where
+        _write_together(folder, "b.onnx_adapter")  # as a model's data, which replaces none
+        # an empty lock counts for nothing, and goes with the next run that writes its name
+        names = sorted(p.name for p in folder.iterdir() if p.suffix != ".lock")
+        assert not [n for n in names if n.startswith(".")], (where, names)
+        left = {n: (folder / n).read_text() for n in names}
+        assert left.pop("a.onnx_adapter", "") == ("data" if named else before), where
+        assert left == {"m.onnx": "model", "b.onnx_adapter": "data"}, where
 
 
 def test_a_folder_that_is_not_replaced_costs_no_work(pair: tuple[Path, Path]) -> None:

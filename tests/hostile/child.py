@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import resource
 import signal
@@ -25,6 +26,8 @@ from typing import NoReturn
 from tests.faults import Faults
 
 SECONDS = 10.0
+WAITS = 20
+"""Wall time over CPU time, after which a command is taken to wait for something."""
 MEGABYTES = 1024
 """What a command may take for a hostile file, beyond what the libraries have."""
 LIBRARIES = (
@@ -44,7 +47,7 @@ class Outcome:
         err: Stderr.
         seconds: Of wall time.
         megabytes: Resident at most, beyond what the parent had.
-        hung: True where it was killed for its time.
+        hung: True where it was killed for its CPU time, or its wall time.
         calls: Calls of the system that were counted, where they were (see faults).
     """
 
@@ -112,7 +115,7 @@ def command(
     Args:
         argv: What follows lora-fx.
         folder: The working folder.
-        seconds: After which it is killed.
+        seconds: Of CPU time, after which it is killed; see WAITS.
         hard: GiB of address space that it may add; what needs more gets a MemoryError.
         stop: (seconds, signal): what it is sent, and when.
         faults: What its calls of the system meet with.
@@ -125,15 +128,16 @@ def command(
         child = os.fork()
         if not child:  # which never comes back
             to = (tty, tty) if terminal else (out.fileno(), err.fileno())
-            _run(argv, folder, *to, hard, told_ready, faults)
+            _run(argv, folder, *to, (seconds, hard), told_ready, faults)
         os.close(told_ready)
         os.read(ready, 1)  # libraries do things of their own as they are forked
         start = time.monotonic()
         if stop is not None:
             time.sleep(max(0.0, start + stop[0] - time.monotonic()))
             os.kill(child, stop[1])  # a zombie until it is waited for: the number is still its own
-        hung, status, usage = _wait(child, start + seconds)
+        hung, status, usage = _wait(child, start + WAITS * seconds)
         code = os.waitstatus_to_exitcode(status)
+        hung = hung or code == -signal.SIGXCPU
         calls = int(os.read(ready, 20) or 0)
         os.close(ready)
         out.seek(0)
@@ -174,7 +178,7 @@ def _run(
     folder: Path,
     out: int,
     err: int,
-    hard: float,
+    most: tuple[float, float],
     ready: int,
     faults: Faults | None,
 ) -> None:
@@ -188,9 +192,10 @@ def _run(
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         os.chdir(folder)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        seconds, size = math.ceil(most[0]), used + int(most[1] * 2**30)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         with contextlib.suppress(ValueError, OSError):
-            most = used + int(hard * 2**30)
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            resource.setrlimit(resource.RLIMIT_AS, (size, size))
         warnings.simplefilter("ignore")
         from lora_fx.cli import main
 
