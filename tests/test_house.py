@@ -339,3 +339,12 @@ def test_nothing_names_this_machine() -> None:
         path = ROOT / f
         if path.is_file() and not path.is_symlink() and path.suffix in (".py", ".md", ".toml", ""):
             assert "/wo" + "rk/" not in path.read_text(), f
+
+
+def test_slow_tests_are_tests() -> None:
+    """Each line of `slow.txt` names a test that is there; its rows are named by pytest alone."""
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            file, _, name = line.partition("::")
+            test = name.partition("[")[0]
+            assert f"\ndef {test}(" in (ROOT / file).read_text(), line

@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.utils import _pytree as pytree
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import lora_fx
 from lora_fx.errors import LoraFxError
@@ -23,7 +27,6 @@ from lora_fx.passes.verbs.program import save_program
 from tests.fx.pt2.models import built, net, stirred
 from tests.fx.pt2.steps import steps
 from tests.zoo.models import ZOO
-from tests.zoo.shared import zoo
 
 ROOT = Path(__file__).resolve().parents[3]
 WHOLE = ("hf_gpt2", "transformer_encoder", "hf_bert", "tv_resnet18")
@@ -75,8 +78,10 @@ def test_a_round_trip_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_what_lies_in_the_file(tmp_path: Path) -> None:
-    model, args, _ = zoo("tv_resnet18/1")
-    module = lora_fx.insert(model, args, rank=2)
+    trunk = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 16, 3), norm=nn.BatchNorm2d(16)))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 100_000))
+    model, args = nn.Sequential(OrderedDict(trunk=trunk, head=head)), (torch.randn(2, 3, 8, 9),)
+    module = lora_fx.insert(model, args, rank=2, include="*")
     path = tmp_path / "x.pt2"
     save_program(module, path)
     state = module.state_dict()
@@ -104,16 +109,28 @@ def test_what_lies_in_the_file(tmp_path: Path) -> None:
         ]
         assert len(marks) >= 3 * len(module.updates)
     assert "site-packages" not in text and str(ROOT) not in text
-    row = manifest["adapter"]["updates"]["layer1.0.conv1.weight"]
-    assert (row["a"], row["rank"], row["scale"]) == ("layer1.0.conv1.lora_A.weight", 2, 2.0)
-    assert tuple(row["layout"]["stored"]) == tuple(state["layer1.0.conv1.weight"].shape)
+    row = manifest["adapter"]["updates"]["trunk.conv.weight"]
+    assert (row["a"], row["rank"], row["scale"]) == ("trunk.conv.lora_A.weight", 2, 2.0)
+    assert tuple(row["layout"]["stored"]) == tuple(state["trunk.conv.weight"].shape)
     plain = torch.export.load(str(path)).module()
     assert torch.equal(plain(*args), module.eval()(*args))
 
 
+class Scored(nn.Module):
+    """A loss beside logits, in a class of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(6, 3), nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> SequenceClassifierOutput:
+        logits = self.fc(self.drop(x))
+        return SequenceClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+
 def test_outputs_are_plain(tmp_path: Path) -> None:
-    model, kwargs = built("hf_bert/1", dropout=True)
-    module = lora_fx.insert(model, (), kwargs, rank=2)
+    kwargs = {"x": torch.randn(4, 6), "labels": torch.tensor([0, 2, 1, 0])}
+    module = lora_fx.insert(Scored(), (), kwargs, rank=2)
     save_program(module, tmp_path / "x.pt2")
     out = load_program(tmp_path / "x.pt2")(**kwargs)
     assert type(out) is dict and list(out) == ["loss", "logits"]
