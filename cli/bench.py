@@ -21,9 +21,9 @@ from lora_fx.cli.output import emit
     help="Of dynamic dimensions; repeatable.  [default: 1,8 and 1,32]",
 )
 @click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Inputs by name, one size.")
-@click.option("--rounds", type=int, default=15, show_default=True, help="Rounds that count.")
-@click.option("--threads", type=int, default=1, show_default=True, help="Of ONNX Runtime.")
-@click.option("--provider", default="cpu", show_default=True, help="auto, cpu or cuda.")
+@click.option("--rounds", type=int, default=15, help="Rounds that count.")
+@click.option("--threads", type=int, default=1, help="Of ONNX Runtime.")
+@click.option("--provider", default="cpu", help="auto, cpu or cuda.")
 @json_option
 def command(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.
@@ -41,15 +41,8 @@ def command(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     rounds, threads = options["rounds"], options["threads"]
     head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {options['provider']}"
     text = "\n".join([head, *map(str, found)])
-    emit(
-        as_json,
-        "bench",
-        text,
-        inputs=[{"model": f} for f in files],
-        rounds=rounds,
-        threads=threads,
-        timings=[t.to_json() for t in found],
-    )
+    fields = {"rounds": rounds, "threads": threads, "timings": [t.to_json() for t in found]}
+    emit(as_json, "bench", text, inputs=[{"model": f} for f in files], **fields)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -57,15 +57,12 @@ class FileCommand(click.Command):
 
 def input_paths(given: JsonView) -> list[Path]:
     """The files that were given: weights, and the function of `file.py:name`, cut off."""
-    found: dict[Path, None] = {}
+    found: list[Path] = []
     for text in texts_of(given, NAMED):
-        if "\0" in text or len(text) > 4096:
-            continue
-        for path in (Path(text), Path(text.rpartition(":")[0])):
-            if path.name and path.exists():
-                found[path] = None
-                break
-    return list(found)
+        if "\0" not in text and len(text) <= 4096:
+            paths = (Path(text), Path(text.rpartition(":")[0]))
+            found += [p for p in paths if p.name and p.exists()][:1]
+    return list(dict.fromkeys(found))
 
 
 def texts_of(given: JsonView, names: Sequence[str]) -> Iterator[str]:
@@ -114,8 +111,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     click.echo(f"lora-fx {__version__}")
     for name, number in installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime").items():
         click.echo(f"{name} {number}")
-    both = two_runtimes()
-    if both:
+    if both := two_runtimes():
         say(both)
     ctx.exit()
 
@@ -145,7 +141,7 @@ def two_runtimes() -> str:
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help="Insert, train, fold and export low-rank adapters by rewriting a model's graph; merge "
     "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
     epilog="MODEL is a Hugging Face folder, a .safetensors, .onnx or .pt2 file, "
@@ -211,14 +207,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         cause: BaseException | None = e  # onnx_ir wraps what the system said
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__
-        error = (
-            explain(cause, cause.filename or "a file")
-            if cause
-            else LoraFxError(
-                f"{type(e).__name__}: {one_line(e)}",
-                "this is not a mistake of yours: please report it with the output of -v",
-            )
-        )
+        if cause is None:
+            hint = "this is not a mistake of yours: please report it with the output of -v"
+            error = LoraFxError(f"{type(e).__name__}: {one_line(e)}", hint)
+        else:
+            error = explain(cause, cause.filename or "a file")
         error.__cause__ = e
         _fail(error, argv, files)
 

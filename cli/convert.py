@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.cli.options import result_options, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
 from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
-
-if TYPE_CHECKING:
-    from lora_fx.adapter.adapter import Adapter
 
 
 @report_command("convert")
@@ -68,14 +64,8 @@ def command(
         _write_for(loaded, model, output, name, force)
     note(*notes)
     fields: Json = {"from": source, "to": name, "updates": len(loaded)}
-    emit(
-        as_json,
-        "convert",
-        f"wrote {output}: {len(loaded)} updates, {source} → {name}",
-        inputs=[{"adapter": adapter}],
-        outputs=[output],
-        **fields,
-    )
+    said = f"wrote {output}: {len(loaded)} updates, {source} → {name}"
+    emit(as_json, "convert", said, inputs=[{"adapter": adapter}], outputs=[output], **fields)
 
 
 def _write_for(adapter: Adapter, model: str, output: str, name: str, force: bool) -> None:

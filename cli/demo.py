@@ -17,7 +17,6 @@ from lora_fx.cli.output import emit, note, say
     "-o",
     "--output",
     default="lora-fx-demo",
-    show_default=True,
     metavar="OUT",
     help="Folder for adapter/, model.onnx and report.json.",
 )

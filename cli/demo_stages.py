@@ -56,8 +56,7 @@ def run(out: Path, size: Size, say: Say) -> Result:
     import lora_fx
     from lora_fx.data import Buckets, Table
     from lora_fx.fx import minilm
-    from lora_fx.fx.train.loop import fit
-    from lora_fx.fx.train.optimizer import Settings
+    from lora_fx.fx.train.loop import Settings, fit
     from lora_fx.onnx.session import open_session
 
     result, started = Result(), time.perf_counter()
@@ -123,7 +122,12 @@ def run(out: Path, size: Size, say: Say) -> Result:
         ]
     )
     settings = Settings(steps=size.steps, lr=minilm.LR)
-    losses = fit(model, buckets, settings=settings, progress=_progress(say)).losses
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        if step % max(1, steps // 5) == 0:
+            say(f"  step {step} of {steps}: loss {loss:.3f}")
+
+    losses = fit(model, buckets, settings=settings, progress=progress).losses
     after_scores = minilm.run_all(in_torch(model), held)
     tenth = max(1, size.steps // 10)
     loss = [float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))]
@@ -152,14 +156,6 @@ def run(out: Path, size: Size, say: Say) -> Result:
     _judge(result, size)
     (out / "report.json").write_text(json.dumps(vars(result), indent=1))
     return result
-
-
-def _progress(say: Say) -> Callable[[int, int, float], None]:
-    def show(step: int, steps: int, loss: float) -> None:
-        if step % max(1, steps // 5) == 0:
-            say(f"  step {step} of {steps}: loss {loss:.3f}")
-
-    return show
 
 
 def _judge(result: Result, size: Size) -> None:
@@ -203,9 +199,8 @@ def table(result: Result, out: Path) -> str:
 
 def refusal(result: Result) -> NoEffectError | None:
     """The error when something is not as promised."""
-    if not result.failures:
-        return None
-    return NoEffectError("; ".join(result.failures), "report.json has every number")
+    said = "; ".join(result.failures)
+    return NoEffectError(said, "report.json has every number") if said else None
 
 
 # The demo's data: docstrings of this machine's standard library, labelled by where they stand.
@@ -266,14 +261,10 @@ def topics(train: int, test: int, seed: int = SEED, root: Path | None = None) ->
         reached += counts[module]
     used = sorted(set(volume.values()))  # a module larger than a volume leaves one empty
     volume = {m: used.index(v) for m, v in volume.items()}
-    names = []
-    for v in range(len(used)):
-        inside = [m for m in sorted(counts) if volume[m] == v]
-        names.append(f"{inside[0]} … {inside[-1]}")
+    inside = [[m for m in sorted(counts) if volume[m] == v] for v in range(len(used))]
     order = np.random.default_rng(seed).permutation(len(rows))[: train + test]
     picked = [rows[i] for i in order]
     held = min(test, len(picked) // 4)
-    parts = []
-    for part in (picked[held:], picked[:held]):
-        parts.append(([t for _, t in part], [volume[m] for m, _ in part]))
-    return Topics(tuple(names), parts[0], parts[1])
+    names = tuple(f"{modules[0]} … {modules[-1]}" for modules in inside)
+    parts = (picked[held:], picked[:held])
+    return Topics(names, *(([t for _, t in p], [volume[m] for m, _ in p]) for p in parts))

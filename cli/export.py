@@ -24,13 +24,13 @@ from lora_fx.cli.report_option import report_command
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
-@click.option("--mode", default="merged", show_default=True, help="merged, switch, load or batch.")
+@click.option("--mode", default="merged", help="merged, switch, load or batch.")
 @selectors_option("--include", "Of switch, load: targets.")
 @selectors_option("--exclude", "Of switch, load: leave out.")
 @click.option("--rank", type=int, help="Of load: the largest that an adapter may have.")
 @click.option("--scales", is_flag=True, help="Of batch: an input of weights by row.")
-@click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
+@click.option("--provider", default="auto", help="auto, cpu or cuda.")
+@click.option("--opset", type=int, default=20, help="ONNX operator set.")
 @click.option("--optimise", is_flag=True, help="Rewrite the graph for ONNX Runtime, proven equal.")
 @click.option(
     "--precision", metavar="DTYPE", help="float16 or int8; of a bfloat16 model, float32 too."
@@ -43,14 +43,7 @@ from lora_fx.cli.report_option import report_command
 @model_options
 @result_options
 def command(
-    model: str,
-    adapters: tuple[str, ...],
-    output: str,
-    mode: str,
-    opset: int,
-    names: str | None,
-    as_json: bool,
-    **options: Any,
+    model: str, adapters: tuple[str, ...], output: str, mode: str, as_json: bool, **options: Any
 ) -> None:
     r"""Write MODEL as an ONNX file, proven equal at three sizes.
 
@@ -80,6 +73,7 @@ def command(
         raise LoraFxError(
             f"merged takes one adapter, not {len(adapters)}", "--mode switch or batch"
         )
+    opset, names = options.pop("opset"), options.pop("names")
     updates = named_adapters(adapters)
     given = {k: options.pop(k) for k in CAPTURE}
     options["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates

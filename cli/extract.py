@@ -29,7 +29,7 @@ from lora_fx.cli.report_option import report_command
     default=None,
     help="Linear weights are stored [in, out].  [default: config.json says]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random subspaces.")
+@click.option("--seed", type=int, default=0, help="Of the random subspaces.")
 @result_options
 def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.

@@ -9,8 +9,10 @@ import click
 from lora_fx.cli.options import (
     START,
     captured,
+    label_option,
     load_npz,
     model_options,
+    refuse_beside,
     refuse_given,
     result_options,
     start_from,
@@ -32,8 +34,8 @@ from lora_fx.text import Json
 )
 @target_options
 @click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads.")
-@click.option("--label", default="", metavar="COL", help="Its labels.  [default: labels]")
-@click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
+@label_option("Its labels.")
+@click.option("--loss", default="ce", help="ce, mse or module:function.")
 @model_options
 @result_options
 def command(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
@@ -51,6 +53,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     lora-fx insert model.py:build -o model.pt2
     lora-fx insert bert.onnx -o branches.onnx --rank 4
     """
+    refuse_beside(options["plan"])
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.passes.verbs.adapt import insert
@@ -70,15 +73,8 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
     else:
         said = save_adapter(module.adapter(), output, force=force)
     note(*said)
-    emit(
-        as_json,
-        "insert",
-        f"{report}\nwrote {output}",
-        inputs=cap.inputs.to_json(),
-        outputs=[output],
-        warnings=report.notes,
-        **report.to_json(),
-    )
+    fields = {"inputs": cap.inputs.to_json(), "outputs": [output], **report.to_json()}
+    emit(as_json, "insert", f"{report}\nwrote {output}", warnings=report.notes, **fields)
 
 
 def _onnx(model: str, output: str, force: bool, as_json: bool, options: Json) -> None:

@@ -23,7 +23,6 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 @click.option(
     "--how",
     default="sum",
-    show_default=True,
     type=click.Choice(["sum", "cat", "linear", "svd"]),
     help="Several adapters: their exact sum, or a mix of their factors.",
 )

@@ -25,10 +25,11 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="DIR", help="The folder of the outputs.")
-@click.option("-j", "processes", type=int, default=1, show_default=True, help="Merges at a time.")
+@click.option("-j", "processes", type=int, default=1, help="Merges at a time.")
 @click.option(
     "--shard",
     default="1/1",
+    show_default=False,
     callback=_shard,
     metavar="i/n",
     help="This machine's part of the list.",
@@ -62,12 +63,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     keywords = {k: v for k, v in options.items() if k != "link"}
     rows = []
     for row in merge_all(
-        base,
-        jobs,
-        processes=processes,
-        force=force,
-        arguments=arguments(options),
-        options=keywords,
+        base, jobs, processes=processes, force=force, arguments=arguments(options), options=keywords
     ):
         rows.append(row)
         if not as_json:

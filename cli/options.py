@@ -1,8 +1,7 @@
-"""Options that several commands share, and how their arguments become a captured model."""
+"""Options that commands share, those of train, and how arguments become a captured model."""
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.objective import Loss
 
+FROM_1 = click.IntRange(min=1)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
@@ -40,6 +40,13 @@ def selectors_option(name: str, text: str) -> Callable[[Command], Command]:
         metavar="SELECTORS",
         callback=lambda ctx, param, value: value or None,
         help=text,
+    )
+
+
+def label_option(of: str) -> Callable[[Command], Command]:
+    """The option of the column of labels, which is found by its usual names without it."""
+    return click.option(
+        "--label", default="", show_default=False, metavar="COL", help=f"{of}  [default: labels]"
     )
 
 
@@ -64,20 +71,10 @@ def first_given(*names: str) -> str:
     return next((f"--{n.replace('_', '-')}" for n in names if source(n) is line), "")
 
 
-def plan_option(function: Command) -> Command:
-    """The option, which has the targets and ranks; others that choose them are refused."""
-
-    @functools.wraps(function)
-    def command(*args: object, **kwargs: object) -> object:
-        if kwargs["plan"] and (other := first_given("rank", "alpha", "include")):
-            raise LoraFxError(
-                f"{other} has no say beside --plan {kwargs['plan']}", "leave one of them out"
-            )
-        return function(*args, **kwargs)
-
-    added = click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
-    made: Command = added(command)
-    return made
+def refuse_beside(plan: str | None) -> None:
+    """Raise for an option that chooses targets or ranks beside --plan, which has them."""
+    if plan and (other := first_given("rank", "alpha", "include")):
+        raise LoraFxError(f"{other} has no say beside --plan {plan}", "leave one of them out")
 
 
 CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust")
@@ -102,10 +99,8 @@ model_options = combined(
 
 target_options = combined(
     [
-        plan_option,
-        click.option(
-            "--rank", "-r", type=int, default=8, show_default=True, help="Rank of every target."
-        ),
+        click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan."),
+        click.option("--rank", "-r", type=int, default=8, help="Rank of every target."),
         click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
         selectors_option(
             "--include", "Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…"
@@ -116,7 +111,6 @@ target_options = combined(
             "--variant",
             type=click.Choice(["lora", "rslora", "dora", "lora-fa", "lora+"]),
             default="lora",
-            show_default=True,
             help="What an update is and how it learns.",
         ),
         click.option(
@@ -125,22 +119,14 @@ target_options = combined(
                 ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
             ),
             default="kaiming",
-            show_default=True,
             help="What A and B start from.",
         ),
-        click.option(
-            "--dropout",
-            type=float,
-            default=0.0,
-            show_default=True,
-            help="Dropout on the branches' inputs.",
-        ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of initial values."),
+        click.option("--dropout", type=float, default=0.0, help="Dropout on the branches' inputs."),
+        click.option("--seed", type=int, default=0, help="Of initial values."),
         click.option(
             "--dead",
             type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
             default="auto",
-            show_default=True,
             help="Targets that no gradient reaches: refuse those you named and leave out others; "
             "refuse; leave out; keep; or prove nothing.",
         ),
@@ -153,6 +139,7 @@ def captured(
     model: str, options: Json, *, meta: bool = False, cache: bool = False
 ) -> tuple[LoadedModel, Captured]:
     """(LoadedModel, Captured) of a MODEL argument; takes its options out and prints notes."""
+    from lora_fx.fx.capture.decoder import decoder
     from lora_fx.fx.load.models import LoadedModel, load_model
     from lora_fx.fx.pt2.captured import is_program, open_program
     from lora_fx.fx.tensors import from_numpy
@@ -175,7 +162,7 @@ def captured(
                 "with --cache the inputs and their dimensions are known",
                 "leave --inputs, --dynamic and --static out",
             )
-        cap = capture_loaded(loaded, (), given, wanted, static, cache=cache)
+        cap = decoder(loaded.module) if cache else capture_loaded(loaded, (), given, wanted, static)
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
     note(*(f"captured for: {c}" for c in cap.ranges))
     return loaded, cap
@@ -317,11 +304,6 @@ def some_batches(
 # Options that merge and merge-all share, and the arguments that pass them on.
 
 
-DTYPE = click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
-    help="Of touched tensors.  [default: as stored]",
-)
 FLAGS = {
     "allow-unused": "Leave out updates that the base has no tensor for.",
     "allow-missing": "Accept an adapter that lacks layers its config has.",
@@ -338,7 +320,11 @@ trust_option = click.option("--trust", is_flag=True, help=FLAGS["trust"])
 
 merge_options = combined(
     [
-        DTYPE,
+        click.option(
+            "--dtype",
+            type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
+            help="Of touched tensors.  [default: as stored]",
+        ),
         *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items()),
     ]
 )

@@ -7,7 +7,9 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import (
+    FROM_1,
     captured,
+    label_option,
     loss_of,
     model_options,
     result_options,
@@ -16,8 +18,7 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
-
-FROM_1 = click.IntRange(min=1)
+from lora_fx.text import Json
 
 
 @report_command("plan")
@@ -27,7 +28,6 @@ FROM_1 = click.IntRange(min=1)
 @click.option(
     "--budget",
     default="uniform:8",
-    show_default=True,
     metavar="BUDGET",
     help="params:N, flops:N, flops:F% or uniform:R, what rank R would take everywhere.",
 )
@@ -35,17 +35,16 @@ FROM_1 = click.IntRange(min=1)
     "--method",
     type=click.Choice(["uniform", "importance", "kfac", "eva"]),
     default="uniform",
-    show_default=True,
     help="What a rank is worth; all but uniform read DATA.",
 )
-@click.option("--scale", type=float, default=2.0, show_default=True, help="alpha/rank everywhere.")
-@click.option("--label", default="", metavar="COL", help="Column to predict.  [default: labels]")
-@click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
-@click.option("--examples", type=FROM_1, default=1024, show_default=True, help="Of DATA, at most.")
-@click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
+@click.option("--scale", type=float, default=2.0, help="alpha/rank everywhere.")
+@label_option("Column to predict.")
+@click.option("--loss", default="ce", help="ce, mse or module:function.")
+@click.option("--examples", type=FROM_1, default=1024, help="Of DATA, at most.")
+@click.option("--max-length", type=int, default=128, help="Tokens of a text.")
 @selectors_option("--include", "Targets to choose from.")
 @selectors_option("--exclude", "Targets to leave out.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of examples.")
+@click.option("--seed", type=int, default=0, help="Of the choice of examples.")
 @model_options
 @result_options
 def command(
@@ -79,12 +78,7 @@ def command(
     note(*made.notes)
     found = find(cap)
     whole = made.to_json()
-    emit(
-        as_json,
-        "plan",
-        f"{made}\nwrote {output}",
-        inputs=cap.inputs.to_json(),
-        outputs=[output],
-        targets=[found[r.key].to_json(r.rank, r.alpha) for r in made.rows],
-        **{k: whole[k] for k in ("method", "budget", "unit", "limit", "used", "examples")},
-    )
+    rows = [found[r.key].to_json(r.rank, r.alpha) for r in made.rows]
+    fields: Json = {"inputs": cap.inputs.to_json(), "outputs": [output], "targets": rows}
+    fields |= {k: whole[k] for k in ("method", "budget", "unit", "limit", "used", "examples")}
+    emit(as_json, "plan", f"{made}\nwrote {output}", **fields)

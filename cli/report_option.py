@@ -63,9 +63,8 @@ def _check(report: str, force: bool, given: JsonView) -> None:
 
     if not report.endswith((".html", ".htm")):
         raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
-    for path in input_paths(given):
-        if path.exists() and Path(report).resolve() == path.resolve():
-            raise LoraFxError(f"--report {report} is also an input", "choose another name")
+    if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
+        raise LoraFxError(f"--report {report} is also an input", "choose another name")
     output = given.get("output") or given.get("out")
     if output and Path(report).resolve() == Path(output).resolve():
         raise LoraFxError(f"--report {report} is also the output", "choose another name")
@@ -84,8 +83,7 @@ def write(path: str, force: bool, shown: JsonView) -> str:
     outputs = [Path(p) for p in shown["outputs"]]
     source = [p for p in input_paths(ctx.params) if p not in outputs]
     added |= _hashed([("input", p) for p in source] + [("output", p) for p in outputs], path)
-    trust = bool(ctx.params.get("trust"))
-    added["adapters"], said = _adapters(outputs, ctx.params, trust)
+    added["adapters"], said = _adapters(outputs, ctx.params)
     added["unhashed"] += said
     _once(added["adapters"], shown)
     text = page({**shown, "page": added})
@@ -140,7 +138,7 @@ def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:
     return {"files": rows, "unhashed": said}
 
 
-def _adapters(outputs: list[Path], given: JsonView, trust: bool) -> tuple[list[Json], list[str]]:
+def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[str]]:
     """The adapters that were written, or else those that were given, with their spectra."""
     found, said = [], []
     base = given.get("base")
@@ -151,7 +149,7 @@ def _adapters(outputs: list[Path], given: JsonView, trust: bool) -> tuple[list[J
         from lora_fx.formats.io import load_adapter
 
         try:
-            loaded = load_adapter(path, trust, base=base)
+            loaded = load_adapter(path, bool(given.get("trust")), base=base)
             rows = summary(loaded.weighted(weight))
         except LoraFxError as e:
             said.append(f"{path}: no spectra: {e.message}")

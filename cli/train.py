@@ -11,8 +11,10 @@ from lora_fx.cli.options import (
     batches_of,
     captured,
     held,
+    label_option,
     loss_of,
     model_options,
+    refuse_beside,
     result_options,
     target_options,
     training_data,
@@ -26,11 +28,11 @@ from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stat
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
-@click.option("--label", default="", metavar="COL", help="Column to predict.  [default: labels]")
-@click.option("--loss", default="ce", show_default=True, help="ce, mse or module:function.")
-@click.option("--validation", type=float, default=0.1, show_default=True, help="Share held out.")
-@click.option("--max-length", type=int, default=128, show_default=True, help="Tokens of a text.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@label_option("Column to predict.")
+@click.option("--loss", default="ce", help="ce, mse or module:function.")
+@click.option("--validation", type=float, default=0.1, help="Share held out.")
+@click.option("--max-length", type=int, default=128, help="Tokens of a text.")
+@click.option("--device", default="cpu", help="cpu or cuda.")
 @loop_options
 @target_options
 @model_options
@@ -46,6 +48,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     lora-fx train ./my-bert reviews.csv --label stars -o adapter --also-train classifier
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     """
+    refuse_beside(options["plan"])
     from lora_fx.adapter.initial import OF_DATA
     from lora_fx.data import split
     from lora_fx.errors import LoraFxError
@@ -90,12 +93,8 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
             return
         note(*report.warnings, *save_adapter(module.adapter(), output, force=force))
         made = module.report()
-        fields = {
-            "inputs": cap.inputs.to_json(),
-            "outputs": [output],
-            **made.to_json(),
-            "examples": {"training": len(training), "validation": len(validation)},
-            **report.to_json(),
-        }
+        examples = {"training": len(training), "validation": len(validation)}
+        fields = {"inputs": cap.inputs.to_json(), "outputs": [output], **made.to_json()}
+        fields |= {"examples": examples, **report.to_json()}
         said = f"{made}\n{report}\nwrote {output}"
         emit(as_json, "train", said, warnings=made.notes, **fields)

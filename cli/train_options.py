@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_fx.cli.common import Terminated
-from lora_fx.cli.options import combined
+from lora_fx.cli.options import FROM_1, combined
 from lora_fx.cli.output import note, say
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
@@ -23,27 +23,21 @@ if TYPE_CHECKING:
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
 FROM_0 = click.FloatRange(min=0)
-FROM_1 = click.IntRange(min=1)
 SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 
-SHOWN: Json = {"show_default": True}
 loop_options = combined(
     [
-        click.option("--epochs", type=ABOVE_0, default=3.0, **SHOWN, help="Passes over DATA."),
+        click.option("--epochs", type=ABOVE_0, default=3.0, help="Passes over DATA."),
         click.option("--steps", type=FROM_1, metavar="N", help="Steps, instead of epochs."),
-        click.option("--batch-size", type=FROM_1, default=32, **SHOWN, help="Examples a step."),
-        click.option("--lr", type=ABOVE_0, default=1e-3, **SHOWN, help="Peak learning rate."),
+        click.option("--batch-size", type=FROM_1, default=32, help="Examples a step."),
+        click.option("--lr", type=ABOVE_0, default=1e-3, help="Peak learning rate."),
+        click.option("--weight-decay", type=FROM_0, default=0.01, help="Of AdamW, times the rate."),
+        click.option("--warmup", type=SHARE, default=0.05, help="Share of the steps that warm up."),
         click.option(
-            "--weight-decay", type=FROM_0, default=0.01, **SHOWN, help="Of AdamW, times the rate."
+            "--clip", type=FROM_0, default=1.0, help="Longest gradient (norm); 0 for any."
         ),
-        click.option(
-            "--warmup", type=SHARE, default=0.05, **SHOWN, help="Share of the steps that warm up."
-        ),
-        click.option(
-            "--clip", type=FROM_0, default=1.0, **SHOWN, help="Longest gradient (norm); 0 for any."
-        ),
-        click.option("--checks", type=FROM_1, default=10, **SHOWN, help="Validations in the run."),
+        click.option("--checks", type=FROM_1, default=10, help="Validations in the run."),
         click.option(
             "--patience", type=FROM_1, metavar="N", help="Validations in vain that end the run."
         ),
@@ -51,7 +45,6 @@ loop_options = combined(
             "--accumulate",
             type=FROM_1,
             default=1,
-            **SHOWN,
             metavar="N",
             envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
             help="Parts that a step runs in, one after another, to save memory.",
@@ -60,7 +53,6 @@ loop_options = combined(
             "--mixed-precision",
             type=click.Choice(["no", "bf16"]),
             default="no",
-            **SHOWN,
             envvar="ACCELERATE_MIXED_PRECISION",
             help="bf16: products in bfloat16; what is trained stays float32.",
         ),

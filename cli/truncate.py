@@ -9,6 +9,7 @@ import click
 from lora_fx.cli.options import (
     adapter_of,
     captured,
+    label_option,
     loss_of,
     result_options,
     training_data,
@@ -32,8 +33,8 @@ TABLE = ("table", "model", "label", "loss", "weights")
 @click.option("--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most.")
 @click.option("--table", metavar="DATA", help="Print its loss at every rank, and no more.")
 @click.option("--model", metavar="MODEL", help="Of --table: what ADAPTER was trained on.")
-@click.option("--label", default="", metavar="COL", help="Of --table.  [default: labels]")
-@click.option("--loss", default="ce", show_default=True, help="Of --table, as for train.")
+@label_option("Of --table.")
+@click.option("--loss", default="ce", help="Of --table, as for train.")
 @click.option("--weights", metavar="FILE", help="Of --model, where it is built from code.")
 @trust_option
 @result_options

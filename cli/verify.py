@@ -32,7 +32,7 @@ from lora_fx.cli.report_option import report_command
 @click.option("--tol", type=float, help="Gate on max|a - b| / max|b|.  [default: 2e-6; tensors 0]")
 @click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
 @click.option("--run", is_flag=True, help="Run tensor files as models, and compare outputs.")
-@click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--provider", default="auto", help="auto, cpu or cuda.")
 @model_options
 @json_option
 def command(a: str, b: str, as_json: bool, **options: Any) -> None:

@@ -9,30 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "capture": "lora_fx.passes.verbs.open",
-    "find": "lora_fx.passes.verbs.adapt",
-    "insert": "lora_fx.passes.verbs.adapt",
-    "fold": "lora_fx.passes.verbs.adapt",
-    "export": "lora_fx.passes.verbs.export",
-    "extract": "lora_fx.checkpoint.extract",
-    "truncate": "lora_fx.adapter.truncate",
-    "plan": "lora_fx.passes.verbs.plan",
-    "verify": "lora_fx.passes.verbs.verify",
-    "attach": "lora_fx.passes.verbs.attach",
-    "detach": "lora_fx.passes.verbs.attach",
-    "merge": "lora_fx.passes.verbs.merge",
-    "doctor": "lora_fx.checkpoint.doctor.doctor",
-    "save_adapter": "lora_fx.formats.io",
-    "load_adapter": "lora_fx.formats.io",
-    "load_model": "lora_fx.fx.load.models",
-    "Adapter": "lora_fx.adapter.adapter",
-    "Captured": "lora_fx.fx.capture.capture",
-    "AdaptedModule": "lora_fx.fx.module.adapted",
-    "LoraFxError": "lora_fx.errors",
-    "LowRank": "lora_fx.adapter.lowrank",
-    "Full": "lora_fx.adapter.lowrank",
+_NAMES = {
+    "lora_fx.adapter.adapter": ("Adapter",),
+    "lora_fx.adapter.lowrank": ("Full", "LowRank"),
+    "lora_fx.adapter.truncate": ("truncate",),
+    "lora_fx.checkpoint.doctor.doctor": ("doctor",),
+    "lora_fx.checkpoint.extract": ("extract",),
+    "lora_fx.errors": ("LoraFxError",),
+    "lora_fx.formats.io": ("load_adapter", "save_adapter"),
+    "lora_fx.fx.capture.capture": ("Captured",),
+    "lora_fx.fx.load.models": ("load_model",),
+    "lora_fx.fx.module.adapted": ("AdaptedModule",),
+    "lora_fx.passes.verbs.adapt": ("find", "fold", "insert"),
+    "lora_fx.passes.verbs.attach": ("attach", "detach"),
+    "lora_fx.passes.verbs.export": ("export",),
+    "lora_fx.passes.verbs.merge": ("merge",),
+    "lora_fx.passes.verbs.open": ("capture",),
+    "lora_fx.passes.verbs.plan": ("plan",),
+    "lora_fx.passes.verbs.verify": ("verify",),
 }
+"""Module → the names that are imported from it on first use."""
 __all__ = [
     "AdaptedModule",
     "Adapter",
@@ -80,12 +76,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        from importlib import import_module
+    for module, names in _NAMES.items():
+        if name in names:
+            from importlib import import_module
 
-        return getattr(import_module(_WHERE[name]), name)
+            return getattr(import_module(module), name)
     raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *__all__})

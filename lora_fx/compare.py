@@ -16,6 +16,10 @@ from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.text import Json, JsonView, strict_json
 
+Outputs = Mapping[str, Array]
+"""The outputs of a run, by name."""
+Sizes = Mapping[str, tuple[int, ...]]
+"""The shapes of its inputs, by name."""
 FOLD_TOL = 1e-6
 """fold against insert, fp32, tiny models."""
 ORT_TOL = 2e-6
@@ -46,13 +50,12 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     top = float(np.abs(y[both]).max(initial=0.0))
     gap = float(np.abs(x[both] - y[both]).max(initial=0.0))
     if top == 0.0:
-        return (
-            0.0 if gap == 0.0 and not np.issubdtype(np.asarray(b).dtype, np.floating) else math.inf
-        )
+        exact = not np.issubdtype(np.asarray(b).dtype, np.floating)
+        return 0.0 if gap == 0.0 and exact else math.inf
     return gap / top
 
 
-def gates_of(expected: Mapping[str, Array]) -> dict[str, float]:
+def gates_of(expected: Outputs) -> dict[str, float]:
     """The base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype."""
     return {n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()}
 
@@ -70,7 +73,7 @@ def narrow_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.Array
 class Parity:
     """One comparison at one size; `of` says what was compared: fold, onnxruntime, torch."""
 
-    sizes: Mapping[str, tuple[int, ...]]
+    sizes: Sizes
     max_abs: float
     rel: float
     tol: float
@@ -104,11 +107,7 @@ def sizes_text(sizes: Mapping[str, Sequence[int]]) -> str:
 
 
 def compare(
-    ours: Mapping[str, Array],
-    reference: Mapping[str, Array],
-    sizes: Mapping[str, tuple[int, ...]],
-    tol: float | Mapping[str, float],
-    of: str = "",
+    ours: Outputs, reference: Outputs, sizes: Sizes, tol: float | Mapping[str, float], of: str = ""
 ) -> Parity:
     """The output that comes nearest to its gate, or exceeds it most, at one size."""
     worst: Parity | None = None
@@ -174,9 +173,9 @@ class Report:
 
 
 def compare_fairly(
-    ours: Mapping[str, Array],
-    reference: Mapping[str, Array],
-    sizes: Mapping[str, tuple[int, ...]],
+    ours: Outputs,
+    reference: Outputs,
+    sizes: Sizes,
     gates: Mapping[str, float],
     own: Callable[[], Mapping[str, float]],
     tol: float = ORT_TOL,
@@ -207,9 +206,8 @@ def demand(parity: Sequence[Parity], what: str) -> None:
         )
     for p in parity:
         if not p.ok:
-            sizes = sizes_text(p.sizes)
             raise NoEffectError(
-                f"{what}{p.of and f' ({p.of})'}: output {p.output!r} at {sizes}: "
+                f"{what}{p.of and f' ({p.of})'}: output {p.output!r} at {sizes_text(p.sizes)}: "
                 f"rel {p.rel:.2e}, the gate is {p.tol:.1e}",
                 "nothing was written; try --inputs with real data, and report this model",
             )

@@ -75,10 +75,11 @@ class Condition:
         found = " and ".join(
             f"{i!r} has size {given[i, d]} in dimension {d}" for _, i, d in self.sizes
         )
-        why = "the model does not run elsewhere" if self.demanded else "the captured path holds for"
         where = f" ({self.line})" if self.line else ""
         rule = self._spelled()
-        text = f"{why}: {rule}" if self.demanded else f"{why} {rule} only"
+        text = f"the captured path holds for {rule} only"
+        if self.demanded:
+            text = f"the model does not run elsewhere: {rule}"
         return SizeError(f"{found}; {text}{where}", "give sizes inside, or capture at these sizes")
 
     def to_json(self) -> Json:
@@ -175,18 +176,16 @@ def parsed(text: str) -> Tree:
 
 
 def _tree(node: ast.expr) -> str | Tree | int:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return ("Sub", 0, _tree(node.operand))
-    if isinstance(node, ast.BinOp) and type(node.op).__name__ in BINARY:
-        return (type(node.op).__name__, _tree(node.left), _tree(node.right))
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        return (type(node.ops[0]).__name__, _tree(node.left), _tree(node.comparators[0]))
     match node:
-        case ast.BoolOp(op, [left, right]):
+        case ast.Constant(value) if type(value) is int:
+            return value
+        case ast.Name(name):
+            return name
+        case ast.UnaryOp(ast.USub(), operand):
+            return ("Sub", 0, _tree(operand))
+        case ast.BinOp(left, op, right) if type(op).__name__ in BINARY:
+            return (type(op).__name__, _tree(left), _tree(right))
+        case ast.Compare(left, [op], [right]) | ast.BoolOp(op, [left, right]):
             return (type(op).__name__, _tree(left), _tree(right))
         case ast.Call(ast.Name(name), [_, *_] as given, []) if name in _CALLS:
             return (name, *(_tree(a) for a in given))

@@ -6,6 +6,7 @@ into input_ids and attention_mask. Keys are the names of the model's arguments.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -25,6 +26,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import open_input, read_text
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
+Reader = Callable[[str], Mapping[str, object]]
 
 
 MAX_GROWTH, MIB = 100, 1 << 20
@@ -49,8 +51,7 @@ class Table:
 
     def rows(self, index: npt.ArrayLike) -> Table:
         """The examples of an index, in its order."""
-        columns = {k: v[np.asarray(index)] for k, v in self.columns.items()}
-        return replace(self, columns=columns)
+        return replace(self, columns={k: v[np.asarray(index)] for k, v in self.columns.items()})
 
     def trimmed(self) -> Table:
         """Without the columns of padding that no example needs (right padding only)."""
@@ -58,11 +59,9 @@ class Table:
         if mask is None or mask.ndim != 2 or mask.dtype.kind not in "iub":
             return self
         width = int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1
-        alike = {
-            k for k, v in self.columns.items() if v.shape == mask.shape and v.dtype.kind in "iub"
-        }
-        columns = {k: v[:, :width] if k in alike else v for k, v in self.columns.items()}
-        return replace(self, columns=columns)
+        alike = ((k, v) for k, v in self.columns.items() if v.shape == mask.shape)
+        cut = {k: v[:, :width] for k, v in alike if v.dtype.kind in "iub"}
+        return replace(self, columns={**self.columns, **cut})
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """Trimmed batches in order, or shuffled by a seed; the last one may be smaller."""
@@ -346,15 +345,9 @@ def _csv(path: str) -> dict[str, list[object]]:
 def _numbers(values: Sequence[str]) -> list[object]:
     """A column as ints, else floats, else the texts."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return [kind(v) for v in values]
-        except ValueError:
-            continue
     return list(values)
 
 
-READERS: dict[str, Callable[[str], Mapping[str, object]]] = {
-    ".npz": read_npz,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-}
+READERS: dict[str, Reader] = {".npz": read_npz, ".jsonl": _jsonl, ".csv": _csv}

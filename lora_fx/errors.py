@@ -1,4 +1,4 @@
-"""The one error that users see."""
+"""The one error that users see, and blocks in which libraries say nothing."""
 
 from __future__ import annotations
 

@@ -185,7 +185,17 @@ class Inputs:
     def values(self, size: Extents) -> dict[str, int] | None:
         """The symbols at one size, or at the nearest one allowed; None where none was found."""
         places = self._places()
-        return _nearest(self._wanted(size, places), places, self.conditions)
+        wanted = self._wanted(size, places)
+        named = {t for c in self.conditions for s in c.about for t in _terms(places.get(s, ""))}
+        moved = [s for s in wanted if s in named]
+        for steps in _steps(len(moved)):
+            tried = {**wanted, **{s: wanted[s] + k for s, k in zip(moved, steps, strict=True)}}
+            if any(n < min(1, wanted[s]) for s, n in tried.items()):
+                continue  # an empty cache is one, an empty input is not
+            given = {place: _extent(text, tried) for place, text in places.items()}
+            if broken(self.conditions, given) is None:
+                return tried
+        return None
 
     def sizes(self, size: Extents) -> dict[str, tuple[int, ...]]:
         """The shape of every input where symbols take these values, or the nearest allowed."""
@@ -200,9 +210,8 @@ class Inputs:
     def implied(self, condition: Condition) -> bool:
         """Whether a condition holds wherever sizes of one symbol are equal."""
         places = self._places()
-        return _implied(
-            condition, tuple((s, places[s]) for s in sorted(condition.about & {*places}))
-        )
+        about = sorted(condition.about & {*places})
+        return _implied(condition, tuple((s, places[s]) for s in about))
 
     def outside(self, condition: Condition) -> dict[str, int] | None:
         """Values of symbols that break a condition and no other; None where there are none."""
@@ -246,40 +255,16 @@ class Inputs:
         return [s.to_json() for s in self.specs]
 
 
-def _nearest(
-    wanted: Mapping[str, int], places: Mapping[Size, str], conditions: Sequence[Condition]
-) -> dict[str, int] | None:
-    """Values of symbols near the wanted ones at which every condition holds; None without such.
-
-    Args:
-        wanted: Symbol → the value that it should have.
-        places: The symbol of each size, or a sum of symbols and numbers.
-        conditions: What has to hold.
-    """
-    named = {t for c in conditions for s in c.about for t in _terms(places.get(s, ""))}
-    moved = [s for s in wanted if s in named]
-    for steps in _steps(len(moved)):
-        tried = {**wanted, **{s: wanted[s] + k for s, k in zip(moved, steps, strict=True)}}
-        if any(n < min(1, wanted[s]) for s, n in tried.items()):
-            continue  # an empty cache is one, an empty input is not
-        given = {size: _extent(text, tried) for size, text in places.items()}
-        if broken(conditions, given) is None:
-            return tried
-    return None
-
-
 def _steps(count: int, reach: int = 64) -> Iterator[tuple[int, ...]]:
     """Changes of so many values, small ones first."""
     line = [0, *(k for n in range(1, reach) for k in (n, -n))]
     if count == 1:
         yield from ((k,) for k in [*line, *range(reach, 4096)])
-        return
-    short = line if count < 3 else line[:13]
-    yield from (
-        sorted(itertools.product(short, repeat=count), key=lambda t: sum(abs(k) for k in t))
-        if count < 4
-        else [(0,) * count, *((k,) * count for k in line[1:])]
-    )
+    elif count < 4:
+        short = line if count < 3 else line[:13]
+        yield from sorted(itertools.product(short, repeat=count), key=lambda t: sum(map(abs, t)))
+    else:
+        yield from ((k,) * count for k in line)
 
 
 def _terms(symbol: str) -> list[str]:

@@ -30,4 +30,3 @@ class Pass(Protocol):
 
     def __call__(self, graph: Graph[Any]) -> PassResult[Any]:
         """Edit the graph in place and say whether anything changed."""
-        ...

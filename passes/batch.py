@@ -23,7 +23,7 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
-from lora_fx.ir.emitter import Parameter, Role
+from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter
@@ -84,7 +84,7 @@ class Batch:
             return PassResult(graph, False)
         wanted = {base_name(k) for updates in self.adapters.values() for k in updates}
         stored = {n: s for n, s in self.sources.items() if s[0] in wanted}
-        parameters = {p.name: p for p in graph.parameters()}
+        dtypes = {p.name: p.dtype for p in graph.parameters()}
         sites = [s for s in graph.sites() if s.parameter in stored]
         missing = wanted - {stored[s.parameter][0] for s in sites}
         if missing:
@@ -97,7 +97,7 @@ class Batch:
         rows = [states.get(graph.activation(s), SAME) for s in sites]
         forms = [batch.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
         for value in graph.model.graph.outputs:
-            first = str(value.shape[0]) if value.shape is not None and len(value.shape) else ""
+            first = str(value.shape[0]) if value.shape else ""
             if first != symbol and states.get(value, SAME) != RowAxis(0):
                 raise LoraFxError(
                     f"output {value.name!r} has no row for every row of the batch",
@@ -105,28 +105,22 @@ class Batch:
                 )
         own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
         for site, row, form in zip(sites, rows, forms, strict=True):
-            self._branch(graph, site, parameters[site.parameter], own, row, form)
+            self._branch(graph, site, dtypes[site.parameter], own, row, form)
         Flat(graph).heads()
         content = {**stamp(), "mode": "batch", "adapters": list(self.adapters)}
         graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})
         return PassResult(graph, bool(sites))
 
     def _branch(
-        self,
-        graph: OnnxGraph,
-        site: Site,
-        parameter: Parameter,
-        own: RowAdapters,
-        row: RowAxis,
-        form: str,
+        self, graph: OnnxGraph, site: Site, dtype: str, own: RowAdapters, row: RowAxis, form: str
     ) -> None:
         from lora_fx.onnx import batch
 
         key, source = self.sources[site.parameter]
         layout = read_layout(site, source)
-        dtype = numpy_dtype(dtype_name(graph.output(site)) or parameter.dtype)
+        work = numpy_dtype(dtype_name(graph.output(site)) or dtype)
         pairs = [_joined(key, u, source, layout, site.gain) for u in self.adapters.values()]
-        stacks = batch.stack(pairs, form, dtype)
+        stacks = batch.stack(pairs, form, work)
         stem = key if form == "last" else f"{key}.{form}"
         taken = self.targets.get(stem)
         if taken is not None and taken["layout"] != [layout.to_json(), site.gain]:
@@ -168,19 +162,15 @@ def _joined(
     name: str, updates: Mapping[str, LowRank], source: StoredWeight, layout: Layout, gain: float
 ) -> Pair | None:
     """All updates that an adapter has of one parameter as [rank, in], [out, rank] of a use."""
-    found = [
-        _whole(key, low, source, layout) for key, low in updates.items() if base_name(key) == name
-    ]
-    if not found:
+    mine = [(key, low) for key, low in updates.items() if base_name(key) == name]
+    if not mine:
         return None
-    scaled = [(a, b * np.float32(s * gain)) for a, b, s in found]
-    return np.concatenate([a for a, _ in scaled]), np.concatenate([b for _, b in scaled], axis=1)
+    all_a, all_b = zip(*(_whole(key, low, source, layout, gain) for key, low in mine), strict=True)
+    return np.concatenate(all_a), np.concatenate(all_b, axis=1)
 
 
-def _whole(
-    key: str, low: LowRank, source: StoredWeight, layout: Layout
-) -> tuple[Array, Array, float]:
-    """One update as factors of the whole parameter, in the direction of the use."""
+def _whole(key: str, low: LowRank, source: StoredWeight, layout: Layout, gain: float) -> Pair:
+    """One update as factors of the whole parameter, in the direction of the use, scale in b."""
     if low.use:
         raise LoraFxError(
             f"{key!r} updates one use of a shared tensor ({low.use})",
@@ -192,8 +182,9 @@ def _whole(
     for read, flip in ((layout, False), (layout.transposed(), True)):
         if read.narrow(region) == mine:
             a, b = widen(NumpyEmitter(), read, mine, read.starts(region), low.a, low.b, low.rank)
-            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-            return (b.T, a.T, low.scale) if flip else (a, b, low.scale)
+            a, b = (b.T, a.T) if flip else (a, b)
+            scale = np.float32(low.scale * gain)
+            return np.asarray(a, np.float32), np.asarray(b, np.float32) * scale
     raise LoraFxError(
         f"{key!r}: the exported graph reads the tensor in another layout than the adapter's",
         "use mode merged",

@@ -28,8 +28,7 @@ from lora_fx.ir.view import Opaque, Region, Step, track
 from lora_fx.targets.found import Found, Refusal, Unreached
 from lora_fx.targets.plan import default_plan
 from lora_fx.targets.regions import overlap
-from lora_fx.targets.roles import role_of
-from lora_fx.targets.target import Target, make_key
+from lora_fx.targets.target import Target, make_key, role_of
 
 
 def find(graph: Graph[Any]) -> Found:
@@ -142,8 +141,7 @@ def _target(
 ) -> Target:
     stored = tuple(hi - lo for lo, hi in region)
     lead = next((u for u in uses if u.site.op != "embedding"), uses[0])
-    fits = lead.layout is not None and lead.region == region
-    layout = lead.layout if fits and lead.layout is not None else plain_layout(stored)
+    layout = (lead.layout if lead.region == region else None) or plain_layout(stored)
     sites = tuple(u.site for u in uses)
     names = [n.removesuffix(".weight") for n in (p.name, *p.aliases)]
     role = role_of(names, sites, layout, tables)

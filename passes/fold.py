@@ -148,12 +148,7 @@ class Fold:
         return Deferred(whole.shape, whole.dtype, compute) if self.lazy else compute()
 
     def _again(
-        self,
-        graph: Graph[V],
-        name: str,
-        members: list[Site],
-        readers: list[Site],
-        stored: str,
+        self, graph: Graph[V], name: str, members: list[Site], readers: list[Site], stored: str
     ) -> bool:
         if stored != name:
             graph.repoint(members, stored)

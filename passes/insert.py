@@ -21,7 +21,8 @@ alone. DoRA's g = m/‖V‖ multiplies the rows of V = W + s·b·a:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 from lora_fx.adapter.factors import FactorTensor, Half, halves, slots_of
@@ -55,7 +56,6 @@ class Insert:
             that do not reach every target.
         role: What the new tensors are for.
         weight_form: Take the weight form everywhere, as a reference for the output forms.
-        notes: Receives what had to be said.
     """
 
     updates: Mapping[str, LowRank]
@@ -64,7 +64,6 @@ class Insert:
     role: Role = Role.TRAIN
     missing: str = "error"
     weight_form: bool = False
-    notes: list[str] = field(default_factory=list, compare=False)
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
         """Edit the graph; sites that carry a branch already are left alone."""
@@ -102,8 +101,8 @@ class Insert:
             return self._stretched_form(graph, site, pairs, ways)
         e = graph.emit(site)
         total = graph.output(site)
-        for (target, update), way in zip(pairs, ways, strict=True):
-            y = self._branch(graph, e, site, target, update, way)
+        for pair, way in zip(pairs, ways, strict=True):
+            y = self._branch(graph, e, site, pair, way)
             if y is None:
                 return False
             total = e.op("add", total, y)
@@ -111,19 +110,13 @@ class Insert:
         return True
 
     def _branch(
-        self,
-        graph: Graph[V],
-        e: Emitter[V],
-        site: Site,
-        target: Target,
-        update: LowRank,
-        way: str,
-        stretch: V | None = None,
+        self, graph: Graph[V], e: Emitter[V], site: Site, pair: Pair, way: str, g: V | None = None
     ) -> V | None:
         """The branch s·b(a x) in the shape of the result; None where it has no such form.
 
-        `stretch` [*batch, out, 1] multiplies the rows of b.
+        `g` [*batch, out, 1] multiplies the rows of b.
         """
+        target, update = pair
         read = site_layout(site, target.parameter.shape)
         assert read is not None
         layout = update.layout or target.layout
@@ -136,8 +129,8 @@ class Insert:
                 x = e.op("dropout", x, p=self.dropout)
             like = graph.output(site) if lookup else x
             a, b = factors(e, half, like, self.role, update.scale * site.gain)
-            if stretch is not None:
-                b = e.op("mul", b, stretch)
+            if g is not None:
+                b = e.op("mul", b, g)
             read_as = layout
             if way == "flipped":
                 a, b = (e.op("transpose", t, perm=swap_last(0)) for t in (b, a))
@@ -169,7 +162,7 @@ class Insert:
         column = stretch(e, layout, v, _magnitude(e, target, update, stored, self.role))
         y = graph.output(site)
         g = e.op("cast_like", column, y)
-        part = self._branch(graph, e, site, target, update, "straight", g)
+        part = self._branch(graph, e, site, pairs[0], "straight", g)
         if part is None:
             return False
         less = e.op("add", e.op("reshape", g, shape=shape), -1.0)
@@ -187,16 +180,12 @@ class Insert:
 def _way(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:
     """Straight or flipped where the output form can serve a use, else an empty text."""
     layout = update.layout or target.layout
-    if _fits(read, target, layout):
+    if not contains(read[0], target.region):
+        return ""
+    seen = read[1].narrow(relative(target.region, read[0]))
+    if seen == layout:
         return "straight"
-    flipped = not layout.batch_shape and _fits(read, target, layout.transposed())
-    return "flipped" if flipped else ""
-
-
-def _fits(read: tuple[Region, Layout], target: Target, layout: Layout) -> bool:
-    """True when a use reads the target, or a tensor that it is a part of, in this layout."""
-    inside = contains(read[0], target.region)
-    return inside and read[1].narrow(relative(target.region, read[0])) == layout
+    return "flipped" if not layout.batch_shape and seen == layout.transposed() else ""
 
 
 def reads_otherwise(found: Found, key: str) -> bool:
@@ -225,13 +214,12 @@ def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, rol
 
 def _delta(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> V:
     """The change s·b·a in the stored shape of the target's region, in the dtype of `stored`."""
-    total: V | None = None
-    for half in halves(target.key, update, split=role is Role.TRAIN):
-        a, b = factors(e, half, stored, role)
-        one = kinds.delta(e, update.layout or target.layout, a, b, update.scale)
-        total = one if total is None else e.op("add", total, one)
-    assert total is not None
-    return total
+    layout = update.layout or target.layout
+    changes = (
+        kinds.delta(e, layout, *factors(e, half, stored, role), update.scale)
+        for half in halves(target.key, update, split=role is Role.TRAIN)
+    )
+    return reduce(partial(e.op, "add"), changes)
 
 
 def _magnitude(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> V:

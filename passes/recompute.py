@@ -13,9 +13,11 @@ This pass is torch's own: what is kept for backward is no property of other IRs.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from operator import getitem
 from typing import Any
 
@@ -24,12 +26,12 @@ from torch import fx
 
 from lora_fx.fx.graph.flow import written
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import block_of
 from lora_fx.fx.module.codegen import function
 from lora_fx.fx.patterns.elementwise import (
     Chain,
     Maker,
     Projection,
-    block_of,
     chain_of,
     differentiable_nodes,
     projections,
@@ -108,13 +110,7 @@ def _code(chain: Chain, made: Sequence[fx.Node]) -> Code:
     for node in chain.steps:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[n] for n in made))
-    run = function(graph, f"recomputed {made[0].name}")
-
-    def code(*values: Any) -> tuple[torch.Tensor, ...]:
-        result: tuple[torch.Tensor, ...] = run(None, *values)
-        return result
-
-    return code
+    return partial(function(graph, f"recomputed {made[0].name}"), None)
 
 
 # A region of a train program that keeps its inputs only, and runs again in backward.
@@ -241,12 +237,9 @@ def _through(
     return [next(got) if need else None for need in needs]
 
 
-def _groups(flat: Sequence[object], counts: Sequence[int]) -> list[tuple[Any, ...]]:
-    parts, at = [], 0
-    for count in counts:
-        parts.append(tuple(flat[at : at + count]))
-        at += count
-    return parts
+def _groups(flat: Sequence[torch.Tensor], counts: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+    rest = iter(flat)
+    return [tuple(islice(rest, count)) for count in counts]
 
 
 def _autocast(device: str) -> tuple[str, bool, torch.dtype | None]:
@@ -256,9 +249,9 @@ def _autocast(device: str) -> tuple[str, bool, torch.dtype | None]:
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _again(state: tuple[str, bool, torch.dtype | None]) -> Any:
+def _again(state: tuple[str, bool, torch.dtype | None]) -> AbstractContextManager[object]:
     """Autocast as it was in forward; backward has none of its own."""
     device, enabled, dtype = state
     if _autocast(device) == state or dtype is None:
-        return contextlib.nullcontext()
+        return nullcontext()
     return torch.autocast(device, dtype=dtype, enabled=enabled)

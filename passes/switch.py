@@ -110,8 +110,7 @@ class Switch:
         """Let all that reads a stored tensor read W + s·b·a."""
         value = graph.model.graph.initializers[target.key]
         uses = list(value.uses())
-        e = graph.emit_first(target.key)
-        w = changed(e, target, _zero(target), value, value, role)
+        w = changed(graph.emit_first(target.key), target, _zero(target), value, value, role)
         for user, i in uses:
             user.replace_input_with(i, w)
 

@@ -17,8 +17,7 @@ import lora_fx
 from lora_fx.cli.demo_stages import topics
 from lora_fx.data import Buckets, Table
 from lora_fx.fx import minilm
-from lora_fx.fx.train.loop import fit
-from lora_fx.fx.train.optimizer import Settings
+from lora_fx.fx.train.loop import Settings, fit
 from lora_fx.onnx.session import open_session
 
 quick = "--quick" in sys.argv

@@ -188,12 +188,9 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     check_plain(adapter, "a graph", dora=True)
     adapter = adapter.resolved(found.shapes)
     entries: dict[str, Entry] = {}
-    first = {
-        a: t.parameter.name
-        for t in found.targets
-        for a in t.parameter.aliases
-        if not t.parameter.name.endswith("~")  # there the alias is no tensor
-    }
+    # The alias of a computed weight is no tensor.
+    stored = [t.parameter for t in found.targets if not t.parameter.name.endswith("~")]
+    first = {alias: parameter.name for parameter in stored for alias in parameter.aliases}
     for key, entry in _resplit(adapter, found).items():
         bound: LowRank | Full
         if isinstance(entry, Full):
@@ -288,11 +285,10 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
         )
     if len(own.sites) < len(target.sites):
         target = own
-    twins = target.parameter.aliases if of_several(target) else ()
-    return target.key, replace(
-        entry, layout=layout, use=own_use(target.key), op=target.op, tied=of_several(target),
-        twins=tuple(twins),
-    )  # fmt: skip
+    several = of_several(target)
+    twins = tuple(target.parameter.aliases) if several else ()
+    entry = replace(entry, layout=layout, use=own_use(target.key), op=target.op)
+    return target.key, replace(entry, tied=several, twins=twins)
 
 
 def _turned(key: str, entry: LowRank) -> LowRank:

@@ -18,8 +18,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.targets.found import Found
-from lora_fx.targets.roles import role_by_name
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Target, role_by_name
 
 _FUSED = (
     (re.compile(r"(^|\.)(qkv|qkv_proj|Wqkv|c_attn|in_proj|in_proj_weight)$"), ("q", "k", "v")),
@@ -114,21 +113,20 @@ def place(
         LoraFxError: No reading fits the shapes, or more than one does.
     """
     result = dict(entries)
-    modules: dict[str, list[str]] = {}
+    modules: dict[str, dict[str, LowRank]] = {}
     for key, entry in entries.items():
         if isinstance(entry, LowRank) and entry.op == "experts" and not entry.layout:
             module = entry.layer.module if entry.layer else ""
-            modules.setdefault(module or key.rpartition(".")[0], []).append(key)
-    for module, keys in modules.items():
-        lows = [entry for k in keys if isinstance(entry := entries[k], LowRank)]
-        if not any(shape_of(name) for name in _names(module, keys, lows)):
+            modules.setdefault(module or key.rpartition(".")[0], {})[key] = entry
+    for module, lows in modules.items():
+        if not any(shape_of(name) for name in _names(module, lows)):
             continue  # the binder says which names the base lacks
-        found = list(_readings(module, keys, lows, shape_of))
+        found = list(_readings(module, lows, shape_of))
         if turned is not None:
             found = [reading for reading in found if reading[1] == turned] or found
-        names, way = _only(module, lows, found, order)
+        names, way = _only(module, [*lows.values()], found, order)
         placed: dict[str, tuple[str, Entry]] = {}
-        for key, name, low in zip(keys, names, lows, strict=True):
+        for (key, low), name in zip(lows.items(), names, strict=True):
             shape = shape_of(name)
             assert shape is not None  # _readings saw it
             placed[key] = (name, _placed(low, name, shape, way))
@@ -137,20 +135,17 @@ def place(
     return result
 
 
-def _names(module: str, keys: Sequence[str], lows: Sequence[LowRank]) -> set[str]:
+def _names(module: str, lows: Mapping[str, LowRank]) -> set[str]:
     """Every name that an entry may mean."""
     result = set()
-    for key, low in zip(keys, lows, strict=True):
+    for key, low in lows.items():
         result |= {f"{module}.{p}" for p in low.candidates} or {key}
     return result
 
 
-def _readings(
-    module: str, keys: Sequence[str], lows: Sequence[LowRank], shape_of: Shapes
-) -> Iterator[Reading]:
-    names = sorted(_names(module, keys, lows))
-    for way in permutations(names, len(lows)):
-        named = list(zip(keys, lows, way, strict=True))
+def _readings(module: str, lows: Mapping[str, LowRank], shape_of: Shapes) -> Iterator[Reading]:
+    for way in permutations(sorted(_names(module, lows)), len(lows)):
+        named = list(zip(lows, lows.values(), way, strict=True))
         if any(not low.candidates and key != name for key, low, name in named):
             continue
         stacked = any(len(shape_of(name) or ()) == 3 for name in way)

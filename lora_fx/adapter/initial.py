@@ -290,9 +290,9 @@ def factors(weight: Array, rank: int, how: str, where: str = "") -> tuple[Array,
     One side is orthonormal: the left one of OLoRA, that of the smaller side of the others. `where`
     is given where the part is to be redone: then one that is not unique is an error.
     """
-    return (
-        _projected(weight, rank, where) if how == "olora" else _singular(weight, rank, how, where)
-    )
+    if how == "olora":
+        return _projected(weight, rank, where)
+    return _singular(weight, rank, how, where)
 
 
 def _singular(weight: Array, rank: int, how: str, where: str) -> tuple[Array, Array]:

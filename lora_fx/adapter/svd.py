@@ -86,7 +86,8 @@ def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
     k = min(k, side)
     if side <= max(EXACT_SIDE, 2 * OVERSAMPLING * k):
         q = _eigenvectors(delta, k)
-        small = _project(q, delta)
+        blocks = _blocks(delta.shape[1], side)
+        small = np.concatenate([q.T @ delta[:, c].astype(np.float64) for c in blocks], axis=1)
     else:
         q = _sampled(delta, (1 + OVERSAMPLING) * k, rng)
         small = (q.T.astype(delta.dtype) @ delta).astype(np.float64)
@@ -157,9 +158,3 @@ def _sampled(delta: Array, count: int, rng: np.random.Generator) -> Array:
         q, _ = np.linalg.qr(delta.T @ q.astype(delta.dtype))
         q, _ = np.linalg.qr(delta @ q.astype(delta.dtype))
     return np.asarray(q, np.float64)
-
-
-def _project(q: Array, delta: Array) -> Array:
-    """qᵀ @ delta in fp64, by blocks of columns."""
-    blocks = _blocks(delta.shape[1], delta.shape[0])
-    return np.concatenate([q.T @ delta[:, c].astype(np.float64) for c in blocks], axis=1)

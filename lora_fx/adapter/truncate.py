@@ -9,7 +9,7 @@ one rank; its σ² are summed over the batch. Results have alpha = rank, that is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,6 +25,8 @@ from lora_fx.targets.budget import gains, within_budget, within_loss
 from lora_fx.text import Json, table
 
 GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")
+SLACKS = (0.0, 1e-9, 1e-6, 1e-3, 0.1, 1.0)
+"""Shares of a bound's square to leave to rounding: the first with which the error is within it."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     else:
         bound = value * norm if name == "max_error" else value
         unchanged = {k: u.rank for k, u in updates.items()}  # where rounding alone is more
-        result = _bounded(built, within, bound) or built(unchanged)
+        tries = (built(within((1.0 - slack) * bound * bound)) for slack in SLACKS)
+        result = next((t for t in tries if t.error <= bound), None) or built(unchanged)
     if not result.adapter.lowrank:
         cheapest = min(costs, key=lambda k: costs[k])
         raise LoraFxError(
@@ -227,19 +230,6 @@ def _updates(adapter: Adapter) -> dict[str, LowRank]:
     return updates
 
 
-def _bounded(
-    built: Callable[[Mapping[str, int]], Truncation],
-    ranks: Callable[[float], Mapping[str, int]],
-    bound: float,
-) -> Truncation | None:
-    """The truncation whose measured error is within `bound`; None where rounding alone is more."""
-    for slack in (0.0, 1e-9, 1e-6, 1e-3, 0.1, 1.0):
-        result = built(ranks((1.0 - slack) * bound * bound))
-        if result.error <= bound:
-            return result
-    return None
-
-
 def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, int]) -> Truncation:
     """The adapter with these ranks, and every error as measured."""
     entries: dict[str, Entry] = {}
@@ -248,26 +238,23 @@ def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, 
         if not isinstance(entry, LowRank):
             entries[key] = entry
             continue
-        new, (u, s, vt) = ranks[key], parts[key]
-        norm = float(np.linalg.norm(s))
-        if new >= entry.rank:
+        new, (u, s, vt) = min(ranks[key], entry.rank), parts[key]
+        saved = (entry.a.size + entry.b.size) // entry.rank * (entry.rank - new)
+        norm = error = float(np.linalg.norm(s))
+        if new == entry.rank:
             # The same update with the plain scale: PEFT has one flag for the whole adapter.
             plain = replace(entry, alpha=entry.scale * entry.rank, variant="lora")
             entries[key] = entry if entry.variant == "lora" else plain
-            rows.append(Truncated(key, entry.rank, entry.rank, norm, 0.0, 0))
-            continue
-        saved = (entry.a.size + entry.b.size) // entry.rank * (entry.rank - new)
-        error = norm
-        if new:
+            error = 0.0
+        elif new:
             a, b = balanced(u, s, vt, new)
             whole = replace(entry, alpha=float(new), variant="lora", frozen=0)
             entries[key] = replace(whole, a=a, b=b)
             error = distance(entry.a, entry.b * np.float64(entry.scale), a, b)
         rows.append(Truncated(key, entry.rank, new, norm, error, saved))
-    kept = [e for e in entries.values() if isinstance(e, LowRank)]
-    size = sum(e.a.size + e.b.size for e in kept)
     metadata = {k: v for k, v in adapter.metadata.items() if k != LEARNS}  # of the old ranks
     made = replace(adapter, entries=entries, metadata=metadata)
+    size = sum(low.a.size + low.b.size for low in made.lowrank.values())
     return Truncation(made, tuple(rows), size)
 
 

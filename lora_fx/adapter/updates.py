@@ -14,7 +14,7 @@ ReplacedRows  W[index] = value                           PEFT's trainable tokens
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,32 +22,6 @@ from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView
-
-
-class Change(Protocol):
-    """A ΔW whose rectangles can be computed one by one; LowRank is one too."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[*batch, out, in] of ΔW."""
-        ...
-
-    @property
-    def layout(self) -> Layout | None:
-        """How ΔW lies in the stored tensor; None while unbound."""
-        ...
-
-    @property
-    def scale(self) -> float:
-        """The factor that `block` has multiplied in."""
-        ...
-
-    def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """A rectangle of one matrix of ΔW, s included, in the factors' dtype.
-
-        `batch` counts all batch axes.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +52,7 @@ class Hadamard:
         return (self.b1.shape[0], self.a1.shape[1])
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """See Change."""
+        """A rectangle of ΔW, as `LowRank.block` gives it; there is one matrix."""
         first = np.matmul(self.b1[rows], self.a1[:, columns])
         second = np.matmul(self.b2[rows], self.a2[:, columns])
         return np.asarray(first * second * first.dtype.type(self.scale))
@@ -101,7 +75,7 @@ class Kronecker:
         return (o1 * o2, i1 * i2)
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """See Change."""
+        """A rectangle of ΔW, as `LowRank.block` gives it; there is one matrix."""
         at = np.arange(self.shape[0])[rows]
         o2 = self.w2.shape[0]
         whole = self.w1[at // o2][:, :, None] * self.w2[at % o2][:, None, :]
@@ -122,7 +96,7 @@ class Dense:
         return (self.value.shape[0], self.value[0].size)
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
-        """See Change."""
+        """A rectangle of ΔW, as `LowRank.block` gives it; there is one matrix."""
         flat = self.value.reshape(self.shape)
         return np.asarray(flat[rows, columns] * flat.dtype.type(self.scale))
 
@@ -135,7 +109,12 @@ class ReplacedRows:
     value: Array
 
 
-Entry = LowRank | Full | Hadamard | Kronecker | Dense | ReplacedRows
+Change = LowRank | Hadamard | Kronecker | Dense
+"""A ΔW of `shape`, whose rectangles can be computed one by one, by `block`, with `scale` in them.
+
+`layout` says how it lies in the stored tensor; None while unbound.
+"""
+Entry = Change | Full | ReplacedRows
 """Whatever an adapter can hold under a key."""
 
 
@@ -172,11 +151,11 @@ def name_of(entry: Entry) -> str:
 # =========================  ================================================================
 
 
-Described = TypeVar("Described", bound=LowRank | Hadamard | Kronecker | Dense)
+Described = TypeVar("Described", bound=Change)
 _READ = {"use": str, "variant": str, "alpha": float, "frozen": int}
 
 
-def to_json(entry: LowRank | Hadamard | Kronecker | Dense, *fields: str) -> Json:
+def to_json(entry: Change, *fields: str) -> Json:
     """These fields of an update, in this order; rank and scale are there for people."""
     return {field: _plain(entry, field) for field in fields}
 
@@ -201,7 +180,7 @@ def from_json(entry: Described, row: JsonView) -> Described:
     return replace(entry, **said)
 
 
-def _plain(entry: LowRank | Hadamard | Kronecker | Dense, field: str) -> object:
+def _plain(entry: Change, field: str) -> object:
     if field == "layout":
         return entry.layout.to_json() if entry.layout else None
     if field == "extra":
@@ -210,7 +189,7 @@ def _plain(entry: LowRank | Hadamard | Kronecker | Dense, field: str) -> object:
     return float(value) if field in ("alpha", "scale") else value
 
 
-def _extra(entry: LowRank | Hadamard | Kronecker | Dense) -> Json:
+def _extra(entry: Change) -> Json:
     if isinstance(entry, Dense):
         return {}
     if not isinstance(entry, LowRank):
@@ -233,13 +212,11 @@ def _facts(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Json:
         return {"kernel": kernel}
     tied, layer = extra.get("tied"), None
     if "lead" in extra:
-        layer = FileLayer(
-            str(extra["lead"]),
-            int(extra.get("of", 0)),
-            str(extra.get("module", "")),
-            int(extra.get("depth", 0)),
-            {str(k): (int(r), float(s)) for k, (r, s) in extra.get("candidates", {}).items()},
-        )
+        lead, module = str(extra["lead"]), str(extra.get("module", ""))
+        of, depth = int(extra.get("of", 0)), int(extra.get("depth", 0))
+        pairs = extra.get("candidates", {}).items()
+        candidates = {str(k): (int(r), float(s)) for k, (r, s) in pairs}
+        layer = FileLayer(lead, of, module, depth, candidates)
     return {
         "op": str(extra.get("op", "")),
         "kernel": kernel,

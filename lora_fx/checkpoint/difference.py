@@ -18,7 +18,7 @@ from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
 from lora_fx.files.read import AGAIN, open_input
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.text import Json
 
 BLOCK = 1 << 18
@@ -81,9 +81,7 @@ class TensorPair:
         return result.reshape(self.rows, self.columns), changed, original
 
 
-def pairs(
-    base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], stacks: Mapping[str, int]
-) -> Iterator[TensorPair]:
+def pairs(base: Tensors, tuned: Tensors, stacks: Mapping[str, int]) -> Iterator[TensorPair]:
     """Every tensor of both sides that has one shape, in the order of `base`.
 
     Args:
@@ -97,14 +95,8 @@ def pairs(
             continue
         lead = stacks.get(key, 0)
         shape = old.shape or (1,)
-        yield TensorPair(
-            key,
-            old,
-            new,
-            math.prod(shape[:lead]),
-            shape[lead] if lead < len(shape) else 1,
-            math.prod(shape[lead + 1 :]),
-        )
+        rows = shape[lead] if lead < len(shape) else 1
+        yield TensorPair(key, old, new, math.prod(shape[:lead]), rows, math.prod(shape[lead + 1 :]))
 
 
 def read_floats(info: TensorInfo, lo: int, hi: int, dtype: np.dtype[np.generic]) -> Array:
@@ -185,11 +177,9 @@ def _reading(info: TensorInfo) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        why = (
-            f"cannot be read: {e.strerror}"
-            if e.strerror
-            else "ends inside a tensor while it is read"
-        )
+        why = "ends inside a tensor while it is read"
+        if e.strerror:
+            why = f"cannot be read: {e.strerror}"
         raise LoraFxError(f"{info.file}: {why}", AGAIN) from e
 
 
@@ -232,9 +222,7 @@ class Difference:
         return {"key": self.tensor, "what": self.what, **finite, "elements": self.elements}
 
 
-def unlike(
-    a: Mapping[str, TensorInfo], b: Mapping[str, TensorInfo], tol: float = 0.0
-) -> Iterator[Difference]:
+def unlike(a: Tensors, b: Tensors, tol: float = 0.0) -> Iterator[Difference]:
     """Every tensor of `a` that is not that of `b`, the reference.
 
     Args:
@@ -243,9 +231,7 @@ def unlike(
         tol: Gate on rel. Above 0, tensors of different dtypes are compared by their values; at 0
             they differ.
     """
-    for name in b:
-        if name not in a:
-            yield Difference(name, "is missing in A", elements=0)
+    yield from (Difference(name, "is missing in A", elements=0) for name in b if name not in a)
     for name, ours in a.items():
         theirs = b.get(name)
         if theirs is None:

@@ -1,14 +1,14 @@
 """extract: an adapter that turns one checkpoint into another, tensor by tensor.
 
 Δ = tuned − base of every matrix that differs is approximated by the best b @ a of a rank (see
-svd.py); alpha = rank, so that base + b @ a ≈ tuned. Peak memory is a few times one Δ, whatever
+lowrank.py); alpha = rank, so that base + b @ a ≈ tuned. Peak memory is a few times one Δ, whatever
 the size of the checkpoints; errors are measured on the fp32 factors, element by element.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.svd import Triplets, above_noise, balanced, leading, squared_distance
+from lora_fx.adapter.svd import above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats, same_bytes
 from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, uses
@@ -27,7 +27,7 @@ from lora_fx.checkpoint.tied import check_scaled, tie_of
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.inputs import generator
 from lora_fx.targets.found import Found
 from lora_fx.targets.selectors import select, select_names, split
@@ -145,25 +145,15 @@ def extraction(
     left_out: list[str] = []
     done, total = 0, sum(old[k].stop - old[k].start for k in scope) or 1
     for pair in pairs({k: old[k] for k in scope}, new, {k: u.lead for k, u in kinds.items()}):
-        use = kinds[pair.key]
-        if same_bytes(pair.base, pair.tuned):
+        change, row = _change(pair, kinds[pair.key], options)
+        if change is None:
             unchanged.append(pair.key)
-        elif use.layout is None:
-            value = _changed_vector(pair)
-            if value is None:
-                unchanged.append(pair.key)
-            elif options.also_full:
-                entries[pair.key] = Full(value)
-            else:
-                left_out.append(pair.key)
+        elif isinstance(change, Full) and not options.also_full:
+            left_out.append(pair.key)
         else:
-            _check_floats(pair)
-            made = _approximate(pair, use, options)
-            if made is None:
-                unchanged.append(pair.key)
-            else:
-                entries[pair.key], row = made
-                rows.append(row)
+            entries[pair.key] = change
+        if row is not None:
+            rows.append(row)
         done += pair.base.stop - pair.base.start
         if progress is not None:
             progress(done / total)
@@ -182,7 +172,10 @@ def extraction(
     )
 
 
-def _check_floats(pair: TensorPair) -> None:
+def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
+    """What has become of one tensor; one without low-rank update is taken whole."""
+    if same_bytes(pair.base, pair.tuned):
+        return None, None
     for info in (pair.base, pair.tuned):
         if info.dtype not in FLOATING:
             raise LoraFxError(
@@ -190,21 +183,16 @@ def _check_floats(pair: TensorPair) -> None:
                 f"{', '.join(FLOATING)}",
                 f"--exclude {pair.key} leaves it out",
             )
-
-
-def _changed_vector(pair: TensorPair) -> Array | None:
-    """The tuned values of a tensor without low-rank update; None where they are equal."""
-    _check_floats(pair)
+    if use.layout is not None:
+        return _approximate(pair, use, options)
     if not any(pair.delta(i)[0].any() for i in range(pair.batch)):
-        return None
+        return None, None
     size = math.prod(pair.tuned.shape)
-    return read_floats(pair.tuned, 0, size, pair.dtype).reshape(pair.tuned.shape)
+    return Full(read_floats(pair.tuned, 0, size, pair.dtype).reshape(pair.tuned.shape)), None
 
 
-def _approximate(
-    pair: TensorPair, use: TensorUse, options: ExtractOptions
-) -> tuple[LowRank, Extracted] | None:
-    """The update of one tensor and its row; None where no element differs."""
+def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
+    """The update of one tensor and its row."""
     held: dict[int, tuple[Array, float, float]] = {}
 
     def delta(i: int) -> tuple[Array, float, float]:
@@ -223,14 +211,20 @@ def _approximate(
             parts.append(leading(matrix, k, generator(f"{pair.key}[{i}]", options.seed)))
         total = math.fsum(n for n, _ in norms)
         if not total:
-            return None
-        rank, enough = _rank(parts, total, k, options.energy)
+            return None, None
+        rank, enough = k, True
+        if options.energy is not None:
+            reached = np.cumsum(sum(s**2 for _, s, _ in parts)) >= options.energy * total
+            enough = bool(reached.any())
+            rank = int(np.argmax(reached)) + 1 if enough else k
         if enough or k == limit:
             break
         k = min(limit, 2 * k)
     factors = [balanced(*p, rank) for p in parts]
     lost = math.fsum(squared_distance(delta(i)[0], a, b) for i, (a, b) in enumerate(factors))
     first = math.fsum(float(s[0]) ** 2 for _, s, _ in parts)
+    shape = (pair.rows, pair.columns)
+    noise = [above_noise(s, n, shape) for (_, s, _), (n, _) in zip(parts, norms, strict=True)]
     row = Extracted(
         key=pair.key,
         shape=pair.base.shape,
@@ -239,25 +233,11 @@ def _approximate(
         base_norm=math.sqrt(math.fsum(n for _, n in norms)),
         error=math.sqrt(lost),
         stable_rank=total / first,
-        above_noise=max(
-            above_noise(s, n, (pair.rows, pair.columns))
-            for (_, s, _), (n, _) in zip(parts, norms, strict=True)
-        ),
+        above_noise=max(noise),
         known=k,
         enough=enough,
     )
     return _update(use, factors), row
-
-
-def _rank(
-    parts: Sequence[Triplets], total: float, k: int, energy: float | None
-) -> tuple[int, bool]:
-    """The rank to keep of k that are known, and whether it is all that was asked for."""
-    if energy is None:
-        return k, True
-    kept = np.cumsum(sum(s**2 for _, s, _ in parts))
-    reached = kept >= energy * total
-    return (int(np.argmax(reached)) + 1, True) if reached.any() else (k, False)
 
 
 def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
@@ -269,9 +249,8 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
         a, b = np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)
     if not use.lead:
         a, b = a[0], b[0]
-    rank = int(b.shape[-1])
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    return LowRank(a, b, float(rank), layout, op=use.op, tied=use.tied)
+    return LowRank(a, b, float(b.shape[-1]), layout, op=use.op, tied=use.tied)
 
 
 def _notes(
@@ -282,10 +261,9 @@ def _notes(
         for r in rows
         if not r.enough
     ]
+    both = [r.key for r in rows if kinds[r.key].tied]
     notes += [
-        f"{r.key}: the table is the output head too, and the update acts on both"
-        for r in rows
-        if kinds[r.key].tied
+        f"{key}: the table is the output head too, and the update acts on both" for key in both
     ]
     if left_out:
         notes.append(
@@ -311,7 +289,7 @@ class Extracted:
         error: ‖Δ − b@a‖.
         stable_rank: ‖Δ‖²/σ₁²; of a stack Σ‖Δ‖²/Σσ₁².
         above_noise: Singular values, of those computed, above what white noise would have (see
-            svd.above_noise); the most of a stack.
+            lowrank.above_noise); the most of a stack.
         known: How many singular values were computed.
         enough: False where the cap kept `energy` from being reached.
     """
@@ -342,6 +320,10 @@ class Extracted:
         names = ("rank", "norm", "change", "error", "relative", "stable_rank")
         numbers = {name: getattr(self, name) for name in (*names, "above_noise", "known")}
         return {"key": self.key, "shape": list(self.shape), **numbers}
+
+
+Outcome = tuple[LowRank | Full | None, Extracted | None]
+"""The update of a tensor, None where no element differs, and the row of a low-rank one."""
 
 
 @dataclass(frozen=True)
@@ -397,13 +379,10 @@ class Extraction:
         ]
         lines = table([head, *rows]) if rows else ["no low-rank update"]
         lines += [f"whole: {key}" for key in self.adapter.full]
-        counts = (
-            ("low-rank updates", len(self.rows)),
-            ("equal tensors", len(self.unchanged)),
-            ("not looked at", self.skipped),
-            ("elements in the adapter", self.adapter.parameters),
+        lines.append(
+            f"low-rank updates: {len(self.rows)}; equal tensors: {len(self.unchanged)}; "
+            f"not looked at: {self.skipped}; elements in the adapter: {self.adapter.parameters}"
         )
-        lines.append("; ".join(f"{name}: {n}" for name, n in counts))
         lines.append(f"error over all updates: {self.relative:.6e} of ‖Δ‖")
         return "\n".join(lines)
 
@@ -411,7 +390,7 @@ class Extraction:
 # Which tensors of two checkpoints are compared, and the refusal of those that do not fit.
 
 
-HeaderOf = tuple[str, Mapping[str, TensorInfo]]
+HeaderOf = tuple[str, Tensors]
 """A path, for messages, and its tensors."""
 
 
@@ -435,18 +414,13 @@ def scope_of(
     lost = [n for n, t in old.items() if wanted(n, t) and n not in new]
     extra = [n for n, t in new.items() if wanted(n, t) and n not in old]
     shapes = [n for n, t in old.items() if wanted(n, t) and n in new and new[n].shape != t.shape]
-    problems = [
-        f"{len(names)} {what}: {some(names)}"
-        for names, what in (
-            ([_name(n) for n in lost], f"only in {base[0]}"),
-            ([_name(n) for n in extra], f"only in {tuned[0]}"),
-            (
-                [f"{_name(n)} {list(old[n].shape)} and {list(new[n].shape)}" for n in shapes],
-                "of two shapes",
-            ),
-        )
-        if names
-    ]
+    both = [f"{one_line(n, 100)} {list(old[n].shape)} and {list(new[n].shape)}" for n in shapes]
+    misfits = (
+        ([one_line(n, 100) for n in lost], f"only in {base[0]}"),
+        ([one_line(n, 100) for n in extra], f"only in {tuned[0]}"),
+        (both, "of two shapes"),
+    )
+    problems = [f"{len(names)} {what}: {some(names)}" for names, what in misfits if names]
     if problems and not options.allow_missing:
         raise LoraFxError(
             f"{tuned[0]} does not have the tensors of {base[0]}: {'; '.join(problems)}",
@@ -484,7 +458,7 @@ def _excluded(found: Found, names: Sequence[str], exclude: str | Sequence[str]) 
     return gone
 
 
-def _hint(old: Mapping[str, TensorInfo], new: Mapping[str, TensorInfo]) -> str:
+def _hint(old: Tensors, new: Tensors) -> str:
     """The prefix that would make the names fit, if there is one."""
     for name in list(old)[:3]:
         for other in new:
@@ -495,10 +469,6 @@ def _hint(old: Mapping[str, TensorInfo], new: Mapping[str, TensorInfo]) -> str:
     return "are they of one model?"
 
 
-def _name(name: str) -> str:
-    return one_line(name, 100)
-
-
 # The two sides of an extraction under the same names, where either is tied.
 #
 # A tied file holds its table once, an untied one once for each use. What is one tensor on both
@@ -506,7 +476,6 @@ def _name(name: str) -> str:
 # says of every use what the tuned model has there.
 
 
-Tensors = Mapping[str, TensorInfo]
 NamedTensors = tuple[str, Tensors, JsonView]
 """A path, for messages, its tensors and its config.json."""
 

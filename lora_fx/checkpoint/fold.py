@@ -246,13 +246,12 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
 
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """
-    residuals = {
-        i: _residual(fold, p, source) for i, p in enumerate(fold.matrix.parts) if p.mutated
-    }
+    parts = [*enumerate(fold.matrix.parts)]
+    residuals = {i: _residual(fold, p, source) for i, p in parts if p.mutated}
     fold = replace(fold, residuals=residuals) if residuals else fold
     columns = {
         i: factors(p.magnitude, _column_squares(fold, i, p, source), f"tensor {fold.name!r}")
-        for i, p in enumerate(fold.matrix.parts)
+        for i, p in parts
         if p.magnitude is not None and p.transposed
     }
     return replace(fold, columns=columns) if columns else fold
@@ -374,18 +373,18 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     """One change of a whole tensor of this shape."""
     layout = change.layout
     assert layout is not None
-    nb, no, ni = len(layout.batch), len(layout.out), len(layout.in_)
-    straight = (*layout.batch, *layout.out, *layout.in_) == tuple(range(nb + no + ni))
-    turned = (*layout.batch, *layout.in_, *layout.out) == tuple(range(nb + no + ni))
-    count = math.prod(layout.batch_shape)
-    if not (straight or turned):
+    straight = (*layout.batch, *layout.out, *layout.in_)
+    turned = (*layout.batch, *layout.in_, *layout.out)
+    as_stored = tuple(range(len(straight)))
+    if as_stored not in (straight, turned):
         return _materialised(shape, change)
+    transposed = as_stored != straight
     rows, columns = layout.out_size, layout.in_size
-    if not straight:
+    if transposed:
         rows, columns = columns, rows
+    count = math.prod(layout.batch_shape)
     parts = (
-        Rectangle(change, i * rows, (i + 1) * rows, 0, columns, i, not straight)
-        for i in range(count)
+        Rectangle(change, i * rows, (i + 1) * rows, 0, columns, i, transposed) for i in range(count)
     )
     return Matrix(count * rows, columns, tuple(parts))
 
@@ -405,8 +404,7 @@ def _materialised(shape: tuple[int, ...], change: Change) -> Matrix:
     matrices = np.stack([change.block(i, every, every) for i in range(count)])
     delta = matrices.reshape(*layout.batch_shape, layout.out_size, layout.in_size)
     stored = layout.to_stored(NumpyEmitter(), delta).reshape(shape[0], -1)
-    dense = Dense(stored)
-    part = Rectangle(dense, 0, shape[0], 0, stored.shape[1])
+    part = Rectangle(Dense(stored), 0, shape[0], 0, stored.shape[1])
     return Matrix(shape[0], stored.shape[1], (part,))
 
 
@@ -426,17 +424,12 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
             continue
         if (rows[1] - rows[0], columns[1] - columns[0]) != (inner.rows, inner.columns):
             continue
-        parts = tuple(
-            replace(
-                p,
-                top=p.top + rows[0],
-                bottom=p.bottom + rows[0],
-                left=p.left + columns[0],
-                right=p.right + columns[0],
-            )
-            for p in inner.parts
-        )
-        return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), parts)
+        parts = []
+        for p in inner.parts:
+            top, bottom = p.top + rows[0], p.bottom + rows[0]
+            left, right = p.left + columns[0], p.right + columns[0]
+            parts.append(replace(p, top=top, bottom=bottom, left=left, right=right))
+        return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), tuple(parts))
     raise LoraFxError(
         f"the region {list(bounds)} of a tensor {list(shape)} is no rectangle of rows and columns",
         "lora-fx fold and export can apply it to the model itself",
@@ -475,6 +468,7 @@ def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
     return replace(matrix, parts=parts)
 
 
-def _cast(change: Any, dtype: Floating) -> Any:
+def _cast(change: Change, dtype: Floating) -> Change:
     arrays = ((k, v) for k, v in vars(change).items() if isinstance(v, np.ndarray))
-    return replace(change, **{k: v.astype(dtype, copy=False) for k, v in arrays})
+    cast: dict[str, Any] = {k: v.astype(dtype, copy=False) for k, v in arrays}
+    return replace(change, **cast)

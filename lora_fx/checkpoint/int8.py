@@ -175,6 +175,7 @@ HINT = (
     "merge into the unquantised original and quantise after, or keep the adapter as a branch "
     "of its own"
 )
+LOST = "requantising would lose most of the update"
 
 
 def scheme_of(name: str, base: Checkpoint) -> str:
@@ -272,11 +273,7 @@ def _refuse_empty(name: str, info: TensorInfo) -> None:
 
 
 def _refusal(
-    name: str,
-    info: TensorInfo | None,
-    scheme: str,
-    base: Checkpoint,
-    why: str = "requantising would lose most of the update",
+    name: str, info: TensorInfo | None, scheme: str, base: Checkpoint, why: str = LOST
 ) -> LoraFxError:
     where, what = (info.file, info.dtype) if info else (base.path, "stored as codes")
     return LoraFxError(

@@ -20,7 +20,7 @@ from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, name_of
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
 from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, renaming
 from lora_fx.errors import LoraFxError, MisfitError
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
 from lora_fx.targets.target import base_name, split_key, split_use
@@ -46,11 +46,11 @@ class Placed:
 
 def match(
     adapter: Adapter,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Tensors,
     config: JsonView,
     where: str,
     *,
-    new: Mapping[str, TensorInfo] | None = None,
+    new: Tensors | None = None,
     allow_unused: bool = False,
     allow_missing: bool = False,
 ) -> tuple[list[Placed], list[str]]:
@@ -76,7 +76,8 @@ def match(
     placed, lost = [], []
     turned = turned_weights(adapter, tensors, config, rename, where, notes)
     for key, entry in adapter.entries.items():
-        name = rename(_name(key, entry, tensors))
+        use = use_of(key, entry)
+        name = rename(use if use in tensors else base_name(key))  # the alias it acts through
         if new and key in new:
             placed.append(Placed(key, key, tuple((0, n) for n in new[key].shape), entry))
             continue
@@ -84,18 +85,19 @@ def match(
         if stack is not None:
             placed += _apart(key, entry, stack)
             continue
-        if name not in tensors:  # a tied tensor is stored under one of its names
-            name = next((n for n in _twins(entry, rename) if n in tensors), name)
+        twins = [rename(n) for n in entry.twins] if isinstance(entry, LowRank) else []
+        twins = [n for n in twins if n in tensors]
+        if name not in tensors and twins:  # a tied tensor is stored under one of its names
+            name = twins[0]
         if name not in tensors:
             lost.append(key)
             continue
         info = tensors[name]
         bounds = _bounds(key, info)
         bound = _bound(key, entry, info, bounds, name in turned)
-        placed.append(Placed(key, name, bounds, bound))
-        placed += (
-            Placed(key, other, bounds, bound) for other in _also(entry, name, tensors, rename)
-        )
+        # What PEFT tied to this tensor changes alike.
+        alike = [n for n in twins if n != name and tensors[n].shape == info.shape]
+        placed += (Placed(key, n, bounds, bound) for n in (name, *alike))
     if lost:
         whole = all(isinstance(adapter.entries[key], Full) for key in lost)
         known = [*tensors, *rename.loaded.names, *rename.loaded.stacks]
@@ -113,21 +115,14 @@ def match(
             f"{where}: {name!r} is adapted by the adapter's own config (target_modules {by!r}), "
             f"but its file has no update of it: {len(absent)} such layers"
         )
+        hint = "is the file complete, and this its base? --allow-missing leaves them as they are"
         if not allow_missing:
-            hint = (
-                "is the file complete, and this its base? --allow-missing leaves them as they are"
-            )
             raise LoraFxError(said, hint)
         notes.append(said)
     return placed, notes
 
 
-def stacked(
-    adapter: Adapter,
-    tensors: Mapping[str, TensorInfo],
-    config: JsonView,
-    rename: Renaming,
-) -> Adapter:
+def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renaming) -> Adapter:
     """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
 
     def shape_of(name: str) -> tuple[int, ...] | None:
@@ -159,20 +154,6 @@ def _apart(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
             yield Placed(name, part.tensor, region, piece)
 
 
-def _also(
-    entry: Entry, name: str, tensors: Mapping[str, TensorInfo], rename: Renaming
-) -> list[str]:
-    """Other tensors that PEFT tied to this one: they change alike."""
-    names = _twins(entry, rename)
-    return [
-        n for n in names if n in tensors and n != name and tensors[n].shape == tensors[name].shape
-    ]
-
-
-def _twins(entry: Entry, rename: Renaming) -> list[str]:
-    return [rename(n) for n in entry.twins] if isinstance(entry, LowRank) else []
-
-
 def _renamed(config: JsonView) -> str:
     """Why names may differ from the file's though it is the base, and what helps."""
     kind = config.get("model_type")
@@ -183,12 +164,6 @@ def _renamed(config: JsonView) -> str:
         if isinstance(kind, str)
         else ""
     )
-
-
-def _name(key: str, entry: Entry, tensors: Mapping[str, TensorInfo]) -> str:
-    """The tensor's name that an entry means: the alias it acts through where that is known."""
-    use = use_of(key, entry)
-    return use if use in tensors else base_name(key)
 
 
 def use_of(key: str, entry: Entry) -> str:
@@ -259,10 +234,8 @@ def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | No
     swapped = None
     if len(shape) == n + 2 and (rows, rest) == (in_, out):
         swapped = Layout(shape, lead, (n + 1,), (n,), shape)
-    if lookup(change):
+    if lookup(change) or (turned and swapped):
         return swapped
-    if straight and swapped:
-        return swapped if turned else straight
     return straight or swapped
 
 
@@ -282,11 +255,11 @@ def _piece(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> En
     a, b = entry.a[expert], entry.b[expert]
     if straight:
         b = b[rows]
-        shape, out, in_ = (len(b), a.shape[1]), (0,), (1,)
+        layout = plain_layout((len(b), a.shape[1]))
     else:
         a = a[:, rows]
-        shape, out, in_ = (a.shape[1], len(b)), (1,), (0,)
-    return replace(entry, a=a, b=b, layout=Layout(shape, (), out, in_, shape), op="")
+        layout = plain_layout((a.shape[1], len(b))).transposed()
+    return replace(entry, a=a, b=b, layout=layout, op="")
 
 
 # Square weights that are stored [in, out], where their shape cannot tell.
@@ -303,14 +276,14 @@ Votes = dict[tuple[int, str, str], set[bool]]
 """(dimensions, part of the model, module name) → what shapes that can tell say."""
 
 
-def lookup(entry: Entry | Change) -> bool:
+def lookup(entry: Entry) -> bool:
     """True for an update of a table that is looked up."""
     return isinstance(entry, LowRank) and entry.op == "embedding"
 
 
 def turned_weights(
     adapter: Adapter,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Tensors,
     config: JsonView,
     rename: Renaming,
     where: str,
@@ -337,7 +310,14 @@ def turned_weights(
             votes.setdefault(_kind(name, info), set()).add(matrix == sides[::-1])
     flag = bool(adapter.metadata.get("fan_in_fan_out"))
     kinds = _model_types(config)
-    _check_flag(flag, square, votes, kinds, where)
+    seen = set().union(*(v for k, v in votes.items() if k[0] == 2))
+    linear = seen == {False} or (not seen and bool(kinds))
+    if flag and square and linear and not kinds & CONV1D_MODELS:
+        raise LoraFxError(
+            f"{where}: the adapter has fan_in_fan_out, but the model's weights are [out, in]; "
+            f"{square[0]!r} is square, so that its shape cannot tell",
+            "set fan_in_fan_out to false in adapter_config.json if the model's layers are Linear",
+        )
     flat = [n for n in square if len(tensors[n].shape) == 2]
     if flat and not votes and not flag and not kinds:
         notes.append(
@@ -398,19 +378,6 @@ def _turned(
 
 def _named(leaf: str) -> bool:
     return bool(CONV1D_NAMES.search(f"{leaf}.weight"))
-
-
-def _check_flag(
-    flag: bool, square: list[str], votes: Votes, kinds: frozenset[str], where: str
-) -> None:
-    seen = set().union(*(v for k, v in votes.items() if k[0] == 2))
-    linear = seen == {False} or (not seen and bool(kinds))
-    if flag and square and linear and not kinds & CONV1D_MODELS:
-        raise LoraFxError(
-            f"{where}: the adapter has fan_in_fan_out, but the model's weights are [out, in]; "
-            f"{square[0]!r} is square, so that its shape cannot tell",
-            "set fan_in_fan_out to false in adapter_config.json if the model's layers are Linear",
-        )
 
 
 def _model_types(config: JsonView) -> frozenset[str]:

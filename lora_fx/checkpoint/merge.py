@@ -100,9 +100,7 @@ def merge(
 
 
 def plan_merge(
-    base: str | os.PathLike[str],
-    adapters: Adapters,
-    options: MergeOptions | None = None,
+    base: str | os.PathLike[str], adapters: Adapters, options: MergeOptions | None = None
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
     options = options or MergeOptions()
@@ -134,7 +132,8 @@ def run(
             threads = workers or cores()
             stats = write(plan, stage, workers=threads, link=link, progress=progress)
             moved = any(s.still < s.elements and s.delta for s in stats.values())
-            if stats and not moved and not _whole(plan):
+            whole = any(c.fold is None and not c.scales_of for c in plan.changes.values())
+            if stats and not moved and not whole:
                 raise NoEffectError(
                     f"{target}: not written: no element of {len(stats)} tensors would change",
                     "is the adapter untrained, or its weight 0? a wider --dtype keeps small ones",
@@ -189,21 +188,13 @@ def given(adapters: Adapters, trust: bool = False, most: int | None = None) -> l
     return result
 
 
-def _whole(plan: MergePlan) -> bool:
-    return any(c.fold is None and not c.scales_of for c in plan.changes.values())
-
-
 def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report:
-    rows, warnings = [], list(plan.notes)
-    for change in plan.changes.values():
-        row = change.to_json()
-        s = stats.get(change.name)
-        if s is not None:
-            ratio = s.ratio if math.isfinite(s.ratio) else None  # of a tensor of zeros
-            row |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
-            if row["int8"] is not None:
-                row["int8"] |= {"error": s.missed, "own": s.coarse}
-        rows.append(row)
+    rows, warnings = {n: c.to_json() for n, c in plan.changes.items()}, list(plan.notes)
+    for name, s in stats.items():
+        ratio = s.ratio if math.isfinite(s.ratio) else None  # of a tensor of zeros
+        rows[name] |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
+        if rows[name]["int8"] is not None:
+            rows[name]["int8"] |= {"error": s.missed, "own": s.coarse}
     codes = {n for n in stats if plan.changes[n].int8 is not None}
     for names, how in (
         (stats.keys() - codes, "rounded, {}: --dtype float16 or float32 keeps more"),
@@ -217,7 +208,7 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
                 f"when {how.format(worst)}"
             )
     warnings += _said(plan)
-    details = {**plan.to_json(), "tensors": rows, "base_verified": plan.verified}
+    details = {**plan.to_json(), "tensors": [*rows.values()], "base_verified": not plan.unverified}
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 

@@ -121,12 +121,9 @@ def merge_all(
         run.outputs |= {job.out: inode_of(job.out) for job in jobs}
     threads = max(1, cores() // max(1, processes))
     extra = [*arguments, "--threads", str(threads), *(["--force"] if force else [])]
-    running = _Running()
+    running = _Running(base, extra, None if force else options or {})
     with ThreadPoolExecutor(max(1, processes)) as pool:
-        futures = {
-            pool.submit(_one, running, base, job, extra, None if force else options or {}): job
-            for job in jobs
-        }
+        futures = [pool.submit(running.result, job) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -138,9 +135,17 @@ def merge_all(
 
 
 class _Running:
-    """The merges that run now."""
+    """The merges that run now.
 
-    def __init__(self) -> None:
+    Args:
+        base: The checkpoint.
+        extra: Arguments of every merge.
+        options: Keywords of `MergeOptions`, by which an output that is kept is known; None: none
+            is.
+    """
+
+    def __init__(self, base: str, extra: Sequence[str], options: JsonView | None) -> None:
+        self.base, self.extra, self.options = base, extra, options
         self._lock, self._stopped = Lock(), False
         self._processes: set[subprocess.Popen[str]] = set()
 
@@ -164,46 +169,40 @@ class _Running:
             for process in self._processes:
                 process.terminate()
 
+    def result(self, job: Job) -> Json:
+        """Merge one, and say how it went; see merge_all."""
+        row: Json = {"adapter": job.adapter, "out": str(job.out), "ok": True}
+        try:
+            return row | self._merged(job)
+        except LoraFxError as error:
+            return row | {"ok": False, "error": error.message, "hint": error.hint}
 
-def _one(
-    running: _Running, base: str, job: Job, extra: Sequence[str], options: JsonView | None
-) -> Json:
-    row: Json = {"adapter": job.adapter, "out": str(job.out), "ok": True}
-    try:
-        return row | _merged(running, base, job, extra, options)
-    except LoraFxError as error:
-        return row | {"ok": False, "error": error.message, "hint": error.hint}
+    def _merged(self, job: Job) -> Json:
+        if self._is_kept(job):
+            return {"kept": True}
+        adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
+        command = [sys.executable, "-m", "lora_fx.cli", "merge", self.base, adapter]
+        for wait in (*_WAITS, None):
+            code, out, err = self.run([*command, "-o", str(job.out), "--json", *self.extra])
+            if wait is None or code != 2 or BUSY not in out:
+                break
+            time.sleep(wait)  # a merge of a run that was killed lives on: it may be this very one
+        try:
+            said = json.loads(out)
+        except ValueError:
+            last = err.strip().splitlines()
+            why = f"the merge ended with code {code}{f': {last[-1]}' if last else ''}"
+            return {"ok": False, "error": why, "hint": "was it killed for its memory?"}
+        if code == 2 and self._is_kept(job):
+            return {"kept": True}
+        row = {"ok": bool(said["ok"]), "warnings": said["warnings"]}
+        return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}
 
-
-def _merged(
-    running: _Running, base: str, job: Job, extra: Sequence[str], options: JsonView | None
-) -> Json:
-    if _is_kept(base, job, options):
-        return {"kept": True}
-    adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
-    command = [sys.executable, "-m", "lora_fx.cli", "merge", base, adapter]
-    for wait in (*_WAITS, None):
-        code, out, err = running.run([*command, "-o", str(job.out), "--json", *extra])
-        if wait is None or code != 2 or BUSY not in out:
-            break
-        time.sleep(wait)  # a merge of a run that was killed lives on: it may be this very one
-    try:
-        said = json.loads(out)
-    except ValueError:
-        last = err.strip().splitlines()
-        why = f"the merge ended with code {code}{f': {last[-1]}' if last else ''}"
-        return {"ok": False, "error": why, "hint": "was it killed for its memory?"}
-    if code == 2 and _is_kept(base, job, options):
-        return {"kept": True}
-    row = {"ok": bool(said["ok"]), "warnings": said["warnings"]}
-    return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}
-
-
-def _is_kept(base: str, job: Job, options: JsonView | None) -> bool:
-    """True where an output is there that this very merge would write; by its own record."""
-    if options is None or not job.out.exists():
-        return False
-    out = open_checkpoint(job.out)
-    plan = plan_merge(base, [(job.adapter, job.weight)], MergeOptions(**options))
-    names = {*plan.base.tensors, *plan.added}
-    return set(out.tensors) == names and history(out) == json.loads(plan.record())
+    def _is_kept(self, job: Job) -> bool:
+        """True where an output is there that this very merge would write; by its own record."""
+        if self.options is None or not job.out.exists():
+            return False
+        out = open_checkpoint(job.out)
+        plan = plan_merge(self.base, [(job.adapter, job.weight)], MergeOptions(**self.options))
+        names = {*plan.base.tensors, *plan.added}
+        return set(out.tensors) == names and history(out) == json.loads(plan.record())

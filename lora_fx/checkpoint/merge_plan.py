@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,22 +21,9 @@ from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, jo
 from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match
 from lora_fx.checkpoint.model_families import Tie
-from lora_fx.checkpoint.provenance import (
-    base_note,
-    history,
-    layout_hash,
-    refuse_again,
-    sample_hash,
-)
+from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refuse_again, sample_hash
 from lora_fx.checkpoint.renaming import renaming
-from lora_fx.checkpoint.tied import (
-    at_its_use,
-    check_unknown,
-    needs_untying,
-    one_use,
-    spread,
-    tie_and_names,
-)
+from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, spread, tie_and_names
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError, MisfitError, stamp
 from lora_fx.files.checkpoint import Checkpoint
@@ -86,6 +73,10 @@ class MergeOptions:
             raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
 
 
+LENIENT = MergeOptions(untie=True, again=True, any_base=True, other_readers=True)
+"""For a merge that is looked at, not carried out: what an option would allow is no refusal."""
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """A merge that can be carried out.
@@ -99,7 +90,8 @@ class MergePlan:
         one_use: Keys of updates that mean one use of a tied table, for which it is untied.
         notes: What should be said.
         options: As asked.
-        unverified: Those of the notes that say why a base is not known to be an adapter's.
+        unverified: Those of the notes that say why a base is not known to be an adapter's; none
+            where every adapter says that this is the base it was trained on.
     """
 
     base: Checkpoint
@@ -111,11 +103,6 @@ class MergePlan:
     notes: tuple[str, ...] = ()
     options: MergeOptions = field(default_factory=MergeOptions)
     unverified: tuple[str, ...] = ()
-
-    @property
-    def verified(self) -> bool:
-        """True when every adapter says that this is the base it was trained on."""
-        return not self.unverified
 
     def record(self) -> str:
         """The metadata of the output: the base's history and this merge, without its defaults."""
@@ -201,15 +188,15 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
             )
         placed += (at_its_use(p, tie, base, untie=options.untie) for p in here)
         known |= new
-    check_unknown(placed, tie, base.tensors, config, str(base.path))
+    check_unknown(placed, tie, base, config)
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
     copies: dict[str, str] = {}
     meant: tuple[str, ...] = ()
     if tie is not None:
-        apart = needs_untying(placed, tie, config, str(base.path), untie=options.untie)
+        apart = of_one_use(placed, tie, config, str(base.path), untie=options.untie)
         copies = tie.new(base.tensors) if apart else {}
-        meant = tuple(dict.fromkeys(p.key for p in one_use(placed, tie)))
+        meant = tuple(dict.fromkeys(p.key for p in apart))
         sources |= {n: base.tensors[source] for n, source in copies.items()}
         placed = spread(placed, tie, {*base.tensors, *sources})
         tie = tie if apart else None
@@ -228,7 +215,10 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         if (scales := change.scales) is not None:
             _check_free(scales.name, by_tensor, base)
             changes[scales.name] = scales
-    notes += _kept(changes.values(), options)
+    codes = [c.name for c in changes.values() if c.int8 is not None]
+    if codes and options.dtype is not None:
+        stay = f"{len(codes)} int8 tensors stay int8, {codes[0]} among them"
+        notes.append(f"--dtype {options.dtype}: {stay}")
     homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
     unverified = tuple(c for c in checks if c)
     notes = list(dict.fromkeys([*notes, *unverified]))
@@ -260,14 +250,6 @@ def _check_free(scales: str, placed: Mapping[str, Sequence[Placed]], base: Check
             "another update changes too",
             "merge one adapter after the other",
         )
-
-
-def _kept(changes: Iterable[TensorChange], options: MergeOptions) -> list[str]:
-    """What --dtype does not mean."""
-    names = [c.name for c in changes if c.int8 is not None]
-    if not names or options.dtype is None:
-        return []
-    return [f"--dtype {options.dtype}: {len(names)} int8 tensors stay int8, {names[0]} among them"]
 
 
 def _check_given(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -> None:
@@ -391,9 +373,8 @@ class TensorChange:
         """What becomes of its scales; None for floats."""
         if self.int8 is None:
             return None
-        info, what = self.int8.scales, f"new scales of {self.name}"
-        name = self.int8.name
-        return TensorChange(name, info, info.dtype, what=(what,), scales_of=self.name)
+        info, what = self.int8.scales, (f"new scales of {self.name}",)
+        return TensorChange(self.int8.name, info, info.dtype, what=what, scales_of=self.name)
 
 
 def change_of(
@@ -455,15 +436,14 @@ def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:
 
 def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
     """Raise where a whole tensor cannot be stored as `dtype`."""
-    floats = value.dtype.name in FLOATING
-    if dtype not in FLOATING or not floats:
-        if value.dtype.name != dtype:
-            raise MisfitError(
-                f"{info.file}: tensor {name!r} is {dtype}, but the adapter replaces it by "
-                f"{value.dtype.name}; expected the same kind"
-            )
-        return
-    if not value.size:
+    kind = value.dtype.name
+    floats = dtype in FLOATING and kind in FLOATING
+    if not floats and kind != dtype:
+        raise MisfitError(
+            f"{info.file}: tensor {name!r} is {dtype}, but the adapter replaces it by {kind}; "
+            "expected the same kind"
+        )
+    if not floats or not value.size:
         return
     high, low = float(value.max()), float(value.min())
     if not math.isfinite(high - low):
@@ -483,20 +463,16 @@ def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
 def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
     """Raise where an update's rescaling and another update meet: their order would matter."""
     for p in placed:
-        if not isinstance(p.entry, LowRank):
+        if not isinstance(p.entry, LowRank) or (p.entry.magnitude is None and not p.entry.mutated):
             continue
-        if p.entry.magnitude is None and not p.entry.mutated:
-            continue
-        for q in placed:
-            meet = q is not p and overlap(p.bounds, q.bounds)
-            if meet and not isinstance(q.entry, ReplacedRows):
-                how = "rescales it (DoRA)"
-                if p.entry.mutated:
-                    how = f"is for a base that {p.entry.mutated} changed"
-                raise LoraFxError(
-                    f"{base.path}: {p.key!r} {how}, and another update changes {name!r} too",
-                    _APART,
-                )
+        how = "rescales it (DoRA)"
+        if p.entry.mutated:
+            how = f"is for a base that {p.entry.mutated} changed"
+        others = (q for q in placed if q is not p and not isinstance(q.entry, ReplacedRows))
+        if any(overlap(p.bounds, q.bounds) for q in others):
+            raise LoraFxError(
+                f"{base.path}: {p.key!r} {how}, and another update changes {name!r} too", _APART
+            )
 
 
 def _rows(name: str, placed: Sequence[Placed], base: Checkpoint) -> Mapping[int, Array]:

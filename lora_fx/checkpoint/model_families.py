@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fx.files.checkpoint import model_config
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.checkpoint import model_config, text_config
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.targets.found import Found
 from lora_fx.text import JsonView
@@ -68,7 +68,7 @@ class Tie:
         heads = (self.head,) if self.head else ()
         return {**dict.fromkeys((*heads, *self.lookups), self.table), **self.biases}
 
-    def known(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    def known(self, tensors: Tensors) -> dict[str, TensorInfo]:
         """The tensors under every name that an adapter may use."""
         more = {n: tensors[s] for n, s in self.sources().items() if s in tensors}
         return more | dict(tensors)
@@ -187,7 +187,7 @@ def config_of(path: str | Path) -> JsonView:
 
 
 def uses(
-    tensors: Mapping[str, TensorInfo],
+    tensors: Tensors,
     found: Found,
     config: JsonView,
     fan_in_fan_out: bool | None = None,
@@ -204,43 +204,37 @@ def uses(
         table: The one that is the output head too; empty: there is none; None: roles say.
     """
     roles = {t.key: t.role for t in found.targets}
-    kinds = {config.get("model_type"), _inner(config).get("model_type")}
+    kinds = {config.get("model_type"), text_config(config).get("model_type")}
     one_table = _tied(roles, config) if table is None else bool(table)
     result = {}
     for name, info in tensors.items():
         shape, role = info.shape, roles.get(name)
         if role is None or name.endswith("bias"):
-            result[name] = TensorUse(None)
+            use = TensorUse(None)
         elif len(shape) == 3 and _STACK.search(name):
             out, in_ = ((2,), (1,)) if kinds & IN_OUT_EXPERTS else ((1,), (2,))
-            result[name] = TensorUse(Layout(shape, (0,), out, in_, shape), "bmm")
+            use = TensorUse(Layout(shape, (0,), out, in_, shape), "bmm")
         elif role == "embedding" and len(shape) == 2:
             tied = one_table and not _POSITION.search(name) and table in (None, name)
             layout = plain_layout(shape) if tied else Layout(shape, (), (1,), (0,), shape)
-            result[name] = TensorUse(layout, "linear" if tied else "embedding", tied)
+            use = TensorUse(layout, "linear" if tied else "embedding", tied)
         elif len(shape) == 2:
             turned = fan_in_fan_out and role != "head"
             if fan_in_fan_out is None:
                 turned = bool(kinds & CONV1D_MODELS and CONV1D_NAMES.search(name))
             layout = Layout(shape, (), (1,), (0,), shape) if turned else plain_layout(shape)
-            result[name] = TensorUse(layout, "addmm" if turned else "linear")
+            use = TensorUse(layout, "addmm" if turned else "linear")
         else:
-            result[name] = TensorUse(plain_layout(shape), f"conv{len(shape) - 2}d")
-        layout_ = result[name].layout
-        if layout_ is not None and layout_.max_rank == 1:
-            result[name] = TensorUse(None)
+            use = TensorUse(plain_layout(shape), f"conv{len(shape) - 2}d")
+        flat = use.layout is not None and use.layout.max_rank == 1
+        result[name] = TensorUse(None) if flat else use
     return result
-
-
-def _inner(config: JsonView) -> JsonView:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else {}
 
 
 def _tied(roles: Mapping[str, str], config: JsonView) -> bool:
     """True when the file has no head of its own and the config says that there is one."""
     if "head" in roles.values():
         return False
-    flag = config.get("tie_word_embeddings", _inner(config).get("tie_word_embeddings"))
+    flag = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     names = config.get("architectures") or ()
     return flag is not False and any(_LANGUAGE.search(str(n)) for n in names)

@@ -102,11 +102,8 @@ def _recomputed(change: TensorChange, out: Checkpoint, rows: int | None) -> Iter
         if not ratio <= worst:
             worst, at = ratio, low
     if not worst <= 1.0:
-        yield Difference(
-            change.name,
-            f"differs from W + ΔW by {worst:.3g} times what rounding allows, at rows from {at}",
-            worst,
-        )
+        what = f"differs from W + ΔW by {worst:.3g} times what rounding allows, at rows from {at}"
+        yield Difference(change.name, what, worst)
 
 
 def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
 from lora_fx.files.read import json_value, open_input
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
 
@@ -47,7 +46,7 @@ _HASHED: Mapping[type[Entry], tuple[str, ...]] = {
 """What of an update its adapter's hash is made of, in order."""
 
 
-def layout_hash(tensors: Mapping[str, TensorInfo]) -> str:
+def layout_hash(tensors: Tensors) -> str:
     """A hash of the sorted (name, dtype, shape) of all tensors: every fine-tune has its base's."""
     rows = sorted((n, t.dtype, list(t.shape)) for n, t in tensors.items())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -77,8 +76,7 @@ def adapter_hash(adapter: Adapter) -> str:
         for name in _HASHED[type(entry)]:
             part = getattr(entry, name)
             if isinstance(part, np.ndarray):
-                text = f"{part.dtype}{part.shape}"
-                whole.update(text.encode())
+                whole.update(f"{part.dtype}{part.shape}".encode())
                 whole.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
             elif part is not None:
                 number = float(part) if name == "scale" else tuple(part)
@@ -117,11 +115,7 @@ def _is_merge(merge: object) -> bool:
 
 
 def refuse_again(
-    path: Path,
-    merges: Iterable[JsonView],
-    adapters: Iterable[tuple[str, str]],
-    *,
-    again: bool,
+    path: Path, merges: Iterable[JsonView], adapters: Iterable[tuple[str, str]], *, again: bool
 ) -> None:
     """Raise where one of the adapters, (where, hash), is in the merges of a file already."""
     folded = {a.get("hash") for m in merges for a in m["adapters"]}
@@ -134,36 +128,33 @@ def refuse_again(
 
 
 def base_note(
-    adapter: Adapter,
-    where: str,
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, TensorInfo],
-    any_base: bool,
+    adapter: Adapter, where: str, base: Checkpoint, known: Tensors, any_base: bool
 ) -> str:
     """Why an adapter's base is not verified; empty where the checkpoint is that base.
 
     Args:
         adapter: An adapter with metadata["base"], or without.
         where: The adapter, for messages.
-        checkpoint: The base.
-        tensors: Its tensors under every name that an adapter may use.
+        base: The checkpoint.
+        known: Its tensors under every name that an adapter may use.
         any_base: Say so, instead of raising, where it is another base.
 
     Raises:
         LoraFxError: The adapter was trained on other weights.
     """
-    rename = renaming(adapter, tensors, checkpoint.config(), [])
-    recorded: Any = adapter.metadata.get(FIELD)
-    same, why = same_base(recorded, lambda name: tensors.get(rename(name)))
+    rename = renaming(adapter, known, base.config(), [])
+    recorded: JsonView | None = adapter.metadata.get(FIELD)
+    same, why = same_base(recorded, lambda name: known.get(rename(name)))
     if same is None:
         return f"{where}: its base is not verified: {why}"
     if same:
         return ""
-    said = f"{where}: it was trained on other weights than those of {checkpoint.path}"
-    if history(checkpoint):
+    said = f"{where}: it was trained on other weights than those of {base.path}"
+    if history(base):
         return f"{said}, which other adapters were merged into"
     if any_base:
         return said
+    assert recorded is not None  # it was compared
     raise LoraFxError(
         f"{said}: samples of the {len(recorded['names'])} tensors that it changed there differ",
         "merge it into the base that it was trained on; --any-base merges it anyway",
@@ -201,7 +192,7 @@ def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> Json:
     return {"version": VERSION, "dtype": dtype, "names": names, "sample": _digest(rows)}
 
 
-def file_fingerprint(keys: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Json:
+def file_fingerprint(keys: Iterable[str], tensors: Tensors) -> Json:
     """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks one of them."""
     names = parameters_of(keys)
     found = [(n, tensors[n]) for n in names if n in tensors and tensors[n].dtype in FLOATING]
@@ -274,12 +265,10 @@ def compared(
         return None, f"what the adapter says of its base is of version {version!r}"
     if not names or not all(str(dtypes.get(n)) in FLOATING for n in names):
         return None, damaged
-    rows = []
-    for name in names:
-        try:
-            rows.append((name, *sample(name, str(dtypes[name]))))
-        except Unknown as why:
-            return None, str(why)
+    try:
+        rows = [(name, *sample(name, str(dtypes[name]))) for name in names]
+    except Unknown as why:
+        return None, str(why)
     return _digest(rows) == digest, ""
 
 

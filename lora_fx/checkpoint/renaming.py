@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.checkpoint import text_config
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.formats.peft.config import missing
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView
@@ -39,7 +40,7 @@ class Renaming:
         """The matrices that the checkpoint has instead of one tensor of this name."""
         return self.loaded.stacks.get(self.prefixed(name))
 
-    def info(self, name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    def info(self, name: str, tensors: Tensors) -> TensorInfo | None:
         """The tensor of an adapter's name; of a stack, its shape and its first matrix."""
         stack = self.stack(name)
         return stack.info if stack else tensors.get(self(name))
@@ -56,12 +57,7 @@ class Renaming:
         return any(n in self._of_file for n in mine), any(n in self.loaded for n in mine)
 
 
-def renaming(
-    adapter: Adapter,
-    tensors: Mapping[str, TensorInfo],
-    config: JsonView,
-    notes: list[str],
-) -> Renaming:
+def renaming(adapter: Adapter, tensors: Tensors, config: JsonView, notes: list[str]) -> Renaming:
     """The names of the loaded model, and the prefix under which the most names are known.
 
     There is no prefix where names are known as they are. A model saved by its inner class lacks
@@ -95,9 +91,7 @@ def renaming(
     return best
 
 
-def absent_of(
-    adapter: Adapter, tensors: Mapping[str, TensorInfo], rename: Renaming
-) -> dict[str, str]:
+def absent_of(adapter: Adapter, tensors: Tensors, rename: Renaming) -> dict[str, str]:
     """{module of the base that PEFT would have adapted and the adapter lacks: by which entry}.
 
     PEFT compares target_modules with the names of the model that it was given, which are the
@@ -113,11 +107,8 @@ def absent_of(
         names += [low.use, *low.twins]
     adapted = [base_name(name).removesuffix(".weight") for name in names]
     apart = any(_EXPERT.search(name) for name in adapted)
-    weights = [
-        name
-        for name, info in tensors.items()
-        if name.endswith(".weight") and len(info.shape) > 1 and (apart or not _EXPERT.search(name))
-    ]
+    weights = [n for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) > 1]
+    weights = [n for n in weights if apart or not _EXPERT.search(n)]
     of_file, of_model = rename.tellers(map(base_name, names))
     answers = []
     for loaded in (False, True):
@@ -256,24 +247,20 @@ class Loaded:
         return name in self.names or name in self.stacks
 
 
-def loaded_of(tensors: Mapping[str, TensorInfo], config: JsonView) -> Loaded:
+def loaded_of(tensors: Tensors, config: JsonView) -> Loaded:
     """The names of the model that transformers 5 makes of a checkpoint; empty where not known.
 
     Args:
         tensors: The checkpoint's tensors.
         config: Its config.json.
     """
-    kind, text = config.get("model_type"), config.get("text_config")
-    kinds = {kind, text.get("model_type") if isinstance(text, Mapping) else None}
+    kind, inner = config.get("model_type"), text_config(config).get("model_type")
     rules = RENAMED.get(kind, {}) if isinstance(kind, str) else {}
     model = {_renamed(name, rules): name for name in tensors}
-    stacks = _stacks(model, tensors) if any(k in STACKED for k in kinds) else {}
+    stacks = _stacks(model, tensors) if kind in STACKED or inner in STACKED else {}
     apart = {part.tensor for stack in stacks.values() for part in stack.parts}
-    names = {
-        new: old
-        for new, old in model.items()
-        if new != old and new not in tensors and old not in apart
-    }
+    names = {new: old for new, old in model.items() if new != old and new not in tensors}
+    names = {new: old for new, old in names.items() if old not in apart}
     return Loaded(names, {n: s for n, s in stacks.items() if n not in tensors})
 
 
@@ -286,7 +273,7 @@ def _renamed(name: str, rules: Mapping[str, str]) -> str:
     return name
 
 
-def _stacks(model: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> dict[str, Stack]:
+def _stacks(model: Mapping[str, str], tensors: Tensors) -> dict[str, Stack]:
     """Every stack that is whole: equal shapes, experts from 0 on without a gap."""
     lists: dict[str, dict[tuple[str, int], str]] = {}
     for name, stored in model.items():
@@ -297,14 +284,14 @@ def _stacks(model: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> dict
     for module, found in lists.items():
         for leaf, ways in (("gate_up_proj", _GATE_UP), ("down_proj", _DOWN)):
             for sources in ways:
-                stack = _stack([{i: t for (n, i), t in found.items() if n == s} for s in sources],
-                               tensors)  # fmt: skip
+                sides = [{i: t for (n, i), t in found.items() if n == s} for s in sources]
+                stack = _stack(sides, tensors)
                 if stack is not None:
                     result[f"{module}.{leaf}"] = stack
     return result
 
 
-def _stack(sides: list[dict[int, str]], tensors: Mapping[str, TensorInfo]) -> Stack | None:
+def _stack(sides: list[dict[int, str]], tensors: Tensors) -> Stack | None:
     """The stack of matrices that lie on each other in the order of `sides`."""
     experts = range(len(sides[0]))
     if not experts or any(set(side) != set(experts) for side in sides):

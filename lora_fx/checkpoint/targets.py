@@ -6,19 +6,17 @@ Only headers are read, and every one strictly (see lora_fx.files.safetensors).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fx.checkpoint.model_families import is_head
 from lora_fx.dtypes import FLOATING
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import Tensors
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.layout import plain_layout
 from lora_fx.targets.found import Found, Refusal
 from lora_fx.targets.plan import default_plan
-from lora_fx.targets.roles import HEAD_ROWS, role_of
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import HEAD_ROWS, Target, role_of
 
 EMPTY = "it is empty: saved under ZeRO-3 or FSDP without gathering the shards?"
 _TABLE = re.compile(r"(^|\.)(\w*embed(ding)?s?(_tokens|_in)?|wte|wpe|shared)$")
@@ -29,7 +27,7 @@ def file_targets(path: str | Path) -> Found:
     return targets_of(tensors(path))
 
 
-def targets_of(every: Mapping[str, TensorInfo]) -> Found:
+def targets_of(every: Tensors) -> Found:
     """The targets of tensors without a graph: every float tensor of two or more dimensions.
 
     Axis 0 is taken as out, the rest as in; roles come from names.

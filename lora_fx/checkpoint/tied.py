@@ -6,7 +6,7 @@ with config.json tying them again when it is loaded, so the two are untied or th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from lora_fx.adapter.lowrank import LowRank
@@ -14,8 +14,8 @@ from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.checkpoint.match import Placed, lookup, use_of
 from lora_fx.checkpoint.model_families import Tie, family_of, generates, is_head, is_table
 from lora_fx.errors import LoraFxError
-from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.checkpoint import Checkpoint, text_config
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView
 
@@ -27,9 +27,7 @@ _ALWAYS = frozenset(("t5", "mt5", "umt5", "longt5", "udop"))
 """model_type of models that are tied wherever no head is stored, whatever the config says."""
 
 
-def tie_of(
-    tensors: Mapping[str, TensorInfo], config: JsonView, keys: Iterable[str] = ()
-) -> Tie | None:
+def tie_of(tensors: Tensors, config: JsonView, keys: Iterable[str] = ()) -> Tie | None:
     """The tie of a checkpoint by its names and config; None where there is none.
 
     `keys` are an adapter's: one of them may say what the head would be called.
@@ -37,10 +35,9 @@ def tie_of(
     Without a word in the config a model that generates and has no head of its own is tied: that
     is the default of its class.
     """
-    text = config.get("text_config")
     said = config.get("tie_word_embeddings")
-    if said is None and isinstance(text, dict):
-        said = text.get("tie_word_embeddings")
+    if said is None:
+        said = text_config(config).get("tie_word_embeddings")
     heads = [n for n in tensors if is_head(n)]
     if said is False and (heads or config.get("model_type") not in _ALWAYS):
         return None
@@ -95,11 +92,7 @@ def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> 
 
 
 def check_unknown(
-    placed: Iterable[Placed],
-    tie: Tie | None,
-    tensors: Mapping[str, TensorInfo],
-    config: JsonView,
-    where: str,
+    placed: Iterable[Placed], tie: Tie | None, base: Checkpoint, config: JsonView
 ) -> None:
     """Raise where an update means one use of a tensor that may be table and head as well.
 
@@ -107,8 +100,8 @@ def check_unknown(
     more than once, under names that are not known here; or a head beside which nothing else has
     a row for every token.
     """
-    inner = config.get("text_config")
-    sizes = {c.get("vocab_size") for c in (config, inner if isinstance(inner, dict) else {})}
+    tensors = base.tensors
+    sizes = {c.get("vocab_size") for c in (config, text_config(config))}
     untied = config.get("tie_word_embeddings") is False
     heads = {n: t.shape for n, t in tensors.items() if is_head(n) and len(t.shape) == 2}
     if tie is not None or untied or not generates(config.get("architectures") or []):
@@ -118,8 +111,8 @@ def check_unknown(
         others = (t.shape[:1] for n, t in tensors.items() if n not in heads and len(t.shape) == 2)
         if rows and rows not in others and not (isinstance(p.entry, LowRank) and p.entry.tied):
             raise LoraFxError(
-                f"{where}: {p.tensor!r} is the output head, and the file has no other tensor of "
-                f"{rows[0]} rows: it is the embedding too, and the update would change both",
+                f"{base.path}: {p.tensor!r} is the output head, and the file has no other tensor "
+                f"of {rows[0]} rows: it is the embedding too, and the update would change both",
                 "load the base in transformers and save it again, which names the embedding",
             )
     if heads:
@@ -129,9 +122,9 @@ def check_unknown(
         looked_up = isinstance(p.entry, ReplacedRows) or lookup(p.entry)
         if looked_up and len(shape) == 2 and shape[0] in sizes:
             raise LoraFxError(
-                f"{where}: {p.tensor!r} is a table of all tokens, the file has no output head of "
-                "a known name, and config.json does not say that the two are untied; merged, the "
-                "update might change the head too",
+                f"{base.path}: {p.tensor!r} is a table of all tokens, the file has no output head "
+                "of a known name, and config.json does not say that the two are untied; merged, "
+                "the update might change the head too",
                 "save the base with tie_word_embeddings false first, then merge",
             )
 
@@ -143,23 +136,18 @@ def both(p: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
     return isinstance(p.entry, LowRank) and p.entry.tied
 
 
-def one_use(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
-    """The updates that mean one use of a tied table, but not all."""
-    names = {tie.table, tie.head, *tie.lookups}
-    return [p for p in placed if p.tensor in names and not both(p, tie, placed)]
-
-
-def needs_untying(
+def of_one_use(
     placed: Sequence[Placed], tie: Tie, config: JsonView, where: str, *, untie: bool
-) -> bool:
-    """True where an update means one use of a tied table, but not all.
+) -> list[Placed]:
+    """The updates that mean one use of a tied table, but not all: for them the two are untied.
 
     Raises:
-        LoraFxError: It does, and the two may not, or cannot, be untied.
+        LoraFxError: There are such, and the two may not, or cannot, be untied.
     """
-    ours = one_use(placed, tie)
+    names = {tie.table, tie.head, *tie.lookups}
+    ours = [p for p in placed if p.tensor in names and not both(p, tie, placed)]
     if not ours:
-        return False
+        return []
     shared = next((p for p in ours if p.tensor in tie.lookups and not tie.apart), None)
     if shared is not None:
         raise LoraFxError(
@@ -181,7 +169,7 @@ def needs_untying(
             "both",
             "--untie writes the head as a tensor of its own and says so in config.json",
         )
-    return True
+    return ours
 
 
 def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[Placed]:

@@ -19,6 +19,7 @@ from lora_fx.checkpoint.match import match
 from lora_fx.checkpoint.merge import Adapters, cores, given
 from lora_fx.checkpoint.merge_plan import (
     HOWS,
+    LENIENT,
     Given,
     MergeOptions,
     MergePlan,
@@ -44,9 +45,7 @@ def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
     if not isinstance(path, (str, os.PathLike)):
         return False
     path = Path(path)
-    if path.suffix == ".safetensors" or path.is_dir():
-        return not is_adapter(path)
-    return False
+    return (path.suffix == ".safetensors" or path.is_dir()) and not is_adapter(path)
 
 
 def verify_files(
@@ -110,11 +109,8 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
             quantised tensor that nothing can be folded into.
     """
     checkpoint = open_checkpoint(Path(base))
-    adapter = (
-        adapter
-        if isinstance(adapter, Adapter)
-        else load_adapter(Path(adapter), most=2 * checkpoint.elements)
-    )
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(Path(adapter), most=2 * checkpoint.elements)
     tie, tensors = tie_and_names(checkpoint, adapter.entries)
     placed, notes = match(adapter, tensors, checkpoint.config(), str(checkpoint.path))
     placed = [at_its_use(p, tie, checkpoint, untie=True) for p in placed]
@@ -125,9 +121,9 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
         )
     full = adapter.full
     touched = list(dict.fromkeys(p.tensor for p in placed))
-    for name in touched:
-        if not any(p.tensor == name and p.key in full for p in placed):
-            stored_as(name, tensors[name], checkpoint)
+    replaced = {p.tensor for p in placed if p.key in full}
+    for name in (n for n in touched if n not in replaced):
+        stored_as(name, tensors[name], checkpoint)
     found = targets_of(checkpoint.tensors).targets
     details: Json = {
         "fits": len(placed) - len(full),
@@ -244,17 +240,15 @@ def _assigned(
     """
     stages: list[list[Given]] = [[] for _ in records]
     recorded: list[Recorded] = []
-    times = {g.hash: [h.hash for h in given].count(g.hash) for g in given}
-    left = list(zip(given, stated, strict=True))
     used: set[int] = set()
     for i, record in enumerate(records):
         for row in record["adapters"]:
             digest, weight = str(row.get("hash")), row.get("weight")
             weight = float(weight) if isinstance(weight, (int, float)) else None
-            same = [(g, said) for g, said in left if g.hash == digest]
+            same = [(g, said) for g, said in zip(given, stated, strict=True) if g.hash == digest]
             fresh = [(g, said) for g, said in same if id(g) not in used]
             part, said = next(iter(fresh or same[-1:]), (None, False))
-            where = part.where if part is not None and (fresh or times[digest] == 1) else ""
+            where = part.where if part is not None and (fresh or len(same) == 1) else ""
             recorded.append(Recorded(i + 1, digest, weight, where))
             if part is not None and where:
                 used.add(id(part))
@@ -270,17 +264,14 @@ def _options(
     asked = asked if isinstance(asked, dict) else {}
     new = any(k in merged.tensors and k not in base.tensors for p in parts for k in p.adapter.full)
     mixed = len(parts) > 1
-    return MergeOptions(
+    return replace(
+        LENIENT,
         how=asked["how"] if mixed and asked.get("how") in HOWS else "sum",
         rank=asked["rank"] if mixed and isinstance(asked.get("rank"), int) else None,
         dtype=record["dtype"] if record.get("dtype") in FLOATING else None,
         allow_unused=asked.get("allow_unused") is True,
         allow_missing=asked.get("allow_missing") is True,
-        untie=True,
         add=new,
-        again=True,
-        any_base=True,
-        other_readers=True,
     )
 
 

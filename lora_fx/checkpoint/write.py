@@ -40,7 +40,7 @@ from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
 from lora_fx.files.read import open_input, read_bytes, read_json
-from lora_fx.files.safetensors import Header, TensorInfo
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.text import Json, JsonView
 
 CHUNK = 64 << 20
@@ -56,12 +56,7 @@ Progress = Callable[[int, int], None]
 
 
 def write(
-    plan: MergePlan,
-    stage: Path,
-    *,
-    workers: int,
-    link: bool = False,
-    progress: Progress | None = None,
+    plan: MergePlan, stage: Path, *, workers: int, link: bool, progress: Progress | None
 ) -> dict[str, Stats]:
     """Write the merged checkpoint.
 
@@ -83,12 +78,12 @@ def write(
     if is_folder:
         stage.mkdir()
     touched: list[Shard] = []
-    rest: list[tuple[Header, str, Path]] = []
-    for name, header in plan.base.shards.items():
+    rest: dict[str, Path] = {}
+    for name in plan.base.shards:
         target = stage / name if is_folder else stage
-        shard = lay_out(plan, plan.base.folder / name, target, name, header, text)
+        shard = lay_out(plan, name, target, text)
         if shard is None:
-            rest.append((header, name, target))
+            rest[name] = target
         else:
             touched.append(shard)
     run = _Run(plan, workers, progress)
@@ -115,24 +110,22 @@ class _Run:
         self.flush.set_result(None)
         self.places: dict[str, tuple[int, int]] = {}  # (target, offset) of what changes
 
-    def go(
-        self, touched: list[Shard], rest: list[tuple[Header, str, Path]], *, link: bool
-    ) -> dict[str, Stats]:
-        """Files are made at their full size, filled by the threads, and get their headers."""
-        base = self.plan.base.folder
-        copies = [self._copies(base / n, path, head.data, link=link) for head, n, path in rest]
+    def go(self, touched: list[Shard], rest: dict[str, Path], *, link: bool) -> dict[str, Stats]:
+        """Files are made at their full size, filled by the threads, and get their headers.
+
+        Args:
+            touched: Files in which something changes.
+            rest: Name of each other shard → its copy.
+            link: See write.
+        """
+        copies = [self._copies(name, path, link=link) for name, path in rest.items()]
         fds = [(shard, self._create(shard.target, shard.size)) for shard in touched]
         folds = [self._jobs(shard, fd) for shard, fd in fds]
-        self.places = {
-            s.name: (fd, len(shard.head) + s.start)
-            for shard, fd in fds
-            for s in shard.slots
-            if s.change is not None
-        }
+        changed = ((s, shard, fd) for shard, fd in fds for s in shard.slots if s.change is not None)
+        self.places = {s.name: (fd, len(shard.head) + s.start) for s, shard, fd in changed}
         jobs = itertools.chain(self.reserved, in_turn([*folds, *copies], self.workers))
-        self.total = sum(s.size for s in touched) + sum(
-            (base / n).stat().st_size for _, n, _ in rest
-        )
+        self.total = sum(s.size for s in touched)
+        self.total += sum((self.plan.base.folder / n).stat().st_size for n in rest)
         with (
             one_blas_thread(),
             ThreadPoolExecutor(1) as disk,
@@ -192,8 +185,9 @@ class _Run:
             self.sources[path] = fd
         return self.sources[path]
 
-    def _copies(self, source: Path, target: Path, head: int, *, link: bool) -> Iterator[Job]:
-        """Jobs that copy a whole file, in the cheapest way there is; the file is made at once."""
+    def _copies(self, name: str, target: Path, *, link: bool) -> Iterator[Job]:
+        """Jobs that copy a whole shard, in the cheapest way there is; the file is made at once."""
+        source, head = self.plan.base.folder / name, self.plan.base.shards[name].data
         target.parent.mkdir(parents=True, exist_ok=True)
         size = source.stat().st_size
         if link:
@@ -352,10 +346,9 @@ class Shard:
         return len(self.head) + sum(s.stop - s.start for s in self.slots)
 
 
-def lay_out(
-    plan: MergePlan, source: Path, target: Path, name: str, header: Header, text: str
-) -> Shard | None:
+def lay_out(plan: MergePlan, name: str, target: Path, text: str) -> Shard | None:
     """The output file of a shard; None where nothing in it changes."""
+    header, source = plan.base.shards[name], plan.base.folder / name
     mine = {
         n: plan.changes[n]
         for n, info in header.tensors.items()
@@ -364,29 +357,26 @@ def lay_out(
     new = [plan.changes[n] for n, home in plan.added.items() if home == name]
     if not mine and not new:
         return None
-    slots, at = [], 0
+    place: dict[str, TensorSlot] = {}
+    at = 0
     by_start = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].stop))
     old = [(n, info, mine.get(n)) for n, info in by_start]
     for n, info, change in [*old, *((c.name, c.source, c) for c in new)]:
         dtype, size = info.dtype, info.stop - info.start
         if change is not None:
             dtype, size = change.dtype, change.nbytes
-        slots.append(TensorSlot(n, dtype, at, at + size, info, change))
+        place[n] = TensorSlot(n, dtype, at, at + size, info, change)
         at += size
-    place = {s.name: s for s in slots}
     # A file without metadata loads in transformers, one without this of its metadata does not.
     metadata = header.metadata or {"format": "pt"}
     entries: Json = {"__metadata__": {**metadata, METADATA: text}}
     for n in (*header.tensors, *(c.name for c in new)):
         s = place[n]
-        entries[n] = {
-            "dtype": DTYPES[s.dtype].code,
-            "shape": list(s.source.shape),
-            "data_offsets": [s.start, s.stop],
-        }
+        code, shape = DTYPES[s.dtype].code, list(s.source.shape)
+        entries[n] = {"dtype": code, "shape": shape, "data_offsets": [s.start, s.stop]}
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
-    return Shard(source, target, len(body).to_bytes(8, "little") + body, tuple(slots))
+    return Shard(source, target, len(body).to_bytes(8, "little") + body, tuple(place.values()))
 
 
 # What lies beside a merged checkpoint's shards: companions, the index, links to old shards.

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.ownership import CONTENTS, is_ours
 from lora_fx.files.read import AGAIN, inside, read_json, within
-from lora_fx.files.safetensors import CONVERT, Header, TensorInfo, read_header
+from lora_fx.files.safetensors import CONVERT, Header, TensorInfo, Tensors, read_header
 from lora_fx.text import Json, JsonView
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -47,8 +47,7 @@ def model_config(file: Path) -> Json:
         LoraFxError: Names the field.
     """
     config = read_json(file, constants=True)  # which Python writes for infinite limits
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
+    for part in (config, text_config(config)):
         for name, kinds in _FIELDS.items():
             value = part.get(name)
             if value is not None and type(value) not in kinds:
@@ -66,6 +65,12 @@ def model_config(file: Path) -> Json:
     return config
 
 
+def text_config(config: JsonView) -> JsonView:
+    """What a config.json of several models says of the one of language; empty for others."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The weights of a model on disk.
@@ -80,7 +85,7 @@ class Checkpoint:
 
     path: Path
     shards: Mapping[str, Header]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Tensors
     index: Path | None = None
     settings: JsonView | None = None
 

@@ -163,20 +163,13 @@ def reflink(source: Path, target: Path) -> bool:
     """
     if not hasattr(fcntl, "ioctl"):
         return False
-    read = os.open(source, os.O_RDONLY)
     made = False
-    try:
-        write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with open(source, "rb") as read, open(target, "xb") as write:
         try:
             with contextlib.suppress(OSError):  # a real one comes again when it is copied
-                fcntl.ioctl(write, getattr(fcntl, "FICLONE", _FICLONE), read)
+                fcntl.ioctl(write.fileno(), getattr(fcntl, "FICLONE", _FICLONE), read.fileno())
                 made = True
         finally:
-            try:
-                if not made:
-                    os.unlink(target)
-            finally:
-                os.close(write)
-    finally:
-        os.close(read)
+            if not made:
+                os.unlink(target)
     return made

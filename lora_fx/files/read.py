@@ -55,8 +55,7 @@ class Remembered:
     @property
     def written(self) -> list[Path]:
         """The outputs that have their name."""
-        found = ((path, inode_of(path), before) for path, before in self.outputs.items())
-        return [path for path, now, before in found if now is not None and now != before]
+        return [p for p, before in self.outputs.items() if inode_of(p) not in (None, before)]
 
 
 def inode_of(path: Path) -> int | None:
@@ -77,10 +76,9 @@ def remembering() -> Iterator[Remembered]:
     if now is not None:
         yield now
         return
-    token = _run.set(Remembered())
+    run = Remembered()
+    token = _run.set(run)
     try:
-        run = _run.get()
-        assert run is not None
         yield run
     finally:
         _run.reset(token)
@@ -163,10 +161,10 @@ def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> byte
     return data
 
 
-def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """A regular file's text, which has to be UTF-8; a mark of byte order is left out."""
     try:
-        return read_bytes(path, most=most).decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LoraFxError(
             f"{os.fspath(path)}: not UTF-8: {error}", "iconv -t UTF-8 converts it"
@@ -183,12 +181,7 @@ def refuse_pointer(data: bytes, size: int, path: str | os.PathLike[str]) -> None
 
 
 def json_value(
-    text: str | bytes,
-    where: str,
-    *,
-    sizes: bool = False,
-    constants: bool = False,
-    hint: str = AGAIN,
+    raw: str | bytes, where: str, *, sizes: bool = False, constants: bool = False, hint: str = AGAIN
 ) -> Any:
     """A JSON value, read strictly: no key twice, no NaN, no half of a surrogate pair.
 
@@ -196,7 +189,7 @@ def json_value(
     digits take Python's time.
 
     Args:
-        text: UTF-8 where it is bytes.
+        raw: UTF-8 where it is bytes.
         where: The file, for messages.
         sizes: -0 is refused too, and a mark of byte order: whole numbers are sizes.
         constants: Infinity and NaN are taken, which Python writes and JSON has not.
@@ -225,16 +218,11 @@ def json_value(
 
     try:
         encoding = "utf-8" if sizes else "utf-8-sig"
-        plain = text.decode(encoding) if isinstance(text, bytes) else text
-        odd = (sizes and "-0" in plain) or re.search(
-            r"\d{301}", plain
-        )  # Python's own way is faster
-        value = json.loads(
-            plain,
-            object_pairs_hook=once,
-            parse_constant=None if constants else number,
-            parse_int=integer if odd else None,
-        )
+        plain = raw.decode(encoding) if isinstance(raw, bytes) else raw
+        odd = (sizes and "-0" in plain) or re.search(r"\d{301}", plain)
+        whole = integer if odd else None  # Python's own way is faster
+        constant = None if constants else number
+        value = json.loads(plain, object_pairs_hook=once, parse_constant=constant, parse_int=whole)
         if "\\u" in plain:  # half a surrogate pair is no text: nothing could print or write it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -244,19 +232,14 @@ def json_value(
 
 
 def json_object(
-    text: str | bytes,
-    where: str,
-    *,
-    sizes: bool = False,
-    constants: bool = False,
-    hint: str = AGAIN,
+    raw: str | bytes, where: str, *, sizes: bool = False, constants: bool = False, hint: str = AGAIN
 ) -> Json:
     """A JSON object; see json_value.
 
     Raises:
         LoraFxError: It is no JSON, or no object.
     """
-    value = json_value(text, where, sizes=sizes, constants=constants, hint=hint)
+    value = json_value(raw, where, sizes=sizes, constants=constants, hint=hint)
     if not isinstance(value, dict):
         raise LoraFxError(f"{where}: a JSON {type(value).__name__}, not an object", hint)
     return value

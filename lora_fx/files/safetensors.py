@@ -22,13 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, explained, one_line
-from lora_fx.files.read import (
-    AGAIN,
-    MAX_JSON,
-    json_object,
-    open_input,
-    refuse_pointer,
-)
+from lora_fx.files.read import AGAIN, MAX_JSON, json_object, open_input, refuse_pointer
 from lora_fx.text import Json
 
 MAX_DIMS = 64
@@ -49,11 +43,15 @@ class TensorInfo:
     stop: int
 
 
+Tensors = Mapping[str, TensorInfo]
+"""Where the tensors of a file or of a whole checkpoint lie, by name."""
+
+
 @dataclass(frozen=True)
 class Header:
     """One file's header; `data` is the offset of its first data byte."""
 
-    tensors: Mapping[str, TensorInfo]
+    tensors: Tensors
     metadata: Mapping[str, str] = field(default_factory=dict)
     data: int = 0
 
@@ -155,7 +153,7 @@ def _sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def _covered(file: Path, found: Mapping[str, TensorInfo], data: int, size: int) -> None:
+def _covered(file: Path, found: Tensors, data: int, size: int) -> None:
     """Raise unless the ranges cover the data exactly once."""
     reached, last = data, "the header"
     for name, t in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -212,12 +210,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
             raise LoraFxError(
                 f"tensor {name!r} has dtype {array.dtype}", f"cast to {', '.join(_PLAIN)}"
             )
-        header[name] = {
-            "dtype": code,
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
+        shape, stop = list(array.shape), offset + array.nbytes
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, stop]}
+        offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
     with open(path, "wb") as file:

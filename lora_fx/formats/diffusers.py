@@ -120,30 +120,6 @@ def read(path: str | Path) -> Adapter:
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
 
-def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
-    """Write a folder that `load_lora_weights` takes; otherwise as `write_file`."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    return write_file(adapter, directory / WEIGHTS)
-
-
-def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
-    """Write one .safetensors file; returns notes on what other readers will not see.
-
-    Raises:
-        LoraFxError: A key whose component is not known, or what the format cannot say, by key:
-            whole tensors, embeddings, parts of a tensor, stacks, LoHa, LoKr.
-    """
-    tensors, names, config, notes = encode(adapter)
-    header = {
-        "format": "pt",
-        HEADER: json.dumps(config, sort_keys=True),
-        base.FIELD: base.describe(adapter, names),
-    }
-    write_tensors(Path(path), tensors, header)
-    return notes
-
-
 def _part(name: str) -> tuple[str, str] | None:
     """(module, what) of a tensor's name; what is A, B, alpha, lora_magnitude_vector, lora_B.bias.
 
@@ -207,9 +183,8 @@ class _Configs:
         self.where = f"{file.name}: {HEADER}"
         self.configs: dict[str, Json] = {}
         for key, value in json_object(header.get(HEADER, "{}"), self.where).items():
-            component, _, field = key.partition(".")
-            known = component in COMPONENTS and field
-            self.configs.setdefault(component if known else "", {})[field if known else key] = value
+            component, field = split_component(key)
+            self.configs.setdefault(component, {})[field] = value
         self.alphas: dict[str, Pattern] = {}
         for component, config in self.configs.items():
             # DoRA and biases show in the tensors; the rest of the config is held to PEFT's rules.
@@ -243,13 +218,19 @@ class _Configs:
 _refused = partial(base.refused, "a diffusers file")
 
 
-def encode(
-    adapter: Adapter,
-) -> tuple[dict[str, Array], dict[str, str], Json, tuple[str, ...]]:
-    """The tensors, {key: its name in the file}, the header's config and the notes.
+def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
+    """Write a folder that `load_lora_weights` takes; otherwise as `write_file`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    return write_file(adapter, directory / WEIGHTS)
+
+
+def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
+    """Write one .safetensors file; returns notes on what other readers will not see.
 
     Raises:
-        LoraFxError: An update that the format cannot say, or of no known component.
+        LoraFxError: A key whose component is not known, or what the format cannot say, by key:
+            whole tensors, embeddings, parts of a tensor, stacks, LoHa, LoKr.
     """
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
@@ -273,10 +254,11 @@ def encode(
         modules[component][rest] = entry
         lead = f"{PREFIX}{form.lead}"
         tensors |= {name + n.removeprefix(lead): t for n, t in to_tensors(form, entry).items()}
-    config: Json = {}
-    for component, updates in modules.items():
-        for field, value in _config(component, updates).items():
-            config[f"{component}.{field}"] = value
+    config = {
+        f"{component}.{field}": value
+        for component, updates in modules.items()
+        for field, value in _config(component, updates).items()
+    }
     notes = []
     if adapter.metadata.get("fan_in_fan_out"):
         notes.append(
@@ -287,7 +269,13 @@ def encode(
             "alpha stands in the header, as lora_adapter_metadata: diffusers reads it since 2025; "
             "readers that do not take alpha = rank"
         )
-    return tensors, names, config, tuple(notes)
+    header = {
+        "format": "pt",
+        HEADER: json.dumps(config, sort_keys=True),
+        base.FIELD: base.describe(adapter, names),
+    }
+    write_tensors(Path(path), tensors, header)
+    return tuple(notes)
 
 
 def _config(component: str, updates: dict[str, LowRank]) -> Json:

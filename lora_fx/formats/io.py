@@ -17,13 +17,7 @@ from lora_fx.errors import LoraFxError, explained, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.formats import diffusers, kohya, onnx_adapter, torchtune
 from lora_fx.formats.base import FileHead, look
-from lora_fx.formats.naming import (
-    ForeignNames,
-    is_pipeline,
-    names_of,
-    one_model,
-    split_component,
-)
+from lora_fx.formats.naming import ForeignNames, is_pipeline, names_of, one_model, split_component
 from lora_fx.formats.peft import file as peft
 
 FORMATS: dict[str, ModuleType] = {
@@ -224,11 +218,10 @@ def _sniffed(path: Path, seen: FileHead) -> str:
 
 def _is_file_of(writer: ModuleType, path: Path, format: str) -> bool:
     """True to write one file, False for a folder; raises where the format has no such thing."""
-    suffixes = {s for module in FORMATS.values() for s in module.SUFFIXES}
-    single = path.suffix in suffixes
-    if single and path.suffix in writer.SUFFIXES:
+    if path.suffix in writer.SUFFIXES:
         return True
-    if single or not writer.FOLDER:
+    of_files = {s for module in FORMATS.values() for s in module.SUFFIXES}
+    if path.suffix in of_files or not writer.FOLDER:
         want = f"a name that ends in {writer.SUFFIXES[0]}"
         raise LoraFxError(
             f"{path}: format {format} needs {want}{' or a folder' if writer.FOLDER else ''}",
@@ -241,8 +234,7 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     """True for what load_adapter would read: decided by files and headers, not by names."""
     path = Path(path)
     if path.is_dir():
-        names = (peft.WEIGHTS, peft.CONFIG, diffusers.WEIGHTS)
-        return any((path / name).is_file() for name in names)
+        return any((path / name).is_file() for name in ADAPTER_FILES)
     if path.suffix not in (".safetensors", ".onnx_adapter") or not path.is_file():
         return False
     seen = look(path)

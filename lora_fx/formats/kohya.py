@@ -106,18 +106,6 @@ def read(path: str | Path) -> Adapter:
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
 
-def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
-    """Write one .safetensors file; returns notes on what other readers will not see.
-
-    Raises:
-        LoraFxError: What the format cannot say, by key: whole tensors, embeddings, parts of a
-            tensor, stacks, weights stored [in, out], two keys that are one text with "_".
-    """
-    tensors, names, notes = encode(adapter)
-    write_tensors(Path(path), tensors, {base.FIELD: base.describe(adapter, names)})
-    return notes
-
-
 def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, Entry]:
     """The updates of one module: of its weight, and perhaps of its bias."""
     alpha = file.alpha(f"{module}.alpha", parts.get("alpha"))
@@ -179,20 +167,15 @@ def _lowrank(
         a = lycoris.tucker(mid, b.T, a)[1]
     op = f"conv{len(kernel)}d" if kernel else ""
     if magnitude is not None:
-        magnitude = _rows(module, magnitude, len(b), file)
+        if magnitude.shape[0] != len(b) or magnitude.size != len(b):
+            raise file.error(
+                f"{module}.dora_scale",
+                f"is {list(magnitude.shape)}; expected [{len(b)}, 1, …], one norm for each row",
+                "it rescales columns; merge it with the trainer that made it",
+            )
+        magnitude = magnitude.reshape(-1)
     alpha = alpha or float(len(down))
     return LowRank(a, b, alpha, magnitude=magnitude, op=op, kernel=kernel)
-
-
-def _rows(module: str, scale: Array, out: int, file: File) -> Array:
-    """[out] of a dora_scale, which must rescale rows."""
-    if scale.shape[0] == out and scale.size == out:
-        return scale.reshape(-1)
-    raise file.error(
-        f"{module}.dora_scale",
-        f"is {list(scale.shape)}; expected [{out}, 1, …], one norm for each row",
-        "it rescales columns; merge it with the trainer that made it",
-    )
 
 
 def _unknown(name: str, file: File) -> LoraFxError:
@@ -212,11 +195,12 @@ def _unknown(name: str, file: File) -> LoraFxError:
 _refused = partial(base.refused, "a kohya file")
 
 
-def encode(adapter: Adapter) -> tuple[dict[str, Array], dict[str, str], tuple[str, ...]]:
-    """The tensors, {key: its name in the file} and the notes of an adapter.
+def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
+    """Write one .safetensors file; returns notes on what other readers will not see.
 
     Raises:
-        LoraFxError: An update that the format cannot say, two names that become one.
+        LoraFxError: What the format cannot say, by key: whole tensors, embeddings, parts of a
+            tensor, stacks, weights stored [in, out], two keys that are one text with "_".
     """
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
@@ -245,7 +229,8 @@ def encode(adapter: Adapter) -> tuple[dict[str, Array], dict[str, str], tuple[st
             "names begin with lycoris_, which LyCORIS gives to models of any kind: image tools "
             "look for lora_unet_ and lora_te_"
         )
-    return tensors, names, tuple(notes)
+    write_tensors(Path(path), tensors, {base.FIELD: base.describe(adapter, names)})
+    return tuple(notes)
 
 
 def file_name(module: str, *, second: bool) -> str:
@@ -272,7 +257,15 @@ def _parts(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | None]
     """(module, tensors by the ends of their names, alpha) of one update."""
     module, _, leaf = key.rpartition(".")
     if isinstance(entry, LowRank):
-        return _lowrank_tensors(key, entry)
+        form = module_form(key, entry, _refused)
+        tensors = to_tensors(form, entry)
+        a, b = (tensors[name] for name in form.names)
+        parts = {"lora_down.weight": a, "lora_up.weight": b}
+        if entry.magnitude is not None:
+            parts["dora_scale"] = entry.magnitude.reshape(-1, *(1 for _ in a.shape[1:]))
+        # rsLoRA's factor goes into alpha, as LyCORIS stores it.
+        alpha = entry.alpha if entry.variant == "lora" else entry.scale * entry.rank
+        return form.module, parts, alpha
     if isinstance(entry, Dense) and module and leaf in ("weight", "bias"):
         value = entry.value if entry.scale == 1.0 else entry.value * np.float32(entry.scale)
         return module, {"diff" if leaf == "weight" else "diff_b": value}, None
@@ -281,18 +274,6 @@ def _parts(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | None]
             raise _refused(key, "the weight is stored [in, out]")
         return module, *lycoris.encode(entry)
     raise _refused(key, f"it is {name_of(entry)}")
-
-
-def _lowrank_tensors(key: str, low: LowRank) -> tuple[str, dict[str, Array], float]:
-    form = module_form(key, low, _refused)
-    tensors = to_tensors(form, low)
-    a, b = (tensors[name] for name in form.names)
-    parts = {"lora_down.weight": a, "lora_up.weight": b}
-    if low.magnitude is not None:
-        parts["dora_scale"] = low.magnitude.reshape(-1, *(1 for _ in a.shape[1:]))
-    # rsLoRA's factor goes into alpha, as LyCORIS stores it.
-    alpha = low.alpha if low.variant == "lora" else low.scale * low.rank
-    return form.module, parts, alpha
 
 
 def _number(value: float) -> Array:

@@ -26,7 +26,7 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import File, PeftFile
-from lora_fx.formats.peft.config import SHARED, Pattern, targets
+from lora_fx.formats.peft.config import ORIGIN, SHARED, Pattern, targets
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.text import JsonView
 
@@ -114,18 +114,13 @@ def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]
             "hada_w2_b": entry.a2,
         }
         return parts, entry.alpha
-    kernel = kernel_of(entry)
+    kernel = entry.layout.stored[2:] if entry.layout else entry.kernel  # empty for a matrix
     w2 = entry.w2.reshape(len(entry.w2), -1, *kernel) if kernel else entry.w2
     if entry.scale == 1.0:
         return {"lokr_w1": entry.w1, "lokr_w2": w2}, None
     rank = entry.w1.shape[1]
     one = np.eye(rank, dtype=np.float32)
     return {"lokr_w1_a": entry.w1, "lokr_w1_b": one, "lokr_w2": w2}, entry.scale * rank
-
-
-def kernel_of(entry: Hadamard | Kronecker) -> tuple[int, ...]:
-    """The kernel of a convolution's update; empty for a matrix, or where it is not known."""
-    return entry.layout.stored[2:] if entry.layout else entry.kernel
 
 
 def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
@@ -177,8 +172,7 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
                 raise source.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
     for pattern in (ranks, alphas):
         source.notes.extend(pattern.notes())
-    fields = ("task_type", "base_model_name_or_path", "revision")
-    metadata = {field: config[field] for field in fields if config.get(field)}
+    metadata = {field: config[field] for field in ORIGIN if config.get(field)}
     return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})
 
 

@@ -44,11 +44,7 @@ COMPONENTS = {
     "transformer": Component(("lora_transformer_",), ("transformer.", *_DIFFUSION)),
     "text_encoder": Component(
         ("lora_te_", "lora_te1_"),
-        (
-            "text_encoder.",
-            "cond_stage_model.transformer.",
-            "conditioner.embedders.0.transformer.",
-        ),
+        ("text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
     ),
     "text_encoder_2": Component(("lora_te2_",), ("text_encoder_2.",)),
     "text_encoder_3": Component(("lora_te3_",), ("text_encoder_3.",)),
@@ -98,7 +94,7 @@ class ForeignNames:
         lost: dict[str, list[str]] = {}
         for key, entry in adapter.entries.items():
             hits = index.find(key)
-            read = (c for c, _ in _readings(_module(key)[0]) if c)
+            read = (c for c, _ in _readings(key.rpartition(".")[0]) if c)
             component = split_component(key)[0] or next(read, "")
             if len(hits) > 1:
                 raise LoraFxError(
@@ -202,26 +198,20 @@ class _Index:
     """A model's names by (component, module with "_" for ".", leaf)."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.names = list(dict.fromkeys(names))
+        self.names = dict.fromkeys(names)
         self.table: dict[tuple[str, str, str], list[str]] = {}
-        self.known = set(self.names)
         for name in self.names:
-            module, leaf = _module(name)
+            module, _, leaf = name.rpartition(".")
             for component, spelling in dict.fromkeys(_spellings(module)):
                 self.table.setdefault((component, spelling, leaf), []).append(name)
 
     def find(self, key: str) -> list[str]:
         """The parameters that a key may mean; the key itself where it is one."""
-        if key in self.known:
+        if key in self.names:
             return [key]
-        module, leaf = _module(key)
+        module, _, leaf = key.rpartition(".")
         hits = (self.table.get((c, r, leaf), []) for c, r in _readings(module))
         return list(dict.fromkeys(name for names in hits for name in names))
-
-
-def _module(name: str) -> tuple[str, str]:
-    module, _, leaf = name.rpartition(".")
-    return module, leaf
 
 
 def _readings(module: str) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,6 @@ from lora_fx.fx.tensors import padding
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Site
-from lora_fx.ir.kinds import Grouped
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Gather
 
@@ -136,9 +135,7 @@ class Watched(CapturedModule):
         graph, taps, door, spec = self._watching[key]
         door.check(leaves)
         self.last = Run()
-        run = _Interpreter(self, graph, taps, self._saw)
-        run.along = _by(taps, lambda t: t.chain) if self._weights else {}
-        run.after = _by(taps, lambda t: t.output) if self._results else {}
+        run = _Interpreter(self, graph, taps)
         with torch.set_grad_enabled(self._weights or self._results):
             out = run.run(*leaves, enable_io_processing=False)
         return pytree.tree_unflatten(list(out), spec)
@@ -151,21 +148,20 @@ class Watched(CapturedModule):
             node, chain = graph.places(site)
             known = readable(site)
             output = (graph.output(site),) if known else ()
-            taps.append(
-                Tap(site, keys, node, chain, output, graph.activation(site) if known else None)
-            )
+            x = graph.activation(site) if known else None
+            taps.append(Tap(site, keys, node, chain, output, x))
         return graph.graph, tuple(taps), traced.door, traced.out_spec
 
 
 class _Interpreter(fx.Interpreter):
     """Runs a graph with taps."""
 
-    def __init__(self, root: Watched, graph: fx.Graph, taps: Sequence[Tap], saw: Saw) -> None:
+    def __init__(self, root: Watched, graph: fx.Graph, taps: Sequence[Tap]) -> None:
         super().__init__(root, graph=graph)
-        self.last, self.saw = root.last, saw
+        self.last, self.saw = root.last, root._saw
         self.at = _by(taps, lambda t: (t.node,))
-        self.along: dict[fx.Node, list[Tap]] = {}
-        self.after: dict[fx.Node, list[Tap]] = {}
+        self.along = _by(taps, lambda t: t.chain) if root._weights else {}
+        self.after = _by(taps, lambda t: t.output) if root._results else {}
         self.leaves: dict[tuple[tuple[str, ...], str], dict[fx.Node, Any]] = {}
         self.shapes: dict[Tap, tuple[tuple[int, ...], Tensor | None]] = {}
 
@@ -174,7 +170,7 @@ class _Interpreter(fx.Interpreter):
         for tap in self.at.get(n, ()):
             if tap.activation is not None:
                 x, site = self.env[tap.activation], tap.site
-                grouped = isinstance(site.kind, Grouped)
+                grouped = isinstance(site.kind, kinds.Grouped)
                 ends: Any = map_arg(n.args[2], lambda m: self.env[m]) if grouped else None
                 self.shapes[tap] = tuple(x.shape), ends
                 self.saw(site, tap.keys, rows_of(site, x.detach(), ends))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,9 +154,8 @@ def output_paths(spec: Any, count: int) -> list[str]:
     return [places[i] for i in range(count)]
 
 
-@contextlib.contextmanager
-def norms_apart() -> Iterator[None]:
-    """Batch norms stay nodes of their own, so that convolutions keep the parameters' values.
+def norms_apart() -> contextlib.AbstractContextManager[None]:
+    """A block that leaves batch norms nodes of their own: convolutions keep the parameters' values.
 
     The exporter would multiply them in, and adapters of the model would no longer fit the file.
     ONNX Runtime does the same when it loads a file, so nothing is lost. onnxscript has no option
@@ -168,8 +167,7 @@ def norms_apart() -> Iterator[None]:
     rules = getattr(rewriter, name, ())
     kept = tuple(r for r in rules if "batchnorm" not in type(r).__name__.lower()
                  and "batchnorm" not in str(getattr(r, "name", "")).lower())  # fmt: skip
-    with patched(rewriter, **{name: kept}) if kept else contextlib.nullcontext():
-        yield
+    return patched(rewriter, **{name: kept}) if kept else contextlib.nullcontext()
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.

@@ -112,12 +112,13 @@ class Einsum:
 
 def linear(batch: str = "") -> Einsum:
     """X [..., in] with w [*batch, out, in]."""
-    return Einsum(f"...{batch}ni" if batch else "...i", f"{batch}oi", _y(batch), "right")
+    x, y = (f"...{batch}ni", f"...{batch}no") if batch else ("...i", "...o")
+    return Einsum(x, f"{batch}oi", y, "right")
 
 
 def matmul_right(batch: str = "") -> Einsum:
     """X [..., in] @ w [*batch, in, out]."""
-    return Einsum(f"...{batch}ni" if batch else "...i", f"{batch}io", _y(batch), "right")
+    return replace(linear(batch), w=f"{batch}io")
 
 
 def matmul_left(batch: str = "", *, vector: bool = False) -> Einsum:
@@ -125,10 +126,6 @@ def matmul_left(batch: str = "", *, vector: bool = False) -> Einsum:
     if vector:  # x Wᵀ is the same; ONNX Runtime 1.31 gets Aᵀ x wrong when it fuses the transpose
         return Einsum("i", "oi", "o", "right")
     return Einsum(f"...{batch}in", f"{batch}oi", f"...{batch}on", "left")
-
-
-def _y(batch: str) -> str:
-    return f"...{batch}no" if batch else "...o"
 
 
 class Lookup(Apart):
@@ -339,15 +336,10 @@ def letters(equation: str, ranks: list[int]) -> list[str]:
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
     free = [c for c in LETTERS if c not in equation]
-    longest = max(
-        (n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True) if "..." in t),
-        default=0,
-    )
+    widths = [n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True)]
+    longest = max((w for t, w in zip(terms, widths, strict=True) if "..." in t), default=0)
     dots = "".join(free[:longest])
-    spelled = []
-    for t, n in zip(terms, ranks, strict=True):
-        width = n - len(t.replace("...", ""))
-        spelled.append(t.replace("...", dots[longest - width :]))
+    spelled = [t.replace("...", dots[longest - w :]) for t, w in zip(terms, widths, strict=True)]
     if arrow:
         result = right.replace("...", dots)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,11 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
+
+
+def _each(widths: Sequence[int], n: int) -> tuple[int, ...]:
+    """A number for each of n axes; one alone stands for all."""
+    return tuple(widths) * n if len(widths) == 1 else tuple(widths)
 
 
 def conv(
@@ -29,15 +34,13 @@ def conv(
     """
     k = w.shape[2:]
     n = len(k)
-    stride, dilation = (tuple(v) * n if len(v) == 1 else tuple(v) for v in (stride, dilation))
+    stride, dilation = _each(stride, n), _each(dilation, n)
     reach = [d * (s - 1) for d, s in zip(dilation, k, strict=True)]
     if padding == "same":
         pads = [(r // 2, r - r // 2) for r in reach]
-    elif padding == "valid":
-        pads = [(0, 0)] * n
     else:
-        width = [int(p) for p in padding]
-        pads = [(p, p) for p in (width * n if len(width) == 1 else width)]
+        width = [0] if padding == "valid" else [int(p) for p in padding]
+        pads = [(p, p) for p in _each(width, n)]
     x = np.pad(x, [(0, 0), (0, 0), *pads])
     axes = tuple(range(2, 2 + n))
     windows = np.lib.stride_tricks.sliding_window_view(x, [r + 1 for r in reach], axes)
@@ -65,10 +68,8 @@ def conv_transpose(
     """Spread x [n, g·in, *size] over w [g·in, out, *kernel], by definition: y [n, g·out, …]."""
     k, size = w.shape[2:], x.shape[2:]
     n = len(k)
-    stride, padding, output_padding, dilation = (
-        tuple(v) * n if len(v) == 1 else tuple(v)
-        for v in (stride, padding, output_padding, dilation)
-    )
+    stride, dilation = _each(stride, n), _each(dilation, n)
+    padding, output_padding = _each(padding, n), _each(output_padding, n)
     full = [
         (size[i] - 1) * stride[i] + dilation[i] * (k[i] - 1) + 1 + output_padding[i]
         for i in range(n)
@@ -93,7 +94,7 @@ def _slice(x: Array, axis: int, start: int, stop: int) -> Array:
     return np.asarray(x[tuple(index)])
 
 
-def _beside(x: Array, y: Any) -> Any:
+def _beside(x: Array, y: Array | float) -> Array:
     """The second operand of x; a number takes the dtype of x."""
     return np.asarray(y, x.dtype) if isinstance(y, (int, float)) else y
 
@@ -117,7 +118,7 @@ PRIMS: Mapping[str, Callable[..., Any]] = {
     "cast": lambda x, dtype: x.astype(numpy_dtype(dtype)),
     "cast_like": lambda x, y: x.astype(y.dtype),
 }
-"""What computes each primitive of lora_fx.ir.emitter."""
+"""What computes each primitive of lora_fx.ir.view.Ops."""
 
 
 @dataclass(frozen=True)

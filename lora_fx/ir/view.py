@@ -121,11 +121,7 @@ def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
             axes = _regroup(axes, step.shape, size, stored)
         elif isinstance(step, Slice):
             _narrow(axes[step.axis], step, size, stored, region)
-    return Tracked(tuple(region), _freeze(stored), _freeze(axes), size)
-
-
-def _freeze(lists: list[list[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(x) for x in lists)
+    return Tracked(tuple(region), tuple(map(tuple, stored)), tuple(map(tuple, axes)), size)
 
 
 def _regroup(

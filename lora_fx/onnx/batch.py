@@ -175,17 +175,16 @@ class BatchEmitter(OnnxEmitter):
         """The windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
         channels, kernel = self.site.operand[1], self.site.operand[2:]
         size = math.prod(kernel)
-        attributes = dict(self.node.attributes)
-        strides = attributes.get("strides")
-        stays = strides is None or set(strides.as_ints()) == {1}
-        pads = attributes.get("pads")
-        bare = pads is None or not any(pads.as_ints())
+        given = self.node.attributes
+        stays = set(given.get_ints("strides", (1,))) == {1}
+        bare = not any(given.get_ints("pads", ()))
         if not (size == 1 and stays and bare):
             one = np.eye(size, dtype=np.float32).reshape(size, 1, *kernel)
             value = np.tile(one, (channels, *(1 for _ in one.shape[1:])))
             name = f"{self.site.id}_lora_windows"
             dtype = numpy_dtype(dtype_name(x) or "float32")
             w = self.parameter(name, value.astype(dtype), Role.FROZEN)
+            attributes = dict(given)
             attributes["group"] = ir.AttrInt64("group", channels)
             attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(kernel))
             x = self._place(ir.Node("", "Conv", [x, w], list(attributes.values())))

@@ -164,13 +164,13 @@ def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, Ru
 def _feeds(
     name: str, session: RuntimeSession, size: tuple[int, int], inputs: Mapping[str, Array] | None
 ) -> dict[str, Array]:
-    unknown = set(inputs or {}) - set(session.input_names)
-    if unknown and not set(inputs or {}) & set(session.input_names):
+    given = inputs or {}
+    if given and set(given).isdisjoint(session.input_names):
         raise LoraFxError(
-            f"{name}: no input is named {', '.join(sorted(unknown))}",
+            f"{name}: no input is named {', '.join(sorted(given))}",
             f"the inputs are {', '.join(session.input_names)}",
         )
-    return {**signature(session).sample(size), **(inputs or {})}
+    return {**signature(session).sample(size), **given}
 
 
 # Runs are timed in turn, A B C A B C …, and compared with the first of the same round: a machine
@@ -242,12 +242,13 @@ def summary(mine: Sequence[float], base: Sequence[float]) -> Json:
     `lower` and `upper` bound the median of the ratios within rounds with 95 % confidence; null
     under six rounds.
     """
-    interval = bounds([a / b for a, b in zip(mine, base, strict=True)])
+    ratios = [a / b for a, b in zip(mine, base, strict=True)]
+    lower, upper = bounds(ratios) or (None, None)
     return {
         "median": statistics.median(mine),
         "min": min(mine),
         "ratio": statistics.median(mine) / statistics.median(base),
         "min_ratio": min(mine) / min(base),
-        "lower": interval[0] if interval else None,
-        "upper": interval[1] if interval else None,
+        "lower": lower,
+        "upper": upper,
     }

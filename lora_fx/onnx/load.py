@@ -21,7 +21,6 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import inside, open_input, read_bytes, refuse_pointer
 from lora_fx.files.safetensors import MAX_DIMS
 
-DAMAGED = "the download or copy may be incomplete; fetch the file again"
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 """The fields of a tensor that hold numbers one by one, beside raw_data."""
@@ -35,6 +34,10 @@ WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
 """Messages that are many, and that no tensor lies in."""
 
 
+def _damaged(what: str) -> LoraFxError:
+    return LoraFxError(what, "the download or copy may be incomplete; fetch the file again")
+
+
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Open a model and check that its tensors are all there; large ones stay in their files.
 
@@ -46,7 +49,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises whatever its parts raise
-        raise LoraFxError(f"{file}: damaged ONNX file: {one_line(error)}", DAMAGED) from error
+        raise _damaged(f"{file}: damaged ONNX file: {one_line(error)}") from error
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
         ir.external_data.set_base_dir(graph, file.parent)
     return model
@@ -84,7 +87,7 @@ def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
     names = Counter(t.name for t in proto.graph.initializer if t.name)
     twice = [n for n, k in names.items() if k > 1]
     if twice:
-        raise LoraFxError(f"{file}: two initialisers are called {twice[0]!r}", DAMAGED)
+        raise _damaged(f"{file}: two initialisers are called {twice[0]!r}")
     return proto
 
 
@@ -106,7 +109,7 @@ def _node_count(file: Path, proto: onnx.ModelProto) -> int:
 
     def of_function(name: tuple[str, str, str]) -> int:
         if name in open_:
-            raise LoraFxError(f"{file}: the function {name[1]!r} calls itself", DAMAGED)
+            raise _damaged(f"{file}: the function {name[1]!r} calls itself")
         if name not in known:
             open_.add(name)
             known[name] = count(bodies[name])
@@ -116,7 +119,7 @@ def _node_count(file: Path, proto: onnx.ModelProto) -> int:
     try:
         return count(proto.graph.node)
     except RecursionError as error:
-        raise LoraFxError(f"{file}: its functions call each other too deeply", DAMAGED) from error
+        raise _damaged(f"{file}: its functions call each other too deeply") from error
 
 
 def _proto(file: Path) -> onnx.ModelProto:
@@ -125,9 +128,9 @@ def _proto(file: Path) -> onnx.ModelProto:
     try:
         proto.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError has no public home
-        raise LoraFxError(f"{file}: damaged ONNX file: {one_line(error)}", DAMAGED) from error
+        raise _damaged(f"{file}: damaged ONNX file: {one_line(error)}") from error
     if not proto.HasField("graph") or not proto.opset_import:
-        raise LoraFxError(f"{file}: no ONNX model: it has no graph or no opset", DAMAGED)
+        raise _damaged(f"{file}: no ONNX model: it has no graph or no opset")
     return proto
 
 
@@ -151,27 +154,25 @@ def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
     external = tensor.data_location == onnx.TensorProto.EXTERNAL
     if bool(tensor.external_data) != external:
         there = "a place in a data file and no mark" if tensor.external_data else "a mark and none"
-        raise LoraFxError(f"{name} has {there} that its bytes lie there", DAMAGED)
+        raise _damaged(f"{name} has {there} that its bytes lie there")
     if any(d < 0 for d in dims):
-        raise LoraFxError(f"{name} has sizes {dims}; expected none below 0", DAMAGED)
+        raise _damaged(f"{name} has sizes {dims}; expected none below 0")
     if len(dims) > MAX_DIMS:
-        raise LoraFxError(f"{name} has {len(dims)} axes; at most {MAX_DIMS} are read", DAMAGED)
+        raise _damaged(f"{name} has {len(dims)} axes; at most {MAX_DIMS} are read")
     if tensor.data_type == onnx.TensorProto.STRING:
         if external or tensor.HasField("raw_data") or len(tensor.string_data) != math.prod(dims):
-            raise LoraFxError(f"{name}: its texts do not fit its sizes {dims}", DAMAGED)
+            raise _damaged(f"{name}: its texts do not fit its sizes {dims}")
         return
     if tensor.data_type not in onnx.TensorProto.DataType.values() or not tensor.data_type:
-        raise LoraFxError(f"{name} has the unknown dtype {tensor.data_type}", DAMAGED)
+        raise _damaged(f"{name} has the unknown dtype {tensor.data_type}")
     wanted = _bytes(tensor.data_type, math.prod(dims))
     typed = sum(len(getattr(tensor, field)) for field in TYPED)
     if external:
         _external(file, name, tensor, wanted, sums)
     elif tensor.HasField("raw_data") and len(tensor.raw_data) != wanted:
-        raise LoraFxError(
-            f"{name} holds {len(tensor.raw_data)} bytes; {dims} needs {wanted}", DAMAGED
-        )
+        raise _damaged(f"{name} holds {len(tensor.raw_data)} bytes; {dims} needs {wanted}")
     elif not tensor.HasField("raw_data") and typed != _numbers(tensor.data_type, math.prod(dims)):
-        raise LoraFxError(f"{name} holds {typed} numbers; {dims} needs {wanted} bytes", DAMAGED)
+        raise _damaged(f"{name} holds {typed} numbers; {dims} needs {wanted} bytes")
 
 
 def _numbers(dtype: int, count: int) -> int:
@@ -193,7 +194,7 @@ def _external(
     twice = len(entries) < len(tensor.external_data)  # readers differ in which one they take
     odd = ["given twice"] if twice else sorted(set(entries) - KNOWN)
     if odd:
-        raise LoraFxError(f"{name} has the unknown external key {odd[0]!r}", DAMAGED)
+        raise _damaged(f"{name} has the unknown external key {odd[0]!r}")
     location = entries.get("location", "")
     data = _data_file(file, name, location)
     try:
@@ -201,25 +202,22 @@ def _external(
         length = int(entries["length"]) if entries.get("length") else wanted
     except ValueError as error:
         found = {k: entries.get(k) for k in ("offset", "length")}
-        raise LoraFxError(f"{name} has {found}; expected whole numbers", DAMAGED) from error
+        raise _damaged(f"{name} has {found}; expected whole numbers") from error
     size = data.stat().st_size
     if length != wanted:
-        raise LoraFxError(
-            f"{name} has {length} bytes in {location}; {list(tensor.dims)} needs {wanted}", DAMAGED
-        )
+        needs = f"{list(tensor.dims)} needs {wanted}"
+        raise _damaged(f"{name} has {length} bytes in {location}; {needs}")
     if offset < 0 or offset + wanted > size:
-        raise LoraFxError(
-            f"{name} lies at bytes {offset} to {offset + wanted} of {location}, which has {size}",
-            DAMAGED,
+        raise _damaged(
+            f"{name} lies at bytes {offset} to {offset + wanted} of {location}, which has {size}"
         )
     if said := entries.get("checksum"):
         if data not in sums:
             with open_input(data) as opened:
                 sums[data] = hashlib.file_digest(opened, "sha1").hexdigest()
         if said.lower() != sums[data]:
-            raise LoraFxError(
-                f"{name}: {location} has the SHA-1 sum {sums[data]}; expected {one_line(said, 60)}",
-                DAMAGED,
+            raise _damaged(
+                f"{name}: {location} has the SHA-1 sum {sums[data]}; expected {one_line(said, 60)}"
             )
 
 
@@ -232,7 +230,7 @@ def _data_file(file: Path, name: str, location: str) -> Path:
             "data files lie beside the model; a cache of links has to be copied (cp -rL) first",
         )
     if not data.is_file():
-        raise LoraFxError(f"{name} lies in {location}, which is missing", DAMAGED)
+        raise _damaged(f"{name} lies in {location}, which is missing")
     with open_input(data) as f:
         refuse_pointer(f.read(64), data.stat().st_size, data)
     if data.stat().st_nlink > 1:

@@ -141,9 +141,8 @@ class Manifest:
                 raise LoraFxError(
                     f"{where}: {name!r} is no target of the file", near(key, self.slots)
                 )
-            b = low.b * np.float32(low.scale)
             result[slot.a] = _stored(low.a, slot.dtype)
-            result[slot.b] = _stored(b, slot.dtype)
+            result[slot.b] = _stored(low.b * np.float32(low.scale), slot.dtype)
         self.check(result, where)
         return result
 

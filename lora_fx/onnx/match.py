@@ -19,13 +19,16 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.read import read_json
+from lora_fx.onnx.graph.flow import operand
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import CHANGED, as_lookup, copies_of, spread
+from lora_fx.onnx.names import CHANGED, copies_of
 from lora_fx.targets.found import Found
-from lora_fx.targets.target import Target, base_name
+from lora_fx.targets.regions import keys_of, of_use
+from lora_fx.targets.target import Target, base_name, split_use
 from lora_fx.text import near
 
 
@@ -59,14 +62,14 @@ def match(
         k: _whole(k, e, graph, found) for k, e in adapter.entries.items() if isinstance(e, Full)
     }
     rest = {k: e for k, e in adapter.entries.items() if not isinstance(e, Full)}
-    free = spread(replace(adapter, entries=rest), found, copies_of(graph.model))
+    free = spread(rest, found, copies_of(graph.model))
     loose = {  # the layout of another graph says nothing of this one
         k: replace(e, layout=None, op="" if e.op == "embedding" and not as_lookup(e) else e.op)
         if isinstance(e, LowRank)
         else e
-        for k, e in free.entries.items()
+        for k, e in free.items()
     }
-    bound = bind(replace(free, entries=loose), found)
+    bound = bind(replace(adapter, entries=loose), found)
     for key in bound.lowrank:
         _check_unchanged(key, graph, found)
     return Matched(dict(bound.lowrank), {n: v for n, v in whole.values()})
@@ -80,11 +83,8 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
     """
     name = found[key].parameter.name
     value = graph.flow.stores[name].value
-    joined = any(
-        len(user.inputs) > 2 and user.inputs[2] is not None
-        and user.inputs[2].name == f"{name}_bias"
-        for user, _ in value.uses()
-    )  # fmt: skip
+    beside = (operand(user, 2) for user, _ in value.uses())
+    joined = any(bias is not None and bias.name == f"{name}_bias" for bias in beside)
     if joined or CHANGED in value.metadata_props:
         raise LoraFxError(
             f"the update of {key!r} is of the model's own weight, and the file's {name!r} has a "
@@ -198,3 +198,86 @@ def _whole(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple[str, 
             f"adapter tensor {key!r} is {list(entry.value.shape)}; the model's is {list(shape)}"
         )
     return name, np.ascontiguousarray(value)
+
+
+# One tied tensor as several constants: which of them an update of the tensor reaches.
+#
+# An exporter stores a tied embedding and head apart (the head transposed). The copies say in their
+# metadata what they are copies of, so that one update reaches each of them, or those that its use
+# names, in the layout that they have.
+
+
+def spread(given: Mapping[str, Entry], found: Found, copies: Mapping[str, str]) -> dict[str, Entry]:
+    """An entry for every copy of a tensor that an update reaches.
+
+    Args:
+        given: Entries of an adapter that is bound to a module, or not bound.
+        found: The targets of the ONNX graph.
+        copies: What `copies_of` gave.
+
+    Raises:
+        LoraFxError: The update is of one use, and the file does not tell which copy that is.
+    """
+    entries: dict[str, Entry] = {}
+    for key, entry in given.items():
+        name = base_name(key)
+        twins = [c for c, source in copies.items() if source == name]
+        stored = [t for c in (name, *twins) if (t := found.get(c)) is not None]
+        call = not twins and split_use(key)[1].startswith("call:")  # the order of nodes is kept
+        if not stored or call or not isinstance(entry, LowRank):
+            entries[key] = entry
+            continue
+        reached = _reached(key, entry, stored)
+        if not twins and not (entry.use or split_use(key)[1]):
+            entries[key] = entry
+            continue
+        for target in reached:
+            entries[target.key] = _turned(entry, target.op == "embedding")
+    return entries
+
+
+def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Target]:
+    """The copies that an update is for: all of them, or the lookup's, or the head's."""
+    use = entry.use or split_use(key)[1]
+    if not use:
+        if entry.tied and entry.op != "embedding" and {t.op for t in stored} == {"embedding"}:
+            raise LoraFxError(
+                f"the update of {key!r} is for a lookup and for another product ({entry.op}), and "
+                "the file has only the lookup by this name",
+                "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
+            )
+        return stored
+    lookup = (use if use.startswith("op:") else f"op:{entry.op}") == "op:embedding"
+    meant = []
+    for t in stored:
+        keys = keys_of(t, [s for s in t.sites if (s.op == "embedding") == lookup])
+        meant += [t if k == t.key else of_use(t, split_use(k)[1]) for k in keys]
+    reached = [t for t in meant if t is not None]
+    if use != "op:embedding" and sum(len(t.sites) for t in reached) != 1:
+        raise LoraFxError(  # which of the file's nodes is that use, nothing tells
+            f"the update of {key!r} acts on its use {use!r}, and the file reads the tensor as "
+            f"{', '.join(f'{t.key} ({len(t.sites)} uses)' for t in stored)}",
+            "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
+        )
+    return reached
+
+
+def as_lookup(entry: LowRank) -> bool:
+    """True where in of an update is the rows of a table; a bound one may lie as the head does."""
+    return entry.op == "embedding" and (entry.layout is None or entry.layout.in_ == (0,))
+
+
+def _turned(entry: LowRank, lookup: bool) -> LowRank:
+    """The update as a copy's op reads it: a lookup's in and out are the head's swapped."""
+    was_lookup = as_lookup(entry)
+    turned = replace(entry, use="", layout=None, tied=False, twins=())
+    if lookup == was_lookup:
+        return turned
+    if entry.magnitude is not None:
+        raise LoraFxError(
+            "a DoRA update is for both the lookup and the head of a tied tensor, whose rows are "
+            "the columns of the other",
+            "give the update to one of them",
+        )
+    a, b = np.swapaxes(entry.b, -1, -2), np.swapaxes(entry.a, -1, -2)
+    return replace(turned, a=a, b=b, op="embedding" if lookup else "linear")

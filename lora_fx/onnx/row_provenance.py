@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import bodies_of, constant, numbers
+from lora_fx.onnx.graph.flow import bodies_of, constant, numbers, operand
 
 
 @dataclass(frozen=True)
@@ -36,36 +36,33 @@ def rank(value: ir.Value | None) -> int | None:
 
 
 def _state(node: ir.Node, states: States, slot: int) -> RowAxis:
-    value = node.inputs[slot] if slot < len(node.inputs) else None
+    value = operand(node, slot)
     return SAME if value is None else states.get(value, SAME)
 
 
 def _attr(node: ir.Node, name: str, default: int) -> int:
-    return node.attributes[name].as_int() if name in node.attributes else default
+    return node.attributes.get_int(name, default)
 
 
-def _meet(states: set[RowAxis]) -> RowAxis | None:
-    """Where the result of an elementwise op has its rows; None where its operands disagree.
+def _meet(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
+    """Where the result has its rows, by the rows and ranks of operands aligned at their last axis.
 
-    Their batch axes have one size, so one that is exact makes the others exact.
+    None where they disagree. Their batch axes have one size, so one that is exact makes the others
+    exact.
     """
-    axes = {s.axis for s in states}
-    return RowAxis(axes.pop(), any(s.exact for s in states)) if len(axes) == 1 else None
+    top = max(r for _, r in operands)
+    met = {replace(s, axis=s.axis + top - r) for s, r in operands if s.axis is not None}
+    axes = {s.axis for s in met}
+    return RowAxis(axes.pop(), any(s.exact for s in met)) if len(axes) == 1 else None
 
 
 def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """Operands are aligned at their last axis, and their batch axes have to meet."""
-    ranks = [rank(v) for v in node.inputs if v is not None]
-    if any(r is None for r in ranks):
-        same = [states.get(v, SAME) for v in node.inputs if v is not None]
-        return same[0] if len(same) == 1 else None
-    top = max(r for r in ranks if r is not None)
-    met: set[RowAxis] = set()
-    for v, r in zip((v for v in node.inputs if v is not None), ranks, strict=True):
-        state = states.get(v, SAME)
-        if state.axis is not None and r is not None:
-            met.add(replace(state, axis=state.axis + top - r))
-    return _meet(met)
+    values = [v for v in node.inputs if v is not None]
+    known = [(states.get(v, SAME), r) for v in values if (r := rank(v)) is not None]
+    if len(known) < len(values):
+        return states.get(values[0], SAME) if len(values) == 1 else None
+    return _meet(known)
 
 
 def _keep(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -131,8 +128,8 @@ def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | N
     if state.axis is None or r is None or axes is None:
         return None
     total = r + len(axes)
-    gone = {a % total for a in axes}
-    rest = [k for k in range(total) if k not in gone]
+    new = {a % total for a in axes}
+    rest = [k for k in range(total) if k not in new]
     return replace(state, axis=rest[state.axis])
 
 
@@ -191,14 +188,8 @@ def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     ra, rb = rank(node.inputs[0]), rank(node.inputs[1])
     if ra is None or rb is None or ra < 2 or rb < 2:
         return None
-    top = max(ra, rb)
-    met = set()
-    for state, r, inner in ((a, ra, ra - 1), (b, rb, rb - 2)):
-        if state.axis is not None:
-            if state.axis == inner:
-                return None
-            met.add(replace(state, axis=state.axis + top - r))
-    return _meet(met)
+    summed = a.axis == ra - 1 or b.axis == rb - 2
+    return None if summed else _meet([(a, ra), (b, rb)])
 
 
 def _gemm(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -249,12 +240,11 @@ GlobalMaxPool GroupNormalization InstanceNormalization LpPool MaxPool SpaceToDep
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
     **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
+    **dict.fromkeys(("ArgMax", "ArgMin", "Squeeze"), _reduce),
     **dict.fromkeys(_WINDOWS.split(), _window),
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"), _along(-1)
     ),
-    "ArgMax": _reduce,
-    "ArgMin": _reduce,
     "Concat": _concat,
     "CumSum": _cumsum,
     "Einsum": _einsum,
@@ -266,7 +256,6 @@ RULES: Mapping[str, Rule] = {
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _along(0),
-    "Squeeze": _reduce,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }

@@ -56,13 +56,13 @@ def save(
     Tensors are written one after the other, so that those that are computed on demand are in
     memory one at a time.
     """
+    data = data or path.name + ".data"
     if beside or delta:
-        return _with_data(model, path, data or path.name + ".data", beside, delta)
+        return _with_data(model, path, data, beside, delta)
     if weight_bytes(model) <= external_over:
         ir.external_data.load_to_model(model)  # else it would name the data of another file
         ir.save(model, path)
         return [path]
-    data = data or path.name + ".data"
     ir.save(model, path, external_data=data, max_workers=1, max_in_flight_bytes=1 << 26)
     return [path, path.with_name(data)]
 
@@ -76,23 +76,22 @@ def _with_data(
             if isinstance(held, ir.ExternalTensor) and (body or held.nbytes < INLINE):
                 v.const_value = ir.tensor(held.numpy().copy(), name=held.name)
     # what a session replaces has to lie beside the file, however small it is
-    values = [
-        v
+    kept = {
+        v: held
         for v in model.graph.initializers.values()
-        if v.const_value is not None
-        and (v.const_value.nbytes >= INLINE or v.name in beside)
-        and not (delta and isinstance(v.const_value, ir.ExternalTensor))
-    ]
-    kept = [v.const_value for v in values]
+        if (held := v.const_value) is not None
+        and (held.nbytes >= INLINE or v.name in beside)
+        and not (delta and isinstance(held, ir.ExternalTensor))
+    }
     moved = ir.external_data.convert_tensors_to_external(
-        [t for t in kept if t is not None], path.parent, data, max_workers=1
+        list(kept.values()), path.parent, data, max_workers=1
     )
     try:
-        for value, tensor in zip(values, moved, strict=True):
+        for value, tensor in zip(kept, moved, strict=True):
             value.const_value = tensor
         ir.save(model, path)
     finally:
-        for value, was in zip(values, kept, strict=True):
+        for value, was in kept.items():
             value.const_value = was
     return [path, path.with_name(data)]
 
@@ -191,8 +190,7 @@ def output(
                 made.seen.unlink(missing_ok=True)
         if made.external and made.data.name != f"{target.name}.data" and not force:
             raise LoraFxError(
-                f"{target}.data exists",
-                "choose another output, or --force to write beside it",
+                f"{target}.data exists", "choose another output, or --force to write beside it"
             )
         if repository is not None:
             made.copies = repository.place(temporary, beside)

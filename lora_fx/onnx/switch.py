@@ -13,7 +13,7 @@ import onnx_ir as ir
 from lora_fx.adapter.factors import slot_names
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
-from lora_fx.onnx.graph.flow import MARK, constant
+from lora_fx.onnx.graph.flow import MARK, constant, made_by
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import SwitchSlot
 from lora_fx.onnx.row_provenance import rank
@@ -34,31 +34,24 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSl
     batch = layout.batch_shape
     names = (f"{target.key}.lora_A", f"{target.key}.lora_B")
     sides: tuple[tuple[int, int], ...] = ((layout.in_size, rank), (rank, layout.out_size))
-    shapes: tuple[tuple[int | str, ...], ...] = (
-        (layout.in_size, symbol or rank),
-        (symbol or rank, layout.out_size),
-    )
+    free: int | str = symbol or rank
+    shapes = ((*batch, layout.in_size, free), (*batch, free, layout.out_size))
     owner = graph.model.graph
     for old, name, side, shape in zip(slot_names(target.key), names, sides, shapes, strict=True):
         if name in owner.initializers or any(v.name == name for v in owner.inputs):
             raise LoraFxError(f"the graph has a tensor {name!r} already", f"--exclude {target.key}")
         was = owner.initializers[old]
-        new = ir.Value(
-            name=name,
-            const_value=ir.tensor(np.zeros((*batch, *side), np.float32), name=name),
-            shape=ir.Shape((*batch, *shape)),
-            type=ir.TensorType(ir.DataType.FLOAT),
-        )
-        new.metadata_props[MARK] = was.metadata_props[MARK]
+        zeros = np.zeros((*batch, *side), np.float32)
+        new = add_initialiser(owner, name, zeros, was.metadata_props[MARK])
+        new.shape = ir.Shape(shape)
         _reread(graph, was, new, swap_last(len(batch)))
         del owner.initializers[old]
-        owner.initializers[name] = new
         if symbol:
             owner.inputs.remove(was)
             owner.inputs.append(new)
-    shape_ = tuple(target.parameter.shape)
+    stored = tuple(target.parameter.shape)
     return SwitchSlot(
-        *names, layout.in_size, layout.out_size, batch, shape_, target.op, target.role, rank
+        *names, layout.in_size, layout.out_size, batch, stored, target.op, target.role, rank
     )
 
 
@@ -127,8 +120,8 @@ def _match(node: ir.Node) -> Match | None:
 
 def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     """Both operands of the product that made a value which nothing else reads; else None."""
-    node = value.producer() if value is not None and len(value.uses()) == 1 else None
-    if node is None or node.op_type != "MatMul" or node.domain:
+    node = made_by(value, "MatMul")
+    if node is None or len(node.outputs[0].uses()) != 1:
         return None
     left, right = node.inputs
     return None if left is None or right is None else (left, right)
@@ -242,16 +235,13 @@ class Flat:
 
 def reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:
     """The Add of a bias after the sum, where all that follows reshapes it, naming every size."""
-    product, uses = y.producer(), add.outputs[0].uses()
-    if product is None or product.op_type != "MatMul" or product.domain or len(y.uses()) != 1:
+    product, uses = made_by(y, "MatMul"), add.outputs[0].uses()
+    if product is None or len(y.uses()) != 1:
         return None
     w, after = product.inputs[1], next(iter(uses)).node if len(uses) == 1 else None
-    if (
-        product.inputs[0] is not x
-        or rank(w) != 2
-        or rank(x) is None
-        or add.outputs[0].is_graph_output()
-    ):
+    if product.inputs[0] is not x or rank(w) != 2 or rank(x) is None:
+        return None
+    if add.outputs[0].is_graph_output():
         return None
     if after is None or after.op_type != "Add" or after.domain or after.graph is not add.graph:
         return None
@@ -267,8 +257,8 @@ def reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:
 
 def _no_zero(target: ir.Value | None) -> bool:
     """True for a shape that copies no size from its input: none of its constants is 0."""
-    node = target.producer() if target is not None else None
-    parts = list(node.inputs) if node is not None and node.op_type == "Concat" else [target]
+    joined = made_by(target, "Concat")
+    parts = [target] if joined is None else list(joined.inputs)
     known = [constant(v) for v in parts]
     if len(parts) == 1 and known[0] is None:
         return False

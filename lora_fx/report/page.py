@@ -20,16 +20,7 @@ from markupsafe import Markup
 
 from lora_fx.errors import visible
 from lora_fx.report import charts
-from lora_fx.report.rows import (
-    Row,
-    broken,
-    number,
-    percent,
-    plural,
-    rows_of,
-    shape,
-    size,
-)
+from lora_fx.report.rows import Row, broken, number, percent, plural, rows_of, shape, size
 from lora_fx.text import JsonView, strict_json
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,6 +36,7 @@ def page(result: JsonView) -> str:
     """
     rows = rows_of(result)
     script = (TEMPLATES / "table.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     values = {
         "result": result,
         "what": "tensor" if result.get("command") in ("merge", "verify") else "target",
@@ -57,7 +49,7 @@ def page(result: JsonView) -> str:
         "data": strict_json(result),
         "style": Markup((TEMPLATES / "style.css").read_text("utf-8")),
         "script": Markup(script),
-        "script_hash": _hash(script),
+        "script_hash": f"sha256-{digest}",
     }
     return _templates().get_template("page.html.j2").render(values)
 
@@ -77,10 +69,6 @@ def _templates() -> Environment:
         "separators": (",", ":"), "default": str, "allow_nan": False,
     }  # fmt: skip
     return made
-
-
-def _hash(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 class Fact(NamedTuple):
@@ -154,10 +142,10 @@ def _training(result: JsonView) -> list[Fact]:
 
 
 def _rounding(rows: list[Row]) -> list[Fact]:
-    lost = [(row.rounding, row.key) for row in rows if row.rounding is not None]
+    lost = [row.rounding for row in rows if row.rounding is not None]
     if not lost:
         return []
-    worst = max(lost)[0]
+    worst = max(lost)
     return [Fact("Largest rounding loss", percent(worst), f"of {len(lost)} tensors", worst < 0.1)]
 
 

@@ -139,10 +139,9 @@ def _path(key: str) -> str:
 def _nearest(key: str, tails: dict[str, list[str]], have: dict[str, str]) -> str | None:
     """The only key whose path is the end of this one's, or the other way round."""
     path = "_" + _path(key)
-    last = path.rpartition("_")[2]
     hits = [
         k
-        for k in tails.get(last, ())
+        for k in tails.get(path.rpartition("_")[2], ())
         if path.endswith("_" + have[k]) or ("_" + have[k]).endswith(path)
     ]
     return hits[0] if len(hits) == 1 else None

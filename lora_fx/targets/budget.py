@@ -118,8 +118,7 @@ def allocate(
         limit: The budget, in the unit of the costs.
     """
     even = {k: costs[k] / np.arange(1.0, most[k] + 1) for k in gains}
-    blind = [k for k, g in gains.items() if g is None]
-    fixed = {k: r for k, r in within_budget(even, costs, limit).items() if k in blind}
+    fixed = {k: r for k, r in within_budget(even, costs, limit).items() if gains[k] is None}
     known = {k: np.minimum.accumulate(np.asarray(g)) for k, g in gains.items() if g is not None}
     best = max((float(g.max(initial=0.0)) / costs[k] for k, g in known.items()), default=0.0)
     # A rank that is worth nothing still comes before a budget that nobody uses.
@@ -177,12 +176,8 @@ def gains(s: Array) -> Array:
 
 def _steps(spectra: Mapping[str, Array], costs: Mapping[str, int]) -> list[tuple[str, float]]:
     """Pairs (key, σ²) in the order in which ranks are taken, within a key from the first on."""
-    steps = [
-        (-float(gain) / costs[key], i, j, key, float(gain))
-        for i, (key, squares) in enumerate(spectra.items())
-        for j, gain in enumerate(squares)
-    ]
-    return [(key, gain) for _, _, _, key, gain in sorted(steps)]
+    steps = [(key, float(gain)) for key, squares in spectra.items() for gain in squares]
+    return sorted(steps, key=lambda step: -step[1] / costs[step[0]])  # equal ones stay in order
 
 
 def within_budget(

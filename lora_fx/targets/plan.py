@@ -12,9 +12,8 @@ from lora_fx.errors import LoraFxError, check_format
 from lora_fx.files.read import read_json
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, tied
-from lora_fx.targets.roles import HEAD_ROWS
 from lora_fx.targets.selectors import select, select_names
-from lora_fx.targets.target import Target, split_use
+from lora_fx.targets.target import HEAD_ROWS, Target, split_use
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, table
 
 
@@ -25,8 +24,7 @@ def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
     they carry most of the weight FLOPs.
     """
     total = sum(t.flops for t in targets)
-    conv = sum(t.flops for t in targets if t.op.startswith("conv"))
-    with_conv = 2 * conv > total
+    with_conv = 2 * sum(t.flops for t in targets if t.op.startswith("conv")) > total
     result = []
     for t in targets:
         why = ""
@@ -160,8 +158,7 @@ def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
     left = [part for _, part in t.parts if part not in gone]
     if len(left) < len(t.parts):
         return left
-    name = t.parameter.name
-    excluded = [o for o in map(found.__getitem__, gone) if o.parameter.name == name]
+    excluded = [o for o in map(found.__getitem__, gone) if o.parameter.name == t.parameter.name]
     taken = {s.id for o in excluded if contains(o.region, t.region) for s in o.sites}
     sites = [s for s in t.sites if s.id not in taken]
     return keys_of(found[split_use(key)[0]], sites) if sites else ()

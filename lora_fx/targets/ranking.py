@@ -82,8 +82,8 @@ def importance(seen: TargetStatistics) -> Array | None:
     gradient = seen.moments.gradient
     if gradient is None:
         return None
-    importance = float(np.abs(seen.weight() * gradient).mean())
-    return importance / np.arange(1.0, seen.layout.max_rank + 1)
+    mean = float(np.abs(seen.weight() * gradient).mean())
+    return mean / np.arange(1.0, seen.layout.max_rank + 1)
 
 
 # kfac: how much gradient falls on each direction of a target's output.
@@ -201,10 +201,6 @@ class Sums:
     def moments(self, examples: int) -> Moments:
         """Means of what was added: of second moments over rows, of gradients over examples."""
         gradient = self.total.get("gradient")
-        return Moments(
-            self.mean("inputs"),
-            self.mean("power"),
-            self.mean("outputs"),
-            None if gradient is None else np.asarray(gradient / examples),
-            max(self.rows.values(), default=0) / max(1, examples),
-        )
+        each = None if gradient is None else np.asarray(gradient / examples)
+        rows = max(self.rows.values(), default=0) / max(1, examples)
+        return Moments(self.mean("inputs"), self.mean("power"), self.mean("outputs"), each, rows)

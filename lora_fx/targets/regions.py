@@ -87,11 +87,9 @@ def widen(
         if all(whole.shape[i] == narrow.shape[i] for i in order):
             return x
         at = lead if rank_first else len(order)
-        before, after, split = [], [], []
-        for i in order:
-            before.append(start[i])
-            after.append(whole.shape[i] - narrow.shape[i] - start[i])
-            split.append(narrow.shape[i])
+        before = [start[i] for i in order]
+        split = [narrow.shape[i] for i in order]
+        after = [whole.shape[i] - narrow.shape[i] - start[i] for i in order]
         for values, filler in ((before, 0), (after, 0), (split, rank)):
             values.insert(at, filler)
         if len(axes) != 1:

@@ -24,17 +24,8 @@ from collections.abc import Sequence
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.graph import Site
 from lora_fx.targets.found import Found
-from lora_fx.targets.regions import (
-    contains,
-    each_use,
-    keys_of,
-    modules,
-    of_use,
-    part,
-    tied,
-)
-from lora_fx.targets.roles import ROLES
-from lora_fx.targets.target import Target, base_name, split_use
+from lora_fx.targets.regions import contains, each_use, keys_of, modules, of_use, part, tied
+from lora_fx.targets.target import ROLES, Target, base_name, split_use
 from lora_fx.text import near
 
 
@@ -147,8 +138,7 @@ def _match(t: Target, text: str) -> Sequence[Site] | None:
     """The uses of a target that one selector names; None where it does not name the target."""
     head, colon, rest = text.partition(":")
     if colon and head == "re":
-        pattern = _regex(rest)
-        return t.sites if any(map(pattern.search, (t.key, *t.parameter.aliases))) else None
+        return t.sites if any(map(_regex(rest).search, (t.key, *t.parameter.aliases))) else None
     if colon and head == "role":
         if rest not in ROLES:
             raise LoraFxError(f"no role {rest!r}", f"the roles are {', '.join(ROLES)}")

@@ -111,8 +111,7 @@ def random_values(key: str, update: LowRank) -> LowRank:
     """An update of the same shapes with random a and b."""
     assert update.layout is not None
     values = {s.field: s.value for s in slots_of(key, update)}
-    rank = update.rank - update.frozen
-    values["a"], values["b"] = draw(key, update.layout, rank, 0, "probe")
+    values["a"], values["b"] = draw(key, update.layout, update.rank - update.frozen, 0, "probe")
     return with_values(update, values)
 
 

@@ -30,8 +30,8 @@ def prove_rows(
     adapters: Mapping[str, Adapter],
     rowed: Sequence[str],
     *,
-    fixed: bool = False,
-    scales: bool = False,
+    fixed: bool,
+    scales: bool,
 ) -> list[Parity]:
     """Every id at least once, row by row.
 

@@ -37,6 +37,8 @@ DRAWS = 4
 """What a random depth left out, or a ReLU cut off, gets so many chances to be seen."""
 SIZE = 0.05
 """The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
+Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
+"""Target → its a and b."""
 
 
 def runs_at(module: AdaptedModule) -> Named:
@@ -86,7 +88,7 @@ def prove_gradients(module: AdaptedModule, named: Named) -> Effect:
 
 
 @contextlib.contextmanager
-def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn.Parameter]]]:
+def probe(module: AdaptedModule) -> Iterator[Factors]:
     """Random a and b in a module's updates, mode and buffers put back afterwards."""
     pairs = module.slots()
     held = module.tensors()
@@ -111,10 +113,7 @@ def probe(module: AdaptedModule) -> Iterator[Mapping[str, tuple[nn.Parameter, nn
 
 
 def _gradients(
-    module: AdaptedModule,
-    named: Named,
-    pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
-    training: bool,
+    module: AdaptedModule, named: Named, pairs: Factors, training: bool
 ) -> dict[str, float] | None:
     """Key → root mean square of b's gradient; None where no output has one."""
     module.train(training)
@@ -228,8 +227,6 @@ def _gradients_of(
 
 
 def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
-    arrays = arrays_of(named)
-
     def weight_form(now: Mapping[str, LowRank], training: bool) -> Rewriter:
         return Insert(now, missing="skip", weight_form=True)
 
@@ -241,7 +238,7 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
 
     with probe(module):
         module.eval()
-        parity = prove(run, module, arrays=arrays, tol=FOLD_TOL, of="weight form")
+        parity = prove(run, module, arrays=arrays_of(named), tol=FOLD_TOL, of="weight form")
     for p in parity:
         if not p.ok and p.max_abs > 0:  # two outputs of zeros are equal
             raise NoEffectError(

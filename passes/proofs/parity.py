@@ -36,10 +36,9 @@ from lora_fx.text import Json
 
 def arrays_of(named: Named) -> dict[str, Array]:
     """The tensors among flattened named arguments, as arrays by ONNX input name."""
-    leaves = pytree.tree_leaves(dict(named))
     return {
         onnx_name(n): to_numpy(x)
-        for n, x in zip(leaf_names(named), leaves, strict=True)
+        for n, x in zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True)
         if isinstance(x, torch.Tensor)
     }
 
@@ -100,21 +99,19 @@ def prove(
 
 
 def feeds_of(
-    reference: CapturedModule,
-    arrays: Named | None = None,
-    sizes: Sequence[Extents] | None = None,
+    reference: CapturedModule, arrays: Named | None = None, sizes: Sequence[Extents] | None = None
 ) -> Iterator[tuple[Named, dict[str, Array], bool]]:
     """(named arguments, {ONNX input: array}, whether it may fail) of every size and the example."""
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[tuple[tuple[int, ...], ...]] = set()
     captured = reference.captured
     every, sizes = sizes is None, sizes or captured.inputs.checks
     for size in sizes if arrays is None else sizes[:1]:
         named = reference.sample(size, arrays)
         feeds = arrays_of(named)
-        shapes = {k: v.shape for k, v in feeds.items()}
-        if tuple(shapes.values()) in seen:
+        shapes = tuple(v.shape for v in feeds.values())
+        if shapes in seen:
             continue
-        seen.add(tuple(shapes.values()))
+        seen.add(shapes)
         if refused := outside(reference, named):
             leave_out(reference, shapes_of(feeds), f"another path: {refused.message}")
             continue

@@ -45,31 +45,24 @@ class Reference(Protocol):
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What sizes have to satisfy, by the names of ONNX inputs."""
-        ...
 
     def details(self) -> Json:
         """`ranges[]`, and `unproven[]`: sizes at which nothing was compared."""
-        ...
 
     def guards(self) -> tuple[Condition, ...]:
         """The conditions outside which a file of this model may be another model."""
-        ...
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """Inputs by their ONNX names, symbols at (batch, other); a user's own where given."""
-        ...
 
     def run(self, adapter: Adapter | None) -> Run:
         """{input: array} → {output: array}, with an adapter's branches."""
-        ...
 
     def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
         """Per output, how far rounding alone moves it; empty where that is unknown."""
-        ...
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
         """Compare at every size; `of` is the word for it in the report."""
-        ...
 
 
 class OnnxReference:
@@ -208,8 +201,7 @@ class OnnxReference:
         path = self._path(updates) if updates else None
         known = self._open.get((path, rewrites))
         if known is None:
-            source = path or self.source
-            known = open_session(source, self.session.provider, rewrites=rewrites)
+            known = open_session(path or self.source, self.session.provider, rewrites=rewrites)
             self._open[path, rewrites] = known
         return known
 

@@ -37,13 +37,7 @@ from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import OtherReader, Site, T
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.insert import Insert, changed
-from lora_fx.passes.proofs.attached import (
-    Explicit,
-    InGraph,
-    eval_mode,
-    prove_live,
-    random_values,
-)
+from lora_fx.passes.proofs.attached import Explicit, InGraph, eval_mode, prove_live, random_values
 from lora_fx.passes.verbs.adapt import insert
 from lora_fx.passes.verbs.build_module import found_in, start_of
 from lora_fx.passes.verbs.open import capture
@@ -120,11 +114,10 @@ def attach(
         model = _module(cap.model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
-        planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout, cap.notes)
+        planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout)
     except CaptureError as e:
         cap, planner = None, _partial(model, args, kwargs, dropout, e)
-    found = planner.found
-    start = start_of(model, cap, found, options)
+    start = start_of(model, cap, planner.found, options)
     updates, notes = start.adapter.lowrank, start.notes
     lost = planner.unreached(updates) if options.dead == "drop" else {}  # nobody named them
     if len(lost) < len(updates):
@@ -228,7 +221,7 @@ def _partial(
         f"{one_line(error.message, 200)}"
     )
     found = replace(found, notes=(note, *graphs.failed))
-    return GraphPlanner(graphs, found, dropout, found.notes, whole=False)
+    return GraphPlanner(graphs, found, dropout, whole=False)
 
 
 # Forms of attach: the targets and the maths of insert on a live module instead of a graph.
@@ -256,35 +249,24 @@ class GraphPlanner(Planner):
 
     Args:
         graph: The model's graph before anything is attached; it is never changed.
-        found: Its targets.
+        found: Its targets, and what the report has to say.
         dropout: The dropout of the branches in train mode.
-        notes: What the report has to say.
         whole: False where the sites come from parts of the model and know no module: then the
             weight form serves every target.
     """
 
-    def __init__(
-        self,
-        graph: Any,
-        found: Found,
-        dropout: float,
-        notes: Sequence[str] = (),
-        *,
-        whole: bool = True,
-    ) -> None:
+    def __init__(self, graph: Any, found: Found, dropout: float, *, whole: bool = True) -> None:
         self.found = found
-        self.notes = tuple(notes)
+        self.notes = found.notes
         self.dropout = dropout
         self.graph = graph if whole else None
         root = graph.root
         paths = {id(m): path for path, m in root.named_modules()}
         self.path_of = {p: paths[id(m)] for p, m in root.named_modules(remove_duplicate=False)}
-        self.owners: dict[str, list[Owner]] = {}
+        self.owners: dict[str, dict[Owner, None]] = {}  # each once, in order
         for name, canonical in named_tensors(root)[0].items():
             module, leaf = owner(root, name)
-            place = paths[id(module)], leaf
-            if place not in self.owners.setdefault(canonical, []):
-                self.owners[canonical].append(place)
+            self.owners.setdefault(canonical, {})[paths[id(module)], leaf] = None
         self.clean = self._clean(graph) if whole else frozenset()
 
     def _clean(self, graph: FxGraph) -> frozenset[str]:
@@ -320,25 +302,15 @@ class GraphPlanner(Planner):
             grouped.setdefault(target.parameter.name, []).append((target, update))
         result: dict[str, Form] = {}
         for name, group in grouped.items():
-            if name.endswith("~"):
-                self._computed(group, branches, by_weight, result)
-            else:
+            if not name.endswith("~"):
                 self._place(name, group, branches, by_weight, result)
-        return result
-
-    def _computed(
-        self,
-        group: Sequence[tuple[Target, LowRank]],
-        branches: Mapping[str, tuple[Program, Program]],
-        by_weight: frozenset[str],
-        result: dict[str, Form],
-    ) -> None:
-        """A computed weight is no parameter: there is only the output form."""
-        for key, why in self.unreached([t.key for t, _ in group], by_weight).items():
-            raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert")
-        for target, _ in group:
-            for site in target.sites:
+                continue
+            # a computed weight is no parameter: there is only the output form
+            for key, why in self.unreached([t.key for t, _ in group], by_weight).items():
+                raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert")
+            for site in (s for t, _ in group for s in t.sites):
                 result.setdefault(self.path_of[site.scope], Form()).output = branches[site.id]
+        return result
 
     def unreached(
         self, keys: Iterable[str], by_weight: frozenset[str] = frozenset()
@@ -489,5 +461,4 @@ class _Recorded:
     def product(self, site: Site, e: object) -> Value | None:
         return None
 
-    def rebase(self, site: Site, w: Value) -> None:
-        pass
+    def rebase(self, site: Site, w: Value) -> None: ...

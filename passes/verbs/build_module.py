@@ -142,8 +142,7 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
 
 def found_in(cap: Captured, training: bool = False) -> Found:
     """The targets of a capture, with what had to be said and pinned on the way to it."""
-    found = find(cap.fx_graph(training))
-    return replace(found, **learnt(cap))
+    return replace(find(cap.fx_graph(training)), **learnt(cap))
 
 
 def learnt(cap: Captured) -> Json:

@@ -95,10 +95,7 @@ def _run(
     """The loss of a batch; None where none is wanted."""
     signature = module.captured.signature
     device = next((p.device for p in module.parameters()), None)
-    given = {
-        k: (v if isinstance(v, Tensor) else from_numpy(np.asarray(v))).to(device)
-        for k, v in batch.items()
-    }
+    given = {k: _tensor(v).to(device) for k, v in batch.items()}
     strange = [k for k in given if k not in signature.keywords and not signature.open]
     if len(strange) > 1:
         raise LoraFxError(
@@ -115,8 +112,12 @@ def _run(
 def _mask(batch: Batch) -> Tensor | None:
     """The attention mask [examples, positions] of a batch of texts."""
     mask = batch.get("attention_mask")
-    found = None if mask is None else mask if isinstance(mask, Tensor) else from_numpy(mask)
+    found = None if mask is None else _tensor(mask)
     return found if found is not None and found.dim() == 2 else None
+
+
+def _tensor(value: object) -> Tensor:
+    return value if isinstance(value, Tensor) else from_numpy(np.asarray(value))
 
 
 class _Seen:
@@ -181,8 +182,7 @@ class _Seen:
             self.reached.update(keys if grad is not None else ())
         for (keys, _), grad in zip(run.leaves, grads, strict=False):
             for key in keys if grad is not None else ():
-                own = matrix(self.targets[key], to_numpy(grad))
-                self.sums[key].add("gradient", own * n)
+                self.sums[key].add("gradient", matrix(self.targets[key], to_numpy(grad)) * n)
         for made, grad in zip(run.zeros, grads[len(run.leaves) :], strict=True):
             rows = None if grad is None else made.rows(grad * n)
             for key in made.tap.keys if grad is not None else ():

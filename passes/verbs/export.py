@@ -187,11 +187,9 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
         if options.mode == "batch":
             sources = {p.name: (p.name, StoredWeight(p.shape)) for p in graph.parameters()}
             fixed = bool(options.inputs)
-            return write_batch(
-                rewritten, reference, sources, bound, options, fixed=fixed, warnings=said
-            )
+            return write_batch(rewritten, reference, sources, bound, options, said, fixed=fixed)
         keys, _ = options.chosen(found, bound)
-        return write_switch(rewritten, reference, keys, bound, options, warnings=said)
+        return write_switch(rewritten, reference, keys, bound, options, said)
 
 
 def _bound(
@@ -221,9 +219,8 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
         )
     last: Json = {"force": options.force, "repository": options.repository}
     given: Json = {"names": options.names, "external_over": options.external_over}
-    ran: Json = {
-        name: getattr(options, name) for name in ("inputs", "provider", "optimise", "precision")
-    }
+    names = ("inputs", "provider", "optimise", "precision")
+    ran: Json = {name: getattr(options, name) for name in names}
     if not rewritten:
         return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
     if adapter is None:

@@ -1,8 +1,9 @@
-"""export in modes switch and load: the base graph with slots for adapters, proven with each one.
+"""export in modes switch, load and batch: the base graph with adapters, proven with each one.
 
 switch   A and B are inputs with defaults, chosen run by run
 load     A and B are initialisers in the data file, W + (A B)ᵀ is folded by ONNX Runtime when a
 session is made, and an adapter takes their place there
+batch    every row of a batch picks an adapter of its own
 """
 
 from __future__ import annotations
@@ -98,10 +99,10 @@ def write_switch(
     keys: Sequence[str],
     adapters: Mapping[str, Adapter],
     options: ExportOptions,
+    warnings: Sequence[str],
     *,
     loose: bool = False,
     found: Found | None = None,
-    warnings: Sequence[str] = (),
 ) -> Report:
     """Write the file, and `NAME.onnx_adapter` beside it for every adapter.
 
@@ -111,9 +112,9 @@ def write_switch(
         keys: Its targets.
         adapters: Bound to the reference.
         options: What export is asked for, in mode switch or load.
+        warnings: To be reported with those found here.
         loose: Leave out keys that the graph has no target for, and say so.
         found: The targets as adapters know them, where those are not the graph's.
-        warnings: To be reported with those found here.
 
     Raises:
         LoraFxError: A target that the graph has not; nothing is written.
@@ -168,8 +169,7 @@ def write_switch(
             if not any(rel(changed[k], base[k]) > 0 for k in base):
                 if not adapters:
                     raise NoEffectError(
-                        "a random adapter changes nothing in the exported file",
-                        "report this model",
+                        "a random adapter changes nothing in the exported file", "report this model"
                     )
                 warnings.append(f"the adapter {name!r} changes nothing")
             parity += reference.prove(run, adapter, name)
@@ -198,9 +198,11 @@ def report_of(
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), whole)
 
 
-def _serving(
-    path: Path, provider: str, load: bool
-) -> Callable[[Adapter | None], tuple[Run, Session]]:
+Serve = Callable[[Adapter | None], tuple[Run, Session]]
+"""Adapter → what runs with it; None is the base."""
+
+
+def _serving(path: Path, provider: str, load: bool) -> Serve:
     """Adapter → what runs with it: one session for all, or one for each in mode load."""
     shared = None if load else Session(path, provider)
 
@@ -217,7 +219,7 @@ def _serving(
 def _random(
     layouts: Mapping[str, Layout],
     most: int,
-    serve: Callable[[Adapter | None], tuple[Run, Session]],
+    serve: Serve,
     feeds: Mapping[str, Array],
     base: Mapping[str, Array],
 ) -> Adapter:
@@ -247,9 +249,9 @@ def write_batch(
     sources: Mapping[str, tuple[str, StoredWeight]],
     adapters: Mapping[str, Adapter],
     options: ExportOptions,
+    warnings: Sequence[str],
     *,
-    fixed: bool = False,
-    warnings: Sequence[str] = (),
+    fixed: bool,
 ) -> Report:
     """Write one ONNX file that serves every adapter.
 
@@ -259,8 +261,8 @@ def write_batch(
         sources: See lora_fx.passes.batch.Batch.
         adapters: Bound to the reference, in the order of their ids, 1, 2 …
         options: With scales the file has the input `adapter_scales`, a weight by row.
-        fixed: The reference has one size: a user's inputs.
         warnings: To be reported.
+        fixed: The reference has one size: a user's inputs.
 
     Raises:
         LoraFxError: A target whose rows cannot be told apart, or that has no form by row.
@@ -278,11 +280,7 @@ def write_batch(
     Batch({n: a.lowrank for n, a in adapters.items()}, sources, options.scales)(graph)
     graph.lint()
     symbol = batch_symbol(model)
-    rowed = [
-        str(v.name)
-        for v in model.graph.inputs
-        if v.shape is not None and len(v.shape) and str(v.shape[0]) == symbol
-    ]
+    rowed = [str(v.name) for v in model.graph.inputs if v.shape and str(v.shape[0]) == symbol]
     with options.output() as made_file:
         told = save_within(made_file, model, reference.conditions, reference.guards(), options)
         session = open_session(made_file.path, options.provider)
@@ -291,13 +289,8 @@ def write_batch(
         )
     said = [*warnings, *told]
     said += [session.note] if session.note else []
-    details = {
-        "mode": "batch",
-        "adapters": list(adapters),
-        "nodes": sum(1 for _ in model.graph.all_nodes()),
-        "nodes_of_base": before,
-        **reference.details(),
-    }
+    nodes = {"nodes": sum(1 for _ in model.graph.all_nodes()), "nodes_of_base": before}
+    details = {"mode": "batch", "adapters": list(adapters), **nodes, **reference.details()}
     return report_of(made_file.files, session.provider, parity, said, details)
 
 

@@ -17,12 +17,12 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
-from lora_fx.inputs import Dynamic, Named
+from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.masks import mask_by_infinity
 from lora_fx.onnx.names import (
     copies_of,
     mark_changed,
+    mask_by_infinity,
     rename_dimensions,
     restore_weight_names,
     strip_traces,
@@ -52,12 +52,7 @@ def export_merged(
     model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
 ) -> Report:
     """See lora_fx.passes.verbs.export."""
-    adapter = options.adapters
-    if adapter is not None and not isinstance(adapter, Adapter):
-        raise LoraFxError(
-            "merged takes one adapter", "lora_fx.adapter.adapter.mix makes one of several"
-        )
-    branched = _branched(model, args, kwargs, adapter, options.dynamic)
+    branched = _branched(model, args, kwargs, options)
     mode_before = branched.training
     branched.eval()
     try:
@@ -129,26 +124,24 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     warnings += [
         f"{f.parameter}: rounding kept {f.kept:.1%} of the change" for f in changes if f.kept < 0.95
     ]
-    details: Json = {
-        "opset": opset,
-        "mode": "merged",
-        "nodes": sum(1 for _ in model.graph.all_nodes()),
-        "grown_bytes": sum(f.grew for f in changes),
-        **rows_of(branched.captured),
-    }
+    nodes = sum(1 for _ in model.graph.all_nodes())
+    grown = sum(f.grew for f in changes)
+    details: Json = {"opset": opset, "mode": "merged", "nodes": nodes, "grown_bytes": grown}
+    details |= rows_of(branched.captured)
     if options.optimise:
         details["stages"] = [s.to_json() for s in stages]
     return report_of(made_file.files, session.provider, (*parity, *runtime), warnings, details)
 
 
 def _branched(
-    model: object,
-    args: Sequence[object],
-    kwargs: Named | None,
-    adapter: Adapter | None,
-    dynamic: Dynamic | None,
+    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
 ) -> CapturedModule:
     """The unfolded module that the file has to equal."""
+    adapter = options.adapters
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise LoraFxError(
+            "merged takes one adapter", "lora_fx.adapter.adapter.mix makes one of several"
+        )
     model = opened(model)
     if isinstance(model, AdaptedModule):
         if adapter is None:
@@ -158,12 +151,16 @@ def _branched(
         return own
     if isinstance(model, CapturedModule):
         if adapter is not None:
-            raise LoraFxError(
-                "this module's weights are folded already", "export the original with adapters=…"
-            )
+            raise _folded()
         return model
-    cap = captured_of(model, args, kwargs, dynamic)
+    cap = captured_of(model, args, kwargs, options.dynamic)
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
+
+
+def _folded() -> LoraFxError:
+    return LoraFxError(
+        "this module's weights are folded already", "export the original with adapters=…"
+    )
 
 
 WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its rounding is not"
@@ -181,9 +178,7 @@ def export_slots(
         if options.adapters is None:
             options = replace(options, adapters=model.adapter())
     elif isinstance(model, CapturedModule):
-        raise LoraFxError(
-            "this module's weights are folded already", "export the original with adapters=…"
-        )
+        raise _folded()
     adapters = by_name(options)
     captured = captured_of(model, args, kwargs, options.dynamic)
     found = find(captured)
@@ -197,14 +192,12 @@ def export_slots(
     if options.mode == "batch":
         sources = _sources(reference.base, graph)
         fixed = options.inputs is not None
-        return write_batch(graph, reference, sources, bound, options, fixed=fixed, warnings=said)
+        return write_batch(graph, reference, sources, bound, options, said, fixed=fixed)
     keys, loose = options.chosen(found, bound)
     apart = _lost(reference, graph, keys)
     if apart:
         graph, _ = _base(reference, opset, tied=True, apart=apart)
-    return write_switch(
-        graph, reference, keys, bound, options, loose=loose, found=found, warnings=said
-    )
+    return write_switch(graph, reference, keys, bound, options, said, loose=loose, found=found)
 
 
 def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> dict[str, Target]:

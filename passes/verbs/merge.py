@@ -40,6 +40,8 @@ from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.targets.found import Found
 from lora_fx.text import Json, table
 
+StrPath = str | PathLike[str]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxMergeOptions:
@@ -93,9 +95,7 @@ class OnnxMergeOptions:
 
 @remembering()
 @blaming
-def merge_onnx(
-    base: str | PathLike[str], adapters: Adapters, out: str | PathLike[str], **options: object
-) -> Report:
+def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: object) -> Report:
     """Fold adapters into an .onnx file and write another.
 
     Args:
@@ -128,7 +128,7 @@ def merge_onnx(
     with output(target, force=asked.force, repository=asked.repository) as made:
         made.save(model, 0 if external else asked.external_over, delta=asked.delta)
         changed = {*fold.applied.values(), *matched.whole}
-        written = prove_merge(made.seen, target, before, changed, plan.found, matched, fold)
+        written = prove_merge(made.seen, target, before, changed, plan.found, plan.matched, fold)
         if all(n in before and same_bytes(written.reader(n)(), before[n]()) for n in changed):
             raise NoEffectError(
                 f"{target}: not written: no element of {len(changed)} tensors would change",
@@ -137,7 +137,7 @@ def merge_onnx(
         parity = _ran(source, pristine, made.seen, matched, asked) if asked.run else []
         loads = [] if asked.run else _loads(source, made.seen, weight_bytes(model))
         notes = [*graph.notes, *loads]
-    return _report(made.files, fold, matched, plan.renamed, notes, parity)
+    return _report(made.files, fold, plan, notes, parity)
 
 
 def _check_delta(source: Path, target: Path, external: bool, repository: Repository | None) -> None:
@@ -188,19 +188,14 @@ def _loads(source: Path, written: Path, size: int) -> list[str]:
 
 
 def _report(
-    files: Sequence[Path],
-    fold: Fold,
-    matched: Matched,
-    renamed: int,
-    notes: Sequence[str],
-    parity: Sequence[Parity],
+    files: Sequence[Path], fold: Fold, plan: OnnxMergePlan, notes: list[str], parity: list[Parity]
 ) -> Report:
     rows = [
         {"key": ", ".join(f.keys), "tensor": fold.applied.get(f"{f.parameter}|{'|'.join(f.keys)}"),
          "gain": f.kept}
         for f in fold.report
     ]  # fmt: skip
-    rows += [{"key": n, "tensor": n, "gain": None} for n in matched.whole]
+    rows += [{"key": n, "tensor": n, "gain": None} for n in plan.matched.whole]
     warnings = [*notes, *(f.said for f in fold.report if f.said)]
     low = [(f.kept, f.parameter) for f in fold.report if f.kept < GAIN]
     if low:
@@ -208,21 +203,21 @@ def _report(
             f"{len(low)} of {len(fold.report)} tensors kept less than {GAIN:.0%} of their update "
             f"when rounded, {min(low)[1]} only {min(low)[0]:.1%}"
         )
-    if renamed:
-        warnings.append(f"{renamed} tensors got the names that the exporter's metadata tells")
+    if plan.renamed:
+        warnings.append(f"{plan.renamed} tensors got the names that the exporter's metadata tells")
     added = sorted(set(fold.applied.values()) - {f.parameter for f in fold.report})
     if added:
         warnings.append(f"uses that differ have constants of their own: {', '.join(added)}")
-    outputs = [str(f) for f in files]
-    return Report("merge", True, tuple(parity), tuple(outputs), tuple(warnings), {"tensors": rows})
+    outputs, details = tuple(map(str, files)), {"tensors": rows}
+    return Report("merge", True, tuple(parity), outputs, tuple(warnings), details)
 
 
 def lines(report: Report) -> str:
     """The report as a table for people."""
-    rows = [("tensor", "gain")]
+    rows: list[tuple[str, ...]] = [("tensor", "gain")]
     for r in report.details["tensors"]:
         rows.append((r["key"], "replaced whole" if r["gain"] is None else f"{r['gain']:.3f}"))
-    return "\n".join([*table([(*r,) for r in rows]), f"wrote {' and '.join(report.outputs)}"])
+    return "\n".join([*table(rows), f"wrote {' and '.join(report.outputs)}"])
 
 
 # The plan of a merge into an .onnx file: what goes where, read without its weights.
@@ -264,11 +259,8 @@ class OnnxMergePlan:
 
     def to_json(self) -> Json:
         """Fields of `merge --dry-run --json`."""
-        return {
-            "tensors": self.rows(),
-            "bytes": weight_bytes(self.graph.model),
-            "warnings": list(self.graph.notes),
-        }
+        size = weight_bytes(self.graph.model)
+        return {"tensors": self.rows(), "bytes": size, "warnings": list(self.graph.notes)}
 
     def __str__(self) -> str:
         """A table, and what is written in all."""
@@ -283,9 +275,7 @@ class OnnxMergePlan:
 
 
 @blaming
-def plan_onnx(
-    base: str | PathLike[str], adapters: Adapters, options: OnnxMergeOptions
-) -> OnnxMergePlan:
+def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> OnnxMergePlan:
     """See lora_fx.passes.verbs.merge.
 
     Raises:
@@ -304,10 +294,7 @@ def plan_onnx(
 
 
 def _sum(
-    parts: Sequence[Given],
-    graph: OnnxGraph,
-    found: Found,
-    options: OnnxMergeOptions,
+    parts: Sequence[Given], graph: OnnxGraph, found: Found, options: OnnxMergeOptions
 ) -> Matched:
     """All adapters as one, in the graph's keys."""
     each = [match(p.adapter, graph, found, options.names) for p in parts]
@@ -315,13 +302,12 @@ def _sum(
     if len(parts) == 1 and how == "cat":
         (one,) = each
         as_one = replace(parts[0].adapter, entries=dict(one.updates)).weighted(parts[0].weight)
-        updates = as_one.lowrank
         if one.whole and parts[0].weight != 1.0:
             raise LoraFxError(
                 f"{parts[0].where}: weight {parts[0].weight:g}, and it holds whole tensors",
                 "only updates in proportion to their scale can be weighted",
             )
-        return Matched(updates, one.whole)
+        return Matched(as_one.lowrank, one.whole)
     if any(m.whole for m in each):
         raise LoraFxError("several adapters, and one holds whole tensors", "merge that one alone")
     bound = [
@@ -332,9 +318,6 @@ def _sum(
 
 
 # merge: adapters folded into a file of weights, or into an ONNX graph; neither needs torch.
-
-
-StrPath = str | PathLike[str]
 
 
 def merge(base: StrPath, adapters: Adapters, out: StrPath, **options: Any) -> Report:

@@ -56,15 +56,8 @@ def capture_loaded(
     kwargs: Named | None = None,
     dynamic: Dynamic | None = None,
     static: Sequence[str] = (),
-    *,
-    cache: bool = False,
 ) -> Captured:
-    """The capture of a loaded model, on its own example where no other is given.
-
-    With `cache` it is that of a decoder, whose inputs are known.
-    """
-    if cache:
-        return decoder(loaded.module)
+    """The capture of a loaded model, on its own example where no other is given."""
     if not args and not kwargs:
         args, kwargs = loaded.args, loaded.kwargs
     return capture(loaded.module, args, kwargs, dynamic, static)
@@ -94,7 +87,7 @@ def with_cache(
         model = model.captured
     elif isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model))
-        captured = capture_loaded(loaded, cache=True)
+        captured = decoder(loaded.module)
         captured.notes += loaded.notes
         return captured, adapters
     return decoder(model), adapters

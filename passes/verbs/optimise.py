@@ -85,15 +85,8 @@ def optimise_file(
         said.append(made.said(precision))
     with output(target, force=force, repository=repository) as made_file:
         made_file.save(model)
-    return Report(
-        "export",
-        True,
-        outputs=tuple(map(str, made_file.files)),
-        warnings=tuple(said),
-        details={
-            "provider": session.provider,
-            "mode": "optimised",
-            "nodes": sum(1 for _ in model.graph.all_nodes()),
-            "stages": [s.to_json() for s in stages],
-        },
-    )
+    nodes = sum(1 for _ in model.graph.all_nodes())
+    rows = [s.to_json() for s in stages]
+    details = {"provider": session.provider, "mode": "optimised", "nodes": nodes, "stages": rows}
+    outputs = tuple(map(str, made_file.files))
+    return Report("export", True, (), outputs, tuple(said), details)

@@ -74,8 +74,7 @@ def verify(
 
     if fits and not isinstance(b, Adapter):
         b = load_adapter(b)
-    one = None if adapter is None else _one(adapter)
-    return verify_run(a, b, inputs, one, tol, provider)
+    return verify_run(a, b, inputs, None if adapter is None else _one(adapter), tol, provider)
 
 
 def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
@@ -87,8 +86,7 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     from lora_fx.onnx.session import manifest_of, tensors_of
 
     manifest = manifest_of(path)
-    tensors = tensors_of(adapter, manifest)
-    details = {"targets": len(manifest.slots), "adapted": len(tensors) // 2}
+    details = {"targets": len(manifest.slots), "adapted": len(tensors_of(adapter, manifest)) // 2}
     return Report("verify", True, details=details)
 
 
@@ -147,8 +145,7 @@ def _folder(model: object) -> object:
     """The capture of a Hugging Face folder; anything else as it is."""
     from lora_fx.passes.verbs.open import captured_of
 
-    is_folder = isinstance(model, (str, PathLike)) and Path(model).is_dir()
-    return captured_of(model) if is_folder else model
+    return captured_of(model) if _is_path(model) and Path(model).is_dir() else model
 
 
 def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT, scheme_of, stored_as
-from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import FLOATING, Array, finfo
@@ -36,6 +36,12 @@ _VOCABULARY = re.compile(
 )
 
 
+def _about(keys: Sequence[str], found: str, expected: str, hint: str) -> Iterator[Finding]:
+    """An error of all these keys; nothing where there are none."""
+    if keys:
+        yield Finding(keys, found, expected, hint)
+
+
 def _lost(pair: Pair) -> list[str]:
     """Keys of low-rank updates that the base has no tensor for."""
     low = pair.adapter.lowrank
@@ -49,19 +55,17 @@ def prefix(pair: Pair) -> Iterator[Finding]:
         return  # told by names
     if more or less:
         first, *_ = pair.adapter.entries
+        how = f"with {more!r} before them" if more else f"without {less!r}"
         yield Finding(
             list(pair.adapter.entries),
-            f"the adapter's names are the base's with {more!r} before them"
-            if more
-            else f"the adapter's names are the base's without {less!r}",
+            f"the adapter's names are the base's {how}",
             pair.rename(first),
             "lora-fx takes them so; PEFT would apply none of them",
             WARNING,
         )
         return
     lost = _lost(pair)
-    swap = _swap(pair)
-    if swap:
+    if swap := _swap(pair):
         yield Finding(
             lost,
             f"{len(lost)} names begin with {swap[0]!r}",
@@ -206,20 +210,15 @@ def base(pair: Pair) -> Iterator[Finding]:
 
 def values(pair: Pair) -> Iterator[Finding]:
     """The base's tensors hold finite numbers, as far as samples of them tell."""
-    broken = [
-        key
-        for key in pair.adapter.entries
-        if (info := pair.tensor(key)) is not None
-        and info.dtype in FLOATING
-        and not np.isfinite(sample(info)).all()
-    ]
-    if broken:
-        yield Finding(
-            broken,
-            "their tensors of the base have NaN or infinite values",
-            "finite numbers",
-            "is the checkpoint damaged?",
-        )
+    known = ((key, pair.tensor(key)) for key in pair.adapter.entries)
+    floats = ((key, info) for key, info in known if info is not None and info.dtype in FLOATING)
+    broken = [key for key, info in floats if not np.isfinite(sample(info)).all()]
+    yield from _about(
+        broken,
+        "their tensors of the base have NaN or infinite values",
+        "finite numbers",
+        "is the checkpoint damaged?",
+    )
 
 
 def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
@@ -235,21 +234,18 @@ def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
 def effect(pair: Pair) -> Iterator[Finding]:
     """No update is larger than its weight."""
     never = [k for k, low in pair.adapter.lowrank.items() if _overflows(pair, k, low)]
-    if never:
-        yield Finding(
-            never,
-            "the update is beyond what the tensor's dtype can hold",
-            "finite numbers",
-            "is lora_alpha right?",
-        )
-    large = {
-        k: r for k in pair.adapter.lowrank if k not in never and (r := pair.ratio(k)) and r > LARGE
-    }
+    yield from _about(
+        never,
+        "the update is beyond what the tensor's dtype can hold",
+        "finite numbers",
+        "is lora_alpha right?",
+    )
+    ratios = {k: pair.ratio(k) or 0.0 for k in pair.adapter.lowrank if k not in never}
+    large = sorted((k for k, r in ratios.items() if r > LARGE), key=lambda k: -ratios[k])
     if large:
-        most = max(large, key=lambda k: large[k])
         yield Finding(
-            sorted(large, key=lambda k: -large[k]),
-            f"‖ΔW‖/‖W‖ is {large[most]:.3g} at {most}",
+            large,
+            f"‖ΔW‖/‖W‖ is {ratios[large[0]]:.3g} at {large[0]}",
             f"less than {LARGE:g}; usual updates are below .3",
             "is lora_alpha right, and is this the base?",
             WARNING,
@@ -259,23 +255,13 @@ def effect(pair: Pair) -> Iterator[Finding]:
 # doctor's checks that ask the plan of a merge, or what a merge has left. They yield findings.
 
 
-ALLOWED = MergeOptions(
-    untie=True,
-    again=True,
-    allow_unused=True,
-    allow_missing=True,
-    add=True,
-    any_base=True,
-    other_readers=True,
-)
+ALLOWED = replace(LENIENT, allow_unused=True, allow_missing=True, add=True)
 """The options of a merge that takes what one of the checks has told already."""
 
 
-def _plan(
-    pair: Pair, options: MergeOptions, *, entries: Mapping[str, Entry] | None = None
-) -> MergePlan:
-    """What merge would do with the pair."""
-    adapter = pair.adapter if entries is None else replace(pair.adapter, entries=entries)
+def _plan(pair: Pair, entries: Mapping[str, Entry], options: MergeOptions) -> MergePlan:
+    """What merge would do with these entries of the pair's adapter."""
+    adapter = replace(pair.adapter, entries=entries)
     return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)
 
 
@@ -284,17 +270,10 @@ def refusal(pair: Pair) -> LoraFxError | None:
     if pair.refusal is not None:
         return pair.refusal
     try:
-        _plan(pair, MergeOptions())
+        _plan(pair, pair.adapter.entries, MergeOptions())
     except LoraFxError as error:
         return error
     return None
-
-
-def refused(pair: Pair) -> Iterator[Finding]:
-    """lora-fx merge would take the pair; what no other check has said."""
-    error = refusal(pair)
-    if error is not None:
-        yield Finding([], error.message, "a pair that can be merged", error.hint)
 
 
 def tied(pair: Pair) -> Iterator[Finding]:
@@ -303,16 +282,15 @@ def tied(pair: Pair) -> Iterator[Finding]:
         return
     sound = {k: e for k, e in pair.adapter.entries.items() if k not in pair.misfits}
     try:
-        plan = _plan(pair, ALLOWED, entries=sound)
+        plan = _plan(pair, sound, ALLOWED)
     except LoraFxError:
         return  # another check, or the last, tells
-    if plan.one_use:
-        yield Finding(
-            list(plan.one_use),
-            f"it is one of two uses of one tensor: {pair.tie.table} is also the output head",
-            "an update of both uses, or a base whose head is a tensor of its own",
-            "lora-fx merge --untie gives the head a tensor of its own; other tools change both",
-        )
+    yield from _about(
+        plan.one_use,
+        f"it is one of two uses of one tensor: {pair.tie.table} is also the output head",
+        "an update of both uses, or a base whose head is a tensor of its own",
+        "lora-fx merge --untie gives the head a tensor of its own; other tools change both",
+    )
 
 
 def merged(pair: Pair) -> Iterator[Finding]:
@@ -329,15 +307,12 @@ def merged(pair: Pair) -> Iterator[Finding]:
 
 def added(pair: Pair) -> Iterator[Finding]:
     """Whole tensors that the base lacks, such as a new head."""
-    full = pair.adapter.full
-    new = [k for k in full if pair.tensor(k) is None]
-    if new:
-        yield Finding(
-            new,
-            "whole tensors that the base has not, such as a new head",
-            "tensors of the base",
-            "lora-fx merge --add writes them into the output",
-        )
+    yield from _about(
+        [k for k in pair.adapter.full if pair.tensor(k) is None],
+        "whole tensors that the base has not, such as a new head",
+        "tensors of the base",
+        "lora-fx merge --add writes them into the output",
+    )
 
 
 # doctor's checks of an adapter's file and config by themselves. A check yields its findings.
@@ -441,21 +416,20 @@ def start(pair: Pair) -> Iterator[Finding]:
 def dora(pair: Pair) -> Iterator[Finding]:
     """use_dora is on where there are magnitudes, and off where there are none."""
     on = bool(pair.raw.config.get("use_dora"))
-    have = [k for k, p in pair.raw.updates.items() if "magnitude" in p.names]
-    if have and not on:
-        yield Finding(
-            have,
-            "lora_magnitude_vector tensors, but use_dora is off: they would be dropped",
-            "use_dora true, or no magnitudes",
-            "set use_dora to true if it was trained with DoRA",
-        )
-    lost = [k for k, p in pair.raw.updates.items() if "magnitude" not in p.names]
-    if on and lost:
-        yield Finding(
-            lost,
+    odd = [k for k, p in pair.raw.updates.items() if ("magnitude" in p.names) != on]
+    if on:
+        yield from _about(
+            odd,
             "use_dora is on, but they have no lora_magnitude_vector",
             "a magnitude for each",
             "correct use_dora, or save the adapter again",
+        )
+    else:
+        yield from _about(
+            odd,
+            "lora_magnitude_vector tensors, but use_dora is off: they would be dropped",
+            "use_dora true, or no magnitudes",
+            "set use_dora to true if it was trained with DoRA",
         )
 
 
@@ -465,38 +439,31 @@ def _bad(pair: Pair, test: Callable[[Array], object]) -> list[str]:
 
 def numbers(pair: Pair) -> Iterator[Finding]:
     """No NaN, no infinity."""
-    names = _bad(pair, lambda value: is_float(value) and not finite(value))
-    if names:
-        yield Finding(
-            names,
-            "NaN or infinite values",
-            "finite numbers",
-            "training has diverged; use an earlier checkpoint",
-        )
+    yield from _about(
+        _bad(pair, lambda value: is_float(value) and not finite(value)),
+        "NaN or infinite values",
+        "finite numbers",
+        "training has diverged; use an earlier checkpoint",
+    )
 
 
 def dtypes(pair: Pair) -> Iterator[Finding]:
     """Float tensors."""
     names = _bad(pair, lambda value: not is_float(value))
     names = [n for n in names if ".lora_" in n or n.endswith(".weight")]
-    if names:
-        kinds = ", ".join(sorted({str(pair.raw.tensors[n].dtype) for n in names}))
-        yield Finding(
-            names,
-            f"dtype {kinds}",
-            "float32, float16 or bfloat16",
-            "the adapter was quantised or cast; save it again in a float dtype",
-        )
+    yield from _about(
+        names,
+        f"dtype {', '.join(sorted({str(pair.raw.tensors[n].dtype) for n in names}))}",
+        "float32, float16 or bfloat16",
+        "the adapter was quantised or cast; save it again in a float dtype",
+    )
 
 
 def sizes(pair: Pair) -> Iterator[Finding]:
     """No empty tensors, in the adapter or in what it changes of the base."""
-    names = _bad(pair, lambda value: not value.size)
-    if names:
-        yield Finding(names, "size 0", "values", GATHER)
+    yield from _about(_bad(pair, lambda value: not value.size), "size 0", "values", GATHER)
     empty = [k for k in pair.adapter.entries if (t := pair.tensor(k)) and 0 in t.shape]
-    if empty:
-        yield Finding(empty, "their tensors of the base have size 0", "weights", GATHER)
+    yield from _about(empty, "their tensors of the base have size 0", "weights", GATHER)
 
 
 def halves(pair: Pair) -> Iterator[Finding]:
@@ -538,13 +505,12 @@ def dropped(pair: Pair) -> Iterator[Finding]:
         and part.names.get("a", "").startswith(PREFIX)
         and not _named(fields, part.names["a"], key)
     ]
-    if out:
-        yield Finding(
-            out,
-            "target_modules leaves them out: PEFT would drop their updates",
-            "names in target_modules for all that the file holds",
-            "correct target_modules in adapter_config.json",
-        )
+    yield from _about(
+        out,
+        "target_modules leaves them out: PEFT would drop their updates",
+        "names in target_modules for all that the file holds",
+        "correct target_modules in adapter_config.json",
+    )
 
 
 def _named(fields: Json, name: str, key: str) -> bool:

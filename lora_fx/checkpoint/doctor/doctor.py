@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from lora_fx.adapter.lowrank import Full
-from lora_fx.adapter.updates import name_of
+from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.checkpoint.doctor import checks
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
 from lora_fx.checkpoint.renaming import absent_of
@@ -50,7 +49,7 @@ CHECKS: dict[str, Callable[[Pair], Iterable[Finding]]] = {
     "effect": checks.effect,
 }
 LAST = "merge"
-"""The check that says what no other has; run where no other finds an error."""
+"""The check that says what no other has: lora-fx merge would take the pair."""
 
 
 def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Report:
@@ -72,9 +71,11 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
         findings: list[Finding] = []
         for name, check in CHECKS.items():
             findings += [replace(f, check=name) for f in check(pair)]
-        if not any(f.severity == ERROR for f in findings):
-            findings += [replace(f, check=LAST) for f in checks.refused(pair)]
-        rows, no = _updates(pair), checks.refusal(pair)
+        rows = [_update(pair, key, entry) for key, entry in pair.adapter.entries.items()]
+        no = checks.refusal(pair)
+        if no is not None and not any(f.severity == ERROR for f in findings):
+            expected = "a pair that can be merged"
+            findings.append(Finding([], no.message, expected, no.hint, check=LAST))
     findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
     details = {
         "used": sum(r["tensor"] is not None for r in rows),
@@ -89,29 +90,19 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
     return Report("doctor", ok, warnings=tuple(notes), details=details)
 
 
-def _updates(pair: Pair) -> list[Json]:
-    rows = []
-    for key, entry in pair.adapter.entries.items():
-        low = None if isinstance(entry, Full) else entry
-        scale = getattr(low, "scale", None)
-        info = pair.tensor(key)
-        rows.append(
-            {
-                "key": key,
-                "tensor": _tensor(pair, key) if info is not None else None,
-                "kind": name_of(entry),
-                "rank": getattr(low, "rank", None),
-                "scale": scale if scale is not None and math.isfinite(scale) else None,
-                "ratio": pair.ratio(key),
-            }
-        )
-    return rows
-
-
-def _tensor(pair: Pair, key: str) -> str:
-    """The base's tensor of a key; the first one of a stack that it has apart."""
+def _update(pair: Pair, key: str, entry: Entry) -> Json:
+    """One row of `updates[]`; of a stack that the base has apart, the first tensor is named."""
     stack = pair.rename.stack(base_name(key))
-    return stack.parts[0].tensor if stack else pair.rename(key)
+    name = stack.parts[0].tensor if stack else pair.rename(key)
+    scale = getattr(entry, "scale", None)
+    return {
+        "key": key,
+        "tensor": name if pair.tensor(key) is not None else None,
+        "kind": name_of(entry),
+        "rank": getattr(entry, "rank", None),
+        "scale": scale if scale is not None and math.isfinite(scale) else None,
+        "ratio": pair.ratio(key),
+    }
 
 
 def lines(report: Report) -> str:
@@ -123,13 +114,12 @@ def lines(report: Report) -> str:
         key = r["key"] if r["tensor"] else f"{r['key']} (not in the base)"
         rows.append((key, r["kind"], _number(r["rank"], "d"), scale, _number(r["ratio"], ".2e")))
     text = [*table([(*r,) for r in rows]), ""]
-    counts: dict[str, list[str]] = {}
+    worst: dict[str, str] = {}
     for f in d["findings"]:
-        counts.setdefault(f["check"], []).append(f["severity"])
+        worst.setdefault(f["check"], f["severity"])
     width = max(map(len, CHECKS))
     for name in (*CHECKS, LAST):
-        said = counts.get(name)
-        text.append(f"{name:<{width}}  {said[0] if said else 'ok'}")
+        text.append(f"{name:<{width}}  {worst.get(name, 'ok')}")
     for f in d["findings"]:
         text += ["", f"{f['severity']}: {f['check']}: {some(f['keys'])}".removesuffix(": ")]
         for name, label in (("found", "found:"), ("expected", "expected:"), ("hint", "do:")):

@@ -25,11 +25,11 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import TensorInfo, is_float, read_tensors
+from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter
 from lora_fx.formats.peft.config import Pattern, facts
 from lora_fx.formats.peft.file import WEIGHTS, config_of
-from lora_fx.formats.peft.names import OWN, PREFIX, WRAPPER, from_tensors, unwrapped
+from lora_fx.formats.peft.names import OWN, PREFIX, WRAPPER, Group, from_tensors, unwrapped
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
 
@@ -80,7 +80,7 @@ class Pair:
     """
 
     base: Checkpoint
-    tensors: Mapping[str, TensorInfo]
+    tensors: Tensors
     tie: Tie | None
     path: Path
     raw: Raw
@@ -140,11 +140,8 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     except LoraFxError:
         if refusal is not None:
             raise refusal from None
-    if read is None and raw is None:
-        read = load_adapter(path, base=base)  # its names are not the base's; or this raises
-    if read is None:
-        assert raw is not None
-        read = raw.adapter()
+    if read is None:  # of another format: its names are not the base's, or this raises
+        read = load_adapter(path, base=base) if raw is None else raw.adapter()
     config = checkpoint.config()
     tie, tensors = tie_and_names(checkpoint, read.entries)
     rename = renaming(read, tensors, config, [])
@@ -152,8 +149,8 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
         read = stacked(read, tensors, config, rename)
     reasons = {key: _misfit(key, read, tensors, config, rename) for key in read.entries}
     misfits = {key: why for key, why in reasons.items() if why}
-    seen = raw or Raw()
-    return Pair(checkpoint, tensors, tie, path, seen, read, refusal, rename, misfits, digest)
+    raw = raw or Raw()
+    return Pair(checkpoint, tensors, tie, path, raw, read, refusal, rename, misfits, digest)
 
 
 def _of_peft(path: Path) -> bool:
@@ -165,11 +162,7 @@ def _of_peft(path: Path) -> bool:
 
 
 def _misfit(
-    key: str,
-    adapter: Adapter,
-    tensors: Mapping[str, TensorInfo],
-    config: JsonView,
-    rename: Renaming,
+    key: str, adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renaming
 ) -> str:
     """Why one update does not fit its tensor; empty where it fits, or has none."""
     old = base_name(key)
@@ -178,9 +171,8 @@ def _misfit(
     if not names:
         return ""
     metadata = {k: v for k, v in adapter.metadata.items() if k == "fan_in_fan_out"}
-    one = replace(
-        adapter, entries={name + key.removeprefix(old): adapter.entries[key]}, metadata=metadata
-    )
+    entries = {name + key.removeprefix(old): adapter.entries[key]}
+    one = replace(adapter, entries=entries, metadata=metadata)
     try:
         match(one, {n: tensors[n] for n in names}, config, "")
     except LoraFxError as error:
@@ -218,15 +210,6 @@ _PART = re.compile(
 _WRAPPERS = (WRAPPER, "modules_to_save", "original_module")
 
 
-@dataclass
-class PeftPart:
-    """The tensors of one update: a, b, magnitude, bias → name in the file."""
-
-    key: str
-    kind: str = ""
-    names: dict[str, str] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Raw:
     """An adapter's file as it is.
@@ -244,7 +227,7 @@ class Raw:
     file: Path | None = None
     tensors: Mapping[str, Array] = field(default_factory=dict)
     config: JsonView = field(default_factory=dict)
-    updates: dict[str, PeftPart] = field(default_factory=dict)
+    updates: dict[str, Group] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     prefixes: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
@@ -254,14 +237,14 @@ class Raw:
         entries: dict[str, Entry] = {}
         for key, part in self.updates.items():
             try:
-                entries[key] = self._update(part)
+                entries[key] = self._update(key, part)
             except LoraFxError as error:
                 self.broken[key] = error.message
         for key, name in self.whole.items():
             entries.setdefault(key, Full(self.tensors[name]))
         return Adapter(entries, {"peft": facts(self.config)})
 
-    def _update(self, part: PeftPart) -> LowRank:
+    def _update(self, key: str, part: Group) -> LowRank:
         if not {"a", "b"} <= set(part.names):
             have, lost = ("A", "B") if "a" in part.names else ("B", "A")
             raise LoraFxError(f"it has {have} and no {lost}", "save the adapter again")
@@ -274,10 +257,10 @@ class Raw:
         with np.errstate(over="ignore", invalid="ignore"):
             a, b = a.astype(np.float32), b.astype(np.float32)
         op, kernel = "", a.shape[:0]
-        if not part.key.endswith("]") and a.ndim >= 2:
-            a, b, op, kernel = from_tensors(part.kind, a, b, part.key)
+        if not key.endswith("]") and a.ndim >= 2:
+            a, b, op, kernel = from_tensors(part.kind, a, b, key)
         variant = "rslora" if self.config.get("use_rslora") else "lora"
-        return LowRank(a, b, self._alpha(part.key), None, variant, op=op, kernel=kernel)
+        return LowRank(a, b, self._alpha(key), None, variant, op=op, kernel=kernel)
 
     def _alpha(self, key: str) -> float:
         alpha = None
@@ -320,7 +303,7 @@ def _sort(name: str, raw: Raw) -> None:
         return
     lead = unwrapped(match["lead"], _WRAPPERS)
     key = lead if own else f"{lead}.weight"
-    part = raw.updates.setdefault(key, PeftPart(key))
+    part = raw.updates.setdefault(key, Group(match["lead"], "", {}))
     if match["magnitude"]:
         part.names["magnitude"] = name
     elif match["leaf"] == ".bias":

@@ -65,9 +65,11 @@ FIELDS = (
 VERSION = "peft_version"
 """Kept there too: how PEFT takes stacks of experts depends on it."""
 
+ORIGIN = ("task_type", "base_model_name_or_path", "revision")
+"""Fields that an adapter's metadata has too: what it was trained for, and of which model."""
 SHARED = frozenset((
-    *FIELDS, VERSION, "alpha_pattern", "auto_mapping", "base_model_name_or_path", "inference_mode",
-    "peft_type", "r", "rank_pattern", "revision", "task_type",
+    *FIELDS, VERSION, *ORIGIN, "alpha_pattern", "auto_mapping", "inference_mode", "peft_type", "r",
+    "rank_pattern",
 ))  # fmt: skip
 """Fields that LORA, LOHA and LOKR all have."""
 KNOWN = SHARED | frozenset((
@@ -93,23 +95,14 @@ def check_config(config: JsonView, where: str) -> list[str]:
         if value not in (None, False, [], {}, ""):
             raise LoraFxError(f"{where}: {name} is {value!r}; expected it off: {why}", hint)
     if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
-        raise LoraFxError(
-            f"{where}: bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'",
-            "correct the file, or save the adapter again with PEFT",
-        )
+        raise _wrong(f"{where}: bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'")
     for name in _LISTS:
         value = config.get(name)
         if value is not None and not (isinstance(value, list) and len(_texts(value)) == len(value)):
-            raise LoraFxError(
-                f"{where}: {name} is {value!r}; expected a list of names",
-                "correct the file, or save the adapter again with PEFT",
-            )
+            raise _wrong(f"{where}: {name} is {value!r}; expected a list of names")
     for flag in _FLAGS:
         if config.get(flag) not in (None, True, False):
-            raise LoraFxError(
-                f"{where}: {flag} is {config[flag]!r}; expected true or false",
-                "correct the file, or save the adapter again with PEFT",
-            )
+            raise _wrong(f"{where}: {flag} is {config[flag]!r}; expected true or false")
     if config.get("use_dora") and config.get("lora_bias"):
         raise LoraFxError(
             f"{where}: use_dora and lora_bias are both true; expected one of them, as PEFT does",
@@ -118,19 +111,19 @@ def check_config(config: JsonView, where: str) -> list[str]:
     _check_init(config, where)
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
-        raise LoraFxError(
-            f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)",
-            "correct the file, or save the adapter again with PEFT",
-        )
+        raise _wrong(f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)")
     if "lora_alpha" not in config:
         raise LoraFxError(
             f"{where}: lora_alpha is missing; expected a number: the scale is lora_alpha / r",
             "add the lora_alpha that the adapter was trained with",
         )
-    unknown = sorted(set(config) - KNOWN)
-    notes = [f"{where}: unknown field {name!r} is ignored" for name in unknown]
+    notes = [f"{where}: unknown field {name!r} is ignored" for name in sorted(set(config) - KNOWN)]
     on = (n for n in TRAINS if config.get(n))
     return notes + [f"{where}: {n}: {TRAINS[n][1]}; read as W + s·B·A" for n in on]
+
+
+def _wrong(what: str) -> LoraFxError:
+    return LoraFxError(what, "correct the file, or save the adapter again with PEFT")
 
 
 def mutation(config: JsonView) -> str:
@@ -157,10 +150,9 @@ def whole_factor(config: JsonView, module: str, half: str, stored: Array, where:
         return stored
     n = given.get("nblocks")
     if type(n) is not int or n < 1 or stored.ndim != 2 or len(stored) % n:
-        raise LoraFxError(
+        raise _wrong(
             f"{where}: use_bdlora gives {n!r} blocks; expected a number of them that divides the "
-            f"{len(stored)} rows of factor {half.upper()} of {module!r}",
-            "correct the file, or save the adapter again with PEFT",
+            f"{len(stored)} rows of factor {half.upper()} of {module!r}"
         )
     rows, columns = len(stored) // n, stored.shape[1]
     whole = np.zeros((n, rows, n, columns), stored.dtype)
@@ -259,10 +251,7 @@ class Pattern:
         self.where, self.table = where, table
         given = config.get(table) or {}
         if not isinstance(given, dict):
-            raise LoraFxError(
-                f"{where}: {table} is {given!r}; expected an object",
-                "correct the file, or save the adapter again with PEFT",
-            )
+            raise _wrong(f"{where}: {table} is {given!r}; expected an object")
         self.default = None if default not in config else self._number(default, config[default])
         self.numbers = {k: self._number(f"{table} {k!r}", v) for k, v in given.items()}
         self.unmatched = set(self.numbers)
@@ -271,10 +260,7 @@ class Pattern:
         try:
             self.regexes = {k: _compiled(rf"(.*\.)?({k})$") for k in self.numbers}
         except PatternError as error:
-            raise LoraFxError(
-                f"{where}: {table} holds a bad pattern: {error}",
-                "correct the file, or save the adapter again with PEFT",
-            ) from error
+            raise _wrong(f"{where}: {table} holds a bad pattern: {error}") from error
 
     def of(self, module: str) -> float | None:
         """The number of one module; None where the config gives none."""
@@ -302,18 +288,15 @@ class Pattern:
 
     def notes(self) -> list[str]:
         """What to tell once every module has been asked for."""
-        told = [(*self.unused(p), f"{self.numbers[p]:g}") for p in sorted(self.unmatched)]
-        return [
-            f"{self.where}: {said}; its {number} is for none, as in PEFT; {hint}"
-            for said, hint, number in told
-        ] + sorted(self.doubts)
+        notes = []
+        for pattern in sorted(self.unmatched):
+            (said, hint), number = self.unused(pattern), f"{self.numbers[pattern]:g}"
+            notes.append(f"{self.where}: {said}; its {number} is for none, as in PEFT; {hint}")
+        return notes + sorted(self.doubts)
 
-    def _number(self, what: str, value: Any) -> float:
+    def _number(self, what: str, value: object) -> float:
         if not is_number(value) or not math.isfinite(value):
-            raise LoraFxError(
-                f"{self.where}: {what} is {value!r}; expected a number",
-                "correct the file, or save the adapter again with PEFT",
-            )
+            raise _wrong(f"{self.where}: {what} is {value!r}; expected a number")
         return float(value)
 
 
@@ -333,12 +316,9 @@ def targets(config: JsonView, module: str) -> bool:
 def untouched(config: JsonView, modules: Iterable[str]) -> list[str]:
     """The names in target_modules and target_parameters that no module with tensors answers to."""
     have = [f".{m}" for m in modules]
-    names = set(_texts(config.get("target_modules")))
-    unused = {n for n in names if not any(m.endswith(f".{n}") for m in have)}
-    for name in _texts(config.get("target_parameters")):
-        module = name.rpartition(".")[0]
-        if module and not any(m.endswith(f".{module}") for m in have):
-            unused.add(name)
+    named = [(n, n) for n in _texts(config.get("target_modules"))]
+    named += [(n, n.rpartition(".")[0]) for n in _texts(config.get("target_parameters"))]
+    unused = {n for n, end in named if end and not any(m.endswith(f".{end}") for m in have)}
     return sorted(unused)
 
 
@@ -437,10 +417,9 @@ def _layer_is_meant(config: JsonView, module: str) -> bool:
     else:
         names = [patterns] if isinstance(patterns, str) else patterns
         tries = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names]
+    meant = layers if isinstance(layers, list) else [layers]
     for pattern in tries:
-        found = matched(pattern, module)
-        if found:
-            meant = layers if isinstance(layers, list) else [layers]
+        if found := matched(pattern, module):
             return len(found[1]) < 20 and int(found[1]) in meant
     return False
 
@@ -460,14 +439,12 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
     places = {_place(m) for m in here}
     forget_time()
     entries = {wanted_by(config, m) for m in here}
-    lost = {}
-    for module in modules:
-        if module in here:
-            continue
-        entry = wanted_by(config, module)
-        if entry is not None and (_place(module) in places or entry not in entries):
-            lost[module] = entry
-    return lost
+    wanted = {m: wanted_by(config, m) for m in modules if m not in here}
+    return {
+        module: entry
+        for module, entry in wanted.items()
+        if entry is not None and (_place(module) in places or entry not in entries)
+    }
 
 
 def _place(module: str) -> str:
@@ -505,9 +482,7 @@ def build_config(
     targets = sorted(set(modules))
     config = {
         "peft_type": "LORA",
-        "task_type": metadata.get("task_type"),
-        "base_model_name_or_path": metadata.get("base_model_name_or_path"),
-        "revision": metadata.get("revision"),
+        **{field: metadata.get(field) for field in ORIGIN},
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -519,10 +494,8 @@ def build_config(
         "bias": "none",
         "init_lora_weights": True,
     }
-    exclude = _exclude(targets)
-    if exclude:
-        config["exclude_modules"] = exclude
-    return config | {k: v for k, v in fields.items() if v is not None}
+    more = {"exclude_modules": _exclude(targets) or None, **fields}
+    return config | {k: v for k, v in more.items() if v is not None}
 
 
 def _exclude(modules: Sequence[str]) -> str:

@@ -171,10 +171,9 @@ def from_tensors(
 def unknown_name(name: str, where: str) -> LoraFxError:
     """What to raise for a tensor that PEFT would not have written."""
     at = name.find(PREFIX)
-    low = ".lora_" in name
     if at > 0:
         hint = f"PEFT's name is {name[at:]!r}: take the prefix {name[:at]!r} off every name"
-    elif at < 0 and low:
+    elif at < 0 and ".lora_" in name:
         core = name.removeprefix("base_model.").removeprefix("module.")
         hint = f"the nearest name is {PREFIX + core!r}; was the file saved with save_pretrained?"
     else:
@@ -207,12 +206,8 @@ def candidates(config: JsonView, module: str) -> list[str]:
     >>> candidates({"target_parameters": ["experts.up", "other.down"]}, "h.0.experts")
     ['up']
     """
-    result = set()
-    for name in config.get("target_parameters") or ():
-        leaf = str(name).rpartition(".")[2]
-        if f".{module}.{leaf}".endswith(f".{name}"):
-            result.add(leaf)
-    return sorted(result)
+    named = ((n, str(n).rpartition(".")[2]) for n in config.get("target_parameters") or ())
+    return sorted({leaf for name, leaf in named if f".{module}.{leaf}".endswith(f".{name}")})
 
 
 def read_stacks(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import PeftFile, holds
 from lora_fx.formats.peft.config import (
+    ORIGIN,
     TRAINS,
     Pattern,
     check_config,
@@ -63,15 +63,9 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     notes += check_config(config, source.config_file)
     reader = _Reader(source)
     described, metadata = own_sections(ours, file)
-    taken: set[str] = set()
-    found = groups(tensors, file)
     entries: dict[str, Entry] = {}
-    read = own_entries(described, reader, found, taken)
-    for key, entry, group in read:
-        entries[key] = entry
-        if group is not None and isinstance(entry, LowRank):
-            reader.bias(entries, entry, group)
-    left = {name: value for name, value in tensors.items() if name not in taken}
+    own_entries(described, reader, groups(tensors, file), entries)
+    left = {name: value for name, value in tensors.items() if name not in reader.taken}
     reader.theirs(left, entries)
     for pattern in (reader.ranks, reader.alphas):
         notes += pattern.notes()
@@ -84,9 +78,7 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
         metadata["untouched_targets"] = unused
         names = ", ".join(map(repr, unused))
         notes.append(f"{file}: the config targets {names}, of which the file has no tensor")
-    for field in ("task_type", "base_model_name_or_path", "revision"):
-        if config.get(field):
-            metadata[field] = config[field]
+    metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
     if config.get("fan_in_fan_out"):
         metadata["fan_in_fan_out"] = True
     metadata["dropout"] = float(config.get("lora_dropout") or 0.0)
@@ -105,6 +97,7 @@ class _Reader:
         alphas: lora_alpha and alpha_pattern.
         variant: lora or rslora.
         modules: Names of the modules with low-rank tensors, as PEFT compares them.
+        taken: Names of the tensors that our JSON describes.
     """
 
     def __init__(self, source: PeftFile) -> None:
@@ -115,6 +108,7 @@ class _Reader:
         self.alphas = Pattern(config, "alpha_pattern", "lora_alpha", source.config_file)
         self.variant = "rslora" if config.get("use_rslora") else "lora"
         self.modules: list[str] = []
+        self.taken: set[str] = set()
 
     def theirs(self, tensors: Mapping[str, Array], entries: dict[str, Entry]) -> None:
         """Everything that our JSON does not describe, as PEFT would apply it."""
@@ -449,42 +443,43 @@ def own_sections(ours: JsonView, file: str) -> tuple[Json, Json]:
 
 
 def own_entries(
-    found: JsonView, reader: _Reader, groups: Mapping[str, Group], taken: set[str]
-) -> Iterator[tuple[str, Entry, Group | None]]:
-    """The entries that our JSON describes, each with the layer of PEFT's that it was read from.
+    rows: JsonView, reader: _Reader, found: Mapping[str, Group], entries: dict[str, Entry]
+) -> None:
+    """Add the entries that our JSON describes, and biases of B beside them.
 
     Args:
-        found: key → object.
+        rows: key → object.
         reader: The file's reader.
-        groups: PEFT's layers in it.
-        taken: Gets the names of the tensors that were read.
+        found: PEFT's layers in it.
+        entries: Get them.
     """
-    for key, entry in found.items():
+    for key, row in rows.items():
         try:
-            value, group = _one(entry, reader, groups, taken)
-            fits = not isinstance(value, LowRank) or holds(value.layout, value.shape)
+            entry, group = _one(row, reader, found)
+            fits = not isinstance(entry, LowRank) or holds(entry.layout, entry.shape)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
                 f"{reader.file}: metadata lora_fx does not fit the tensors at {key!r}: "
                 f"{type(error).__name__} {one_line(error)}",
                 "the file was edited; save the adapter again",
             ) from error
-        if isinstance(value, LowRank) and not fits:
+        if isinstance(entry, LowRank) and not fits:
             raise LoraFxError(
-                f"{reader.file}: {key!r} has A {list(value.a.shape)} and B {list(value.b.shape)}; "
-                f"expected those of its layout {entry['layout']}",
+                f"{reader.file}: {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
+                f"expected those of its layout {row['layout']}",
                 "the file was edited; save the adapter again",
             )
-        yield key, value, group
+        entries[key] = entry
+        if isinstance(entry, LowRank) and group is not None:
+            reader.bias(entries, entry, group)
 
 
-def _one(
-    entry: Any, reader: _Reader, groups: Mapping[str, Group], taken: set[str]
-) -> tuple[Entry, Group | None]:
-    source = reader.source
+def _one(row: JsonView, reader: _Reader, found: Mapping[str, Group]) -> tuple[Entry, Group | None]:
+    """The entry of one object, and the layer of PEFT's that it was read from."""
+    source, taken = reader.source, reader.taken
     for kind in ("full", "dense", "rows"):
-        if kind in entry:
-            name = entry[kind]
+        if kind in row:
+            name = row[kind]
             taken.add(name)
             whole = source.full(name)
             if kind == "full":
@@ -493,31 +488,30 @@ def _one(
                 raise ValueError(f"{name!r} has no float dtype")
             value = np.ascontiguousarray(whole.value, np.float32)
             if kind == "rows":
-                index = tuple(int(i) for i in entry["index"])
+                index = tuple(int(i) for i in row["index"])
                 if len(index) != len(value):
                     raise ValueError(f"{len(index)} rows, {len(value)} in {name!r}")
                 return ReplacedRows(index, value), None
-            return from_json(Dense(value), entry), None
-    names = (str(entry["a"]), str(entry["b"]))
+            return from_json(Dense(value), row), None
+    names = (str(row["a"]), str(row["b"]))
     group = None
     if names[0].startswith(OWN):
         taken.update(names)
-        low = _pair(source, names, entry, taken)
+        low = _pair(source, names, row, taken)
     else:
         split = split_name(names[0].removeprefix(PREFIX))
         if split is None:
             raise ValueError(f"{names[0]!r} is no name of an A")
-        group = groups[split[0]]
+        group = found[split[0]]
         taken.update(group.names.values())
-        low = reader.update(group, groups)
-    a, b = low.a, low.b
-    if entry.get("swapped"):
-        a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
-    told = from_json(replace(low, a=a, b=b), entry)
+        low = reader.update(group, found)
+    if row.get("swapped"):
+        low = replace(low, a=np.ascontiguousarray(low.b.T), b=np.ascontiguousarray(low.a.T))
+    told = from_json(low, row)
     return replace(told, mutated=low.mutated or told.mutated), group
 
 
-def _pair(source: PeftFile, names: tuple[str, str], entry: Any, taken: set[str]) -> LowRank:
+def _pair(source: PeftFile, names: tuple[str, str], entry: JsonView, taken: set[str]) -> LowRank:
     """An update under names of our own."""
     a, b = (source.factor(name) for name in names)
     if a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:

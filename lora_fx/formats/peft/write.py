@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -51,8 +52,7 @@ class _Writer:
         """Everything, in the order of the file."""
         _one_each(self.told)
         updates = self.adapter.lowrank
-        variant = one_variant(updates)
-        self._flags(variant)
+        self._flags(one_variant(updates))
         for key, low in updates.items():
             self._update(key, low)
         biases = self._biases()
@@ -88,8 +88,7 @@ class _Writer:
             "fan_in_fan_out": bool(turned) and all(turned) and not stacks,
             "use_dora": all_or_none({k: low.magnitude is not None for k, low in told.items()}),
         }
-        others = [k for k, f in self.told.items() if f.kind != "embedding"]
-        changed = {k: updates[k].mutated for k in others}
+        changed = {k: updates[k].mutated for k, f in self.told.items() if f.kind != "embedding"}
         first = next((v for v in changed.values() if v), "")
         all_or_none({k: v == first for k, v in changed.items()} if first else {}, first)
         if first == "kasa":
@@ -117,7 +116,10 @@ class _Writer:
         for name, value in values.items():
             self._put(key, name, value)
         if not form.plain:
-            self.described[key] = names | _describe(low, form)
+            # PEFT's forms take the numbers from the config, which people edit
+            numbers = ("rank", "alpha", "variant") if form.kind == "own" else ()
+            row = names | to_json(low, "layout", "use", "extra", *numbers)
+            self.described[key] = {**row, "swapped": True} if form.swapped else row
 
     def _numbers(self) -> dict[str, tuple[int, float]]:
         """(rank, alpha) by the names that PEFT compares; target_parameters on the way."""
@@ -233,14 +235,6 @@ def _one_each(told: Mapping[str, PeftForm]) -> None:
         layers[form.lead] = key
 
 
-def _describe(low: LowRank, form: PeftForm) -> Json:
-    """What the config does not say of one update, to read it back exactly."""
-    # PEFT's forms take the numbers from the config, which people edit.
-    numbers = ("rank", "alpha", "variant") if form.kind == "own" else ()
-    row = to_json(low, "layout", "use", "extra", *numbers)
-    return {**row, "swapped": True} if form.swapped else row
-
-
 # The form in which PEFT can say an update, if any, and its tensors in that form.
 #
 # linear, conv, embedding and stack (a parameter of target_parameters) are PEFT's, under
@@ -296,10 +290,7 @@ class PeftForm:
 def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
     """The form of every update; those that need a partner look for it among the others."""
     leads = {u.layer.lead: k for k, u in updates.items() if u.layer and _as_read(u)}
-    levels: dict[str, int] = {}
-    for lead, key in leads.items():
-        if updates[key].op == "experts":
-            levels[unwrapped(lead)] = levels.get(unwrapped(lead), 0) + 1
+    levels = Counter(unwrapped(lead) for lead, key in leads.items() if updates[key].op == "experts")
     result = {}
     for key, low in updates.items():
         layer = low.layer or FileLayer("")
@@ -326,14 +317,12 @@ def _as_read(low: LowRank) -> bool:
 
 def form_of(key: str, low: LowRank) -> PeftForm:
     """The form in which PEFT can say an update by itself, or own with the reason."""
-    name = key
+    name, shared = low.use or key, low.tied and not low.use
     if low.use.startswith("op:"):
         return PeftForm("own", why=f"it acts on one use only ({low.use})")
     if split_use(key)[1].startswith("call:"):
         return PeftForm("own", why="it acts on one call of several")
-    if low.use:
-        name = low.use
-    elif low.tied and not (low.twins and _as_read(low)):
+    if shared and not (low.twins and _as_read(low)):
         return PeftForm("own", why="it acts on several modules that share the tensor")
     if key.endswith("]"):
         return PeftForm("own", why="it covers a part of the tensor")
@@ -341,7 +330,7 @@ def form_of(key: str, low: LowRank) -> PeftForm:
         return PeftForm("own", why="the parameter is not the weight of a module")
     if low.a.ndim != 2:
         return PeftForm("own", why="it is a stack of matrices or a grouped convolution")
-    if low.tied and not low.use:
+    if shared:
         odd = low.kernel or low.mutated or low.layer or low.magnitude is not None
         if low.op and not odd:
             return PeftForm("embedding", name.removesuffix(".weight"), plain=True)

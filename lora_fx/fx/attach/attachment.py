@@ -8,7 +8,7 @@ and takes them off again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -20,25 +20,9 @@ from lora_fx.adapter.factors import SIDES, frame, slots_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Program, bound
-from lora_fx.fx.attach.live import (
-    METHODS,
-    REGISTRY,
-    ActiveAdapter,
-    Live,
-    keeps_statistics,
-    restore,
-    swap,
-)
-from lora_fx.fx.module.adapted import (
-    AdaptedReport,
-    Base,
-    adapted_report,
-    fill,
-    fitted,
-    held_adapter,
-    held_tensors,
-    put_whole,
-)
+from lora_fx.fx.attach.live import METHODS, REGISTRY, ActiveAdapter, Live, restore, swap
+from lora_fx.fx.module import adapted
+from lora_fx.fx.module.adapted import AdaptedReport, Base, Updates
 from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched
 from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
@@ -84,7 +68,7 @@ class Attachment:
 
     # --- on and off ------------------------------------------------------------------------------
 
-    def install(self, updates: Mapping[str, LowRank]) -> None:
+    def install(self, updates: Updates) -> None:
         """Put the forms of `updates` on the model; A and B take their values."""
         # first, since it may refuse: then the model is as before
         forms = self.planner.forms(updates, self.by_weight)
@@ -173,9 +157,7 @@ class Attachment:
     def watch(self) -> Iterator[set[str]]:
         """A block that collects the paths of the modules whose branch ran."""
         seen, paths = set[int](), set[str]()
-        with contextlib.ExitStack() as watched:
-            for module, _, _ in self._swapped:
-                watched.enter_context(patched(module._lora_fx, seen=seen))
+        with patched(self.switch, seen=seen):
             yield paths
         paths |= {p for p in self.forms if id(self.model.get_submodule(p)) in seen}
 
@@ -188,17 +170,17 @@ class Attachment:
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trained parameters A and B of every key."""
-        held = held_tensors(self.model, self.updates)
+        held = adapted.held_tensors(self.model, self.updates)
         return {key: (fields["a"], fields["b"]) for key, fields in held.items()}
 
-    def fill(self, updates: Mapping[str, LowRank]) -> None:
+    def fill(self, updates: Updates) -> None:
         """Write the values of `updates`, of the shapes installed, into their parameters."""
-        fill(self.model, {key: updates[key] for key in self.updates})
+        adapted.fill(self.model, {key: updates[key] for key in self.updates})
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
         shapes = {name: tuple(value.shape) for name, value in self._originals.items()}
-        return held_adapter(self.model, self.updates, shapes, self.metadata, self._sampled)
+        return adapted.held_adapter(self.model, self.updates, shapes, self.metadata, self._sampled)
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Replace the adapter; targets, ranks and alphas become those of `adapter`.
@@ -210,7 +192,7 @@ class Attachment:
             LoraFxError: A key or a shape that does not fit, a target that attach has not
                 proven, or a whole tensor that is not among `also_train`.
         """
-        found = fitted(adapter, self.found, self.model, self._also, "attach")
+        found = adapted.fitted(adapter, self.found, self.model, self._also, "attach")
         updates = found.lowrank
         for key, update in updates.items():
             if self.proven.get(key) != update.use:
@@ -222,7 +204,7 @@ class Attachment:
             self.fill(updates)
         else:
             self.install(updates)
-        put_whole(self.model, found, self._originals)
+        adapted.put_whole(self.model, found, self._originals)
         self.metadata = dict(found.metadata)
         self.check_base(adapter)
 
@@ -248,7 +230,7 @@ class Attachment:
             if n in self._taken()
         ]
         notes = (*self._notes, *self._sampled.said, *self.planner.notes, *forms)
-        return adapted_report(self.model, self.updates, self.found, self._also, notes)
+        return adapted.adapted_report(self.model, self.updates, self.found, self._also, notes)
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -264,6 +246,12 @@ def attachment(model: nn.Module) -> Attachment:
 def is_attached(model: object) -> TypeGuard[nn.Module]:
     """True for a model that attach has changed."""
     return isinstance(model, nn.Module) and REGISTRY in model.__dict__
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """True for a norm that moves running statistics in train mode."""
+    tracked = isinstance(module._buffers.get("running_mean"), torch.Tensor)
+    return tracked and bool(getattr(module, "track_running_stats", True))
 
 
 # What each module of an attached model gets, as plain data by module path.
@@ -283,9 +271,7 @@ class Planner:
     found: Found
     notes: tuple[str, ...] = ()
 
-    def forms(
-        self, updates: Mapping[str, LowRank], by_weight: frozenset[str] = frozenset()
-    ) -> dict[str, Form]:
+    def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """The form of every module, by path; modules in `by_weight` get no branch."""
         raise NotImplementedError
 

@@ -57,7 +57,7 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
     "cast_like": lambda x, y: x.to(y.dtype),
 }
-"""What runs each primitive of lora_fx.ir.emitter."""
+"""What runs each primitive of lora_fx.ir.view.Ops."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,8 @@ class Bound:
 
     def __call__(self, first: torch.Tensor, second: torch.Tensor | None = None) -> object:
         """Run the program on the values of one call."""
-        values: list[object] = [first, second]
-        for module, leaf in self.places:
-            values.append(module._parameters[leaf])
-        values.extend(self.constants)
+        tensors = [module._parameters[leaf] for module, leaf in self.places]
+        values: list[object] = [first, second, *tensors, *self.constants]
         for prim, operands, attrs in self.steps:
             values.append(PRIMS[prim](*[values[i] for i in operands], **attrs))
         return values[-1]
@@ -118,11 +116,7 @@ class Recorder:
     """
 
     padding: int | None = None
-    made: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Give the inputs the first places."""
-        self.made += [("input",)] * INPUTS
+    made: list[tuple[Any, ...]] = field(default_factory=lambda: [("input",)] * INPUTS)
 
     def _add(self, *entry: object) -> Value:
         self.made.append(entry)
@@ -133,7 +127,7 @@ class Recorder:
         return Value(index)
 
     def op(self, prim: str, *xs: Any, **attrs: object) -> Value:
-        """Record one primitive of the closed set; see lora_fx.ir.emitter."""
+        """Record one primitive of the closed set; see lora_fx.ir.view.Ops."""
         operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
         fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
         return self._add("step", prim, tuple(o.index for o in operands), fixed)
@@ -148,10 +142,8 @@ class Recorder:
 
     def parameter(self, name: str, value: Array, role: Role) -> Value:
         """A tensor of the adapter, found by its name at each call."""
-        for i, entry in enumerate(self.made):
-            if entry == ("tensor", name):
-                return Value(i)
-        return self._add("tensor", name)
+        entry = ("tensor", name)
+        return Value(self.made.index(entry)) if entry in self.made else self._add(*entry)
 
     def program(self, result: Value) -> Program:
         """What leads to `result`; everything else that was recorded is left out.

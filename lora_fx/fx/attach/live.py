@@ -35,9 +35,15 @@ ALWAYS, INSIDE, OUTSIDE = "always", "inside", "outside"
 
 @dataclass
 class ActiveAdapter:
-    """The switch that all modules of one model share; off gives the base model's numbers."""
+    """The switch that all modules of one model share; off gives the base model's numbers.
+
+    Attributes:
+        on: Whether the updates count.
+        seen: Collects the id of every module whose branch ran, while a proof asks for it.
+    """
 
     on: bool = True
+    seen: set[int] | None = None
 
 
 @dataclass
@@ -50,7 +56,6 @@ class Live:
             those inside or outside of this module's own forward.
         output: The programs of the branch in eval and in train mode.
         inside: True while the module's own forward runs, where a weight asks for that.
-        seen: Collects the id of every module whose branch ran, while a proof asks for it.
     """
 
     switch: ActiveAdapter
@@ -59,12 +64,6 @@ class Live:
     inside: bool = False
     frozen: bool = False
     gained: tuple[str, ...] = ()
-    seen: set[int] | None = None
-
-    @property
-    def bracketed(self) -> bool:
-        """True when the module's own forward decides what its weights give."""
-        return any(where != ALWAYS for _, where in self.weights.values())
 
 
 Forward = Callable[..., object]
@@ -105,8 +104,8 @@ def _with_branch(plain: Forward) -> Forward:
     def forward(self: Any, *args: object, **kwargs: object) -> object:
         y = plain(self, *args, **kwargs)
         live = self._lora_fx
-        if live.seen is not None:
-            live.seen.add(id(self))
+        if live.switch.seen is not None:
+            live.switch.seen.add(id(self))
         if not live.switch.on:
             return y
         # only modules whose forward takes one argument get a branch (see one_argument)
@@ -201,7 +200,7 @@ def swap(module: nn.Module, live: Live) -> type[nn.Module]:
             tuple(live.weights),
             live.gained,
             branch=live.output is not None,
-            bracket=live.bracketed,
+            bracket=any(where != ALWAYS for _, where in live.weights.values()),
             frozen=live.frozen,
         )
         module.__class__ = new
@@ -219,9 +218,3 @@ def restore(module: nn.Module, base: type[nn.Module]) -> None:
         flat = [module._parameters.get(n) for n in module._flat_weights_names]
         module._flat_weights = flat
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in flat]
-
-
-def keeps_statistics(module: nn.Module) -> bool:
-    """True for a norm that moves running statistics in train mode."""
-    tracked = isinstance(module._buffers.get("running_mean"), torch.Tensor)
-    return tracked and bool(getattr(module, "track_running_stats", True))

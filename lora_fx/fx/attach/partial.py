@@ -149,7 +149,7 @@ def one_op(site: Site, node: fx.Node, x: object, states: Mapping[fx.Node, object
         x: The op's activation.
         states: Nodes that depend on parameters only (FxFlow.behind).
     """
-    call = _call(node)
+    call = next(reversed(node.meta.get("nn_module_stack", {})), None)
     if call is None or not isinstance(x, fx.Node):
         return False
     body = {n for n in node.graph.nodes if call in n.meta.get("nn_module_stack", {})}
@@ -167,15 +167,8 @@ def one_op(site: Site, node: fx.Node, x: object, states: Mapping[fx.Node, object
             return False
         last = users[0]
         seen.add(last)
-    rest = [n for n in body - seen if n not in states and isinstance(value(n), torch.Tensor)]
-    if rest:
-        return False
-    return len(seen) == 1 or _leading(site, first, last)
-
-
-def _call(node: fx.Node) -> str | None:
-    stack = list(node.meta.get("nn_module_stack", {}))
-    return str(stack[-1]) if stack else None
+    more = any(isinstance(value(n), torch.Tensor) for n in body - seen if n not in states)
+    return not more and (len(seen) == 1 or _leading(site, first, last))
 
 
 def _leading(site: Site, first: fx.Node, last: fx.Node) -> bool:

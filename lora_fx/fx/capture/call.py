@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.conditions import Condition, Size, SizeError
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.flow import VIEWS
-from lora_fx.fx.graph.nodes import dtype_name, dtype_of, reached, shape_of
+from lora_fx.fx.graph.nodes import aten_ops, dtype_name, dtype_of, reached, shape_of
 from lora_fx.fx.tensors import from_numpy, has_values
 from lora_fx.inputs import Extents, Input, Inputs, Named
 
@@ -178,16 +178,13 @@ def output_name(path: str) -> str:
 def program_key(named: Named, leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What decides which program a call needs: names, structure, constants, dtypes and ranks."""
     parts: list[Any] = []
-    for k in named:
-        v = named[k]
+    for k, v in named.items():
         parts.append(k)
         if not isinstance(v, torch.Tensor):
             parts.append(len(pytree.tree_leaves(v)))
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            parts.append((leaf.dtype, leaf.dim()))
-        else:
-            parts.append((type(leaf).__name__, leaf))
+        is_tensor = isinstance(leaf, torch.Tensor)
+        parts.append((leaf.dtype, leaf.dim()) if is_tensor else (type(leaf).__name__, leaf))
     return tuple(parts)
 
 
@@ -252,7 +249,7 @@ class Door:
         return {(n, d): leaves[names.index(n)].shape[d] for _, n, d in condition.sizes}
 
 
-def as_module(model: Any) -> nn.Module:
+def as_module(model: object) -> nn.Module:
     """The module whose forward a capture traces: the model, or one that calls it.
 
     A bound method of a module becomes that module with this method as its forward. A function
@@ -262,8 +259,7 @@ def as_module(model: Any) -> nn.Module:
         return model
     if not callable(model):
         raise LoraFxError(
-            f"a {type(model).__name__} is no model",
-            "pass an nn.Module, or a function of tensors",
+            f"a {type(model).__name__} is no model", "pass an nn.Module, or a function of tensors"
         )
     return Called(model)
 
@@ -310,19 +306,10 @@ class Called(OverTree):
 
 
 aten = torch.ops.aten
-_PASS = {
-    *VIEWS,
-    aten.add.Tensor,
-    aten.add_.Tensor,
-    aten.sub.Tensor,
-    aten.masked_fill.Scalar,
-    aten.masked_fill_.Scalar,
-    aten.where.self,
-    aten.cat.default,
-    aten.new_zeros.default,
-    aten.copy_.default,
-    aten.clamp.default,
-}
+_PASS = {*VIEWS} | aten_ops(
+    "add.Tensor add_.Tensor sub.Tensor masked_fill.Scalar masked_fill_.Scalar where.self cat "
+    "new_zeros copy_ clamp"
+)
 
 
 def describe(named: Named) -> Inputs:

@@ -25,30 +25,9 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, LoraFxError, one_line
-from lora_fx.fx.capture.call import (
-    Called,
-    Door,
-    Requested,
-    Signature,
-    apart,
-    as_module,
-    describe,
-    leaves_of,
-    limits,
-    program_key,
-    sample_call,
-    without_cache,
-)
-from lora_fx.fx.capture.trace import (
-    Pinned,
-    RootModule,
-    Traced,
-    batched_experts,
-    less,
-    ones_of,
-    record,
-    trace,
-)
+from lora_fx.fx.capture import call, trace
+from lora_fx.fx.capture.call import Called, Door, Requested, Signature
+from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.tensors import AdapterTensors
@@ -112,8 +91,8 @@ class ModelSource:
         if dtype not in self.copies:
             name = getattr(self.forward, "__name__", "forward")
             copied, mode = weightless(self.module, dtype, self.mode)
-            call = _hooked(copied) if name == "forward" else getattr(copied, name)
-            self.copies[dtype] = ModelSource(copied, call, mode)
+            forward = _hooked(copied) if name == "forward" else getattr(copied, name)
+            self.copies[dtype] = ModelSource(copied, forward, mode)
         return self.copies[dtype]
 
 
@@ -138,7 +117,7 @@ class Captured:
         dynamic: Dynamic | None = None,
         static: Sequence[str] = (),
     ) -> None:
-        self.model = as_module(model)
+        self.model = call.as_module(model)
         forward: Any = self.model.forward if isinstance(model, nn.Module) else model
         self.signature = Signature(forward)
         self.source = ModelSource.of(self.model)
@@ -156,13 +135,13 @@ class Captured:
                 f"its signature is forward{self.signature.signature}",
             ) from e
         given, spec = pytree.tree_flatten(self.named)
-        self.named = pytree.tree_unflatten(leaves := apart(given), spec)
+        self.named = pytree.tree_unflatten(leaves := call.apart(given), spec)
         if not any(isinstance(x, torch.Tensor) for x in leaves):
             raise LoraFxError(
                 "no example input is a tensor",
                 f"pass args or kwargs for forward{self.signature.signature}",
             )
-        self.inputs: Inputs = describe(self.named)
+        self.inputs: Inputs = call.describe(self.named)
         self.requested: Requested = merge_dynamic(
             self.inputs, default_dynamic(self.inputs), dynamic, static
         )
@@ -229,7 +208,7 @@ class Captured:
             SizeError: The model does not run at these sizes, or no graph of it holds for them.
         """
         leaves = pytree.tree_leaves(dict(named))
-        key = (training, portable, dtype or self.base_dtype, *program_key(named, leaves))
+        key = (training, portable, dtype or self.base_dtype, *call.program_key(named, leaves))
         held = self.tracings.setdefault(key, [])
         new = partial(self._new, training, named, dtype, portable=portable)
         if not held:
@@ -251,7 +230,7 @@ class Captured:
         if len(held) >= MOST_PATHS or not self._another(held[0].door, leaves):
             raise refused
         try:  # a free size is never 1 in an export: there the size is part of the path
-            found = new(fixed=ones_of(named, self.requested))
+            found = new(fixed=trace.ones_of(named, self.requested))
         except CaptureError as e:
             raise refused from e
         if not found.door.admits(leaves):
@@ -280,10 +259,10 @@ class Captured:
         fixed: Collection[tuple[str, int]] = (),
     ) -> Traced:
         source = self.source.in_dtype(dtype, self.base_dtype)
-        new = default_dynamic(describe(named))
+        new = default_dynamic(call.describe(named))
         unknown = {n: d for n, d in new.items() if n not in self.inputs.names}
-        requested = less({**self.requested, **unknown}, fixed)
-        with batched_experts(source.module) if portable else contextlib.nullcontext():
+        requested = trace.less({**self.requested, **unknown}, fixed)
+        with trace.batched_experts(source.module) if portable else contextlib.nullcontext():
             try:
                 traced = self._trace(source, training, named, requested)
             except CaptureError as e:
@@ -304,8 +283,8 @@ class Captured:
     ) -> Traced:
         """The rungs below an export with free sizes: with fixed ones, then one recorded run."""
         why = one_line(error.message, 200)
-        leaves = dict(leaves_of(named))
-        try:
+        leaves = dict(call.leaves_of(named))
+        with contextlib.suppress(CaptureError):
             traced = self._trace(source, training, named, {})
             traced.pinned = [
                 Pinned(n, d, int(leaves[n].shape[d]), why)
@@ -314,8 +293,6 @@ class Captured:
                 if isinstance(leaves.get(n), torch.Tensor)
             ]
             return traced
-        except CaptureError:
-            pass
         own = self.source.in_dtype(None, self.base_dtype)
         real = all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
         if source is not own or not real:
@@ -323,7 +300,7 @@ class Captured:
         try:
             with as_it_was(self.model, training), torch.random.fork_rng(devices=[]):
                 entry = RootModule(self.model, self.signature, _hooked(self.model))
-                traced = record(entry, named, why)
+                traced = trace.record(entry, named, why)
                 self._name_constants(traced)
                 if not self._again(traced, named):
                     raise error  # what its values decide is not what another input's would
@@ -341,8 +318,8 @@ class Captured:
 
         They are drawn small, large and with the other sign too: branches go by such things.
         """
-        fixed = describe(named)
-        drawn = [named, *(sample_call(fixed, named, SIZES[0], seed) for seed in range(2))]
+        fixed = call.describe(named)
+        drawn = [named, *(call.sample_call(fixed, named, SIZES[0], seed) for seed in range(2))]
         others = [
             pytree.tree_map_only(torch.Tensor, partial(_times, factor), dict(n))
             for n in drawn
@@ -359,7 +336,7 @@ class Captured:
                 leaves = pytree.tree_leaves(dict(other))
                 torch.manual_seed(0)
                 got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
-            pairs = zip(got, pytree.tree_leaves(without_cache(want)), strict=True)
+            pairs = zip(got, pytree.tree_leaves(call.without_cache(want)), strict=True)
             if not all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor)):
                 return False
         return True
@@ -383,7 +360,7 @@ class Captured:
         with as_it_was(source.module, training):
             try:
                 entry = RootModule(source.module, self.signature, source.forward)
-                traced = trace(entry, named, requested)
+                traced = trace.trace(entry, named, requested)
             except LoraFxError:
                 raise
             except Exception as e:
@@ -405,15 +382,14 @@ class Captured:
             if known:
                 renamed[name] = str(known)
                 del traced.constants[name]
-        for node in traced.graph.nodes:
-            if node.op == "get_attr" and str(node.target) in renamed:
-                node.target = renamed[str(node.target)]
+        for node in traced.graph.find_nodes(op="get_attr"):
+            node.target = renamed.get(str(node.target), node.target)
 
     def bounded_inputs(self) -> Inputs:
         """The signature with the integer limits that the eval graph shows."""
         if not self._limits_known:
             traced = self.traced(False, self.named)
-            specs = limits(self.inputs, traced.graph, traced.door)
+            specs = call.limits(self.inputs, traced.graph, traced.door)
             self.inputs = Inputs(specs, traced.door.conditions, traced.cuts)
             self._limits_known = True
         return self.inputs
@@ -497,12 +473,9 @@ def _hooked(model: nn.Module) -> Callable[..., Any]:
 
 def base_dtype(model: nn.Module) -> torch.dtype | None:
     """The dtype of the first floating parameter that is not an adapter's."""
-    for m in model.modules():
-        if not isinstance(m, AdapterTensors):
-            for p in m._parameters.values():
-                if p is not None and p.is_floating_point():
-                    return p.dtype
-    return None
+    own = (m for m in model.modules() if not isinstance(m, AdapterTensors))
+    held = (p for m in own for p in m._parameters.values() if p is not None)
+    return next((p.dtype for p in held if p.is_floating_point()), None)
 
 
 # Why a model could not be captured: the line of the user's code, the cause, what to do.

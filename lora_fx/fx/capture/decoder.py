@@ -79,16 +79,16 @@ def decoder(model: Any) -> Captured:
     layers = _layers(model)
     generator = torch.Generator().manual_seed(0)
     rows = int(model.config.get_text_config().vocab_size)
+    dtype, device = base_dtype(model), _device(model)
     named: dict[str, Any] = {
-        "input_ids": torch.randint(0, rows, (ROWS, NOW), generator=generator),
-        "attention_mask": torch.ones(ROWS, BEFORE + NOW, dtype=torch.int64),
+        "input_ids": torch.randint(0, rows, (ROWS, NOW), generator=generator).to(device),
+        "attention_mask": torch.ones(ROWS, BEFORE + NOW, dtype=torch.int64, device=device),
         "past_key_values": {},
     }
     dynamic: dict[str, Any] = {
         "input_ids": {1: LENGTH},
         "attention_mask": {1: f"{PAST} + {LENGTH}"},
     }
-    dtype, device = base_dtype(model), _device(model)
     for i, (heads, *widths) in enumerate(layers):
         pair = zip(("key", "value"), widths, strict=True)
         named["past_key_values"][str(i)] = {
@@ -96,8 +96,6 @@ def decoder(model: Any) -> Captured:
             for k, width in pair
         }
         dynamic |= {f"past_key_values.{i}.{k}": {2: PAST} for k in ("key", "value")}
-    for name in ("input_ids", "attention_mask"):
-        named[name] = named[name].to(device)
     captured = Captured(with_cache(model), (), named, dynamic)
     captured.notes += [n for n in notes if n not in captured.notes]
     captured.traced(False, captured.named)

@@ -14,7 +14,7 @@ import contextlib
 import linecache
 import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -54,8 +54,7 @@ class GuardLog:
     def __init__(self) -> None:
         self.guards: dict[str, Guard] = {}
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[GuardLog]:
+    def listening(self) -> contextlib.AbstractContextManager[None]:
         """Within this block every guard of torch is written down.
 
         torch's deferred asserts name the call of the kernel that came last, not the line that
@@ -64,8 +63,7 @@ class GuardLog:
         kind: Any = symbolic_shapes.ShapeEnv
         original: Any = getattr(kind, "_log_guard", None)
         if original is None:
-            yield self
-            return
+            return contextlib.nullcontext()
 
         def log(env: object, prefix: str, g: object, *args: object, **kwargs: object) -> None:
             if "suppressed" not in prefix:
@@ -74,8 +72,7 @@ class GuardLog:
                     self.guards.setdefault(text, found)
             original(env, prefix, g, *args, **kwargs)
 
-        with patched(kind, _log_guard=log):
-            yield self
+        return patched(kind, _log_guard=log)
 
     def of(self, text: str) -> Guard:
         """The guard of an expression as torch prints it."""

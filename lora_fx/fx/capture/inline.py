@@ -1,10 +1,10 @@
-"""No_grad, autocast and vmap: what runs in a region of torch's as nodes of the graph itself."""
+"""What torch holds in one node as nodes of its own: no_grad, autocast, vmap, chains of products."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,34 +13,34 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, map_arg
 
-from lora_fx.fx.graph.nodes import NO_GRAD, value
+from lora_fx.fx.graph.nodes import NO_GRAD, aten_ops, dtype_of, value
 
 aten = torch.ops.aten
 higher = torch.ops.higher_order
 CHOSEN = ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros")
 """Beginnings of ops whose dtype the model chose, whatever autocast would."""
+CHAINS = aten_ops("linalg_multi_dot chain_matmul")
 
 
-def inline_regions(module: fx.GraphModule, graph: fx.Graph, *, no_grad: bool = False) -> None:
+def inline_regions(module: fx.GraphModule, *, no_grad: bool = False) -> None:
     """Replace every call of a no_grad or autocast body by the body's own nodes.
 
     What runs in them is the model's like everything else: its weights are targets. What the
     regions did to gradients and dtypes is written out as detach and casts.
     """
-    for node in list(graph.nodes):
+    for node in list(module.graph.nodes):
         if node.target is higher.wrap_with_set_grad_enabled:
             enabled, body, *given = node.args
             off = no_grad or not enabled
-            _inline(module, graph, node, body, given, no_grad=off, cast=None)
+            _inline(module, node, body, given, no_grad=off, cast=None)
         elif node.target is higher.wrap_with_autocast:
             _, dtype, enabled, _, body, *given = node.args
             cast = (dtype or torch.bfloat16) if enabled else None
-            _inline(module, graph, node, body, given, no_grad=no_grad, cast=cast)
+            _inline(module, node, body, given, no_grad=no_grad, cast=cast)
 
 
 def _inline(
     module: fx.GraphModule,
-    graph: fx.Graph,
     node: fx.Node,
     body: fx.Node,
     given: list[Argument],
@@ -48,8 +48,8 @@ def _inline(
     no_grad: bool,
     cast: torch.dtype | None,
 ) -> None:
-    part = operator.attrgetter(str(body.target))(module)
-    inline_regions(part, part.graph, no_grad=no_grad)
+    graph, part = module.graph, operator.attrgetter(str(body.target))(module)
+    inline_regions(part, no_grad=no_grad)
     env: dict[fx.Node, Argument] = {}
     arguments = iter(given)
     results: Any = ()
@@ -99,22 +99,19 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
     made = value(node)
     if isinstance(made, (tuple, list)):
         made = next((m for m in made if isinstance(m, torch.Tensor)), None)
-    if not isinstance(made, torch.Tensor) or not made.is_floating_point():
+    chosen = str(node.target).startswith(CHOSEN)
+    if chosen or not isinstance(made, torch.Tensor) or not made.is_floating_point():
         return
-    if str(node.target).startswith(CHOSEN):
-        return
-    operands = [
-        i for i in node.all_input_nodes if isinstance(v := value(i), torch.Tensor)
-        and v.is_floating_point()
-    ]  # fmt: skip
-    seen = {value(i).dtype for i in operands}
+    dtypes = {i: dtype_of(i) for i in node.all_input_nodes}
+    operands = [i for i, dtype in dtypes.items() if dtype and dtype.is_floating_point]
+    seen = {dtypes[i] for i in operands}
     wanted = made.dtype
     mixed = seen != {wanted} and wanted in (dtype, torch.float32)
     if not mixed or (wanted is torch.float32 and torch.float32 in seen):
         return  # plain type promotion
     with graph.inserting_before(node):
         for i in operands:
-            if value(i).dtype is not wanted:
+            if dtypes[i] is not wanted:
                 new = graph.call_function(aten.to.dtype, (i, wanted))
                 new.meta = dict(i.meta)
                 new.meta["val"] = value(i).to(wanted)
@@ -161,3 +158,42 @@ def _batched(graph: fx.Graph, body: Sequence[fx.Node]) -> None:
         node.replace_all_uses_with(new)
     for node in reversed(body):
         graph.erase_node(node)
+
+
+# Chains of products, written as products of two, which have rows in the op table.
+#
+# A chain is associative. It starts at its first activation and goes outwards, x, W₁, W₂ as
+# (x W₁) W₂, so that each weight stands alone in one product with an activation.
+
+
+def split_products(graph: fx.Graph) -> None:
+    """Rewrite every chain of a graph; torch may choose another order, so last bits may differ."""
+    moving: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node.op != "placeholder" and not any(n in moving for n in node.all_input_nodes):
+            continue
+        moving.add(node)
+        if node.target in CHAINS:
+            with graph.inserting_before(node):
+                new = _chain(node, moving)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            moving.add(new)
+
+
+def _chain(node: fx.Node, moving: Collection[fx.Node]) -> fx.Node:
+    factors: Any = node.args[0]
+    start = next(i for i, f in enumerate(factors) if f in moving)
+    y: fx.Node = factors[start]
+    for f in reversed(factors[:start]):
+        y = _product(node, f, y)
+    for f in factors[start + 1 :]:
+        y = _product(node, y, f)
+    return y
+
+
+def _product(node: fx.Node, *factors: fx.Node) -> fx.Node:
+    """A product in the place of a chain, in its scope."""
+    new = node.graph.call_function(aten.matmul.default, factors)
+    new.meta = {**node.meta, "val": aten.matmul.default(*map(value, factors))}
+    return new

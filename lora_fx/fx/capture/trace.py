@@ -35,11 +35,10 @@ from lora_fx.fx.capture.call import (
     without_cache,
 )
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
-from lora_fx.fx.capture.inline import inline_regions, without_vmap
+from lora_fx.fx.capture.inline import inline_regions, split_products, without_vmap
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import value
 from lora_fx.fx.graph.ops import row_of
-from lora_fx.fx.graph.products import split_products
 from lora_fx.fx.tensors import patched
 from lora_fx.inputs import Named
 from lora_fx.silence import silenced
@@ -430,7 +429,7 @@ def clean_module(
         log: What was learnt while it was made; empty for a file.
     """
     graph = module.graph
-    inline_regions(module, graph)
+    inline_regions(module)
     without_vmap(graph)
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:

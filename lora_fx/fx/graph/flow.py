@@ -20,11 +20,13 @@ from torch.fx import Node
 
 from lora_fx.fx.graph.nodes import (
     argument,
+    aten_ops,
     dtype_name,
     hint,
     is_marked,
     numel,
     op_name,
+    plain,
     reached,
     shape_of,
     value,
@@ -189,14 +191,14 @@ def _call(flow: FxFlow, node: fx.Node) -> None:
     if constant_product:
         flow.products.append(node)
     flow.behind[node] = behind
-    shape = shape_of(node)
-    if shape is not None and all(isinstance(n, int) for n in shape):
+    shape = _static(shape_of(node))
+    if shape is not None:
         edited = next((w.edited for i in found if (w := flow.weights.get(i)) and w.edited), "")
         flow.weights[node] = FxWeight("", View(), shape, node, behind, edited)
 
 
 Storage = frozenset["fx.Node | str"]
-_MAY_ALIAS = {aten.dropout.default, aten.type_as.default, aten.feature_dropout.default}
+_MAY_ALIAS = aten_ops("dropout type_as feature_dropout")
 """Ops whose schema says nothing, and whose result can be their first operand itself."""
 
 
@@ -281,11 +283,15 @@ def _static(shape: Shape | None) -> tuple[int, ...] | None:
     return shape if shape is not None and all(isinstance(n, int) for n in shape) else None
 
 
+Rule = Callable[[Node, tuple[int, ...]], list[Step] | None]
+"""The steps of a view from its node and the shape of what it views; None where it is no view."""
+
+
 def _same(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     return []
 
 
-def _permute(dims: Callable[[Node, int], tuple[int, ...]]) -> Any:
+def _permute(dims: Callable[[Node, int], tuple[int, ...]]) -> Rule:
     def steps(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
         n = len(shape)
         return [Permute(tuple(d % n for d in dims(node, n)))]
@@ -301,11 +307,6 @@ def _swapped(node: Node, n: int) -> tuple[int, ...]:
 
 
 def _reshape(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    out = _static(shape_of(node))
-    return None if out is None else [Reshape(out)]
-
-
-def _expand(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     # an expand that repeats is no view of the weight: each element is read several times
     out = _static(shape_of(node))
     return [Reshape(out)] if out is not None and numel(out) == numel(shape) else None
@@ -379,57 +380,38 @@ def _dropout(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     return None if argument(node, "train") else []
 
 
-SPLITS = {
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.tensor_split.sections,
-}
+SPLITS = aten_ops(
+    "split.Tensor split.sizes split_with_sizes chunk unbind.int tensor_split.sections"
+)
 _reversed = _permute(lambda node, n: tuple(range(n))[::-1])
 _last_two = _permute(lambda node, n: (*range(n - 2), n - 1, n - 2))
 
 
 def _adjoint(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    swapped: list[Step] | None = _last_two(node, shape)
-    return None if value(node).is_complex() else swapped  # conjugated, it is another tensor
+    # conjugated, it is another tensor
+    return None if value(node).is_complex() else _last_two(node, shape)
 
 
-VIEWS: Mapping[object, Callable[[Node, tuple[int, ...]], list[Step] | None]] = {
-    aten.t.default: _reversed,
-    aten.numpy_T.default: _reversed,
+_RESHAPES = aten_ops(
+    "view reshape _unsafe_view flatten.using_ints unflatten.int squeeze squeeze.dim squeeze.dims "
+    "unsqueeze expand"
+)
+VIEWS: Mapping[object, Rule] = {
+    **dict.fromkeys(aten_ops("t numpy_T"), _reversed),
     aten.mT.default: _last_two,
-    aten.adjoint.default: _adjoint,
-    aten.matrix_H.default: _adjoint,
+    **dict.fromkeys(aten_ops("adjoint matrix_H"), _adjoint),
     aten.transpose.int: _permute(_swapped),
     aten.permute.default: _permute(lambda node, n: tuple(argument(node, "dims"))),
-    aten.view.default: _reshape,
-    aten.reshape.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.unflatten.int: _reshape,
-    aten.squeeze.default: _reshape,
-    aten.squeeze.dim: _reshape,
-    aten.squeeze.dims: _reshape,
-    aten.unsqueeze.default: _reshape,
-    aten.expand.default: _expand,
+    **dict.fromkeys(_RESHAPES, _reshape),
     aten.slice.Tensor: _slice,
     aten.narrow.default: _narrow,
     aten.select.int: _select,
     operator.getitem: _item,
-    aten.to.dtype: _cast,
-    aten.to.dtype_layout: _cast,
-    aten.to.device: _cast,
-    aten.to.other: _cast,
-    aten.type_as.default: _cast,
-    aten._to_copy.default: _cast,
+    **dict.fromkeys(
+        aten_ops("to.dtype to.dtype_layout to.device to.other type_as _to_copy"), _cast
+    ),
     aten.dropout.default: _dropout,
-    aten.contiguous.default: _same,
-    aten.clone.default: _same,
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten.lift_fresh_copy.default: _same,
+    **dict.fromkeys(aten_ops("contiguous clone detach alias lift_fresh_copy"), _same),
 }
 
 
@@ -464,18 +446,15 @@ class Namer:
     """Gives computed weights their names, and the same name to equal computations."""
 
     def __init__(self) -> None:
-        self.known: dict[str, list[str]] = {}
+        self.known: dict[str, dict[str, int]] = {}
 
     def __call__(self, weight: FxWeight) -> str:
         """The parameter's name, or that of the computed weight."""
         if weight.name:
             return weight.name
         name = effective_name(weight.behind)
-        recipes = self.known.setdefault(name, [])
-        recipe = _recipe(weight.root, {})
-        if recipe not in recipes:
-            recipes.append(recipe)
-        i = recipes.index(recipe)
+        recipes = self.known.setdefault(name, {})
+        i = recipes.setdefault(_recipe(weight.root, {}), len(recipes))
         return f"{name}{i}" if i else name
 
 
@@ -516,15 +495,11 @@ def evaluate(root: torch.nn.Module, flow: FxFlow, node: fx.Node) -> torch.Tensor
                 values[n] = getattr(module, leaf).detach().clone()
             else:
                 args, kwargs = fx.node.map_aggregate(
-                    (n.args, n.kwargs), lambda a: values[a] if isinstance(a, fx.Node) else _plain(a)
+                    (n.args, n.kwargs), lambda a: values[a] if isinstance(a, fx.Node) else plain(a)
                 )
                 values[n] = n.target(*args, **kwargs)
     result: torch.Tensor = values[node]
     return result
-
-
-def _plain(arg: object) -> Any:
-    return hint(arg) if isinstance(arg, torch.SymInt) else arg
 
 
 def _made_from(node: fx.Node) -> set[fx.Node]:

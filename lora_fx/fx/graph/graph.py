@@ -12,21 +12,12 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.fx import tensors
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, weight_flow
 from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, make_marked, mark, value
-from lora_fx.fx.graph.sites import FxWeightUse, data_flops, other_readers, slots, uses
-from lora_fx.fx.tensors import (
-    adapter_tensors,
-    device_of,
-    from_numpy,
-    named_tensors,
-    owner,
-    padding,
-    parameter_of,
-    replace_parameter,
-    to_numpy,
-)
+from lora_fx.fx.graph.sites import Bodies, FxWeightUse, data_flops, other_readers, slots, uses
+from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
 
@@ -49,7 +40,7 @@ class FxGraph(Analysed):
         root: nn.Module,
         *,
         training: bool = False,
-        bodies: Mapping[str, fx.GraphModule] | None = None,
+        bodies: Bodies | None = None,
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -100,9 +91,9 @@ class FxGraph(Analysed):
         for node in self.graph.nodes:
             if node in taken or is_marked(node) or node.op != "call_function":
                 continue
-            if node.target in ops.DATA_OPS or (
-                (row := ops.row_of(node)) is not None and not row.op.startswith("embedding")
-            ):
+            row = ops.row_of(node)
+            product = row is not None and not row.op.startswith("embedding")
+            if product or node.target in ops.DATA_OPS:
                 total += data_flops(node)
         return total
 
@@ -255,11 +246,8 @@ class FxGraph(Analysed):
         """True when these sites are all that reads a parameter in this graph."""
         inside = {n for s in sites for n in self._chain(s)}
         mine = {(self._at(s), s.slot) for s in sites}
-        starts = {
-            n
-            for n in self.graph.nodes
-            if n.op == "get_attr" and self._names.get(str(n.target)) == name
-        }
+        reads = self.graph.find_nodes(op="get_attr")
+        starts = {n for n in reads if self._names.get(str(n.target)) == name}
         # a node may read the weight in another slot than the site's, as its bias
         return all(
             user in inside or all((user, path) in mine for path in slots(user, n))
@@ -280,7 +268,7 @@ class FxGraph(Analysed):
         made = from_numpy(value, old) if name in self._aliases else from_numpy(value).to(old.device)
         new = nn.Parameter(made, requires_grad=False)
         if name in self._aliases and self.covers(name, sites):
-            replace_parameter(self.root, old, new)
+            tensors.replace_parameter(self.root, old, new)
             return name
         fresh, i = f"{leaf}_folded", 0
         while fresh in module._parameters:
@@ -359,7 +347,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "slice": lambda x, axis, start, stop: (aten.slice.Tensor, (x, axis, start, stop)),
     "pad": lambda x, before, after: (
         aten.constant_pad_nd.default,
-        (x, padding(before, after), 0.0),
+        (x, tensors.padding(before, after), 0.0),
     ),
     "einsum": lambda x, y, equation: (aten.einsum.default, (equation, [x, y])),
     "gather": lambda w, ids: (aten.embedding.default, (w, ids)),
@@ -367,7 +355,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
 }
-"""What node each primitive of lora_fx.ir.emitter is, but for conv."""
+"""What node each primitive of lora_fx.ir.view.Ops is, but for conv."""
 
 
 class FxEmitter:
@@ -386,7 +374,7 @@ class FxEmitter:
         return make_marked(self.next, self.node, self.site.id, target, args, kwargs)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.emitter."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.view.Ops."""
         if prim == "conv":
             return self._make(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
         if prim not in PRIMS:
@@ -411,11 +399,11 @@ class FxEmitter:
     def parameter(self, name: str, value: Array, role: Role) -> fx.Node:
         """A get_attr of an adapter's tensor, registered once at its dotted name on the tree."""
         root = self.owner.root
-        module, leaf = owner(root, name, create=adapter_tensors)
+        module, leaf = owner(root, name, create=tensors.adapter_tensors)
         if leaf not in module._parameters:  # a later graph finds it there
             # In torch's own memory, which is aligned, and row by row, which factors of an SVD are
             # not: so a run gives the same bits again, also from a file.
-            tensor = from_numpy(value).clone().to(device_of(root))
+            tensor = from_numpy(value).clone().to(tensors.device_of(root))
             module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
         return self._make(name)
 

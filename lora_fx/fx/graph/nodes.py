@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +38,11 @@ def hint(size: Any) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
     return 2 if size.node.hint is None else int(size.node.hint)
+
+
+def plain(value: object) -> Any:
+    """A value of the capture as it is in the example: a size as its number."""
+    return hint(value) if isinstance(value, torch.SymInt) else value
 
 
 def numel(shape: Shape) -> int:
@@ -80,10 +85,22 @@ def scope_of(node: fx.Node) -> tuple[str, str]:
     return next(reversed(scopes_of(node).items()), ("", ""))
 
 
+def block_of(node: fx.Node, blocks: Sequence[str]) -> str:
+    """The block among `blocks` whose forward made a node; empty for the rest of the model."""
+    made_in = scopes_of(node)
+    return next((b for b in blocks if b in made_in), "")
+
+
 def overloads(row: T, *names: str) -> dict[object, T]:
     """One row of a table of ATen's ops for every overload of the ops by these names."""
     packets = [getattr(torch.ops.aten, name) for name in names]
     return {getattr(packet, o): row for packet in packets for o in packet.overloads()}
+
+
+def aten_ops(names: str) -> set[object]:
+    """ATen's ops by these names: `add.Tensor`, or `relu` for relu.default."""
+    split = (name.partition(".") for name in names.split())
+    return {getattr(getattr(torch.ops.aten, op), kind or "default") for op, _, kind in split}
 
 
 def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator[T]:
@@ -119,6 +136,11 @@ def mark(node: fx.Node, site: str) -> None:
     Of a node's metadata torch keeps "custom" through save, load and a second export.
     """
     node.meta["custom"] = {**node.meta.get("custom", {}), MARK: {"site": site}}
+
+
+def unmark(node: fx.Node) -> None:
+    """Take the mark off a node again."""
+    node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != MARK}
 
 
 def make_marked(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lora_fx.fx.graph.nodes import argument, op_name, overloads, shape_of, value
+from lora_fx.fx.graph.nodes import argument, aten_ops, op_name, overloads, shape_of, value
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Axes, Kind
@@ -214,12 +214,9 @@ def _table() -> dict[Any, FxOp]:
 
 
 OPS = _table()
-PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
+PRODUCTS = aten_ops("matmul mm bmm")
 """Bare products. One of a constant and one parameter is a computed weight."""
-COMPUTING = {
-    *(aten.mv.default, aten.inner.default, aten.tensordot.default),
-    *(aten.addmv.default, aten.addbmm.default),
-}
+COMPUTING = aten_ops("mv inner tensordot addmv addbmm")
 """Products that without an activation are a step of a computed weight, as in spectral_norm."""
 DATA_OPS = {aten.scaled_dot_product_attention.default}
 """Matmuls that no row adapts, counted as FLOPs between activations."""

@@ -13,32 +13,28 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from lora_fx.fx.graph import ops
-from lora_fx.fx.graph.flow import (
-    SHAPE_ONLY,
-    SPLITS,
-    VIEWS,
-    FxFlow,
-    FxWeight,
-    Namer,
-    weight_flow,
-)
+from lora_fx.fx.graph.flow import SHAPE_ONLY, SPLITS, VIEWS, FxFlow, FxWeight, Namer, weight_flow
 from lora_fx.fx.graph.nodes import (
     NO_GRAD,
     argument,
+    aten_ops,
     hint,
     is_marked,
     numel,
     op_name,
+    plain,
     reached,
     scope_of,
     shape_of,
+    value,
 )
-from lora_fx.fx.graph.ops import FxOperand, pick
 from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
 from lora_fx.ir.kinds import WeightForm, letters
 from lora_fx.ir.view import View
 
 aten = torch.ops.aten
+Bodies = Mapping[str, fx.GraphModule]
+"""What higher-order ops call, by the name that a graph reads."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,7 @@ class FxWeightUse:
     weight: FxWeight
 
 
-def uses(
-    graph: fx.Graph, flow: FxFlow, bodies: Mapping[str, fx.GraphModule]
-) -> Iterator[tuple[Site, FxWeightUse]]:
+def uses(graph: fx.Graph, flow: FxFlow, bodies: Bodies) -> Iterator[tuple[Site, FxWeightUse]]:
     """Every use as (site, what it was found by), in execution order.
 
     Marked nodes are left out: they belong to branches.
@@ -69,8 +63,8 @@ def uses(
             if (w := flow.weights.get(ops.pick(node, u.weight))) is not None
         ]
         if row is not None and not row.many and len(found) > 1:
-            plain = [f for f in found if f.weight.name]
-            found = plain if len(plain) == 1 else [_both(found[0])]
+            own = [f for f in found if f.weight.name]
+            found = own if len(own) == 1 else [_both(found[0])]
         if node in flow.behind and row is not None:
             continue  # a constant times a parameter: a computed weight, read later on
         for f in found:
@@ -80,7 +74,6 @@ def uses(
 def _site(found: FxWeightUse, row: ops.FxOp | None, namer: Namer) -> Site:
     node, use, weight = found.node, found.use, found.weight
     scope, cls = scope_of(node)
-    operand = shape_of(ops.pick(node, use.weight)) or ()
     refusal = use.refusal
     if weight.edited:
         refusal = f"the weight is computed by {weight.edited} from {', '.join(weight.behind)}"
@@ -92,7 +85,7 @@ def _site(found: FxWeightUse, row: ops.FxOp | None, namer: Namer) -> Site:
         kind=use.kind,
         parameter=namer(weight),
         view=weight.view,
-        operand=tuple(hint(n) for n in operand),
+        operand=tuple(hint(n) for n in shape_of(ops.pick(node, use.weight)) or ()),
         scope=scope,
         module_class=cls,
         flops=site_flops(node, use),
@@ -129,7 +122,7 @@ def _both(found: FxWeightUse) -> FxWeightUse:
 
 
 def body_uses(
-    node: fx.Node, weights: Mapping[fx.Node, FxWeight], held: Mapping[str, fx.GraphModule]
+    node: fx.Node, weights: Mapping[fx.Node, FxWeight], held: Bodies
 ) -> Iterator[ops.FxOperand]:
     """Uses of a higher-order op's operands as weights, by what its bodies do with them."""
     bodies, paths = _operands(node, held)
@@ -139,14 +132,11 @@ def body_uses(
             continue
         inner = [u for b in bodies for u in _inside(b, paths.index(path), len(paths), operand)]
         if inner:
-            flops = sum(f for _, f in inner)
-            axes = inner[0][0]
-            yield ops.FxOperand(path, (0,), WeightForm("body", axes), flops=flops)
+            form = WeightForm("body", inner[0][0])
+            yield ops.FxOperand(path, (0,), form, flops=sum(f for _, f in inner))
 
 
-def _operands(
-    node: fx.Node, held: Mapping[str, fx.GraphModule]
-) -> tuple[list[fx.GraphModule], list[ops.Path]]:
+def _operands(node: fx.Node, held: Bodies) -> tuple[list[fx.GraphModule], list[ops.Path]]:
     """The bodies of a higher-order op, and the paths to what their placeholders stand for."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return [], []
@@ -161,7 +151,7 @@ def _operands(
     return list(bodies.values()), paths
 
 
-def _body(arg: Any, held: Mapping[str, fx.GraphModule]) -> fx.GraphModule | None:
+def _body(arg: Any, held: Bodies) -> fx.GraphModule | None:
     reads = isinstance(arg, fx.Node) and arg.op == "get_attr"
     return held.get(str(arg.target)) if reads else None
 
@@ -195,7 +185,7 @@ def _inside(
 def slots(node: fx.Node, operand: fx.Node) -> list[ops.Path]:
     """Every path to an operand in a node's args; empty for one that only a keyword reads."""
 
-    def inside(arg: Any, path: ops.Path) -> Iterator[ops.Path]:
+    def inside(arg: object, path: ops.Path) -> Iterator[ops.Path]:
         if arg is operand:
             yield path
         for i, a in enumerate(arg if isinstance(arg, (tuple, list)) else ()):
@@ -206,10 +196,7 @@ def slots(node: fx.Node, operand: fx.Node) -> list[ops.Path]:
 
 
 def other_readers(
-    graph: fx.Graph,
-    flow: FxFlow,
-    found: Sequence[FxWeightUse],
-    bodies: Mapping[str, fx.GraphModule],
+    graph: fx.Graph, flow: FxFlow, found: Sequence[FxWeightUse], bodies: Bodies
 ) -> list[OtherReader]:
     """Every read of a parameter, or of a view of it, that is neither a view nor a site."""
     taken = {
@@ -254,21 +241,15 @@ Part = tuple[str, int, int]
 Step = tuple[fx.Node, fx.Node]
 """A node, and the one before it on the way."""
 
-CUTS = SPLITS | {aten.slice.Tensor, aten.select.int, aten.narrow.default}
-GATES = {
-    aten.silu.default,
-    aten.gelu.default,
-    aten.relu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-}
+CUTS = SPLITS | aten_ops("slice.Tensor select.int narrow")
+GATES = aten_ops("silu gelu relu sigmoid tanh")
 ATTENTION = {aten.scaled_dot_product_attention.default}
 LIMIT = 8
 """More parts than this are heads, or steps of a loop, and have no roles."""
 LARGEST = 1 << 22
 """Results of more elements are not cut up: their parts are found on a tensor of that size."""
-DATA_PRODUCTS = {*ops.PRODUCTS, aten.baddbmm.default, aten.einsum.default}
-TURNS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default}
+DATA_PRODUCTS = ops.PRODUCTS | aten_ops("baddbmm einsum")
+TURNS = aten_ops("transpose.int permute t mT")
 FAR = 60
 """Among so many nodes behind a part its role is looked for."""
 
@@ -291,7 +272,8 @@ def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
     halves = [u for u in node.users if u.target is aten.glu.default]
     if halves and len(node.users) == 1:
         return ("up", 0, size // 2), ("gate", size // 2, size)
-    if not _is_cut(node):
+    views = reached([node], lambda n: filter(_views, n.users))
+    if not any(n.target in CUTS for n in views):
         role = _role([(u, node) for u in node.users])
         return ((role, 0, size),) if role else ()
     # Each place along out gets its number, and the numbers go through the views that follow: what
@@ -323,10 +305,6 @@ def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
     return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
-def _is_cut(node: fx.Node) -> bool:
-    return any(n.target in CUTS for n in reached([node], lambda n: filter(_views, n.users)))
-
-
 def _views(node: fx.Node) -> bool:
     return node.target in VIEWS or node.target in SPLITS
 
@@ -338,7 +316,7 @@ def _leaves(node: fx.Node, marks: Any) -> Iterator[tuple[torch.Tensor, Step]]:
             yield marks, (user, node)
             continue
         args, kwargs = map_arg(
-            (user.args, user.kwargs), lambda n: marks if n is node else _plain(n)
+            (user.args, user.kwargs), lambda n: marks if n is node else plain(value(n))
         )
         if user.target in (aten.to.dtype, aten.type_as.default, aten.dropout.default):
             made = marks
@@ -348,11 +326,6 @@ def _leaves(node: fx.Node, marks: Any) -> Iterator[tuple[torch.Tensor, Step]]:
             except (RuntimeError, TypeError, ValueError):
                 return
         yield from _leaves(user, made)
-
-
-def _plain(node: fx.Node) -> Any:
-    v = node.meta.get("val")
-    return hint(v) if isinstance(v, torch.SymInt) else v
 
 
 def _roles(pieces: Sequence[Sequence[Step]]) -> list[str]:
@@ -446,7 +419,7 @@ def _is_data(node: fx.Node) -> bool:
     return not any(stored(f) for f in _factors(node))
 
 
-def site_flops(node: fx.Node, use: FxOperand) -> int:
+def site_flops(node: fx.Node, use: ops.FxOperand) -> int:
     """FLOPs of one use: 2 · elements of the result · in.
 
     A recurrent weight runs once for every step and row, and lookups are free.
@@ -455,12 +428,12 @@ def site_flops(node: fx.Node, use: FxOperand) -> int:
         return use.flops
     if use.kind.name == "embedding":
         return 0
-    w = shape_of(pick(node, use.weight)) or ()
+    w = shape_of(ops.pick(node, use.weight)) or ()
     if use.kind.name == "recurrent":
-        x = shape_of(pick(node, use.x)) or ()
+        x = shape_of(ops.pick(node, use.x)) or ()
         return 2 * numel(w) * numel(x[:-1])
     if use.kind.name == "conv_transpose":
-        return 2 * numel(shape_of(pick(node, use.x)) or ()) * numel(w[1:])
+        return 2 * numel(shape_of(ops.pick(node, use.x)) or ()) * numel(w[1:])
     y = shape_of(node)
     if y is None:
         return 0

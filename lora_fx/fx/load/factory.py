@@ -125,8 +125,7 @@ def _line_of(error: BaseException) -> str:
     inner = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         path = frame.f_code.co_filename
-        foreign = path.startswith(("<", ours, stdlib)) or "site-packages" in path
-        if not foreign:
+        if not path.startswith(("<", ours, stdlib)) and "site-packages" not in path:
             inner = f"{path}:{line}"
     return inner
 

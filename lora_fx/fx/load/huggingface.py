@@ -346,25 +346,22 @@ def examples(module: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in result.items()}
 
 
-def _subconfigs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def _subconfigs(config: PreTrainedConfig | None) -> list[PreTrainedConfig]:
     values = vars(config).values() if hasattr(config, "__dict__") else ()
     return [v for v in values if hasattr(v, "model_type") and not isinstance(v, Mapping)]
 
 
-def _find(config: PreTrainedConfig, name: str) -> Any:
+def _find(config: PreTrainedConfig | None, name: str) -> Any:
     """A field of a config, else of the first of its sub-configs that has it."""
-    if config is None:
-        return None
     value = getattr(config, name, None)
     inner = (_find(c, name) for c in _subconfigs(config))
     return value if value is not None else next((v for v in inner if v is not None), None)
 
 
 def _vocabulary(module: PreTrainedModel) -> int:
-    try:
+    rows: int | None = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
         rows = getattr(module.get_input_embeddings(), "num_embeddings", None)
-    except (NotImplementedError, AttributeError):
-        rows = None
     return int(rows or _find(module.config, "vocab_size") or 256)
 
 

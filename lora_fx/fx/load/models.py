@@ -86,7 +86,9 @@ def load_model(
             "--trust is not supported yet: pickles and a folder's own code are never run",
             "leave it out; a factory (file.py:FACTORY) can load what you trust",
         )
-    file = None if weights is None else _weights_file(weights)
+    file = None if weights is None else Path(weights)
+    if file is not None and file.suffix in PICKLES:
+        raise LoraFxError(f"{file}: a pickle can run code and is not read", CONVERT)
     place = check_device(device)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are put back
         torch.default_generator.manual_seed(0)
@@ -108,7 +110,11 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     if text and path.is_dir():
         built = load_folder(path, file, meta=meta)
         return LoadedModel(built.module, (), built.kwargs, text, built.notes, built.tokenizer)
-    _refuse_files(text, path)
+    if path.suffix in REFUSED:
+        why, hint = REFUSED[path.suffix]
+        raise LoraFxError(f"{text}: {why}", hint.format(file=text))
+    if path.is_file() and path.suffix != ".py":
+        raise LoraFxError(f"{text}: a file of a kind that is not known", FORMS)
     if ":" in text:
         module, args, kwargs = call_factory(text)
         notes = () if file is None else read_weights(module, file)
@@ -138,14 +144,6 @@ REFUSED = {
     ),
 }
 """How a file's name ends → why it is no model, and what to do."""
-
-
-def _refuse_files(text: str, path: Path) -> None:
-    if path.suffix in REFUSED:
-        why, hint = REFUSED[path.suffix]
-        raise LoraFxError(f"{text}: {why}", hint.format(file=text))
-    if path.is_file() and path.suffix != ".py":
-        raise LoraFxError(f"{text}: a file of a kind that is not known", FORMS)
 
 
 # --- timm and torchvision ------------------------------------------------------------------------
@@ -220,13 +218,6 @@ def _no_name(library: str, name: str, names: list[str]) -> LoraFxError:
 
 
 # --- weights -------------------------------------------------------------------------------------
-
-
-def _weights_file(weights: str | Path) -> Path:
-    path = Path(weights)
-    if path.suffix in PICKLES:
-        raise LoraFxError(f"{path}: a pickle can run code and is not read", CONVERT)
-    return path
 
 
 def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
@@ -314,16 +305,13 @@ def check_fit(
         for n, t, w in shared
         if t.dtype != w[1] and not (t.dtype in FLOATING and w[1] in FLOATING)
     ]
-    problems = [
-        f"{len(names)} {what}: {_some(names)}"
-        for names, what in (
-            (missing, "missing"),
-            (unexpected, "unexpected"),
-            (shapes, "of another shape"),
-            (kinds, "of another kind"),
-        )
-        if names
-    ]
+    wrong = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": shapes,
+        "of another kind": kinds,
+    }
+    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in wrong.items() if names]
     if problems:
         raise LoraFxError(
             f"{where} does not fit the model: {'; '.join(problems)}", _hint(here, wanted)

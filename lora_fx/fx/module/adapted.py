@@ -13,25 +13,10 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
-from lora_fx.adapter.factors import (
-    asked,
-    frame,
-    learning,
-    relearning,
-    slots_of,
-    with_values,
-)
+from lora_fx.adapter.factors import asked, frame, learning, relearning, slots_of, with_values
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.variant import variant_of
-from lora_fx.checkpoint.provenance import (
-    FIELD,
-    Unknown,
-    cast,
-    compared,
-    ends,
-    fingerprint,
-    parameters_of,
-)
+from lora_fx.checkpoint import provenance
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -56,7 +41,9 @@ from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
 from lora_fx.text import Json, human
 
-Inserter = Callable[[Mapping[str, LowRank], bool], Rewriter]
+Updates = Mapping[str, LowRank]
+"""Low-rank updates by key."""
+Inserter = Callable[[Updates, bool], Rewriter]
 Speedups = Callable[[Sequence[str]], list[Rewriter]]
 """The passes that make train programs cheaper, for the paths of a module's blocks."""
 
@@ -129,7 +116,14 @@ class AdaptedModule(CapturedModule):
         for key, held in self.tensors().items():
             by_field = variant_of(self._updates[key]).rates(lr)
             rates |= {id(p): by_field.get(field, lr) for field, p in held.items()}
-        return grouped(self.parameters(), rates, lr, weight_decay)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for p in self.parameters():
+            if p.requires_grad:
+                groups.setdefault(rates.get(id(p), lr), []).append(p)
+        return [
+            {"params": params, "lr": rate, "weight_decay": weight_decay}
+            for rate, params in groups.items()
+        ]
 
     @property
     def found(self) -> Found:
@@ -142,7 +136,7 @@ class AdaptedModule(CapturedModule):
         return self._notes
 
     @property
-    def updates(self) -> Mapping[str, LowRank]:
+    def updates(self) -> Updates:
         """Key → the update as it was inserted (ranks, alphas and layouts hold)."""
         return self._updates
 
@@ -270,30 +264,7 @@ class AdaptedModule(CapturedModule):
 # An adapter as the tensors of a tree of modules, be it a module of ours or the user's own.
 
 
-def grouped(
-    parameters: Iterable[nn.Parameter], rates: Mapping[int, float], lr: float, weight_decay: float
-) -> list[dict[str, object]]:
-    """Groups of what trains for an optimizer, one for each learning rate.
-
-    Args:
-        parameters: Those of the module.
-        rates: Learning rate by id of a parameter.
-        lr: The rate of every other one.
-        weight_decay: That of every group.
-    """
-    groups: dict[float, list[nn.Parameter]] = {}
-    for p in parameters:
-        if p.requires_grad:
-            groups.setdefault(rates.get(id(p), lr), []).append(p)
-    return [
-        {"params": params, "lr": rate, "weight_decay": weight_decay}
-        for rate, params in groups.items()
-    ]
-
-
-def held_tensors(
-    root: nn.Module, updates: Mapping[str, LowRank]
-) -> dict[str, dict[str, nn.Parameter]]:
+def held_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.Parameter]]:
     """Key → the tensors of its update by field, where a tree holds them."""
     return {
         key: {slot.field: parameter_of(root, slot.name) for slot in slots_of(key, update)}
@@ -301,7 +272,7 @@ def held_tensors(
     }
 
 
-def fill(root: nn.Module, updates: Mapping[str, LowRank]) -> None:
+def fill(root: nn.Module, updates: Updates) -> None:
     """Write the values of updates into the tensors of their shapes that a tree holds."""
     settle(root)
     for key, update in updates.items():
@@ -346,7 +317,7 @@ def put_whole(root: nn.Module, adapter: Adapter, originals: Mapping[str, torch.T
 
 def held_adapter(
     root: nn.Module,
-    updates: Mapping[str, LowRank],
+    updates: Updates,
     also: Mapping[str, tuple[int, ...] | None],
     metadata: Named,
     base: Base,
@@ -390,11 +361,7 @@ def moved(u: LowRank, held: Mapping[str, nn.Parameter]) -> bool:
 
 
 def adapted_report(
-    root: nn.Module,
-    updates: Mapping[str, LowRank],
-    found: Found,
-    also: tuple[str, ...],
-    notes: tuple[str, ...],
+    root: nn.Module, updates: Updates, found: Found, also: tuple[str, ...], notes: tuple[str, ...]
 ) -> AdaptedReport:
     """The report on a tree that holds the tensors of these updates."""
     rows = tuple((key, *asked(u), found[key].flops) for key, u in updates.items())
@@ -466,11 +433,10 @@ class Effect:
 
     def __str__(self) -> str:
         """One line."""
+        dead = ", ".join(f"{k} ({'/'.join(m)})" for k, m in self.dead.items())
         text = f"gradients reach every target in {' and '.join(self.modes) or 'no mode'}"
-        if self.dead:
-            text = "no gradient reaches " + ", ".join(
-                f"{k} ({'/'.join(m)})" for k, m in self.dead.items()
-            )
+        if dead:
+            text = f"no gradient reaches {dead}"
         return "; ".join([text, *self.notes])
 
 
@@ -502,10 +468,10 @@ class Base:
             name: The adapter's name, for the note; an earlier one of that name is forgotten.
         """
         self._said.pop(name, None)
-        recorded = metadata.get(FIELD)
+        recorded = metadata.get(provenance.FIELD)
         if recorded is None:
             return
-        same, why = compared(recorded, partial(_cast_sample, root))
+        same, why = provenance.compared(recorded, partial(_cast_sample, root))
         if same is None:
             self._said[name] = f"{name}: its base is not verified: {why}"
         elif not same:
@@ -524,8 +490,8 @@ class Base:
         """
         keys = frozenset(keys)
         try:
-            samples = [_sample(root, name) for name in parameters_of(keys)]
-            found = {FIELD: fingerprint(samples)} if samples else {}
+            samples = [_sample(root, name) for name in provenance.parameters_of(keys)]
+            found = {provenance.FIELD: provenance.fingerprint(samples)} if samples else {}
         except LoraFxError:
             return self._last if keys == self._keys else {}
         self._keys, self._last = keys, found
@@ -536,10 +502,10 @@ def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...
     try:
         _, shape, values = _sample(root, name)
     except LoraFxError as error:
-        raise Unknown(error.message) from error
+        raise provenance.Unknown(error.message) from error
     if values.dtype.itemsize < numpy_dtype(dtype).itemsize:
-        raise Unknown(f"{name!r} is {values.dtype} here and was {dtype}")
-    return shape, cast(values, dtype)
+        raise provenance.Unknown(f"{name!r} is {values.dtype} here and was {dtype}")
+    return shape, provenance.cast(values, dtype)
 
 
 def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
@@ -559,4 +525,4 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
 def both_ends(tensor: torch.Tensor) -> Array:
     """The first and the last elements of a tensor, as a fingerprint samples them."""
     flat = tensor.detach().reshape(-1)
-    return np.concatenate([to_numpy(flat[part].clone()) for part in ends(len(flat))])
+    return np.concatenate([to_numpy(flat[part].clone()) for part in provenance.ends(len(flat))])

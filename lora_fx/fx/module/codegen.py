@@ -1,4 +1,4 @@
-"""A graph as plain Python functions, its blocks outlined so that hooks and wrappers see them.
+"""A graph as plain Python functions, its blocks outlined: hooks see them, and they may run twice.
 
 Generated code takes 6.4 ms for a training step of a 4-layer GPT-2, 64 wide, where torch's
 unflatten, which interprets node by node, takes 10.5. Outlining costs nothing that can be measured.
@@ -69,10 +69,8 @@ def outline(graph: fx.Graph, path: str, ident: str) -> fx.Graph | None:
     Returns None, and leaves the graph alone, where a node between them depends on the block.
     """
     body = made_in(graph, path)
-    if not body:
-        return None
     member = set(body)
-    if not _gather(graph, body, member):
+    if not body or not _gather(graph, body, member):
         return None
     inputs = dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in member)
     own = f"{path}."

@@ -23,22 +23,15 @@ from lora_fx.compare import rel
 from lora_fx.conditions import Condition, Size
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.fx import tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
 from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype
 from lora_fx.fx.capture.trace import has_grouped, quiet
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.module import codegen
 from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
-from lora_fx.fx.module.codegen import Compiled, compile_program
-from lora_fx.fx.tensors import (
-    AdapterTensors,
-    device_of,
-    from_numpy,
-    named_tensors,
-    parameter_of,
-    patched,
-    replace_parameter,
-    to_numpy,
-)
+from lora_fx.fx.module.codegen import Compiled
+from lora_fx.fx.tensors import AdapterTensors, patched, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
 
 Rewriter = Callable[[FxGraph], object]
@@ -101,18 +94,15 @@ def blocks_of(root: nn.Module) -> dict[str, Scope]:
 
 
 def skeleton(
-    module: nn.Module,
-    memo: dict[int, Any],
-    root: nn.Module | None = None,
-    own: Collection[int] = (),
+    module: nn.Module, memo: dict[int, Any], own: Collection[int], root: nn.Module | None = None
 ) -> nn.Module:
     """The tree of `module` without its code.
 
     Args:
         module: The user's module, or a part of it.
         memo: id of an original → its counterpart; keeps ties and shared modules.
-        root: The object to fill, for the top of the tree.
         own: ids of parameters that get a copy of their storage (they will be trained).
+        root: The object to fill, for the top of the tree.
 
     Raises:
         LoraFxError: The top of the tree holds something under a name that `root` has a use for.
@@ -142,15 +132,15 @@ def skeleton(
     for name, child in module._modules.items():
         if isinstance(child, AdapterTensors):
             continue
-        new._modules[name] = None if child is None else skeleton(child, memo, own=own)
+        new._modules[name] = None if child is None else skeleton(child, memo, own)
     new.training = module.training
     return new
 
 
 def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
     """Raise for a tensor, or a child with tensors, that a method of `root` would hide."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for name in dict.fromkeys(n.partition(".")[0] for n, _ in tensors):
+    held = [*module.named_parameters(), *module.named_buffers()]
+    for name in dict.fromkeys(n.partition(".")[0] for n, _ in held):
         if hasattr(root, name):
             raise LoraFxError(
                 f"{type(module).__name__}.{name} holds weights, and {name} is a method of the "
@@ -192,10 +182,10 @@ class CapturedModule(Recomputing, Scope):
         self._programs = Programs(captured, blocks=blocks)
         self._norm_stats = norm_stats
         self._adapted = True
-        names, _ = named_tensors(tree)
+        names, _ = tensors.named_tensors(tree)
         wanted = {names[n] for n in own}
         ids = {id(p) for n, p in tree.named_parameters() if n in wanted}
-        skeleton(tree, {}, self, own=ids)
+        skeleton(tree, {}, ids, self)
         self._dtype = base_dtype(self)
         self._shared = True
         self.eval()
@@ -261,7 +251,7 @@ class CapturedModule(Recomputing, Scope):
             speed(graph)
         graph.lint()
         ident = f"program_{sum(map(len, programs.compiled.values()))}"
-        codes = compile_program(graph.graph, ident, tuple(blocks))
+        codes = codegen.compile_program(graph.graph, ident, tuple(blocks))
         programs.inlined |= left_in(graph.graph, tuple(blocks))
         apart({p: b for p, b in blocks.items() if b.recompute}, programs.inlined)
         programs.codes.update({(ident, path): code for path, code in codes.items()})
@@ -289,17 +279,16 @@ class CapturedModule(Recomputing, Scope):
                     "register it as a buffer of the module",
                 )
             where[name] = self._constant(t)
-        for node in graph.graph.nodes:
-            if node.op == "get_attr" and str(node.target) in where:
-                node.target = where[str(node.target)]
+        for node in graph.graph.find_nodes(op="get_attr"):
+            node.target = where.get(str(node.target), node.target)
         graph.refresh()
 
     def _place_bodies(self, graph: FxGraph) -> None:
         """Bodies of higher-order ops become attributes `_bodyN`; they hold no tensors."""
         held = {id(b): n for n, b in self.__dict__.items() if n.startswith("_body")}
         moved = {}
-        for node in graph.graph.nodes:
-            body = graph.bodies.get(str(node.target)) if node.op == "get_attr" else None
+        for node in graph.graph.find_nodes(op="get_attr"):
+            body = graph.bodies.get(str(node.target))
             if body is not None:
                 node.target = held.setdefault(id(body), f"_body{len(held)}")
                 moved[node.target] = body
@@ -329,11 +318,9 @@ class CapturedModule(Recomputing, Scope):
         """As nn.Module's; storage shared with the user's model is copied first."""
         # copying in place would write through the shared storage into the user's model
         if self._shared:
-            seen: set[int] = set()
             for p in self.parameters():
-                if id(p) not in seen and not p.requires_grad:
+                if not p.requires_grad:
                     p.data = p.data.clone()
-                seen.add(id(p))
             self._shared = False
         return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -371,7 +358,7 @@ class CapturedModule(Recomputing, Scope):
         """Named arguments of one size, from the captured signature."""
         captured = self._programs.captured
         inputs = captured.bounded_inputs()
-        return sample_call(inputs, captured.named, size, seed, arrays, device_of(self))
+        return sample_call(inputs, captured.named, size, seed, arrays, tensors.device_of(self))
 
     def flat(self, named: Named) -> dict[str, Array]:
         """Run on copies of named arguments; {output name: array} of the tensors that come out."""
@@ -434,14 +421,15 @@ def decide_doubts(module: CapturedModule) -> None:
             continue  # the others imply it here; in the graph of another path they need not
         key = tuple(inputs.sizes(outside).items())
         if key not in tried:
-            tried[key] = _same_at(module, captured, module.sample(outside))
+            tried[key] = _same_at(module, module.sample(outside))
         if tried[key]:
             idle.append(condition)
     captured.settle(idle)
     module._programs.compiled.clear()
 
 
-def _same_at(module: CapturedModule, captured: Captured, named: Named) -> bool:
+def _same_at(module: CapturedModule, named: Named) -> bool:
+    captured = module.captured
     with quiet(), torch.no_grad(), module.base():
         try:
             with alike(captured.model, training=False):
@@ -487,11 +475,9 @@ def _counts_batches(node: fx.Node) -> bool:
     if node.target not in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor):
         return False
     place = node.args[0]
-    return (
-        isinstance(place, fx.Node)
-        and place.op == "get_attr"
-        and str(place.target).endswith("num_batches_tracked")
-    )
+    if not isinstance(place, fx.Node) or place.op != "get_attr":
+        return False
+    return str(place.target).endswith("num_batches_tracked")
 
 
 # The module that fold returns: the updates are in its weights.
@@ -510,9 +496,9 @@ class FoldedModule(CapturedModule):
         self._rewriter = rewriter
         self.folded: tuple[Any, ...] = ()
         for name, full in adapter.full.items():
-            old = parameter_of(self, name)
-            new = nn.Parameter(from_numpy(full.value, like=old), requires_grad=False)
-            replace_parameter(self, old, new)
+            old = tensors.parameter_of(self, name)
+            new = nn.Parameter(tensors.from_numpy(full.value, like=old), requires_grad=False)
+            tensors.replace_parameter(self, old, new)
         self._graph(False, captured.named)
 
     def _rewriters(self, training: bool) -> list[Rewriter]:

@@ -45,11 +45,10 @@ def shared_heads(node: fx.Node) -> bool:
     """Let key and value heads be shared by the op where the graph repeats them; say if it did."""
     if argument(node, SHARED, False):
         return False
-    key, value = argument(node, "key"), argument(node, "value")
-    one, two = _repeated(key), _repeated(value)
-    if one is None or two is None or one[1] != two[1]:
+    key, value = _repeated(argument(node, "key")), _repeated(argument(node, "value"))
+    if key is None or value is None or key[1] != value[1]:
         return False
-    give(node, key=one[0], value=two[0], enable_gqa=True)
+    give(node, key=key[0], value=value[0], enable_gqa=True)
     return True
 
 

@@ -7,58 +7,28 @@ steps keep costs bytes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lora_fx.fx.graph.nodes import MARK, dtype_of, is_marked, make_marked, numel, scopes_of, value
+from lora_fx.fx.graph.nodes import MARK, aten_ops, dtype_of, is_marked, make_marked, numel, value
 from lora_fx.fx.tensors import owner
 
 aten = torch.ops.aten
 
-VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-}
-CASTS = {aten.to.dtype, aten._to_copy.default, aten.type_as.default}
-NOTHING = {
-    aten.mean.dim,
-    aten.neg.default,
-    aten.mul.Scalar,
-    aten.add.Scalar,
-    aten.sub.Scalar,
-}
-SUMS = {aten.add.Tensor, aten.sub.Tensor}
-INPUT = {
-    aten.layer_norm.default,
-    aten.rms_norm.default,
-    aten.group_norm.default,
-    aten.pow.Tensor_Scalar,
-    aten.gelu.default,
-    aten.silu.default,
-    aten.mish.default,
-    aten.softplus.default,
-    aten.hardswish.default,
-    aten.leaky_relu.default,
-    aten.elu.default,
-    aten.square.default,
-}
-OUTPUT = {
-    aten.relu.default,
-    aten.rsqrt.default,
-    aten.sqrt.default,
-    aten.reciprocal.default,
-    aten.tanh.default,
-    aten.sigmoid.default,
-    aten.exp.default,
-}
-PRODUCTS = {aten.mul.Tensor, aten.div.Tensor}
+VIEWS = aten_ops("view reshape _unsafe_view flatten.using_ints unflatten.int")
+CASTS = aten_ops("to.dtype _to_copy type_as")
+NOTHING = aten_ops("mean.dim neg mul.Scalar add.Scalar sub.Scalar")
+SUMS = aten_ops("add.Tensor sub.Tensor")
+INPUT = aten_ops(
+    "layer_norm rms_norm group_norm pow.Tensor_Scalar square "
+    "gelu silu mish softplus hardswish leaky_relu elu"
+)
+OUTPUT = aten_ops("relu rsqrt sqrt reciprocal tanh sigmoid exp")
+PRODUCTS = aten_ops("mul.Tensor div.Tensor")
 CHEAP = VIEWS | CASTS | NOTHING | SUMS | INPUT | OUTPUT | PRODUCTS
 """Sets are by what the op keeps for its backward: nothing, its input, its output, the factors."""
 
@@ -89,12 +59,9 @@ def chain_of(
         differentiable: Nodes through which a gradient can flow.
         written: Nodes that some op changes in place.
     """
-    best: Chain | None = None
-    for sums in (False, True):
-        found = _walk(x, written, sums)
-        chain = None if found is None else _weigh(x, *found, differentiable)
-        if chain is not None and (best is None or chain.gain > best.gain):
-            best = chain
+    walks = (_walk(x, written, sums) for sums in (False, True))
+    chains = [_weigh(x, *found, differentiable) for found in walks if found is not None]
+    best = max(chains, key=lambda chain: chain.gain, default=None)
     return best if best is not None and 4 * best.gain >= nbytes(x) else None
 
 
@@ -140,15 +107,10 @@ def _cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) 
 
 
 def _weigh(
-    x: fx.Node,
-    steps: list[fx.Node],
-    given: list[fx.Node],
-    differentiable: Mapping[fx.Node, bool],
+    x: fx.Node, steps: list[fx.Node], given: list[fx.Node], differentiable: Mapping[fx.Node, bool]
 ) -> Chain:
-    kept = {stored(x)}
-    for node in steps:
-        kept |= {stored(n) for n in keeps(node, differentiable)}
-    kept = {n for n in kept if n.op != "get_attr"}
+    held = {stored(x), *(stored(n) for step in steps for n in keeps(step, differentiable))}
+    kept = {n for n in held if n.op != "get_attr"}
     reads = {stored(g) for g in given if g.op != "get_attr"}
     gain = sum(map(nbytes, kept - reads)) - sum(map(nbytes, reads - kept))
     return Chain(tuple(steps), tuple(given), gain)
@@ -239,16 +201,11 @@ def projections(graph: fx.Graph) -> Iterator[Projection]:
             yield Projection(node, x, held)
 
 
-def operands(node: Any, target: Any) -> tuple[Any, ...]:
+def operands(node: object, target: object) -> tuple[Any, ...]:
     """The arguments of a branch's node where it is this op and has no keywords; else nothing."""
-    found = isinstance(node, fx.Node) and node.target is target and is_marked(node)
-    return tuple(node.args) if found and not node.kwargs else ()
-
-
-def block_of(node: fx.Node, blocks: Sequence[str]) -> str:
-    """The block among `blocks` whose forward made a node; empty for the rest of the model."""
-    made_in = scopes_of(node)
-    return next((b for b in blocks if b in made_in), "")
+    if not isinstance(node, fx.Node) or node.target is not target or not is_marked(node):
+        return ()
+    return tuple(node.args) if not node.kwargs else ()
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ erf: GELU is p = q = x/2, r = x/√2 for erf, and r = √(2/π)·(x + .044715·x
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import fx
@@ -70,7 +69,7 @@ def _behind(node: fx.Node) -> list[fx.Node]:
     return near if any(n.target in FUNCTIONS for n in near) else []
 
 
-def _form(node: Any, x: fx.Node, written: Collection[fx.Node]) -> _Form | None:
+def _form(node: object, x: fx.Node, written: Collection[fx.Node]) -> _Form | None:
     if node is x:
         return _Form({1: 1.0}, {})
     if isinstance(node, (int, float)):
@@ -83,8 +82,7 @@ def _form(node: Any, x: fx.Node, written: Collection[fx.Node]) -> _Form | None:
     known = [f for f in parts if f is not None]
     if len(known) < len(parts):
         return None
-    made: _Form | None = STEPS[node.target](*known)
-    return made
+    return STEPS[node.target](*known)
 
 
 def _sum(a: _Form, b: _Form, sign: float = 1.0) -> _Form | None:
@@ -140,7 +138,7 @@ def _close(a: Poly, b: Poly) -> bool:
 
 
 FUNCTIONS = (aten.tanh.default, aten.erf.default)
-STEPS: dict[Any, Any] = {
+STEPS: dict[object, Callable[..., _Form | None]] = {
     aten.add.Tensor: _sum,
     aten.add.Scalar: _sum,
     aten.sub.Tensor: partial(_sum, sign=-1.0),

@@ -208,9 +208,10 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     names = [i.filename for i in infos]
     root = names[0].partition("/")[0] + "/" if names else ""
     archive = Archive(path, opened, root, trust, meta)
+    members = archive.members
     if "serialized_exported_program.json" in names:
         raise archive.bad("an archive of an older torch", f"{AGAIN}, with torch 2.9 or newer")
-    if not all(n.startswith(root) for n in names) or "archive_format" not in archive.members:
+    if not all(n.startswith(root) for n in names) or "archive_format" not in members:
         raise archive.bad("a zip, but no .pt2 archive")
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
@@ -220,12 +221,10 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
         raise archive.bad(f"{packed} is compressed; torch stores members as they are")
     if bytes(archive.read("archive_format")) != b"pt2":
         raise archive.bad("a zip, but no .pt2 archive")
-    version = (
-        bytes(archive.read("archive_version")) if "archive_version" in archive.members else b"0"
-    )
+    version = bytes(archive.read("archive_version")) if "archive_version" in members else b"0"
     if version != b"0":
         raise archive.bad(f"archive version {one_line(version, 20)}, not 0", AGAIN)
-    if "byteorder" in archive.members and bytes(archive.read("byteorder")) != b"little":
+    if "byteorder" in members and bytes(archive.read("byteorder")) != b"little":
         raise archive.bad("written on a big-endian machine", AGAIN)
     if not archive.programs:
         raise archive.bad("holds no program (models/NAME.json)", AGAIN)

@@ -24,6 +24,7 @@ from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
 from lora_fx.fx.capture.trace import Traced, clean_module, match_places
 from lora_fx.fx.graph.nodes import is_marked
+from lora_fx.fx.pt2 import program
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
 from lora_fx.fx.pt2.manifest import (
     adapter_names,
@@ -31,16 +32,6 @@ from lora_fx.fx.pt2.manifest import (
     read_adapter,
     read_arguments,
     read_signature,
-)
-from lora_fx.fx.pt2.program import (
-    load_program,
-    modal_nodes,
-    mode_of,
-    pick_programs,
-    says,
-    strip_branches,
-    tensor_places,
-    tree_of,
 )
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.silence import silenced
@@ -74,7 +65,7 @@ class FileCaptured(Captured):
         archive = open_archive(path, trust=trust, meta=meta)
         with archive.zip, silenced():  # torch's parsers warn about their own parts
             manifest = archive.json(MANIFEST) if MANIFEST in archive.members else {}
-            self._loaded = {n: load_program(archive, n) for n in archive.programs}
+            self._loaded = {n: program.load_program(archive, n) for n in archive.programs}
         self.path = path
         self.notes: list[str] = []
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
@@ -99,7 +90,6 @@ class FileCaptured(Captured):
         named = dict(first.named)
         signature = signature_of(named)
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
-        self._names = dict.fromkeys(programs, "")
         if manifest:
             said = manifest["programs"]
             self.programs = {mode == "train": n for n, mode in said.items() if n in programs}
@@ -108,16 +98,17 @@ class FileCaptured(Captured):
             signature = held_signature(read_signature(manifest["parameters"]), named)
         else:
             graphs = {n: p.program.graph_module.graph for n, p in programs.items()}
-            self.programs = pick_programs({n: mode_of(g) for n, g in graphs.items()})
+            modes = {n: program.mode_of(g) for n, g in graphs.items()}
+            self.programs = program.pick_programs(modes)
             if any(is_marked(n) for g in graphs.values() for n in g.nodes):
                 self.notes.append(f"{self.path}: branches without a manifest are part of the model")
         self.signature = FileSignature(self.path, signature)
         self.named = {k: v for k, v in named.items() if not is_constant(v)}
         state = {k: v for p in programs.values() for k, v in p.state.items()}
-        self.adapter: Adapter | None = read_adapter(manifest, state) if manifest else None
+        self.adapter: Adapter | None = read_adapter(manifest, state)
         self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
         order = [first, *(p for p in programs.values() if p is not first)]
-        self.model = tree_of(order, adapter_names(manifest) if manifest else frozenset())
+        self.model = program.tree_of(order, adapter_names(manifest))
         if manifest and str(manifest["class"]).isidentifier():
             self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
         self.base_dtype = base_dtype(self.model)
@@ -151,8 +142,8 @@ class FileCaptured(Captured):
 
     def _free(self, said: JsonView) -> dict[str, dict[int, str]]:
         """{input: {dimension: symbol}} of the sizes that the programs leave open."""
-        program = self._loaded[next(iter(self.programs.values()))].program
-        shapes = [tuple(v.shape) for v in tensor_places(program)]
+        first = self._loaded[next(iter(self.programs.values()))]
+        shapes = [tuple(v.shape) for v in program.tensor_places(first.program)]
         names = self.inputs.names
         batch = str(shapes[0][0]) if shapes and shapes[0] else ""
         defaults = default_dynamic(self.inputs)
@@ -172,8 +163,8 @@ class FileCaptured(Captured):
         """See Captured.allows."""
         if training in self.programs:
             return
-        held = self.programs[not training]
-        modals = [m for m in modal_nodes(self._trace_of(held).graph) if m.training is not training]
+        graph = self._trace_of(self.programs[not training]).graph
+        modals = [m for m in program.modal_nodes(graph) if m.training is not training]
         if training and norm_stats == "frozen":
             modals = [m for m in modals if not m.norm]  # frozen norms are those of the eval graph
         if not modals and training:
@@ -182,7 +173,7 @@ class FileCaptured(Captured):
         hint = "; model.eval() can be trained too, without dropout" if training else ""
         raise LoraFxError(
             f"{self.path} holds the {has} graph only; "
-            f"in {lacks} mode these behave otherwise: {says(modals) or 'unknown'}",
+            f"in {lacks} mode these behave otherwise: {program.says(modals) or 'unknown'}",
             LATER + hint,
         )
 
@@ -222,7 +213,7 @@ class FileCaptured(Captured):
             return self._traces[name]
         loaded = self._loaded[name]
         module = loaded.program.module(check_guards=False)
-        strip_branches(module.graph)
+        program.strip_branches(module.graph)
         leaves = pytree.tree_leaves(self.named)
         match_places(module.graph, leaves)
         names = leaf_names(self.named)

@@ -74,10 +74,8 @@ def clean_program(data: Json, where: str) -> Json:
         module = data["graph_module"]
         roots = [e for e in module["module_call_graph"] if e["fqn"] == ""]
         call = roots[0]["signature"]
-        fields = {
-            k: list(v["field_names"])
-            for k, v in (module.get("treespec_namedtuple_fields") or {}).items()
-        }
+        tuples = module.get("treespec_namedtuple_fields") or {}
+        fields = {k: list(v["field_names"]) for k, v in tuples.items()}
         call["in_spec"] = plain_tree(call["in_spec"], fields, where)
         call["out_spec"] = plain_tree(call["out_spec"], fields, where)
         module["module_call_graph"] = roots[:1]

@@ -118,12 +118,11 @@ def _parameter(p: inspect.Parameter) -> Json:
 def read_signature(rows: list[JsonView]) -> inspect.Signature:
     """The signature that `make_manifest` wrote."""
     empty = inspect.Parameter.empty
-    return inspect.Signature(
-        [
-            inspect.Parameter(str(r["name"]), _KINDS[r["kind"]], default=r.get("default", empty))
-            for r in rows
-        ]
-    )
+    parameters = [
+        inspect.Parameter(str(r["name"]), _KINDS[r["kind"]], default=r.get("default", empty))
+        for r in rows
+    ]
+    return inspect.Signature(parameters)
 
 
 def _arguments(value: object) -> object:

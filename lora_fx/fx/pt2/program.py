@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,16 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.graph.nodes import (
-    MARK,
-    argument,
-    hint,
-    is_marked,
-    numel,
-    scope_of,
-    scopes_of,
-    value,
-)
+from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
 from lora_fx.fx.module.module import scope_class
 from lora_fx.fx.pt2.archive import Archive
 from lora_fx.fx.pt2.check import clean_program
@@ -111,7 +102,7 @@ def example_of(place: torch.Tensor) -> torch.Tensor:
     shape = [hint(n) for n in place.shape]
     if place.dtype.is_floating_point or place.dtype.is_complex:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.dtype)
-    return (torch.arange(numel(tuple(shape))) % 2).reshape(shape).to(place.dtype)
+    return (torch.arange(math.prod(shape)) % 2).reshape(shape).to(place.dtype)
 
 
 def _classes(program: ExportedProgram) -> dict[str, str]:
@@ -162,7 +153,7 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
 aten = torch.ops.aten
 
 
-def tensor_places(program: Any) -> list[torch.Tensor]:
+def tensor_places(program: ExportedProgram) -> list[torch.Tensor]:
     """The fake tensors of a program's tensor inputs, in order."""
     names = {s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
     values = [n.meta.get("val") for n in program.graph.nodes if n.name in names]
@@ -181,8 +172,7 @@ def strip_branches(graph: fx.Graph) -> None:
             if not node.users:
                 graph.erase_node(node)
             else:  # a view of the weight, now of the weight alone
-                custom = {k: v for k, v in node.meta["custom"].items() if k != MARK}
-                node.meta["custom"] = custom
+                unmark(node)
 
 
 # Which mode a graph was exported in: the operators that behave otherwise in training.
@@ -220,11 +210,10 @@ def modal_nodes(graph: fx.Graph) -> list[Modal]:
         arguments = {a.name for a in target._schema.arguments}
         norm = any(n in name for n in NORMS)
         flag = next((f for f in FLAGS if f in arguments), None)
-        if name == "scaled_dot_product_attention" or name == "bernoulli":
-            if name == "bernoulli" or argument(node, "dropout_p"):
-                found.append(Modal(name, scope_of(node)[0], True))
-            continue
-        if name == "_native_batch_norm_legit_no_training":
+        attention = name == "scaled_dot_product_attention"
+        if name == "bernoulli" or (attention and argument(node, "dropout_p")):
+            found.append(Modal(name, scope_of(node)[0], True))
+        elif name == "_native_batch_norm_legit_no_training":
             found.append(Modal("batch_norm", scope_of(node)[0], False, True))
         elif flag is not None and not _idle(node, arguments, norm):
             found.append(Modal(name, scope_of(node)[0], bool(argument(node, flag)), norm))

@@ -50,7 +50,7 @@ def write_programs(module: CapturedModule, path: Path, modes: Sequence[bool]) ->
 class _Store:
     """Raw bytes of tensors, each storage once for all programs."""
 
-    def __init__(self, archive: Any) -> None:
+    def __init__(self, archive: PT2ArchiveWriter) -> None:
         self.archive = archive
         self.files: dict[tuple[str, int], str] = {}
         self.alive: list[torch.Tensor] = []

@@ -14,21 +14,11 @@ from torch import nn
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.train import state
 from lora_fx.fx.train.objective import UNKNOWN, Loss, Objective, objective
 from lora_fx.fx.train.optimizer import Optimizer, Settings
 from lora_fx.fx.train.processes import ALONE, Processes
-from lora_fx.fx.train.report import TrainReport
-from lora_fx.fx.train.state import (
-    Facts,
-    Saving,
-    Trail,
-    digests,
-    facts_of,
-    load_state,
-    put_back,
-    save_state,
-    snapshot,
-)
+from lora_fx.fx.train.state import Facts, Saving, Trail, TrainReport
 
 __all__ = ["Saving", "Settings", "fit"]
 
@@ -93,13 +83,13 @@ def fit(
         )
     facts: Facts = {}
     if saving.folder or saving.resume or world.size > 1:
-        facts = facts_of(model, training, held_out, loss, s, steps, world.size)
+        facts = state.facts_of(model, training, held_out, loss, s, steps, world.size)
     if world.size > 1:
-        world.same(digests(model, facts))
+        world.same(state.digests(model, facts))
     trail = Trail()
     run = _Run(s, steps, made, optimizer, world, saving, facts, held_out)
     if saving.resume:
-        trail = load_state(saving.resume, optimizer, facts, world)
+        trail = state.load(saving.resume, optimizer, facts, world)
         trail.report.resumed = trail.step
     else:
         if held_out is not None:
@@ -108,7 +98,7 @@ def fit(
     run.go(training, trail, progress)
     report = trail.report
     if report.best_step and report.best_step != trail.step:
-        put_back(optimizer, trail.kept)
+        state.put_back(optimizer, trail.kept)
     report.best_step = report.best_step or steps
     report.warnings += warnings
     if report.before is not None and not trail.best < report.before:
@@ -150,7 +140,7 @@ class _Run:
                     self._validate(self.held_out, trail)
                 ends = ends or report.stopped is not None
                 if self.saving.folder and (trail.step % save_every == 0 or ends):
-                    save_state(self.saving.folder, trail, self.optimizer, self.facts, self.world)
+                    state.save(self.saving.folder, trail, self.optimizer, self.facts, self.world)
                 if ends:
                     return
             trail.epoch, trail.at = trail.epoch + 1, 0
@@ -163,7 +153,7 @@ class _Run:
             raise not_finite(step, "validation loss", value, "look at the held-out examples")
         trail.waited += 1
         if value < trail.best:
-            trail.best, trail.kept, trail.waited = value, snapshot(self.optimizer), 0
+            trail.best, trail.kept, trail.waited = value, state.snapshot(self.optimizer), 0
             report.best_step = step
         if trail.waited == s.patience and step < self.steps:
             report.stopped = step

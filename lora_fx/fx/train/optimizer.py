@@ -72,9 +72,6 @@ def factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-# What a training run may be told.
-
-
 @dataclass(frozen=True)
 class Settings:
     """What `fit` may be told. `steps` overrides `epochs`; validation runs `checks` times.

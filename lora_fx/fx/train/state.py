@@ -1,4 +1,6 @@
-"""Where a run is, all of it: what a later run needs to go on as if nothing had happened.
+"""A run: what it may be told, its optimizer, what it reports, and where it is.
+
+A state is all that a later run needs to go on as if nothing had happened:
 
 ======================  ==========================================================================
 now/NAME, best/NAME     what is trained, now and at the step that is kept
@@ -37,8 +39,8 @@ from lora_fx.fx.tensors import device_of, from_numpy, to_numpy
 from lora_fx.fx.train.objective import Loss
 from lora_fx.fx.train.optimizer import MOMENTS, Optimizer, Settings
 from lora_fx.fx.train.processes import Processes
-from lora_fx.fx.train.report import TrainReport
 from lora_fx.inputs import Named
+from lora_fx.text import Json
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,89 @@ class Saving:
     folder: str | None = None
     every: int | None = None
     resume: str | None = None
+
+
+# What a run did: losses by step, what was kept, and a verdict in one line.
+
+
+@dataclass
+class TrainReport:
+    """Losses by step, and what was kept: the adapter in the model is that of `best_step`.
+
+    `before` is the validation loss before the first step, None without validation.
+    `stopped` is the step at which patience ended the run, or None where it went to its end.
+    `resumed` is the step from which the run went on, None where it began at the first.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    validation: dict[int, float] = field(default_factory=dict)
+    before: float | None = None
+    best_step: int = 0
+    stopped: int | None = None
+    resumed: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the validation loss rose, in one line that names the step that was kept."""
+        line = verdict(self.validation, self.best_step)
+        return line if self.stopped is None else f"{line}; patience ended at step {self.stopped}"
+
+    def __str__(self) -> str:
+        """Which step was kept, from where the run went on, and the verdict."""
+        best = self.validation.get(self.best_step)
+        said = f"kept step {self.best_step} of {len(self.losses)}"
+        said += f", validation loss {best:.4f}" if best is not None else ""
+        said += f" (went on from step {self.resumed})" if self.resumed is not None else ""
+        return f"{said}\n{self.verdict}"
+
+    def to_json(self) -> Json:
+        """What report files hold."""
+        return {
+            "losses": [round(x, 6) for x in self.losses],
+            "validation": {str(k): round(v, 6) for k, v in self.validation.items()},
+            "before": None if self.before is None else round(self.before, 6),
+            "best_step": self.best_step,
+            "stopped": self.stopped,
+            "resumed": self.resumed,
+            "verdict": self.verdict,
+        }
+
+
+def verdict(validation: Mapping[int, float], kept: int) -> str:
+    """One line on overfitting.
+
+    Args:
+        validation: Step → loss, in the order of the steps.
+        kept: The step whose adapter is kept; of `validation`, unless that is empty.
+    """
+    if not validation:
+        return f"no validation: overfitting would not be seen; kept the last step, {kept}"
+    steps, ending = list(validation), f"; kept step {kept}"
+    last = steps[-1]
+    if len(steps) == 1:
+        return f"one validation, at step {last}: no rise or fall can be seen" + ending
+    if kept == last:
+        fall = _change(validation[steps[-2]], validation[last])
+        line = f"validation loss still falling at the last step (by {fall} since {steps[-2]})"
+        return line + ending
+    if validation[last] == validation[kept]:
+        return f"validation loss did not fall after step {kept}" + ending
+    rise = _change(validation[kept], validation[last])
+    return f"validation loss rose {rise} after step {kept}" + ending
+
+
+def _change(old: float, new: float) -> str:
+    """The size of a change in per cent; as a number where the old value is not above zero."""
+    if old <= 0:
+        return f"{abs(new - old):.3g}"
+    share = 100 * abs(new - old) / old
+    if share < 0.1:
+        return "less than 0.1 %"
+    return f"{share:.0f} %" if share >= 9.95 else f"{share:.1f} %"
+
+
+# How far a run is, and the state from which another one goes on.
 
 
 @dataclass
@@ -97,9 +182,7 @@ def put_back(optimizer: Optimizer, values: dict[str, torch.Tensor]) -> None:
         p.copy_(values[name])
 
 
-def save_state(
-    folder: str, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes
-) -> None:
+def save(folder: str, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes) -> None:
     """Write the state of a run; every process calls it, the first one writes.
 
     Raises:
@@ -127,10 +210,15 @@ def save_state(
         "moments": optimizer.moved,
         "facts": facts,
     }
-    write_folder(folder, words, tensors)
+    # the old state stands until the new one is whole and on disk
+    with replacing(folder, force=True, own=True) as stage:
+        stage.mkdir()
+        text = json.dumps({**stamp(), **words}, indent=1, allow_nan=False)
+        (stage / WORDS).write_text(text + "\n", encoding="utf-8")
+        write_tensors(stage / TENSORS, tensors, {})
 
 
-def load_state(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> Trail:
+def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> Trail:
     """Set a run to a state, random numbers too.
 
     Raises:
@@ -227,15 +315,6 @@ def check_folder(folder: str, *, force: bool, own: bool = False) -> None:
     check_output(folder, force=force, own=own, names=(WORDS, TENSORS))
 
 
-def write_folder(folder: str, words: Named, tensors: Mapping[str, Array]) -> None:
-    """Write a state; the old one stands until the new one is whole and on disk."""
-    with replacing(folder, force=True, own=True) as stage:
-        stage.mkdir()
-        text = json.dumps({**stamp(), **words}, indent=1, allow_nan=False)
-        (stage / WORDS).write_text(text + "\n", encoding="utf-8")
-        write_tensors(stage / TENSORS, tensors, {})
-
-
 def step_of(folder: str) -> int | None:
     """The step of a state; None where there is none."""
     try:
@@ -317,7 +396,8 @@ def differences(there: Named, here: Facts) -> list[str]:
             a, b = old.get(what), facts.get(what)
             if a != b:
                 both = isinstance(a, str) and isinstance(b, str) and len(a) == len(b) == 64
-                told = "another" if both else f"{_shown(a)} there, {_shown(b)} here"
+                then, now = ("none" if x is None else str(x) for x in (a, b))
+                told = "another" if both else f"{then} there, {now} here"
                 found.append(f"{part}: {what}: {told}")
     return found
 
@@ -328,10 +408,6 @@ def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:
     texts = {part: json.dumps(facts[part], sort_keys=True) for part in facts}
     texts["initial values"] = _weights(trained)
     return {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
-
-
-def _shown(value: object) -> str:
-    return "none" if value is None else str(value)
 
 
 def _weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

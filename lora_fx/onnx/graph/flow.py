@@ -94,6 +94,10 @@ class OnnxFlow:
     found: list[OnnxWeightUse] = field(default_factory=list)
     data_flops: int = 0
 
+    def weight_of(self, value: ir.Value | None) -> OnnxWeight | None:
+        """The weight that a value is, or that it is computed from."""
+        return None if value is None else self.weights.get(value) or self.computed.get(value)
+
     def parameters(self) -> list[Parameter]:
         """Floating tensors that no pass added, and the codes of quantised weights."""
         packed = {f.site.parameter: f.use.stored for f in self.found if f.site.no_fold}
@@ -154,7 +158,7 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
         if "value" in node.attributes and (out.uses() or out.is_graph_output()):
             _store(flow, out)
         return
-    source = None if not node.inputs or node.inputs[0] is None else node.inputs[0]
+    source = operand(node, 0)
     weight = None if source is None else flow.weights.get(source)
     if MARK in node.metadata_props:
         if node.op_type == "Add" and weight is not None:
@@ -176,7 +180,7 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
 
 def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
-    known = {v: w for v in node.inputs if v and (w := flow.weights.get(v) or flow.computed.get(v))}
+    known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
     floats = [w for w in known.values() if "float" in dtype_name(flow.stores[w.name].value)]
     names = tuple(dict.fromkeys(n for w in floats for n in w.behind or (w.name,)))
     if not names:
@@ -187,7 +191,8 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     made = OnnxWeight(names[0], View(), (), computed=why, behind=names)
     if not bodies and all(v is None or v in known for v in node.inputs):
         for out in node.outputs:
-            flow.computed[out] = replace(made, shape=_sizes(out))
+            sizes = (n if isinstance(n, int) else 0 for n in shape_of(out) or ())
+            flow.computed[out] = replace(made, shape=tuple(sizes))
         return True
     if node.op_type in ("Loop", "Scan"):
         into, back = (2, 1) if node.op_type == "Loop" else (0, 0)
@@ -217,10 +222,6 @@ def _root(value: ir.Value | None) -> ir.Value | None:
     return _root(node.inputs[0]) if node is not None and node.op_type == "Identity" else value
 
 
-def _sizes(value: ir.Value) -> tuple[int, ...]:
-    return tuple(n if isinstance(n, int) else 0 for n in shape_of(value) or ())
-
-
 def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
     """Note what a node makes of a weight where it only views it."""
     if node.op_type == "DequantizeLinear" and len(weight.shape) >= 2:
@@ -248,16 +249,13 @@ def shape_of(value: ir.Value | None) -> Shape | None:
 
 def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
     def shape(slot: int) -> Shape | None:
-        if slot >= len(node.inputs):
-            return None
-        value = node.inputs[slot]
-        known = None if value is None else flow.weights.get(value) or flow.computed.get(value)
+        value = operand(node, slot)
+        known = flow.weight_of(value)
         return shape_of(value) if known is None else known.shape
 
     result = []
     for use in row.uses(node, shape):
-        value = node.inputs[use.weight] if use.weight < len(node.inputs) else None
-        weight = None if value is None else flow.weights.get(value) or flow.computed.get(value)
+        weight = flow.weight_of(operand(node, use.weight))
         if weight is None:
             continue
         dtype = tensor_dtype(flow.stores[weight.name].tensor.dtype)
@@ -382,6 +380,17 @@ Rule = Callable[[ir.Node, tuple[int, ...], int], Steps]
 gives the steps, or None where the node is no view."""
 
 
+def operand(node: ir.Node, slot: int) -> ir.Value | None:
+    """The operand in a slot; None where the node leaves it out."""
+    return node.inputs[slot] if slot < len(node.inputs) else None
+
+
+def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
+    """The node that makes a value, where it is this op of ONNX."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op and not node.domain else None
+
+
 def constant(value: ir.Value | None) -> Array | None:
     """The array of an initialiser or a Constant; None for anything else."""
     if value is None:
@@ -406,9 +415,7 @@ def numbers(node: ir.Node, name: str, slot: int) -> list[int] | None:
     if name in node.attributes:
         found = node.attributes[name].value
         return [int(found)] if isinstance(found, int) else [int(n) for n in found]
-    if slot >= len(node.inputs):
-        return None
-    value = constant(node.inputs[slot])
+    value = constant(operand(node, slot))
     return None if value is None else [int(n) for n in value.reshape(-1)]
 
 
@@ -449,7 +456,7 @@ def _reshape(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     if wanted is None:
         return None
     # Reshape: a size of 0 copies that of the input, unless allowzero says that it is 0.
-    keep_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int()
+    keep_zero = node.attributes.get_int("allowzero", 0)
     sizes = [shape[k] if n == 0 and not keep_zero else n for k, n in enumerate(wanted)]
     rest = math.prod(n for n in sizes if n != -1)
     whole = math.prod(shape)
@@ -458,11 +465,11 @@ def _reshape(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 def _squeeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     axes = numbers(node, "axes", 1)
-    if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+    if axes is None and operand(node, 1) is not None:
         return None
-    gone = {a % len(shape) for a in axes} if axes is not None else None
-    kept = (n for k, n in enumerate(shape) if (n != 1 if gone is None else k not in gone))
-    return [Reshape(tuple(kept))]
+    ones = (k for k, n in enumerate(shape) if n == 1)
+    gone = set(ones) if axes is None else {a % len(shape) for a in axes}
+    return [Reshape(tuple(n for k, n in enumerate(shape) if k not in gone))]
 
 
 def _unsqueeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
@@ -475,7 +482,7 @@ def _unsqueeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 
 def _flatten(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    at = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+    at = node.attributes.get_int("axis", 1)
     at = at + len(shape) if at < 0 else at
     return [Reshape((math.prod(shape[:at]), math.prod(shape[at:])))]
 
@@ -492,14 +499,12 @@ def _slice(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     starts, stops = numbers(node, "starts", 1), numbers(node, "ends", 2)
     if starts is None or stops is None:
         return None
-    axes = numbers(node, "axes", 3)
-    if axes is None:
-        if len(node.inputs) > 3 and node.inputs[3] is not None:
-            return None
-        axes = list(range(len(starts)))
-    strides = numbers(node, "steps", 4)
-    if len(node.inputs) > 4 and node.inputs[4] is not None and set(strides or (0,)) != {1}:
+    axes, strides = numbers(node, "axes", 3), numbers(node, "steps", 4)
+    if axes is None and operand(node, 3) is not None:
         return None
+    if operand(node, 4) is not None and set(strides or (0,)) != {1}:
+        return None
+    axes = list(range(len(starts))) if axes is None else axes
     steps: list[Step] = []
     for axis, start, stop in zip(axes, starts, stops, strict=True):
         # Python's slices clamp as ONNX does: ends are often INT64_MAX
@@ -509,11 +514,10 @@ def _slice(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 
 def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    axis %= len(shape)
+    axis = node.attributes.get_int("axis", 0) % len(shape)
     sizes = numbers(node, "split", 1)
     if sizes is None:
-        if len(node.inputs) > 1 and node.inputs[1] is not None:
+        if operand(node, 1) is not None:
             return None
         # without sizes, all parts are equal and the last may be shorter
         part = -(-shape[axis] // len(node.outputs))
@@ -525,7 +529,7 @@ def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 def _gather(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     """The slice of one entry of an axis that a constant picks; ids from data pick matrices."""
     ids = constant(node.inputs[1])
-    axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else 0) % len(shape)
+    axis = node.attributes.get_int("axis", 0) % len(shape)
     if ids is None or ids.ndim:
         return _picked(node, shape, 1) if ids is None and axis == 0 else None
     k = int(ids) % shape[axis]
@@ -534,7 +538,7 @@ def _gather(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 def _gather_nd(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     ids = node.inputs[1]
-    batched = "batch_dims" in node.attributes and node.attributes["batch_dims"].as_int()
+    batched = node.attributes.get_int("batch_dims", 0)
     one = ids is not None and ids.shape is not None and ids.shape[-1] == 1
     return _picked(node, shape, 2) if one and not batched else None
 

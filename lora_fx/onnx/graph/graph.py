@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,11 @@ class OnnxGraph(Analysed):
             self.notes.append(f"{len(model.functions)} model functions were inlined")
             InlinePass()(model)
         if _unknown(model):
-            _infer_shapes(model)
+            from onnx_ir.passes.common import ShapeInferencePass
+
+            # where it cannot infer, it logs an error; the note says it to the user
+            with silenced(levels={"onnx_ir": logging.CRITICAL}):
+                ShapeInferencePass()(model)
             if _unknown(model):
                 self.notes.append("some shapes are unknown: FLOPs are too low")
         self._names = 0
@@ -269,23 +274,9 @@ class OnnxGraph(Analysed):
 
 def _unknown(model: ir.Model) -> bool:
     """True when an op of the table has an operand of unknown shape."""
-    for node in model.graph.all_nodes():
-        if row_of(node) is not None:
-            for value in (*node.inputs, node.outputs[0]):
-                if value is not None and shape_of(value) is None and value.const_value is None:
-                    return True
-    return False
-
-
-def _infer_shapes(model: ir.Model) -> None:
-    """Fill in the shapes that the file leaves out.
-
-    Where it cannot, onnx_ir's pass logs an error; notes of ours say it to the user.
-    """
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    with silenced(levels={"onnx_ir": logging.CRITICAL}):
-        ShapeInferencePass()(model)
+    nodes = (n for n in model.graph.all_nodes() if row_of(n) is not None)
+    values = (v for n in nodes for v in (*n.inputs, n.outputs[0]) if v is not None)
+    return any(shape_of(v) is None and v.const_value is None for v in values)
 
 
 def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
@@ -327,29 +318,24 @@ def add_initialiser(
     return v
 
 
-PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather"}
-"""Primitives that are a node of the same operands."""
+PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather", "einsum": "Einsum"}
+"""Primitives that are a node of the same operands and attributes."""
 
 
+@dataclass(eq=False, repr=False)
 class OnnxEmitter:
     """Inserts in order, after the site's node or before it, in the graph or body that holds it."""
 
-    def __init__(
-        self,
-        owner: OnnxGraph,
-        node: ir.Node,
-        mark: str,
-        found: OnnxWeightUse | None = None,
-        *,
-        before: bool,
-    ) -> None:
-        self.owner = owner
-        self.found = found
-        self.mark = mark
-        self.node = node
-        self.before = before
-        self.viewing = False
-        self.last = node
+    owner: OnnxGraph
+    node: ir.Node
+    mark: str
+    found: OnnxWeightUse | None = None
+    before: bool = field(kw_only=True)
+    viewing: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """The first node stands beside the site's, each other one after the last."""
+        self.last = self.node
 
     def call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Add a node of an ONNX op and give its first result."""
@@ -378,7 +364,7 @@ class OnnxEmitter:
         return add_initialiser(self.owner.model.graph, name, value, self.mark)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.emitter."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.view.Ops."""
         made = self._op(prim, *xs, **attrs)
         # onnx_ir infers no types, and later casts ask for this one
         first = next((x for x in xs if isinstance(x, ir.Value)), None)
@@ -388,7 +374,7 @@ class OnnxEmitter:
 
     def _op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
         if prim in PLAIN:
-            return self.call(PLAIN[prim], *xs)
+            return self.call(PLAIN[prim], *xs, **attrs)
         if prim in ("add", "mul"):
             x, y = xs
             if isinstance(y, (int, float)):
@@ -411,8 +397,6 @@ class OnnxEmitter:
             return self.call("Slice", xs[0], *bounds)
         if prim == "pad":
             return self.call("Pad", xs[0], self._ints(*attrs["before"], *attrs["after"]))
-        if prim == "einsum":
-            return self.call("Einsum", *xs, equation=attrs["equation"])
         if prim == "conv":
             return self.call("Conv", *xs, group=attrs["groups"])
         if prim == "cast":
@@ -447,13 +431,10 @@ class OnnxEmitter:
         inputs[use.x], inputs[use.weight] = x, w
         if bias is not None and bias < len(inputs):
             inputs = inputs[:bias]
-        new = ir.Node(
-            self.node.domain, self.node.op_type, inputs, list(self.node.attributes.values())
+        node = self.node
+        made = self._place(
+            ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()))
         )
-        if "kernel_shape" in new.attributes:
-            kept = new.attributes["kernel_shape"].as_ints()
-            new.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", kept)
-        made = self._place(new)
         if w.dtype is not None:
             made.type = ir.TensorType(w.dtype)
         return made

@@ -45,6 +45,11 @@ class OnnxOperand:
     stored: tuple[int, ...] = ()
 
 
+Shapes = Callable[[int], Shape | None]
+"""Gives the shape of the operand in a slot; None where it is unknown."""
+Uses = Callable[[ir.Node, Shapes], Iterator[OnnxOperand]]
+
+
 @dataclass(frozen=True)
 class OnnxOp:
     """One row of the op table.
@@ -58,14 +63,10 @@ class OnnxOp:
     """
 
     op: str
-    uses: Callable[[ir.Node, Callable[[int], Shape | None]], Iterator[OnnxOperand]]
+    uses: Uses
     bias: int | None = None
     many: bool = False
     packed: bool = False
-
-
-Shapes = Callable[[int], Shape | None]
-"""Gives the shape of the operand in a slot; None where it is unknown."""
 
 
 def attr(node: ir.Node, name: str, default: object) -> Any:
@@ -133,13 +134,10 @@ def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         yield OnnxOperand(1, 0, kinds.Conv(groups), VECTOR)
         return
     lone = groups > 1 and (w[0] == groups if turned else w[1] == 1)
-    why = DEPTHWISE if lone else ""
+    kind: Kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
     if attr(node, "activation", ""):  # FusedConv: the activation leaves no place for a sum
-        axes = kinds.Conv(groups).axes(w)
-        yield OnnxOperand(1, 0, WeightForm("conv", axes), why, allowed=lone)
-        return
-    kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
-    yield OnnxOperand(1, 0, kind, why, allowed=lone)
+        kind = WeightForm("conv", kind.axes(w))
+    yield OnnxOperand(1, 0, kind, DEPTHWISE if lone else "", allowed=lone)
 
 
 def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -189,7 +187,7 @@ def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     yield OnnxOperand(1, 0, kinds.linear(), QUANTISED.format(f"{bits} bits"), True, stored=(n, k))
 
 
-def _integer(weight: int, *, beside: bool) -> Any:
+def _integer(weight: int, *, beside: bool) -> Uses:
     def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         w = shape(weight)
         if w is not None and len(w) >= 2:

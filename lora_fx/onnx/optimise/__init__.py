@@ -1,1 +1,1 @@
-"""Rewrites of an onnx_ir model, one a file: passes that onnx_ir's own pass manager runs too."""
+"""Rewrites of an onnx_ir model: passes that onnx_ir's own pass manager runs too."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import constant
+from lora_fx.onnx.graph.flow import constant, made_by
 from lora_fx.onnx.graph.graph import add_initialiser
 
 
@@ -33,11 +33,11 @@ class GemmToMatMul(ir.passes.InPlacePass):
 
 def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
     x, w = gemm.inputs[0], gemm.inputs[1]
-    flat = x.producer() if x is not None else None
+    flat = made_by(x, "Reshape")
     attributes = gemm.attributes
     scales = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
     plain = scales == (1.0, 1.0) and not attributes.get_int("transA", 0)
-    if x is None or flat is None or flat.op_type != "Reshape" or flat.domain or not plain:
+    if x is None or flat is None or not plain:
         return False
     source = flat.inputs[0]
     target = constant(flat.inputs[1])
@@ -138,11 +138,9 @@ def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) ->
 
 
 def _swaps(context: object, product: ir.Value, bias: ir.Value, delta: ir.Value) -> bool:
-    made = product.producer()
-    if bias.const_value is None or made is None or made.op_type != "MatMul":
-        return False
-    x = made.inputs[0]
-    return x is not None and _reaches(delta, x, 0, DEPTH)
+    made = made_by(product, "MatMul")
+    x = None if made is None else made.inputs[0]
+    return bias.const_value is not None and x is not None and _reaches(delta, x, 0, DEPTH)
 
 
 def _reaches(value: ir.Value, x: ir.Value, products: int, left: int) -> bool:

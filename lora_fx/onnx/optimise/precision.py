@@ -180,11 +180,8 @@ def _drop_unread(model: ir.Model) -> None:
     stored = model.graph.initializers
     for name, value in list(stored.items()):
         if name.endswith("_half") and (old := stored.get(name[:-5])) is not None and not old.uses():
-            del stored[name[:-5]], stored[name]
+            del stored[name[:-5]]
             value.name = name[:-5]
-            if value.const_value is not None:
-                value.const_value.name = name[:-5]
-            stored[name[:-5]] = value
 
 
 def _int8(model: ir.Model, error: WorstError) -> Narrowed:

@@ -13,7 +13,7 @@ from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.optimizer import Settings
-from lora_fx.fx.train.report import TrainReport, verdict
+from lora_fx.fx.train.state import TrainReport, verdict
 from tests.fx.train.test_loop import adapted, table
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.onnx.optimise.skip_norm import SplitSkipNorm
+from lora_fx.onnx.optimise.stages import SplitSkipNorm
 from lora_fx.onnx.session import open_session
 from tests.onnx.optimise.test_survive import fused
 
