@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ ALL = {f"{kind}: {name}": case for kind, cases in KINDS.items() for name, case i
 
 @pytest.mark.parametrize("name", ALL)
 def test_hostile_files_are_refused(name: str, scene: Path) -> None:
+    """By three of the commands that read such a file, other ones for each."""
+    case, first = ALL[name], list(ALL).index(name)
+    turned = (*case.lines, *case.lines)[first % len(case.lines) :]
+    attack(replace(case, lines=turned[: min(3, len(case.lines))]), scene)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_hostile_files_are_refused_by_every_command(name: str, scene: Path) -> None:
     attack(ALL[name], scene)
 
 
