@@ -1,7 +1,8 @@
-"""onnxscript's functions of torch's ops, read once a process.
+"""What torch reads anew for each ONNX file that it exports, read once a process.
 
-torch reads their source anew for each ONNX file that it exports, half a second each time, and the
-tests export a thousand. Where torch's own table is another one day, it is read as torch does.
+That are onnxscript's functions of torch's ops, half a second each time, and the dispatcher's ops,
+once for each of 24 namespaces; the tests export a thousand files. Where torch's own tables are
+others one day, they are read as torch does.
 """
 
 from __future__ import annotations
@@ -27,5 +28,24 @@ def keep_torchlib() -> None:
     registry.from_torchlib = classmethod(from_torchlib)
 
 
-with contextlib.suppress(ImportError, AttributeError):
-    keep_torchlib()
+def keep_ops() -> None:
+    """Let torch make its Python names of the dispatcher's ops again only where ops are new."""
+    import torch
+    from torch._export import utils
+
+    make = utils._materialize_cpp_cia_ops
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
+    made: set[str] = set()
+
+    def once() -> None:
+        there = registered("CompositeImplicitAutograd")
+        if not made.issuperset(there):
+            make()
+            made.update(there)
+
+    utils._materialize_cpp_cia_ops = once
+
+
+for keep in (keep_torchlib, keep_ops):
+    with contextlib.suppress(ImportError, AttributeError):
+        keep()
