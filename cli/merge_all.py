@@ -68,6 +68,8 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         rows.append(row)
         if not as_json:
             print_json(row)
+    order = {str(job.out): i for i, job in enumerate(jobs)}
+    rows.sort(key=lambda row: order[row["out"]])  # they came as they finished
     bad = [r for r in rows if not r["ok"]]
     if made and rows and len(bad) == len(rows):
         with contextlib.suppress(OSError):  # a killed merge leaves files, and shards share it

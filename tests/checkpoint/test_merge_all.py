@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_fx import Adapter, LowRank, save_adapter
-from lora_fx.checkpoint.merge_all import jobs_of
+from lora_fx.checkpoint.merge_all import Job, jobs_of
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 
@@ -54,6 +55,19 @@ def test_each_is_the_merge_of_its_adapter(fleet: Path, capsys: pytest.CaptureFix
         want = base + 1.5 * u.b.astype(np.float64) @ u.a.astype(np.float64)
         got = load_file(fleet / "out" / f"run{i}__adapter.safetensors")["fc.weight"]
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_report_has_the_order_of_the_adapters(
+    fleet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backwards(base: str, jobs: list[Job], **options: Any) -> Iterator[dict[str, Any]]:
+        yield from ({"adapter": j.adapter, "out": str(j.out), "ok": True} for j in jobs[::-1])
+
+    monkeypatch.setattr("lora_fx.checkpoint.merge_all.merge_all", backwards)
+    with pytest.raises(SystemExit):
+        main(["merge-all", "base.safetensors", *RUNS, "-o", "out", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert [r["adapter"] for r in said["merges"]] == RUNS
 
 
 def test_a_bad_one_fails_alone(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
