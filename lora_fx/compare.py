@@ -106,6 +106,7 @@ def sizes_text(sizes: Mapping[str, Sequence[int]]) -> str:
     return ", ".join(f"{k} {list(v)}" for k, v in sizes.items())
 
 
+@np.errstate(invalid="ignore")  # inf − inf of two equal outputs
 def compare(
     ours: Outputs, reference: Outputs, sizes: Sizes, tol: float | Mapping[str, float], of: str = ""
 ) -> Parity:

@@ -186,6 +186,34 @@ def test_a_tied_head_of_gpt2(include: str) -> None:
     assert gap(model(**kwargs), inserted(**kwargs)) < 1e-6
 
 
+class Steep(nn.Module):
+    """Finite itself; inf − inf with the random updates of the proof."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(8, 6)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.mul_(0.05)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(40 * self.a(x)) - torch.exp(40 * self.b(x))
+
+
+def test_a_proof_stays_where_numbers_are_finite() -> None:
+    torch.manual_seed(0)
+    model: Any = Steep().eval()
+    args = (torch.randn(3, 8),)
+    lora_fx.attach(model, args, rank=2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_B." in name:
+                p.copy_(torch.randn(p.shape) * 1e-3)
+    adapter = model.adapter()
+    want = explicit(lora_fx.detach(copy.deepcopy(model)), adapter, args)
+    assert gap(model(*args), want) < 1e-4
+
+
 class Aliased(nn.Module):
     """Keeps its weight in a plain list: no capture, and no attribute to adapt."""
 
