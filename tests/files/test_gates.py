@@ -172,14 +172,18 @@ def _write_together(folder: Path, part_name: str = "a.onnx_adapter") -> None:
 
 @pytest.mark.parametrize("before", ["old", ""])
 def test_a_kill_at_any_call_leaves_nothing_after_the_next_run(tmp_path: Path, before: str) -> None:
-    (tmp_path / "count").mkdir()
-    with Faults() as seen:
-        _write_together(tmp_path / "count")
-    for at in range(1, len(seen.calls) + 1):
-        folder = tmp_path / str(at)
+    def made(name: str) -> Path:
+        folder = tmp_path / name
         folder.mkdir()
-        for name in ("m.onnx", "a.onnx_adapter") if before else ():
-            (folder / name).write_text(before)
+        for file in ("m.onnx", "a.onnx_adapter") if before else ():
+            (folder / file).write_text(before)
+        return folder
+
+    whole = made("whole")
+    with Faults() as seen:
+        _write_together(whole)
+    for at in range(1, len(seen.calls) + 1):
+        folder = made(str(at))
         child = os.fork()
         if not child:
             with Faults(at, signal.SIGKILL):
