@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ SPOOF = "\x1b]0;title\x07\x1b[2J\u202egnp.\r\nError: x\x9b1A"
 @pytest.fixture(scope="module", autouse=True)
 def libraries() -> None:
     child.prepare()
+
+
+def _loop(argv: list[str]) -> None:
+    while True:
+        pass
+
+
+def test_a_command_without_end_is_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_fx.cli.main", _loop)
+    monkeypatch.setattr(child, "WAITS", 60)
+    got = child.command(["targets"], tmp_path, seconds=1.0)
+    assert got.hung and got.raw and got.code == -signal.SIGXCPU
 
 
 def test_changed_files(tmp_path: Path) -> None:
