@@ -115,7 +115,7 @@ def packed(codes: Array, bits: int, *, high: bool = False) -> Array:
     parts = codes.reshape(*codes.shape[:-1], -1, each)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     shifts = shifts[::-1] if high else shifts
-    return np.bitwise_or.reduce(parts << shifts, axis=-1).astype(np.uint8)
+    return np.asarray(np.bitwise_or.reduce(parts << shifts, axis=-1))
 
 
 # Quantising: codes of a float weight.
