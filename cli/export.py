@@ -12,6 +12,7 @@ from lora_fx.cli.options import (
     load_npz,
     model_options,
     named_adapters,
+    quantise_option,
     refuse_given,
     result_options,
     selectors_option,
@@ -35,6 +36,7 @@ from lora_fx.cli.report_option import report_command
 @click.option(
     "--precision", metavar="DTYPE", help="float16 or int8; of a bfloat16 model, float32 too."
 )
+@quantise_option
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
 @click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
@@ -81,7 +83,8 @@ def command(
     if model.endswith(".onnx"):
         from lora_fx.onnx.match import read_map
 
-        refuse_given(model, ("opset", "weights", "dynamic", "static", "trust"))
+        refuse_given(model, ("opset", "weights", "dynamic", "static", "trust", "quantise"))
+        options.pop("quantise")
         report = export(model, output, names=read_map(names), **options)
         inputs = [{"model": model}]
         note(*report.warnings)

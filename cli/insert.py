@@ -84,7 +84,8 @@ def _onnx(model: str, output: str, force: bool, as_json: bool, options: Json) ->
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")
     arrays = load_npz(options.pop("inputs_file")) or None
-    no_say = ("also_train", "dropout", *START, "weights", "dynamic", "static", "trust")
+    capture = ("weights", "dynamic", "static", "trust")
+    no_say = ("also_train", "dropout", "quantise", *START, *capture)
     refuse_given(model, no_say)
     kept = {k: v for k, v in options.items() if k not in no_say}
     report = insert_onnx(model, output, inputs=arrays, force=force, **kept)

@@ -97,6 +97,14 @@ model_options = combined(
 """Options of every command that loads and captures a model."""
 
 
+quantise_option = click.option(
+    "--quantise",
+    multiple=True,
+    metavar="KIND[=SELECTORS]",
+    help="Store the base's weights as nf4, int4 or int8; of the default plan, or those named.",
+)
+
+
 target_options = combined(
     [
         click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan."),
@@ -122,6 +130,7 @@ target_options = combined(
             help="What A and B start from.",
         ),
         click.option("--dropout", type=float, default=0.0, help="Dropout on the branches' inputs."),
+        quantise_option,
         click.option("--seed", type=int, default=0, help="Of initial values."),
         click.option(
             "--dead",
@@ -182,7 +191,7 @@ def held(cap: Captured) -> AdaptedModule:
 
     assert isinstance(cap, FileCaptured)
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
-    if option := first_given(*chosen, "plan"):
+    if option := first_given(*chosen, "plan", "quantise"):
         raise LoraFxError(
             f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
             "leave it out, or start from the original model",

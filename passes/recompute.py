@@ -8,12 +8,16 @@ whether keeping v is less, is read from the graph: see lora_fx.fx.patterns.eleme
 values that are no such chain, whose chain keeps as little already (a ReLU), that an op changes in
 place, whose branch has a dropout of its own, and branches in another block than their input.
 
-This pass is torch's own: what is kept for backward is no property of other IRs.
+A weight that is made from codes, y = op(x, view(dequantise(codes))), is made again in backward too:
+
+    y = op(x, w)        becomes        y = reread(codes; x)
+
+These passes are torch's own: what is kept for backward is no property of other IRs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +29,10 @@ import torch
 from torch import fx
 
 from lora_fx.fx.graph.flow import written
-from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import block_of
+from lora_fx.fx.graph.graph import FxGraph, replaced
+from lora_fx.fx.graph.nodes import block_of, is_marked, reached
+from lora_fx.fx.graph.ops import Path, pick, row_of
+from lora_fx.fx.graph.sites import slots
 from lora_fx.fx.module.codegen import function
 from lora_fx.fx.patterns.elementwise import (
     Chain,
@@ -65,6 +71,49 @@ class Recompute:
             if chain is not None:
                 modified |= _replace(x, chain, group, flows)
         return PassResult(graph, modified)
+
+
+@dataclass(frozen=True)
+class RecomputeWeights:
+    """Let products of quantised weights keep the codes, which are there anyway, and no weight."""
+
+    def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
+        """Edit the graph; a second run finds no product that reads a weight made from codes."""
+        made = [n for n, w in graph.flow().weights.items() if w.format and not is_marked(n)]
+        chains = dict.fromkeys(n for n in made if n.op == "call_function")
+        modified = False
+        for node in dict.fromkeys(u for n in chains for u in n.users if u not in chains):
+            row = row_of(node)
+            if row is None or row.op.startswith("embedding"):
+                continue
+            paths = [p for i in node.all_input_nodes if i in chains for p in slots(node, i)]
+            if len(paths) == 1:
+                _reread(node, paths[0], chains)
+                modified = True
+        if modified:
+            graph.graph.eliminate_dead_code()
+            graph.changed()
+        return PassResult(graph, modified)
+
+
+def _reread(node: fx.Node, path: Path, chains: Container[fx.Node]) -> None:
+    """Let one call make a product and, from codes, its weight."""
+    weight = pick(node, path)
+    steps = [n for n in reached([weight], lambda n: n.all_input_nodes if n in chains else [])]
+    given = [n for n in steps if n not in chains]
+    code, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for n in given:
+        env[n] = code.placeholder(n.name)
+    for n in sorted(n for n in steps if n in chains):
+        env[n] = code.node_copy(n, env.__getitem__)
+    code.output(env[weight])
+    make = partial(function(code, f"codes of {node.name}"), None)
+    with node.graph.inserting_before(node):
+        args = (tuple(given), replaced(node.args, path, None), dict(node.kwargs))
+        new = node.graph.call_function(rereading(make, node.target, path), args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def _replace(
@@ -149,6 +198,41 @@ def region(code: Code) -> Callable[..., tuple[torch.Tensor, ...]]:
         return result
 
     return recomputed
+
+
+def rereading(
+    make: Callable[..., torch.Tensor], op: Any, path: Path
+) -> Callable[..., torch.Tensor]:
+    """An op whose weight is made from codes, in forward and again in backward.
+
+    Args:
+        make: Codes, scales and zeros → the weight as the op reads it.
+        op: The op.
+        path: Where among its arguments the weight stands.
+
+    Returns:
+        (what make takes, arguments, keyword arguments) → what the op gives. Of the weight autograd
+        keeps a few numbers: where in it the tensor lay that the op's backward wants.
+    """
+
+    def reread(given: Sequence[Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        weight = make(*given)
+        args = replaced(args, path, weight)
+        if _plainly():
+            return op(*args, **kwargs)
+        own = weight.untyped_storage().data_ptr()
+
+        def pack(t: torch.Tensor) -> Any:
+            mine = t.untyped_storage().data_ptr() == own
+            return (t.size(), t.stride(), t.storage_offset()) if mine else t
+
+        def unpack(kept: Any) -> torch.Tensor:
+            return kept if isinstance(kept, torch.Tensor) else make(*given).as_strided(*kept)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return op(*args, **kwargs)
+
+    return reread
 
 
 def _plainly() -> bool:

@@ -20,6 +20,7 @@ from lora_fx.fx.capture.trace import export_program, recurrent_shapes
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.quantised import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.silence import silenced
 from lora_fx.targets.target import Target
@@ -182,6 +183,8 @@ def norms_apart() -> contextlib.AbstractContextManager[None]:
 # - Attention without a dimension for heads gets one: the exporter takes four dimensions only.
 # - Complex numbers lose or gain dimensions as pairs: see OF_PAIRS.
 # - A check that all values are true holds for what runs in torch. ONNX has no checks.
+# - A product with a quantised weight is ONNX Runtime's own, over the same bytes: MatMulNBits, or
+#   MatMulBnb4 for codes that are places of a table. Any other reader gets numbers by plain ops.
 
 
 aten = torch.ops.aten
@@ -354,7 +357,67 @@ def _complex(graph: fx.Graph, node: fx.Node) -> None:
         node.target = OF_PAIRS[node.target]
 
 
+NO_PRODUCT: tuple[int, int, int | None, bool | None] = (0, 0, None, None)
+PRODUCTS: dict[object, tuple[int, int, int | None, bool | None]] = {
+    aten.linear.default: (0, 1, 2, False),
+    aten.matmul.default: (0, 1, None, True),
+    aten.mm.default: (0, 1, None, True),
+    aten.addmm.default: (1, 2, 0, True),
+}
+"""Product → the places of x, of W and of the bias, and whether it reads W [in, out]."""
+TURNS = {aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default}
+
+
+def _dequantise(graph: fx.Graph, node: fx.Node) -> None:
+    """Let every product of a quantised matrix be one of the runtime, and the rest read numbers."""
+    args: Any = node.args
+    codes, scale, zero, shape, kind, block, turned, _ = args
+    views = [u for u in node.users if u.target in TURNS and len(shape) == 2]
+    for weight, flipped in ((node, turned), *((v, not turned) for v in views)):
+        for user in list(weight.users):
+            x, w, b, wants = PRODUCTS.get(user.target, NO_PRODUCT)
+            fits = len(shape) == 2 and wants is flipped and user.args[w] is weight
+            scaled = float(argument(user, "alpha", 1)) * float(argument(user, "beta", 1)) != 1.0
+            if not fits or user.args[x] is weight or (b == 0 and scaled):
+                continue
+            sizes = tuple(shape[::-1] if turned else shape)
+            bias = user.args[b] if b is not None and b < len(user.args) else None
+            user.target, user.kwargs = product_of_codes, {}
+            user.args = (user.args[x], codes, scale, zero, sizes, kind, block, bias)
+    node.target = dequantised
+
+
+def product_of_codes(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    sizes: tuple[int, int],
+    kind: str,
+    block: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """x·Wᵀ + bias by an operator of ONNX Runtime, in float32, for codes of W [out, in]."""
+    out, inner = sizes
+    named: dict[str, Any] = {"K": inner, "N": out, "block_size": block}
+    if kind in LEVELS:
+        op, more = "MatMulBnb4", {"quant_type": int(kind == "nf4")}
+    else:
+        op, more = "MatMulNBits", {"bits": bits_of(kind), "accuracy_level": 0}
+    given = (x.float(), codes, scale)
+    y: Tensor = torch.onnx.ops.symbolic(
+        f"com.microsoft::{op}",
+        given if zero is None else (*given, zero),
+        attrs=named | more,
+        dtype=torch.float32,
+        shape=(*x.shape[:-1], out),
+        version=1,
+    )
+    return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias
+
+
 _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
+    DEQUANTISE: _dequantise,
     aten.lstm.input: _lstm,
     aten.scaled_dot_product_attention.default: _attention,
     aten.real.default: _fourier,

@@ -79,6 +79,11 @@ class Quantised:
         return value
 
 
+def no_fold(kind: str) -> str:
+    """Why W + s·b·a is not stored in the place of a quantised weight."""
+    return f"the weight is quantised ({kind}): folding would round the update away"
+
+
 def blocks_in(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scales of a weight.
 
@@ -157,5 +162,4 @@ def quantise(weight: Array, kind: str) -> Quantised:
     steps = np.rint(blocks / np.where(scale, scale, 1)[..., None])
     codes = np.clip(steps, -middle_code, middle_code - 1) + middle_code
     codes = codes.astype(np.uint8).reshape(len(w), -1)[:, : w.shape[1]]
-    zero = np.full(scale.shape, middle_code, np.uint8)
-    return Quantised(codes, scale, zero, (1, 32))
+    return Quantised(codes, scale, np.full(scale.shape, middle_code, np.uint8), (1, 32))

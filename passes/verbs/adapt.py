@@ -14,7 +14,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
-from lora_fx.fx.tensors import with_base
+from lora_fx.fx.tensors import named_tensors, with_base
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Graph
@@ -23,6 +23,7 @@ from lora_fx.passes.fold import Fold
 from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
+from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
 
@@ -75,6 +76,7 @@ def insert(
     data: Iterable[Named] | None = None,
     loss: str | Loss = "ce",
     fast: bool = True,
+    quantise: Wanted | None = None,
 ) -> AdaptedModule:
     """A trainable module with low-rank branches; the user's module is not touched.
 
@@ -104,6 +106,9 @@ def insert(
         loss: ce, mse, or a function of (output, labels), for lora-ga.
         fast: Rewrite train programs so that they keep less for backward, with the same gradients:
             see docs/speed.md. False runs the graph as it was captured, with its branches.
+        quantise: nf4, int4 or int8: the base's weights become codes, those of the default plan but
+            for what is trained whole; KIND=SELECTORS names others; see docs/quantised.md. A weight
+            that is quantised already keeps its bytes.
 
     Returns:
         An AdaptedModule. Parameters share the storage of the user's model; buffers are copies.
@@ -128,7 +133,10 @@ def insert(
             "already",
             "insert into the original model; load_adapter replaces an adapter",
         )
-    return build_module(captured_of(model, args, kwargs, dynamic), options)
+    cap = captured_of(model, args, kwargs, dynamic)
+    if quantise:
+        cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
+    return build_module(cap, options)
 
 
 def fold(

@@ -24,7 +24,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
-from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.recompute import Recompute, RecomputeWeights
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.options import InsertOptions
 from lora_fx.targets.found import Found
@@ -113,7 +113,7 @@ def adapted_module(
         also_train=start.whole,
         norm_stats=options.norm_stats,
         notes=start.notes,
-        speedups=speedups if options.fast else None,
+        speedups=speedups if options.fast else plainly,
     )
     assert isinstance(module, AdaptedModule)
     return module
@@ -153,4 +153,9 @@ def learnt(cap: Captured) -> Json:
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
     """The passes of train programs, in order."""
     paths = tuple(blocks)
-    return [Clean(), Share(paths), Fuse(), Recompute(paths)]
+    return [Clean(), Share(paths), Fuse(), Recompute(paths), RecomputeWeights()]
+
+
+def plainly(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
+    """Those of a program that is run as it was captured: no weight as numbers is kept."""
+    return [RecomputeWeights()]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
@@ -36,6 +36,9 @@ from lora_fx.passes.verbs.optimise import optimise_file
 from lora_fx.passes.verbs.options import ExportOptions, Selectors, opened_adapters
 from lora_fx.targets.found import Found
 from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    from lora_fx.passes.verbs.quantise import Wanted
 
 
 @remembering()
@@ -64,6 +67,7 @@ def export(
     max_batch: int | None = None,
     cache: bool = False,
     within: bool = False,
+    quantise: Wanted | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
@@ -104,6 +108,8 @@ def export(
             and comes out as tensors. The inputs are known, so none are given.
         within: You keep to the sizes that the report's `ranges` name: leave the nodes out that fail
             at others.
+        quantise: As in insert: weights of the base become codes of 4 or 8 bits, products over them
+            are ONNX Runtime's own, and adapters stay branches in float (switch and batch).
 
     Raises:
         NoEffectError: The outputs differ; nothing is written.
@@ -138,21 +144,41 @@ def export(
                 f"{fspath(model)} is a graph as it is: args, kwargs, dynamic and opset have no say",
                 "leave them out; inputs={name: array} gives real data",
             )
+        if quantise:
+            raise LoraFxError(
+                f"{fspath(model)}: quantise is for models of torch",
+                "onnxruntime's quantisers make a file of codes, and lora-fx reads it",
+            )
         return export_onnx(model, options)
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
     from lora_fx.passes.verbs.export_torch import export_merged, export_slots
+    from lora_fx.passes.verbs.open import captured_of
 
+    notes: list[str] = []
+    if quantise:
+        from lora_fx.passes.verbs.quantise import quantised_base
+
+        if precision is not None:
+            raise LoraFxError(
+                f"precision {precision!r} beside quantise: both say how weights are stored",
+                "leave one out",
+            )
+        model, adapters, notes = quantised_base(
+            model, adapters, quantise, lambda m: captured_of(m, args, kwargs, dynamic)
+        )
+        options = replace(options, adapters=adapters)
     run = export_merged if mode == "merged" else export_slots
     try:
-        return run(model, args, kwargs, options)
+        report = run(model, args, kwargs, options)
+        return replace(report, warnings=(*notes, *report.warnings))
     except LoraFxError as e:
         if not may_help(model, e):
             raise
         with eager(model) as again:
             report = run(again, args, kwargs, options)
         said = f"with eager attention, since the model's own failed: {e.message}"
-        return replace(report, warnings=(*report.warnings, said))
+        return replace(report, warnings=(*notes, *report.warnings, said))
 
 
 # export of an .onnx file, from whatever framework, without torch.

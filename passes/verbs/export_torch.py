@@ -15,6 +15,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, plain
+from lora_fx.fx.quantised import forms
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
@@ -230,13 +231,17 @@ def _base(
 
 def _sources(base: CapturedModule, graph: OnnxGraph) -> dict[str, tuple[str, StoredWeight]]:
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
-    torch_side = base.graph(False)
+    torch_side, held = base.graph(False), forms(base)
     names = {n: p for p in torch_side.parameters() for n in (p.name, *p.aliases)}
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
         stem, _, number = stored.name.rpartition(".")
         p = names.get(stored.name) or (names.get(stem) if number.isdigit() else None)
         if p is None or len(p.shape) < 2:
+            continue
+        if p.format:  # rows of codes are [out, in], however the parameter lies
+            turned = held[p.name].turned
+            result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
             continue
         ours, theirs = graph.read(stored.name), torch_side.read(p.name)
         if ours.shape == theirs.shape and np.array_equal(ours, theirs):

@@ -21,6 +21,7 @@ from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan, make_plan
+from lora_fx.targets.selectors import select_names
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
@@ -111,6 +112,11 @@ class InsertOptions(BranchOptions):
                 "an adapter brings its own targets and ranks",
                 "leave out include, exclude, also_train and plan, or the adapter",
             )
+
+    def whole(self, names: Mapping[str, str]) -> set[str]:
+        """The first names of what is trained whole, or comes whole with the adapter."""
+        named = select_names(list(names), self.also_train) if self.also_train else []
+        return {names.get(n, n) for n in (*named, *(self.adapter.full if self.adapter else ()))}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -25,12 +25,13 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, LoraFxError, one_line
+from lora_fx.fx import quantised
 from lora_fx.fx.capture import call, trace
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
-from lora_fx.fx.tensors import AdapterTensors
+from lora_fx.fx.tensors import AdapterTensors, parameter_of
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.text import Json
 
@@ -560,10 +561,17 @@ def weightless(
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     memo: dict[int, Any] = {}
+    numbers = {id(parameter_of(model, n)): q for n, q in quantised.forms(model).items()}
     for t in [*model.parameters(), *model.buffers()]:
-        device = "cpu" if t.device.type == "meta" else t.device
-        want = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        device, q = "cpu" if t.device.type == "meta" else t.device, numbers.get(id(t))
+        own = t.dtype if q is None else q.dtype
+        want = dtype if dtype is not None and own.is_floating_point else own
         with mode:
-            fake = torch.empty_strided(t.shape, t.stride(), dtype=want, device=device)
+            if q is None:
+                fake = torch.empty_strided(t.shape, t.stride(), dtype=want, device=device)
+            else:
+                fake = torch.empty(q.shape, dtype=want, device=device)
         memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
-    return copy.deepcopy(model, memo), mode
+    copied = copy.deepcopy(model, memo)
+    quantised.forget(copied)
+    return copied, mode

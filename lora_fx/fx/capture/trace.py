@@ -81,9 +81,10 @@ class Traced:
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
         """A fresh copy over a tree that holds the tensors; what find saw of one holds for all."""
-        graph = FxGraph(self.graph, root, training=training, bodies=self.bodies)
+        graph = FxGraph(self.graph, root, training=training, bodies=self.bodies).clone()
+        graph.read_codes()
         graph.share(self.analyses)
-        return graph.clone()
+        return graph
 
 
 def trace(entry: RootModule, named: Named, requested: Requested) -> Traced:

@@ -32,6 +32,7 @@ from lora_fx.fx.graph.nodes import (
     value,
 )
 from lora_fx.fx.graph.ops import COMPUTING, OPS, PRODUCTS, pick, row_of
+from lora_fx.fx.quantised import DEQUANTISE
 from lora_fx.fx.tensors import device_of, owner, parameter_of
 from lora_fx.ir.kinds import Shape
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
@@ -57,6 +58,7 @@ class FxWeight:
         root: The get_attr node, or the node that computes the weight.
         behind: Names of every parameter that it depends on.
         edited: What changes the parameter in place, so that its value is not the stored one.
+        format: How it is quantised; empty where it is not.
     """
 
     name: str
@@ -65,6 +67,7 @@ class FxWeight:
     root: fx.Node
     behind: tuple[str, ...]
     edited: str = ""
+    format: str = ""
 
 
 @dataclass
@@ -269,6 +272,9 @@ def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
     """The weight that a node is where it only views `source`; None where it does more."""
     if node.target in SPLITS and node.args[0] is source:
         return weight  # the getitem after it slices
+    if node.target is DEQUANTISE:
+        shape, kind = node.args[3:5]
+        return replace(weight, shape=tuple(shape), root=node, format=str(kind))  # type: ignore[arg-type]
     rule = VIEWS.get(node.target)
     if not node.args or node.args[0] is not source:
         return None

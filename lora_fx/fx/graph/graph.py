@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import tensors
+from lora_fx.fx import quantised, tensors
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, weight_flow
 from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, make_marked, mark, value
@@ -48,12 +48,21 @@ class FxGraph(Analysed):
         self.root = root
         self.training = training
         self._names, self._aliases = named_tensors(root)
+        self._held = quantised.forms(root)
         self._writes: Writes | None = None
         self._index: dict[str, fx.Node] = {}  # sites are nodes of the capture, which keep names
 
     def refresh(self) -> None:
         """Read the tree's names again after tensors were added to it."""
         self._names, self._aliases = named_tensors(self.root)
+
+    def read_codes(self) -> bool:
+        """Read as numbers what the tree stores as codes; returns whether any was new."""
+        self._held = quantised.forms(self.root)
+        new = bool(self._held) and quantised.read_codes(self.graph, self._names, self._held)
+        if new:
+            self.changed()
+        return new
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -71,8 +80,12 @@ class FxGraph(Analysed):
                 computed.setdefault(found.weight.behind[0], {}).setdefault(name, new)
         result = []
         for name, others in self._aliases.items():
-            t = parameter_of(self.root, name)
-            result.append(Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(others)))
+            t, q = parameter_of(self.root, name), self._held.get(name)
+            if q is None:
+                new = Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(others))
+            else:
+                new = Parameter(name, q.shape, dtype_name(q.dtype), tuple(others), q.format, q.bits)
+            result.append(new)
             result += computed.get(name, {}).values()
         return result
 
@@ -106,7 +119,12 @@ class FxGraph(Analysed):
         for site, found in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
                 return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
-        return to_numpy(parameter_of(self.root, name))
+        held = self._held.get(name)
+        return to_numpy(
+            parameter_of(self.root, name)
+            if held is None
+            else quantised.whole(self.root, name, held, held.dtype)
+        )
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that gives the value as it was here: the storage may change before it runs."""

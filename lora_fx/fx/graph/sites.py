@@ -30,6 +30,7 @@ from lora_fx.fx.graph.nodes import (
 )
 from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
 from lora_fx.ir.kinds import WeightForm, letters
+from lora_fx.ir.quantised import no_fold
 from lora_fx.ir.view import View
 
 aten = torch.ops.aten
@@ -91,6 +92,7 @@ def _site(found: FxWeightUse, row: ops.FxOp | None, namer: Namer) -> Site:
         flops=site_flops(node, use),
         refusal=refusal,
         allowed=use.allowed and refusal == use.refusal,
+        no_fold=no_fold(weight.format) if weight.format else "",
         no_grad=bool(node.meta.get(NO_GRAD)),
         gain=use.gain,
         behind=weight.behind,

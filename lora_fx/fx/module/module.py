@@ -23,7 +23,7 @@ from lora_fx.compare import rel
 from lora_fx.conditions import Condition, Size
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import tensors
+from lora_fx.fx import quantised, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
 from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype
 from lora_fx.fx.capture.trace import has_grouped, quiet
@@ -31,6 +31,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.module.codegen import Compiled
+from lora_fx.fx.quantised import HELD
 from lora_fx.fx.tensors import AdapterTensors, patched, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
 
@@ -134,6 +135,8 @@ def skeleton(
             continue
         new._modules[name] = None if child is None else skeleton(child, memo, own)
     new.training = module.training
+    if HELD in module.__dict__:
+        new.__dict__[HELD] = dict(module.__dict__[HELD])
     return new
 
 
@@ -186,7 +189,7 @@ class CapturedModule(Recomputing, Scope):
         wanted = {names[n] for n in own}
         ids = {id(p) for n, p in tree.named_parameters() if n in wanted}
         skeleton(tree, {}, ids, self)
-        self._dtype = base_dtype(self)
+        self._dtype = base_dtype(self) or captured.base_dtype
         self._shared = True
         self.eval()
 
@@ -310,8 +313,14 @@ class CapturedModule(Recomputing, Scope):
     # --- what nn.Module offers -------------------------------------------------------------------
 
     def _apply(self, fn: object, recurse: bool = True) -> object:
+        # scales and zeros are part of the codes' values: no cast of the model rounds them
+        kept = {f"{n}_scale": b for n in quantised.forms(self)
+                if (b := self.get_buffer(f"{n}_scale")) is not None}  # fmt: skip
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._dtype = base_dtype(self)
+        for name, before in kept.items():
+            module, leaf = tensors.owner(self, name)
+            module._buffers[leaf] = before.to(self.get_buffer(name).device)
+        self._dtype = base_dtype(self) or self._dtype
         return result
 
     def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> Any:

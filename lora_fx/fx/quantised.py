@@ -1,0 +1,288 @@
+"""Weights of a tree that are stored as codes: their tensors, and the op that makes numbers of them.
+
+The parameter keeps its name and holds the codes in bytes; buffers beside it, NAME_scale and
+NAME_zero, hold a number a block. Graphs read all of them by one op, `lora_fx::dequantise`; its
+result is never kept for backward: see lora_fx.passes.recompute.
+
+========== ==================================== =================================================
+format     codes                                scale and zero
+========== ==================================== =================================================
+int2 … 8   [rows, blocks, block·bits/8], the    [rows, blocks]; the zeros' codes lie in bytes, row
+           first code in the lowest bits, as    by row, too. Without them the middle code is 0, such
+           ONNX Runtime's MatMulNBits has them  as 8 of 4 bits
+nf4, fp4   [(elements + 1) / 2], the first      [blocks] along the flattened weight; no zero
+           code in the highest bits, as
+           bitsandbytes has them
+========== ==================================== =================================================
+
+A row holds all that is multiplied with one x: [out, in], [experts · out, in], [out, in · kernel]. A
+weight that is stored [in, out] has its rows transposed, and `turned` says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.graph.nodes import dtype_of
+from lora_fx.fx.tensors import named_tensors, owner, parameter_of, replace_parameter
+from lora_fx.ir.quantised import NF4, Quantised, packed
+
+HELD = "_quantised"
+"""The attribute of a module that says what its parameters' codes stand for, by leaf."""
+LEVELS = {"nf4": NF4}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the codes of one parameter stand for.
+
+    Attributes:
+        format: nf4, fp4, int4 …
+        shape: Of the weight.
+        block: How many elements share a scale.
+        dtype: The dtype that the weight has for a model that reads it.
+        turned: The weight is [..., in, out] and its rows are those of [..., out, in].
+        zeros: A tensor holds the codes of 0.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    block: int
+    dtype: torch.dtype
+    turned: bool = False
+    zeros: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return bits_of(self.format)
+
+
+def bits_of(kind: str) -> int:
+    """Bits of one code of a format, which is the number at its end.
+
+    >>> bits_of("int8"), bits_of("nf4")
+    (8, 4)
+    """
+    return int(kind[-1])
+
+
+@functools.cache
+def _table(kind: str) -> torch.Tensor:
+    """The values of the codes in every byte, [256, codes in a byte], in their order."""
+    bits = bits_of(kind)
+    shifts = torch.arange(0, 8, bits)
+    flat = kind in LEVELS
+    codes = (torch.arange(256)[:, None] >> (shifts.flip(0) if flat else shifts)) & (2**bits - 1)
+    return torch.from_numpy(LEVELS[kind])[codes] if flat else codes.float()
+
+
+def dequantised(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    shape: Sequence[int],
+    kind: str,
+    block: int,
+    turned: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight, from plain ops; products are made in float32 and rounded once to `dtype`."""
+    values = _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
+    if kind in LEVELS:
+        count = math.prod(shape)
+        flat = torch.nn.functional.pad(values.reshape(-1)[:count], (0, -count % block))
+        flat = (flat.reshape(-1, block) * scale[:, None]).reshape(-1)[:count]
+    else:
+        rows, blocks = scale.shape
+        offset: torch.Tensor | float = 2.0 ** (bits_of(kind) - 1)
+        if zero is not None:
+            told = _table(kind).to(codes.device).index_select(0, zero.reshape(-1).int())
+            offset = told.reshape(rows, -1)[:, :blocks, None]
+        wide = (values.reshape(rows, blocks, block) - offset) * scale[..., None]
+        flat = wide.reshape(rows, blocks * block)[:, : math.prod(shape) // rows]
+    if turned:
+        swapped = [*shape[:-2], shape[-1], shape[-2]]
+        return flat.to(dtype).reshape(swapped).transpose(-1, -2)
+    return flat.to(dtype).reshape(list(shape))
+
+
+SCHEMA = (
+    "(Tensor codes, Tensor scale, Tensor? zero, int[] shape, str kind, int block, bool turned, "
+    "ScalarType dtype) -> Tensor"
+)
+_op = torch.library.custom_op("lora_fx::dequantise", mutates_args=(), schema=SCHEMA)(dequantised)
+
+
+@_op.register_fake
+def _shaped(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    shape: Sequence[int],
+    kind: str,
+    block: int,
+    turned: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if not turned:
+        return codes.new_empty(shape, dtype=dtype)
+    swapped = [*shape[:-2], shape[-1], shape[-2]]
+    return codes.new_empty(swapped, dtype=dtype).transpose(-1, -2)
+
+
+DEQUANTISE = torch.ops.lora_fx.dequantise.default
+
+
+# The tree.
+
+
+def store(root: nn.Module, name: str, q: Quantised, stored: Stored) -> None:
+    """Put codes in the place of a parameter, under all its names.
+
+    Args:
+        root: The tree; its own classes read the weight as numbers from then on.
+        name: The parameter's first name.
+        q: The rows, or the whole flattened, as `stored` says.
+        stored: What they stand for.
+    """
+    old = parameter_of(root, name)
+    middle = None if stored.format in LEVELS else 2 ** (stored.bits - 1)
+    stored = replace(stored, zeros=q.zero is not None and not np.all(q.zero == middle))
+    tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in _tensors(q, stored).items()}
+    new = nn.Parameter(tensors.pop("codes").to(old.device), requires_grad=False)
+    for module in root.modules():
+        for leaf in [n for n, p in module._parameters.items() if p is old]:
+            for kind, t in tensors.items():
+                module.register_buffer(f"{leaf}_{kind}", t.to(old.device))
+            module.__dict__.setdefault(HELD, {})[leaf] = stored
+            module.__class__ = _reading(type(module), leaf)
+    replace_parameter(root, old, new)
+
+
+def _tensors(q: Quantised, stored: Stored) -> dict[str, Any]:
+    """Codes, scale and zero as the table above has them."""
+    scale = q.scale.astype(np.float32)
+    if stored.format in LEVELS:
+        return {"codes": packed(q.codes.reshape(-1), stored.bits, high=True), "scale": scale}
+    rows, wide = scale.shape[0], scale.shape[1] * stored.block
+    codes = np.pad(q.codes, ((0, 0), (0, wide - q.codes.shape[1])))
+    found = {"codes": packed(codes.reshape(rows, -1, stored.block), stored.bits), "scale": scale}
+    if stored.zeros and q.zero is not None:
+        found["zero"] = packed(q.zero, stored.bits)
+    return found
+
+
+def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
+    """A class whose parameter reads as numbers: what runs is the user's own code."""
+    read = property(functools.partial(_weight_of, leaf=leaf))
+    own = getattr(cls, "_own_class", cls)
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_own_class": own, leaf: read})
+
+
+def _weight_of(module: nn.Module, leaf: str) -> torch.Tensor | None:
+    held = module._parameters[leaf]
+    stored = module.__dict__[HELD].get(leaf)
+    if held is None or stored is None or held.is_floating_point():
+        return held
+    scale, zero = (module._buffers.get(f"{leaf}_{kind}") for kind in ("scale", "zero"))
+    made: torch.Tensor = DEQUANTISE(held, scale, zero, *arguments(stored, stored.dtype))
+    return made
+
+
+def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What the op takes behind its tensors."""
+    return list(stored.shape), stored.format, stored.block, stored.turned, dtype
+
+
+def forms(root: nn.Module) -> dict[str, Stored]:
+    """First name of a parameter that is stored as codes → what they stand for."""
+    names: dict[str, str] | None = None
+    found: dict[str, Stored] = {}
+    for path, module in root.named_modules():
+        for leaf, stored in (module.__dict__.get(HELD) or {}).items():
+            names = named_tensors(root)[0] if names is None else names
+            name = names.get(f"{path}.{leaf}".lstrip("."))
+            if name is not None:
+                found.setdefault(name, stored)
+    return found
+
+
+def whole(root: nn.Module, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """The weight that a parameter's codes stand for, in a dtype."""
+    codes, scale, *zero = tensors_of(root, name)
+    rest = arguments(stored, dtype)
+    made: torch.Tensor = DEQUANTISE(codes, scale, zero[0] if zero else None, *rest)
+    return made
+
+
+def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:
+    """The codes of a parameter, the scales, and the codes of 0 where it has them."""
+    module, leaf = owner(root, name)
+    parts = (module._buffers.get(f"{leaf}_{kind}") for kind in ("scale", "zero"))
+    return [parameter_of(root, name), *(t for t in parts if t is not None)]
+
+
+def forget(root: nn.Module) -> None:
+    """Make a copy whose codes became numbers an ordinary tree again."""
+    for module in root.modules():
+        for leaf in module.__dict__.pop(HELD, {}):
+            module._buffers.pop(f"{leaf}_scale", None)
+            module._buffers.pop(f"{leaf}_zero", None)
+        module.__class__ = getattr(type(module), "_own_class", type(module))
+
+
+def beside(model: nn.Module) -> nn.Module:
+    """A second tree of a model's code, which shares its tensors and can hold codes for some.
+
+    Raises:
+        LoraFxError: The model cannot be copied.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
+        raise LoraFxError(
+            f"{type(model).__name__} cannot be copied, and quantising changes a copy: {e}",
+            "make it deepcopy-able, or load it quantised",
+        ) from e
+
+
+# The graph.
+
+
+def read_codes(graph: fx.Graph, names: dict[str, str], held: dict[str, Stored]) -> bool:
+    """Let a graph read, by the op, what the tree stores as codes; returns whether any was new.
+
+    Every user has an op of its own, just before it and in its module, so that no more than one
+    weight is there as numbers at a time.
+    """
+    new = False
+    for node in graph.find_nodes(op="get_attr"):
+        name = names.get(str(node.target), "")
+        stored = held.get(name)
+        if stored is None or "val" not in node.meta:
+            continue
+        rest = arguments(stored, dtype_of(node) or stored.dtype)
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                scale = graph.get_attr(f"{name}_scale")
+                zero = graph.get_attr(f"{name}_zero") if stored.zeros else None
+                made = graph.call_function(DEQUANTISE, (node, scale, zero, *rest))
+            made.meta["val"] = node.meta["val"]
+            if "nn_module_stack" in user.meta:
+                made.meta["nn_module_stack"] = user.meta["nn_module_stack"]
+            user.replace_input_with(node, made)
+        del node.meta["val"]  # what it reads is no number of that shape
+        new = True
+    return new

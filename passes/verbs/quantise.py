@@ -1,0 +1,134 @@
+"""A capture whose weights are quantised: the base of an insert, a training or an export."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.compare import rel
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import plain
+from lora_fx.fx.quantised import beside, tensors_of
+from lora_fx.fx.tensors import parameter_of
+from lora_fx.passes.find import find
+from lora_fx.passes.quantise import Quantise, turned_rows
+from lora_fx.passes.verbs.open import opened
+from lora_fx.passes.verbs.options import ExportAdapters, Selectors
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import make_plan
+from lora_fx.text import human
+
+KINDS = ("nf4", "int4", "int8")
+Wanted = str | Sequence[str] | Mapping[str, Selectors]
+"""KIND, for the default plan's weights, KIND=SELECTORS, or several; or {kind: selectors}."""
+
+
+def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Captured:
+    """The same capture over another tree, which holds codes for some weights.
+
+    Args:
+        cap: The capture; neither it nor its model is changed.
+        wanted: What is quantised, and how.
+        leave: Parameters that are trained whole, and stay as they are.
+
+    Raises:
+        LoraFxError: A kind that is not known, a selector without a match, a model that cannot be
+            copied.
+    """
+    found = find(cap.fx_graph())
+    kinds, notes = _chosen(found, parse(wanted), leave)
+    new = copy.copy(cap)
+    new.model = beside(cap.model)
+    new.tracings = {k: [replace(t, analyses={}) for t in v] for k, v in cap.tracings.items()}
+    before = sum(parameter_of(cap.model, n).nbytes for n in kinds)
+    Quantise(kinds)(cap.fx_graph(root=new.model))
+    after = sum(t.nbytes for n in kinds for t in tensors_of(new.model, n))
+    said = " and ".join(dict.fromkeys(kinds.values()))
+    size = f"{len(kinds)} weights, {human(before)}B as floats, {human(after)}B as codes"
+    new.notes = [*cap.notes, f"quantised to {said}: {size}", *notes]
+    return new
+
+
+def parse(wanted: Wanted) -> dict[str, Selectors]:
+    """Kind → selectors, None for the default plan.
+
+    >>> parse("nf4"), parse(["int4", "int8=lm_head,embed"])
+    ({'nf4': None}, {'int4': None, 'int8': 'lm_head,embed'})
+    """
+    if isinstance(wanted, Mapping):
+        return dict(wanted)
+    texts = [wanted] if isinstance(wanted, str) else wanted
+    parts = (text.partition("=") for text in texts)
+    return {kind: selectors or None for kind, _, selectors in parts}
+
+
+def quantised_base(
+    model: object,
+    adapters: ExportAdapters | None,
+    wanted: Wanted,
+    capture: Callable[[object], Captured],
+) -> tuple[Captured, ExportAdapters | None, list[str]]:
+    """The quantised capture of what a verb is given, the adapters that ride on it, and notes.
+
+    A module that insert returned brings its own adapter where none are given.
+    """
+    model = opened(model)
+    if isinstance(model, AdaptedModule) and adapters is None:
+        adapters = model.adapter()
+    several = adapters.values() if isinstance(adapters, Mapping) else adapters or ()
+    every = (
+        [adapters]
+        if isinstance(adapters, Adapter)
+        else [a for a in several if isinstance(a, Adapter)]
+    )
+    cap = capture(model)
+    new = quantised(cap, wanted, {name for a in every for name in a.full})
+    with torch.no_grad():
+        before, after = (plain(c).flat(c.named) for c in (cap, new))
+    off = max((rel(after[n], v) for n, v in before.items()), default=0.0)
+    new.notes.append(f"quantising moves the base's outputs by {off:.1e} of the largest")
+    return new, adapters, new.notes[len(cap.notes) :]
+
+
+def _chosen(
+    found: Found, asked: Mapping[str, Selectors], leave: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Parameter → kind, and what had to be left in float."""
+    kinds: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for kind, selectors in sorted(asked.items(), key=lambda item: item[1] is None):  # named first
+        if kind not in KINDS:
+            raise LoraFxError(f"no kind {kind!r} of quantised weights", ", ".join(KINDS))
+        keys = make_plan(found, {}, rank=1, include=selectors).entries
+        for name in dict.fromkeys(found[k].parameter.name for k in keys):
+            why = _why_not(found, name, leave)
+            if not why:
+                kinds.setdefault(name, kind)
+            elif selectors:
+                raise LoraFxError(f"{name} cannot be quantised: {why}", "leave it out")
+            else:
+                left[name] = why
+    if not kinds:
+        raise LoraFxError(
+            "no weight is left to quantise", "; ".join(f"{n}: {w}" for n, w in left.items())
+        )
+    return kinds, [f"{name}: left in float, {why}" for name, why in left.items()]
+
+
+def _why_not(found: Found, name: str, leave: Collection[str]) -> str:
+    target = next(t for t in (*found.targets, *found.optional) if t.parameter.name == name)
+    if target.parameter.format:
+        return f"it is quantised ({target.parameter.format}), and keeps its bytes"
+    if name in leave:
+        return "it is trained whole"
+    if name.endswith("~"):
+        return "it is computed from other parameters"
+    if turned_rows(found, name) is None:
+        return "its uses agree on no rows"
+    return ""
