@@ -98,7 +98,7 @@ class Fold:
             if why:
                 raise LoraFxError(
                     f"{key!r}: {why}",
-                    "insert adds a floating branch beside it (include names the weight)",
+                    "lora-fx export --mode switch keeps it a branch in float beside the codes",
                 )
             targets[key] = target
         reached: dict[str, tuple[Site, list[str]]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -11,7 +11,7 @@ from lora_fx.adapter.adapter import Adapter, bind, reading
 from lora_fx.adapter.factors import relearning
 from lora_fx.adapter.initial import OF_DATA, OF_WEIGHT, initial
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import named_variant
+from lora_fx.adapter.variant import named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
@@ -72,6 +72,9 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         bound = bind(with_base(options.adapter, model), found)
         updates, metadata = relearning(bound.lowrank, bound.metadata)
         metadata["dropout"] = options.dropout
+        refuse_codes(found, [k for k, u in updates.items() if u.mutated], "a start taken from W")
+        dense = [k for k, u in updates.items() if not variant_of(u).branches]
+        refuse_codes(found, dense, "an update that scales W")
         said = tuple(text for k in updates if (text := found[k].said))
         return Start(Adapter(updates, metadata), tuple(bound.full), said, bound)
     plan = options.planned(found, named_tensors(model)[0], options.also_train)
@@ -89,12 +92,23 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         moments, said = seen.moments, seen.notes
     read: Callable[[str], Array] | None = None
     if options.init in OF_WEIGHT or not named_variant(options.variant).branches:
+        refuse_codes(found, plan.entries, f"{options.variant} from {options.init}")
         read = cap.fx_graph().read if cap else lambda name: to_numpy(parameter_of(model, name))
     made, notes = initial(found, plan, options.variant, options.seed, options.init, read, moments)
     read_too = (text for k in made if (text := found[k].said))
     notes = (*plan.notes, *options.notes, *said, *notes, *read_too)
     metadata = reading(found, made, {"dropout": options.dropout})
     return Start(Adapter(made, metadata), plan.also_train, notes)
+
+
+def refuse_codes(found: Found, keys: Iterable[str], what: str) -> None:
+    """Raise LoraFxError for a key of a quantised weight where W itself is needed."""
+    for key in keys:
+        if found[key].parameter.format:
+            raise LoraFxError(
+                f"{key}: {what} needs W, and it is quantised ({found[key].parameter.format})",
+                "variant lora or rslora, init kaiming, gaussian, orthogonal or eva",
+            )
 
 
 def adapted_module(

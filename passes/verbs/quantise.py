@@ -22,6 +22,7 @@ from lora_fx.passes.verbs.open import opened
 from lora_fx.passes.verbs.options import ExportAdapters, Selectors
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
+from lora_fx.targets.target import Target
 from lora_fx.text import human
 
 KINDS = ("nf4", "int4", "int8")
@@ -108,12 +109,18 @@ def _chosen(
         keys = make_plan(found, {}, rank=1, include=selectors).entries
         for name in dict.fromkeys(found[k].parameter.name for k in keys):
             why = _why_not(found, name, leave)
-            if not why:
-                kinds.setdefault(name, kind)
-            elif selectors:
+            if why and selectors:
                 raise LoraFxError(f"{name} cannot be quantised: {why}", "leave it out")
-            else:
+            if (
+                not why
+                and not selectors
+                and any("embedding" in t.uses for t in _targets(found, name))
+            ):
+                why = "it is a lookup table too"
+            if why:
                 left[name] = why
+            else:
+                kinds.setdefault(name, kind)
     if not kinds:
         raise LoraFxError(
             "no weight is left to quantise", "; ".join(f"{n}: {w}" for n, w in left.items())
@@ -121,8 +128,12 @@ def _chosen(
     return kinds, [f"{name}: left in float, {why}" for name, why in left.items()]
 
 
+def _targets(found: Found, name: str) -> list[Target]:
+    return [t for t in (*found.targets, *found.optional) if t.parameter.name == name]
+
+
 def _why_not(found: Found, name: str, leave: Collection[str]) -> str:
-    target = next(t for t in (*found.targets, *found.optional) if t.parameter.name == name)
+    target = _targets(found, name)[0]
     if target.parameter.format:
         return f"it is quantised ({target.parameter.format}), and keeps its bytes"
     if name in leave:

@@ -1,0 +1,344 @@
+"""Quantise: every way to read a weight, in every kind, beside W̃ + s·BA in fp64.
+
+W̃ is made here from the codes in the tree, element by element, and not by the product's own op.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_fx
+from lora_fx.compare import FOLD_TOL, rel
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.quantised import DEQUANTISE, forms, tensors_of
+from lora_fx.ir.quantised import NF4, quantise
+from lora_fx.passes.quantise import Quantise
+from lora_fx.passes.verbs.open import capture
+from lora_fx.passes.verbs.quantise import KINDS, quantised
+from tests.fx.train.saved_bytes import saved_bytes
+
+THE_WEIGHT = "re:^weight"
+RAGGED = 70  # neither a block of 32 nor one of 64 divides it
+
+
+class One(nn.Module):
+    """A weight, and how forward reads it; a linear layer makes its input."""
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[..., torch.Tensor], x: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, x)
+        self.weight = nn.Parameter(torch.randn(shape) / math.sqrt(shape[-1]))
+        self.bias = nn.Parameter(torch.randn(6))
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self.first(x), self.weight, self.bias)
+
+
+def _experts(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x.expand(2, -1, -1) if x.dim() == 2 else x[:, 0].expand(2, -1, -1), w)
+
+
+def _conv(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.conv1d(x.reshape(x.shape[0], 7, -1), w, b)
+
+
+ROWS: dict[str, tuple[tuple[int, ...], Callable[..., torch.Tensor], int]] = {
+    "linear": ((6, RAGGED), F.linear, RAGGED),
+    "matmul": ((RAGGED, 6), lambda x, w, b: x @ w + b, RAGGED),
+    "addmm": ((RAGGED, 6), lambda x, w, b: torch.addmm(b, x.flatten(0, -2), w), RAGGED),
+    "turned": ((6, RAGGED), lambda x, w, b: x @ w.t(), RAGGED),
+    "left": ((6, RAGGED), lambda x, w, b: w @ x.mT, RAGGED),
+    "einsum": ((6, RAGGED), lambda x, w, b: torch.einsum("bti,oi->bto", x, w), RAGGED),
+    "parts": ((6, RAGGED), lambda x, w, b: x @ w[:4].t() + (x @ w[2:].t()), RAGGED),
+    "experts": ((2, RAGGED, 6), _experts, RAGGED),
+    "conv": ((6, 7, 3), _conv, 70),
+    "twice": ((6, RAGGED), lambda x, w, b: F.linear(x, w) * F.linear(x.abs(), w, b), RAGGED),
+}
+
+FAST = {("linear", "nf4"), ("linear", "int8"), ("addmm", "nf4"), ("experts", "nf4")}
+CASES = [
+    pytest.param(n, k, marks=() if k == "int4" or (n, k) in FAST else pytest.mark.slow)
+    for n in ROWS
+    for k in KINDS
+]
+
+
+def built(name: str) -> tuple[One, torch.Tensor]:
+    torch.manual_seed(0)
+    return One(*ROWS[name]).eval(), torch.randn(3, 4, 5)
+
+
+def quantised_one(name: str, kind: str) -> tuple[One, torch.Tensor, Captured]:
+    model, x = built(name)
+    return model, x, quantised(capture(model, (x,)), {kind: THE_WEIGHT})
+
+
+def by_hand(cap: Captured, name: str) -> np.ndarray[Any, Any]:
+    """W̃ in fp64 from the bytes of the tree, by the layouts that docs/quantised.md tells."""
+    stored = forms(cap.model)[name]
+    codes, scale = (t.numpy() for t in tensors_of(cap.model, name))
+    shape = (*stored.shape[:-2], *stored.shape[:-3:-1]) if stored.turned else stored.shape
+    count = math.prod(shape)
+    flat = np.empty(count)
+    if stored.format == "nf4":
+        for i in range(count):
+            byte = int(codes[i // 2])
+            flat[i] = float(NF4[byte >> 4 if i % 2 == 0 else byte & 15]) * float(scale[i // 64])
+    else:
+        width = count // len(codes)
+        for i in range(count):
+            row, k = divmod(i, width)
+            block, at = divmod(k, 32)
+            if stored.bits == 8:
+                code = int(codes[row, block, at]) - 128
+            else:
+                byte = int(codes[row, block, at // 2])
+                code = (byte & 15 if at % 2 == 0 else byte >> 4) - 8
+            flat[i] = np.float32(code) * scale[row, block]
+    weight = flat.reshape(shape)
+    return weight.swapaxes(-1, -2) if stored.turned else weight
+
+
+class Made(TorchDispatchMode):
+    """Sees the weights that are made from codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        out: torch.Tensor = op(*args, **(kwargs or {}))
+        if op is DEQUANTISE:
+            self.weights.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+
+def filled(module: AdaptedModule) -> AdaptedModule:
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if ".lora_B." in f".{name}":
+                p.copy_(torch.randn(p.shape, generator=g) * 0.4)
+    return module
+
+
+def wanted(model: nn.Module, tensors: dict[str, Any], x: torch.Tensor) -> np.ndarray[Any, Any]:
+    given = {n: torch.as_tensor(np.array(v)).double() for n, v in tensors.items()}
+    wide = copy.deepcopy(model).double()
+    with torch.no_grad():
+        return np.asarray(functional_call(wide, given, (x.double(),)).numpy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_the_nearest(kind: str) -> None:
+    w = np.random.default_rng(0).standard_normal((5, RAGGED)).astype(np.float32)
+    w[2] = 0
+    q = quantise(w, kind)
+    off = np.abs(q.dequantise() - w)
+    if kind == "nf4":
+        flat, off = w.reshape(-1), off.reshape(-1)
+        for i, (value, miss) in enumerate(zip(flat, off, strict=True)):
+            unit = np.abs(flat[i // 64 * 64 : i // 64 * 64 + 64]).max()
+            assert miss <= np.abs(NF4 * unit - value).min() + 1e-7
+    else:
+        middle = 2 ** (int(kind[3:]) - 1)
+        for i in range(0, RAGGED, 32):
+            block, miss = np.abs(w[:, i : i + 32]), off[:, i : i + 32]
+            largest = block.max(1, keepdims=True)
+            step = largest / middle
+            assert (miss[block == largest] <= 1e-6).all(), "the largest value is a code"
+            # codes end one step earlier on the other side
+            half = np.where(block <= step * (middle - 1), step / 2, step)
+            assert (miss <= half + 1e-6).all()
+    assert not q.dequantise()[2].any()
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_insert_is_the_dequantised_weight_and_its_update(name: str, kind: str) -> None:
+    model, x, cap = quantised_one(name, kind)
+    assert forms(cap.model)["weight"].format == kind
+    assert not forms(model), "the user's model stays as it is"
+    module = filled(lora_fx.insert(cap, rank=2, include=THE_WEIGHT))
+    base = by_hand(cap, "weight")
+    held = {**{n: p.detach().numpy() for n, p in model.named_parameters()}, "weight": base}
+    for rows in (3, 1, 5):
+        given = torch.randn(rows, 4, 5)
+        out = module(given).detach().numpy()
+        plain = wanted(model, held, given)
+        full = dict(held)
+        for key, delta in module.adapter().deltas().items():
+            region = eval(f"np.s_{key[key.index('[') :]}") if "[" in key else ...
+            full["weight"] = np.array(full["weight"])
+            full["weight"][region] += delta.reshape(full["weight"][region].shape)
+        target = wanted(model, full, given)
+        assert rel(out, target) < FOLD_TOL
+        assert 0.05 < rel(target, plain) < 5, "an update that is seen"
+    with module.base():
+        assert rel(module(x).detach().numpy(), wanted(model, held, x)) < FOLD_TOL
+    assert 0.002 < rel(wanted(model, held, x), model(x).detach().numpy()) < 0.6, "codes are seen"
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_training_keeps_no_weight_and_has_its_gradients(name: str, kind: str) -> None:
+    model, x, cap = quantised_one(name, kind)
+    floats = copy.deepcopy(model)
+    with torch.no_grad():
+        floats.weight.copy_(torch.from_numpy(by_hand(cap, "weight")))
+    ours = [lora_fx.insert(cap, rank=2, include=THE_WEIGHT, fast=f) for f in (True, False)]
+    theirs = [
+        lora_fx.insert(floats, (x,), rank=2, include=THE_WEIGHT, fast=f) for f in (True, False)
+    ]
+    found = []
+    for module in (*ours, *theirs):
+        filled(module).train()
+        given, made = x.clone().requires_grad_(), Made()
+        with made:
+            y = module(given)
+        alive = [r for r in made.weights if not r.expired()]
+        assert bool(made.weights) is (module not in theirs)
+        assert not alive, "W̃ is made again in backward"
+        y.square().sum().backward()
+        grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        found.append((saved_bytes(module, lambda m=module: m(x))[0], {**grads, "x": given.grad}))
+    (kept, grads), (slow_kept, slow), (float_kept, want), (slow_float_kept, _) = found
+    assert set(grads) == set(want) == set(slow)
+    for n, g in want.items():
+        assert g is not None and bool(g.any())
+        for other in (grads, slow):
+            assert rel(other[n].numpy(), g.numpy()) < FOLD_TOL, n
+    assert kept <= float_kept
+    assert slow_kept <= slow_float_kept
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_second_run_changes_nothing(name: str, kind: str) -> None:
+    _, _, cap = quantised_one(name, kind)
+    graph = cap.fx_graph()
+    codes = [t.clone() for t in tensors_of(cap.model, "weight")]
+    before = str(graph.graph)
+    for again in KINDS:  # what is stored as codes keeps its bytes
+        assert not Quantise({"weight": again})(graph).modified
+    assert str(graph.graph) == before
+    assert all(map(torch.equal, codes, tensors_of(cap.model, "weight")))
+
+
+def test_nothing_to_do_changes_nothing() -> None:
+    model, x = built("linear")
+    graph: FxGraph = capture(model, (x,)).fx_graph()
+    before = str(graph.graph)
+    assert not Quantise({})(graph).modified
+    assert str(graph.graph) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["linear", "addmm", "turned", "experts", "conv"])
+def test_onnx_runtime_computes_with_the_same_bytes(name: str, kind: str, tmp_path: Path) -> None:
+    import onnx
+
+    _, _, cap = quantised_one(name, kind)
+    file = tmp_path / "m.onnx"
+    report = lora_fx.export(cap, file, within=True)
+    assert report.ok and all(p.rel < 2e-6 for p in report.parity)
+    made = onnx.load(file)
+    ops = [n.op_type for n in made.graph.node if n.domain == "com.microsoft"]
+    matrix = name in ("linear", "addmm", "turned")
+    assert ops == (["MatMulBnb4" if kind == "nf4" else "MatMulNBits"] if matrix else [])
+    held = {i.name: onnx.numpy_helper.to_array(i) for i in made.graph.initializer}
+    codes, scale = (t.numpy() for t in tensors_of(cap.model, "weight"))
+    if matrix:
+        assert np.array_equal(held["weight"], codes)
+        assert np.array_equal(held["weight_scale"], scale)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a kind": ({"quantise": "nf5"}, "no kind 'nf5'"),
+    "a name": ({"quantise": "nf4=blah"}, "selector 'blah' matches no target"),
+    "dora": ({"quantise": "int4", "variant": "dora"}, "needs W, and it is quantised"),
+    "pissa": ({"quantise": "int4", "init": "pissa"}, "needs W, and it is quantised"),
+    "trained whole": (
+        {"quantise": f"int4={THE_WEIGHT}", "also_train": "weight"},
+        "it is trained whole",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_by_name(name: str) -> None:
+    model, x = built("linear")
+    options, said = REFUSED[name]
+    with pytest.raises(LoraFxError, match=said) as caught:
+        lora_fx.insert(model, (x,), rank=2, **options)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("mode", ["merged", "fold"])
+def test_an_update_is_not_folded_into_codes(mode: str, tmp_path: Path) -> None:
+    _, _, cap = quantised_one("linear", "int4")
+    module = filled(lora_fx.insert(cap, rank=2, include=THE_WEIGHT))
+    with pytest.raises(LoraFxError, match="quantised") as caught:
+        lora_fx.fold(module) if mode == "fold" else lora_fx.export(module, tmp_path / "m.onnx")
+    assert "switch" in str(caught.value.hint)
+    assert not list(tmp_path.iterdir())
+
+
+def test_casts_leave_the_codes_values() -> None:
+    _, x, cap = quantised_one("linear", "int4")
+    module = lora_fx.insert(cap, rank=2, include=THE_WEIGHT)
+    want = module(x)
+    module.to(torch.bfloat16).to(torch.float32)
+    held = {n: b.dtype for n, b in module.named_buffers()}
+    assert held == {"weight_scale": torch.float32}
+    with torch.no_grad():
+        module.first.weight.copy_(cap.model.first.weight)
+        module.first.bias.copy_(cap.model.first.bias)
+        module.bias.copy_(cap.model.bias)
+    assert torch.equal(module(x), want)
+
+
+def test_embeddings_and_whole_tensors_stay_floats_unless_named() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc = nn.Embedding(20, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.fc(self.table(ids)))
+
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.randint(0, 20, (2, 5))
+    cap = capture(model, (ids,))
+    plain = quantised(cap, "int4")
+    assert list(forms(plain.model)) == ["fc.weight"]
+    assert any("table.weight: left in float" in n for n in plain.notes)
+    named = quantised(cap, ["int4", "int8=table"])
+    assert {n: s.format for n, s in forms(named.model).items()} == {
+        "table.weight": "int8", "fc.weight": "int4",
+    }  # fmt: skip
+    assert named.model.head.weight is not None
+    assert torch.equal(named.model.head.weight, named.model.table.weight)
+    module = lora_fx.insert(named, rank=2)
+    assert torch.equal(module(ids), named.model(ids))
+    assert {t.key: (t.parameter.format, t.parameter.bits) for t in lora_fx.find(named).targets} == {
+        "table.weight": ("int8", 8), "fc.weight": ("int4", 4),
+    }  # fmt: skip
