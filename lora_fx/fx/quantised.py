@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -271,10 +271,10 @@ def read_codes(graph: fx.Graph, names: dict[str, str], held: dict[str, Stored]) 
     for node in graph.find_nodes(op="get_attr"):
         name = names.get(str(node.target), "")
         stored = held.get(name)
-        if stored is None or "val" not in node.meta:
+        if stored is None:
             continue
         rest = arguments(stored, dtype_of(node) or stored.dtype)
-        for user in list(node.users):
+        for user in [u for u in node.users if u.target is not DEQUANTISE]:
             with graph.inserting_before(user):
                 scale = graph.get_attr(f"{name}_scale")
                 zero = graph.get_attr(f"{name}_zero") if stored.zeros else None
@@ -283,6 +283,20 @@ def read_codes(graph: fx.Graph, names: dict[str, str], held: dict[str, Stored]) 
             if "nn_module_stack" in user.meta:
                 made.meta["nn_module_stack"] = user.meta["nn_module_stack"]
             user.replace_input_with(node, made)
-        del node.meta["val"]  # what it reads is no number of that shape
-        new = True
+            new = True
     return new
+
+
+def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
+    """Let a tree say what its codes stand for, as the ops of a program from a file do.
+
+    Args:
+        root: The tree of the file's tensors.
+        graph: The program's.
+        names: Placeholder → the tensor's name.
+    """
+    for node in graph.find_nodes(op="call_function", target=DEQUANTISE):
+        codes, _, zero, shape, kind, block, turned, dtype = node.args
+        module, leaf = owner(root, names[codes.name])
+        stored = Stored(kind, tuple(shape), block, dtype, turned, zero is not None)
+        module.__dict__.setdefault(HELD, {})[leaf] = stored

@@ -33,6 +33,7 @@ from lora_fx.fx.pt2.manifest import (
     read_arguments,
     read_signature,
 )
+from lora_fx.fx.quantised import learn
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView
@@ -109,6 +110,8 @@ class FileCaptured(Captured):
         self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
         order = [first, *(p for p in programs.values() if p is not first)]
         self.model = program.tree_of(order, adapter_names(manifest))
+        for p in programs.values():
+            learn(self.model, p.program.graph, p.program.graph_signature.inputs_to_parameters)
         if manifest and str(manifest["class"]).isidentifier():
             self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
         self.base_dtype = base_dtype(self.model)

@@ -3,7 +3,7 @@
 torch evaluates a program's text in three places: size expressions go through `sympy.sympify`
 (eval), operator names are looked up in all of torch, and names of values become Python code when
 the graph is compiled. So expressions are parsed and held to a small grammar, operators must be
-aten's, symbolic arithmetic or one of a few control-flow operators, and names must be names. What
+aten's, symbolic arithmetic, one of a few of control flow or our own, and names must be names. What
 else torch would import or evaluate (guards, tree classes, source functions) is taken out.
 """
 
@@ -52,6 +52,7 @@ NESTED = frozenset((
     "torch.ops.higher_order.wrap_with_autocast", "torch.ops.higher_order.while_loop",
     "torch.ops.higher_order.scan", "torch.ops.higher_order.map_impl",
 ))  # fmt: skip
+OURS = ("torch.ops.lora_fx.dequantise.default",)
 FILES = ("from_file",)
 """aten operators that open a file of the machine."""
 NAMES = ("name", "as_name", "user_input_name")
@@ -135,8 +136,8 @@ def _name(value: object, where: str) -> None:
 
 
 def check_operator(target: object, where: str) -> None:
-    """Refuse every operator but aten's, symbolic arithmetic and a few of control flow."""
-    if target in SYMBOLIC or target in NESTED:
+    """Refuse every operator but aten's, symbolic arithmetic, a few of control flow, and ours."""
+    if target in SYMBOLIC or target in NESTED or target in OURS:
         return
     parts = target.split(".") if isinstance(target, str) else []
     if parts[:3] == ["torch", "ops", "aten"] and len(parts) == 5 and parts[3] not in FILES:
