@@ -299,7 +299,7 @@ def _codes(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> Array
     dtype = np.dtype(getattr(ml_dtypes, kind, kind))
     if kind.startswith("float"):
         return np.asarray(rng.standard_normal(shape).astype(dtype))
-    info: Any = ml_dtypes.iinfo(dtype) if kind.endswith("t4") else np.iinfo(kind)  # type: ignore[no-untyped-call]
+    info: Any = ml_dtypes.iinfo(dtype) if kind.endswith("t4") else np.iinfo(kind)
     return np.asarray(rng.integers(int(info.min), int(info.max) + 1, shape).astype(dtype))
 
 
