@@ -28,6 +28,7 @@ ORDER = (
     ("lora_fx.files",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),
     ("lora_fx.ir",),
+    ("lora_fx.files.quantised",),
     ("lora_fx.targets",),
     ("lora_fx.adapter",),
     ("lora_fx.onnx.graph",),
@@ -187,7 +188,7 @@ def test_folders_hold_3_to_17_files() -> None:
 
 def test_no_fragments() -> None:
     """Commands, passes, formats and rewrite rules are files of their own however short."""
-    kinds = {*FLAT, "lora_fx.onnx.optimise"}
+    kinds = {*FLAT, "lora_fx.onnx.optimise", "lora_fx.files.quantised"}
     found = [f for f in HOUSE.fragments(FRAGMENT) if HOUSE.modules[f[0]].folder not in kinds]
     assert found == []
 

@@ -22,6 +22,8 @@ from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_block, stats_
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.quantised.compressed_tensors import altered
+from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView
@@ -157,20 +159,6 @@ def _measured(
 # ===================  ===============  ============================  ==================
 
 
-_SIBLINGS = {
-    "qweight": "GPTQ or AWQ, 4-bit codes",
-    "weight.absmax": "bitsandbytes, 4-bit codes",
-    "weight.quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
-    "weight.quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
-    "weight_packed": "compressed-tensors, packed codes",
-    "SCB": "bitsandbytes int8",
-    "W_q": "HQQ codes",
-    "codes": "AQLM codes",
-    "weight.SCB": "bitsandbytes int8",
-    "weight._data": "optimum-quanto codes",
-    "weight_scale": "compressed-tensors or FP8 with a scale",
-    "weight_scale_inv": "FP8 in blocks",
-}
 HINT = (
     "merge into the unquantised original and quantise after, or keep the adapter as a branch "
     "of its own"
@@ -178,18 +166,11 @@ HINT = (
 LOST = "requantising would lose most of the update"
 
 
-def scheme_of(name: str, base: Checkpoint) -> str:
-    """How the weight of this name is quantised, by the tensors beside it; empty where it is not."""
-    module = name.removesuffix(".weight")
-    found = next((w for s, w in _SIBLINGS.items() if f"{module}.{s}" in base.tensors), "")
-    return found or ("MXFP4, blocks of 4-bit codes" if f"{name}_blocks" in base.tensors else "")
-
-
 def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> None:
     """Raise where a weight that an adapter means is there as codes only, under other names."""
     for key in keys:
         name = base_name(key)
-        scheme, here = scheme_of(name, base), base.tensors.get(name)
+        scheme, here = scheme_of(name, base.tensors), base.tensors.get(name)
         if here is not None:
             _refuse_empty(name, here)
         method = config.get("quantization_config")
@@ -215,7 +196,7 @@ def stored_as(
     Raises:
         LoraFxError: Codes that nothing can be folded into, with the reason.
     """
-    scheme = scheme_of(name, base)
+    scheme = scheme_of(name, base.tensors)
     _refuse_empty(name, info)
     entries = list(entries)
     replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
@@ -258,9 +239,8 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
     config = base.config().get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
         return None, "config.json does not say that weight_scale is that of compressed-tensors"
-    for change in ("transform_config", "sparsity_config"):
-        if config.get(change):
-            return None, f"config.json has a {change}: its weights are not the model's"
+    if why := altered(config):
+        return None, why
     return Int8("compressed-tensors int8", f"{module}.weight_scale", scale, 1.0), ""
 
 

@@ -4,8 +4,9 @@
     W[i] = levels[codes[i]] · scale[b(i)]               where they are places of a table
 
 b(i) is the block that element i lies in. Products are made in float32, as the formats' own packages
-make them, and rounded once to the dtype that is asked for. Every format is a constructor of this
-value: see lora_fx/files/quantised.
+make them, and rounded once to the dtype that is asked for. A package that keeps its weights in the
+dtype of their scales has its own bits at `dequantise` of that dtype. Every format is a constructor
+of this value: see lora_fx/files/quantised.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ class Quantised:
     """Codes of a weight and what they stand for.
 
     Attributes:
-        codes: Integers in the shape of the weight, one an element.
+        codes: Integers, or floats of 8 bits, in the shape of the weight, one an element.
         scale: What one step of the codes, or level 1, is worth; one a block, in any float dtype.
         zero: The code of 0, in the shape of `scale`, integers or floats; None where 0 is 0.
         block: How many elements of each axis share a scale, so that `scale` has the same number of
             axes; the last block of an axis may be shorter. One number alone counts along the
             flattened weight, whose blocks go on from row to row, and `scale` has one axis.
         levels: The values of the codes, where these are places of a table; there is no zero then.
+        unit: A factor of the whole weight, multiplied last and rounded apart: the 1/127 of
+            bitsandbytes' int8, 1 for all others.
     """
 
     codes: Array
@@ -37,6 +40,7 @@ class Quantised:
     zero: Array | None
     block: tuple[int, ...]
     levels: Array | None = None
+    unit: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,7 +62,10 @@ class Quantised:
             values = codes.astype(np.float32)
         else:
             values = codes.astype(np.float32) - self._along(self.zero, rows).astype(np.float32)
-        return np.asarray(values * scale).astype(numpy_dtype(dtype))
+        weight = values * scale
+        if self.unit != 1:
+            weight = weight * np.float32(self.unit)
+        return np.asarray(weight).astype(numpy_dtype(dtype))
 
     def _along(self, value: Array, rows: slice) -> Array:
         """A number a block as a number an element of some rows, or an array that broadcasts."""
@@ -100,10 +107,19 @@ def blocks_in(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]
 
 
 def unpacked(words: Array, bits: int, axis: int = -1, *, high: bool = False) -> Array:
-    """The codes in unsigned words, as uint8, along an axis that gets longer."""
+    """The codes in unsigned words, as uint8, along an axis that gets longer.
+
+    Codes of 3, 5, 6 or 7 bits run on from word to word.
+    """
     width = words.dtype.itemsize * 8
-    shifts = range(0, width, bits)
     words = words.view(f"u{words.dtype.itemsize}")
+    if width % bits:
+        last = np.ascontiguousarray(np.moveaxis(words, axis, -1)).astype(f"<u{width // 8}")
+        stream = np.unpackbits(last.view(np.uint8), axis=-1, bitorder="little")
+        whole = stream.shape[-1] // bits * bits
+        each = stream[..., :whole].reshape(*stream.shape[:-1], -1, bits)
+        return np.moveaxis(np.packbits(each, axis=-1, bitorder="little")[..., 0], -1, axis)
+    shifts = range(0, width, bits)
     order = reversed(shifts) if high else shifts
     parts = [((words >> s) & (2**bits - 1)).astype(np.uint8) for s in order]
     axis %= words.ndim
@@ -135,6 +151,10 @@ NF4 = np.array(
     np.float32,
 )  # fmt: skip
 """The 16 levels of NormalFloat (Dettmers and others, 2023, QLoRA, appendix E)."""
+
+_HALF = [0, 1 / 16, 8, 12, 4, 6, 2, 3]
+FP4 = (np.array([*_HALF, *(-x for x in _HALF)]) / 12 + 0.0).astype(np.float32)
+"""The levels of bitsandbytes' floats of 4 bits, whose second zero is 0 and not -0."""
 
 
 def quantise(weight: Array, kind: str) -> Quantised:

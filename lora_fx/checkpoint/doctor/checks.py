@@ -14,12 +14,13 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
-from lora_fx.checkpoint.int8 import HINT, scheme_of, stored_as
+from lora_fx.checkpoint.int8 import HINT, stored_as
 from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KEEPS_BASE, REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.names import PREFIX
@@ -173,7 +174,7 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     kinds: dict[tuple[str, str], list[str]] = {}
     for key, entry in pair.adapter.entries.items():
         info, name = pair.tensor(key), pair.rename(base_name(key))
-        scheme = scheme_of(name, pair.base)
+        scheme = scheme_of(name, pair.base.tensors)
         if scheme or (info is not None and info.dtype not in FLOATING and key not in pair.misfits):
             why = ""
             try:

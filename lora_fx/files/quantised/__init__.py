@@ -1,0 +1,1 @@
+"""Quantised weights as files and graphs hold them, one family of formats a file."""

@@ -1,0 +1,45 @@
+"""Weights in the layout of AWQ's GEMM kernels, version "gemm" of AutoAWQ and llm-awq.
+
+    qweight   int32 [in, out/8], outputs 0 2 4 6 1 3 5 7 of eight from the lowest bits up
+    qzeros    int32 [groups, out/8] in the same order
+    scales    float [groups, out]
+
+W[o, i] = (code − z[g, o]) · scales[g, o], g = i // (in/groups); 4 bits
+(`pack_awq` and `dequantize_gemm`, awq/utils/packing_utils.py, autoawq 0.2.9 and GPTQModel 7.7).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_fx.dtypes import FLOATING, Array
+from lora_fx.files.quantised.base import Parts, QuantisedWeight, checked, evenly
+from lora_fx.ir.quantised import Quantised, unpacked
+
+PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+"""Where outputs 0 to 7 lie in a word, in codes from the lowest bits."""
+
+
+def awq(parts: Parts) -> QuantisedWeight:
+    """A weight [out, in].
+
+    Raises:
+        LoraFxError: A part is missing, malformed, or does not fit the others.
+    """
+    length, words = parts.shape("qweight", ("int32",), None, None)
+    groups, out = parts.shape("scales", FLOATING, None, words * 8)
+    parts.shape("qzeros", ("int32",), groups, words)
+    block = evenly(parts, "scales", length, groups)
+
+    def read() -> Quantised:
+        codes, zero = _outputs(parts.read("qweight")), _outputs(parts.read("qzeros"))
+        q = Quantised(codes, parts.read("scales").T, zero, (1, block))
+        return checked(f"{parts.module}.weight", q)
+
+    return QuantisedWeight("AWQ", 4, (out, length), read)
+
+
+def _outputs(words: Array) -> Array:
+    """Codes [out, rows] of words [rows, out/8]."""
+    codes = unpacked(words, 4).reshape(len(words), -1, 8)[..., PLACES]
+    return np.ascontiguousarray(codes.reshape(len(words), -1).T)

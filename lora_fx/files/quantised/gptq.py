@@ -1,0 +1,77 @@
+"""Weights in the layout of GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it.
+
+    qweight   int32 [in · bits/32, out], the first input in the lowest bits
+    qzeros    int32 [groups, out · bits/32], the first output in the lowest bits
+    scales    float [groups, out]
+    g_idx     int32 [in], the group of each input
+
+W[o, i] = scales[g, o] · (code − z[g, o]), g = g_idx[i]. Codes of 3 bits run on from word to word.
+
+Version 1 (`checkpoint_format` gptq or absent) stores z − 1, version 2 (gptq_v2) z. GPTQModel takes
+the 1 off whole words, so that a z of 0 borrows from its neighbour, and puts it back on whole words
+(`convert_gptq_v1_to_v2_format_module`, gptqmodel/utils/model.py, 7.7); for 3 bits it does so field
+by field. That is done here, too: for the z from 1 up that all others can write, it is the same.
+
+Where inputs of a group are not neighbours (`desc_act`), each input gets its own scale.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_fx.dtypes import FLOATING, Array
+from lora_fx.files.quantised.base import Parts, QuantisedWeight, bits_of, checked, evenly
+from lora_fx.ir.quantised import Quantised, unpacked
+
+BITS = (2, 3, 4, 8)
+
+
+def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
+    """A weight [out, in].
+
+    Args:
+        parts: Of the module.
+        version: 1 where qzeros holds z − 1, 2 where it holds z.
+
+    Raises:
+        LoraFxError: A part is missing, malformed, or does not fit the others.
+    """
+    words, out = parts.shape("qweight", ("int32",), None, None)
+    groups, _ = parts.shape("scales", FLOATING, None, out)
+    _, zeros = parts.shape("qzeros", ("int32",), groups, None)
+    bits = bits_of(out, zeros)
+    if bits not in BITS:
+        raise parts.wrong("qzeros", f"has {zeros} words for {out} outputs", "2, 3, 4 or 8 bits")
+    length = parts.shape("g_idx", ("int32", "int64"), None)[0] if parts.has("g_idx") else 0
+    length = length or words * 32 // bits
+    parts.shape("qweight", ("int32",), -(-length * bits // 32), out)
+
+    def read() -> Quantised:
+        codes = unpacked(parts.read("qweight"), bits, 0)[:length].T
+        stored = np.ascontiguousarray(parts.read("qzeros"))
+        if version == 1 and bits != 3:
+            stored = stored.view(np.uint32) + np.uint32(0xFFFFFFFF // (2**bits - 1))
+        zero = unpacked(stored, bits)[:, :out].T
+        zero = (zero + 1) & 7 if version == 1 and bits == 3 else zero
+        scale = parts.read("scales").T
+        block, order = _groups(parts, length, groups)
+        if order is not None:
+            scale, zero = scale[:, order], zero[:, order]
+        q = Quantised(np.ascontiguousarray(codes), scale, zero, (1, block))
+        return checked(f"{parts.module}.weight", q)
+
+    return QuantisedWeight("GPTQ", bits, (out, length), read)
+
+
+def _groups(parts: Parts, length: int, groups: int) -> tuple[int, Array | None]:
+    """How many inputs share a scale, and the group of each where these are no neighbours."""
+    if not parts.has("g_idx"):
+        return evenly(parts, "scales", length, groups), None
+    order = parts.read("g_idx")
+    if order.min() < 0 or order.max() >= groups:
+        found = f"names groups {order.min()} to {order.max()}"
+        raise parts.wrong("g_idx", found, f"0 to {groups - 1}")
+    block = int(np.count_nonzero(order == 0)) or 1
+    if np.array_equal(order, np.arange(length) // block) and -(-length // block) == groups:
+        return block, None
+    return 1, order

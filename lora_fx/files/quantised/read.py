@@ -1,0 +1,111 @@
+"""Which weights of a checkpoint are quantised, how, and each of them as one `Quantised`.
+
+The tensors beside a weight say that it is quantised, and `quantization_config` of config.json in
+which layout. Shapes and bits come from headers, and where a format keeps them in a small tensor
+(bitsandbytes' quant_state, compressed-tensors' weight_shape) from that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.quantised.awq import awq
+from lora_fx.files.quantised.base import Parts, QuantisedWeight
+from lora_fx.files.quantised.bitsandbytes import four_bits, int8
+from lora_fx.files.quantised.compressed_tensors import altered, compressed
+from lora_fx.files.quantised.gptq import gptq
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.ir.quantised import Quantised
+from lora_fx.text import JsonView
+
+SIBLINGS = {
+    "qweight": "GPTQ or AWQ, 4-bit codes",
+    "weight.absmax": "bitsandbytes, 4-bit codes",
+    "weight.quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
+    "weight.quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
+    "weight_packed": "compressed-tensors, packed codes",
+    "SCB": "bitsandbytes int8",
+    "W_q": "HQQ codes",
+    "codes": "AQLM codes",
+    "weight.SCB": "bitsandbytes int8",
+    "weight._data": "optimum-quanto codes",
+    "weight_scale": "compressed-tensors or FP8 with a scale",
+    "weight_scale_inv": "FP8 in blocks",
+}
+"""What lies beside a quantised weight NAME.weight as NAME.…, and what wrote it, the first found."""
+
+_BY_LENGTH = sorted(SIBLINGS, key=len, reverse=True)
+
+
+def scheme_of(name: str, tensors: Tensors) -> str:
+    """How the weight of this name is quantised, by the tensors beside it; empty where it is not."""
+    module = name.removesuffix(".weight")
+    found = next((w for s, w in SIBLINGS.items() if f"{module}.{s}" in tensors), "")
+    return found or ("MXFP4, blocks of 4-bit codes" if f"{name}_blocks" in tensors else "")
+
+
+def quantised_weights(
+    tensors: Tensors, config: JsonView, array: Callable[[TensorInfo], Array]
+) -> dict[str, QuantisedWeight]:
+    """Every quantised weight of a checkpoint by its name as the model has it, in file order.
+
+    Args:
+        tensors: All tensors.
+        config: Its config.json.
+        array: Reads one tensor whole.
+
+    Raises:
+        LoraFxError: Headers of a known format that do not fit each other. A format that is not
+            read is no error here: its weights have 0 bits, and the error comes from their `read`.
+    """
+    names: dict[str, None] = {}
+    for tensor in tensors:
+        part = next((s for s in _BY_LENGTH if tensor.endswith(f".{s}")), "")
+        if part:
+            names[f"{tensor.removesuffix(part)}weight"] = None
+        elif tensor.endswith("_blocks"):
+            names[tensor.removesuffix("_blocks")] = None
+    return {name: _weight(name, tensors, config, array) for name in names}
+
+
+def _weight(
+    name: str, tensors: Tensors, config: JsonView, array: Callable[[TensorInfo], Array]
+) -> QuantisedWeight:
+    parts = Parts(name.removesuffix(".weight"), tensors, lambda full: array(tensors[full]))
+    told = config.get("quantization_config")
+    said: JsonView = told if isinstance(told, dict) else {}
+    method = said.get("quant_method")
+    if any(parts.has(f"weight.quant_state.bitsandbytes__{kind}") for kind in ("nf4", "fp4")):
+        return four_bits(parts)
+    if parts.has("SCB"):
+        return int8(parts)
+    if parts.has("qweight") and (layout := _layout(said)):
+        return awq(parts) if layout == "awq" else gptq(parts, 2 if layout == "gptq_v2" else 1)
+    why = "config.json does not say in which of its layouts"
+    if method == "compressed-tensors" and (parts.has("weight_packed") or parts.has("weight_scale")):
+        why = altered(said)
+        if not why:
+            return compressed(parts)
+    scheme = scheme_of(name, tensors)
+
+    def read() -> Quantised:
+        raise LoraFxError(
+            f"weight {one_line(repr(name), 160)} is quantised ({scheme}), and not read: {why}",
+            "use the checkpoint that it was quantised from",
+        )
+
+    return QuantisedWeight(scheme, 0, (), read)
+
+
+def _layout(said: JsonView) -> str:
+    """gptq, gptq_v2 or awq, by a quantization_config; empty for others."""
+    method, packing = said.get("quant_method"), str(said.get("packing_format", ""))
+    if method == "gptq":
+        layout = said.get("checkpoint_format") or "gptq"
+        return layout if layout in ("gptq", "gptq_v2") else ""
+    if method == "awq":
+        return "awq" if str(said.get("version") or "gemm").lower() == "gemm" else ""
+    # AutoRound names the layout that it wrote; its auto_gptq is version 1
+    return {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}.get(packing, "")
