@@ -22,7 +22,7 @@ from torch import fx
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.quantised import Stored, forms, store
+from lora_fx.fx.quantised import forms, store
 from lora_fx.ir.quantised import quantise
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
@@ -55,7 +55,7 @@ class Quantise:
             weight = graph.read(name)
             q = quantise(_rows(weight, turned, len(target.layout.batch)), kind)
             dtype = getattr(torch, target.parameter.dtype)
-            store(graph.root, name, q, Stored(kind, weight.shape, q.block[-1], dtype, turned))
+            store(graph.root, name, q, dtype, weight.shape, turned)
         read = graph.read_codes()
         return PassResult(graph, bool(new) or read)
 

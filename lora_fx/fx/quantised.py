@@ -8,11 +8,12 @@ result is never kept for backward: see lora_fx.passes.recompute.
 format     codes                                scale and zero
 ========== ==================================== =================================================
 int2 … 8   [rows, blocks, block·bits/8], the    [rows, blocks]; the zeros' codes lie in bytes, row
-           first code in the lowest bits, as    by row, too. Without them the middle code is 0, such
-           ONNX Runtime's MatMulNBits has them  as 8 of 4 bits
+           first code in the lowest bits, as    by row, too, or are floats. Without them the middle
+           ONNX Runtime's MatMulNBits has them  code is 0, such as 8 of 4 bits
 nf4, fp4   [(elements + 1) / 2], the first      [blocks] along the flattened weight; no zero
            code in the highest bits, as
            bitsandbytes has them
+fp8        [elements], float8_e4m3fn            [rows]; no zero
 ========== ==================================== =================================================
 
 A row holds all that is multiplied with one x: [out, in], [experts · out, in], [out, in · kernel]. A
@@ -25,21 +26,29 @@ import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.quantised.onnx import as_matmul_bnb4, as_matmul_nbits
 from lora_fx.fx.graph.nodes import dtype_of
 from lora_fx.fx.tensors import named_tensors, owner, parameter_of, replace_parameter
-from lora_fx.ir.quantised import NF4, Quantised, packed
+from lora_fx.ir.quantised import FP4, NF4, Quantised
 
 HELD = "_quantised"
 """The attribute of a module that says what its parameters' codes stand for, by leaf."""
-LEVELS = {"nf4": NF4}
+FP8 = "float8_e4m3fn"
+LEVELS = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "fp8": np.arange(256, dtype=np.uint8).view(numpy_dtype(FP8)).astype(np.float32),
+}
+"""Formats whose codes are places of a table, in the order of the codes."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +116,10 @@ def dequantised(
         rows, blocks = scale.shape
         offset: torch.Tensor | float = 2.0 ** (bits_of(kind) - 1)
         if zero is not None:
-            told = _table(kind).to(codes.device).index_select(0, zero.reshape(-1).int())
-            offset = told.reshape(rows, -1)[:, :blocks, None]
+            offset = zero[..., None]
+            if zero.dtype == torch.uint8:
+                told = _table(kind).to(codes.device).index_select(0, zero.reshape(-1).int())
+                offset = told.reshape(rows, -1)[:, :blocks, None]
         wide = (values.reshape(rows, blocks, block) - offset) * scale[..., None]
         flat = wide.reshape(rows, blocks * block)[:, : math.prod(shape) // rows]
     if turned:
@@ -147,40 +158,51 @@ DEQUANTISE = torch.ops.lora_fx.dequantise.default
 # The tree.
 
 
-def store(root: nn.Module, name: str, q: Quantised, stored: Stored) -> None:
+def store(
+    root: nn.Module, name: str, q: Quantised, dtype: torch.dtype, shape: Sequence[int], turned: bool
+) -> None:
     """Put codes in the place of a parameter, under all its names.
 
     Args:
         root: The tree; its own classes read the weight as numbers from then on.
         name: The parameter's first name.
-        q: The rows, or the whole flattened, as `stored` says.
-        stored: What they stand for.
+        q: The rows [rows, columns].
+        dtype: The dtype that the weight has for the model.
+        shape: That of the weight.
+        turned: As in `Stored`.
+
+    Raises:
+        LoraFxError: Codes that no layout of the table above holds.
     """
+    kind, block, arrays = _arrays(name, q)
+    stored = Stored(kind, tuple(shape), block, dtype, turned, "zero" in arrays)
     old = parameter_of(root, name)
-    middle = None if stored.format in LEVELS else 2 ** (stored.bits - 1)
-    stored = replace(stored, zeros=q.zero is not None and not np.all(q.zero == middle))
-    tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in _tensors(q, stored).items()}
-    new = nn.Parameter(tensors.pop("codes").to(old.device), requires_grad=False)
+    tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
+    device = old.device if old.device.type != "meta" else torch.device("cpu")
+    new = nn.Parameter(tensors.pop("codes").to(device), requires_grad=False)
     for module in root.modules():
         for leaf in [n for n, p in module._parameters.items() if p is old]:
-            for kind, t in tensors.items():
-                module.register_buffer(f"{leaf}_{kind}", t.to(old.device))
+            for part, t in tensors.items():
+                module.register_buffer(f"{leaf}_{part}", t.to(device))
             module.__dict__.setdefault(HELD, {})[leaf] = stored
             module.__class__ = _reading(type(module), leaf)
     replace_parameter(root, old, new)
 
 
-def _tensors(q: Quantised, stored: Stored) -> dict[str, Any]:
-    """Codes, scale and zero as the table above has them."""
-    scale = q.scale.astype(np.float32)
-    if stored.format in LEVELS:
-        return {"codes": packed(q.codes.reshape(-1), stored.bits, high=True), "scale": scale}
-    rows, wide = scale.shape[0], scale.shape[1] * stored.block
-    codes = np.pad(q.codes, ((0, 0), (0, wide - q.codes.shape[1])))
-    found = {"codes": packed(codes.reshape(rows, -1, stored.block), stored.bits), "scale": scale}
-    if stored.zeros and q.zero is not None:
-        found["zero"] = packed(q.zero, stored.bits)
-    return found
+def _arrays(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
+    """Format, block, and the arrays as the table above has them."""
+    if str(q.codes.dtype) == FP8:
+        scale = np.broadcast_to(q.scale.reshape(-1), len(q.codes)).astype(np.float32)
+        return "fp8", q.shape[1], {"codes": q.codes.view(np.uint8).reshape(-1), "scale": scale}
+    if q.levels is not None:
+        places = as_matmul_bnb4(name, q)
+        kind = "nf4" if places.quant_type else "fp4"
+        return kind, places.block_size, {"codes": places.b, "scale": places.absmax}
+    made = as_matmul_nbits(name, q)
+    arrays = {"codes": made.b, "scale": made.scales}
+    if made.zero_points is not None:
+        arrays["zero"] = made.zero_points
+    return f"int{made.bits}", made.block_size, arrays
 
 
 def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:

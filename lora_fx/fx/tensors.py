@@ -18,7 +18,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import on_base
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
 
 
@@ -50,13 +50,16 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 
 def to_numpy(tensor: torch.Tensor | None) -> Array:
-    """A tensor as an array; bfloat16 becomes ml_dtypes.bfloat16."""
+    """A tensor as an array; bfloat16 and floats of 8 bits become those of ml_dtypes."""
     assert tensor is not None
     if not has_values(tensor):
         raise LoraFxError("this model has no weights", "load it with weights first (--weights)")
     t = tensor.detach().cpu().resolve_conj().resolve_neg()
     if t.dtype == torch.bfloat16:
         return t.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if t.dtype.itemsize == 1 and t.is_floating_point():
+        kind = numpy_dtype(str(t.dtype).removeprefix("torch."))
+        return t.contiguous().view(torch.uint8).numpy().view(kind)
     return np.asarray(t.numpy())
 
 

@@ -376,7 +376,7 @@ def _dequantise(graph: fx.Graph, node: fx.Node) -> None:
     for weight, flipped in ((node, turned), *((v, not turned) for v in views)):
         for user in list(weight.users):
             x, w, b, wants = PRODUCTS.get(user.target, NO_PRODUCT)
-            fits = len(shape) == 2 and wants is flipped and user.args[w] is weight
+            fits = kind != "fp8" and len(shape) == 2 and wants is flipped and user.args[w] is weight
             scaled = float(argument(user, "alpha", 1)) * float(argument(user, "beta", 1)) != 1.0
             if not fits or user.args[x] is weight or (b == 0 and scaled):
                 continue

@@ -7,7 +7,8 @@ which layout. Shapes and bits come from headers, and where a format keeps them i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -16,7 +17,6 @@ from lora_fx.files.quantised.base import Parts, QuantisedWeight
 from lora_fx.files.quantised.bitsandbytes import four_bits, int8
 from lora_fx.files.quantised.compressed_tensors import altered, compressed
 from lora_fx.files.quantised.gptq import gptq
-from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView
 
@@ -39,7 +39,7 @@ SIBLINGS = {
 _BY_LENGTH = sorted(SIBLINGS, key=len, reverse=True)
 
 
-def scheme_of(name: str, tensors: Tensors) -> str:
+def scheme_of(name: str, tensors: Mapping[str, Any]) -> str:
     """How the weight of this name is quantised, by the tensors beside it; empty where it is not."""
     module = name.removesuffix(".weight")
     found = next((w for s, w in SIBLINGS.items() if f"{module}.{s}" in tensors), "")
@@ -47,12 +47,12 @@ def scheme_of(name: str, tensors: Tensors) -> str:
 
 
 def quantised_weights(
-    tensors: Tensors, config: JsonView, array: Callable[[TensorInfo], Array]
+    tensors: Mapping[str, Any], config: JsonView, array: Callable[[Any], Array]
 ) -> dict[str, QuantisedWeight]:
     """Every quantised weight of a checkpoint by its name as the model has it, in file order.
 
     Args:
-        tensors: All tensors.
+        tensors: All tensors: headers, or arrays of a live layer.
         config: Its config.json.
         array: Reads one tensor whole.
 
@@ -71,7 +71,7 @@ def quantised_weights(
 
 
 def _weight(
-    name: str, tensors: Tensors, config: JsonView, array: Callable[[TensorInfo], Array]
+    name: str, tensors: Mapping[str, Any], config: JsonView, array: Callable[[Any], Array]
 ) -> QuantisedWeight:
     parts = Parts(name.removesuffix(".weight"), tensors, lambda full: array(tensors[full]))
     told = config.get("quantization_config")

@@ -28,6 +28,7 @@ from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx import quantised
 from lora_fx.fx.capture import call, trace
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature
+from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
@@ -104,6 +105,7 @@ class Captured:
         inputs: The signature: names, dtypes and dimensions of the example's tensors.
         pinned: Dimensions that were asked to be dynamic and that the model fixed.
         notes: What had to be said on the way.
+        given: The user's own module; `model` is another one where that has quantised layers.
         adapter: What a file's branches hold; None for a model with source.
     """
 
@@ -118,12 +120,13 @@ class Captured:
         dynamic: Dynamic | None = None,
         static: Sequence[str] = (),
     ) -> None:
-        self.model = call.as_module(model)
+        self.given = call.as_module(model)
+        self.model, said = plain_layers(self.given, base_dtype(self.given))
         forward: Any = self.model.forward if isinstance(model, nn.Module) else model
         self.signature = Signature(forward)
         self.source = ModelSource.of(self.model)
         self.base_dtype = base_dtype(self.model)
-        self.notes: list[str] = []
+        self.notes: list[str] = list(said)
         if self.source.why:
             self.notes.append(
                 f"{self.source.why}: captures trace the model itself, in its own dtype only"
