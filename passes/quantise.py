@@ -3,7 +3,7 @@
     y = op(x, view(W))        becomes        y = op(x, view(dequantise(codes, scale)))
 
 The codes lie in the tree under the weight's own name, so its key and its targets stay; see
-lora_fx.fx.quantised for their layout and lora_fx.ir.quantised for how they are chosen. Rows are all
+lora_fx.fx.codes for their layout and lora_fx.ir.quantised for how they are chosen. Rows are all
 that is multiplied with one x. A weight that is stored as codes already keeps its bytes.
 
 This pass is torch's own: an ONNX file is quantised by ONNX Runtime's tools.
@@ -21,8 +21,8 @@ from torch import fx
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.codes import forms, store
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.quantised import forms, store
 from lora_fx.ir.quantised import quantise
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find

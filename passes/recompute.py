@@ -79,6 +79,8 @@ class RecomputeWeights:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds no product that reads a weight made from codes."""
+        if not graph.held:
+            return PassResult(graph, False)
         made = [n for n, w in graph.flow().weights.items() if w.format and not is_marked(n)]
         chains = dict.fromkeys(n for n in made if n.op == "call_function")
         modified = False

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.capture.trace import export_program, recurrent_shapes
+from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.quantised import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.silence import silenced
 from lora_fx.targets.target import Target
@@ -365,6 +365,8 @@ PRODUCTS: dict[object, tuple[int, int, int | None, bool | None]] = {
     aten.addmm.default: (1, 2, 0, True),
 }
 """Product → the places of x, of W and of the bias, and whether it reads W [in, out]."""
+OTHERS = ("fp8", "torchao_nf4")
+"""Formats that ONNX Runtime has no product for."""
 TURNS = {aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default}
 
 
@@ -376,7 +378,12 @@ def _dequantise(graph: fx.Graph, node: fx.Node) -> None:
     for weight, flipped in ((node, turned), *((v, not turned) for v in views)):
         for user in list(weight.users):
             x, w, b, wants = PRODUCTS.get(user.target, NO_PRODUCT)
-            fits = kind != "fp8" and len(shape) == 2 and wants is flipped and user.args[w] is weight
+            fits = (
+                kind not in OTHERS
+                and len(shape) == 2
+                and wants is flipped
+                and user.args[w] is weight
+            )
             scaled = float(argument(user, "alpha", 1)) * float(argument(user, "beta", 1)) != 1.0
             if not fits or user.args[x] is weight or (b == 0 and scaled):
                 continue

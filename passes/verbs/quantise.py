@@ -12,9 +12,9 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.codes import beside, tensors_of
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import plain
-from lora_fx.fx.quantised import beside, tensors_of
 from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, LoraFxError, one_line
-from lora_fx.fx import quantised
+from lora_fx.fx import codes
 from lora_fx.fx.capture import call, trace
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature
 from lora_fx.fx.capture.quantised_layers import plain_layers
@@ -564,7 +564,7 @@ def weightless(
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     memo: dict[int, Any] = {}
-    numbers = {id(parameter_of(model, n)): q for n, q in quantised.forms(model).items()}
+    numbers = {id(parameter_of(model, n)): q for n, q in codes.forms(model).items()}
     for t in [*model.parameters(), *model.buffers()]:
         device, q = "cpu" if t.device.type == "meta" else t.device, numbers.get(id(t))
         own = t.dtype if q is None else q.dtype
@@ -576,5 +576,6 @@ def weightless(
                 fake = torch.empty(q.shape, dtype=want, device=device)
         memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
     copied = copy.deepcopy(model, memo)
-    quantised.forget(copied)
+    if numbers:
+        codes.forget(copied)
     return copied, mode

@@ -3,7 +3,7 @@
 Tracing goes through none of them: bitsandbytes' parameters are lost under fake tensors, torchao's
 are subclasses, kernels of GPTQ and AWQ are calls into other libraries. So a capture is one of a
 second tree, in which each of them is a plain linear layer or lookup table whose weight is codes
-(see lora_fx.fx.quantised). The user's model is not touched, and its package is not imported.
+(see lora_fx.fx.codes). The user's model is not touched, and its package is not imported.
 
 What the tensors of a layer say is read as from a file: see lora_fx.files.quantised. Layers that
 quantise x as well (bitsandbytes' LLM.int8, torchao's dynamic activations) keep it in floats here.
@@ -24,7 +24,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import torchao
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.fx.quantised import beside, store
+from lora_fx.fx.codes import beside, store
 from lora_fx.fx.tensors import owner, to_numpy
 from lora_fx.ir.quantised import Quantised
 

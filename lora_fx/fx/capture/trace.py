@@ -36,6 +36,7 @@ from lora_fx.fx.capture.call import (
 )
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.capture.inline import inline_regions, split_products, without_vmap
+from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import value
 from lora_fx.fx.graph.ops import row_of
@@ -82,7 +83,8 @@ class Traced:
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
         """A fresh copy over a tree that holds the tensors; what find saw of one holds for all."""
         graph = FxGraph(self.graph, root, training=training, bodies=self.bodies).clone()
-        graph.read_codes()
+        if any(HELD in m.__dict__ for m in root.modules()):
+            graph.read_codes()
         graph.share(self.analyses)
         return graph
 

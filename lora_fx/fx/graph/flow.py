@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from lora_fx.fx.codes import DEQUANTISE
 from lora_fx.fx.graph.nodes import (
     argument,
     aten_ops,
@@ -32,7 +33,6 @@ from lora_fx.fx.graph.nodes import (
     value,
 )
 from lora_fx.fx.graph.ops import COMPUTING, OPS, PRODUCTS, pick, row_of
-from lora_fx.fx.quantised import DEQUANTISE
 from lora_fx.fx.tensors import device_of, owner, parameter_of
 from lora_fx.ir.kinds import Shape
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View

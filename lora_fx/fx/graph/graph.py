@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import quantised, tensors
+from lora_fx.fx import codes, tensors
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, weight_flow
 from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, make_marked, mark, value
@@ -30,6 +30,9 @@ class FxGraph(Analysed):
         root: The module tree. Passes may register parameters on it.
         training: True for a train graph; insert adds dropout to such graphs only.
         bodies: What the higher-order ops of the graph call, by the name that it reads.
+
+    Attributes:
+        held: What the tree's codes stand for, by first name, once `read_codes` has looked.
     """
 
     alone = False  # the programs of a module share its tensors
@@ -48,7 +51,7 @@ class FxGraph(Analysed):
         self.root = root
         self.training = training
         self._names, self._aliases = named_tensors(root)
-        self._held = quantised.forms(root)
+        self.held: dict[str, codes.Stored] = {}
         self._writes: Writes | None = None
         self._index: dict[str, fx.Node] = {}  # sites are nodes of the capture, which keep names
 
@@ -58,11 +61,11 @@ class FxGraph(Analysed):
 
     def read_codes(self) -> bool:
         """Read as numbers what the tree stores as codes; returns whether any was new."""
-        self._held = quantised.forms(self.root)
-        new = bool(self._held) and quantised.read_codes(self.graph, self._names, self._held)
-        if new:
-            self.changed()
-        return new
+        self.held = codes.forms(self.root)
+        if not self.held or not codes.read_codes(self.graph, self._names, self.held):
+            return False
+        self.changed()
+        return True
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -80,7 +83,7 @@ class FxGraph(Analysed):
                 computed.setdefault(found.weight.behind[0], {}).setdefault(name, new)
         result = []
         for name, others in self._aliases.items():
-            t, q = parameter_of(self.root, name), self._held.get(name)
+            t, q = parameter_of(self.root, name), self.held.get(name)
             if q is None:
                 new = Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(others))
             else:
@@ -119,11 +122,11 @@ class FxGraph(Analysed):
         for site, found in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
                 return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
-        held = self._held.get(name)
+        held = self.held.get(name)
         return to_numpy(
             parameter_of(self.root, name)
             if held is None
-            else quantised.whole(self.root, name, held, held.dtype)
+            else codes.whole(self.root, name, held, held.dtype)
         )
 
     def reader(self, name: str) -> Callable[[], Array]:
@@ -316,6 +319,7 @@ class FxGraph(Analysed):
         graph.set_codegen(self.graph._codegen)
         other = FxGraph(graph, self.root, training=self.training, bodies=self.bodies)
         other.share(self._named)
+        other.held = self.held
         return other
 
     def lint(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
 from lora_fx.adapter.factors import asked, frame, learning, relearning, slots_of, with_values
@@ -515,10 +516,8 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
         raise LoraFxError(
             f"{name!r} is sharded: every process would have to gather it", "gather it before"
         )
-    if dtype_name(tensor.dtype) not in FLOATING:
-        raise LoraFxError(
-            f"{name!r} is {tensor.dtype}, no dtype of plain weights", "cast it before"
-        )
+    if dtype_name(tensor.dtype) not in FLOATING or is_traceable_wrapper_subclass(tensor.data):
+        raise LoraFxError(f"{name!r} is {tensor.dtype}, no plain weight", "cast it before")
     return name, tuple(tensor.shape), both_ends(tensor)
 
 

@@ -23,15 +23,15 @@ from lora_fx.compare import rel
 from lora_fx.conditions import Condition, Size
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import quantised, tensors
+from lora_fx.fx import codes, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
 from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype
 from lora_fx.fx.capture.trace import has_grouped, quiet
+from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.module.codegen import Compiled
-from lora_fx.fx.quantised import HELD
 from lora_fx.fx.tensors import AdapterTensors, patched, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
 
@@ -314,7 +314,7 @@ class CapturedModule(Recomputing, Scope):
 
     def _apply(self, fn: object, recurse: bool = True) -> object:
         # scales and zeros are part of the codes' values: no cast of the model rounds them
-        kept = {f"{n}_scale": b for n in quantised.forms(self)
+        kept = {f"{n}_scale": b for n in codes.forms(self)
                 if (b := self.get_buffer(f"{n}_scale")) is not None}  # fmt: skip
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():

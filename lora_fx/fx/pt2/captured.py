@@ -23,6 +23,7 @@ from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
 from lora_fx.fx.capture.trace import Traced, clean_module, match_places
+from lora_fx.fx.codes import learn
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2 import program
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
@@ -33,7 +34,6 @@ from lora_fx.fx.pt2.manifest import (
     read_arguments,
     read_signature,
 )
-from lora_fx.fx.quantised import learn
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView

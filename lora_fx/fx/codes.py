@@ -10,9 +10,9 @@ format     codes                                scale and zero
 int2 … 8   [rows, blocks, block·bits/8], the    [rows, blocks]; the zeros' codes lie in bytes, row
            first code in the lowest bits, as    by row, too, or are floats. Without them the middle
            ONNX Runtime's MatMulNBits has them  code is 0, such as 8 of 4 bits
-nf4, fp4   [(elements + 1) / 2], the first      [blocks] along the flattened weight; no zero
-           code in the highest bits, as
-           bitsandbytes has them
+nf4, fp4,  [(elements + 1) / 2], the first      [blocks] along the flattened weight; no zero
+torchao's  code in the highest bits, as
+nf4        bitsandbytes has them
 fp8        [elements], float8_e4m3fn            [rows]; no zero
 ========== ==================================== =================================================
 
@@ -35,10 +35,10 @@ from torch import fx, nn
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.files.quantised.onnx import as_matmul_bnb4, as_matmul_nbits
+from lora_fx.files.quantised.onnx import as_matmul_nbits
 from lora_fx.fx.graph.nodes import dtype_of
-from lora_fx.fx.tensors import named_tensors, owner, parameter_of, replace_parameter
-from lora_fx.ir.quantised import FP4, NF4, Quantised
+from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, replace_parameter
+from lora_fx.ir.quantised import FP4, NF4, Quantised, packed
 
 HELD = "_quantised"
 """The attribute of a module that says what its parameters' codes stand for, by leaf."""
@@ -46,6 +46,7 @@ FP8 = "float8_e4m3fn"
 LEVELS = {
     "nf4": NF4,
     "fp4": FP4,
+    "torchao_nf4": np.round(NF4, 4),
     "fp8": np.arange(256, dtype=np.uint8).view(numpy_dtype(FP8)).astype(np.float32),
 }
 """Formats whose codes are places of a table, in the order of the codes."""
@@ -177,7 +178,8 @@ def store(
     kind, block, arrays = _arrays(name, q)
     stored = Stored(kind, tuple(shape), block, dtype, turned, "zero" in arrays)
     old = parameter_of(root, name)
-    tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
+    tensors = {k: from_numpy(v) for k, v in arrays.items()}
+    tensors |= {k: t.float() for k, t in tensors.items() if t.is_floating_point()}
     device = old.device if old.device.type != "meta" else torch.device("cpu")
     new = nn.Parameter(tensors.pop("codes").to(device), requires_grad=False)
     for module in root.modules():
@@ -195,9 +197,15 @@ def _arrays(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
         scale = np.broadcast_to(q.scale.reshape(-1), len(q.codes)).astype(np.float32)
         return "fp8", q.shape[1], {"codes": q.codes.view(np.uint8).reshape(-1), "scale": scale}
     if q.levels is not None:
-        places = as_matmul_bnb4(name, q)
-        kind = "nf4" if places.quant_type else "fp4"
-        return kind, places.block_size, {"codes": places.b, "scale": places.absmax}
+        kinds = [k for k, table in LEVELS.items() if np.array_equal(table, q.levels)]
+        goes_on = q.flat or (q.block[0] == 1 and q.shape[-1] % q.block[-1] == 0)
+        if not kinds or not goes_on:
+            raise LoraFxError(
+                f"{name}: {len(q.levels)} levels in blocks of {list(q.block)} are no known format",
+                f"expected {', '.join(LEVELS)}, in blocks along the flattened weight",
+            )
+        codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)
+        return kinds[0], q.block[-1], {"codes": codes, "scale": q.scale.reshape(-1)}
     made = as_matmul_nbits(name, q)
     arrays = {"codes": made.b, "scale": made.scales}
     if made.zero_points is not None:
