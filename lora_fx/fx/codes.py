@@ -327,6 +327,11 @@ def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=DEQUANTISE):
         codes, _, zero, shape, kind, block, turned, dtype = node.args
-        module, leaf = owner(root, names[codes.name])
         stored = Stored(kind, tuple(shape), block, dtype, turned, zero is not None)
-        module.__dict__.setdefault(HELD, {})[leaf] = stored
+        declare(root, names[codes.name], stored)
+
+
+def declare(root: nn.Module, name: str, stored: Stored) -> None:
+    """Let a tree say what a parameter's codes stand for, wherever these are."""
+    module, leaf = owner(root, name)
+    module.__dict__.setdefault(HELD, {})[leaf] = stored

@@ -111,7 +111,7 @@ def attach(
     try:
         captured = isinstance(model, Captured)
         cap = model if captured else capture(_module(model), args, kwargs, dynamic)
-        model = _module(cap.given)
+        model = _module(cap.quantised or cap.model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
         planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout)

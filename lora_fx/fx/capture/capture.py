@@ -105,11 +105,12 @@ class Captured:
         inputs: The signature: names, dtypes and dimensions of the example's tensors.
         pinned: Dimensions that were asked to be dynamic and that the model fixed.
         notes: What had to be said on the way.
-        given: The user's own module; `model` is another one where that has quantised layers.
+        quantised: The user's own module where that has quantised layers; `model` is another then.
         adapter: What a file's branches hold; None for a model with source.
     """
 
     adapter: Adapter | None = None
+    quantised: nn.Module | None = None
     live = False  # True where the model itself trains, and the graph shows its targets
 
     def __init__(
@@ -120,8 +121,9 @@ class Captured:
         dynamic: Dynamic | None = None,
         static: Sequence[str] = (),
     ) -> None:
-        self.given = call.as_module(model)
-        self.model, said = plain_layers(self.given, base_dtype(self.given))
+        own = call.as_module(model)
+        self.model, said = plain_layers(own, base_dtype(own))
+        self.quantised = None if self.model is own else own
         forward: Any = self.model.forward if isinstance(model, nn.Module) else model
         self.signature = Signature(forward)
         self.source = ModelSource.of(self.model)

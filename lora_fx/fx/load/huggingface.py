@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_fx.checkpoint.difference import read_bytes
 from lora_fx.data import Tokenizer
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import model_config, tensors
+from lora_fx.files.quantised.read import quantised_weights
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.fx.codes import LEVELS, Stored, declare, store
+from lora_fx.fx.tensors import patched
 from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView, some
 
@@ -59,8 +65,8 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
         meta: Build without weights, on the meta device.
 
     Raises:
-        LoraFxError: An unknown architecture, foreign code or quantised weights; weights that are
-            damaged or do not fit.
+        LoraFxError: An unknown architecture or foreign code; weights that are damaged or do not
+            fit, or quantised in a format that is not read.
     """
     raw = _config_json(folder)
     try:
@@ -75,7 +81,7 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
         config = _config(transformers, folder, raw)
         cls = _class(transformers, folder, raw, config)
         notes = _settle(config, folder, raw, cls)
-        module, more = _build(cls, config, folder, weights, meta)
+        module, more = _build(cls, config, folder, weights, raw, meta)
     _no_cache(module)
     notes += _pad(module)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
@@ -183,22 +189,14 @@ def _build(
     config: PreTrainedConfig,
     folder: Path,
     weights: Path | None,
+    raw: JsonView,
     meta: bool,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        if not meta:
-            raise LoraFxError(
-                f"{folder}: quantised weights ({one_line(kind, 60)}) are not supported",
-                "use the checkpoint that it was quantised from",
-            )
-        del config.quantization_config
+    if getattr(config, "quantization_config", None) is not None:
+        return _of_codes(cls, config, weights or folder, raw, meta)
     try:
         if meta:
-            module = _on_meta(cls, config, folder)
-            before = f"{folder}: its weights are quantised; shapes are those from before"
-            return module, (before,) if quantised is not None else ()
+            return _on_meta(cls, config, folder), ()
         state = _state(weights or folder)
         module, info = cls.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True,
@@ -222,6 +220,86 @@ def _on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig, folder: Path)
             config.dtype = next((d for d in names if d is not None and d.is_floating_point), None)
     with torch.device("meta"):
         return cls._from_config(config)
+
+
+def _of_codes(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, path: Path, raw: JsonView, meta: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A model whose quantised weights stay the codes of its file.
+
+    Neither the quantiser's package nor a copy of the weights as numbers is needed.
+
+    Raises:
+        LoraFxError: A format that is not read, or tensors that do not fit the model.
+    """
+    said = config.quantization_config
+    kind = said.get("quant_method") if isinstance(said, dict) else said
+    del config.quantization_config
+    held = {} if meta and not any(path.glob("*.safetensors")) else tensors(path)
+    found = quantised_weights(held, raw, _array)
+    if not found and not meta:
+        raise LoraFxError(
+            f"{path}: quantised weights ({one_line(kind, 60)}), none of which is read",
+            "use the checkpoint that it was quantised from",
+        )
+    with contextlib.nullcontext() if meta else _without_parameters():
+        module = _on_meta(cls, config, path) if meta else cls._from_config(config)
+    own = dict(module.named_parameters())
+    if lost := sorted(found.keys() - own.keys()):
+        raise LoraFxError(
+            f"{path}: {type(module).__name__} has no parameters for {len(lost)} quantised weights: "
+            f"{some(lost, 4)}",
+            "is config.json that of these weights? Stacked experts are not read",
+        )
+    plain = module.state_dict().keys() - found.keys()
+    state = {} if meta else {n: t for n, t in _state(path).items() if n in plain}
+    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
+    for name, weight in found.items():
+        layer = module.get_submodule(name.rpartition(".")[0])
+        turned, shape = type(layer).__name__ == "Conv1D", own[name].shape
+        if weight.bits and weight.shape != tuple(shape[::-1] if turned else shape):
+            raise LoraFxError(
+                f"{path}: {name!r} has codes of {list(weight.shape)}, expected {list(shape)}",
+                "is config.json that of these weights?",
+            )
+        if meta:
+            kind = weight.format.rpartition(" ")[2]
+            kind = kind if kind in LEVELS else f"int{weight.bits}"
+            declare(module, name, Stored(kind, tuple(shape), 1, own[name].dtype, turned))
+        else:
+            store(module, name, weight.read(), dtype or torch.float32, shape, turned)
+    module.load_state_dict(state, strict=False, assign=True)
+    module.tie_weights()
+    empty = [n for n, p in module.named_parameters() if p.is_meta and not meta]
+    if empty:
+        raise LoraFxError(
+            f"{path}: {len(empty)} tensors are missing: {some(empty, 4)}",
+            "is the download complete?",
+        )
+    kinds = Counter(w.format for w in found.values())
+    notes = [f"{path}: {n} weights are read as codes: {kind}" for kind, n in kinds.items()]
+    if not found:
+        notes.append(f"{path}: its weights are quantised; shapes are those from before")
+    parts = tuple(n.removesuffix("weight") for n in found)
+    if unused := sorted(n for n in held.keys() - plain if not n.startswith(parts)):
+        notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
+    return module, tuple(notes)
+
+
+def _array(info: TensorInfo) -> Array:
+    """A tensor of a file."""
+    data = read_bytes(info, 0, info.stop - info.start)
+    return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
+
+
+def _without_parameters() -> contextlib.AbstractContextManager[None]:
+    """A block in which modules are built with their buffers, and with parameters on meta."""
+    plain = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, p: nn.Parameter | None) -> None:
+        plain(self, name, None if p is None else nn.Parameter(p.to("meta"), p.requires_grad))
+
+    return patched(nn.Module, register_parameter=register)
 
 
 def _state(path: Path) -> dict[str, torch.Tensor]:

@@ -109,7 +109,7 @@ class FileCaptured(Captured):
         self.adapter: Adapter | None = read_adapter(manifest, state)
         self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
         order = [first, *(p for p in programs.values() if p is not first)]
-        self.given = self.model = program.tree_of(order, adapter_names(manifest))
+        self.model = program.tree_of(order, adapter_names(manifest))
         for p in programs.values():
             learn(self.model, p.program.graph, p.program.graph_signature.inputs_to_parameters)
         if manifest and str(manifest["class"]).isidentifier():
