@@ -50,9 +50,14 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One stored tensor: all its names (the first is the canonical one), shape and dtype."""
+    """One stored tensor: all its names (the first is the canonical one), shape and dtype.
+
+    Of codes of a quantised weight, `format` is what they are called and `bits` the size of one.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     aliases: tuple[str, ...] = ()
+    format: str = ""
+    bits: int = 0

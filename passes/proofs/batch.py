@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import Parity, compare_fairly, gates_of
+from lora_fx.compare import Parity, compare_fairly
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import SIZES, Named
@@ -105,7 +105,8 @@ def _row(
 ) -> Parity:
     """One row against the reference, which runs on this row alone."""
     alone = {n: np.repeat(v[row : row + 1], 2, 0) if n in rowed else v for n, v in feeds.items()}
-    expected = {n: v[:1] for n, v in reference.run(adapter)(alone).items()}
+    whole = reference.run(adapter)(alone)
+    expected, gates = {n: v[:1] for n, v in whole.items()}, reference.gates(adapter, whole, alone)
     ours = {n: v[row : row + 1] for n, v in got.items()}
     shapes, own = {n: v.shape for n, v in feeds.items()}, partial(reference.own_errors, adapter)
-    return compare_fairly(ours, expected, shapes, gates_of(expected), own, of="mixed batch")
+    return compare_fairly(ours, expected, shapes, gates, own, of="mixed batch")

@@ -18,7 +18,16 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare_fairly, narrow_gate, rel, shapes_of
+from lora_fx.compare import (
+    EPSILON,
+    ORT_TOL,
+    Parity,
+    compare_fairly,
+    gates_of,
+    narrow_gate,
+    rel,
+    shapes_of,
+)
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -343,6 +352,10 @@ class TorchReference:
     def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
         """Fp32 against fp64."""
         return own_errors(self._module(adapter))
+
+    def gates(self, adapter: Adapter | None, expected: Named, feeds: Named) -> dict[str, float]:
+        """See Reference."""
+        return gates_of(expected)
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
         """See Reference."""

@@ -28,6 +28,7 @@ from lora_fx.inputs import SIZES, Extents, Named
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.view import Cast
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
+from lora_fx.onnx.graph.quantised import rounds_activations
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, feeds_of_sizes, open_session, signature
 from lora_fx.passes.find import find
@@ -35,6 +36,8 @@ from lora_fx.passes.insert import Insert
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
+STEP = 2.0**-8
+"""One code of eight bits, of the range that they span."""
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 """{input: array} → {output: array}."""
 
@@ -60,6 +63,9 @@ class Reference(Protocol):
 
     def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
         """Per output, how far rounding alone moves it; empty where that is unknown."""
+
+    def gates(self, adapter: Adapter | None, expected: Named, feeds: Named) -> dict[str, float]:
+        """Per output, the gate on what should equal `expected`, which a run on `feeds` gave."""
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
         """Compare at every size; `of` is the word for it in the report."""
@@ -147,21 +153,24 @@ class OnnxReference:
         results = []
         for feeds in self.sizes():
             expected, own = self._run(adapter, True, feeds), partial(self.own_errors, adapter)
-            gates, shapes = self._gates(adapter, expected, feeds), shapes_of(feeds)
+            gates, shapes = self.gates(adapter, expected, feeds), shapes_of(feeds)
             results.append(compare_fairly(run(feeds), expected, shapes, gates, own, of=of))
         return results
 
-    def _gates(
-        self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
-    ) -> dict[str, float]:
-        """The base gates, wider where an adapted weight is stored in a narrower dtype."""
+    def gates(self, adapter: Adapter | None, expected: Named, feeds: Named) -> dict[str, float]:
+        """The base gates, wider where an adapted weight is stored in a narrower dtype.
+
+        Where activations are rounded to codes of eight bits, a difference of one part in 1e7 moves
+        some of them by a whole step, so that their step is the least that the gate can tell.
+        """
         gates = gates_of(expected)
-        if adapter is None or self.graph is None:
+        if self.graph is None:
             return gates
-        targets = self._targets(adapter.lowrank)
+        targets = self._targets(adapter.lowrank) if adapter else []
         casts = (v for t in targets for s in t.sites for v in s.view.steps if isinstance(v, Cast))
         dtypes = {*(t.parameter.dtype for t in targets), *(v.dtype for v in casts)}
-        eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
+        eps = max((EPSILON.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+        eps = max(eps, STEP) if rounds_activations(self.graph.model) else eps
         base = self._run(None, True, feeds) if eps else {}
         return {n: narrow_gate(g, eps, base[n], expected[n]) if eps else g
                 for n, g in gates.items()}  # fmt: skip
