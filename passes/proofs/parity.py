@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import (
+    CEILING,
     EPSILON,
     ORT_TOL,
     Parity,
     compare_fairly,
-    gates_of,
     narrow_gate,
     rel,
     shapes_of,
@@ -335,6 +335,8 @@ class TorchReference:
         """See Reference."""
         return guards(self.base)
 
+    ceiling, mixes = CEILING, False
+
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
         named = self.base.sample(size, self.arrays, seed)
@@ -352,10 +354,6 @@ class TorchReference:
     def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
         """Fp32 against fp64."""
         return own_errors(self._module(adapter))
-
-    def gates(self, adapter: Adapter | None, expected: Named, feeds: Named) -> dict[str, float]:
-        """See Reference."""
-        return gates_of(expected)
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
         """See Reference."""

@@ -24,9 +24,11 @@ from lora_fx.onnx.graph.ops import DATA_OPS, OnnxOp, OnnxOperand, attr, row_of
 from lora_fx.onnx.graph.quantised import (
     FOREIGN,
     NO_PLACE,
+    QUANTISER,
     UNSCALED,
     Codes,
     check_scales,
+    may_weigh,
     narrow,
     quantiser,
     scaled,
@@ -149,10 +151,6 @@ class OnnxFlow:
         return result
 
 
-QUANTISER = re.compile(r"(_DQ)?_Q[248]$|_Bnb4$|_quantized$")
-"""What ONNX Runtime's quantisers add to the name of a tensor."""
-
-
 def follow(model: ir.Model) -> OnnxFlow:
     """Walk a model once, over all nodes, bodies included, in execution order."""
     flow = OnnxFlow()
@@ -225,7 +223,7 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
 def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
     known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
-    floats = [w for w in known.values() if _is_weight(flow.stores[w.name].tensor)]
+    floats = [w for w in known.values() if may_weigh(flow.stores[w.name].tensor)]
     names = tuple(dict.fromkeys(n for w in floats for n in w.behind or (w.name,)))
     if not names:
         return False
@@ -276,6 +274,11 @@ def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
         behind = _stored(flow, (v for v in node.inputs if v is not None))
         flow.weights[node.outputs[0]] = replace(weight, codes=codes, behind=behind)
         return True
+    if node.op_type == "DynamicQuantizeLinear" and len(weight.shape) >= 2:
+        _computes(flow, node)  # its scale and zero point
+        codes = Codes(node.op_type, 8, scaled=False)
+        flow.weights[node.outputs[0]] = replace(weight, codes=codes)
+        return True
     rule = None if node.domain else VIEWS.get(node.op_type)
     if rule is None:
         return False
@@ -317,13 +320,6 @@ def _stored(flow: OnnxFlow, values: Iterable[ir.Value]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(n for w in known for n in w.behind or (w.name,)))
 
 
-def _is_weight(tensor: ir.TensorProtocol) -> bool:
-    """True for floats and for matrices of integers that may hold codes; indices have 64 bits."""
-    dtype = tensor.dtype
-    packed = len(tensor.shape) >= 2 and dtype.is_integer() and dtype.bitwidth <= 32
-    return packed or "float" in tensor_dtype(dtype)
-
-
 def shape_of(value: ir.Value | None) -> Shape | None:
     """The sizes of a value, whole numbers or symbols; None where the file does not say."""
     if value is None or value.shape is None:
@@ -345,7 +341,7 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
         tensor = flow.stores[weight.name].tensor
         codes = use.codes or weight.codes
         if codes is None and row.op == "embedding" and narrow(tensor):
-            codes = Codes(f"{tensor_dtype(tensor.dtype)} lookup", 0, scaled=False)
+            codes = Codes(f"{tensor_dtype(tensor.dtype)} cast", 0, scaled=False)
         if not (codes or use.refusal or weight.computed or "float" in tensor_dtype(tensor.dtype)):
             continue
         if codes is not None:
@@ -374,7 +370,8 @@ def _coded(
 ) -> OnnxWeightUse:
     """A use of a quantised weight: what its branch reads and adds to, or why it has none."""
     y, source, why = node.outputs[0], None, ""
-    codes = replace(codes, bits=codes.bits or flow.stores[weight.name].tensor.dtype.bitwidth)
+    made = weight.codes.bits if weight.codes else flow.stores[weight.name].tensor.dtype.bitwidth
+    codes = replace(codes, bits=codes.bits or made)
     if row.integer:
         source = quantiser(node.inputs[use.x])
         why = "" if source is not None else FOREIGN
@@ -382,6 +379,8 @@ def _coded(
         x_scale = None if source is None else source.outputs[1]
         found = scaled(y, x_scale, lambda v: flow.weight_of(v) is not None)
         y, why = (y, UNSCALED) if found is None else (found, "")
+        if made_by(y, "DequantizeLinear"):  # of codes that were looked up
+            codes = replace(codes, format="DequantizeLinear")
     if isinstance(use.kind, WeightForm):
         why = NO_PLACE.format(node.op_type)
     use = replace(use, refusal=use.refusal or why, allowed=use.allowed and not why)

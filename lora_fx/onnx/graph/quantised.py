@@ -13,6 +13,7 @@ its range starts at 0).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,16 @@ class Codes:
     def no_fold(self) -> str:
         """Why nothing can be stored into the weight."""
         return NO_FOLD.format(self.format, self.bits)
+
+
+QUANTISER = re.compile(r"(_DQ)?_Q[248]$|_Bnb4$|_quantized$")
+"""What ONNX Runtime's quantisers add to the name of a tensor."""
+
+
+def may_weigh(tensor: ir.TensorProtocol) -> bool:
+    """True for floats, and for matrices of integers that may hold codes; indices have 64 bits."""
+    integers = tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 32
+    return tensor.dtype.is_floating_point() or (integers and len(tensor.shape) >= 2)
 
 
 def narrow(tensor: ir.TensorProtocol) -> bool:
@@ -176,13 +187,17 @@ def _scales(
     return set().union(*parts) if all(parts) else set()
 
 
-ACTIVATION_CODES = {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul",
-                    "DynamicQuantizeLSTM", "QAttention"}  # fmt: skip
+DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"}
+
+
+def shares_ranges(model: ir.Model) -> bool:
+    """True where a run takes one range over all rows of a batch, so that they depend on another."""
+    return any(n.op_type in DYNAMIC for n in model.graph.all_nodes())
 
 
 def rounds_activations(model: ir.Model) -> bool:
     """True where a run makes codes of activations, which a rounding may move by a whole step."""
-    return any(
-        n.op_type in ACTIVATION_CODES or n.attributes.get_int("accuracy_level", 0) == 4
+    return shares_ranges(model) or any(
+        n.op_type == "QuantizeLinear" or n.attributes.get_int("accuracy_level", 0) == 4
         for n in model.graph.all_nodes()
     )
