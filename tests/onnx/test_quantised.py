@@ -21,7 +21,17 @@ from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.verbs.insert_onnx import insert_onnx
 from lora_fx.targets.target import Target
-from tests.onnx.graph.coded import CODED, Array, Coded, Tensors, delta, product, sample, saved
+from tests.onnx.graph.coded import (
+    CODED,
+    Array,
+    Coded,
+    Tensors,
+    delta,
+    nbits,
+    product,
+    sample,
+    saved,
+)
 
 ROWS = pytest.mark.parametrize("row", CODED, ids=lambda r: r.name)
 TOL = 2e-6
@@ -212,3 +222,59 @@ def test_blocks_of_nothing(name: str, tmp_path: Path) -> None:
             node.attributes["block_size"] = ir.AttrInt64("block_size", 0)
     ir.save(model, path)
     refused(path, "blocks of 0")
+
+
+PACKED = Coded(
+    "packed q, k and v",
+    "n = Constant<value = int64[3] {12, 6, 6}>() p = com.microsoft.MatMulNBits<K = 40, N = 24, "
+    "bits = 4, block_size = 16>(x, w, s) q, k, v = Split<axis = -1>(p, n) "
+    "y = Concat<axis = -1>(v, k, q)",
+    nbits(4, 16, "none"),
+    "MatMulNBits",
+    4,
+    then=lambda y, t: np.concatenate([y[..., 18:], y[..., 12:18], y[..., :12]], -1),
+)
+
+
+def test_a_packed_weight_stays_packed(tmp_path: Path) -> None:
+    """One A serves all parts; an adapter of parts has its parts' rows alone, and batch one A."""
+    path, tensors, w = saved(PACKED, tmp_path)
+    target, x = target_of(path), sample(PACKED)
+    whole, rng = update(PACKED, target, 1), np.random.default_rng(2)
+    parts, change = {}, np.zeros_like(w)
+    for key, rows in (("w[0:12]", slice(0, 12)), ("w[18:24]", slice(18, 24))):
+        a = (rng.standard_normal((2, 40)) / 6).astype(np.float32)
+        b = rng.standard_normal((rows.stop - rows.start, 2)).astype(np.float32)
+        layout = target.layout.narrow(((rows.start, rows.stop), (0, 40)))
+        parts[key] = LowRank(a, b, 1.0, layout)
+        change[rows] += 0.5 * b.astype(np.float64) @ a
+    base = open_session(path, "cpu").run({"x": x})["y"]
+    wanted = {
+        "whole": expected(PACKED, x, w, tensors, base, whole),
+        "parts": PACKED.then(product(PACKED, x, w + change), tensors),
+    }
+    adapters = {"whole": Adapter({"w": whole}), "parts": Adapter(dict(parts))}
+    for name, adapter in adapters.items():
+        made = tmp_path / f"{name}.onnx"
+        lora_fx.export(path, made, adapters={name: adapter}, mode="switch", provider="cpu")
+        session = Session(made, "cpu")
+        session.load(name, adapter)
+        y = session.run({"x": x}, adapter=name)["y"]
+        assert rel(y, wanted[name]) < TOL and seen(y, base)
+        assert len(reads(made, "w")) == 1
+    assert len([n for n in reads(tmp_path / "whole.onnx", "w.lora_A")]) == 1
+    batch = tmp_path / "b.onnx"
+    given = list(adapters.values())
+    lora_fx.export(path, batch, adapters=given, mode="batch", provider="cpu")
+    ids = np.array([2, 0, 1], np.int64)
+    mixed = open_session(batch, "cpu").run({"x": x, "adapter_ids": ids})["y"]
+    for i, y in enumerate((wanted["parts"], base, wanted["whole"])):
+        assert rel(mixed[i], y[i]) < TOL
+    assert len(reads(batch, "w.batch_A")) == 1
+
+
+def reads(path: Path, name: str) -> list[str]:
+    """The ops that read an initialiser or an input."""
+    return [
+        n.op_type for n in load(path).graph for v in n.inputs if v is not None and v.name == name
+    ]
