@@ -26,6 +26,8 @@ ORT_TOL = 2e-6
 """ONNX Runtime against torch, fp32, tiny models."""
 CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
+COARSE = 0.25
+"""Where activations are codes of eight bits, which a rounding moves by whole steps."""
 EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
 """The epsilons of dtypes that round a change, be it an output's or an adapted weight's."""
 
@@ -182,17 +184,19 @@ def compare_fairly(
     tol: float = ORT_TOL,
     *,
     of: str = "",
+    ceiling: float = CEILING,
 ) -> Parity:
     """Compare; where a gate that is `tol` is exceeded, such gates become 4 × `own` + 1e-7.
 
-    `own` tells how far rounding alone moves each output of the reference; it may take long.
+    `own` tells how far rounding alone moves each output of the reference; it may take long. No
+    gate is widened above `ceiling`.
     """
     found = compare(ours, reference, sizes, gates, of)
     if found.ok or gates.get(found.output) != tol:
         return found
     rounding = own()
     wider = {
-        n: min(max(g, 4 * rounding.get(n, 0.0) + 1e-7), CEILING) if g == tol else g
+        n: min(max(g, 4 * rounding.get(n, 0.0) + 1e-7), ceiling) if g == tol else g
         for n, g in gates.items()
     }
     return compare(ours, reference, sizes, wider, of)

@@ -30,6 +30,8 @@ from lora_fx.targets.plan import default_plan
 from lora_fx.targets.regions import overlap
 from lora_fx.targets.target import Target, make_key, role_of
 
+ROUNDED = "folding would round the update away"
+
 
 def find(graph: Graph[Any]) -> Found:
     """Targets, refusals and unreached parameters of a graph, in definition order.
@@ -52,6 +54,9 @@ def _search(graph: Graph[Any]) -> Found:
             if site.allowed:  # a branch can stand beside it
                 refusal = replace(refusal, verbs=("fold", "merge") if site.no_fold else ())
             refusals.append(refusal)
+        elif site.no_fold:
+            why = f"{site.no_fold}: {ROUNDED}"
+            refusals.append(Refusal(site.parameter, site.op, why, verbs=("fold", "merge", "load")))
         if not site.refusal or site.allowed:
             uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
     # the shapes of the lookup tables: a matmul of the same shape is an output head

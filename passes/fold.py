@@ -27,11 +27,11 @@ from lora_fx.ir.kinds import delta
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
-from lora_fx.passes.find import find
+from lora_fx.passes.find import ROUNDED, find
 from lora_fx.passes.insert import reads_otherwise
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import applies, overlap
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Target, check_storable
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,7 @@ class Fold:
                         "fold with these arguments as the example",
                     )
                 continue
-            why = next((s.no_fold for s in target.sites if s.no_fold), "")
-            if why:
-                raise LoraFxError(
-                    f"{key!r}: {why}",
-                    "lora-fx export --mode switch keeps it a branch in float beside the codes",
-                )
+            check_storable(target, ROUNDED)
             targets[key] = target
         reached: dict[str, tuple[Site, list[str]]] = {}
         for key, target in targets.items():

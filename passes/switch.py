@@ -30,7 +30,7 @@ from lora_fx.onnx.switch import accumulate, settle
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert, changed
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Target, check_storable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,6 +77,8 @@ class Switch:
             target = found.get(key)
             if target is None:
                 raise LoraFxError(f"{key!r} is no target of the exported graph", "--exclude it")
+            if self.rank:
+                check_storable(target, "mode load folds when a session is made")
             if key in self.turned:
                 target = replace(target, layout=target.layout.transposed())
             targets.append(target)
@@ -84,7 +86,7 @@ class Switch:
             raise LoraFxError("no target to switch", "lora-fx targets MODEL lists them")
         role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
         for whole in (False, True):
-            some = {t.key: _zero(t) for t in targets if self._direct(t) is not whole}
+            some = {t.key: _zero(t) for t in targets if self._weight_form(t) is whole}
             Insert(some, role=role, weight_form=whole)(graph)
         for t in self.stored:
             self._store(graph, t, role)
@@ -113,6 +115,10 @@ class Switch:
         w = changed(graph.emit_first(target.key), target, _zero(target), value, value, role)
         for user, i in uses:
             user.replace_input_with(i, w)
+
+    def _weight_form(self, target: Target) -> bool:
+        """True where the uses read W + s·b·a; a quantised weight has no place for the sum."""
+        return not (self._direct(target) or target.no_fold)
 
     def _direct(self, target: Target) -> bool:
         """True where every use has a branch that never needs the rank as a number."""

@@ -37,7 +37,7 @@ from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Entry, Plan
 from lora_fx.targets.ranking import Moments
 from lora_fx.targets.regions import of_several, own_use
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Target, check_storable
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga")
 OF_WEIGHT = frozenset({"pissa", "olora"})
@@ -87,6 +87,7 @@ def initial(
             notes.append(f"{key}: rank {entry.rank} lowered to {fitted.rank} for {init}")
         weight = None
         if read is not None and (init in OF_WEIGHT or not kind.branches):
+            check_storable(target, f"{variant if init not in OF_WEIGHT else init} reads W itself")
             weight = matrix(target, read(target.parameter.name))
         scale = kind.scale(fitted.alpha, fitted.rank)
         seen = (moments or {}).get(key)

@@ -30,6 +30,10 @@ def pad_region(e: Emitter[V], value: V, region: Region, shape: tuple[int, ...]) 
     return e.op("pad", value, before=before, after=after)
 
 
+FREE = -1
+"""The rank in a shape: inputs of a file may have another one in every run."""
+
+
 def swap_last(n_batch: int) -> tuple[int, ...]:
     """The permutation that transposes the matrices of a stack."""
     return (*range(n_batch), n_batch + 1, n_batch)
@@ -100,8 +104,8 @@ class Einsum:
         batch, out, in_ = ("".join(self.w[i] for i in p) for p in (axes.batch, axes.out, axes.in_))
         free = "".join(c for c in self.x if c not in in_)
         lead = tuple(sizes[c] for c in batch)
-        a = e.op("reshape", f.a, shape=(*lead, f.rank, *(sizes[c] for c in in_)))
-        b = e.op("reshape", f.b, shape=(*lead, *(sizes[c] for c in out), f.rank))
+        a = e.op("reshape", f.a, shape=(*lead, FREE, *(sizes[c] for c in in_)))
+        b = e.op("reshape", f.b, shape=(*lead, *(sizes[c] for c in out), FREE))
         t = e.op("einsum", x, a, equation=f"{self.x},{batch}{rank}{in_}->{free}{rank}")
         return e.op("einsum", t, b, equation=f"{free}{rank},{batch}{out}{rank}->{self.y}")
 
@@ -234,8 +238,8 @@ class Conv:
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """The site's own convolution to g·rank channels, then a 1×1 one with b."""
         g, window = self.groups, site.operand[1:]
-        a = e.op("reshape", f.a, shape=(g * f.rank, *window))
-        b = e.op("reshape", f.b, shape=(site.operand[0], f.rank, *(1 for _ in window[1:])))
+        a = e.op("reshape", f.a, shape=(FREE, *window))
+        b = e.op("reshape", f.b, shape=(site.operand[0], FREE, *(1 for _ in window[1:])))
         return e.op("conv", e.like(site, x, a), b, groups=g)
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
@@ -266,9 +270,9 @@ class ConvTranspose(Apart):
         """A 1×1 convolution with a to g·rank channels, then the site's own op with b."""
         g, window = self.groups, site.operand[1:]
         ones = tuple(1 for _ in window[1:])
-        a = e.op("reshape", f.a, shape=(g * f.rank, site.operand[0] // g, *ones))
+        a = e.op("reshape", f.a, shape=(FREE, site.operand[0] // g, *ones))
         swap = (0, 2, 1) if f.layout.batch_shape else (1, 0)
-        b = e.op("reshape", e.op("transpose", f.b, perm=swap), shape=(g * f.rank, *window))
+        b = e.op("reshape", e.op("transpose", f.b, perm=swap), shape=(FREE, *window))
         return e.like(site, e.op("conv", x, a, groups=g), b)
 
 

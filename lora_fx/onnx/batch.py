@@ -83,10 +83,11 @@ def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
     """
     site, kind = found.site, found.site.kind
     where = f"{site.parameter!r} ({site.op}, node {site.id})"
-    hint = "exclude the target from the adapters, or use mode merged"
-    x = found.node.inputs[found.use.x]
-    if site.refusal or site.no_fold:
-        raise LoraFxError(f"{where}: {site.refusal or site.no_fold}", hint)
+    other = "switch" if site.no_fold else "merged"
+    hint = f"exclude the target from the adapters, or use mode {other}"
+    x = found.x
+    if site.refusal:
+        raise LoraFxError(f"{where}: {site.refusal}", hint)
     if rows.lost:
         raise LoraFxError(f"{where}: its rows are not those of the batch: {rows.lost}", hint)
     if rows.axis is None:
@@ -109,7 +110,9 @@ class BatchEmitter(OnnxEmitter):
 
     def __init__(self, owner: OnnxGraph, site: Site, own: RowAdapters, rows: RowAxis) -> None:
         found = owner.at(site)
-        super().__init__(owner, found.node, site.id, found, before=False)
+        last = found.y.producer()
+        assert last is not None
+        super().__init__(owner, last, site.id, found, before=False)
         self.site, self.own, self.rows = site, own, rows
 
     def branch(self, form: str, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
@@ -175,7 +178,8 @@ class BatchEmitter(OnnxEmitter):
         """The windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
         channels, kernel = self.site.operand[1], self.site.operand[2:]
         size = math.prod(kernel)
-        given = self.node.attributes
+        assert self.found is not None
+        given = self.found.node.attributes
         stays = set(given.get_ints("strides", (1,))) == {1}
         bare = not any(given.get_ints("pads", ()))
         if not (size == 1 and stays and bare):

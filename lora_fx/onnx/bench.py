@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from typing import TypeVar
 
@@ -153,11 +154,11 @@ def time_sessions(
 
 def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, RuntimeSession]:
     """The first file, the first again, and the others; equal paths get a number."""
-    result = {files[0]: open_session(files[0], provider, threads)}
-    result[f"{files[0]} ({CONTROL})"] = open_session(files[0], provider, threads)
+    open_ = partial(open_session, provider=provider, threads=threads, exact=False)
+    result = {files[0]: open_(files[0]), f"{files[0]} ({CONTROL})": open_(files[0])}
     for i, path in enumerate(files[1:], 2):
         name = f"{path} ({i})" if path in result else path
-        result[name] = open_session(path, provider, threads)
+        result[name] = open_(path)
     return result
 
 

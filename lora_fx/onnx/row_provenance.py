@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from lora_fx.onnx.graph.flow import bodies_of, constant, numbers, operand
+from lora_fx.onnx.graph.ops import MS
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,16 @@ def _gemm(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     return None if a is None or a.axis != 0 or _attr(node, "transA", 0) else a
 
 
+def _quantised(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+    """Codes lie as what they are made of; DynamicQuantizeLinear's scale is one for all rows."""
+    return _keep(node, states, i, batch) if i == 0 else SAME
+
+
+def _flatten(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+    state = _state(node, states, 0)
+    return state if state.axis == 0 and _attr(node, "axis", 1) == 1 else None
+
+
 def _window(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """The rows of an op over [batch, channels, *size] stay in front."""
     a = _keep(node, states, i, batch)
@@ -237,6 +248,7 @@ _REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
 _WINDOWS = """AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool
 GlobalMaxPool GroupNormalization InstanceNormalization LpPool MaxPool SpaceToDepth"""
 
+_OF_CODES = "MatMulNBits MatMulBnb4 MatMulInteger DynamicQuantizeMatMul MatMulIntegerToFloat"
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
     **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
@@ -245,10 +257,15 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"), _along(-1)
     ),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"), _quantised),
+    **dict.fromkeys(_OF_CODES.split(), _along(-1)),
+    "ConvInteger": _window,
+    "GatherBlockQuantized": _gather,
     "Concat": _concat,
     "CumSum": _cumsum,
     "Einsum": _einsum,
     "Expand": _expand,
+    "Flatten": _flatten,
     "Gather": _gather,
     "GatherND": _gather_nd,
     "Gemm": _gemm,
@@ -300,7 +317,7 @@ def provenance(model: ir.Model, batch: str) -> dict[ir.Value, RowAxis]:
 
 
 def _after(node: ir.Node, states: States, i: int, batch: str) -> RowAxis:
-    rule = None if node.domain else RULES.get(node.op_type)
+    rule = RULES.get(node.op_type) if node.domain in ("", MS) else None
     found = None if rule is None else rule(node, states, i, batch)
     if found is None:
         why = f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch"

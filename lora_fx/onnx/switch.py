@@ -98,7 +98,7 @@ def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
     for node in list(graph.model.graph.all_nodes()):
         match = _match(node)
         slot = pairs.get((str(match[1].name), str(match[2].name))) if match else None
-        if match and slot:
+        if match and slot and not _beside_codes(node, match[0]):
             _rewrite(node, match, slot, flat)
     graph.changed()
 
@@ -116,6 +116,16 @@ def _match(node: ir.Node) -> Match | None:
         if outer and inner and y is not None and rank(y) == rank(inner[0]) and rank(y):
             return (*inner, outer[1], y)
     return None
+
+
+def _beside_codes(add: ir.Node, x: ir.Value) -> bool:
+    """True where a Reshape would stand at codes of activations.
+
+    ONNX Runtime 1.31 moves QuantizeLinear over it, with a zero point of another dtype than the
+    scale's own codes, and then refuses the graph.
+    """
+    readers = (u.node.op_type for u in add.outputs[0].uses())
+    return made_by(x, "DequantizeLinear") is not None or "QuantizeLinear" in readers
 
 
 def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
@@ -237,6 +247,8 @@ def reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:
     """The Add of a bias after the sum, where all that follows reshapes it, naming every size."""
     product, uses = made_by(y, "MatMul"), add.outputs[0].uses()
     if product is None or len(y.uses()) != 1:
+        return None
+    if made_by(product.inputs[1], "DequantizeLinear"):  # of codes the runtime knows MatMul alone
         return None
     w, after = product.inputs[1], next(iter(uses)).node if len(uses) == 1 else None
     if product.inputs[0] is not x or rank(w) != 2 or rank(x) is None:

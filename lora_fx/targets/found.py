@@ -68,7 +68,7 @@ class Found:
 
     @property
     def flops(self) -> dict[str, int]:
-        """FLOPs of one forward that targets reach, that are refused, and between activations."""
+        """FLOPs of one forward that targets reach, that no branch does, and between activations."""
         return {
             "reached": sum(t.flops for t in self.targets),
             "refused": sum(r.flops for r in self.refusals),
@@ -80,7 +80,8 @@ class Found:
         """Share of the weight FLOPs that targets reach; 1 where no weight matmul costs any."""
         flops = self.flops
         total = flops["reached"] + flops["refused"]
-        return flops["reached"] / total if total else 1.0
+        unknown = any("insert" in r.verbs for r in self.refusals)  # a product of unknown size
+        return flops["reached"] / total if total else float(not unknown)
 
     def to_json(self) -> Json:
         """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
@@ -96,8 +97,10 @@ class Found:
 
     def __str__(self) -> str:
         """A table for people."""
-        head = ("key", "op", "in", "out", "sites", "share", "role", "default")
+        head: tuple[str, ...] = ("key", "op", "in", "out", "sites", "share", "role", "default")
         total = max(1, self.flops["reached"] + self.flops["refused"])
+        formats = any(t.parameter.format for t in self.targets)
+        head += ("format",) * formats
         rows = [
             (
                 t.key,
@@ -108,6 +111,7 @@ class Found:
                 f"{t.flops / total:6.1%}",
                 t.role or "+".join(r or "?" for r, _ in t.parts),
                 "yes" if t.default else f"no: {t.why_not}",
+                *(f"{t.parameter.format} {t.parameter.bits or ''}".strip(),) * formats,
             )
             for t in self.targets
         ]
@@ -119,7 +123,13 @@ class Found:
                 f"between activations {human(self.data_flops)})"
             )
         lines += [f"also read: {t.said}" for t in self.targets if t.said]
-        lines += [f"refused: {r.key} ({r.op}): {r.reason}" for r in self.refusals]
+        coded = [r for r in self.refusals if r.verbs and "insert" not in r.verbs]
+        if coded:
+            more = f" and {len(coded) - 1} more" * (len(coded) > 1)
+            verbs = " or ".join(coded[0].verbs)
+            lines.append(f"no {verbs}, only branches: {coded[0].key}{more}: {coded[0].reason}")
+        rest = [r for r in self.refusals if r not in coded]
+        lines += [f"refused: {r.key} ({r.op}): {r.reason}" for r in rest]
         lines += [f"unreached: {u.key} {list(u.shape)}: {u.reason}" for u in self.unreached]
         lines += [f"pinned: {p}" for p in self.pinned]
         lines += [f"captured for: {c}" for c in self.ranges]

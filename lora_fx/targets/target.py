@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
@@ -112,6 +113,11 @@ class Target:
         return sum(s.flops for s in self.sites)
 
     @property
+    def no_fold(self) -> str:
+        """Why nothing can be stored into the weight of one of its uses; empty where it can."""
+        return next((s.no_fold for s in self.sites if s.no_fold), "")
+
+    @property
     def no_grad(self) -> bool:
         """True when the model switches gradients off around every use."""
         return bool(self.sites) and all(s.no_grad for s in self.sites)
@@ -133,6 +139,8 @@ class Target:
             "out": self.layout.out_size,
             "batch": list(self.layout.batch_shape),
             "dtype": self.parameter.dtype,
+            "format": self.parameter.format,
+            "bits": self.parameter.bits,
             "sites": len(self.sites),
             "flops": self.flops,
             "role": self.role,
@@ -143,6 +151,20 @@ class Target:
             "rank": rank,
             "alpha": alpha,
         }
+
+
+def check_storable(target: Target, what: str) -> None:
+    """Raise where something needs the weight itself, or a place for a sum in it.
+
+    Args:
+        target: The target of an update.
+        what: What needs it, and why: a clause that follows a colon.
+    """
+    if target.no_fold:
+        raise LoraFxError(
+            f"{target.key!r}: {target.no_fold}: {what}",
+            "a branch beside it has no such need: plain LoRA by insert, or export --mode switch",
+        )
 
 
 # What a weight is for: q k v o gate up down head embedding router.

@@ -18,7 +18,16 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare_fairly, narrow_gate, rel, shapes_of
+from lora_fx.compare import (
+    CEILING,
+    EPSILON,
+    ORT_TOL,
+    Parity,
+    compare_fairly,
+    narrow_gate,
+    rel,
+    shapes_of,
+)
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -325,6 +334,8 @@ class TorchReference:
     def guards(self) -> tuple[Condition, ...]:
         """See Reference."""
         return guards(self.base)
+
+    ceiling, mixes = CEILING, False
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -29,6 +29,7 @@ from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.options import InsertOptions
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import own_use
+from lora_fx.targets.target import check_storable
 from lora_fx.text import Json
 
 
@@ -72,9 +73,9 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         bound = bind(with_base(options.adapter, model), found)
         updates, metadata = relearning(bound.lowrank, bound.metadata)
         metadata["dropout"] = options.dropout
-        refuse_codes(found, [k for k, u in updates.items() if u.mutated], "a start taken from W")
-        dense = [k for k, u in updates.items() if not variant_of(u).branches]
-        refuse_codes(found, dense, "an update that scales W")
+        for key, u in updates.items():
+            if u.mutated or not variant_of(u).branches:
+                check_storable(found[key], f"{u.mutated or u.variant} reads W itself")
         said = tuple(text for k in updates if (text := found[k].said))
         return Start(Adapter(updates, metadata), tuple(bound.full), said, bound)
     plan = options.planned(found, named_tensors(model)[0], options.also_train)
@@ -92,23 +93,12 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         moments, said = seen.moments, seen.notes
     read: Callable[[str], Array] | None = None
     if options.init in OF_WEIGHT or not named_variant(options.variant).branches:
-        refuse_codes(found, plan.entries, f"{options.variant} from {options.init}")
         read = cap.fx_graph().read if cap else lambda name: to_numpy(parameter_of(model, name))
     made, notes = initial(found, plan, options.variant, options.seed, options.init, read, moments)
     read_too = (text for k in made if (text := found[k].said))
     notes = (*plan.notes, *options.notes, *said, *notes, *read_too)
     metadata = reading(found, made, {"dropout": options.dropout})
     return Start(Adapter(made, metadata), plan.also_train, notes)
-
-
-def refuse_codes(found: Found, keys: Iterable[str], what: str) -> None:
-    """Raise LoraFxError for a key of a quantised weight where W itself is needed."""
-    for key in keys:
-        if found[key].parameter.format:
-            raise LoraFxError(
-                f"{key}: {what} needs W, and it is quantised ({found[key].parameter.format})",
-                "variant lora or rslora, init kaiming, gaussian, orthogonal or eva",
-            )
 
 
 def adapted_module(

@@ -22,13 +22,15 @@ from lora_fx.formats.io import AdapterLike
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.match import match
+from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import restore_weight_names
-from lora_fx.onnx.save import EXTERNAL_OVER
+from lora_fx.onnx.save import EXTERNAL_OVER, is_external
 from lora_fx.onnx.triton import repository_of
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.find import find
+from lora_fx.passes.fold import Fold
+from lora_fx.passes.proofs.merge import prove_merge
 from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
@@ -239,6 +241,9 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
         raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
     rewritten = options.optimise or options.precision is not None
     if adapter is None and not rewritten:
+        graph = OnnxGraph(load(source))
+        if any(t.no_fold for t in find(graph).targets):  # where nothing could be merged
+            return _copied(source, graph, options)
         raise LoraFxError(
             f"{source} is an .onnx file already, and there is nothing to do",
             "give an adapter, --optimise, --precision or a --mode",
@@ -261,6 +266,18 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
         done = optimise_file(merged, target, **ran, **last)
         details = {**made.details, **done.details}
         return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
+
+
+def _copied(source: Path, graph: OnnxGraph, options: ExportOptions) -> Report:
+    """Write a quantised file again, with the bytes of its tensors."""
+    before = {n: graph.reader(n) for n in graph.flow.stores}
+    with options.output() as made:
+        made.save(graph.model, 0 if is_external(source) else options.external_over)
+        nothing = Matched({}, {}), Fold({})
+        prove_merge(made.seen, options.target, before, set(), find(graph), *nothing)
+    said = "a copy: no adapter was given, and none goes into a quantised weight"
+    outputs = tuple(map(str, made.files))
+    return Report("export", True, (), outputs, (said, *graph.notes), {"mode": "merged"})
 
 
 # A second try with eager attention, where a model of transformers offers it.

@@ -36,6 +36,7 @@ class FxGraph(Analysed):
     """
 
     alone = False  # the programs of a module share its tensors
+    numbers = True
 
     def __init__(
         self,

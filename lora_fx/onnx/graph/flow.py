@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,9 +18,21 @@ import onnx_ir as ir
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site
-from lora_fx.ir.kinds import Shape
+from lora_fx.ir.kinds import Shape, WeightForm
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
-from lora_fx.onnx.graph.ops import DATA_OPS, QUANTISED, OnnxOp, OnnxOperand, row_of
+from lora_fx.onnx.graph.ops import DATA_OPS, OnnxOp, OnnxOperand, attr, row_of
+from lora_fx.onnx.graph.quantised import (
+    FOREIGN,
+    NO_PLACE,
+    QUANTISER,
+    UNSCALED,
+    Codes,
+    check_scales,
+    may_weigh,
+    narrow,
+    quantiser,
+    scaled,
+)
 from lora_fx.targets.target import base_name
 
 MARK = "lora_fx"
@@ -61,19 +73,40 @@ class OnnxWeight:
     name: str
     view: View
     shape: tuple[int, ...]
-    quantised: str = ""
+    codes: Codes | None = None
     computed: str = ""
     behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class OnnxWeightUse:
-    """One use of a weight: its site, its node, the operand, and the op table's row."""
+    """One use of a weight.
+
+    Attributes:
+        site: The use, as passes see it.
+        node: The op.
+        use: Which of its operands is the weight.
+        row: The op table's row.
+        y: The product: the node's result, or what that is once codes have their scales.
+        codes: What the weight's integers are; None for floats.
+        source: The node that makes codes of the activation, where the op multiplies codes.
+    """
 
     site: Site
     node: ir.Node
     use: OnnxOperand
     row: OnnxOp
+    y: ir.Value
+    codes: Codes | None = None
+    source: ir.Node | None = None
+
+    @property
+    def x(self) -> ir.Value:
+        """The activation as it is now, in floats."""
+        node, slot = (self.node, self.use.x) if self.source is None else (self.source, 0)
+        value = node.inputs[slot]
+        assert value is not None
+        return value
 
 
 @dataclass
@@ -99,15 +132,22 @@ class OnnxFlow:
         return None if value is None else self.weights.get(value) or self.computed.get(value)
 
     def parameters(self) -> list[Parameter]:
-        """Floating tensors that no pass added, and the codes of quantised weights."""
-        packed = {f.site.parameter: f.use.stored for f in self.found if f.site.no_fold}
+        """Floating tensors that no pass added, codes of weights, and what may be such codes."""
+        coded = {f.site.parameter: f for f in self.found if f.codes is not None}
         result = []
         for name, store in self.stores.items():
-            dtype = tensor_dtype(store.tensor.dtype)
-            if "float" in dtype or name in packed:
-                shape = packed.get(name) or tuple(store.tensor.shape.numpy())
-                alias = (str(store.value.name),) * _is_odd(store.value)
+            dtype, use = tensor_dtype(store.tensor.dtype), coded.get(name)
+            if use is None and not ("float" in dtype or narrow(store.tensor)):
+                continue
+            shape = (use.use.stored if use else ()) or tuple(store.tensor.shape.numpy())
+            alias = (str(store.value.name),) * _is_odd(store.value)
+            if use is None or use.codes is None:
                 result.append(Parameter(name, shape, dtype, alias))
+                continue
+            plain = QUANTISER.sub("", name)
+            alias += (plain,) * (plain not in self.stores)
+            kept = use.codes
+            result.append(Parameter(name, shape, dtype, alias, kept.format, kept.bits))
         return result
 
 
@@ -160,6 +200,8 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
         return
     source = operand(node, 0)
     weight = None if source is None else flow.weights.get(source)
+    if node.op_type in SCALING and not node.domain and _scaling(flow, node):
+        return
     if MARK in node.metadata_props:
         if node.op_type == "Add" and weight is not None:
             flow.weights[node.outputs[0]] = weight  # W + ΔW of the weight form
@@ -181,7 +223,7 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
 def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
     known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
-    floats = [w for w in known.values() if "float" in dtype_name(flow.stores[w.name].value)]
+    floats = [w for w in known.values() if may_weigh(flow.stores[w.name].tensor)]
     names = tuple(dict.fromkeys(n for w in floats for n in w.behind or (w.name,)))
     if not names:
         return False
@@ -224,13 +266,25 @@ def _root(value: ir.Value | None) -> ir.Value | None:
 
 def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
     """Note what a node makes of a weight where it only views it."""
+    tensor = flow.stores[weight.name].tensor
     if node.op_type == "DequantizeLinear" and len(weight.shape) >= 2:
-        why = QUANTISED.format("DequantizeLinear")
-        flow.weights[node.outputs[0]] = replace(weight, quantised=why)
+        axis, block = int(attr(node, "axis", 1)), int(attr(node, "block_size", 0))
+        check_scales(node, 1, weight.shape, axis, block)
+        codes = Codes(node.op_type, tensor.dtype.bitwidth)
+        behind = _stored(flow, (v for v in node.inputs if v is not None))
+        flow.weights[node.outputs[0]] = replace(weight, codes=codes, behind=behind)
+        return True
+    if node.op_type == "DynamicQuantizeLinear" and len(weight.shape) >= 2:
+        _computes(flow, node)  # its scale and zero point
+        codes = Codes(node.op_type, 8, scaled=False)
+        flow.weights[node.outputs[0]] = replace(weight, codes=codes)
         return True
     rule = None if node.domain else VIEWS.get(node.op_type)
     if rule is None:
         return False
+    if node.op_type == "Cast" and narrow(tensor):
+        name = f"{tensor_dtype(tensor.dtype)} cast"
+        weight = replace(weight, codes=Codes(name, tensor.dtype.bitwidth, scaled=False))
     for i, out in enumerate(node.outputs):
         steps = rule(node, weight.shape, i)
         if steps is None:
@@ -238,6 +292,32 @@ def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
         view = weight.view.then(*steps)
         flow.weights[out] = replace(weight, view=view, shape=after(weight.shape, steps))
     return True
+
+
+SCALING = {"Mul": True, "Div": True, "Sub": False, "Add": False}
+"""Ops that make a weight of codes, and whether they apply its scale."""
+
+
+def _scaling(flow: OnnxFlow, node: ir.Node) -> bool:
+    """Note what a node makes of codes that were cast, with scales or zero points."""
+    known = [flow.weights.get(v) for v in node.inputs if v is not None]
+    if len(known) != 2 or any(w is None for w in known):
+        return False
+    weight, other = sorted(known, key=lambda w: -math.prod(w.shape) if w else 0)
+    if weight is None or other is None or weight.codes is None or weight.codes.scaled:
+        return False
+    if len(other.shape) > len(weight.shape):
+        return False
+    codes = replace(weight.codes, scaled=SCALING[node.op_type])
+    behind = (*(weight.behind or (weight.name,)), other.name)
+    flow.weights[node.outputs[0]] = replace(weight, codes=codes, behind=behind)
+    return True
+
+
+def _stored(flow: OnnxFlow, values: Iterable[ir.Value]) -> tuple[str, ...]:
+    """The names of the stored tensors among values, or behind them."""
+    known = [w for v in values if (w := flow.weight_of(v))]
+    return tuple(dict.fromkeys(n for w in known for n in w.behind or (w.name,)))
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:
@@ -258,11 +338,18 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
         weight = flow.weight_of(operand(node, use.weight))
         if weight is None:
             continue
-        dtype = tensor_dtype(flow.stores[weight.name].tensor.dtype)
-        if not (use.refusal or weight.quantised or "float" in dtype):
+        tensor = flow.stores[weight.name].tensor
+        codes = use.codes or weight.codes
+        if codes is None and row.op == "embedding" and narrow(tensor):
+            codes = Codes(f"{tensor_dtype(tensor.dtype)} cast", 0, scaled=False)
+        if not (codes or use.refusal or weight.computed or "float" in tensor_dtype(tensor.dtype)):
             continue
-        result.append(OnnxWeightUse(_site(node, row, use, weight), node, use, row))
-        if not use.refusal and not weight.quantised:
+        if codes is not None:
+            result.append(_coded(flow, node, row, use, weight, codes))
+            continue
+        site = _site(node, row, use, weight)
+        result.append(OnnxWeightUse(site, node, use, row, node.outputs[0]))
+        if not use.refusal:
             _tell(flow, node, use, weight)
     stored = (v is None or v in flow.weights or v in flow.computed for v in node.inputs)
     if not row.many and all(stored):
@@ -271,6 +358,36 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
         result = [replace(f, site=replace(f.site, id=f"{f.site.id}:{f.use.weight}"))
                   for f in result]  # fmt: skip
     return result
+
+
+def _coded(
+    flow: OnnxFlow,
+    node: ir.Node,
+    row: OnnxOp,
+    use: OnnxOperand,
+    weight: OnnxWeight,
+    codes: Codes,
+) -> OnnxWeightUse:
+    """A use of a quantised weight: what its branch reads and adds to, or why it has none."""
+    y, source, why = node.outputs[0], None, ""
+    made = weight.codes.bits if weight.codes else flow.stores[weight.name].tensor.dtype.bitwidth
+    codes = replace(codes, bits=codes.bits or made)
+    if row.integer:
+        source = quantiser(node.inputs[use.x])
+        why = "" if source is not None else FOREIGN
+    if not (codes.scaled or why or use.refusal):
+        x_scale = None if source is None else source.outputs[1]
+        found = scaled(y, x_scale, lambda v: flow.weight_of(v) is not None)
+        y, why = (y, UNSCALED) if found is None else (found, "")
+        if made_by(y, "DequantizeLinear"):  # of codes that were looked up
+            codes = replace(codes, format="DequantizeLinear")
+    if isinstance(use.kind, WeightForm):
+        why = NO_PLACE.format(node.op_type)
+    use = replace(use, refusal=use.refusal or why, allowed=use.allowed and not why)
+    others = (v for i, v in enumerate(node.inputs) if v is not None and i != use.x)
+    weight = replace(weight, behind=(*weight.behind, *_stored(flow, others)))
+    site = replace(_site(node, row, use, weight, y), no_fold=codes.no_fold)
+    return OnnxWeightUse(site, node, use, row, y, codes, source)
 
 
 def _tell(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -> None:
@@ -286,8 +403,9 @@ def _tell(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -
             value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
 
 
-def _site(node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> Site:
-    quantised = use.refusal if row.packed else weight.quantised
+def _site(
+    node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight, y: ir.Value | None = None
+) -> Site:
     operand = use.stored or weight.shape
     conv = row.op in ("conv", "conv_transpose")
     scope = scope_of(node)
@@ -300,11 +418,9 @@ def _site(node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> S
         operand=operand,
         scope=scope[0],
         module_class=scope[1],
-        flops=_flops(node, use, operand),
-        refusal=weight.computed or use.refusal or weight.quantised,
-        allowed=not weight.computed
-        and (use.allowed or (not use.refusal and bool(weight.quantised))),
-        no_fold=quantised,
+        flops=_flops(node, use, operand, node.outputs[0] if y is None else y),
+        refusal=weight.computed or use.refusal,
+        allowed=use.allowed and not weight.computed,
         gain=use.gain,
         behind=weight.behind or (weight.name,),
         slot=(use.weight,),
@@ -345,7 +461,7 @@ def _count(shape: Shape | None) -> int:
     return int(np.prod(sizes, dtype=np.int64)) if shape is not None else 0
 
 
-def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...]) -> int:
+def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...], result: ir.Value) -> int:
     """FLOPs of one use, 2 · elements of the result · in; a symbolic size counts once."""
     if use.kind.name == "embedding" or len(operand) < 2:
         return 0
@@ -356,7 +472,7 @@ def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...]) -> int:
     axes = use.kind.axes(operand)
     split = axes.steps[0].shape if axes.steps else operand  # type: ignore[union-attr]
     inner = _count(tuple(split[i] for i in axes.in_))
-    y = shape_of(node.outputs[0])
+    y = shape_of(result)
     return 2 * inner * (_count(y) if y is not None else _count(tuple(split[i] for i in axes.out)))
 
 

@@ -52,6 +52,7 @@ class OnnxGraph(Analysed):
     """
 
     alone = True
+    numbers = False
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
@@ -74,6 +75,9 @@ class OnnxGraph(Analysed):
             # where it cannot infer, it logs an error; the note says it to the user
             with silenced(levels={"onnx_ir": logging.CRITICAL}):
                 ShapeInferencePass()(model)
+                if (twin := _in_floats(model)) is not None:
+                    ShapeInferencePass()(twin)
+                    _copy_shapes(twin, model)
             if _unknown(model):
                 self.notes.append("some shapes are unknown: FLOPs are too low")
         self._names = 0
@@ -142,10 +146,7 @@ class OnnxGraph(Analysed):
 
     def activation(self, site: Site) -> ir.Value:
         """The operand of the site that is no weight."""
-        found = self.at(site)
-        value = found.node.inputs[found.use.x]
-        assert value is not None
-        return value
+        return self.at(site).x
 
     kept_activation = activation
 
@@ -156,14 +157,17 @@ class OnnxGraph(Analysed):
         return self._stores[site.parameter].value
 
     def output(self, site: Site) -> ir.Value:
-        """The result of the site's node."""
-        return self.at(site).node.outputs[0]
+        """The product of the site."""
+        return self.at(site).y
 
     # --- rewriting -------------------------------------------------------------------------------
 
     def emit(self, site: Site, *, before: bool = False) -> OnnxEmitter:
         """An emitter after the site's node, or before it."""
-        return OnnxEmitter(self, self.at(site).node, site.id, self.at(site), before=before)
+        found = self.at(site)
+        node = found.node if before else found.y.producer()
+        assert node is not None
+        return OnnxEmitter(self, node, site.id, found, before=before)
 
     def emit_first(self, mark: str) -> OnnxEmitter:
         """An emitter before all nodes, for what is computed of initialisers."""
@@ -221,7 +225,7 @@ class OnnxGraph(Analysed):
         weights, name = self.flow.weights, self.flow.weights[value].name
         others = ["the output"] if value.is_graph_output() else []
         for user, i in value.uses():
-            viewed = i == 0 and any(o in weights and weights[o].name == name for o in user.outputs)
+            viewed = any(o in weights and weights[o].name == name for o in user.outputs)
             if not viewed and (id(user), i) not in mine:
                 others.append(user.op_type)
         return others
@@ -279,6 +283,42 @@ def _unknown(model: ir.Model) -> bool:
     return any(shape_of(v) is None and v.const_value is None for v in values)
 
 
+def _in_floats(model: ir.Model) -> ir.Model | None:
+    """The model with floats in the place of codes that ONNX's inference knows nothing of.
+
+    None where there are none.
+    """
+    whole = model.clone()
+    known = [(n, r) for n in whole.graph.all_nodes() if n.domain and (r := row_of(n)) and r.twin]
+    for i, (node, row) in enumerate(known):
+        use = next(row.uses(node, [shape_of(v) for v in node.inputs].__getitem__), None)
+        scale, graph = node.inputs[2], node.graph
+        if use is None or scale is None or graph is None:
+            continue
+        w = use.stored or shape_of(node.inputs[use.weight]) or ()
+        w = w[::-1] if use.stored and row.twin == "MatMul" else w
+        kind = ir.TensorType(scale.dtype or ir.DataType.FLOAT)
+        floats = ir.Value(name=f"{i}_in_floats", shape=ir.Shape(w), type=kind)
+        whole.graph.inputs.append(floats)
+        x = node.inputs[use.x]
+        new = [ir.node("Cast", [x], {"to": int(kind.dtype)})] if row.twin == "MatMul" else []
+        operands = {use.x: new[0].outputs[0] if new else x, use.weight: floats}
+        new.append(ir.node(row.twin, [operands[0], operands[1]]))
+        made = new[-1].outputs
+        made[0].name = node.outputs[0].name
+        ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs[:1], made)
+    return whole if known else None
+
+
+def _copy_shapes(source: ir.Model, model: ir.Model) -> None:
+    """Give values the shape and dtype that another model has for their names."""
+    known = {v.name: v for n in source.graph.all_nodes() for v in n.outputs}
+    for value in (v for n in model.graph.all_nodes() for v in n.outputs):
+        other = known.get(value.name)
+        if value.shape is None and other is not None and other.shape is not None:
+            value.shape, value.type = other.shape, value.type or other.type
+
+
 def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
     seen = outer | {*graph.inputs, *graph.initializers.values()}
     for node in graph:
@@ -318,6 +358,8 @@ def add_initialiser(
     return v
 
 
+OF_CODES = {"bits", "block_size", "gather_axis", "quantize_axis"}
+"""Attributes of a lookup of codes, which one of floats does not have."""
 PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather", "einsum": "Einsum"}
 """Primitives that are a node of the same operands and attributes."""
 
@@ -426,15 +468,17 @@ class OnnxEmitter:
     def like(self, site: Site, x: ir.Value, w: ir.Value) -> ir.Value:
         """The site's own op on other operands, its attributes kept and its bias left out."""
         assert self.found is not None
-        use, bias = self.found.use, self.found.row.bias
-        inputs = list(self.node.inputs)
+        node, use, row = self.found.node, self.found.use, self.found.row
+        inputs = list(node.inputs)
         inputs[use.x], inputs[use.weight] = x, w
-        if bias is not None and bias < len(inputs):
-            inputs = inputs[:bias]
-        node = self.node
-        made = self._place(
-            ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()))
-        )
+        if row.bias is not None and row.bias < len(inputs):
+            inputs = inputs[: row.bias]
+        attributes = list(node.attributes.values())
+        domain, op = node.domain, node.op_type
+        if row.twin:
+            domain, op, inputs = "", row.twin, inputs[:2]
+            attributes = [a for a in attributes if a.name not in OF_CODES]
+        made = self._place(ir.Node(domain, op, inputs, attributes))
         if w.dtype is not None:
             made.type = ir.TensorType(w.dtype)
         return made

@@ -16,10 +16,11 @@ import onnx_ir as ir
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Axes, Kind
 from lora_fx.ir.kinds import VECTOR, Einsum, Shape, WeightForm, contraction, letters, product
+from lora_fx.onnx.graph.quantised import NO_PLACE, Codes, check_blocks, check_scales
 
 MS = "com.microsoft"
 DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
-QUANTISED = "the weight is quantised ({}): folding would round the update away"
+INTEGERS = "the weight is quantised, and {} makes codes of its product: no float to add a branch to"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class OnnxOperand:
         allowed: True when the refusal is only a default that `include` overrides.
         gain: The factor by which the op multiplies its product.
         stored: Shape of the weight as a matrix, where its stored shape is that of packed codes.
+        codes: What the integers are that the op itself takes; their bits are 0 where the tensor's
+            dtype tells.
     """
 
     weight: int
@@ -43,6 +46,7 @@ class OnnxOperand:
     allowed: bool = False
     gain: float = 1.0
     stored: tuple[int, ...] = ()
+    codes: Codes | None = None
 
 
 Shapes = Callable[[int], Shape | None]
@@ -59,14 +63,16 @@ class OnnxOp:
         uses: A function from a node to every way in which it may read a weight.
         bias: Slot of the operand that is added to the product.
         many: True when several operands of one node may be weights of their own.
-        packed: True when the integers of the weight are codes of a matrix.
+        twin: The op of ONNX that does in floats what this one does with codes of the weight.
+        integer: True when x is codes too, made by DynamicQuantizeLinear.
     """
 
     op: str
     uses: Uses
     bias: int | None = None
     many: bool = False
-    packed: bool = False
+    twin: str = ""
+    integer: bool = False
 
 
 def attr(node: ir.Node, name: str, default: object) -> Any:
@@ -184,18 +190,55 @@ def _embed_layer_norm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """MatMulNBits and its kin, whose weight is codes of a matrix [out, in] that is read as Wᵀ."""
     n, k, bits = int(attr(node, "N", 0)), int(attr(node, "K", 0)), int(attr(node, "bits", 4))
-    yield OnnxOperand(1, 0, kinds.linear(), QUANTISED.format(f"{bits} bits"), True, stored=(n, k))
+    flat = node.op_type == "MatMulBnb4"
+    check_blocks(node, n, k, bits, int(attr(node, "block_size", 0)), flat=flat)
+    why = "" if attr(node, "transB", 1) else NO_PLACE.format("a product with W itself (transB 0)")
+    codes = Codes(node.op_type, bits)
+    yield OnnxOperand(1, 0, kinds.linear(), why, stored=(n, k), codes=codes)
 
 
-def _integer(weight: int, *, beside: bool) -> Uses:
+def _gather_blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+    """A lookup of rows of codes; in bytes there are several codes of four bits or fewer in one."""
+    w, codes = shape(0), node.inputs[0]
+    if w is None or len(w) < 2 or codes is None:
+        return
+    bits = int(attr(node, "bits", 4))
+    dense = 8 // bits if codes.dtype is ir.DataType.UINT8 and bits in (2, 4) else 1
+    w = (*w[:-1], w[-1] * dense)
+    axis, along = int(attr(node, "gather_axis", 0)), int(attr(node, "quantize_axis", 1))
+    check_scales(node, 2, w, along, int(attr(node, "block_size", 128)))
+    why = "" if axis == 0 and len(w) == 2 else "a lookup along another axis than the first"
+    yield OnnxOperand(0, 1, kinds.Embedding(), why, stored=w, codes=Codes(node.op_type, bits))
+
+
+def _integer(weight: int = 1, why: str = "", *, scaled: bool = True) -> Uses:
+    """A matrix or a convolution's kernel in integers; `scaled` where the result is a float."""
+
     def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         w = shape(weight)
-        if w is not None and len(w) >= 2:
-            why = QUANTISED.format("integers")
-            if not beside:
-                why += ", and so is what it is multiplied with"
-            ok = beside and len(w) == 2
-            yield OnnxOperand(weight, 0, kinds.matmul_right(), why, ok)
+        if w is None or len(w) < 2:
+            return
+        kind: Kind = kinds.matmul_right()
+        refusal, allowed = why.format(node.op_type), False
+        if "Conv" in node.op_type:
+            (conv,) = _conv(node, lambda slot: shape(weight if slot == 1 else slot))
+            kind, allowed = conv.kind, conv.allowed and not refusal
+            refusal = refusal or conv.refusal
+        elif len(w) > 2:
+            refusal = refusal or "a stack of matrices in integers"
+        codes = Codes(node.op_type, 0, scaled)
+        yield OnnxOperand(weight, 0, kind, refusal, allowed, codes=codes)
+
+    return uses
+
+
+def _inside(*slots: int) -> Uses:
+    """Weights whose product never leaves the node."""
+
+    def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+        for slot in slots:
+            why, codes = NO_PLACE.format(node.op_type), Codes(node.op_type, 0)
+            yield OnnxOperand(slot, 0, kinds.matmul_right(), why, codes=codes)
 
     return uses
 
@@ -216,17 +259,23 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     (MS, "Attention"): OnnxOp("attention", _packed_qkv, bias=2),
     (MS, "PackedAttention"): OnnxOp("attention", _packed_qkv, bias=2),
     (MS, "EmbedLayerNormalization"): OnnxOp("embedding", _embed_layer_norm, many=True),
-    (MS, "MatMulNBits"): OnnxOp("matmul_nbits", _blocks, bias=5, packed=True),
-    (MS, "MatMulBnb4"): OnnxOp("matmul_bnb4", _blocks, packed=True),
-    (MS, "DynamicQuantizeMatMul"): OnnxOp("matmul", _integer(1, beside=True), packed=True),
-    (MS, "MatMulIntegerToFloat"): OnnxOp("matmul", _integer(1, beside=False), packed=True),
-    (MS, "QAttention"): OnnxOp("attention", _integer(1, beside=False), packed=True),
-    (MS, "QGemm"): OnnxOp("gemm", _integer(3, beside=False), packed=True),
-    (MS, "QLinearConv"): OnnxOp("conv", _integer(3, beside=False), packed=True),
-    ("", "MatMulInteger"): OnnxOp("matmul", _integer(1, beside=False), packed=True),
-    ("", "ConvInteger"): OnnxOp("conv", _integer(1, beside=False), packed=True),
-    ("", "QLinearMatMul"): OnnxOp("matmul", _integer(3, beside=False), packed=True),
-    ("", "QLinearConv"): OnnxOp("conv", _integer(3, beside=False), packed=True),
+    (MS, "MatMulNBits"): OnnxOp("matmul_nbits", _blocks, bias=5, twin="MatMul"),
+    (MS, "MatMulBnb4"): OnnxOp("matmul_bnb4", _blocks, twin="MatMul"),
+    (MS, "GatherBlockQuantized"): OnnxOp("embedding", _gather_blocks, twin="Gather"),
+    (MS, "DynamicQuantizeMatMul"): OnnxOp("matmul", _integer(), twin="MatMul"),
+    (MS, "MatMulIntegerToFloat"): OnnxOp("matmul", _integer(), twin="MatMul", integer=True),
+    ("", "MatMulInteger"): OnnxOp("matmul", _integer(scaled=False), twin="MatMul", integer=True),
+    ("", "ConvInteger"): OnnxOp("conv", _integer(scaled=False), twin="Conv", integer=True),
+    (MS, "QGemm"): OnnxOp("gemm", _integer(3, INTEGERS)),
+    (MS, "QLinearConv"): OnnxOp("conv", _integer(3, INTEGERS)),
+    ("", "QLinearMatMul"): OnnxOp("matmul", _integer(3, INTEGERS)),
+    ("", "QLinearConv"): OnnxOp("conv", _integer(3, INTEGERS)),
+    (MS, "QAttention"): OnnxOp("attention", _inside(1)),
+    (MS, "QEmbedLayerNormalization"): OnnxOp("embedding", _inside(2, 3, 4), many=True),
+    (MS, "DynamicQuantizeLSTM"): OnnxOp("lstm", _inside(1, 2), many=True),
+    (MS, "QMoE"): OnnxOp("moe", _inside(2, 5, 8), many=True),
+    (MS, "MatMulNBitsMlp"): OnnxOp("matmul_nbits", _inside(3, 6), many=True),
+    (MS, "MatMulNBitsQkv"): OnnxOp("matmul_nbits", _inside(3, 6, 9), many=True),
 }
 
 DATA_OPS = {("", "Attention"), (MS, "MultiHeadAttention"), (MS, "GroupQueryAttention")}

@@ -60,29 +60,65 @@ def test_beside_a_quantised_weight_but_not_into_it(made: Any) -> None:
     assert rel(base, X @ wide) < 1e-2  # the runtime quantises x as well
     graph = OnnxGraph(whole)
     found = find(graph)
-    assert not found.targets
     assert "quantised" in found.refusals[0].reason
-    assert found.refusals[0].verbs == ("fold", "merge")
-    (target,) = found.optional
+    assert found.refusals[0].verbs == ("fold", "merge", "load")
+    (target,) = found.targets
+    assert target.default and found.reached_share == 1.0 and not found.optional
     assert (target.layout.in_size, target.layout.out_size) == (8, 6)
     a = RNG.standard_normal((2, 8)).astype(np.float32)
     b = RNG.standard_normal((6, 2)).astype(np.float32)
     update = {"w": LowRank(a, b, 1.0, target.layout)}
     with pytest.raises(LoraFxError, match=r"'w': the weight is quantised \(.*round") as error:
         Fold(update)(graph)
-    assert "insert" in error.value.hint
+    assert "export --mode switch" in error.value.hint
     assert Insert(update)(graph).modified
     assert rel(run(whole, X), base + 0.5 * X @ (b @ a).T) < 1e-6
 
 
-def test_two_integer_operands_leave_no_place_for_a_branch() -> None:
-    body = (
-        "q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z) "
-        "f = Cast<to = 1>(i) y = Mul(f, s)"
-    )
-    found = find(OnnxGraph(model({"w": RNG.integers(-9, 9, (8, 6)).astype(np.int8)}, body)))
+INTEGERS = {
+    "no scale of the weight": (
+        "q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z) f = Cast<to = 1>(i) "
+        "y = Mul(f, s)", "its scale is not applied"),
+    "a sum before the scale": (
+        "q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z) f = Cast<to = 1>(i) "
+        "g = Add(f, b) t = Mul(s, k) y = Mul(g, t)", "its scale is not applied"),
+    "codes of a known range": (
+        "q = QuantizeLinear(x, k, o) i = MatMulInteger(q, w) f = Cast<to = 1>(i) y = Mul(f, k)",
+        "no DynamicQuantizeLinear made"),
+    "QLinearMatMul": (
+        "q = QuantizeLinear(x, k, o) i = QLinearMatMul(q, k, o, w, k, p, k, o) "
+        "y = DequantizeLinear(i, k, o)", "no float to add a branch to"),
+    "QMoE": (
+        "r = Identity(x) y = com.microsoft.QMoE(x, r, w, k, , w, k)", "leaves no place"),
+    "codes without a scale": ("f = Cast<to = 1>(w) y = MatMul(x, f)", "its scale is not applied"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INTEGERS)
+def test_integers_that_leave_no_place_for_a_branch(case: str) -> None:
+    body, why = INTEGERS[case]
+    weights = {
+        "w": RNG.integers(-9, 9, (8, 6)).astype(np.int8),
+        "k": np.float32(0.1).reshape(()),
+        "b": np.ones(6, np.float32),
+        "o": np.array(9, np.uint8),
+        "p": np.array(0, np.int8),
+    }
+    found = find(OnnxGraph(model(weights, body)))
     assert not found.targets and not found.optional
-    assert found.refusals[0].key == "w" and "multiplied with" in found.refusals[0].reason
+    assert found.refusals[0].key == "w" and why in found.refusals[0].reason
+    assert "insert" in found.refusals[0].verbs and found.reached_share == 0.0
+
+
+def test_codes_that_no_op_of_the_table_reads_are_unreached() -> None:
+    weights = {"w": RNG.integers(-9, 9, (8, 6)).astype(np.int8)}
+    body = "i = BitwiseNot(w) f = Cast<to = 1>(i) y = MatMul(x, f)"
+    found = find(OnnxGraph(model(weights, body)))
+    assert [r.reason for r in found.refusals] == ["the weight is computed by BitwiseNot from w"]
+    assert found.reached_share == 0.0
+    weights["c"] = RNG.standard_normal((8, 6)).astype(np.float32)
+    found = find(OnnxGraph(model(weights, "y = MatMul(x, c) i = Neg(w)")))
+    assert [u.key for u in found.unreached] == ["w"]
 
 
 def test_functions_are_inlined_and_said() -> None:
