@@ -39,7 +39,7 @@ from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import applies, contains, relative, widen
-from lora_fx.targets.target import Target, base_name, check_storable
+from lora_fx.targets.target import Target, base_name
 
 Pair = tuple[Target, LowRank]
 
@@ -86,9 +86,6 @@ class Insert:
             # One update of a site without an output form puts all of them into the weight form: the
             # two do not mix at one op.
             if not self._output_form(graph, site, pairs):
-                for target, update in pairs if site.no_fold and not graph.numbers else ():
-                    what = update.variant if variant_of(update).branches else "this use"
-                    check_storable(target, f"{what} has no branch, only W + ΔW")
                 self._weight_form(graph, site, pairs)
         return PassResult(graph, bool(here))
 

@@ -140,10 +140,6 @@ class Graph(Protocol[V]):
     def alone(self) -> bool:
         """True when no other graph reads the same stored tensors."""
 
-    @property
-    def numbers(self) -> bool:
-        """True when `weight` is numbers where a weight is quantised, and not codes."""
-
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order; nodes that a pass emitted are left out."""
 

@@ -86,9 +86,9 @@ class Quantised:
         return value
 
 
-def no_fold(kind: str, bits: int) -> str:
-    """Why nothing can be stored into a quantised weight, or needs the weight itself."""
-    return f"the weight is quantised ({kind}, {bits} bits)"
+def no_fold(kind: str) -> str:
+    """Why W + s·b·a is not stored in the place of a quantised weight."""
+    return f"the weight is quantised ({kind})"
 
 
 def blocks_in(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:

@@ -402,8 +402,6 @@ def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
 class _Recorded:
     """A Graph whose emitters record: what Insert would add to each output, site by site."""
 
-    numbers = True
-
     def __init__(self, graph: FxGraph) -> None:
         self.graph = graph
         self.emitters: dict[str, Recorder] = {}

@@ -27,7 +27,9 @@ from tests.onnx.graph.coded import (
     Coded,
     Tensors,
     delta,
+    linear,
     nbits,
+    of_codes,
     product,
     sample,
     saved,
@@ -278,3 +280,36 @@ def reads(path: Path, name: str) -> list[str]:
     return [
         n.op_type for n in load(path).graph for v in n.inputs if v is not None and v.name == name
     ]
+
+
+BETWEEN = Coded(
+    "codes before and behind",
+    "k = Constant<value = float {0.02}>() c = Constant<value = uint8 {120}>() "
+    "m = Constant<value = float {0.05}>() o = Constant<value = int8 {3}>() "
+    "q = QuantizeLinear(x, k, c) r = DequantizeLinear(q, k, c) d = DequantizeLinear(w, s, z) "
+    "p = MatMul(r, d) u = QuantizeLinear(p, m, o) y = DequantizeLinear(u, m, o)",
+    linear((40, 24)),
+    "DequantizeLinear",
+    8,
+    reads=of_codes(0.02, 120),
+    then=lambda y, t: (np.clip(np.rint(y / 0.05) + 3, -128, 127) - 3) * 0.05,
+)
+
+
+def test_a_branch_is_added_before_the_product_is_made_codes(tmp_path: Path) -> None:
+    """QuantizeLinear may do a Relu's work, so what follows it is no place for a sum."""
+    path, tensors, w = saved(BETWEEN, tmp_path)
+    target, x = target_of(path), sample(BETWEEN)
+    low = update(BETWEEN, target, 1)
+    adapters = {"one": Adapter({"w": low})}
+    lora_fx.export(path, tmp_path / "s.onnx", adapters=adapters, mode="switch", provider="cpu")
+    session = Session(tmp_path / "s.onnx", "cpu")
+    session.load("one", adapters["one"])
+    y = session.run({"x": x}, adapter="one")["y"]
+    base = open_session(path, "cpu").run({"x": x})["y"]
+    steps = np.abs(y - expected(BETWEEN, x, w, tensors, base, low)) / 0.05
+    assert steps.max() < 1.01 and (steps > 0.5).mean() < 0.01 and seen(y, base)
+    report = lora_fx.export(
+        path, tmp_path / "b.onnx", adapters=adapters, mode="batch", provider="cpu"
+    )
+    assert report

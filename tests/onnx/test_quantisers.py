@@ -293,3 +293,25 @@ def test_a_classifier_of_another_framework_in_int8(tmp_path: Path) -> None:
     switch = tmp_path / "s.onnx"
     report = lora_fx.export(path, switch, adapters=low, mode="switch", inputs=feeds, provider="cpu")
     assert report and report.details["targets"] == len(low)
+
+
+def test_static_codes_of_opset_21(tmp_path: Path) -> None:
+    """A branch adds no Reshape next to QuantizeLinear: ONNX Runtime moves that, and refuses it."""
+    rng, source, path = np.random.default_rng(0), tmp_path / "m.onnx", tmp_path / "base.onnx"
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 21]> m (int64[batch, seq] ids) => '
+        "(float[batch, seq, 48] y) { e = Gather(table, ids) p = MatMul(e, w) h = Add(p, b) "
+        "t = Tanh(h) q = MatMul(t, v) y = Add(q, c) }"
+    )
+    shapes = {"table": (50, 64), "w": (64, 96), "b": (96,), "v": (96, 48), "c": (48,)}
+    for name, shape in shapes.items():
+        value = (rng.standard_normal(shape) / shape[0] ** 0.5).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    onnx.save(model, source)
+    static(source, path)
+    found = find(OnnxGraph(load(path)))
+    adapters = {"one": adapter_of(found, 1)}
+    assert len(adapters["one"]) == 2 and found.reached_share == 1.0
+    assert lora_fx.export(
+        path, tmp_path / "s.onnx", adapters=adapters, mode="switch", provider="cpu"
+    )

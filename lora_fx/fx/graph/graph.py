@@ -36,7 +36,6 @@ class FxGraph(Analysed):
     """
 
     alone = False  # the programs of a module share its tensors
-    numbers = True
 
     def __init__(
         self,

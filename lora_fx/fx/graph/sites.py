@@ -12,7 +12,6 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from lora_fx.fx.codes import bits_of
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.flow import SHAPE_ONLY, SPLITS, VIEWS, FxFlow, FxWeight, Namer, weight_flow
 from lora_fx.fx.graph.nodes import (
@@ -93,7 +92,7 @@ def _site(found: FxWeightUse, row: ops.FxOp | None, namer: Namer) -> Site:
         flops=site_flops(node, use),
         refusal=refusal,
         allowed=use.allowed and refusal == use.refusal,
-        no_fold=no_fold(weight.format, bits_of(weight.format)) if weight.format else "",
+        no_fold=no_fold(weight.format) if weight.format else "",
         no_grad=bool(node.meta.get(NO_GRAD)),
         gain=use.gain,
         behind=weight.behind,

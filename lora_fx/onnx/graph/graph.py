@@ -52,7 +52,6 @@ class OnnxGraph(Analysed):
     """
 
     alone = True
-    numbers = False
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
@@ -197,7 +196,16 @@ class OnnxGraph(Analysed):
         return None
 
     def rebase(self, site: Site, w: ir.Value) -> None:
-        """Let the site read w through a view of its own."""
+        """Let the site read w through a view of its own.
+
+        Raises:
+            LoraFxError: The site reads codes.
+        """
+        if site.no_fold:
+            raise LoraFxError(
+                f"{site.parameter!r}: {site.no_fold}: this update has no branch there, only W + ΔW",
+                "plain LoRA has one: --mode switch or batch",
+            )
         e = self.emit(site, before=True)
         e.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
         ids = self._ids(self.at(site).node.inputs[site.slot[0]])

@@ -44,7 +44,7 @@ class Codes:
     @property
     def no_fold(self) -> str:
         """Why nothing can be stored into the weight."""
-        return no_fold(self.format, self.bits)
+        return no_fold(f"{self.format}, {self.bits} bits")
 
 
 QUANTISER = re.compile(r"(_DQ)?_Q[248]$|_Bnb4$|_quantized$")
