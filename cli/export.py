@@ -37,6 +37,7 @@ from lora_fx.cli.report_option import report_command
     "--precision", metavar="DTYPE", help="float16 or int8; of a bfloat16 model, float32 too."
 )
 @quantise_option
+@click.option("--accuracy-level", type=int, default=0, help="Of int4, int8 codes: 4 has x in int8.")
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
 @click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
@@ -83,8 +84,9 @@ def command(
     if model.endswith(".onnx"):
         from lora_fx.onnx.match import read_map
 
-        refuse_given(model, ("opset", "weights", "dynamic", "static", "trust", "quantise"))
-        options.pop("quantise")
+        refuse_given(
+            model, ("opset", "weights", "dynamic", "static", "trust", "quantise", "accuracy_level")
+        )
         report = export(model, output, names=read_map(names), **options)
         inputs = [{"model": model}]
         note(*report.warnings)

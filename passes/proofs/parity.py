@@ -309,6 +309,7 @@ class TorchReference:
         captured: The base model.
         branched: What adds an adapter's branches to it.
         arrays: A user's inputs by name, instead of sampled ones.
+        tol: The gate.
     """
 
     def __init__(
@@ -316,8 +317,9 @@ class TorchReference:
         captured: Captured,
         branched: Callable[[Adapter], CapturedModule],
         arrays: Named | None = None,
+        tol: float = ORT_TOL,
     ) -> None:
-        self.branched, self.arrays = branched, arrays
+        self.branched, self.arrays, self.tol = branched, arrays, tol
         self.base = plain(captured)
         self.base.eval()
         self._last: tuple[Adapter | None, CapturedModule] = (None, self.base)
@@ -357,7 +359,7 @@ class TorchReference:
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
         """See Reference."""
-        return prove(run, self._module(adapter), arrays=self.arrays, of=of)
+        return prove(run, self._module(adapter), arrays=self.arrays, tol=self.tol, of=of)
 
     def _module(self, adapter: Adapter | None) -> CapturedModule:
         if adapter is None:

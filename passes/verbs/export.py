@@ -70,6 +70,7 @@ def export(
     cache: bool = False,
     within: bool = False,
     quantise: Wanted | None = None,
+    accuracy_level: int = 0,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
@@ -112,6 +113,8 @@ def export(
             at others.
         quantise: As in insert: weights of the base become codes of 4 or 8 bits, products over them
             are ONNX Runtime's own, and adapters stay branches in float (switch and batch).
+        accuracy_level: Of products over int4 and int8 codes: 0 computes in floats, 4 takes x in
+            int8, which is faster, rounds, and is held to a gate of its own.
 
     Raises:
         NoEffectError: The outputs differ; nothing is written.
@@ -123,7 +126,7 @@ def export(
         rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
         external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
         precision=precision, repository=repository_of(triton, path, max_batch), cache=cache,
-        within=within,
+        within=within, accuracy_level=accuracy_level,
     )  # fmt: skip
     check_output(path, force=force)
     if cache:
@@ -146,9 +149,9 @@ def export(
                 f"{fspath(model)} is a graph as it is: args, kwargs, dynamic and opset have no say",
                 "leave them out; inputs={name: array} gives real data",
             )
-        if quantise:
+        if quantise or accuracy_level:
             raise LoraFxError(
-                f"{fspath(model)}: quantise is for models of torch",
+                f"{fspath(model)}: quantise and its accuracy level are for models of torch",
                 "onnxruntime's quantisers make a file of codes, and lora-fx reads it",
             )
         return export_onnx(model, options)

@@ -28,7 +28,7 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
-from lora_fx.onnx.optimise.precision import GATES, in_bfloat16, narrow, widen
+from lora_fx.onnx.optimise.precision import GATES, at_level, in_bfloat16, narrow, widen
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
@@ -76,6 +76,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         demand(parity, "the fold differs from the unfolded model")
     opset = options.opset or OPSET
     made = to_onnx(folded, opset)
+    at_level(made.model, options.accuracy_level)
     mask_by_infinity(made.model)
     if precision == "bfloat16":
         if not in_bfloat16(made.model):
@@ -98,7 +99,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     if options.optimise:
         model, stages = optimised(model, feeds, provider)
         mark_changed(model, values)
-    tol = ORT_TOL
+    tol = level_gate(options)
     if precision in GATES:
         made_of = narrow(model, precision, feeds, provider)
         model, tol = made_of.model, GATES[precision]
@@ -115,7 +116,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
             model = made.model
             told = save_within(made_file, model, conditions, guards(branched), options)
             session = open_session(made_file.path, provider)
-            runtime = prove(session.run, branched, arrays=inputs, of="onnxruntime")
+            runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
         demand(runtime, "ONNX Runtime differs from torch")
     warnings += told
     if session.note:
@@ -132,6 +133,11 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     if options.optimise:
         details["stages"] = [s.to_json() for s in stages]
     return report_of(made_file.files, session.provider, (*parity, *runtime), warnings, details)
+
+
+def level_gate(options: ExportOptions) -> float:
+    """The gate of the level that products over codes compute at."""
+    return GATES.get(f"level {options.accuracy_level}", ORT_TOL)
 
 
 def _branched(
@@ -185,7 +191,10 @@ def export_slots(
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
     reference = TorchReference(
-        captured, lambda adapter: insert(captured, adapter=adapter, dead="allow"), options.inputs
+        captured,
+        lambda adapter: insert(captured, adapter=adapter, dead="allow"),
+        options.inputs,
+        level_gate(options),
     )
     opset = options.opset or OPSET
     graph, widened = _base(reference, opset, tied=options.mode != "batch")
@@ -198,6 +207,7 @@ def export_slots(
     apart = _lost(reference, graph, keys)
     if apart:
         graph, _ = _base(reference, opset, tied=True, apart=apart)
+    at_level(graph.model, options.accuracy_level)
     return write_switch(graph, reference, keys, bound, options, said, loose=loose, found=found)
 
 

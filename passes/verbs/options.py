@@ -159,6 +159,7 @@ class ExportOptions:
     repository: Repository | None
     cache: bool
     within: bool = False
+    accuracy_level: int = 0
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""
@@ -179,6 +180,11 @@ class ExportOptions:
             raise LoraFxError(
                 "int8 starts from the graph as exported: fused nodes would stay in float32",
                 "leave --optimise out",
+            )
+        if self.accuracy_level not in (0, 4) or (self.accuracy_level and self.mode == "batch"):
+            raise LoraFxError(
+                f"no accuracy level {self.accuracy_level} in mode {self.mode}",
+                "0, or 4 in merged and switch: x in int8 for products over int4 and int8 codes",
             )
         if self.cache and self.mode == "batch":
             raise LoraFxError("mode batch has no cache", "merged, switch or load")

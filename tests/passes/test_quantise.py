@@ -272,8 +272,8 @@ def test_onnx_runtime_computes_with_the_same_bytes(name: str, kind: str, tmp_pat
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a kind": ({"quantise": "nf5"}, "no kind 'nf5'"),
     "a name": ({"quantise": "nf4=blah"}, "selector 'blah' matches no target"),
-    "dora": ({"quantise": "int4", "variant": "dora"}, "needs W, and it is quantised"),
-    "pissa": ({"quantise": "int4", "init": "pissa"}, "needs W, and it is quantised"),
+    "dora": ({"quantise": "int4", "variant": "dora"}, "reads W itself"),
+    "pissa": ({"quantise": "int4", "init": "pissa"}, "reads W itself"),
     "trained whole": (
         {"quantise": f"int4={THE_WEIGHT}", "also_train": "weight"},
         "it is trained whole",
@@ -342,3 +342,37 @@ def test_embeddings_and_whole_tensors_stay_floats_unless_named() -> None:
     assert {t.key: (t.parameter.format, t.parameter.bits) for t in lora_fx.find(named).targets} == {
         "table.weight": ("int8", 8), "fc.weight": ("int4", 4),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["merged", "switch"])
+def test_level_four_takes_x_in_int8_and_is_held_to_its_own_gate(mode: str, tmp_path: Path) -> None:
+    model, x = built("linear")
+    worst = {}
+    for level in (0, 4):
+        file = tmp_path / f"{level}.onnx"
+        report = lora_fx.export(
+            model, file, (x,), quantise="int4", accuracy_level=level, mode=mode, within=True
+        )
+        worst[level] = max(p.rel for p in report.parity)
+        assert {p.tol for p in report.parity} == {2e-6 if level == 0 else 8 * 2.0**-7}
+    assert worst[0] < 2e-6 and 1e-4 < worst[4] < 3e-2
+    again = lora_fx.verify(tmp_path / "4.onnx", tmp_path / "4.onnx")
+    assert again.ok and {p.tol for p in again.parity} == {8 * 2.0**-7}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"quantise": "nf4", "accuracy_level": 4}, "of products over int4 or int8 codes"),
+        ({"quantise": "int4", "accuracy_level": 2}, "no accuracy level 2"),
+        ({"quantise": "int4", "accuracy_level": 4, "mode": "batch"}, "in mode batch"),
+        ({"quantise": "int4", "precision": "int8"}, "both say how weights are stored"),
+    ],
+)
+def test_options_that_exclude_each_other(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    model, x = built("linear")
+    with pytest.raises(LoraFxError, match=said):
+        lora_fx.export(model, tmp_path / "m.onnx", (x,), **options)
+    assert not list(tmp_path.iterdir())

@@ -34,6 +34,8 @@ from lora_fx.silence import silenced
 PRECISION = "lora_fx.precision"
 GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}
 """max|a − b| / max|b| of an output: eight units in the last place of what is computed with."""
+GATES["level 4"] = GATES["int8"]
+"""MatMulNBits with its x in int8: what it rounds is what the precision int8 rounds."""
 MOST = 24
 """Nodes that may go back to float32, beside those of large values."""
 RANGE = 65504.0 / 4
@@ -100,6 +102,24 @@ def in_bfloat16(model: ir.Model) -> list[ir.Value]:
     values = {v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())}
     values |= {v for n in model.graph.all_nodes() for v in n.outputs}
     return [v for v in values if v.dtype is ir.DataType.BFLOAT16]
+
+
+def at_level(model: ir.Model, level: int) -> None:
+    """Let products over codes of 2, 4 or 8 bits take their x as it comes (0) or in int8 (4).
+
+    Raises:
+        LoraFxError: The model has none.
+    """
+    products = [n for n in model.graph.all_nodes() if n.op_type == "MatMulNBits"]
+    if level and not products:
+        raise LoraFxError(
+            f"accuracy level {level} is of products over int4 or int8 codes, and there is none",
+            "nf4 and fp4 are always computed in floats",
+        )
+    for node in products if level else ():
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+    if level:
+        model.metadata_props[PRECISION] = f"level {level}"
 
 
 def widen(model: ir.Model) -> bool:
