@@ -213,10 +213,15 @@ class Inputs:
         about = sorted(condition.about & {*places})
         return _implied(condition, tuple((s, places[s]) for s in about))
 
-    def outside(self, condition: Condition) -> dict[str, int] | None:
-        """Values of symbols that break a condition and no other; None where there are none."""
+    def outside(self, condition: Condition, near: Extents = SIZES[0]) -> dict[str, int] | None:
+        """Values of symbols that break a condition and no other; None where there are none.
+
+        Args:
+            condition: The one to break.
+            near: What symbols that it does not speak of are.
+        """
         places = self._places()
-        wanted = self._wanted(SIZES[0], places)
+        wanted = self._wanted(near, places)
         about = {t for s in condition.about for t in _terms(places.get(s, ""))}
         named = [s for s in wanted if s in about]
         moves = [{s: n} for s in named for n in condition.turns()]

@@ -219,14 +219,17 @@ class CapturedModule(Recomputing, Scope):
         """Passes that change what a program costs, not its numbers."""
         return []
 
-    def graph(self, training: bool = False, *, portable: bool = False) -> FxGraph:
-        """The rewritten graph for the captured arguments; passes may edit it.
+    def graph(
+        self, training: bool = False, *, portable: bool = False, named: Named | None = None
+    ) -> FxGraph:
+        """The rewritten graph for a call, the captured one without `named`; passes may edit it.
 
         A portable one has no op that only torch's own kernels or another library know.
         """
-        graph = self._graph(training, self._programs.captured.named)
+        named = self._programs.captured.named if named is None else named
+        graph = self._graph(training, named)
         if portable and has_grouped(graph.graph):
-            return self._graph(training, self._programs.captured.named, portable=True)
+            return self._graph(training, named, portable=True)
         return graph
 
     def _graph(self, training: bool, named: Named, *, portable: bool = False) -> FxGraph:
