@@ -28,7 +28,9 @@ from lora_fx.ir.view import Opaque, Region, Step, track
 from lora_fx.targets.found import Found, Refusal, Unreached
 from lora_fx.targets.plan import default_plan
 from lora_fx.targets.regions import overlap
-from lora_fx.targets.target import Target, make_key, role_of
+from lora_fx.targets.target import Target, base_name, make_key, role_of
+
+ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"
 
 ROUNDED = "folding would round the update away"
 
@@ -49,6 +51,8 @@ def _search(graph: Graph[Any]) -> Found:
         seen |= {site.parameter, *site.behind}
         if 0 in site.operand:
             site = replace(site, refusal="the weight has no elements", allowed=False)
+        if base_name(site.parameter) != site.parameter:
+            site = replace(site, refusal=ODD, allowed=False)
         if site.refusal:
             refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)
             if site.allowed:  # a branch can stand beside it
