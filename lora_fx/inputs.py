@@ -346,7 +346,8 @@ def merge_dynamic(
                     "dimensions count from 0",
                 )
             d %= ranks[name]
-            label = str(symbol) if symbol else BATCH if d == 0 else f"{name}_{d}"
+            given = symbol if isinstance(symbol, str) else getattr(symbol, "__name__", "")
+            label = given or (BATCH if d == 0 else f"{name}_{d}")  # torch's Dim has a __name__
             result.setdefault(name, {})[d] = label
     for text in static:
         name, colon, dim = text.partition(":")

@@ -71,7 +71,7 @@ def to_onnx(
     flat, names, outputs = flat_program(module, graph.graph, traced, all_outputs=False)
     tensors = [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, torch.Tensor)]
     free = traced.door.free(captured.requested)
-    symbols = {(name, d): s for name, dims in free.items() for d, s in dims.items()}
+    symbols = {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
     shapes = [{d: Dim.AUTO for d in dims} or None for dims in free.values()]
     said = silenced(contextlib.redirect_stdout, LEAST)
     with said, norms_apart(), recurrent_shapes(), torch.no_grad():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.session import open_session
+from lora_fx.passes.verbs.insert_onnx import insert_onnx
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb
@@ -177,3 +179,60 @@ def test_an_extracted_update_of_a_square_matrix_is_turned_for_the_model(tmp_path
     paths = (tmp_path / f"{n}.safetensors" for n in ("base", "tuned"))
     folded = lora_fx.fold(base, (X,), adapter=lora_fx.extract(*paths, rank=2))
     torch.testing.assert_close(folded(X), tuned(X), rtol=1e-5, atol=1e-5)
+
+
+class Sizes(nn.Module):
+    """Two lengths, one of them within a dict; outputs of one, of both, and of half of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, more: dict[str, Tensor]) -> dict[str, Tensor]:
+        x, y = self.lin(x), self.lin(more["y"])
+        return {"one": x, "both": torch.cat([x, y], 1), "half": y[:, ::2]}
+
+
+NAMED = {"x": {0: "rows", 1: "left"}, "more.y": {0: "rows", 1: "right"}}
+DIMS = {
+    "x": ["rows", "left", 4], "more_y": ["rows", "right", 4], "one": ["rows", "left", 4],
+    "both": ["rows", "left + right", 4], "half": ["rows", "((right + 1)//2)", 4],
+}  # fmt: skip
+
+
+def dims_of(path: Path) -> dict[str, list[str | int]]:
+    """The dimensions of a file's inputs and outputs, but for those of adapters."""
+    graph = onnx.load(path).graph
+    return {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output)
+        if "lora" not in v.name and v.name != "adapter_ids"
+    }
+
+
+@pytest.mark.parametrize("given", ["text", "Dim", ".pt2"])
+def test_dimensions_keep_their_names_in_every_file(given: str, tmp_path: Path) -> None:
+    """On 3911131 a nested input had torch's (`s25`), and torch's Dim was written as its repr."""
+    model: Any = Sizes().eval()
+    args = (torch.randn(2, 5, 4), {"y": torch.randn(2, 7, 4)})
+    dims: Any = NAMED
+    if given == "Dim":
+        dims = {n: {d: torch.export.Dim(s) for d, s in row.items()} for n, row in NAMED.items()}
+    model = lora_fx.capture(model, args, dynamic=dims)
+    module = lora_fx.insert(model, rank=2)
+    perturb(module)
+    adapter = module.adapter()
+    if given == ".pt2":
+        save_program(lora_fx.fold(model, adapter=lora_fx.Adapter({})), tmp_path / "m.pt2")
+        model = str(tmp_path / "m.pt2")
+    modes: dict[str, Any] = {"merged": None, "switch": None, "load": None, "batch": {"a": adapter}}
+    for mode, adapters in modes.items():
+        lora_fx.export(model, tmp_path / mode, mode=mode, adapters=adapters, provider="cpu")
+        assert dims_of(tmp_path / mode) == DIMS
+    base = (tmp_path / "merged").rename(tmp_path / "base.onnx")
+    lora_fx.merge(base, [adapter], tmp_path / "merge.onnx")
+    insert_onnx(base, tmp_path / "insert.onnx", rank=2)
+    lora_fx.export(base, tmp_path / "fast.onnx", optimise=True, provider="cpu")
+    lora_fx.export(base, tmp_path / "again.onnx", mode="load", provider="cpu")
+    for name in ("merge", "insert", "fast", "again"):
+        assert dims_of(tmp_path / f"{name}.onnx") == DIMS
