@@ -28,7 +28,7 @@ from lora_fx.ir.view import Opaque, Region, Step, track
 from lora_fx.targets.found import Found, Refusal, Unreached
 from lora_fx.targets.plan import default_plan
 from lora_fx.targets.regions import overlap
-from lora_fx.targets.target import Target, base_name, make_key, role_of
+from lora_fx.targets.target import Target, make_key, role_of
 
 ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"
 
@@ -45,13 +45,14 @@ def find(graph: Graph[Any]) -> Found:
 
 def _search(graph: Graph[Any]) -> Found:
     parameters = {p.name: p for p in graph.parameters()}
+    odd = {n for n in parameters if n.endswith("]") or "@" in n}  # see base_name
     uses: dict[str, list[_Use]] = {}
     refusals, seen = [], set()
     for site in graph.sites():
         seen |= {site.parameter, *site.behind}
         if 0 in site.operand:
             site = replace(site, refusal="the weight has no elements", allowed=False)
-        if base_name(site.parameter) != site.parameter:
+        if site.parameter in odd:
             site = replace(site, refusal=ODD, allowed=False)
         if site.refusal:
             refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)

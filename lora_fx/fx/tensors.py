@@ -117,7 +117,7 @@ def owner(
         name: The dotted name of a tensor.
         create: Path → the module to put there where there is none; without it that is an error.
     """
-    head, region = split_region(name)
+    head, region = split_region(name) if name.endswith("]") else (name, "")
     *path, leaf = head.split(".")
     module = root
     for i, part in enumerate(path, 1):
@@ -170,7 +170,8 @@ def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]
     aliases: dict[str, list[str]] = {}
     skip = {n for n, m in root.named_modules() if isinstance(m, AdapterTensors)}
     for name, p in root.named_parameters(remove_duplicate=False):
-        if skip and split_region(name)[0].rpartition(".")[0] in skip:
+        head = name.rpartition("[")[0] if name.endswith("]") else name
+        if head.rpartition(".")[0] in skip:
             continue
         known = first.setdefault(id(p), name)
         canonical[name] = known
