@@ -13,7 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -213,20 +213,23 @@ class Captured:
         Raises:
             SizeError: The model does not run at these sizes, or no graph of it holds for them.
         """
-        leaves = pytree.tree_leaves(dict(named))
-        key = (training, portable, dtype or self.base_dtype, *program_key(named, leaves))
+        leaves, example = pytree.tree_leaves(dict(named)), named is self.named
+        of_call = self._example_key if example else program_key(named, leaves)
+        key = (training, portable, dtype or self.base_dtype, *of_call)
         held = self.tracings.setdefault(key, [])
         new = partial(self._new, training, named, dtype, portable=portable)
         if not held:  # the example's path comes first, whatever is called first
-            same = program_key(self.named, pytree.tree_leaves(dict(self.named))) == key[3:]
-            first = self.named if same else named
+            first = self.named if of_call == self._example_key else named
             held.append(self._new(training, first, dtype, portable=portable))
-        example = named is self.named
         found = next((t for t in held if example or t.door.admits(leaves)), None)
         if found is None:
             found = self._elsewhere(held, named, new)
             held.append(found)
         return found
+
+    @cached_property
+    def _example_key(self) -> tuple[Any, ...]:
+        return program_key(self.named, pytree.tree_leaves(dict(self.named)))
 
     def _elsewhere(
         self, held: Sequence[Traced], named: Named, new: Callable[..., Traced]
