@@ -213,10 +213,15 @@ class Inputs:
         about = sorted(condition.about & {*places})
         return _implied(condition, tuple((s, places[s]) for s in about))
 
-    def outside(self, condition: Condition) -> dict[str, int] | None:
-        """Values of symbols that break a condition and no other; None where there are none."""
+    def outside(self, condition: Condition, near: Extents = SIZES[0]) -> dict[str, int] | None:
+        """Values of symbols that break a condition and no other; None where there are none.
+
+        Args:
+            condition: The one to break.
+            near: What symbols that it does not speak of are.
+        """
         places = self._places()
-        wanted = self._wanted(SIZES[0], places)
+        wanted = self._wanted(near, places)
         about = {t for s in condition.about for t in _terms(places.get(s, ""))}
         named = [s for s in wanted if s in about]
         moves = [{s: n} for s in named for n in condition.turns()]
@@ -341,7 +346,8 @@ def merge_dynamic(
                     "dimensions count from 0",
                 )
             d %= ranks[name]
-            label = str(symbol) if symbol else BATCH if d == 0 else f"{name}_{d}"
+            given = symbol if isinstance(symbol, str) else getattr(symbol, "__name__", "")
+            label = given or (BATCH if d == 0 else f"{name}_{d}")  # torch's Dim has a __name__
             result.setdefault(name, {})[d] = label
     for text in static:
         name, colon, dim = text.partition(":")

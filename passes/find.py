@@ -30,6 +30,8 @@ from lora_fx.targets.plan import default_plan
 from lora_fx.targets.regions import overlap
 from lora_fx.targets.target import Target, make_key, role_of
 
+ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"
+
 ROUNDED = "folding would round the update away"
 
 
@@ -43,12 +45,15 @@ def find(graph: Graph[Any]) -> Found:
 
 def _search(graph: Graph[Any]) -> Found:
     parameters = {p.name: p for p in graph.parameters()}
+    odd = {n for n in parameters if n.endswith("]") or "@" in n}  # see base_name
     uses: dict[str, list[_Use]] = {}
     refusals, seen = [], set()
     for site in graph.sites():
         seen |= {site.parameter, *site.behind}
         if 0 in site.operand:
             site = replace(site, refusal="the weight has no elements", allowed=False)
+        if site.parameter in odd:
+            site = replace(site, refusal=ODD, allowed=False)
         if site.refusal:
             refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)
             if site.allowed:  # a branch can stand beside it

@@ -265,8 +265,8 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
             entry = _turned(key, entry)
     elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
         use = use or key
-    if entry.op in ("experts", "embedding") and entry.layout == layout.transposed():
-        # PEFT goes by the stored axes, extract by a table's name; the graph by what it contracts.
+    if entry.layout == layout.transposed():
+        # PEFT and extract go by the stored axes, or a table's name; the graph by what it contracts.
         entry = _turned(key, entry)
     if entry.magnitude is not None:
         entry = replace(entry, magnitude=_lengths(key, entry, layout))

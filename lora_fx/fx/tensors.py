@@ -20,6 +20,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.targets.target import split_region
 
 
 class AdapterTensors(nn.Module):
@@ -116,7 +117,7 @@ def owner(
         name: The dotted name of a tensor.
         create: Path → the module to put there where there is none; without it that is an error.
     """
-    head, bracket, tail = name.partition("[")
+    head, region = split_region(name) if name.endswith("]") else (name, "")
     *path, leaf = head.split(".")
     module = root
     for i, part in enumerate(path, 1):
@@ -126,10 +127,12 @@ def owner(
                 raise LoraFxError(
                     f"no module {part!r} on the way to {name!r}", "named_modules() lists the names"
                 )
+            if hasattr(module, part):
+                raise LoraFxError(f"the name {part!r} of {name!r} is taken", "rename that tensor")
             child = create(".".join(path[:i]))
             module.add_module(part, child)
         module = child
-    return module, leaf + bracket + tail
+    return module, leaf + region
 
 
 def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
@@ -167,7 +170,8 @@ def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]
     aliases: dict[str, list[str]] = {}
     skip = {n for n, m in root.named_modules() if isinstance(m, AdapterTensors)}
     for name, p in root.named_parameters(remove_duplicate=False):
-        if skip and name.partition("[")[0].rpartition(".")[0] in skip:
+        head = name.rpartition("[")[0] if name.endswith("]") else name
+        if head.rpartition(".")[0] in skip:
             continue
         known = first.setdefault(id(p), name)
         canonical[name] = known

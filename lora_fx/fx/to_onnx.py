@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
-from lora_fx.fx.capture.trace import export_program, recurrent_shapes
+from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
@@ -67,11 +67,11 @@ def to_onnx(
         )
     weights = {name: _lifted(graph, t) for name, t in (apart or {}).items()}
     make_portable(graph.graph)
-    flat, names, outputs = flat_program(module, graph.graph)
-    tensors = [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, torch.Tensor)]
     traced = captured.traced(False, captured.named, module.base_dtype)
+    flat, names, outputs = flat_program(module, graph.graph, traced, all_outputs=False)
+    tensors = [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, torch.Tensor)]
     free = traced.door.free(captured.requested)
-    symbols = {(name, d): s for name, dims in free.items() for d, s in dims.items()}
+    symbols = {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
     shapes = [{d: Dim.AUTO for d in dims} or None for dims in free.values()]
     said = silenced(contextlib.redirect_stdout, LEAST)
     with said, norms_apart(), recurrent_shapes(), torch.no_grad():
@@ -113,14 +113,16 @@ def _lifted(graph: FxGraph, target: Target) -> Tensor:
 
 
 def flat_program(
-    module: CapturedModule, graph: fx.Graph, *, all_outputs: bool = False
+    module: CapturedModule, graph: fx.Graph, traced: Traced, *, all_outputs: bool = True
 ) -> tuple[fx.GraphModule, list[str], list[str]]:
     """A GraphModule of tensors only: constants of the call left out, outputs named.
 
     Args:
+        module: What holds the tensors.
+        graph: Its graph; edited.
+        traced: What that was made from.
         all_outputs: Keep the outputs that are no tensors.
     """
-    traced = module.captured.traced(False, module.captured.named, module.base_dtype)
     leaves = pytree.tree_leaves(module.captured.named)
     names = []
     places = [n for n in graph.nodes if n.op == "placeholder"]

@@ -25,7 +25,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.ir.graph import Site
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import contains, each_use, keys_of, modules, of_use, part, tied
-from lora_fx.targets.target import ROLES, Target, base_name, split_use
+from lora_fx.targets.target import ROLES, Target, base_name, split_region, split_use
 from lora_fx.text import near
 
 
@@ -54,7 +54,9 @@ def select(found: Found, selectors: str | Sequence[str]) -> list[str]:
             hits.setdefault(key, []).extend(sites)
         apart |= dict.fromkeys(inside)
         if not named and not inside:
-            raise LoraFxError(f"selector {text!r} matches no target", _hint(text, found))
+            reasons = (f": {r.reason}" for r in found.refusals if r.key in (text, f"{text}.weight"))
+            why = next(reasons, "")
+            raise LoraFxError(f"selector {text!r} matches no target{why}", _hint(text, found))
     chosen: dict[str, None] = {}
     for t in (*found.targets, *found.optional):
         if t.key in hits:
@@ -96,10 +98,10 @@ def _parts(t: Target, text: str) -> list[str]:
     role = text.removeprefix("role:")
     if role in ROLES:
         return [k for r, k in t.parts if r == role]
-    name, bracket, region = text.partition("[")
-    if text.startswith("re:") or not bracket or _match(t, name) is None:
+    name, region = split_region(text)
+    if text.startswith("re:") or not region or _match(t, name) is None:
         return []
-    found = part(t, f"{t.parameter.name}[{region}")
+    found = part(t, t.parameter.name + region)
     return [found.key] if found is not None else []
 
 

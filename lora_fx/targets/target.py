@@ -53,11 +53,22 @@ def split_key(key: str, shape: tuple[int, ...]) -> tuple[str, Region]:
 def base_name(key: str) -> str:
     """The parameter's name of a key.
 
+    A name for which this is another one (`a[0]`, `u@v`) is no key: it means a part, or a use.
+
     >>> base_name("w[1:4]"), base_name("embed.weight@head.weight"), base_name("w@call:1[2:4]")
     ('w', 'embed.weight', 'w')
     """
-    name = key.rpartition("[")[0] if key.endswith("]") else key
-    return name.partition("@")[0]
+    return split_region(key)[0].partition("@")[0]
+
+
+def split_region(key: str) -> tuple[str, str]:
+    """The key without its region, and that region's text, brackets included.
+
+    >>> split_region("a[0].weight[1:4]"), split_region("a[0].weight")
+    (('a[0].weight', '[1:4]'), ('a[0].weight', ''))
+    """
+    name, bracket, text = key.rpartition("[") if key.endswith("]") else (key, "", "")
+    return name, bracket + text
 
 
 def split_use(key: str) -> tuple[str, str]:
@@ -66,9 +77,9 @@ def split_use(key: str) -> tuple[str, str]:
     >>> split_use("w@call:1[2:4]"), split_use("w[2:4]")
     (('w[2:4]', 'call:1'), ('w[2:4]', ''))
     """
-    name, bracket, region = key.partition("[")
+    name, region = split_region(key)
     name, _, use = name.partition("@")
-    return name + bracket + region, use
+    return name + region, use
 
 
 @dataclass(frozen=True)

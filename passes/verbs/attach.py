@@ -119,13 +119,16 @@ def attach(
         cap, planner = None, _partial(model, args, kwargs, dropout, e)
     start = start_of(model, cap, planner.found, options)
     updates, notes = start.adapter.lowrank, start.notes
-    lost = planner.unreached(updates) if options.dead == "drop" else {}  # nobody named them
+    lost: dict[str, str] = {}
+    if options.dead == "drop":  # nobody named them
+        lost = planner.unreached(updates)
+        lost |= planner.misread({k: u for k, u in updates.items() if k not in lost})
     if len(lost) < len(updates):
         notes = (*notes, *(f"{why}: left out, lora_fx.insert reaches it" for why in lost.values()))
         updates = {k: u for k, u in updates.items() if k not in lost}
     # what the values of a recorded run decided need not be so with an adapter
     recorded = cap is not None and any(p.rung == "recorded" for p in cap.pinned)
-    alone = recorded and not any("~" in k or u.use for k, u in updates.items())
+    alone = recorded and not any(k.endswith("~") or u.use for k, u in updates.items())
     inserted = None
     if cap and updates:
         try:
@@ -323,6 +326,18 @@ class GraphPlanner(Planner):
                     behind = f"the model computes this weight from {', '.join(site.behind)}"
                     lost[key] = f"{key}: {behind}, and no module's forward is that op alone"
         return lost
+
+    def misread(self, updates: Mapping[str, LowRank]) -> dict[str, str]:
+        """Updates in every read of a weight that more than matmuls read, and why they are wrong."""
+        some = {k: u for k, u in updates.items() if self.found[k].other_readers}
+        forms = self.forms(some) if some else {}
+        targets = {k: self.found[k] for k in some}
+        return {
+            k: f"{t.said}, and a matmul reads it outside a module of its own"
+            for k, t in targets.items()
+            for path, leaf in self.owners.get(t.parameter.name, ())
+            if path in forms and leaf in forms[path].weights
+        }
 
     def _place(
         self,

@@ -1,12 +1,14 @@
 """`.pt2` files: a model with or without branches as programs that need no Python source.
 
 A file of ours holds an eval and a train program over one set of weights, the branches included,
-and a manifest. Outputs are plain tensors, tuples and dicts, operators are aten's, and no member
-is a pickle. The eval program is named "model", so `torch.export.load` opens it.
+and a manifest; where sizes decide a path of the model's code, one of each for every path. Outputs
+are plain tensors, tuples and dicts, operators are aten's, and no member is a pickle. The eval
+program of the example's path is named "model", so `torch.export.load` opens it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from os import PathLike, fspath
 from pathlib import Path
@@ -22,7 +24,7 @@ from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
 from lora_fx.fx.capture.capture import alike, all_tensors
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
-from lora_fx.fx.pt2.write import write_programs
+from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.parity import is_real
@@ -64,16 +66,30 @@ def save_program(
             except LoraFxError as e:
                 notes.append(f"no train program is written: {e.message}")
         with replacing(path, force=force) as temporary:
-            write_programs(module.eval(), temporary, modes)
+            paths = {m: _paths(module, m) for m in modes}
+            write_programs(module.eval(), temporary, paths)
             again, by_torch = load_program(temporary), _by_torch(temporary)
             _share_memory(again, module, "the file")
             _share_memory(by_torch, module, "the file that torch loads")
-            for training in modes:
-                _prove(module, again, training, None if training else by_torch)
+            for training, found in paths.items():
+                _prove(module, again, training, found, None if training else by_torch)
     finally:
         if not isinstance(module, FoldedModule):
             module.train(was)
     return tuple(notes)
+
+
+def _paths(module: CapturedModule, training: bool) -> Paths:
+    """The paths of a mode that the module runs: what is written is proven."""
+    if not isinstance(module, FoldedModule):
+        module.train(training)
+    first, *others = module.captured.paths(training, module.base_dtype)
+    found = [first]
+    for named, traced in others:
+        with contextlib.suppress(RuntimeError, ValueError, IndexError):  # of the user's code
+            module.flat(named)
+            found.append((named, traced))
+    return found
 
 
 def _share_memory(again: nn.Module, module: nn.Module, what: str) -> None:
@@ -94,7 +110,11 @@ def _bits(t: torch.Tensor) -> Array:
 
 
 def _prove(
-    module: CapturedModule, again: CapturedModule, training: bool, loaded: nn.Module | None
+    module: CapturedModule,
+    again: CapturedModule,
+    training: bool,
+    paths: Paths,
+    loaded: nn.Module | None,
 ) -> None:
     """Every size of the checks, with the same random numbers, must give the same bits."""
     names = "train" if training else "eval"
@@ -103,7 +123,8 @@ def _prove(
         m.train(training)
     ran = 0
     example = module.captured.named
-    for named in (*map(module.sample, SIZES), *([example] if is_real(example) else ())):
+    own = (*map(module.sample, SIZES), *([example] if is_real(example) else ()))
+    for named in (*own, *(named for named, _ in paths[1:])):
         leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
             want = module.flat(named)
@@ -115,7 +136,7 @@ def _prove(
             continue  # the file says so by name; the module captures another path there
         ran += 1
         _demand(got, want, f"the {names} program")
-        if loaded is not None:
+        if loaded is not None and paths[0][1].door.admits(pytree.tree_leaves(named)):
             with torch.no_grad(), alike(loaded):
                 values = pytree.tree_leaves(loaded(*leaves))
             tensors = [to_numpy(v) for v in values if isinstance(v, torch.Tensor)]

@@ -118,9 +118,11 @@ class Truth:
     known: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, program: GraphProgram, changed: Mapping[str, Array]) -> Truth:
+    def of(
+        cls, program: GraphProgram, changed: Mapping[str, Array], *, exact: bool = False
+    ) -> Truth:
         """The model with these weights."""
-        model = program.text(dict(changed)).model()
+        model = program.text(dict(changed), exact=exact).model()
         return cls(*(session_of(model, rewrites=on) for on in (False, True)))
 
     def at(self, k: int, feeds: Feeds) -> tuple[dict[str, Array], float] | None:
@@ -269,7 +271,7 @@ class Check:
         model = self.text.model()
         extra = {"location": "base.data", "size_threshold": 100} if self.text.external else {}
         onnx.save(model, self.path, save_as_external_data=self.text.external, **extra)
-        self.truths: dict[str, Truth] = {}
+        self.truths: dict[tuple[int, bool], tuple[Any, Truth]] = {}
 
     def run(self, verbs: Sequence[str]) -> GraphVerdict:
         """Every verb."""
@@ -302,12 +304,13 @@ class Check:
             if not targets[name].other_readers:
                 self.verdict.unseen.append(f"reader of {name}")
 
-    def truth(self, adapter: Any) -> Truth:
-        """The model by hand for an adapter."""
-        key = str(id(adapter))
+    def truth(self, adapter: Any, *, exact: bool = False) -> Truth:
+        """The model by hand for an adapter; exact where W + ΔW is not stored, but two terms."""
+        key = (id(adapter), exact)
         if key not in self.truths:
-            self.truths[key] = Truth.of(self.program, updated(self.text, adapter))
-        return self.truths[key]
+            made = Truth.of(self.program, updated(self.text, adapter), exact=exact)
+            self.truths[key] = (adapter, made)  # which keeps its id to itself
+        return self.truths[key][1]
 
     def _moves(self, adapter: Any) -> bool:
         truth, gate = self.truth(adapter), SEEN * max(self.text.gate)
@@ -435,10 +438,11 @@ class Check:
             return
         self._near("switch off", session.run, self.base)
         session.load("a", took)
-        self._near("switch on", lambda f: session.run(f, adapter="a"), self.truth(took))
+        truth = self.truth(took, exact=True)
+        self._near("switch on", lambda f: session.run(f, adapter="a"), truth)
         wide = lora_fx.Adapter({k: _padded(u) for k, u in took.lowrank.items()})
         session.load("wide", wide)
-        self._near("switch padded", lambda f: session.run(f, adapter="wide"), self.truth(took))
+        self._near("switch padded", lambda f: session.run(f, adapter="wide"), truth)
         self._near("switch off again", session.run, self.base)
 
     def _load(self, adapter: Any) -> None:
@@ -468,8 +472,8 @@ class Check:
         session = session_of(out, rewrites=True)
         truths = [
             self.base,
-            self.truth(took),
-            Truth.of(self.program, updated(self.text, kept(took))),
+            self.truth(took, exact=True),
+            self.truth(kept(took), exact=True),
         ]
         for k, feeds in self.sizes:
             rows = max((v.shape[0] for v in feeds.values()), default=0)
@@ -509,7 +513,7 @@ class Check:
         if trained is not None and all(
             self.text.known(region_of(k, self.text.weights)[0]) for k in trained
         ):
-            self._file("insert trained", out, self.truth(trained))
+            self._file("insert trained", out, self.truth(trained, exact=True))
 
 
 def _padded(low: Any) -> Any:

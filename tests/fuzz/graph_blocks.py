@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.fuzz.graph_draft import Block, Draft
 from tests.fuzz.graph_products import (
     chosen,
@@ -27,13 +29,19 @@ ROWS = 20
 
 def _tie(d: Draft) -> None:
     """A weight again, read the other way round."""
-    usable = [(n, i, o, f) for n, i, o, f in d.known if o == d.width]
+    usable = [(n, i, o, f) for n, i, o, f in d.known if o == d.width and _multiplied(d, n)]
     if not usable or d.kind == "image":
         return matmul(d)
     w, inside, _, first = d.rng.choice(usable)
     turned = f"g.turn({w}, 1, 0)" if first else w
     d.say(f"h = g.node('Tanh', [g.node('MatMul', [h, {turned}])])")
     d.width = inside
+
+
+def _multiplied(d: Draft, name: str) -> bool:
+    """Whether a product reads a weight so far: the first one says what its axes are."""
+    lines = (line for line in d.lines if not line.startswith(f"{name} = "))
+    return any(re.search(rf"(?<!other\()\b{name}\b(?!\.old)", line) for line in lines)
 
 
 def _reader(d: Draft) -> None:

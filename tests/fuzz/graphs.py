@@ -31,13 +31,13 @@ class GraphProgram:
     seed: int
     source: str
 
-    def text(self, changed: dict[str, object] | None = None) -> Text:
-        """The graph, or the one by hand with these weights changed."""
+    def text(self, changed: dict[str, object] | None = None, *, exact: bool = False) -> Text:
+        """The graph, or the one by hand with these weights changed; see Text.exact."""
         import numpy as np
 
         from tests.fuzz.onnx_text import LOCAL, MS
 
-        g = Text(seed=self.seed, changed=changed or {})
+        g = Text(seed=self.seed, changed=changed or {}, exact=exact)
         names: dict[str, object] = {"g": g, "np": np, "MS": MS, "LOCAL": LOCAL}
         exec(compile(self.source, f"<graph {self.seed}>", "exec"), names)
         return g

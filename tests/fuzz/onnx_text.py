@@ -61,6 +61,8 @@ class Text:
         external: Keep the weights in a file beside it.
         cuts: Numbers on both sides of which sizes have to be tried.
         gate: How far rounding may move an output.
+        exact: Changed weights behind a cast are not rounded to the dtype that they are stored in: a
+            branch that stands apart is not.
     """
 
     opset: int = 17
@@ -84,12 +86,14 @@ class Text:
     domain: str = ""
     infer: bool = False
     external: bool = False
+    exact: bool = False
 
     def body(self) -> Text:
         """Another graph of the same model."""
         return Text(
             self.opset, self.seed, self.changed, self.weights, self.layouts, self.used, self.read,
             self.cuts, self.gate, self.count, style=self.style,
+            exact=self.exact,
         )  # fmt: skip
 
     def fresh(self, stem: str = "v") -> str:
@@ -190,7 +194,12 @@ class Text:
     def cast(self, x: Any, dtype: str) -> Any:
         """The value x in another dtype."""
         if isinstance(x, Weight):
-            return self.view("Cast", x, to=dtype_of(dtype))
+            seen = self.view("Cast", x, to=dtype_of(dtype))
+            if not self.exact or x.new != x.name or x.name not in self.changed:
+                return seen
+            made = f"{x.name}__exact{len(self.stored)}"
+            self._store(made, self.changed[x.name].astype(dtype))
+            return Weight(x.name, made, seen.old)
         return self.node("Cast", [x], to=dtype_of(dtype))
 
     def cut(self, x: Any, start: int, stop: int, axis: int, step: int = 1) -> Any:

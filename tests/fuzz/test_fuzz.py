@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from tests.fuzz import check as checks
@@ -47,6 +50,19 @@ def test_a_drawn_graph_is_right_or_refused_in_words(seed: int) -> None:
     assert verdict.wrong == [], drawn.source
     assert verdict.raw == [], drawn.source
     assert verdict.unseen == [], drawn.source
+
+
+@pytest.mark.parametrize(
+    ("seed", "verbs"), [(42402, ("switch", "batch")), (42528, ("merge", "switch"))]
+)
+def test_what_the_graph_by_hand_got_wrong(seed: int, verbs: tuple[str, ...]) -> None:
+    """W + ΔW rounded to float16 where nothing stores it; a first product that reads W turned."""
+    with tempfile.TemporaryDirectory() as folder:
+        checked = graph_checks.Check(graph(seed), Path(folder))
+        checked.text.gate[:] = [1e-5]
+        verdict = checked.run(verbs)
+    assert verdict.wrong == verdict.raw == [], checked.program.source
+    assert {*verdict.served, *verdict.partly} == {*verbs}
 
 
 def test_a_graph_is_its_seed() -> None:

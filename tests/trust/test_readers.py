@@ -186,6 +186,41 @@ def test_a_live_model_is_refused(name: str) -> None:
         lora_fx.attach(model, (x,), adapter=adapter)
 
 
+LIVE: dict[str, Callable[[Any, Tensor], Any]] = {
+    "read by F.linear too": lambda m, x: F.linear(m.lin(x) + m.lin.weight.norm(), m.lin.weight),
+    "turned": lambda m, x: m.lin(x) @ m.lin.weight + m.lin.weight.abs().mean(),
+    "no module of its own": lambda m, x: m.own(x) @ m.w + m.w.sum(0),
+}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_the_default_plan_of_attach_leaves_out_what_it_cannot_tell_apart(name: str) -> None:
+    """On 3911131 attach refused these models, which no option named (fuzz seeds 60002, 60252)."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.lin = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Any:
+            return LIVE[name](self, self.own(x))
+
+    torch.manual_seed(0)
+    model, x, key = Net().eval(), torch.randn(3, 8), "w" if "no" in name else "lin.weight"
+    assert key in lora_fx.insert(model, (x,), rank=2).updates
+    lora_fx.attach(model, (x,), rank=2)
+    (note,) = (n for n in model.report().notes if "left out" in n)
+    assert note.startswith(f"{key}: read by ") and "lora_fx.insert reaches it" in note
+    adapter = values(model.adapter().lowrank)
+    assert key not in adapter.entries and "own.weight" in adapter.entries
+    model.load_adapter(adapter)
+    near(model(x), lora_fx.fold(lora_fx.detach(model), (x,), adapter=adapter)(x), ORT_TOL)
+    for asked in ({"include": key}, {"plan": {key: 2}}):
+        with pytest.raises(LoraFxError, match=f"^{key}: .*reads it for more than the matmuls"):
+            lora_fx.attach(model, (x,), rank=2, **asked)
+
+
 def test_a_live_layer_keeps_its_reader() -> None:
     model, x, module = adapted(READERS["bias"].run)
     lora_fx.attach(model, (x,), adapter=module.adapter())  # the root's forward is that op alone

@@ -7,6 +7,8 @@ without a word, ordered and last ended in a raw RuntimeError, cut lost its cut o
 from __future__ import annotations
 
 import copy
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.conditions import SizeError
+from lora_fx.fx.pt2.captured import open_program
 from lora_fx.onnx.ranges import PROPERTY
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
@@ -214,26 +217,109 @@ def test_within_leaves_the_guard_out_and_the_ranges_in(tmp_path: Path) -> None:
     assert str(Path(__file__).parent) not in held
 
 
-@pytest.mark.parametrize("kind", [Branch, Shifted, Positions])
-def test_a_program_in_a_file_refuses_what_it_is_not_true_for(
-    kind: type[Two], tmp_path: Path
-) -> None:
+class Apart(Two):
+    """The other path has another weight, and another structure of outputs."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) if x.shape[1] < 8 else {"y": self.b(x), "z": 2 * self.a(x)}
+
+
+class Nested(Two):
+    """Three lengths, and a batch of one."""
+
+    def forward(self, x: Tensor) -> Any:
+        if x.shape[0] == 1:
+            return 5 * self.a(x)
+        return self.a(x) * (1 if x.shape[1] < 8 else 2 if x.shape[1] < 16 else 3)
+
+
+class Trained(Two):
+    """A path that the train mode alone has."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x)
+        return y + (x if x.shape[1] < 8 else 2 * x) if self.training else y
+
+
+class Missing(Two):
+    """Another path at one size, which is no number of a loop."""
+
+    def forward(self, x: Tensor) -> Any:
+        return 2 * self.a(x) if x.shape[1] == 7 else self.a(x)
+
+
+class Unrolled(Two):
+    def forward(self, x: Tensor) -> Any:
+        return sum(self.a(x[:, i]) for i in range(x.shape[1]))
+
+
+PROGRAMS = {  # programs in eval and train mode; sizes that the file refuses
+    **dict.fromkeys((Branch, Pooled, Total, ShortBatch, Even, Unlike, Ordered), (2, 2, 0)),
+    **dict.fromkeys((Last, Cut, *TWINS), (1, 1, 0)),
+    **{
+        Apart: (2, 2, 0),
+        Nested: (4, 4, 0),
+        Trained: (1, 2, 0),
+        Missing: (2, 2, 0),
+        Long: (2, 2, 0),
+    },
+    **{Positions: (1, 1, 2), Unrolled: (1, 1, 7)},
+}
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_program_in_a_file_serves_every_path_or_refuses(kind: type[Two], tmp_path: Path) -> None:
+    """torch's own loader opens the example's path, and refuses the others."""
     module, by_hand = adapted(kind)
     save_program(module, tmp_path / "m.pt2")
-    loaded = load_program(tmp_path / "m.pt2").eval()
+    loaded = load_program(tmp_path / "m.pt2")
     plain = torch.export.load(tmp_path / "m.pt2").module()
-    refused = 0
-    for size in SIZES:
-        x = example(kind, *size)
-        try:
-            got = loaded(*x)
-        except SizeError:
-            refused += 1
-            with pytest.raises((AssertionError, RuntimeError)):
-                plain(*x)
-            continue
-        torch.testing.assert_close(got, by_hand(*x), rtol=1e-5, atol=1e-5)
-    assert refused == {Branch: 5, Shifted: 0, Positions: 2}[kind]
+    evals, trains, lost = PROGRAMS[kind]
+    held = open_program(tmp_path / "m.pt2").programs
+    assert {m: len(n) for m, n in held.items()} == {False: evals, True: trains}
+    for training in (False, True):
+        refused, by_torch = 0, 0
+        for size in [*SIZES, *[(2, 70)] * (kind is Long)]:
+            x = example(kind, *size)
+            try:
+                got = loaded.train(training)(*x)
+            except SizeError:
+                refused += 1
+            else:
+                want = by_hand.train(training)(*x)
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            try:
+                torch.testing.assert_close(plain(*x), by_hand.eval()(*x), rtol=1e-5, atol=1e-5)
+            except (AssertionError, RuntimeError) as e:
+                assert "not close" not in str(e) and "mismatch" not in str(e)
+                by_torch += 1
+        assert refused == lost
+        assert by_torch >= lost + (evals > 1)
+
+
+def test_every_verb_reads_every_path_of_a_file(tmp_path: Path) -> None:
+    module, by_hand = adapted(Branch)
+    file, folded, again = (str(tmp_path / f"{n}.pt2") for n in ("m", "folded", "again"))
+    save_program(module, file)
+    long, short = (example(Branch, *size)[0] for size in ((2, 30), (2, 6)))
+    said = json.loads(zipfile.ZipFile(file).read("m/data/extra/lora_fx.json"))
+    assert said["format"] == said["version"] == 2  # which an older lora-fx refuses as newer
+    assert lora_fx.verify(file, module) and lora_fx.verify(module, file)
+    assert [t.key for t in lora_fx.find(file).targets] == ["a.weight"]
+    save_program(lora_fx.fold(file), folded)
+    inserted = lora_fx.insert(folded, rank=2, include="a")
+    save_program(inserted, again)
+    for model in (lora_fx.fold(file), load_program(folded), inserted, load_program(again)):
+        for x in (long, short):
+            torch.testing.assert_close(model.eval()(x), by_hand(x), rtol=1e-5, atol=1e-5)
+    (row,) = lora_fx.export(file, tmp_path / "m.onnx").details["ranges"]
+    assert (row["min"], row["max"]) == (None, 7)  # an ONNX file has the example's side
+
+
+def test_a_file_without_branches_on_sizes_is_as_old_readers_know_it(tmp_path: Path) -> None:
+    save_program(adapted(Cut)[0], tmp_path / "m.pt2")
+    said = json.loads(zipfile.ZipFile(tmp_path / "m.pt2").read("m/data/extra/lora_fx.json"))
+    assert said["format"] == 1 and said["programs"] == {"model": "eval", "train": "train"}
 
 
 def test_a_switchable_file_and_its_session_know_the_sizes(tmp_path: Path) -> None:
@@ -336,10 +422,6 @@ def test_a_runtime_that_would_end_the_process_is_not_asked(kind: str, tmp_path: 
 
 
 def test_a_path_for_every_size_ends_in_a_refusal() -> None:
-    class Unrolled(Two):
-        def forward(self, x: Tensor) -> Any:
-            return sum(self.a(x[:, i]) for i in range(x.shape[1]))
-
     model = Unrolled().eval()
     module = lora_fx.insert(model, (torch.randn(2, 3, 4),), rank=2, include="a")
     for steps in range(2, 10):

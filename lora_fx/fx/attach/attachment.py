@@ -77,7 +77,7 @@ class Attachment:
         # now, while tensors are whole: FSDP shards them later
         self._sampled.now(self.updates, self.model)
         for key, update in self.updates.items():
-            computed = "~" in key  # such a weight is where its parameters are
+            computed = base_name(key).endswith("~")  # such a weight is where its parameters are
             stored = self.found[key].sites[0].behind[0] if computed else base_name(key)
             device = parameter_of(self.model, stored).device
             for slot in slots_of(key, update):

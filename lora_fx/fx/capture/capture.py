@@ -13,7 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.conditions import Condition
+from lora_fx.conditions import Condition, Size
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.fx import codes
 from lora_fx.fx.capture import call, trace
-from lora_fx.fx.capture.call import Called, Door, Requested, Signature
+from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_key
 from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
 from lora_fx.fx.graph.graph import FxGraph
@@ -213,18 +213,23 @@ class Captured:
         Raises:
             SizeError: The model does not run at these sizes, or no graph of it holds for them.
         """
-        leaves = pytree.tree_leaves(dict(named))
-        key = (training, portable, dtype or self.base_dtype, *call.program_key(named, leaves))
+        leaves, example = pytree.tree_leaves(dict(named)), named is self.named
+        of_call = self._example_key if example else program_key(named, leaves)
+        key = (training, portable, dtype or self.base_dtype, *of_call)
         held = self.tracings.setdefault(key, [])
         new = partial(self._new, training, named, dtype, portable=portable)
-        if not held:
-            held.append(new())
-        example = named is self.named
+        if not held:  # the example's path comes first, whatever is called first
+            first = self.named if of_call == self._example_key else named
+            held.append(self._new(training, first, dtype, portable=portable))
         found = next((t for t in held if example or t.door.admits(leaves)), None)
         if found is None:
             found = self._elsewhere(held, named, new)
             held.append(found)
         return found
+
+    @cached_property
+    def _example_key(self) -> tuple[Any, ...]:
+        return program_key(self.named, pytree.tree_leaves(dict(self.named)))
 
     def _elsewhere(
         self, held: Sequence[Traced], named: Named, new: Callable[..., Traced]
@@ -242,6 +247,55 @@ class Captured:
         if not found.door.admits(leaves):
             raise refused
         return found
+
+    def paths(self, training: bool, dtype: torch.dtype | None) -> list[tuple[Named, Traced]]:
+        """The paths of the model's code that sizes decide, each with a call; the example's first.
+
+        From each one goes on outside each of its conditions and fixed sizes. Where a loop over the
+        steps fixes a size, another one is fixed too, and not worth a place of its own.
+        """
+        found: list[tuple[Named, Traced]] = []
+        found.append((self.named, self.traced(training, self.named, dtype)))
+        for named, traced in found:
+            fixed = self._fixed(traced.door)
+            pins = [Condition(f"s0 == {n}", (("s0", *size),)) for size, n in fixed.items()]
+            for condition in (*traced.door.conditions, *pins):
+                given = None if condition.demanded else self._beyond(condition, named, traced.door)
+                if given is None or len(found) == MOST_PATHS:
+                    continue
+                with contextlib.suppress(LoraFxError):  # the model does not run there
+                    other = self.traced(training, given, dtype)
+                    own = self._fixed(other.door).items() if condition in pins else ()
+                    lone = any(n != 1 and fixed.get(size) != n for size, n in own)
+                    if not lone and all(other is not t for _, t in found):
+                        found.append((given, other))
+        return found
+
+    def _fixed(self, door: Door) -> dict[Size, int]:
+        """What should be free and is not."""
+        sizes = dict(zip(door.names, door.sizes, strict=True))
+        wanted = [(name, d, sizes.get(name)) for name, dims in self.requested.items() for d in dims]
+        return {(name, d): n for name, d, of in wanted if of and (n := of[d]) is not None}
+
+    def _beyond(self, condition: Condition, named: Named, door: Door) -> Named | None:
+        """A call like `named` that breaks a condition of a door and no other, at size 1 at last."""
+        tensors = {n: x for n, x in call.leaves_of(named) if isinstance(x, torch.Tensor)}
+        rest = [c for c in door.conditions if c is not condition]
+        dims = trace.less(self.requested, self._fixed(door).keys() - condition.about)
+        base: dict[str, int] = {}
+        for name, symbols in dims.items():
+            for d, symbol in symbols.items():
+                base[symbol] = max(base.get(symbol, 0), tensors[name].shape[d])
+        known = self.bounded_inputs().specs
+        specs = tuple(replace(s, shape=tuple(tensors[s.name].shape)) for s in known)
+        for least in (2, 1):
+            more = [Condition(f"s0 >= {least}", (("s0", *size),)) for size in condition.about]
+            inputs = Inputs(specs, (*rest, *more)).with_dims(dims)
+            outside = inputs.outside(condition, base)
+            if outside is not None:
+                device = next(iter(tensors.values())).device
+                return call.sample_call(inputs, self.named, outside, device=device)
+        return None
 
     def _another(self, door: Door, leaves: Sequence[Any]) -> bool:
         """Whether what a door refuses may have a path of its own.

@@ -357,15 +357,38 @@ def put_asserts(
     graph.erase_node(tail)
 
 
-def drop_layout(graph: fx.Graph, log: GuardLog) -> None:
+def drop_layout(
+    graph: fx.Graph,
+    log: GuardLog,
+    shapes: Mapping[str, Sequence[Any]],
+    conditions: Sequence[Condition],
+) -> None:
     """Erase asserts that only a kernel's question about strides left, while a graph was exported.
 
-    What mattered of those of the capture is among its conditions.
+    What mattered of those of the capture is among its conditions, whose asserts stay: torch has
+    some of them in words of its own.
+
+    Args:
+        graph: That of the program.
+        log: What was written down while it was made.
+        shapes: The sizes of its inputs by name, as the program has them.
+        conditions: What was written into it.
     """
-    for node in list(graph.nodes):
-        if node.target is aten._assert_scalar.default and log.of(_said(node)).kind == LAYOUT:
+    own = set[str]()
+    for c in conditions:
+        sizes = {s: shapes[n][d] for s, n, d in c.sizes if n in shapes}
+        if len(sizes) == len(c.sizes):
+            own.add(_canonical(c.build(lambda op, xs: _OPERATORS[op](*xs), sizes)))
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        if log.of(_said(node)).kind == LAYOUT and _canonical(value(node.args[0])) not in own:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def _canonical(test: Any) -> str:
+    """A comparison of symbols as text, one for all its spellings."""
+    found = test.node.expr if isinstance(test, torch.SymBool) else test
+    return str(symbolic_shapes.canonicalize_bool_expr(found))
 
 
 _OPERATORS: dict[str, Any] = {**BINARY, "min": torch.sym_min, "max": torch.sym_max}

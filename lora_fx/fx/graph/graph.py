@@ -282,7 +282,7 @@ class FxGraph(Analysed):
         A parameter whose every use is among the sites is replaced under all its names.
         """
         value = value.compute() if isinstance(value, Deferred) else value
-        stored = name.replace("~", "")
+        stored = name.removesuffix("~")
         module, leaf = owner(self.root, stored)
         old = parameter_of(self.root, name if name in self._aliases else sites[0].behind[0])
         # a computed weight may have another dtype than what it is computed from

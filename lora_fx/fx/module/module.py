@@ -141,14 +141,14 @@ def skeleton(
 
 
 def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
-    """Raise for a tensor, or a child with tensors, that a method of `root` would hide."""
-    held = [*module.named_parameters(), *module.named_buffers()]
-    for name in dict.fromkeys(n.partition(".")[0] for n, _ in held):
-        if hasattr(root, name):
+    """Raise for a tensor, or a child with tensors, that `root` or its code would hide."""
+    held = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+    for name in dict.fromkeys(n.partition(".")[0] for n in held):
+        if hasattr(root, name) or (name == "self" and name in held):
             raise LoraFxError(
-                f"{type(module).__name__}.{name} holds weights, and {name} is a method of the "
-                "module that insert returns",
-                "rename it, or lora_fx.attach adapts your own module instead",
+                f"{type(module).__name__}.{name} holds weights, and {name} is taken in the module "
+                "that insert returns",
+                "rename it; lora_fx.attach, which adapts your own module, takes methods' names",
             )
 
 
@@ -219,14 +219,17 @@ class CapturedModule(Recomputing, Scope):
         """Passes that change what a program costs, not its numbers."""
         return []
 
-    def graph(self, training: bool = False, *, portable: bool = False) -> FxGraph:
-        """The rewritten graph for the captured arguments; passes may edit it.
+    def graph(
+        self, training: bool = False, *, portable: bool = False, named: Named | None = None
+    ) -> FxGraph:
+        """The rewritten graph for a call, the captured one without `named`; passes may edit it.
 
         A portable one has no op that only torch's own kernels or another library know.
         """
-        graph = self._graph(training, self._programs.captured.named)
+        named = self._programs.captured.named if named is None else named
+        graph = self._graph(training, named)
         if portable and has_grouped(graph.graph):
-            return self._graph(training, self._programs.captured.named, portable=True)
+            return self._graph(training, named, portable=True)
         return graph
 
     def _graph(self, training: bool, named: Named, *, portable: bool = False) -> FxGraph:

@@ -28,6 +28,7 @@ from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2 import program
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
 from lora_fx.fx.pt2.manifest import (
+    FORMAT,
     adapter_names,
     is_constant,
     read_adapter,
@@ -49,7 +50,8 @@ class FileCaptured(Captured):
         adapter: What the file's branches hold, or None.
         dropout: On the branches' inputs.
         norm_stats: frozen, or update.
-        programs: {training: program's name}, for the modes that the file holds.
+        programs: {training: names of its programs}, for the modes that the file holds: one for
+            each path of the model's code, the example's first.
     """
 
     def __init__(
@@ -85,22 +87,24 @@ class FileCaptured(Captured):
 
     def _read(self, manifest: JsonView) -> None:
         if manifest:
-            check_format(manifest, f"{self.path}: its manifest")
+            check_format(manifest, f"{self.path}: its manifest", FORMAT)
         programs = self._loaded
         first = programs.get("model") or next(iter(programs.values()))
         named = dict(first.named)
         signature = signature_of(named)
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
+        self.programs: dict[bool, list[str]] = {}
         if manifest:
-            said = manifest["programs"]
-            self.programs = {mode == "train": n for n, mode in said.items() if n in programs}
+            for n, mode in manifest["programs"].items():
+                if n in programs:
+                    self.programs.setdefault(mode == "train", []).append(n)
             tensors = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
             named = read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
             signature = held_signature(read_signature(manifest["parameters"]), named)
         else:
             graphs = {n: p.program.graph_module.graph for n, p in programs.items()}
             modes = {n: program.mode_of(g) for n, g in graphs.items()}
-            self.programs = program.pick_programs(modes)
+            self.programs = {m: [n] for m, n in program.pick_programs(modes).items()}
             if any(is_marked(n) for g in graphs.values() for n in g.nodes):
                 self.notes.append(f"{self.path}: branches without a manifest are part of the model")
         self.signature = FileSignature(self.path, signature)
@@ -145,7 +149,7 @@ class FileCaptured(Captured):
 
     def _free(self, said: JsonView) -> dict[str, dict[int, str]]:
         """{input: {dimension: symbol}} of the sizes that the programs leave open."""
-        first = self._loaded[next(iter(self.programs.values()))]
+        first = self._loaded[next(iter(self.programs.values()))[0]]
         shapes = [tuple(v.shape) for v in program.tensor_places(first.program)]
         names = self.inputs.names
         batch = str(shapes[0][0]) if shapes and shapes[0] else ""
@@ -166,7 +170,7 @@ class FileCaptured(Captured):
         """See Captured.allows."""
         if training in self.programs:
             return
-        graph = self._trace_of(self.programs[not training]).graph
+        graph = self._trace_of(self.programs[not training][0]).graph
         modals = [m for m in program.modal_nodes(graph) if m.training is not training]
         if training and norm_stats == "frozen":
             modals = [m for m in modals if not m.norm]  # frozen norms are those of the eval graph
@@ -188,7 +192,7 @@ class FileCaptured(Captured):
         *,
         portable: bool = False,
     ) -> Traced:
-        """The file's graph for a mode, or the one that it has; `allows` says if it may be run."""
+        """The file's graph for a mode and sizes, or one of the other mode: see `allows`."""
         if portable:
             raise LoraFxError(
                 f"{self.path} holds a grouped product of experts, which ONNX has no operator for",
@@ -200,7 +204,10 @@ class FileCaptured(Captured):
                 "export it in that dtype, or insert from the source",
             )
         self._same_call(named)
-        return self._trace_of(self.programs.get(training) or self.programs[not training])
+        names = self.programs.get(training) or self.programs[not training]
+        leaves, example = pytree.tree_leaves(dict(named)), named is self.named
+        fit = (n for n in names if example or self._trace_of(n).door.admits(leaves))
+        return self._trace_of(next(fit, names[0]))
 
     def _same_call(self, named: JsonView) -> None:
         mine, other = (program_key(n, pytree.tree_leaves(dict(n))) for n in (self.named, named))

@@ -13,27 +13,31 @@ from lora_fx.adapter.factors import FIELDS, slots_of, with_values
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.errors import LoraFxError, stamp
+from lora_fx.fx.capture.trace import Traced
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.check import LEAF, named_children
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.text import Json, JsonView
 
+FORMAT = 2
+"""That of a file with several programs of one mode, of which sizes choose; others have 1."""
 _KINDS = {k.name: k for k in inspect._ParameterKind}
 
 
-def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> Json:
+def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
     """What a reader needs beside the programs.
 
     Args:
         module: What is saved.
-        programs: {program name: eval or train}.
+        programs: {program name: (training, what it was made from)}.
     """
+    modes = [training for training, _ in programs.values()]
     captured = module.captured
     inputs = captured.bounded_inputs()
     made: Json = {
-        **stamp(),
-        "programs": dict(programs),
+        **stamp(FORMAT if len(modes) > len({*modes}) else 1),
+        "programs": {name: "train" if m else "eval" for name, (m, _) in programs.items()},
         "class": type(module).__name__,
         "parameters": [_parameter(p) for p in captured.signature.signature.parameters.values()],
         "arguments": _arguments(captured.named),
@@ -43,8 +47,8 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, str]) -> Json:
         },
         "not_one": sorted([n, d] for n, d in module.not_one),
         "conditions": {
-            name: [c.stored() for c in module.conditions(mode == "train")]
-            for name, mode in programs.items()
+            name: [c.stored() for c in traced.door.conditions]
+            for name, (_, traced) in programs.items()
         },
         "norm_stats": module._norm_stats,
         "adapter": None,

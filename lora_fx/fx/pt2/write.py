@@ -18,21 +18,31 @@ from torch.export.pt2_archive._package import _get_raw_tensor_bytes
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import leaves_of
 from lora_fx.fx.capture.guards import GuardLog, drop_layout, put_asserts
-from lora_fx.fx.capture.trace import RootModule, at_least_two, export_program
+from lora_fx.fx.capture.trace import RootModule, Traced, at_least_two, export_program
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.archive import MANIFEST
 from lora_fx.fx.pt2.manifest import make_manifest, plain_spec
+from lora_fx.fx.pt2.program import tensor_places
 from lora_fx.fx.to_onnx import flat_program
+from lora_fx.inputs import Named
 
+Paths = Sequence[tuple[Named, Traced]]
+"""The paths of the model's code in a mode, each with a call that takes it; the example's first."""
 NAMES = {False: "model", True: "train"}
 ENTRY = f"{RootModule.__module__}.{RootModule.__qualname__}"
 """What torch records as the class of a graph's root; files name the user's own class."""
 
 
-def write_programs(module: CapturedModule, path: Path, modes: Sequence[bool]) -> None:
-    """Write the programs of a module for these modes (training or not)."""
-    made = {NAMES[m]: _export(module, m) for m in modes}
-    manifest = make_manifest(module, {NAMES[m]: "train" if m else "eval" for m in modes})
+def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Paths]) -> None:
+    """Write the programs of a module: for each mode (training or not) those of its paths."""
+    held: dict[str, tuple[bool, Traced]] = {}
+    made = {}
+    for training, found in modes.items():
+        for i, (named, traced) in enumerate(found):
+            name = f"{NAMES[training]}_{i}" if i else NAMES[training]
+            held[name] = training, traced
+            made[name] = _export(module, training, named, traced)
+    manifest = make_manifest(module, held)
     kept = module.state_dict(keep_vars=True)
     with PT2ArchiveWriter(str(path)) as archive:
         store = _Store(archive)
@@ -84,16 +94,16 @@ class _Store:
         self.archive.write_string(f"data/{kind}/{program}_{kind}_config.json", config)
 
 
-def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, str]:
-    """The program of one mode, and its plain tree of outputs."""
-    captured = module.captured
-    graph = module.graph(training, portable=True)
-    traced = captured.traced(training, captured.named, module.base_dtype)
-    flat, names, _ = flat_program(module, graph.graph, all_outputs=True)
+def _export(
+    module: CapturedModule, training: bool, named: Named, traced: Traced
+) -> tuple[ExportedProgram, str]:
+    """The program of one mode and path, and its plain tree of outputs."""
+    graph = module.graph(training, portable=True, named=named)
+    flat, names, _ = flat_program(module, graph.graph, traced)
     _keep_volatile(flat, module)
-    free = traced.door.free(captured.requested)
+    free = traced.door.free(module.captured.requested)
     shapes = tuple({d: Dim.AUTO for d in dims} or None for dims in free.values())
-    examples = dict(leaves_of(captured.named))  # of its own sizes, for FLOPs are counted at them
+    examples = dict(leaves_of(named))  # of its own sizes, for FLOPs are counted at them
     tensors = tuple(at_least_two(examples[name], dims).cpu() for name, dims in free.items())
     places = dict(zip(free, flat.graph.find_nodes(op="placeholder"), strict=True))
     put_asserts(flat.graph, places, traced.door.conditions)
@@ -107,7 +117,8 @@ def _export(module: CapturedModule, training: bool) -> tuple[ExportedProgram, st
             f"the {'train' if training else 'eval'} program cannot be exported: {one_line(e)}",
             "please report this model",
         ) from e
-    drop_layout(program.graph, log)
+    sizes = {n: t.shape for n, t in zip(free, tensor_places(program), strict=True)}
+    drop_layout(program.graph, log, sizes, traced.door.conditions)
     program._example_inputs = None  # they would be a pickle
     call = program.module_call_graph[0].signature
     assert call is not None
