@@ -248,6 +248,13 @@ def forms(root: nn.Module) -> dict[str, Stored]:
     return found
 
 
+def stored_of(root: nn.Module, name: str) -> Stored | None:
+    """What the codes of a parameter stand for; None where it holds numbers."""
+    module, leaf = owner(root, name)
+    found: Stored | None = (module.__dict__.get(HELD) or {}).get(leaf)
+    return found
+
+
 def whole(root: nn.Module, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight that a parameter's codes stand for, in a dtype."""
     codes, scale, *zero = tensors_of(root, name)

@@ -85,8 +85,11 @@ class Made:
         path = self.folder / f"{self.name}_{kind}.onnx"
         if not path.exists():
             how: dict[str, Any] = {"optimise": kind == "optimised"}
-            if kind == "switch":
-                how = {"mode": "switch", "adapters": {"one": self.adapters[0]}}
+            coded: dict[str, Any] = {"quantise": "int4"} if kind.startswith("int4") else {}
+            if kind.endswith("switch"):
+                how = {"mode": "switch", "adapters": {"one": self.adapters[0]}, **coded}
+            elif coded:
+                how = coded
             elif kind.startswith("batch"):
                 how = {"mode": "batch", "adapters": self.adapters[: int(kind[5:])]}
             elif kind != "base":
@@ -98,8 +101,8 @@ class Made:
         """A session on one thread."""
         if kind == "eager":
             return Eager(copy.deepcopy(self.model), "cpu")  # none finds its weights in a cache
-        if kind == "switched":
-            owner = Switchable(self.file("switch"), provider="cpu", threads=1)
+        if kind.endswith("switched"):
+            owner = Switchable(self.file(kind[:-2]), provider="cpu", threads=1)
             owner.load("one", self.adapters[0])
             return Chosen(owner.session, "cpu", owner=owner)
         return open_session(self.file(kind), "cpu", threads=1)
@@ -225,6 +228,24 @@ def modes(bert: Made, rounds: int) -> list[Row]:
     return rows
 
 
+def codes(bert: Made, rounds: int) -> list[Row]:
+    """Switch over int4 codes beside the int4 base, and the base in floats."""
+    kinds = {
+        "int4": "int4", "int4 again": "int4", "switch over int4, no adapter": "int4_switch",
+        "switch over int4, an adapter": "int4_switched", "floats": "base",
+    }  # fmt: skip
+    opened = {n: bert.open(k) for n, k in kinds.items()}
+    rows = []
+    for size in ((1, 128), (1, 1)):
+        feeds = {n: {"input_ids": tokens(*size)} for n in opened}
+        gates: dict[str, Callable[[Row], float]] = {}
+        if size == (1, 128):
+            gates["switch over int4, an adapter"] = lambda control: 1.10
+        title = f"BERT, width {bert.width}, {size[0]}×{size[1]}"
+        rows += measure(title, opened, feeds, gates, rounds)
+    return rows
+
+
 def batch(bert: Made, rounds: int) -> list[Row]:
     """Rows with adapters of their own, beside the base."""
 
@@ -263,7 +284,7 @@ def optimised(made: Made, eager: float, rounds: int) -> list[Row]:
 def main() -> int:
     """Print a row for everything measured; 1 where a gate is missed."""
     parser = argparse.ArgumentParser()
-    groups = ("modes", "batch", "bert", "gpt2")
+    groups = ("modes", "codes", "batch", "bert", "gpt2")
     parser.add_argument("groups", nargs="*", choices=[[], *groups])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--layers", type=int, default=2)
@@ -283,6 +304,7 @@ def main() -> int:
         bert = maker("bert") if set(chosen) - {"gpt2"} else None
         if bert is not None:
             rows += modes(bert, options.rounds) if "modes" in chosen else []
+            rows += codes(bert, options.rounds) if "codes" in chosen else []
             rows += batch(bert, options.rounds) if "batch" in chosen else []
             rows += optimised(bert, 0.50, options.rounds) if "bert" in chosen else []
         if "gpt2" in chosen:

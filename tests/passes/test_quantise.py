@@ -376,3 +376,18 @@ def test_options_that_exclude_each_other(
     with pytest.raises(LoraFxError, match=said):
         lora_fx.export(model, tmp_path / "m.onnx", (x,), **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_knows_the_base_that_it_was_trained_on() -> None:
+    """The numbers that codes stand for are the base: floats and other codes are other weights."""
+    model, x = built("linear")
+    made = {k: lora_fx.insert(model, (x,), rank=2, quantise=k) for k in ("int4", "int8")}
+    made["floats"] = lora_fx.insert(model, (x,), rank=2)
+    for name, module in made.items():
+        adapter = module.adapter()
+        for other in made:
+            again = lora_fx.insert(
+                model, (x,), adapter=adapter, quantise=None if other == "floats" else other
+            )
+            said = any("trained on other weights" in n for n in again.report().notes)
+            assert said is (name != other), (name, other)

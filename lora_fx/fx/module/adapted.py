@@ -22,6 +22,8 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.codes import stored_of
+from lora_fx.fx.codes import whole as whole_weight
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.module import CapturedModule, Rewriter, decide_doubts
 from lora_fx.fx.tensors import (
@@ -511,11 +513,13 @@ def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...
 
 def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
     """The name, the shape, and both ends of a parameter."""
-    tensor = parameter_of(root, name)
+    tensor: torch.Tensor = parameter_of(root, name)
     if is_sharded(tensor):
         raise LoraFxError(
             f"{name!r} is sharded: every process would have to gather it", "gather it before"
         )
+    if (stored := stored_of(root, name)) is not None:  # the numbers that its codes stand for
+        tensor = whole_weight(root, name, stored, stored.dtype)
     if dtype_name(tensor.dtype) not in FLOATING or is_traceable_wrapper_subclass(tensor.data):
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no plain weight", "cast it before")
     return name, tuple(tensor.shape), both_ends(tensor)
