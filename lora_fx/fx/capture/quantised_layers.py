@@ -100,8 +100,8 @@ def _dtype(layer: nn.Module, others: torch.dtype | None) -> torch.dtype:
     weight = getattr(layer, "weight", None)
     state = getattr(weight, "quant_state", None)
     told = getattr(state, "original_dtype", None) or getattr(state, "dtype", None)
-    if told is None and weight is not None and weight.is_floating_point():
-        told = weight.dtype  # a subclass says what it stands for
+    if told is None and isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        told = weight.dtype if weight.dtype.itemsize > 1 else None  # a subclass says it
     return told or others or torch.float32
 
 
@@ -115,11 +115,13 @@ def _reader(path: str, layer: nn.Module) -> Read | None:
     for p in held:
         if type(p.data).__module__.startswith("torchao."):
             return partial(_of_torchao, path, p.data)
-    known = PACKAGES.get(package)
+    known = PACKAGES.get("awq" if "Awq" in type(layer).__name__ else package)
     if known is None and any(name in layer._parameters for name in PACKED):
         known = PACKAGES["compressed_tensors"]
     if known is None or not (held or "qweight" in layer._buffers):
         return None
+    if package == "bitsandbytes" and type(held[0]).__module__.partition(".")[0] != package:
+        return None  # its StableEmbedding holds floats
     return partial(_of_state, path, layer, known)
 
 
@@ -132,7 +134,7 @@ def _of_state(path: str, layer: nn.Module, said: Mapping[str, object]) -> tuple[
     if weight is None:
         raise LoraFxError(
             f"{path}: this {type(layer).__name__} holds no codes yet: {', '.join(state)}",
-            "move the model to its device first, which quantises it",
+            "move it to its device first, which quantises it (int8: has_fp16_weights=False)",
         )
     return weight.format, weight.read()
 
@@ -141,11 +143,12 @@ def _tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
     """The tensors that a layer's package would put into a file."""
     weight: Any = layer._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
-    if state is None and not (isinstance(layer, nn.Embedding) and hasattr(weight, "SCB")):
+    if state is None and not isinstance(layer, nn.Embedding):
         return layer.state_dict()
-    if state is None:
-        return {"weight": weight.data, "SCB": weight.SCB}
     # bitsandbytes has none of a table, and that of a packed layer changes it in place, wrongly
+    if state is None:
+        scale = getattr(weight, "SCB", None)
+        return {} if scale is None else {"weight": weight.data, "SCB": scale}
     codes, told = weight.data, {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
     if is_packed(layer):  # in tiles of 32 rows, whose halves lie in the halves of a byte
         halves = codes.reshape(-1, 32)
@@ -157,7 +160,7 @@ def _tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """bitsandbytes has brought the weight into an order of this CPU, which has no gradient."""
+    """True where bitsandbytes has put the weight into an order for this CPU, without gradient."""
     state = getattr(layer._parameters.get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
