@@ -26,6 +26,7 @@ from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
 from lora_fx.fx.attach.partial import one_argument, one_op, partial_graphs
 from lora_fx.fx.capture.call import Called, Signature
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.quantised_layers import keep_trainable
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.module.module import CapturedModule
@@ -112,6 +113,7 @@ def attach(
         captured = isinstance(model, Captured)
         cap = model if captured else capture(_module(model), args, kwargs, dynamic)
         model = _module(cap.quantised or cap.model)
+        keep_trainable(model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
         planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout)
@@ -392,6 +394,11 @@ class GraphPlanner(Planner):
                 lookup = any(site.op == "embedding" for site in own)
                 if known or lookup or all(t.role != "head" for t, _ in group):
                     continue
+            if where != OUTSIDE and (kind := group[0][0].parameter.format):
+                raise LoraFxError(
+                    f"{name}: no module's forward is this product alone, and W is codes ({kind})",
+                    f"exclude={name!r}, or use lora_fx.insert",
+                )
             keys = frozenset(places)
             if keys not in weights:
                 weights[keys] = weight_form([(t, u) for t, u in group if t.key in keys])

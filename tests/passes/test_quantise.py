@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_training_keeps_no_weight_and_has_its_gradients(name: str, kind: str) ->
         assert not alive, "W̃ is made again in backward"
         y.square().sum().backward()
         grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-        found.append((saved_bytes(module, lambda m=module: m(x))[0], {**grads, "x": given.grad}))
+        found.append((saved_bytes(module, partial(module, x))[0], {**grads, "x": given.grad}))
     (kept, grads), (slow_kept, slow), (float_kept, want), (slow_float_kept, _) = found
     assert set(grads) == set(want) == set(slow)
     for n, g in want.items():

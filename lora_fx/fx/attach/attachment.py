@@ -79,7 +79,10 @@ class Attachment:
         for key, update in self.updates.items():
             computed = base_name(key).endswith("~")  # such a weight is where its parameters are
             stored = self.found[key].sites[0].behind[0] if computed else base_name(key)
-            device = parameter_of(self.model, stored).device
+            home, leaf = owner(self.model, stored)
+            # codes may lie under other names
+            held = (home._parameters.get(leaf), *home.parameters(), *home.buffers())
+            device = next(t.device for t in held if t is not None)
             for slot in slots_of(key, update):
                 module, leaf = owner(self.model, slot.name, create=adapter_tensors)
                 # fp32 masters, whatever the base's dtype

@@ -41,15 +41,11 @@ PACKED = ("weight_packed", "weight_scale")
 
 
 class PlainLinear(nn.Linear):
-    """A linear layer in the dtype that the quantised one computes in; None is that of x."""
-
-    compute: torch.dtype | None = None
+    """A linear layer in the dtype of x, whatever the kernel of the quantised one rounds to."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x·W̃ᵀ + bias, in the dtype of x."""
-        dtype = self.compute or x.dtype
-        y: torch.Tensor = F.linear(_in(x, dtype), _in(self.weight, dtype), _in(self.bias, dtype))
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        """x·W̃ᵀ + bias."""
+        return F.linear(x, _in(self.weight, x.dtype), _in(self.bias, x.dtype))
 
 
 def _in(t: Any, dtype: torch.dtype) -> Any:
@@ -81,6 +77,8 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
         parent._modules[leaf] = new
         weight = f"{path}.weight"
         store(tree, weight, q, own, q.shape, turned=False)
+        kind += "; x stays in floats here" if _quantises_x(layer) else ""
+        kind += "; this CPU's kernel has rounded their scales" if is_packed(layer) else ""
         formats[kind] = formats.get(kind, 0) + 1
     return tree, tuple(f"{n} layers are read as codes: {kind}" for kind, n in formats.items())
 
@@ -94,17 +92,16 @@ def _plain(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> nn.M
     new = PlainLinear(inner, out, bias=False, device="meta", dtype=dtype)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    if getattr(layer, "compute_type_is_set", False):
-        new.compute = getattr(layer, "compute_dtype", None)
     return new
 
 
 def _dtype(layer: nn.Module, others: torch.dtype | None) -> torch.dtype:
     """The dtype that a layer's numbers have before they meet x."""
     weight = getattr(layer, "weight", None)
-    told = getattr(getattr(weight, "quant_state", None), "dtype", None)
-    if told is None and weight is not None and weight.is_floating_point():
-        told = weight.dtype  # a subclass says what it stands for
+    state = getattr(weight, "quant_state", None)
+    told = getattr(state, "original_dtype", None) or getattr(state, "dtype", None)
+    if told is None and isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        told = weight.dtype if weight.dtype.itemsize > 1 else None  # a subclass says it
     return told or others or torch.float32
 
 
@@ -118,26 +115,79 @@ def _reader(path: str, layer: nn.Module) -> Read | None:
     for p in held:
         if type(p.data).__module__.startswith("torchao."):
             return partial(_of_torchao, path, p.data)
-    known = PACKAGES.get(package)
+    known = PACKAGES.get("awq" if "Awq" in type(layer).__name__ else package)
     if known is None and any(name in layer._parameters for name in PACKED):
         known = PACKAGES["compressed_tensors"]
     if known is None or not (held or "qweight" in layer._buffers):
         return None
+    if package == "bitsandbytes" and type(held[0]).__module__.partition(".")[0] != package:
+        return None  # its StableEmbedding holds floats
     return partial(_of_state, path, layer, known)
 
 
 def _of_state(path: str, layer: nn.Module, said: Mapping[str, object]) -> tuple[str, Quantised]:
     """By the tensors of the layer's state, which are those of a file."""
-    state = {f"{path}.{k}": to_numpy(v) for k, v in layer.state_dict().items()}
+    state = {f"{path}.{k}": to_numpy(v) for k, v in _tensors(layer).items()}
     given: Callable[[Array], Array] = np.asarray
     weights = quantised_weights(state, {"quantization_config": dict(said)}, given)
     weight = weights.get(f"{path}.weight")
     if weight is None:
         raise LoraFxError(
             f"{path}: this {type(layer).__name__} holds no codes yet: {', '.join(state)}",
-            "move the model to its device first, which quantises it",
+            "move it to its device first, which quantises it (int8: has_fp16_weights=False)",
         )
     return weight.format, weight.read()
+
+
+def _tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The tensors that a layer's package would put into a file."""
+    weight: Any = layer._parameters.get("weight")
+    state = getattr(weight, "quant_state", None)
+    if state is None and not isinstance(layer, nn.Embedding):
+        return layer.state_dict()
+    # bitsandbytes has none of a table, and that of a packed layer changes it in place, wrongly
+    if state is None:
+        scale = getattr(weight, "SCB", None)
+        return {} if scale is None else {"weight": weight.data, "SCB": scale}
+    codes, told = weight.data, {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+    if is_packed(layer):  # in tiles of 32 rows, whose halves lie in the halves of a byte
+        halves = codes.reshape(-1, 32)
+        tiles = torch.cat([halves & 15, halves >> 4], 1).reshape(len(codes) // 32, -1, 32, 2)
+        pairs = tiles.transpose(1, 2).reshape(-1, 2)
+        codes = pairs[:, :1] << 4 | pairs[:, 1:]
+        told["weight.absmax"] = state.absmax.T.reshape(-1)
+    return {"weight": codes, **told}
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """True where bitsandbytes has put the weight into an order for this CPU, without gradient."""
+    state = getattr(layer._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Forbid bitsandbytes to pack the layers of a live model at their next run in eval mode.
+
+    Raises:
+        LoraFxError: It has done so, and nothing gives the scales back that it rounded.
+    """
+    for path, layer in model.named_modules():
+        if is_packed(layer):
+            raise LoraFxError(
+                f"{path}: bitsandbytes has packed this layer for this CPU, and it has no gradient",
+                "load the model anew and attach before its first run, or use lora_fx.insert",
+            )
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _quantises_x(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    scheme = getattr(layer, "quantization_scheme", None)  # compressed-tensors'
+    names = ("act_quant_kwargs", "activation_quantization")  # torchao's
+    told = [*(getattr(weight, n, None) for n in names), getattr(scheme, "input_activations", None)]
+    llm_int8 = hasattr(weight, "SCB") and isinstance(layer, nn.Linear)
+    return llm_int8 or any(t is not None for t in told)
 
 
 def _of_torchao(path: str, weight: Any) -> tuple[str, Quantised]:
