@@ -137,20 +137,11 @@ _op = torch.library.custom_op("lora_fx::dequantise", mutates_args=(), schema=SCH
 
 
 @_op.register_fake
-def _shaped(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    shape: Sequence[int],
-    kind: str,
-    block: int,
-    turned: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
+    shape, turned, dtype = rest[2], rest[5], rest[6]
     if not turned:
         return codes.new_empty(shape, dtype=dtype)
-    swapped = [*shape[:-2], shape[-1], shape[-2]]
-    return codes.new_empty(swapped, dtype=dtype).transpose(-1, -2)
+    return codes.new_empty([*shape[:-2], shape[-1], shape[-2]], dtype=dtype).transpose(-1, -2)
 
 
 DEQUANTISE = torch.ops.lora_fx.dequantise.default
