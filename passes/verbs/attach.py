@@ -394,11 +394,6 @@ class GraphPlanner(Planner):
                 lookup = any(site.op == "embedding" for site in own)
                 if known or lookup or all(t.role != "head" for t, _ in group):
                     continue
-            if where != OUTSIDE and (kind := group[0][0].parameter.format):
-                raise LoraFxError(
-                    f"{name}: no module's forward is this product alone, and W is codes ({kind})",
-                    f"exclude={name!r}, or use lora_fx.insert",
-                )
             keys = frozenset(places)
             if keys not in weights:
                 weights[keys] = weight_form([(t, u) for t, u in group if t.key in keys])
