@@ -53,6 +53,8 @@ class Quantise:
                     "leave it in float",
                 )
             weight = graph.read(name)
+            if not np.isfinite(np.asarray(weight, np.float32)).all():
+                raise LoraFxError(f"{name}: not all of it is finite numbers", "leave it in float")
             q = quantise(_rows(weight, turned, len(target.layout.batch)), kind)
             dtype = getattr(torch, target.parameter.dtype)
             store(graph.root, name, q, dtype, weight.shape, turned)

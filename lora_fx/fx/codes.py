@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError
-from lora_fx.files.quantised.onnx import as_matmul_nbits
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.quantised.onnx import BITS, as_matmul_nbits
 from lora_fx.fx.graph.nodes import dtype_of
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, replace_parameter
 from lora_fx.ir.quantised import FP4, NF4, Quantised, packed
@@ -167,6 +167,8 @@ def store(
         LoraFxError: Codes that no layout of the table above holds.
     """
     kind, block, arrays = _arrays(name, q)
+    if other := taken(root, name, arrays):
+        raise LoraFxError(f"{name}: its module has a {other} already", "rename that")
     stored = Stored(kind, tuple(shape), block, dtype, turned, "zero" in arrays)
     old = parameter_of(root, name)
     tensors = {k: from_numpy(v) for k, v in arrays.items()}
@@ -180,6 +182,14 @@ def store(
             module.__dict__.setdefault(HELD, {})[leaf] = stored
             module.__class__ = _reading(type(module), leaf)
     replace_parameter(root, old, new)
+
+
+def taken(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
+    """The name beside a parameter that its scales or zeros would take from something else."""
+    p = parameter_of(root, name)
+    leaves = ((m, n) for m in root.modules() for n, own in m._parameters.items() if own is p)
+    names = ((m, f"{n}_{part}") for m, n in leaves for part in parts)
+    return next((n for m, n in names if hasattr(m, n)), "")
 
 
 def _arrays(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
@@ -281,7 +291,7 @@ def beside(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
         raise LoraFxError(
-            f"{type(model).__name__} cannot be copied, and quantising changes a copy: {e}",
+            f"{type(model).__name__} cannot be copied to quantise it: {one_line(e)}",
             "make it deepcopy-able, or load it quantised",
         ) from e
 
@@ -322,11 +332,40 @@ def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
         root: The tree of the file's tensors.
         graph: The program's.
         names: Placeholder → the tensor's name.
+
+    Raises:
+        LoraFxError: What an op says and what its tensors are differ.
     """
     for node in graph.find_nodes(op="call_function", target=DEQUANTISE):
         codes, _, zero, shape, kind, block, turned, dtype = node.args
-        stored = Stored(kind, tuple(shape), block, dtype, turned, zero is not None)
-        declare(root, names[codes.name], stored)
+        name, said = names[codes.name], (kind, shape, block, turned, dtype)
+        sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+        stored = Stored(kind, sizes, block, dtype, turned, zero is not None)
+        if not _fits(stored, *tensors_of(root, name)):
+            raise LoraFxError(
+                f"{name}: its codes are not those of {said}", "the file is damaged: fetch it again"
+            )
+        declare(root, name, stored)
+
+
+def _fits(stored: Stored, codes: torch.Tensor, *rest: torch.Tensor) -> bool:
+    """Whether tensors are as the table at the top has them."""
+    kinds = (*LEVELS, *(f"int{n}" for n in BITS))
+    plain = all(type(n) is int and n > 0 for n in (*stored.shape, stored.block))
+    dtype = isinstance(stored.dtype, torch.dtype) and stored.dtype.is_floating_point
+    if not (plain and dtype and stored.format in kinds and len(stored.shape) > 1):
+        return False
+    count, bits = math.prod(stored.shape), stored.bits
+    if stored.format in LEVELS:
+        want: list[tuple[int, ...]] = [(-(-count * bits // 8),), (-(-count // stored.block),)]
+    else:
+        rows, blocks = codes.shape[0], -(-count // max(codes.shape[0], 1) // stored.block)
+        width = blocks * bits
+        want = [(rows, blocks, stored.block * bits // 8), (rows, blocks)]
+        if stored.zeros:
+            packed = rest[-1].dtype == torch.uint8
+            want.append((rows, -(-width // 8) if packed else blocks))
+    return [tuple(t.shape) for t in (codes, *rest)] == want
 
 
 def declare(root: nn.Module, name: str, stored: Stored) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import beside, tensors_of
+from lora_fx.fx.codes import beside, taken, tensors_of
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import plain
 from lora_fx.fx.tensors import parameter_of
@@ -43,7 +44,7 @@ def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Cap
             copied.
     """
     found = find(cap.fx_graph())
-    kinds, notes = _chosen(found, parse(wanted), leave)
+    kinds, notes = _chosen(cap.model, found, parse(wanted), leave)
     new = copy.copy(cap)
     new.model = beside(cap.model)
     new.tracings = {k: [replace(t, analyses={}) for t in v] for k, v in cap.tracings.items()}
@@ -56,17 +57,17 @@ def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Cap
     return new
 
 
-def parse(wanted: Wanted) -> dict[str, Selectors]:
-    """Kind → selectors, None for the default plan.
+def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:
+    """Kinds, each with selectors, or None for the default plan.
 
-    >>> parse("nf4"), parse(["int4", "int8=lm_head,embed"])
-    ({'nf4': None}, {'int4': None, 'int8': 'lm_head,embed'})
+    >>> parse("nf4"), parse(["int4", "int4=lm_head,embed"])
+    ([('nf4', None)], [('int4', None), ('int4', 'lm_head,embed')])
     """
     if isinstance(wanted, Mapping):
-        return dict(wanted)
+        return list(wanted.items())
     texts = [wanted] if isinstance(wanted, str) else wanted
     parts = (text.partition("=") for text in texts)
-    return {kind: selectors or None for kind, _, selectors in parts}
+    return [(kind, selectors or None) for kind, _, selectors in parts]
 
 
 def quantised_base(
@@ -98,29 +99,31 @@ def quantised_base(
 
 
 def _chosen(
-    found: Found, asked: Mapping[str, Selectors], leave: Collection[str]
+    model: nn.Module,
+    found: Found,
+    asked: Sequence[tuple[str, Selectors]],
+    leave: Collection[str],
 ) -> tuple[dict[str, str], list[str]]:
     """Parameter → kind, and what had to be left in float."""
     kinds: dict[str, str] = {}
     left: dict[str, str] = {}
-    for kind, selectors in sorted(asked.items(), key=lambda item: item[1] is None):  # named first
+    for kind, selectors in sorted(asked, key=lambda item: item[1] is None):  # named first
         if kind not in KINDS:
             raise LoraFxError(f"no kind {kind!r} of quantised weights", ", ".join(KINDS))
         keys = make_plan(found, {}, rank=1, include=selectors).entries
         for name in dict.fromkeys(found[k].parameter.name for k in keys):
             why = _why_not(found, name, leave)
+            if not why and (other := taken(model, name)):
+                why = f"its module has a {other} already"
             if why and selectors:
                 raise LoraFxError(f"{name} cannot be quantised: {why}", "leave it out")
-            if (
-                not why
-                and not selectors
-                and any("embedding" in t.uses for t in _targets(found, name))
-            ):
+            table = any("embedding" in t.uses for t in _targets(found, name))
+            if not why and not selectors and table:
                 why = "it is a lookup table too"
             if why:
                 left[name] = why
-            else:
-                kinds.setdefault(name, kind)
+            elif kinds.setdefault(name, kind) != kind and selectors:
+                raise LoraFxError(f"{name}: {kinds[name]} and {kind} name it", "name it once")
     if not kinds:
         raise LoraFxError(
             "no weight is left to quantise", "; ".join(f"{n}: {w}" for n, w in left.items())

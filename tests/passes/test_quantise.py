@@ -392,3 +392,92 @@ def test_an_adapter_knows_the_base_that_it_was_trained_on() -> None:
             )
             said = any("trained on other weights" in n for n in again.report().notes)
             assert said is (name != other), (name, other)
+
+
+class Gain(nn.Module):
+    """A weight beside whose name another tensor or number stands."""
+
+    def __init__(self, gain: object) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 32)
+        self.weight = nn.Parameter(torch.randn(6, 32))
+        if isinstance(gain, torch.Tensor) and not isinstance(gain, nn.Parameter):
+            self.register_buffer("weight_scale", gain)
+        else:
+            self.weight_scale: Any = gain
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (F.linear(self.first(x), self.weight).mT * self.weight_scale).mT
+
+
+GAINS = {
+    "parameter": nn.Parameter(torch.full((6, 1), 2.0)),
+    "buffer": torch.full((6, 1), 2.0),
+    "number": 2.0,
+}
+
+
+@pytest.mark.parametrize("kind", GAINS)
+def test_what_stands_where_scales_would_is_the_models(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Gain(GAINS[kind]).eval(), torch.randn(3, 5)
+    assert {t.key for t in lora_fx.find(model, (x,)).targets} == {"first.weight", "weight"}
+    cap = quantised(capture(model, (x,)), "int4")
+    assert list(forms(cap.model)) == ["first.weight"]
+    assert any("has a weight_scale already" in n for n in cap.notes)
+    held = {"first.weight": by_hand_16(cap)}
+    out = lora_fx.insert(cap, rank=2)(x).detach().numpy()
+    assert rel(out, wanted(model, held, x)) < FOLD_TOL
+
+
+def by_hand_16(cap: Captured) -> np.ndarray[Any, Any]:
+    """As `by_hand`, for rows of one block."""
+    codes, scale = (t.numpy() for t in tensors_of(cap.model, "first.weight"))
+    nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1)[:, :5]
+    return (nibbles.astype(np.float64) - 8) * scale
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    model, x = built("linear")
+    with torch.no_grad():
+        model.weight[2, 3] = value
+    with pytest.raises(LoraFxError, match="weight: not all of it is finite"):
+        quantised(capture(model, (x,)), {"int4": THE_WEIGHT})
+
+
+def test_a_kind_given_twice_names_both() -> None:
+    model, x = built("linear")
+    cap = capture(model, (x,))
+    assert {*forms(quantised(cap, ["int4=first", f"int4={THE_WEIGHT}"]).model)} == {
+        "first.weight", "weight",
+    }  # fmt: skip
+    with pytest.raises(LoraFxError, match=r"first\.weight: int4 and nf4 name it"):
+        quantised(cap, ["int4=first", "nf4=first"])
+
+
+def test_codes_are_not_trained_whole() -> None:
+    _, _, cap = quantised_one("linear", "int4")
+    with pytest.raises(LoraFxError, match="weight is quantised, and cannot be trained whole"):
+        lora_fx.insert(cap, rank=2, include="first", also_train="weight")
+
+
+def test_a_model_of_codes_alone_is_cast() -> None:
+    torch.manual_seed(0)
+    parts = (nn.Linear(40, 30, bias=False), nn.ReLU(), nn.Linear(30, 6, bias=False))
+    x = torch.randn(3, 40)
+    module = filled(lora_fx.insert(nn.Sequential(*parts).eval(), (x,), rank=2, quantise="nf4"))
+    want = module(x).detach().numpy()
+    half = module.half()(x.half())
+    assert half.dtype == torch.float16
+    assert rel(half.detach().float().numpy(), want) < 5e-3
+    assert rel(module.float()(x).detach().numpy(), want) < 5e-3
+
+
+def test_floats_of_zero_points_are_not_rounded_by_casts() -> None:
+    model, x = built("linear")
+    with torch.no_grad():
+        model.weight.fill_(0.5)  # two bits hold its codes, whose zero is 128
+    module = lora_fx.insert(quantised(capture(model, (x,)), {"int8": THE_WEIGHT}), rank=2)
+    module.bfloat16()
+    assert {b.dtype for _, b in module.named_buffers()} == {torch.float32}

@@ -11,7 +11,7 @@ quantise x as well (bitsandbytes' LLM.int8, torchao's dynamic activations) keep 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import torchao
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.fx.codes import beside, store
-from lora_fx.fx.tensors import owner, to_numpy
+from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.quantised import Quantised
 
 PACKAGES: Mapping[str, Mapping[str, object]] = {
@@ -36,8 +36,8 @@ PACKAGES: Mapping[str, Mapping[str, object]] = {
     "compressed_tensors": {"quant_method": "compressed-tensors"},
 }
 """Packages whose layers are known by their class → what a config.json would say of their layout."""
-PACKED = ("weight_packed", "weight_scale")
-"""Parameters that compressed-tensors puts on torch's own layers."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""How the names of a module's hooks begin that are called around its forward."""
 
 
 class PlainLinear(nn.Linear):
@@ -64,23 +64,37 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
     Raises:
         LoraFxError: A layer whose tensors cannot be read, or not as codes.
     """
-    found = {p: read for p, m in model.named_modules() if (read := _reader(p, m)) is not None}
+    found = [(p, *r) for p, m in model.named_modules() for r in _readers(p, m)]
     if not found:
         return model, ()
     tree, formats = beside(model), dict[str, int]()
-    for path, read in found.items():
+    for path, leaf, read in found:
         layer, (kind, q) = model.get_submodule(path), read()
-        parent, leaf = owner(tree, path)
-        own = _dtype(layer, dtype)
-        new = _plain(layer, q.shape, own)
-        new.train(layer.training)
-        parent._modules[leaf] = new
-        weight = f"{path}.weight"
-        store(tree, weight, q, own, q.shape, turned=False)
+        old, own = tree.get_submodule(path), _dtype(layer, leaf, dtype)
+        if _is_plain(layer):
+            new = _plain(layer, q.shape, own)
+            # hooks are the user's; what replaced forward was the package's: see _readers
+            new.__dict__ |= {k: v for k, v in vars(old).items() if k.startswith(HOOKS)}
+            new.train(layer.training)
+            tree = new if old is tree else tree
+            for parent in tree.modules():  # a layer may have several names
+                names = [n for n, child in parent._modules.items() if child is old]
+                parent._modules |= dict.fromkeys(names, new)
+        store(tree, f"{path}.{leaf}".lstrip("."), q, own, q.shape, turned=False)
         kind += "; x stays in floats here" if _quantises_x(layer) else ""
         kind += "; this CPU's kernel has rounded their scales" if is_packed(layer) else ""
         formats[kind] = formats.get(kind, 0) + 1
     return tree, tuple(f"{n} layers are read as codes: {kind}" for kind, n in formats.items())
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """False where a layer has code of its own, whose weight alone is another."""
+    own = type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
+    return own or _package(type(layer)) in PACKAGES
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
 
 
 def _plain(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Module:
@@ -95,9 +109,9 @@ def _plain(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> nn.M
     return new
 
 
-def _dtype(layer: nn.Module, others: torch.dtype | None) -> torch.dtype:
+def _dtype(layer: nn.Module, leaf: str, others: torch.dtype | None) -> torch.dtype:
     """The dtype that a layer's numbers have before they meet x."""
-    weight = getattr(layer, "weight", None)
+    weight = getattr(layer, leaf, None)
     state = getattr(weight, "quant_state", None)
     told = getattr(state, "original_dtype", None) or getattr(state, "dtype", None)
     if told is None and isinstance(weight, torch.Tensor) and weight.is_floating_point():
@@ -108,21 +122,40 @@ def _dtype(layer: nn.Module, others: torch.dtype | None) -> torch.dtype:
 Read = Callable[[], tuple[str, Quantised]]
 
 
-def _reader(path: str, layer: nn.Module) -> Read | None:
-    """What reads a layer's codes; None for a layer that holds numbers."""
-    held = [p for p in layer._parameters.values() if p is not None]
-    package = type(layer).__module__.partition(".")[0]
-    for p in held:
-        if type(p.data).__module__.startswith("torchao."):
-            return partial(_of_torchao, path, p.data)
-    known = PACKAGES.get("awq" if "Awq" in type(layer).__name__ else package)
-    if known is None and any(name in layer._parameters for name in PACKED):
+def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
+    """The parameters of a layer that hold codes, each with what reads them.
+
+    Raises:
+        LoraFxError: A layer whose forward is no more that of its class, which codes cannot keep.
+    """
+    held = {n: p for n, p in layer._parameters.items() if p is not None}
+    tensors = {n: p for n, p in held.items() if _package(type(p.data)) == "torchao"}
+    for leaf, p in tensors.items():
+        yield leaf, partial(_of_torchao, path, p.data)
+    awq = "Awq" in type(layer).__name__  # gptqmodel's
+    known = PACKAGES.get("awq" if awq else _package(type(layer)))
+    if known is None and _is_compressed(held):
         known = PACKAGES["compressed_tensors"]
-    if known is None or not (held or "qweight" in layer._buffers):
-        return None
-    if package == "bitsandbytes" and type(held[0]).__module__.partition(".")[0] != package:
-        return None  # its StableEmbedding holds floats
-    return partial(_of_state, path, layer, known)
+    packed = _is_compressed(held) or "qweight" in layer._buffers
+    numbers = all(type(p) is nn.Parameter and p.is_floating_point() for p in held.values())
+    coded = known is not None and (packed or not numbers)
+    if coded:
+        yield "weight", partial(_of_state, path, layer, known or {})
+    given = layer.__dict__.get("forward") if coded or tensors else None
+    given = getattr(given, "func", getattr(given, "__func__", given))  # accelerate's is a partial
+    where = getattr(given, "__globals__", {}).get("__name__", "").partition(".")[0]
+    replaced = given is not None and where not in (*PACKAGES, "accelerate")
+    if (replaced and _is_plain(layer)) or (coded and not _is_plain(layer)):
+        raise LoraFxError(
+            f"{path}: this quantised {type(layer).__name__} has a forward of its own",
+            "put what it does beside x·Wᵀ into a hook, or into the module around it",
+        )
+
+
+def _is_compressed(held: Mapping[str, nn.Parameter]) -> bool:
+    weight = held.get("weight")
+    narrow = weight is not None and weight.dtype.itemsize == 1
+    return "weight_packed" in held or ("weight_scale" in held and narrow)
 
 
 def _of_state(path: str, layer: nn.Module, said: Mapping[str, object]) -> tuple[str, Quantised]:
@@ -134,7 +167,7 @@ def _of_state(path: str, layer: nn.Module, said: Mapping[str, object]) -> tuple[
     if weight is None:
         raise LoraFxError(
             f"{path}: this {type(layer).__name__} holds no codes yet: {', '.join(state)}",
-            "move it to its device first, which quantises it (int8: has_fp16_weights=False)",
+            "move the model to its device first, which quantises it",
         )
     return weight.format, weight.read()
 

@@ -268,7 +268,12 @@ def _of_codes(
             declare(module, name, Stored(kind, tuple(shape), 1, own[name].dtype, turned))
         else:
             store(module, name, weight.read(), dtype or torch.float32, shape, turned)
-    module.load_state_dict(state, strict=False, assign=True)
+    try:
+        module.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as e:
+        raise LoraFxError(
+            f"{path}: {one_line(e, 200)}", "is config.json that of these weights?"
+        ) from e
     module.tie_weights()
     empty = [n for n, p in module.named_parameters() if p.is_meta and not meta]
     if empty:
@@ -281,7 +286,8 @@ def _of_codes(
     if not found:
         notes.append(f"{path}: its weights are quantised; shapes are those from before")
     parts = tuple(n.removesuffix("weight") for n in found)
-    if unused := sorted(n for n in held.keys() - plain if not n.startswith(parts)):
+    other = (n for n in held.keys() - plain if n.endswith(".bias") or not n.startswith(parts))
+    if unused := sorted(other):
         notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
     return module, tuple(notes)
 

@@ -187,6 +187,11 @@ class CapturedModule(Recomputing, Scope):
         self._adapted = True
         names, _ = tensors.named_tensors(tree)
         wanted = {names[n] for n in own}
+        if coded := sorted(wanted & codes.forms(tree).keys()):
+            raise LoraFxError(
+                f"{coded[0]} is quantised, and cannot be trained whole",
+                "leave it out of also_train: a branch beside it trains",
+            )
         ids = {id(p) for n, p in tree.named_parameters() if n in wanted}
         skeleton(tree, {}, ids, self)
         self._dtype = base_dtype(self) or captured.base_dtype
@@ -315,15 +320,18 @@ class CapturedModule(Recomputing, Scope):
 
     # --- what nn.Module offers -------------------------------------------------------------------
 
-    def _apply(self, fn: object, recurse: bool = True) -> object:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> object:
         # scales and zeros are part of the codes' values: no cast of the model rounds them
-        kept = {f"{n}_scale": b for n in codes.forms(self)
-                if (b := self.get_buffer(f"{n}_scale")) is not None}  # fmt: skip
+        kept = {f"{n}_{part}": self.get_buffer(f"{n}_{part}")
+                for n, q in codes.forms(self).items()
+                for part in ("scale", "zero")[: 2 if q.zeros else 1]}  # fmt: skip
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             module, leaf = tensors.owner(self, name)
             module._buffers[leaf] = before.to(self.get_buffer(name).device)
-        self._dtype = base_dtype(self) or self._dtype
+        # where all is codes, no parameter tells
+        told = torch.empty(0, dtype=self._dtype or torch.float32)
+        self._dtype = base_dtype(self) or fn(told).dtype
         return result
 
     def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.pt2.captured import open_program
 from lora_fx.fx.pt2.check import check_expression, check_operator
 from lora_fx.passes.verbs.open import load_program
+from lora_fx.passes.verbs.program import save_program
 from tests.fx.pt2.edit import CONFIG, JSON, SAMPLE, Edit, edited, in_json, refused, write_clean
 
 
@@ -209,3 +210,39 @@ def torch_runs_guard(path: Path, marker: Path) -> None:
         module(torch.zeros(2, 6))
     assert marker.exists(), "the guard does not run in torch, so the test shows nothing"
     marker.unlink()
+
+
+LIES: dict[str, dict[str, Any]] = {
+    "shape": {"as_ints": [8, 7]},
+    "shape of none": {"as_ints": []},
+    "shape below 0": {"as_ints": [-8, -6]},
+    "shape beyond memory": {"as_ints": [1 << 62, 1 << 62]},
+    "shape of text": {"as_string": "zz"},
+    "block": {"as_int": 0},
+    "block below 0": {"as_int": -32},
+    "block of another size": {"as_int": 32},
+    "kind": {"as_string": "x"},
+    "kind without a name": {"as_string": ""},
+    "kind of no bits": {"as_string": "int0"},
+    "kind of more bits": {"as_string": "int8"},
+    "kind of a table": {"as_string": "nf4"},
+    "dtype": {"as_scalar_type": 5},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_the_op_of_codes_says_is_held_to_its_tensors(
+    lie: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    file = tmp_path / "q.pt2"
+    save_program(lora_fx.insert(model, (torch.randn(4, 6),), rank=2, quantise="int4"), file)
+
+    def change(program: dict[str, Any]) -> None:
+        for node in program["graph_module"]["graph"]["nodes"]:
+            for given in node["inputs"]:
+                if "dequantise" in node["target"] and given["name"] == lie.split()[0]:
+                    given["arg"] = LIES[lie]
+
+    path = edited(file, tmp_path / "lie.pt2", {JSON: in_json(change)})
+    assert "its codes are not those of" in refused(path, capsys)
