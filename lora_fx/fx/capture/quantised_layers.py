@@ -11,6 +11,7 @@ quantise x as well (bitsandbytes' LLM.int8, torchao's dynamic activations) keep 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -128,7 +129,7 @@ def _reader(path: str, layer: nn.Module) -> Read | None:
 
 def _of_state(path: str, layer: nn.Module, said: Mapping[str, object]) -> tuple[str, Quantised]:
     """By the tensors of the layer's state, which are those of a file."""
-    state = {f"{path}.{k}": to_numpy(v) for k, v in layer.state_dict().items()}
+    state = {f"{path}.{k}": to_numpy(v) for k, v in _state(layer).items()}
     given: Callable[[Array], Array] = np.asarray
     weights = quantised_weights(state, {"quantization_config": dict(said)}, given)
     weight = weights.get(f"{path}.weight")
@@ -138,6 +139,22 @@ def _of_state(path: str, layer: nn.Module, said: Mapping[str, object]) -> tuple[
             "move the model to its device first, which quantises it",
         )
     return weight.format, weight.read()
+
+
+def _state(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """A layer's tensors as its package saves them; the layer stays as it is.
+
+    On CPUs with AVX512-BF16 the first forward of a Linear4bit in eval mode reorders its codes in
+    place, with scales in bfloat16 [blocks of a row, rows]. Its state_dict() (bitsandbytes 0.50)
+    takes the order back in place as well, and forgets to turn the scales, or quantises them anew.
+    """
+    told = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if not getattr(told, "packing_format_for_cpu", False):
+        return layer.state_dict()
+    other: Any = copy.deepcopy(layer)
+    other.weight.quant_state.original_nested = False
+    state: dict[str, torch.Tensor] = other.state_dict()
+    return {k: v.T.reshape(-1) if k == "weight.absmax" else v for k, v in state.items()}
 
 
 def _of_torchao(path: str, weight: Any) -> tuple[str, Quantised]:
