@@ -21,6 +21,7 @@ from lora_fx.checkpoint import provenance
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
+from lora_fx.fx import codes
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.module import CapturedModule, Rewriter, decide_doubts
@@ -510,12 +511,15 @@ def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...
 
 
 def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
-    """The name, the shape, and both ends of a parameter."""
+    """The name, the shape, and both ends of a parameter; of codes, what they stand for."""
     tensor = parameter_of(root, name)
     if is_sharded(tensor):
         raise LoraFxError(
             f"{name!r} is sharded: every process would have to gather it", "gather it before"
         )
+    module, leaf = owner(root, name)
+    if stored := module.__dict__.get(codes.HELD, {}).get(leaf):
+        tensor = codes.whole(root, name, stored, stored.dtype)
     if dtype_name(tensor.dtype) not in FLOATING or is_traceable_wrapper_subclass(tensor.data):
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no plain weight", "cast it before")
     return name, tuple(tensor.shape), both_ends(tensor)
