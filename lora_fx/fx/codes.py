@@ -292,8 +292,9 @@ def beside(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
+        name = type(model).__name__
         raise LoraFxError(
-            f"{type(model).__name__} cannot be copied, and quantising changes a copy: {one_line(e)}",
+            f"{name} cannot be copied, and quantising changes a copy: {one_line(e)}",
             "make it deepcopy-able, or load it quantised",
         ) from e
 
