@@ -290,7 +290,6 @@ def beside(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
-        name = type(model).__name__
         raise LoraFxError(
             f"{type(model).__name__} cannot be copied to quantise it: {one_line(e)}",
             "make it deepcopy-able, or load it quantised",
