@@ -65,7 +65,11 @@ def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:
     """
     if isinstance(wanted, Mapping):
         return list(wanted.items())
-    texts = [wanted] if isinstance(wanted, str) else wanted
+    texts: object = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+        raise LoraFxError(
+            f"quantise={wanted!r} is no kind", f"{', '.join(KINDS)}, or {{kind: selectors}}"
+        )
     parts = (text.partition("=") for text in texts)
     return [(kind, selectors or None) for kind, _, selectors in parts]
 

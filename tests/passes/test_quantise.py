@@ -272,6 +272,7 @@ def test_onnx_runtime_computes_with_the_same_bytes(name: str, kind: str, tmp_pat
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a kind": ({"quantise": "nf5"}, "no kind 'nf5'"),
+    "no text": ({"quantise": True}, "quantise=True is no kind"),
     "a name": ({"quantise": "nf4=blah"}, "selector 'blah' matches no target"),
     "dora": ({"quantise": "int4", "variant": "dora"}, "reads W itself"),
     "pissa": ({"quantise": "int4", "init": "pissa"}, "reads W itself"),

@@ -60,7 +60,7 @@ def test_bytes_of_the_codes(kind: str, tmp_path: Path) -> None:
     assert len(products) == 14
     read = {name for n in products for name in n.input[1:] if name in sizes}
     assert codes <= sum(sizes[n] for n in read) <= IN_FILE * floats
-    # .41: norms, the embedding and the head stay in float
+    # norms, the embedding and the head stay in float
     assert file.stat().st_size / plain.stat().st_size < 0.45
 
 
