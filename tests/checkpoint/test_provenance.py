@@ -17,6 +17,7 @@ from lora_fx.checkpoint.provenance import ENDS, same_base
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import write_tensors
+from lora_fx.fx.codes import forms, whole
 
 
 class Net(nn.Module):
@@ -175,6 +176,29 @@ def test_a_model_says_that_it_is_another_base(live: bool) -> None:
     assert base_notes(other) == [note]
     other.load_adapter(Adapter(adapter.entries))  # does not say: nor does merge refuse it
     assert base_notes(other) == []
+
+
+def test_a_base_of_codes_is_the_weights_that_they_stand_for(tmp_path: Path) -> None:
+    """So a float base is another one, and what was dequantised from the codes is the same."""
+    from lora_fx.passes.verbs.open import load_program
+    from lora_fx.passes.verbs.program import save_program
+
+    model = lora_fx.insert(Net(), (X,), rank=2, quantise="int8")
+    adapter = model.adapter()
+    held = forms(model)
+    assert held and set(adapter.metadata["base"]["names"]) == set(held)
+    assert base_notes(lora_fx.insert(Net(), (X,), adapter=adapter, quantise="int8")) == []
+    for other in (None, "nf4"):
+        (note,) = base_notes(lora_fx.insert(Net(), (X,), adapter=adapter, quantise=other))
+        assert "the adapter was trained on other weights" in note
+    floats = Net()
+    with torch.no_grad():
+        for name, stored in held.items():
+            floats.get_parameter(name).copy_(whole(model, name, stored, torch.float32))
+    assert base_notes(lora_fx.insert(floats, (X,), adapter=adapter)) == []
+    save_program(model, tmp_path / "x.pt2")
+    again = load_program(tmp_path / "x.pt2").adapter()
+    assert again.metadata["base"] == adapter.metadata["base"]
 
 
 def test_each_loaded_adapter_is_compared() -> None:
