@@ -55,6 +55,24 @@ def twin(model: nn.Module, adapted: AdaptedModule) -> nn.Module:
     return theirs.eval()
 
 
+def in_nf4(model: nn.Module) -> nn.Module:
+    """A copy of a decoder in which bitsandbytes' NF4 layers stand for all linears but the head."""
+    import bitsandbytes
+
+    other = copy.deepcopy(model)
+    for path, old in list(other.model.named_modules(prefix="model")):
+        if isinstance(old, nn.Linear):
+            sizes = old.in_features, old.out_features
+            layer = bitsandbytes.nn.LinearNF4(*sizes, bias=False, compute_dtype=torch.float32)
+            layer.load_state_dict(old.state_dict())
+            layer.requires_grad_(False)
+            # else its first run in eval mode rounds the scales to bfloat16, on CPUs that have it
+            layer.support_avx512bf16_for_cpu = False
+            other.set_submodule(path, layer.to("cpu"))
+    other.is_loaded_in_4bit = True  # as transformers says it, and PEFT asks
+    return other
+
+
 def train(model: nn.Module, batches: Sequence[Batch], loss: Loss, lr: float) -> list[float]:
     """AdamW with a linear warm-up of three steps, then down to zero; one batch a step."""
     trained = [p for p in model.parameters() if p.requires_grad]

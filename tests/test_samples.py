@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,15 @@ BESIDE_PEFT = {"efficientnet_fashion": fashion, "smollm2_text": smollm2_file}
 """Samples on real weights, and what finds the data or weights that no extra installs."""
 NOTHING_MISSING = {"efficientnet_fashion": ["--digits"], "t5_pairs": []}
 """Samples that always run, and the options with which they do."""
+QUANTISED = {"quantised_vit": None, "qlora_smollm2": smollm2_file}
+"""Samples over codes, and what finds the weights of one."""
 SHARED = ("beside_peft", "greedy", "sources")
 """What samples import of each other; no program."""
 
 
 def test_every_sample_is_listed_and_short() -> None:
     files = {p.stem: p for p in SAMPLES.glob("*.py")}
-    assert set(files) == {*PRINTS, *SLOW, *BESIDE_PEFT, *NOTHING_MISSING, *SHARED}
+    assert set(files) == {*PRINTS, *SLOW, *BESIDE_PEFT, *NOTHING_MISSING, *QUANTISED, *SHARED}
     assert all(len(p.read_text().splitlines()) < 120 for p in files.values())
 
 
@@ -122,3 +125,30 @@ def test_the_sample_beside_peft(name: str, tmp_path: Path) -> None:
     except LoraFxError as e:
         pytest.skip(str(e))
     beside_peft(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTISED)
+def test_the_sample_over_codes(name: str, tmp_path: Path) -> None:
+    try:
+        if found := QUANTISED[name]:
+            found()
+    except LoraFxError as e:
+        pytest.skip(str(e))
+    done = subprocess.run(
+        [sys.executable, str(SAMPLES / f"{name}.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    weights = re.search(r"weights: ([\d,]+) bytes as floats, ([\d,]+) as", done.stdout)
+    assert weights, done.stdout
+    floats, codes = (int(w.replace(",", "")) for w in weights.groups())
+    assert 0.14 < codes / floats < 0.16
+    equal = re.findall(r"(?:classes|torch's) for (\d+) of (\d+)", done.stdout)
+    assert equal and all(int(same) > 0.98 * int(every) for same, every in equal), done.stdout
+    steps = [row.split() for row in re.findall(r"^ +\d+ .*$", done.stdout, re.M)]
+    if find_spec("bitsandbytes") and steps:
+        assert all(abs(float(ours) - float(peft)) < 1e-4 for _, ours, _, peft in steps), done.stdout
+    assert not list(tmp_path.iterdir())
