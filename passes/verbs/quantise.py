@@ -14,7 +14,7 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import beside, taken, tensors_of
-from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.module import plain
 from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.find import find
@@ -95,6 +95,10 @@ def quantised_base(
         before, after = (plain(c).flat(c.named) for c in (cap, new))
     off = max((rel(after[n], v) for n, v in before.items()), default=0.0)
     new.notes.append(f"quantising moves the base's outputs by {off:.1e} of the largest")
+    base = Base()
+    for i, adapter in enumerate(every, 1):
+        base.check(adapter.metadata, new.model, f"adapter {i}" if len(every) > 1 else "the adapter")
+    new.notes += base.said
     return new, adapters, new.notes[len(cap.notes) :]
 
 

@@ -199,6 +199,10 @@ def test_a_base_of_codes_is_the_weights_that_they_stand_for(tmp_path: Path) -> N
     save_program(model, tmp_path / "x.pt2")
     again = load_program(tmp_path / "x.pt2").adapter()
     assert again.metadata["base"] == adapter.metadata["base"]
+    for kind, same in (("int8", True), ("int4", False)):
+        path, given = tmp_path / f"{kind}.onnx", {"mode": "switch", "provider": "cpu"}
+        report = lora_fx.export(Net(), path, (X,), adapters={kind: adapter}, quantise=kind, **given)
+        assert same is not any("was trained on other weights" in w for w in report.warnings)
 
 
 def test_each_loaded_adapter_is_compared() -> None:
