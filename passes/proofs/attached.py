@@ -31,6 +31,8 @@ from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
 from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, Array]
+COARSEST = 8 * 2.0**-7
+"""The widest gate of layers whose kernels round: that of the precision int8."""
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """The gates of the explicit reference, which rounds W + s·b·a in another order."""
 
@@ -61,7 +63,7 @@ class InGraph:
             # kernels of quantised layers round as they like, some in bfloat16, some x too
             with self.state.base():
                 own = self._live(given)
-            tol = max(tol, 4 * max(rel(own[n], v) for n, v in base.items()))
+            tol = max(tol, min(COARSEST, 4 * max(rel(own[n], v) for n, v in base.items())))
         sampled = prove(self._live, module, sizes=SIZES[:1], tol=tol) if idle else []
         return (sampled or prove(self._live, module, arrays=given, tol=tol))[0]
 

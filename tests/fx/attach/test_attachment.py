@@ -244,3 +244,15 @@ def test_a_read_that_attach_cannot_reach_is_an_error(cls: type[nn.Module], name:
     with pytest.raises(lora_fx.LoraFxError, match=rf"^{name}: the attached model's 'output'"):
         lora_fx.attach(model, (torch.randn(2, 4),), rank=2)
     assert snapshot(model) == was
+
+
+def test_a_live_model_far_from_its_codes_is_refused() -> None:
+    """The gate of quantised layers is widened by their own rounding, and not without end."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).eval(), torch.randn(3, 6)
+    cap = lora_fx.capture(model, (x,))
+    cap.quantised = copy.deepcopy(model)
+    with torch.no_grad():
+        cap.quantised[0].weight.mul_(2)
+    with pytest.raises(lora_fx.LoraFxError, match="differs from the reference"):
+        lora_fx.attach(cap, rank=2)
