@@ -6,7 +6,6 @@ fp32 (fp64 where either side is) and two blocks.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,8 @@ import numpy as np
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
-from lora_fx.files.read import AGAIN, open_input
-from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.read import open_input
+from lora_fx.files.safetensors import TensorInfo, Tensors, reading, stored_bytes
 from lora_fx.text import Json
 
 BLOCK = 1 << 18
@@ -115,19 +114,7 @@ def read_floats(info: TensorInfo, lo: int, hi: int, dtype: np.dtype[np.generic])
 def _stored(info: TensorInfo, lo: int, hi: int) -> Array:
     """Elements lo ≤ i < hi of a tensor in its own dtype."""
     dtype = numpy_dtype(info.dtype)
-    return read_bytes(info, lo * dtype.itemsize, hi * dtype.itemsize).view(dtype)
-
-
-def read_bytes(info: TensorInfo, lo: int, hi: int) -> Array:
-    """Bytes lo ≤ i < hi of a tensor.
-
-    Raises:
-        LoraFxError: The file ends before them, or cannot be read.
-    """
-    result = np.empty(hi - lo, np.uint8)
-    with _reading(info), open_input(info.file) as file:
-        read_into(file.fileno(), result.data, info.start + lo)
-    return result
+    return stored_bytes(info, lo * dtype.itemsize, hi * dtype.itemsize).view(dtype)
 
 
 def same_bytes(a: TensorInfo | Array, b: TensorInfo | Array) -> bool:
@@ -159,7 +146,7 @@ def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
     """
     block = bytearray(CHUNK)
     if isinstance(tensor, TensorInfo):
-        with _reading(tensor), open_input(tensor.file) as file:
+        with reading(tensor), open_input(tensor.file) as file:
             for lo in range(tensor.start, tensor.stop, CHUNK):
                 read_into(file.fileno(), memoryview(block)[: tensor.stop - lo], lo)
                 yield block
@@ -169,18 +156,6 @@ def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
             part = flat[lo : lo + CHUNK]
             block[: len(part)] = part.data
             yield block
-
-
-@contextlib.contextmanager
-def _reading(info: TensorInfo) -> Iterator[None]:
-    """Errors of the operating system as LoraFxErrors that name the file."""
-    try:
-        yield
-    except OSError as e:
-        why = "ends inside a tensor while it is read"
-        if e.strerror:
-            why = f"cannot be read: {e.strerror}"
-        raise LoraFxError(f"{info.file}: {why}", AGAIN) from e
 
 
 def _squares(block: Array) -> float:

@@ -17,14 +17,13 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.difference import read_bytes
 from lora_fx.checkpoint.fold import Space, Stats, TensorFold, read_block, stats_of
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.compressed_tensors import altered
 from lora_fx.files.quantised.read import scheme_of
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView
 
@@ -225,7 +224,9 @@ def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, s
         if scb.shape != (rows,) or scb.dtype not in FLOATING:
             return None, f"SCB is {scb.dtype} {list(scb.shape)}; expected float32 [{rows}]"
         form = tensors.get(f"{module}.weight_format")
-        order = int(read_bytes(form, 0, 1)[0]) if form is not None and form.stop > form.start else 0
+        order = (
+            int(stored_bytes(form, 0, 1)[0]) if form is not None and form.stop > form.start else 0
+        )
         if order:
             return None, f"weight_format is {order}, an order for GPUs; expected 0, row by row"
         return Int8("bitsandbytes int8", f"{module}.SCB", scb, float(TOP)), ""

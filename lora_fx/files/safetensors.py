@@ -8,12 +8,13 @@ exactly once, and sizes follow from shapes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, explained, one_line
+from lora_fx.files.copying import read_into
 from lora_fx.files.read import AGAIN, MAX_JSON, json_object, open_input, refuse_pointer
 from lora_fx.text import Json
 
@@ -286,3 +288,48 @@ def finite(array: Array) -> bool:
     """True when every element is a number; exact in any float dtype."""
     wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
     return bool(np.isfinite(wide).all())
+
+
+# Tensors of a file, or parts of them, by plain reads.
+
+
+def stored_bytes(info: TensorInfo, lo: int, hi: int) -> Array:
+    """Bytes lo ≤ i < hi of a tensor.
+
+    Raises:
+        LoraFxError: The file ends before them, or cannot be read.
+    """
+    result = np.empty(hi - lo, np.uint8)
+    with reading(info), open_input(info.file) as file:
+        read_into(file.fileno(), result.data, info.start + lo)
+    return result
+
+
+def stored(info: TensorInfo, part: slice = slice(None), axis: int = 0) -> Array:
+    """A tensor, or a part of it along one axis.
+
+    Raises:
+        LoraFxError: The file ends before it, or cannot be read.
+    """
+    shape, dtype = info.shape or (1,), numpy_dtype(info.dtype)
+    low, high, _ = part.indices(shape[axis])
+    inner = math.prod(shape[axis + 1 :]) * dtype.itemsize
+    runs = np.empty((math.prod(shape[:axis]), (high - low) * inner), np.uint8)
+    with reading(info), open_input(info.file) as file:
+        for i, run in enumerate(runs):
+            at = info.start + (i * shape[axis] + low) * inner
+            read_into(file.fileno(), run.data, at)
+    sizes = (*shape[:axis], high - low, *shape[axis + 1 :]) if info.shape else ()
+    return runs.view(dtype).reshape(sizes)
+
+
+@contextlib.contextmanager
+def reading(info: TensorInfo) -> Iterator[None]:
+    """Errors of the operating system as LoraFxErrors that name the file."""
+    try:
+        yield
+    except OSError as e:
+        why = "ends inside a tensor while it is read"
+        if e.strerror:
+            why = f"cannot be read: {e.strerror}"
+        raise LoraFxError(f"{info.file}: {why}", AGAIN) from e

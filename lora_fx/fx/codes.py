@@ -12,8 +12,9 @@ int2 … 8   [rows, blocks, block·bits/8], the    [rows, blocks]; the zeros' co
            ONNX Runtime's MatMulNBits has them  code is 0, such as 8 of 4 bits
 nf4, fp4,  [(elements + 1) / 2], the first      [blocks] along the flattened weight; no zero
 torchao's  code in the highest bits, as
-nf4        bitsandbytes has them
-fp8        [elements], float8_e4m3fn            [rows]; no zero
+nf4, OCP's bitsandbytes has them
+fp4
+fp8        [elements], float8_e4m3fn            the same
 ========== ==================================== =================================================
 
 A row holds all that is multiplied with one x: [out, in], [experts · out, in], [out, in · kernel]. A
@@ -23,6 +24,7 @@ weight that is stored [in, out] has its rows transposed, and `turned` says so.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +37,7 @@ from torch import fx, nn
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.quantised.fp4 import E2M1
 from lora_fx.files.quantised.onnx import BITS, as_matmul_nbits
 from lora_fx.fx.graph.nodes import dtype_of
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, replace_parameter
@@ -47,6 +50,7 @@ LEVELS = {
     "nf4": NF4,
     "fp4": FP4,
     "torchao_nf4": np.round(NF4, 4),
+    "ocp_fp4": E2M1,
     "fp8": np.arange(256, dtype=np.uint8).view(numpy_dtype(FP8)).astype(np.float32),
 }
 """Formats whose codes are places of a table, in the order of the codes."""
@@ -194,19 +198,23 @@ def taken(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
 
 def _arrays(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
     """Format, block, and the arrays as the table above has them."""
-    if str(q.codes.dtype) == FP8:
-        scale = np.broadcast_to(q.scale.reshape(-1), len(q.codes)).astype(np.float32)
-        return "fp8", q.shape[1], {"codes": q.codes.view(np.uint8).reshape(-1), "scale": scale}
-    if q.levels is not None:
-        kinds = [k for k, table in LEVELS.items() if np.array_equal(table, q.levels)]
+    if q.codes.dtype.name == FP8:
+        q = dataclasses.replace(q, codes=q.codes.view(np.uint8), levels=LEVELS["fp8"])
+    levels = q.levels
+    if levels is not None:
+        if not q.flat and len(q.block) == 2 and q.block[0] > 1:  # a scale of many rows
+            scale = np.repeat(q.scale.reshape(-1, q.scale.shape[-1]), q.block[0], 0)[: len(q.codes)]
+            q = dataclasses.replace(q, scale=scale, block=(1, q.block[1]))
+        kinds = [k for k, t in LEVELS.items() if np.array_equal(t, levels, equal_nan=True)]
         goes_on = q.flat or (q.block[0] == 1 and q.shape[-1] % q.block[-1] == 0)
         if not kinds or not goes_on:
             raise LoraFxError(
-                f"{name}: {len(q.levels)} levels in blocks of {list(q.block)} are no known format",
+                f"{name}: {len(levels)} levels in blocks of {list(q.block)} are no known format",
                 f"expected {', '.join(LEVELS)}, in blocks along the flattened weight",
             )
         codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)
-        return kinds[0], q.block[-1], {"codes": codes, "scale": q.scale.reshape(-1)}
+        scale = q.scale.reshape(-1).astype(np.float32)
+        return kinds[0], q.block[-1], {"codes": codes, "scale": scale}
     made = as_matmul_nbits(name, q)
     arrays = {"codes": made.b, "scale": made.scales}
     if made.zero_points is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, checked, evenly
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, checked, evenly, packed_range
 from lora_fx.ir.quantised import Quantised, unpacked
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -31,12 +31,13 @@ def awq(parts: Parts) -> QuantisedWeight:
     parts.shape("qzeros", ("int32",), groups, words)
     block = evenly(parts, "scales", length, groups)
 
-    def read() -> Quantised:
-        codes, zero = _outputs(parts.read("qweight")), _outputs(parts.read("qzeros"))
-        q = Quantised(codes, parts.read("scales").T, zero, (1, block))
+    def read(rows: slice = ALL) -> Quantised:
+        eights = packed_range(rows, 8)
+        codes, zero = (_outputs(parts.read(n, eights, 1)) for n in ("qweight", "qzeros"))
+        q = Quantised(codes, parts.read("scales", rows, 1).T, zero, (1, block))
         return checked(f"{parts.module}.weight", q)
 
-    return QuantisedWeight("AWQ", 4, (out, length), read)
+    return QuantisedWeight("AWQ", 4, (out, length), read, 8)
 
 
 def _outputs(words: Array) -> Array:

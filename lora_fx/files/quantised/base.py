@@ -2,23 +2,35 @@
 
 A format is a function of the parts of one weight. It checks their headers, says the format, the
 bits and the shape of the weight, and hands back a `QuantisedWeight`, whose `read` then reads the
-parts themselves. Live modules and tests give arrays: `parts_of`.
+parts themselves, or what some rows of the weight need of them. Live modules and tests give arrays:
+`parts_of`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.safetensors import TensorInfo, finite
+from lora_fx.files.safetensors import TensorInfo, finite, stored, stored_bytes
 from lora_fx.ir.quantised import Quantised, blocks_in
 
 DAMAGED = "the file is damaged, or its quantiser wrote a layout that lora-fx does not know"
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 """dtypes whose elements are codes and numbers at once."""
+ALL = slice(None)
+
+
+class Read(Protocol):
+    """Reads rows of a weight, the first and the last of them at a multiple of its `step`."""
+
+    def __call__(self, rows: slice = ALL) -> Quantised:
+        """The value of these rows."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +41,29 @@ class QuantisedWeight:
         format: Its format, for people.
         bits: Of a code; 0 where that is not known.
         shape: Of the weight, as its model has it; empty where that is not known.
-        read: Reads it.
+        read: Reads it, or some of its rows: those of [∏ shape[:-1], shape[-1]], and of a stack
+            those of one of its matrices.
+        step: Rows can be read from each multiple of this on.
     """
 
     format: str
     bits: int
     shape: tuple[int, ...]
-    read: Callable[[], Quantised]
+    read: Read
+    step: int = 1
+
+    def rows(self, low: int, high: int) -> Array:
+        """Rows low ≤ i < high of the weight, as `read` counts them, in fp32."""
+        matrix, found = math.prod(self.shape[-2:-1]), []
+        while low < high:
+            first = low - low % matrix  # of its matrix in a stack
+            start = low - (low - first) % self.step
+            end = min(high, first + matrix)
+            stop = min(first + matrix, start + -(-(end - start) // self.step) * self.step)
+            some = self.read(slice(start, stop))
+            found.append(some.dequantise(rows=slice(low - start, end - start)))
+            low = end
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -44,13 +72,11 @@ class Parts:
 
     Attributes:
         module: Its name, without a dot at its end.
-        tensors: Full name → header.
-        array: Full name → content.
+        tensors: Full name → header, or what it holds.
     """
 
     module: str
     tensors: Mapping[str, TensorInfo | Array]
-    array: Callable[[str], Array]
 
     def has(self, part: str) -> bool:
         """True where the module has a tensor of this last name."""
@@ -85,9 +111,19 @@ class Parts:
             raise self.wrong(part, f"is {self.dtype(part)} {list(found)}", expected)
         return found
 
-    def read(self, part: str) -> Array:
-        """The content of a part whose header was checked."""
-        return self.array(f"{self.module}.{part}")
+    def read(self, part: str, rows: slice = ALL, axis: int = 0) -> Array:
+        """The content of a part whose header was checked, or a range of it along an axis."""
+        tensor = self.tensors[f"{self.module}.{part}"]
+        if isinstance(tensor, TensorInfo):
+            return stored(tensor, rows, axis)
+        return np.asarray(tensor)[(*(ALL,) * axis, rows)] if tensor.ndim else np.asarray(tensor)
+
+    def bytes(self, part: str, low: int, high: int) -> Array:
+        """Bytes low ≤ i < high of a part; fewer where it is shorter."""
+        tensor = self.tensors[f"{self.module}.{part}"]
+        if isinstance(tensor, TensorInfo):
+            return stored_bytes(tensor, low, min(high, tensor.stop - tensor.start))
+        return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)[low:high]
 
     def wrong(self, part: str, found: str, expected: str) -> LoraFxError:
         """The error of a part."""
@@ -97,12 +133,23 @@ class Parts:
 def parts_of(module: str, arrays: Mapping[str, Array]) -> Parts:
     """Arrays by their last names as the parts of a module."""
     full = {f"{module}.{name}": array for name, array in arrays.items()}
-    return Parts(module, full, full.__getitem__)
+    return Parts(module, full)
 
 
 def wrong(where: str, found: str, expected: str, hint: str = DAMAGED) -> LoraFxError:
     """The error of a tensor: what was found in it, and what was expected."""
     return LoraFxError(f"tensor {one_line(repr(where), 160)} {found}; expected {expected}", hint)
+
+
+def packed_range(rows: slice, codes: int, words: int = 1) -> slice:
+    """Where the codes of rows lie, `codes` of them in `words` words.
+
+    >>> packed_range(slice(8, 20), 8), packed_range(slice(32, 64), 32, 3), packed_range(ALL, 8)
+    (slice(1, 3, None), slice(3, 6, None), slice(None, None, None))
+    """
+    if rows == ALL:
+        return ALL
+    return slice(rows.start // codes * words, -(-rows.stop // codes) * words)
 
 
 def shaped(where: str, what: str, array: Array, shape: tuple[int, ...]) -> Array:

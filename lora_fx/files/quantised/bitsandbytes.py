@@ -19,11 +19,12 @@ GPUs, which no bitsandbytes writes any more.
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, checked
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, checked
 from lora_fx.files.read import json_object
 from lora_fx.ir.quantised import FP4, NF4, Quantised, unpacked
 from lora_fx.text import JsonView, is_number, is_whole
@@ -54,32 +55,40 @@ def four_bits(parts: Parts) -> QuantisedWeight:
     parts.shape("weight", STORAGE, any_axes=True)
     parts.shape("weight.absmax", (*FLOATING, "uint8"), -(-size // block))
 
-    def read() -> Quantised:
-        codes = np.ascontiguousarray(parts.read("weight")).reshape(-1).view(np.uint8)
-        if len(codes) != -(-size // 2):
-            found = f"has {len(codes)} bytes"
+    def read(rows: slice = ALL) -> Quantised:
+        low, high = (0, size) if rows == ALL else (rows.start * shape[-1], rows.stop * shape[-1])
+        codes = parts.bytes("weight", low // 2, -(-high // 2) if high < size else sys.maxsize)
+        if len(codes) != -(-high // 2) - low // 2:
+            found = f"has {low // 2 + len(codes)} bytes"
             raise parts.wrong("weight", found, f"{-(-size // 2)} for {shape}")
-        scale = parts.read("weight.absmax")
-        scale = _nested(parts, scale, state) if scale.dtype == np.uint8 else scale
-        whole = unpacked(codes, 4, high=True)[:size].reshape(shape)
+        blocks = slice(low // block, -(-high // block))
+        nested = parts.dtype("weight.absmax") == "uint8"
+        scale = _nested(parts, blocks, state) if nested else parts.read("weight.absmax", blocks)
+        sizes = shape if rows == ALL else (rows.stop - rows.start, shape[-1])
+        whole = unpacked(codes, 4, high=True)[: high - low].reshape(sizes)
         q = Quantised(whole, scale, None, (block,), NF4 if kind == "nf4" else FP4)
         return checked(f"{parts.module}.weight", q)
 
-    return QuantisedWeight(f"bitsandbytes {kind}", 4, tuple(shape), read)
+    step = math.lcm(block, 2) // math.gcd(math.lcm(block, 2), shape[-1])
+    return QuantisedWeight(f"bitsandbytes {kind}", 4, tuple(shape), read, step)
 
 
-def _nested(parts: Parts, codes: Array, state: JsonView) -> Array:
-    """Scales that are stored quantised themselves."""
+def _nested(parts: Parts, blocks: slice, state: JsonView) -> Array:
+    """Scales of blocks that are stored quantised themselves."""
     block, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if not is_whole(block) or block < 1 or not is_number(offset):
         found = f"has nested scales in blocks of {block!r} with the offset {offset!r}"
         raise parts.wrong("weight.absmax", found, "blocks of 1 or more and a number")
-    parts.shape("weight.nested_absmax", FLOATING, -(-len(codes) // block))
+    (count,) = parts.shape("weight.absmax", ("uint8",), None)
+    parts.shape("weight.nested_absmax", FLOATING, -(-count // block))
     parts.shape("weight.nested_quant_map", FLOATING, 256)
-    scale, levels = parts.read("weight.nested_absmax"), parts.read("weight.nested_quant_map")
-    inner = Quantised(codes, scale, None, (block,), levels)
+    start = blocks.start // block * block
+    codes = parts.read("weight.absmax", slice(start, blocks.stop))
+    scale = parts.read("weight.nested_absmax", slice(start // block, -(-blocks.stop // block)))
+    inner = Quantised(codes, scale, None, (block,), parts.read("weight.nested_quant_map"))
     name = f"{parts.module}.weight.nested_absmax"
-    return checked(name, inner).dequantise() + np.float32(offset)
+    every = checked(name, inner).dequantise() + np.float32(offset)
+    return np.asarray(every[blocks.start - start :])
 
 
 def int8(parts: Parts) -> QuantisedWeight:
@@ -91,12 +100,13 @@ def int8(parts: Parts) -> QuantisedWeight:
     rows, columns = parts.shape("weight", ("int8",), None, None)
     parts.shape("SCB", FLOATING, rows)
 
-    def read() -> Quantised:
+    def read(rows: slice = ALL) -> Quantised:
         order = parts.read("weight_format").reshape(-1) if parts.has("weight_format") else None
         if order is not None and order.any():
             raise parts.wrong("weight_format", f"is {order}, an order for GPUs", "0, row by row")
         block = (1, columns)
-        q = Quantised(parts.read("weight"), parts.read("SCB"), None, block, None, INT8_UNIT)
+        codes, scale = parts.read("weight", rows), parts.read("SCB", rows)
+        q = Quantised(codes, scale, None, block, None, INT8_UNIT)
         return checked(f"{parts.module}.weight", q)
 
     return QuantisedWeight("bitsandbytes int8", 8, (rows, columns), read)

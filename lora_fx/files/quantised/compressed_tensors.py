@@ -16,11 +16,21 @@ naive_quantized, quantization/lifecycle/forward.py, 0.20.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, bits_of, checked, evenly
+from lora_fx.files.quantised.base import (
+    ALL,
+    Parts,
+    QuantisedWeight,
+    bits_of,
+    checked,
+    evenly,
+    packed_range,
+)
 from lora_fx.ir.quantised import Quantised, blocks_in, unpacked
 from lora_fx.text import JsonView
 
@@ -44,7 +54,7 @@ def compressed(parts: Parts) -> QuantisedWeight:
     if not parts.has("weight_packed"):
         shape = parts.shape("weight", ("int8", "float8_e4m3fn"), None, None)
         kind = "int8" if parts.dtype("weight") == "int8" else "fp8"
-        read = lambda: _affine(parts, parts.read("weight"), 8)  # noqa: E731
+        read = partial(_affine, parts, shape, 8, lambda rows: parts.read("weight", rows))
         return QuantisedWeight(f"compressed-tensors {kind}", 8, shape, read)
     rows, words = parts.shape("weight_packed", ("int32",), None, None)
     parts.shape("weight_shape", INTEGERS, 2)
@@ -54,38 +64,49 @@ def compressed(parts: Parts) -> QuantisedWeight:
         found = f"is {[rows, words]} for a weight of {[out, length]}"
         raise parts.wrong("weight_packed", found, "whole rows of codes of 2 to 8 bits")
 
-    def read_packed() -> Quantised:
-        codes = unpacked(parts.read("weight_packed"), bits)[:, :length]
-        return _affine(parts, _signed(codes, bits), bits)
+    def codes(rows: slice) -> Array:
+        return _signed(unpacked(parts.read("weight_packed", rows), bits)[:, :length], bits)
 
-    return QuantisedWeight("compressed-tensors packed", bits, (out, length), read_packed)
+    read = partial(_affine, parts, (out, length), bits, codes)
+    return QuantisedWeight("compressed-tensors packed", bits, (out, length), read, 32)
 
 
 def _signed(codes: Array, bits: int) -> Array:
     return np.asarray(codes.astype(np.int16) - 2 ** (bits - 1), np.int8)
 
 
-def _affine(parts: Parts, codes: Array, bits: int) -> Quantised:
-    """Codes with the scales and zero points beside them."""
-    (out, length), shape = codes.shape, parts.shape("weight_scale", FLOATING, any_axes=True)
-    if math.prod(shape) == 1:
-        block = (out, length)
+def _affine(
+    parts: Parts,
+    whole: tuple[int, ...],
+    bits: int,
+    codes_of: Callable[[slice], Array],
+    rows: slice = ALL,
+) -> Quantised:
+    """Codes of rows with the scales and zero points beside them."""
+    (out, length), shape = whole, parts.shape("weight_scale", FLOATING, any_axes=True)
+    codes = codes_of(rows)
+    single = math.prod(shape) == 1
+    some = ALL if single else rows
+    if single:
+        block: tuple[int, ...] = codes.shape
     else:
         _, groups = parts.shape("weight_scale", FLOATING, out, None)
         block = (1, evenly(parts, "weight_scale", length, groups))
-    blocks = blocks_in(codes.shape, block)
-    scale, zero = parts.read("weight_scale"), None
+    blocks = blocks_in((out, length), (out, length) if single else block)
+    scale, zero = parts.read("weight_scale", some), None
     if parts.has("weight_zero_point"):
-        zero = parts.read("weight_zero_point")
-        if zero.dtype == np.int32:
+        if parts.dtype("weight_zero_point") == "int32":
             parts.shape("weight_zero_point", INTEGERS, -(-blocks[0] * bits // 32), blocks[1])
-            zero = _signed(unpacked(zero, bits, 0)[: blocks[0]], bits)
+            zero = unpacked(parts.read("weight_zero_point", packed_range(some, 32, bits)), bits, 0)
+            zero = _signed(zero[: 1 if single else len(codes)], bits)
+        else:
+            zero = parts.read("weight_zero_point", some)
     q = checked(f"{parts.module}.weight", Quantised(codes, scale, zero, block))
     order = parts.read("weight_g_idx") if parts.has("weight_g_idx") else np.full(1, -1)
     if (order == -1).all():  # written, and not used
         return q
     parts.shape("weight_g_idx", INTEGERS, length)
-    if order.min() < 0 or order.max() >= blocks[1] or block[0] != 1:
+    if order.min() < 0 or order.max() >= blocks[1] or single:
         found = f"names groups {order.min()} to {order.max()}"
         raise parts.wrong("weight_g_idx", found, f"0 to {blocks[1] - 1}")
     zero = None if q.zero is None else q.zero[:, order]

@@ -20,7 +20,15 @@ from __future__ import annotations
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, bits_of, checked, evenly
+from lora_fx.files.quantised.base import (
+    ALL,
+    Parts,
+    QuantisedWeight,
+    bits_of,
+    checked,
+    evenly,
+    packed_range,
+)
 from lora_fx.ir.quantised import Quantised, unpacked
 
 BITS = (2, 3, 4, 8)
@@ -46,21 +54,21 @@ def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
     length = length or words * 32 // bits
     parts.shape("qweight", ("int32",), -(-length * bits // 32), out)
 
-    def read() -> Quantised:
-        codes = unpacked(parts.read("qweight"), bits, 0)[:length].T
-        stored = np.ascontiguousarray(parts.read("qzeros"))
+    def read(rows: slice = ALL) -> Quantised:
+        codes = unpacked(parts.read("qweight", rows, 1), bits, 0)[:length].T
+        stored = np.ascontiguousarray(parts.read("qzeros", packed_range(rows, 32, bits), 1))
         if version == 1 and bits != 3:
             stored = stored.view(np.uint32) + np.uint32(0xFFFFFFFF // (2**bits - 1))
-        zero = unpacked(stored, bits)[:, :out].T
+        zero = unpacked(stored, bits)[:, : len(codes)].T
         zero = (zero + 1) & 7 if version == 1 and bits == 3 else zero
-        scale = parts.read("scales").T
+        scale = parts.read("scales", rows, 1).T
         block, order = _groups(parts, length, groups)
         if order is not None:
             scale, zero = scale[:, order], zero[:, order]
         q = Quantised(np.ascontiguousarray(codes), scale, zero, (1, block))
         return checked(f"{parts.module}.weight", q)
 
-    return QuantisedWeight("GPTQ", bits, (out, length), read)
+    return QuantisedWeight("GPTQ", bits, (out, length), read, 32)
 
 
 def _groups(parts: Parts, length: int, groups: int) -> tuple[int, Array | None]:

@@ -7,16 +7,18 @@ which layout. Shapes and bits come from headers, and where a format keeps them i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.quantised.awq import awq
-from lora_fx.files.quantised.base import Parts, QuantisedWeight
+from lora_fx.files.quantised.base import ALL, FLOAT8, Parts, QuantisedWeight
 from lora_fx.files.quantised.bitsandbytes import four_bits, int8
 from lora_fx.files.quantised.compressed_tensors import altered, compressed
+from lora_fx.files.quantised.fp4 import mxfp4, mxfp4_stack, nvfp4
+from lora_fx.files.quantised.fp8 import EXPONENTS, fp8, fp8_blocks
 from lora_fx.files.quantised.gptq import gptq
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView
 
@@ -39,22 +41,23 @@ SIBLINGS = {
 _BY_LENGTH = sorted(SIBLINGS, key=len, reverse=True)
 
 
-def scheme_of(name: str, tensors: Mapping[str, Any]) -> str:
+Held = Mapping[str, TensorInfo | Array]
+"""Tensors by name: headers of a file, or arrays of a live layer."""
+
+
+def scheme_of(name: str, tensors: Held) -> str:
     """How the weight of this name is quantised, by the tensors beside it; empty where it is not."""
     module = name.removesuffix(".weight")
     found = next((w for s, w in SIBLINGS.items() if f"{module}.{s}" in tensors), "")
     return found or ("MXFP4, blocks of 4-bit codes" if f"{name}_blocks" in tensors else "")
 
 
-def quantised_weights(
-    tensors: Mapping[str, Any], config: JsonView, array: Callable[[Any], Array]
-) -> dict[str, QuantisedWeight]:
+def quantised_weights(tensors: Held, config: JsonView) -> dict[str, QuantisedWeight]:
     """Every quantised weight of a checkpoint by its name as the model has it, in file order.
 
     Args:
         tensors: All tensors: headers, or arrays of a live layer.
         config: Its config.json.
-        array: Reads one tensor whole.
 
     Raises:
         LoraFxError: Headers of a known format that do not fit each other. A format that is not
@@ -67,13 +70,14 @@ def quantised_weights(
             names[f"{tensor.removesuffix(part)}weight"] = None
         elif tensor.endswith("_blocks"):
             names[tensor.removesuffix("_blocks")] = None
-    return {name: _weight(name, tensors, config, array) for name in names}
+    return {name: _weight(name, tensors, config) for name in names}
 
 
-def _weight(
-    name: str, tensors: Mapping[str, Any], config: JsonView, array: Callable[[Any], Array]
-) -> QuantisedWeight:
-    parts = Parts(name.removesuffix(".weight"), tensors, lambda full: array(tensors[full]))
+def _weight(name: str, tensors: Held, config: JsonView) -> QuantisedWeight:
+    if f"{name}_blocks" in tensors:
+        module, _, last = name.rpartition(".")
+        return mxfp4_stack(Parts(module, tensors), last)
+    parts = Parts(name.removesuffix(".weight"), tensors)
     told = config.get("quantization_config")
     said: JsonView = told if isinstance(told, dict) else {}
     method = said.get("quant_method")
@@ -83,14 +87,24 @@ def _weight(
         return int8(parts)
     if parts.has("qweight") and (layout := _layout(said)):
         return awq(parts) if layout == "awq" else gptq(parts, 2 if layout == "gptq_v2" else 1)
-    why = "config.json does not say in which of its layouts"
-    if method == "compressed-tensors" and (parts.has("weight_packed") or parts.has("weight_scale")):
-        why = altered(said)
-        if not why:
+    why = altered(said)
+    scaled = "weight_scale" if parts.has("weight_scale") else "weight_scale_inv"
+    if not why and parts.has(scaled):
+        narrow = parts.has("weight") and parts.dtype("weight") in FLOAT8
+        if parts.has("weight_global_scale") or parts.has("weight_scale_2"):
+            return nvfp4(parts)
+        if narrow and scaled == "weight_scale_inv":
+            return fp8_blocks(parts, said)
+        if parts.has("weight_packed") and parts.dtype(scaled) in EXPONENTS:
+            return mxfp4(parts)
+        if narrow and (method != "compressed-tensors" or parts.dtype(scaled) in EXPONENTS):
+            return fp8(parts)
+        if method == "compressed-tensors":
             return compressed(parts)
     scheme = scheme_of(name, tensors)
+    why = why or "config.json does not say in which of its layouts"
 
-    def read() -> Quantised:
+    def read(rows: slice = ALL) -> Quantised:
         raise LoraFxError(
             f"weight {one_line(repr(name), 160)} is quantised ({scheme}), and not read: {why}",
             "use the checkpoint that it was quantised from",

@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import torchao
 from lora_fx.files.quantised.read import quantised_weights
@@ -161,8 +159,7 @@ def _is_compressed(held: Mapping[str, nn.Parameter]) -> bool:
 def _of_state(path: str, layer: nn.Module, said: Mapping[str, object]) -> tuple[str, Quantised]:
     """By the tensors of the layer's state, which are those of a file."""
     state = {f"{path}.{k}": to_numpy(v) for k, v in _tensors(layer).items()}
-    given: Callable[[Array], Array] = np.asarray
-    weights = quantised_weights(state, {"quantization_config": dict(said)}, given)
+    weights = quantised_weights(state, {"quantization_config": dict(said)})
     weight = weights.get(f"{path}.weight")
     if weight is None:
         raise LoraFxError(

@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_fx.checkpoint.difference import read_bytes
 from lora_fx.data import Tokenizer
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import model_config, tensors
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.files.safetensors import TensorInfo
 from lora_fx.fx.codes import LEVELS, Stored, declare, store
 from lora_fx.fx.tensors import patched
 from lora_fx.silence import silenced
@@ -236,7 +234,7 @@ def _of_codes(
     kind = said.get("quant_method") if isinstance(said, dict) else said
     del config.quantization_config
     held = {} if meta and not any(path.glob("*.safetensors")) else tensors(path)
-    found = quantised_weights(held, raw, _array)
+    found = quantised_weights(held, raw)
     if not found and not meta:
         raise LoraFxError(
             f"{path}: quantised weights ({one_line(kind, 60)}), none of which is read",
@@ -290,12 +288,6 @@ def _of_codes(
     if unused := sorted(other):
         notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
     return module, tuple(notes)
-
-
-def _array(info: TensorInfo) -> Array:
-    """A tensor of a file."""
-    data = read_bytes(info, 0, info.stop - info.start)
-    return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
 
 
 def _without_parameters() -> contextlib.AbstractContextManager[None]:

@@ -1,7 +1,8 @@
 """What the formats' own packages make of their arrays, each on a CPU.
 
 `python -m tests.files.quantised.packages` writes golden.json anew, with bitsandbytes, torchao,
-compressed-tensors, gptqmodel, auto-round and onnxruntime installed; the tests read it without them.
+compressed-tensors, gptqmodel, auto-round, modelopt, transformers and onnxruntime installed; the
+tests read it without them.
 """
 
 from __future__ import annotations
@@ -88,6 +89,77 @@ def compressed_tensors(rows: int, scale: int) -> Iterator[Found]:
         want = array(compressor.decompress(dict(state), scheme)["weight"])
         name = f"{layout} {bits} {strategy} {dtype}{' symmetric' * symmetric}"
         yield (name, "compressed-tensors", {n: array(v) for n, v in state.items()}, {}, want)
+
+
+def compressed_floats(rows: int, scale: int) -> Iterator[Found]:
+    """Two levels of scales, and scales that are powers of two; its products are in bfloat16."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    kinds = {
+        "nvfp4-pack-quantized": ("nvfp4", 4, "tensor_group", 16, None),
+        "mxfp4-pack-quantized": ("mxfp4", 4, "group", 32, torch.uint8),
+        "mxfp8-quantized": ("fp8", 8, "group", 32, torch.uint8),
+    }
+    for layout, (reader, bits, strategy, size, dtype) in kinds.items():
+        args = QuantizationArgs(
+            num_bits=bits,
+            type="float",
+            strategy=strategy,
+            group_size=size,
+            symmetric=True,
+            scale_dtype=dtype,
+        )
+        w = torch.randn(rows, 64 * scale)
+        cut = w.reshape(rows, -1, size)
+        more = {} if dtype else {"weight_global_scale": generate_gparam(w.amin(), w.amax())}
+        steps, _ = calculate_qparams(
+            cut.amin(-1), cut.amax(-1), args, global_scale=more.get("weight_global_scale")
+        )
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        compressor = BaseCompressor.get_value_from_registry(layout)
+        state = compressor.compress({"weight": w, "weight_scale": steps, **more}, scheme)
+        want = array(compressor.decompress(dict(state), scheme)["weight"])
+        yield (layout, reader, {n: array(v) for n, v in state.items()}, {}, want)
+
+
+def modelopt(rows: int, scale: int) -> Iterator[Found]:
+    import torch
+    from modelopt.torch.quantization.qtensor.mxfp8_tensor import MXFP8QTensor
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    for name in DTYPES:
+        dtype = getattr(torch, name)
+        w = torch.randn(rows, 64 * scale, dtype=dtype)
+        q, s, second = NVFP4QTensor.quantize(w, 16)
+        sizes = {-1: 16}
+        want = array(q.dequantize(dtype=dtype, scale=s, double_scale=second, block_sizes=sizes))
+        arrays = {"weight": q._quantized_data, "weight_scale": s, "weight_scale_2": second}
+        yield (f"NVFP4 {name}", "nvfp4", {n: array(v) for n, v in arrays.items()}, {}, want)
+    q, s = MXFP8QTensor.quantize(torch.randn(rows, 64 * scale))
+    arrays = {"weight": array(q._quantized_data), "weight_scale": array(s)}
+    yield ("MXFP8", "fp8", arrays, {}, array(q.dequantize(dtype=torch.float32, scale=s)))
+
+
+def transformers(rows: int, scale: int) -> Iterator[Found]:
+    import torch
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    for dtype, size in itertools.product((torch.float32, torch.bfloat16), (128, 32)):
+        w = torch.randn(2 * size, size * scale).to(torch.float8_e4m3fn)
+        s = (torch.rand(2, scale) / 100).to(dtype)
+        want = array(Fp8Dequantize(None)._dequantize_one(w, s, torch.float32))
+        arrays = {"weight": array(w), "weight_scale_inv": array(s)}
+        yield (f"FP8 {size} {dtype}", "fp8 blocks", arrays, {"weight_block_size": [size] * 2}, want)
+    for name in ("bfloat16", "float32"):
+        blocks = torch.randint(0, 256, (2, 8 * rows, scale, 16), dtype=torch.uint8)
+        steps = torch.randint(110, 130, (2, 8 * rows, scale), dtype=torch.uint8)
+        want = array(convert_moe_packed_tensors(blocks, steps, dtype=getattr(torch, name)))
+        arrays = {"w_blocks": array(blocks), "w_scales": array(steps)}
+        yield (f"gpt-oss {name}", "mxfp4 stack", arrays, {}, want)
 
 
 def torchao(rows: int, scale: int) -> Iterator[Found]:
@@ -325,6 +397,9 @@ def _dequantize_linear(rng: np.random.Generator, rows: int, scale: int) -> Itera
 PACKAGES: dict[str, Callable[[int, int], Iterator[Found]]] = {
     "bitsandbytes": bitsandbytes,
     "compressed_tensors": compressed_tensors,
+    "compressed_tensors.quantization": compressed_floats,
+    "modelopt": modelopt,
+    "transformers": transformers,
     "torchao": torchao,
     "gptqmodel": gptqmodel,
     "auto_round_extension": auto_round,

@@ -14,9 +14,11 @@ import numpy as np
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.files.quantised import onnx, torchao
 from lora_fx.files.quantised.awq import awq
-from lora_fx.files.quantised.base import parts_of
+from lora_fx.files.quantised.base import Parts, QuantisedWeight, parts_of
 from lora_fx.files.quantised.bitsandbytes import four_bits, int8
 from lora_fx.files.quantised.compressed_tensors import compressed
+from lora_fx.files.quantised.fp4 import mxfp4, mxfp4_stack, nvfp4
+from lora_fx.files.quantised.fp8 import fp8, fp8_blocks
 from lora_fx.files.quantised.gptq import gptq
 from lora_fx.ir.quantised import Quantised
 
@@ -25,12 +27,20 @@ Arrays = Mapping[str, Array]
 Options = Mapping[str, Any]
 Read = Callable[[Arrays, Options], Quantised]
 
+WEIGHTS: dict[str, Callable[[Parts, Options], QuantisedWeight]] = {
+    "bitsandbytes four bits": lambda p, o: four_bits(p),
+    "bitsandbytes int8": lambda p, o: int8(p),
+    "gptq": lambda p, o: gptq(p, **o),
+    "awq": lambda p, o: awq(p),
+    "compressed-tensors": lambda p, o: compressed(p),
+    "nvfp4": lambda p, o: nvfp4(p),
+    "mxfp4": lambda p, o: mxfp4(p),
+    "mxfp4 stack": lambda p, o: mxfp4_stack(p, "w"),
+    "fp8": lambda p, o: fp8(p),
+    "fp8 blocks": fp8_blocks,
+}
+"""Formats of checkpoints."""
 READERS: dict[str, Read] = {
-    "bitsandbytes four bits": lambda a, o: four_bits(parts_of("m", a)).read(),
-    "bitsandbytes int8": lambda a, o: int8(parts_of("m", a)).read(),
-    "gptq": lambda a, o: gptq(parts_of("m", a), **o).read(),
-    "awq": lambda a, o: awq(parts_of("m", a)).read(),
-    "compressed-tensors": lambda a, o: compressed(parts_of("m", a)).read(),
     "torchao": lambda a, o: torchao.affine("m.weight", a["qdata"], a["scale"], a.get("zero"), **o),
     "torchao nf4": lambda a, o: torchao.nf4("m.weight", tuple(o["shape"]), **a),
     "DequantizeLinear": lambda a, o: onnx.dequantize_linear(
@@ -46,6 +56,13 @@ READERS: dict[str, Read] = {
         "m.weight", a["x"], a["scale"], a.get("zero"), **o
     ),
 }
+
+
+def _reader(name: str) -> Read:
+    return lambda a, o: WEIGHTS[name](parts_of("m", a), o).read()
+
+
+READERS |= {name: _reader(name) for name in WEIGHTS}
 
 
 class Row(NamedTuple):

@@ -29,6 +29,7 @@ AO_NF4 = "NF4Tensor float32"
 DQ, DQ_BLOCKS = "DequantizeLinear int8 rows float32", "DequantizeLinear int8 blocks float16"
 NBITS, NBITS_ZERO = "MatMulNBits 4 16", "MatMulNBits 4 16 zero points"
 BNB4, GATHER = "MatMulBnb4 1 16 33", "GatherBlockQuantized 4 16"
+NVFP4, FP8 = "NVFP4 float32", "FP8 32 torch.float32"
 GATHER_ZERO = "GatherBlockQuantized 4 16 zero points"
 
 
@@ -215,6 +216,22 @@ TABLE: list[tuple[str, str, Any, str]] = [
     (GATHER, "axis", lambda a: 5, r"m\.weight' of 2 axes has scales along axis 5"),
     (GATHER, "scale", nan, r"m\.weight' has a scale that is no number"),
     (GATHER, "block", lambda a: 24, r"m\.weight' has 4 bits in blocks of 24"),
+    (NVFP4, "weight", to(np.int8), r"m\.weight' is int8"),
+    (NVFP4, "weight_scale", short, r"weight_scale' is float8_e4m3fn \[2, 4\]; expected .*\[3, 4\]"),
+    (NVFP4, "weight_scale_2", nan, r"m\.weight' has a scale that is no number"),
+    (NVFP4, "weight_scale_2", lambda a: np.ones(3, np.float32), r"scale_2' has several numbers"),
+    ("nvfp4-pack-quantized", "weight_global_scale", put(0), r"global_scale' is 0"),
+    ("mxfp4-pack-quantized", "weight_scale", gone, r"weight_scale' is not there"),
+    ("mxfp4-pack-quantized", "weight_scale", put(255), r"weight_scale' has an exponent of 255"),
+    ("gpt-oss float32", "w_blocks", lambda a: a[..., :9], r"m\.w_blocks' is uint8 \[2, 24, 1, 9\]"),
+    ("gpt-oss float32", "w_scales", lambda a: a[:1], r"m\.w_scales' is uint8 \[1, 24, 1\]"),
+    ("gpt-oss float32", "w_scales", put(255), r"m\.w_scales' has an exponent of 255"),
+    ("MXFP8", "weight_scale", lambda a: a[:, :1], r"weight_scale' is uint8 \[3, 1\].*\[3, 2\]"),
+    ("MXFP8", "weight", nan, r"m\.weight' has a code that is no number"),
+    (FP8, "weight_scale_inv", lambda a: a[:1], r"scale_inv' is float32 \[1, 1\].*\[2, 1\]"),
+    (FP8, "weight_scale_inv", infinite, r"m\.weight' has a scale that is no number"),
+    (FP8, "weight_block_size", lambda a: [0, 32], r"m\.weight' has blocks of \[0, 32\], as conf"),
+    (FP8, "weight_block_size", lambda a: "32", r"m\.weight' has blocks of '32'"),
     (GATHER_ZERO, "zero", short, r"m\.weight' has zero points uint8 \[2, 1\]; expected \[3, 1\]"),
 ]
 
@@ -226,7 +243,7 @@ def test_one_error_names_the_tensor(name: str, part: str, change: Any, words: st
     row = ROWS[name]
     arrays, options = dict(row.arrays), dict(row.options)
     home: dict[str, Any] = options if part in ("block_size", "axis", "bits", "block") else arrays
-    home = options if part == "quant_type" else home
+    home = options if part in ("quant_type", "weight_block_size") else home
     home[part] = change(home.get(part))
     if home[part] is None:
         del home[part]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lora_fx.files.quantised import onnx
+from lora_fx.files.quantised.base import parts_of
 from tests.files.quantised.packages import PACKAGES, rows_of
-from tests.files.quantised.rows import READERS, Row, golden, mark, read
+from tests.files.quantised.rows import READERS, WEIGHTS, Row, golden, mark, read
 
 GOLDEN = golden()
 
@@ -22,6 +23,12 @@ def equal(row: Row) -> None:
     assert mark(whole) == row.want, row.name
     some = q.dequantise(row.want.dtype, slice(1, 3))
     assert mark(some) == mark(whole[1:3]), row.name
+    if row.reader in WEIGHTS:
+        weight = WEIGHTS[row.reader](parts_of("m", row.arrays), row.options)
+        every = q.dequantise().reshape(-1, q.shape[-1])
+        assert weight.shape == q.shape
+        for low, high in ((0, 1), (1, 3), (2, len(every)), (len(every) - 1, len(every))):
+            assert np.array_equal(weight.rows(low, high), every[low:high]), (row.name, low)
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: row.name)

@@ -10,13 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_fx.checkpoint.difference import read_bytes
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.quantised import base as parts
 from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.read import SIBLINGS, quantised_weights, scheme_of
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import TensorInfo, stored, stored_bytes
 from tests.checkpoint.made import checkpoint
 from tests.files.quantised.rows import golden, mark, read
 
@@ -89,7 +89,7 @@ TABLE: list[tuple[str, Any, str, int, tuple[int, ...], set[str]]] = [
 
 
 def found(
-    folder: Path, tensors: dict[str, Array], config: Any
+    folder: Path, tensors: dict[str, Array], config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, QuantisedWeight], list[str]]:
     """The weights of a folder on disk, and the names of what is read from then on."""
     told = {} if config is None else {"quantization_config": config}
@@ -98,21 +98,28 @@ def found(
     names = {info.start: name for name, info in base.tensors.items()}
     touched: list[str] = []
 
-    def array(info: TensorInfo) -> Array:
+    def reading(info: TensorInfo, *part: Any) -> Array:
         touched.append(names[info.start])
-        data = read_bytes(info, 0, info.stop - info.start)
-        return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
+        return stored(info, *part)
 
-    return quantised_weights(base.tensors, base.config(), array), touched
+    def reading_bytes(info: TensorInfo, low: int, high: int) -> Array:
+        touched.append(names[info.start])
+        return stored_bytes(info, low, high)
+
+    monkeypatch.setattr(parts, "stored", reading)
+    monkeypatch.setattr(parts, "stored_bytes", reading_bytes)
+    return quantised_weights(base.tensors, base.config()), touched
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda r: r[0])
-def test_a_weight_is_found_by_its_headers_and_read_on_demand(tmp_path: Path, row: Any) -> None:
+def test_a_weight_is_found_by_its_headers_and_read_on_demand(
+    tmp_path: Path, row: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, config, form, bits, shape, told = row
     golden_row = ROWS[name]
     tensors = {f"layers.0.q_proj.{n}": a for n, a in golden_row.arrays.items()}
     plain = {"layers.0.norm.weight": np.ones(4, np.float32)}
-    weights, touched = found(tmp_path, {**tensors, **plain}, config)
+    weights, touched = found(tmp_path, {**tensors, **plain}, config, monkeypatch)
     assert list(weights) == ["layers.0.q_proj.weight"]
     weight = weights["layers.0.q_proj.weight"]
     assert (weight.format, weight.bits, weight.shape) == (form, bits, shape)
@@ -122,12 +129,12 @@ def test_a_weight_is_found_by_its_headers_and_read_on_demand(tmp_path: Path, row
     assert np.array_equal(q.codes, read(golden_row).codes)
 
 
-def test_many_weights_in_file_order(tmp_path: Path) -> None:
+def test_many_weights_in_file_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors: dict[str, Array] = {}
     for i in range(3):
         tensors |= {f"{i}.up.{n}": a for n, a in ROWS["awq 16"].arrays.items()}
     tensors["2.down.weight"] = np.ones((4, 4), np.float32)
-    weights, touched = found(tmp_path, tensors, AWQ)
+    weights, touched = found(tmp_path, tensors, AWQ, monkeypatch)
     assert sorted(weights) == ["0.up.weight", "1.up.weight", "2.up.weight"] and not touched
     weights["1.up.weight"].read()
     assert {t[0] for t in touched} == {"1"}
@@ -149,20 +156,21 @@ UNREAD: dict[str, tuple[dict[str, Array], Any, str]] = {
         CT | {"transform_config": {"config_groups": {"u": {}}}},
         "transform_config",
     ),
-    "FP8 of others": (FP8 | {"weight_scale": ones(1, dtype=np.float32)}, None, "FP8 with a scale"),
-    "FP8 in blocks": (FP8 | {"weight_scale_inv": ones(1, 1, dtype=np.float32)}, None, "FP8 in bl"),
     "HQQ": ({"W_q": ones(4, 6, dtype=np.uint8)}, {"quant_method": "hqq"}, "HQQ codes"),
     "AQLM": ({"codes": ones(4, 6, dtype=np.int8)}, {"quant_method": "aqlm"}, "AQLM codes"),
     "quanto": ({"weight._data": ones(4, 6, dtype=np.int8)}, None, "optimum-quanto codes"),
     "bitsandbytes, another name": ({"weight.SCB": ones(4, dtype=np.float32)}, None, "bitsandbytes"),
-    "MXFP4": ({"weight_blocks": ones(4, 1, 3, dtype=np.uint8)}, {"quant_method": "mxfp4"}, "MXFP4"),
 }
 
 
 @pytest.mark.parametrize("case", UNREAD)
-def test_formats_that_are_known_and_not_read(tmp_path: Path, case: str) -> None:
+def test_formats_that_are_known_and_not_read(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors, config, words = UNREAD[case]
-    weights, touched = found(tmp_path, {f"m.{n}": a for n, a in tensors.items()}, config)
+    weights, touched = found(
+        tmp_path, {f"m.{n}": a for n, a in tensors.items()}, config, monkeypatch
+    )
     assert list(weights) == ["m.weight"] and not touched
     weight = weights["m.weight"]
     assert (weight.bits, weight.shape) == (0, ())
@@ -170,11 +178,16 @@ def test_formats_that_are_known_and_not_read(tmp_path: Path, case: str) -> None:
         weight.read()
 
 
-def test_mxfp4_of_a_parameter_that_is_no_weight(tmp_path: Path) -> None:
-    tensors = {"experts.gate_up_proj_blocks": ones(1, 4, 2, 16, dtype=np.uint8)}
-    weights, _ = found(tmp_path, tensors, {"quant_method": "mxfp4"})
-    assert {n: w.format for n, w in weights.items()} == {
-        "experts.gate_up_proj": "MXFP4, blocks of 4-bit codes"
+def test_mxfp4_of_a_parameter_that_is_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {
+        "experts.gate_up_proj_blocks": ones(3, 4, 2, 16, dtype=np.uint8),
+        "experts.gate_up_proj_scales": ones(3, 4, 2, dtype=np.uint8),
+    }
+    weights, _ = found(tmp_path, tensors, {"quant_method": "mxfp4"}, monkeypatch)
+    assert {n: (w.format, w.shape) for n, w in weights.items()} == {
+        "experts.gate_up_proj": ("MXFP4", (3, 64, 4))
     }
 
 
@@ -188,12 +201,17 @@ MALFORMED: list[tuple[str, Any, str, Callable[[Array], Array], str]] = [
 
 
 @pytest.mark.parametrize("row", MALFORMED, ids=lambda r: f"{r[0]} {r[2]}")
-def test_headers_that_do_not_fit(tmp_path: Path, row: Any) -> None:
+def test_headers_that_do_not_fit(tmp_path: Path, row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name, config, part, change, words = row
     arrays = dict(ROWS[name].arrays)
     arrays[part] = change(arrays[part])
     with pytest.raises(LoraFxError, match=words):
-        found(tmp_path, {f"m.{n}": np.ascontiguousarray(a) for n, a in arrays.items()}, config)
+        found(
+            tmp_path,
+            {f"m.{n}": np.ascontiguousarray(a) for n, a in arrays.items()},
+            config,
+            monkeypatch,
+        )
 
 
 def test_the_table_of_siblings() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.checkpoint.difference import read_bytes
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
+from lora_fx.files.quantised import base
+from lora_fx.files.safetensors import stored
 from lora_fx.fx.codes import forms
-from lora_fx.fx.load import huggingface
 from lora_fx.fx.load.huggingface import load_folder
 from tests.checkpoint.made import checkpoint
 from tests.cli.test_cli import run
@@ -89,11 +89,11 @@ def test_targets_reads_headers_only(
     made(tmp_path / "m", name)
     sizes: list[int] = []
 
-    def reading(info: Any, start: int, stop: int) -> Any:
-        sizes.append(stop - start)
-        return read_bytes(info, start, stop)
+    def reading(info: Any, *part: Any) -> Any:
+        sizes.append(info.stop - info.start)
+        return stored(info, *part)
 
-    monkeypatch.setattr(huggingface, "read_bytes", reading)
+    monkeypatch.setattr(base, "stored", reading)
     code, out, _ = run(capsys, "targets", str(tmp_path / "m"), "--json")
     told = {t["key"]: t for t in json.loads(out)["targets"]}
     assert code == 0

@@ -1,0 +1,90 @@
+"""Weights in floats of 8 bits, with scales beside them.
+
+    weight              float8_e4m3fn [out, in]
+    weight_scale_inv    float [⌈out/B⌉, ⌈in/B⌉], blocks of B×B, 128 where config.json names no
+                        weight_block_size: DeepSeek-V3 (`weight_dequant`, inference/kernel.py) and
+                        transformers' FineGrainedFP8; also float8_e8m0fnu
+    weight_scale        float [], [1] or [out, 1]: vLLM's and ModelOpt's FP8, fbgemm_fp8
+    weight_scale        uint8 or float8_e8m0fnu [out, in/32], the exponents 127 + e of 2^e: MXFP8
+                        (OCP Microscaling Formats 1.0, 5.2; 255 is no number)
+
+W = weight · scale, whatever its name says.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_fx.dtypes import FLOATING, Array
+from lora_fx.files.quantised.base import ALL, FLOAT8, Parts, QuantisedWeight, checked
+from lora_fx.ir.quantised import Quantised
+from lora_fx.text import JsonView, is_whole
+
+EXPONENTS = ("uint8", "float8_e8m0fnu")
+BLOCK = 128
+
+
+def fp8_blocks(parts: Parts, said: JsonView) -> QuantisedWeight:
+    """A weight with a scale a square block.
+
+    Args:
+        parts: Of the module.
+        said: The quantization_config.
+
+    Raises:
+        LoraFxError: A part is missing, malformed, or does not fit the others.
+    """
+    shape = parts.shape("weight", FLOAT8, None, None)
+    told = said.get("weight_block_size") or [BLOCK, BLOCK]
+    if not isinstance(told, list) or len(told) != 2 or not all(is_whole(n) and n > 0 for n in told):
+        raise parts.wrong("weight", f"has blocks of {told!r}, as config.json says", "two sizes")
+    high, wide = told
+    blocks = -(-shape[0] // high), -(-shape[1] // wide)
+    parts.shape("weight_scale_inv", (*FLOATING, "float8_e8m0fnu"), *blocks)
+
+    def read(rows: slice = ALL) -> Quantised:
+        some = ALL if rows == ALL else slice(rows.start // high, -(-rows.stop // high))
+        codes, scale = parts.read("weight", rows), parts.read("weight_scale_inv", some)
+        q = Quantised(codes, scale.astype(np.float32), None, (high, wide))
+        return checked(f"{parts.module}.weight", q)
+
+    return QuantisedWeight(f"FP8 in blocks of {high}×{wide}", 8, shape, read, high)
+
+
+def fp8(parts: Parts) -> QuantisedWeight:
+    """A weight with one scale, one an output, or one a run of inputs: FP8 and MXFP8.
+
+    Raises:
+        LoraFxError: A part is missing, malformed, or does not fit the others.
+    """
+    out, length = parts.shape("weight", FLOAT8, None, None)
+    if parts.dtype("weight_scale") in EXPONENTS:
+        parts.shape("weight_scale", EXPONENTS, out, -(-length // 32))
+        kind, block = "MXFP8", 32
+    else:
+        found = parts.shape("weight_scale", FLOATING, any_axes=True)
+        single = found in ((), (1,), (1, 1))
+        if not single and found != (out,):
+            parts.shape("weight_scale", FLOATING, out, 1)
+        kind, block = "FP8", 0 if single else length
+
+    def read(rows: slice = ALL) -> Quantised:
+        codes = parts.read("weight", rows)
+        scale = parts.read("weight_scale", rows if block else ALL)
+        scale = powers(parts, scale) if kind == "MXFP8" else scale.reshape(-1, 1)
+        q = Quantised(codes, scale, None, (1, block) if block else codes.shape)
+        return checked(f"{parts.module}.weight", q)
+
+    return QuantisedWeight(kind, 8, (out, length), read)
+
+
+def powers(parts: Parts, exponents: Array, name: str = "weight_scale") -> Array:
+    """Scales of microscaling formats, fp32.
+
+    Raises:
+        LoraFxError: One that is no number.
+    """
+    raw = exponents.view(np.uint8)
+    if (raw == 255).any():
+        raise parts.wrong(name, "has an exponent of 255, which is no number", "0 to 254")
+    return np.ldexp(np.float32(1), raw.astype(np.int32) - 127)

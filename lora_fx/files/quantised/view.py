@@ -1,0 +1,120 @@
+"""A checkpoint seen as if its quantised weights were floats: the same names, in new shards.
+
+Nothing is read but headers. What makes numbers of codes is read row by row, by who asks for rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lora_fx.dtypes import DTYPES
+from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.quantised.base import QuantisedWeight
+from lora_fx.files.quantised.read import parts_beside, quantised_weights
+from lora_fx.files.safetensors import Header, TensorInfo
+from lora_fx.text import Json, JsonView, some
+
+SHARD = 5_000_000_000
+"""Bytes of the tensors of one shard, which is transformers' limit, too."""
+_OTHER_CONFIGS = ("quantize_config.json", "hf_quant_config.json")
+"""What AutoGPTQ and ModelOpt write beside config.json."""
+
+
+@dataclass(frozen=True)
+class CodesInfo(TensorInfo):
+    """A weight of a view; start and stop are those of its codes.
+
+    Attributes:
+        weight: What reads it.
+    """
+
+    weight: QuantisedWeight
+
+
+def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
+    """The view of a checkpoint whose quantised weights will be stored as `dtype`.
+
+    Args:
+        base: A folder or file.
+        dtype: What the weights will be stored in; the view's own are fp32.
+        most: Bytes of the tensors of one shard of a folder; a larger tensor has a shard of its own.
+
+    Raises:
+        LoraFxError: No weight is quantised, or one in a format that is not read.
+    """
+    config = base.config()
+    weights = quantised_weights(base.tensors, config)
+    if not weights:
+        raise LoraFxError(
+            f"{base.path}: none of its weights is quantised", "merge without --dequantise"
+        )
+    for name, weight in weights.items():
+        if not weight.bits:
+            weight.read()  # raises: says what it is and why it is not read
+        if name in base.tensors and name + "_blocks" in base.tensors:
+            raise LoraFxError(f"{base.path}: has {name!r} and codes of it", "remove one of the two")
+    gone = parts_beside(weights, base.tensors)
+    seen: dict[str, TensorInfo] = {}
+    for tensor, info in base.tensors.items():
+        if tensor not in gone:
+            seen[tensor] = info
+        elif (name := gone[tensor]) and name not in seen:
+            seen[name] = _codes(weights[name], name, base, info)
+    sizes = {n: _size(t, dtype) for n, t in seen.items()}
+    shards = _shards(base, seen, sizes, most)
+    return replace(
+        base,
+        shards=shards,
+        tensors={n: t for h in shards.values() for n, t in h.tensors.items()},
+        settings=_settings(config, dtype),
+        of=base,
+        without=_OTHER_CONFIGS,
+    )
+
+
+def _codes(
+    weight: QuantisedWeight, name: str, base: Checkpoint, info: TensorInfo
+) -> CodesInfo:
+    return CodesInfo("float32", weight.shape, info.file, info.start, info.stop, weight)
+
+
+def _size(info: TensorInfo, dtype: str) -> int:
+    if isinstance(info, CodesInfo):
+        return math.prod(info.shape) * DTYPES[dtype].bits // 8
+    return info.stop - info.start
+
+
+def _shards(
+    base: Checkpoint, seen: Mapping[str, TensorInfo], sizes: Mapping[str, int], most: int
+) -> dict[str, Header]:
+    """Tensors in their order, as many in a shard as it can hold."""
+    first = next(iter(base.shards))
+    metadata = base.shards[first].metadata
+    if not base.path.is_dir():
+        return {first: Header(dict(seen), metadata)}
+    groups: list[dict[str, TensorInfo]] = [{}]
+    room = most
+    for name, info in seen.items():
+        if sizes[name] > room and groups[-1]:
+            groups.append({})
+            room = most
+        groups[-1][name] = info
+        room -= sizes[name]
+    stem = first.removesuffix(".safetensors").partition("-0")[0]
+    many = len(groups) > 1
+    names = (f"{stem}-{i:05}-of-{len(groups):05}" if many else stem for i in range(1, len(groups) + 1))
+    return {f"{n}.safetensors": Header(g, metadata) for n, g in zip(names, groups, strict=True)}
+
+
+def _settings(config: JsonView, dtype: str) -> Json:
+    """A config.json of floats."""
+    settings = {k: v for k, v in config.items() if k != "quantization_config"}
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(settings.get(name), str):
+            settings[name] = dtype
+    if isinstance(settings.get("text_config"), dict):
+        settings["text_config"] = _settings(settings["text_config"], dtype)
+    return settings
