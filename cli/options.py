@@ -321,6 +321,7 @@ FLAGS = {
     "untie": "Give a tied output head a tensor of its own.",
     "add": "Add whole tensors that the base lacks: a new head.",
     "again": "Merge an adapter that is in the base already.",
+    "dequantise": "Store the weights of a quantised base as floats.",
     "link": "Hard links for untouched files, instead of copies.",
     "trust": "Read an adapter_model.bin, by torch's unpickler that runs no code.",
 }
@@ -335,6 +336,7 @@ merge_options = combined(
             help="Of touched tensors.  [default: as stored]",
         ),
         *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items()),
+        click.option("--max-shard-size", metavar="SIZE", help="Of --dequantise.  [default: 5GB]"),
     ]
 )
 """Options of every command that merges."""
@@ -343,7 +345,8 @@ merge_options = combined(
 def arguments(options: JsonView) -> list[str]:
     """The command line that says these options."""
     given = [f"--{name}" for name in FLAGS if options[name.replace("-", "_")]]
-    return [*given, "--dtype", options["dtype"]] if options["dtype"] else given
+    said = [name for name in ("dtype", "max_shard_size") if options[name]]
+    return [*given, *(x for n in said for x in (f"--{n.replace('_', '-')}", options[n]))]
 
 
 def load_numpy() -> None:

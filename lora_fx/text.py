@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from lora_fx.errors import visible
+from lora_fx.errors import LoraFxError, visible
 
 Json = dict[str, Any]
 """A JSON object; its values are what JSON has."""
@@ -45,6 +46,22 @@ def human(n: float) -> str:
         return f"{n:.0f}"
     power = min(5, int(math.log10(n) // 3))
     return f"{n / 1000**power:.1f} {' kMGTP'[power]}"
+
+
+def size_in_bytes(text: str) -> int:
+    """A count of bytes as people write it.
+
+    Raises:
+        LoraFxError: A text that is none.
+
+    >>> size_in_bytes("5GB"), size_in_bytes("1.5 MiB"), size_in_bytes("1000")
+    (5000000000, 1572864, 1000)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if found is None:
+        raise LoraFxError(f"{text!r} is no size; expected bytes", "for example 5GB, or 500MB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
 
 
 def is_number(value: object) -> TypeGuard[float]:

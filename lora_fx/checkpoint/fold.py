@@ -22,6 +22,7 @@ from lora_fx.adapter.variant import factors, squares
 from lora_fx.dtypes import Array, Floating, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
+from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.numpy_emitter import NumpyEmitter
@@ -285,6 +286,8 @@ def read_rows(
     fd: int, info: TensorInfo, low: int, count: int, columns: int, space: Space | None = None
 ) -> Array:
     """Rows low ≤ i < low + count of a stored tensor that is seen with `columns` columns."""
+    if isinstance(info, CodesInfo):
+        return info.weight.rows(low, low + count)
     old = (space or Space()).array("old", (count, columns), numpy_dtype(info.dtype))
     row = old.itemsize * columns
     try:

@@ -50,6 +50,8 @@ def merge(
     any_base: bool = False,
     other_readers: bool = False,
     trust: bool = False,
+    dequantise: bool = False,
+    max_shard_size: int | str | None = None,
     link: bool = False,
     force: bool = False,
     workers: int | None = None,
@@ -74,6 +76,10 @@ def merge(
         other_readers: Fold an update of a weight that more than its products read (a norm, an
             index), which the update does not reach, and a merge does.
         trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
+        dequantise: Write the weights of a quantised checkpoint as floats, in `dtype` or bfloat16;
+            quantization_config goes, and the shards are new.
+        max_shard_size: Bytes of the tensors of such a shard, or a text such as 2GB; 5 GB
+            where None.
         link: Untouched shards share the base's inodes (hard links).
         force: Replace an output that exists.
         workers: Threads; as many as there are cores where None.
@@ -92,7 +98,8 @@ def merge(
     options = MergeOptions(
         how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
         again=again, allow_missing=allow_missing, any_base=any_base,
-        other_readers=other_readers, trust=trust,
+        other_readers=other_readers, trust=trust, dequantise=dequantise,
+        max_shard_size=max_shard_size,
     )  # fmt: skip
     check_output(out, force=force)
     plan = plan_merge(base, adapters, options)

@@ -27,9 +27,10 @@ from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, sprea
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError, MisfitError, stamp
 from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.quantised.dequantise import SHARD, CodesInfo, dequantised, view_notes
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.regions import overlap
-from lora_fx.text import Json, human, table
+from lora_fx.text import Json, human, size_in_bytes, table
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Given:
 
 
 HOWS = ("sum", "cat", "linear", "svd")
-_RECORDED = ("allow_unused", "allow_missing", "other_readers")
+_RECORDED = ("allow_unused", "allow_missing", "other_readers", "dequantise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +63,32 @@ class MergeOptions:
     any_base: bool = False
     other_readers: bool = False
     trust: bool = False
+    dequantise: bool = False
+    max_shard_size: int | str | None = None
 
     def __post_init__(self) -> None:
-        """Raise for a mix or dtype that is not known, and for a rank below 1."""
+        """Raise for a mix or dtype that is not known, and for sizes that are none."""
         if self.dtype not in (None, *FLOATING):
             raise LoraFxError(f"no dtype {self.dtype!r}", f"one of {', '.join(FLOATING)}")
         if self.how not in HOWS:
             raise LoraFxError(f"no mix {self.how!r}", f"the mixes are {', '.join(HOWS)}")
         if self.rank is not None and self.rank < 1:
             raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
+        if self.max_shard_size is not None and not self.dequantise:
+            raise LoraFxError("--max-shard-size is of --dequantise", "shards stay as they are else")
+        if self.shard < 1:
+            raise LoraFxError("shards of 0 bytes; expected 1 or more", "--max-shard-size 5GB")
+
+    @property
+    def stored(self) -> str:
+        """The dtype of weights that were codes."""
+        return self.dtype or "bfloat16"
+
+    @property
+    def shard(self) -> int:
+        """Bytes of a shard where weights were codes; raises for a text that is no size."""
+        size = self.max_shard_size
+        return SHARD if size is None else size if isinstance(size, int) else size_in_bytes(size)
 
 
 LENIENT = MergeOptions(untie=True, again=True, any_base=True, other_readers=True)
@@ -162,6 +180,8 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     """
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
+    if options.dequantise and base.of is None:
+        base = dequantised(base, options.stored, options.shard)
     _check_given(base, given, options)
     given = [replace(g, adapter=g.adapter.resolved(base.tensors)) for g in given]
     config, notes = base.config(), _read_too(given, options)
@@ -204,9 +224,11 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     for p in placed:
         by_tensor.setdefault(p.tensor, []).append(p)
     changes = {}
-    for name in (*(n for n in base.tensors if n in by_tensor), *(n for n in sources)):
+    codes = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
+    for name in (*(n for n in base.tensors if n in {*by_tensor, *codes}), *(n for n in sources)):
         info = sources.get(name) or base.tensors[name]
-        change = change_of(name, info, by_tensor.get(name, []), base, options.dtype)
+        dtype = options.stored if isinstance(info, CodesInfo) else options.dtype
+        change = change_of(name, info, by_tensor.get(name, []), base, dtype)
         if name in copies and change.value is None:
             change = replace(change, what=(f"copy of {copies[name]}", *change.what))
         elif name in sources:
@@ -215,16 +237,23 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         if (scales := change.scales) is not None:
             _check_free(scales.name, by_tensor, base)
             changes[scales.name] = scales
-    codes = [c.name for c in changes.values() if c.int8 is not None]
-    if codes and options.dtype is not None:
-        stay = f"{len(codes)} int8 tensors stay int8, {codes[0]} among them"
+    int8 = [c.name for c in changes.values() if c.int8 is not None]
+    if int8 and options.dtype is not None:
+        stay = f"{len(int8)} int8 tensors stay int8, {int8[0]} among them"
         notes.append(f"--dtype {options.dtype}: {stay}")
-    homes = {n: info.file.relative_to(base.folder).as_posix() for n, info in sources.items()}
+    notes += view_notes(base)
+    homes = {n: _home(base, n, copies.get(n)) for n in sources}
     unverified = tuple(c for c in checks if c)
     notes = list(dict.fromkeys([*notes, *unverified]))
     return MergePlan(
         base, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified
     )
+
+
+def _home(base: Checkpoint, name: str, source: str | None) -> str:
+    """The shard of a new tensor: that of what it is a copy of, else the last."""
+    shards = [n for n, header in base.shards.items() if source in header.tensors]
+    return shards[0] if shards else [*base.shards][-1]
 
 
 def _read_too(given: Sequence[Given], options: MergeOptions) -> list[str]:
@@ -414,11 +443,13 @@ def change_of(
             matrices.append(region(info.shape, p.bounds, p.entry))
     rows = _rows(name, placed, base)
     if rows or not matrices:
-        matrices.append(Matrix(info.shape[0], math.prod(info.shape[1:]), ()))
+        split = -1 if isinstance(info, CodesInfo) else 1
+        sizes = math.prod(info.shape[:split]), math.prod(info.shape[split:])
+        matrices.append(Matrix(*sizes, ()))
     matrix = in_dtype(joined(name, matrices), arithmetic(info.dtype, out))
     if int8 is not None:
         _check_int8(name, info, matrix)
-    what = tuple(map(_said, placed))
+    what = tuple(map(_said, placed)) or (("dequantised",) if isinstance(info, CodesInfo) else ())
     return TensorChange(name, info, out, TensorFold(name, matrix, rows), what=what, int8=int8)
 
 

@@ -213,5 +213,5 @@ def half_ulp(x: Array, dtype: str) -> Array:
     """Half the spacing of `dtype` at x, a little more for ties; x in fp64."""
     info = finfo(dtype)
     _, exponent = np.frexp(np.abs(x))
-    low = np.maximum(exponent - 1, int(info.minexp))
+    low = np.maximum(np.where(x == 0, int(info.minexp), exponent - 1), int(info.minexp))
     return np.asarray(np.ldexp(0.5 * (1 + 2.0**-10), low - int(info.nmant)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.copying import read_at
+from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import json_value, open_input
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.targets.target import base_name
@@ -282,6 +284,12 @@ def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
 
 def _read(info: TensorInfo, dtype: str) -> Array:
     """Both ends of a stored tensor, cast."""
+    if isinstance(info, CodesInfo):
+        columns = info.shape[-1]
+        rows, few = math.prod(info.shape[:-1]), -(-ENDS // columns)
+        first = info.weight.rows(0, min(few, rows)).reshape(-1)[:ENDS]
+        last = info.weight.rows(max(0, rows - few), rows).reshape(-1)[-ENDS:]
+        return cast(np.concatenate([first, last]), dtype)
     stored = numpy_dtype(info.dtype)
     return cast(np.frombuffer(_both_ends(info, ENDS * stored.itemsize), stored), dtype)
 

@@ -222,13 +222,13 @@ def chain_of(
         plan = make_plan(here, parts, _options(record, parts, here, merged))
         notes += [n for n in plan.notes if not plans or n not in plan.unverified]
         plans.append(plan)
-        here = _after(here, plan)
+        here = _after(plan)
     if not plans:
         make_plan(base, given, MergeOptions())  # raises: nothing was given
     full = len(records) > 0 and all(r.given for r in recorded if r.merge == 1)
     if not known or (records and _other_base(records[0], base, plans[0] if full else None)):
         notes.append(f"{merged.path} says that it was made from another base than {base.path}")
-    return MergeHistory(_joined(plans, base, merged), tuple(recorded), tuple(notes))
+    return MergeHistory(_joined(plans, merged), tuple(recorded), tuple(notes))
 
 
 def _assigned(
@@ -271,12 +271,14 @@ def _options(
         dtype=record["dtype"] if record.get("dtype") in FLOATING else None,
         allow_unused=asked.get("allow_unused") is True,
         allow_missing=asked.get("allow_missing") is True,
+        dequantise=asked.get("dequantise") is True,
         add=new,
     )
 
 
-def _after(base: Checkpoint, plan: MergePlan) -> Checkpoint:
+def _after(plan: MergePlan) -> Checkpoint:
     """What a later merge started from: the names and the config; the values are the base's."""
+    base = plan.base
     new = {n: plan.changes[n].source for n in plan.added}
     settings = untied(base.config()) if plan.tie is not None else base.settings
     return replace(base, tensors={**base.tensors, **new}, settings=settings)
@@ -286,15 +288,16 @@ def _other_base(record: JsonView, base: Checkpoint, plan: MergePlan | None) -> b
     """True where the first merge says that it started from other weights, or another model."""
     said = record.get("base")
     said = said if isinstance(said, dict) else {}
-    if said.get("layout") not in (None, layout_hash(base.tensors)):
+    seen = base if plan is None else plan.base
+    if said.get("layout") not in (None, layout_hash(seen.tensors)):
         return True
     if plan is None:  # which tensors were sampled is not known
         return False
-    old = [(n, base.tensors[n]) for n in plan.changes if n not in plan.added]
+    old = [(n, plan.base.tensors[n]) for n in plan.changes if n not in plan.added]
     return said.get("sample") not in (None, sample_hash(old))
 
 
-def _joined(plans: Sequence[MergePlan], base: Checkpoint, merged: Checkpoint) -> MergePlan:
+def _joined(plans: Sequence[MergePlan], merged: Checkpoint) -> MergePlan:
     changes: dict[str, TensorChange] = {}
     added: dict[str, str] = {}
     for plan in plans:
@@ -308,7 +311,7 @@ def _joined(plans: Sequence[MergePlan], base: Checkpoint, merged: Checkpoint) ->
         if info is not None and floats and not change.scales_of:
             changes[name] = replace(change, dtype=info.dtype)
     given = tuple(g for p in plans for g in p.given)
-    return replace(plans[-1], base=base, given=given, changes=changes, added=added)
+    return replace(plans[0], given=given, changes=changes, added=added)
 
 
 def _then(

@@ -39,6 +39,7 @@ from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
+from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input, read_bytes, read_json
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.text import Json, JsonView
@@ -47,6 +48,8 @@ CHUNK = 64 << 20
 """Bytes of one copy job."""
 RUN = 4
 """Blocks of one fold job."""
+RUN_OF_CODES = 8
+"""The same of codes, which may lie by columns: few rows of them are many short reads."""
 FLUSH = 128 << 20
 """Bytes after which what is written is sent to the disk, while more is folded."""
 WAITING = 16
@@ -210,12 +213,10 @@ class _Run:
         for slot in shard.slots:
             if slot.change is not None:
                 yield from self._fold(slot.change)
-        source = self._open(shard.source)
-        for still, group in itertools.groupby(shard.slots, lambda s: s.change is None):
-            run = list(group)
-            if still:
-                start, count = run[0].source.start, run[-1].stop - run[0].start
-                yield from self._range(source, fd, start, lead + run[0].start, count)
+        for run in _runs(shard.slots):
+            start, count = run[0].source.start, run[-1].stop - run[0].start
+            source = self._open(run[0].source.file)
+            yield from self._range(source, fd, start, lead + run[0].start, count)
 
     def _fold(self, change: TensorChange) -> Iterator[Job]:
         if change.scales_of:
@@ -227,7 +228,8 @@ class _Run:
         self._open(change.source.file)
         if change.int8 is not None:
             self._open(change.int8.scales.file)
-        step = rows_per_block(fold.matrix.columns) * RUN
+        coded = isinstance(change.source, CodesInfo)
+        step = rows_per_block(fold.matrix.columns) * (RUN_OF_CODES if coded else RUN)
         for low in range(0, fold.matrix.rows, step):
             high = min(fold.matrix.rows, low + step)
             yield partial(self._rows, change, fold, low, high)
@@ -242,12 +244,17 @@ class _Run:
     def _rows(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
         source, (fd, at) = self.sources[change.source.file], self.places[change.name]
         stats, columns = Stats(), fold.matrix.columns
+        info = change.source
+        window = info.weight.window(low, high) if isinstance(info, CodesInfo) else None
         row = numpy_dtype(change.dtype).itemsize * columns
         step = rows_per_block(columns)
         space: Space = self.spaces.__dict__.setdefault("space", Space())
         for start in range(low, high, step):
             n = min(step, high - start)
-            old = read_rows(source, change.source, start, n, columns, space)
+            if window is not None:
+                old = window(start, start + n)
+            else:
+                old = read_rows(source, change.source, start, n, columns, space)
             if change.int8 is not None:
                 new, found = self._quantised(change.int8, fold, old, start, space)
             else:
@@ -335,7 +342,6 @@ class TensorSlot:
 class Shard:
     """One output file with its header; `slots` in the order of their bytes."""
 
-    source: Path
     target: Path
     head: bytes
     slots: tuple[TensorSlot, ...]
@@ -346,20 +352,34 @@ class Shard:
         return len(self.head) + sum(s.stop - s.start for s in self.slots)
 
 
+def _runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
+    """Untouched tensors that lie one behind the other, in what is read as in what is written."""
+    run: list[TensorSlot] = []
+    for slot in slots:
+        here = (slot.source.file, slot.source.start)
+        if run and (slot.change or here != (run[-1].source.file, run[-1].source.stop)):
+            yield run
+            run = []
+        if slot.change is None:
+            run.append(slot)
+    if run:
+        yield run
+
+
 def lay_out(plan: MergePlan, name: str, target: Path, text: str) -> Shard | None:
     """The output file of a shard; None where nothing in it changes."""
-    header, source = plan.base.shards[name], plan.base.folder / name
+    header = plan.base.shards[name]
     mine = {
         n: plan.changes[n]
         for n, info in header.tensors.items()
         if n in plan.changes and plan.base.tensors[n] == info
     }
     new = [plan.changes[n] for n, home in plan.added.items() if home == name]
-    if not mine and not new:
+    if not mine and not new and plan.base.of is None:
         return None
     place: dict[str, TensorSlot] = {}
     at = 0
-    by_start = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].stop))
+    by_start = sorted(header.tensors.items(), key=lambda n: (n[1].file, n[1].start, n[1].stop))
     old = [(n, info, mine.get(n)) for n, info in by_start]
     for n, info, change in [*old, *((c.name, c.source, c) for c in new)]:
         dtype, size = info.dtype, info.stop - info.start
@@ -376,7 +396,7 @@ def lay_out(plan: MergePlan, name: str, target: Path, text: str) -> Shard | None
         entries[n] = {"dtype": code, "shape": shape, "data_offsets": [s.start, s.stop]}
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
-    return Shard(source, target, len(body).to_bytes(8, "little") + body, tuple(place.values()))
+    return Shard(target, len(body).to_bytes(8, "little") + body, tuple(place.values()))
 
 
 # What lies beside a merged checkpoint's shards: companions, the index, links to old shards.
@@ -418,8 +438,9 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
     for name in plan.base.companions()[0]:
         source, target = plan.base.path / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if str(name) == "config.json" and plan.tie is not None:
-            config = untied(read_json(source, constants=True))
+        if str(name) == "config.json" and (plan.tie is not None or plan.base.of is not None):
+            config = plan.base.config()
+            config = untied(config) if plan.tie is not None else config
             target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
             with open_input(source) as read, target.open("wb") as written:
@@ -445,6 +466,9 @@ def _is_file_of_base(file: Path) -> bool:
 
 def write_index(plan: MergePlan, folder: Path) -> None:
     """The index, byte for byte where it still holds, else with its sums and new names."""
+    if plan.base.of is not None:
+        _index_of_view(plan, folder)
+        return
     if plan.base.index is None:
         return
     same = not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values())
@@ -463,3 +487,17 @@ def write_index(plan: MergePlan, folder: Path) -> None:
             )
         data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
     (folder / plan.base.index.name).write_bytes(data)
+
+
+def _index_of_view(plan: MergePlan, folder: Path) -> None:
+    """The index of new shards, where there are several."""
+    shards = plan.base.shards
+    if len(shards) == 1:
+        return
+    sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
+    sizes |= {n: c.nbytes for n, c in plan.changes.items()}
+    homes = {n: shard for shard, header in shards.items() for n in header.tensors}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": homes | {**plan.added}}
+    stem = next(iter(shards)).partition("-0")[0]
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -24,6 +24,9 @@ OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".data", ".gguf", ".safet
 """Endings of files that hold weights: beside merged ones they would be stale copies."""
 
 
+QUANTISER_CONFIGS = ("quantize_config.json", "hf_quant_config.json")
+"""What AutoGPTQ and ModelOpt write beside config.json."""
+
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model_type": (str,),
     "architectures": (list,),
@@ -81,6 +84,8 @@ class Checkpoint:
         tensors: Every tensor, from the shard that counts.
         index: The index of the shards, or None.
         settings: What takes the place of config.json; None: the file counts.
+        of: The checkpoint that this is a view of, whose shards and quantiser's configs are not the
+            view's own; None where it is on disk.
     """
 
     path: Path
@@ -88,6 +93,7 @@ class Checkpoint:
     tensors: Tensors
     index: Path | None = None
     settings: JsonView | None = None
+    of: Checkpoint | None = None
 
     @property
     def folder(self) -> Path:
@@ -97,7 +103,8 @@ class Checkpoint:
     @property
     def size(self) -> int:
         """Bytes of all shards."""
-        return sum((self.folder / name).stat().st_size for name in self.shards)
+        sizes = (t.stop - t.start for h in self.shards.values() for t in h.tensors.values())
+        return sum(sizes) + sum(h.data for h in self.shards.values())
 
     @property
     def elements(self) -> int:
@@ -120,6 +127,7 @@ class Checkpoint:
             LoraFxError: A file is a link that leads out of the folder.
         """
         mine = {*self.shards, self.index.name if self.index else ""}
+        mine |= {*self.of.shards, *QUANTISER_CONFIGS} if self.of is not None else set()
         found = _walk(self.path, PurePosixPath()) if self.path.is_dir() else ()
         others = [(name, goes) for name, goes in found if str(name) not in mine]
         for name in (n for n, goes in others if goes):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
+from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype, values_of
 from lora_fx.errors import LoraFxError, explained, one_line
 from lora_fx.files.copying import read_into
 from lora_fx.files.read import AGAIN, MAX_JSON, json_object, open_input, refuse_pointer
@@ -286,6 +286,8 @@ def refuse_other_kinds(path: Path) -> None:
 
 def finite(array: Array) -> bool:
     """True when every element is a number; exact in any float dtype."""
+    if array.dtype.itemsize == 1:
+        return bool(np.isfinite(values_of(array.dtype))[array.view(np.uint8)].all())
     wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
     return bool(np.isfinite(wide).all())
 

@@ -11,12 +11,13 @@ of this value: see lora_fx/files/quantised.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array, numpy_dtype, values_of
 
 
 @dataclass(frozen=True)
@@ -55,35 +56,46 @@ class Quantised:
     def dequantise(self, dtype: str = "float32", rows: slice = slice(None)) -> Array:
         """The weight, or some of its rows along the first axis, in a dtype."""
         codes = self.codes[rows]
-        scale = self._along(self.scale, rows).astype(np.float32)
         if self.levels is not None:
-            values = self.levels.astype(np.float32)[codes]
-        elif self.zero is None:
-            values = codes.astype(np.float32)
+            weight = np.take(self.levels.astype(np.float32), codes)
+        elif codes.dtype.itemsize == 1 and codes.dtype.name.startswith("float8"):
+            weight = np.take(values_of(codes.dtype), codes.view(np.uint8))
         else:
-            values = codes.astype(np.float32) - self._along(self.zero, rows).astype(np.float32)
-        weight = values * scale
+            weight = codes.astype(np.float32)
+        if self.zero is not None and self.levels is None:
+            self._each(np.subtract, weight, self.zero, rows)
+        self._each(np.multiply, weight, self.scale, rows)
         if self.unit != 1:
-            weight = weight * np.float32(self.unit)
-        return np.asarray(weight).astype(numpy_dtype(dtype))
+            weight *= np.float32(self.unit)
+        return np.asarray(weight).astype(numpy_dtype(dtype), copy=False)
 
-    def _along(self, value: Array, rows: slice) -> Array:
-        """A number a block as a number an element of some rows, or an array that broadcasts."""
+    def _each(self, op: np.ufunc, weight: Array, value: Array, rows: slice) -> None:
+        """Some rows of the weight, changed in place by a number a block."""
         start, stop, _ = rows.indices(self.shape[0])
+        value = value.astype(np.float32)
         if self.flat:
             width, block = math.prod(self.shape[1:]), self.block[0]
             first, last = start * width, stop * width
             low = first // block
-            spread = np.repeat(value[low : -(-last // block)], block)
-            part = spread[first - low * block : last - low * block]
-            return np.asarray(part.reshape(stop - start, *self.shape[1:]))
+            value = value[low : -(-last // block)]
+            if first % block or last % block:
+                flat, value = weight.reshape(-1), np.repeat(value, block)
+                op(flat, value[first - low * block : last - low * block], out=flat)
+            else:
+                blocks = weight.reshape(-1, block)
+                op(blocks, value[:, None], out=blocks)
+            return
         for axis, (size, block) in enumerate(zip(self.shape, self.block, strict=True)):
             if axis == 0:
                 picked = np.arange(start, stop) // block
                 value = value[picked] if block < size or start else value
-            elif block < size:
+            elif 1 < block < size and axis == len(self.shape) - 1 and not size % block:
+                blocks = weight.reshape(*weight.shape[:-1], size // block, block)
+                op(blocks, value[..., None], out=blocks)
+                return
+            elif 1 < block < size:
                 value = np.take(value, np.arange(size) // block, axis)
-        return value
+        op(weight, value, out=weight)
 
 
 def no_fold(kind: str) -> str:
@@ -111,21 +123,25 @@ def unpacked(words: Array, bits: int, axis: int = -1, *, high: bool = False) -> 
 
     Codes of 3, 5, 6 or 7 bits run on from word to word.
     """
-    width = words.dtype.itemsize * 8
-    words = words.view(f"u{words.dtype.itemsize}")
-    if width % bits:
-        last = np.ascontiguousarray(np.moveaxis(words, axis, -1)).astype(f"<u{width // 8}")
-        stream = np.unpackbits(last.view(np.uint8), axis=-1, bitorder="little")
+    words = np.ascontiguousarray(np.moveaxis(words, axis, -1))
+    order = words.dtype.newbyteorder(">" if high else "<")
+    words = words.astype(order, copy=False).view(np.uint8)
+    if 8 % bits:
+        stream = np.unpackbits(words, axis=-1, bitorder="little")
         whole = stream.shape[-1] // bits * bits
         each = stream[..., :whole].reshape(*stream.shape[:-1], -1, bits)
-        return np.moveaxis(np.packbits(each, axis=-1, bitorder="little")[..., 0], -1, axis)
-    shifts = range(0, width, bits)
-    order = reversed(shifts) if high else shifts
-    parts = [((words >> s) & (2**bits - 1)).astype(np.uint8) for s in order]
-    axis %= words.ndim
-    joined = np.stack(parts, axis + 1)
-    shape = (*words.shape[:axis], words.shape[axis] * len(parts), *words.shape[axis + 1 :])
-    return joined.reshape(shape)
+        codes = np.packbits(each, axis=-1, bitorder="little")[..., 0]
+    else:
+        codes = np.take(_bytes(bits, high), words).view(np.uint8)
+    return np.moveaxis(codes, -1, axis)
+
+
+@functools.cache
+def _bytes(bits: int, high: bool) -> Array:
+    """The codes of every byte, as one number of as many bytes."""
+    shifts = np.arange(0, 8, bits)
+    codes = (np.arange(256)[:, None] >> (shifts[::-1] if high else shifts)) & (2**bits - 1)
+    return np.asarray(codes.astype(np.uint8).view(f"u{8 // bits}")[:, 0])
 
 
 def packed(codes: Array, bits: int, *, high: bool = False) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, checked, evenly, packed_range
-from lora_fx.ir.quantised import Quantised, unpacked
+from lora_fx.ir.quantised import Quantised
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where outputs 0 to 7 lie in a word, in codes from the lowest bits."""
@@ -42,5 +42,10 @@ def awq(parts: Parts) -> QuantisedWeight:
 
 def _outputs(words: Array) -> Array:
     """Codes [out, rows] of words [rows, out/8]."""
-    codes = unpacked(words, 4).reshape(len(words), -1, 8)[..., PLACES]
-    return np.ascontiguousarray(codes.reshape(len(words), -1).T)
+    each = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
+    each = each.reshape(words.shape[1], len(words), 4)
+    codes = np.empty((len(each), 8, len(words)), np.uint8)
+    for i, place in enumerate(PLACES):
+        byte = each[..., place // 2]
+        codes[:, i] = byte >> 4 if place % 2 else byte & 15
+    return codes.reshape(-1, len(words))

@@ -9,7 +9,7 @@ parts themselves, or what some rows of the weight need of them. Live modules and
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,16 +54,28 @@ class QuantisedWeight:
 
     def rows(self, low: int, high: int) -> Array:
         """Rows low ≤ i < high of the weight, as `read` counts them, in fp32."""
-        matrix, found = math.prod(self.shape[-2:-1]), []
+        return self.window(low, high)(low, high)
+
+    def window(self, low: int, high: int) -> Callable[[int, int], Array]:
+        """What gives rows within low ≤ i < high, in fp32; their codes are read at once."""
+        matrix, pieces = math.prod(self.shape[-2:-1]), []
         while low < high:
             first = low - low % matrix  # of its matrix in a stack
             start = low - (low - first) % self.step
             end = min(high, first + matrix)
             stop = min(first + matrix, start + -(-(end - start) // self.step) * self.step)
-            some = self.read(slice(start, stop))
-            found.append(some.dequantise(rows=slice(low - start, end - start)))
+            pieces.append((start, low, end, self.read(slice(start, stop))))
             low = end
-        return found[0] if len(found) == 1 else np.concatenate(found)
+
+        def rows(low: int, high: int) -> Array:
+            found = [
+                q.dequantise(rows=slice(max(low, first) - start, min(high, end) - start))
+                for start, first, end, q in pieces
+                if first < high and low < end
+            ]
+            return found[0] if len(found) == 1 else np.concatenate(found)
+
+        return rows
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ which layout. Shapes and bits come from headers, and where a format keeps them i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -37,6 +37,15 @@ SIBLINGS = {
     "weight_scale_inv": "FP8 in blocks",
 }
 """What lies beside a quantised weight NAME.weight as NAME.…, and what wrote it, the first found."""
+
+ACTIVATIONS = ("input_scale", "input_global_scale", "input_zero_point")
+"""What quantises the values that a weight is multiplied with."""
+PARTS = (
+    *SIBLINGS, *ACTIVATIONS, "weight", "qzeros", "scales", "g_idx", "weight_shape",
+    "weight_zero_point", "weight_g_idx", "weight_global_scale", "weight_scale_2", "weight_format",
+    "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
+)  # fmt: skip
+"""The last names of all tensors that a quantised weight can have."""
 
 _BY_LENGTH = sorted(SIBLINGS, key=len, reverse=True)
 
@@ -71,6 +80,16 @@ def quantised_weights(tensors: Held, config: JsonView) -> dict[str, QuantisedWei
         elif tensor.endswith("_blocks"):
             names[tensor.removesuffix("_blocks")] = None
     return {name: _weight(name, tensors, config) for name in names}
+
+
+def parts_beside(weights: Iterable[str], tensors: Held) -> dict[str, str]:
+    """What a checkpoint holds of quantised weights → the weight that it belongs to."""
+    found: dict[str, str] = {}
+    for name in weights:
+        module = name.removesuffix(".weight")
+        every = (f"{module}.{part}" for part in PARTS)
+        found |= {n: name for n in (*every, f"{name}_blocks", f"{name}_scales") if n in tensors}
+    return found
 
 
 def _weight(name: str, tensors: Held, config: JsonView) -> QuantisedWeight:

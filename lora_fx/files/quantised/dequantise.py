@@ -13,14 +13,12 @@ from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight
-from lora_fx.files.quantised.read import parts_beside, quantised_weights
+from lora_fx.files.quantised.read import ACTIVATIONS, parts_beside, quantised_weights
 from lora_fx.files.safetensors import Header, TensorInfo
 from lora_fx.text import Json, JsonView, some
 
 SHARD = 5_000_000_000
 """Bytes of the tensors of one shard, which is transformers' limit, too."""
-_OTHER_CONFIGS = ("quantize_config.json", "hf_quant_config.json")
-"""What AutoGPTQ and ModelOpt write beside config.json."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +49,17 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
         raise LoraFxError(
             f"{base.path}: none of its weights is quantised", "merge without --dequantise"
         )
-    for name, weight in weights.items():
+    for weight in weights.values():
         if not weight.bits:
             weight.read()  # raises: says what it is and why it is not read
-        if name in base.tensors and name + "_blocks" in base.tensors:
-            raise LoraFxError(f"{base.path}: has {name!r} and codes of it", "remove one of the two")
     gone = parts_beside(weights, base.tensors)
     seen: dict[str, TensorInfo] = {}
     for tensor, info in base.tensors.items():
         if tensor not in gone:
             seen[tensor] = info
-        elif (name := gone[tensor]) and name not in seen:
-            seen[name] = _codes(weights[name], name, base, info)
+        elif (name := gone[tensor]) not in seen:
+            shape, weight = weights[name].shape, weights[name]
+            seen[name] = CodesInfo("float32", shape, info.file, info.start, info.stop, weight)
     sizes = {n: _size(t, dtype) for n, t in seen.items()}
     shards = _shards(base, seen, sizes, most)
     return replace(
@@ -71,14 +68,17 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
         tensors={n: t for h in shards.values() for n, t in h.tensors.items()},
         settings=_settings(config, dtype),
         of=base,
-        without=_OTHER_CONFIGS,
     )
 
 
-def _codes(
-    weight: QuantisedWeight, name: str, base: Checkpoint, info: TensorInfo
-) -> CodesInfo:
-    return CodesInfo("float32", weight.shape, info.file, info.start, info.stop, weight)
+def view_notes(base: Checkpoint) -> list[str]:
+    """What should be said of a view: what it leaves out."""
+    if base.of is None:
+        return []
+    weights = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
+    gone = [n for n in parts_beside(weights, base.of.tensors) if n.endswith(ACTIVATIONS)]
+    told = f"{some(gone, 2)}: the output computes in floats"
+    return [f"left out, {len(gone)} scales of activations: {told}"] if gone else []
 
 
 def _size(info: TensorInfo, dtype: str) -> int:
@@ -104,9 +104,13 @@ def _shards(
         groups[-1][name] = info
         room -= sizes[name]
     stem = first.removesuffix(".safetensors").partition("-0")[0]
-    many = len(groups) > 1
-    names = (f"{stem}-{i:05}-of-{len(groups):05}" if many else stem for i in range(1, len(groups) + 1))
-    return {f"{n}.safetensors": Header(g, metadata) for n, g in zip(names, groups, strict=True)}
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": Header(groups[0], metadata)}
+    count = len(groups)
+    return {
+        f"{stem}-{i:05}-of-{count:05}.safetensors": Header(group, metadata)
+        for i, group in enumerate(groups, 1)
+    }
 
 
 def _settings(config: JsonView, dtype: str) -> Json:

@@ -1,0 +1,183 @@
+"""merge --dequantise: checkpoints of every format become floats with the update in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import lora_fx
+from lora_fx.checkpoint.merge import merge
+from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import open_checkpoint
+from tests.checkpoint.made import Array, adapter, checkpoint, read
+from tests.cli.test_cli import run
+from tests.files.quantised.rows import WEIGHTS, golden
+from tests.files.quantised.rows import read as read_row
+
+GOLDEN = {row.name: row for row in golden() if row.reader in WEIGHTS}
+CT = {"quant_method": "compressed-tensors", "sparsity_config": {}, "transform_config": {}}
+SAID: dict[str, Any] = {
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
+    "compressed-tensors": CT,
+    "nvfp4": CT,
+    "mxfp4": CT,
+    "fp8": {"quant_method": "modelopt"},
+    "fp8 blocks": {"quant_method": "fp8"},
+    "mxfp4 stack": {"quant_method": "mxfp4"},
+}
+"""Reader → what config.json says."""
+
+
+def said_of(name: str) -> dict[str, Any]:
+    row = GOLDEN[name]
+    said = {**SAID.get(row.reader, {"quant_method": "bitsandbytes"}), **row.options}
+    if said.pop("version", None) == 2:
+        said["checkpoint_format"] = "gptq_v2"
+    return said
+
+
+def base(path: Path, name: str, shards: int = 3, **config: Any) -> tuple[dict[str, Array], str]:
+    """A base whose two layers are one row of the golden ones; and the first layer's weight."""
+    row = GOLDEN[name]
+    leaf = "" if row.reader == "mxfp4 stack" else "."
+    tensors: dict[str, Array] = {"model.norm.weight": np.ones(24, np.float32)}
+    for layer in (0, 1):
+        module = f"model.layers.{layer}.mlp"
+        tensors |= {f"{module}{leaf or '.'}{n}": a for n, a in row.arrays.items()}
+    tensors["model.embed.weight"] = np.ones((5, 6), ml_dtypes.bfloat16)
+    tensors["model.layers.0.mlp.input_scale"] = np.ones(1, np.float32)
+    said = {"model_type": "llama", "torch_dtype": "float16", "quantization_config": said_of(name)}
+    checkpoint(path, tensors, shards, config=said | config)
+    return tensors, f"model.layers.0.mlp.{'weight' if leaf else 'w'}"
+
+
+def update(path: Path, shape: tuple[int, ...], key: str, size: float = 0.01) -> tuple[Path, Array]:
+    """An adapter of one weight, and its s·BA in the order of the weight."""
+    rng = np.random.default_rng(7)
+    *stack, rows, columns = shape
+    if stack:  # PEFT's target_parameters: one pair for all experts, [out, in] by [in, out]
+        a = rng.standard_normal((4 * stack[0], rows)).astype(np.float32)
+        b = (rng.standard_normal((columns, 4 * stack[0])) * size).astype(np.float32)
+        pairs = zip(a.reshape(-1, 4, rows), b.reshape(columns, 4, -1).T, strict=True)
+        delta = np.stack([(p.astype(float).T @ q.astype(float)) * 2 for p, q in pairs])
+        name = key.rpartition(".")[0]
+        made = adapter(path, {name: (a, b)}, r=4, lora_alpha=8, target_parameters=["mlp.w"])
+        return made, delta
+    a = rng.standard_normal((4, columns)).astype(np.float32)
+    b = (rng.standard_normal((rows, 4)) * size).astype(np.float32)
+    made = adapter(path, {key.removesuffix(".weight"): (a, b)}, r=4, lora_alpha=8)
+    return made, b.astype(np.float64) @ a.astype(np.float64) * 2
+
+
+def nearly(found: Array, exact: Array, product: Array) -> None:
+    """One rounding from the fp64 sum; equal to it wherever fp32 cannot round it otherwise."""
+    want = exact.astype(found.dtype)
+    slack = 16 * np.finfo(np.float32).eps * (np.abs(exact) + product)
+    step = np.abs(np.spacing(want.astype(np.float32))) * (2**16 if found.itemsize == 2 else 0)
+    assert (np.abs(found.astype(float) - exact) <= np.maximum(step, slack)).all()
+    same = (exact - slack).astype(found.dtype) == (exact + slack).astype(found.dtype)
+    assert (same.mean() > 0.5 or found.itemsize == 4) and np.array_equal(found[same], want[same])
+
+
+PLAIN = [n for n in GOLDEN if GOLDEN[n].reader != "mxfp4 stack"]
+FEW = {GOLDEN[n].reader: n for n in PLAIN}
+"""One of each format; the others are slow ones."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FEW.values() else pytest.mark.slow) for n in PLAIN]
+)
+def test_every_format_becomes_floats_with_the_update(name: str, tmp_path: Path) -> None:
+    tensors, key = base(tmp_path / "base", name)
+    weight = read_row(GOLDEN[name]).dequantise().astype(np.float64)
+    path, delta = update(tmp_path / "a", weight.shape, key)
+    report = merge(tmp_path / "base", path, tmp_path / "out", dequantise=True)
+    found = read(tmp_path / "out")
+    other = key.replace("layers.0", "layers.1")
+    assert set(found) == {"model.norm.weight", "model.embed.weight", key, other}
+    nearly(found[key], weight + delta, np.abs(delta).max() * np.ones_like(delta))
+    assert np.array_equal(found[other], weight.astype(ml_dtypes.bfloat16))
+    for plain in ("model.norm.weight", "model.embed.weight"):
+        assert np.array_equal(found[plain], tensors[plain])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"model_type": "llama", "torch_dtype": "bfloat16"}
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert any("1 scales of activations" in w for w in report.warnings)
+    assert lora_fx.verify(tmp_path / "out", tmp_path / "base", adapter=path)
+
+
+def test_a_stack_of_experts(tmp_path: Path) -> None:
+    name = "gpt-oss float32"
+    _, key = base(tmp_path / "base", name, model_type="gpt_oss")
+    weight = read_row(GOLDEN[name]).dequantise().astype(np.float64)
+    path, delta = update(tmp_path / "a", weight.shape, key)
+    merge(tmp_path / "base", path, tmp_path / "out", dequantise=True)
+    found = read(tmp_path / "out")
+    nearly(found[key], weight + delta, np.abs(delta).max() * np.ones_like(delta))
+    other = found[key.replace("layers.0", "layers.1")]
+    assert np.array_equal(other, weight.astype(ml_dtypes.bfloat16))
+
+
+def test_dtype_shards_and_index(tmp_path: Path) -> None:
+    name = "FP8 128 torch.float32"
+    _, key = base(tmp_path / "base", name)
+    weight = read_row(GOLDEN[name]).dequantise().astype(np.float64)
+    path, delta = update(tmp_path / "a", weight.shape, key)
+    out = tmp_path / "out"
+    merge(tmp_path / "base", path, out, dequantise=True, dtype="float32", max_shard_size="132 kB")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    names = sorted(p.name for p in out.glob("*.safetensors"))
+    assert names == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert sorted(set(index["weight_map"].values())) == names
+    opened = open_checkpoint(out)
+    sizes = sum(t.stop - t.start for t in opened.tensors.values())
+    assert index["metadata"]["total_size"] == sizes
+    for file in names:
+        header = open_checkpoint(out / file)
+        assert sum(t.stop - t.start for t in header.tensors.values()) <= 132_000
+    found = read(out)
+    nearly(found[key], weight + delta, np.abs(delta).max() * np.ones_like(delta))
+    assert lora_fx.verify(out, tmp_path / "base", adapter=path)
+
+
+def test_a_verify_that_fails(tmp_path: Path) -> None:
+    name = "nf4 float32 64 64"
+    _, key = base(tmp_path / "base", name)
+    path, _ = update(tmp_path / "a", GOLDEN[name].want.shape, key)
+    out = tmp_path / "out"
+    merge(tmp_path / "base", path, out, dequantise=True)
+    (file,) = out.glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    info = open_checkpoint(out).tensors[key.replace("layers.0", "layers.1")]
+    raw[info.start + 1] ^= 1
+    file.write_bytes(bytes(raw))
+    assert not lora_fx.verify(out, tmp_path / "base", adapter=path, rows=None)
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, key = base(tmp_path / "base", "awq 16")
+    path, _ = update(tmp_path / "a", GOLDEN["awq 16"].want.shape, key)
+    checkpoint(tmp_path / "plain", {"x.weight": np.ones((4, 4), np.float32)}, config={})
+    code, _, err = run(
+        capsys, "merge", str(tmp_path / "plain"), str(path), "-o", "x", "--dequantise"
+    )
+    assert code == 2 and "none of its weights is quantised" in err
+    rows = [
+        (["--max-shard-size", "2GB"], "is of --dequantise"),
+        (["--dequantise", "--max-shard-size", "big"], "'big' is no size"),
+        (["--dequantise", "--max-shard-size", "0"], "shards of 0 bytes"),
+    ]
+    for more, words in rows:
+        args = ["merge", str(tmp_path / "base"), str(path), "-o", str(tmp_path / "x"), *more]
+        code, _, err = run(capsys, *args)
+        assert code == 2 and words in err, err
+    _, key = base(tmp_path / "odd", "awq 16", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(LoraFxError, match=r"GPTQ or AWQ.*not read"):
+        merge(tmp_path / "odd", path, tmp_path / "x", dequantise=True)
+    assert not (tmp_path / "x").exists()
