@@ -322,6 +322,8 @@ FLAGS = {
     "add": "Add whole tensors that the base lacks: a new head.",
     "again": "Merge an adapter that is in the base already.",
     "dequantise": "Store the weights of a quantised base as floats.",
+    "requantise": "Store them as codes again, with the update in them.",
+    "lossy": "Of --requantise: also where that loses most of the update.",
     "link": "Hard links for untouched files, instead of copies.",
     "trust": "Read an adapter_model.bin, by torch's unpickler that runs no code.",
 }

@@ -22,6 +22,7 @@ from lora_fx.dtypes import FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.compressed_tensors import altered
+from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.targets.target import base_name
@@ -195,6 +196,8 @@ def stored_as(
     Raises:
         LoraFxError: Codes that nothing can be folded into, with the reason.
     """
+    if isinstance(info, CodesInfo):
+        return None  # what is made of codes are floats
     scheme = scheme_of(name, base.tensors)
     _refuse_empty(name, info)
     entries = list(entries)
@@ -209,6 +212,12 @@ def stored_as(
     if found is None:
         raise _refusal(name, info, scheme, base, why)
     return found
+
+
+def int8_of(name: str, base: Checkpoint) -> Int8 | None:
+    """The layout of a weight's int8 codes, where it is one of those above."""
+    info = base.tensors[name]
+    return _int8(name, info, base)[0] if info.dtype == "int8" else None
 
 
 def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:

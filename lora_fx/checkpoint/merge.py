@@ -17,6 +17,7 @@ from lora_fx.checkpoint.int8 import HINT
 from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.provenance import adapter_hash
+from lora_fx.checkpoint.requantise import in_all, refuse_loss
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError, explained
@@ -51,6 +52,8 @@ def merge(
     other_readers: bool = False,
     trust: bool = False,
     dequantise: bool = False,
+    requantise: bool = False,
+    lossy: bool = False,
     max_shard_size: int | str | None = None,
     link: bool = False,
     force: bool = False,
@@ -78,6 +81,9 @@ def merge(
         trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
         dequantise: Write the weights of a quantised checkpoint as floats, in `dtype` or bfloat16;
             quantization_config goes, and the shards are new.
+        requantise: Write W̃ + Δ back in the codes of a quantised checkpoint; what that keeps of
+            the update is reported, and less than half of it in all is refused.
+        lossy: Do not refuse that.
         max_shard_size: Bytes of the tensors of such a shard, or a text such as 2GB; 5 GB
             where None.
         link: Untouched shards share the base's inodes (hard links).
@@ -99,6 +105,7 @@ def merge(
         how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
         again=again, allow_missing=allow_missing, any_base=any_base,
         other_readers=other_readers, trust=trust, dequantise=dequantise,
+        requantise=requantise, lossy=lossy,
         max_shard_size=max_shard_size,
     )  # fmt: skip
     check_output(out, force=force)
@@ -140,11 +147,15 @@ def run(
             stats = write(plan, stage, workers=threads, link=link, progress=progress)
             moved = any(s.still < s.elements and s.delta for s in stats.values())
             whole = any(c.fold is None and not c.scales_of for c in plan.changes.values())
+            anew = [s for n, s in stats.items() if plan.changes[n].codes is not None]
             if stats and not moved and not whole:
+                wider = "--dequantise" if anew else "a wider --dtype"
                 raise NoEffectError(
                     f"{target}: not written: no element of {len(stats)} tensors would change",
-                    "is the adapter untrained, or its weight 0? a wider --dtype keeps small ones",
+                    f"is the adapter untrained, or its weight 0? {wider} keeps small ones",
                 )
+            if not plan.options.lossy:
+                refuse_loss(anew, target)
             wrong = list(prove(plan, open_checkpoint(stage), workers=threads))
             if wrong:
                 raise LoraFxError(
@@ -202,10 +213,14 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
         rows[name] |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
         if rows[name]["int8"] is not None:
             rows[name]["int8"] |= {"error": s.missed, "own": s.coarse}
+        if rows[name]["requantised"] is not None:
+            rows[name]["requantised"] |= {"kept": s.gain, "noise": s.missed}
     codes = {n for n in stats if plan.changes[n].int8 is not None}
+    anew = {n for n in stats if plan.changes[n].codes is not None}
     for names, how in (
-        (stats.keys() - codes, "rounded, {}: --dtype float16 or float32 keeps more"),
+        (stats.keys() - codes - anew, "rounded, {}: --dtype float16 or float32 keeps more"),
         (codes, "quantised to int8 anew, {}: " + HINT),
+        (anew, "quantised anew, {}: --dequantise keeps all of it"),
     ):
         low = [(stats[n].gain, n) for n in names if stats[n].gain < GAIN]
         if low:
@@ -216,6 +231,9 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
             )
     warnings += _said(plan)
     details = {**plan.to_json(), "tensors": [*rows.values()], "base_verified": not plan.unverified}
+    if anew:
+        kept, noise = in_all(stats[n] for n in anew)
+        details["requantised"] = {"kept": kept, "noise": noise}
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 
@@ -249,7 +267,9 @@ def report_json(report: Report) -> Json:
 def lines(report: Report) -> str:
     """The report as a table for people."""
     found = report.details["tensors"]
+    found = [r for r in found if r["updates"] != ["dequantised"]]
     more = ("int8 error/‖Δ‖", "own/‖W‖") if any(r["int8"] for r in found) else ()
+    more = (*more, "noise") if any(r["requantised"] for r in found) else more
     rows = [("tensor", "update", "‖Δ‖/‖W‖", "unmoved", "gain", *more)]
     for r in found:
         numbers = ["", "", "", *("" for _ in more)]
@@ -257,6 +277,13 @@ def lines(report: Report) -> str:
             ratio = "∞" if r["ratio"] is None else f"{r['ratio']:.2e}"
             numbers[:3] = [ratio, f"{r['lost']:.1%}", f"{r['gain']:.3f}"]
         if r["int8"]:
-            numbers[3:] = ["" if r["int8"][n] is None else f"{r['int8'][n]:.2e}" for n in _MISSED]
+            numbers[3:5] = ["" if r["int8"][n] is None else f"{r['int8'][n]:.2e}" for n in _MISSED]
+        if r["requantised"] and r["requantised"]["noise"] is not None:
+            numbers[-1] = f"{r['requantised']['noise']:.2f}"
         rows.append((r["key"], "; ".join(r["updates"]), *numbers))
-    return "\n".join([*table([(*r,) for r in rows]), f"wrote {report.outputs[0]}"])
+    said = [*table([(*r,) for r in rows])]
+    if left := len(report.details["tensors"]) - len(found):
+        said.append(f"{left} more weights were dequantised")
+    if anew := report.details.get("requantised"):
+        said.append(f"in all: kept {anew['kept']:.1%} of the update, noise {anew['noise']:.2f}")
+    return "\n".join([*said, f"wrote {report.outputs[0]}"])

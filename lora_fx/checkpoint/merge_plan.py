@@ -18,11 +18,12 @@ from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
-from lora_fx.checkpoint.int8 import HINT, Int8, refuse_codes, stored_as
+from lora_fx.checkpoint.int8 import HINT, Int8, int8_of, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refuse_again, sample_hash
 from lora_fx.checkpoint.renaming import renaming
+from lora_fx.checkpoint.requantise import sampled
 from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, spread, tie_and_names
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError, MisfitError, stamp
@@ -45,7 +46,7 @@ class Given:
 
 
 HOWS = ("sum", "cat", "linear", "svd")
-_RECORDED = ("allow_unused", "allow_missing", "other_readers", "dequantise")
+_RECORDED = ("allow_unused", "allow_missing", "other_readers", "dequantise", "requantise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class MergeOptions:
     other_readers: bool = False
     trust: bool = False
     dequantise: bool = False
+    requantise: bool = False
+    lossy: bool = False
     max_shard_size: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +77,12 @@ class MergeOptions:
             raise LoraFxError(f"no mix {self.how!r}", f"the mixes are {', '.join(HOWS)}")
         if self.rank is not None and self.rank < 1:
             raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
+        if self.dequantise and self.requantise:
+            raise LoraFxError("both --dequantise and --requantise", "choose one")
+        if self.lossy and not self.requantise:
+            raise LoraFxError("--lossy is of --requantise", "leave it out")
+        if self.requantise and self.dtype is not None:
+            raise LoraFxError("--dtype beside --requantise, which keeps dtypes", "leave it out")
         if self.max_shard_size is not None and not self.dequantise:
             raise LoraFxError("--max-shard-size is of --dequantise", "shards stay as they are else")
         if self.shard < 1:
@@ -180,8 +189,10 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     """
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
-    if options.dequantise and base.of is None:
+    stored = base
+    if (options.dequantise or options.requantise) and base.of is None:
         base = dequantised(base, options.stored, options.shard)
+        stored = base if options.dequantise else stored
     _check_given(base, given, options)
     given = [replace(g, adapter=g.adapter.resolved(base.tensors)) for g in given]
     config, notes = base.config(), _read_too(given, options)
@@ -189,7 +200,12 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     weighted = _weighted(given, options)
     tie, known = tie_and_names(base, [k for a, _ in weighted for k in a.entries])
     for adapter, where in weighted:
-        refuse_codes(adapter.entries, base, config)
+        try:
+            refuse_codes(adapter.entries, base, config)
+        except LoraFxError as error:
+            raise LoraFxError(
+                error.message, _ways_on(base, given, options) or error.hint
+            ) from error
         new = _new(adapter, base) if options.add else {}
         here, said = match(
             adapter,
@@ -223,9 +239,14 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     by_tensor: dict[str, list[Placed]] = {}
     for p in placed:
         by_tensor.setdefault(p.tensor, []).append(p)
-    changes = {}
+    changes: dict[str, TensorChange] = {}
     codes = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
-    for name in (*(n for n in base.tensors if n in {*by_tensor, *codes}), *(n for n in sources)):
+    names = {*by_tensor, *codes} if options.dequantise else by_tensor.keys()
+    for name in (*(n for n in base.tensors if n in names), *(n for n in sources)):
+        info = base.tensors.get(name)
+        if options.requantise and isinstance(info, CodesInfo):
+            changes |= requantised(name, info, by_tensor[name], stored)
+            continue
         info = sources.get(name) or base.tensors[name]
         dtype = options.stored if isinstance(info, CodesInfo) else options.dtype
         change = change_of(name, info, by_tensor.get(name, []), base, dtype)
@@ -241,16 +262,35 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     if int8 and options.dtype is not None:
         stay = f"{len(int8)} int8 tensors stay int8, {int8[0]} among them"
         notes.append(f"--dtype {options.dtype}: {stay}")
-    notes += view_notes(base)
-    homes = {n: _home(base, n, copies.get(n)) for n in sources}
+    notes += view_notes(stored)
+    homes = {n: _home(stored, copies.get(n)) for n in sources}
     unverified = tuple(c for c in checks if c)
     notes = list(dict.fromkeys([*notes, *unverified]))
     return MergePlan(
-        base, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified
+        stored, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified
     )
 
 
-def _home(base: Checkpoint, name: str, source: str | None) -> str:
+def _ways_on(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -> str:
+    """What merging into codes would cost, either way; empty where neither can be done."""
+    try:
+        plan = make_plan(base, given, replace(options, dequantise=True))
+        folds = [
+            (c.source, c.fold)
+            for c in plan.changes.values()
+            if isinstance(c.source, CodesInfo) and c.fold is not None and c.fold.matrix.parts
+        ]
+        kept, noise = sampled(folds)
+    except LoraFxError:
+        return ""
+    sizes = f"{human(plan.disk)}B of {options.stored}, now {human(base.size)}B"
+    return (
+        f"--dequantise writes floats ({sizes}); --requantise keeps codes, and {kept:.0%} of the "
+        f"update with noise of {noise:.1f} times its size, by a sample of rows"
+    )
+
+
+def _home(base: Checkpoint, source: str | None) -> str:
     """The shard of a new tensor: that of what it is a copy of, else the last."""
     shards = [n for n, header in base.shards.items() if source in header.tensors]
     return shards[0] if shards else [*base.shards][-1]
@@ -360,6 +400,8 @@ class TensorChange:
         int8: How it is stored where it is quantised anew; None for floats.
         scales_of: Where the tensor is the scales of such a weight, and is written with it: its
             name; else empty.
+        codes: The weight that it holds the codes of, where these are made anew; `name` and
+            `source` are those of the codes. None for others.
     """
 
     name: str
@@ -371,6 +413,12 @@ class TensorChange:
     earlier: tuple[Stage, ...] = ()
     int8: Int8 | None = None
     scales_of: str = ""
+    codes: CodesInfo | None = None
+
+    @property
+    def weight(self) -> TensorInfo:
+        """Where W is read."""
+        return self.codes or self.source
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -395,6 +443,8 @@ class TensorChange:
             "gain": None,
             "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": None,
                      "own": None} if self.int8 else None,
+            "requantised": {"format": self.codes.weight.format, "scales": self.codes.weight.scales,
+                            "kept": None, "noise": None} if self.codes else None,
         }  # fmt: skip
 
     @property
@@ -451,6 +501,45 @@ def change_of(
         _check_int8(name, info, matrix)
     what = tuple(map(_said, placed)) or (("dequantised",) if isinstance(info, CodesInfo) else ())
     return TensorChange(name, info, out, TensorFold(name, matrix, rows), what=what, int8=int8)
+
+
+def requantised(
+    name: str, info: CodesInfo, placed: Sequence[Placed], base: Checkpoint
+) -> dict[str, TensorChange]:
+    """All updates of a weight whose codes are made anew: what becomes of the tensors of it.
+
+    Raises:
+        LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
+    """
+    if name in base.tensors and (int8 := int8_of(name, base)) is not None:
+        change = change_of(name, base.tensors[name], placed, base, None)
+        scales = change.scales
+        assert scales is not None and int8 is not None
+        return {name: change, scales.name: scales}
+    weight = info.weight
+    why = "" if weight.recode else f"{weight.format} is read, and not written"
+    if any(isinstance(p.entry, Full) for p in placed):
+        why = "the adapter replaces it whole, by floats"
+    if why:
+        raise LoraFxError(f"{base.path}: {name!r} cannot be quantised anew: {why}", "--dequantise")
+    change = change_of(name, info, placed, base, "float32")
+    how = f"requantised, {weight.scales} scales"
+    first, *rest = (base.tensors[n] for n in weight.recoded)
+    codes, *scale_names = weight.recoded
+    found = {
+        codes: replace(
+            change,
+            name=codes,
+            source=first,
+            dtype=first.dtype,
+            what=(*change.what, how),
+            codes=info,
+        )
+    }
+    for part, part_info in zip(scale_names, rest, strict=True):
+        what = (f"new scales of {name}",)
+        found[part] = TensorChange(part, part_info, part_info.dtype, what=what, scales_of=name)
+    return found
 
 
 def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:

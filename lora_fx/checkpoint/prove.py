@@ -8,7 +8,7 @@ fp64, by the definition, and compared within what fp32 and one rounding allow:
 u is 2⁻²³, or 2⁻⁵² where the fold is done in fp64. DoRA's factor scales the bound, and its norm
 adds √columns·u·|exact|. A tensor that several merges have changed is allowed their sum. An int8
 weight is quantised anew, so its scales are those of the largest exact values of the rows, and
-½ ulp is half of a new step.
+½ ulp is half of a new step. Other codes that are made anew have to be the nearest by their scales.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -36,10 +36,14 @@ from lora_fx.checkpoint.fold import (
 )
 from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
+from lora_fx.checkpoint.requantise import spans
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.quantised.base import QuantisedWeight
+from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import TensorInfo
 
+Weights = Mapping[str, QuantisedWeight]
 ROWS = 4
 """Rows of every touched tensor that a merge computes again before it is done."""
 
@@ -58,12 +62,20 @@ def prove(
     for name in (*plan.base.tensors, *plan.added):
         if name not in out.tensors:
             yield Difference(name, "is missing")
+    anew = any(c.codes for c in plan.changes.values())
+    weights = quantised_weights(out.tensors, out.config()) if anew else {}
+
+    def tensor(name: str) -> list[Difference]:
+        return list(_tensor(plan, out, weights, name, rows))
+
     with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(lambda name: list(_tensor(plan, out, name, rows)), out.tensors):
+        for found in pool.map(tensor, out.tensors):
             yield from found
 
 
-def _tensor(plan: MergePlan, out: Checkpoint, name: str, rows: int | None) -> Iterator[Difference]:
+def _tensor(
+    plan: MergePlan, out: Checkpoint, weights: Weights, name: str, rows: int | None
+) -> Iterator[Difference]:
     info, change, old = out.tensors[name], plan.changes.get(name), plan.base.tensors.get(name)
     wanted = change or old
     if wanted is None:
@@ -72,12 +84,14 @@ def _tensor(plan: MergePlan, out: Checkpoint, name: str, rows: int | None) -> It
         expected = f"{wanted.dtype} {list(wanted.shape)}"
         yield Difference(name, f"is {info.dtype} {list(info.shape)}; expected {expected}")
     elif change is not None:
-        yield from _recomputed(change, out, rows)
+        yield from _recomputed(change, out, weights, rows)
     elif old is not None and not same_bytes(old, info):
         yield Difference(name, "no adapter changes it, but its bytes are not the base's")
 
 
-def _recomputed(change: TensorChange, out: Checkpoint, rows: int | None) -> Iterator[Difference]:
+def _recomputed(
+    change: TensorChange, out: Checkpoint, weights: Weights, rows: int | None
+) -> Iterator[Difference]:
     info = out.tensors[change.name]
     if change.scales_of:
         return  # looked at with the codes
@@ -97,6 +111,9 @@ def _recomputed(change: TensorChange, out: Checkpoint, rows: int | None) -> Iter
     for low, high in _samples(change, rows):
         if change.int8 is not None:
             ratio = _ratio_int8(change, change.int8, stages[0].fold, out, low, high)
+        elif change.codes is not None:
+            made = weights[stages[0].fold.name]
+            ratio = _ratio_codes(change.codes.weight, made, stages[0].fold, low, high)
         else:
             ratio = _ratio(change, stages, info, low, high)
         if not ratio <= worst:
@@ -128,7 +145,7 @@ def _exact(change: TensorChange) -> list[Stage]:
         Stage(TensorFold(s.fold.name, in_dtype(s.fold.matrix, np.float64), s.fold.rows), s.dtype)
         for s in stages
     ]
-    first = dataclasses.replace(wide[0], fold=prepared(wide[0].fold, change.source))
+    first = dataclasses.replace(wide[0], fold=prepared(wide[0].fold, change.weight))
     return [first, *wide[1:]]  # later ones need no more than rows: verify allows no other
 
 
@@ -173,6 +190,27 @@ def _ratio_int8(
     same = scales.view(np.uint8) == before.view(np.uint8)
     kept = np.where(same.all(axis=1), _rows(np.abs(new * steps - want), slack), np.inf)
     return float(np.minimum(np.maximum(rounded, scaled), kept).max(initial=0.0))
+
+
+def _ratio_codes(
+    before: QuantisedWeight, after: QuantisedWeight, exact: TensorFold, low: int, high: int
+) -> float:
+    """Codes are the nearest by their scales, and the whole is no worse than by exact scales."""
+    assert before.recode is not None
+    first = low - low % before.shape[-2]
+    start = low - (low - first) % before.step
+    rows = slice(*next(spans(before, high - start + before.step - 1, start)))
+    q, made = before.read(rows), after.read(rows)
+    old = q.dequantise().astype(np.float64)
+    want, size = _stage(exact, old, rows.start, rows.stop)
+    slack = 2 * float(np.finfo(np.float32).eps) * (np.abs(want) + size)
+    narrow = want.astype(np.float32)
+    nearest, there = (x.dequantise() for x in (made.nearest(narrow, after.bits), made))
+    ratio = _rows(np.abs(there - want), np.abs(nearest - want) + slack).max(initial=0.0)
+    best = before.recode(q, rows, narrow, (want - old).astype(np.float32))[0].dequantise()
+    whole = float(np.linalg.norm(there - want))
+    allowed = 1.1 * float(np.linalg.norm(best - want)) + float(np.linalg.norm(slack))
+    return max(float(ratio) / 1.001, whole / allowed if whole else 0.0)
 
 
 def _stage(fold: TensorFold, old: Array, low: int, high: int) -> tuple[Array, Array]:

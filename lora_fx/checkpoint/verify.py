@@ -272,6 +272,7 @@ def _options(
         allow_unused=asked.get("allow_unused") is True,
         allow_missing=asked.get("allow_missing") is True,
         dequantise=asked.get("dequantise") is True,
+        requantise=asked.get("requantise") is True,
         add=new,
     )
 
@@ -318,13 +319,13 @@ def _then(
     first: TensorChange, second: TensorChange, plan: MergePlan, merged: Checkpoint
 ) -> TensorChange:
     """A tensor after both changes."""
-    codes = any(c.int8 is not None or c.scales_of for c in (first, second))
+    codes = any(c.int8 or c.codes or c.scales_of for c in (first, second))
     if second.fold is None and not codes:
         return second
     one, two = first.fold, second.fold
     why = ""
     if codes:
-        why = "quantised to int8 anew"
+        why = "quantised to int8 anew" if first.int8 or second.int8 else "quantised anew"
     elif one is None or two is None:
         why = "replaced whole"
     elif (one.matrix.rows, one.matrix.columns) != (two.matrix.rows, two.matrix.columns):

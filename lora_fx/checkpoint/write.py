@@ -36,9 +36,11 @@ from lora_fx.checkpoint.fold import (
 from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA
+from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
+from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input, read_bytes, read_json
 from lora_fx.files.safetensors import TensorInfo
@@ -224,12 +226,16 @@ class _Run:
         if change.fold is None:
             yield partial(self._replace, change)
             return
-        fold = prepared(change.fold, change.source)
+        fold = prepared(change.fold, change.weight)
         self._open(change.source.file)
         if change.int8 is not None:
             self._open(change.int8.scales.file)
-        coded = isinstance(change.source, CodesInfo)
-        step = rows_per_block(fold.matrix.columns) * (RUN_OF_CODES if coded else RUN)
+        step = rows_per_block(fold.matrix.columns)
+        if change.codes is not None:
+            for low, high in spans(change.codes.weight, step * RUN_OF_CODES):
+                yield partial(self._recoded, change, change.codes.weight, fold, low, high)
+            return
+        step *= RUN_OF_CODES if isinstance(change.source, CodesInfo) else RUN
         for low in range(0, fold.matrix.rows, step):
             high = min(fold.matrix.rows, low + step)
             yield partial(self._rows, change, fold, low, high)
@@ -263,6 +269,24 @@ class _Run:
             stats.add(found)
         scales = (high - low) * change.int8.dtype.itemsize if change.int8 is not None else 0
         return (high - low) * row + scales, change.name, stats
+
+    def _recoded(
+        self, change: TensorChange, weight: QuantisedWeight, fold: TensorFold, low: int, high: int
+    ) -> Done:
+        """Codes of rows made anew, and their scales where the format makes new ones."""
+        stats, count = Stats(), 0
+        q, every = weight.read(slice(low, high)), []
+        for start, stop in spans(weight, rows_per_block(fold.matrix.columns), low, high):
+            here = q.cut(slice(start - low, stop - low))
+            found, _, parts = recoded(weight, here, fold, slice(start, stop))
+            stats.add(found)
+            every += parts
+        for part in joined(every):
+            fd, at = self.places[part.name]
+            count += part.data.nbytes
+            for offset, data in ranges(part, self.plan.base.tensors[part.name]):
+                write_at(fd, data, at + offset)
+        return count, change.name, stats
 
     def _quantised(
         self, int8: Int8, fold: TensorFold, codes: Array, low: int, space: Space

@@ -287,7 +287,9 @@ def refuse_other_kinds(path: Path) -> None:
 def finite(array: Array) -> bool:
     """True when every element is a number; exact in any float dtype."""
     if array.dtype.itemsize == 1:
-        return bool(np.isfinite(values_of(array.dtype))[array.view(np.uint8)].all())
+        codes = array.view(np.uint8)
+        none = np.flatnonzero(~np.isfinite(values_of(array.dtype)))
+        return not any((codes == code).any() for code in none)
     wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
     return bool(np.isfinite(wide).all())
 

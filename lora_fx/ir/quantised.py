@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_fx.dtypes import Array, numpy_dtype, values_of
+from lora_fx.dtypes import Array, NumpyDtype, finfo, numpy_dtype, values_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,71 @@ class Quantised:
         if self.unit != 1:
             weight *= np.float32(self.unit)
         return np.asarray(weight).astype(numpy_dtype(dtype), copy=False)
+
+    def nearest(self, weight: Array, bits: int) -> Quantised:
+        """The same scales and zero points with the codes that are nearest to a weight's values."""
+        scaled = np.array(weight, np.float32) / np.float32(self.unit)
+        every = slice(None)
+        self._each(np.divide, scaled, np.where(self.scale == 0, 1, self.scale), every)
+        kind = self.codes.dtype
+        if self.levels is not None:
+            order = np.argsort(self.levels, kind="stable")
+            levels = self.levels.astype(np.float32)[order]
+            places = np.zeros(scaled.shape, np.uint8)
+            for middle in (levels[1:] + levels[:-1]) / 2:  # a tenth of the time of searchsorted
+                np.add(places, scaled > middle, out=places)
+            return replace(self, codes=np.take(order.astype(np.uint8), places))
+        if kind.kind not in "iu":
+            halves = np.ascontiguousarray(scaled, "<f4").view("<u2").reshape(*scaled.shape, 2)
+            # seven bits of the mantissa, the last also for what follows, round as all of it
+            upper = halves[..., 1] | (halves[..., 0] != 0)
+            return replace(self, codes=np.take(_narrowed(kind), upper))
+        if self.zero is not None:
+            self._each(np.add, scaled, self.zero, every)
+        low = 0 if kind.kind == "u" else -(2 ** (bits - 1))
+        codes = np.clip(np.rint(scaled, out=scaled), low, low + 2**bits - 1, out=scaled)
+        return replace(self, codes=codes.astype(kind))
+
+    def rescaled(
+        self, stored: Array, weight: Array, delta: Array, rule: Callable[[Array], Array]
+    ) -> Array:
+        """Scales as a file has them, new ones for the blocks that an update changes.
+
+        Args:
+            stored: The scales before, [blocks of the two axes].
+            weight: The new values, [rows, columns].
+            delta: How much of them is new.
+            rule: Largest value of a block, fp32 → its scale as a file has it.
+        """
+        moved = np.count_nonzero(delta) == delta.size or self._largest(delta) > 0
+        largest = self._largest(weight)
+        new = rule(np.where(largest > 0, largest, 1)).astype(stored.dtype).reshape(stored.shape)
+        return np.where((moved & (largest > 0)).reshape(stored.shape), new, stored)
+
+    def _largest(self, weight: Array) -> Array:
+        """Of |values| in each block of rows and columns."""
+        (rows, columns), (high, wide) = weight.shape, self.block
+        pads = [(0, -rows % high), (0, -columns % wide)]
+        whole = np.pad(np.abs(weight), pads) if any(p[1] for p in pads) else np.abs(weight)
+        blocks = whole.reshape(len(whole), whole.shape[1] // wide, wide)
+        while blocks.shape[2] % 2 == 0:  # halves: numpy is slow along short axes
+            half = blocks.shape[2] // 2
+            blocks = np.maximum(blocks[..., :half], blocks[..., half:])
+        rows = blocks.max(2)
+        return np.asarray(rows.reshape(len(rows) // high, high, -1).max(1))
+
+    def cut(self, rows: slice) -> Quantised:
+        """Some of its rows, which begin and end where blocks do."""
+        low, high = rows.start, min(rows.stop, len(self.codes))
+        width = math.prod(self.shape[1:]) if self.flat else 1
+        first, last = low * width // self.block[0], -(-high * width // self.block[0])
+        single = self.block[0] >= len(self.codes) and not self.flat
+        some = slice(None) if single else slice(first, last)
+        zero = None if self.zero is None else self.zero[some]
+        block = (high - low, *self.block[1:]) if single else self.block
+        return replace(
+            self, codes=self.codes[low:high], scale=self.scale[some], zero=zero, block=block
+        )
 
     def _each(self, op: np.ufunc, weight: Array, value: Array, rows: slice) -> None:
         """Some rows of the weight, changed in place by a number a block."""
@@ -144,15 +210,36 @@ def _bytes(bits: int, high: bool) -> Array:
     return np.asarray(codes.astype(np.uint8).view(f"u{8 // bits}")[:, 0])
 
 
+@functools.cache
+def _narrowed(dtype: NumpyDtype) -> Array:
+    """The code of every float of 16 bits, the upper half of one of 32, in a dtype of 8 bits."""
+    with np.errstate(all="ignore"):
+        every = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+        top = float(finfo(dtype).max)
+        return np.clip(every, -top, top).astype(dtype)
+
+
 def packed(codes: Array, bits: int, *, high: bool = False) -> Array:
     """Codes of the last axis in bytes; the axis is filled with zeros to whole bytes."""
     each = 8 // bits
     pad = -codes.shape[-1] % each
     codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, pad)]).astype(np.uint8)
-    parts = codes.reshape(*codes.shape[:-1], -1, each)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    shifts = shifts[::-1] if high else shifts
-    return np.asarray(np.bitwise_or.reduce(parts << shifts, axis=-1))
+    result = np.zeros((*codes.shape[:-1], codes.shape[-1] // each), np.uint8)
+    for i in range(each):
+        result |= codes[..., i::each] << bits * (each - 1 - i if high else i)
+    return result
+
+
+def words_of(codes: Array, bits: int) -> Array:
+    """Codes of the last axis in words of 32 bits, the first in the lowest bits, as int32."""
+    pad = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % 32)]
+    codes = np.pad(codes, pad).astype(np.uint8)
+    if 8 % bits == 0:
+        whole = packed(codes, bits)
+    else:
+        each = np.unpackbits(codes[..., None], axis=-1, bitorder="little")[..., :bits]
+        whole = np.packbits(each.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+    return np.ascontiguousarray(whole).view("<i4").astype(np.int32, copy=False)
 
 
 # Quantising: codes of a float weight.

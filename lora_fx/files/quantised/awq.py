@@ -13,7 +13,15 @@ from __future__ import annotations
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, checked, evenly, packed_range
+from lora_fx.files.quantised.base import (
+    ALL,
+    Parts,
+    QuantisedWeight,
+    by_stored_scales,
+    checked,
+    evenly,
+    packed_range,
+)
 from lora_fx.ir.quantised import Quantised
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -37,7 +45,15 @@ def awq(parts: Parts) -> QuantisedWeight:
         q = Quantised(codes, parts.read("scales", rows, 1).T, zero, (1, block))
         return checked(f"{parts.module}.weight", q)
 
-    return QuantisedWeight("AWQ", 4, (out, length), read, 8)
+    name = f"{parts.module}.qweight"
+
+    def pack(codes: Array) -> Array:
+        eights = codes.reshape(-1, 8, length).astype(np.uint32)
+        words = [eights[:, i] << 4 * place for i, place in enumerate(PLACES)]
+        return np.asarray(np.bitwise_or.reduce(words)).T.view(np.int32)
+
+    recode = by_stored_scales(name, 4, pack, axis=1, each=8)
+    return QuantisedWeight("AWQ", 4, (out, length), read, 8, recode, (name,))
 
 
 def _outputs(words: Array) -> Array:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -34,6 +34,41 @@ class Read(Protocol):
 
 
 @dataclass(frozen=True)
+class Written:
+    """New content of a range of a tensor.
+
+    Attributes:
+        name: The tensor.
+        data: What it holds there.
+        low: Where the range begins along the axis.
+        axis: Which; None: the bytes of the tensor.
+        matrix: Which matrix of a stack has the range; None for what is no stack.
+    """
+
+    name: str
+    data: Array
+    low: int
+    axis: int | None = 0
+    matrix: int | None = None
+
+
+class Recode(Protocol):
+    """Quantises rows that were read anew."""
+
+    def __call__(
+        self, q: Quantised, rows: slice, weight: Array, delta: Array
+    ) -> tuple[Quantised, list[Written]]:
+        """What is stored then, and where.
+
+        Args:
+            q: The rows as they were.
+            rows: Which rows, as `read` takes them.
+            weight: Their new values, fp32.
+            delta: How much of them is new.
+        """
+
+
+@dataclass(frozen=True)
 class QuantisedWeight:
     """A quantised weight that lies in a checkpoint.
 
@@ -44,6 +79,9 @@ class QuantisedWeight:
         read: Reads it, or some of its rows: those of [∏ shape[:-1], shape[-1]], and of a stack
             those of one of its matrices.
         step: Rows can be read from each multiple of this on.
+        recode: Quantises rows anew; None where that is not done.
+        recoded: The tensors that it writes, the codes first.
+        scales: Whether it makes new scales, or rounds to the nearest by those that are stored.
     """
 
     format: str
@@ -51,6 +89,9 @@ class QuantisedWeight:
     shape: tuple[int, ...]
     read: Read
     step: int = 1
+    recode: Recode | None = None
+    recoded: tuple[str, ...] = ()
+    scales: Literal["stored", "new"] = "stored"
 
     def rows(self, low: int, high: int) -> Array:
         """Rows low ≤ i < high of the weight, as `read` counts them, in fp32."""
@@ -151,6 +192,60 @@ def parts_of(module: str, arrays: Mapping[str, Array]) -> Parts:
 def wrong(where: str, found: str, expected: str, hint: str = DAMAGED) -> LoraFxError:
     """The error of a tensor: what was found in it, and what was expected."""
     return LoraFxError(f"tensor {one_line(repr(where), 160)} {found}; expected {expected}", hint)
+
+
+def rescaling(
+    parts: Parts,
+    names: tuple[str, str],
+    high: int,
+    rule: Callable[[Array], Array],
+    scale_of: Callable[[Array], Array] = lambda stored: stored.astype(np.float32),
+    pack: Callable[[Array], Array] = lambda codes: codes,
+) -> Recode:
+    """What quantises rows anew with new scales for the blocks that change.
+
+    Args:
+        parts: Of the module.
+        names: The parts of codes and of scales, both with rows along their first axes.
+        high: Rows that share scales.
+        rule: Largest value of a block → its scale as it is stored.
+        scale_of: Scales as they are stored → what a step of the codes is worth.
+        pack: Codes of some rows → as they are stored.
+    """
+    codes, scales = (f"{parts.module}.{n}" for n in names)
+
+    def recode(
+        q: Quantised, rows: slice, weight: Array, delta: Array
+    ) -> tuple[Quantised, list[Written]]:
+        some = packed_range(rows, high)
+        stored = q.rescaled(parts.read(names[1], some), weight, delta, rule)
+        new = replace(q, scale=scale_of(stored).reshape(q.scale.shape)).nearest(weight, 4)
+        every = [Written(codes, pack(new.codes), rows.start), Written(scales, stored, some.start)]
+        return new, every
+
+    return recode
+
+
+def by_stored_scales(
+    name: str, bits: int, pack: Callable[[Array], Array], axis: int = 0, each: int = 1
+) -> Recode:
+    """What quantises rows anew by the scales that are there, to the nearest codes.
+
+    Args:
+        name: The tensor of codes.
+        bits: Of a code.
+        pack: Codes of some rows → as they are stored.
+        axis: Which axis of the tensor counts rows.
+        each: How many rows are one step of it.
+    """
+
+    def recode(
+        q: Quantised, rows: slice, weight: Array, delta: Array
+    ) -> tuple[Quantised, list[Written]]:
+        new = q.nearest(weight, bits)
+        return new, [Written(name, pack(new.codes), rows.start // each, axis)]
+
+    return recode
 
 
 def packed_range(rows: slice, codes: int, words: int = 1) -> slice:

@@ -24,9 +24,9 @@ import sys
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, checked
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written, checked
 from lora_fx.files.read import json_object
-from lora_fx.ir.quantised import FP4, NF4, Quantised, unpacked
+from lora_fx.ir.quantised import FP4, NF4, Quantised, packed, unpacked
 from lora_fx.text import JsonView, is_number, is_whole
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -69,8 +69,16 @@ def four_bits(parts: Parts) -> QuantisedWeight:
         q = Quantised(whole, scale, None, (block,), NF4 if kind == "nf4" else FP4)
         return checked(f"{parts.module}.weight", q)
 
+    def recode(
+        q: Quantised, rows: slice, weight: Array, delta: Array
+    ) -> tuple[Quantised, list[Written]]:
+        new = q.nearest(weight, 4)
+        data = packed(new.codes.reshape(-1), 4, high=True)
+        return new, [Written(f"{parts.module}.weight", data, rows.start * shape[-1] // 2, None)]
+
     step = math.lcm(block, 2) // math.gcd(math.lcm(block, 2), shape[-1])
-    return QuantisedWeight(f"bitsandbytes {kind}", 4, tuple(shape), read, step)
+    names = (f"{parts.module}.weight",)
+    return QuantisedWeight(f"bitsandbytes {kind}", 4, tuple(shape), read, step, recode, names)
 
 
 def _nested(parts: Parts, blocks: slice, state: JsonView) -> Array:

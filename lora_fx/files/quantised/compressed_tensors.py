@@ -27,11 +27,14 @@ from lora_fx.files.quantised.base import (
     Parts,
     QuantisedWeight,
     bits_of,
+    by_stored_scales,
     checked,
     evenly,
     packed_range,
+    rescaling,
 )
-from lora_fx.ir.quantised import Quantised, blocks_in, unpacked
+from lora_fx.files.quantised.fp8 import largest_to_top
+from lora_fx.ir.quantised import Quantised, blocks_in, unpacked, words_of
 from lora_fx.text import JsonView
 
 INTEGERS = ("int8", "int32", "int64")
@@ -55,7 +58,14 @@ def compressed(parts: Parts) -> QuantisedWeight:
         shape = parts.shape("weight", ("int8", "float8_e4m3fn"), None, None)
         kind = "int8" if parts.dtype("weight") == "int8" else "fp8"
         read = partial(_affine, parts, shape, 8, lambda rows: parts.read("weight", rows))
-        return QuantisedWeight(f"compressed-tensors {kind}", 8, shape, read)
+        form, name = f"compressed-tensors {kind}", f"{parts.module}.weight"
+        single = math.prod(parts.shape("weight_scale", FLOATING, any_axes=True)) == 1
+        if single or kind == "int8":
+            recode = by_stored_scales(name, 8, lambda codes: codes)
+            return QuantisedWeight(form, 8, shape, read, 32, recode, (name,))
+        recode = rescaling(parts, ("weight", "weight_scale"), 1, largest_to_top)
+        names = name, f"{parts.module}.weight_scale"
+        return QuantisedWeight(form, 8, shape, read, 32, recode, names, "new")
     rows, words = parts.shape("weight_packed", ("int32",), None, None)
     parts.shape("weight_shape", INTEGERS, 2)
     out, length = map(int, parts.read("weight_shape"))
@@ -68,7 +78,14 @@ def compressed(parts: Parts) -> QuantisedWeight:
         return _signed(unpacked(parts.read("weight_packed", rows), bits)[:, :length], bits)
 
     read = partial(_affine, parts, (out, length), bits, codes)
-    return QuantisedWeight("compressed-tensors packed", bits, (out, length), read, 32)
+    name, middle = f"{parts.module}.weight_packed", 2 ** (bits - 1)
+
+    def pack(codes: Array) -> Array:
+        return words_of(codes.astype(np.int16) + middle, bits)[:, :words]
+
+    recode = by_stored_scales(name, bits, pack)
+    form = "compressed-tensors packed"
+    return QuantisedWeight(form, bits, (out, length), read, 32, recode, (name,))
 
 
 def _signed(codes: Array, bits: int) -> Array:

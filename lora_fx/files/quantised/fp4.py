@@ -20,14 +20,15 @@ when they load.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from lora_fx.dtypes import Array
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, checked
-from lora_fx.files.quantised.fp8 import EXPONENTS, powers
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written, checked, rescaling
+from lora_fx.files.quantised.fp8 import EXPONENTS, TOP, exponents, powers
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.ir.quantised import Quantised, unpacked
+from lora_fx.ir.quantised import Quantised, packed, unpacked
 
 _HALF = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E2M1 = np.array([*_HALF, *(-x for x in _HALF)], np.float32)
@@ -48,7 +49,14 @@ def mxfp4(parts: Parts) -> QuantisedWeight:
         scale = powers(parts, parts.read("weight_scale", rows))
         return checked(f"{parts.module}.weight", Quantised(codes, scale, None, (1, 32), E2M1))
 
-    return QuantisedWeight("MXFP4", 4, (out, half * 2), read)
+    names = "weight_packed", "weight_scale"
+    recode = rescaling(parts, names, 1, exponents(2), partial(powers, parts), _pack)
+    full = f"{parts.module}.weight_packed", f"{parts.module}.weight_scale"
+    return QuantisedWeight("MXFP4", 4, (out, half * 2), read, 1, recode, full, "new")
+
+
+def _pack(codes: Array) -> Array:
+    return packed(codes, 4)
 
 
 def nvfp4(parts: Parts) -> QuantisedWeight:
@@ -57,25 +65,37 @@ def nvfp4(parts: Parts) -> QuantisedWeight:
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
     """
-    packed = parts.has("weight_packed")
+    divides = parts.has("weight_packed")
     name, second = (
-        ("weight_packed", "weight_global_scale") if packed else ("weight", "weight_scale_2")
+        ("weight_packed", "weight_global_scale") if divides else ("weight", "weight_scale_2")
     )
     out, half = parts.shape(name, ("uint8",), None, None)
     parts.shape("weight_scale", ("float8_e4m3fn",), out, -(-half // 8))
     if parts.shape(second, ("float32",), any_axes=True) not in ((), (1,)):
         raise parts.wrong(second, "has several numbers", "one")
 
-    def read(rows: slice = ALL) -> Quantised:
-        scale = parts.read("weight_scale", rows).astype(np.float32)
-        whole = parts.read(second).reshape(())
-        if packed and not whole:
+    def whole() -> Array:
+        one = parts.read(second).reshape(())
+        if divides and not one:
             raise parts.wrong(second, "is 0", "another number")
-        scale = np.asarray(scale / whole if packed else scale * whole)
+        return one
+
+    def scale_of(stored: Array) -> Array:
+        steps = stored.astype(np.float32)
+        return np.asarray(steps / whole() if divides else steps * whole())
+
+    def rule(largest: Array) -> Array:
+        largest = largest / np.float32(6)
+        return np.clip(largest * whole() if divides else largest / whole(), 0, TOP)
+
+    def read(rows: slice = ALL) -> Quantised:
+        scale = scale_of(parts.read("weight_scale", rows))
         codes = unpacked(parts.read(name, rows), 4)
         return checked(f"{parts.module}.weight", Quantised(codes, scale, None, (1, 16), E2M1))
 
-    return QuantisedWeight("NVFP4", 4, (out, half * 2), read)
+    recode = rescaling(parts, (name, "weight_scale"), 1, rule, scale_of, _pack)
+    full = f"{parts.module}.{name}", f"{parts.module}.weight_scale"
+    return QuantisedWeight("NVFP4", 4, (out, half * 2), read, 1, recode, full, "new")
 
 
 def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
@@ -117,4 +137,19 @@ def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
         scale = powers(parts, matrix(scales, expert, some), scales).T
         return checked(f"{parts.module}.{name}", Quantised(codes, scale, None, (32, 1), E2M1))
 
-    return QuantisedWeight("MXFP4", 4, (experts, length, out), read, 32)
+    def recode(
+        q: Quantised, rows: slice, weight: Array, delta: Array
+    ) -> tuple[Quantised, list[Written]]:
+        expert, low = divmod(rows.start, length)
+        groups = slice(low // 32, -(-(low + rows.stop - rows.start) // 32))
+        before = matrix(scales, expert, groups).T
+        after = q.rescaled(before, weight, delta, exponents(2))
+        new = replace(q, scale=powers(parts, after, scales)).nearest(weight, 4)
+        words = _pack(np.ascontiguousarray(new.codes.T)).reshape(out, -1, 16)
+        return new, [
+            Written(f"{parts.module}.{blocks}", words, groups.start, 1, expert),
+            Written(f"{parts.module}.{scales}", after.T, groups.start, 1, expert),
+        ]
+
+    full = f"{parts.module}.{blocks}", f"{parts.module}.{scales}"
+    return QuantisedWeight("MXFP4", 4, (experts, length, out), read, 32, recode, full, "new")

@@ -13,10 +13,21 @@ W = weight · scale, whatever its name says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import ALL, FLOAT8, Parts, QuantisedWeight, checked
+from lora_fx.files.quantised.base import (
+    ALL,
+    FLOAT8,
+    Parts,
+    QuantisedWeight,
+    by_stored_scales,
+    checked,
+    rescaling,
+)
 from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView, is_whole
 
@@ -48,7 +59,12 @@ def fp8_blocks(parts: Parts, said: JsonView) -> QuantisedWeight:
         q = Quantised(codes, scale.astype(np.float32), None, (high, wide))
         return checked(f"{parts.module}.weight", q)
 
-    return QuantisedWeight(f"FP8 in blocks of {high}×{wide}", 8, shape, read, high)
+    power = parts.dtype("weight_scale_inv") == "float8_e8m0fnu"
+    rule = power_above if power else largest_to_top
+    recode = rescaling(parts, ("weight", "weight_scale_inv"), high, rule)
+    names = f"{parts.module}.weight", f"{parts.module}.weight_scale_inv"
+    form = f"FP8 in blocks of {high}×{wide}"
+    return QuantisedWeight(form, 8, shape, read, high, recode, names, "new")
 
 
 def fp8(parts: Parts) -> QuantisedWeight:
@@ -75,7 +91,36 @@ def fp8(parts: Parts) -> QuantisedWeight:
         q = Quantised(codes, scale, None, (1, block) if block else codes.shape)
         return checked(f"{parts.module}.weight", q)
 
-    return QuantisedWeight(kind, 8, (out, length), read)
+    name, scales = f"{parts.module}.weight", f"{parts.module}.weight_scale"
+    if not block:
+        recode = by_stored_scales(name, 8, lambda codes: codes)
+        return QuantisedWeight(kind, 8, (out, length), read, 1, recode, (name,))
+    rule, scale_of = (
+        (exponents(8), partial(powers, parts))
+        if kind == "MXFP8"
+        else (largest_to_top, lambda stored: stored.astype(np.float32))
+    )
+    recode = rescaling(parts, ("weight", "weight_scale"), 1, rule, scale_of)
+    return QuantisedWeight(kind, 8, (out, length), read, 1, recode, (name, scales), "new")
+
+
+TOP = 448.0
+"""The largest value of float8_e4m3fn."""
+
+
+def largest_to_top(largest: Array) -> Array:
+    """Scales that make the largest value of a block the largest of float8_e4m3fn."""
+    return largest / np.float32(TOP)
+
+
+def power_above(largest: Array) -> Array:
+    """The same, rounded up to a power of two, as DeepSeek-V3.1 has them."""
+    return np.exp2(np.ceil(np.log2(largest / np.float32(TOP))))
+
+
+def exponents(top: int) -> Callable[[Array], Array]:
+    """The rule of microscaling formats (6.3): 127 + ⌊log2 largest⌋ − the exponent of the top."""
+    return lambda largest: np.clip(np.frexp(largest)[1] - 1 - top + 127, 0, 254)
 
 
 def powers(parts: Parts, exponents: Array, name: str = "weight_scale") -> Array:

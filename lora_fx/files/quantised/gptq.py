@@ -25,11 +25,12 @@ from lora_fx.files.quantised.base import (
     Parts,
     QuantisedWeight,
     bits_of,
+    by_stored_scales,
     checked,
     evenly,
     packed_range,
 )
-from lora_fx.ir.quantised import Quantised, unpacked
+from lora_fx.ir.quantised import Quantised, unpacked, words_of
 
 BITS = (2, 3, 4, 8)
 
@@ -68,7 +69,9 @@ def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
         q = Quantised(np.ascontiguousarray(codes), scale, zero, (1, block))
         return checked(f"{parts.module}.weight", q)
 
-    return QuantisedWeight("GPTQ", bits, (out, length), read, 32)
+    name, count = f"{parts.module}.qweight", -(-length * bits // 32)
+    recode = by_stored_scales(name, bits, lambda codes: words_of(codes, bits)[:, :count].T, axis=1)
+    return QuantisedWeight("GPTQ", bits, (out, length), read, 32, recode, (name,))
 
 
 def _groups(parts: Parts, length: int, groups: int) -> tuple[int, Array | None]:

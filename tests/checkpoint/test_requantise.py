@@ -1,0 +1,219 @@
+"""merge --requantise: the codes of every format are the nearest to W̃ + Δ, and the loss is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_fx
+from lora_fx.checkpoint.merge import merge
+from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.quantised.read import quantised_weights
+from lora_fx.files.safetensors import stored
+from lora_fx.ir.quantised import Quantised
+from tests.checkpoint.made import Array, adapter, checkpoint
+from tests.checkpoint.test_dequantise import FEW, GOLDEN, PLAIN, base, update
+from tests.cli.test_cli import run
+from tests.files.quantised.rows import read as read_row
+
+
+def read(folder: Path) -> dict[str, Array]:
+    """Every tensor; numpy's own reader of the library knows no floats of 8 bits."""
+    return {n: stored(info) for n, info in open_checkpoint(folder).tensors.items()}
+
+
+STACK = "gpt-oss float32"
+OLD_INT8 = ("int8", "int-quantized 8 channel float16 symmetric")
+"""Rows that a merge without --requantise takes, too; tested in test_merge_int8."""
+CODED = [n for n in (*PLAIN, STACK) if n not in OLD_INT8]
+
+
+def weights(folder: Path) -> dict[str, Quantised]:
+    opened = open_checkpoint(folder)
+    return {n: w.read() for n, w in quantised_weights(opened.tensors, opened.config()).items()}
+
+
+def spread(q: Quantised, what: Array) -> Array:
+    """A number a block as a number an element, in fp64, by plain indexing."""
+    if q.flat:
+        index = np.arange(q.codes.size) // q.block[0]
+        return np.asarray(what.astype(float)[index].reshape(q.shape))
+    places = [np.arange(n) // b for n, b in zip(q.shape, q.block, strict=True)]
+    return np.asarray(what.astype(float)[np.ix_(*places)])
+
+
+def nearest(q: Quantised, want: Array) -> Array:
+    """The smallest distance from each value to one of all that its code could stand for, fp64."""
+    scale = spread(q, q.scale.reshape(blocks(q))) * q.unit
+    zero = 0.0 if q.zero is None else spread(q, q.zero.reshape(blocks(q)))
+    kind = q.codes.dtype
+    if q.levels is not None:
+        every = q.levels.astype(float)
+    elif kind.kind in "iu":
+        every = np.arange(-128.0, 128) if kind.kind == "i" else np.arange(256.0)
+    else:
+        every = np.arange(256, dtype=np.uint8).view(kind).astype(float)
+    best = np.full(want.shape, np.inf)
+    for level in every[np.isfinite(every)]:
+        if q.levels is None and kind.kind in "iu" and not q.codes.min() <= level <= q.codes.max():
+            continue
+        best = np.fmin(best, np.abs((level - zero) * scale - want))
+    return best
+
+
+def blocks(q: Quantised) -> tuple[int, ...]:
+    if q.flat:
+        return (-(-q.codes.size // q.block[0]),)
+    return tuple(-(-n // b) for n, b in zip(q.shape, q.block, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in (*FEW.values(), STACK) else pytest.mark.slow) for n in CODED],
+)
+def test_codes_are_the_nearest(name: str, tmp_path: Path) -> None:
+    tensors, key = base(tmp_path / "base", name, model_type="gpt_oss" if name == STACK else "llama")
+    old = read_row(GOLDEN[name]).dequantise().astype(np.float64)
+    size = 0.15 * float(np.sqrt(np.mean(old**2)))
+    path, delta = update(tmp_path / "a", old.shape, key, size)
+    out = tmp_path / "out"
+    report = merge(tmp_path / "base", path, out, requantise=True, lossy=True)
+    found, want = read(out), old + delta
+    assert set(found) == set(tensors)
+    assert (out / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
+    (row,) = (r for r in report.details["tensors"] if r["requantised"])
+    touched = {r["key"] for r in report.details["tensors"]}
+    for n, a in tensors.items():
+        same = (
+            np.array_equal(found[n].view(np.uint8), np.atleast_1d(a).view(np.uint8))
+            if a.ndim
+            else True
+        )
+        assert same or n in touched, n
+    made = weights(out)[key]
+    values = made.dequantise().astype(np.float64)
+    gap, slack = np.abs(values - want), 4e-6 * (np.abs(want).max() + np.abs(delta).max())
+    if row["requantised"]["scales"] == "stored" and GOLDEN[name].reader != "bitsandbytes int8":
+        assert (gap <= nearest(made, want) + slack).all()
+    else:
+        assert len(touched) == 2
+        assert np.linalg.norm(gap) <= 1.0001 * np.linalg.norm(nearest(made, want)) + slack
+    # by definition
+    kept = float(np.sum((values - old) * delta) / np.sum(delta**2))
+    noise = float(np.linalg.norm(gap) / np.linalg.norm(delta))
+    assert row["requantised"]["kept"] == pytest.approx(kept, abs=1e-4)
+    assert row["requantised"]["noise"] == pytest.approx(noise, rel=1e-3)
+    assert report.details["requantised"] == pytest.approx({"kept": kept, "noise": noise}, rel=1e-3)
+    assert lora_fx.verify(out, tmp_path / "base", adapter=path, rows=None)
+
+
+NEW = ("FP8 32 torch.float32", "MXFP8", "NVFP4 float32", "mxfp4-pack-quantized", STACK)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_new_scales_are_those_of_the_rule(name: str, tmp_path: Path) -> None:
+    """Each block's largest value, of W̃ + Δ, decides; blocks without an update keep their bits."""
+    _, key = base(tmp_path / "base", name, model_type="gpt_oss" if name == STACK else "llama")
+    q = read_row(GOLDEN[name])
+    old = q.dequantise().astype(np.float64)
+    path, delta = update(tmp_path / "a", old.shape, key, 0.02)
+    merge(tmp_path / "base", path, tmp_path / "out", requantise=True, lossy=True)
+    made, want = weights(tmp_path / "out")[key], np.abs(old + delta)
+    top = 448.0 if q.levels is None else 6.0
+    axes = range(want.ndim)
+    for place in np.ndindex(made.scale.shape):
+        cut = tuple(slice(place[i] * made.block[i], (place[i] + 1) * made.block[i]) for i in axes)
+        largest, scale = float(want[cut].max()), float(made.scale[place])
+        if "NV" in name:
+            step = float(GOLDEN[name].arrays["weight_scale_2"])
+            wanted = min(largest / top, 448 * step)  # the scale of the whole tensor stays
+            assert abs(scale - wanted) <= max(wanted / 16, step * 2**-10) * 1.001
+        elif "FP8 32" in name:
+            assert scale == pytest.approx(largest / top, rel=1e-5)
+        else:
+            assert scale == 2.0 ** (np.floor(np.log2(largest)) - (8 if top > 9 else 2))
+
+
+def test_what_no_update_touches_keeps_its_bits(tmp_path: Path) -> None:
+    name = "FP8 32 torch.float32"
+    _, key = base(tmp_path / "base", name)
+    b = np.zeros((64, 4), np.float32)
+    b[:3] = 5.0
+    a = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    adapter(tmp_path / "a", {key.removesuffix(".weight"): (a, b)}, r=4, lora_alpha=8)
+    merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", requantise=True, lossy=True)
+    before, after = read(tmp_path / "base")[key], read(tmp_path / "out")[key]
+    assert np.array_equal(before[32:], after[32:]) and not np.array_equal(before, after)
+
+
+def test_a_loss_is_refused_and_a_way_on_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "gptq 4 16 version 2"
+    _, key = base(tmp_path / "base", name)
+    old = read_row(GOLDEN[name]).dequantise()
+    path, _ = update(tmp_path / "a", old.shape, key, 1e-3 * float(np.abs(old).mean()))
+    args = ["merge", str(tmp_path / "base"), str(path), "-o", str(tmp_path / "out")]
+    code, _, err = run(capsys, *args)
+    assert code == 2 and "--dequantise writes floats (" in err and "--requantise keeps codes" in err
+    code, _, err = run(capsys, *args, "--requantise")
+    assert code == 1 and "expected 50% or more" in err and "--lossy" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+    code, text, _ = run(capsys, *args, "--requantise", "--lossy", "--json")
+    told = json.loads(text)
+    assert code == 0 and told["requantised"]["kept"] < 0.5
+    rows = [
+        (["--requantise", "--dequantise"], "both --dequantise and --requantise"),
+        (["--lossy"], "--lossy is of --requantise"),
+        (["--requantise", "--dtype", "float32"], "keeps dtypes"),
+    ]
+    for more, words in rows:
+        code, _, err = run(capsys, *args, "--force", *more)
+        assert code == 2 and words in err, err
+
+
+def test_a_whole_tensor_is_no_code(tmp_path: Path) -> None:
+    _, key = base(tmp_path / "base", "awq 16")
+    whole = np.ones(GOLDEN["awq 16"].want.shape, np.float32)
+    name = f"base_model.model.{key}"
+    adapter(tmp_path / "a", {}, tensors={name: whole}, modules_to_save=["mlp"])
+    with pytest.raises(LoraFxError, match="quantised anew: the adapter replaces it whole"):
+        merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", requantise=True)
+
+
+@pytest.mark.parametrize("part", ["qweight", "weight_scale"])
+def test_a_wrong_bit_is_caught(part: str, tmp_path: Path) -> None:
+    name = "gptq 4 16 version 2" if part == "qweight" else "MXFP8"
+    _, key = base(tmp_path / "base", name)
+    old = read_row(GOLDEN[name]).dequantise()
+    path, _ = update(tmp_path / "a", old.shape, key, 0.1 * float(np.abs(old).mean()))
+    out = tmp_path / "out"
+    merge(tmp_path / "base", path, out, requantise=True, lossy=True)
+    info = open_checkpoint(out).tensors[key.replace("weight", part)]
+    raw = bytearray(info.file.read_bytes())
+    raw[info.start] ^= 4
+    info.file.write_bytes(bytes(raw))
+    assert not lora_fx.verify(out, tmp_path / "base", adapter=path, rows=None)
+
+
+def test_mixed_checkpoints_come_as_they_are(tmp_path: Path) -> None:
+    """An attention in floats beside quantised experts: both are changed, each in its own way."""
+    tensors, key = base(tmp_path / "base", "FP8 32 torch.float32", 1)
+    rng = np.random.default_rng(1)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = rng.standard_normal((8, 8)).astype("f4")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    checkpoint(tmp_path / "mixed", tensors, 3, config=config)
+    a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 8), (8, 2)))
+    c, d = (rng.standard_normal(s).astype(np.float32) for s in ((2, 32), (64, 2)))
+    modules = {"model.layers.0.self_attn.q_proj": (a, b), key.removesuffix(".weight"): (c, d)}
+    adapter(tmp_path / "a", modules, r=2, lora_alpha=2)
+    for way in ("requantise", "dequantise"):
+        merge(tmp_path / "mixed", tmp_path / "a", tmp_path / way, **{way: True})
+        found = read(tmp_path / way)
+        q = "model.layers.0.self_attn.q_proj.weight"
+        assert np.abs(found[q] - (tensors[q] + b @ a)).max() < 1e-5
+        assert lora_fx.verify(tmp_path / way, tmp_path / "mixed", adapter=tmp_path / "a")
