@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.dtypes import Array, numpy_dtype
@@ -111,7 +112,7 @@ def dequantised(
     values = _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
     if kind in LEVELS:
         count = math.prod(shape)
-        flat = torch.nn.functional.pad(values.reshape(-1)[:count], (0, -count % block))
+        flat = F.pad(values.reshape(-1)[:count], (0, -count % block))
         flat = (flat.reshape(-1, block) * scale[:, None]).reshape(-1)[:count]
     else:
         rows, blocks = scale.shape
@@ -145,6 +146,17 @@ def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 DEQUANTISE = torch.ops.lora_fx.dequantise.default
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x·Wᵀ + bias as a kernel in the weight's dtype rounds it; x and what is given are of one."""
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+# one op, so that a branch beside it reads x before it is rounded, and is added behind
+torch.library.define("lora_fx::linear_in", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("lora_fx::linear_in", "CompositeImplicitAutograd", product)
+LINEAR_IN = torch.ops.lora_fx.linear_in.default
 
 
 # The tree.
@@ -334,14 +346,17 @@ def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
         names: Placeholder → the tensor's name.
 
     Raises:
-        LoraFxError: What an op says and what its tensors are differ.
+        LoraFxError: What an op says and what its tensors are differ, or what two ops say of them.
     """
     for node in graph.find_nodes(op="call_function", target=DEQUANTISE):
-        codes, _, zero, shape, kind, block, turned, dtype = node.args
-        name, said = names[codes.name], (kind, shape, block, turned, dtype)
+        codes, scale, zero, shape, kind, block, turned, dtype = node.args
+        read = [names[n.name] for n in (codes, scale, zero) if n is not None]
+        name, said = read[0], (kind, shape, block, turned, dtype)
         sizes = tuple(shape) if isinstance(shape, Sequence) else ()
         stored = Stored(kind, sizes, block, dtype, turned, zero is not None)
-        if not _fits(stored, *tensors_of(root, name)):
+        own = [name, f"{name}_scale", f"{name}_zero"][: len(read)] == read
+        same = stored_of(root, name) in (None, stored)
+        if not (own and same and _fits(stored, *tensors_of(root, name))):
             raise LoraFxError(
                 f"{name}: its codes are not those of {said}", "the file is damaged: fetch it again"
             )
