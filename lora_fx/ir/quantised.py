@@ -33,6 +33,7 @@ class Quantised:
         levels: The values of the codes, where these are places of a table; there is no zero then.
         unit: A factor of the whole weight, multiplied last and rounded apart: the 1/127 of
             bitsandbytes' int8, 1 for all others.
+        order: Column j of a matrix of codes is column order[j] of the weight; None where it is j.
     """
 
     codes: Array
@@ -41,6 +42,7 @@ class Quantised:
     block: tuple[int, ...]
     levels: Array | None = None
     unit: float = 1.0
+    order: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,6 +67,8 @@ class Quantised:
         weight = values * scale
         if self.unit != 1:
             weight = weight * np.float32(self.unit)
+        if self.order is not None:
+            weight = weight[:, np.argsort(self.order)]
         return np.asarray(weight).astype(numpy_dtype(dtype))
 
     def _along(self, value: Array, rows: slice) -> Array:

@@ -57,6 +57,7 @@ from lora_fx.passes.find import find
 Array = np.ndarray[Any, Any]
 Run = Callable[[Array, Array], Array]
 KINDS = (None, "int4", "nf4")
+OPS = ["MatMul", "Gemm", "Gather"]
 
 
 class Task:
@@ -117,14 +118,14 @@ def in_runtime(run: Callable[..., dict[str, Array]]) -> Run:
     return lambda ids, mask: run({"input_ids": ids, "attention_mask": mask})["output"]
 
 
-def switched(path: Path, low: Adapter) -> Callable[..., dict[str, Array]]:
+def switched(path: Path, low: Adapter | Path) -> Callable[..., dict[str, Array]]:
     """A switch file with an adapter."""
     session = Session(path, "cpu", threads=1)
     session.load("own", low)
     return partial(session.run, adapter="own")
 
 
-def batched(path: Path, low: Adapter) -> Callable[..., dict[str, Array]]:
+def batched(path: Path) -> Callable[..., dict[str, Array]]:
     """A batch file, every row with its one adapter."""
     run = open_session(path, "cpu").run
     return lambda feeds: run({**feeds, "adapter_ids": np.ones(len(feeds["input_ids"]), np.int64)})
@@ -182,7 +183,7 @@ def joins(model: ir.Model) -> dict[str, list[str]]:
     return found
 
 
-def judged(path: Path, feeds: dict[str, Array], low: Adapter, lows: dict[str, LowRank]) -> str:
+def judged(path: Path, feeds: dict[str, Array], low: Path, lows: dict[str, LowRank]) -> str:
     """How far the products of a switch file are from y + s·B(Ax) in fp64, and what that adds."""
     places = joins(load(path))
     model, worst, least = onnx.load(path), 0.0, 1.0
@@ -213,9 +214,10 @@ def files(of: Task, folder: Path) -> None:
     made = [v for v in plain.graph.value_info if v.name not in stored]
     del plain.graph.value_info[:]  # the quantiser turns a Gemm's weight, not its shape
     plain.graph.value_info.extend(made)
-    quantize_dynamic(plain, paths["dynamic"], op_types_to_quantize=["MatMul", "Gemm", "Gather"])
-    options = {"quant_format": QuantFormat.QDQ, "per_channel": True}
-    quantize_static(source, paths["static"], Reader(of.rows[:64]), **options)
+    quantize_dynamic(plain, paths["dynamic"], op_types_to_quantize=OPS)
+    # not the sum with the mask, whose -3e38 would take the range of its codes
+    quantize_static(source, paths["static"], Reader(of.rows[:64]), quant_format=QuantFormat.QDQ,
+                    per_channel=True, op_types_to_quantize=OPS)  # fmt: skip
     some = minilm.batches(of.held, 8)
     _, ids, mask = some[len(some) // 2]
     feeds = {"input_ids": ids, "attention_mask": mask}
@@ -239,14 +241,15 @@ def files(of: Task, folder: Path) -> None:
             bool(lora_fx.export(path, outs[m], mode=m, adapters=g, **kept))
             for m, g in given.items()
         ]
-        one, many = switched(outs["switch"], low), batched(outs["batch"], low)
+        own = folder / f"{name}.onnx_adapter"  # in the names of the file
+        one, many = switched(outs["switch"], own), batched(outs["batch"])
         scores = [of.scores(in_runtime(run)) for run in (one, many)]
         print(
             f"  switch and batch {oks}: accuracy {of.accuracy(scores[0]):.3f}, "
             f"{of.accuracy(scores[1]):.3f}; of one batch they differ by "
             f"{rel(many(feeds)['output'], one(feeds)['output']):.1e}"
         )
-        print(f"  switch: {judged(outs['switch'], feeds, low, lows)}", flush=True)
+        print(f"  switch: {judged(outs['switch'], feeds, own, lows)}", flush=True)
 
 
 def decoder(quick: bool) -> None:

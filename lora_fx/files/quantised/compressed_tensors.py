@@ -20,7 +20,7 @@ import math
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, bits_of, checked, evenly
+from lora_fx.files.quantised.base import Parts, QuantisedWeight, bits_of, checked, evenly, grouped
 from lora_fx.ir.quantised import Quantised, blocks_in, unpacked
 from lora_fx.text import JsonView
 
@@ -88,5 +88,4 @@ def _affine(parts: Parts, codes: Array, bits: int) -> Quantised:
     if order.min() < 0 or order.max() >= blocks[1] or block[0] != 1:
         found = f"names groups {order.min()} to {order.max()}"
         raise parts.wrong("weight_g_idx", found, f"0 to {blocks[1] - 1}")
-    zero = None if q.zero is None else q.zero[:, order]
-    return Quantised(codes, q.scale[:, order], zero, (1, 1))
+    return grouped(codes, q.scale, q.zero, order)

@@ -324,7 +324,7 @@ class CapturedModule(Recomputing, Scope):
         # scales and zeros are part of the codes' values: no cast of the model rounds them
         kept = [(m, name, m._buffers[name])
                 for m in self.modules() for leaf in m.__dict__.get(HELD, ())
-                for name in (f"{leaf}_scale", f"{leaf}_zero") if name in m._buffers]  # fmt: skip
+                for name in (f"{leaf}_{p}" for p in codes.PARTS) if name in m._buffers]  # fmt: skip
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved: dict[int, torch.Tensor] = {}
         for module, name, before in kept:
