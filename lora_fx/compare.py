@@ -26,8 +26,10 @@ ORT_TOL = 2e-6
 """ONNX Runtime against torch, fp32, tiny models."""
 CEILING = 1e-3
 """No fp32 model is so ill-conditioned that a larger difference counts as rounding."""
-COARSE = 0.25
-"""Where activations are codes of eight bits, which a rounding moves by whole steps."""
+STEPS = 8 * 2.0**-7
+"""Where activations are made codes of eight bits: eight steps of these."""
+COARSE = 4 * STEPS
+"""The ceiling there, since a rounding moves codes by whole steps."""
 EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
 """The epsilons of dtypes that round a change, be it an output's or an adapted weight's."""
 

@@ -153,7 +153,7 @@ def read_layout(site: Site, source: StoredWeight) -> Layout:
     if layout.stored != source.shape or layout.batch_shape:
         what = "a stack of matrices" if layout.batch_shape else "a use of a part of the tensor"
         raise LoraFxError(
-            f"{site.parameter!r}: batch mode does not serve {what}", "use mode merged"
+            f"{site.parameter!r}: batch mode does not serve {what}", "use mode merged or switch"
         )
     return layout
 

@@ -89,8 +89,8 @@ class RecomputeWeights:
             if row is None or row.op.startswith("embedding"):
                 continue
             paths = [p for i in node.all_input_nodes if i in chains for p in slots(node, i)]
-            if len(paths) == 1:
-                _reread(node, paths[0], chains)
+            if paths:
+                _reread(node, paths, chains)
                 modified = True
         if modified:
             graph.graph.eliminate_dead_code()
@@ -98,21 +98,24 @@ class RecomputeWeights:
         return PassResult(graph, modified)
 
 
-def _reread(node: fx.Node, path: Path, chains: Container[fx.Node]) -> None:
-    """Let one call make a product and, from codes, its weight."""
-    weight = pick(node, path)
-    steps = [n for n in reached([weight], lambda n: n.all_input_nodes if n in chains else [])]
+def _reread(node: fx.Node, paths: Sequence[Path], chains: Container[fx.Node]) -> None:
+    """Let one call make a product and, from codes, its weights."""
+    weights = [pick(node, p) for p in paths]
+    steps = [n for n in reached(weights, lambda n: n.all_input_nodes if n in chains else [])]
     given = [n for n in steps if n not in chains]
     code, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for n in given:
         env[n] = code.placeholder(n.name)
     for n in sorted(n for n in steps if n in chains):
         env[n] = code.node_copy(n, env.__getitem__)
-    code.output(env[weight])
+    code.output(tuple(env[w] for w in weights))
     make = partial(function(code, f"codes of {node.name}"), None)
     with node.graph.inserting_before(node):
-        args = (tuple(given), replaced(node.args, path, None), dict(node.kwargs))
-        new = node.graph.call_function(rereading(make, node.target, path), args)
+        rest = node.args
+        for path in paths:
+            rest = replaced(rest, path, None)
+        args = (tuple(given), rest, dict(node.kwargs))
+        new = node.graph.call_function(rereading(make, node.target, paths), args)
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
@@ -202,34 +205,37 @@ def region(code: Code) -> Callable[..., tuple[torch.Tensor, ...]]:
     return recomputed
 
 
-def rereading(
-    make: Callable[..., torch.Tensor], op: Any, path: Path
-) -> Callable[..., torch.Tensor]:
-    """An op whose weight is made from codes, in forward and again in backward.
+def rereading(make: Code, op: Any, paths: Sequence[Path]) -> Callable[..., torch.Tensor]:
+    """An op whose weights are made from codes, in forward and again in backward.
 
     Args:
-        make: Codes, scales and zeros → the weight as the op reads it.
+        make: Codes, scales and zeros → the weights as the op reads them.
         op: The op.
-        path: Where among its arguments the weight stands.
+        paths: Where among its arguments the weights stand.
 
     Returns:
-        (what make takes, arguments, keyword arguments) → what the op gives. Of the weight autograd
+        (what make takes, arguments, keyword arguments) → what the op gives. Of a weight autograd
         keeps a few numbers: where in it the tensor lay that the op's backward wants.
     """
 
     def reread(given: Sequence[Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
-        weight = make(*given)
-        args = replaced(args, path, weight)
+        weights = make(*given)
+        for path, weight in zip(paths, weights, strict=True):
+            args = replaced(args, path, weight)
         if _plainly():
             return op(*args, **kwargs)
-        own = weight.untyped_storage().data_ptr()
+        own = {w.untyped_storage().data_ptr(): i for i, w in enumerate(weights)}
 
         def pack(t: torch.Tensor) -> Any:
-            mine = t.untyped_storage().data_ptr() == own
-            return (t.size(), t.stride(), t.storage_offset()) if mine else t
+            i = own.get(t.untyped_storage().data_ptr())
+            return t if i is None else (i, t.size(), t.stride(), t.storage_offset())
 
         def unpack(kept: Any) -> torch.Tensor:
-            return kept if isinstance(kept, torch.Tensor) else make(*given).as_strided(*kept)
+            if isinstance(kept, torch.Tensor):
+                return kept
+            i, *place = kept
+            again: torch.Tensor = make(*given)[i].as_strided(*place)
+            return again
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return op(*args, **kwargs)

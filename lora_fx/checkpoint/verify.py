@@ -264,16 +264,15 @@ def _options(
     asked = asked if isinstance(asked, dict) else {}
     new = any(k in merged.tensors and k not in base.tensors for p in parts for k in p.adapter.full)
     mixed = len(parts) > 1
+    names = ("allow_unused", "allow_missing", "dequantise", "requantise")
+    flags = {name: asked.get(name) is True for name in names}
     return replace(
         LENIENT,
         how=asked["how"] if mixed and asked.get("how") in HOWS else "sum",
         rank=asked["rank"] if mixed and isinstance(asked.get("rank"), int) else None,
         dtype=record["dtype"] if record.get("dtype") in FLOATING else None,
-        allow_unused=asked.get("allow_unused") is True,
-        allow_missing=asked.get("allow_missing") is True,
-        dequantise=asked.get("dequantise") is True,
-        requantise=asked.get("requantise") is True,
         add=new,
+        **flags,
     )
 
 

@@ -1,8 +1,9 @@
 """Weights of a tree that are stored as codes: their tensors, and the op that makes numbers of them.
 
 The parameter keeps its name and holds the codes in bytes; buffers beside it, NAME_scale and
-NAME_zero, hold a number a block. Graphs read all of them by one op, `lora_fx::dequantise`; its
-result is never kept for backward: see lora_fx.passes.recompute.
+NAME_zero, hold a number a block, and NAME_order the places of columns that lie by their blocks.
+Graphs read all of them by one op, `lora_fx::dequantise`; its result is never kept for backward: see
+lora_fx.passes.recompute.
 
 ========== ==================================== =================================================
 format     codes                                scale and zero
@@ -33,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.dtypes import Array, numpy_dtype
@@ -43,6 +45,7 @@ from lora_fx.fx.graph.nodes import dtype_of
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, replace_parameter
 from lora_fx.ir.quantised import FP4, NF4, Quantised, packed
 
+PARTS = ("scale", "zero", "order")
 HELD = "_quantised"
 """The attribute of a module that says what its parameters' codes stand for, by leaf."""
 FP8 = "float8_e4m3fn"
@@ -66,7 +69,7 @@ class Stored:
         block: How many elements share a scale.
         dtype: The dtype that the weight has for a model that reads it.
         turned: The weight is [..., in, out] and its rows are those of [..., out, in].
-        zeros: A tensor holds the codes of 0.
+        parts: Which of PARTS there are.
     """
 
     format: str
@@ -74,7 +77,7 @@ class Stored:
     block: int
     dtype: torch.dtype
     turned: bool = False
-    zeros: bool = False
+    parts: tuple[str, ...] = PARTS[:1]
 
     @property
     def bits(self) -> int:
@@ -105,6 +108,7 @@ def dequantised(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
+    order: torch.Tensor | None,
     shape: Sequence[int],
     kind: str,
     block: int,
@@ -115,7 +119,7 @@ def dequantised(
     values = _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
     if kind in LEVELS:
         count = math.prod(shape)
-        flat = torch.nn.functional.pad(values.reshape(-1)[:count], (0, -count % block))
+        flat = F.pad(values.reshape(-1)[:count], (0, -count % block))
         flat = (flat.reshape(-1, block) * scale[:, None]).reshape(-1)[:count]
     else:
         rows, blocks = scale.shape
@@ -127,6 +131,7 @@ def dequantised(
                 offset = told.reshape(rows, -1)[:, :blocks, None]
         wide = (values.reshape(rows, blocks, block) - offset) * scale[..., None]
         flat = wide.reshape(rows, blocks * block)[:, : math.prod(shape) // rows]
+        flat = flat if order is None else flat.index_copy(1, order.long(), flat)
     if turned:
         swapped = [*shape[:-2], shape[-1], shape[-2]]
         return flat.to(dtype).reshape(swapped).transpose(-1, -2)
@@ -134,21 +139,32 @@ def dequantised(
 
 
 SCHEMA = (
-    "(Tensor codes, Tensor scale, Tensor? zero, int[] shape, str kind, int block, bool turned, "
-    "ScalarType dtype) -> Tensor"
+    "(Tensor codes, Tensor scale, Tensor? zero, Tensor? order, int[] shape, str kind, int block, "
+    "bool turned, ScalarType dtype) -> Tensor"
 )
 _op = torch.library.custom_op("lora_fx::dequantise", mutates_args=(), schema=SCHEMA)(dequantised)
 
 
 @_op.register_fake
 def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
-    shape, turned, dtype = rest[2], rest[5], rest[6]
+    shape, turned, dtype = rest[3], rest[6], rest[7]
     if not turned:
         return codes.new_empty(shape, dtype=dtype)
     return codes.new_empty([*shape[:-2], shape[-1], shape[-2]], dtype=dtype).transpose(-1, -2)
 
 
 DEQUANTISE = torch.ops.lora_fx.dequantise.default
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x·Wᵀ + bias as a kernel in the weight's dtype rounds it; x and what is given are of one."""
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+# one op, so that a branch beside it reads x before it is rounded, and is added behind
+torch.library.define("lora_fx::linear_in", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("lora_fx::linear_in", "CompositeImplicitAutograd", product)
+LINEAR_IN = torch.ops.lora_fx.linear_in.default
 
 
 # The tree.
@@ -170,10 +186,11 @@ def store(
     Raises:
         LoraFxError: Codes that no layout of the table above holds.
     """
-    kind, block, arrays = _arrays(name, q)
+    kind, block, arrays = arrays_of(name, q)
     if other := taken(root, name, arrays):
         raise LoraFxError(f"{name}: its module has a {other} already", "rename that")
-    stored = Stored(kind, tuple(shape), block, dtype, turned, "zero" in arrays)
+    parts = tuple(p for p in PARTS if p in arrays)
+    stored = Stored(kind, tuple(shape), block, dtype, turned, parts)
     old = parameter_of(root, name)
     tensors = {k: from_numpy(v) for k, v in arrays.items()}
     tensors |= {k: t.float() for k, t in tensors.items() if t.is_floating_point()}
@@ -196,7 +213,7 @@ def taken(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
     return next((n for m, n in names if hasattr(m, n)), "")
 
 
-def _arrays(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
+def arrays_of(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
     """Format, block, and the arrays as the table above has them."""
     if q.codes.dtype.name == FP8:
         q = dataclasses.replace(q, codes=q.codes.view(np.uint8), levels=LEVELS["fp8"])
@@ -215,10 +232,12 @@ def _arrays(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
         codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)
         scale = q.scale.reshape(-1).astype(np.float32)
         return kinds[0], q.block[-1], {"codes": codes, "scale": scale}
-    made = as_matmul_nbits(name, q)
+    made = as_matmul_nbits(name, q, strict=False)
     arrays = {"codes": made.b, "scale": made.scales}
     if made.zero_points is not None:
         arrays["zero"] = made.zero_points
+    if q.order is not None:
+        arrays["order"] = q.order.astype(np.int32)
     return f"int{made.bits}", made.block_size, arrays
 
 
@@ -234,8 +253,8 @@ def _weight_of(module: nn.Module, leaf: str) -> torch.Tensor | None:
     stored = module.__dict__[HELD].get(leaf)
     if held is None or stored is None or held.is_floating_point():
         return held
-    scale, zero = (module._buffers.get(f"{leaf}_{kind}") for kind in ("scale", "zero"))
-    made: torch.Tensor = DEQUANTISE(held, scale, zero, *arguments(stored, stored.dtype))
+    beside = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
+    made: torch.Tensor = DEQUANTISE(held, *beside, *arguments(stored, stored.dtype))
     return made
 
 
@@ -266,16 +285,16 @@ def stored_of(root: nn.Module, name: str) -> Stored | None:
 
 def whole(root: nn.Module, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight that a parameter's codes stand for, in a dtype."""
-    codes, scale, *zero = tensors_of(root, name)
-    rest = arguments(stored, dtype)
-    made: torch.Tensor = DEQUANTISE(codes, scale, zero[0] if zero else None, *rest)
+    codes, *held = tensors_of(root, name)
+    parts = dict(zip(stored.parts, held, strict=True))
+    made: torch.Tensor = DEQUANTISE(codes, *map(parts.get, PARTS), *arguments(stored, dtype))
     return made
 
 
 def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:
-    """The codes of a parameter, the scales, and the codes of 0 where it has them."""
+    """The codes of a parameter, and its PARTS."""
     module, leaf = owner(root, name)
-    parts = (module._buffers.get(f"{leaf}_{kind}") for kind in ("scale", "zero"))
+    parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
     return [parameter_of(root, name), *(t for t in parts if t is not None)]
 
 
@@ -283,8 +302,8 @@ def forget(root: nn.Module) -> None:
     """Make a copy whose codes became numbers an ordinary tree again."""
     for module in root.modules():
         for leaf in module.__dict__.pop(HELD, {}):
-            module._buffers.pop(f"{leaf}_scale", None)
-            module._buffers.pop(f"{leaf}_zero", None)
+            for part in PARTS:
+                module._buffers.pop(f"{leaf}_{part}", None)
         module.__class__ = getattr(type(module), "_own_class", type(module))
 
 
@@ -322,9 +341,8 @@ def read_codes(graph: fx.Graph, names: dict[str, str], held: dict[str, Stored]) 
         rest = arguments(stored, dtype_of(node) or stored.dtype)
         for user in [u for u in node.users if u.target is not DEQUANTISE]:
             with graph.inserting_before(user):
-                scale = graph.get_attr(f"{name}_scale")
-                zero = graph.get_attr(f"{name}_zero") if stored.zeros else None
-                made = graph.call_function(DEQUANTISE, (node, scale, zero, *rest))
+                parts = {p: graph.get_attr(f"{name}_{p}") for p in stored.parts}
+                made = graph.call_function(DEQUANTISE, (node, *map(parts.get, PARTS), *rest))
             made.meta["val"] = node.meta["val"]
             if "nn_module_stack" in user.meta:
                 made.meta["nn_module_stack"] = user.meta["nn_module_stack"]
@@ -342,14 +360,17 @@ def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
         names: Placeholder → the tensor's name.
 
     Raises:
-        LoraFxError: What an op says and what its tensors are differ.
+        LoraFxError: What an op says and what its tensors are differ, or what two ops say of them.
     """
     for node in graph.find_nodes(op="call_function", target=DEQUANTISE):
-        codes, _, zero, shape, kind, block, turned, dtype = node.args
+        codes, *beside, shape, kind, block, turned, dtype = node.args
+        given = {p: names[n.name] for p, n in zip(PARTS, beside, strict=True) if n is not None}
         name, said = names[codes.name], (kind, shape, block, turned, dtype)
         sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-        stored = Stored(kind, sizes, block, dtype, turned, zero is not None)
-        if not _fits(stored, *tensors_of(root, name)):
+        stored = Stored(kind, sizes, block, dtype, turned, tuple(given))
+        own = given == {p: f"{name}_{p}" for p in given}
+        same = stored_of(root, name) in (None, stored)
+        if not (own and same and _fits(stored, *tensors_of(root, name))):
             raise LoraFxError(
                 f"{name}: its codes are not those of {said}", "the file is damaged: fetch it again"
             )
@@ -370,9 +391,14 @@ def _fits(stored: Stored, codes: torch.Tensor, *rest: torch.Tensor) -> bool:
         rows, blocks = codes.shape[0], -(-count // max(codes.shape[0], 1) // stored.block)
         width = blocks * bits
         want = [(rows, blocks, stored.block * bits // 8), (rows, blocks)]
-        if stored.zeros:
-            packed = rest[-1].dtype == torch.uint8
+        if "zero" in stored.parts:
+            packed = rest[1].dtype == torch.uint8
             want.append((rows, -(-width // 8) if packed else blocks))
+        if "order" in stored.parts:
+            want.append((count // rows,))
+            order, places = rest[-1], torch.arange(count // rows)
+            if not order.is_meta and not torch.equal(order.long().sort()[0].cpu(), places):
+                return False
     return [tuple(t.shape) for t in (codes, *rest)] == want
 
 

@@ -375,13 +375,15 @@ TURNS = {aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.defau
 def _dequantise(graph: fx.Graph, node: fx.Node) -> None:
     """Let every product of a quantised matrix be one of the runtime, and the rest read numbers."""
     args: Any = node.args
-    codes, scale, zero, shape, kind, block, turned, _ = args
+    codes, scale, zero, order, shape, kind, block, turned, _ = args
+    whole = block >= 16 and not block & (block - 1) and order is None
     views = [u for u in node.users if u.target in TURNS and len(shape) == 2]
     for weight, flipped in ((node, turned), *((v, not turned) for v in views)):
         for user in list(weight.users):
             x, w, b, wants = PRODUCTS.get(user.target, NO_PRODUCT)
             fits = (
                 kind not in OTHERS
+                and whole
                 and len(shape) == 2
                 and wants is flipped
                 and user.args[w] is weight

@@ -35,6 +35,7 @@ class Quantised:
         levels: The values of the codes, where these are places of a table; there is no zero then.
         unit: A factor of the whole weight, multiplied last and rounded apart: the 1/127 of
             bitsandbytes' int8, 1 for all others.
+        order: Column j of a matrix of codes is column order[j] of the weight; None where it is j.
     """
 
     codes: Array
@@ -43,6 +44,7 @@ class Quantised:
     block: tuple[int, ...]
     levels: Array | None = None
     unit: float = 1.0
+    order: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,11 +70,15 @@ class Quantised:
         self._each(np.multiply, weight, self.scale, rows)
         if self.unit != 1:
             weight *= np.float32(self.unit)
+        if self.order is not None:
+            weight = weight[:, np.argsort(self.order)]
         return np.asarray(weight).astype(numpy_dtype(dtype), copy=False)
 
     def nearest(self, weight: Array, bits: int) -> Quantised:
         """The same scales and zero points with the codes that are nearest to a weight's values."""
         scaled = np.array(weight, np.float32) / np.float32(self.unit)
+        if self.order is not None:
+            scaled = np.ascontiguousarray(scaled[:, self.order])
         every = slice(None)
         self._each(np.divide, scaled, np.where(self.scale == 0, 1, self.scale), every)
         kind = self.codes.dtype
@@ -121,6 +127,10 @@ class Quantised:
             blocks = np.maximum(blocks[..., :half], blocks[..., half:])
         rows = blocks.max(2)
         return np.asarray(rows.reshape(len(rows) // high, high, -1).max(1))
+
+    def in_place(self) -> Array:
+        """The codes in the order of the weight's columns."""
+        return self.codes if self.order is None else self.codes[:, np.argsort(self.order)]
 
     def cut(self, rows: slice) -> Quantised:
         """Some of its rows, which begin and end where blocks do."""

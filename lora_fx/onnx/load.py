@@ -128,6 +128,11 @@ def _proto(file: Path) -> onnx.ModelProto:
     try:
         proto.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError has no public home
+        if data[:2] == b"PK":
+            raise LoraFxError(
+                f"{file}: a zip archive, such as a .pt2, and no ONNX file",
+                "lora-fx export MODEL -o X.onnx writes one",
+            ) from error
         raise _damaged(f"{file}: damaged ONNX file: {one_line(error)}") from error
     if not proto.HasField("graph") or not proto.opset_import:
         raise _damaged(f"{file}: no ONNX model: it has no graph or no opset")

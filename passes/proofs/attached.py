@@ -18,7 +18,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import EPSILON, ORT_TOL, Parity, compare, rel
+from lora_fx.compare import EPSILON, ORT_TOL, STEPS, Parity, compare, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment
@@ -31,8 +31,6 @@ from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
 from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, Array]
-COARSEST = 8 * 2.0**-7
-"""The widest gate of layers whose kernels round: that of the precision int8."""
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """The gates of the explicit reference, which rounds W + s·b·a in another order."""
 
@@ -63,7 +61,7 @@ class InGraph:
             # kernels of quantised layers round as they like, some in bfloat16, some x too
             with self.state.base():
                 own = self._live(given)
-            tol = max(tol, min(COARSEST, 4 * max(rel(own[n], v) for n, v in base.items())))
+            tol = max(tol, min(STEPS, 4 * max(rel(own[n], v) for n, v in base.items())))
         sampled = prove(self._live, module, sizes=SIZES[:1], tol=tol) if idle else []
         return (sampled or prove(self._live, module, arrays=given, tol=tol))[0]
 

@@ -113,7 +113,6 @@ def attach(
         captured = isinstance(model, Captured)
         cap = model if captured else capture(_module(model), args, kwargs, dynamic)
         model = _module(cap.quantised or cap.model)
-        keep_trainable(model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
         planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout)
@@ -213,11 +212,14 @@ def _partial(
     Raises:
         CaptureError: The model does not run on these inputs, or no graph shows a weight.
     """
+    allow = keep_trainable(model)
     with eval_mode(model):
         try:
             graphs = partial_graphs(model, lambda: model(*args, **(kwargs or {})))
         except Exception as e:
             raise error from e
+        finally:
+            allow()
     found = find_graph(graphs)  # type: ignore[arg-type]
     if not found.targets:
         raise error

@@ -122,8 +122,7 @@ def write_switch(
     """
     load, rank = options.mode == "load", options.rank
     paths = beside(adapters, options)
-    for name, adapter in adapters.items():
-        check_plain(adapter, f"{name}: a switchable file")
+    _check_shared(adapters, "a switchable file")
     warnings = list(warnings)
     here, kept = find(graph), graph.model.graph.initializers
     known = here if found is None else found
@@ -202,6 +201,17 @@ Serve = Callable[[Adapter | None], tuple[Run, Session]]
 """Adapter → what runs with it; None is the base."""
 
 
+def _check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
+    """Raise for what cannot be chosen run by run, or row by row."""
+    for name, adapter in adapters.items():
+        check_plain(adapter, f"{name}: {what}")
+        if adapter.full:
+            raise LoraFxError(
+                f"{name}: it holds the whole tensor {min(adapter.full)!r}",
+                "all runs and rows share everything but low-rank updates: put it into the model",
+            )
+
+
 def _serving(path: Path, provider: str, load: bool) -> Serve:
     """Adapter → what runs with it: one session for all, or one for each in mode load."""
     shared = None if load else Session(path, provider)
@@ -268,13 +278,7 @@ def write_batch(
         LoraFxError: A target whose rows cannot be told apart, or that has no form by row.
         NoEffectError: A row differs from its adapter alone; nothing is written.
     """
-    for name, adapter in adapters.items():
-        check_plain(adapter, f"{name}: a file of one adapter a row")
-        if adapter.full:
-            raise LoraFxError(
-                f"{name}: it holds the whole tensor {min(adapter.full)!r}",
-                "rows of one batch share everything but low-rank updates",
-            )
+    _check_shared(adapters, "a file of one adapter a row")
     model = graph.model
     before = sum(1 for _ in model.graph.all_nodes())
     Batch({n: a.lowrank for n, a in adapters.items()}, sources, options.scales)(graph)

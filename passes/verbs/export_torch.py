@@ -200,7 +200,13 @@ def export_slots(
     graph, widened = _base(reference, opset, tied=options.mode != "batch")
     said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
     if options.mode == "batch":
-        sources = _sources(reference.base, graph)
+        # codes of kernels are made numbers by plain operators, and no product reads them
+        named_keys = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
+        coded = [k for k in named_keys if base_name(k) in forms(captured.model)]
+        apart = _lost(reference, graph, coded)
+        if apart:
+            graph, _ = _base(reference, opset, tied=False, apart=apart)
+        sources = _sources(reference.base, graph, apart)
         fixed = options.inputs is not None
         return write_batch(graph, reference, sources, bound, options, said, fixed=fixed)
     keys, loose = options.chosen(found, bound)
@@ -239,7 +245,9 @@ def _base(
     return OnnxGraph(made.model), widened
 
 
-def _sources(base: CapturedModule, graph: OnnxGraph) -> dict[str, tuple[str, StoredWeight]]:
+def _sources(
+    base: CapturedModule, graph: OnnxGraph, apart: Mapping[str, Target]
+) -> dict[str, tuple[str, StoredWeight]]:
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
     torch_side, held = base.graph(False), forms(base)
     names = {n: p for p in torch_side.parameters() for n in (p.name, *p.aliases)}
@@ -249,7 +257,9 @@ def _sources(base: CapturedModule, graph: OnnxGraph) -> dict[str, tuple[str, Sto
         p = names.get(stored.name) or (names.get(stem) if number.isdigit() else None)
         if p is None or len(p.shape) < 2:
             continue
-        if p.format:  # rows of codes are [out, in], however the parameter lies
+        if (
+            p.format and stored.name not in apart
+        ):  # rows of codes are [out, in], however the parameter lies
             turned = held[p.name].turned
             result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
             continue

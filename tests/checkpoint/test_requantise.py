@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,9 @@ def spread(q: Quantised, what: Array) -> Array:
 
 def nearest(q: Quantised, want: Array) -> Array:
     """The smallest distance from each value to one of all that its code could stand for, fp64."""
+    if q.order is not None:
+        plain = replace(q, order=None)
+        return np.asarray(nearest(plain, want[:, q.order])[:, np.argsort(q.order)])
     scale = spread(q, q.scale.reshape(blocks(q))) * q.unit
     zero = 0.0 if q.zero is None else spread(q, q.zero.reshape(blocks(q)))
     kind = q.codes.dtype

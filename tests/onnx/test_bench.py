@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,10 @@ def test_refusals(tmp_path: Path) -> None:
         bench([a], rounds=0)
     with pytest.raises(LoraFxError, match="cannot be read"):
         bench([tmp_path / "none.onnx"])
+    with zipfile.ZipFile(tmp_path / "m.pt2", "w") as archive:
+        archive.writestr("m/data", "x")
+    with pytest.raises(LoraFxError, match=r"m\.pt2: a zip archive, such as a \.pt2"):
+        bench([tmp_path / "m.pt2"])
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

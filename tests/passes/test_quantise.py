@@ -341,6 +341,11 @@ def test_embeddings_and_whole_tensors_stay_floats_unless_named() -> None:
     assert torch.equal(named.model.head.weight, named.model.table.weight)
     module = lora_fx.insert(named, rank=2)
     assert torch.equal(module(ids), named.model(ids))
+    scales = {n: b.clone() for n, b in module.named_buffers(remove_duplicate=False)}
+    module.to(torch.bfloat16)
+    after = dict(module.named_buffers(remove_duplicate=False))
+    assert set(scales) == {"table.weight_scale", "head.weight_scale", "fc.weight_scale"}
+    assert all(torch.equal(after[n], b) and after[n].dtype == b.dtype for n, b in scales.items())
     assert {t.key: (t.parameter.format, t.parameter.bits) for t in lora_fx.find(named).targets} == {
         "table.weight": ("int8", 8), "fc.weight": ("int4", 4),
     }  # fmt: skip
@@ -482,3 +487,44 @@ def test_floats_of_zero_points_are_not_rounded_by_casts() -> None:
     module = lora_fx.insert(quantised(capture(model, (x,)), {"int8": THE_WEIGHT}), rank=2)
     module.bfloat16()
     assert {b.dtype for _, b in module.named_buffers()} == {torch.float32}
+
+
+def test_a_report_counts_weights_and_not_bytes() -> None:
+    model, x = built("linear")
+    reports = [lora_fx.insert(model, (x,), rank=2, quantise=q).report() for q in (None, "int4")]
+    assert reports[0].frozen == reports[1].frozen == sum(p.numel() for p in model.parameters())
+
+
+class Both(nn.Module):
+    """One op that reads two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.v = nn.Linear(5, 40), nn.Parameter(torch.randn(6, 40) / 6)
+        self.w = nn.Parameter(torch.randn(9, 6) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,oi,po->bp", self.first(x), self.v, self.w)
+
+
+def test_an_op_of_two_weights_keeps_none() -> None:
+    torch.manual_seed(0)
+    model, x = Both().eval(), torch.randn(3, 5)
+    module = lora_fx.insert(model, (x,), rank=2, include="first", quantise="int8=re:^[vw]$")
+    made = Made()
+    with made:
+        y = module.train()(x)
+    assert len(made.weights) == 2 and all(r.expired() for r in made.weights)
+    y.square().sum().backward()
+    grads = [p.grad for n, p in module.named_parameters() if "lora_B" in n]
+    assert grads and all(g is not None and bool(g.any()) for g in grads)
+
+
+def test_a_batch_of_adapters_beside_codes_of_a_kernel(tmp_path: Path) -> None:
+    """Codes of a kernel are numbers in the file, and rows take branches beside these."""
+    _, _, cap = quantised_one("conv", "int8")
+    one = filled(lora_fx.insert(cap, rank=2, include=THE_WEIGHT)).adapter()
+    report = lora_fx.export(
+        cap, tmp_path / "m.onnx", adapters=[one], mode="batch", provider="cpu", within=True
+    )
+    assert report.ok

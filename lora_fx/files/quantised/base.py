@@ -243,7 +243,7 @@ def by_stored_scales(
         q: Quantised, rows: slice, weight: Array, delta: Array
     ) -> tuple[Quantised, list[Written]]:
         new = q.nearest(weight, bits)
-        return new, [Written(name, pack(new.codes), rows.start // each, axis)]
+        return new, [Written(name, pack(new.in_place()), rows.start // each, axis)]
 
     return recode
 
@@ -294,9 +294,22 @@ def checked(where: str, q: Quantised) -> Quantised:
             raise wrong(where, f"has a {what} that is no number", "finite numbers")
     if q.levels is not None and (not finite(q.levels) or q.codes.max() >= len(q.levels)):
         raise wrong(where, f"has codes up to {q.codes.max()}", f"{len(q.levels)} finite levels")
-    return Quantised(
-        q.codes, scale, zero if zero is None or zero.any() else None, q.block, q.levels, q.unit
-    )
+    return replace(q, scale=scale, zero=zero if zero is None or zero.any() else None)
+
+
+def grouped(codes: Array, scale: Array, zero: Array | None, groups: Array) -> Quantised:
+    """A matrix of codes [out, in] by the group of each column: neighbours, once these are sorted.
+
+    Where groups are of several sizes each column has its own scale.
+    """
+    order, block = np.argsort(groups, kind="stable"), int(np.count_nonzero(groups == 0)) or 1
+    even = np.array_equal(groups[order], np.arange(len(groups)) // block)
+    if not even or -(-len(groups) // block) != scale.shape[1]:
+        zero = None if zero is None else zero[:, groups]
+        return Quantised(codes, scale[:, groups], zero, (1, 1))
+    moved = None if np.array_equal(groups, groups[order]) else order
+    codes = np.ascontiguousarray(codes[:, order])
+    return Quantised(codes, scale, zero, (1, block), order=moved)
 
 
 def bits_of(length: int, words: int) -> int:

@@ -30,6 +30,7 @@ from lora_fx.files.quantised.base import (
     by_stored_scales,
     checked,
     evenly,
+    grouped,
     packed_range,
     rescaling,
 )
@@ -126,5 +127,4 @@ def _affine(
     if order.min() < 0 or order.max() >= blocks[1] or single:
         found = f"names groups {order.min()} to {order.max()}"
         raise parts.wrong("weight_g_idx", found, f"0 to {blocks[1] - 1}")
-    zero = None if q.zero is None else q.zero[:, order]
-    return Quantised(codes, q.scale[:, order], zero, (1, 1))
+    return grouped(codes, q.scale, q.zero, order)

@@ -12,7 +12,7 @@ the 1 off whole words, so that a z of 0 borrows from its neighbour, and puts it 
 (`convert_gptq_v1_to_v2_format_module`, gptqmodel/utils/model.py, 7.7); for 3 bits it does so field
 by field. That is done here, too: for the z from 1 up that all others can write, it is the same.
 
-Where inputs of a group are not neighbours (`desc_act`), each input gets its own scale.
+Where inputs of a group are not neighbours (`desc_act`), they are put together.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lora_fx.files.quantised.base import (
     by_stored_scales,
     checked,
     evenly,
+    grouped,
     packed_range,
 )
 from lora_fx.ir.quantised import Quantised, unpacked, words_of
@@ -62,27 +63,20 @@ def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
             stored = stored.view(np.uint32) + np.uint32(0xFFFFFFFF // (2**bits - 1))
         zero = unpacked(stored, bits)[:, : len(codes)].T
         zero = (zero + 1) & 7 if version == 1 and bits == 3 else zero
-        scale = parts.read("scales", rows, 1).T
-        block, order = _groups(parts, length, groups)
-        if order is not None:
-            scale, zero = scale[:, order], zero[:, order]
-        q = Quantised(np.ascontiguousarray(codes), scale, zero, (1, block))
-        return checked(f"{parts.module}.weight", q)
+        scale, given = parts.read("scales", rows, 1).T, _groups(parts, length, groups)
+        return checked(f"{parts.module}.weight", grouped(codes, scale, zero, given))
 
     name, count = f"{parts.module}.qweight", -(-length * bits // 32)
     recode = by_stored_scales(name, bits, lambda codes: words_of(codes, bits)[:, :count].T, axis=1)
     return QuantisedWeight("GPTQ", bits, (out, length), read, 32, recode, (name,))
 
 
-def _groups(parts: Parts, length: int, groups: int) -> tuple[int, Array | None]:
-    """How many inputs share a scale, and the group of each where these are no neighbours."""
+def _groups(parts: Parts, length: int, groups: int) -> Array:
+    """The group of each input."""
     if not parts.has("g_idx"):
-        return evenly(parts, "scales", length, groups), None
+        return np.arange(length) // evenly(parts, "scales", length, groups)
     order = parts.read("g_idx")
     if order.min() < 0 or order.max() >= groups:
         found = f"names groups {order.min()} to {order.max()}"
         raise parts.wrong("g_idx", found, f"0 to {groups - 1}")
-    block = int(np.count_nonzero(order == 0)) or 1
-    if np.array_equal(order, np.arange(length) // block) and -(-length // block) == groups:
-        return block, None
-    return 1, order
+    return order

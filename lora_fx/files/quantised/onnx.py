@@ -11,8 +11,8 @@
                           unsigned codes of `bits`, packed along the last axis, their zero is
                           2^(bits−1) where none is given; that of int4 and uint4 is 0
 
-Operators.md and the schemas of com.microsoft, ONNX Runtime 1.32. `as_matmul_nbits` and
-`as_matmul_bnb4` go the other way, and lose nothing.
+Operators.md and the schemas of com.microsoft, ONNX Runtime 1.32. `as_matmul_nbits` goes the other
+way, and loses nothing; the bytes of MatMulBnb4 are those of lora_fx.fx.codes.
 """
 
 from __future__ import annotations
@@ -177,16 +177,7 @@ class MatMulNBits(NamedTuple):
     block_size: int
 
 
-class MatMulBnb4(NamedTuple):
-    """Inputs and attributes of the operator."""
-
-    b: Array
-    absmax: Array
-    quant_type: int
-    block_size: int
-
-
-def as_matmul_nbits(where: str, q: Quantised) -> MatMulNBits:
+def as_matmul_nbits(where: str, q: Quantised, *, strict: bool = True) -> MatMulNBits:
     """A matrix [out, in] of integer codes.
 
     Blocks are cut where the operator has no such size, and scales repeated: one a row or a matrix
@@ -195,6 +186,8 @@ def as_matmul_nbits(where: str, q: Quantised) -> MatMulNBits:
     Args:
         where: The name of the weight, for messages.
         q: The weight.
+        strict: False for codes in this layout in blocks that the operator has not, and for columns
+            in another order, which is left to the caller.
 
     Raises:
         LoraFxError: The operator cannot hold it; the message says why.
@@ -202,18 +195,21 @@ def as_matmul_nbits(where: str, q: Quantised) -> MatMulNBits:
     if len(q.shape) != 2 or q.flat or q.levels is not None or q.codes.dtype.kind not in "iu":
         found = f"codes {q.codes.dtype} {list(q.shape)} in blocks of {list(q.block)}"
         raise _unfit(where, found, "a matrix of integers in blocks along its rows")
+    if strict and q.order is not None:
+        raise _unfit(where, "its columns in another order", "columns in their own places")
     (rows, length), (tall, wide) = q.shape, q.block
     # a block as long as the row may be cut anywhere, and else at powers of two that divide it
     size = 1 << (length - 1).bit_length() if wide >= length else wide & -wide
     size = min(LARGEST, max(16, size) if wide >= length else size)
-    if size < 16:
-        raise _unfit(where, f"blocks of {wide} inputs", "a multiple of 16")
     signed, low, high = q.codes.dtype.kind == "i", int(q.codes.min()), int(q.codes.max())
     # a signed code c needs the bits of an unsigned one of 2 · max(c, −c − 1) + 1
     largest = 2 * max(high, -low - 1) + 1 if signed else high
     bits = next((b for b in BITS if largest < 2**b), 0)
     if not bits:
         raise _unfit(where, f"codes from {low} to {high}", "codes of 8 bits")
+    if size < 16 and (strict or wide * bits % 8 or wide == 1):
+        raise _unfit(where, f"blocks of {wide} inputs", "a multiple of 16")
+    size = wide if size < 16 else size
     shift = 2 ** (bits - 1) if signed else 0
     count = -(-length // size)
     at = np.ix_(np.arange(rows) // tall, np.arange(count) * size // wide)
@@ -235,18 +231,6 @@ def _zero_points(where: str, zero: Array, shift: int, bits: int) -> Array | None
         found = f"zero points from {zero.min()} to {zero.max()} of codes of {bits} bits"
         raise _unfit(where, found, "codes, or floats of at most 4 bits")
     return np.asarray(moved)
-
-
-def as_matmul_bnb4(where: str, q: Quantised) -> MatMulBnb4:
-    """A matrix [out, in] of NF4 or FP4, byte for byte; see `as_matmul_nbits`."""
-    kinds = [i for i, t in enumerate(QUANT_TYPES) if np.array_equal(t, np.asarray(q.levels))]
-    block = q.block[-1]
-    flat = q.flat or (q.block[:-1] == (1,) and q.shape[1] % block == 0)
-    if not kinds or len(q.shape) != 2 or not flat or block < 16 or block & (block - 1):
-        found = f"levels of {list(q.shape)} in blocks of {list(q.block)}"
-        raise _unfit(where, found, "NF4 or FP4 in blocks of a power of two from 16 up")
-    b = packed(q.codes.reshape(-1), 4, high=True)
-    return MatMulBnb4(b, q.scale.reshape(-1).astype(np.float32), kinds[0], block)
 
 
 def _unfit(where: str, found: str, expected: str) -> LoraFxError:

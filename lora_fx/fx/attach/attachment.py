@@ -21,6 +21,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Program, bound
 from lora_fx.fx.attach.live import METHODS, REGISTRY, ActiveAdapter, Live, restore, swap
+from lora_fx.fx.capture.quantised_layers import keep_trainable
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Updates
 from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched
@@ -62,6 +63,7 @@ class Attachment:
         self._also = tuple(also_train)
         self._notes = tuple(notes)
         self._frozen_norms = frozen_norms
+        self._packs = keep_trainable(model)
         self._swapped: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self._originals = {n: parameter_of(self.model, n).detach().clone() for n in self._also}
@@ -143,6 +145,7 @@ class Attachment:
         The flags and the tensors that were trained whole go back too.
         """
         self.remove()
+        self._packs()
         with torch.no_grad():
             for name, value in self._originals.items():
                 parameter_of(self.model, name).copy_(value)

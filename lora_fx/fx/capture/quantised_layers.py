@@ -22,7 +22,7 @@ from torch import nn
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import torchao
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.fx.codes import beside, store
+from lora_fx.fx.codes import LINEAR_IN, beside, store
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.quantised import Quantised
 
@@ -39,11 +39,16 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class PlainLinear(nn.Linear):
-    """A linear layer in the dtype of x, whatever the kernel of the quantised one rounds to."""
+    """A linear layer in the dtype of x; it trains in that which the quantised one computes in."""
+
+    compute: torch.dtype | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x·W̃ᵀ + bias."""
-        return F.linear(x, _in(self.weight, x.dtype), _in(self.bias, x.dtype))
+        dtype = (self.compute if self.training else None) or x.dtype
+        given = x, _in(self.weight, dtype), _in(self.bias, dtype)
+        made: torch.Tensor = F.linear(*given) if dtype == x.dtype else LINEAR_IN(*given)
+        return made
 
 
 def _in(t: Any, dtype: torch.dtype) -> Any:
@@ -87,12 +92,15 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
 
 def _is_plain(layer: nn.Module) -> bool:
     """False where a layer has code of its own, whose weight alone is another."""
-    own = type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
-    return own or _package(type(layer)) in PACKAGES
+    run = type(layer).forward
+    own = run in (nn.Linear.forward, nn.Embedding.forward)
+    return own or run.__module__.partition(".")[0] in PACKAGES
 
 
 def _package(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+    """The package that a class, or what it inherits from, is of."""
+    names = [c.__module__.partition(".")[0] for c in cls.__mro__]
+    return next((n for n in names if n in (*PACKAGES, "torchao")), names[0])
 
 
 def _plain(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Module:
@@ -102,6 +110,7 @@ def _plain(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> nn.M
     out, inner = shape
     bias = getattr(layer, "bias", None)
     new = PlainLinear(inner, out, bias=False, device="meta", dtype=dtype)
+    new.compute = getattr(layer, "compute_dtype", None)  # of bitsandbytes' layers in 4 bits
     if bias is not None:
         new.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return new
@@ -118,6 +127,8 @@ def _dtype(layer: nn.Module, leaf: str, others: torch.dtype | None) -> torch.dty
 
 
 Read = Callable[[], tuple[str, Quantised]]
+PACKS = "support_avx512bf16_for_cpu"
+"""An attribute of bitsandbytes' layers of 4 bits."""
 
 
 def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
@@ -195,8 +206,11 @@ def is_packed(layer: nn.Module) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def keep_trainable(model: nn.Module) -> None:
+def keep_trainable(model: nn.Module) -> Callable[[], None]:
     """Forbid bitsandbytes to pack the layers of a live model at their next run in eval mode.
+
+    Returns:
+        What allows it again.
 
     Raises:
         LoraFxError: It has done so, and nothing gives the scales back that it rounded.
@@ -207,8 +221,14 @@ def keep_trainable(model: nn.Module) -> None:
                 f"{path}: bitsandbytes has packed this layer for this CPU, and it has no gradient",
                 "load the model anew and attach before its first run, or use lora_fx.insert",
             )
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+    layers: list[Any] = [m for m in model.modules() if getattr(m, PACKS, False)]
+
+    def allow(packs: bool = True) -> None:
+        for layer in layers:
+            setattr(layer, PACKS, packs)
+
+    allow(False)
+    return allow
 
 
 def _quantises_x(layer: nn.Module) -> bool:

@@ -273,7 +273,7 @@ def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
     if node.target in SPLITS and node.args[0] is source:
         return weight  # the getitem after it slices
     if node.target is DEQUANTISE:
-        shape, kind = node.args[3:5]
+        shape, kind = node.args[4:6]
         return replace(weight, shape=tuple(shape), root=node, format=str(kind))  # type: ignore[arg-type]
     rule = VIEWS.get(node.target)
     if not node.args or node.args[0] is not source:

@@ -220,8 +220,11 @@ COMPUTING = aten_ops("mv inner tensordot addmv addbmm")
 """Products that without an activation are a step of a computed weight, as in spectral_norm."""
 DATA_OPS = {aten.scaled_dot_product_attention.default}
 """Matmuls that no row adapts, counted as FLOPs between activations."""
-BY_NAME = {"transformers::grouped_mm_fallback": FxOp("grouped_mm", _grouped)}
-"""Ops of other libraries, known by name, since the library need not be installed."""
+BY_NAME = {
+    "transformers::grouped_mm_fallback": FxOp("grouped_mm", _grouped),
+    "lora_fx::linear_in": FxOp("linear", _linear, bias=2),
+}
+"""Ops of libraries that need not be there: not installed, or not imported."""
 
 
 def row_of(node: Node) -> FxOp | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -369,7 +370,9 @@ def adapted_report(
     """The report on a tree that holds the tensors of these updates."""
     rows = tuple((key, *asked(u), found[key].flops) for key, u in updates.items())
     trained = sum(p.numel() for p in root.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in root.parameters() if not p.requires_grad)
+    still = (n for n, p in root.named_parameters() if not p.requires_grad)
+    # of codes the weights are counted, and not the bytes
+    frozen = sum(math.prod(found.shapes.get(n) or parameter_of(root, n).shape) for n in still)
     return AdaptedReport(rows, also, trained, frozen, found, notes)
 
 

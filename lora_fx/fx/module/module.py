@@ -322,13 +322,15 @@ class CapturedModule(Recomputing, Scope):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> object:
         # scales and zeros are part of the codes' values: no cast of the model rounds them
-        kept = {f"{n}_{part}": self.get_buffer(f"{n}_{part}")
-                for n, q in codes.forms(self).items()
-                for part in ("scale", "zero")[: 2 if q.zeros else 1]}  # fmt: skip
+        kept = [(m, name, m._buffers[name])
+                for m in self.modules() for leaf in m.__dict__.get(HELD, ())
+                for name in (f"{leaf}_{p}" for p in codes.PARTS) if name in m._buffers]  # fmt: skip
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            module, leaf = tensors.owner(self, name)
-            module._buffers[leaf] = before.to(self.get_buffer(name).device)
+        moved: dict[int, torch.Tensor] = {}
+        for module, name, before in kept:
+            now = module._buffers[name]
+            if before is not None and now is not None:
+                module._buffers[name] = moved.setdefault(id(before), before.to(now.device))
         # where all is codes, no parameter tells
         told = torch.empty(0, dtype=self._dtype or torch.float32)
         self._dtype = base_dtype(self) or fn(told).dtype

@@ -115,7 +115,9 @@ class FileCaptured(Captured):
         order = [first, *(p for p in programs.values() if p is not first)]
         self.model = program.tree_of(order, adapter_names(manifest))
         for p in programs.values():
-            learn(self.model, p.program.graph, p.program.graph_signature.inputs_to_parameters)
+            said = p.program.graph_signature
+            names = {**said.inputs_to_parameters, **said.inputs_to_buffers}
+            learn(self.model, p.program.graph, names)
         if manifest and str(manifest["class"]).isidentifier():
             self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
         self.base_dtype = base_dtype(self.model)

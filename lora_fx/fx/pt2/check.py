@@ -52,7 +52,7 @@ NESTED = frozenset((
     "torch.ops.higher_order.wrap_with_autocast", "torch.ops.higher_order.while_loop",
     "torch.ops.higher_order.scan", "torch.ops.higher_order.map_impl",
 ))  # fmt: skip
-OURS = ("torch.ops.lora_fx.dequantise.default",)
+OURS = ("torch.ops.lora_fx.dequantise.default", "torch.ops.lora_fx.linear_in.default")
 FILES = ("from_file",)
 """aten operators that open a file of the machine."""
 NAMES = ("name", "as_name", "user_input_name")

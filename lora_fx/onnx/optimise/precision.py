@@ -23,6 +23,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from lora_fx.compare import STEPS
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.flow import bodies_of
@@ -32,10 +33,11 @@ from lora_fx.onnx.save import weight_bytes
 from lora_fx.silence import silenced
 
 PRECISION = "lora_fx.precision"
-GATES = {"float16": 8 * 2.0**-10, "int8": 8 * 2.0**-7}
-"""max|a − b| / max|b| of an output: eight units in the last place of what is computed with."""
-GATES["level 4"] = GATES["int8"]
-"""MatMulNBits with its x in int8: what it rounds is what the precision int8 rounds."""
+GATES = {"float16": 8 * 2.0**-10, "int8": STEPS, "level 4": STEPS}
+"""max|a − b| / max|b| of an output: eight units in the last place of what is computed with.
+
+Level 4 is MatMulNBits with its x in int8: what it rounds is what the precision int8 rounds.
+"""
 MOST = 24
 """Nodes that may go back to float32, beside those of large values."""
 RANGE = 65504.0 / 4

@@ -13,6 +13,7 @@ import pytest
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import onnx
+from lora_fx.fx.codes import arrays_of
 from lora_fx.ir.quantised import NF4, Quantised
 from tests.files.quantised.rows import READERS, golden, read
 
@@ -282,13 +283,21 @@ def test_what_no_operator_holds() -> None:
             Quantised(codes.view(np.int8), scale, scale / 3, (1, 16)),
             r"zero points from 0\.33",
         ),
-        (onnx.as_matmul_bnb4, Quantised(codes, scale, None, (1, 16)), "levels of"),
-        (onnx.as_matmul_bnb4, Quantised(codes, scale, None, (1, 16), NF4 * 2), "levels of"),
-        (onnx.as_matmul_bnb4, Quantised(codes, scale[0], None, (8,), NF4), r"blocks of \[8\]"),
-        (onnx.as_matmul_bnb4, Quantised(codes, scale[:1], None, (2, 16), NF4), r"of \[2, 16\]"),
     ]
     for to_operator, q, words in rows:
         with pytest.raises(LoraFxError, match=words) as error:
             to_operator("w", q)
         assert "tensor 'w' has" in error.value.message, error.value.message
         assert error.value.hint == "dequantise it"
+
+
+def test_what_no_tree_holds() -> None:
+    scale, codes = np.ones((2, 4), np.float32), np.full((2, 64), 7, np.uint8)
+    for q, words in (
+        (Quantised(codes, scale, None, (1, 16), NF4 * 2), r"16 levels in blocks of \[1, 16\]"),
+        (Quantised(codes, scale[:1], None, (2, 16), NF4), r"16 levels in blocks of \[2, 16\]"),
+        (Quantised(codes, np.ones((2, 64)), None, (1, 1)), "blocks of 1 inputs"),
+    ):
+        with pytest.raises(LoraFxError, match=words) as error:
+            arrays_of("w", q)
+        assert error.value.hint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -15,6 +17,7 @@ from lora_fx.files.quantised.base import parts_of
 from lora_fx.files.quantised.bitsandbytes import four_bits
 from lora_fx.files.quantised.compressed_tensors import compressed
 from lora_fx.files.quantised.gptq import gptq
+from lora_fx.fx.codes import arrays_of
 from lora_fx.ir.quantised import FP4, NF4, Quantised
 from tests.ir.test_quantised import stream, weights
 
@@ -61,8 +64,10 @@ def test_gptq(bits: int, length: int, group: int, version: int, order: bool, see
     }
     found = gptq(parts_of("m", parts), version)
     assert (found.bits, found.shape) == (bits, (out, length))
-    want = weight(codes, zero, scale, groups)
-    assert np.array_equal(found.read().dequantise("float16"), want)
+    want, q = weight(codes, zero, scale, groups), found.read()
+    assert np.array_equal(q.dequantise("float16"), want)
+    assert np.array_equal(q.dequantise("float16", slice(3, 7)), want[3:7])
+    assert q.block == (1, min(group, length)), "no scale for each input"
     if not order and length % group == 0 and length * bits % 32 == 0:
         del parts["g_idx"]
         assert np.array_equal(
@@ -214,16 +219,16 @@ def test_a_weight_as_an_operator_is_the_same_or_refused(
         q = Quantised(codes, scale, zero, (tall, wide))
     try:
         if q.levels is not None:
-            four = onnx.as_matmul_bnb4("w", q)
-            kind, block = four.quant_type, four.block_size
-            again = onnx.matmul_bnb4("w", four.b, four.absmax, q.shape, kind, block)
+            kind, block, four = arrays_of("w", q)
+            told = int(kind == "nf4")
+            again = onnx.matmul_bnb4("w", four["codes"], four["scale"], q.shape, told, block)
         else:
             assume(q.unit == 1)  # one factor cannot round twice
             n = onnx.as_matmul_nbits("w", q)
             again = onnx.matmul_nbits("w", n.b, n.scales, n.zero_points, q.shape, n.bits)
             assert again.block == (1, n.block_size) and n.block_size in (16, 32, 64, 128)
     except LoraFxError as error:
-        assert "weight 'w'" in error.message or "tensor 'w'" in error.message
+        assert re.search(r"^w: |(weight|tensor) 'w'", error.message)
         fits = len(q.shape) == len(q.block) == 2 and (q.block[1] % 16 == 0)
         assert not fits or q.zero is not None or q.levels is not None
         return

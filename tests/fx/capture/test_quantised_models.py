@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +14,23 @@ from torch import nn
 import lora_fx
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.codes import forms
+from lora_fx.passes.verbs.open import capture
 
 
-def packed(layer: nn.Linear) -> nn.Linear:
+def packed(layer: nn.Linear, groups: int = 1) -> nn.Linear:
     """A layer as compressed-tensors leaves it, which computes with the numbers of its codes."""
     out, inner = layer.weight.shape
     codes = torch.randint(0, 16, (out, inner), dtype=torch.int32)
     words = sum((codes[:, i::8] << (4 * i) for i in range(8)), torch.zeros(out, inner // 8).int())
-    scale = torch.rand(out, 1) / 8
+    scale = torch.rand(out, groups) / 8
     del layer.weight
     layer.weight_packed = nn.Parameter(words, requires_grad=False)
     layer.weight_scale = nn.Parameter(scale, requires_grad=False)
     layer.weight_shape = nn.Parameter(torch.tensor([out, inner]), requires_grad=False)
-    layer.register_buffer("numbers", (codes - 8) * scale, persistent=False)
+    layer.register_buffer(
+        "numbers", (codes - 8) * scale.repeat_interleave(inner // groups, 1), persistent=False
+    )
     return layer
 
 
@@ -108,3 +113,20 @@ def test_layers_of_packages_that_hold_numbers_are_the_users_own() -> None:
     model, ids = nn.Sequential(StableEmbedding(20, 8), nn.Linear(8, 4)).eval(), torch.arange(6)
     module = lora_fx.insert(model, (ids,), rank=2)
     assert rel(module(ids).detach().numpy(), model(ids).detach().numpy()) < FOLD_TOL
+
+
+@pytest.mark.parametrize("block", [2, 8, 24, 40])
+def test_blocks_that_no_operator_has(block: int, tmp_path: Path) -> None:
+    """They are codes in torch, and numbers in the file, which holds the codes."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(packed(nn.Linear(240, 8), 240 // block)).eval(), torch.randn(3, 240)
+    want = Plain(copy.deepcopy(model))(x).detach().numpy()
+    cap = capture(model, (x,))
+    (stored,) = forms(cap.model).values()
+    assert (stored.format, stored.block) == ("int4", block)
+    module = lora_fx.insert(cap, rank=2)
+    assert rel(module(x).detach().numpy(), want) < FOLD_TOL
+    module.train()(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    report = lora_fx.export(module.eval(), tmp_path / "m.onnx", mode="switch", provider="cpu")
+    assert report.ok and max(p.rel for p in report.parity) < 2e-6

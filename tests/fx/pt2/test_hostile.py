@@ -246,3 +246,41 @@ def test_what_the_op_of_codes_says_is_held_to_its_tensors(
 
     path = edited(file, tmp_path / "lie.pt2", {JSON: in_json(change)})
     assert "its codes are not those of" in refused(path, capsys)
+
+
+def two_alike(file: Path) -> None:
+    """Two weights of one shape in codes, in a program for training and one for eval."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    module = lora_fx.insert(model, (torch.randn(4, 8),), rank=2, quantise="nf4")
+    save_program(module.train(), file)
+
+
+def test_codes_with_the_scales_of_another_weight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_alike(tmp_path / "q.pt2")
+
+    def change(program: dict[str, Any]) -> None:
+        nodes = program["graph_module"]["graph"]["nodes"]
+        ops = [n for n in nodes if "dequantise" in n["target"]]
+        scales = [i for n in ops for i in n["inputs"] if i["name"] == "scale"]
+        scales[0]["arg"] = scales[-1]["arg"]
+
+    path = edited(tmp_path / "q.pt2", tmp_path / "lie.pt2", {JSON: in_json(change)})
+    assert "its codes are not those of" in refused(path, capsys)
+
+
+def test_two_programs_that_read_one_weight_in_two_ways(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_alike(tmp_path / "q.pt2")
+
+    def change(program: dict[str, Any]) -> None:
+        nodes = program["graph_module"]["graph"]["nodes"]
+        for node in [n for n in nodes if "dequantise" in n["target"]][:1]:
+            for given in node["inputs"]:
+                if given["name"] == "kind":  # whose tensors have the same sizes
+                    given["arg"] = {"as_string": "fp4"}
+
+    path = edited(tmp_path / "q.pt2", tmp_path / "lie.pt2", {JSON: in_json(change)})
+    assert "its codes are not those of" in refused(path, capsys)
