@@ -163,7 +163,7 @@ HINT = (
     "merge into the unquantised original and quantise after, or keep the adapter as a branch "
     "of its own"
 )
-LOST = "requantising would lose most of the update"
+LOST = "codes take an update only where that is asked for"
 
 
 def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> None:

@@ -231,9 +231,8 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
             )
     warnings += _said(plan)
     details = {**plan.to_json(), "tensors": [*rows.values()], "base_verified": not plan.unverified}
-    if anew:
-        kept, noise = in_all(stats[n] for n in anew)
-        details["requantised"] = {"kept": kept, "noise": noise}
+    kept, noise = in_all(stats[n] for n in anew)
+    details["requantised"] = {"kept": kept, "noise": noise} if anew else None
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 

@@ -160,6 +160,27 @@ def test_a_verify_that_fails(tmp_path: Path) -> None:
     assert not lora_fx.verify(out, tmp_path / "base", adapter=path, rows=None)
 
 
+def test_codes_that_are_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What headers show, and what the numbers show while they are read: file and tensor."""
+    name = "FP8 32 torch.float32"
+    tensors, key = base(tmp_path / "base", name, 1)
+    path, _ = update(tmp_path / "a", GOLDEN[name].want.shape, key)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    scale = f"{key}_scale_inv"
+    cases = {
+        "nan": (tensors | {scale: np.full((2, 1), np.nan, np.float32)}, "scale that is no number"),
+        "short": (tensors | {scale: np.ones((1, 1), np.float32)}, r"float32 [1, 1]; expected"),
+    }
+    for case, (changed, words) in cases.items():
+        checkpoint(tmp_path / case, changed, config=config)
+        for way in ("--dequantise", "--requantise"):
+            args = ["merge", str(tmp_path / case), str(path), "-o", str(tmp_path / "out"), way]
+            code, _, err = run(capsys, *args)
+            line = next(text for text in err.splitlines() if text.startswith("Error"))
+            assert code == 2 and str(tmp_path / case) in line and key in line and words in line
+            assert not (tmp_path / "out").exists()
+
+
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, key = base(tmp_path / "base", "awq 16")
     path, _ = update(tmp_path / "a", GOLDEN["awq 16"].want.shape, key)

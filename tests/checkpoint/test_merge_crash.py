@@ -14,30 +14,50 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import SafetensorError, safe_open
 
 from lora_fx.checkpoint import merge, write
 from lora_fx.errors import LoraFxError
-from tests.checkpoint.made import adapter, checkpoint, factors, tree
+from tests.checkpoint.made import Array, adapter, checkpoint, factors, tree
 from tests.faults import CALLS, WRITES, Faults
 
 ROOT = Path(__file__).resolve().parents[2]
 Q, K, HEAD = "layers.0.q_proj", "layers.1.q_proj", "head"
 
 
+WAYS = ("", "dequantise", "requantise")
+
+
+def coded(weights: dict[str, Array]) -> dict[str, Array]:
+    """The weights of the adapter in FP8, in blocks of 128."""
+    made: dict[str, Array] = {}
+    for name, w in weights.items():
+        made[name] = w
+        if name in (f"{Q}.weight", f"{K}.weight"):
+            made[name] = np.clip(w * 100, -440, 440).astype(ml_dtypes.float8_e4m3fn)
+            blocks = [-(-n // 128) for n in w.shape]
+            made[f"{name}_scale_inv"] = np.full(blocks, 0.01, np.float32)
+    return made
+
+
 class Scene:
     """A base in three shards and an adapter in a folder, and what the output should be."""
 
-    def __init__(self, folder: Path, side: int) -> None:
+    def __init__(self, folder: Path, side: int, way: str = "") -> None:
         self.folder, self.out = folder, folder / "out"
+        self.options: dict[str, Any] = {way: True} if way else {}
+        self.options |= {"lossy": True} if way == "requantise" else {}
         rng = np.random.default_rng(0)
         weights = {
             f"{n}.weight": rng.standard_normal((side, side + 8)).astype(np.float32)
             for n in (Q, "layers.0.norm", HEAD, K)
         }
+        weights = coded(weights) if way else weights
         base = checkpoint(folder / "base", weights, 3, config={"model_type": "llama"})
         (base / "tokenizer.json").write_text("{}" * 1000)
         adapter(folder / "adapter", {n: factors(rng, side, side + 8, 4) for n in (Q, K)})
@@ -48,7 +68,9 @@ class Scene:
         self.remove(folder / "want")
 
     def merge(self, out: Path | None = None, workers: int = 1) -> None:
-        merge.merge(self.folder / "base", self.folder / "adapter", out or self.out, workers=workers)
+        out = out or self.out
+        base, adapter = self.folder / "base", self.folder / "adapter"
+        merge.merge(base, adapter, out, workers=workers, **self.options)
 
     @staticmethod
     def relative(path: Path) -> dict[str, str]:
@@ -93,7 +115,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from tests.checkpoint.test_merge_crash import Scene
 
-scene = Scene(Path(sys.argv[1]), 512)
+scene = Scene(Path(sys.argv[1]), 512, sys.argv[3])
 random.seed(0)
 whole = 0.0
 for i in range(-1, int(sys.argv[2])):
@@ -119,10 +141,12 @@ assert scene.check()
 """
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_killed_at_random_times(kills: int, memory: Path) -> None:
+@pytest.mark.parametrize(
+    ("kills", "way"), [(20, ""), *(pytest.param(200, w, marks=pytest.mark.slow) for w in WAYS)]
+)
+def test_killed_at_random_times(kills: int, way: str, memory: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(memory), str(kills)], cwd=ROOT, capture_output=True,
+        [sys.executable, "-c", KILLS, str(memory), str(kills), way], cwd=ROOT, capture_output=True,
         text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -143,17 +167,17 @@ def test_no_file_opens_before_its_data_is_there(memory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "step"),
+    ("error", "step", "way"),
     [
-        (errno.EIO, 4),
-        (errno.ENOSPC, 2),
-        pytest.param(errno.EIO, 1, marks=pytest.mark.slow),
-        pytest.param(errno.ENOSPC, 1, marks=pytest.mark.slow),
+        (errno.EIO, 4, ""),
+        (errno.ENOSPC, 2, ""),
+        *(pytest.param(errno.EIO, 1, w, marks=pytest.mark.slow) for w in WAYS),
+        *(pytest.param(errno.ENOSPC, 1, w, marks=pytest.mark.slow) for w in WAYS),
     ],
 )
-def test_a_fault_at_an_io_call(error: int, step: int, memory: Path) -> None:
+def test_a_fault_at_an_io_call(error: int, step: int, way: str, memory: Path) -> None:
     """At every call, or some: an error that says what happened, and nothing left."""
-    scene, count = Scene(memory, 24), Counter[str]()
+    scene, count = Scene(memory, 24, way), Counter[str]()
     only = WRITES if error == errno.ENOSPC else CALLS
     with Faults(only=only) as seen:
         scene.merge()

@@ -5,16 +5,19 @@ Nothing is read but headers. What makes numbers of codes is read row by row, by 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.base import QuantisedWeight
+from lora_fx.files.quantised.base import ALL, QuantisedWeight, Read
 from lora_fx.files.quantised.read import ACTIVATIONS, parts_beside, quantised_weights
 from lora_fx.files.safetensors import Header, TensorInfo
+from lora_fx.ir.quantised import Quantised
 from lora_fx.text import Json, JsonView, some
 
 SHARD = 5_000_000_000
@@ -44,21 +47,24 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
         LoraFxError: No weight is quantised, or one in a format that is not read.
     """
     config = base.config()
-    weights = quantised_weights(base.tensors, config)
+    with _naming(base.path):
+        weights = quantised_weights(base.tensors, config)
     if not weights:
         raise LoraFxError(
             f"{base.path}: none of its weights is quantised", "merge without --dequantise"
         )
     for weight in weights.values():
         if not weight.bits:
-            weight.read()  # raises: says what it is and why it is not read
+            with _naming(base.path):
+                weight.read()  # raises: says what it is and why it is not read
     gone = parts_beside(weights, base.tensors)
     seen: dict[str, TensorInfo] = {}
     for tensor, info in base.tensors.items():
         if tensor not in gone:
             seen[tensor] = info
         elif (name := gone[tensor]) not in seen:
-            shape, weight = weights[name].shape, weights[name]
+            weight = replace(weights[name], read=_named(weights[name].read, info.file))
+            shape = weight.shape
             seen[name] = CodesInfo("float32", shape, info.file, info.start, info.stop, weight)
     sizes = {n: _size(t, dtype) for n, t in seen.items()}
     shards = _shards(base, seen, sizes, most)
@@ -79,6 +85,23 @@ def view_notes(base: Checkpoint) -> list[str]:
     gone = [n for n in parts_beside(weights, base.of.tensors) if n.endswith(ACTIVATIONS)]
     told = f"{some(gone, 2)}: the output computes in floats"
     return [f"left out, {len(gone)} scales of activations: {told}"] if gone else []
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of a format, which knows no files, with the name of the file."""
+    try:
+        yield
+    except LoraFxError as error:
+        raise LoraFxError(f"{path}: {error.message}", error.hint) from error
+
+
+def _named(read: Read, path: Path) -> Read:
+    def named(rows: slice = ALL) -> Quantised:
+        with _naming(path):
+            return read(rows)
+
+    return named
 
 
 def _size(info: TensorInfo, dtype: str) -> int:
