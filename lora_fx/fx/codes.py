@@ -245,9 +245,7 @@ def _weight_of(module: nn.Module, leaf: str) -> torch.Tensor | None:
     stored = module.__dict__[HELD].get(leaf)
     if held is None or stored is None or held.is_floating_point():
         return held
-    beside = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    made: torch.Tensor = DEQUANTISE(held, *beside, *arguments(stored, stored.dtype))
-    return made
+    return whole(module, leaf, stored, stored.dtype)
 
 
 def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -277,9 +275,9 @@ def stored_of(root: nn.Module, name: str) -> Stored | None:
 
 def whole(root: nn.Module, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight that a parameter's codes stand for, in a dtype."""
-    codes, *held = tensors_of(root, name)
-    parts = dict(zip(stored.parts, held, strict=True))
-    made: torch.Tensor = DEQUANTISE(codes, *map(parts.get, PARTS), *arguments(stored, dtype))
+    module, leaf = owner(root, name)
+    parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
+    made: torch.Tensor = DEQUANTISE(module._parameters[leaf], *parts, *arguments(stored, dtype))
     return made
 
 

@@ -29,6 +29,9 @@ Q, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"
 # row of 32 inputs, quantization_config, the layer, format, bits
 MADE: dict[str, tuple[str, dict[str, Any], str, str, int]] = {
     "gptq": ("gptq 4 -1 version 1", {"quant_method": "gptq", "bits": 4}, Q, "GPTQ", 4),
+    "gptq in an order": (
+        "gptq 4 16 version 1 in an order", {"quant_method": "gptq", "bits": 4}, Q, "GPTQ", 4,
+    ),
     "awq": ("awq 16", {"quant_method": "awq", "bits": 4, "version": "gemm"}, Q, "AWQ", 4),
     "packed": ("pack-quantized 4 group bfloat16", CT, GATE, "compressed-tensors packed", 4),
     "fp8": (
