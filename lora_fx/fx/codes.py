@@ -105,13 +105,13 @@ def dequantised(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     order: torch.Tensor | None,
-    shape: Sequence[int],
-    kind: str,
-    block: int,
-    turned: bool,
-    dtype: torch.dtype,
+    *form: Any,
 ) -> torch.Tensor:
-    """The weight, from plain ops; products are made in float32 and rounded once to `dtype`."""
+    """The weight, from plain ops; products are made in float32 and rounded once to its dtype.
+
+    `form` is what `arguments` says.
+    """
+    shape, kind, block, turned, dtype = form
     values = _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
     if kind in LEVELS:
         count = math.prod(shape)
@@ -143,7 +143,7 @@ _op = torch.library.custom_op("lora_fx::dequantise", mutates_args=(), schema=SCH
 
 @_op.register_fake
 def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
-    shape, turned, dtype = rest[3], rest[6], rest[7]
+    shape, _, _, turned, dtype = rest[3:]
     if not turned:
         return codes.new_empty(shape, dtype=dtype)
     return codes.new_empty([*shape[:-2], shape[-1], shape[-2]], dtype=dtype).transpose(-1, -2)
