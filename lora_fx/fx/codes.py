@@ -109,13 +109,13 @@ def dequantised(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     order: torch.Tensor | None,
-    shape: Sequence[int],
-    kind: str,
-    block: int,
-    turned: bool,
-    dtype: torch.dtype,
+    *form: Any,
 ) -> torch.Tensor:
-    """The weight, from plain ops; products are made in float32 and rounded once to `dtype`."""
+    """The weight, from plain ops; products are made in float32 and rounded once to its dtype.
+
+    `form` is what `arguments` says.
+    """
+    shape, kind, block, turned, dtype = form
     values = _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
     if kind in LEVELS:
         count = math.prod(shape)
@@ -147,7 +147,7 @@ _op = torch.library.custom_op("lora_fx::dequantise", mutates_args=(), schema=SCH
 
 @_op.register_fake
 def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
-    shape, turned, dtype = rest[3], rest[6], rest[7]
+    shape, _, _, turned, dtype = rest[3:]
     if not turned:
         return codes.new_empty(shape, dtype=dtype)
     return codes.new_empty([*shape[:-2], shape[-1], shape[-2]], dtype=dtype).transpose(-1, -2)
@@ -253,9 +253,7 @@ def _weight_of(module: nn.Module, leaf: str) -> torch.Tensor | None:
     stored = module.__dict__[HELD].get(leaf)
     if held is None or stored is None or held.is_floating_point():
         return held
-    beside = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    made: torch.Tensor = DEQUANTISE(held, *beside, *arguments(stored, stored.dtype))
-    return made
+    return whole(module, leaf, stored, stored.dtype)
 
 
 def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -285,9 +283,9 @@ def stored_of(root: nn.Module, name: str) -> Stored | None:
 
 def whole(root: nn.Module, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight that a parameter's codes stand for, in a dtype."""
-    codes, *held = tensors_of(root, name)
-    parts = dict(zip(stored.parts, held, strict=True))
-    made: torch.Tensor = DEQUANTISE(codes, *map(parts.get, PARTS), *arguments(stored, dtype))
+    module, leaf = owner(root, name)
+    parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
+    made: torch.Tensor = DEQUANTISE(module._parameters[leaf], *parts, *arguments(stored, dtype))
     return made
 
 

@@ -376,18 +376,14 @@ def _dequantise(graph: fx.Graph, node: fx.Node) -> None:
     """Let every product of a quantised matrix be one of the runtime, and the rest read numbers."""
     args: Any = node.args
     codes, scale, zero, order, shape, kind, block, turned, _ = args
-    whole = block >= 16 and not block & (block - 1) and order is None
-    views = [u for u in node.users if u.target in TURNS and len(shape) == 2]
+    node.target = dequantised
+    if kind in OTHERS or len(shape) != 2 or block < 16 or block & (block - 1) or order is not None:
+        return
+    views = [u for u in node.users if u.target in TURNS]
     for weight, flipped in ((node, turned), *((v, not turned) for v in views)):
         for user in list(weight.users):
             x, w, b, wants = PRODUCTS.get(user.target, NO_PRODUCT)
-            fits = (
-                kind not in OTHERS
-                and whole
-                and len(shape) == 2
-                and wants is flipped
-                and user.args[w] is weight
-            )
+            fits = wants is flipped and user.args[w] is weight
             scaled = float(argument(user, "alpha", 1)) * float(argument(user, "beta", 1)) != 1.0
             if not fits or user.args[x] is weight or (b == 0 and scaled):
                 continue
@@ -395,7 +391,6 @@ def _dequantise(graph: fx.Graph, node: fx.Node) -> None:
             bias = user.args[b] if b is not None and b < len(user.args) else None
             user.target, user.kwargs = product_of_codes, {}
             user.args = (user.args[x], codes, scale, zero, sizes, kind, block, bias)
-    node.target = dequantised
 
 
 def product_of_codes(

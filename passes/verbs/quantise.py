@@ -19,6 +19,7 @@ from lora_fx.fx.module.module import plain
 from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
+from lora_fx.passes.verbs.export_files import named
 from lora_fx.passes.verbs.open import opened
 from lora_fx.passes.verbs.options import ExportAdapters, Selectors
 from lora_fx.targets.found import Found
@@ -87,12 +88,8 @@ def quantised_base(
     model = opened(model)
     if isinstance(model, AdaptedModule) and adapters is None:
         adapters = model.adapter()
-    several = adapters.values() if isinstance(adapters, Mapping) else adapters or ()
-    every = (
-        [adapters]
-        if isinstance(adapters, Adapter)
-        else [a for a in several if isinstance(a, Adapter)]
-    )
+    given = named(adapters).values() if adapters else ()
+    every = [a for a in given if isinstance(a, Adapter)]
     cap = capture(model)
     new = quantised(cap, wanted, {name for a in every for name in a.full})
     with torch.no_grad():

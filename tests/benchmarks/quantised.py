@@ -139,7 +139,7 @@ def task(of: Task, folder: Path) -> None:
         seconds = time.process_time() - start
         scores = of.scores(in_torch(model))
         path, low = folder / f"{kind}.onnx", of.keep_head(model.adapter())
-        options = {"mode": "switch", "adapters": {"own": low}, "provider": "cpu"}
+        options = {"mode": "switch", "adapters": {str(kind): low}, "provider": "cpu"}
         lora_fx.export(of.net, path, (), of.sample, quantise=kind, **options)
         of.put(of.probe)
         runtime = of.scores(in_runtime(switched(path, low)))

@@ -9,7 +9,7 @@ parts themselves, or what some rows of the weight need of them. Live modules and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -310,6 +310,27 @@ def grouped(codes: Array, scale: Array, zero: Array | None, groups: Array) -> Qu
     moved = None if np.array_equal(groups, groups[order]) else order
     codes = np.ascontiguousarray(codes[:, order])
     return Quantised(codes, scale, zero, (1, block), order=moved)
+
+
+def below(where: str, parts: Sequence[Quantised]) -> Quantised:
+    """Matrices below each other as one.
+
+    Args:
+        where: The name of the whole, for messages.
+        parts: Of one format.
+
+    Raises:
+        LoraFxError: Their blocks are not alike, or do not end with them, or columns are moved.
+    """
+    first, zero = parts[0], None
+    alike = all(q.block == first.block and q.shape == first.shape for q in parts)
+    whole = not first.flat or first.codes.size % first.block[0] == 0
+    if not (alike and whole) or any(q.order is not None for q in parts):
+        raise wrong(where, "has matrices in blocks that differ", "blocks of one kind, none moved")
+    if any(q.zero is not None for q in parts):
+        zero = np.concatenate([np.zeros_like(q.scale) if q.zero is None else q.zero for q in parts])
+    codes, scale = (np.concatenate([getattr(q, n) for q in parts]) for n in ("codes", "scale"))
+    return replace(first, codes=codes, scale=scale, zero=zero)
 
 
 def bits_of(length: int, words: int) -> int:

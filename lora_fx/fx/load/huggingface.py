@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_fx.checkpoint.renaming import loaded_of
 from lora_fx.data import Tokenizer
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import model_config, tensors
+from lora_fx.files.quantised.base import QuantisedWeight, below
 from lora_fx.files.quantised.read import quantised_weights
+from lora_fx.files.safetensors import Tensors
 from lora_fx.fx.codes import LEVELS, Stored, declare, store
 from lora_fx.fx.tensors import patched
 from lora_fx.silence import silenced
@@ -36,6 +41,7 @@ TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+EXPERT = re.compile(r"\.experts\.\d+\.")
 FACTORY = "a factory can build it: give file.py:FACTORY, returning (module, args, kwargs)"
 _IMPLEMENTATIONS = {
     "_attn_implementation": ("sdpa",),
@@ -234,7 +240,7 @@ def _of_codes(
     kind = said.get("quant_method") if isinstance(said, dict) else said
     del config.quantization_config
     held = {} if meta and not any(path.glob("*.safetensors")) else tensors(path)
-    found = quantised_weights(held, raw)
+    found, back = _loaded(held, quantised_weights(held, raw), raw)
     if not found and not meta:
         raise LoraFxError(
             f"{path}: quantised weights ({one_line(kind, 60)}), none of which is read",
@@ -247,10 +253,11 @@ def _of_codes(
         raise LoraFxError(
             f"{path}: {type(module).__name__} has no parameters for {len(lost)} quantised weights: "
             f"{some(lost, 4)}",
-            "is config.json that of these weights? Stacked experts are not read",
+            "is config.json that of these weights?",
         )
     plain = module.state_dict().keys() - found.keys()
-    state = {} if meta else {n: t for n, t in _state(path).items() if n in plain}
+    stored = {} if meta else {back.get(n, n): t for n, t in _state(path).items()}
+    state = {n: t for n, t in stored.items() if n in plain}
     dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
     for name, weight in found.items():
         layer = module.get_submodule(name.rpartition(".")[0])
@@ -284,10 +291,28 @@ def _of_codes(
     if not found:
         notes.append(f"{path}: its weights are quantised; shapes are those from before")
     parts = tuple(n.removesuffix("weight") for n in found)
-    other = (n for n in held.keys() - plain if n.endswith(".bias") or not n.startswith(parts))
+    names = {back.get(n, n) for n in held if not EXPERT.search(n)}
+    other = (n for n in names - plain if n.endswith(".bias") or not n.startswith(parts))
     if unused := sorted(other):
         notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
     return module, tuple(notes)
+
+
+def _loaded(
+    held: Tensors, found: Mapping[str, QuantisedWeight], raw: JsonView
+) -> tuple[dict[str, QuantisedWeight], dict[str, str]]:
+    """Quantised weights as the model names and stacks them, and other names: file → model."""
+    some = next(iter(held.values()), None)
+    sized = {n: replace(some, shape=w.shape) for n, w in found.items()} if some else {}
+    loaded = loaded_of({**held, **sized}, raw)
+    back = {old: new for new, old in loaded.names.items()}
+    new = dict(found)
+    for name, stack in loaded.stacks.items():
+        parts = [new.pop(p.tensor) for p in stack.parts if p.tensor in found]
+        if len(parts) == len(stack.parts):
+            read = partial(lambda n, ws: below(n, [w.read() for w in ws]), name, parts)
+            new[name] = replace(parts[0], shape=stack.info.shape, read=read)
+    return {back.get(n, n): w for n, w in new.items()}, back
 
 
 def _without_parameters() -> contextlib.AbstractContextManager[None]:

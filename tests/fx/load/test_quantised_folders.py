@@ -18,6 +18,7 @@ from lora_fx.files.quantised import base
 from lora_fx.files.safetensors import stored
 from lora_fx.fx.codes import forms
 from lora_fx.fx.load.huggingface import load_folder
+from lora_fx.ir.quantised import NF4
 from tests.checkpoint.made import checkpoint
 from tests.cli.test_cli import run
 from tests.files.quantised.rows import golden, read
@@ -29,6 +30,9 @@ Q, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"
 # row of 32 inputs, quantization_config, the layer, format, bits
 MADE: dict[str, tuple[str, dict[str, Any], str, str, int]] = {
     "gptq": ("gptq 4 -1 version 1", {"quant_method": "gptq", "bits": 4}, Q, "GPTQ", 4),
+    "gptq in an order": (
+        "gptq 4 16 version 1 in an order", {"quant_method": "gptq", "bits": 4}, Q, "GPTQ", 4,
+    ),
     "awq": ("awq 16", {"quant_method": "awq", "bits": 4, "version": "gemm"}, Q, "AWQ", 4),
     "packed": ("pack-quantized 4 group bfloat16", CT, GATE, "compressed-tensors packed", 4),
     "fp8": (
@@ -185,3 +189,81 @@ def test_a_folder_of_bitsandbytes_without_it(
     assert all(list(found[n].parameter.shape) == shapes[n] for n in held)
     report = lora_fx.export(str(tmp_path / "codes"), tmp_path / "m.onnx", provider="cpu")
     assert report.ok
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "packed", "nf4", "int8"])
+def test_experts_apart_are_the_stacks_of_the_model(name: str, tmp_path: Path) -> None:
+    """As the files of Mixtral have them; the model reads gate and up of all experts as one."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    experts = model.model.layers[0].mlp.experts
+    tensors: dict[str, Array] = {
+        n.replace(".mlp.", ".block_sparse_moe."): t.detach().numpy()
+        for n, t in model.state_dict().items()
+        if ".experts." not in n
+    }
+    rng, lead = np.random.default_rng(0), "model.layers.0.block_sparse_moe.experts"
+    said = CT
+    for e in range(3):
+        for leaf, rows in (("w1", 32), ("w3", 32), ("w2", 64)):
+            said, arrays, want = coded(name, rng, rows, 64 if leaf != "w2" else 32)
+            tensors |= {f"{lead}.{e}.{leaf}.{n}": a for n, a in arrays.items()}
+            whole = torch.from_numpy(want)
+            with torch.no_grad():
+                if leaf == "w2":
+                    experts.down_proj[e] = whole
+                else:
+                    experts.gate_up_proj[e, slice(0, 32) if leaf == "w1" else slice(32, 64)] = whole
+    made_of = {**config.to_dict(), "quantization_config": said, "dtype": "float32"}
+    made_of["architectures"] = ["MixtralForCausalLM"]
+    checkpoint(tmp_path / "m", tensors, config=made_of)
+    built = load_folder(tmp_path / "m")
+    names = [f"model.layers.0.mlp.experts.{n}" for n in ("down_proj", "gate_up_proj")]
+    assert sorted(forms(built.module)) == names
+    assert not any("unused" in n for n in built.notes), built.notes
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=IDS).logits.numpy() for m in (built.module, model))
+    assert rel(ours, theirs) < 1e-6
+    told = {t.key: t.parameter.bits for t in lora_fx.find(str(tmp_path / "m")).targets}
+    assert all(told[n] == (8 if name == "int8" else 4) for n in names)
+
+
+def coded(
+    name: str, rng: np.random.Generator, out: int, inner: int
+) -> tuple[dict[str, Any], dict[str, Array], Array]:
+    """A quantization_config, the tensors of one matrix [out, in], and what they stand for."""
+    codes, scale = rng.integers(0, 16, (out, inner)), rng.random((out, 1)).astype(np.float32) / 50
+    shifts = 4 * np.arange(8, dtype=np.int64)
+    if name == "int8":
+        whole = (codes - 8).astype(np.int8)
+        want = whole * scale * np.float32(7.874015718698502e-3)
+        return {"quant_method": "bitsandbytes"}, {"weight": whole, "SCB": scale[:, 0]}, want
+    if name == "nf4":
+        absmax = rng.random(out * inner // 64).astype(np.float32) / 10
+        state = {"quant_type": "nf4", "blocksize": 64, "shape": [out, inner], "dtype": "float32"}
+        text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        flat = codes.reshape(-1, 2).astype(np.uint8)
+        arrays = {"weight": flat[:, :1] << 4 | flat[:, 1:], "weight.absmax": absmax}
+        arrays["weight.quant_state.bitsandbytes__nf4"] = text
+        want = (NF4[codes].reshape(-1, 64) * absmax[:, None]).reshape(out, inner)
+        return {"quant_method": "bitsandbytes"}, arrays, want
+    want = ((codes - 8) * scale).astype(np.float32)
+    if name == "packed":
+        words = (codes.reshape(out, -1, 8) << shifts).sum(-1).astype(np.uint32).view(np.int32)
+        shape = np.array([out, inner], np.int64)
+        return CT, {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}, want
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    if name == "awq":
+        words = (codes.T.reshape(inner, -1, 8)[..., order] << shifts).sum(-1)
+        zeros = np.full((1, out // 8), 0x88888888, np.uint32).view(np.int32)
+    else:
+        words = (codes.T.reshape(-1, 8, out) << shifts[:, None]).sum(1)
+        zeros = np.full((1, out // 8), 0x77777777, np.uint32).view(np.int32)
+    arrays = {"qweight": words.astype(np.uint32).view(np.int32), "qzeros": zeros, "scales": scale.T}
+    return {"quant_method": name, "bits": 4, "version": "gemm"}, arrays, want
