@@ -80,12 +80,8 @@ def run(out: Path, size: Size, say: Say) -> Result:
     rows, held = minilm.tokenise(texts), minilm.tokenise(data.test[0])
 
     def in_torch(module: Callable[..., torch.Tensor]) -> Callable[[Array, Array], Array]:
-        def call(ids: Array, mask: Array) -> Array:
-            with torch.no_grad():
-                made: Array = module(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
-                return made
-
-        return call
+        given = torch.from_numpy
+        return torch.no_grad()(lambda ids, mask: module(given(ids), given(mask)).numpy())
 
     features = minilm.run_all(in_torch(net.features), rows)
     weight, bias, decay = minilm.best_probe(features, labels, classes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -260,16 +260,16 @@ class Inputs:
         return [s.to_json() for s in self.specs]
 
 
-def _steps(count: int, reach: int = 64) -> Iterator[tuple[int, ...]]:
+@lru_cache(8)
+def _steps(count: int, reach: int = 64) -> Sequence[tuple[int, ...]]:
     """Changes of so many values, small ones first."""
     line = [0, *(k for n in range(1, reach) for k in (n, -n))]
     if count == 1:
-        yield from ((k,) for k in [*line, *range(reach, 4096)])
-    elif count < 4:
+        return [(k,) for k in [*line, *range(reach, 4096)]]
+    if count < 4:
         short = line if count < 3 else line[:13]
-        yield from sorted(itertools.product(short, repeat=count), key=lambda t: sum(map(abs, t)))
-    else:
-        yield from ((k,) * count for k in line)
+        return sorted(itertools.product(short, repeat=count), key=lambda t: sum(map(abs, t)))
+    return [(k,) * count for k in line]
 
 
 def _terms(symbol: str) -> list[str]:

@@ -1,9 +1,13 @@
-"""What every pass returns and how it is run."""
+"""What every pass returns.
+
+A pass is a frozen dataclass that is called on a graph, which it edits in place; its fields are its
+options. A second run on the same graph changes nothing, and reports modified=False.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import Generic
 
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Graph
@@ -20,13 +24,3 @@ class PassResult(Generic[V]):
         """Drop what was computed of the graph before it was edited."""
         if self.modified:
             self.graph.changed()
-
-
-class Pass(Protocol):
-    """A frozen dataclass that is called on a graph; its fields are its options.
-
-    A second run on the same graph must change nothing and report modified=False.
-    """
-
-    def __call__(self, graph: Graph[Any]) -> PassResult[Any]:
-        """Edit the graph in place and say whether anything changed."""

@@ -17,11 +17,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Tracing makes millions of small objects that live: by default a tenth of the time goes into
-# looking for cycles among them.
-gc.set_threshold(100_000, 20, 20)
-
-importlib.import_module("tests.torchlib")
+# Tracing makes millions of small objects: by default a tenth of the time goes into looking for
+# cycles among them, at 100,000 a twentieth.
+gc.set_threshold(500_000, 20, 20)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -35,7 +33,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks for marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give what `slow.txt` lists the mark `slow`."""
+    """Give what `slow.txt` lists the mark `slow`.
+
+    This runs where tests do. The process that hands them out collects none, and needs no torch.
+    """
+    importlib.import_module("tests.torchlib")
     lines = Path(__file__).with_name("slow.txt").read_text("utf-8").splitlines()
     slow = {line for line in lines if line and not line.startswith("#")}
     for item in items:

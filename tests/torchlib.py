@@ -1,13 +1,17 @@
-"""What torch reads anew for each ONNX file that it exports, read once a process.
+"""What torch reads anew for each file that it exports or loads, read once a process.
 
-That are onnxscript's functions of torch's ops, half a second each time, and the dispatcher's ops,
-once for each of 24 namespaces; the tests export a thousand files. Where torch's own tables are
-others one day, they are read as torch does.
+That are onnxscript's functions of torch's ops, half a second each time; the dispatcher's ops, once
+for each of 24 namespaces, and the annotations of 5,000 of their kernels, a quarter of the export of
+a small model; and the annotations of a .pt2 file's schema, once a node. The tests export a thousand
+files. Where torch's own tables are others one day, they are read as torch does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import types
+import typing
+from collections import defaultdict
 from functools import cache
 from typing import Any
 
@@ -29,23 +33,40 @@ def keep_torchlib() -> None:
 
 
 def keep_ops() -> None:
-    """Let torch make its Python names of the dispatcher's ops again only where ops are new."""
+    """Let torch go through the dispatcher's ops again only where ops are new."""
     import torch
     from torch._export import utils
+    from torch.export import decomp_utils, exported_program
 
-    make = utils._materialize_cpp_cia_ops
+    collect = utils._collect_all_valid_cia_ops
     registered = torch._C._dispatch_get_registrations_for_dispatch_key
-    made: set[str] = set()
+    made: dict[tuple[str, ...], Any] = {}
 
-    def once() -> None:
-        there = registered("CompositeImplicitAutograd")
-        if not made.issuperset(there):
-            make()
-            made.update(there)
+    def once() -> Any:
+        there = (*torch.ops._dir, *registered("CompositeImplicitAutograd"))
+        if there not in made:
+            made.clear()
+            made[there] = collect()
+        return made[there]
 
-    utils._materialize_cpp_cia_ops = once
+    for module in (utils, exported_program, decomp_utils):
+        vars(module)["_collect_all_valid_cia_ops"] = once
 
 
-for keep in (keep_torchlib, keep_ops):
+def keep_annotations() -> None:
+    """Let torch evaluate none for a kernel that it registers, and those of a schema once."""
+    from torch import _ops
+    from torch._export.serde import schema, serialize
+
+    register = _ops.OperatorBase.py_impl
+    globals_ = {**vars(_ops), "Callable": defaultdict(lambda: None)}  # Callable[…] is None there
+    _ops.OperatorBase.py_impl = types.FunctionType(register.__code__, globals_, "py_impl")
+
+    hints = cache(lambda cls: typing.get_type_hints(cls, globalns=vars(schema)))
+    kept = {**vars(typing), "get_type_hints": lambda cls, globalns: hints(cls)}
+    vars(serialize)["typing"] = types.SimpleNamespace(**kept)
+
+
+for keep in (keep_torchlib, keep_ops, keep_annotations):
     with contextlib.suppress(ImportError, AttributeError):
         keep()

@@ -32,17 +32,23 @@ def adapter_tensors(path: str) -> nn.Module:
     return AdapterTensors()
 
 
+_MISSING = object()
+
+
 @contextlib.contextmanager
 def patched(thing: Any, **values: object) -> Iterator[None]:
     """A block in which an object, a class or a module has other values for some attributes."""
-    before = {name: inspect.getattr_static(thing, name) for name in values}
+    before = {name: inspect.getattr_static(thing, name, _MISSING) for name in values}
     try:
         for name, value in values.items():
             setattr(thing, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(thing, name, value)
+            if value is _MISSING:
+                delattr(thing, name)
+            else:
+                setattr(thing, name, value)
 
 
 def has_values(tensor: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +80,14 @@ def prove(
     """
     reference.eval()
     results: list[Parity] = []
-    own = cache(partial(own_errors, reference, arrays, sizes))
+    growing, known = own_errors(reference, arrays, sizes), dict[str, float]()
+
+    def own() -> Iterator[dict[str, float]]:
+        yield known
+        for errors in growing:  # for every size on from where the last one stopped
+            known.update(errors)
+            yield known
+
     for named, feeds, extra in feeds_of(reference, arrays, sizes):
         shapes = shapes_of(feeds)
         try:
@@ -203,8 +210,8 @@ def own_errors(
     arrays: Named | None = None,
     sizes: Sequence[Extents] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-) -> dict[str, float]:
-    """Per output, how far rounding moves a model's values: the largest over several inputs.
+) -> Iterator[dict[str, float]]:
+    """Per output, how far rounding moves a model's values: the largest so far of several inputs.
 
     It is the rel of its fp32 values to its own in fp64, and of those with every weight moved by
     half a unit of its last place, which is what a fold does. One input may round well by chance, a
@@ -236,20 +243,22 @@ def own_errors(
         except (RuntimeError, TypeError, ValueError):
             exactly, exact = model.flat, ours
         runs.append((named, exact))
-        _grow(worst, ours, exact)
+        yield _grow(worst, ours, exact)
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
     few = any(v.size < FEW for _, values in runs for v in values.values())
     for seed in range(4 * len(seeds)) if few else seeds:
         _move(model, moved, seed)
         for named, values in runs:
-            _grow(worst, moved.flat(named), values)
-    return worst
+            yield _grow(worst, moved.flat(named), values)
 
 
-def _grow(worst: dict[str, float], values: Mapping[str, Array], exact: Mapping[str, Array]) -> None:
+def _grow(
+    worst: dict[str, float], values: Mapping[str, Array], exact: Mapping[str, Array]
+) -> dict[str, float]:
     for name, value in values.items():
         found = rel(value, exact[name])
         worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
+    return worst
 
 
 def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
@@ -353,7 +362,7 @@ class TorchReference:
         """See Reference."""
         return torch_run(self._module(adapter))
 
-    def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
+    def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """Fp32 against fp64."""
         return own_errors(self._module(adapter))
 

@@ -79,8 +79,8 @@ class Reference(Protocol):
     def run(self, adapter: Adapter | None) -> Run:
         """{input: array} → {output: array}, with an adapter's branches."""
 
-    def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
-        """Per output, how far rounding alone moves it; empty where that is unknown."""
+    def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
+        """Per output, how far rounding alone moves it: the largest so far, run by run."""
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
         """Compare at every size; `of` is the word for it in the report."""
@@ -158,13 +158,14 @@ class OnnxReference:
         """See Reference."""
         return partial(self._run, adapter, True)
 
-    def own_errors(self, adapter: Adapter | None) -> Mapping[str, float]:
+    def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """How far the runtime's own rewrites, and a fold's rounding, move the outputs.
 
         A fold moves every weight by half a unit of its last place, at most. Where activations are
         rounded to codes of eight bits, a difference of one part in 1e7 moves some by a whole step.
         """
         worst: dict[str, float] = dict.fromkeys(self._outputs_of(), self._step)
+        yield worst
         updates = {} if adapter is None else adapter.lowrank
         path = self._path(updates, moved=True) if updates else None
         moved = open_session(path, self.session.provider) if path else self.session
@@ -174,7 +175,7 @@ class OnnxReference:
             for values in (plain, self._outputs(moved, feeds)):
                 for name, value in values.items():
                     worst[name] = max(worst.get(name, 0.0), rel(value, fused[name]))
-        return worst
+                yield worst
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
         """See Reference."""

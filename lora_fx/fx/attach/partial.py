@@ -91,13 +91,10 @@ def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraph
     names = {id(p): n for n, p in model.named_parameters()}
     stretches: list[tuple[fx.GraphModule, tuple[object, ...]]] = []
 
-    def backend(code: fx.GraphModule, fakes: object) -> Callable[..., object]:
-        once = [True]
-
+    def backend(code: fx.GraphModule, _fakes: object) -> Callable[..., object]:
         def run(*inputs: object) -> Any:
             # dynamo may run a stretch again; one look at its inputs is enough
-            if once:
-                once.clear()
+            if all(code is not known for known, _ in stretches):
                 stretches.append((code, inputs))
             return code.forward(*inputs)
 

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -217,13 +218,16 @@ class Captured:
         of_call = self._example_key if example else program_key(named, leaves)
         key = (training, portable, dtype or self.base_dtype, *of_call)
         held = self.tracings.setdefault(key, [])
-        new = partial(self._new, training, named, dtype, portable=portable)
+        others = self.tracings.get((not training, *key[1:]), [])
+        new = partial(self._new, training, dtype=dtype, portable=portable)
         if not held:  # the example's path comes first, whatever is called first
             first = self.named if of_call == self._example_key else named
-            held.append(self._new(training, first, dtype, portable=portable))
-        found = next((t for t in held if example or t.door.admits(leaves)), None)
+            held.append(others[0] if others and others[0].modeless else new(first))
+        more = [t for t in others[1:] if t.modeless]
+        found = next((t for t in [*held, *more] if example or t.door.admits(leaves)), None)
         if found is None:
-            found = self._elsewhere(held, named, new)
+            found = self._elsewhere(held, named, partial(new, named))
+        if all(found is not t for t in held):
             held.append(found)
         return found
 
@@ -521,12 +525,10 @@ def _hooked(model: nn.Module) -> Callable[..., Any]:
     order = Signature(model.forward).positional
 
     def forward(*args: Any, **named: Any) -> Any:
-        given = list(args)  # hooks see positional arguments, as in an ordinary call
-        for name in order[len(args) :]:
-            if name not in named:
-                break
-            given.append(named.pop(name))
-        return model._call_impl(*given, **named)  # type: ignore[no-untyped-call]
+        # hooks see positional arguments, as in an ordinary call
+        given = takewhile(named.__contains__, order[len(args) :])
+        rest = [named.pop(name) for name in given]
+        return model._call_impl(*args, *rest, **named)  # type: ignore[no-untyped-call]
 
     return forward
 

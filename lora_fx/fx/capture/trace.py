@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch._decomp import decomposition_table
+from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -38,7 +39,7 @@ from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.capture.inline import inline_regions, split_products, without_vmap
 from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import value
+from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.fx.tensors import patched
 from lora_fx.inputs import Named
@@ -64,6 +65,7 @@ class Traced:
         left_out: Outputs that are no tensors, and that no graph makes.
         notes: What else has to be said.
         own_gradients: What may have another gradient than its forward, which a graph has not.
+        modeless: True where nothing asked for a mode, so that the other one's graph is this one.
         analyses: What was computed of it; see lora_fx.ir.graph.Analysed.
     """
 
@@ -78,6 +80,7 @@ class Traced:
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     own_gradients: tuple[str, ...] = ()
+    modeless: bool = False
     analyses: dict[str, object] = field(default_factory=dict)
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
@@ -136,11 +139,15 @@ def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
     named = pytree.tree_unflatten(apart(large), spec)
     shapes = pytree.tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
     log = GuardLog()
-    with log.listening(), _watched(entry.source) as seen:
+    with log.listening(), _watched(entry.source) as seen, _modes_read(entry.source) as read:
         program = export_program(entry, (named,), (shapes,))
     module = program.module(check_guards=False)
     traced = clean_module(module, program, [n for n, _ in given], requested, log)
     traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out()), *seen()
+    # what draws numbers may be a layer that a train mode drops, see _watched; the bodies of
+    # higher-order ops are traced by a compiler, whose reads are not seen
+    bodies = any(isinstance(n.target, HigherOrderOperator) for n in program.graph.nodes)
+    traced.modeless = not (read() or bodies or random_ops(traced.graph))
     return traced
 
 
@@ -151,9 +158,10 @@ def export_program(
 
     strict=True takes twice the time, and captured no model that this does not. Deferred asserts
     leave the size checks in the graph as nodes, and a free batch keeps a cut such as `ids[:, :16]`
-    where the example is shorter.
+    where the example is shorter. Only a model's own code has lines worth looking up, node by node.
     """
-    with quiet(), _free_batch(), recurrent_shapes():
+    ours = {"do_not_emit_stack_traces": isinstance(module, fx.GraphModule)}
+    with quiet(), _free_batch(), recurrent_shapes(), patched(fx.config, **ours):
         return torch.export.export(
             module,
             args,
@@ -296,6 +304,29 @@ def _watched(model: nn.Module) -> Iterator[Callable[[], tuple[tuple[str, ...], t
             "mode: it draws random numbers by numpy or Python, which a graph would keep",
             "draw them by torch; lora_fx.attach trains the live model",
         )
+
+
+@contextlib.contextmanager
+def _modes_read(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """A block that traces a model; gives whether the trace may depend on the mode of a module.
+
+    It does where a module was asked for its `training`, which is a property for the time of the
+    block, or does what it likes when its mode is set.
+    """
+    kinds = {type(m) for m in model.modules()}
+    read = [k for k in kinds if k.train is not nn.Module.train or hasattr(k, "training")]
+    # torch calls modules by proxies over their __dict__
+    own = {id(m.__dict__) for m in model.modules()}
+
+    def get(module: nn.Module) -> bool:
+        compiled = torch.compiler.is_dynamo_compiling()  # a body, which must not write to a list
+        if not compiled and id(module.__dict__) in own:
+            read.append(type(module))
+        return bool(module.__dict__.get("training", True))
+
+    watched = property(get, lambda module, mode: module.__dict__.update(training=mode))
+    with patched(nn.Module, training=watched):
+        yield lambda: bool(read)
 
 
 def _drawn_outside() -> tuple[object, ...]:

@@ -230,21 +230,26 @@ LIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program over codes."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    file = tmp_path_factory.mktemp("coded") / "q.pt2"
+    save_program(lora_fx.insert(model, (torch.randn(4, 6),), rank=2, quantise="int4"), file)
+    return file
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_what_the_op_of_codes_says_is_held_to_its_tensors(
-    lie: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lie: str, coded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    file = tmp_path / "q.pt2"
-    save_program(lora_fx.insert(model, (torch.randn(4, 6),), rank=2, quantise="int4"), file)
-
     def change(program: dict[str, Any]) -> None:
         for node in program["graph_module"]["graph"]["nodes"]:
             for given in node["inputs"]:
                 if "dequantise" in node["target"] and given["name"] == lie.split()[0]:
                     given["arg"] = LIES[lie]
 
-    path = edited(file, tmp_path / "lie.pt2", {JSON: in_json(change)})
+    path = edited(coded, tmp_path / "lie.pt2", {JSON: in_json(change)})
     assert "its codes are not those of" in refused(path, capsys)
 
 

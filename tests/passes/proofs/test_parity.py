@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,14 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.compare import compare_fairly
 from lora_fx.passes.proofs import parity
 from lora_fx.passes.proofs.parity import own_errors
+
+
+def all_of(errors: Iterator[dict[str, float]]) -> dict[str, float]:
+    *_, last = errors
+    return last
 
 
 def test_one_input_that_rounds_well_does_not_narrow_the_gate() -> None:
@@ -20,8 +27,8 @@ def test_one_input_that_rounds_well_does_not_narrow_the_gate() -> None:
     m = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 3, bias=False))
     adapted = lora_fx.insert(m.eval(), (torch.randn(2, 32),), rank=2)
     zeros = {"input": np.zeros((2, 32), np.float32)}
-    assert 0 < own_errors(adapted)["output"] < 1e-6
-    assert own_errors(adapted, zeros) == own_errors(adapted)
+    assert 0 < all_of(own_errors(adapted))["output"] < 1e-6
+    assert all_of(own_errors(adapted, zeros)) == all_of(own_errors(adapted))
 
 
 @pytest.mark.parametrize(("width", "moves"), [(1, 12), (64, 3)])
@@ -39,8 +46,28 @@ def test_few_numbers_are_moved_more_often(
     adapted = lora_fx.insert(
         nn.Sequential(nn.Linear(8, width)).eval(), (torch.randn(2, 8),), rank=1
     )
-    assert own_errors(adapted)["output"] > 0
+    assert all_of(own_errors(adapted))["output"] > 0
     assert seen == [*range(moves)]
+
+
+def test_rounding_is_measured_until_the_gate_is_met() -> None:
+    """And no further; where no measure is enough, the difference stands against the widest."""
+    ours, reference = {"y": np.array([1.0 + 5e-6])}, {"y": np.array([1.0])}
+    for measures, asked, gate in (
+        ([1e-7, 2e-6, 9e-6], [1e-7, 2e-6], 8.1e-6),
+        ([1e-7, 2e-7], [1e-7, 2e-7], 2e-6),
+    ):
+        seen: list[float] = []
+
+        def own(measures: list[float] = measures, seen: list[float] = seen) -> Any:
+            for error in measures:
+                seen.append(error)
+                yield {"y": error}
+
+        found = compare_fairly(ours, reference, {}, {"y": 2e-6}, own)
+        assert seen == asked
+        assert found.tol == pytest.approx(gate)
+        assert found.ok is (gate > 5e-6)
 
 
 class Rows(nn.Module):
@@ -59,5 +86,5 @@ def test_inputs_that_fit_count_where_sampled_ones_do_not() -> None:
     torch.manual_seed(0)
     x = torch.full((2, 4), 303.0)
     adapted = lora_fx.insert(Rows().eval(), (x,), rank=2, include="fc")
-    assert 0 < own_errors(adapted)["output"] < 1e-6  # the example counts
-    assert 0 < own_errors(adapted, {"x": x.numpy()})["output"] < 1e-6
+    assert 0 < all_of(own_errors(adapted))["output"] < 1e-6  # the example counts
+    assert 0 < all_of(own_errors(adapted, {"x": x.numpy()}))["output"] < 1e-6
