@@ -118,13 +118,25 @@ def compare(
         gate = tol if isinstance(tol, float) else tol[name]
         if name not in ours:
             return Parity(sizes, math.inf, math.inf, gate, name, of)
-        r = rel(ours[name], reference[name])
         a, b = (np.asarray(v).astype(np.float64) for v in (ours[name], reference[name]))
         gap = float(np.abs(a - b).max(initial=0.0)) if a.shape == b.shape else math.inf
+        # zeros that are equal are no difference; where all outputs are, nothing is proven: `blank`
+        r = 0.0 if gap == 0.0 and not b.any() else rel(ours[name], reference[name])
         found = Parity(sizes, gap, r, gate, name, of)
         if worst is None or found.rel / max(gate, 1e-30) >= worst.rel / max(worst.tol, 1e-30):
             worst = found
     return worst or Parity(sizes, math.inf, math.inf, 0.0, "", of)
+
+
+BLANK = "every output is zero there"
+"""Why a size proves nothing."""
+
+
+def blank(ours: Outputs, reference: Outputs) -> bool:
+    """True where all outputs are zeros on both sides: a comparison of them tells nothing."""
+    return all(
+        v.size and not v.any() for v in map(np.asarray, (*ours.values(), *reference.values()))
+    )
 
 
 @dataclass(frozen=True)

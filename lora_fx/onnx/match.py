@@ -12,7 +12,7 @@ A whole tensor (a bias, a new head) goes by the same names; a matrix lies as its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,11 +25,14 @@ from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.read import read_json
 from lora_fx.onnx.graph.flow import operand
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import CHANGED, copies_of
+from lora_fx.onnx.names import CHANGED, FOLDED_FROM, copies_of
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import keys_of, of_use
 from lora_fx.targets.target import Target, base_name, split_use
 from lora_fx.text import near
+
+FOLDED = 8192
+"""Elements of the largest tensor that onnxscript computes from."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,36 @@ def match(
     bound = bind(replace(adapter, entries=loose), found)
     for key in bound.lowrank:
         _check_unchanged(key, graph, found)
+    changed = {found[k].parameter.name for k in bound.lowrank} | {n for n, _ in whole.values()}
+    graph.notes += _left_behind(graph, changed)
     return Matched(dict(bound.lowrank), {n: v for n, v in whole.values()})
+
+
+def _left_behind(graph: OnnxGraph, changed: Collection[str]) -> list[str]:
+    """What has to be said of constants that another exporter computed from a weight that changes.
+
+    Its metadata may tell; else equal rows do, of a weight that onnxscript would fold.
+    """
+    said, stores = [], graph.flow.stores
+    small = [n for n in sorted(changed) if stores[n].tensor.size <= FOLDED]
+    for name, store in stores.items():
+        meta, shape = store.value.metadata_props.get(FOLDED_FROM, ""), store.tensor.shape
+        source = next((n for n in sorted(changed) if repr(n) in meta), "")
+        if not source and small and "float" in store.tensor.dtype.name.lower() and len(shape):
+            row = np.atleast_2d(store.tensor.numpy())[0]
+            others = (n for n in small if stores[n].tensor.shape != shape)  # equal: another layer
+            source = next((n for n in others if _is_row(row, stores[n].tensor.numpy())), "")
+        if source and name not in changed:
+            said.append(
+                f"{name!r} may be computed from {source!r}, and keeps its values: export again"
+            )
+    return said
+
+
+def _is_row(row: Array, w: Array) -> bool:
+    """Whether numbers that tell are a row or a column of a matrix."""
+    both = (w, w.T) if w.ndim == 2 and row.ndim == 1 and len(np.unique(row)) > 1 else ()
+    return any(m.shape[1] == len(row) and bool((m == row).all(1).any()) for m in both)
 
 
 def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:

@@ -127,7 +127,7 @@ def write_switch(
     warnings = list(warnings)
     here, kept = find(graph), graph.model.graph.initializers
     known = here if found is None else found
-    there = {k: t.op for k in keys if (t := here.get(k)) is not None}
+    there = {k: t for k in keys if (t := here.get(k)) is not None}
     lost = (known.get(k) for k in keys if k not in there)
     apart = [t for t in lost if t and not t.other_readers and t.key in kept]  # see to_onnx
     keys = [k for k in keys if k not in {t.key for t in apart}]
@@ -148,7 +148,8 @@ def write_switch(
     if load and rank and rank < largest:
         raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
     layouts = {k: known[k].layout for k in (*keys, *(t.key for t in apart))}
-    turned = {k for k in keys if there.get(k) == "embedding" and layouts[k].in_ != (0,)}
+    lookups = {k: t.layout for k, t in there.items() if t.op == "embedding"}
+    turned = {k for k in keys if k in lookups and layouts[k].in_ == lookups[k].out}
     switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, apart, turned)
     switch(graph)
     manifest = switch.made[0]
@@ -287,6 +288,7 @@ def write_batch(
         parity = prove_rows(
             session.run, reference, adapters, rowed, fixed=fixed, scales=options.scales
         )
+        demand(parity, "a batch differs")
     said = [*warnings, *told]
     said += [session.note] if session.note else []
     nodes = {"nodes": sum(1 for _ in model.graph.all_nodes()), "nodes_of_base": before}

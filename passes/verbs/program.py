@@ -87,7 +87,7 @@ def _paths(module: CapturedModule, training: bool) -> Paths:
     found = [first]
     for named, traced in others:
         with contextlib.suppress(RuntimeError, ValueError, IndexError):  # of the user's code
-            module.flat(named)
+            module.flat(module.in_own_dtype(named))
             found.append((named, traced))
     return found
 
@@ -122,9 +122,9 @@ def _prove(
     for m in modes:
         m.train(training)
     ran = 0
-    example = module.captured.named
+    example = module.example
     own = (*map(module.sample, SIZES), *([example] if is_real(example) else ()))
-    for named in (*own, *(named for named, _ in paths[1:])):
+    for named in (*own, *(module.in_own_dtype(named) for named, _ in paths[1:])):
         leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
             want = module.flat(named)
