@@ -178,14 +178,10 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
     rules, skip = getattr(rewriter, name, ()), getattr(joining, skipped, None)
     kept = tuple(r for r in rules if "batchnorm" not in type(r).__name__.lower()
                  and "batchnorm" not in str(getattr(r, "name", "")).lower())  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        if kept:
-            stack.enter_context(patched(rewriter, **{name: kept}))
-        if skip is not None:
-            own = {skipped: lambda v, *rest: v.name in weights or skip(v, *rest)}
-            stack.enter_context(patched(joining, **own))
-        fold = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
-        stack.enter_context(patched(optimizer, optimize_ir=fold))
+    own = {skipped: lambda v, *rest: v.name in weights or skip(v, *rest)} if skip else {}
+    rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
+    fold = patched(optimizer, optimize_ir=rule)
+    with patched(rewriter, **({name: kept} if kept else {})), patched(joining, **own), fold:
         yield
 
 

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank
@@ -86,25 +87,24 @@ def _left_behind(graph: OnnxGraph, changed: Collection[str]) -> list[str]:
     Its metadata may tell; else equal rows do, of a weight that onnxscript would fold.
     """
     said, stores = [], graph.flow.stores
-    small = [n for n in sorted(changed) if stores[n].tensor.size <= FOLDED]
     for name, store in stores.items():
-        meta, shape = store.value.metadata_props.get(FOLDED_FROM, ""), store.tensor.shape
-        source = next((n for n in sorted(changed) if repr(n) in meta), "")
-        if not source and small and "float" in store.tensor.dtype.name.lower() and len(shape):
-            row = np.atleast_2d(store.tensor.numpy())[0]
-            others = (n for n in small if stores[n].tensor.shape != shape)  # equal: another layer
-            source = next((n for n in others if _is_row(row, stores[n].tensor.numpy())), "")
-        if source and name not in changed:
+        meta = store.value.metadata_props.get(FOLDED_FROM, "")
+        alike = (n for n in changed if repr(n) in meta or _begins(store.tensor, stores[n].tensor))
+        if name not in changed and (source := next(alike, "")):
             said.append(
-                f"{name!r} may be computed from {source!r}, and keeps its values: export again"
+                f"{name!r} may be computed from {source!r} and is not changed: export again"
             )
     return said
 
 
-def _is_row(row: Array, w: Array) -> bool:
-    """Whether numbers that tell are a row or a column of a matrix."""
-    both = (w, w.T) if w.ndim == 2 and row.ndim == 1 and len(np.unique(row)) > 1 else ()
-    return any(m.shape[1] == len(row) and bool((m == row).all(1).any()) for m in both)
+def _begins(part: ir.TensorProtocol, whole: ir.TensorProtocol) -> bool:
+    """Whether a constant begins with a row or a column of a small matrix, and is not as large."""
+    sizes, w = tuple(part.shape.numpy()), tuple(whole.shape.numpy())
+    if whole.size > FOLDED or len(w) != 2 or sizes == w or not part.size or sizes[-1:] < (2,):
+        return False
+    row, both = part.numpy().reshape(-1, sizes[-1])[0], (whole.numpy(), whole.numpy().T)
+    same = any(m.shape[1] == len(row) and (m == row).all(1).any() for m in both)
+    return bool(same and (row != row[0]).any())
 
 
 def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:

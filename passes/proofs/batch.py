@@ -13,9 +13,8 @@ from functools import partial
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import Parity, blank, compare_fairly, gates_of, rel
+from lora_fx.compare import Parity, compare_fairly, demand, gates_of, rel
 from lora_fx.dtypes import Array
-from lora_fx.errors import NoEffectError
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.batch import IDS, SCALES
 from lora_fx.passes.proofs.reference import Reference, Run
@@ -75,16 +74,12 @@ def prove_rows(
             got[k], whole, {n: v.shape for n, v in feeds.items()}, gates_of(whole), own,
             of="mixed batch", ceiling=reference.ceiling,
         )  # fmt: skip
-        found += [] if blank(got[k], whole) else [parity]
+        found.append(parity)
         if not parity.ok:
             ours, theirs = got[k][parity.output], whole[parity.output]
             row = int(np.argmax([rel(ours[r], theirs[r]) for r in range(len(ids))]))
-            raise NoEffectError(
-                f"row {row} of a mixed batch differs from {names[ids[row]] or 'the base'!r} "
-                f"(id {ids[row]}) alone: output {parity.output!r} rel {parity.rel:.2e}, "
-                f"the gate is {parity.tol:.1e}",
-                "nothing was written; does the model mix the rows of a batch?",
-            )
+            whose = f"{names[ids[row]] or 'the base'!r} (id {ids[row]})"
+            demand([parity], f"row {row} of a mixed batch differs from {whose} alone")
     return found
 
 
@@ -124,12 +119,7 @@ def _together(
         own, gates = partial(reference.own_errors, adapter), gates_of(wanted)
         ceiling = reference.ceiling
         parity = compare_fairly(ours, wanted, shapes, gates, own, of=name, ceiling=ceiling)
-        if not parity.ok:
-            raise NoEffectError(
-                f"a batch of {name} differs: output {parity.output!r} rel {parity.rel:.2e}, "
-                f"the gate is {parity.tol:.1e}",
-                "nothing was written; report this model",
-            )
+        demand([parity], "a batch differs")
         yield parity
 
 

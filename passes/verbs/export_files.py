@@ -137,13 +137,11 @@ def write_switch(
         keys = [k for k in keys if k in there]
     stored = copies_of(graph.model).values()
     twice = [k for k in keys if base_name(k) in stored]
-    if twice and not loose:
+    if twice:
         raise LoraFxError(
             f"{twice[0]!r} is stored twice in the exported graph, for two uses of a tied tensor",
             "mode merged adapts both; here --exclude it",
         )
-    warnings += [f"{k}: left out, a tied tensor that the graph stores twice" for k in twice]
-    keys = [k for k in keys if k not in twice]
     largest = max((u.rank for a in adapters.values() for u in a.lowrank.values()), default=0)
     if load and rank and rank < largest:
         raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
@@ -251,8 +249,6 @@ def write_batch(
     adapters: Mapping[str, Adapter],
     options: ExportOptions,
     warnings: Sequence[str],
-    *,
-    fixed: bool,
 ) -> Report:
     """Write one ONNX file that serves every adapter.
 
@@ -263,7 +259,6 @@ def write_batch(
         adapters: Bound to the reference, in the order of their ids, 1, 2 …
         options: With scales the file has the input `adapter_scales`, a weight by row.
         warnings: To be reported.
-        fixed: The reference has one size: a user's inputs.
 
     Raises:
         LoraFxError: A target whose rows cannot be told apart, or that has no form by row.
@@ -286,7 +281,12 @@ def write_batch(
         told = save_within(made_file, model, reference.conditions, reference.guards(), options)
         session = open_session(made_file.path, options.provider)
         parity = prove_rows(
-            session.run, reference, adapters, rowed, fixed=fixed, scales=options.scales
+            session.run,
+            reference,
+            adapters,
+            rowed,
+            fixed=bool(options.inputs),
+            scales=options.scales,
         )
         demand(parity, "a batch differs")
     said = [*warnings, *told]

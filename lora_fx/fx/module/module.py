@@ -379,22 +379,15 @@ class CapturedModule(Recomputing, Scope):
         captured = self._programs.captured
         inputs = captured.bounded_inputs()
         device = tensors.device_of(self)
-        return self.in_own_dtype(sample_call(inputs, captured.named, size, seed, arrays, device))
+        return self._in_own_dtype(sample_call(inputs, captured.named, size, seed, arrays, device))
 
-    def in_own_dtype(self, named: Named) -> dict[str, Any]:
-        """Named arguments of the capture as the module takes them now, after `.to(dtype)`."""
-        was, now = self._programs.captured.base_dtype, self._dtype
-
-        def own(x: torch.Tensor) -> torch.Tensor:
-            return x.to(now) if x.dtype == was else x
-
-        result: dict[str, Any] = pytree.tree_map_only(torch.Tensor, own, dict(named))
-        return result
-
-    @property
-    def example(self) -> dict[str, Any]:
-        """The example of the capture, as the module takes it now."""
-        return self.in_own_dtype(self._programs.captured.named)
+    def _in_own_dtype(self, named: Named | None = None) -> dict[str, Any]:
+        """Arguments of the capture, its example's if none, as `.to(dtype)` lets the module take."""
+        captured = self._programs.captured
+        was, to = captured.base_dtype, self._dtype
+        cast = functools.partial(pytree.tree_map_only, torch.Tensor)
+        given = dict(captured.named if named is None else named)
+        return dict(cast(lambda x: x.to(to) if x.dtype == was else x, given))
 
     def flat(self, named: Named) -> dict[str, Array]:
         """Run on copies of named arguments; {output name: array} of the tensors that come out."""
