@@ -51,7 +51,10 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
         return math.inf
     top = float(np.abs(y[both]).max(initial=0.0))
     gap = float(np.abs(x[both] - y[both]).max(initial=0.0))
-    return gap / top if top else math.inf
+    if top == 0.0:
+        exact = not np.issubdtype(np.asarray(b).dtype, np.floating)
+        return 0.0 if gap == 0.0 and exact else math.inf
+    return gap / top
 
 
 def gates_of(expected: Outputs) -> dict[str, float]:

@@ -79,7 +79,7 @@ def prove_rows(
             ours, theirs = got[k][parity.output], whole[parity.output]
             row = int(np.argmax([rel(ours[r], theirs[r]) for r in range(len(ids))]))
             whose = f"{names[ids[row]] or 'the base'!r} (id {ids[row]})"
-            demand([parity], f"row {row} of a mixed batch differs from {whose} alone")
+            demand([parity], f"row {row} of a batch, which the model may mix, is not {whose} alone")
     return found
 
 

@@ -138,8 +138,13 @@ def _prove(
         ran += 1
         _demand(got, want, f"the {names} program")
         if loaded is not None and paths[0][1].door.admits(pytree.tree_leaves(named)):
-            with torch.no_grad(), alike(loaded):
-                values = pytree.tree_leaves(loaded(*leaves))
+            try:
+                with torch.no_grad(), alike(loaded):
+                    values = pytree.tree_leaves(loaded(*leaves))
+            except RuntimeError as e:
+                if "Expected input at" not in str(e):
+                    raise
+                continue  # torch keeps to the range of a split, where the path is the same beyond
             tensors = [to_numpy(v) for v in values if isinstance(v, torch.Tensor)]
             _demand(dict(zip(want, tensors, strict=True)), want, "the program that torch loads")
     if not ran:
