@@ -75,7 +75,10 @@ def narrow_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.Array
 
 @dataclass(frozen=True)
 class Parity:
-    """One comparison at one size; `of` says what was compared: fold, onnxruntime, torch."""
+    """One comparison at one size; `of` says what was compared: fold, onnxruntime, torch.
+
+    Where every output of the reference is zero it is blank, and proves nothing.
+    """
 
     sizes: Sizes
     max_abs: float
@@ -83,6 +86,7 @@ class Parity:
     tol: float
     output: str = ""
     of: str = ""
+    blank: bool = False
 
     @property
     def ok(self) -> bool:
@@ -116,14 +120,16 @@ def compare(
 ) -> Parity:
     """The output that comes nearest to its gate, or exceeds it most, at one size."""
     worst: Parity | None = None
+    zeros = not any(map(np.any, reference.values()))
     for name in reference:
         gate = tol if isinstance(tol, float) else tol[name]
         if name not in ours:
             return Parity(sizes, math.inf, math.inf, gate, name, of)
-        r = rel(ours[name], reference[name])
         a, b = (np.asarray(v).astype(np.float64) for v in (ours[name], reference[name]))
         gap = float(np.abs(a - b).max(initial=0.0)) if a.shape == b.shape else math.inf
-        found = Parity(sizes, gap, r, gate, name, of)
+        # zeros that are equal are no difference
+        r = 0.0 if gap == 0.0 and not b.any() else rel(ours[name], reference[name])
+        found = Parity(sizes, gap, r, gate, name, of, blank=zeros)
         if worst is None or found.rel / max(gate, 1e-30) >= worst.rel / max(worst.tol, 1e-30):
             worst = found
     return worst or Parity(sizes, math.inf, math.inf, 0.0, "", of)
@@ -162,7 +168,9 @@ class Report:
             lines.append(f"  not proven at {sizes_text(row['sizes'])}: {row['reason']}")
         for p in self.parity:
             sizes = sizes_text(p.sizes)
-            verdict = "ok" if p.ok else "over the gate"
+            verdict = (
+                ("zeros, which prove nothing" if p.blank else "ok") if p.ok else "over the gate"
+            )
             lines.append(
                 f"  {p.of or 'models'} at {sizes}: rel {p.rel:.2e} (gate {p.tol:.1e}) {verdict}"
             )
@@ -215,6 +223,8 @@ def demand(parity: Sequence[Parity], what: str) -> None:
             "no size could be compared: the model refuses size 1 and the inputs have it",
             "give --inputs with two rows or more",
         )
+    if all(p.ok and p.blank for p in parity):
+        raise LoraFxError("every output is zero: nothing is proven", "give --inputs with real data")
     for p in parity:
         if not p.ok:
             raise NoEffectError(

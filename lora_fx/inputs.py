@@ -209,7 +209,9 @@ class Inputs:
 
     def implied(self, condition: Condition) -> bool:
         """Whether a condition holds wherever sizes of one symbol are equal."""
-        places = self._places()
+        # names and demands say so: a branch, which asked the same, is what is to be told
+        demands = tuple(c for c in self.conditions if c.demanded)
+        places = replace(self, conditions=demands)._places()
         about = sorted(condition.about & {*places})
         return _implied(condition, tuple((s, places[s]) for s in about))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
+from lora_fx.onnx.names import mark_data, unfolded
 from lora_fx.silence import silenced
 from lora_fx.targets.target import Target
 
@@ -74,7 +76,8 @@ def to_onnx(
     symbols = {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
     shapes = [{d: Dim.AUTO for d in dims} or None for dims in free.values()]
     said = silenced(contextlib.redirect_stdout, LEAST)
-    with said, norms_apart(), recurrent_shapes(), torch.no_grad():
+    own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
+    with said, weights_apart(own), recurrent_shapes(), torch.no_grad():
         try:
             given = (*tensors, *weights.values())
             program = export_program(flat, given, (*shapes, *(None for _ in weights)))
@@ -92,6 +95,7 @@ def to_onnx(
                 "a Hugging Face model may need attn_implementation='eager' (-v prints all)",
             ) from e
     assert onnx is not None
+    mark_data(onnx.model, own)
     owner = onnx.model.graph
     for place, weight in zip(owner.inputs[len(names) :], weights.values(), strict=True):
         place.const_value = ir.tensor(to_numpy(weight), name=place.name)
@@ -157,20 +161,28 @@ def output_paths(spec: Any, count: int) -> list[str]:
     return [places[i] for i in range(count)]
 
 
-def norms_apart() -> contextlib.AbstractContextManager[None]:
-    """A block that leaves batch norms nodes of their own: convolutions keep the parameters' values.
+@contextlib.contextmanager
+def weights_apart(weights: Collection[str]) -> Iterator[None]:
+    """A block that leaves weights as they are: nothing is computed from them or joined with them.
 
-    The exporter would multiply them in, and adapters of the model would no longer fit the file.
-    ONNX Runtime does the same when it loads a file, so nothing is lost. onnxscript has no option
-    for it; where its list of rules is another, weights are marked as changed (names.mark_changed).
+    The exporter would multiply batch norms into convolutions, compute what reads small weights
+    and constants, and store weights once that are equal; adapters of the model would no longer fit
+    the file. ONNX Runtime does the same when it loads a file, so nothing is lost. onnxscript has
+    no option for norms; where its rules are others, weights are marked as changed
+    (names.mark_changed).
     """
-    from onnxscript import rewriter
+    from onnx_ir.passes.common import initializer_deduplication as joining
+    from onnxscript import optimizer, rewriter
 
-    name = "_DEFAULT_REWRITE_RULES"
-    rules = getattr(rewriter, name, ())
+    name, skipped = "_DEFAULT_REWRITE_RULES", "_should_skip_initializer"
+    rules, skip = getattr(rewriter, name, ()), getattr(joining, skipped, None)
     kept = tuple(r for r in rules if "batchnorm" not in type(r).__name__.lower()
                  and "batchnorm" not in str(getattr(r, "name", "")).lower())  # fmt: skip
-    return patched(rewriter, **{name: kept}) if kept else contextlib.nullcontext()
+    own = {skipped: lambda v, *rest: v.name in weights or skip(v, *rest)} if skip else {}
+    rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
+    fold = patched(optimizer, optimize_ir=rule)
+    with patched(rewriter, **({name: kept} if kept else {})), patched(joining, **own), fold:
+        yield
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.

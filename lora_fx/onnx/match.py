@@ -12,10 +12,11 @@ A whole tensor (a bias, a new head) goes by the same names; a matrix lies as its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank
@@ -25,11 +26,14 @@ from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.read import read_json
 from lora_fx.onnx.graph.flow import operand
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import CHANGED, copies_of
+from lora_fx.onnx.names import CHANGED, FOLDED_FROM, copies_of
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import keys_of, of_use
 from lora_fx.targets.target import Target, base_name, split_use
 from lora_fx.text import near
+
+FOLDED = 8192
+"""Elements of the largest tensor that onnxscript computes from."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,35 @@ def match(
     bound = bind(replace(adapter, entries=loose), found)
     for key in bound.lowrank:
         _check_unchanged(key, graph, found)
+    changed = {found[k].parameter.name for k in bound.lowrank} | {n for n, _ in whole.values()}
+    graph.notes += _left_behind(graph, changed)
     return Matched(dict(bound.lowrank), {n: v for n, v in whole.values()})
+
+
+def _left_behind(graph: OnnxGraph, changed: Collection[str]) -> list[str]:
+    """What has to be said of constants that another exporter computed from a weight that changes.
+
+    Its metadata may tell; else equal rows do, of a weight that onnxscript would fold.
+    """
+    said, stores = [], graph.flow.stores
+    for name, store in stores.items():
+        meta = store.value.metadata_props.get(FOLDED_FROM, "")
+        alike = (n for n in changed if repr(n) in meta or _begins(store.tensor, stores[n].tensor))
+        if name not in changed and (source := next(alike, "")):
+            said.append(
+                f"{name!r} may be computed from {source!r} and is not changed: export again"
+            )
+    return said
+
+
+def _begins(part: ir.TensorProtocol, whole: ir.TensorProtocol) -> bool:
+    """Whether a constant begins with a row or a column of a small matrix, and is not as large."""
+    sizes, w = tuple(part.shape.numpy()), tuple(whole.shape.numpy())
+    if whole.size > FOLDED or len(w) != 2 or sizes == w or not part.size or sizes[-1:] < (2,):
+        return False
+    row, both = part.numpy().reshape(-1, sizes[-1])[0], (whole.numpy(), whole.numpy().T)
+    same = any(m.shape[1] == len(row) and (m == row).all(1).any() for m in both)
+    return bool(same and (row != row[0]).any())
 
 
 def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import EPSILON, ORT_TOL, STEPS, Parity, compare, rel
+from lora_fx.compare import EPSILON, ORT_TOL, STEPS, Parity, compare
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment
@@ -61,7 +61,7 @@ class InGraph:
             # kernels of quantised layers round as they like, some in bfloat16, some x too
             with self.state.base():
                 own = self._live(given)
-            tol = max(tol, min(STEPS, 4 * max(rel(own[n], v) for n, v in base.items())))
+            tol = max(tol, min(STEPS, 4 * compare(own, base, {}, tol).rel))
         sampled = prove(self._live, module, sizes=SIZES[:1], tol=tol) if idle else []
         return (sampled or prove(self._live, module, arrays=given, tol=tol))[0]
 

@@ -133,7 +133,8 @@ def feeds_of(
             continue
         yield named, feeds, isinstance(size, Mapping)
     if arrays is None and every and is_real(captured.named):
-        yield captured.named, arrays_of(captured.named), True
+        example = reference._in_own_dtype()
+        yield example, arrays_of(example), True
 
 
 def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], reason: str) -> None:
@@ -219,7 +220,7 @@ def own_errors(
     weights alone tell.
     """
     sizes = model.captured.inputs.checks if sizes is None else sizes
-    example = model.captured.named
+    example = model._in_own_dtype()
     calls: list[Callable[[], Named]]
     calls = [partial(model.sample, size, None, seed) for size in sizes for seed in seeds]
     if arrays is not None:
@@ -305,7 +306,7 @@ def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
 
 def torch_run(module: CapturedModule) -> Run:
     """A torch module as {input: array} → {output: array}."""
-    return lambda feeds: module.flat(named_of(module.captured.named, feeds))
+    return lambda feeds: module.flat(named_of(module._in_own_dtype(), feeds))
 
 
 # A captured torch model as the reference of an export.
@@ -351,7 +352,7 @@ class TorchReference:
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
         named = self.base.sample(size, self.arrays, seed)
-        example = self.base.captured.named
+        example = self.base._in_own_dtype()
         try:
             self.base.flat(named)
         except (IndexError, RuntimeError, ValueError):  # inputs that depend on each other, maybe

@@ -173,8 +173,8 @@ class OnnxReference:
             plain, fused = (self._run(adapter, level, feeds) for level in (False, True))
             feeds = {**feeds, **_factors(updates)}
             for values in (plain, self._outputs(moved, feeds)):
-                for name, value in values.items():
-                    worst[name] = max(worst.get(name, 0.0), rel(value, fused[name]))
+                for name in (n for n, v in fused.items() if v.any()):
+                    worst[name] = max(worst[name], rel(values[name], fused[name]))
                 yield worst
 
     def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
@@ -211,7 +211,7 @@ class OnnxReference:
         result = []
         for key, u in adapter.lowrank.items():
             changed = self._outputs(session, {**feeds, **_factors({key: u})})
-            if not any(rel(changed[n], base[n]) > 0 for n in base):
+            if all(np.array_equal(changed[n], base[n]) for n in base):
                 result.append(key)
         return result
 

@@ -217,8 +217,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
         rewritten = graph.clone()
         if options.mode == "batch":
             sources = {p.name: (p.name, StoredWeight(p.shape)) for p in graph.parameters()}
-            fixed = bool(options.inputs)
-            return write_batch(rewritten, reference, sources, bound, options, said, fixed=fixed)
+            return write_batch(rewritten, reference, sources, bound, options, said)
         keys, _ = options.chosen(found, bound)
         return write_switch(rewritten, reference, keys, bound, options, said)
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import Parity, Report, demand, rel
+from lora_fx.compare import Parity, Report, compare, demand
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
@@ -126,7 +128,7 @@ def write_switch(
     warnings = list(warnings)
     here, kept = find(graph), graph.model.graph.initializers
     known = here if found is None else found
-    there = {k: t.op for k in keys if (t := here.get(k)) is not None}
+    there = {k: t for k in keys if (t := here.get(k)) is not None}
     lost = (known.get(k) for k in keys if k not in there)
     apart = [t for t in lost if t and not t.other_readers and t.key in kept]  # see to_onnx
     keys = [k for k in keys if k not in {t.key for t in apart}]
@@ -136,18 +138,17 @@ def write_switch(
         keys = [k for k in keys if k in there]
     stored = copies_of(graph.model).values()
     twice = [k for k in keys if base_name(k) in stored]
-    if twice and not loose:
+    if twice:
         raise LoraFxError(
             f"{twice[0]!r} is stored twice in the exported graph, for two uses of a tied tensor",
             "mode merged adapts both; here --exclude it",
         )
-    warnings += [f"{k}: left out, a tied tensor that the graph stores twice" for k in twice]
-    keys = [k for k in keys if k not in twice]
     largest = max((u.rank for a in adapters.values() for u in a.lowrank.values()), default=0)
     if load and rank and rank < largest:
         raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
     layouts = {k: known[k].layout for k in (*keys, *(t.key for t in apart))}
-    turned = {k for k in keys if there.get(k) == "embedding" and layouts[k].in_ != (0,)}
+    lookups = {k: t.layout for k, t in there.items() if t.op == "embedding"}
+    turned = {k for k in keys if k in lookups and layouts[k].in_ == lookups[k].out}
     switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, apart, turned)
     switch(graph)
     manifest = switch.made[0]
@@ -165,7 +166,7 @@ def write_switch(
         for name, adapter in tried.items():
             run, _ = serve(adapter)
             changed = run(feeds)
-            if not any(rel(changed[k], base[k]) > 0 for k in base):
+            if all(np.array_equal(changed[k], base[k]) for k in base):
                 if not adapters:
                     raise NoEffectError(
                         "a random adapter changes nothing in the exported file", "report this model"
@@ -241,7 +242,7 @@ def _random(
             entries[key] = LowRank(a, b, size * a.shape[-2], layout, use=own_use(key))
         made = Adapter(entries)
         changed = serve(made)[0](feeds)
-        if all(rel(changed[n], base[n]) <= 1 for n in base):
+        if compare(changed, base, {}, 1.0).ok:
             break
     return made
 
@@ -260,8 +261,6 @@ def write_batch(
     adapters: Mapping[str, Adapter],
     options: ExportOptions,
     warnings: Sequence[str],
-    *,
-    fixed: bool,
 ) -> Report:
     """Write one ONNX file that serves every adapter.
 
@@ -272,7 +271,6 @@ def write_batch(
         adapters: Bound to the reference, in the order of their ids, 1, 2 …
         options: With scales the file has the input `adapter_scales`, a weight by row.
         warnings: To be reported.
-        fixed: The reference has one size: a user's inputs.
 
     Raises:
         LoraFxError: A target whose rows cannot be told apart, or that has no form by row.
@@ -289,8 +287,14 @@ def write_batch(
         told = save_within(made_file, model, reference.conditions, reference.guards(), options)
         session = open_session(made_file.path, options.provider)
         parity = prove_rows(
-            session.run, reference, adapters, rowed, fixed=fixed, scales=options.scales
+            session.run,
+            reference,
+            adapters,
+            rowed,
+            fixed=bool(options.inputs),
+            scales=options.scales,
         )
+        demand(parity, "a batch differs")
     said = [*warnings, *told]
     said += [session.note] if session.note else []
     nodes = {"nodes": sum(1 for _ in model.graph.all_nodes()), "nodes_of_base": before}

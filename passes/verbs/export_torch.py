@@ -21,7 +21,6 @@ from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import (
-    copies_of,
     mark_changed,
     mask_by_infinity,
     rename_dimensions,
@@ -105,18 +104,16 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         model, tol = made_of.model, GATES[precision]
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
-        told = save_within(made_file, model, conditions, guards(branched), options)
-        session = open_session(made_file.path, provider)
-        runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
-        rewritten = any(s.kept for s in stages) and precision not in GATES
-        if rewritten and not all(p.ok for p in runtime):
-            # each stage was near the exported graph, but together they are too far from torch
-            why = "the stages together differ from torch"
-            stages = [replace(s, kept=False, why=s.why or why) for s in stages]
-            model = made.model
+        for model in (model, made.model):  # noqa: B020
             told = save_within(made_file, model, conditions, guards(branched), options)
             session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
+            rewritten = any(s.kept for s in stages) and precision not in GATES
+            if not rewritten or all(p.ok for p in runtime):
+                break
+            # each stage was near the exported graph, but together they are too far from torch
+            why = "the stages together differ from torch"
+            stages = [replace(s, kept=False, why=s.why or why) for s in stages]
         demand(runtime, "ONNX Runtime differs from torch")
     warnings += told
     if session.note:
@@ -207,8 +204,7 @@ def export_slots(
         if apart:
             graph, _ = _base(reference, opset, tied=False, apart=apart)
         sources = _sources(reference.base, graph, apart)
-        fixed = options.inputs is not None
-        return write_batch(graph, reference, sources, bound, options, said, fixed=fixed)
+        return write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
     apart = _lost(reference, graph, keys)
     if apart:
@@ -218,9 +214,9 @@ def export_slots(
 
 
 def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> dict[str, Target]:
-    """Targets that the exporter lost: it computed from their weight, or stored it twice."""
-    here, stored = find(graph), set(copies_of(graph.model).values())
-    lost = [k for k in keys if here.get(k) is None or base_name(k) in stored]
+    """Targets that the exporter lost: it computed from their weight, or has no such use of it."""
+    here = find(graph)
+    lost = [k for k in keys if here.get(k) is None]
     known = find(reference.base.graph(False, portable=True)) if lost else here
     apart: dict[str, Target] = {}
     for key in lost:
@@ -253,8 +249,7 @@ def _sources(
     names = {n: p for p in torch_side.parameters() for n in (p.name, *p.aliases)}
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
-        stem, _, number = stored.name.rpartition(".")
-        p = names.get(stored.name) or (names.get(stem) if number.isdigit() else None)
+        p = names.get(stored.name)
         if p is None or len(p.shape) < 2:
             continue
         if (

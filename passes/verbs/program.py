@@ -87,7 +87,7 @@ def _paths(module: CapturedModule, training: bool) -> Paths:
     found = [first]
     for named, traced in others:
         with contextlib.suppress(RuntimeError, ValueError, IndexError):  # of the user's code
-            module.flat(named)
+            module.flat(module._in_own_dtype(named))
             found.append((named, traced))
     return found
 
@@ -101,7 +101,8 @@ def _share_memory(again: nn.Module, module: nn.Module, what: str) -> None:
     own = all_tensors(module)
     for name, t in all_tensors(again).items():
         if name in own:
-            _demand({name: _bits(t)}, {name: _bits(own[name])}, what)
+            # an adapter is read as float32, whatever `.to(dtype)` made of it
+            _demand({name: _bits(t)}, {name: _bits(own[name].to(t.dtype))}, what)
         t.data = own[name].data if name in own else t.data.clone()
 
 
@@ -122,9 +123,9 @@ def _prove(
     for m in modes:
         m.train(training)
     ran = 0
-    example = module.captured.named
+    example = module._in_own_dtype()
     own = (*map(module.sample, SIZES), *([example] if is_real(example) else ()))
-    for named in (*own, *(named for named, _ in paths[1:])):
+    for named in (*own, *(module._in_own_dtype(named) for named, _ in paths[1:])):
         leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
             want = module.flat(named)
@@ -137,8 +138,13 @@ def _prove(
         ran += 1
         _demand(got, want, f"the {names} program")
         if loaded is not None and paths[0][1].door.admits(pytree.tree_leaves(named)):
-            with torch.no_grad(), alike(loaded):
-                values = pytree.tree_leaves(loaded(*leaves))
+            try:
+                with torch.no_grad(), alike(loaded):
+                    values = pytree.tree_leaves(loaded(*leaves))
+            except RuntimeError as e:
+                if "Expected input at" not in str(e):
+                    raise
+                continue  # torch keeps to the range of a split, where the path is the same beyond
             tensors = [to_numpy(v) for v in values if isinstance(v, torch.Tensor)]
             _demand(dict(zip(want, tensors, strict=True)), want, "the program that torch loads")
     if not ran:

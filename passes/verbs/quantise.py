@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import rel
+from lora_fx.compare import compare
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import beside, taken, tensors_of
@@ -94,7 +94,7 @@ def quantised_base(
     new = quantised(cap, wanted, {name for a in every for name in a.full})
     with torch.no_grad():
         before, after = (plain(c).flat(c.named) for c in (cap, new))
-    off = max((rel(after[n], v) for n, v in before.items()), default=0.0)
+    off = compare(after, before, {}, 1.0).rel
     new.notes.append(f"quantising moves the base's outputs by {off:.1e} of the largest")
     base = Base()
     for i, adapter in enumerate(every, 1):

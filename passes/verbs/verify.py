@@ -149,7 +149,7 @@ def _folder(model: object) -> object:
 
 
 def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
-    ok = bool(parity) and all(p.ok for p in parity)
+    ok = all(p.ok for p in parity) and not all(p.blank for p in parity)
     return Report("verify", ok, tuple(parity), (), tuple(notes))
 
 

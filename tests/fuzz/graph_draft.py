@@ -77,7 +77,7 @@ class Draft:
                      f"{w} = g.shape({w}, [{text}])")  # fmt: skip
         elif way == 5:
             self.say(f"{w} = g.weight('{w}', ({text},), '{layout}', dtype='float16')",
-                     f"{w} = g.cast({w}, 'float32')", "g.gate.append(4e-3)")  # fmt: skip
+                     f"{w} = g.cast({w}, 'float32')", "g.gate.append(8e-3)")  # fmt: skip
         elif way == 6:
             self.say(f"{w} = g.weight('{w}', ({text},), '{layout}', dtype='float64')",
                      f"{w} = g.cast({w}, 'float32')")  # fmt: skip

@@ -282,6 +282,27 @@ ONNX = {
 }
 
 
+ONNX_TWINS = {
+    "its shape": ([node("Shape", ["w"], ["z"])], ["y", "z"]),
+    "a second product": ([node("MatMul", ["y", "w"], ["z"])], ["y", "z"]),
+    "another tensor": ([node("Abs", ["i"], ["z"])], ["y", "z"]),
+}
+
+
+@pytest.mark.parametrize("name", ONNX_TWINS)
+def test_onnx_twins_are_merged_without_a_word(name: str, tmp_path: Path) -> None:
+    nodes, outputs = ONNX_TWINS[name]
+    base = graph([node("MatMul", ["x", "w"], ["y"]), *nodes], outputs, tmp_path / "b.onnx")
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((2, 8)).astype("f4"), rng.standard_normal((8, 2)).astype("f4")
+    report = lora_fx.merge(
+        base, lora_fx.Adapter({"w": lora_fx.LowRank(a, b, 2.0)}), tmp_path / "m.onnx"
+    )
+    assert not any("read by" in w for w in report.warnings)
+    held = onnx.load(tmp_path / "m.onnx").graph.initializer
+    assert sum(t.data_type == TensorProto.FLOAT for t in held) == 1
+
+
 @pytest.mark.parametrize("name", ONNX)
 def test_onnx_files_keep_the_readers_constant(name: str, tmp_path: Path) -> None:
     nodes, outputs = ONNX[name]

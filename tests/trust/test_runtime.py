@@ -61,7 +61,31 @@ class Stack(Dirty):
         return torch.bmm(x, self.stack)
 
 
-@pytest.mark.parametrize("kind", [LeftOfBatch, LeftOfTransposed, Right, Linear, Stack])
+class LeftOfSquared(Dirty):
+    def product(self, x: Tensor) -> Tensor:
+        return self.w @ (x @ x)
+
+
+class Letters(Dirty):
+    def product(self, x: Tensor) -> Tensor:
+        return torch.einsum("oi,bin->bon", self.w, x)
+
+
+class Convolved(Dirty):
+    def product(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.w[:, :, None])
+
+
+class Looked(Dirty):
+    def product(self, x: Tensor) -> Tensor:
+        return F.embedding((x[..., 0] > 0).long(), self.w)
+
+
+LEFT = [LeftOfBatch, LeftOfTransposed, LeftOfSquared, Letters, Convolved]
+OTHERS = [Right, Linear, Stack, Looked]
+
+
+@pytest.mark.parametrize("kind", [*LEFT, *OTHERS])
 def test_no_adapter_is_the_base(kind: type[Dirty], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = kind().eval(), torch.randn(3, 6, 6)

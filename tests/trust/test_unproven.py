@@ -48,6 +48,50 @@ def test_the_report_names_them(mode: str, tmp_path: Path) -> None:
     assert "not proven at x [1, 11, 4]" in str(report)
 
 
+class Odd(Alone):
+    """Another path where the steps are a number of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        return y * 2 if x.shape[1] == 11 else y
+
+
+class Long(Alone):
+    """Another path beyond a length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        return y.flip(1) if x.shape[1] > 8 else y
+
+
+class Rows(Alone):
+    """Another path for many rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        return y - 1 if x.shape[0] > 2 else y
+
+
+class Area(Alone):
+    """Another path for many rows and steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        return y * 3 if x.shape[0] * x.shape[1] > 20 else y
+
+
+@pytest.mark.parametrize("mode", ["merged", "load"])
+@pytest.mark.parametrize("kind", [Alone, Odd, Long, Rows, Area])
+def test_every_size_is_proven_or_named(kind: type[Alone], mode: str, tmp_path: Path) -> None:
+    options: Any = {"mode": "load", "rank": 2} if mode == "load" else {}
+    path = tmp_path / "m.onnx"
+    said = lora_fx.export(kind().eval(), path, (X,), provider="cpu", **options).to_json()
+    proven = {tuple(p["sizes"]["x"]) for p in said["parity"]}
+    left = {tuple(r["sizes"]["x"]) for r in said["unproven"]}
+    assert proven and left and not proven & left
+    assert all(r["reason"].startswith("another path") for r in said["unproven"])
+
+
 def test_a_model_that_runs_everywhere_has_none(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4)).eval()
     report = lora_fx.export(

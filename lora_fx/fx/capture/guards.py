@@ -78,6 +78,15 @@ class GuardLog:
         """The guard of an expression as torch prints it."""
         return self.guards.get(text, Guard(None, BRANCH, UNKNOWN))
 
+    def of_equal(self, symbols: set[Any]) -> Guard:
+        """The guard of a line of Python that asked whether such sizes are equal, or a demand."""
+        for guard in self.guards.values():
+            own: set[Any] = getattr(guard.expression, "free_symbols", set())
+            equal = getattr(guard.expression, "rel_op", "") == "==" and len(own) > 1
+            if guard.kind == BRANCH and equal and own & symbols:
+                return guard
+        return Guard(None, DEMAND, UNKNOWN)
+
     def of_bound(self, symbol: Any, outside: int) -> Guard:
         """The guard that keeps a symbol from a value."""
         for guard in self.guards.values():
@@ -193,7 +202,9 @@ class Learnt:
                     shape[d] = hint(n)  # what cannot be said cannot be checked: `pinned` says it
                     continue
                 sizes = [("s0", self.names[i], d), *sizes]
-                self.conditions.append(Condition(text, tuple(sizes), UNKNOWN, demanded=True))
+                guard = self.log.of_equal(n.node.expr.free_symbols)
+                made = Condition(text, tuple(sizes), guard.line, guard.kind == DEMAND)
+                self.conditions.append(made)
 
     def squeezed(self, graph: fx.Graph) -> None:
         """Add that a free size that is squeezed is not 1: there the result has another rank."""

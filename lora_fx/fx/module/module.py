@@ -380,7 +380,16 @@ class CapturedModule(Recomputing, Scope):
         """Named arguments of one size, from the captured signature."""
         captured = self._programs.captured
         inputs = captured.bounded_inputs()
-        return sample_call(inputs, captured.named, size, seed, arrays, tensors.device_of(self))
+        device = tensors.device_of(self)
+        return self._in_own_dtype(sample_call(inputs, captured.named, size, seed, arrays, device))
+
+    def _in_own_dtype(self, named: Named | None = None) -> dict[str, Any]:
+        """Arguments of the capture, its example's if none, as `.to(dtype)` lets the module take."""
+        captured = self._programs.captured
+        was, to = captured.base_dtype, self._dtype
+        cast = functools.partial(pytree.tree_map_only, torch.Tensor)
+        given = dict(captured.named if named is None else named)
+        return dict(cast(lambda x: x.to(to) if x.dtype == was else x, given))
 
     def flat(self, named: Named) -> dict[str, Array]:
         """Run on copies of named arguments; {output name: array} of the tensors that come out."""

@@ -103,7 +103,8 @@ def _export(
     _keep_volatile(flat, module)
     free = traced.door.free(module.captured.requested)
     shapes = tuple({d: Dim.AUTO for d in dims} or None for dims in free.values())
-    examples = dict(leaves_of(named))  # of its own sizes, for FLOPs are counted at them
+    # of the call's own sizes, for FLOPs are counted at them
+    examples = dict(leaves_of(module._in_own_dtype(named)))
     tensors = tuple(at_least_two(examples[name], dims).cpu() for name, dims in free.items())
     places = dict(zip(free, flat.graph.find_nodes(op="placeholder"), strict=True))
     put_asserts(flat.graph, places, traced.door.conditions)

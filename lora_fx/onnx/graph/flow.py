@@ -40,6 +40,8 @@ VIEW = "lora_fx.view"
 """Metadata key of the views of a use in weight form, which start at a sum, not at the weight."""
 WAS = "lora_fx.was"
 """Metadata key of a site's value whose own name went to the sum with its branches."""
+DATA = "lora_fx.data"
+"""Metadata key of a constant that a product or a lookup has for its input: no weight."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def _store(flow: OnnxFlow, value: ir.Value) -> None:
     name = free_name(own, flow.stores)  # a body may use a name again
     store = Store(name, value)
     flow.stores[name] = store
-    flow.weights[value] = OnnxWeight(name, View(), tuple(store.tensor.shape.numpy()))
+    if DATA not in value.metadata_props:
+        flow.weights[value] = OnnxWeight(name, View(), tuple(store.tensor.shape.numpy()))
 
 
 def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
@@ -644,7 +647,8 @@ def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 def _gather(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     """The slice of one entry of an axis that a constant picks; ids from data pick matrices."""
-    ids = constant(node.inputs[1])
+    value = node.inputs[1]
+    ids = None if value is None or DATA in value.metadata_props else constant(value)
     axis = node.attributes.get_int("axis", 0) % len(shape)
     if ids is None or ids.ndim:
         return _picked(node, shape, 1) if ids is None and axis == 0 else None
