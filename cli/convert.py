@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.cli.options import result_options, trust_option
+from lora_fx.cli.options import result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
 from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
@@ -32,6 +34,8 @@ from lora_fx.text import Json
     metavar="X.onnx",
     help="The switchable file that OUT, an .onnx_adapter, is for.",
 )
+@selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
+@selectors_option("--exclude", "Of the adapter: updates to leave out.")
 @trust_option
 @result_options
 def command(
@@ -40,9 +44,9 @@ def command(
     name: str | None,
     base: str | None,
     model: str | None,
-    trust: bool,
     force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     r"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
 
@@ -56,7 +60,9 @@ def command(
     """
     name = name or format_for(output)
     source = format_of(adapter)
-    loaded = load_adapter(adapter, trust, base=base)
+    loaded = load_adapter(adapter, options["trust"], base=base)
+    if options["include"] or options["exclude"]:
+        loaded = loaded.select(options["include"] or "", options["exclude"] or "")
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
         notes += save_adapter(loaded, output, name, force=force)

@@ -334,8 +334,8 @@ merge_options = combined(
     [
         click.option(
             "--dtype",
-            type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
-            help="Of touched tensors.  [default: as stored]",
+            metavar="DTYPE",
+            help="Of touched tensors: bf16, fp16, fp32, fp64.  [default: as stored]",
         ),
         *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items()),
         click.option("--max-shard-size", metavar="SIZE", help="Of --dequantise.  [default: 5GB]"),

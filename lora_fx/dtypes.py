@@ -71,6 +71,14 @@ def numpy_dtype(name: str) -> NumpyDtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def long_name(name: str | None) -> str | None:
+    """bfloat16 for bf16; other names, and None, as they are."""
+    return _SHORT.get(name or "", name)
+
+
 @functools.cache
 def values_of(dtype: NumpyDtype) -> Array:
     """The 256 values of a dtype of 8 bits, fp32: a look at them is faster than ml_dtypes' cast."""

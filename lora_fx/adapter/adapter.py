@@ -30,7 +30,8 @@ from lora_fx.targets.regions import (
     own_use,
     tied,
 )
-from lora_fx.targets.target import split_use
+from lora_fx.targets.selectors import select_names
+from lora_fx.targets.target import base_name, split_use
 from lora_fx.text import Json, JsonView, near
 
 
@@ -141,6 +142,26 @@ class Adapter:
                     "only updates in proportion to their scale can be weighted",
                 )
         return replace(self, entries=scaled)
+
+    def select(
+        self, include: str | Sequence[str] = "", exclude: str | Sequence[str] = ""
+    ) -> Adapter:
+        """Some of its updates: all that include names, or all, without those that exclude names.
+
+        Args:
+            include: Selectors of keys: globs on a dotted suffix, or re:REGEX.
+            exclude: The same.
+
+        Raises:
+            LoraFxError: A selector that names no key, or nothing left.
+        """
+        names = list(dict.fromkeys(map(base_name, self.entries)))
+        kept = select_names(names, include, "include") if include else names
+        gone = select_names(names, exclude, "exclude") if exclude else ()
+        every = {k: e for k, e in self.entries.items() if base_name(k) in {*kept} - {*gone}}
+        if not every:
+            raise LoraFxError("no update of the adapter is left", "name others, or fewer")
+        return replace(self, entries=every)
 
     def resolved(self, names: Iterable[str]) -> Adapter:
         """This adapter under a model's parameter names, where its file does not name those."""

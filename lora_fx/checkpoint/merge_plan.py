@@ -25,7 +25,7 @@ from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refus
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.requantise import sampled
 from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, spread, tie_and_names
-from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
+from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
 from lora_fx.errors import LoraFxError, MisfitError, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.dequantise import SHARD, CodesInfo, dequantised, view_notes
@@ -71,6 +71,7 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         """Raise for a mix or dtype that is not known, and for sizes that are none."""
+        object.__setattr__(self, "dtype", long_name(self.dtype))
         if self.dtype not in (None, *FLOATING):
             raise LoraFxError(f"no dtype {self.dtype!r}", f"one of {', '.join(FLOATING)}")
         if self.how not in HOWS:

@@ -105,13 +105,15 @@ def _parts(t: Target, text: str) -> list[str]:
     return [found.key] if found is not None else []
 
 
-def select_names(names: Sequence[str], selectors: str | Sequence[str]) -> tuple[str, ...]:
-    """Parameter names (for also_train): a glob on a dotted suffix of the name or of its module."""
+def select_names(
+    names: Sequence[str], selectors: str | Sequence[str], option: str = "also_train"
+) -> tuple[str, ...]:
+    """Parameter names, for an option: a glob on a dotted suffix of the name or of its module."""
     chosen: dict[str, None] = {}
     for text in split(selectors):
         hits = [n for n in names if _names(text, n) or _names(text, n.rpartition(".")[0])]
         if not hits:
-            raise LoraFxError(f"also_train {text!r} matches no parameter", _near(text, names))
+            raise LoraFxError(f"{option} {text!r} matches no parameter", _near(text, names))
         chosen.update(dict.fromkeys(hits))
     return tuple(chosen)
 

@@ -86,7 +86,7 @@ def prove_rows(
 def _own_errors(
     reference: Reference, adapters: Sequence[Adapter | None]
 ) -> Iterator[Mapping[str, float]]:
-    """Per output, how far rounding moves any of these: at least so far, then at least so far …"""
+    """Per output, how far rounding moves any of these: the more, the longer it is asked."""
     worst: dict[str, float] = {}
     for adapter in adapters:
         for found in reference.own_errors(adapter):

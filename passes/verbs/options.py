@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
+from lora_fx.dtypes import long_name
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.inputs import Dynamic, Named
@@ -172,6 +173,7 @@ class ExportOptions:
                     f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
                     "leave it out",
                 )
+        object.__setattr__(self, "precision", long_name(self.precision))
         if self.precision not in (None, "float32", "bfloat16", "float16", "int8"):
             raise LoraFxError(
                 f"no precision {self.precision!r}", "float32, bfloat16, float16 or int8"

@@ -202,3 +202,14 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(LoraFxError, match=r"GPTQ or AWQ.*not read"):
         merge(tmp_path / "odd", path, tmp_path / "x", dequantise=True)
     assert not (tmp_path / "x").exists()
+
+
+def test_short_names_of_dtypes(tmp_path: Path) -> None:
+    _, key = base(tmp_path / "base", "awq 16")
+    path, _ = update(tmp_path / "a", GOLDEN["awq 16"].want.shape, key)
+    for short, name in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
+        merge(tmp_path / "base", path, tmp_path / short, dequantise=True, dtype=short)
+        opened = open_checkpoint(tmp_path / short)
+        assert opened.tensors[key].dtype == name and opened.config()["torch_dtype"] == name
+    with pytest.raises(LoraFxError, match="no dtype 'fp8'"):
+        merge(tmp_path / "base", path, tmp_path / "x", dequantise=True, dtype="fp8")

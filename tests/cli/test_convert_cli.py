@@ -115,3 +115,25 @@ def test_needs_no_torch(made: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("[]")
+
+
+def test_some_updates_alone(made: Path, capsys: Any) -> None:
+    low = LowRank(A, B, 3.0)
+    names = [f"model.layers.{i}.{p}_proj.weight" for i in range(2) for p in "qv"]
+    save_adapter(Adapter(dict.fromkeys(names, low)), "many")
+    rows = [
+        (["--include", "q_proj"], {names[0], names[2]}),
+        (["--include", "layers.0.*,re:1.v_"], {names[0], names[1], names[3]}),
+        (["--exclude", "layers.1.*"], {*names[:2]}),
+        (["--include", "q_proj", "--exclude", "layers.1.*"], {names[0]}),
+    ]
+    for i, (more, kept) in enumerate(rows):
+        assert run("many", "-o", f"part{i}", *more) == 0
+        assert set(load_adapter(f"part{i}")) == kept
+    capsys.readouterr()
+    for more, words in (
+        (["--include", "k_proj"], "include 'k_proj' matches no parameter"),
+        (["--exclude", "*"], "no update of the adapter is left"),
+    ):
+        assert run("many", "-o", "none", *more) == 2
+        assert words in capsys.readouterr().err and not Path("none").exists()
