@@ -186,8 +186,10 @@ def quantised(pair: Pair) -> Iterator[Finding]:
                 kind += f": {why}"
             severity = WARNING if taken else ERROR
             kinds.setdefault((kind, severity), []).append(key)
+    no = refusal(pair) if kinds else None
+    ways = no.hint if no is not None and no.hint.startswith("--dequantise") else HINT
     for (kind, severity), keys in kinds.items():
-        hint = HINT if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
+        hint = ways if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
         yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)
 
 

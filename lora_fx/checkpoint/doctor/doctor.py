@@ -113,17 +113,15 @@ def lines(report: Report) -> str:
         scale = "?" if r["rank"] and r["scale"] is None else _number(r["scale"], ".6g")
         key = r["key"] if r["tensor"] else f"{r['key']} (not in the base)"
         rows.append((key, r["kind"], _number(r["rank"], "d"), scale, _number(r["ratio"], ".2e")))
-    text = [*table([(*r,) for r in rows]), ""]
+    text = [*table([(*r,) for r in rows])]
     worst: dict[str, str] = {}
     for f in d["findings"]:
         worst.setdefault(f["check"], f["severity"])
-    width = max(map(len, CHECKS))
-    for name in (*CHECKS, LAST):
-        text.append(f"{name:<{width}}  {worst.get(name, 'ok')}")
-    for f in d["findings"]:
         text += ["", f"{f['severity']}: {f['check']}: {some(f['keys'])}".removesuffix(": ")]
         for name, label in (("found", "found:"), ("expected", "expected:"), ("hint", "do:")):
             text += [f"  {label:<10}{f[name]}"] if f[name] else []
+    width = max(map(len, CHECKS))
+    text += ["", *(f"{name:<{width}}  {worst.get(name, 'ok')}" for name in (*CHECKS, LAST))]
     errors, warned = (sum(f["severity"] == s for f in d["findings"]) for s in (ERROR, WARNING))
     verdict = f"healthy; warnings: {warned}" if warned else "healthy"
     text += ["", verdict if report else f"errors: {errors}; do not merge this pair"]

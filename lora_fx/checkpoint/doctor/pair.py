@@ -17,6 +17,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import read_floats
 from lora_fx.checkpoint.int8 import Int8, stored_as
 from lora_fx.checkpoint.match import match, stacked
+from lora_fx.checkpoint.merge_plan import recoded_weights
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
@@ -24,6 +25,7 @@ from lora_fx.checkpoint.tied import tie_and_names
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
+from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter
@@ -126,12 +128,15 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     """
     checkpoint, path = open_checkpoint(Path(base)), Path(adapter)
     check_elements(path / WEIGHTS if path.is_dir() else path, 2 * checkpoint.elements)
+    coded: Tensors = {}
+    with contextlib.suppress(LoraFxError):  # told by a check of its own
+        coded = recoded_weights(checkpoint)
     read: Adapter | None = None
     refusal, digest = None, ""
     try:
         read = load_adapter(path)
         digest = adapter_hash(read)
-        read = read.resolved(checkpoint.tensors)
+        read = read.resolved({**checkpoint.tensors, **coded})
     except LoraFxError as error:
         refusal = error
     raw = None
@@ -143,7 +148,8 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
     if read is None:  # of another format: its names are not the base's, or this raises
         read = load_adapter(path, base=base) if raw is None else raw.adapter()
     config = checkpoint.config()
-    tie, tensors = tie_and_names(checkpoint, read.entries)
+    tie, stored = tie_and_names(checkpoint, read.entries)
+    tensors = {**stored, **coded}
     rename = renaming(read, tensors, config, [])
     with contextlib.suppress(LoraFxError):  # told by the last check
         read = stacked(read, tensors, config, rename)
@@ -190,6 +196,14 @@ def norm(low: LowRank) -> float:
 
 def sample(info: TensorInfo, count: int = 4096) -> Array:
     """Elements of a float tensor from its start, middle and end, in fp64."""
+    if isinstance(info, CodesInfo):
+        rows, few = math.prod(info.shape[:-1]), -(-count // info.shape[-1])
+        starts = (0, max(0, rows - few) // 2, max(0, rows - few))
+        try:
+            parts = [info.weight.rows(at, min(rows, at + few)) for at in starts]
+        except LoraFxError:  # codes or scales that are no numbers
+            return np.full(1, np.nan)
+        return np.concatenate(parts).astype(np.float64).reshape(-1)
     # by its bytes: the shape of a stack is that of all its matrices, and these are the first's
     size = (info.stop - info.start) // numpy_dtype(info.dtype).itemsize
     n = min(count, size)
