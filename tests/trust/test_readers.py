@@ -283,9 +283,12 @@ ONNX = {
 
 
 ONNX_TWINS = {
-    "its shape": ([node("Shape", ["w"], ["z"])], ["y", "z"]),
+    "its shape": (
+        [node("Shape", ["w"], ["s"]), node("Cast", ["s"], ["z"], to=TensorProto.FLOAT)],
+        ["y", "z"],
+    ),
     "a second product": ([node("MatMul", ["y", "w"], ["z"])], ["y", "z"]),
-    "another tensor": ([node("Abs", ["i"], ["z"])], ["y", "z"]),
+    "another tensor": ([node("Cast", ["i"], ["z"], to=TensorProto.FLOAT)], ["y", "z"]),
 }
 
 
