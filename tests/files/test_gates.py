@@ -171,9 +171,9 @@ def _write_together(folder: Path, part_name: str = "a.onnx_adapter") -> None:
 
 
 @pytest.mark.parametrize("before", ["old", ""])
-def test_a_kill_at_any_call_leaves_nothing_after_the_next_run(tmp_path: Path, before: str) -> None:
+def test_a_kill_at_any_call_leaves_nothing_after_the_next_run(memory: Path, before: str) -> None:
     def made(name: str) -> Path:
-        folder = tmp_path / name
+        folder = memory / name
         folder.mkdir()
         for file in ("m.onnx", "a.onnx_adapter") if before else ():
             (folder / file).write_text(before)

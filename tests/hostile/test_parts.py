@@ -37,27 +37,27 @@ def test_a_command_without_end_is_hung(tmp_path: Path, monkeypatch: pytest.Monke
     assert got.hung and got.raw and got.code == -signal.SIGXCPU
 
 
-def test_changed_files(tmp_path: Path) -> None:
+def test_changed_files(memory: Path) -> None:
     kinds = [k for k in mutate.READERS if k not in mutate.SLOW]
-    *failed, counts = mutate.rounds(20261127, range(80), kinds, tmp_path)
+    *failed, counts = mutate.rounds(20261127, range(80), kinds, memory)
     assert not failed and sum(json.loads(counts[1]).values()) == 80
 
 
-def test_killed_commands(tmp_path: Path) -> None:
+def test_killed_commands(memory: Path) -> None:
     lines = {n: kills.WRITERS[n] for n in ("merge a folder", "merge with data", "export load")}
-    *failed, counts = kills.rounds(lines, 2, 0, tmp_path)
+    *failed, counts = kills.rounds(lines, 2, 0, memory)
     assert not failed and sum(json.loads(counts[1]).values()) == 18
 
 
-def test_failing_disks(tmp_path: Path) -> None:
+def test_failing_disks(memory: Path) -> None:
     lines = {n: kills.WRITERS[n] for n in ("merge with data", "convert", "a page")}
-    *failed, counts = disk.rounds(lines, 4, 0, tmp_path)
+    *failed, counts = disk.rounds(lines, 4, 0, memory)
     assert not failed and sum(json.loads(counts[1]).values()) == 24
 
 
-def test_a_disk_that_is_full_at_every_write(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_every_write(memory: Path) -> None:
     lines = {"merge .onnx": kills.WRITERS["merge .onnx"]}
-    *failed, counts = disk.rounds(lines, 1000, 0, tmp_path, ["disk full"])
+    *failed, counts = disk.rounds(lines, 1000, 0, memory, ["disk full"])
     assert not failed and json.loads(counts[1])["disk full: 2"] > 10
 
 

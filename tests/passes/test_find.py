@@ -21,7 +21,7 @@ from tests.zoo.models import ZOO
 from tests.zoo.shared import captured
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST, SLOW = ("hf_gpt2", "transformer_encoder"), ("hf_t5",)
+FAST, SLOW = ("transformer_encoder",), ("hf_gpt2", "hf_t5")
 CODE = """
 import json, sys, lora_fx
 from tests.zoo.models import ZOO
@@ -42,7 +42,7 @@ def elsewhere(names: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(names, done.stdout.splitlines(), strict=True))
 
 
-@pytest.mark.parametrize("name", [*FAST, pytest.param(*SLOW, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_one_answer_in_every_process_mode_and_after_insert(name: str) -> None:
     answers = [elsewhere(SLOW if name in SLOW else FAST)[name]]
     cap, *_ = captured(name)

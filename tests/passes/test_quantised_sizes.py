@@ -51,17 +51,16 @@ def test_bytes_of_the_codes(kind: str, tmp_path: Path) -> None:
 
     cap, codes, floats = over(kind)
     assert codes / floats <= IN_MEMORY
-    file, plain = tmp_path / "q.onnx", tmp_path / "f.onnx"
-    for c, path in ((cap, file), (llama(), plain)):
-        assert lora_fx.export(c, path, provider="cpu").ok
+    file = tmp_path / "q.onnx"
+    assert lora_fx.export(cap, file, provider="cpu").ok
     made = onnx.load(file).graph
     sizes = {i.name: i.ByteSize() for i in made.initializer}
     products = [n for n in made.node if n.op_type in ("MatMulNBits", "MatMulBnb4")]
     assert len(products) == 14
     read = {name for n in products for name in n.input[1:] if name in sizes}
     assert codes <= sum(sizes[n] for n in read) <= IN_FILE * floats
-    # norms, the embedding and the head stay in float
-    assert file.stat().st_size / plain.stat().st_size < 0.45
+    # norms, the embedding and the head stay in float; a file of floats has more than the weights
+    assert file.stat().st_size / sum(p.nbytes for p in llama().model.parameters()) < 0.45
 
 
 def filled(module: Any) -> Any:

@@ -147,7 +147,8 @@ def test_the_users_module_is_untouched() -> None:
         model, args, kwargs = zoo(name)
         before = digest(model)
         flags = [p.requires_grad for p in model.parameters()]
-        for stats in ("frozen", "update"):
+        # bert has no batch norm, whose statistics might move
+        for stats in ("frozen", "update") if "resnet" in name else ("frozen",):
             m = lora_fx.insert(
                 model,
                 args,

@@ -152,6 +152,12 @@ class Run:
         self.keep("ddp_again", model)
         return losses
 
+    def ddp_codes(self) -> list[float]:
+        from tests.fx.train import quantised_worker  # which imports this module
+
+        model = DistributedDataParallel(quantised_worker.made(self.name))
+        return train(model, range(STEPS), self.rank)
+
     def fsdp(self) -> list[float]:
         model = self.shard(copy.deepcopy(self.start))
         model.captured.model.to("meta")  # the whole weights are not needed any more
@@ -220,7 +226,7 @@ class Run:
         return losses
 
 
-WAYS = ("ddp", "ddp_again", "fsdp", "fsdp_again", "fsdp_bf16", "dcp", "fsdp1")
+WAYS = ("ddp", "ddp_again", "ddp_codes", "fsdp", "fsdp_again", "fsdp_bf16", "dcp", "fsdp1")
 
 
 def every_way(name: str, folder: Path) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 import lora_fx
 from tests.fx.attach.attached import adapter_gap
 from tests.fx.train import loops_worker as worker
+from tests.fx.train import quantised_worker
 from tests.test_samples import SAMPLES
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -52,6 +53,10 @@ def test_the_losses_and_adapters_of_one_process(name: str, tmp_path: Path) -> No
     assert want[0] - want[2] > 0.05 and want[1] - want[3] > 0.05, "something is learnt"
     base = plain.adapter().metadata["base"]
     for way in worker.WAYS:
+        if way == "ddp_codes":
+            alike = worker.train(quantised_worker.made(name), range(worker.STEPS))
+            assert alike[0] - alike[2] > 0.05 and worst(alike, losses[way]) < 1e-5, way
+            continue
         got = lora_fx.load_adapter(tmp_path / way).bind(start.found)
         if way == "fsdp_bf16":
             rough = worker.made(name, torch.bfloat16)
