@@ -39,15 +39,23 @@ MADE: dict[str, tuple[str, dict[str, Any], str, str, int]] = {
         next(n for n in ROWS if n.startswith("float-quantized 8 channel")),
         CT, GATE, "compressed-tensors fp8", 8,
     ),
+    "fp8 in blocks": (
+        "FP8 32 torch.float32", {"quant_method": "fp8", "weight_block_size": [32, 32]}, GATE,
+        "FP8 in blocks of 32×32", 8,
+    ),
+    "mxfp8": ("MXFP8", {"quant_method": "modelopt"}, GATE, "MXFP8", 8),
+    "nvfp4": ("NVFP4 float32", {"quant_method": "modelopt"}, GATE, "NVFP4", 4),
+    "nvfp4 packed": ("nvfp4-pack-quantized", CT, GATE, "NVFP4", 4),
+    "mxfp4": ("mxfp4-pack-quantized", CT, GATE, "MXFP4", 4),
 }  # fmt: skip
 
 
-def llama() -> Any:
+def llama(rows: int = 9, hidden: int = 32) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=9, num_hidden_layers=1,
+        vocab_size=40, hidden_size=hidden, intermediate_size=rows, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
@@ -56,7 +64,7 @@ def llama() -> Any:
 def made(folder: Path, name: str, change: dict[str, Any] | None = None) -> Any:
     """A folder whose one layer is quantised, and the float model with what it stands for."""
     row, said, layer, _, _ = MADE[name]
-    model = llama()
+    model = llama(*read(ROWS[row]).shape)
     tensors: dict[str, Array] = {n: t.numpy() for n, t in model.state_dict().items()}
     del tensors[f"{layer}.weight"], tensors["lm_head.weight"]
     tensors["lm_head.weight"] = model.lm_head.weight.detach().numpy()
