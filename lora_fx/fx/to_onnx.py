@@ -379,7 +379,7 @@ PRODUCTS: dict[object, tuple[int, int, int | None, bool | None]] = {
     aten.addmm.default: (1, 2, 0, True),
 }
 """Product → the places of x, of W and of the bias, and whether it reads W [in, out]."""
-OTHERS = ("fp8", "torchao_nf4")
+OTHERS = ("fp8", "torchao_nf4", "ocp_fp4")
 """Formats that ONNX Runtime has no product for."""
 TURNS = {aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default}
 

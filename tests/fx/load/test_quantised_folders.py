@@ -275,3 +275,19 @@ def coded(
         zeros = np.full((1, out // 8), 0x77777777, np.uint32).view(np.int32)
     arrays = {"qweight": words.astype(np.uint32).view(np.int32), "qzeros": zeros, "scales": scale.T}
     return {"quant_method": name, "bits": 4, "version": "gemm"}, arrays, want
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nvfp4", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fp8 in blocks", "mxfp8"))],
+)
+def test_a_file_of_it_is_proven(name: str, tmp_path: Path) -> None:
+    """Codes that no operator of ONNX Runtime has are numbers there."""
+    made(tmp_path / "m", name)
+    model = lora_fx.insert(str(tmp_path / "m"), rank=2, include="gate_proj")
+    with torch.no_grad():
+        for entry in model.parameters():
+            if entry.requires_grad:
+                entry.normal_(0, 0.1)
+    report = lora_fx.export(model, tmp_path / "m.onnx", mode="switch", provider="cpu")
+    assert report and all(p.ok for p in report.parity)
