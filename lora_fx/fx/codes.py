@@ -393,8 +393,8 @@ def _fits(stored: Stored, codes: torch.Tensor, *rest: torch.Tensor) -> bool:
             packed = rest[1].dtype == torch.uint8
             want.append((rows, -(-width // 8) if packed else blocks))
         if "order" in stored.parts:
-            want.append((count // rows,))
-            order, places = rest[-1], torch.arange(count // rows)
+            order, places = rest[-1], torch.arange(count // max(rows, 1))
+            want.append(tuple(places.shape))
             if not order.is_meta and not torch.equal(order.long().sort()[0].cpu(), places):
                 return False
     return [tuple(t.shape) for t in (codes, *rest)] == want

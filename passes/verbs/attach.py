@@ -26,7 +26,7 @@ from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
 from lora_fx.fx.attach.partial import one_argument, one_op, partial_graphs
 from lora_fx.fx.capture.call import Called, Signature
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.capture.quantised_layers import keep_trainable
+from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.module.module import CapturedModule
@@ -212,14 +212,14 @@ def _partial(
     Raises:
         CaptureError: The model does not run on these inputs, or no graph shows a weight.
     """
-    allow = keep_trainable(model)
+    layers = keep_trainable(model)
     with eval_mode(model):
         try:
             graphs = partial_graphs(model, lambda: model(*args, **(kwargs or {})))
         except Exception as e:
             raise error from e
         finally:
-            allow()
+            let_pack(layers)
     found = find_graph(graphs)  # type: ignore[arg-type]
     if not found.targets:
         raise error

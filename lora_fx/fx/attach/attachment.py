@@ -21,7 +21,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Program, bound
 from lora_fx.fx.attach.live import METHODS, REGISTRY, ActiveAdapter, Live, restore, swap
-from lora_fx.fx.capture.quantised_layers import keep_trainable
+from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Updates
 from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched
@@ -145,7 +145,7 @@ class Attachment:
         The flags and the tensors that were trained whole go back too.
         """
         self.remove()
-        self._packs()
+        let_pack(self._packs)
         with torch.no_grad():
             for name, value in self._originals.items():
                 parameter_of(self.model, name).copy_(value)

@@ -11,7 +11,7 @@ quantise x as well (bitsandbytes' LLM.int8, torchao's dynamic activations) keep 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -206,11 +206,11 @@ def is_packed(layer: nn.Module) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def keep_trainable(model: nn.Module) -> Callable[[], None]:
+def keep_trainable(model: nn.Module) -> list[nn.Module]:
     """Forbid bitsandbytes to pack the layers of a live model at their next run in eval mode.
 
     Returns:
-        What allows it again.
+        Those that may pack themselves; `let_pack` allows it again.
 
     Raises:
         LoraFxError: It has done so, and nothing gives the scales back that it rounded.
@@ -221,14 +221,15 @@ def keep_trainable(model: nn.Module) -> Callable[[], None]:
                 f"{path}: bitsandbytes has packed this layer for this CPU, and it has no gradient",
                 "load the model anew and attach before its first run, or use lora_fx.insert",
             )
-    layers: list[Any] = [m for m in model.modules() if getattr(m, PACKS, False)]
+    layers = [m for m in model.modules() if getattr(m, PACKS, False)]
+    let_pack(layers, packs=False)
+    return layers
 
-    def allow(packs: bool = True) -> None:
-        for layer in layers:
-            setattr(layer, PACKS, packs)
 
-    allow(False)
-    return allow
+def let_pack(layers: Iterable[nn.Module], *, packs: bool = True) -> None:
+    """Undo keep_trainable."""
+    for layer in layers:
+        setattr(layer, PACKS, packs)
 
 
 def _quantises_x(layer: nn.Module) -> bool:

@@ -6,6 +6,7 @@ What a layer stands for is told by its package's own dequantisation: kernels rou
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -280,11 +281,12 @@ def test_attach_keeps_bitsandbytes_from_packing() -> None:
     grads = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
     assert len(grads) == 2 and all(g is not None and bool(g.any()) for g in grads.values())
 
-    lora_fx.detach(model)
-    fresh, _ = made("bitsandbytes", "nf4 None")
-    for n in ("up", "down"):
-        told = [m.get_submodule(n).support_avx512bf16_for_cpu for m in (model, fresh)]
-        assert told[0] == told[1], "it may pack them again"
+    other, (fresh, _) = copy.deepcopy(model), made("bitsandbytes", "nf4 None")
+    for done in (model, other):
+        lora_fx.detach(done)
+        for n in ("up", "down"):
+            told = [m.get_submodule(n).support_avx512bf16_for_cpu for m in (done, fresh)]
+            assert told[0] == told[1], "it may pack them again"
 
 
 def test_a_layer_trains_in_the_dtype_that_it_computes_in(tmp_path: Path) -> None:

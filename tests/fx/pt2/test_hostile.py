@@ -17,6 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.codes import Stored, _fits
 from lora_fx.fx.pt2.captured import open_program
 from lora_fx.fx.pt2.check import check_expression, check_operator
 from lora_fx.passes.verbs.open import load_program
@@ -289,3 +290,13 @@ def test_two_programs_that_read_one_weight_in_two_ways(
 
     path = edited(tmp_path / "q.pt2", tmp_path / "lie.pt2", {JSON: in_json(change)})
     assert "its codes are not those of" in refused(path, capsys)
+
+
+@pytest.mark.parametrize("at", [1, 32, -1])
+def test_places_of_columns_are_all_there_once(at: int) -> None:
+    stored = Stored("int8", (2, 32), 32, torch.float32, parts=("scale", "order"))
+    order = torch.arange(32, dtype=torch.int32).flip(0)
+    tensors = torch.zeros(2, 1, 32, dtype=torch.uint8), torch.ones(2, 1)
+    assert _fits(stored, *tensors, order)
+    order[0] = at
+    assert not _fits(stored, *tensors, order)
