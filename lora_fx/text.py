@@ -57,7 +57,7 @@ def size_in_bytes(text: str) -> int:
     >>> size_in_bytes("5GB"), size_in_bytes("1.5 MiB"), size_in_bytes("1000")
     (5000000000, 1572864, 1000)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if found is None:
         raise LoraFxError(f"{text!r} is no size; expected bytes", "for example 5GB, or 500MB")
     number, unit, binary = found.groups()

@@ -28,7 +28,13 @@ from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, sprea
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
 from lora_fx.errors import LoraFxError, MisfitError, stamp
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.dequantise import SHARD, CodesInfo, dequantised, view_notes
+from lora_fx.files.quantised.dequantise import (
+    SHARD,
+    CodesInfo,
+    dequantised,
+    refuse_left,
+    view_notes,
+)
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.regions import overlap
 from lora_fx.text import Json, human, size_in_bytes, table
@@ -193,7 +199,9 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     stored = base
     if (options.dequantise or options.requantise) and base.of is None:
         base = dequantised(base, options.stored, options.shard)
-        stored = base if options.dequantise else stored
+        if options.dequantise:
+            refuse_left(base)
+            stored = base
     _check_given(base, given, options)
     given = [replace(g, adapter=g.adapter.resolved(base.tensors)) for g in given]
     config, notes = base.config(), _read_too(given, options)

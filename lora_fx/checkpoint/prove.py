@@ -128,6 +128,9 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
     matrix = change.fold.matrix
     if rows is None or rows >= matrix.rows:
         step = max(1, rows_per_block(matrix.columns) // 4)
+        if change.codes is not None:
+            yield from spans(change.codes.weight, step)
+            return
         for low in range(0, matrix.rows, step):
             yield low, min(matrix.rows, low + step)
         return

@@ -88,7 +88,8 @@ def adapter_hash(adapter: Adapter) -> str:
 
 def history(checkpoint: Checkpoint) -> list[Json]:
     """The merges that a checkpoint has been through; of the shard that has most of them."""
-    texts = ((n, h.metadata.get(METADATA)) for n, h in checkpoint.shards.items())
+    shards = (checkpoint.of or checkpoint).shards  # those of a view are not on disk
+    texts = ((n, h.metadata.get(METADATA)) for n, h in shards.items())
     every = [merges_of(text, str(checkpoint.folder / name)) for name, text in texts]
     return max(every, key=len, default=[])
 

@@ -24,8 +24,8 @@ OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".data", ".gguf", ".safet
 """Endings of files that hold weights: beside merged ones they would be stale copies."""
 
 
-QUANTISER_CONFIGS = ("quantize_config.json", "hf_quant_config.json")
-"""What AutoGPTQ and ModelOpt write beside config.json."""
+QUANTISER_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""What AutoGPTQ, AutoAWQ and ModelOpt write beside config.json."""
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model_type": (str,),

@@ -193,6 +193,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--max-shard-size", "2GB"], "is of --dequantise"),
         (["--dequantise", "--max-shard-size", "big"], "'big' is no size"),
         (["--dequantise", "--max-shard-size", "0"], "shards of 0 bytes"),
+        (["--dequantise", "--max-shard-size", "9" * 400], "is no size"),
     ]
     for more, words in rows:
         args = ["merge", str(tmp_path / "base"), str(path), "-o", str(tmp_path / "x"), *more]
@@ -213,3 +214,41 @@ def test_short_names_of_dtypes(tmp_path: Path) -> None:
         assert opened.tensors[key].dtype == name and opened.config()["torch_dtype"] == name
     with pytest.raises(LoraFxError, match="no dtype 'fp8'"):
         merge(tmp_path / "base", path, tmp_path / "x", dequantise=True, dtype="fp8")
+
+
+F8 = ml_dtypes.float8_e4m3fn
+LEFT: dict[str, dict[str, Array]] = {
+    "experts.up": {"up": np.ones((2, 4, 6), F8), "up_scale_inv": np.ones((2, 1, 1), np.float32)},
+    "experts.q": {"q": np.ones((8, 1), np.uint8), "q.absmax": np.ones(1, np.float32)},
+    "act.scales": {"scales": np.ones(6, np.float16)},
+    "weight": {"pre_quant_scale": np.ones(32, np.float32)},
+}
+"""Tensor that is named → what lies in a checkpoint beside weights that are read."""
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_codes_that_would_stay(what: str, tmp_path: Path) -> None:
+    """What no float model reads as it is: stacks in layouts that are not read, scaled inputs."""
+    tensors, key = base(tmp_path / "base", "FP8 32 torch.float32", 1)
+    path, _ = update(tmp_path / "a", GOLDEN["FP8 32 torch.float32"].want.shape, key)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    module = f"model.layers.0.mlp.{what}".rpartition(".")[0]
+    more = {f"{module}.{n}": a for n, a in LEFT[what].items()}
+    checkpoint(tmp_path / "odd", tensors | more, config=config)
+    with pytest.raises(LoraFxError, match=rf"model\.layers\.0\.mlp\.{what}.* not read"):
+        merge(tmp_path / "odd", path, tmp_path / "x", dequantise=True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_names_that_transformers_finds(tmp_path: Path) -> None:
+    """AutoGPTQ's file names and AutoAWQ's config are of codes."""
+    _, key = base(tmp_path / "base", "awq 16", 1)
+    path, _ = update(tmp_path / "a", GOLDEN["awq 16"].want.shape, key)
+    folder = tmp_path / "base"
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+    (folder / "quant_config.json").write_text("{}")
+    merge(folder, path, tmp_path / "one", dequantise=True)
+    found = {p.name for p in (tmp_path / "one").iterdir()}
+    assert "model.safetensors" in found and "quant_config.json" not in found
+    merge(folder, path, tmp_path / "many", dequantise=True, max_shard_size=1)
+    assert (tmp_path / "many" / "model.safetensors.index.json").exists()

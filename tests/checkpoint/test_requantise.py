@@ -6,13 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import lora_fx
 from lora_fx.checkpoint.merge import merge
+from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.quantised.base import parts_of
+from lora_fx.files.quantised.fp8 import fp8_blocks
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import stored
 from lora_fx.ir.quantised import Quantised
@@ -221,3 +225,57 @@ def test_mixed_checkpoints_come_as_they_are(tmp_path: Path) -> None:
         q = "model.layers.0.self_attn.q_proj.weight"
         assert np.abs(found[q] - (tensors[q] + b @ a)).max() < 1e-5
         assert lora_fx.verify(tmp_path / way, tmp_path / "mixed", adapter=tmp_path / "a")
+
+
+def test_a_merge_that_is_in_a_later_shard(tmp_path: Path) -> None:
+    """A merge's record is in the shards that it changed, which need not be the first."""
+    _, key = base(tmp_path / "base", "FP8 32 torch.float32", 3)
+    opened = open_checkpoint(tmp_path / "base")
+    assert opened.tensors[key].file.name != next(iter(opened.shards))
+    b = np.zeros((64, 4), np.float32)
+    b[:3] = 5.0
+    a = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    adapter(tmp_path / "a", {key.removesuffix(".weight"): (a, b)}, r=4, lora_alpha=8)
+    merge(tmp_path / "base", tmp_path / "a", tmp_path / "one", requantise=True, lossy=True)
+    for way in ("requantise", "dequantise"):
+        with pytest.raises(LoraFxError, match="merged into it already"):
+            merge(tmp_path / "one", tmp_path / "a", tmp_path / way, **{way: True})
+    merge(tmp_path / "one", tmp_path / "a", tmp_path / "two", dequantise=True, again=True)
+    assert len(history(open_checkpoint(tmp_path / "two"))) == 2
+
+
+def test_a_wrong_bit_of_the_last_expert(tmp_path: Path) -> None:
+    _, key = base(tmp_path / "base", STACK, model_type="gpt_oss")
+    path, _ = update(tmp_path / "a", read_row(GOLDEN[STACK]).dequantise().shape, key, 0.2)
+    merge(tmp_path / "base", path, tmp_path / "out", requantise=True, lossy=True)
+    info = open_checkpoint(tmp_path / "out").tensors[f"{key}_blocks"]
+    raw = bytearray(info.file.read_bytes())
+    raw[info.stop - 3] ^= 4
+    info.file.write_bytes(bytes(raw))
+    assert not lora_fx.verify(tmp_path / "out", tmp_path / "base", adapter=path, rows=None)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fnuz", "float8_e5m2"])
+def test_the_top_is_that_of_the_dtype(kind: str) -> None:
+    """240 and 57344: with scales for 448 half of a block would be cut off."""
+    w = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    top = float(ml_dtypes.finfo(kind).max)
+    arrays = {"weight": (w / 4 * top).astype(kind), "weight_scale_inv": np.full((1, 1), 4 / top)}
+    weight = fp8_blocks(parts_of("m", arrays), {})
+    assert weight.recode is not None
+    found, _ = weight.recode(weight.read(slice(0, 32)), slice(0, 32), w * 2, w)
+    assert np.abs(found.dequantise() - w * 2).max() <= np.abs(w * 2).max() / 7
+    assert float(found.scale.max()) == pytest.approx(float(np.abs(w * 2).max()) / top)
+
+
+def test_scales_that_are_said_to_be_powers_of_two() -> None:
+    """DeepSeek-V3.1 has them as floats of 32 bits."""
+    w = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    arrays = {
+        "weight": w.astype(ml_dtypes.float8_e4m3fn),
+        "weight_scale_inv": np.ones((1, 1), "f4"),
+    }
+    weight = fp8_blocks(parts_of("m", arrays), {"scale_fmt": "ue8m0"})
+    assert weight.recode is not None
+    found, _ = weight.recode(weight.read(slice(0, 32)), slice(0, 32), w * 3, w)
+    assert np.frexp(found.scale)[0].max() == 0.5

@@ -64,7 +64,7 @@ def compressed(parts: Parts) -> QuantisedWeight:
         if single or kind == "int8":
             recode = by_stored_scales(name, 8, lambda codes: codes)
             return QuantisedWeight(form, 8, shape, read, 32, recode, (name,))
-        recode = rescaling(parts, ("weight", "weight_scale"), 1, largest_to_top)
+        recode = rescaling(parts, ("weight", "weight_scale"), 1, largest_to_top("float8_e4m3fn"))
         names = name, f"{parts.module}.weight_scale"
         return QuantisedWeight(form, 8, shape, read, 32, recode, names, "new")
     rows, words = parts.shape("weight_packed", ("int32",), None, None)

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_fx.dtypes import DTYPES
+from lora_fx.dtypes import DTYPES, FLOATING
 from lora_fx.errors import LoraFxError
-from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.checkpoint import STEMS, Checkpoint
 from lora_fx.files.quantised.base import ALL, QuantisedWeight, Read
 from lora_fx.files.quantised.read import ACTIVATIONS, parts_beside, quantised_weights
 from lora_fx.files.safetensors import Header, TensorInfo
@@ -77,6 +77,23 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
     )
 
 
+_BESIDE = ("_scale", "_scale_inv", "_scales", "_weight_scale", ".absmax")
+"""Ends of the names of scales, after the name of a parameter that is a weight itself."""
+
+
+def refuse_left(base: Checkpoint) -> None:
+    """Raise where a view has codes, or scales of a module's inputs, that no float model reads."""
+    for name, info in base.tensors.items():
+        scales = name.endswith(".scales")  # AutoAWQ's ScaledActivation
+        codes = info.dtype not in FLOATING and any(f"{name}{n}" in base.tensors for n in _BESIDE)
+        if scales or codes or info.dtype.startswith("float8"):
+            raise LoraFxError(
+                f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, of a layout "
+                "that is not read; a model of floats would take it for numbers",
+                "use the checkpoint that it was quantised from",
+            )
+
+
 def view_notes(base: Checkpoint) -> list[str]:
     """What should be said of a view: what it leaves out."""
     if base.of is None:
@@ -126,7 +143,7 @@ def _shards(
             room = most
         groups[-1][name] = info
         room -= sizes[name]
-    stem = first.removesuffix(".safetensors").partition("-0")[0]
+    stem = next((s for s in STEMS if first.startswith(s)), STEMS[0])  # which transformers finds
     if len(groups) == 1:
         return {f"{stem}.safetensors": Header(groups[0], metadata)}
     count = len(groups)
@@ -136,9 +153,12 @@ def _shards(
     }
 
 
+_CONFIGS = ("quantization_config", "compression_config")
+
+
 def _settings(config: JsonView, dtype: str) -> Json:
     """A config.json of floats."""
-    settings = {k: v for k, v in config.items() if k != "quantization_config"}
+    settings = {k: v for k, v in config.items() if k not in _CONFIGS}
     for name in ("dtype", "torch_dtype"):
         if isinstance(settings.get(name), str):
             settings[name] = dtype

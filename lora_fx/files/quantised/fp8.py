@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from lora_fx.dtypes import FLOATING, Array
+from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.files.quantised.base import (
     ALL,
     FLOAT8,
@@ -59,8 +59,8 @@ def fp8_blocks(parts: Parts, said: JsonView) -> QuantisedWeight:
         q = Quantised(codes, scale.astype(np.float32), None, (high, wide))
         return checked(f"{parts.module}.weight", q)
 
-    power = parts.dtype("weight_scale_inv") == "float8_e8m0fnu"
-    rule = power_above if power else largest_to_top
+    power = parts.dtype("weight_scale_inv") == "float8_e8m0fnu" or said.get("scale_fmt") == "ue8m0"
+    rule = (power_above if power else largest_to_top)(parts.dtype("weight"))
     recode = rescaling(parts, ("weight", "weight_scale_inv"), high, rule)
     names = f"{parts.module}.weight", f"{parts.module}.weight_scale_inv"
     form = f"FP8 in blocks of {high}×{wide}"
@@ -98,7 +98,7 @@ def fp8(parts: Parts) -> QuantisedWeight:
     rule, scale_of = (
         (exponents(8), partial(powers, parts))
         if kind == "MXFP8"
-        else (largest_to_top, lambda stored: stored.astype(np.float32))
+        else (largest_to_top(parts.dtype("weight")), lambda stored: stored.astype(np.float32))
     )
     recode = rescaling(parts, ("weight", "weight_scale"), 1, rule, scale_of)
     return QuantisedWeight(kind, 8, (out, length), read, 1, recode, (name, scales), "new")
@@ -108,14 +108,16 @@ TOP = 448.0
 """The largest value of float8_e4m3fn."""
 
 
-def largest_to_top(largest: Array) -> Array:
-    """Scales that make the largest value of a block the largest of float8_e4m3fn."""
-    return largest / np.float32(TOP)
+def largest_to_top(dtype: str) -> Callable[[Array], Array]:
+    """The rule of scales that make the largest value of a block the largest of its dtype."""
+    top = np.float32(finfo(dtype).max)
+    return lambda largest: largest / top
 
 
-def power_above(largest: Array) -> Array:
+def power_above(dtype: str) -> Callable[[Array], Array]:
     """The same, rounded up to a power of two, as DeepSeek-V3.1 has them."""
-    return np.exp2(np.ceil(np.log2(largest / np.float32(TOP))))
+    exact = largest_to_top(dtype)
+    return lambda largest: np.exp2(np.ceil(np.log2(exact(largest))))
 
 
 def exponents(top: int) -> Callable[[Array], Array]:
