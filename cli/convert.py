@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,8 +10,12 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.cli.options import result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
+from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    from lora_fx.checkpoint.plain_lora import Approximated
 
 
 @report_command("convert")
@@ -26,7 +30,7 @@ from lora_fx.text import Json
 @click.option(
     "--base",
     metavar="FOLDER",
-    help="The model that it is for, where ADAPTER does not name its parts.",
+    help="The model that it is for, where ADAPTER does not name its parts, or its ΔW needs W.",
 )
 @click.option(
     "--for",
@@ -34,6 +38,9 @@ from lora_fx.text import Json
     metavar="X.onnx",
     help="The switchable file that OUT, an .onnx_adapter, is for.",
 )
+@click.option("--as", "kind", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA.")
+@click.option("--rank", type=int, help="Of --as.")
+@click.option("--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep.")
 @selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
 @selectors_option("--exclude", "Of the adapter: updates to leave out.")
 @trust_option
@@ -63,22 +70,46 @@ def command(
     loaded = load_adapter(adapter, options["trust"], base=base)
     if options["include"] or options["exclude"]:
         loaded = loaded.select(options["include"] or "", options["exclude"] or "")
+    fields: Json = {"from": source, "to": name, "approximated": []}
+    said = ""
+    if options["kind"]:
+        loaded, rows = _as_lora(loaded, base, options["rank"], options["energy"])
+        fields["approximated"] = [row.to_json() for row in rows]
+        said = "\n".join(map(_row, rows)) + "\n" if rows else ""
+    elif options["rank"] is not None or options["energy"] is not None:
+        raise LoraFxError(
+            "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
+        )
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
         notes += save_adapter(loaded, output, name, force=force)
     else:
         _write_for(loaded, model, output, name, force)
     note(*notes)
-    fields: Json = {"from": source, "to": name, "updates": len(loaded)}
-    said = f"wrote {output}: {len(loaded)} updates, {source} → {name}"
+    fields["updates"] = len(loaded)
+    said += f"wrote {output}: {len(loaded)} updates, {source} → {name}"
     emit(as_json, "convert", said, inputs=[{"adapter": adapter}], outputs=[output], **fields)
+
+
+def _as_lora(
+    adapter: Adapter, base: str | None, rank: int | None, energy: float | None
+) -> tuple[Adapter, list[Approximated]]:
+    from lora_fx.checkpoint.plain_lora import as_lora
+    from lora_fx.files.checkpoint import open_checkpoint
+
+    opened = None if base is None else open_checkpoint(base)
+    return as_lora(adapter, rank=rank, energy=energy, base=opened)
+
+
+def _row(row: Approximated) -> str:
+    share = row.to_json()["relative"]
+    return f"{row.key}: {row.kind} as rank {row.rank}, ‖ΔW − ΔW'‖/‖ΔW‖ = {share:.3e}"
 
 
 def _write_for(adapter: Adapter, model: str, output: str, name: str, force: bool) -> None:
     """OUT with the names, shapes and dtypes of a switchable file's manifest."""
     from pathlib import Path
 
-    from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output, replacing
     from lora_fx.formats.io import ADAPTER_FILES
     from lora_fx.onnx.session import manifest_of, write_adapter

@@ -1,0 +1,127 @@
+"""Any update as plain LoRA: ΔW by its method's formula, then the best b·a of few ranks.
+
+LoHa, LoKr and whole differences have a ΔW of their own. What reads W (DoRA's norm, a base that
+PiSSA or OLoRA changed) has it with the base: what a merge would add. ‖ΔW − b·a‖ is measured element
+by element. One matrix is held at a time, in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.svd import balanced, leading, squared_distance
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
+from lora_fx.checkpoint.fold import Space, prepared, read_block
+from lora_fx.checkpoint.merge_plan import LENIENT, Given, make_plan
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.text import Json
+
+
+@dataclass(frozen=True)
+class Approximated:
+    """One update before and after: its kind, its new rank, ‖ΔW‖ and ‖ΔW − b·a‖."""
+
+    key: str
+    kind: str
+    rank: int
+    norm: float
+    error: float
+
+    def to_json(self) -> Json:
+        """A row of `approximated[]` in docs/json.md."""
+        relative = self.error / self.norm if self.norm else 0.0
+        return {**vars(self), "relative": relative}
+
+
+def as_lora(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: Checkpoint | None = None,
+) -> tuple[Adapter, list[Approximated]]:
+    """An adapter whose updates of other methods are plain LoRA; plain ones and Full ones stay.
+
+    Args:
+        adapter: As a loader returned it.
+        rank: Of each of them, at most.
+        energy: Instead: each has the fewest ranks that hold this share of its ‖ΔW‖².
+        base: What DoRA and updates of a changed base need.
+
+    Raises:
+        LoraFxError: Not one of rank and energy, an update that needs the base or has no ΔW, or a
+            base that lacks its tensor.
+    """
+    if (rank is None) == (energy is None):
+        raise LoraFxError("expected one of rank and energy", "for example --rank 16")
+    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+        raise LoraFxError(f"rank {rank}, energy {energy}", "a rank from 1 up, or 0 < energy <= 1")
+    entries: dict[str, Entry] = {}
+    rows: list[Approximated] = []
+    for key, entry in adapter.entries.items():
+        if is_plain(entry):
+            entries[key] = entry
+            continue
+        delta = _delta(adapter, key, entry, base)
+        low = _best(delta, rank, energy)
+        entries[key] = replace(
+            low, kernel=getattr(entry, "kernel", ()), op=getattr(entry, "op", "")
+        )
+        error = math.sqrt(squared_distance(delta, low.a, low.b))
+        norm = float(np.linalg.norm(delta.astype(np.float64)))
+        rows.append(Approximated(key, name_of(entry), low.rank, norm, error))
+    return replace(adapter, entries=entries), rows
+
+
+def _delta(adapter: Adapter, key: str, entry: Entry, base: Checkpoint | None) -> Array:
+    """ΔW [out, in] of one update."""
+    every = slice(None)
+    if isinstance(entry, (Hadamard, Kronecker, Dense)):
+        if min(entry.shape) < 2:
+            raise LoraFxError(f"{key!r} is {name_of(entry)} of a vector: no matrix", "--exclude it")
+        return entry.block(0, every, every)
+    if not isinstance(entry, LowRank):
+        raise LoraFxError(f"{key!r} is {name_of(entry)}, which has no ΔW", "--exclude it")
+    if base is None:
+        raise LoraFxError(
+            f"{key!r} is {name_of(entry)}: its ΔW depends on the base", "--base FOLDER"
+        )
+    return next(_from_base(replace(adapter, entries={key: entry}), base))
+
+
+def _from_base(adapter: Adapter, base: Checkpoint) -> Iterator[Array]:
+    """What a merge adds to each region of the base."""
+    options = replace(LENIENT, allow_missing=True)
+    plan = make_plan(base, [Given(adapter, 1.0, "the adapter", "")], options)
+    for change in plan.changes.values():
+        if change.fold is not None:
+            fold = prepared(change.fold, change.weight)
+            weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)
+            delta = fold.sum(weight.astype(np.float32), 0, Space())[1]
+            for p in fold.matrix.parts:
+                part = delta[p.top : p.bottom, p.left : p.right]
+                yield np.ascontiguousarray(part.T if p.transposed else part)
+
+
+def _best(delta: Array, rank: int | None, energy: float | None) -> LowRank:
+    rng = np.random.default_rng(0)
+    count = min(rank or 16, *delta.shape)
+    total = float(np.square(delta, dtype=np.float64).sum())
+    while True:
+        u, s, vt = leading(delta, count, rng)
+        held = np.cumsum(np.square(s)) / total if total else np.ones(len(s))
+        if energy is None or held[-1] >= energy or count == min(delta.shape):
+            break
+        count = min(4 * count, *delta.shape)
+    if energy is not None:
+        count = min(int(np.searchsorted(held, energy * (1 - 1e-12))) + 1, count)
+    a, b = balanced(u, s, vt, count)
+    return LowRank(a, b, float(count))
