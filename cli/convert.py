@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +16,7 @@ from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, sav
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
-    from lora_fx.checkpoint.plain_lora import Approximated
+    from lora_fx.adapter.plain_lora import Approximated
 
 
 @report_command("convert")
@@ -73,9 +74,10 @@ def command(
     fields: Json = {"from": source, "to": name, "approximated": []}
     said = ""
     if options["kind"]:
-        loaded, rows = _as_lora(loaded, base, options["rank"], options["energy"])
+        goal = {name: options[name] for name in ("rank", "energy")}
+        loaded, rows = _as_lora(loaded, base, **goal)
         fields["approximated"] = [row.to_json() for row in rows]
-        said = "\n".join(map(_row, rows)) + "\n" if rows else ""
+        said = "".join(f"{row}\n" for row in rows)
     elif options["rank"] is not None or options["energy"] is not None:
         raise LoraFxError(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
@@ -83,40 +85,22 @@ def command(
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
         notes += save_adapter(loaded, output, name, force=force)
+    elif name == "onnx_adapter":
+        from lora_fx.onnx.session import write_for
+
+        write_for(model, loaded, output, force=force)
     else:
-        _write_for(loaded, model, output, name, force)
+        raise LoraFxError(f"--for is for onnx_adapter, not for {name}", "-o X.onnx_adapter")
     note(*notes)
     fields["updates"] = len(loaded)
     said += f"wrote {output}: {len(loaded)} updates, {source} → {name}"
     emit(as_json, "convert", said, inputs=[{"adapter": adapter}], outputs=[output], **fields)
 
 
-def _as_lora(
-    adapter: Adapter, base: str | None, rank: int | None, energy: float | None
-) -> tuple[Adapter, list[Approximated]]:
-    from lora_fx.checkpoint.plain_lora import as_lora
+def _as_lora(adapter: Adapter, base: str | None, **goal: Any) -> tuple[Adapter, list[Approximated]]:
+    from lora_fx.adapter.plain_lora import as_lora
+    from lora_fx.checkpoint.merge import delta_in
     from lora_fx.files.checkpoint import open_checkpoint
 
-    opened = None if base is None else open_checkpoint(base)
-    return as_lora(adapter, rank=rank, energy=energy, base=opened)
-
-
-def _row(row: Approximated) -> str:
-    share = row.to_json()["relative"]
-    return f"{row.key}: {row.kind} as rank {row.rank}, ‖ΔW − ΔW'‖/‖ΔW‖ = {share:.3e}"
-
-
-def _write_for(adapter: Adapter, model: str, output: str, name: str, force: bool) -> None:
-    """OUT with the names, shapes and dtypes of a switchable file's manifest."""
-    from pathlib import Path
-
-    from lora_fx.files.atomic import check_output, replacing
-    from lora_fx.formats.io import ADAPTER_FILES
-    from lora_fx.onnx.session import manifest_of, write_adapter
-
-    if name != "onnx_adapter":
-        raise LoraFxError(f"--for is for onnx_adapter, not for {name}", "-o X.onnx_adapter")
-    check_output(output, force=force, names=ADAPTER_FILES)
-    manifest = manifest_of(model)
-    with replacing(Path(output), force=force) as temporary:
-        write_adapter(adapter, manifest, temporary)
+    delta_of = partial(delta_in, open_checkpoint(base)) if base else None
+    return as_lora(adapter, **goal, delta_of=delta_of)

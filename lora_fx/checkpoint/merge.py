@@ -9,20 +9,24 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.fold import Stats
+from lora_fx.checkpoint.fold import Space, Stats, prepared, read_block
 from lora_fx.checkpoint.int8 import HINT
-from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.requantise import in_all, refuse_loss
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.files.atomic import check_output, check_space, replacing
-from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
@@ -204,6 +208,24 @@ def given(adapters: Adapters, trust: bool = False, most: int | None = None) -> l
             adapter = load_adapter(adapter, trust, most=most)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
+
+
+def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
+    """The ΔW [out, in] that a merge of an adapter of one update adds, whatever that reads of W.
+
+    Raises:
+        LoraFxError: The base lacks its tensor, or the update does not fit.
+    """
+    options = replace(LENIENT, allow_missing=True)
+    plan = make_plan(base, [Given(adapter, 1.0, "the adapter", "")], options)
+    change = next(c for c in plan.changes.values() if c.fold is not None)
+    assert change.fold is not None
+    fold = prepared(change.fold, change.weight)
+    weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)
+    delta = fold.sum(weight.astype(np.float32), 0, Space())[1]
+    p = fold.matrix.parts[0]
+    part = delta[p.top : p.bottom, p.left : p.right]
+    return np.ascontiguousarray(part.T if p.transposed else part)
 
 
 def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report:

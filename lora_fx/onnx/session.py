@@ -20,6 +20,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
 from lora_fx.onnx.ranges import conditions_of
@@ -253,6 +254,14 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
 def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
     """Write an .onnx_adapter for the file that the manifest is of."""
     write_file(path, manifest.tensors(adapter), {"adapter_version": 1, "model_version": 1})
+
+
+def write_for(model: str, adapter: Adapter, output: str, *, force: bool = False) -> None:
+    """Write an .onnx_adapter with the names, shapes and dtypes of a switchable file's manifest."""
+    check_output(output, force=force)
+    manifest = manifest_of(model)
+    with replacing(Path(output), force=force) as temporary:
+        write_adapter(adapter, manifest, temporary)
 
 
 class Session:

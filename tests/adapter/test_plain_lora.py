@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_fx.checkpoint.plain_lora import as_lora
+from lora_fx.adapter.plain_lora import as_lora
+from lora_fx.checkpoint.merge import delta_in
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.formats.io import load_adapter, save_adapter
@@ -61,9 +63,9 @@ def made(folder: Path, method: str) -> dict[str, np.ndarray[Any, Any]]:
 @pytest.mark.parametrize("goal", [{"rank": 4}, {"energy": 0.9}, {"energy": 1.0}, {"rank": 99}])
 def test_the_error_is_the_one_that_is_told(method: str, goal: Any, tmp_path: Path) -> None:
     want = made(tmp_path, method)
-    base = open_checkpoint(tmp_path / "base.safetensors") if method == "dora" else None
+    delta_of = partial(delta_in, open_checkpoint(tmp_path / "base.safetensors"))
     loaded = load_adapter(tmp_path / method)
-    adapter, rows = as_lora(loaded, base=base, **goal)
+    adapter, rows = as_lora(loaded, delta_of=delta_of if method == "dora" else None, **goal)
     save_adapter(adapter, tmp_path / "plain")
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and not config.get("use_dora")

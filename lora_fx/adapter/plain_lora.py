@@ -8,7 +8,7 @@ by element. One matrix is held at a time, in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,11 +17,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.svd import balanced, leading, squared_distance
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
-from lora_fx.checkpoint.fold import Space, prepared, read_block
-from lora_fx.checkpoint.merge_plan import LENIENT, Given, make_plan
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.text import Json
 
 
@@ -40,13 +37,18 @@ class Approximated:
         relative = self.error / self.norm if self.norm else 0.0
         return {**vars(self), "relative": relative}
 
+    def __str__(self) -> str:
+        """A line for people."""
+        share = self.to_json()["relative"]
+        return f"{self.key}: {self.kind} as rank {self.rank}, ‖ΔW − ΔW'‖/‖ΔW‖ = {share:.3e}"
+
 
 def as_lora(
     adapter: Adapter,
     *,
     rank: int | None = None,
     energy: float | None = None,
-    base: Checkpoint | None = None,
+    delta_of: Callable[[Adapter], Array] | None = None,
 ) -> tuple[Adapter, list[Approximated]]:
     """An adapter whose updates of other methods are plain LoRA; plain ones and Full ones stay.
 
@@ -54,7 +56,8 @@ def as_lora(
         adapter: As a loader returned it.
         rank: Of each of them, at most.
         energy: Instead: each has the fewest ranks that hold this share of its ‖ΔW‖².
-        base: What DoRA and updates of a changed base need.
+        delta_of: Makes the ΔW [out, in] of an adapter of one update that depends on its base:
+            DoRA, and updates of a base that was changed.
 
     Raises:
         LoraFxError: Not one of rank and energy, an update that needs the base or has no ΔW, or a
@@ -70,7 +73,7 @@ def as_lora(
         if is_plain(entry):
             entries[key] = entry
             continue
-        delta = _delta(adapter, key, entry, base)
+        delta = _delta(adapter, key, entry, delta_of)
         low = _best(delta, rank, energy)
         entries[key] = replace(
             low, kernel=getattr(entry, "kernel", ()), op=getattr(entry, "op", "")
@@ -81,7 +84,9 @@ def as_lora(
     return replace(adapter, entries=entries), rows
 
 
-def _delta(adapter: Adapter, key: str, entry: Entry, base: Checkpoint | None) -> Array:
+def _delta(
+    adapter: Adapter, key: str, entry: Entry, delta_of: Callable[[Adapter], Array] | None
+) -> Array:
     """ΔW [out, in] of one update."""
     every = slice(None)
     if isinstance(entry, (Hadamard, Kronecker, Dense)):
@@ -90,25 +95,11 @@ def _delta(adapter: Adapter, key: str, entry: Entry, base: Checkpoint | None) ->
         return entry.block(0, every, every)
     if not isinstance(entry, LowRank):
         raise LoraFxError(f"{key!r} is {name_of(entry)}, which has no ΔW", "--exclude it")
-    if base is None:
+    if delta_of is None:
         raise LoraFxError(
             f"{key!r} is {name_of(entry)}: its ΔW depends on the base", "--base FOLDER"
         )
-    return next(_from_base(replace(adapter, entries={key: entry}), base))
-
-
-def _from_base(adapter: Adapter, base: Checkpoint) -> Iterator[Array]:
-    """What a merge adds to each region of the base."""
-    options = replace(LENIENT, allow_missing=True)
-    plan = make_plan(base, [Given(adapter, 1.0, "the adapter", "")], options)
-    for change in plan.changes.values():
-        if change.fold is not None:
-            fold = prepared(change.fold, change.weight)
-            weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)
-            delta = fold.sum(weight.astype(np.float32), 0, Space())[1]
-            for p in fold.matrix.parts:
-                part = delta[p.top : p.bottom, p.left : p.right]
-                yield np.ascontiguousarray(part.T if p.transposed else part)
+    return delta_of(replace(adapter, entries={key: entry}))
 
 
 def _best(delta: Array, rank: int | None, energy: float | None) -> LowRank:
