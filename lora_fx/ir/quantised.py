@@ -56,6 +56,7 @@ class Quantised:
         """True when blocks go on from row to row."""
         return len(self.block) == 1 and len(self.shape) > 1
 
+    @np.errstate(all="ignore")  # infinite values are found, and named, by who folds
     def dequantise(self, dtype: str = "float32", rows: slice = slice(None)) -> Array:
         """The weight, or some of its rows along the first axis, in a dtype."""
         codes = self.codes[rows]
