@@ -221,7 +221,10 @@ def chain_of(
             continue
         plan = make_plan(here, parts, _options(record, parts, here, merged))
         if plans and here.of is None and plan.base.of is not None:
-            raise _between(merged, next(iter(plans[0].changes)), "merged into beside codes")
+            raise LoraFxError(
+                f"{merged.path}: codes that one merge found became floats in a later one",
+                "verify each merge against what it started from",
+            )
         notes += [n for n in plan.notes if not plans or n not in plan.unverified]
         plans.append(plan)
         here = _after(plan)
@@ -316,14 +319,6 @@ def _joined(plans: Sequence[MergePlan], merged: Checkpoint) -> MergePlan:
     return replace(plans[0], given=given, changes=changes, added=added)
 
 
-def _between(merged: Checkpoint, name: str, why: str) -> LoraFxError:
-    return LoraFxError(
-        f"{merged.path}: {name!r} was {why} by one merge and changed by a later one, "
-        "which cannot be computed without the file between them",
-        "verify each merge against what it started from",
-    )
-
-
 def _then(
     first: TensorChange, second: TensorChange, plan: MergePlan, merged: Checkpoint
 ) -> TensorChange:
@@ -342,7 +337,11 @@ def _then(
     elif any(p.magnitude is not None or p.mutated for p in two.matrix.parts):
         why = "changed, and then rescaled,"
     if one is None or two is None or why:
-        raise _between(merged, second.name, why)
+        raise LoraFxError(
+            f"{merged.path}: {second.name!r} was {why} by one merge and changed by a later one, "
+            "which cannot be computed without the file between them",
+            "verify each merge against what it started from",
+        )
     dtype = plan.options.dtype if plan.options.dtype and first.dtype in FLOATING else first.dtype
     earlier = (*first.earlier, Stage(one, first.dtype))
     what = (*first.what, *second.what)

@@ -89,7 +89,11 @@ class Quantised:
             places = np.zeros(scaled.shape, np.uint8)
             for middle in (levels[1:] + levels[:-1]) / 2:  # a tenth of the time of searchsorted
                 np.add(places, scaled > middle, out=places)
-            return replace(self, codes=np.take(order.astype(np.uint8), places))
+            found = np.take(order.astype(np.uint8), places)
+            if not np.diff(levels).all():  # 0 and -0: the one that is there stays
+                same = np.take(self.levels, found) == np.take(self.levels, self.codes)
+                found = np.where(same, self.codes, found)
+            return replace(self, codes=found)
         if kind.kind not in "iu":
             halves = np.ascontiguousarray(scaled, "<f4").view("<u2").reshape(*scaled.shape, 2)
             # seven bits of the mantissa, the last also for what follows, round as all of it

@@ -290,7 +290,7 @@ def test_a_chain_that_leaves_the_codes(tmp_path: Path) -> None:
     two, _ = update(tmp_path / "b", old.shape, key, 0.01)
     merge(tmp_path / "base", one, tmp_path / "one", requantise=True, lossy=True)
     merge(tmp_path / "one", two, tmp_path / "two", dequantise=True)
-    with pytest.raises(LoraFxError, match="without the file between them"):
+    with pytest.raises(LoraFxError, match="became floats in a later one"):
         lora_fx.verify(tmp_path / "two", tmp_path / "base", adapter=[one, two])
     assert lora_fx.verify(tmp_path / "two", tmp_path / "one", adapter=two)
 
@@ -308,3 +308,21 @@ def test_overflow_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
         warnings.simplefilter("error")
         code, _, err = run(capsys, *args)
     assert code == 2 and "the base has" in err
+
+
+@pytest.mark.parametrize("name", ["mxfp4-pack-quantized", "NVFP4 float32", "fp4 float32 64 64"])
+def test_negative_zeros_keep_their_bits(name: str, tmp_path: Path) -> None:
+    """Two codes are zero; a block without an update keeps the one that it has."""
+    tensors, key = base(tmp_path / "base", name, 1)
+    rows, columns = read_row(GOLDEN[name]).dequantise().shape
+    full = f"{key}_packed" if f"{key}_packed" in tensors else key
+    codes = {full: np.full_like(tensors[full], 0x80)}  # 0 and -0 in turns
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    checkpoint(tmp_path / "zeros", tensors | codes, config=config)
+    b = np.zeros((rows, 4), np.float32)
+    b[-1] = 5.0
+    a = np.random.default_rng(0).standard_normal((4, columns)).astype(np.float32)
+    adapter(tmp_path / "a", {key.removesuffix(".weight"): (a, b)}, r=4, lora_alpha=8)
+    merge(tmp_path / "zeros", tmp_path / "a", tmp_path / "out", requantise=True, lossy=True)
+    found = read(tmp_path / "out")[full].reshape(-1)
+    assert (found[: (rows - 1) * columns // 2] == 0x80).all()
