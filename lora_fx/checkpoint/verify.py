@@ -220,6 +220,11 @@ def chain_of(
         if not parts:
             continue
         plan = make_plan(here, parts, _options(record, parts, here, merged))
+        if plans and here.of is None and plan.base.of is not None:
+            raise LoraFxError(
+                f"{merged.path}: codes that one merge found became floats in a later one",
+                "verify each merge against what it started from",
+            )
         notes += [n for n in plan.notes if not plans or n not in plan.unverified]
         plans.append(plan)
         here = _after(plan)

@@ -56,6 +56,7 @@ class Quantised:
         """True when blocks go on from row to row."""
         return len(self.block) == 1 and len(self.shape) > 1
 
+    @np.errstate(all="ignore")  # infinite values are found, and named, by who folds
     def dequantise(self, dtype: str = "float32", rows: slice = slice(None)) -> Array:
         """The weight, or some of its rows along the first axis, in a dtype."""
         codes = self.codes[rows]
@@ -88,7 +89,11 @@ class Quantised:
             places = np.zeros(scaled.shape, np.uint8)
             for middle in (levels[1:] + levels[:-1]) / 2:  # a tenth of the time of searchsorted
                 np.add(places, scaled > middle, out=places)
-            return replace(self, codes=np.take(order.astype(np.uint8), places))
+            found = np.take(order.astype(np.uint8), places)
+            if not np.diff(levels).all():  # 0 and -0: the one that is there stays
+                same = np.take(self.levels, found) == np.take(self.levels, self.codes)
+                found = np.where(same, self.codes, found)
+            return replace(self, codes=found)
         if kind.kind not in "iu":
             halves = np.ascontiguousarray(scaled, "<f4").view("<u2").reshape(*scaled.shape, 2)
             # seven bits of the mantissa, the last also for what follows, round as all of it

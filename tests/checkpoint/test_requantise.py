@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,3 +280,49 @@ def test_scales_that_are_said_to_be_powers_of_two() -> None:
     assert weight.recode is not None
     found, _ = weight.recode(weight.read(slice(0, 32)), slice(0, 32), w * 3, w)
     assert np.frexp(found.scale)[0].max() == 0.5
+
+
+def test_a_chain_that_leaves_the_codes(tmp_path: Path) -> None:
+    name = "pack-quantized 4 group float32 symmetric"
+    _, key = base(tmp_path / "base", name)
+    old = read_row(GOLDEN[name]).dequantise()
+    one, _ = update(tmp_path / "a", old.shape, key, float(np.abs(old).mean()))
+    two, _ = update(tmp_path / "b", old.shape, key, 0.01)
+    merge(tmp_path / "base", one, tmp_path / "one", requantise=True, lossy=True)
+    merge(tmp_path / "one", two, tmp_path / "two", dequantise=True)
+    with pytest.raises(LoraFxError, match="became floats in a later one"):
+        lora_fx.verify(tmp_path / "two", tmp_path / "base", adapter=[one, two])
+    assert lora_fx.verify(tmp_path / "two", tmp_path / "one", adapter=two)
+
+
+def test_overflow_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An error and no warning of numpy's above it."""
+    tensors, key = base(tmp_path / "base", "FP8 32 torch.float32", 1)
+    path, _ = update(tmp_path / "a", GOLDEN["FP8 32 torch.float32"].want.shape, key)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    scale = f"{key}_scale_inv"
+    huge = tensors | {scale: np.full_like(tensors[scale], 3e38)}
+    checkpoint(tmp_path / "huge", huge, config=config)
+    args = ["merge", str(tmp_path / "huge"), str(path), "-o", str(tmp_path / "out"), "--dequantise"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        code, _, err = run(capsys, *args)
+    assert code == 2 and "the base has" in err
+
+
+@pytest.mark.parametrize("name", ["mxfp4-pack-quantized", "NVFP4 float32", "fp4 float32 64 64"])
+def test_negative_zeros_keep_their_bits(name: str, tmp_path: Path) -> None:
+    """Two codes are zero; a block without an update keeps the one that it has."""
+    tensors, key = base(tmp_path / "base", name, 1)
+    rows, columns = read_row(GOLDEN[name]).dequantise().shape
+    full = f"{key}_packed" if f"{key}_packed" in tensors else key
+    codes = {full: np.full_like(tensors[full], 0x80)}  # 0 and -0 in turns
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    checkpoint(tmp_path / "zeros", tensors | codes, config=config)
+    b = np.zeros((rows, 4), np.float32)
+    b[-1] = 5.0
+    a = np.random.default_rng(0).standard_normal((4, columns)).astype(np.float32)
+    adapter(tmp_path / "a", {key.removesuffix(".weight"): (a, b)}, r=4, lora_alpha=8)
+    merge(tmp_path / "zeros", tmp_path / "a", tmp_path / "out", requantise=True, lossy=True)
+    found = read(tmp_path / "out")[full].reshape(-1)
+    assert (found[: (rows - 1) * columns // 2] == 0x80).all()

@@ -153,12 +153,10 @@ def _shards(
     }
 
 
-_CONFIGS = ("quantization_config", "compression_config")
-
-
 def _settings(config: JsonView, dtype: str) -> Json:
     """A config.json of floats."""
-    settings = {k: v for k, v in config.items() if k not in _CONFIGS}
+    gone = "quantization_config", "compression_config"
+    settings = {k: v for k, v in config.items() if k not in gone}
     for name in ("dtype", "torch_dtype"):
         if isinstance(settings.get(name), str):
             settings[name] = dtype

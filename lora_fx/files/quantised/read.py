@@ -106,9 +106,7 @@ def _weight(name: str, tensors: Held, config: JsonView) -> QuantisedWeight:
         return int8(parts)
     if parts.has("qweight") and (layout := _layout(said)):
         return awq(parts) if layout == "awq" else gptq(parts, 2 if layout == "gptq_v2" else 1)
-    why = altered(said)
-    if parts.has("pre_quant_scale"):
-        why = "pre_quant_scale beside it scales its inputs"
+    why = "pre_quant_scale beside it" if parts.has("pre_quant_scale") else altered(said)
     scaled = "weight_scale" if parts.has("weight_scale") else "weight_scale_inv"
     if not why and parts.has(scaled):
         narrow = parts.has("weight") and parts.dtype("weight") in FLOAT8
