@@ -174,7 +174,7 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     kinds: dict[tuple[str, str], list[str]] = {}
     for key, entry in pair.adapter.entries.items():
         info, name = pair.tensor(key), pair.rename(base_name(key))
-        scheme = scheme_of(name, pair.base.tensors)
+        scheme, info = scheme_of(name, pair.base.tensors), pair.base.tensors.get(name, info)
         if scheme or (info is not None and info.dtype not in FLOATING and key not in pair.misfits):
             why = ""
             try:
