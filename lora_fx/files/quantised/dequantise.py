@@ -84,9 +84,8 @@ _BESIDE = ("_scale", "_scale_inv", "_scales", "_weight_scale", ".absmax")
 def refuse_left(base: Checkpoint) -> None:
     """Raise where a view has codes, or scales of a module's inputs, that no float model reads."""
     for name, info in base.tensors.items():
-        scales = name.endswith(".scales")  # AutoAWQ's ScaledActivation
         codes = info.dtype not in FLOATING and any(f"{name}{n}" in base.tensors for n in _BESIDE)
-        if scales or codes or info.dtype.startswith("float8"):
+        if codes or info.dtype.startswith("float8") or name.endswith(".scales"):  # AutoAWQ's act
             raise LoraFxError(
                 f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, of a layout "
                 "that is not read; a model of floats would take it for numbers",

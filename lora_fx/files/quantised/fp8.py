@@ -110,8 +110,7 @@ TOP = 448.0
 
 def largest_to_top(dtype: str) -> Callable[[Array], Array]:
     """The rule of scales that make the largest value of a block the largest of its dtype."""
-    top = np.float32(finfo(dtype).max)
-    return lambda largest: largest / top
+    return lambda largest: largest / np.float32(finfo(dtype).max)
 
 
 def power_above(dtype: str) -> Callable[[Array], Array]:
