@@ -94,13 +94,23 @@ def refuse_left(base: Checkpoint) -> None:
 
 
 def view_notes(base: Checkpoint) -> list[str]:
-    """What should be said of a view: what it leaves out."""
+    """What should be said of a view: what it leaves out, and what its config.json rounds."""
     if base.of is None:
         return []
     weights = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
     gone = [n for n in parts_beside(weights, base.of.tensors) if n.endswith(ACTIVATIONS)]
     told = f"{some(gone, 2)}: the output computes in floats"
-    return [f"left out, {len(gone)} scales of activations: {told}"] if gone else []
+    notes = [f"left out, {len(gone)} scales of activations: {told}"] if gone else []
+    config = base.config()
+    said = config.get("dtype") or config.get("torch_dtype")
+    floats = {t.dtype for t in base.tensors.values() if not isinstance(t, CodesInfo)} & {*FLOATING}
+    if said == "bfloat16" and (wider := floats - {said}):
+        notes.append(
+            f"config.json says {said} now, as the weights that were codes; the others stay "
+            f"{' and '.join(sorted(wider))}, and transformers rounds them when it loads: "
+            f"--dtype {min(wider)} keeps them"
+        )
+    return notes
 
 
 @contextlib.contextmanager
