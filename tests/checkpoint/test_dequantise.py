@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 
 import lora_fx
 from lora_fx.checkpoint.merge import merge
+from lora_fx.checkpoint.provenance import FIELD, ends, fingerprint
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.formats.io import load_adapter
 from tests.checkpoint.made import Array, adapter, checkpoint, read
 from tests.cli.test_cli import run
 from tests.files.quantised.rows import WEIGHTS, golden
@@ -253,3 +256,36 @@ def test_names_that_transformers_finds(tmp_path: Path) -> None:
     assert "model.safetensors" in found and "quant_config.json" not in found
     merge(folder, path, tmp_path / "many", dequantise=True, max_shard_size=1)
     assert (tmp_path / "many" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("way", ["dequantise", "requantise"])
+def test_the_base_that_an_adapter_was_trained_on(way: str, tmp_path: Path) -> None:
+    """Its sample is that of the numbers that the codes stand for, in the dtype of the model."""
+    name = "FP8 32 torch.float32"
+    _, key = base(tmp_path / "base", name)
+    weight = read_row(GOLDEN[name]).dequantise()
+    path, _ = update(tmp_path / "a", weight.shape, key)
+    loaded = load_adapter(path)
+    for values, same in ((weight, True), (weight + 1, False)):
+        narrow = values.astype(ml_dtypes.bfloat16).reshape(-1)
+        both = np.concatenate([narrow[part] for part in ends(narrow.size)])
+        told = {FIELD: fingerprint([(key, weight.shape, both)])}
+        known = replace(loaded, metadata={**loaded.metadata, **told})
+        options: dict[str, Any] = {way: True, "force": True}
+        if same:
+            report = merge(tmp_path / "base", known, tmp_path / "out", **options)
+            assert report.details["base_verified"]
+        else:
+            with pytest.raises(LoraFxError, match="trained on other weights"):
+                merge(tmp_path / "base", known, tmp_path / "out", **options)
+
+
+def test_two_adapters_of_one_weight(tmp_path: Path) -> None:
+    name = "NVFP4 float32"
+    _, key = base(tmp_path / "base", name)
+    weight = read_row(GOLDEN[name]).dequantise().astype(np.float64)
+    one, first = update(tmp_path / "a", weight.shape, key)
+    two, second = update(tmp_path / "b", weight.shape, key, 0.02)
+    merge(tmp_path / "base", [(one, 0.5), two], tmp_path / "out", dequantise=True)
+    exact = weight + 0.5 * first + second
+    nearly(read(tmp_path / "out")[key], exact, np.full(exact.shape, np.abs(second).max()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -13,9 +15,11 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import onnx
 from lora_fx.files.quantised.awq import awq
-from lora_fx.files.quantised.base import parts_of
+from lora_fx.files.quantised.base import Parts, QuantisedWeight, parts_of
 from lora_fx.files.quantised.bitsandbytes import four_bits
 from lora_fx.files.quantised.compressed_tensors import compressed
+from lora_fx.files.quantised.fp4 import mxfp4_stack
+from lora_fx.files.quantised.fp8 import fp8_blocks
 from lora_fx.files.quantised.gptq import gptq
 from lora_fx.fx.codes import arrays_of
 from lora_fx.ir.quantised import FP4, NF4, Quantised
@@ -247,3 +251,74 @@ def test_a_scale_a_row_and_blocks_of_no_power_of_two(block: int) -> None:
     assert n.block_size == {16: 16, 48: 16, 96: 32, 4096: 128, 80: 16}[block]
     again = onnx.matmul_nbits("w", n.b, n.scales, None, (3, 200), 8)
     assert np.array_equal(again.dequantise(), q.dequantise())
+
+
+def large() -> dict[str, QuantisedWeight]:
+    """Weights of several windows, with numbers at random; what they stand for is tested above."""
+    rng = np.random.default_rng(0)
+
+    def ints(*shape: int) -> Array:
+        return rng.integers(-(2**31), 2**31, shape).astype(np.int32)
+
+    def scales(*shape: int) -> Array:
+        return (rng.random(shape) + 0.5).astype(np.float32)
+
+    def module(**arrays: Array) -> Parts:
+        return parts_of("m", arrays)
+
+    state = {"quant_type": "nf4", "blocksize": 64, "shape": [30, 40], "nested_blocksize": 2,
+             "nested_offset": 0.25}  # fmt: skip
+    nested = module(
+        **{
+            "weight": rng.integers(0, 256, (600, 1), dtype=np.uint8),
+            "weight.absmax": rng.integers(0, 256, 19, dtype=np.uint8),
+            "weight.nested_absmax": scales(10),
+            "weight.nested_quant_map": scales(256),
+            "weight.quant_state.bitsandbytes__nf4": np.frombuffer(
+                json.dumps(state).encode(), np.uint8
+            ),
+        }
+    )
+    fp8_codes = rng.standard_normal((300, 70)).astype(ml_dtypes.float8_e4m3fn)
+    made = {
+        f"gptq {bits}": gptq(
+            module(
+                qweight=ints(32 * bits // 32, 96),
+                qzeros=ints(2, 96 * bits // 32),
+                scales=scales(2, 96),
+                g_idx=rng.permutation(np.arange(32) // 16),
+            )
+        )
+        for bits in (2, 3, 4, 8)
+    }
+    return made | {
+        "awq": awq(module(qweight=ints(32, 3), qzeros=ints(2, 3), scales=scales(2, 24))),
+        "packed": compressed(
+            module(
+                weight_packed=ints(70, 4),
+                weight_shape=np.array([70, 32]),
+                weight_scale=scales(70, 2),
+                weight_zero_point=ints(9, 2),
+            )
+        ),
+        "nf4 nested": four_bits(nested),
+        "fp8": fp8_blocks(module(weight=fp8_codes, weight_scale_inv=scales(3, 1)), {}),
+        "stack": mxfp4_stack(
+            module(
+                w_blocks=rng.integers(0, 256, (3, 5, 2, 16), dtype=np.uint8),
+                w_scales=rng.integers(120, 130, (3, 5, 2), dtype=np.uint8),
+            ),
+            "w",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", large())
+def test_any_rows_are_those_of_the_whole(name: str) -> None:
+    weight = large()[name]
+    every = weight.read().dequantise().reshape(-1, weight.shape[-1])
+    count, rng = len(every), np.random.default_rng(1)
+    assert weight.step < count
+    spans = [sorted(rng.choice(count + 1, 2, replace=False)) for _ in range(20)]
+    for low, high in [(0, count), *spans]:
+        assert np.array_equal(weight.rows(int(low), int(high)), every[low:high]), (low, high)
