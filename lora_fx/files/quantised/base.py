@@ -308,7 +308,7 @@ def grouped(codes: Array, scale: Array, zero: Array | None, groups: Array) -> Qu
         zero = None if zero is None else zero[:, groups]
         return Quantised(codes, scale[:, groups], zero, (1, 1))
     moved = None if np.array_equal(groups, groups[order]) else order
-    codes = np.ascontiguousarray(codes[:, order])
+    codes = np.ascontiguousarray(codes if moved is None else codes[:, order])
     return Quantised(codes, scale, zero, (1, block), order=moved)
 
 
