@@ -218,8 +218,12 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
     """
     options = replace(LENIENT, allow_missing=True)
     plan = make_plan(base, [Given(adapter, 1.0, "the adapter", "")], options)
-    change = next(c for c in plan.changes.values() if c.fold is not None)
-    assert change.fold is not None
+    change = next(iter(plan.changes.values()))
+    if change.fold is None or len(change.fold.matrix.parts) != 1:
+        raise LoraFxError(
+            f"{change.name!r}: a stack of matrices, or groups of a convolution, is no one ΔW",
+            "--exclude it, and merge it into its base",
+        )
     fold = prepared(change.fold, change.weight)
     weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)
     delta = fold.sum(weight.astype(np.float32), 0, Space())[1]

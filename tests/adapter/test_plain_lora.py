@@ -112,6 +112,19 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert code == 2 and "of --as lora" in err
 
 
+def test_a_stack_is_no_one_matrix(tmp_path: Path) -> None:
+    from lora_fx.adapter.adapter import Adapter
+    from lora_fx.adapter.lowrank import LowRank
+
+    rng = np.random.default_rng(0)
+    save_file({"w": torch.randn(2, 6, 4)}, tmp_path / "stack.safetensors")
+    a, b = rng.standard_normal((2, 2, 4)), rng.standard_normal((2, 6, 2))
+    low = LowRank(a.astype("f4"), b.astype("f4"), 2.0, mutated="pissa")
+    delta_of = partial(delta_in, open_checkpoint(tmp_path / "stack.safetensors"))
+    with pytest.raises(LoraFxError, match="a stack of matrices"):
+        as_lora(Adapter({"w": low}), rank=2, delta_of=delta_of)
+
+
 def test_what_has_no_matrix(tmp_path: Path) -> None:
     from lora_fx.adapter.adapter import Adapter
     from lora_fx.adapter.updates import Dense, ReplacedRows

@@ -233,8 +233,9 @@ LEFT: dict[str, dict[str, Array]] = {
 @pytest.mark.parametrize("what", LEFT)
 def test_codes_that_would_stay(what: str, tmp_path: Path) -> None:
     """What no float model reads as it is: stacks in layouts that are not read, scaled inputs."""
-    tensors, key = base(tmp_path / "base", "FP8 32 torch.float32", 1)
-    path, _ = update(tmp_path / "a", GOLDEN["FP8 32 torch.float32"].want.shape, key)
+    name = "awq 16" if what == "act.scales" else "FP8 32 torch.float32"
+    tensors, key = base(tmp_path / "base", name, 1)
+    path, _ = update(tmp_path / "a", GOLDEN[name].want.shape, key)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     module = f"model.layers.0.mlp.{what}".rpartition(".")[0]
     more = {f"{module}.{n}": a for n, a in LEFT[what].items()}
@@ -242,6 +243,18 @@ def test_codes_that_would_stay(what: str, tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match=rf"model\.layers\.0\.mlp\.{what}.* not read"):
         merge(tmp_path / "odd", path, tmp_path / "x", dequantise=True)
     assert not (tmp_path / "x").exists()
+
+
+def test_scales_of_a_model_are_its_own(tmp_path: Path) -> None:
+    """AutoAWQ alone keeps scales of inputs under this name."""
+    name = "FP8 32 torch.float32"
+    tensors, key = base(tmp_path / "base", name, 1)
+    path, _ = update(tmp_path / "a", GOLDEN[name].want.shape, key)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    tensors["model.act.scales"] = np.ones(6, np.float16)
+    checkpoint(tmp_path / "own", tensors, config=config)
+    merge(tmp_path / "own", path, tmp_path / "out", dequantise=True)
+    assert np.array_equal(read(tmp_path / "out")["model.act.scales"], np.ones(6, np.float16))
 
 
 def test_names_that_transformers_finds(tmp_path: Path) -> None:

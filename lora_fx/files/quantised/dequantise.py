@@ -83,9 +83,12 @@ _BESIDE = ("_scale", "_scale_inv", "_scales", "_weight_scale", ".absmax")
 
 def refuse_left(base: Checkpoint) -> None:
     """Raise where a view has codes, or scales of a module's inputs, that no float model reads."""
+    told = base.of.config().get("quantization_config") if base.of is not None else None
+    awq = isinstance(told, dict) and told.get("quant_method") == "awq"
     for name, info in base.tensors.items():
         codes = info.dtype not in FLOATING and any(f"{name}{n}" in base.tensors for n in _BESIDE)
-        if codes or info.dtype.startswith("float8") or name.endswith(".scales"):  # AutoAWQ's act
+        of_act = awq and name.endswith(".scales")  # AutoAWQ's ScaledActivation
+        if codes or of_act or info.dtype.startswith("float8"):
             raise LoraFxError(
                 f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, of a layout "
                 "that is not read; a model of floats would take it for numbers",
