@@ -252,9 +252,8 @@ def _sources(
         p = names.get(stored.name)
         if p is None or len(p.shape) < 2:
             continue
-        if (
-            p.format and stored.name not in apart
-        ):  # rows of codes are [out, in], however the parameter lies
+        if p.format and stored.name not in apart:
+            # rows of codes are [out, in], however the parameter lies
             turned = held[p.name].turned
             result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
             continue
