@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
@@ -21,6 +21,7 @@ from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
+from lora_fx.fx.lowering import lowered, program_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.onnx.names import mark_data, unfolded
@@ -77,10 +78,12 @@ def to_onnx(
     shapes = [{d: Dim.AUTO for d in dims} or None for dims in free.values()]
     said = silenced(contextlib.redirect_stdout, LEAST)
     own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
-    with said, weights_apart(own), recurrent_shapes(), torch.no_grad():
+    by_kind = patched(ExportedProgram, run_decompositions=lowered)
+    with said, weights_apart(own), recurrent_shapes(), by_kind, torch.no_grad():
         try:
             given = (*tensors, *weights.values())
-            program = export_program(flat, given, (*shapes, *(None for _ in weights)))
+            dims = (*shapes, *(None for _ in weights))
+            program = program_of(flat, given, dims) or export_program(flat, given, dims)
             onnx = torch.onnx.export(
                 program,
                 dynamo=True,

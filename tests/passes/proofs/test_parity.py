@@ -70,6 +70,26 @@ def test_rounding_is_measured_until_the_gate_is_met() -> None:
         assert found.ok is (gate > 5e-6)
 
 
+@pytest.mark.parametrize(
+    ("names", "gate"),
+    [
+        (("present.0.key", "present.1.key"), 8.1e-6),
+        (("present.0.key", "present.1.value"), 8.1e-6),
+        (("logits", "hidden_states.2"), 8.1e-6),
+        (("hidden_states.2", "logits"), 2e-6),  # the end is not on the way to another
+        (("output", "output_1"), 2e-6),  # a tuple's parts are not
+        (("block1", "block2"), 2e-6),
+    ],
+)
+def test_outputs_of_blocks_share_their_rounding(names: tuple[str, str], gate: float) -> None:
+    ours = dict.fromkeys(names, np.array([1.0]))
+    reference = {names[0]: np.array([1.0]), names[1]: np.array([1.0 + 5e-6])}
+    own = {names[0]: 2e-6, names[1]: 1e-7}
+    found = compare_fairly(ours, reference, {}, dict.fromkeys(names, 2e-6), lambda: [own])
+    assert (found.output, found.ok) == (names[1], gate > 5e-6)
+    assert found.tol == pytest.approx(gate)
+
+
 class Rows(nn.Module):
     """Rows by a float number: of no use with random ones."""
 
