@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._export import utils
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
@@ -36,6 +37,8 @@ from lora_fx.fx.graph.nodes import hint, value
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
 """Operator → what it is made of; what is not in it stays."""
+_kept = getattr(utils, "_is_preservable_cia_op", lambda op: False)
+"""Whether an operator that torch could take apart stays if it is not in the table."""
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CHECKS = {
     aten._assert_scalar.default,
@@ -88,7 +91,7 @@ def _comes_apart(node: fx.Node, table: Table) -> bool:
     target: Any = node.target
     if not isinstance(target, OpOverload) or target in CHECKS or isinstance(value(node), NUMBERS):
         return False
-    return target in table or target._can_decompose()
+    return target in table or (target._can_decompose() and not _kept(target))
 
 
 def _kind(node: fx.Node) -> Hashable:

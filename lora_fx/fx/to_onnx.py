@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -79,7 +80,10 @@ def to_onnx(
     said = silenced(contextlib.redirect_stdout, LEAST)
     own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
     by_kind = patched(ExportedProgram, run_decompositions=lowered)
-    with said, weights_apart(own), recurrent_shapes(), by_kind, torch.no_grad():
+    table, made = _registry()
+    # it parses the source of 500 functions for every model, half of what a small one costs
+    once = patched(table, from_torchlib=made)
+    with said, weights_apart(own), recurrent_shapes(), by_kind, once, torch.no_grad():
         try:
             given = (*tensors, *weights.values())
             dims = (*shapes, *(None for _ in weights))
@@ -105,6 +109,14 @@ def to_onnx(
         owner.inputs.remove(place)
         owner.register_initializer(place)
     return OnnxProgram(onnx.model, symbols)
+
+
+@functools.cache
+def _registry() -> tuple[Any, staticmethod[Any, Any]]:
+    """The exporter's table of operators: its class, and what makes one, once an opset."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return ONNXRegistry, staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 def _lifted(graph: FxGraph, target: Target) -> Tensor:
