@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,18 +65,28 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return gap / top
 
 
-def gates_of(expected: Outputs) -> dict[str, float]:
+class Gate(NamedTuple):
+    """What a difference may be at first, and the most that the model's own rounding makes of it."""
+
+    first: float
+    most: float
+
+
+def gates_of(expected: Outputs, ceiling: float = CEILING) -> dict[str, Gate]:
     """The base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype."""
-    return {n: max(ORT_TOL, 8 * EPSILON.get(v.dtype.name, 0.0)) for n, v in expected.items()}
+    narrow = {n: 8 * EPSILON.get(v.dtype.name, 0.0) for n, v in expected.items()}
+    return {n: Gate(g, g) if g else Gate(ORT_TOL, ceiling) for n, g in narrow.items()}
 
 
-def narrow_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.ArrayLike) -> float:
-    """The gate where an output or an adapted weight has so wide an epsilon: 8 of it.
+def narrow_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.ArrayLike) -> Gate:
+    """The gate where an output or an adapted weight has so wide an epsilon: 8 of it, at most 32.
 
     Half the adapter's effect keeps a lost fold from passing as rounding, down to 4 epsilons, where
     no output of that dtype can tell the two apart.
     """
-    return max(tol, min(8 * eps, max(4 * eps, 0.5 * rel(base, expected))))
+    half = 0.5 * rel(base, expected)
+    first = max(tol, min(8 * eps, max(4 * eps, half)))
+    return Gate(first, max(first, min(32 * eps, half or 32 * eps)))
 
 
 @dataclass(frozen=True)
@@ -194,31 +205,26 @@ def compare_fairly(
     ours: Outputs,
     reference: Outputs,
     sizes: Sizes,
-    gates: Mapping[str, float],
+    gates: Mapping[str, Gate],
     own: Callable[[], Iterable[Mapping[str, float]]],
-    tol: float = ORT_TOL,
     *,
     of: str = "",
-    ceiling: float = CEILING,
 ) -> Parity:
-    """Compare; where a gate that is `tol` is exceeded, such gates become 4 × `own` + 1e-7.
+    """Compare; where a first gate is exceeded, gates become 4 × `own` + 1e-7, up to their most.
 
     `own` tells how far rounding alone moves each output of the reference: at least so far, then at
-    least so far … It may take long, and is asked no further than until the gates are met. No gate
-    is widened above `ceiling`. What the blocks of a stack give, `present.0.key` …, is on the way to
-    the other outputs, and a few runs tell too little of sixty each: the most that any output is
-    moved counts for them.
+    least so far … It may take long, and is asked no further than until the gates are met. What the
+    blocks of a stack give, `present.0.key` …, is on the way to the other outputs, and a few runs
+    tell too little of sixty each: the most that any output is moved counts for them.
     """
-    found = compare(ours, reference, sizes, gates, of)
-    if found.ok or gates.get(found.output) != tol:
+    found = compare(ours, reference, sizes, {n: g.first for n, g in gates.items()}, of)
+    over = gates.get(found.output)
+    if found.ok or over is None or over.most <= over.first:
         return found
     for rounding in own():
-        most = max(rounding.values(), default=0.0)
-        moved = {n: most if _NUMBER.search(n) else rounding.get(n, 0.0) for n in gates}
-        wider = {
-            n: min(max(g, 4 * moved[n] + 1e-7), ceiling) if g == tol else g
-            for n, g in gates.items()
-        }
+        largest = max(rounding.values(), default=0.0)
+        moved = {n: largest if _NUMBER.search(n) else rounding.get(n, 0.0) for n in gates}
+        wider = {n: min(max(g.first, 4 * moved[n] + 1e-7), g.most) for n, g in gates.items()}
         found = compare(ours, reference, sizes, wider, of)
         if found.ok:
             break

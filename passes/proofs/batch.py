@@ -71,8 +71,8 @@ def prove_rows(
         }
         own = partial(_own_errors, reference, [adapters[names[i]] if i else None for i in {*ids}])
         parity = compare_fairly(
-            got[k], whole, {n: v.shape for n, v in feeds.items()}, gates_of(whole), own,
-            of="mixed batch", ceiling=reference.ceiling,
+            got[k], whole, {n: v.shape for n, v in feeds.items()},
+            gates_of(whole, reference.ceiling), own, of="mixed batch",
         )  # fmt: skip
         found.append(parity)
         if not parity.ok:
@@ -121,9 +121,8 @@ def _together(
         tried.append((name, adapter, run({**feeds, IDS: np.full(rows, i, np.int64), **more})))
         expected.append(reference.run(adapter)(feeds))
     for (name, adapter, ours), wanted in zip(tried, expected, strict=True):
-        own, gates = partial(reference.own_errors, adapter), gates_of(wanted)
-        ceiling = reference.ceiling
-        parity = compare_fairly(ours, wanted, shapes, gates, own, of=name, ceiling=ceiling)
+        own, gates = partial(reference.own_errors, adapter), gates_of(wanted, reference.ceiling)
+        parity = compare_fairly(ours, wanted, shapes, gates, own, of=name)
         demand([parity], "a batch differs")
         yield parity
 

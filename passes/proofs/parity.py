@@ -22,6 +22,7 @@ from lora_fx.compare import (
     CEILING,
     EPSILON,
     ORT_TOL,
+    Gate,
     Parity,
     compare_fairly,
     narrow_gate,
@@ -110,7 +111,7 @@ def prove(
             ) from e
         reference.captured.unproven.pop(str(shapes), None)
         gates = {n: _gate(reference, named, n, v, tol) for n, v in expected.items()}
-        results.append(compare_fairly(ours(feeds), expected, shapes, gates, own, tol, of=of))
+        results.append(compare_fairly(ours(feeds), expected, shapes, gates, own, of=of))
     return results
 
 
@@ -182,13 +183,13 @@ def outside(reference: CapturedModule, named: Named) -> SizeError | None:
     return traced.door.refused(pytree.tree_leaves(dict(named)))
 
 
-def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> float:
+def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> Gate:
     """`tol` for fp32; that of narrower outputs or adapted weights by their rounding."""
     found, updates = getattr(reference, "found", None), getattr(reference, "updates", {})
     stored = (found[key].parameter.dtype for key in updates) if found else ()
     eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored, *_narrow(reference)))
     if not eps:
-        return tol
+        return Gate(tol, CEILING)
     with reference.base():
         base = reference.flat(named)[name]
     return narrow_gate(tol, eps, base, expected)

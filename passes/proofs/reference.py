@@ -24,6 +24,7 @@ from lora_fx.compare import (
     CEILING,
     COARSE,
     EPSILON,
+    Gate,
     Parity,
     compare_fairly,
     gates_of,
@@ -183,16 +184,14 @@ class OnnxReference:
         for feeds in self.sizes():
             expected, own = self._run(adapter, True, feeds), partial(self.own_errors, adapter)
             gates, shapes = self._gates(adapter, expected, feeds), shapes_of(feeds)
-            made, ceiling = run(feeds), self.ceiling
-            found = compare_fairly(made, expected, shapes, gates, own, of=of, ceiling=ceiling)
-            results.append(found)
+            results.append(compare_fairly(run(feeds), expected, shapes, gates, own, of=of))
         return results
 
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
-    ) -> dict[str, float]:
+    ) -> dict[str, Gate]:
         """The base gates, wider where an adapted weight is stored in a narrower dtype."""
-        gates = gates_of(expected)
+        gates = gates_of(expected, self.ceiling)
         if adapter is None or self.graph is None:
             return gates
         targets = self._targets(adapter.lowrank)
@@ -200,7 +199,7 @@ class OnnxReference:
         dtypes = {*(t.parameter.dtype for t in targets), *(v.dtype for v in casts)}
         eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
         base = self._run(None, True, feeds) if eps else {}
-        return {n: narrow_gate(g, eps, base[n], expected[n]) if eps else g
+        return {n: narrow_gate(g.first, eps, base[n], expected[n]) if eps else g
                 for n, g in gates.items()}  # fmt: skip
 
     def idle(self, adapter: Adapter) -> list[str]:

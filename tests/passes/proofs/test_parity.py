@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.compare import compare_fairly
+from lora_fx.compare import Gate, compare_fairly, narrow_gate
 from lora_fx.passes.proofs import parity
 from lora_fx.passes.proofs.parity import own_errors
 
@@ -64,10 +64,13 @@ def test_rounding_is_measured_until_the_gate_is_met() -> None:
                 seen.append(error)
                 yield {"y": error}
 
-        found = compare_fairly(ours, reference, {}, {"y": 2e-6}, own)
+        found = compare_fairly(ours, reference, {}, {"y": Gate(2e-6, 1e-3)}, own)
         assert seen == asked
         assert found.tol == pytest.approx(gate)
         assert found.ok is (gate > 5e-6)
+
+
+GATE = Gate(2e-6, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +88,29 @@ def test_outputs_of_blocks_share_their_rounding(names: tuple[str, str], gate: fl
     ours = dict.fromkeys(names, np.array([1.0]))
     reference = {names[0]: np.array([1.0]), names[1]: np.array([1.0 + 5e-6])}
     own = {names[0]: 2e-6, names[1]: 1e-7}
-    found = compare_fairly(ours, reference, {}, dict.fromkeys(names, 2e-6), lambda: [own])
+    found = compare_fairly(ours, reference, {}, dict.fromkeys(names, GATE), lambda: [own])
     assert (found.output, found.ok) == (names[1], gate > 5e-6)
     assert found.tol == pytest.approx(gate)
+
+
+@pytest.mark.parametrize(
+    ("effect", "own", "off", "ok"),
+    [
+        (0.5, 2e-3, 7.9e-3, True),  # 8 epsilons are 7.8e-3, and the model itself rounds by 2e-3
+        (0.5, 1e-3, 7.9e-3, False),
+        (0.5, 9e-2, 3.2e-2, False),  # no further than 32 epsilons
+        (0.01, 9e-2, 7.9e-3, False),  # half of what the adapter changes would be lost unseen
+        (0.01, 9e-2, 4.9e-3, True),
+        (0.0, 3e-3, 1.1e-2, True),  # no adapter, none to lose
+    ],
+)
+def test_a_narrow_gate_widens_below_half_the_effect(
+    effect: float, own: float, off: float, ok: bool
+) -> None:
+    base, expected = np.array([1.0 - effect]), np.array([1.0])
+    gate = narrow_gate(2e-6, 2.0**-10, base, expected)
+    ours, found = {"y": expected + off}, {"y": own}
+    assert compare_fairly(ours, {"y": expected}, {}, {"y": gate}, lambda: [found]).ok is ok
 
 
 class Rows(nn.Module):
