@@ -45,7 +45,7 @@ ORDER = (
 )
 LAZY = {
     ("lora_fx.onnx.session", "lora_fx.formats.io"),
-    ("lora_fx.formats.peft.file", "lora_fx.fx.tensors"),
+    ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
 LONG = 700
@@ -253,6 +253,7 @@ VERBS = (
     "passes.verbs.attach.attach",
     "passes.verbs.export.export",
     "passes.verbs.plan.plan",
+    "passes.verbs.verify.verify",
 )
 """Public functions that users call with keywords; each makes an options object at once."""
 

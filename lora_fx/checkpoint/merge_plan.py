@@ -32,6 +32,7 @@ from lora_fx.files.quantised.dequantise import (
     SHARD,
     CodesInfo,
     dequantised,
+    is_view,
     refuse_left,
     view_notes,
 )
@@ -197,7 +198,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
     stored = base
-    if (options.dequantise or options.requantise) and base.of is None:
+    if (options.dequantise or options.requantise) and not is_view(base):
         base = dequantised(base, options.stored, options.shard)
         if options.dequantise:
             refuse_left(base)

@@ -35,17 +35,19 @@ from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, explained
-from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
+from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
+from lora_fx.files.quantised.dequantise import is_view
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json, JsonView
 
 
 def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
-    """True for a `.safetensors` file, or a folder of them, that is no adapter."""
+    """True for a `.safetensors` file or a pickle, or a folder of them, that is no adapter."""
     if not isinstance(path, (str, os.PathLike)):
         return False
     path = Path(path)
-    return (path.suffix == ".safetensors" or path.is_dir()) and not is_adapter(path)
+    kinds = (".safetensors", *PICKLES)
+    return (path.suffix in kinds or path.is_dir()) and not is_adapter(path)
 
 
 def verify_files(
@@ -220,7 +222,7 @@ def chain_of(
         if not parts:
             continue
         plan = make_plan(here, parts, _options(record, parts, here, merged))
-        if plans and here.of is None and plan.base.of is not None:
+        if plans and not is_view(here) and is_view(plan.base):
             raise LoraFxError(
                 f"{merged.path}: codes that one merge found became floats in a later one",
                 "verify each merge against what it started from",

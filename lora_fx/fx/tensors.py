@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +73,9 @@ def to_numpy(tensor: torch.Tensor | None) -> Array:
 
 def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
     """An array as a tensor, in the dtype and on the device of `like` if one is given."""
-    if value.dtype == np.dtype(ml_dtypes.bfloat16):
-        t = torch.from_numpy(np.ascontiguousarray(value).view(np.int16)).view(torch.bfloat16)
+    if value.dtype.kind == "V":  # bfloat16 and float8, which numpy itself has not
+        bits = np.ascontiguousarray(value).view(f"i{value.itemsize}")
+        t = torch.from_numpy(bits).view(getattr(torch, value.dtype.name))
     else:
         t = torch.from_numpy(np.ascontiguousarray(value))
     t = t.reshape(value.shape)  # ascontiguousarray gives a scalar a dimension
@@ -190,29 +192,64 @@ def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]
 # Tensors out of a pickle that torch.save wrote; the one place where one is opened.
 
 
-def read_pickle(path: Path) -> dict[str, Array]:
+def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a file, by torch's unpickler that runs no code (weights_only=True).
 
     Args:
         path: A state dict, name → tensor.
+        mapped: Map the file, so that only what is used is read; not for torch's oldest format.
 
     Raises:
         LoraFxError: It holds anything but tensors, or is damaged.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds, UnpicklingError for code
         raise LoraFxError(
             f"{path}: torch will not read it as tensors alone: {one_line(error)}",
-            "it may hold code; get the adapter as safetensors",
+            "it may hold code; get the tensors as safetensors",
         ) from error
-    tensors: dict[str, Array] = {}
     for name, value in state.items() if isinstance(state, dict) else [("", None)]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise LoraFxError(
                 f"{path}: holds a {type(value).__name__} at {name!r}; expected a tensor by name",
-                "is it the adapter_model.bin that save_pretrained wrote?",
+                "is it a file that save_pretrained wrote?",
             )
+    return dict(state)
+
+
+def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Name → (dtype, shape, first byte in the file) of the tensors of a pickle; none are read.
+
+    The byte is -1 of a tensor whose numbers do not lie in the file as they are, row by row.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():  # under which torch notes where a storage lies, instead of reading it
+        state = pickled(path)
+    plain = zipfile.is_zipfile(path) and _as_they_are(path)
+    places = {}
+    for name, t in state.items():
+        storage: Any = t.untyped_storage()
+        start = t.storage_offset() * t.element_size()
+        whole = t.is_contiguous() and start + t.nbytes <= storage.nbytes()
+        at = storage._checkpoint_offset + start if plain and whole else -1
+        places[name] = (str(t.dtype).removeprefix("torch."), tuple(t.shape), at)
+    return places
+
+
+def _as_they_are(path: Path) -> bool:
+    """True for an archive without compression, of a machine whose lowest byte is the first."""
+    with zipfile.ZipFile(path) as file:
+        order = [n for n in file.namelist() if n.endswith("/byteorder")]
+        packed = any(i.compress_type != zipfile.ZIP_STORED for i in file.infolist())
+        return not packed and all(file.read(n) == b"little" for n in order)
+
+
+def read_pickle(path: Path) -> dict[str, Array]:
+    """The tensors of a pickle as arrays; see `pickled`."""
+    tensors: dict[str, Array] = {}
+    for name, value in pickled(path).items():
         try:
             tensors[name] = to_numpy(value.contiguous())
         except (TypeError, RuntimeError) as error:

@@ -50,7 +50,7 @@ class OnnxMergeOptions:
     Attributes:
         names: Adapter key → tensor of the file, where the names do not tell.
         again: Fold an adapter that the file's metadata says is in it already.
-        trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
+        trust: Read pickles, by torch's unpickler that runs no code.
         force: Replace an output that exists.
         external_over: Bytes of weights above which they go to a file of their own.
         repository: Where a copy goes, for Triton.
