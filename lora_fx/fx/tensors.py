@@ -225,9 +225,11 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():  # under which torch notes where a storage lies, instead of reading it
-        state = pickled(path)
+    # Under it torch notes where a storage lies, instead of reading it; and it ends the process
+    # where bytes would have to be turned.
     plain = zipfile.is_zipfile(path) and _as_they_are(path)
+    with FakeTensorMode() if plain else contextlib.nullcontext():
+        state = pickled(path)
     places = {}
     for name, t in state.items():
         storage: Any = t.untyped_storage()
@@ -240,10 +242,12 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 def _as_they_are(path: Path) -> bool:
     """True for an archive without compression, of a machine whose lowest byte is the first."""
-    with zipfile.ZipFile(path) as file:
+    damaged = (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError)
+    with contextlib.suppress(*damaged), zipfile.ZipFile(path) as file:
         order = [n for n in file.namelist() if n.endswith("/byteorder")]
         packed = any(i.compress_type != zipfile.ZIP_STORED for i in file.infolist())
         return not packed and all(file.read(n) == b"little" for n in order)
+    return False
 
 
 def read_pickle(path: Path) -> dict[str, Array]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -15,14 +17,17 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT, stored_as
-from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
+from lora_fx.checkpoint.requantise import refuse_loss, sampled
 from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import model_config
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import finite, is_float
-from lora_fx.formats.peft.config import KEEPS_BASE, REDONE, REFUSED, Pattern, wanted_by
+from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
+from lora_fx.formats.peft.file import KINDS
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, is_number, near
@@ -44,9 +49,41 @@ def _about(keys: Sequence[str], found: str, expected: str, hint: str) -> Iterato
 
 
 def _lost(pair: Pair) -> list[str]:
-    """Keys of low-rank updates that the base has no tensor for."""
-    low = pair.adapter.lowrank
-    return [k for k in pair.adapter.entries if pair.tensor(k) is None and k in low]
+    """Keys of updates that the base has no tensor for."""
+    updates = (k for k, e in pair.adapter.entries.items() if not isinstance(e, Full))
+    return [k for k in updates if pair.tensor(k) is None]
+
+
+def _strange(pair: Pair) -> bool:
+    """True where no update fits the base: the adapter is another model's."""
+    updates = {k for k, e in pair.adapter.entries.items() if not isinstance(e, Full)}
+    fit = updates - {*_lost(pair)} - {k for k in pair.misfits if not _rows(pair, k)}
+    return bool(updates) and not fit and not _swap(pair) and not pair.raw.prefixes
+
+
+def model(pair: Pair) -> Iterator[Finding]:
+    """The base is of the model that the adapter was trained on."""
+    if not _strange(pair):
+        return
+    config = {**pair.adapter.metadata, **pair.raw.config}
+    name, mapping = config.get("base_model_name_or_path"), config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    kind = library.rpartition(".modeling_")[2] if isinstance(library, str) else ""
+    with contextlib.suppress(LoraFxError):
+        file = Path(str(name)) / "config.json"
+        kind = str(model_config(file).get("model_type")) if name and file.is_file() else kind
+    keys = [*pair.adapter.entries]
+    told = f"of a {kind} ({name})" if kind and name else f"of a {kind}" if kind else f"of {name}"
+    own = pair.base.config().get("model_type")
+    why = next(iter(pair.misfits.values()), "").partition(": ")[2]
+    yield Finding(
+        keys,
+        f"an adapter {told if kind or name else f'with {keys[0]}'}; the base "
+        + (f"is a {own}" if own else f"has {next(iter(pair.tensors), 'nothing')}")
+        + (f": {why}" if why else ""),
+        "an adapter and the model that it was trained on",
+        f"give {name} as the base" if name else "which model was it trained on? give that one",
+    )
 
 
 def prefix(pair: Pair) -> Iterator[Finding]:
@@ -102,7 +139,7 @@ def _swap(pair: Pair) -> tuple[str, str] | None:
 def unused(pair: Pair) -> Iterator[Finding]:
     """Every update has a tensor in the base."""
     lost = _lost(pair)
-    if lost and not _swap(pair):
+    if lost and not _swap(pair) and not _strange(pair):
         yield Finding(
             lost,
             "no such tensor in the base: their updates would be dropped",
@@ -115,7 +152,7 @@ def missing(pair: Pair) -> Iterator[Finding]:
     """Every layer that the config adapts has an update."""
     broken = {k.removesuffix(".weight") for k in pair.raw.broken}
     lost = [m for m in absent_of(pair.adapter, pair.tensors, pair.rename) if m not in broken]
-    if lost and not _lost(pair):
+    if lost and not _strange(pair) and not _swap(pair):
         yield Finding(
             [f"{m}.weight" for m in lost],
             "the config adapts them (target_modules), but the file has no update of them",
@@ -158,7 +195,7 @@ def vocabulary(pair: Pair) -> Iterator[Finding]:
 
 def shapes(pair: Pair) -> Iterator[Finding]:
     """Every update has the shape of its tensor."""
-    for key, why in pair.misfits.items():
+    for key, why in pair.misfits.items() if not _strange(pair) else ():
         info = pair.tensor(key)
         if not _rows(pair, key) and info is not None and 0 not in info.shape:
             yield Finding(
@@ -190,6 +227,8 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     ways = no.hint if no is not None and no.hint.startswith("--dequantise") else HINT
     for (kind, severity), keys in kinds.items():
         hint = ways if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
+        if no is None and severity == ERROR:  # an option takes them
+            severity, hint = NOTE, "lora-fx merge was asked to take it"
         yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)
 
 
@@ -258,25 +297,41 @@ def effect(pair: Pair) -> Iterator[Finding]:
 # doctor's checks that ask the plan of a merge, or what a merge has left. They yield findings.
 
 
-ALLOWED = replace(LENIENT, allow_unused=True, allow_missing=True, add=True)
-"""The options of a merge that takes what one of the checks has told already."""
-
-
-def _plan(pair: Pair, entries: Mapping[str, Entry], options: MergeOptions) -> MergePlan:
-    """What merge would do with these entries of the pair's adapter."""
-    adapter = replace(pair.adapter, entries=entries)
+def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
+    """What merge would do with these entries; `lenient` takes what a check has told already."""
+    adapter, options = replace(pair.adapter, entries=entries), pair.options
+    if lenient:
+        options = replace(
+            options, untie=True, again=True, any_base=True, other_readers=True,
+            allow_unused=True, allow_missing=True, add=True,
+        )  # fmt: skip
     return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)
 
 
 def refusal(pair: Pair) -> LoraFxError | None:
-    """What `lora-fx merge` without options would say; None where it would merge."""
-    if pair.refusal is not None:
+    """What `lora-fx merge` would say; None where it would merge."""
+    plan = planned(pair)
+    return plan if isinstance(plan, LoraFxError) else None
+
+
+def planned(pair: Pair, told: Collection[str] = ()) -> MergePlan | LoraFxError:
+    """The plan of `lora-fx merge`, or why there is none.
+
+    Args:
+        pair: The pair.
+        told: Keys of which a check has told; the others are planned, as if that were mended.
+    """
+    if pair.refusal is not None and not told:
         return pair.refusal
+    rest = {k: e for k, e in pair.adapter.entries.items() if k not in told}
     try:
-        _plan(pair, pair.adapter.entries, MergeOptions())
+        plan = _plan(pair, rest, lenient=bool(told))
+        if pair.options.requantise and not pair.options.lossy:
+            anew = [(c.codes, c.fold) for c in plan.changes.values() if c.codes and c.fold]
+            refuse_loss(sampled(anew), "the output")
     except LoraFxError as error:
         return error
-    return None
+    return plan
 
 
 def tied(pair: Pair) -> Iterator[Finding]:
@@ -285,7 +340,7 @@ def tied(pair: Pair) -> Iterator[Finding]:
         return
     sound = {k: e for k, e in pair.adapter.entries.items() if k not in pair.misfits}
     try:
-        plan = _plan(pair, sound, ALLOWED)
+        plan = _plan(pair, sound, lenient=True)
     except LoraFxError:
         return  # another check, or the last, tells
     yield from _about(
@@ -335,6 +390,9 @@ def config(pair: Pair) -> Iterator[Finding]:
             "one: ranks, scales and targets are stored there",
             "take it from where the adapter comes from",
         )
+    kind = pair.raw.config.get("peft_type")
+    if pair.raw.config and kind not in KINDS:
+        yield Finding(["peft_type"], f"peft_type = {kind!r}", " or ".join(KINDS), MERGE)
     for name, (why, hint) in REFUSED.items():
         value = pair.raw.config.get(name)
         if value not in (None, False, [], {}, ""):
@@ -342,17 +400,19 @@ def config(pair: Pair) -> Iterator[Finding]:
 
 
 def scale(pair: Pair) -> Iterator[Finding]:
-    """lora_alpha is a number."""
-    if not pair.raw.config:
+    """lora_alpha is a number; alpha, of LoHa and LoKr."""
+    kind = pair.raw.config.get("peft_type")
+    if kind not in KINDS:
         return
-    value = pair.raw.config.get("lora_alpha")
+    name = "lora_alpha" if kind == "LORA" else "alpha"
+    value = pair.raw.config.get(name)
     if not is_number(value) or not np.isfinite(value):
-        found = "no lora_alpha" if value is None else f"lora_alpha = {value!r}"
+        found = f"no {name}" if value is None else f"{name} = {value!r}"
         yield Finding(
-            ["lora_alpha"],
+            [name],
             f"{found}; PEFT would take 8 without a word",
-            "a number: the scale of every update is lora_alpha / r",
-            "add the lora_alpha that the adapter was trained with",
+            f"a number: the scale of every update is {name} / r",
+            f"add the {name} that the adapter was trained with",
         )
 
 
@@ -453,7 +513,7 @@ def numbers(pair: Pair) -> Iterator[Finding]:
 def dtypes(pair: Pair) -> Iterator[Finding]:
     """Float tensors."""
     names = _bad(pair, lambda value: not is_float(value))
-    names = [n for n in names if ".lora_" in n or n.endswith(".weight")]
+    names = [n for n in names if re.search(r"\.(lora|hada|lokr)_|\.weight$", n)]
     yield from _about(
         names,
         f"dtype {', '.join(sorted({str(pair.raw.tensors[n].dtype) for n in names}))}",
@@ -491,7 +551,6 @@ def names(pair: Pair) -> Iterator[Finding]:
             f"names with {what}: PEFT would load none of them",
             f"{PREFIX}MODULE.lora_A.weight and so on",
             f"take {prefix!r} off the names" if prefix else f"put {PREFIX!r} before the names",
-            ERROR if pair.refusal else WARNING,
         )
 
 
