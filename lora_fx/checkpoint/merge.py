@@ -124,7 +124,7 @@ def plan_merge(
     options = options or MergeOptions()
     with explained(base), trusting(options.trust):
         opened = open_checkpoint(Path(base))
-        parts = given(adapters, options.trust, 2 * opened.elements)
+        parts = given(adapters, options.trust, 2 * opened.elements, base)
         return make_plan(opened, parts, options)
 
 
@@ -191,8 +191,13 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def given(adapters: Adapters, trust: bool = False, most: int | None = None) -> list[Given]:
-    """Adapters as `merge` takes them, read; `most` as of load_adapter."""
+def given(
+    adapters: Adapters,
+    trust: bool = False,
+    most: int | None = None,
+    base: str | os.PathLike[str] | None = None,
+) -> list[Given]:
+    """Adapters as `merge` takes them, read; `most` and `base` as of load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
     result = []
@@ -207,7 +212,8 @@ def given(adapters: Adapters, trust: bool = False, most: int | None = None) -> l
             )
         if not isinstance(adapter, Adapter):
             where, path = str(adapter), Path(adapter)
-            adapter = load_adapter(adapter, trust, most=most)
+            home = None if base is None else Path(base)
+            adapter = load_adapter(adapter, trust, most=most, base=home, resolve=False)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
 

@@ -78,7 +78,7 @@ def verify_files(
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda d: -d.rel)
         else:
             every = _listed(adapter)
-            chain = chain_of(first, second, given(every), [_pair(x) for x in every])
+            chain = chain_of(first, second, given(every, base=b), [_pair(x) for x in every])
             wrong = prove(chain.plan, first, rows=rows, workers=cores())
             found = sorted(wrong, key=lambda d: -d.ratio)
     names = {*first.tensors, *second.tensors, *(chain.plan.changes if chain else ())}
@@ -112,7 +112,9 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
     """
     checkpoint = open_checkpoint(Path(base))
     if not isinstance(adapter, Adapter):
-        adapter = load_adapter(Path(adapter), most=2 * checkpoint.elements)
+        adapter = load_adapter(
+            Path(adapter), most=2 * checkpoint.elements, base=Path(base), resolve=False
+        )
     tie, tensors = tie_and_names(checkpoint, adapter.entries)
     placed, notes = match(adapter, tensors, checkpoint.config(), str(checkpoint.path))
     placed = [at_its_use(p, tie, checkpoint, untie=True) for p in placed]

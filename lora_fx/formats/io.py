@@ -90,6 +90,7 @@ def load_adapter(
     *,
     base: str | Path | None = None,
     most: int | None = None,
+    resolve: bool = True,
 ) -> Adapter:
     """Read an adapter: a file or folder of PEFT, kohya, diffusers, torchtune or ONNX Runtime.
 
@@ -101,6 +102,7 @@ def load_adapter(
             the model's.
         base: Folder (or file) of the model that it is for, where the names or the rows of the
             file depend on it (kohya, diffusers, torchtune). Only names and config.json are read.
+        resolve: Give names that only the model can tell as it has them.
         most: Elements that a file above 64 MiB may have, looked at before they are read.
 
     Returns:
@@ -113,7 +115,7 @@ def load_adapter(
     """
     if trust:
         with trusting():
-            return load_adapter(path, base=base, most=most)
+            return load_adapter(path, base=base, most=most, resolve=resolve)
     path = tensor_file(Path(path))
     if path.suffix == ".onnx":
         from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without
@@ -126,7 +128,7 @@ def load_adapter(
     adapter = torchtune.read(path, base) if name == "torchtune" else FORMATS[name].read(path)
     if not adapter.entries:
         raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
-    if base is None or adapter.names is None:
+    if base is None or adapter.names is None or not resolve:
         return adapter
     resolved = adapter.resolved(names_of(base))
     parts = sorted({split_component(key)[0] for key in resolved} - {""})

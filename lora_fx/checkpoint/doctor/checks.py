@@ -144,12 +144,15 @@ def unused(pair: Pair) -> Iterator[Finding]:
             lost,
             "no such tensor in the base: their updates would be dropped",
             f"names of {pair.base.path}",
-            near(base_name(lost[0]), [*pair.tensors]),
+            f"{near(base_name(lost[0]), [*pair.tensors])}; lora-fx merge --allow-unused leaves out "
+            "those without a tensor",
         )
 
 
 def missing(pair: Pair) -> Iterator[Finding]:
     """Every layer that the config adapts has an update."""
+    if pair.refusal is not None and not pair.raw.updates:
+        return  # nobody knows which updates it has
     broken = {k.removesuffix(".weight") for k in pair.raw.broken}
     lost = [m for m in absent_of(pair.adapter, pair.tensors, pair.rename) if m not in broken]
     if lost and not _strange(pair) and not _swap(pair):
@@ -227,8 +230,6 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     ways = no.hint if no is not None and no.hint.startswith("--dequantise") else HINT
     for (kind, severity), keys in kinds.items():
         hint = ways if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
-        if no is None and severity == ERROR:  # an option takes them
-            severity, hint = NOTE, "lora-fx merge was asked to take it"
         yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)
 
 
@@ -424,15 +425,15 @@ def ranks(pair: Pair) -> Iterator[Finding]:
         pattern = Pattern(pair.raw.config, "rank_pattern", "r", "")
     except LoraFxError:
         return  # told by patterns
+    wrong: dict[tuple[int, float], list[str]] = {}
     for key, low in pair.adapter.lowrank.items():
         want = pattern.of(key.removesuffix(".weight"))
-        if key in pair.raw.updates and key.endswith(".weight") and want not in (None, low.rank):
-            yield Finding(
-                [key],
-                f"rank {low.rank}",
-                f"rank {want:g}, as the config says: the scale would be in doubt",
-                "correct r or rank_pattern",
-            )
+        known = key in pair.raw.updates and key.endswith(".weight")
+        if known and want is not None and want != low.rank:
+            wrong.setdefault((low.rank, want), []).append(key)
+    for (rank, want), keys in wrong.items():
+        expected = f"rank {want:g}, as the config says: the scale would be in doubt"
+        yield Finding(keys, f"rank {rank}", expected, "correct r or rank_pattern")
 
 
 def patterns(pair: Pair) -> Iterator[Finding]:

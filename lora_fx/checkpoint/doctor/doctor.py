@@ -56,6 +56,18 @@ LAST = "merge"
 """The check that says what no other has: lora-fx merge would take the pair."""
 
 
+OF_FILE = {*[*CHECKS][: [*CHECKS].index("prefix")]}
+"""Checks of the adapter by itself, and whether it is of the base's model: what its reader tells."""
+ALLOWS = {
+    "unused keys": ("allow_unused",),
+    "missing keys": ("allow_missing",),
+    "tied weights": ("untie",),
+    "quantised base": ("dequantise", "requantise"),
+    "base": ("any_base",),
+    "merged before": ("again",),
+    "new tensors": ("add", "allow_unused"),
+}
+"""Check → the options of merge that take what it finds."""
 VALUES = ("base values", "training", "effect")
 """Checks of numbers, which a merge sees as it is carried out, and its plan does not."""
 
@@ -85,8 +97,8 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str], **opti
         rows = [_update(pair, key, entry) for key, entry in pair.adapter.entries.items()]
         plan = checks.planned(pair)
         findings += _more(pair, findings, plan)
-        if isinstance(plan, MergePlan):  # what merge takes is no error
-            findings = [f if f.check in VALUES else _taken(f) for f in findings]
+        if isinstance(plan, MergePlan):
+            findings = [_taken(f, asked) for f in findings]
     findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
     details = {
         "used": sum(r["tensor"] is not None for r in rows),
@@ -107,15 +119,22 @@ def _more(pair: Pair, findings: list[Finding], plan: MergePlan | LoraFxError) ->
     """Why merge refuses the pair, or would once what the checks found is mended."""
     errors = [f for f in findings if f.severity == ERROR and f.check not in VALUES]
     told = {k for f in errors for k in f.keys}
-    if errors and told >= pair.adapter.entries.keys():
+    if not errors or (pair.refusal is not None and not OF_FILE & {f.check for f in errors}):
+        left = plan
+    elif told >= pair.adapter.entries.keys():
         return
-    left = checks.planned(pair, told) if errors else plan
+    else:
+        left = checks.planned(pair, told)
     if isinstance(left, LoraFxError):
         yield Finding([], left.message, "a pair that can be merged", left.hint, check=LAST)
 
 
-def _taken(finding: Finding) -> Finding:
-    return replace(finding, severity=WARNING) if finding.severity == ERROR else finding
+def _taken(finding: Finding, asked: MergeOptions) -> Finding:
+    """What merge takes is no error: a note where an option says so, else a warning."""
+    if finding.severity != ERROR or finding.check in VALUES:
+        return finding
+    wanted = any(getattr(asked, name) for name in ALLOWS.get(finding.check, ()))
+    return replace(finding, severity=NOTE if wanted else WARNING)
 
 
 def _update(pair: Pair, key: str, entry: Entry) -> Json:

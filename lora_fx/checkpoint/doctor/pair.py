@@ -136,7 +136,7 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
     read: Adapter | None = None
     refusal, digest = None, ""
     try:
-        read = load_adapter(path)
+        read = load_adapter(path, base=base, resolve=False)
         digest = adapter_hash(read)
         read = read.resolved({**checkpoint.tensors, **coded})
     except LoraFxError as error:
