@@ -78,7 +78,7 @@ def verify_files(
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda d: -d.rel)
         else:
             every = _listed(adapter)
-            chain = chain_of(first, second, given(every, base=b), [_pair(x) for x in every])
+            chain = chain_of(first, second, given(every, base=Path(b)), [_pair(x) for x in every])
             wrong = prove(chain.plan, first, rows=rows, workers=cores())
             found = sorted(wrong, key=lambda d: -d.ratio)
     names = {*first.tensors, *second.tensors, *(chain.plan.changes if chain else ())}

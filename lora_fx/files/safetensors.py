@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype, values_of
 from lora_fx.errors import LoraFxError, explained, one_line
@@ -254,29 +253,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     Raises:
         LoraFxError: Not a safetensors file (what it is instead is said), or damaged.
     """
-    if trusted() and is_pickle(first_bytes(path)):
+    refuse_other_kinds(path)
+    if is_pickle(first_bytes(path)):
         from lora_fx.fx.tensors import read_pickle
 
         return read_pickle(path), {}
-    refuse_other_kinds(path)
-    tensors: dict[str, Array] = {}
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = dict(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-                code = str(file.get_slice(name).get_dtype())
-                if code not in _CODES.values():
-                    raise LoraFxError(
-                        f"{path}: tensor {name!r} has dtype {code}; expected {', '.join(_PLAIN)}",
-                        "quantised adapters are not supported; save it in a float dtype",
-                    )
-                tensors[name] = np.asarray(file.get_tensor(name))
-    except SafetensorError as error:
-        raise LoraFxError(
-            f"{path}: damaged safetensors file: {one_line(error)}",
-            "the download or copy may be incomplete; fetch the file again",
-        ) from error
-    return tensors, metadata
+    header = read_header(path)
+    for name, info in header.tensors.items():
+        if info.dtype not in _PLAIN:
+            raise LoraFxError(
+                f"{path}: tensor {name!r} has dtype {DTYPES[info.dtype].code}; expected "
+                f"{', '.join(_PLAIN)}",
+                "quantised adapters are not supported; save it in a float dtype",
+            )
+    return {name: stored(info) for name, info in header.tensors.items()}, dict(header.metadata)
 
 
 def first_bytes(path: Path) -> bytes:
@@ -291,10 +281,7 @@ def refuse_other_kinds(path: Path) -> None:
     # First, because the length of a header may begin with any byte, a pickle's included.
     if head[8:9] in (b"{", b" ") or (trusted() and is_pickle(head)):
         return
-    if head.startswith(b"version https://git-lfs"):
-        raise LoraFxError(
-            f"{path}: a Git LFS pointer, not the tensors", "run git lfs pull in that repository"
-        )
+    refuse_pointer(head, os.stat(path).st_size, path)
     if is_pickle(head):
         raise LoraFxError(
             f"{path}: a pickle; expected safetensors. Unpickling can run any code", TRUST

@@ -226,8 +226,10 @@ def quantised(pair: Pair) -> Iterator[Finding]:
                 kind += f": {why}"
             severity = WARNING if taken else ERROR
             kinds.setdefault((kind, severity), []).append(key)
-    no = refusal(pair) if kinds else None
-    ways = no.hint if no is not None and no.hint.startswith("--dequantise") else HINT
+    no = planned(pair) if kinds else None
+    ways = "--dequantise or --requantise, as is asked"
+    if isinstance(no, LoraFxError):
+        ways = no.hint if no.hint.startswith("--dequantise") else HINT
     for (kind, severity), keys in kinds.items():
         hint = ways if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
         yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)
@@ -307,12 +309,6 @@ def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) ->
             allow_unused=True, allow_missing=True, add=True,
         )  # fmt: skip
     return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)
-
-
-def refusal(pair: Pair) -> LoraFxError | None:
-    """What `lora-fx merge` would say; None where it would merge."""
-    plan = planned(pair)
-    return plan if isinstance(plan, LoraFxError) else None
 
 
 def planned(pair: Pair, told: Collection[str] = ()) -> MergePlan | LoraFxError:

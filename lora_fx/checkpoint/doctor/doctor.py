@@ -58,16 +58,6 @@ LAST = "merge"
 
 OF_FILE = {*[*CHECKS][: [*CHECKS].index("prefix")]}
 """Checks of the adapter by itself, and whether it is of the base's model: what its reader tells."""
-ALLOWS = {
-    "unused keys": ("allow_unused",),
-    "missing keys": ("allow_missing",),
-    "tied weights": ("untie",),
-    "quantised base": ("dequantise", "requantise"),
-    "base": ("any_base",),
-    "merged before": ("again",),
-    "new tensors": ("add", "allow_unused"),
-}
-"""Check → the options of merge that take what it finds."""
 VALUES = ("base values", "training", "effect")
 """Checks of numbers, which a merge sees as it is carried out, and its plan does not."""
 
@@ -130,10 +120,11 @@ def _more(pair: Pair, findings: list[Finding], plan: MergePlan | LoraFxError) ->
 
 
 def _taken(finding: Finding, asked: MergeOptions) -> Finding:
-    """What merge takes is no error: a note where an option says so, else a warning."""
+    """What merge takes is no error: a note where an option of the hint takes it, else a warning."""
     if finding.severity != ERROR or finding.check in VALUES:
         return finding
-    wanted = any(getattr(asked, name) for name in ALLOWS.get(finding.check, ()))
+    on = [f"--{n.replace('_', '-')}" for n, value in vars(asked).items() if value is True]
+    wanted = any(option in finding.hint for option in on)
     return replace(finding, severity=NOTE if wanted else WARNING)
 
 
