@@ -14,8 +14,6 @@ from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.difference import unlike
-from lora_fx.checkpoint.int8 import stored_as
-from lora_fx.checkpoint.match import match
 from lora_fx.checkpoint.merge import Adapters, cores, given
 from lora_fx.checkpoint.merge_plan import (
     HOWS,
@@ -30,7 +28,6 @@ from lora_fx.checkpoint.merge_plan import (
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import targets_of
-from lora_fx.checkpoint.tied import at_its_use, tie_and_names
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING
@@ -115,27 +112,15 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
         adapter = load_adapter(
             Path(adapter), most=2 * checkpoint.elements, base=Path(base), resolve=False
         )
-    tie, tensors = tie_and_names(checkpoint, adapter.entries)
-    placed, notes = match(adapter, tensors, checkpoint.config(), str(checkpoint.path))
-    placed = [at_its_use(p, tie, checkpoint, untie=True) for p in placed]
-    if not placed:
-        raise LoraFxError(
-            f"{checkpoint.path}: none of the adapter's keys is in it",
-            "is it the adapter of another model?",
-        )
-    full = adapter.full
-    touched = list(dict.fromkeys(p.tensor for p in placed))
-    replaced = {p.tensor for p in placed if p.key in full}
-    for name in (n for n in touched if n not in replaced):
-        stored_as(name, tensors[name], checkpoint)
+    plan = make_plan(checkpoint, [Given(adapter, 1.0, "the adapter", "")], LENIENT)
     found = targets_of(checkpoint.tensors).targets
     details: Json = {
-        "fits": len(placed) - len(full),
-        "whole": len(full),
-        "untouched": [t.key for t in found if t.default and t.key not in touched],
+        "fits": len(adapter) - len(adapter.full),
+        "whole": len(adapter.full),
+        "untouched": [t.key for t in found if t.default and t.key not in plan.changes],
     }
-    said = (*adapter.metadata.get("notes", ()), *notes)
-    return Report("verify", True, (), (), tuple(dict.fromkeys(said)), details)
+    said = (n for n in plan.notes if n not in plan.unverified)
+    return Report("verify", True, (), (), tuple(said), details)
 
 
 def lines(report: Report) -> str:

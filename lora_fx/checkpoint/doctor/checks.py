@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +21,6 @@ from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.checkpoint.requantise import refuse_loss, sampled
 from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
-from lora_fx.files.checkpoint import model_config
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
@@ -69,18 +66,13 @@ def model(pair: Pair) -> Iterator[Finding]:
     name, mapping = config.get("base_model_name_or_path"), config.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     kind = library.rpartition(".modeling_")[2] if isinstance(library, str) else ""
-    with contextlib.suppress(LoraFxError):
-        file = Path(str(name)) / "config.json"
-        kind = str(model_config(file).get("model_type")) if name and file.is_file() else kind
-    keys = [*pair.adapter.entries]
-    told = f"of a {kind} ({name})" if kind and name else f"of a {kind}" if kind else f"of {name}"
-    own = pair.base.config().get("model_type")
+    keys, own = [*pair.adapter.entries], pair.base.config().get("model_type")
+    theirs = f"of a {kind}" if kind else f"of {name}" if name else f"with {keys[0]}"
+    ours = f"is a {own}" if own else f"has {next(iter(pair.tensors), 'nothing')}"
     why = next(iter(pair.misfits.values()), "").partition(": ")[2]
     yield Finding(
         keys,
-        f"an adapter {told if kind or name else f'with {keys[0]}'}; the base "
-        + (f"is a {own}" if own else f"has {next(iter(pair.tensors), 'nothing')}")
-        + (f": {why}" if why else ""),
+        f"an adapter {theirs}; the base {ours}" + (f": {why}" if why else ""),
         "an adapter and the model that it was trained on",
         f"give {name} as the base" if name else "which model was it trained on? give that one",
     )

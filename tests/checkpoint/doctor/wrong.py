@@ -47,14 +47,6 @@ def other_base(kind: str, *ends: str, onto: str = "bert", **config: Any) -> Buil
     return build
 
 
-def of_a_folder(folder: Path) -> None:
-    """The adapter's config names the folder of its base, whose config.json says what it is."""
-    (folder / "source").mkdir()
-    own = base(folder / "source")
-    base(folder, "bert")
-    lora(folder, "llama", "q_proj", base_model_name_or_path=str(own))
-
-
 def but(change: Change, *ends: str, kind: str = "llama", **config: Any) -> Build:
     """A sound pair whose adapter is changed."""
 
@@ -232,7 +224,6 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
         other_base("llama", "q_proj", base_model_name_or_path="org/llama-x"),
         ("an adapter of org/llama-x; the base is a bert",),
     ),
-    "llama onto bert, told by a folder": (of_a_folder, ("an adapter of a llama", "is a bert")),
     "bert onto llama": (
         other_base(
             "bert", "query", onto="llama",
