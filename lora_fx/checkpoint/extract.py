@@ -142,27 +142,22 @@ def extraction(
     """As extract, with the report; `progress` is told the share of bytes that is done."""
     options = ExtractOptions(**asked)
     with trusting(options.trust):
-        sides = sides_of(
-            (str(base), tensors(base), config_of(base)),
-            (str(tuned), tensors(tuned), config_of(tuned)),
-        )
+        sides = sides_of(*((str(p), tensors(p), config_of(p)) for p in (base, tuned)))
     old, new = sides.old, sides.new
     found = targets_of(old)
     kinds = uses(old, found, config_of(base), options.fan_in_fan_out, sides.table)
     scope, notes = scope_of(found, (str(base), old), (str(tuned), new), options)
     check_lookups(sides, scope, str(tuned))
     notes += (n for n in sides.notes if n.partition(":")[0] in scope)
-    full = {*select_names(scope, options.whole)} if options.whole else set()
+    full = select_names(scope, options.whole or (), "whole")
+    kinds |= {key: replace(kinds[key], layout=None) for key in full}
     entries: dict[str, Entry] = {}
     rows: list[Extracted] = []
     unchanged: list[str] = []
     left_out: list[str] = []
     done, total = 0, sum(old[k].stop - old[k].start for k in scope) or 1
     for pair in pairs({k: old[k] for k in scope}, new, {k: u.lead for k, u in kinds.items()}):
-        use = kinds[pair.key]
-        if pair.key in full:
-            use = replace(use, layout=None)
-        change, row = _change(pair, use, options)
+        change, row = _change(pair, kinds[pair.key], options)
         if change is None:
             unchanged.append(pair.key)
         elif isinstance(change, Full) and not options.also_full and pair.key not in full:

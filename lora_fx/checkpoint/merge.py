@@ -124,7 +124,7 @@ def plan_merge(
     options = options or MergeOptions()
     with explained(base), trusting(options.trust):
         opened = open_checkpoint(Path(base))
-        parts = given(adapters, options.trust, 2 * opened.elements, Path(base))
+        parts = given(adapters, 2 * opened.elements, Path(base))
         return make_plan(opened, parts, options)
 
 
@@ -191,12 +191,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def given(
-    adapters: Adapters,
-    trust: bool = False,
-    most: int | None = None,
-    base: Path | None = None,
-) -> list[Given]:
+def given(adapters: Adapters, most: int | None = None, base: Path | None = None) -> list[Given]:
     """Adapters as `merge` takes them, read; `most` and `base` as of load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
@@ -212,7 +207,7 @@ def given(
             )
         if not isinstance(adapter, Adapter):
             where, path = str(adapter), Path(adapter)
-            adapter = load_adapter(adapter, trust, most=most, base=base, resolve=False)
+            adapter = load_adapter(adapter, most=most, base=base, resolve=False)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
 

@@ -184,10 +184,9 @@ def _of_pickles(base: Checkpoint) -> Checkpoint:
             "it is transposed, compressed, or in torch's format from before 1.6",
             CONVERT,
         )
-    names = {n: Path(n.removeprefix("pytorch_")).stem for n in base.shards}
-    return replace(
-        base, shards={f"{names[n]}.safetensors": h for n, h in base.shards.items()}, of=base
-    )
+    stems = (Path(name.removeprefix("pytorch_")).stem for name in base.shards)
+    shards = {f"{s}.safetensors": h for s, h in zip(stems, base.shards.values(), strict=True)}
+    return replace(base, shards=shards, of=base)
 
 
 def _weights_of(folder: Path) -> tuple[Path, bool]:

@@ -292,14 +292,16 @@ def effect(pair: Pair) -> Iterator[Finding]:
 # doctor's checks that ask the plan of a merge, or what a merge has left. They yield findings.
 
 
+TOLD: Json = dict.fromkeys(
+    ("untie", "again", "any_base", "other_readers", "allow_unused", "allow_missing", "add"), True
+)
+"""The options of a merge that takes what one of the checks has told already."""
+
+
 def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
     """What merge would do with these entries; `lenient` takes what a check has told already."""
     adapter, options = replace(pair.adapter, entries=entries), pair.options
-    if lenient:
-        options = replace(
-            options, untie=True, again=True, any_base=True, other_readers=True,
-            allow_unused=True, allow_missing=True, add=True,
-        )  # fmt: skip
+    options = replace(options, **TOLD) if lenient else options
     return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)
 
 

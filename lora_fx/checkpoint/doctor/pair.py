@@ -141,14 +141,12 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
         read = read.resolved({**checkpoint.tensors, **coded})
     except LoraFxError as error:
         refusal = error
-    raw = None
-    try:
-        raw = read_raw(path) if _of_peft(path) else None
-    except LoraFxError:
-        if refusal is not None:
-            raise refusal from None
-    if read is None:  # of another format: its names are not the base's, or this raises
-        read = load_adapter(path, base=base) if raw is None else raw.adapter()
+    raw = Raw()
+    with contextlib.suppress(LoraFxError):  # its reader has said so
+        raw = (read_raw(path) if _of_peft(path) else None) or raw
+    if refusal is not None and read is None and raw.file is None:
+        raise refusal
+    read = raw.adapter() if read is None else read
     config = checkpoint.config()
     tie, stored = tie_and_names(checkpoint, read.entries)
     tensors = {**stored, **coded}
@@ -157,7 +155,6 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
         read = stacked(read, tensors, config, rename)
     reasons = {key: _misfit(key, read, tensors, config, rename) for key in read.entries}
     misfits = {key: why for key, why in reasons.items() if why}
-    raw = raw or Raw()
     return Pair(
         checkpoint, tensors, tie, path, raw, read, refusal, rename, misfits, digest, options
     )
