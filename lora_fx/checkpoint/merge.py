@@ -266,8 +266,7 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
 
 def _said(plan: MergePlan) -> list[str]:
     said = []
-    of = plan.base.of
-    if of is not None and any(name.endswith(PICKLES) for name in of.shards):
+    if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
         said.append(f"{plan.base.path}: its weights are pickles; the output's are safetensors")
     left = plan.base.companions()[1]
     if left:

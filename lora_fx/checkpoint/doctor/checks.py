@@ -574,7 +574,8 @@ def _named(fields: Json, name: str, key: str) -> bool:
 
 def trained(pair: Pair) -> Iterator[Finding]:
     """Updates that are zero: B (or A) was never moved from its start."""
-    zero = [k for k, low in pair.adapter.lowrank.items() if norm(low) == 0.0]
+    low = pair.adapter.lowrank.items()
+    zero = [k for k, e in low if e.magnitude is None and not e.mutated and norm(e) == 0.0]
     if not zero:
         return
     whole = len(zero) == len(pair.adapter.entries)

@@ -109,12 +109,10 @@ def _more(pair: Pair, findings: list[Finding], plan: MergePlan | LoraFxError) ->
     """Why merge refuses the pair, or would once what the checks found is mended."""
     errors = [f for f in findings if f.severity == ERROR and f.check not in VALUES]
     told = {k for f in errors for k in f.keys}
-    if not errors or (pair.refusal is not None and not OF_FILE & {f.check for f in errors}):
-        left = plan
-    elif told >= pair.adapter.entries.keys():
+    clear = errors and (pair.refusal is None or OF_FILE & {f.check for f in errors})
+    if clear and told >= pair.adapter.entries.keys():
         return
-    else:
-        left = checks.planned(pair, told)
+    left = checks.planned(pair, told) if clear else plan
     if isinstance(left, LoraFxError):
         yield Finding([], left.message, "a pair that can be merged", left.hint, check=LAST)
 

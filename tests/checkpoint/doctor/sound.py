@@ -195,6 +195,14 @@ def own_file(folder: Path) -> None:
     lora_fx.save_adapter(Adapter(entries), folder / "adapter.safetensors")
 
 
+def lengths(folder: Path) -> None:
+    """B is zero, and the rows get other norms all the same."""
+    base(folder)
+    pair = normal(2, 16), np.zeros((16, 2), np.float32)
+    name = f"base_model.model.{Q}.lora_magnitude_vector"
+    adapter(folder / "adapter", {Q: pair}, tensors={name: np.ones(16, np.float32)}, use_dora=True)
+
+
 HADA = {f"{TO_Q}.hada_w{i}_{s}": normal(*shape) for i in (1, 2)
         for s, shape in (("a", (8, 2)), ("b", (2, 6)))}  # fmt: skip
 LLAMA_ENDS = tuple(LLAMA)
@@ -223,6 +231,7 @@ SOUND: dict[str, Build] = {
             init_lora_weights=False, task_type="SEQ_CLS", target_modules=["query", "value"]
         ),
     ),
+    "dora, magnitudes alone": lengths,
     # the same, and others, by names and shapes
     "rslora with ranks": simple(
         "llama", "q_proj", "down_proj", use_rslora=True, rank_pattern={"q_proj": 2}, r=2
