@@ -181,7 +181,7 @@ def _of_pickles(base: Checkpoint) -> Checkpoint:
     if odd is not None:
         raise LoraFxError(
             f"{base.tensors[odd].file}: the numbers of tensor {odd!r} do not lie there row by row: "
-            "it is transposed, compressed, or in torch's format from before 1.6",
+            "it is transposed, compressed, cut off, or in torch's format from before 1.6",
             CONVERT,
         )
     stems = (Path(name.removeprefix("pytorch_")).stem for name in base.shards)

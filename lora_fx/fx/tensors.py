@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +23,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.silence import silenced
 from lora_fx.targets.target import split_region
 
 
@@ -225,29 +228,40 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # Under it torch notes where a storage lies, instead of reading it; and it ends the process
-    # where bytes would have to be turned.
-    plain = zipfile.is_zipfile(path) and _as_they_are(path)
-    with FakeTensorMode() if plain else contextlib.nullcontext():
+    # Under the mode torch notes where a storage lies, instead of reading it. It then looks at no
+    # size, and ends the process where bytes would have to be turned.
+    sizes = _records(path)
+    mode = FakeTensorMode() if sizes else contextlib.nullcontext()
+    with silenced(levels={"torch._subclasses.fake_tensor": logging.CRITICAL}), mode:
         state = pickled(path)
     places = {}
     for name, t in state.items():
-        storage: Any = t.untyped_storage()
-        start = t.storage_offset() * t.element_size()
-        whole = t.is_contiguous() and start + t.nbytes <= storage.nbytes()
-        at = storage._checkpoint_offset + start if plain and whole else -1
-        places[name] = (str(t.dtype).removeprefix("torch."), tuple(t.shape), at)
+        first: int = getattr(t.untyped_storage(), "_checkpoint_offset", None) or 0
+        start, shape = int(t.storage_offset()) * t.element_size(), tuple(t.shape)
+        fits = t.is_contiguous() and start + t.nbytes <= sizes.get(first, -1)
+        at = first + start if fits and math.prod(n or 1 for n in shape) < 1 << 60 else -1
+        places[name] = (str(t.dtype).removeprefix("torch."), shape, at)
     return places
 
 
-def _as_they_are(path: Path) -> bool:
-    """True for an archive without compression, of a machine whose lowest byte is the first."""
+def _records(path: Path) -> dict[int, int]:
+    """First byte → bytes of the parts of an archive, where these are a little-endian machine's.
+
+    Empty for an archive with compression, and for what is none.
+    """
     damaged = (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError)
-    with contextlib.suppress(*damaged), zipfile.ZipFile(path) as file:
+    sizes: dict[int, int] = {}
+    with contextlib.suppress(*damaged), zipfile.ZipFile(path) as file, path.open("rb") as raw:
         order = [n for n in file.namelist() if n.endswith("/byteorder")]
         packed = any(i.compress_type != zipfile.ZIP_STORED for i in file.infolist())
-        return not packed and all(file.read(n) == b"little" for n in order)
-    return False
+        if packed or any(file.read(n) != b"little" for n in order):
+            return {}
+        for info in file.infolist():
+            raw.seek(info.header_offset + 26)  # the lengths of the name and of what follows it
+            lengths = raw.read(2), raw.read(2)
+            at = raw.tell() + sum(int.from_bytes(n, "little") for n in lengths)
+            sizes[at] = min(info.compress_size, path.stat().st_size - at)
+    return sizes
 
 
 def read_pickle(path: Path) -> dict[str, Array]:

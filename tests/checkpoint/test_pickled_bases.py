@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,33 @@ def foreign(file: Path) -> None:
             new.writestr(name, b"big" if name.endswith("byteorder") else data)
 
 
+def shorter(file: Path) -> None:
+    """A record of fewer bytes than its storage is said to have."""
+    torch.save({"w": torch.ones(2, 3), "v": torch.ones(9)}, file)
+    with zipfile.ZipFile(file) as old:
+        parts = {n: old.read(n) for n in old.namelist()}
+    with zipfile.ZipFile(file, "w") as new:
+        for name, data in parts.items():
+            new.writestr(name, data[:8] if name.endswith("data/0") else data)
+
+
+class Made:
+    """A tensor of any offset, size and stride, as no torch.save writes it."""
+
+    def __init__(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        self.sizes = offset, size, stride
+
+    def __reduce__(self) -> tuple[object, ...]:
+        storage = torch.arange(12.0)._typed_storage()
+        made = torch._utils._rebuild_tensor_v2
+        return made, (storage, *self.sizes, False, OrderedDict())
+
+
+def made(offset: int, *size: int) -> Any:
+    stride = tuple(int(np.prod([max(n, 1) for n in size[i + 1 :]])) for i in range(len(size)))
+    return put({"w": Made(offset, size, stride)})
+
+
 def put(value: Any) -> Any:
     return lambda file: torch.save(value, file)
 
@@ -222,6 +250,11 @@ HOSTILE = {
     "legacy": (legacy, "'w' do not lie there row by row"),
     "compressed": (compressed, "'w' do not lie there row by row"),
     "big-endian": (foreign, "'w' do not lie there row by row"),
+    "beyond its storage": (made(10, 3, 4), "'w' do not lie there row by row"),
+    "before its storage": (made(-4, 3, 4), "tensors alone"),
+    "huge": (made(0, 2**40, 4), "'w' do not lie there row by row"),
+    "huge and empty": (made(0, 2**61, 0), "'w' do not lie there row by row"),
+    "a record cut off": (shorter, "'w' do not lie there row by row"),
     "cut off": (lambda file: file.write_bytes(b"PK\x03\x04 cut"), "tensors alone"),
 }
 
