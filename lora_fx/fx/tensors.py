@@ -249,14 +249,13 @@ def _records(path: Path) -> dict[int, int]:
 
     Empty for an archive with compression, and for what is none.
     """
-    damaged = (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError)
+    damaged = contextlib.suppress(zipfile.BadZipFile, OSError, RuntimeError)
     sizes: dict[int, int] = {}
-    with contextlib.suppress(*damaged), zipfile.ZipFile(path) as file, path.open("rb") as raw:
-        order = [n for n in file.namelist() if n.endswith("/byteorder")]
-        packed = any(i.compress_type != zipfile.ZIP_STORED for i in file.infolist())
-        if packed or any(file.read(n) != b"little" for n in order):
-            return {}
+    with damaged, zipfile.ZipFile(path) as file, path.open("rb") as raw:
         for info in file.infolist():
+            turned = info.filename.endswith("/byteorder") and file.read(info) != b"little"
+            if info.compress_type != zipfile.ZIP_STORED or turned:
+                return {}
             raw.seek(info.header_offset + 26)  # the lengths of the name and of what follows it
             lengths = raw.read(2), raw.read(2)
             at = raw.tell() + sum(int.from_bytes(n, "little") for n in lengths)

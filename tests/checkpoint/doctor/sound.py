@@ -106,11 +106,11 @@ def narrow(folder: Path) -> None:
     edit(folder, lambda t, c: t.update({n: v.astype(BF16) for n, v in t.items()}))
 
 
-def codes(name: str, size: float = 0.05, **options: Any) -> Build:
+def codes(name: str, size: float = 0.05, shards: int = 3, **options: Any) -> Build:
     """A base of codes as the quantiser's package wrote them, with the option that it needs."""
 
     def build(folder: Path) -> Options:
-        _, key = test_dequantise.base(folder / "base", name)
+        _, key = test_dequantise.base(folder / "base", name, shards)
         weight = read_row(test_dequantise.GOLDEN[name])
         test_dequantise.update(folder / "adapter", weight.shape, key, size)
         return options
@@ -125,6 +125,12 @@ def pickles(folder: Path) -> Options:
     where = folder / "adapter"
     pickled(where / "adapter_model.safetensors", where / "adapter_model.bin")
     return {"trust": True}
+
+
+def pickled_codes(folder: Path) -> Options:
+    codes("nf4 float32 64 64", shards=1)(folder)
+    pickled(folder / "base" / "model.safetensors", folder / "base" / "pytorch_model.bin")
+    return {"trust": True, "dequantise": True}
 
 
 def tied(folder: Path) -> Options:
@@ -274,6 +280,7 @@ SOUND: dict[str, Build] = {
     # what an option of merge takes
     "FP8 in blocks, as floats": codes("FP8 128 torch.float32", 0.001, dequantise=True),
     "nf4, as floats": codes("nf4 float32 64 64", dequantise=True),
+    "pickled nf4, as floats": pickled_codes,
     "nf4, as codes": codes("nf4 float32 64 64", 0.2, requantise=True),
     "a tied head": tied,
     "a new head": new_head,

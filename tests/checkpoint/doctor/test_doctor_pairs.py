@@ -79,3 +79,34 @@ def test_wrong_pairs(name: str, tmp_path: Path) -> None:
     assert all(t in str(errors[-1]) for t in texts), (errors, refused)
     sampled = report.details["merge"] == "" or "requantise" in options
     assert sampled or report.details["merge"] == refused.message
+
+
+OTHER: tuple[Options, ...] = (
+    {},
+    {"allow_unused": True, "allow_missing": True},
+    {"untie": True, "add": True, "again": True, "any_base": True},
+    {"dequantise": True},
+    {"requantise": True},
+    {"dtype": "float16"},
+    {"trust": True, "allow_unused": True, "add": True, "allow_missing": True},
+)
+ROWS = {f"sound: {name}": build for name, build in SOUND.items()}
+ROWS |= {f"wrong: {name}": build for name, (build, _) in WRONG.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_the_verdict_is_merges(name: str, tmp_path: Path) -> None:
+    """Under the options of the row and others: healthy if and only if merge writes the pair."""
+    own = ROWS[name](tmp_path) or {}
+    base, adapter = given(tmp_path)
+    for i, more in enumerate(OTHER):
+        options = {**own, **more}
+        if options.get("dequantise") and options.get("requantise"):
+            continue
+        refused = merged(base, adapter, tmp_path / f"out{i}", options)
+        try:
+            healthy = bool(lora_fx.doctor(base, adapter, **options))
+        except LoraFxError:
+            healthy = False
+        assert healthy == (refused is None), (options, refused)
