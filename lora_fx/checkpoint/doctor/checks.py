@@ -218,7 +218,7 @@ def quantised(pair: Pair) -> Iterator[Finding]:
                 kind += f": {why}"
             severity = WARNING if taken else ERROR
             kinds.setdefault((kind, severity), []).append(key)
-    no = planned(pair) if kinds else None
+    no = planned(pair, ("",)) if kinds else None  # as if all else that is wrong were mended
     ways = "--dequantise or --requantise, as is asked"
     if isinstance(no, LoraFxError):
         ways = no.hint if no.hint.startswith("--dequantise") else HINT

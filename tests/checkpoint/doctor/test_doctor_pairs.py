@@ -77,6 +77,8 @@ def test_wrong_pairs(name: str, tmp_path: Path) -> None:
     errors = [f for f in report.details["findings"] if f["severity"] == "error"]
     assert not report and len(errors) == (2 if name == "two mistakes" else 1), errors
     assert all(t in str(errors[-1]) for t in texts), (errors, refused)
+    if name == "two mistakes":
+        assert "--dequantise" in errors[0]["hint"]
     sampled = report.details["merge"] == "" or "requantise" in options
     assert sampled or report.details["merge"] == refused.message
 
