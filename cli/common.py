@@ -18,7 +18,7 @@ import click
 
 from lora_fx.cli.output import echo, emit, say
 from lora_fx.errors import LoraFxError, explain, one_line
-from lora_fx.files.read import Remembered, remember, remembering
+from lora_fx.files.read import Remembered, remember, remembering, trusting
 from lora_fx.text import JsonView, near
 
 COMMANDS = {
@@ -52,7 +52,8 @@ class FileCommand(click.Command):
     def invoke(self, ctx: click.Context) -> object:
         """Run it."""
         remember(*input_paths(ctx.params))
-        return super().invoke(ctx)
+        with trusting(bool(ctx.params.get("trust"))):
+            return super().invoke(ctx)
 
 
 def input_paths(given: JsonView) -> list[Path]:

@@ -68,7 +68,7 @@ def command(
     """
     name = name or format_for(output)
     source = format_of(adapter)
-    loaded = load_adapter(adapter, options["trust"], base=base)
+    loaded = load_adapter(adapter, base=base)
     if options["include"] or options["exclude"]:
         loaded = loaded.select(options["include"] or "", options["exclude"] or "")
     fields: Json = {"from": source, "to": name, "approximated": []}

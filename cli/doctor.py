@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import json_option
-from lora_fx.cli.output import emit
+from lora_fx.cli.options import json_option, merge_options
+from lora_fx.cli.output import emit, note
 
 
 @click.command("doctor", cls=FileCommand)
 @click.argument("base")
 @click.argument("adapter")
+@merge_options
 @json_option
-def command(base: str, adapter: str, as_json: bool) -> None:
+def command(base: str, adapter: str, as_json: bool, **options: Any) -> None:
     r"""Say everything that is wrong with the pair BASE and ADAPTER, and what to do.
 
-    BASE is a Hugging Face folder or a .safetensors file. Nothing is loaded or run.
+    BASE is a Hugging Face folder or a .safetensors file. Nothing is loaded or run. The options are
+    those of the merge that is meant.
 
     Exit code 0: nothing that makes the pair wrong. 1: errors were found. 2: a file cannot be read.
 
     \b
     lora-fx doctor ./llama ./adapter
+    lora-fx doctor ./llama-awq ./adapter --dequantise
     """
     from lora_fx.checkpoint.doctor.doctor import doctor, lines
 
-    report = doctor(base, adapter)
+    del options["link"]  # which changes nothing of what is written
+    report = doctor(base, adapter, **options)
+    note(*report.warnings)
     fields = {**report.to_json(), "inputs": [{"base": base, "adapter": adapter}]}
     fields.pop("parity")
     emit(as_json, text=lines(report), **fields)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.options import result_options, selectors_option
+from lora_fx.cli.options import result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_command
 
@@ -23,6 +23,7 @@ from lora_fx.cli.report_option import report_command
 @selectors_option("--include", "Weights to look at.")
 @selectors_option("--exclude", "Tensors to leave out.")
 @click.option("--also-full", is_flag=True, help="Take norms and biases that differ, whole.")
+@selectors_option("--whole", "Tensors to take whole where they differ, such as a head.")
 @click.option("--allow-missing", is_flag=True, help="Leave out tensors that do not fit.")
 @click.option(
     "--fan-in-fan-out/--no-fan-in-fan-out",
@@ -30,6 +31,7 @@ from lora_fx.cli.report_option import report_command
     help="Linear weights are stored [in, out].  [default: config.json says]",
 )
 @click.option("--seed", type=int, default=0, help="Of the random subspaces.")
+@trust_option
 @result_options
 def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.

@@ -91,7 +91,7 @@ model_options = combined(
         click.option(
             "--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."
         ),
-        click.option("--trust", is_flag=True, help="Read pickled tensors of a .pt2 file."),
+        click.option("--trust", is_flag=True, help="Read pickled tensors: .bin, and in a .pt2."),
     ]
 )
 """Options of every command that loads and captures a model."""
@@ -236,11 +236,11 @@ def training_data(
     return training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
 
 
-def adapter_of(path: str, trust: bool = False) -> Adapter:
+def adapter_of(path: str) -> Adapter:
     """An adapter from a file, what its reader had to say printed."""
     from lora_fx.formats.io import load_adapter
 
-    adapter = load_adapter(path, trust)
+    adapter = load_adapter(path)
     note(*adapter.metadata.get("notes", []))
     return adapter
 
@@ -325,7 +325,7 @@ FLAGS = {
     "requantise": "Store them as codes again, with the update in them.",
     "lossy": "Of --requantise: also where that loses most of the update.",
     "link": "Hard links for untouched files, instead of copies.",
-    "trust": "Read an adapter_model.bin, by torch's unpickler that runs no code.",
+    "trust": "Read pickles (.bin), by torch's unpickler that runs no code.",
 }
 trust_option = click.option("--trust", is_flag=True, help=FLAGS["trust"])
 

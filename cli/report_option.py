@@ -149,7 +149,7 @@ def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[st
         from lora_fx.formats.io import load_adapter
 
         try:
-            loaded = load_adapter(path, bool(given.get("trust")), base=base)
+            loaded = load_adapter(path, base=base)
             rows = summary(loaded.weighted(weight))
         except LoraFxError as e:
             said.append(f"{path}: no spectra: {e.message}")

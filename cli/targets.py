@@ -33,7 +33,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     lora-fx targets torchvision:resnet18 --json
     """
     inputs: list[Json] = [{"model": model}]
-    tensors = Path(model).is_file() and model.endswith(".safetensors")
+    tensors = Path(model).is_file() and model.endswith((".safetensors", ".bin"))
     if tensors:
         from lora_fx.checkpoint.targets import file_targets
 

@@ -68,7 +68,7 @@ def command(
         if options[name]:
             raise LoraFxError(f"--{name} has no say without --table DATA", "leave it out")
     check_output(output, force=force, names=ADAPTER_FILES)
-    result = truncation(adapter_of(adapter, trust), **goal)
+    result = truncation(adapter_of(adapter), **goal)
     if not result.dropped:
         note("no rank was dropped: the adapter is within the goal as it is")
     note(*save_adapter(result.adapter, output, force=force))
@@ -91,7 +91,7 @@ def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tu
     asked["weights"] = options["weights"]
     loaded, cap = captured(options["model"], asked)
     data = training_data(options["table"], loaded, cap, options["label"], 128)
-    result = held_out(cap, adapter_of(adapter, trust), data, loss_of(options["loss"]))
+    result = held_out(cap, adapter_of(adapter), data, loss_of(options["loss"]))
     note(*result.notes)
     rows = [row.to_json() for row in result.rows]
     return str(result), {"table": rows, "examples": result.examples}

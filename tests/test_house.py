@@ -45,13 +45,13 @@ ORDER = (
 )
 LAZY = {
     ("lora_fx.onnx.session", "lora_fx.formats.io"),
-    ("lora_fx.formats.peft.file", "lora_fx.fx.tensors"),
+    ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
 LONG = 700
 FRAGMENT = 150
 """Lines: a module below it with one importer in its own folder is part of that importer."""
-CODE_LINES = 33_640
+CODE_LINES = 33_780
 """The budget without blanks, comments and docstrings; raised only with a line in the CHANGELOG."""
 ANY = 7.5
 """Occurrences in 1,000 lines: Any stays where torch's pytrees and foreign objects begin."""
@@ -253,6 +253,7 @@ VERBS = (
     "passes.verbs.attach.attach",
     "passes.verbs.export.export",
     "passes.verbs.plan.plan",
+    "passes.verbs.verify.verify",
 )
 """Public functions that users call with keywords; each makes an options object at once."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lora_fx.checkpoint.tied import check_scaled, tie_of
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors
+from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.inputs import generator
 from lora_fx.targets.found import Found
@@ -34,6 +35,8 @@ from lora_fx.targets.selectors import select, select_names, split
 from lora_fx.text import Json, JsonView, some, table
 
 RANK = 16
+LITTLE = 0.5
+"""A share of ‖Δ‖² below which an update is said to keep little of its Δ."""
 MAX_RANK = 128
 """Cap of a rank that `energy` chooses, where none is given."""
 
@@ -51,6 +54,8 @@ class ExtractOptions:
     allow_missing: bool = False
     fan_in_fan_out: bool | None = None
     seed: int = 0
+    whole: str | Sequence[str] | None = None
+    trust: bool = False
 
     def __post_init__(self) -> None:
         """Raise for what is out of range, and for options that exclude each other."""
@@ -89,6 +94,8 @@ def extract(
     allow_missing: bool = False,
     fan_in_fan_out: bool | None = None,
     seed: int = 0,
+    whole: str | Sequence[str] | None = None,
+    trust: bool = False,
 ) -> Adapter:
     """The adapter that turns `base` into `tuned`, as well as its ranks allow.
 
@@ -104,6 +111,9 @@ def extract(
         allow_missing: Leave out, with a note, tensors of one side only or of two shapes.
         fan_in_fan_out: Linear weights are stored [in, out]; None: config.json says.
         seed: The seed of the random subspaces; each key draws numbers of its own.
+        whole: Selectors of tensors that go into the adapter whole where they differ, such as a
+            head that was trained whole.
+        trust: Read pickles, by torch's unpickler that runs no code.
 
     Returns:
         fp32 updates by tensor name, with layouts, alpha = rank. metadata["notes"] has what must be
@@ -117,6 +127,7 @@ def extract(
     options = ExtractOptions(
         rank=rank, energy=energy, max_rank=max_rank, include=include, exclude=exclude,
         also_full=also_full, allow_missing=allow_missing, fan_in_fan_out=fan_in_fan_out, seed=seed,
+        whole=whole, trust=trust,
     )  # fmt: skip
     return extraction(base, tuned, **vars(options)).adapter
 
@@ -130,15 +141,16 @@ def extraction(
 ) -> Extraction:
     """As extract, with the report; `progress` is told the share of bytes that is done."""
     options = ExtractOptions(**asked)
-    sides = sides_of(
-        (str(base), tensors(base), config_of(base)), (str(tuned), tensors(tuned), config_of(tuned))
-    )
+    with trusting(options.trust):
+        sides = sides_of(*((str(p), tensors(p), config_of(p)) for p in (base, tuned)))
     old, new = sides.old, sides.new
     found = targets_of(old)
     kinds = uses(old, found, config_of(base), options.fan_in_fan_out, sides.table)
     scope, notes = scope_of(found, (str(base), old), (str(tuned), new), options)
     check_lookups(sides, scope, str(tuned))
     notes += (n for n in sides.notes if n.partition(":")[0] in scope)
+    full = select_names(scope, options.whole or (), "whole")
+    kinds |= {key: replace(kinds[key], layout=None) for key in full}
     entries: dict[str, Entry] = {}
     rows: list[Extracted] = []
     unchanged: list[str] = []
@@ -148,7 +160,7 @@ def extraction(
         change, row = _change(pair, kinds[pair.key], options)
         if change is None:
             unchanged.append(pair.key)
-        elif isinstance(change, Full) and not options.also_full:
+        elif isinstance(change, Full) and not options.also_full and pair.key not in full:
             left_out.append(pair.key)
         else:
             entries[pair.key] = change
@@ -260,6 +272,12 @@ def _notes(
         f"{r.key}: rank {r.rank} is the cap and holds {1 - r.relative**2:.1%} of ‖Δ‖²"
         for r in rows
         if not r.enough
+    ]
+    notes += [
+        f"{r.key}: rank {r.rank} keeps {1 - r.relative**2:.0%} of ‖Δ‖²: was it trained whole? "
+        f"--whole {r.key} (whole=[…]) takes it so"
+        for r in rows
+        if r.enough and 1 - r.relative**2 < LITTLE
     ]
     both = [r.key for r in rows if kinds[r.key].tied]
     notes += [

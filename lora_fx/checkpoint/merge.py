@@ -26,8 +26,8 @@ from lora_fx.compare import Report
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.files.atomic import check_output, check_space, replacing
-from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
-from lora_fx.files.read import remember, remembering
+from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
+from lora_fx.files.read import remember, remembering, trusting
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
 from lora_fx.text import Json, some, table
@@ -82,7 +82,7 @@ def merge(
         any_base: Fold an adapter that says it was trained on other weights than these.
         other_readers: Fold an update of a weight that more than its products read (a norm, an
             index), which the update does not reach, and a merge does.
-        trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
+        trust: Read pickles, by torch's unpickler that runs no code; safetensors are written.
         dequantise: Write the weights of a quantised checkpoint as floats, in `dtype` or bfloat16;
             quantization_config goes, and the shards are new.
         requantise: Write W̃ + Δ back in the codes of a quantised checkpoint; what that keeps of
@@ -122,9 +122,9 @@ def plan_merge(
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
     options = options or MergeOptions()
-    with explained(base):
+    with explained(base), trusting(options.trust):
         opened = open_checkpoint(Path(base))
-        parts = given(adapters, options.trust, 2 * opened.elements)
+        parts = given(adapters, 2 * opened.elements, Path(base))
         return make_plan(opened, parts, options)
 
 
@@ -144,6 +144,8 @@ def run(
     for path in (g.path for g in plan.given if g.path):
         remember(path, *(path / name for name in (CONFIG, WEIGHTS, PICKLED)))
     with explained(target):
+        if target.suffix in PICKLES:
+            raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")
         check_output(target, force=force, names=_names(plan, target))
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:
@@ -189,8 +191,8 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def given(adapters: Adapters, trust: bool = False, most: int | None = None) -> list[Given]:
-    """Adapters as `merge` takes them, read; `most` as of load_adapter."""
+def given(adapters: Adapters, most: int | None = None, base: Path | None = None) -> list[Given]:
+    """Adapters as `merge` takes them, read; `most` and `base` as of load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
     result = []
@@ -205,7 +207,7 @@ def given(adapters: Adapters, trust: bool = False, most: int | None = None) -> l
             )
         if not isinstance(adapter, Adapter):
             where, path = str(adapter), Path(adapter)
-            adapter = load_adapter(adapter, trust, most=most)
+            adapter = load_adapter(adapter, most=most, base=base, resolve=False)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
 
@@ -264,6 +266,8 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
 
 def _said(plan: MergePlan) -> list[str]:
     said = []
+    if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
+        said.append(f"{plan.base.path}: its weights are pickles; the output's are safetensors")
     left = plan.base.companions()[1]
     if left:
         said.append(f"not copied, hidden or other copies of the weights: {some(left, 5)}")

@@ -23,7 +23,7 @@ from lora_fx.checkpoint.match import Placed, match
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refuse_again, sample_hash
 from lora_fx.checkpoint.renaming import renaming
-from lora_fx.checkpoint.requantise import sampled
+from lora_fx.checkpoint.requantise import in_all, sampled
 from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, spread, tie_and_names
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
 from lora_fx.errors import LoraFxError, MisfitError, stamp
@@ -32,6 +32,7 @@ from lora_fx.files.quantised.dequantise import (
     SHARD,
     CodesInfo,
     dequantised,
+    is_view,
     refuse_left,
     view_notes,
 )
@@ -197,7 +198,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     if not given:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
     stored = base
-    if (options.dequantise or options.requantise) and base.of is None:
+    if (options.dequantise or options.requantise) and not is_view(base):
         base = dequantised(base, options.stored, options.shard)
         if options.dequantise:
             refuse_left(base)
@@ -289,7 +290,7 @@ def _ways_on(base: Checkpoint, given: Sequence[Given], options: MergeOptions) ->
             for c in plan.changes.values()
             if isinstance(c.source, CodesInfo) and c.fold is not None and c.fold.matrix.parts
         ]
-        kept, noise = sampled(folds)
+        kept, noise = in_all(sampled(folds))
     except LoraFxError:
         return ""
     sizes = f"{human(plan.disk)}B of {options.stored}, now {human(base.size)}B"

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, stats_of
+from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, stats_of
 from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.base import QuantisedWeight, Written
@@ -105,7 +105,7 @@ def in_all(every: Iterable[Stats]) -> tuple[float, float]:
     return whole.gain, whole.missed or 0.0
 
 
-def refuse_loss(every: Sequence[Stats], where: object) -> None:
+def refuse_loss(every: Iterable[Stats], where: object) -> None:
     """Raise where most of an update is lost."""
     kept, noise = in_all(every)
     if not kept >= LEAST:
@@ -117,13 +117,14 @@ def refuse_loss(every: Sequence[Stats], where: object) -> None:
         )
 
 
-def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> tuple[float, float]:
-    """`in_all` of some rows in the middle of some of these weights."""
+def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> list[Stats]:
+    """Of some rows in the middle of some of these weights."""
     some = [(info, fold) for info, fold in folds if info.weight.recode is not None]
     some = some[:: max(1, len(some) // count)][:count]
     found = []
     for info, fold in some:
         every = [*spans(info.weight, max(1, BLOCK // info.shape[-1]))]
         rows = slice(*every[len(every) // 2])
+        fold = prepared(fold, info)
         found.append(recoded(info.weight, info.weight.read(rows), fold, rows)[0])
-    return in_all(found)
+    return found

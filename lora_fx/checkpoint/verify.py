@@ -14,8 +14,6 @@ from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.difference import unlike
-from lora_fx.checkpoint.int8 import stored_as
-from lora_fx.checkpoint.match import match
 from lora_fx.checkpoint.merge import Adapters, cores, given
 from lora_fx.checkpoint.merge_plan import (
     HOWS,
@@ -30,22 +28,23 @@ from lora_fx.checkpoint.merge_plan import (
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.targets import targets_of
-from lora_fx.checkpoint.tied import at_its_use, tie_and_names
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, explained
-from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
+from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
+from lora_fx.files.quantised.dequantise import is_view
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json, JsonView
 
 
 def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
-    """True for a `.safetensors` file, or a folder of them, that is no adapter."""
+    """True for a `.safetensors` file or a pickle, or a folder of them, that is no adapter."""
     if not isinstance(path, (str, os.PathLike)):
         return False
     path = Path(path)
-    return (path.suffix == ".safetensors" or path.is_dir()) and not is_adapter(path)
+    kinds = (".safetensors", *PICKLES)
+    return (path.suffix in kinds or path.is_dir()) and not is_adapter(path)
 
 
 def verify_files(
@@ -76,7 +75,7 @@ def verify_files(
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda d: -d.rel)
         else:
             every = _listed(adapter)
-            chain = chain_of(first, second, given(every), [_pair(x) for x in every])
+            chain = chain_of(first, second, given(every, base=Path(b)), [_pair(x) for x in every])
             wrong = prove(chain.plan, first, rows=rows, workers=cores())
             found = sorted(wrong, key=lambda d: -d.ratio)
     names = {*first.tensors, *second.tensors, *(chain.plan.changes if chain else ())}
@@ -110,28 +109,18 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
     """
     checkpoint = open_checkpoint(Path(base))
     if not isinstance(adapter, Adapter):
-        adapter = load_adapter(Path(adapter), most=2 * checkpoint.elements)
-    tie, tensors = tie_and_names(checkpoint, adapter.entries)
-    placed, notes = match(adapter, tensors, checkpoint.config(), str(checkpoint.path))
-    placed = [at_its_use(p, tie, checkpoint, untie=True) for p in placed]
-    if not placed:
-        raise LoraFxError(
-            f"{checkpoint.path}: none of the adapter's keys is in it",
-            "is it the adapter of another model?",
+        adapter = load_adapter(
+            Path(adapter), most=2 * checkpoint.elements, base=Path(base), resolve=False
         )
-    full = adapter.full
-    touched = list(dict.fromkeys(p.tensor for p in placed))
-    replaced = {p.tensor for p in placed if p.key in full}
-    for name in (n for n in touched if n not in replaced):
-        stored_as(name, tensors[name], checkpoint)
+    plan = make_plan(checkpoint, [Given(adapter, 1.0, "the adapter", "")], LENIENT)
     found = targets_of(checkpoint.tensors).targets
     details: Json = {
-        "fits": len(placed) - len(full),
-        "whole": len(full),
-        "untouched": [t.key for t in found if t.default and t.key not in touched],
+        "fits": len(adapter) - len(adapter.full),
+        "whole": len(adapter.full),
+        "untouched": [t.key for t in found if t.default and t.key not in plan.changes],
     }
-    said = (*adapter.metadata.get("notes", ()), *notes)
-    return Report("verify", True, (), (), tuple(dict.fromkeys(said)), details)
+    said = (n for n in plan.notes if n not in plan.unverified)
+    return Report("verify", True, (), (), tuple(said), details)
 
 
 def lines(report: Report) -> str:
@@ -220,7 +209,7 @@ def chain_of(
         if not parts:
             continue
         plan = make_plan(here, parts, _options(record, parts, here, merged))
-        if plans and here.of is None and plan.base.of is not None:
+        if plans and not is_view(here) and is_view(plan.base):
             raise LoraFxError(
                 f"{merged.path}: codes that one merge found became floats in a later one",
                 "verify each merge against what it started from",

@@ -462,7 +462,7 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
     for name in plan.base.companions()[0]:
         source, target = plan.base.path / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if str(name) == "config.json" and (plan.tie is not None or plan.base.of is not None):
+        if str(name) == "config.json" and (plan.tie is not None or plan.base.settings is not None):
             config = plan.base.config()
             config = untied(config) if plan.tie is not None else config
             target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())

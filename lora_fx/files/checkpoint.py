@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.ownership import CONTENTS, is_ours
-from lora_fx.files.read import AGAIN, inside, read_json, within
-from lora_fx.files.safetensors import CONVERT, Header, TensorInfo, Tensors, read_header
+from lora_fx.files.read import AGAIN, inside, read_json, trusted, within
+from lora_fx.files.safetensors import CONVERT, TRUST, Header, TensorInfo, Tensors, read_header
 from lora_fx.text import Json, JsonView
 
 STEMS = ("model", "diffusion_pytorch_model")
+PICKLED = ("pytorch_model", "diffusion_pytorch_model")
+"""How the files of weights begin, as safetensors and as pickles."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".data", ".gguf", ".safetensors", ".npz")
 """Endings of files that hold weights: beside merged ones they would be stale copies."""
@@ -127,7 +129,8 @@ class Checkpoint:
             LoraFxError: A file is a link that leads out of the folder.
         """
         mine = {*self.shards, self.index.name if self.index else ""}
-        mine |= {*self.of.shards, *QUANTISER_CONFIGS} if self.of is not None else set()
+        mine |= {*self.of.shards} if self.of is not None else set()
+        mine |= {*QUANTISER_CONFIGS} if self.settings is not None else set()
         found = _walk(self.path, PurePosixPath()) if self.path.is_dir() else ()
         others = [(name, goes) for name, goes in found if str(name) not in mine]
         for name in (n for n, goes in others if goes):
@@ -156,23 +159,40 @@ def _walk(folder: Path, at: PurePosixPath) -> Iterator[tuple[PurePosixPath, bool
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read the headers of a `.safetensors` file or of a Hugging Face folder.
 
+    Within `trusting`, pickles are read too: as a view whose shards are safetensors files.
+
     Raises:
         LoraFxError: Damaged, incomplete or unsafe files; the message names file and tensor.
     """
     path = Path(path)
     file, is_index = _weights_of(path) if path.is_dir() else (path, False)
     if is_index:
-        return _sharded(path, file)
-    header = read_header(file)
-    return Checkpoint(path, {file.name: header}, header.tensors)
+        found = _sharded(path, file)
+    else:
+        header = read_header(file)
+        found = Checkpoint(path, {file.name: header}, header.tensors)
+    pickled = any(not header.data for header in found.shards.values())
+    return _of_pickles(found) if pickled else found
+
+
+def _of_pickles(base: Checkpoint) -> Checkpoint:
+    """The view of a checkpoint whose weights are pickles."""
+    odd = next((n for n, t in base.tensors.items() if t.start < 0), None)
+    if odd is not None:
+        raise LoraFxError(
+            f"{base.tensors[odd].file}: the numbers of tensor {odd!r} do not lie there row by row: "
+            "it is transposed, compressed, cut off, or in torch's format from before 1.6",
+            CONVERT,
+        )
+    stems = (Path(name.removeprefix("pytorch_")).stem for name in base.shards)
+    shards = {f"{s}.safetensors": h for s, h in zip(stems, base.shards.values(), strict=True)}
+    return replace(base, shards=shards, of=base)
 
 
 def _weights_of(folder: Path) -> tuple[Path, bool]:
     """The file that holds a folder's weights, or the index of its shards and True."""
-    for stem in STEMS:
-        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            if os.path.lexists(folder / name):
-                return folder / name, name.endswith(".json")
+    if (found := _named(folder, STEMS, ".safetensors")) is not None:
+        return found
     names = sorted(p.name for p in folder.iterdir())
     files = [n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_")]
     indexes = [n for n in names if n.endswith(".safetensors.index.json")]
@@ -184,16 +204,26 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
             f"({', '.join((indexes or files)[:3])} …)",
             "give the one file that you mean",
         )
+    if trusted() and (found := _named(folder, PICKLED, ".bin")) is not None:
+        return found
     pickles = [n for n in names if n.endswith(PICKLES)]
     if pickles:
         raise LoraFxError(
             f"{folder}: its weights are pickles ({pickles[0]}), which can run code and are not "
             "read",
-            CONVERT,
+            "give the one file that you mean" if trusted() else TRUST,
         )
     if "adapter_config.json" in names:
         raise LoraFxError(f"{folder}: an adapter, not a model", "give the folder of its base model")
     raise LoraFxError(f"{folder}: no .safetensors file", "is the download complete?")
+
+
+def _named(folder: Path, stems: tuple[str, ...], ending: str) -> tuple[Path, bool] | None:
+    """The first of these that is there: a file of weights, or an index and True."""
+    for name in (f"{stem}{ending}{index}" for stem in stems for index in ("", ".index.json")):
+        if os.path.lexists(folder / name):
+            return folder / name, name.endswith(".json")
+    return None
 
 
 def _sharded(folder: Path, index: Path) -> Checkpoint:
@@ -223,14 +253,14 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
 
 def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:
     outside = inside(index.parent, name) is None
-    if outside or not name.endswith(".safetensors"):
+    if outside or not name.endswith((".safetensors", *(PICKLES if trusted() else ()))):
         elsewhere = "do not use this folder: its index points elsewhere"
         copied = "it is a link: copy what it points to (cp -L) in its place"
         linked = "\0" not in name and os.path.islink(index.parent / name)
         raise LoraFxError(
             f"{index}: names the shard {one_line(repr(name), 120)}; expected a .safetensors file "
             "inside the folder",
-            (copied if linked else elsewhere) if outside else CONVERT,
+            (copied if linked else elsewhere) if outside else TRUST,
         )
     file = index.parent / name
     if not os.path.exists(file):  # also False for names that no file can have

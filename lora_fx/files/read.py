@@ -84,6 +84,24 @@ def remembering() -> Iterator[Remembered]:
         _run.reset(token)
 
 
+_trust: ContextVar[bool] = ContextVar("trust", default=False)
+
+
+@contextlib.contextmanager
+def trusting(on: bool = True) -> Iterator[None]:
+    """A block in which pickles are read, by torch's unpickler that runs no code, where it is on."""
+    token = _trust.set(on or _trust.get())
+    try:
+        yield
+    finally:
+        _trust.reset(token)
+
+
+def trusted() -> bool:
+    """True within a block of `trusting`."""
+    return _trust.get()
+
+
 def run_of_files() -> Remembered | None:
     """What the run that goes on has read and written; None outside of one."""
     return _run.get()

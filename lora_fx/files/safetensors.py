@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype, values_of
 from lora_fx.errors import LoraFxError, explained, one_line
 from lora_fx.files.copying import read_into
-from lora_fx.files.read import AGAIN, MAX_JSON, json_object, open_input, refuse_pointer
+from lora_fx.files.read import AGAIN, MAX_JSON, json_object, open_input, refuse_pointer, trusted
 from lora_fx.text import Json
 
 MAX_DIMS = 64
@@ -32,6 +31,7 @@ MAX_DIMS = 64
 
 _BY_CODE = {d.code: d for d in DTYPES.values()}
 CONVERT = "convert it to safetensors: safetensors.torch.save_file(state_dict, 'model.safetensors')"
+TRUST = f"--trust (trust=True) reads it by torch's unpickler that runs no code; or {CONVERT}"
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ class Header:
 
 
 def read_header(file: str | Path) -> Header:
-    """The checked header of one `.safetensors` file."""
+    """The checked header of one `.safetensors` file, or of a pickle within `trusting`."""
     file = Path(file)
-    size, head = _open(file, 8)
-    _, data = _open(file, 8 + _length(head, size, file))
+    size, head = _open(file, 64)
+    if trusted() and is_pickle(head):
+        return _of_pickle(file)
+    _, data = _open(file, 8 + _length(head[:8], size, file))
     return parse_header(data, size, file)
 
 
@@ -95,6 +97,24 @@ def parse_header(data: bytes, size: int, file: Path) -> Header:
     return Header(found, metadata, 8 + n)
 
 
+def is_pickle(head: bytes) -> bool:
+    """True for the first bytes of what torch.save writes; a safetensors file may begin alike."""
+    return head[8:9] not in (b"{", b" ") and head.startswith((b"PK\x03\x04", b"\x80"))
+
+
+def _of_pickle(file: Path) -> Header:
+    """The header of a pickle: `data` is 0, and `start` as `pickled_places` has it."""
+    from lora_fx.fx.tensors import pickled_places  # the only way to read one is torch's
+
+    found = {}
+    for name, (dtype, shape, start) in pickled_places(file).items():
+        if dtype not in DTYPES:
+            raise LoraFxError(f"{file}: tensor {name!r} has dtype {dtype}", CONVERT)
+        size = math.prod(shape) * DTYPES[dtype].bits // 8
+        found[name] = TensorInfo(dtype, shape, file, start, start + size)
+    return Header(found)
+
+
 def _length(head: bytes, size: int, file: Path) -> int:
     """Of the JSON, from the first 8 bytes."""
     n = int.from_bytes(head, "little")
@@ -102,7 +122,7 @@ def _length(head: bytes, size: int, file: Path) -> int:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
     if n > MAX_JSON:
         if head.startswith((b"PK", b"\x80")):  # only now: a header of 128 bytes begins so too
-            raise LoraFxError(f"{file}: a PyTorch pickle, not a safetensors file", CONVERT)
+            raise LoraFxError(f"{file}: a PyTorch pickle, not a safetensors file", TRUST)
         raise LoraFxError(
             f"{file}: its header would be {n} bytes; at most {MAX_JSON} are read",
             "is this a safetensors file?",
@@ -228,28 +248,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """All tensors of a safetensors file in file order, and the texts of its header.
 
+    Within `trusting`, those of a pickle too.
+
     Raises:
         LoraFxError: Not a safetensors file (what it is instead is said), or damaged.
     """
     refuse_other_kinds(path)
-    tensors: dict[str, Array] = {}
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = dict(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-                code = str(file.get_slice(name).get_dtype())
-                if code not in _CODES.values():
-                    raise LoraFxError(
-                        f"{path}: tensor {name!r} has dtype {code}; expected {', '.join(_PLAIN)}",
-                        "quantised adapters are not supported; save it in a float dtype",
-                    )
-                tensors[name] = np.asarray(file.get_tensor(name))
-    except SafetensorError as error:
-        raise LoraFxError(
-            f"{path}: damaged safetensors file: {one_line(error)}",
-            "the download or copy may be incomplete; fetch the file again",
-        ) from error
-    return tensors, metadata
+    if is_pickle(first_bytes(path)):
+        from lora_fx.fx.tensors import read_pickle
+
+        return read_pickle(path), {}
+    header = read_header(path)
+    for name, info in header.tensors.items():
+        if info.dtype not in _PLAIN:
+            raise LoraFxError(
+                f"{path}: tensor {name!r} has dtype {DTYPES[info.dtype].code}; expected "
+                f"{', '.join(_PLAIN)}",
+                "quantised adapters are not supported; save it in a float dtype",
+            )
+    return {name: stored(info) for name, info in header.tensors.items()}, dict(header.metadata)
 
 
 def first_bytes(path: Path) -> bytes:
@@ -262,16 +279,12 @@ def refuse_other_kinds(path: Path) -> None:
     """Raise with the right hint for files that are something else, by their first bytes."""
     head = first_bytes(path)
     # First, because the length of a header may begin with any byte, a pickle's included.
-    if head[8:9] in (b"{", b" "):
+    if head[8:9] in (b"{", b" ") or (trusted() and is_pickle(head)):
         return
-    if head.startswith(b"version https://git-lfs"):
+    refuse_pointer(head, os.stat(path).st_size, path)
+    if is_pickle(head):
         raise LoraFxError(
-            f"{path}: a Git LFS pointer, not the tensors", "run git lfs pull in that repository"
-        )
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        raise LoraFxError(
-            f"{path}: a pickle; expected safetensors. Unpickling can run any code",
-            "load it where it is trusted and save it as safetensors (save_pretrained does)",
+            f"{path}: a pickle; expected safetensors. Unpickling can run any code", TRUST
         )
     if head[4:8] == b"TORT":
         raise LoraFxError(

@@ -15,6 +15,7 @@ from types import ModuleType
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, explained, one_line
 from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.read import trusting
 from lora_fx.formats import diffusers, kohya, onnx_adapter, torchtune
 from lora_fx.formats.base import FileHead, look
 from lora_fx.formats.naming import ForeignNames, is_pipeline, names_of, one_model, split_component
@@ -33,6 +34,8 @@ WRITERS = tuple(name for name, module in FORMATS.items() if hasattr(module, "wri
 _NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json", ".gguf")
 ADAPTER_FILES = (peft.CONFIG, peft.WEIGHTS, diffusers.WEIGHTS)
 """What a folder of an adapter can have, whatever its format."""
+PICKLED = (peft.PICKLED, "pytorch_lora_weights.bin")
+"""The same as pickles, which are never written."""
 _ONE_MODEL = ("peft", "onnx_adapter")
 _LARGE = 64 << 20
 
@@ -87,6 +90,7 @@ def load_adapter(
     *,
     base: str | Path | None = None,
     most: int | None = None,
+    resolve: bool = True,
 ) -> Adapter:
     """Read an adapter: a file or folder of PEFT, kohya, diffusers, torchtune or ONNX Runtime.
 
@@ -94,9 +98,11 @@ def load_adapter(
 
     Args:
         path: Local; nothing is downloaded.
-        trust: Also open adapter_model.bin, a pickle, with torch's unpickler that runs no code.
+        trust: Also open pickles, with torch's unpickler that runs no code: adapter_model.bin, and
+            the model's.
         base: Folder (or file) of the model that it is for, where the names or the rows of the
             file depend on it (kohya, diffusers, torchtune). Only names and config.json are read.
+        resolve: Give names that only the model can tell as it has them.
         most: Elements that a file above 64 MiB may have, looked at before they are read.
 
     Returns:
@@ -107,22 +113,22 @@ def load_adapter(
         LoraFxError: No adapter there, a pickle, content that no format or several fit, or that
             the format's reader refuses.
     """
-    path = _weights(Path(path), trust)
+    if trust:
+        with trusting():
+            return load_adapter(path, base=base, most=most, resolve=resolve)
+    path = tensor_file(Path(path))
     if path.suffix == ".onnx":
         from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without
 
         return adapter_in(path)
+    if most is not None:
+        check_elements(path, most)
+    name = _sniffed(path, look(path))
     adapter: Adapter
-    if trust and path.suffix == ".bin":
-        adapter = peft.read(path, trust)
-    else:
-        if most is not None:
-            check_elements(path, most)
-        name = _sniffed(path, look(path))
-        adapter = torchtune.read(path, base) if name == "torchtune" else FORMATS[name].read(path)
+    adapter = torchtune.read(path, base) if name == "torchtune" else FORMATS[name].read(path)
     if not adapter.entries:
         raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
-    if base is None or adapter.names is None:
+    if base is None or adapter.names is None or not resolve:
         return adapter
     resolved = adapter.resolved(names_of(base))
     parts = sorted({split_component(key)[0] for key in resolved} - {""})
@@ -154,23 +160,15 @@ def as_adapter(given: AdapterLike) -> Adapter:
     return given if isinstance(given, Adapter) else load_adapter(given)
 
 
-def _weights(path: Path, trust: bool = False) -> Path:
-    """The one tensor file of an adapter; a pickle where it is trusted and there is no other."""
+def tensor_file(path: Path) -> Path:
+    """The one tensor file of an adapter; a pickle where there is no other."""
     if not path.exists():
         raise LoraFxError(f"{path}: no such file or folder", "nothing is downloaded; give a path")
     if path.is_file():
-        return _weights(path.parent, trust) if path.name == peft.CONFIG else path
-    names = [peft.WEIGHTS, diffusers.WEIGHTS] + ([peft.PICKLED] if trust else [])
-    for name in names:
+        return tensor_file(path.parent) if path.name == peft.CONFIG else path
+    for name in (peft.WEIGHTS, diffusers.WEIGHTS, *PICKLED):
         if (path / name).is_file():
             return path / name
-    pickled = path / peft.PICKLED
-    if pickled.is_file():
-        raise LoraFxError(
-            f"{pickled}: a pickle; expected {peft.WEIGHTS}. Unpickling can run any code",
-            "--trust (trust=True) opens it with torch's unpickler that runs no code; better get "
-            "the adapter as safetensors",
-        )
     inside = sorted(p.parent.name for p in path.glob(f"*/{peft.WEIGHTS}"))
     raise LoraFxError(
         f"{path}: no {peft.WEIGHTS} in this folder",
@@ -180,7 +178,7 @@ def _weights(path: Path, trust: bool = False) -> Path:
 
 def format_of(path: str | Path) -> str:
     """The format of an adapter that is there, by its content; raises as load_adapter does."""
-    path = _weights(Path(path))
+    path = tensor_file(Path(path))
     return "onnx" if path.suffix == ".onnx" else _sniffed(path, look(path))
 
 
@@ -234,8 +232,8 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     """True for what load_adapter would read: decided by files and headers, not by names."""
     path = Path(path)
     if path.is_dir():
-        return any((path / name).is_file() for name in ADAPTER_FILES)
+        return any((path / name).is_file() for name in (*ADAPTER_FILES, *PICKLED))
     if path.suffix not in (".safetensors", ".onnx_adapter") or not path.is_file():
-        return False
+        return path.name in PICKLED
     seen = look(path)
     return seen.config or any(module.detect(seen) for module in FORMATS.values())

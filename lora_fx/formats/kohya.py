@@ -73,7 +73,8 @@ def detect(seen: FileHead) -> bool:
     if base.FIELD in seen.metadata:
         return any(".lora_down." in n or _PART.fullmatch(n) for n in seen.names)
     return any(
-        (m := _PART.fullmatch(n)) and m[2] != "alpha" and not n.startswith(PREFIX)
+        ((m := _PART.fullmatch(n)) and m[2] != "alpha" and not n.startswith(PREFIX))
+        or n.endswith((".oft_blocks", ".oft_diag"))
         for n in seen.names
     )
 

@@ -26,7 +26,7 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import File, PeftFile
-from lora_fx.formats.peft.config import ORIGIN, SHARED, Pattern, targets
+from lora_fx.formats.peft.config import ORIGIN, SHARED, Pattern, target_facts, targets
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.text import JsonView
 
@@ -173,6 +173,7 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
     for pattern in (ranks, alphas):
         source.notes.extend(pattern.notes())
     metadata = {field: config[field] for field in ORIGIN if config.get(field)}
+    metadata |= target_facts(config, groups, file, source.notes)
     return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})
 
 

@@ -221,8 +221,9 @@ def _readings(module: str) -> Iterator[tuple[str, str]]:
         for prefix in (*component.prefixes, *component.homes):
             if module.startswith(prefix):
                 rest = module.removeprefix(prefix).replace(".", "_")
-                yield name, rest
-                yield name, rest.removeprefix("text_model_")
+                for inner in (rest, rest.removeprefix(f"{name}_")):  # lora_unet_unet_
+                    yield name, inner
+                    yield name, inner.removeprefix("text_model_")
     for prefix in _ANY:
         if flat.startswith(prefix):
             yield "", flat.removeprefix(prefix)

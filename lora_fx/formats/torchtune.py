@@ -75,7 +75,7 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
 
     Args:
         path: The file.
-        base: Folder of the base model, for its config.json; without it the one beside the file.
+        base: Folder of the base model, for its config.json; else the one beside the file counts.
 
     Returns:
         An Adapter with Hugging Face's parameter names as keys; layouts are None.
@@ -95,7 +95,9 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
             raise file.error(name, "is not a name that torchtune gives", "was the file edited?")
         module, part = (match[1], match[2]) if match[1] else (match[3], match[4])
         groups.setdefault(module, {})[part] = file.master(name, array)
-    model = (path.parent if base is None else Path(base)) / "config.json"
+    homes = [path.parent] if base is None else [Path(base), path.parent]
+    files = [home / "config.json" for home in homes]
+    model = next((file for file in files if file.is_file()), files[0])
     entries: dict[str, Entry] = {}
     for module, parts in groups.items():
         low = _lowrank(module, parts, config, file)
@@ -122,7 +124,7 @@ def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
         raise LoraFxError(
             f"{file.name}: {module!r} has its rows in torchtune's order; to reorder them the "
             f"number of heads is needed, and there is no {path}",
-            "give the folder of the base model (--base), or put its config.json there",
+            "give the folder of the base model (--base of convert), or put its config.json there",
         )
     config = model_config(path)
     kind = config.get("model_type")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import math
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.silence import silenced
 from lora_fx.targets.target import split_region
 
 
@@ -72,8 +76,9 @@ def to_numpy(tensor: torch.Tensor | None) -> Array:
 
 def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
     """An array as a tensor, in the dtype and on the device of `like` if one is given."""
-    if value.dtype == np.dtype(ml_dtypes.bfloat16):
-        t = torch.from_numpy(np.ascontiguousarray(value).view(np.int16)).view(torch.bfloat16)
+    if value.dtype.kind == "V":  # bfloat16 and float8, which numpy itself has not
+        bits = np.ascontiguousarray(value).view(f"i{value.itemsize}")
+        t = torch.from_numpy(bits).view(getattr(torch, value.dtype.name))
     else:
         t = torch.from_numpy(np.ascontiguousarray(value))
     t = t.reshape(value.shape)  # ascontiguousarray gives a scalar a dimension
@@ -190,29 +195,78 @@ def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]
 # Tensors out of a pickle that torch.save wrote; the one place where one is opened.
 
 
-def read_pickle(path: Path) -> dict[str, Array]:
+def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a file, by torch's unpickler that runs no code (weights_only=True).
 
     Args:
         path: A state dict, name → tensor.
+        mapped: Map the file, so that only what is used is read; not for torch's oldest format.
 
     Raises:
         LoraFxError: It holds anything but tensors, or is damaged.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds, UnpicklingError for code
         raise LoraFxError(
             f"{path}: torch will not read it as tensors alone: {one_line(error)}",
-            "it may hold code; get the adapter as safetensors",
+            "it may hold code; get the tensors as safetensors",
         ) from error
-    tensors: dict[str, Array] = {}
     for name, value in state.items() if isinstance(state, dict) else [("", None)]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise LoraFxError(
                 f"{path}: holds a {type(value).__name__} at {name!r}; expected a tensor by name",
-                "is it the adapter_model.bin that save_pretrained wrote?",
+                "is it a file that save_pretrained wrote?",
             )
+    return dict(state)
+
+
+def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Name → (dtype, shape, first byte in the file) of the tensors of a pickle; none are read.
+
+    The byte is -1 of a tensor whose numbers do not lie in the file as they are, row by row.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Under the mode torch notes where a storage lies, instead of reading it. It then looks at no
+    # size, and ends the process where bytes would have to be turned.
+    sizes = _records(path)
+    mode = FakeTensorMode() if sizes else contextlib.nullcontext()
+    with silenced(levels={"torch._subclasses.fake_tensor": logging.CRITICAL}), mode:
+        state = pickled(path)
+    places = {}
+    for name, t in state.items():
+        first: int = getattr(t.untyped_storage(), "_checkpoint_offset", None) or 0
+        start, shape = int(t.storage_offset()) * t.element_size(), tuple(t.shape)
+        fits = t.is_contiguous() and start + t.nbytes <= sizes.get(first, -1)
+        at = first + start if fits and math.prod(n or 1 for n in shape) < 1 << 60 else -1
+        places[name] = (str(t.dtype).removeprefix("torch."), shape, at)
+    return places
+
+
+def _records(path: Path) -> dict[int, int]:
+    """First byte → bytes of the parts of an archive, where these are a little-endian machine's.
+
+    Empty for an archive with compression, and for what is none.
+    """
+    damaged = contextlib.suppress(zipfile.BadZipFile, OSError, RuntimeError)
+    sizes: dict[int, int] = {}
+    with damaged, zipfile.ZipFile(path) as file, path.open("rb") as raw:
+        for info in file.infolist():
+            turned = info.filename.endswith("/byteorder") and file.read(info) != b"little"
+            if info.compress_type != zipfile.ZIP_STORED or turned:
+                return {}
+            raw.seek(info.header_offset + 26)  # the lengths of the name and of what follows it
+            lengths = raw.read(2), raw.read(2)
+            at = raw.tell() + sum(int.from_bytes(n, "little") for n in lengths)
+            sizes[at] = min(info.compress_size, path.stat().st_size - at)
+    return sizes
+
+
+def read_pickle(path: Path) -> dict[str, Array]:
+    """The tensors of a pickle as arrays; see `pickled`."""
+    tensors: dict[str, Array] = {}
+    for name, value in pickled(path).items():
         try:
             tensors[name] = to_numpy(value.contiguous())
         except (TypeError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering
+from lora_fx.files.read import remember, remembering, trusting
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -50,7 +50,7 @@ class OnnxMergeOptions:
     Attributes:
         names: Adapter key → tensor of the file, where the names do not tell.
         again: Fold an adapter that the file's metadata says is in it already.
-        trust: Read an adapter_model.bin, by torch's unpickler that runs no code.
+        trust: Read pickles, by torch's unpickler that runs no code.
         force: Replace an output that exists.
         external_over: Bytes of weights above which they go to a file of their own.
         repository: Where a copy goes, for Triton.
@@ -282,7 +282,8 @@ def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> O
         LoraFxError: Every reason not to merge that the files give.
     """
     source = Path(base)
-    parts = given(adapters, options.trust)
+    with trusting(options.trust):
+        parts = given(adapters)
     model = load(source)
     merges = merges_of(model.metadata_props.get(METADATA), str(source))
     refuse_again(source, merges, [(p.where, p.hash) for p in parts], again=options.again)

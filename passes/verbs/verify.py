@@ -17,6 +17,7 @@ from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
+from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.inputs import Named
 from lora_fx.onnx.validity import blaming
@@ -39,6 +40,7 @@ def verify(
     provider: str = "auto",
     run: bool = False,
     rows: int | None = ROWS,
+    trust: bool = False,
 ) -> Report:
     """Compare two models; `bool(report)` is the answer.
 
@@ -57,10 +59,16 @@ def verify(
         run: Run tensor files too, as models.
         rows: With adapters of tensor files, rows of every touched tensor that are computed again;
             None for all.
+        trust: Read pickles, by torch's unpickler that runs no code.
 
     Raises:
         LoraFxError: What cannot be compared; an adapter that does not fit.
     """
+    if trust:
+        with trusting():
+            return verify(
+                a, b, inputs, adapter=adapter, tol=tol, provider=provider, run=run, rows=rows
+            )
     fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
     if is_tensor_file(a) and not run:
         if fits:

@@ -256,3 +256,26 @@ def test_needs_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_a_head_that_was_trained_whole(tmp_path: Path) -> None:
+    """Of full rank: rank 4 keeps little of it, which is said; --whole takes it as it is."""
+    rng = np.random.default_rng(9)
+    base = {
+        "layers.0.q.weight": rng.standard_normal((40, 30)).astype(np.float32),
+        "score.weight": rng.standard_normal((36, 30)).astype(np.float32),
+    }
+    low = rng.standard_normal((40, 2)) @ rng.standard_normal((2, 30))
+    change = {"layers.0.q.weight": low, "score.weight": rng.standard_normal((36, 30))}
+    files = two(tmp_path, base, change)
+    kept = 1 - optimum(change["score.weight"], 4) ** 2
+    assert kept < 0.5
+    (note,) = lora_fx.extract(*files, rank=4).metadata["notes"]
+    assert note.startswith(f"score.weight: rank 4 keeps {kept:.0%} of ‖Δ‖²")
+    assert "--whole score.weight" in note
+    made = lora_fx.extract(*files, rank=4, whole=["score.weight"])
+    assert made.metadata["notes"] == [] and list(made.lowrank) == ["layers.0.q.weight"]
+    tuned = base["score.weight"].astype(np.float64) + change["score.weight"]
+    np.testing.assert_array_equal(made.full["score.weight"].value, tuned.astype(np.float32))
+    with pytest.raises(lora_fx.LoraFxError, match="whole 'nope' matches no"):
+        lora_fx.extract(*files, whole="nope")

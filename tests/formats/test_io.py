@@ -123,7 +123,7 @@ def test_a_folder_comes_back_when_the_new_one_cannot_take_its_place(
     [
         (b"PK\x03\x04" + bytes(60), "pickle"),
         (b"\x80\x02}q\x00.", "pickle"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-LFS"),
         (b"\x18\0\0\0TORT" + bytes(60), "ONNX Runtime"),
         (b"GGUF" + bytes(60), "not a safetensors"),
         (b"", "not a safetensors"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +15,16 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT, stored_as
-from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
+from lora_fx.checkpoint.requantise import refuse_loss, sampled
 from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import finite, is_float
-from lora_fx.formats.peft.config import KEEPS_BASE, REDONE, REFUSED, Pattern, wanted_by
+from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
+from lora_fx.formats.peft.file import KINDS
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, is_number, near
@@ -44,9 +46,36 @@ def _about(keys: Sequence[str], found: str, expected: str, hint: str) -> Iterato
 
 
 def _lost(pair: Pair) -> list[str]:
-    """Keys of low-rank updates that the base has no tensor for."""
-    low = pair.adapter.lowrank
-    return [k for k in pair.adapter.entries if pair.tensor(k) is None and k in low]
+    """Keys of updates that the base has no tensor for."""
+    updates = (k for k, e in pair.adapter.entries.items() if not isinstance(e, Full))
+    return [k for k in updates if pair.tensor(k) is None]
+
+
+def _strange(pair: Pair) -> bool:
+    """True where no update fits the base: the adapter is another model's."""
+    updates = {k for k, e in pair.adapter.entries.items() if not isinstance(e, Full)}
+    fit = updates - {*_lost(pair)} - {k for k in pair.misfits if not _rows(pair, k)}
+    return bool(updates) and not fit and not _swap(pair) and not pair.raw.prefixes
+
+
+def model(pair: Pair) -> Iterator[Finding]:
+    """The base is of the model that the adapter was trained on."""
+    if not _strange(pair):
+        return
+    config = {**pair.adapter.metadata, **pair.raw.config}
+    name, mapping = config.get("base_model_name_or_path"), config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    kind = library.rpartition(".modeling_")[2] if isinstance(library, str) else ""
+    keys, own = [*pair.adapter.entries], pair.base.config().get("model_type")
+    theirs = f"of a {kind}" if kind else f"of {name}" if name else f"with {keys[0]}"
+    ours = f"is a {own}" if own else f"has {next(iter(pair.tensors), 'nothing')}"
+    why = next(iter(pair.misfits.values()), "").partition(": ")[2]
+    yield Finding(
+        keys,
+        f"an adapter {theirs}; the base {ours}" + (f": {why}" if why else ""),
+        "an adapter and the model that it was trained on",
+        f"give {name} as the base" if name else "which model was it trained on? give that one",
+    )
 
 
 def prefix(pair: Pair) -> Iterator[Finding]:
@@ -102,20 +131,23 @@ def _swap(pair: Pair) -> tuple[str, str] | None:
 def unused(pair: Pair) -> Iterator[Finding]:
     """Every update has a tensor in the base."""
     lost = _lost(pair)
-    if lost and not _swap(pair):
+    if lost and not _swap(pair) and not _strange(pair):
         yield Finding(
             lost,
             "no such tensor in the base: their updates would be dropped",
             f"names of {pair.base.path}",
-            near(base_name(lost[0]), [*pair.tensors]),
+            f"{near(base_name(lost[0]), [*pair.tensors])}; lora-fx merge --allow-unused leaves out "
+            "those without a tensor",
         )
 
 
 def missing(pair: Pair) -> Iterator[Finding]:
     """Every layer that the config adapts has an update."""
+    if pair.refusal is not None and not pair.raw.updates:
+        return  # nobody knows which updates it has
     broken = {k.removesuffix(".weight") for k in pair.raw.broken}
     lost = [m for m in absent_of(pair.adapter, pair.tensors, pair.rename) if m not in broken]
-    if lost and not _lost(pair):
+    if lost and not _strange(pair) and not _swap(pair):
         yield Finding(
             [f"{m}.weight" for m in lost],
             "the config adapts them (target_modules), but the file has no update of them",
@@ -158,7 +190,7 @@ def vocabulary(pair: Pair) -> Iterator[Finding]:
 
 def shapes(pair: Pair) -> Iterator[Finding]:
     """Every update has the shape of its tensor."""
-    for key, why in pair.misfits.items():
+    for key, why in pair.misfits.items() if not _strange(pair) else ():
         info = pair.tensor(key)
         if not _rows(pair, key) and info is not None and 0 not in info.shape:
             yield Finding(
@@ -186,8 +218,10 @@ def quantised(pair: Pair) -> Iterator[Finding]:
                 kind += f": {why}"
             severity = WARNING if taken else ERROR
             kinds.setdefault((kind, severity), []).append(key)
-    no = refusal(pair) if kinds else None
-    ways = no.hint if no is not None and no.hint.startswith("--dequantise") else HINT
+    no = planned(pair, ("",)) if kinds else None  # as if all else that is wrong were mended
+    ways = "--dequantise or --requantise, as is asked"
+    if isinstance(no, LoraFxError):
+        ways = no.hint if no.hint.startswith("--dequantise") else HINT
     for (kind, severity), keys in kinds.items():
         hint = ways if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
         yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)
@@ -258,25 +292,37 @@ def effect(pair: Pair) -> Iterator[Finding]:
 # doctor's checks that ask the plan of a merge, or what a merge has left. They yield findings.
 
 
-ALLOWED = replace(LENIENT, allow_unused=True, allow_missing=True, add=True)
+TOLD: Json = dict.fromkeys(
+    ("untie", "again", "any_base", "other_readers", "allow_unused", "allow_missing", "add"), True
+)
 """The options of a merge that takes what one of the checks has told already."""
 
 
-def _plan(pair: Pair, entries: Mapping[str, Entry], options: MergeOptions) -> MergePlan:
-    """What merge would do with these entries of the pair's adapter."""
-    adapter = replace(pair.adapter, entries=entries)
+def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
+    """What merge would do with these entries; `lenient` takes what a check has told already."""
+    adapter, options = replace(pair.adapter, entries=entries), pair.options
+    options = replace(options, **TOLD) if lenient else options
     return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)
 
 
-def refusal(pair: Pair) -> LoraFxError | None:
-    """What `lora-fx merge` without options would say; None where it would merge."""
-    if pair.refusal is not None:
+def planned(pair: Pair, told: Collection[str] = ()) -> MergePlan | LoraFxError:
+    """The plan of `lora-fx merge`, or why there is none.
+
+    Args:
+        pair: The pair.
+        told: Keys of which a check has told; the others are planned, as if that were mended.
+    """
+    if pair.refusal is not None and not told:
         return pair.refusal
+    rest = {k: e for k, e in pair.adapter.entries.items() if k not in told}
     try:
-        _plan(pair, pair.adapter.entries, MergeOptions())
+        plan = _plan(pair, rest, lenient=bool(told))
+        if pair.options.requantise and not pair.options.lossy:
+            anew = [(c.codes, c.fold) for c in plan.changes.values() if c.codes and c.fold]
+            refuse_loss(sampled(anew), "the output")
     except LoraFxError as error:
         return error
-    return None
+    return plan
 
 
 def tied(pair: Pair) -> Iterator[Finding]:
@@ -285,7 +331,7 @@ def tied(pair: Pair) -> Iterator[Finding]:
         return
     sound = {k: e for k, e in pair.adapter.entries.items() if k not in pair.misfits}
     try:
-        plan = _plan(pair, sound, ALLOWED)
+        plan = _plan(pair, sound, lenient=True)
     except LoraFxError:
         return  # another check, or the last, tells
     yield from _about(
@@ -335,6 +381,9 @@ def config(pair: Pair) -> Iterator[Finding]:
             "one: ranks, scales and targets are stored there",
             "take it from where the adapter comes from",
         )
+    kind = pair.raw.config.get("peft_type")
+    if pair.raw.config and kind not in KINDS:
+        yield Finding(["peft_type"], f"peft_type = {kind!r}", " or ".join(KINDS), MERGE)
     for name, (why, hint) in REFUSED.items():
         value = pair.raw.config.get(name)
         if value not in (None, False, [], {}, ""):
@@ -342,17 +391,19 @@ def config(pair: Pair) -> Iterator[Finding]:
 
 
 def scale(pair: Pair) -> Iterator[Finding]:
-    """lora_alpha is a number."""
-    if not pair.raw.config:
+    """lora_alpha is a number; alpha, of LoHa and LoKr."""
+    kind = pair.raw.config.get("peft_type")
+    if kind not in KINDS:
         return
-    value = pair.raw.config.get("lora_alpha")
+    name = "lora_alpha" if kind == "LORA" else "alpha"
+    value = pair.raw.config.get(name)
     if not is_number(value) or not np.isfinite(value):
-        found = "no lora_alpha" if value is None else f"lora_alpha = {value!r}"
+        found = f"no {name}" if value is None else f"{name} = {value!r}"
         yield Finding(
-            ["lora_alpha"],
+            [name],
             f"{found}; PEFT would take 8 without a word",
-            "a number: the scale of every update is lora_alpha / r",
-            "add the lora_alpha that the adapter was trained with",
+            f"a number: the scale of every update is {name} / r",
+            f"add the {name} that the adapter was trained with",
         )
 
 
@@ -364,15 +415,15 @@ def ranks(pair: Pair) -> Iterator[Finding]:
         pattern = Pattern(pair.raw.config, "rank_pattern", "r", "")
     except LoraFxError:
         return  # told by patterns
+    wrong: dict[tuple[int, float], list[str]] = {}
     for key, low in pair.adapter.lowrank.items():
         want = pattern.of(key.removesuffix(".weight"))
-        if key in pair.raw.updates and key.endswith(".weight") and want not in (None, low.rank):
-            yield Finding(
-                [key],
-                f"rank {low.rank}",
-                f"rank {want:g}, as the config says: the scale would be in doubt",
-                "correct r or rank_pattern",
-            )
+        known = key in pair.raw.updates and key.endswith(".weight")
+        if known and want is not None and want != low.rank:
+            wrong.setdefault((low.rank, want), []).append(key)
+    for (rank, want), keys in wrong.items():
+        expected = f"rank {want:g}, as the config says: the scale would be in doubt"
+        yield Finding(keys, f"rank {rank}", expected, "correct r or rank_pattern")
 
 
 def patterns(pair: Pair) -> Iterator[Finding]:
@@ -453,7 +504,7 @@ def numbers(pair: Pair) -> Iterator[Finding]:
 def dtypes(pair: Pair) -> Iterator[Finding]:
     """Float tensors."""
     names = _bad(pair, lambda value: not is_float(value))
-    names = [n for n in names if ".lora_" in n or n.endswith(".weight")]
+    names = [n for n in names if re.search(r"\.(lora|hada|lokr)_|\.weight$", n)]
     yield from _about(
         names,
         f"dtype {', '.join(sorted({str(pair.raw.tensors[n].dtype) for n in names}))}",
@@ -491,7 +542,6 @@ def names(pair: Pair) -> Iterator[Finding]:
             f"names with {what}: PEFT would load none of them",
             f"{PREFIX}MODULE.lora_A.weight and so on",
             f"take {prefix!r} off the names" if prefix else f"put {PREFIX!r} before the names",
-            ERROR if pair.refusal else WARNING,
         )
 
 
@@ -524,7 +574,8 @@ def _named(fields: Json, name: str, key: str) -> bool:
 
 def trained(pair: Pair) -> Iterator[Finding]:
     """Updates that are zero: B (or A) was never moved from its start."""
-    zero = [k for k, low in pair.adapter.lowrank.items() if norm(low) == 0.0]
+    low = pair.adapter.lowrank.items()
+    zero = [k for k, e in low if e.magnitude is None and not e.mutated and norm(e) == 0.0]
     if not zero:
         return
     whole = len(zero) == len(pair.adapter.entries)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.checkpoint.doctor import checks
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, open_pair
+from lora_fx.checkpoint.merge_plan import MergeOptions, MergePlan
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
-from lora_fx.errors import explained, visible
+from lora_fx.errors import LoraFxError, explained, visible
+from lora_fx.files.read import trusting
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, some, table
 
@@ -34,6 +37,7 @@ CHECKS: dict[str, Callable[[Pair], Iterable[Finding]]] = {
     "pairs": checks.halves,
     "names": checks.names,
     "target_modules": checks.dropped,
+    "model": checks.model,
     "prefix": checks.prefix,
     "unused keys": checks.unused,
     "missing keys": checks.missing,
@@ -52,12 +56,20 @@ LAST = "merge"
 """The check that says what no other has: lora-fx merge would take the pair."""
 
 
-def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Report:
+OF_FILE = {*[*CHECKS][: [*CHECKS].index("prefix")]}
+"""Checks of the adapter by itself, and whether it is of the base's model: what its reader tells."""
+VALUES = ("base values", "training", "effect")
+"""Checks of numbers, which a merge sees as it is carried out, and its plan does not."""
+
+
+def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str], **options: Any) -> Report:
     """What is wrong with a base and an adapter.
 
     Args:
         base: A Hugging Face folder or a `.safetensors` file.
         adapter: A file or folder that `lora_fx.load_adapter` reads, or would if it were sound.
+        options: Those of `lora_fx.merge` that the pair is to be merged with, such as
+            dequantise=True; trust=True reads pickles.
 
     Returns:
         A Report that is true where no finding is an error; `details["findings"]` has them all,
@@ -66,16 +78,17 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
     Raises:
         LoraFxError: One of the two cannot be read at all.
     """
-    with explained(base):
-        pair = open_pair(Path(base), Path(adapter))
+    asked = MergeOptions(**options)
+    with explained(base), trusting(asked.trust):
+        pair = open_pair(Path(base), Path(adapter), asked)
         findings: list[Finding] = []
         for name, check in CHECKS.items():
             findings += [replace(f, check=name) for f in check(pair)]
         rows = [_update(pair, key, entry) for key, entry in pair.adapter.entries.items()]
-        no = checks.refusal(pair)
-        if no is not None and not any(f.severity == ERROR for f in findings):
-            expected = "a pair that can be merged"
-            findings.append(Finding([], no.message, expected, no.hint, check=LAST))
+        plan = checks.planned(pair)
+        findings += _more(pair, findings, plan)
+        if isinstance(plan, MergePlan):
+            findings = [_taken(f, asked) for f in findings]
     findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
     details = {
         "used": sum(r["tensor"] is not None for r in rows),
@@ -83,11 +96,34 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
         "missing": len(absent_of(pair.adapter, pair.tensors, pair.rename)),
         "findings": [f.to_json() for f in findings],
         "updates": rows,
-        "merge": no.message if no is not None else "",
+        "merge": plan.message if isinstance(plan, LoraFxError) else "",
     }
-    notes = pair.adapter.metadata.get("notes", ())
+    notes = [*pair.adapter.metadata.get("notes", ())]
+    notes += plan.notes if isinstance(plan, MergePlan) else ()
+    notes = [n for n in dict.fromkeys(notes) if not any(f.found in n for f in findings)]
     ok = not any(f.severity == ERROR for f in findings)
     return Report("doctor", ok, warnings=tuple(notes), details=details)
+
+
+def _more(pair: Pair, findings: list[Finding], plan: MergePlan | LoraFxError) -> Iterator[Finding]:
+    """Why merge refuses the pair, or would once what the checks found is mended."""
+    errors = [f for f in findings if f.severity == ERROR and f.check not in VALUES]
+    told = {k for f in errors for k in f.keys}
+    clear = errors and (pair.refusal is None or OF_FILE & {f.check for f in errors})
+    if clear and told >= pair.adapter.entries.keys():
+        return
+    left = checks.planned(pair, told) if clear else plan
+    if isinstance(left, LoraFxError):
+        yield Finding([], left.message, "a pair that can be merged", left.hint, check=LAST)
+
+
+def _taken(finding: Finding, asked: MergeOptions) -> Finding:
+    """What merge takes is no error: a note where an option of the hint takes it, else a warning."""
+    if finding.severity != ERROR or finding.check in VALUES:
+        return finding
+    on = [f"--{n.replace('_', '-')}" for n, value in vars(asked).items() if value is True]
+    wanted = any(option in finding.hint for option in on)
+    return replace(finding, severity=NOTE if wanted else WARNING)
 
 
 def _update(pair: Pair, key: str, entry: Entry) -> Json:

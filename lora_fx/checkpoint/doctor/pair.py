@@ -17,7 +17,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import read_floats
 from lora_fx.checkpoint.int8 import Int8, stored_as
 from lora_fx.checkpoint.match import match, stacked
-from lora_fx.checkpoint.merge_plan import recoded_weights
+from lora_fx.checkpoint.merge_plan import MergeOptions, recoded_weights
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
@@ -28,9 +28,9 @@ from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
-from lora_fx.formats.io import check_elements, format_of, load_adapter
+from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
 from lora_fx.formats.peft.config import Pattern, facts
-from lora_fx.formats.peft.file import WEIGHTS, config_of
+from lora_fx.formats.peft.file import config_of
 from lora_fx.formats.peft.names import OWN, PREFIX, WRAPPER, Group, from_tensors, unwrapped
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
@@ -79,6 +79,7 @@ class Pair:
         rename: The adapter's names → the base's.
         misfits: Key → why it does not fit its tensor.
         digest: The hash under which a merge records the adapter; empty where it is refused.
+        options: Of the merge that is asked about.
     """
 
     base: Checkpoint
@@ -91,6 +92,7 @@ class Pair:
     rename: Renaming
     misfits: Mapping[str, str]
     digest: str
+    options: MergeOptions
 
     def tensor(self, key: str) -> TensorInfo | None:
         """The base's tensor of a key."""
@@ -120,33 +122,31 @@ class Pair:
         return size / weight if weight and math.isfinite(size) else None
 
 
-def open_pair(base: str | Path, adapter: str | Path) -> Pair:
+def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> Pair:
     """Read the headers of a base and the whole of an adapter.
 
     Raises:
         LoraFxError: A file that cannot be read at all.
     """
     checkpoint, path = open_checkpoint(Path(base)), Path(adapter)
-    check_elements(path / WEIGHTS if path.is_dir() else path, 2 * checkpoint.elements)
+    check_elements(tensor_file(path), 2 * checkpoint.elements)
     coded: Tensors = {}
     with contextlib.suppress(LoraFxError):  # told by a check of its own
         coded = recoded_weights(checkpoint)
     read: Adapter | None = None
     refusal, digest = None, ""
     try:
-        read = load_adapter(path)
+        read = load_adapter(path, base=base, resolve=False)
         digest = adapter_hash(read)
         read = read.resolved({**checkpoint.tensors, **coded})
     except LoraFxError as error:
         refusal = error
-    raw = None
-    try:
-        raw = read_raw(path) if _of_peft(path) else None
-    except LoraFxError:
-        if refusal is not None:
-            raise refusal from None
-    if read is None:  # of another format: its names are not the base's, or this raises
-        read = load_adapter(path, base=base) if raw is None else raw.adapter()
+    raw = Raw()
+    with contextlib.suppress(LoraFxError):  # its reader has said so
+        raw = (read_raw(path) if _of_peft(path) else None) or raw
+    if refusal is not None and read is None and raw.file is None:
+        raise refusal
+    read = raw.adapter() if read is None else read
     config = checkpoint.config()
     tie, stored = tie_and_names(checkpoint, read.entries)
     tensors = {**stored, **coded}
@@ -155,8 +155,9 @@ def open_pair(base: str | Path, adapter: str | Path) -> Pair:
         read = stacked(read, tensors, config, rename)
     reasons = {key: _misfit(key, read, tensors, config, rename) for key in read.entries}
     misfits = {key: why for key, why in reasons.items() if why}
-    raw = raw or Raw()
-    return Pair(checkpoint, tensors, tie, path, raw, read, refusal, rename, misfits, digest)
+    return Pair(
+        checkpoint, tensors, tie, path, raw, read, refusal, rename, misfits, digest, options
+    )
 
 
 def _of_peft(path: Path) -> bool:
@@ -290,15 +291,14 @@ def read_raw(path: str | Path) -> Raw | None:
     Raises:
         LoraFxError: Not a file of tensors, or a config that is no JSON.
     """
-    path = Path(path)
-    file = path / WEIGHTS if path.is_dir() else path
+    file = tensor_file(Path(path))
     tensors, header = read_tensors(file)
     ours: JsonView = {}
     with contextlib.suppress(LoraFxError):  # damaged: there may be a config beside the file
         ours = json_object(header.get("lora_fx", "{}"), str(file))
     config, _ = config_of(file, ours)
     raw = Raw(file, tensors, config or {})
-    for name in tensors:
+    for name in tensors if raw.config.get("peft_type", "LORA") == "LORA" else ():
         _sort(name, raw)
     return raw if config is not None or raw.updates else None
 

@@ -96,9 +96,14 @@ def refuse_left(base: Checkpoint) -> None:
             )
 
 
+def is_view(base: Checkpoint) -> bool:
+    """True for what `dequantised` makes."""
+    return any(isinstance(t, CodesInfo) for t in base.tensors.values())
+
+
 def view_notes(base: Checkpoint) -> list[str]:
     """What should be said of a view: what it leaves out, and what its config.json rounds."""
-    if base.of is None:
+    if base.of is None or not is_view(base):
         return []
     weights = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
     gone = [n for n in parts_beside(weights, base.of.tensors) if n.endswith(ACTIVATIONS)]

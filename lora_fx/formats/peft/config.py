@@ -366,6 +366,23 @@ def facts(config: JsonView) -> Json:
     return {name: config[name] for name in (*FIELDS, VERSION) if config.get(name) is not None}
 
 
+def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: list[str]) -> Json:
+    """What an adapter's metadata keeps of the modules that a config adapts.
+
+    Args:
+        config: PEFT's.
+        modules: Those with tensors in the file.
+        file: Its name, for a note on targets that have none.
+        notes: Get that note.
+    """
+    kept: Json = {"peft": facts(config)}
+    if unused := untouched(config, modules):
+        kept["untouched_targets"] = unused
+        names = ", ".join(map(repr, unused))
+        notes.append(f"{file}: the config targets {names}, of which the file has no tensor")
+    return kept
+
+
 def wanted_by(config: JsonView, module: str) -> str | None:
     """The entry of target_modules through which PEFT would adapt a module; None where it is not.
 

@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.read import json_object, read_json
-from lora_fx.files.safetensors import read_tensors, refuse_other_kinds, write_tensors
+from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import lycoris
 from lora_fx.formats.base import FileHead, PeftFile, metadata_text
 from lora_fx.formats.peft.config import forget_time
@@ -44,13 +43,12 @@ def detect(seen: FileHead) -> bool:
     return "lora_fx" in seen.metadata or any(n.startswith((PREFIX, OWN)) for n in seen.names)
 
 
-def read(path: str | Path, trust: bool = False) -> Adapter:
+def read(path: str | Path) -> Adapter:
     """An adapter from a folder or a single file.
 
     Args:
         path: A folder with adapter_config.json and adapter_model.safetensors, or a .safetensors
             file that has a config inside (ours) or beside it.
-        trust: Also read adapter_model.bin, a pickle, through torch's restricted unpickler.
 
     Returns:
         An Adapter of entries by parameter name, `X.weight` or `X.weight` of an alias:
@@ -75,9 +73,7 @@ def read(path: str | Path, trust: bool = False) -> Adapter:
     """
     path = Path(path)
     weights = path / WEIGHTS if path.is_dir() else path
-    if path.is_dir() and trust and not weights.is_file() and (path / PICKLED).is_file():
-        weights = path / PICKLED
-    tensors, header = _tensors(weights, trust)
+    tensors, header = read_tensors(weights)
     ours = json_object(header.get("lora_fx", "{}"), f"{weights}: metadata lora_fx")
     config, where = config_of(weights, ours)
     if config is None:
@@ -104,21 +100,6 @@ def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
     if isinstance(ours.get("config"), dict):
         return dict(ours["config"]), f"{file}: config in metadata lora_fx"
     return read_json(beside) if beside.is_file() else None, str(beside)
-
-
-def _tensors(path: Path, trust: bool) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a file and the texts of its header; of a pickle only where it is trusted."""
-    if not trust or path.suffix != ".bin":
-        return read_tensors(path)
-    try:
-        refuse_other_kinds(path)
-    except LoraFxError as error:
-        if "a pickle" not in error.message:
-            raise
-        from lora_fx.fx.tensors import read_pickle  # the only way to read one is torch's
-
-        return read_pickle(path), {}
-    return read_tensors(path)  # safetensors under another name
 
 
 def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:

@@ -20,12 +20,11 @@ from lora_fx.formats.peft.config import (
     TRAINS,
     Pattern,
     check_config,
-    facts,
     listed_whole,
     mutation,
     saved_whole,
+    target_facts,
     targets,
-    untouched,
     whole_factor,
 )
 from lora_fx.formats.peft.names import (
@@ -52,6 +51,10 @@ _BESIDE = {
 """Parts of a layer: the tensor's name, what it is of, and the field that calls for it."""
 
 
+HEADS, CLASSIFIES = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
+"""What PEFT adds to modules_to_save for these task types: names of which a model has one."""
+
+
 def decode(source: PeftFile, ours: JsonView) -> Adapter:
     """The adapter of one file with peft_type LORA.
 
@@ -69,21 +72,19 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     reader.theirs(left, entries)
     for pattern in (reader.ranks, reader.alphas):
         notes += pattern.notes()
-    whole = [key for key, entry in entries.items() if isinstance(entry, Full)]
-    for module in listed_whole(config):
-        if not any(saved_whole({"modules_to_save": [module]}, k.rpartition(".")[0]) for k in whole):
-            notes.append(f"{file}: modules_to_save {module!r} has no tensor in the file")
-    unused = untouched(config, reader.modules)
-    if unused:
-        metadata["untouched_targets"] = unused
-        names = ", ".join(map(repr, unused))
-        notes.append(f"{file}: the config targets {names}, of which the file has no tensor")
+    whole = [k.rpartition(".")[0] for k, entry in entries.items() if isinstance(entry, Full)]
+    listed = dict.fromkeys(listed_whole(config))
+    there = {n for n in listed for m in whole if saved_whole({"modules_to_save": [n]}, m)}
+    heads = {*HEADS} if config.get("task_type") in CLASSIFIES and there & {*HEADS} else set()
+    for module in (m for m in listed if m not in there | heads):
+        notes.append(f"{file}: modules_to_save {module!r} has no tensor in the file")
+    metadata |= target_facts(config, reader.modules, file, notes)
+    if ours:  # which names each update, and the config names modules in full
+        del metadata["peft"]
     metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
     if config.get("fan_in_fan_out"):
         metadata["fan_in_fan_out"] = True
     metadata["dropout"] = float(config.get("lora_dropout") or 0.0)
-    if not ours:  # which names each update, and the config names modules in full
-        metadata["peft"] = facts(config)
     metadata["notes"] = notes
     return Adapter(entries, metadata)
 

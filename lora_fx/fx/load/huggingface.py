@@ -28,9 +28,9 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import model_config, tensors
 from lora_fx.files.quantised.base import QuantisedWeight, below
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.files.safetensors import Tensors
+from lora_fx.files.safetensors import Tensors, first_bytes, is_pickle
 from lora_fx.fx.codes import LEVELS, Stored, declare, store
-from lora_fx.fx.tensors import patched
+from lora_fx.fx.tensors import patched, pickled
 from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView, some
 
@@ -334,7 +334,8 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
         raise LoraFxError(f"{path}: holds no tensor", "is the download complete?")
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(info.file for info in found.values()):
-        state |= {n: t for n, t in load_file(file).items() if found[n].file == file}
+        held = pickled(file, mapped=True) if is_pickle(first_bytes(file)) else load_file(file)
+        state |= {n: t for n, t in held.items() if found[n].file == file}
     return state
 
 

@@ -1,6 +1,7 @@
 """From what a user names on the command line to a module with example inputs.
 
-Nothing is downloaded, no pickle is read, and no code is run but the user's own factory.
+Nothing is downloaded, pickles are read where they are trusted, as tensors alone, and no code is
+run but the user's own factory.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch.utils import _pytree as pytree
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import PICKLES, tensors
-from lora_fx.files.safetensors import CONVERT, TensorInfo
+from lora_fx.files.read import trusting
+from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.factory import call_factory
 from lora_fx.fx.load.huggingface import load_folder
+from lora_fx.fx.tensors import from_numpy
 from lora_fx.silence import silenced
 from lora_fx.text import near, some
 
@@ -74,23 +77,16 @@ def load_model(
         weights: A safetensors file (or folder); every name and shape must fit.
         meta: Weights are not needed: folders and reserved names are built on the meta device
             (then `device` has no say); a factory is called as it is.
-        trust: Not supported yet.
+        trust: Read pickled weights, by torch's unpickler that runs no code.
         device: Where module and inputs go, as torch names it.
 
     Raises:
         LoraFxError: An unknown form, a model that cannot be built, weights that do not fit.
     """
     text = str(spec)
-    if trust:
-        raise LoraFxError(
-            "--trust is not supported yet: pickles and a folder's own code are never run",
-            "leave it out; a factory (file.py:FACTORY) can load what you trust",
-        )
     file = None if weights is None else Path(weights)
-    if file is not None and file.suffix in PICKLES:
-        raise LoraFxError(f"{file}: a pickle can run code and is not read", CONVERT)
     place = check_device(device)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are put back
+    with torch.random.fork_rng(devices=[]), trusting(trust):  # the caller's numbers are put back
         torch.default_generator.manual_seed(0)
         loaded = _load(text, file, meta)
     module = loaded.module.eval()
@@ -129,19 +125,16 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     raise LoraFxError(f"{text!r} is no model: no such folder", FORMS)
 
 
+_BARE = "holds tensors but no code to run them"
+_BESIDE = "give the model, and the file as its weights: MODEL --weights {file}"
 REFUSED = {
     ".pt2": (
         "a .pt2 file is a program without a module",
         "every verb takes its path; lora_fx.capture(path) opens it",
     ),
     ".onnx": ("an .onnx file cannot be opened as a torch model in this version", FORMS),
-    ".safetensors": (
-        "holds tensors but no code to run them",
-        "give the model, and the file as its weights: MODEL --weights {file}",
-    ),
-    **dict.fromkeys(
-        PICKLES, ("a pickle can run code and is not read; --trust is not supported yet", CONVERT)
-    ),
+    ".safetensors": (_BARE, _BESIDE),
+    **dict.fromkeys(PICKLES, (_BARE, _BESIDE)),
 }
 """How a file's name ends → why it is no model, and what to do."""
 
@@ -221,13 +214,11 @@ def _no_name(library: str, name: str, names: list[str]) -> LoraFxError:
 
 
 def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
-    """Fill a module from safetensors; every name and shape must fit. Returns notes.
+    """Fill a module from a file of tensors; every name and shape must fit. Returns notes.
 
     On the meta device the names and shapes are checked and nothing is read. Tied tensors need
     one of their names; counters of batches seen may be missing, as in older files.
     """
-    from safetensors import safe_open
-
     found = tensors(path)
     state = module.state_dict(keep_vars=True)
     first: dict[int, str] = {}
@@ -236,20 +227,19 @@ def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
     optional = [n for n in state if n.endswith("num_batches_tracked")]
     notes = check_fit(found, wanted, ties, str(path), optional)
     filled: dict[str, str] = {}
-    for file in dict.fromkeys(t.file for t in found.values()):
-        with safe_open(str(file), framework="pt") as reader, torch.no_grad():
-            for name in (n for n, t in found.items() if t.file == file):
-                target = state[name]
-                if target.is_meta:
-                    continue
-                value = reader.get_tensor(name).to(target.device, target.dtype)
-                other = filled.setdefault(ties[name], name)
-                if other != name and not torch.equal(value, target):
-                    raise LoraFxError(
-                        f"{path}: {other!r} and {name!r} differ, but are one tensor of the model",
-                        "untie them in the model, or leave one out of the file",
-                    )
-                target.copy_(value)
+    for name, info in found.items():
+        target = state[name]
+        if target.is_meta:
+            continue
+        value = from_numpy(stored(info)).to(target.device, target.dtype)
+        other = filled.setdefault(ties[name], name)
+        if other != name and not torch.equal(value, target):
+            raise LoraFxError(
+                f"{path}: {other!r} and {name!r} differ, but are one tensor of the model",
+                "untie them in the model, or leave one out of the file",
+            )
+        with torch.no_grad():
+            target.copy_(value)
     return notes
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_fx.fx.load.models import load_model
 from tests.fx.load.loading import LFS, block_network, found, net, refused
@@ -112,6 +112,27 @@ def test_folder(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     light = load_model(str(tmp_path), meta=True)
     assert all(p.is_meta for p in light.module.parameters())
     assert all(torch.equal(v, loaded.kwargs[k]) for k, v in light.kwargs.items())
+
+
+@pytest.mark.parametrize("shards", ["1GB", "8KB"])
+def test_a_pickled_folder(shards: str, tmp_path: Path) -> None:
+    """As transformers wrote it before safetensors: read where it is trusted, and the same model."""
+    model = bert()
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    index = tmp_path / "model.safetensors.index.json"
+    if index.exists():
+        text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (tmp_path / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        torch.save(load_file(file), tmp_path / f"pytorch_{file.stem}.bin")
+        file.unlink()
+    refused(tmp_path, "pickles", "--trust")
+    for meta in (False, True):
+        loaded = load_model(tmp_path, trust=True, meta=meta)
+        assert len(found(loaded).targets) == 17 and not loaded.notes
+    state = load_model(tmp_path, trust=True).module.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
 def test_meta_finds_the_same_targets(tmp_path: Path) -> None:

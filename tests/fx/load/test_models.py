@@ -108,7 +108,10 @@ def test_weights_are_strict(tmp_path: Path) -> None:
         with pytest.raises(LoraFxError, match=r"w\.safetensors") as caught:
             load(changes)
         assert text in caught.value.message
-    refused(spec, "w.bin: a pickle", weights=tmp_path / "w.bin")
+    pickle = tmp_path / "w.bin"
+    torch.save({k: v for k, v in net(load_model(spec)).state_dict().items()}, pickle)
+    refused(spec, "w.bin: a PyTorch pickle", "--trust", weights=pickle)
+    load_model(spec, weights=pickle, trust=True)
     refused(spec, "gone.safetensors: cannot be read", weights=tmp_path / "gone.safetensors")
 
 
@@ -133,7 +136,7 @@ def test_reserved_name_with_weights(tmp_path: Path) -> None:
         ("model.pt2", "a program without a module"),
         ("model.onnx", "in this version"),
         ("w.safetensors", "MODEL --weights w.safetensors"),
-        ("pytorch_model.bin", "pickle"),
+        ("pytorch_model.bin", "MODEL --weights pytorch_model.bin"),
         ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B"),
         ("nothing", "MODEL is a Hugging Face folder"),
         ("", "MODEL is a Hugging Face folder"),
@@ -146,10 +149,9 @@ def test_forms_that_are_refused(
     refused(spec, text)
 
 
-def test_trust_and_devices_are_refused_by_name(tmp_path: Path) -> None:
+def test_devices_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "tied.py").write_text(TIED)
     spec = f"{tmp_path}/tied.py:make"
-    refused(spec, "--trust is not supported yet", trust=True)
     refused(spec, "device 'nope'", device="nope")
     if not torch.cuda.is_available():
         refused(spec, "device 'cuda'", device="cuda")
