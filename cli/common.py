@@ -16,9 +16,10 @@ from typing import NoReturn
 
 import click
 
-from lora_fx.cli.output import echo, emit, say
+from lora_fx.cli.output import echo, emit, say, stages
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
+from lora_fx.stages import stage, telling
 from lora_fx.text import JsonView, near
 
 COMMANDS = {
@@ -46,13 +47,19 @@ NAMED = (
 """Arguments and options that can name a file. Not every word that is one's name is meant so."""
 
 
+SHOWN = ("merge", "extract", "train")
+"""Commands that draw a bar on a terminal, or print their steps."""
+
+
 class FileCommand(click.Command):
     """A command whose inputs are remembered, so that no output takes the place of one."""
 
     def invoke(self, ctx: click.Context) -> object:
         """Run it."""
         remember(*input_paths(ctx.params))
-        with trusting(bool(ctx.params.get("trust"))):
+        drawn = self.name in SHOWN and sys.stderr.isatty()
+        work = contextlib.nullcontext() if drawn else stage(self.name or "working")
+        with trusting(bool(ctx.params.get("trust"))), work:
             return super().invoke(ctx)
 
 
@@ -164,6 +171,7 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """Every command is in COMMANDS."""
     argv = (ctx.obj or {}).get("argv")  # main's
     ctx.obj = {"verbose": verbose, "quiet": quiet, "notes": [], "argv": argv}
+    ctx.with_resource(telling(stages()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_fx.errors import LoraFxError, explained, one_line, visible
+from lora_fx.stages import Listener
 from lora_fx.text import Json, strict_json
 
 if TYPE_CHECKING:
@@ -74,11 +75,13 @@ def emit(
 
 def echo(text: str, *, err: bool = False) -> None:
     """Print text; what no terminal should be told is shown by its code."""
+    end_line()
     click.echo(visible(text, lines=True), err=err)
 
 
 def print_json(value: object, indent: int | None = None) -> None:
     """Print a value that any reader of JSON takes."""
+    end_line()
     click.echo(json.dumps(strict_json(value), indent=indent, default=str))
 
 
@@ -108,6 +111,45 @@ def note(*texts: str) -> None:
     for text in (one_line(t, 10_000) for t in texts):
         _run().get("notes", []).append(text)
         say(f"note: {text}")
+
+
+def stages() -> Listener | None:
+    """What writes the stages of a command to stderr, a line each with its seconds."""
+    if _run().get("quiet") or sys.stderr is not sys.__stderr__:  # read by a program in this process
+        return None
+    lines = _run()["stages"] = _Lines()
+    return lines
+
+
+def end_line() -> None:
+    """Close the line of a stage before something else is printed."""
+    if lines := _run().get("stages"):
+        lines.end()
+
+
+class _Lines:
+    """A stage's line is left open for its seconds, and closed where another begins before."""
+
+    def __init__(self) -> None:
+        self.open, self.file = "", sys.stderr  # which a stage may redirect
+
+    def __call__(self, line: str) -> None:
+        """See lora_fx.stages.Listener."""
+        name, _, seconds = line.rpartition(": ")
+        if not line.endswith("…") and name == self.open:
+            click.echo(f" {seconds}", file=self.file)
+            self.open = ""
+            return
+        self.end()
+        begins = line.endswith("…")
+        click.echo(visible(line), file=self.file, nl=not begins)
+        self.open = line.removesuffix(" …") if begins else ""
+
+    def end(self) -> None:
+        """Close an open line."""
+        if self.open:
+            click.echo(file=self.file)
+            self.open = ""
 
 
 @contextlib.contextmanager

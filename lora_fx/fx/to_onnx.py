@@ -27,6 +27,7 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.onnx.names import mark_data, unfolded
 from lora_fx.silence import silenced
+from lora_fx.stages import stage
 from lora_fx.targets.target import Target
 
 OPSET = 20
@@ -83,7 +84,8 @@ def to_onnx(
     table, made = _registry()
     # it parses the source of 500 functions for every model, half of what a small one costs
     once = patched(table, from_torchlib=made)
-    with said, weights_apart(own), recurrent_shapes(), by_kind, once, torch.no_grad():
+    translating = stage("translating to ONNX")
+    with translating, said, weights_apart(own), recurrent_shapes(), by_kind, once, torch.no_grad():
         try:
             given = (*tensors, *weights.values())
             dims = (*shapes, *(None for _ in weights))

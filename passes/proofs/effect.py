@@ -28,6 +28,7 @@ from lora_fx.fx.module.module import Rewriter, copied, plain
 from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.parity import arrays_of, is_real, prove, torch_run
+from lora_fx.stages import stage
 from lora_fx.targets.target import base_name
 from lora_fx.text import some
 
@@ -149,6 +150,7 @@ def _gradients(
 # its weight form, in one eval forward
 
 
+@stage("proving that every target takes effect")
 def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
     """Prove every target; the module's tensors are as before afterwards.
 

@@ -28,6 +28,7 @@ from lora_fx.compare import (
     narrow_gate,
     rel,
     shapes_of,
+    sizes_text,
 )
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
@@ -41,6 +42,7 @@ from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import has_values, to_numpy
 from lora_fx.inputs import Extents, Named
 from lora_fx.passes.proofs.reference import Run
+from lora_fx.stages import stage
 from lora_fx.text import Json
 
 
@@ -111,7 +113,8 @@ def prove(
             ) from e
         reference.captured.unproven.pop(str(shapes), None)
         gates = {n: _gate(reference, named, n, v, tol) for n, v in expected.items()}
-        results.append(compare_fairly(ours(feeds), expected, shapes, gates, own, of=of))
+        with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
+            results.append(compare_fairly(ours(feeds), expected, shapes, gates, own, of=of))
     return results
 
 

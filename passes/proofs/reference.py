@@ -31,6 +31,7 @@ from lora_fx.compare import (
     narrow_gate,
     rel,
     shapes_of,
+    sizes_text,
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
@@ -44,6 +45,7 @@ from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, feeds_of_sizes, open_session, signature
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
+from lora_fx.stages import stage
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
@@ -184,7 +186,8 @@ class OnnxReference:
         for feeds in self.sizes():
             expected, own = self._run(adapter, True, feeds), partial(self.own_errors, adapter)
             gates, shapes = self._gates(adapter, expected, feeds), shapes_of(feeds)
-            results.append(compare_fairly(run(feeds), expected, shapes, gates, own, of=of))
+            with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
+                results.append(compare_fairly(run(feeds), expected, shapes, gates, own, of=of))
         return results
 
     def _gates(

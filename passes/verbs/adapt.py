@@ -24,6 +24,7 @@ from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.passes.verbs.quantise import Wanted, quantised
+from lora_fx.stages import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
 
@@ -54,6 +55,7 @@ def find(
     return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)
 
 
+@told
 def insert(
     model: object,
     args: Sequence[object] = (),
@@ -77,6 +79,7 @@ def insert(
     loss: str | Loss = "ce",
     fast: bool = True,
     quantise: Wanted | None = None,
+    progress: Listener | None = None,
 ) -> AdaptedModule:
     """A trainable module with low-rank branches; the user's module is not touched.
 
@@ -109,6 +112,7 @@ def insert(
         quantise: nf4, int4 or int8: the base's weights become codes, those of the default plan but
             for what is trained whole; KIND=SELECTORS names others; see docs/quantised.md. A weight
             that is quantised already keeps its bytes.
+        progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Returns:
         An AdaptedModule. Parameters share the storage of the user's model; buffers are copies.
@@ -139,6 +143,7 @@ def insert(
     return build_module(cap, options)
 
 
+@told
 def fold(
     model: object,
     args: Sequence[object] = (),
@@ -146,6 +151,7 @@ def fold(
     *,
     adapter: AdapterLike | None = None,
     dynamic: Dynamic | None = None,
+    progress: Listener | None = None,
 ) -> FoldedModule:
     """An eval-mode module without branches, W + s·b·a in its weights.
 
@@ -156,6 +162,7 @@ def fold(
         kwargs: Example inputs by keyword.
         adapter: What to fold, or its path.
         dynamic: As in capture.
+        progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Returns:
         A module with the original call; `.folded` says what went where and what rounding lost.

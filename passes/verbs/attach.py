@@ -43,12 +43,14 @@ from lora_fx.passes.verbs.adapt import insert
 from lora_fx.passes.verbs.build_module import found_in, start_of
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
+from lora_fx.stages import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.regions import applies
 from lora_fx.targets.target import Target, split_use
 
 
+@told
 def attach(
     model: Any,
     args: Sequence[object] = (),
@@ -70,6 +72,7 @@ def attach(
     init: str = "kaiming",
     data: Iterable[Named] | None = None,
     loss: str | Loss = "ce",
+    progress: Listener | None = None,
 ) -> Any:
     """Adapt a live module in place, with the targets and numbers that insert would give.
 

@@ -36,6 +36,7 @@ from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.optimise import optimise_file
 from lora_fx.passes.verbs.options import ExportOptions, Selectors, opened_adapters
+from lora_fx.stages import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.text import Json
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from lora_fx.passes.verbs.quantise import Wanted
 
 
+@told
 @remembering()
 def export(
     model: object,
@@ -71,6 +73,7 @@ def export(
     within: bool = False,
     quantise: Wanted | None = None,
     accuracy_level: int = 0,
+    progress: Listener | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
 
@@ -115,6 +118,7 @@ def export(
             are ONNX Runtime's own, and adapters stay branches in float (switch and batch).
         accuracy_level: Of products over int4 and int8 codes: 0 computes in floats, 4 takes x in
             int8, which is faster, rounds, and is held to a gate of its own.
+        progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Raises:
         NoEffectError: The outputs differ; nothing is written.

@@ -35,6 +35,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.tensors import AdapterTensors, parameter_of
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
+from lora_fx.stages import stage
 from lora_fx.text import Json
 
 MOST_PATHS = 8
@@ -421,7 +422,8 @@ class Captured:
     def _trace(
         self, source: ModelSource, training: bool, named: Named, requested: Requested
     ) -> Traced:
-        with as_it_was(source.module, training):
+        mode = "train" if training else "eval"
+        with stage(f"capturing, {mode} mode"), as_it_was(source.module, training):
             try:
                 entry = RootModule(source.module, self.signature, source.forward)
                 traced = trace.trace(entry, named, requested)

@@ -1,0 +1,74 @@
+"""Long work shows itself: which stage of it runs, and how long it took.
+
+Verbs say where they are by `with stage("…")`. Nobody listens unless a caller asks to be told: the
+command line, or `progress=` in Python. A stage is told once it has taken a moment, and again at its
+end with its seconds; what is over at once is never told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Listener = Callable[[str], None]
+"""Called with a line: `checking 2 of 4 …`, later `checking 2 of 4: 3.1 s`."""
+PATIENCE = 1.0
+"""Seconds that a stage may take before it is told."""
+_listener: ContextVar[Listener | None] = ContextVar("lora_fx_stage", default=None)
+
+
+@contextlib.contextmanager
+def telling(listener: Listener | None) -> Iterator[None]:
+    """A block whose stages are told to a listener; None leaves things as they are."""
+    if listener is None:
+        yield
+        return
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A block of work, by a name for people."""
+    listener = _listener.get()
+    if listener is None:
+        yield
+        return
+    told, start = threading.Event(), time.monotonic()
+
+    def begin() -> None:
+        told.set()
+        listener(f"{name} …")
+
+    timer = threading.Timer(PATIENCE, begin)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if told.is_set():
+            listener(f"{name}: {time.monotonic() - start:.1f} s")
+
+
+def told(verb: Callable[P, T]) -> Callable[P, T]:
+    """A function whose `progress` argument is told its stages."""
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        progress: Any = kwargs.get("progress")
+        with telling(progress):
+            return verb(*args, **kwargs)
+
+    return run
