@@ -16,7 +16,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, name_of
+from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
 from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, renaming
 from lora_fx.errors import LoraFxError, MisfitError
@@ -199,6 +199,8 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
             last = max(entry.index, default=-1)
             raise _misfit(key, info, f"rows {list(entry.value.shape)} up to {last}", "")
         return entry
+    if isinstance(entry, Rotation):
+        return _rotation(key, entry, info)
     if entry.layout is not None:
         if entry.layout.stored != shape:
             raise _misfit(key, info, f"an update for {list(entry.layout.stored)}", "")
@@ -211,6 +213,19 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
     if magnitude is not None and magnitude.shape != (layout.out_size,):
         raise _misfit(key, info, f"a magnitude {list(magnitude.shape)}", "")
     return replace(entry, layout=layout)
+
+
+def _rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
+    if math.prod(info.shape[2:]) > 1:
+        raise LoraFxError(
+            f"{info.file}: tensor {list(info.shape)}, but the adapter's {key!r} is OFT of a "
+            "kernel, which PEFT merges otherwise than it trains it; expected a kernel of 1",
+            "merge it into its model with PEFT (merge_and_unload), if that is what you want",
+        )
+    if len(info.shape) < 2 or not entry.fits(math.prod(info.shape[1:])):
+        blocks = f"{'shared' if entry.shared else len(entry.turn)} blocks of {entry.turn.shape[-1]}"
+        raise _misfit(key, info, f"OFT of {blocks} along in", "")
+    return replace(entry, layout=plain_layout(info.shape))
 
 
 def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:
@@ -299,7 +314,7 @@ def turned_weights(
     for key, entry in adapter.entries.items():
         name = rename(base_name(key))
         info = tensors.get(name)
-        if info is None or isinstance(entry, (Full, ReplacedRows)) or lookup(entry):
+        if info is None or isinstance(entry, (Full, ReplacedRows, Rotation)) or lookup(entry):
             continue
         if entry.layout is not None or len(info.shape) < 2 or info.dtype == "int8":
             continue  # whoever quantises a layer to int8 stores it [out, in], Conv1D too
