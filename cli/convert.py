@@ -18,6 +18,8 @@ from lora_fx.text import Json
 if TYPE_CHECKING:
     from lora_fx.adapter.plain_lora import Approximated
 
+_WAYS = ("fuse", "split")
+
 
 @report_command("convert")
 @click.argument("adapter")
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 @click.option("--as", "kind", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA.")
 @click.option("--rank", type=int, help="Of --as.")
 @click.option("--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep.")
+@click.option("--fuse", is_flag=True, help="q, k and v, or gate and up, become one as in --base.")
+@click.option("--split", is_flag=True, help="The reverse.")
+@click.option("--map", "table", metavar="FILE", help="Of those: which rows are whose, as JSON.")
 @selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
 @selectors_option("--exclude", "Of the adapter: updates to leave out.")
 @trust_option
@@ -82,6 +87,9 @@ def command(
         raise LoraFxError(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
         )
+    if options["fuse"] or options["split"] or options["table"]:
+        loaded, moved = _refitted(loaded, base, options["table"], **{n: options[n] for n in _WAYS})
+        said += "".join(f"{line}\n" for line in moved)
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
         notes += save_adapter(loaded, output, name, force=force)
@@ -104,3 +112,24 @@ def _as_lora(adapter: Adapter, base: str | None, **goal: Any) -> tuple[Adapter, 
 
     delta_of = partial(delta_in, open_checkpoint(base)) if base else None
     return as_lora(adapter, **goal, delta_of=delta_of)
+
+
+def _refitted(
+    adapter: Adapter, base: str | None, table: str | None, *, fuse: bool, split: bool
+) -> tuple[Adapter, list[str]]:
+    from lora_fx.checkpoint.renaming import known_rows, refitted, told_rows
+    from lora_fx.files.checkpoint import open_checkpoint
+    from lora_fx.files.read import read_json
+
+    if fuse == split or (base is None and table is None):
+        raise LoraFxError(
+            "expected one of --fuse and --split, with --base or --map", "--fuse --base FOLDER"
+        )
+    opened = open_checkpoint(base) if base else None
+    tensors = opened.tensors if opened else {}
+    if table:
+        rows = told_rows(adapter, read_json(table), table)
+    else:
+        assert opened is not None
+        rows = known_rows(adapter, tensors, opened.config(), apart=split)
+    return refitted(adapter, rows, tensors, table or str(base), apart=split)

@@ -18,7 +18,7 @@ from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
-from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, renaming
+from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
@@ -53,6 +53,7 @@ def match(
     new: Tensors | None = None,
     allow_unused: bool = False,
     allow_missing: bool = False,
+    source: str = "ADAPTER",
 ) -> tuple[list[Placed], list[str]]:
     """Every entry at its tensor, and notes.
 
@@ -64,6 +65,7 @@ def match(
         new: Whole tensors that the checkpoint lacks and is to get, by the adapter's names.
         allow_unused: Entries without a tensor become notes.
         allow_missing: So do layers that the adapter's own config adapts and its file lacks.
+        source: The adapter, for messages.
 
     Raises:
         LoraFxError: An entry without a tensor, a shape that does not fit, a doubt about how a
@@ -103,6 +105,10 @@ def match(
         known = [*tensors, *rename.loaded.names, *rename.loaded.stacks]
         hint = f"{near(lost[0], known)}; --allow-unused leaves them out"
         hint += ", --add writes them as new tensors" if whole else _renamed(config)
+        for apart, way in ((False, "-o FUSED --fuse"), (True, "-o SPLIT --split")):
+            rows = known_rows(adapter, tensors, config, apart=apart)
+            if {*lost} & {k for key, parts in rows.items() for k in ([key] if apart else parts)}:
+                hint = f"lora-fx convert {source} {way} --base {where}; then merge that"
         if not allow_unused:
             raise LoraFxError(
                 f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint

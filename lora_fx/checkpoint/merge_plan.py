@@ -224,6 +224,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
             new=new,
             allow_unused=options.allow_unused,
             allow_missing=options.allow_missing,
+            source=where,
         )
         notes += [*adapter.metadata.get("notes", ()), *said, *(f"added: {n}" for n in new)]
         if not here:

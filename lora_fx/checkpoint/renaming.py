@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.fused import FUSED, QKV, joined, parent, sliced
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Entry, is_plain, name_of
+from lora_fx.checkpoint.model_families import CONV1D_NAMES, part_rows
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.formats.peft.config import missing
-from lora_fx.targets.target import base_name
+from lora_fx.targets.target import base_name, role_by_name, split_key
 from lora_fx.text import JsonView
 
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
@@ -308,3 +318,190 @@ def _stack(sides: list[dict[int, str]], tensors: Tensors) -> Stack | None:
         return None
     info = replace(first, shape=(len(experts), at, first.shape[1]))
     return Stack(info, tuple(sorted(parts, key=lambda p: (p.expert, p.low))))
+
+
+# Fused weights and their parts: which keys of an adapter are of one tensor, and which rows of it.
+#
+# The base says it by its names, shapes and config, or a file does, in JSON of the ends of names:
+#
+#     {"attn.qkv_proj": {"attn.q_proj": "0:64", "attn.k_proj": "64:96", "attn.v_proj": "96:128"}}
+
+
+Rows = Mapping[str, Mapping[str, str]]
+"""Key of a whole → key of a part → its rows, as `part_rows` has them; empty where not known."""
+_SPAN = re.compile(r"\d{1,9}:\d{1,9}(:[1-9]\d{0,8})?")
+
+
+def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool) -> Rows:
+    """The wholes and parts of an adapter by its base, which has either of them.
+
+    Args:
+        adapter: Its keys may have a prefix more, or less, than the base's names.
+        base: The base's tensors.
+        config: Its config.json.
+        apart: Those of which the adapter has the whole; else those of which it has parts.
+    """
+    homes = _by_parent(n for n, info in base.items() if len(info.shape) == 2)
+    result: dict[str, dict[str, str]] = {}
+    for path, ours in _by_parent(map(base_name, adapter.entries)).items():
+        there = homes.get(path)
+        if there is None:
+            near = [p for p in homes if p.endswith(f".{path}") or path.endswith(f".{p}")]
+            there = homes[near[0]] if len(near) == 1 else {}
+        for roles in FUSED:
+            whole, rows = str(roles), dict[str, str]()
+            if whole not in ours if apart else ours.keys().isdisjoint(roles):
+                continue
+            if name := there.get(whole):
+                out, in_ = base[name].shape
+                turned = CONV1D_NAMES.search(name) and out < in_  # q, k and v are more than in
+                rows = part_rows(name, *((in_, out) if turned else (out, in_)), config)
+            elif not there.keys() >= {*roles}:
+                continue
+            elif QKV not in ours.get(whole, ""):
+                ends = [0, *accumulate(base[there[r]].shape[0] for r in roles)]
+                rows = {r: f"{ends[i]}:{ends[i + 1]}" for i, r in enumerate(roles)}
+            made = {r: f"{r}_proj.weight" for r in roles}
+            made[whole] = "qkv_proj.weight" if "q" in roles else "gate_up_proj.weight"
+            names, lead = {**made, **there, **ours}, f"{path}." if path else ""
+            keys = {r: lead + names[r][len(parent(names[r])) :].lstrip(".") for r in made}
+            result[keys[whole]] = {keys[r]: rows.get(r, "") for r in roles}
+    return result
+
+
+def _by_parent(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Module → role of its weights, or the roles of a fused one as text → name."""
+    result: dict[str, dict[str, str]] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        fused = next((str(roles) for roles, rule in FUSED.items() if rule.search(module)), "")
+        result.setdefault(parent(name), {}).setdefault(fused or role_by_name(module), name)
+    return result
+
+
+def told_rows(adapter: Adapter, told: JsonView, where: str) -> Rows:
+    """The same from a file, by names, or their ends from a dot on, without `.weight`.
+
+    Raises:
+        LoraFxError: It is no such table.
+    """
+    result: dict[str, dict[str, str]] = {}
+    for whole, parts in told.items():
+        good = isinstance(parts, dict) and parts
+        if not good or not all(_SPAN.fullmatch(str(v)) for v in parts.values()):
+            raise LoraFxError(
+                f"{where}: {whole!r} is {one_line(repr(parts), 80)}; expected its parts' rows",
+                'as {"attn.qkv": {"attn.q": "0:64", …}}; "0:64:192" are such rows of every 192',
+            )
+        for key in map(base_name, adapter.entries):
+            module = key.removesuffix(".weight")
+            name = next((n for n in (whole, *parts) if f".{module}".endswith(f".{n}")), None)
+            if name is not None:
+                lead, end = module.removesuffix(name), key.removeprefix(module)
+                result[f"{lead}{whole}{end}"] = {f"{lead}{p}{end}": v for p, v in parts.items()}
+    return result
+
+
+def refitted(
+    adapter: Adapter, rows: Rows, base: Tensors, where: str, *, apart: bool
+) -> tuple[Adapter, list[str]]:
+    """An adapter with one update of each whole, or of each part; and what became of which.
+
+    Args:
+        adapter: As a loader returned it.
+        rows: Of `known_rows` or `told_rows`.
+        base: The tensors of the base, for regions.
+        where: What the rows are from, for messages.
+        apart: Wholes become parts; else parts, and regions of one tensor, the whole.
+
+    Raises:
+        LoraFxError: Nothing to do, rows that are not known or are no division of the whole, an
+            update that is no LoRA or DoRA of a linear layer.
+    """
+    entries, said, notes = dict(adapter.entries), list[str](), list[str]()
+    regions = {} if apart else _regions(adapter, base)
+    for key in {**rows, **regions}:
+        spans = rows.get(key, {})
+        every = {**spans, **regions.get(key, {})}
+        mine = {k: entries[k] for k in (key, *(() if apart else every)) if k in entries}
+        if not mine or (mine.keys() == {key} and not apart):
+            continue
+        lows = {k: _linear(k, entries.pop(k), entries) for k in mine}
+        out = _size(key, every, lows, where)
+        at = {k: _rows(span, out) for k, span in every.items()} | {key: np.arange(out)}
+        if spans and [*np.sort(np.concatenate([at[k] for k in spans]))] != [*range(out)]:
+            raise LoraFxError(
+                f"{where}: {key!r} has {out} rows, of which {', '.join(spans)} are no division",
+                f"expected each row in one part, and not {json.dumps(spans)}",
+            )
+        if apart:
+            parts = {k: sliced(lows[key], at[k]) for k in spans}
+            live = {k: p for k, p in parts.items() if p.b.any() or p.magnitude is not None}
+            new = live or parts
+        else:
+            new = {key: joined(key, out, {k: (low, at[k]) for k, low in lows.items()})}
+        if taken := entries.keys() & new.keys():
+            raise LoraFxError(f"{min(taken)!r} has an update of its own too", "--exclude it")
+        entries |= new
+        old, made = ([f"{k} {every.get(k, '')}".strip() for k in names] for names in (mine, new))
+        said.append(f"{', '.join(old)} → {', '.join(made)}")
+        first, *others = lows
+        scaled = [k for k in others if lows[k].scale != lows[first].scale]
+        notes += [f"B of {k!r} is multiplied, in fp32: {first!r} has another scale" for k in scaled]
+    if not said:
+        what = "the whole" if apart else "a part"
+        raise LoraFxError(
+            f"{where}: the adapter has no update of {what} of a fused weight that is known here",
+            "--map FILE names wholes and parts, with the rows of each",
+        )
+    notes = [*adapter.metadata.get("notes", []), *notes]
+    return replace(adapter, entries=entries, metadata={**adapter.metadata, "notes": notes}), said
+
+
+def _regions(adapter: Adapter, base: Tensors) -> dict[str, dict[str, str]]:
+    """Regions of whole rows of a matrix, as parts of it; others stay what they are."""
+    result: dict[str, dict[str, str]] = {}
+    for key, low in adapter.lowrank.items():
+        name, layout = base_name(key), low.layout
+        if key.endswith("]") and layout and len(layout.stored) == 2 and name in base:
+            (out,), (in_,), shape = layout.out, layout.in_, base[name].shape
+            bounds = split_key(key, shape)[1]
+            if bounds[in_] == (0, shape[in_]):
+                low_, high = bounds[out]
+                result.setdefault(name, {})[key] = f"{low_}:{high}:{shape[out]}"
+    return result
+
+
+def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
+    """An update whose rows can be moved; raises for others."""
+    if (bias := f"{key.removesuffix('weight')}bias") in others:
+        raise LoraFxError(f"{bias!r} is trained too, and cannot move with {key!r}", "--exclude it")
+    if isinstance(entry, LowRank) and is_plain(replace(entry, magnitude=None)):
+        odd = entry.kernel or entry.tied or entry.use or entry.op in ("embedding", "experts")
+        if entry.a.ndim == 2 and not odd:
+            return entry
+    raise LoraFxError(
+        f"{key!r} is {name_of(entry)}; expected LoRA or DoRA of a linear layer",
+        "--as lora --rank R makes LoRA of other methods; --exclude leaves it out",
+    )
+
+
+def _size(key: str, spans: Mapping[str, str], lows: Mapping[str, LowRank], where: str) -> int:
+    """How many rows the whole has: by an update of it, or by one of a part and its rows."""
+    if not all(spans.values()):
+        example = json.dumps({key.removesuffix(".weight"): dict.fromkeys(spans, "0:64")})
+        raise LoraFxError(
+            f"{where}: which rows of {key!r} are whose is not known", f"--map FILE, as {example}"
+        )
+    numbers = {k: [*map(int, span.split(":"))] for k, span in spans.items()}
+    name, low = next(iter(lows.items()))
+    first, last, *period = numbers.get(name, (0, len(low.b)))
+    if name != key and not period:
+        return max(high for _, high, *_ in numbers.values())
+    return period[0] * len(low.b) // max(1, last - first) if period else len(low.b)
+
+
+def _rows(span: str, out: int) -> Array:
+    low, high, period = (int(n) for n in f"{span}:{max(1, out)}".split(":")[:3])
+    at = np.arange(out)
+    return at[(low <= at % period) & (at % period < high)]
