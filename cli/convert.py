@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.cli.options import result_options, selectors_option, trust_option
+from lora_fx.cli.options import fuse_options, result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError
@@ -17,8 +17,6 @@ from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.adapter.plain_lora import Approximated
-
-_WAYS = ("fuse", "split")
 
 
 @report_command("convert")
@@ -35,18 +33,11 @@ _WAYS = ("fuse", "split")
     metavar="FOLDER",
     help="The model that it is for, where ADAPTER does not name its parts, or its ΔW needs W.",
 )
-@click.option(
-    "--for",
-    "model",
-    metavar="X.onnx",
-    help="The switchable file that OUT, an .onnx_adapter, is for.",
-)
+@click.option("--for", "model", metavar="X.onnx", help="The switchable file that OUT is for.")
 @click.option("--as", "kind", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA.")
 @click.option("--rank", type=int, help="Of --as.")
 @click.option("--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep.")
-@click.option("--fuse", is_flag=True, help="q, k and v, or gate and up, become one as in --base.")
-@click.option("--split", is_flag=True, help="The reverse.")
-@click.option("--map", "table", metavar="FILE", help="Of those: which rows are whose, as JSON.")
+@fuse_options
 @selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
 @selectors_option("--exclude", "Of the adapter: updates to leave out.")
 @trust_option
@@ -79,16 +70,17 @@ def command(
     fields: Json = {"from": source, "to": name, "approximated": []}
     said = ""
     if options["kind"]:
-        goal = {name: options[name] for name in ("rank", "energy")}
-        loaded, rows = _as_lora(loaded, base, **goal)
+        loaded, rows = _as_lora(loaded, base, rank=options["rank"], energy=options["energy"])
         fields["approximated"] = [row.to_json() for row in rows]
         said = "".join(f"{row}\n" for row in rows)
     elif options["rank"] is not None or options["energy"] is not None:
         raise LoraFxError(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
         )
-    if options["fuse"] or options["split"] or options["table"]:
-        loaded, moved = _refitted(loaded, base, options["table"], **{n: options[n] for n in _WAYS})
+    if any(given := [options[n] for n in ("fuse", "split", "rows")]):
+        from lora_fx.checkpoint.renaming import refitted
+
+        loaded, moved = refitted(loaded, base, *given)
         said += "".join(f"{line}\n" for line in moved)
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
@@ -112,24 +104,3 @@ def _as_lora(adapter: Adapter, base: str | None, **goal: Any) -> tuple[Adapter, 
 
     delta_of = partial(delta_in, open_checkpoint(base)) if base else None
     return as_lora(adapter, **goal, delta_of=delta_of)
-
-
-def _refitted(
-    adapter: Adapter, base: str | None, table: str | None, *, fuse: bool, split: bool
-) -> tuple[Adapter, list[str]]:
-    from lora_fx.checkpoint.renaming import known_rows, refitted, told_rows
-    from lora_fx.files.checkpoint import open_checkpoint
-    from lora_fx.files.read import read_json
-
-    if fuse == split or (base is None and table is None):
-        raise LoraFxError(
-            "expected one of --fuse and --split, with --base or --map", "--fuse --base FOLDER"
-        )
-    opened = open_checkpoint(base) if base else None
-    tensors = opened.tensors if opened else {}
-    if table:
-        rows = told_rows(adapter, read_json(table), table)
-    else:
-        assert opened is not None
-        rows = known_rows(adapter, tensors, opened.config(), apart=split)
-    return refitted(adapter, rows, tensors, table or str(base), apart=split)

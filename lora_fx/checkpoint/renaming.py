@@ -17,7 +17,8 @@ from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.checkpoint.model_families import CONV1D_NAMES, part_rows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.checkpoint import text_config
+from lora_fx.files.checkpoint import open_checkpoint, text_config
+from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.formats.peft.config import missing
 from lora_fx.targets.target import base_name, role_by_name, split_key
@@ -329,7 +330,9 @@ def _stack(sides: list[dict[int, str]], tensors: Tensors) -> Stack | None:
 
 Rows = Mapping[str, Mapping[str, str]]
 """Key of a whole → key of a part → its rows, as `part_rows` has them; empty where not known."""
-_SPAN = re.compile(r"\d{1,9}:\d{1,9}(:[1-9]\d{0,8})?")
+_SPAN = re.compile(r"\d{1,7}:\d{1,7}(:[1-9]\d{0,6})?")
+_MOST = 10**7
+"""Rows that a whole can have."""
 
 
 def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool) -> Rows:
@@ -403,38 +406,50 @@ def told_rows(adapter: Adapter, told: JsonView, where: str) -> Rows:
 
 
 def refitted(
-    adapter: Adapter, rows: Rows, base: Tensors, where: str, *, apart: bool
+    adapter: Adapter, base: str | None, fuse: bool, split: bool, table: str | None
 ) -> tuple[Adapter, list[str]]:
     """An adapter with one update of each whole, or of each part; and what became of which.
 
     Args:
         adapter: As a loader returned it.
-        rows: Of `known_rows` or `told_rows`.
-        base: The tensors of the base, for regions.
-        where: What the rows are from, for messages.
-        apart: Wholes become parts; else parts, and regions of one tensor, the whole.
+        base: The checkpoint that says which rows are whose, and how large the whole of a region is.
+        fuse: Parts, and regions of one tensor, become the whole.
+        split: Wholes become parts.
+        table: A file that says which rows are whose.
 
     Raises:
         LoraFxError: Nothing to do, rows that are not known or are no division of the whole, an
             update that is no LoRA or DoRA of a linear layer.
     """
+    if fuse == split or not (base or table):
+        raise LoraFxError(
+            "expected one of --fuse and --split, with --base or --map", "--fuse --base FOLDER"
+        )
+    opened = open_checkpoint(base) if base else None
+    tensors, config = (opened.tensors, opened.config()) if opened else ({}, {})
+    if table:
+        rows = told_rows(adapter, read_json(table), table)
+    else:
+        rows = known_rows(adapter, tensors, config, apart=split)
+    regions = _regions(adapter, tensors) if fuse else {}
+    where = table or str(base)
     entries, said, notes = dict(adapter.entries), list[str](), list[str]()
-    regions = {} if apart else _regions(adapter, base)
     for key in {**rows, **regions}:
         spans = rows.get(key, {})
         every = {**spans, **regions.get(key, {})}
-        mine = {k: entries[k] for k in (key, *(() if apart else every)) if k in entries}
-        if not mine or (mine.keys() == {key} and not apart):
+        mine = {k: entries[k] for k in (key, *(() if split else every)) if k in entries}
+        if not mine or (mine.keys() == {key} and not split):
             continue
         lows = {k: _linear(k, entries.pop(k), entries) for k in mine}
         out = _size(key, every, lows, where)
         at = {k: _rows(span, out) for k, span in every.items()} | {key: np.arange(out)}
-        if spans and [*np.sort(np.concatenate([at[k] for k in spans]))] != [*range(out)]:
+        covered = np.sort(np.concatenate([at[k] for k in spans or [key]]))
+        if not np.array_equal(covered, at[key]):
             raise LoraFxError(
                 f"{where}: {key!r} has {out} rows, of which {', '.join(spans)} are no division",
                 f"expected each row in one part, and not {json.dumps(spans)}",
             )
-        if apart:
+        if split:
             parts = {k: sliced(lows[key], at[k]) for k in spans}
             live = {k: p for k, p in parts.items() if p.b.any() or p.magnitude is not None}
             new = live or parts
@@ -449,7 +464,7 @@ def refitted(
         scaled = [k for k in others if lows[k].scale != lows[first].scale]
         notes += [f"B of {k!r} is multiplied, in fp32: {first!r} has another scale" for k in scaled]
     if not said:
-        what = "the whole" if apart else "a part"
+        what = "the whole" if split else "a part"
         raise LoraFxError(
             f"{where}: the adapter has no update of {what} of a fused weight that is known here",
             "--map FILE names wholes and parts, with the rows of each",
@@ -498,7 +513,7 @@ def _size(key: str, spans: Mapping[str, str], lows: Mapping[str, LowRank], where
     first, last, *period = numbers.get(name, (0, len(low.b)))
     if name != key and not period:
         return max(high for _, high, *_ in numbers.values())
-    return period[0] * len(low.b) // max(1, last - first) if period else len(low.b)
+    return min(_MOST, (period or [last])[0] * len(low.b) // max(1, last - first))
 
 
 def _rows(span: str, out: int) -> Array:

@@ -35,12 +35,10 @@ KINDS = {"LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_R"}
 """PEFT's peft_type → what its tensor names begin with."""
 
 _KNOWN = SHARED | frozenset((
-    "alpha", "decompose_both", "decompose_factor", "init_weights", "module_dropout",
-    "rank_dropout", "rank_dropout_scale", "use_effective_conv2d",
-))  # fmt: skip
-_KNOWN_OFT = SHARED | frozenset((
-    "bias", "block_share", "coft", "eps", "fan_in_fan_out", "init_weights", "module_dropout",
-    "num_cayley_neumann_terms", "oft_block_size", "use_cayley_neumann",
+    "alpha", "bias", "block_share", "coft", "decompose_both", "decompose_factor", "eps",
+    "fan_in_fan_out", "init_weights", "module_dropout", "num_cayley_neumann_terms",
+    "oft_block_size", "rank_dropout", "rank_dropout_scale", "use_cayley_neumann",
+    "use_effective_conv2d",
 ))  # fmt: skip
 
 
@@ -145,7 +143,7 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
             f"{file}: metadata lora_fx beside peft_type {config['peft_type']!r}; expected 'LORA'",
             "the config was edited; save the adapter again",
         )
-    odd = sorted(set(config) - (_KNOWN_OFT if kind == "oft_R" else _KNOWN))
+    odd = sorted(set(config) - _KNOWN)
     source.notes.extend(f"{config_file}: unknown field {k!r} is ignored" for k in odd)
     if kind == "oft_R":
         oft.check_config(source)

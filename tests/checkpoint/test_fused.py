@@ -363,6 +363,7 @@ def test_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "list": {"qkv": ["q_proj"]},
         "zero": {"qkv": {"q_proj": "0:12:0"}},
         "empty": {"qkv": {"q_proj": "5:5:9"}},
+        "huge": {"qkv": {"q_proj": "0:1:9999999", "k_proj": "1:9999999:9999999"}},
         "other": {"kv": {"left": "0:4", "right": "4:8"}},
     }
     for name, table in maps.items():
@@ -392,6 +393,7 @@ def test_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("apart", [*fuse, "--map", "list.json"], "expected its parts' rows"),
         ("apart", [*fuse, "--map", "zero.json"], "expected its parts' rows"),
         ("apart", [*fuse, "--map", "empty.json"], "are no division"),
+        ("apart", [*fuse, "--map", "huge.json"], "as a part of 'm.qkv.weight'"),
         ("apart", [*fuse, "--map", "no.json"], "no.json"),
         ("apart", [*fuse, "--map", "gone.json"], "gone.json"),
     ]  # fmt: skip
