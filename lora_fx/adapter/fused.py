@@ -122,7 +122,7 @@ def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> L
     if count not in (0, out):
         raise LoraFxError(
             f"{key!r}: {count} of its {out} rows have DoRA's lengths; expected all or none",
-            "make plain LoRA of it first: --as lora --rank R --base FOLDER",
+            "make plain LoRA of it first, by --as lora and the base that it was trained on",
         )
     a, b = np.concatenate([a for a, _ in blocks]), np.concatenate([b for _, b in blocks], axis=1)
     alpha = alpha_of(first.scale, len(a), first.variant)

@@ -342,8 +342,8 @@ def config(pair: Pair) -> Iterator[Finding]:
 
 
 def scale(pair: Pair) -> Iterator[Finding]:
-    """lora_alpha is a number."""
-    if not pair.raw.config:
+    """lora_alpha is a number; LoHa and LoKr have an alpha that is read with them, OFT has none."""
+    if not pair.raw.config or pair.raw.config.get("peft_type", "LORA") != "LORA":
         return
     value = pair.raw.config.get("lora_alpha")
     if not is_number(value) or not np.isfinite(value):

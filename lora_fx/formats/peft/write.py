@@ -31,7 +31,7 @@ def encode(adapter: Adapter) -> Encoded:
         if not isinstance(entry, (LowRank, Full, Dense, ReplacedRows)):
             raise LoraFxError(
                 f"{key!r} is {name_of(entry)}; peft_type LORA has no such update",
-                "write another format, or merge it",
+                "--as lora --rank R makes LoRA of it; kohya files hold LoHa and LoKr",
             )
     return _Writer(adapter).run()
 
