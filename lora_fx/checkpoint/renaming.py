@@ -330,8 +330,8 @@ def _stack(sides: list[dict[int, str]], tensors: Tensors) -> Stack | None:
 
 Rows = Mapping[str, Mapping[str, str]]
 """Key of a whole → key of a part → its rows, as `part_rows` has them; empty where not known."""
-_SPAN = re.compile(r"\d{1,7}:\d{1,7}(:[1-9]\d{0,6})?")
-_MOST = 10**7
+_SPAN = re.compile(r"\d{1,6}:\d{1,6}(:[1-9]\d{0,5})?")
+_MOST = 10**6
 """Rows that a whole can have."""
 
 
