@@ -345,12 +345,14 @@ def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool
         apart: Those of which the adapter has the whole; else those of which it has parts.
     """
     homes = _by_parent(n for n, info in base.items() if len(info.shape) == 2)
+    longer: dict[str, list[str]] = {}
+    for home in homes:
+        for tail in _tails(home):
+            longer.setdefault(tail, []).append(home)
     result: dict[str, dict[str, str]] = {}
     for path, ours in _by_parent(map(base_name, adapter.entries)).items():
-        there = homes.get(path)
-        if there is None:
-            near = [p for p in homes if p.endswith(f".{path}") or path.endswith(f".{p}")]
-            there = homes[near[0]] if len(near) == 1 else {}
+        near = [*longer.get(path, ()), *(tail for tail in _tails(path)[1:] if tail in homes)]
+        there = homes.get(path) or (homes[near[0]] if len(near) == 1 else {})
         for roles in FUSED:
             whole, rows = str(roles), dict[str, str]()
             if whole not in ours if apart else ours.keys().isdisjoint(roles):
@@ -370,6 +372,11 @@ def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool
             keys = {r: lead + names[r][len(parent(names[r])) :].lstrip(".") for r in made}
             result[keys[whole]] = {keys[r]: rows.get(r, "") for r in roles}
     return result
+
+
+def _tails(path: str) -> list[str]:
+    """A path, and its ends after each dot."""
+    return [path, *(path[i + 1 :] for i, c in enumerate(path) if c == ".")]
 
 
 def _by_parent(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -256,6 +256,29 @@ def test_to_a_split_base_and_of_one(here: Path, capsys: pytest.CaptureFixture[st
     assert [*load_adapter("one")] == ["m.qkv_proj.weight"]
 
 
+@pytest.mark.parametrize(
+    ("bases", "keys", "fits"),
+    [
+        (["a.b."], "a.b.", True),
+        (["b."], "a.b.", True),
+        (["a.b."], "b.", True),
+        (["a.b.", "b."], "b.", True),
+        (["a.b.", "c.b."], "b.", False),  # of two towers nobody knows which
+        (["bb."], "b.", False),
+    ],
+)
+def test_prefixes(
+    bases: list[str], keys: str, fits: bool, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {f"{lead}m.qkv_proj.weight": np.ones((20, N), "f4") for lead in bases}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 2}
+    made.checkpoint(Path("base"), weights, config=heads)
+    save_adapter(Adapter({f"{keys}{k}": low for k, low in [*lows().items()][:2]}), "apart")
+    code, _, err = run(capsys, "convert", "apart", "-o", "one", "--fuse", "--base", "base")
+    assert code == (0 if fits else 2), err
+    assert not fits or [*load_adapter("one")] == [f"{keys}m.qkv_proj.weight"]
+
+
 def test_a_part_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = {k: v for k, v in lows().items() if "v_proj" in k}
     save_adapter(Adapter(only), "v")
