@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import OTHER_READERS, Adapter
 from lora_fx.adapter.fused import FUSED, QKV, joined, parent, sliced
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, is_plain, name_of
@@ -441,6 +441,7 @@ def refitted(
     regions = _regions(adapter, tensors) if fuse else {}
     where = table or str(base)
     entries, said, notes = dict(adapter.entries), list[str](), list[str]()
+    read = dict(adapter.metadata.get(OTHER_READERS) or {})
     for key in {**rows, **regions}:
         spans = rows.get(key, {})
         every = {**spans, **regions.get(key, {})}
@@ -465,6 +466,7 @@ def refitted(
         if taken := entries.keys() & new.keys():
             raise LoraFxError(f"{min(taken)!r} has an update of its own too", "--exclude it")
         entries |= new
+        read |= {k: read[name] for name in mine if name in read for k in new}
         old, made = ([f"{k} {every.get(k, '')}".strip() for k in names] for names in (mine, new))
         said.append(f"{', '.join(old)} → {', '.join(made)}")
         first, *others = lows
@@ -476,8 +478,9 @@ def refitted(
             f"{where}: the adapter has no update of {what} of a fused weight that is known here",
             "--map FILE names wholes and parts, with the rows of each",
         )
-    notes = [*adapter.metadata.get("notes", []), *notes]
-    return replace(adapter, entries=entries, metadata={**adapter.metadata, "notes": notes}), said
+    metadata = {**adapter.metadata, "notes": [*adapter.metadata.get("notes", []), *notes]}
+    metadata |= {OTHER_READERS: read} if read else {}
+    return replace(adapter, entries=entries, metadata=metadata), said
 
 
 def _regions(adapter: Adapter, base: Tensors) -> dict[str, dict[str, str]]:

@@ -256,6 +256,14 @@ def test_to_a_split_base_and_of_one(here: Path, capsys: pytest.CaptureFixture[st
     assert [*load_adapter("one")] == ["m.qkv_proj.weight"]
 
 
+def test_other_readers_stay_known(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_adapter(Adapter(lows(), {"other_readers": {NAMES[1]: ["norm"]}}), "apart")
+    assert run(capsys, "convert", "apart", "-o", "one", "--fuse", "--map", "map.json")[0] == 0
+    made.checkpoint(Path("base"), {"m.qkv.weight": np.ones((SIZE, N), "f4")})
+    code, _, err = run(capsys, "merge", "base", "one", "-o", "out")
+    assert code == 2 and "does not reach norm" in err
+
+
 @pytest.mark.parametrize(
     ("bases", "keys", "fits"),
     [
