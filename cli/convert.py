@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.cli.options import result_options, selectors_option, trust_option
+from lora_fx.cli.options import fuse_options, result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError
@@ -33,15 +33,11 @@ if TYPE_CHECKING:
     metavar="FOLDER",
     help="The model that it is for, where ADAPTER does not name its parts, or its ΔW needs W.",
 )
-@click.option(
-    "--for",
-    "model",
-    metavar="X.onnx",
-    help="The switchable file that OUT, an .onnx_adapter, is for.",
-)
+@click.option("--for", "model", metavar="X.onnx", help="The switchable file that OUT is for.")
 @click.option("--as", "kind", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA.")
 @click.option("--rank", type=int, help="Of --as.")
 @click.option("--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep.")
+@fuse_options
 @selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
 @selectors_option("--exclude", "Of the adapter: updates to leave out.")
 @trust_option
@@ -74,14 +70,18 @@ def command(
     fields: Json = {"from": source, "to": name, "approximated": []}
     said = ""
     if options["kind"]:
-        goal = {name: options[name] for name in ("rank", "energy")}
-        loaded, rows = _as_lora(loaded, base, **goal)
+        loaded, rows = _as_lora(loaded, base, rank=options["rank"], energy=options["energy"])
         fields["approximated"] = [row.to_json() for row in rows]
         said = "".join(f"{row}\n" for row in rows)
     elif options["rank"] is not None or options["energy"] is not None:
         raise LoraFxError(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
         )
+    if any(given := [options[n] for n in ("fuse", "split", "rows")]):
+        from lora_fx.checkpoint.renaming import refitted
+
+        loaded, moved = refitted(loaded, base, *given)
+        said += "".join(f"{line}\n" for line in moved)
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
         notes += save_adapter(loaded, output, name, force=force)

@@ -330,6 +330,19 @@ FLAGS = {
 trust_option = click.option("--trust", is_flag=True, help=FLAGS["trust"])
 
 
+fuse_options = combined(
+    [
+        click.option(
+            "--fuse", is_flag=True, help="q, k, v, or gate, up, become one, as in --base."
+        ),
+        click.option("--split", is_flag=True, help="The reverse."),
+        click.option(
+            "--map", "rows", metavar="FILE", help="Of both: whose rows are which, as JSON."
+        ),
+    ]
+)
+
+
 merge_options = combined(
     [
         click.option(

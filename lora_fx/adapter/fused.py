@@ -13,17 +13,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 
-from lora_fx.adapter.lowrank import LowRank
+import numpy as np
+
+from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.adapter.updates import Entry
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import Target, role_by_name
 
-_FUSED = (
-    (re.compile(r"(^|\.)(qkv|qkv_proj|Wqkv|c_attn|in_proj|in_proj_weight)$"), ("q", "k", "v")),
-    (re.compile(r"(^|\.)(gate_up_proj|gate_up)$"), ("gate", "up")),
-)
+QKV = "query_key_value"
+"""A fused weight whose rows lie otherwise from model to model."""
+FUSED = {
+    ("q", "k", "v"): re.compile(
+        rf"(^|\.)(qkv|qkv_proj|Wqkv|W_pack|c_attn|in_proj|in_proj_weight|{QKV})$"
+    ),
+    ("gate", "up"): re.compile(r"(^|\.)(gate_up_proj|gate_up)$"),
+}
+"""The roles of the parts of fused weights with such names."""
 
 
 def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
@@ -39,13 +47,14 @@ def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
     sizes = [t.layout.out_size for t in whole if t.layout == plain_layout(t.layout.stored)]
     if len(sizes) == len(whole) and sizes and sum(sizes) == entry.b.shape[0]:
         return dict(_rows(entry, whole, sizes))
-    path, role = _parent(key), role_by_name(key.removesuffix(".weight"))
+    path, role = parent(key), role_by_name(key.removesuffix(".weight"))
     for t in _beside(found, path):
         for r, part in t.parts:
             if r == role and role:
                 return {part: entry}
-    for rule, roles in _FUSED:
-        if rule.search(key.removesuffix(".weight")) and entry.b.ndim == 2:
+    for roles, rule in FUSED.items():
+        known = rule.search(key.removesuffix(".weight")) and QKV not in key
+        if known and entry.b.ndim == 2:
             by_role = {t.role: t for t in _beside(found, path)}
             parts = [by_role[r] for r in roles if r in by_role]
             sizes = [t.layout.out_size for t in parts]
@@ -55,25 +64,69 @@ def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
 
 
 def _rows(entry: LowRank, parts: list[Target], sizes: list[int]) -> Iterator[tuple[str, LowRank]]:
-    start = 0
-    for t, n in zip(parts, sizes, strict=True):
-        rows = slice(start, start + n)
-        size = None if entry.magnitude is None else entry.magnitude[rows]
-        yield t.key, replace(entry, b=entry.b[rows], layout=None, magnitude=size)
-        start += n
+    ends = np.cumsum([0, *sizes])
+    for t, low, high in zip(parts, ends[:-1], ends[1:], strict=True):
+        yield t.key, sliced(entry, np.arange(low, high))
 
 
 def _beside(found: Found, path: str) -> list[Target]:
-    return [t for t in found.targets if _parent(t.parameter.name) == path]
+    return [t for t in found.targets if parent(t.parameter.name) == path]
 
 
-def _parent(name: str) -> str:
+def parent(name: str) -> str:
     """The module that holds the projection of a parameter's name.
 
-    >>> _parent("h.0.attn.qkv.weight"), _parent("h.0.attn.in_proj_weight")
+    >>> parent("h.0.attn.qkv.weight"), parent("h.0.attn.in_proj_weight")
     ('h.0.attn', 'h.0.attn')
     """
     return name.removesuffix(".weight").rpartition(".")[0]
+
+
+# Without a model: the algebra alone, by the rows that each part has in the whole.
+
+
+def sliced(low: LowRank, rows: Array) -> LowRank:
+    """The update of some rows, without the ranks that reach none of them."""
+    b, size = low.b[rows], low.magnitude
+    kept = b.any(axis=0) if b.any() else np.full(low.rank, True)
+    alpha = alpha_of(low.scale, int(kept.sum()), low.variant)
+    size = None if size is None else size[rows]
+    a, b = low.a[kept], np.ascontiguousarray(b[:, kept])
+    return replace(low, a=a, b=b, alpha=alpha, magnitude=size, layout=None, frozen=0, layer=None)
+
+
+def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> LowRank:
+    """Updates of different rows of one weight [out, in] as one: B in blocks, unless A is shared.
+
+    Raises:
+        LoraFxError: They do not fit each other, or only some have DoRA's lengths of rows.
+    """
+    first = next(iter(pieces.values()))[0]
+    blocks, size = list[tuple[Array, Array]](), np.full(out, np.nan, np.float32)
+    for name, (low, rows) in pieces.items():
+        room = (len(rows), first.a.shape[1])
+        if low.shape != room:
+            raise MisfitError(
+                f"the update of {name!r} is {list(low.shape)}, [out, in]; expected {list(room)}, "
+                f"as a part of {key!r}"
+            )
+        b = np.zeros((out, low.rank), np.float32)
+        b[rows] = low.b * np.float32(low.scale / first.scale)
+        size[rows] = size[rows] if low.magnitude is None else low.magnitude
+        same = next((one for one in blocks if np.array_equal(one[0], low.a)), None)
+        if same is None:
+            blocks.append((low.a, b))
+        else:
+            same[1][rows] = b[rows]
+    count = int(np.isfinite(size).sum())
+    if count not in (0, out):
+        raise LoraFxError(
+            f"{key!r}: {count} of its {out} rows have DoRA's lengths; expected all or none",
+            "make plain LoRA of it first, by --as lora and the base that it was trained on",
+        )
+    a, b = np.concatenate([a for a, _ in blocks]), np.concatenate([b for _, b in blocks], axis=1)
+    alpha = alpha_of(first.scale, len(a), first.variant)
+    return LowRank(a, b, alpha, variant=first.variant, magnitude=size if count else None)
 
 
 # Updates of expert stacks from files that do not say which parameter, or which way round.

@@ -16,7 +16,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.svd import balanced, leading, squared_distance
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
@@ -93,7 +93,7 @@ def _delta(
         if min(entry.shape) < 2:
             raise LoraFxError(f"{key!r} is {name_of(entry)} of a vector: no matrix", "--exclude it")
         return entry.block(0, every, every)
-    if not isinstance(entry, LowRank):
+    if not isinstance(entry, (LowRank, Rotation)):
         raise LoraFxError(f"{key!r} is {name_of(entry)}, which has no ΔW", "--exclude it")
     if delta_of is None:
         raise LoraFxError(

@@ -7,6 +7,7 @@ rest: that is what lets a merge stream. `batch` is always empty here.
 Hadamard      ΔW = s · (b₁a₁ ∘ b₂a₂)                     LoHa, Hyeon-Woo et al. 2021 (2108.06098)
 Kronecker     ΔW = s · w₁ ⊗ w₂                           LoKr, Yeh et al. 2023 (2309.14859)
 Dense         ΔW = s · value, given in full              PEFT's lora_bias, kohya's .diff
+Rotation      ΔW = W · (R − 1)ᵀ, R of orthogonal blocks  OFT, Qiu et al. 2023 (2306.07280)
 ReplacedRows  W[index] = value                           PEFT's trainable tokens
 ============  =========================================  =========================================
 """
@@ -14,7 +15,7 @@ ReplacedRows  W[index] = value                           PEFT's trainable tokens
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -102,6 +103,39 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """ΔW = W · turnᵀ, turn = R − 1 of blocks along in: it depends on W, as DoRA's does.
+
+    Attributes:
+        turn: [blocks, size, size], fp32; a single block that is `shared` stands all along in.
+        shared: See there.
+        layout: That of a weight stored [out, *in]; None while unbound.
+    """
+
+    turn: Array
+    shared: bool = False
+    layout: Layout | None = None
+    scale: ClassVar[float] = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in]; 0 is for a size that only the base says."""
+        out = self.layout.out_size if self.layout else 0
+        size = len(self.turn) * self.turn.shape[-1]
+        return (out, size if not self.shared else self.layout.in_size if self.layout else 0)
+
+    def fits(self, in_: int) -> bool:
+        """True where W can have this many columns."""
+        return in_ % self.turn.shape[-1] == 0 if self.shared else in_ == self.shape[1]
+
+    def of(self, weight: Array) -> Array:
+        """ΔW of some rows of W [n, in], in W's dtype."""
+        blocks = weight.reshape(len(weight), -1, self.turn.shape[-1]).swapaxes(0, 1)
+        delta = np.matmul(blocks, self.turn.swapaxes(1, 2).astype(weight.dtype, copy=False))
+        return np.asarray(delta.swapaxes(0, 1).reshape(weight.shape))
+
+
+@dataclass(frozen=True)
 class ReplacedRows:
     """Single rows of a tensor, trained and stored whole: W[index[i]] = value[i]."""
 
@@ -109,8 +143,10 @@ class ReplacedRows:
     value: Array
 
 
-Change = LowRank | Hadamard | Kronecker | Dense
+Change = LowRank | Hadamard | Kronecker | Dense | Rotation
 """A ΔW of `shape`, whose rectangles can be computed one by one, by `block`, with `scale` in them.
+
+Those of a Rotation are made of W's, by `of`.
 
 `layout` says how it lies in the stored tensor; None while unbound.
 """
@@ -133,8 +169,8 @@ def name_of(entry: Entry) -> str:
         if entry.candidates:
             return f"of one of the parameters {', '.join(entry.candidates)}"
         return "DoRA" if entry.magnitude is not None else entry.variant
-    names = {Hadamard: "LoHa", Kronecker: "LoKr", Dense: "a whole ΔW", ReplacedRows: "trained rows"}
-    return names.get(type(entry), "a whole tensor")
+    names = {Hadamard: "LoHa", Kronecker: "LoKr", Rotation: "OFT", Dense: "a whole ΔW"}
+    return {**names, ReplacedRows: "trained rows"}.get(type(entry), "a whole tensor")
 
 
 # The JSON of an update: everything but its tensors, which each kind of file names in its own way.
@@ -175,7 +211,7 @@ def from_json(entry: Described, row: JsonView) -> Described:
         said |= {field: read(row[field]) for field, read in _READ.items() if field in row}
     elif "scale" in row and not isinstance(entry, Hadamard):
         said["scale"] = float(row["scale"])
-    if "extra" in row and not isinstance(entry, Dense):
+    if "extra" in row and not isinstance(entry, (Dense, Rotation)):
         said |= _facts(entry, dict(row["extra"]))
     return replace(entry, **said)
 
@@ -190,7 +226,7 @@ def _plain(entry: Change, field: str) -> object:
 
 
 def _extra(entry: Change) -> Json:
-    if isinstance(entry, Dense):
+    if isinstance(entry, (Dense, Rotation)):
         return {}
     if not isinstance(entry, LowRank):
         kernel = list(entry.kernel)

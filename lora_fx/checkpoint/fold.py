@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_fx.adapter.initial import residual
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import Change, Dense
+from lora_fx.adapter.updates import Change, Dense, Rotation
 from lora_fx.adapter.variant import factors, squares
 from lora_fx.dtypes import Array, Floating, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
@@ -155,7 +155,7 @@ class TensorFold:
             i, p = parts[0]
             whole = p.top <= low and high <= p.bottom and p.right - p.left == weight.shape[1]
             if whole and p.magnitude is None:
-                delta = p.delta(low, high, space.array("delta", weight.shape, weight.dtype))
+                delta = p.delta(low, high, space.array("delta", weight.shape, weight.dtype), weight)
                 return np.add(weight, delta, out=new), delta
         np.copyto(new, weight)
         for i, p in parts:
@@ -163,7 +163,7 @@ class TensorFold:
             view = new[lo - low : hi - low, p.left : p.right]
             if i in self.residuals:
                 view[...] = self.residuals[i][lo - p.top : hi - p.top]
-            view += p.delta(lo, hi)
+            view += p.delta(lo, hi, None, view)
             if p.magnitude is not None:
                 view *= self.factor(i, p, view, lo, hi)
         for row, value in self.rows.items():
@@ -347,11 +347,16 @@ class Rectangle:
         """The start that took a part off the base which the change is for; else empty."""
         return self.change.mutated if isinstance(self.change, LowRank) else ""
 
-    def delta(self, low: int, high: int, out: Array | None = None) -> Array:
+    def delta(
+        self, low: int, high: int, out: Array | None = None, weight: Array | None = None
+    ) -> Array:
         """ΔW of the tensor's rows low ≤ i < high, all within the rectangle, in the factors' dtype.
 
-        `out` may be an array of that shape to compute in.
+        `out` may be an array of that shape to compute in; a rotation needs W's, `weight`.
         """
+        if isinstance(self.change, Rotation):
+            assert weight is not None
+            return self.change.of(weight)
         first = max(self.top, high - WINDOW)
         if first < low:
             return self.delta(first, high)[low - first :]

@@ -16,9 +16,9 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, name_of
+from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
-from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, renaming
+from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
@@ -53,6 +53,7 @@ def match(
     new: Tensors | None = None,
     allow_unused: bool = False,
     allow_missing: bool = False,
+    source: str = "ADAPTER",
 ) -> tuple[list[Placed], list[str]]:
     """Every entry at its tensor, and notes.
 
@@ -64,6 +65,7 @@ def match(
         new: Whole tensors that the checkpoint lacks and is to get, by the adapter's names.
         allow_unused: Entries without a tensor become notes.
         allow_missing: So do layers that the adapter's own config adapts and its file lacks.
+        source: The adapter, for messages.
 
     Raises:
         LoraFxError: An entry without a tensor, a shape that does not fit, a doubt about how a
@@ -103,6 +105,10 @@ def match(
         known = [*tensors, *rename.loaded.names, *rename.loaded.stacks]
         hint = f"{near(lost[0], known)}; --allow-unused leaves them out"
         hint += ", --add writes them as new tensors" if whole else _renamed(config)
+        for apart, way in ((False, "-o FUSED --fuse"), (True, "-o SPLIT --split")):
+            rows = known_rows(adapter, tensors, config, apart=apart)
+            if {*lost} & {k for key, parts in rows.items() for k in ([key] if apart else parts)}:
+                hint = f"lora-fx convert {source} {way} --base {where}; then merge that"
         if not allow_unused:
             raise LoraFxError(
                 f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
@@ -199,6 +205,8 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
             last = max(entry.index, default=-1)
             raise _misfit(key, info, f"rows {list(entry.value.shape)} up to {last}", "")
         return entry
+    if isinstance(entry, Rotation):
+        return _rotation(key, entry, info)
     if entry.layout is not None:
         if entry.layout.stored != shape:
             raise _misfit(key, info, f"an update for {list(entry.layout.stored)}", "")
@@ -211,6 +219,19 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
     if magnitude is not None and magnitude.shape != (layout.out_size,):
         raise _misfit(key, info, f"a magnitude {list(magnitude.shape)}", "")
     return replace(entry, layout=layout)
+
+
+def _rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
+    if math.prod(info.shape[2:]) > 1:
+        raise LoraFxError(
+            f"{info.file}: tensor {list(info.shape)}, but the adapter's {key!r} is OFT of a "
+            "kernel, which PEFT merges otherwise than it trains it; expected a kernel of 1",
+            "merge it into its model with PEFT (merge_and_unload), if that is what you want",
+        )
+    if len(info.shape) < 2 or not entry.fits(math.prod(info.shape[1:])):
+        blocks = f"{'shared' if entry.shared else len(entry.turn)} blocks of {entry.turn.shape[-1]}"
+        raise _misfit(key, info, f"OFT of {blocks} along in", "")
+    return replace(entry, layout=plain_layout(info.shape))
 
 
 def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:
@@ -299,7 +320,7 @@ def turned_weights(
     for key, entry in adapter.entries.items():
         name = rename(base_name(key))
         info = tensors.get(name)
-        if info is None or isinstance(entry, (Full, ReplacedRows)) or lookup(entry):
+        if info is None or isinstance(entry, (Full, ReplacedRows, Rotation)) or lookup(entry):
             continue
         if entry.layout is not None or len(info.shape) < 2 or info.dtype == "int8":
             continue  # whoever quantises a layer to int8 stores it [out, in], Conv1D too

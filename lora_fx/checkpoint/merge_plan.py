@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import ReplacedRows, name_of
+from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.int8 import HINT, Int8, int8_of, refuse_codes, stored_as
 from lora_fx.checkpoint.match import Placed, match
@@ -225,6 +225,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
             new=new,
             allow_unused=options.allow_unused,
             allow_missing=options.allow_missing,
+            source=where,
         )
         notes += [*adapter.metadata.get("notes", ()), *said, *(f"added: {n}" for n in new)]
         if not here:
@@ -603,13 +604,13 @@ def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
 def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
     """Raise where an update's rescaling and another update meet: their order would matter."""
     for p in placed:
-        if not isinstance(p.entry, LowRank) or (p.entry.magnitude is None and not p.entry.mutated):
-            continue
-        how = "rescales it (DoRA)"
-        if p.entry.mutated:
+        how = "rotates it (OFT)" if isinstance(p.entry, Rotation) else ""
+        if isinstance(p.entry, LowRank) and p.entry.magnitude is not None:
+            how = "rescales it (DoRA)"
+        if isinstance(p.entry, LowRank) and p.entry.mutated:
             how = f"is for a base that {p.entry.mutated} changed"
         others = (q for q in placed if q is not p and not isinstance(q.entry, ReplacedRows))
-        if any(overlap(p.bounds, q.bounds) for q in others):
+        if how and any(overlap(p.bounds, q.bounds) for q in others):
             raise LoraFxError(
                 f"{base.path}: {p.key!r} {how}, and another update changes {name!r} too", _APART
             )

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Rotation
 from lora_fx.checkpoint.difference import Difference, same_bytes
 from lora_fx.checkpoint.fold import (
     Rectangle,
@@ -224,7 +225,7 @@ def _stage(fold: TensorFold, old: Array, low: int, high: int) -> tuple[Array, Ar
         lo, hi = max(low, p.top), min(high, p.bottom)
         if lo < hi:
             view = (slice(lo - low, hi - low), slice(p.left, p.right))
-            size[view] += _size(p, lo, hi)
+            size[view] += _size(p, lo, hi, old[view])
             if p.magnitude is not None:
                 factor = fold.factor(i, p, old[view] + p.delta(lo, hi), lo, hi)
                 size[view] *= np.abs(factor)
@@ -239,9 +240,12 @@ def _rows(error: Array, allowed: Array) -> Array:
     return np.asarray(np.where(np.isnan(ratio), np.inf, ratio).max(axis=1, initial=0.0))
 
 
-def _size(p: Rectangle, low: int, high: int) -> Array:
+def _size(p: Rectangle, low: int, high: int, weight: Array) -> Array:
     """(r + 3)·s·|B||A|: what rounding errors of the product are proportional to."""
     c = p.change
+    if isinstance(c, Rotation):
+        wide = dataclasses.replace(c, turn=np.abs(c.turn))
+        return np.asarray(wide.of(np.abs(weight)) * (c.turn.shape[-1] + 3))
     if isinstance(c, LowRank):
         absolute = dataclasses.replace(c, a=np.abs(c.a), b=np.abs(c.b), alpha=abs(c.alpha))
         size = dataclasses.replace(p, change=absolute).delta(low, high) * (c.rank + 3)

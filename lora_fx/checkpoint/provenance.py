@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows, Rotation
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
@@ -42,6 +42,7 @@ _HASHED: Mapping[type[Entry], tuple[str, ...]] = {
     Full: ("value",),
     Hadamard: ("a1", "b1", "a2", "b2", "scale"),
     Kronecker: ("w1", "w2", "scale"),
+    Rotation: ("turn",),
     Dense: ("value", "scale"),
     ReplacedRows: ("index", "value"),
 }

@@ -35,7 +35,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, name_of
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
@@ -274,7 +274,8 @@ def _parts(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | None]
         if entry.layout is not None and entry.layout.out != (0,):
             raise _refused(key, "the weight is stored [in, out]")
         return module, *lycoris.encode(entry)
-    raise _refused(key, f"it is {name_of(entry)}")
+    hint = "--as lora --rank R --base FOLDER" if isinstance(entry, Rotation) else base.KEEPS
+    raise _refused(key, f"it is {name_of(entry)}", hint)
 
 
 def _number(value: float) -> Array:

@@ -25,17 +25,20 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.formats import oft
 from lora_fx.formats.base import File, PeftFile
 from lora_fx.formats.peft.config import ORIGIN, SHARED, Pattern, target_facts, targets
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.text import JsonView
 
-KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}
+KINDS = {"LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_R"}
 """PEFT's peft_type → what its tensor names begin with."""
 
 _KNOWN = SHARED | frozenset((
-    "alpha", "decompose_both", "decompose_factor", "init_weights", "module_dropout",
-    "rank_dropout", "rank_dropout_scale", "use_effective_conv2d",
+    "alpha", "bias", "block_share", "coft", "decompose_both", "decompose_factor", "eps",
+    "fan_in_fan_out", "init_weights", "module_dropout", "num_cayley_neumann_terms",
+    "oft_block_size", "rank_dropout", "rank_dropout_scale", "use_cayley_neumann",
+    "use_effective_conv2d",
 ))  # fmt: skip
 
 
@@ -124,7 +127,7 @@ def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]
 
 
 def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
-    """An adapter of PEFT's peft_type LOHA or LOKR.
+    """An adapter of PEFT's peft_type LOHA, LOKR or OFT.
 
     Args:
         source: The file; its notes become the adapter's.
@@ -142,7 +145,9 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
         )
     odd = sorted(set(config) - _KNOWN)
     source.notes.extend(f"{config_file}: unknown field {k!r} is ignored" for k in odd)
-    if "alpha" not in config or "r" not in config:
+    if kind == "oft_R":
+        oft.check_config(source)
+    elif "alpha" not in config or "r" not in config:
         raise LoraFxError(
             f"{config_file}: alpha or r is missing; expected both: the scale is alpha / r",
             "add the numbers that the adapter was trained with",
@@ -151,12 +156,13 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
     alphas = Pattern(config, "alpha_pattern", "alpha", config_file)
     groups: dict[str, dict[str, Array]] = {}
     for name, array in source.tensors.items():
-        module, _, part = name.removeprefix(PREFIX).rpartition(".")
+        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not part.startswith(kind) or not module:
             raise source.error(
                 name,
                 f"is not of {config['peft_type']}; expected X.{kind}… only",
-                "modules_to_save beside LoHa and LoKr are not supported",
+                "modules_to_save, biases and embeddings beside it are not supported: merge it into "
+                "its model with PEFT (merge_and_unload)",
             )
         if not targets(config, module):
             raise source.error(name, "is of a module that target_modules leaves out")
@@ -164,7 +170,9 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
     entries: dict[str, Entry] = {}
     for module, parts in groups.items():
         rank, alpha = ranks.of(module), alphas.of(module)
-        if kind == "lokr_":
+        if kind == "oft_R":
+            entries[f"{module}.weight"] = oft.rotation(parts["oft_R"], source, module)
+        elif kind == "lokr_":
             entries[f"{module}.weight"] = lokr(parts, alpha, source, module, rank)
         else:
             entries[f"{module}.weight"] = change = loha(parts, alpha, source, module)

@@ -391,9 +391,9 @@ def config(pair: Pair) -> Iterator[Finding]:
 
 
 def scale(pair: Pair) -> Iterator[Finding]:
-    """lora_alpha is a number; alpha, of LoHa and LoKr."""
+    """lora_alpha is a number; alpha, of LoHa and LoKr. OFT has none."""
     kind = pair.raw.config.get("peft_type")
-    if kind not in KINDS:
+    if kind not in KINDS or kind == "OFT":
         return
     name = "lora_alpha" if kind == "LORA" else "alpha"
     value = pair.raw.config.get(name)

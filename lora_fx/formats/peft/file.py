@@ -32,7 +32,7 @@ from lora_fx.text import Json, JsonView
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Decode = Callable[[PeftFile, JsonView], Adapter]
 """(file and config, our JSON) → adapter."""
-KINDS: dict[str, Decode] = {"LORA": decode, "LOHA": lycoris.read_peft, "LOKR": lycoris.read_peft}
+KINDS: dict[str, Decode] = {"LORA": decode, **dict.fromkeys(lycoris.KINDS, lycoris.read_peft)}
 """peft_type → what reads its tensors."""
 SUFFIXES = (".safetensors",)
 FOLDER = True

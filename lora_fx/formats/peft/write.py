@@ -31,7 +31,7 @@ def encode(adapter: Adapter) -> Encoded:
         if not isinstance(entry, (LowRank, Full, Dense, ReplacedRows)):
             raise LoraFxError(
                 f"{key!r} is {name_of(entry)}; peft_type LORA has no such update",
-                "write another format, or merge it",
+                "--as lora --rank R makes LoRA of it; kohya files hold LoHa and LoKr",
             )
     return _Writer(adapter).run()
 
@@ -325,7 +325,7 @@ def form_of(key: str, low: LowRank) -> PeftForm:
     if shared and not (low.twins and _as_read(low)):
         return PeftForm("own", why="it acts on several modules that share the tensor")
     if key.endswith("]"):
-        return PeftForm("own", why="it covers a part of the tensor")
+        return PeftForm("own", why="it covers a part of the tensor (convert --fuse --base)")
     if not name.endswith(".weight"):
         return PeftForm("own", why="the parameter is not the weight of a module")
     if low.a.ndim != 2:
