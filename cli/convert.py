@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.experts import LAYOUTS, ExpertLayout, family_of, laid
 from lora_fx.cli.options import result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
@@ -25,13 +27,18 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "name",
-    type=click.Choice(WRITERS),
+    type=click.Choice([*WRITERS, *(n for n in LAYOUTS if n not in WRITERS)]),
     help="Of OUT.  [default: told by its name where only one is called so]",
 )
 @click.option(
     "--base",
     metavar="FOLDER",
     help="The model that it is for, where ADAPTER does not name its parts, or its ΔW needs W.",
+)
+@click.option(
+    "--model-type",
+    metavar="TYPE",
+    help="Of the base, as its config.json has it, where that is not at hand: how experts lie.",
 )
 @click.option(
     "--for",
@@ -61,10 +68,15 @@ def command(
     ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter.
     OUT is a folder (peft), or ends in .onnx_adapter, or in .safetensors with --format.
 
+    Experts: peft has them as PEFT since 0.19.1 does, peft-0.18 as it did before; per-expert has one
+    update for each, per-expert-fused with gate and up in one; vllm, sglang and sglang-3d are what
+    these programs read. All are files of PEFT.
+
     \b
     lora-fx convert ./adapter -o adapter.onnx_adapter
     lora-fx convert ./adapter -o de.onnx_adapter --for bert.onnx
     lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
+    lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
     """
     name = name or format_for(output)
     source = format_of(adapter)
@@ -83,6 +95,11 @@ def command(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
         )
     notes = [*loaded.metadata.get("notes", [])]
+    wanted, name = name, "peft" if name in LAYOUTS else name
+    if name == "peft":
+        loaded = _experts(loaded, LAYOUTS[wanted], base, options["model_type"])
+    elif options["model_type"]:
+        raise LoraFxError(f"--model-type is of no use for {name}", "leave it out")
     if model is None:
         notes += save_adapter(loaded, output, name, force=force)
     elif name == "onnx_adapter":
@@ -93,8 +110,26 @@ def command(
         raise LoraFxError(f"--for is for onnx_adapter, not for {name}", "-o X.onnx_adapter")
     note(*notes)
     fields["updates"] = len(loaded)
-    said += f"wrote {output}: {len(loaded)} updates, {source} → {name}"
+    said += f"wrote {output}: {len(loaded)} updates, {source} → {wanted}"
+    fields["to"] = wanted
     emit(as_json, "convert", said, inputs=[{"adapter": adapter}], outputs=[output], **fields)
+
+
+def _experts(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str) -> Adapter:
+    """An adapter with its experts in a layout; the base, or its type, says how they lie."""
+    from lora_fx.checkpoint.match import model_types, saved_by, stacked
+    from lora_fx.checkpoint.model_families import config_of
+    from lora_fx.checkpoint.renaming import renaming
+    from lora_fx.files.checkpoint import open_checkpoint
+
+    version, types = saved_by(adapter), frozenset({kind} if kind else ())
+    if base:
+        tensors, config = open_checkpoint(base).tensors, config_of(base)
+        adapter = stacked(adapter, tensors, config, renaming(adapter, tensors, config, []))
+        types = types or model_types(config) or frozenset({""})
+    entries = laid(adapter.entries, layout, family_of(types), version)
+    facts = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
+    return replace(adapter, entries=entries, metadata={**adapter.metadata, "peft": facts})
 
 
 def _as_lora(adapter: Adapter, base: str | None, **goal: Any) -> tuple[Adapter, list[Approximated]]:

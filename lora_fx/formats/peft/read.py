@@ -37,6 +37,7 @@ from lora_fx.formats.peft.names import (
     candidates,
     from_tensors,
     groups,
+    one_stack,
     read_stacks,
     split_name,
     unknown_name,
@@ -81,7 +82,8 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
     if config.get("fan_in_fan_out"):
         metadata["fan_in_fan_out"] = True
-    metadata["dropout"] = float(config.get("lora_dropout") or 0.0)
+    kept = metadata.get("dropout") if config.get("target_parameters") else 0.0  # PEFT wants it 0
+    metadata["dropout"] = float(config.get("lora_dropout") or kept or 0.0)
     if not ours:  # which names each update, and the config names modules in full
         metadata["peft"] = facts(config)
     metadata["notes"] = notes
@@ -152,9 +154,9 @@ class _Reader:
                 f"correct target_modules in {self.source.config_file}",
             )
         rank, alpha = self.ranks.of(seen), self.alphas.of(seen)
-        if rank is not None and rank != len(a):
+        if rank is not None and rank != a.shape[-2]:
             raise LoraFxError(
-                f"{self.file}: {a_name!r} has rank {len(a)}; expected {rank:g}, as "
+                f"{self.file}: {a_name!r} has rank {a.shape[-2]}; expected {rank:g}, as "
                 f"{self.source.config_file} says: the scale would be in doubt",
                 "correct r or rank_pattern",
             )
@@ -455,7 +457,7 @@ def own_entries(
     """
     for key, row in rows.items():
         try:
-            entry, group = _one(row, reader, found)
+            entry, group = _one(key, row, reader, found)
             fits = not isinstance(entry, LowRank) or holds(entry.layout, entry.shape)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
@@ -474,7 +476,9 @@ def own_entries(
             reader.bias(entries, entry, group)
 
 
-def _one(row: JsonView, reader: _Reader, found: Mapping[str, Group]) -> tuple[Entry, Group | None]:
+def _one(
+    key: str, row: JsonView, reader: _Reader, found: Mapping[str, Group]
+) -> tuple[Entry, Group | None]:
     """The entry of one object, and the layer of PEFT's that it was read from."""
     source, taken = reader.source, reader.taken
     for kind in ("full", "dense", "rows"):
@@ -504,7 +508,12 @@ def _one(row: JsonView, reader: _Reader, found: Mapping[str, Group]) -> tuple[En
             raise ValueError(f"{names[0]!r} is no name of an A")
         group = found[split[0]]
         taken.update(group.names.values())
-        low = reader.update(group, found)
+        if (row["layout"] or {}).get("batch"):
+            low = one_stack(key, group, source, reader.ranks, reader.alphas)
+            reader.modules.append(key.rpartition(".")[0])
+            low = replace(low, variant=reader.variant)
+        else:
+            low = reader.update(group, found)
     if row.get("swapped"):
         low = replace(low, a=np.ascontiguousarray(low.b.T), b=np.ascontiguousarray(low.a.T))
     told = from_json(low, row)
