@@ -32,6 +32,11 @@ _EXPERTS = re.compile(
 )
 
 
+_WHOLE = frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "interns1_pro"})
+_SPARSE = "block_sparse_moe"
+_TELL = "--base FOLDER has the model; or --model-type TYPE, as its config.json has it"
+
+
 @dataclass(frozen=True)
 class Family:
     """How models of some types keep their experts: facts of transformers 5.24 and vLLM 0.33.
@@ -57,23 +62,14 @@ class Family:
 
 FAMILIES = (
     Family(frozenset({"gpt_oss"}), transposed=True, marked=True, interleaved=True, whole=True),
-    Family(
-        frozenset({"openai_privacy_filter"}), transposed=True, marked=True, interleaved=True
-    ),
+    Family(frozenset({"openai_privacy_filter"}), transposed=True, marked=True, interleaved=True),
     Family(frozenset({"aria", "aria_text"}), transposed=True, marked=True),
     Family(frozenset({"llama4", "llama4_text"}), transposed=True),
     Family(
-        frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker",
-                   "interns1_pro"}),
-        whole=True,
+        frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "interns1_pro"}), whole=True
     ),
-    Family(
-        frozenset({"mixtral", "minimax", "phimoe"}),
-        split=("w1", "w3", "w2"), holder="block_sparse_moe",
-    ),
-)  # fmt: skip
-
-
+    Family(frozenset({"mixtral", "minimax", "phimoe"}), split=("w1", "w3", "w2"), holder=_SPARSE),
+)
 IN_OUT_EXPERTS = frozenset(t for family in FAMILIES if family.transposed for t in family.types)
 """model_type of models whose expert stacks are [experts, in, out]."""
 
@@ -115,11 +111,10 @@ def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -
     """
     modules: dict[str, dict[str, LowRank]] = {}
     for key, low in entries.items():
-        if isinstance(low, LowRank) and low.op == "experts" and not low.kernel:
-            module = low.layer.module if low.layer else ""
-            names = set(low.candidates) or {key.rpartition(".")[2]}
-            if names <= {GATE_UP, DOWN}:
-                modules.setdefault(module or key.rpartition(".")[0], {})[key] = low
+        if isinstance(low, LowRank) and low.op == "experts":
+            module = (low.layer and low.layer.module) or key.rpartition(".")[0]
+            if (set(low.candidates) or {key.rpartition(".")[2]}) <= {GATE_UP, DOWN}:
+                modules.setdefault(module, {})[key] = low
     result = dict(entries)
     for module, lows in modules.items():
         shapes, swapped = _way(module, lows, family, version)
@@ -132,33 +127,26 @@ def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -
     return result
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
 def _way(
     module: str, lows: Mapping[str, LowRank], family: Family | None, version: str
-) -> tuple[Shapes, bool]:
+) -> tuple[dict[str, tuple[int, ...]], bool]:
     """[E, out, in] by name as the file has in and out, and True where it has them swapped."""
-    if len(lows) == 2:
-        for gate, down in permutations(lows):
-            shapes = {}
-            for key, leaf in ((gate, GATE_UP), (down, DOWN)):
-                low, name = lows[key], f"{module}.{leaf}"
-                rank = low.candidates.get(leaf, (low.rank, 0.0))[0]
-                if key == name or leaf in low.candidates:
-                    shapes[name] = (low.a.size // low.a.shape[-1] // rank, *low.shape[-2:])
-            for swapped in (False, True):
-                sides = [shape[1:][:: -1 if swapped else 1] for shape in shapes.values()]
-                if len(sides) == 2 and sides[0] == (2 * sides[1][1], sides[1][0]):
-                    return shapes, swapped
-    placed = next(iter(lows.values())).layout
-    said = placed.out == (2,) if placed else peft_turns(family, version) if family else None
+    for pair in permutations(lows, 2):
+        shapes = {}
+        for key, leaf in zip(pair, (GATE_UP, DOWN), strict=True):
+            low, name = lows[key], f"{module}.{leaf}"
+            rank = low.candidates.get(leaf, (low.rank, 0.0))[0]
+            if key == name or leaf in low.candidates:
+                shapes[name] = (low.a.size // low.a.shape[-1] // rank, *low.shape[-2:])
+        for step in (1, -1) if len(shapes) == 2 else ():
+            (wide, hidden), (out, inner) = (shape[1:][::step] for shape in shapes.values())
+            if (wide, hidden) == (2 * inner, out):
+                return shapes, step < 0
+    bound = next(iter(lows.values())).layout
+    said = bound.out == (2,) if bound else peft_turns(family, version) if family else None
     if family is None or said is None or any(low.candidates for low in lows.values()):
-        raise LoraFxError(
-            f"{', '.join(lows)}: shapes alone do not tell which side of the experts is in and "
-            "which is out, and PEFT's releases differ in that",
-            "--base FOLDER has the model; or --model-type TYPE, as its config.json has it",
-        )
+        what = f"{', '.join(lows)}: shapes alone do not tell which side of the experts is in"
+        raise LoraFxError(f"{what}, and PEFT's releases differ in that", _TELL)
     return {}, said != family.transposed
 
 
@@ -186,32 +174,30 @@ def gathered(entries: Mapping[str, Entry], family: Family | None) -> dict[str, E
     result: dict[str, Entry] = {}
     modules: dict[str, dict[int, dict[int, LowRank]]] = {}
     for key, low in entries.items():
-        match = _EXPERTS.fullmatch(key)
+        match = _EXPERTS.fullmatch(_moved(key, family, apart=False))
         if match and isinstance(low, LowRank) and low.a.ndim == (2 if match["n"] else 3):
             if not is_plain(low):
-                raise LoraFxError(f"{key!r} is {name_of(low)}; no stack of experts has that", KEEP)
-            kinds = modules.setdefault(_moved(match["module"], family, apart=False), {})
+                raise _odd(f"{key!r} is {name_of(low)}, which no stack has")
+            kinds = modules.setdefault(match["module"], {})
             kinds.setdefault(_LEAVES[match["leaf"]], {})[int(match["n"] or -1)] = low
         else:
             result[_moved(key, family, apart=False)] = low
     for module, kinds in modules.items():
         parts = {kind: _stack(module, lows) for kind, lows in kinds.items()}
-        if 0 in parts or 1 in parts:
-            if not {0, 1} <= set(parts):
-                raise LoraFxError(
-                    f"{module}: it has {'gate' if 0 in parts else 'up'} of its experts alone; a "
-                    "stack holds gate and up in one",
-                    KEEP,
-                )
-            parts[3] = _fused(module, parts.pop(0), parts.pop(1), _known(family).interleaved)
-        if len({low.a.shape[0] for low in parts.values()}) > 1:
-            raise LoraFxError(f"{module}: its stacks do not have as many experts", KEEP)
+        gate, up = parts.pop(0, None), parts.pop(1, None)
+        if gate and up and _like(gate) == _like(up):
+            parts[3] = _fused(gate, up, _known(family).interleaved)
+        elif gate or up:
+            raise _odd(f"{module}: gate and up of a stack have one rank and scale, and are both")
+        if len({len(low.a) for low in parts.values()}) > 1:
+            raise _odd(f"{module}: its stacks do not have as many experts")
         names = {3: GATE_UP, 2: DOWN}
         result |= {f"{module}.{names[kind]}": parts[kind] for kind in (3, 2) if kind in parts}
     return result
 
 
-KEEP = "convert it to per-expert, which keeps every expert as it is"
+def _odd(what: str) -> LoraFxError:
+    return LoraFxError(what, "lora-fx merge folds it into its base as it is")
 
 
 def _moved(key: str, family: Family | None, *, apart: bool) -> str:
@@ -223,10 +209,7 @@ def _moved(key: str, family: Family | None, *, apart: bool) -> str:
 
 def _known(family: Family | None, what: str = "rows of gate and up alternate") -> Family:
     if family is None:
-        raise LoraFxError(
-            f"whether {what} depends on the model, and neither shapes nor names tell",
-            "--base FOLDER has the model; or --model-type TYPE, as its config.json has it",
-        )
+        raise LoraFxError(f"whether {what} is up to the model; no shape tells it", _TELL)
     return family
 
 
@@ -236,35 +219,24 @@ def _stack(module: str, lows: Mapping[int, LowRank]) -> LowRank:
     first = lows[min(lows)]
     odd = [n for n in range(max(lows) + 1) if n not in lows or _like(lows[n]) != _like(first)]
     if odd:
-        raise LoraFxError(
-            f"{module}.{odd[0]}: {'missing' if odd[0] not in lows else 'its shape or its scale'} "
-            f"differs from expert {min(lows)}; a stack has one rank and one scale",
-            KEEP,
-        )
+        what = "is missing" if odd[0] not in lows else "has another shape or scale than the first"
+        raise _odd(f"{module}.{odd[0]} {what}; a stack has all experts, at one rank and scale")
     a, b = (np.stack([getattr(lows[n], half) for n in sorted(lows)]) for half in "ab")
     return LowRank(a, b, first.alpha, None, first.variant, op="experts")
 
 
 def _like(low: LowRank) -> tuple[object, ...]:
-    return (low.a.shape, low.b.shape, low.alpha, low.variant)
+    return low.a.shape, low.b.shape, low.alpha, low.variant
 
 
-def _fused(module: str, gate: LowRank, up: LowRank, woven: bool) -> LowRank:
+def _fused(gate: LowRank, up: LowRank, woven: bool) -> LowRank:
     """The update of gate and up as one; rows of b alternate where `woven`."""
-    if _like(gate) != _like(up):
-        raise LoraFxError(
-            f"{module}: gate and up differ in shape or in scale; fused, they have one",
-            KEEP,
-        )
-    if np.array_equal(gate.a, up.a):
-        a, pair, rank = gate.a, (gate.b, up.b), gate.rank
-    else:
-        a, rank = np.concatenate([gate.a, up.a], axis=-2), 2 * gate.rank
-        none = np.zeros_like(gate.b)
+    a, pair = gate.a, (gate.b, up.b)
+    if not np.array_equal(gate.a, up.a):
+        a, none = np.concatenate([gate.a, up.a], axis=-2), np.zeros_like(gate.b)
         pair = np.concatenate([gate.b, none], -1), np.concatenate([none, up.b], -1)
-    b = np.stack(pair, axis=-2 if woven else -3)
-    b = b.reshape(*gate.b.shape[:-2], -1, rank)
-    return replace(gate, a=a, b=b, alpha=_alpha(gate, rank), op="experts")
+    b = np.stack(pair, axis=-2 if woven else -3).reshape(len(a), -1, a.shape[-2])
+    return replace(gate, a=a, b=b, alpha=_alpha(gate, a.shape[-2]))
 
 
 def _alpha(low: LowRank, rank: int) -> float:
@@ -334,29 +306,31 @@ def laid(
         LoraFxError: What the layout needs to know is not known, or it cannot say the update.
     """
     stacks = gathered(upright(entries, family, version), family)
-    updates = {k: v for k, v in stacks.items() if isinstance(v, LowRank) and v.a.ndim == 3}
-    found = {k: match for k in updates if (match := _EXPERTS.fullmatch(k))}
-    if layout.server == "vllm" and found:
-        _check_both(found.values())
+    names = [match for key in stacks if (match := _EXPERTS.fullmatch(key)) and not match["n"]]
+    if layout.server == "vllm" and names:
+        for module in (match["module"] for match in names):
+            if not {f"{module}.{GATE_UP}", f"{module}.{DOWN}"} <= stacks.keys():
+                raise _odd(f"{module}: vLLM takes no experts without {GATE_UP} and {DOWN} both")
         whole = _known(family, "vLLM takes stacks").whole
         layout = replace(layout, apart=not whole, split=not whole)
-    leaves = (family or Family()).split
+    gate, up, down = (family or Family()).split
     result: dict[str, Entry] = {}
-    for key, entry in stacks.items():
-        if key not in found:
-            result[_moved(key, family, apart=layout.apart)] = entry
+    for key, low in stacks.items():
+        match = _EXPERTS.fullmatch(key)
+        if not match or not isinstance(low, LowRank) or low.a.ndim != 3:
+            result[_moved(key, family, apart=layout.apart)] = low
             continue
-        low, (module, leaf) = updates[key], found[key].group("module", "leaf")
-        parts = {leaf: low}
+        parts = {match["leaf"]: low}
         if layout.split:
-            halves = _split(low, _known(family).interleaved) if leaf == GATE_UP else (low,)
-            parts = dict(zip(leaves[:2] if leaf == GATE_UP else leaves[2:], halves, strict=True))
+            wide = match["leaf"] == GATE_UP
+            halves = _split(low, _known(family).interleaved) if wide else (low,)
+            parts = dict(zip((gate, up) if wide else (down,), halves, strict=True))
+        module = _moved(match["module"], family, apart=layout.apart)
         for name, part in parts.items():
             if layout.apart:
-                holder = _moved(module, family, apart=True)
                 for n, (a, b) in enumerate(zip(part.a, part.b, strict=True)):
                     one = LowRank(a, b, part.alpha, None, part.variant)
-                    result[f"{holder}.{n}.{name}.weight"] = one
+                    result[f"{module}.{n}.{name}.weight"] = one
             elif layout.split:
                 result[f"{module}.{name}.weight"] = replace(part, layout=None, op="experts")
             else:
@@ -375,29 +349,12 @@ def _for_peft(low: LowRank, version: str, family: Family | None) -> LowRank:
     return low if peft_turns(family, version) == family.transposed else turned(low)
 
 
-def _check_both(found: Iterable[re.Match[str]]) -> None:
-    leaves: dict[str, set[str]] = {}
-    for match in found:
-        leaves.setdefault(match["module"], set()).add(match["leaf"])
-    odd = next((m for m, names in leaves.items() if len(names) < 2), None)
-    if odd is not None:
-        raise LoraFxError(
-            f"{odd}: it has {leaves[odd].pop()} alone; vLLM 0.33 takes no experts without "
-            "gate_up_proj and down_proj both",
-            "train both, or merge it into its base (lora-fx merge)",
-        )
-
-
 def _one_scale(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Entries for SGLang 0.5, whose scale is lora_alpha / r of the config for every module."""
+    """Entries for SGLang, whose scale is lora_alpha / r of the config for every module."""
     lows = {k: v for k, v in entries.items() if isinstance(v, LowRank)}
-    first = next(iter(lows.items()), None)
-    for key, low in lows.items():
-        if first and (low.rank, low.scale) != (first[1].rank, first[1].scale):
-            raise LoraFxError(
-                f"{first[0]!r} has rank {first[1].rank} and scale {first[1].scale:g}, {key!r} rank "
-                f"{low.rank} and scale {low.scale:g}; SGLang has one of each for an adapter",
-                "lora-fx truncate --rank gives one rank; or merge it into its base",
-            )
+    kinds = {(low.rank, low.scale): key for key, low in lows.items()}
+    if len(kinds) > 1:
+        said = (f"{k!r} has rank {r} and scale {s:g}" for (r, s), k in [*kinds.items()][:2])
+        raise _odd(f"{', '.join(said)}; SGLang has one of each for a whole adapter")
     plain = {k: replace(v, alpha=v.scale * v.rank, variant="lora") for k, v in lows.items()}
     return {**entries, **plain}

@@ -508,10 +508,12 @@ def _one(
             raise ValueError(f"{names[0]!r} is no name of an A")
         group = found[split[0]]
         taken.update(group.names.values())
-        if (row["layout"] or {}).get("batch"):
+        batch = (row["layout"] or {}).get("batch")
+        if batch or "weight" in candidates(source.config, group.module):
             low = one_stack(key, group, source, reader.ranks, reader.alphas)
-            reader.modules.append(key.rpartition(".")[0])
             low = replace(low, variant=reader.variant)
+            low = low if batch else replace(low, a=low.a[0], b=low.b[0])
+            reader.modules.append(group.module)
         else:
             low = reader.update(group, found)
     if row.get("swapped"):

@@ -140,6 +140,12 @@ class _Writer:
         if parameters:
             self.fields["target_parameters"] = sorted(parameters)
             self.fields[VERSION] = self.adapter.metadata.get("peft", {}).get(VERSION)
+            layouts = [self.adapter.lowrank[k].layout for k in parameters & set(self.told)]
+            if any(layout and layout.out == (2,) for layout in layouts):
+                self.notes.append(
+                    "PEFT takes stacks [E, in, out] so where their module says is_transposed "
+                    "(gpt-oss, Aria), else lora-fx convert --model-type TYPE turns them"
+                )
             if self.adapter.metadata.get("dropout"):
                 self.fields["lora_dropout"] = 0.0
                 self.notes.append("lora_dropout is 0 in the config: PEFT has none for parameters")
@@ -344,7 +350,16 @@ def _stacks(updates: Mapping[str, LowRank], forms: Mapping[str, PeftForm]) -> di
             if form.lead.startswith(f"{module}."):
                 inner = form.lead.removeprefix(module)
                 result[key] = replace(form, lead=module + f".{WRAPPER}" * len(keys) + inner)
+    for key, form in forms.items() if result else ():
+        named = key == f"{form.module}.weight" and key.split(".")[-2] in _TAKEN
+        if named and form.kind == "linear" and not (form.transposed or form.swapped):
+            result[key] = replace(result.get(key, form), kind="stack")
     return result
+
+
+_TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Modules that PEFT takes for experts of transformers 4 where target_modules has their names, and
+doubles the rank of the stacks that it puts in their place; beside stacks they are parameters."""
 
 
 _STACK = re.compile(r"[^\[\]@]+\.[^\[\]@.]+")
