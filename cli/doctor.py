@@ -7,13 +7,19 @@ import click
 from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import json_option
 from lora_fx.cli.output import emit
+from lora_fx.formats.servers import SERVERS
 
 
 @click.command("doctor", cls=FileCommand)
 @click.argument("base")
 @click.argument("adapter")
+@click.option(
+    "--server",
+    type=click.Choice([*SERVERS]),
+    help="Also say what this program would read, misread, drop or refuse.",
+)
 @json_option
-def command(base: str, adapter: str, as_json: bool) -> None:
+def command(base: str, adapter: str, server: str | None, as_json: bool) -> None:
     r"""Say everything that is wrong with the pair BASE and ADAPTER, and what to do.
 
     BASE is a Hugging Face folder or a .safetensors file. Nothing is loaded or run.
@@ -22,10 +28,11 @@ def command(base: str, adapter: str, as_json: bool) -> None:
 
     \b
     lora-fx doctor ./llama ./adapter
+    lora-fx doctor ./mixtral ./adapter --server vllm
     """
     from lora_fx.checkpoint.doctor.doctor import doctor, lines
 
-    report = doctor(base, adapter)
+    report = doctor(base, adapter, server or "")
     fields = {**report.to_json(), "inputs": [{"base": base, "adapter": adapter}]}
     fields.pop("parity")
     emit(as_json, text=lines(report), **fields)

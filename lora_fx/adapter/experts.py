@@ -313,7 +313,9 @@ def laid(
                 raise _odd(f"{module}: vLLM takes no experts without {GATE_UP} and {DOWN} both")
         whole = _known(family, "vLLM takes stacks").whole
         layout = replace(layout, apart=not whole, split=not whole)
-    gate, up, down = (family or Family()).split
+    # SGLang goes by target_modules, of which it knows these names and no others.
+    named = Family() if layout.server == "sglang" or not family else family
+    gate, up, down = named.split
     result: dict[str, Entry] = {}
     for key, low in stacks.items():
         match = _EXPERTS.fullmatch(key)

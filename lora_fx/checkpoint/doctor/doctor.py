@@ -52,12 +52,19 @@ LAST = "merge"
 """The check that says what no other has: lora-fx merge would take the pair."""
 
 
-def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Report:
+SERVED = "server"
+"""The check of what a program makes of the adapter, where one is named."""
+
+
+def doctor(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], server: str = ""
+) -> Report:
     """What is wrong with a base and an adapter.
 
     Args:
         base: A Hugging Face folder or a `.safetensors` file.
         adapter: A file or folder that `lora_fx.load_adapter` reads, or would if it were sound.
+        server: vllm, sglang or peft: also say what that program would read, misread or drop.
 
     Returns:
         A Report that is true where no finding is an error; `details["findings"]` has them all,
@@ -76,6 +83,9 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Rep
         if no is not None and not any(f.severity == ERROR for f in findings):
             expected = "a pair that can be merged"
             findings.append(Finding([], no.message, expected, no.hint, check=LAST))
+        findings += (
+            [replace(f, check=SERVED) for f in checks.served(pair, server)] if server else []
+        )
     findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
     details = {
         "used": sum(r["tensor"] is not None for r in rows),
@@ -124,7 +134,9 @@ def lines(report: Report) -> str:
     text += ["", *(f"{name:<{width}}  {worst.get(name, 'ok')}" for name in (*CHECKS, LAST))]
     errors, warned = (sum(f["severity"] == s for f in d["findings"]) for s in (ERROR, WARNING))
     verdict = f"healthy; warnings: {warned}" if warned else "healthy"
-    text += ["", verdict if report else f"errors: {errors}; do not merge this pair"]
+    bad = any(f["severity"] == ERROR and f["check"] != SERVED for f in d["findings"])
+    advice = "do not merge this pair" if bad else "do not serve it so"
+    text += ["", verdict if report else f"errors: {errors}; {advice}"]
     text += [f"lora-fx merge refuses it: {d['merge']}"] if d["merge"] else []
     return "\n".join(map(visible, text))
 

@@ -38,6 +38,9 @@ from lora_fx.text import JsonView
 PREFIX = "base_model.model."
 OWN = "lora_fx."
 WRAPPER = "base_layer"
+TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Modules that PEFT takes for experts of transformers 4 where target_modules has their names, and
+doubles the rank of the stacks that it puts in their place; beside stacks they are parameters."""
 DELTA = ".token_adapter.trainable_tokens_delta"
 _PARTS = {
     "lora_A.weight": "a",

@@ -17,7 +17,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KASA, VERSION, build_config, conflicts
-from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER, packed, unwrapped
+from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, TAKEN, WRAPPER, packed, unwrapped
 from lora_fx.targets.target import split_use
 from lora_fx.text import Json
 
@@ -351,15 +351,10 @@ def _stacks(updates: Mapping[str, LowRank], forms: Mapping[str, PeftForm]) -> di
                 inner = form.lead.removeprefix(module)
                 result[key] = replace(form, lead=module + f".{WRAPPER}" * len(keys) + inner)
     for key, form in forms.items() if result else ():
-        named = key == f"{form.module}.weight" and key.split(".")[-2] in _TAKEN
+        named = key == f"{form.module}.weight" and key.split(".")[-2] in TAKEN
         if named and form.kind == "linear" and not (form.transposed or form.swapped):
             result[key] = replace(result.get(key, form), kind="stack")
     return result
-
-
-_TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Modules that PEFT takes for experts of transformers 4 where target_modules has their names, and
-doubles the rank of the stacks that it puts in their place; beside stacks they are parameters."""
 
 
 _STACK = re.compile(r"[^\[\]@]+\.[^\[\]@.]+")
