@@ -13,7 +13,6 @@ import pytest
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.experts import LAYOUTS, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.base import PeftFile
 from lora_fx.formats.io import load_adapter

@@ -18,6 +18,7 @@ from lora_fx.formats.base import PeftFile, holds
 from lora_fx.formats.peft.config import (
     ORIGIN,
     TRAINS,
+    VERSION,
     Pattern,
     check_config,
     facts,
@@ -86,6 +87,8 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     metadata["dropout"] = float(config.get("lora_dropout") or kept or 0.0)
     if not ours:  # which names each update, and the config names modules in full
         metadata["peft"] = facts(config)
+    elif config.get(VERSION):
+        metadata["peft"] = {VERSION: config[VERSION]}
     metadata["notes"] = notes
     return Adapter(entries, metadata)
 

@@ -50,9 +50,6 @@ slow = [pytest.mark.slow]
 each = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[] if i < 3 else slow) for i, k in enumerate(KINDS)]
 )
-deep = pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k == "deepseek_v3" else slow) for k in KINDS]
-)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +118,8 @@ def test_peft_computes_the_same_from_every_layout_and_back(kind: str, tmp_path: 
     assert (rel(loaded(kind, tmp_path / "per-expert"), want) < 1e-6) == (rule.outcome == READS)
 
 
-@deep
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_experts_trained_here_are_applied_by_peft(kind: str, tmp_path: Path) -> None:
     """Shared experts and dense layers beside them: PEFT takes their names for experts."""
     model = build(kind)
