@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.experts import LAYOUTS, ExpertLayout, family_of, laid
+from lora_fx.adapter.experts import LAYOUTS
 from lora_fx.cli.options import result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
-
-if TYPE_CHECKING:
-    from lora_fx.adapter.plain_lora import Approximated
 
 
 @report_command("convert")
@@ -35,11 +30,7 @@ if TYPE_CHECKING:
     metavar="FOLDER",
     help="The model that it is for, where ADAPTER does not name its parts, or its ΔW needs W.",
 )
-@click.option(
-    "--model-type",
-    metavar="TYPE",
-    help="Of the base, as its config.json has it, where that is not at hand: how experts lie.",
-)
+@click.option("--model-type", metavar="TYPE", help="The base's, in its place, for experts alone.")
 @click.option(
     "--for",
     "model",
@@ -68,9 +59,8 @@ def command(
     ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter.
     OUT is a folder (peft), or ends in .onnx_adapter, or in .safetensors with --format.
 
-    Experts: peft has them as PEFT since 0.19.1 does, peft-0.18 as it did before; per-expert has one
-    update for each, per-expert-fused with gate and up in one; vllm, sglang and sglang-3d are what
-    these programs read. All are files of PEFT.
+    peft, peft-0.18, per-expert, per-expert-fused, vllm, sglang and sglang-3d are files of PEFT,
+    with the experts of a mixture as these releases and programs have them.
 
     \b
     lora-fx convert ./adapter -o adapter.onnx_adapter
@@ -78,16 +68,22 @@ def command(
     lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
     lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
     """
-    name = name or format_for(output)
+    wanted = name or format_for(output)
+    layout, name = LAYOUTS.get(name or ""), "peft" if wanted in LAYOUTS else wanted
     source = format_of(adapter)
     loaded = load_adapter(adapter, options["trust"], base=base)
     if options["include"] or options["exclude"]:
         loaded = loaded.select(options["include"] or "", options["exclude"] or "")
-    fields: Json = {"from": source, "to": name, "approximated": []}
+    fields: Json = {"from": source, "to": wanted, "approximated": []}
     said = ""
     if options["kind"]:
+        from lora_fx.adapter.plain_lora import as_lora
+        from lora_fx.checkpoint.merge import delta_in
+        from lora_fx.files.checkpoint import open_checkpoint
+
         goal = {name: options[name] for name in ("rank", "energy")}
-        loaded, rows = _as_lora(loaded, base, **goal)
+        delta_of = partial(delta_in, open_checkpoint(base)) if base else None
+        loaded, rows = as_lora(loaded, **goal, delta_of=delta_of)
         fields["approximated"] = [row.to_json() for row in rows]
         said = "".join(f"{row}\n" for row in rows)
     elif options["rank"] is not None or options["energy"] is not None:
@@ -95,11 +91,10 @@ def command(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
         )
     notes = [*loaded.metadata.get("notes", [])]
-    wanted, name = name, "peft" if name in LAYOUTS else name
-    if name == "peft":
-        loaded = _experts(loaded, LAYOUTS[wanted], base, options["model_type"])
-    elif options["model_type"]:
-        raise LoraFxError(f"--model-type is of no use for {name}", "leave it out")
+    if layout:  # else experts stay as they are
+        from lora_fx.checkpoint.match import laid_for
+
+        loaded = laid_for(loaded, layout, base, options["model_type"])
     if model is None:
         notes += save_adapter(loaded, output, name, force=force)
     elif name == "onnx_adapter":
@@ -111,31 +106,4 @@ def command(
     note(*notes)
     fields["updates"] = len(loaded)
     said += f"wrote {output}: {len(loaded)} updates, {source} → {wanted}"
-    fields["to"] = wanted
     emit(as_json, "convert", said, inputs=[{"adapter": adapter}], outputs=[output], **fields)
-
-
-def _experts(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str) -> Adapter:
-    """An adapter with its experts in a layout; the base, or its type, says how they lie."""
-    from lora_fx.checkpoint.match import model_types, saved_by, stacked
-    from lora_fx.checkpoint.model_families import config_of
-    from lora_fx.checkpoint.renaming import renaming
-    from lora_fx.files.checkpoint import open_checkpoint
-
-    version, types = saved_by(adapter), frozenset({kind} if kind else ())
-    if base:
-        tensors, config = open_checkpoint(base).tensors, config_of(base)
-        adapter = stacked(adapter, tensors, config, renaming(adapter, tensors, config, []))
-        types = types or model_types(config) or frozenset({""})
-    entries = laid(adapter.entries, layout, family_of(types), version)
-    facts = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
-    return replace(adapter, entries=entries, metadata={**adapter.metadata, "peft": facts})
-
-
-def _as_lora(adapter: Adapter, base: str | None, **goal: Any) -> tuple[Adapter, list[Approximated]]:
-    from lora_fx.adapter.plain_lora import as_lora
-    from lora_fx.checkpoint.merge import delta_in
-    from lora_fx.files.checkpoint import open_checkpoint
-
-    delta_of = partial(delta_in, open_checkpoint(base)) if base else None
-    return as_lora(adapter, **goal, delta_of=delta_of)

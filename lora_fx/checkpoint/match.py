@@ -13,13 +13,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.experts import FAMILIES, IN_OUT_EXPERTS, family_of, peft_turns
+from lora_fx.adapter.experts import (
+    FAMILIES,
+    IN_OUT_EXPERTS,
+    ExpertLayout,
+    family_of,
+    laid,
+    peft_turns,
+)
 from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, name_of
-from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES
+from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, config_of
 from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, renaming
 from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
@@ -131,6 +139,20 @@ def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renami
 
     entries = place(adapter.entries, shape_of, turned=stacks_turned(adapter, config))
     return replace(adapter, entries=entries)
+
+
+def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str | None) -> Adapter:
+    """An adapter with its experts in a layout; the base, or its model_type, says how they lie."""
+    types = frozenset({kind} if kind else ())
+    if base:
+        config = config_of(base)
+        types = types or model_types(config) or frozenset({""})  # of no family
+        if any(low.op == "experts" for low in adapter.lowrank.values()):
+            tensors = open_checkpoint(base).tensors
+            adapter = stacked(adapter, tensors, config, renaming(adapter, tensors, config, []))
+    entries = laid(adapter.entries, layout, family_of(types), saved_by(adapter))
+    facts = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
+    return replace(adapter, entries=entries, metadata={**adapter.metadata, "peft": facts})
 
 
 def _apart(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:

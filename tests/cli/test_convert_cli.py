@@ -206,6 +206,7 @@ def test_what_shapes_do_not_tell_is_refused_until_the_type_is_given(
     assert run("a", "-o", "x", "--format", name) == 2
     wrong = capsys.readouterr().err
     assert said in wrong and "--model-type TYPE" in wrong and not Path("x").exists()
+    assert run("a", "-o", "x") == 0, "without --format experts stay as they are"
     for how in (("--base", "base"), ("--model-type", "mixtral")):
         assert run("a", "-o", "x", "--format", name, *how, "--force") == 0
 

@@ -143,8 +143,8 @@ class _Writer:
             layouts = [self.adapter.lowrank[k].layout for k in parameters & set(self.told)]
             if any(layout and layout.out == (2,) for layout in layouts):
                 self.notes.append(
-                    "PEFT takes stacks [E, in, out] so where their module says is_transposed "
-                    "(gpt-oss, Aria), else lora-fx convert --model-type TYPE turns them"
+                    "PEFT takes stacks [E, in, out] so where their module says is_transposed, as "
+                    "gpt-oss does; else lora-fx convert --format peft --model-type TYPE turns them"
                 )
             if self.adapter.metadata.get("dropout"):
                 self.fields["lora_dropout"] = 0.0
