@@ -28,7 +28,8 @@ from lora_fx.errors import LoraFxError
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 _LEAVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, DOWN: 2, "w2": 2, GATE_UP: 3}
 _EXPERTS = re.compile(
-    rf"(?P<module>(?:.+\.)?experts)\.(?:(?P<n>\d+)\.)?(?P<leaf>{'|'.join(_LEAVES)})(?:\.weight)?"
+    r"(?P<module>(?:.+\.)?experts)\.(?:(?P<n>\d{1,9})\.)?"
+    rf"(?P<leaf>{'|'.join(_LEAVES)})(?:\.weight)?"
 )
 
 
@@ -178,17 +179,18 @@ def gathered(entries: Mapping[str, Entry], family: Family | None) -> dict[str, E
         if match and isinstance(low, LowRank) and low.a.ndim == (2 if match["n"] else 3):
             if not is_plain(low):
                 raise _odd(f"{key!r} is {name_of(low)}, which no stack has")
-            kinds = modules.setdefault(match["module"], {})
-            kinds.setdefault(_LEAVES[match["leaf"]], {})[int(match["n"] or -1)] = low
+            lows = modules.setdefault(match["module"], {}).setdefault(_LEAVES[match["leaf"]], {})
+            if lows.setdefault(int(match["n"] or -1), low) is not low:
+                raise _odd(f"{key!r} is a second update of the same experts")
         else:
             result[_moved(key, family, apart=False)] = low
     for module, kinds in modules.items():
         parts = {kind: _stack(module, lows) for kind, lows in kinds.items()}
         gate, up = parts.pop(0, None), parts.pop(1, None)
-        if gate and up and _like(gate) == _like(up):
+        if gate and up and 3 not in parts and _like(gate) == _like(up):
             parts[3] = _fused(gate, up, _known(family).interleaved)
         elif gate or up:
-            raise _odd(f"{module}: gate and up of a stack have one rank and scale, and are both")
+            raise _odd(f"{module}: gate and up of a stack have one rank and scale, and one update")
         if len({len(low.a) for low in parts.values()}) > 1:
             raise _odd(f"{module}: its stacks do not have as many experts")
         names = {3: GATE_UP, 2: DOWN}
@@ -214,13 +216,13 @@ def _known(family: Family | None, what: str = "rows of gate and up alternate") -
 
 
 def _stack(module: str, lows: Mapping[int, LowRank]) -> LowRank:
-    if -1 in lows:
+    if lows.keys() == {-1}:
         return lows[-1]
     first = lows[min(lows)]
-    odd = [n for n in range(max(lows) + 1) if n not in lows or _like(lows[n]) != _like(first)]
-    if odd:
-        what = "is missing" if odd[0] not in lows else "has another shape or scale than the first"
-        raise _odd(f"{module}.{odd[0]} {what}; a stack has all experts, at one rank and scale")
+    for n in range(max(lows) + 1):
+        if n not in lows or _like(lows[n]) != _like(first):
+            what = "is missing" if n not in lows else "has another shape or scale than the first"
+            raise _odd(f"{module}.{n} {what}; a stack has all experts, at one rank and scale")
     a, b = (np.stack([getattr(lows[n], half) for n in sorted(lows)]) for half in "ab")
     return LowRank(a, b, first.alpha, None, first.variant, op="experts")
 
@@ -249,7 +251,9 @@ def _alpha(low: LowRank, rank: int) -> float:
 
 def _split(low: LowRank, woven: bool) -> tuple[LowRank, LowRank]:
     """The updates of gate and of up."""
-    half = low.b.shape[-2] // 2
+    half, odd = divmod(low.b.shape[-2], 2)
+    if odd:
+        raise _odd(f"{GATE_UP} has {low.b.shape[-2]} rows, which gate and up cannot share")
     rows = low.b[..., ::2, :], low.b[..., 1::2, :]
     gate, up = rows if woven else (low.b[..., :half, :], low.b[..., half:, :])
     k, odd = divmod(low.rank, 2)

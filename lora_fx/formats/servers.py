@@ -101,7 +101,7 @@ STAYS = ("half", "partial", "own", "use_dora", "lora_bias", "alpha_pattern", "ra
 
 _AT = re.compile(
     r"(?P<module>(?:.+\.)?experts)(?P<deep>(?:\.base_layer)?)"
-    r"(?:\.(?P<n>\d+))?(?:\.(?P<leaf>[a-z]\w*))?\.lora_A\.weight"
+    r"(?:\.(?P<n>\d{1,9}))?(?:\.(?P<leaf>[a-z]\w*))?\.lora_A\.weight"
 )
 
 
@@ -137,16 +137,17 @@ def seen(
         if "fused" not in found and len(have) < 3 * (1 + max(n for n, _ in have)):
             found["partial"].append(module)
     for pair in levels.values():
-        kind = "half"
-        if outer := pair.get("", "") if len(pair) == 2 else "":
-            wide, out = shapes[pair[f".{WRAPPER}"]][1], shapes[outer.replace("_A.", "_B.")][0]
-            kind = "turned" if wide == 2 * out else "stacks"  # 2·inner, where it should be hidden
-        found[kind] += pair.values()
+        outer, inner = pair.get("", ""), pair.get(f".{WRAPPER}", "")
+        wide, out = shapes.get(inner, ())[1:2], shapes.get(outer.replace("_A.", "_B."), ())[:1]
+        kind = "stacks" if outer and inner else "half"
+        # In of gate_up_proj and out of down_proj: hidden twice, or 2·inner and inner.
+        found["turned" if wide and wide == (2 * sum(out),) else kind] += pair.values()
     for field in ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "lora_bias"):
         found |= {field: [field]} if config.get(field) else {}
     if config.get("target_parameters"):
-        named = config.get("target_modules") or ()
-        taken = [m for m in named if m.rpartition(".")[2] in TAKEN]
+        named = config.get("target_modules")
+        modules = named if isinstance(named, list) else []
+        taken = [str(m) for m in modules if str(m).rpartition(".")[2] in TAKEN]
         found |= {"taken": taken} if taken else {}
         found |= {"dropout": ["lora_dropout"]} if config.get("lora_dropout") else {}
     return dict(found)
