@@ -13,6 +13,7 @@ import pytest
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.experts import LAYOUTS, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.base import PeftFile
 from lora_fx.formats.io import load_adapter
@@ -48,28 +49,29 @@ def factors(rng: np.random.Generator, *sizes: int) -> tuple[Any, Any]:
 
 
 @cache
-def trained(kind: str, split: bool, variant: str = "lora") -> Adapter:
+def trained(kind: str, split: bool, variant: str = "lora", alpha: float = 3.0) -> Adapter:
     """An adapter of the tiny model: stacks, or experts one by one, and an attention's output."""
     model, rng = MODELS[kind], np.random.default_rng(3)
     count, hidden, inner = model.experts, model.hidden, model.inner
     entries: dict[str, LowRank] = {}
     for layer in model.layers:
         entries[f"{layer}.self_attn.o_proj.weight"] = LowRank(
-            *factors(rng, 7, hidden, 2), 3.0, variant=variant
+            *factors(rng, 7, hidden, 2), alpha, variant=variant
         )
         module = f"{layer}.{model.holder if split else 'mlp'}.experts"
         sides = ((inner, hidden), (inner, hidden), (hidden, inner))
         if split:
             for n in range(count):
                 for leaf, (out, in_) in zip(model.names, sides, strict=True):
-                    low = LowRank(*factors(rng, out, in_, 2), 3.0, variant=variant)
+                    low = LowRank(*factors(rng, out, in_, 2), alpha, variant=variant)
                     entries[f"{module}.{n}.{leaf}.weight"] = low
         else:
             for leaf, out, in_ in (
                 ("gate_up_proj", 2 * inner, hidden),
                 ("down_proj", hidden, inner),
             ):
-                low = LowRank(*factors(rng, count, out, in_, 2), 3.0, None, variant, op="experts")
+                pair = factors(rng, count, out, in_, 2)
+                low = LowRank(*pair, alpha, None, variant, op="experts")
                 entries[f"{module}.{leaf}"] = low
     return Adapter(entries)
 
@@ -166,6 +168,34 @@ def test_what_every_release_of_peft_wrote(release: str, way: str) -> None:
     old, said = written(adapter, "peft-0.18", model.kind, release)
     assert close(expert_readers.peft(under(old), config, model, "0.18.1"), want)
     assert said["peft_version"] == "0.18.1"
+
+
+@pytest.mark.parametrize("alpha", [3.0, 7.0])  # 7/√2·√2 is 7.000000000000001 in fp64
+def test_alpha_of_rslora_comes_back(alpha: float) -> None:
+    start = written(trained("mixtral", True, "rslora", alpha), "per-expert", "mixtral")
+    fused = written(read(start), "peft", "mixtral")
+    assert max(map(len, fused[0].values())) > 7 and fused[1]["use_rslora"]
+    assert same(written(read(fused), "per-expert", "mixtral"), start)
+    assert not written(read(fused), "sglang", "mixtral")[1]["alpha_pattern"], "one scale for all"
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("way", ["out-in", "in-out"])
+def test_one_stack_alone_lies_as_its_release_and_its_family_say(release: str, way: str) -> None:
+    model, want = golden(release, way)
+    name = "base_model.model.mlp.experts.lora_"
+    tensors, _ = read_tensors(GOLDEN / f"peft-{release}-{way}" / "adapter_model.safetensors")
+    down = {k: v for k, v in tensors.items() if k.startswith(name)}
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "peft_version": release}
+    adapter = read((down, {**fields, "target_modules": [], "target_parameters": ["down_proj"]}))
+    with pytest.raises(LoraFxError, match="shapes alone do not tell"):
+        written(adapter, "peft", "", release)
+    if not model.marked:  # of a marked one all releases but 0.19.0 think alike
+        with pytest.raises(LoraFxError, match="shapes alone do not tell"):
+            written(adapter, "peft", model.kind)
+    now, config = written(adapter, "peft", model.kind, release)
+    got = expert_readers.peft(under(now), config, model)
+    assert close(got, {k: v for k, v in want.items() if k[2] == "down"})
 
 
 def outcome(server: str, file: File, kind: str, want: Deltas) -> str:
