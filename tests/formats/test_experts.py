@@ -173,6 +173,7 @@ def test_what_every_release_of_peft_wrote(release: str, way: str) -> None:
 @pytest.mark.parametrize("alpha", [3.0, 3.5])  # 3.5/√2·√2 is 3.5000000000000004 in fp64
 def test_alpha_of_rslora_comes_back(alpha: float) -> None:
     start = written(trained("mixtral", True, "rslora", alpha), "per-expert", "mixtral")
+    assert start[1]["lora_alpha"] == alpha and not start[1]["alpha_pattern"]
     fused = written(read(start), "peft", "mixtral")
     assert max(map(len, fused[0].values())) > 7 and fused[1]["use_rslora"]
     assert same(written(read(fused), "per-expert", "mixtral"), start)
