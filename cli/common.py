@@ -19,7 +19,7 @@ import click
 from lora_fx.cli.output import echo, emit, say, stages
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
-from lora_fx.stages import stage, telling
+from lora_fx.progress import stage, telling
 from lora_fx.text import JsonView, near
 
 COMMANDS = {

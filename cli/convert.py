@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.experts import LAYOUTS
 from lora_fx.cli.options import fuse_options, result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
-
-if TYPE_CHECKING:
-    from lora_fx.adapter.plain_lora import Approximated
 
 
 @report_command("convert")
@@ -25,7 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "name",
-    type=click.Choice(WRITERS),
+    type=click.Choice([*WRITERS, *(n for n in LAYOUTS if n not in WRITERS)]),
     help="Of OUT.  [default: told by its name where only one is called so]",
 )
 @click.option(
@@ -34,6 +30,7 @@ if TYPE_CHECKING:
     help="The model that it is for, where ADAPTER does not name its parts, or its ΔW needs W.",
 )
 @click.option("--for", "model", metavar="X.onnx", help="The switchable file that OUT is for.")
+@click.option("--model-type", metavar="TYPE", help="The base's, in its place, for experts alone.")
 @click.option("--as", "kind", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA.")
 @click.option("--rank", type=int, help="Of --as.")
 @click.option("--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep.")
@@ -57,20 +54,27 @@ def command(
     ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter.
     OUT is a folder (peft), or ends in .onnx_adapter, or in .safetensors with --format.
 
+    peft, peft-0.18, per-expert, per-expert-fused, vllm, sglang and sglang-3d are files of PEFT,
+    with the experts of a mixture as these releases and programs have them.
+
     \b
     lora-fx convert ./adapter -o adapter.onnx_adapter
     lora-fx convert ./adapter -o de.onnx_adapter --for bert.onnx
     lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
+    lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
     """
-    name = name or format_for(output)
+    wanted = name or format_for(output)
+    layout, name = LAYOUTS.get(name or ""), "peft" if wanted in LAYOUTS else wanted
     source = format_of(adapter)
     loaded = load_adapter(adapter, base=base)
     if options["include"] or options["exclude"]:
         loaded = loaded.select(options["include"] or "", options["exclude"] or "")
-    fields: Json = {"from": source, "to": name, "approximated": []}
+    fields: Json = {"from": source, "to": wanted, "approximated": []}
     said = ""
     if options["kind"]:
-        loaded, rows = _as_lora(loaded, base, rank=options["rank"], energy=options["energy"])
+        from lora_fx.checkpoint.merge import plain_in
+
+        loaded, rows = plain_in(base, loaded, rank=options["rank"], energy=options["energy"])
         fields["approximated"] = [row.to_json() for row in rows]
         said = "".join(f"{row}\n" for row in rows)
     elif options["rank"] is not None or options["energy"] is not None:
@@ -83,6 +87,10 @@ def command(
         loaded, moved = refitted(loaded, base, *given)
         said += "".join(f"{line}\n" for line in moved)
     notes = [*loaded.metadata.get("notes", [])]
+    if layout:  # else experts stay as they are
+        from lora_fx.checkpoint.match import laid_for
+
+        loaded = laid_for(loaded, layout, base, options["model_type"])
     if model is None:
         notes += save_adapter(loaded, output, name, force=force)
     elif name == "onnx_adapter":
@@ -93,14 +101,5 @@ def command(
         raise LoraFxError(f"--for is for onnx_adapter, not for {name}", "-o X.onnx_adapter")
     note(*notes)
     fields["updates"] = len(loaded)
-    said += f"wrote {output}: {len(loaded)} updates, {source} → {name}"
+    said += f"wrote {output}: {len(loaded)} updates, {source} → {wanted}"
     emit(as_json, "convert", said, inputs=[{"adapter": adapter}], outputs=[output], **fields)
-
-
-def _as_lora(adapter: Adapter, base: str | None, **goal: Any) -> tuple[Adapter, list[Approximated]]:
-    from lora_fx.adapter.plain_lora import as_lora
-    from lora_fx.checkpoint.merge import delta_in
-    from lora_fx.files.checkpoint import open_checkpoint
-
-    delta_of = partial(delta_in, open_checkpoint(base)) if base else None
-    return as_lora(adapter, **goal, delta_of=delta_of)

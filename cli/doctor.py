@@ -9,12 +9,18 @@ import click
 from lora_fx.cli.common import FileCommand
 from lora_fx.cli.options import json_option, merge_options
 from lora_fx.cli.output import emit, note
+from lora_fx.formats.servers import SERVERS
 
 
 @click.command("doctor", cls=FileCommand)
 @click.argument("base")
 @click.argument("adapter")
 @merge_options
+@click.option(
+    "--server",
+    type=click.Choice([*SERVERS]),
+    help="Also say what this program would read, misread, drop or refuse.",
+)
 @json_option
 def command(base: str, adapter: str, as_json: bool, **options: Any) -> None:
     r"""Say everything that is wrong with the pair BASE and ADAPTER, and what to do.
@@ -27,6 +33,7 @@ def command(base: str, adapter: str, as_json: bool, **options: Any) -> None:
     \b
     lora-fx doctor ./llama ./adapter
     lora-fx doctor ./llama-awq ./adapter --dequantise
+    lora-fx doctor ./mixtral ./adapter --server vllm
     """
     from lora_fx.checkpoint.doctor.doctor import doctor, lines
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_fx.errors import LoraFxError, explained, one_line, visible
-from lora_fx.stages import Listener
+from lora_fx.progress import Listener
 from lora_fx.text import Json, strict_json
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class _Lines:
         self.open, self.file = "", sys.stderr  # which a stage may redirect
 
     def __call__(self, line: str) -> None:
-        """See lora_fx.stages.Listener."""
+        """See lora_fx.progress.Listener."""
         name, _, seconds = line.rpartition(": ")
         if not line.endswith("…") and name == self.open:
             click.echo(f" {seconds}", file=self.file)

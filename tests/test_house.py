@@ -23,7 +23,7 @@ MODULES = list(HOUSE.modules.values())
 
 # Folders import only folders that stand above them; what shares a line may not import each other.
 ORDER = (
-    ("lora_fx.errors", "lora_fx.text", "lora_fx.dtypes", "lora_fx.silence"),
+    ("lora_fx.errors", "lora_fx.text", "lora_fx.dtypes", "lora_fx.silence", "lora_fx.progress"),
     ("lora_fx.conditions",),
     ("lora_fx.files",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),
@@ -51,7 +51,7 @@ LAZY = {
 LONG = 700
 FRAGMENT = 150
 """Lines: a module below it with one importer in its own folder is part of that importer."""
-CODE_LINES = 34_210
+CODE_LINES = 34_720
 """The budget without blanks, comments and docstrings; raised only with a line in the CHANGELOG."""
 ANY = 7.5
 """Occurrences in 1,000 lines: Any stays where torch's pytrees and foreign objects begin."""

@@ -7,19 +7,27 @@ For a square one, the rest of the adapter and the model's family decide.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.experts import (
+    FAMILIES,
+    IN_OUT_EXPERTS,
+    ExpertLayout,
+    family_of,
+    laid,
+    peft_turns,
+)
 from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
-from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, IN_OUT_EXPERTS
+from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, config_of
 from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
@@ -137,6 +145,20 @@ def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renami
 
     entries = place(adapter.entries, shape_of, turned=stacks_turned(adapter, config))
     return replace(adapter, entries=entries)
+
+
+def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str | None) -> Adapter:
+    """An adapter with its experts in a layout; the base, or its model_type, says how they lie."""
+    types = frozenset({kind} if kind else ())
+    if base:
+        config = config_of(base)
+        types = types or model_types(config) or frozenset({""})  # of no family
+        if any(low.op == "experts" for low in adapter.lowrank.values()):
+            tensors = open_checkpoint(base).tensors
+            adapter = stacked(adapter, tensors, config, renaming(adapter, tensors, config, []))
+    entries = laid(adapter.entries, layout, family_of(types), saved_by(adapter))
+    facts = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
+    return replace(adapter, entries=entries, metadata={**adapter.metadata, "peft": facts})
 
 
 def _apart(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
@@ -290,9 +312,6 @@ def _piece(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> En
 # the names that Conv1D layers have, the other such names and the config.
 
 
-MARKED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter"))
-"""model_type of models whose stacks say `is_transposed`, which PEFT goes by."""
-
 Votes = dict[tuple[int, str, str], set[bool]]
 """(dimensions, part of the model, module name) → what shapes that can tell say."""
 
@@ -330,7 +349,7 @@ def turned_weights(
         elif matrix in (sides, sides[::-1]):
             votes.setdefault(_kind(name, info), set()).add(matrix == sides[::-1])
     flag = bool(adapter.metadata.get("fan_in_fan_out"))
-    kinds = _model_types(config)
+    kinds = model_types(config)
     seen = set().union(*(v for k, v in votes.items() if k[0] == 2))
     linear = seen == {False} or (not seen and bool(kinds))
     if flag and square and linear and not kinds & CONV1D_MODELS:
@@ -349,26 +368,23 @@ def turned_weights(
 
 
 def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
-    """How PEFT took the stacks of experts of a model, where its type says.
+    """How PEFT took the stacks of experts of a model, where its type says; see `peft_turns`.
 
-    PEFT writes in and out but not which of the two comes first in [E, …, …]. Until 0.18 it took
-    every stack as [E, in, out], in 0.19 those of modules that say `is_transposed` the other way,
-    since 0.20 those alone as [E, in, out].
+    PEFT writes in and out but not which of the two comes first in [E, …, …].
 
     Returns:
         True for [E, in, out], False for [E, out, in], None where it is not known.
     """
-    kinds = _model_types(config)
-    marked = bool(kinds & MARKED_EXPERTS)
-    if not marked and not kinds & STACKED:
+    family = family_of(kinds := model_types(config))
+    if family is None or not (kinds & STACKED or family in FAMILIES):
         return None
+    return peft_turns(family, saved_by(adapter))
+
+
+def saved_by(adapter: Adapter) -> str:
+    """The release of PEFT that wrote an adapter's file; empty where it does not say."""
     facts = adapter.metadata.get("peft")
-    version = str(facts.get("peft_version") or "") if isinstance(facts, Mapping) else ""
-    found = re.match(r"0\.(\d+)", version)
-    if found is None:  # older, or edited
-        return True if marked else None
-    minor = int(found[1])
-    return minor < 19 or marked != (minor == 19)
+    return str(facts.get("peft_version") or "") if isinstance(facts, Mapping) else ""
 
 
 def _kind(name: str, info: TensorInfo) -> tuple[int, str, str]:
@@ -401,7 +417,7 @@ def _named(leaf: str) -> bool:
     return bool(CONV1D_NAMES.search(f"{leaf}.weight"))
 
 
-def _model_types(config: JsonView) -> frozenset[str]:
+def model_types(config: JsonView) -> frozenset[str]:
     """model_type of the model and of its parts."""
     inner = [v for v in config.values() if isinstance(v, dict)]
     types = [c.get("model_type") for c in (config, *inner)]

@@ -10,11 +10,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.plain_lora import Approximated, as_lora
 from lora_fx.checkpoint.fold import Space, Stats, prepared, read_block
 from lora_fx.checkpoint.int8 import HINT
 from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
@@ -210,6 +213,12 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
             adapter = load_adapter(adapter, most=most, base=base, resolve=False)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
+
+
+def plain_in(base: str | None, adapter: Adapter, **goal: Any) -> tuple[Adapter, list[Approximated]]:
+    """An adapter as plain LoRA, see lora_fx.adapter.plain_lora; the base where a ΔW needs W."""
+    delta_of = partial(delta_in, open_checkpoint(base)) if base else None
+    return as_lora(adapter, **goal, delta_of=delta_of)
 
 
 def delta_in(base: Checkpoint, adapter: Adapter) -> Array:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_fx.adapter.experts import IN_OUT_EXPERTS
 from lora_fx.adapter.fused import QKV
 from lora_fx.files.checkpoint import model_config, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
@@ -144,9 +145,6 @@ def family_of(classes: Iterable[object], names: Iterable[str]) -> Tie | None:
 
 CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 """model_type of models whose linear layers store [in, out]."""
-
-IN_OUT_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text", "aria", "aria_text"))
-"""model_type of models whose expert stacks are [experts, in, out]."""
 
 CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 """What such layers are called."""

@@ -26,8 +26,8 @@ from lora_fx.fx.lowering import lowered, program_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.onnx.names import mark_data, unfolded
+from lora_fx.progress import stage
 from lora_fx.silence import silenced
-from lora_fx.stages import stage
 from lora_fx.targets.target import Target
 
 OPSET = 20

@@ -28,7 +28,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import by_output, copied
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
-from lora_fx.stages import stage
+from lora_fx.progress import stage
 from lora_fx.targets.target import base_name, split_key
 
 Arrays = dict[str, Array]

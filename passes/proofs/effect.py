@@ -28,7 +28,7 @@ from lora_fx.fx.module.module import Rewriter, copied, plain
 from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.parity import arrays_of, is_real, prove, torch_run
-from lora_fx.stages import stage
+from lora_fx.progress import stage
 from lora_fx.targets.target import base_name
 from lora_fx.text import some
 

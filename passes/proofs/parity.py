@@ -42,7 +42,7 @@ from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import has_values, to_numpy
 from lora_fx.inputs import Extents, Named
 from lora_fx.passes.proofs.reference import Run
-from lora_fx.stages import stage
+from lora_fx.progress import stage
 from lora_fx.text import Json
 
 

@@ -45,7 +45,7 @@ from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, feeds_of_sizes, open_session, signature
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
-from lora_fx.stages import stage
+from lora_fx.progress import stage
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
 

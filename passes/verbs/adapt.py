@@ -24,7 +24,7 @@ from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
 from lora_fx.passes.verbs.quantise import Wanted, quantised
-from lora_fx.stages import Listener, told
+from lora_fx.progress import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
 

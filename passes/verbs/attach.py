@@ -43,7 +43,7 @@ from lora_fx.passes.verbs.adapt import insert
 from lora_fx.passes.verbs.build_module import found_in, start_of
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.options import InsertOptions, Selectors
-from lora_fx.stages import Listener, told
+from lora_fx.progress import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.regions import applies

@@ -36,7 +36,7 @@ from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.optimise import optimise_file
 from lora_fx.passes.verbs.options import ExportOptions, Selectors, opened_adapters
-from lora_fx.stages import Listener, told
+from lora_fx.progress import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.text import Json
 

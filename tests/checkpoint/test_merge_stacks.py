@@ -62,15 +62,17 @@ def test_square_stacks_lie_as_the_model_type_says(
 
 @pytest.mark.parametrize(
     ("version", "gpt_oss", "mixtral"),
-    [(None, True, None), ("0.18.1", True, True), ("0.19.0", False, True), ("0.20.0", True, False),
-     ("0.21.2", True, False), ("0.22.0.dev0", True, False)],
+    [(None, True, None), ("0.18.1", True, True), ("0.19.0", False, True), ("0.19.1", True, False),
+     ("0.20.0", True, False), ("0.21.2", True, False), ("0.22.0.dev0", True, False)],
 )  # fmt: skip
 def test_how_each_peft_took_a_stack(version: Any, gpt_oss: Any, mixtral: Any) -> None:
     """Facts of the releases, `in_features` and `out_features` of lora.ParamWrapper."""
     made = Adapter({}, {"peft": {"peft_version": version}})
     assert stacks_turned(made, {"model_type": "gpt_oss"}) is gpt_oss
     assert stacks_turned(made, {"text_config": {"model_type": "mixtral"}}) is mixtral
-    assert stacks_turned(made, {"model_type": "llama4"}) is None
+    llama4 = stacks_turned(made, {"model_type": "llama4"})
+    assert llama4 is mixtral, "[E, in, out], but its module does not say so"
+    assert stacks_turned(made, {"model_type": "newest"}) is None
 
 
 def mixtral(folder: Path) -> tuple[Path, dict[str, Array]]:

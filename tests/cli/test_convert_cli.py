@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.experts import LAYOUTS, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli import main
-from lora_fx.files.safetensors import write_tensors
+from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter
 
 A, B = (
@@ -137,3 +139,149 @@ def test_some_updates_alone(made: Path, capsys: Any) -> None:
     ):
         assert run("many", "-o", "none", *more) == 2
         assert words in capsys.readouterr().err and not Path("none").exists()
+
+
+def experts(*, split: bool, halves: str = "gate_up_proj down_proj") -> Adapter:
+    """Stacks of 3 experts, hidden 6, inner 5; or the same one by one, under Mixtral's names."""
+    rng, entries = np.random.default_rng(0), {}
+    for leaf, out, in_ in (("gate_up_proj", 10, 6), ("down_proj", 6, 5)):
+        a = rng.standard_normal((3, 2, in_)).astype("f4")
+        b = rng.standard_normal((3, out, 2)).astype("f4")
+        if leaf in halves:
+            entries[f"model.layers.0.mlp.experts.{leaf}"] = LowRank(a, b, 3.0, op="experts")
+    given = laid(
+        entries, LAYOUTS["per-expert" if split else "peft"], family_of(["mixtral"]), "0.21.2"
+    )
+    return Adapter(given, {"peft": {"peft_version": "0.21.2"}})
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Mixtral of one layer, as its file has it."""
+    monkeypatch.chdir(tmp_path)
+    sides = {"w1": (5, 6), "w2": (6, 5), "w3": (5, 6)}
+    names = {f"{n}.{leaf}": size for n in range(3) for leaf, size in sides.items()}
+    lead = "model.layers.0.block_sparse_moe.experts"
+    tensors = {f"{lead}.{k}.weight": np.ones(size, "f4") for k, size in names.items()}
+    Path("base").mkdir()
+    save_file(tensors, "base/model.safetensors")
+    Path("base/config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    return tmp_path
+
+
+def tensors_of(folder: str) -> dict[str, Any]:
+    return read_tensors(Path(folder) / "adapter_model.safetensors")[0]
+
+
+def test_experts_by_the_base_and_by_its_type(mixture: Path, capsys: Any) -> None:
+    save_adapter(experts(split=False), "stacks")
+    for name, lead in (
+        ("vllm", "block_sparse_moe.experts.2.w3"),
+        ("sglang-3d", "mlp.experts.up_proj"),
+    ):
+        for how in (("--base", "base"), ("--model-type", "mixtral")):
+            assert run("stacks", "-o", "x", "--format", name, *how, "--force", "--json") == 0
+            assert json.loads(capsys.readouterr().out)["to"] == name
+            assert f"base_model.model.model.layers.0.{lead}.lora_A.weight" in tensors_of("x")
+            assert run("x", "-o", "y", "--format", "peft", *how, "--force") == 0
+            capsys.readouterr()
+            one, two = tensors_of("stacks"), tensors_of("y")
+            assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name", "said"),
+    [
+        (experts(split=False), "per-expert", "whether rows of gate and up alternate"),
+        (experts(split=False), "vllm", "whether vLLM takes stacks"),
+        (experts(split=False), "peft-0.18", "[E, out, in] or [E, in, out]"),
+        (experts(split=True), "peft", "whether rows of gate and up alternate"),
+        (experts(split=False, halves="gate_up_proj"), "peft", "which side of the experts is in"),
+    ],
+)
+def test_what_shapes_do_not_tell_is_refused_until_the_type_is_given(
+    mixture: Path, capsys: Any, adapter: Adapter, name: str, said: str
+) -> None:
+    save_adapter(adapter, "a")
+    assert run("a", "-o", "x", "--format", name) == 2
+    wrong = capsys.readouterr().err
+    assert said in wrong and "--model-type TYPE" in wrong and not Path("x").exists()
+    assert run("a", "-o", "x") == 0, "without --format experts stay as they are"
+    for how in (("--base", "base"), ("--model-type", "mixtral")):
+        assert run("a", "-o", "x", "--format", name, *how, "--force") == 0
+
+
+def test_the_shapes_of_the_base_tell_what_no_release_does(mixture: Path, capsys: Any) -> None:
+    save_adapter(experts(split=False, halves="gate_up_proj"), "a")
+    config = json.loads(Path("a/adapter_config.json").read_text())
+    Path("a/adapter_config.json").write_text(json.dumps({**config, "peft_version": None}))
+    assert run("a", "-o", "x", "--format", "peft", "--model-type", "mixtral") == 2
+    assert "PEFT's releases differ" in capsys.readouterr().err
+    assert run("a", "-o", "x", "--format", "peft-0.18", "--base", "base") == 0
+    one, two = tensors_of("a"), tensors_of("x")
+    assert {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}
+    assert run("x", "-o", "y", "--format", "peft", "--base", "base") == 0
+    assert all(np.array_equal(v, one[k]) for k, v in tensors_of("y").items())
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "said"),
+    [
+        (lambda e: {k: v for k, v in e.items() if ".1.w3" not in k}, "peft", ".1 is missing"),
+        (lambda e: {k: v for k, v in e.items() if ".w3" not in k}, "peft", "and one update"),
+        (lambda e: {**e, **{k.replace("w1", "gate_proj"): v for k, v in e.items()}}, "peft",
+         "second update"),
+        (lambda e: {**e, **{k.replace("w1", "gate_up_proj"): v for k, v in e.items()}}, "peft",
+         "and one update"),
+        (lambda e: {**e, **{k.replace(".0.w2", ".77777777.w2"): v for k, v in e.items()}}, "peft",
+         ".3 is missing"),
+        (lambda e: {k: v for k, v in e.items() if ".2.w2" not in k}, "peft", "as many experts"),
+        (lambda e: {k: replace(v, alpha=4.0) if ".1.w2" in k else v for k, v in e.items()}, "peft",
+         "another shape or scale"),
+        (lambda e: {k: replace(v, alpha=4.0) if ".w2" in k else v for k, v in e.items()}, "sglang",
+         "SGLang has one of each"),
+        (lambda e: {k: v for k, v in e.items() if ".w2" not in k}, "vllm", "without gate_up_proj"),
+        (lambda e: {k: replace(v, magnitude=np.ones(len(v.b), "f4")) for k, v in e.items()}, "peft",
+         "which no stack has"),
+    ],
+)  # fmt: skip
+def test_experts_that_a_layout_cannot_say(
+    mixture: Path, capsys: Any, change: Any, name: str, said: str
+) -> None:
+    adapter = experts(split=True)
+    save_adapter(replace(adapter, entries=change(adapter.entries)), "a")
+    assert run("a", "-o", "x", "--format", name, "--model-type", "mixtral") == 2
+    wrong = capsys.readouterr().err
+    assert said in wrong and "lora-fx merge" in wrong and not Path("x").exists()
+    if len(change(adapter.entries)) > len(adapter.entries):
+        return  # names of no base
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", "base", "a", "-o", "merged"])
+    assert not stop.value.code, "the hint works"
+
+
+def test_doctor_says_what_a_server_makes_of_it(mixture: Path, capsys: Any) -> None:
+    save_adapter(experts(split=False), "stacks")
+    for server, code, said in (
+        ("vllm", 1, "vLLM 0.33.0 drops experts of a module that it names otherwise"),
+        ("sglang", 1, "SGLang 0.5.23 refuses stacks under PEFT's names"),
+        ("peft", 0, "PEFT 0.21.2 reads stacks"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["doctor", "base", "stacks", "--server", server])
+        out = capsys.readouterr().out
+        assert int(stop.value.code or 0) == code and said in out
+        hint = f"lora-fx convert --format {server} --base base"
+        assert (hint in out) == bool(code)
+        if code:
+            assert run("stacks", *hint.split()[2:], "-o", server) == 0
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                main(["doctor", "base", server, "--server", server, "--json"])
+            found = json.loads(capsys.readouterr().out)["findings"]
+            left = [f for f in found if f["check"] == "server"]
+            assert left and all(f["severity"] == "note" for f in left), "the hint mends it"
+    save_file({"lora_unet_x.lora_down.weight": A, "lora_unet_x.lora_up.weight": B}, "k.safetensors")
+    with pytest.raises(SystemExit):
+        main(["doctor", "base", "k.safetensors", "--server", "vllm"])
+    assert "a file of another format" in capsys.readouterr().out

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from lora_fx.adapter.experts import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT, stored_as
+from lora_fx.checkpoint.match import model_types
 from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
@@ -26,6 +28,7 @@ from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.file import KINDS
 from lora_fx.formats.peft.names import PREFIX
+from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, is_number, near
 
@@ -586,3 +589,21 @@ def trained(pair: Pair) -> Iterator[Finding]:
         "was the adapter saved before training?" if whole else "did a gradient reach them?",
         ERROR if whole else WARNING,
     )
+
+
+def served(pair: Pair, server: str) -> Iterator[Finding]:
+    """What a program would make of the adapter, by the table of `lora_fx.formats.servers`."""
+    types = model_types(pair.base.config())
+    family = family_of(types) or Family()
+    shapes = {name: array.shape for name, array in pair.raw.tensors.items()}
+    found = seen(shapes, pair.raw.config, family)
+    for rule, names in verdicts(server, found, family, types):
+        what = f"{SERVERS[server]} {rule.outcome} {rule.said} ({rule.source})"
+        if rule.outcome == READS:
+            yield Finding(names, what, "", "", NOTE)
+            continue
+        hint = f"lora-fx convert --format {server} --base {pair.base.path}"
+        hint = "lora-fx merge folds it into its base" if rule.what in STAYS else hint
+        yield Finding(names, what, "what it applies as it was trained", hint)
+    if not shapes:
+        yield Finding([], "a file of another format", "one of PEFT's", "lora-fx convert -o FOLDER")

@@ -60,14 +60,22 @@ OF_FILE = {*[*CHECKS][: [*CHECKS].index("prefix")]}
 """Checks of the adapter by itself, and whether it is of the base's model: what its reader tells."""
 VALUES = ("base values", "training", "effect")
 """Checks of numbers, which a merge sees as it is carried out, and its plan does not."""
+SERVED = "server"
+"""The check of what a program makes of the adapter, where one is named."""
 
 
-def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str], **options: Any) -> Report:
+def doctor(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    server: str | None = None,
+    **options: Any,
+) -> Report:
     """What is wrong with a base and an adapter.
 
     Args:
         base: A Hugging Face folder or a `.safetensors` file.
         adapter: A file or folder that `lora_fx.load_adapter` reads, or would if it were sound.
+        server: vllm, sglang or peft: also say what that program would read, misread or drop.
         options: Those of `lora_fx.merge` that the pair is to be merged with, such as
             dequantise=True; trust=True reads pickles.
 
@@ -89,6 +97,8 @@ def doctor(base: str | os.PathLike[str], adapter: str | os.PathLike[str], **opti
         findings += _more(pair, findings, plan)
         if isinstance(plan, MergePlan):
             findings = [_taken(f, asked) for f in findings]
+        if server:
+            findings += [replace(f, check=SERVED) for f in checks.served(pair, server)]
     findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
     details = {
         "used": sum(r["tensor"] is not None for r in rows),
@@ -160,7 +170,9 @@ def lines(report: Report) -> str:
     text += ["", *(f"{name:<{width}}  {worst.get(name, 'ok')}" for name in (*CHECKS, LAST))]
     errors, warned = (sum(f["severity"] == s for f in d["findings"]) for s in (ERROR, WARNING))
     verdict = f"healthy; warnings: {warned}" if warned else "healthy"
-    text += ["", verdict if report else f"errors: {errors}; do not merge this pair"]
+    bad = any(f["severity"] == ERROR and f["check"] != SERVED for f in d["findings"])
+    advice = "do not merge this pair" if bad else "do not serve it so"
+    text += ["", verdict if report else f"errors: {errors}; {advice}"]
     text += [f"lora-fx merge refuses it: {d['merge']}"] if d["merge"] else []
     return "\n".join(map(visible, text))
 

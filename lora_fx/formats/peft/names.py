@@ -5,6 +5,7 @@ of a module   names                                shapes
 ============  ===================================  ==========================================
 linear        X.lora_A.weight, X.lora_B.weight     A [r, in], B [out, r]; HF Conv1D the same
 convolution   X.lora_A.weight, X.lora_B.weight     A [r, C_in, *kernel], B [C_out, r, 1, …]
+experts       the same, for SGLang alone           A [E, r, in], B [E, out, r]
 embedding     X.lora_embedding_A, …_B              A [r, rows], B [dim, r]
 parameter     the first two; see `peft_stack`      A [r·E, in], B [out, r·E]
 DoRA          X.lora_magnitude_vector              [out], [1, C_out, 1, …] or [dim]
@@ -37,6 +38,9 @@ from lora_fx.text import JsonView
 PREFIX = "base_model.model."
 OWN = "lora_fx."
 WRAPPER = "base_layer"
+TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Modules that PEFT takes for experts of transformers 4 where target_modules has their names, and
+doubles the rank of the stacks that it puts in their place; beside stacks they are parameters."""
 DELTA = ".token_adapter.trainable_tokens_delta"
 _PARTS = {
     "lora_A.weight": "a",
@@ -150,6 +154,9 @@ def from_tensors(
         LoraFxError: The two do not fit each other.
     """
     shapes = f"A is {list(a.shape)} and B is {list(b.shape)}"
+    stacked = a.ndim == b.ndim == 3 and len(a) == len(b) and a.shape[1] == b.shape[2]
+    if stacked and (len(a) != b.shape[1] or b.shape[2] != 1):  # else a convolution of rank E
+        return a, b, "experts", ()
     if a.ndim != b.ndim or (kind == "embedding" and a.ndim != 2) or a.ndim > 5:
         raise LoraFxError(
             f"{where}: {shapes}; expected A [r, in, *kernel] and B [out, r, 1, …]",
@@ -257,11 +264,17 @@ def read_stacks(
 
 def unpacked(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     """Factors [E, r, in] and [E, out, r] from PEFT's [r·E, in] and [out, r·E]; 2-D where E is 1."""
-    experts = len(a) // rank
-    if experts == 1:
+    if len(a) == rank:
         return a, b
-    stack = a.reshape(experts, rank, -1)
-    return stack, np.ascontiguousarray(b.reshape(len(b), rank, experts).transpose(2, 0, 1))
+    stack = a.reshape(-1, rank, a.shape[-1])
+    return stack, np.ascontiguousarray(b.reshape(len(b), rank, -1).transpose(2, 0, 1))
+
+
+def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: Pattern) -> LowRank:
+    """The update of a stack whose name our own JSON says; always [E, r, in] and [E, out, r]."""
+    rank, alpha = _numbers(key, ranks, alphas, source)
+    a, b = unpacked(*_pair(group, source), rank)
+    return LowRank(a if a.ndim == 3 else a[None], b if b.ndim == 3 else b[None], alpha)
 
 
 def packed(low: LowRank) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ from lora_fx.formats.base import PeftFile, holds
 from lora_fx.formats.peft.config import (
     ORIGIN,
     TRAINS,
+    VERSION,
     Pattern,
     check_config,
     listed_whole,
@@ -36,6 +37,7 @@ from lora_fx.formats.peft.names import (
     candidates,
     from_tensors,
     groups,
+    one_stack,
     read_stacks,
     split_name,
     unknown_name,
@@ -81,10 +83,13 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     metadata |= target_facts(config, reader.modules, file, notes)
     if ours:  # which names each update, and the config names modules in full
         del metadata["peft"]
+        if config.get(VERSION):
+            metadata["peft"] = {VERSION: config[VERSION]}
     metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
     if config.get("fan_in_fan_out"):
         metadata["fan_in_fan_out"] = True
-    metadata["dropout"] = float(config.get("lora_dropout") or 0.0)
+    kept = metadata.get("dropout") if config.get("target_parameters") else 0.0  # PEFT wants it 0
+    metadata["dropout"] = float(config.get("lora_dropout") or kept or 0.0)
     metadata["notes"] = notes
     return Adapter(entries, metadata)
 
@@ -153,9 +158,9 @@ class _Reader:
                 f"correct target_modules in {self.source.config_file}",
             )
         rank, alpha = self.ranks.of(seen), self.alphas.of(seen)
-        if rank is not None and rank != len(a):
+        if rank is not None and rank != a.shape[-2]:
             raise LoraFxError(
-                f"{self.file}: {a_name!r} has rank {len(a)}; expected {rank:g}, as "
+                f"{self.file}: {a_name!r} has rank {a.shape[-2]}; expected {rank:g}, as "
                 f"{self.source.config_file} says: the scale would be in doubt",
                 "correct r or rank_pattern",
             )
@@ -456,7 +461,7 @@ def own_entries(
     """
     for key, row in rows.items():
         try:
-            entry, group = _one(row, reader, found)
+            entry, group = _one(key, row, reader, found)
             fits = not isinstance(entry, LowRank) or holds(entry.layout, entry.shape)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoraFxError(
@@ -475,7 +480,9 @@ def own_entries(
             reader.bias(entries, entry, group)
 
 
-def _one(row: JsonView, reader: _Reader, found: Mapping[str, Group]) -> tuple[Entry, Group | None]:
+def _one(
+    key: str, row: JsonView, reader: _Reader, found: Mapping[str, Group]
+) -> tuple[Entry, Group | None]:
     """The entry of one object, and the layer of PEFT's that it was read from."""
     source, taken = reader.source, reader.taken
     for kind in ("full", "dense", "rows"):
@@ -505,7 +512,14 @@ def _one(row: JsonView, reader: _Reader, found: Mapping[str, Group]) -> tuple[En
             raise ValueError(f"{names[0]!r} is no name of an A")
         group = found[split[0]]
         taken.update(group.names.values())
-        low = reader.update(group, found)
+        batch = (row["layout"] or {}).get("batch")
+        if batch or "weight" in candidates(source.config, group.module):
+            low = one_stack(key, group, source, reader.ranks, reader.alphas)
+            low = replace(low, variant=reader.variant)
+            low = low if batch else replace(low, a=low.a[0], b=low.b[0])
+            reader.modules.append(group.module)
+        else:
+            low = reader.update(group, found)
     if row.get("swapped"):
         low = replace(low, a=np.ascontiguousarray(low.b.T), b=np.ascontiguousarray(low.a.T))
     told = from_json(low, row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.safetensors import finite, is_float
-from lora_fx.formats.peft.config import KASA, build_config, conflicts
-from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER, packed, unwrapped
+from lora_fx.formats.peft.config import KASA, VERSION, build_config, conflicts
+from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, TAKEN, WRAPPER, packed, unwrapped
 from lora_fx.targets.target import split_use
 from lora_fx.text import Json
 
@@ -138,6 +139,16 @@ class _Writer:
                     result[name] = (low.rank, low.alpha)
         if parameters:
             self.fields["target_parameters"] = sorted(parameters)
+            self.fields[VERSION] = self.adapter.metadata.get("peft", {}).get(VERSION)
+            layouts = [self.adapter.lowrank[k].layout for k in parameters & set(self.told)]
+            if any(layout and layout.out == (2,) for layout in layouts):
+                self.notes.append(
+                    "PEFT takes stacks [E, in, out] so where their module says is_transposed, as "
+                    "gpt-oss does; else lora-fx convert --format peft --model-type TYPE turns them"
+                )
+            if self.adapter.metadata.get("dropout"):
+                self.fields["lora_dropout"] = 0.0
+                self.notes.append("lora_dropout is 0 in the config: PEFT has none for parameters")
         return result
 
     def _biases(self) -> set[str]:
@@ -150,7 +161,8 @@ class _Writer:
         fits = {k for k, v in dense.items() if k in layers and self._is_bias_of(v, *layers[k])}
         needed = {k for k, (_, f) in layers.items() if not _in_proj(f)}
         starts = {"init_lora_weights", "kasa_config"} & set(self.fields)
-        odd = self.fields["use_dora"] or starts  # PEFT refuses both
+        stacks = any(f.kind == "stack" for f in self.told.values())
+        odd = self.fields["use_dora"] or starts or stacks  # PEFT refuses these
         say = bool(fits) and needed <= fits | full and not odd
         if say:
             self.fields["lora_bias"] = True
@@ -307,7 +319,45 @@ def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
                 result[key] = PeftForm("linear", lead, plain=True)
                 continue
         result[key] = form_of(key, low)
+    return result | _stacks(updates, result)
+
+
+def _stacks(updates: Mapping[str, LowRank], forms: Mapping[str, PeftForm]) -> dict[str, PeftForm]:
+    """Forms of the stacks that PEFT can have as parameters, and of what lies inside their modules.
+
+    PEFT wraps the parameters of a module in the order in which it defines them, the first
+    innermost. The updates of a model come in that order.
+    """
+    if any(low.magnitude is not None or low.mutated for low in updates.values()):
+        return {}  # PEFT has no such start, and no DoRA, for parameters
+    modules: dict[str, list[str]] = {}
+    for key, low in updates.items():
+        layout = low.layout
+        three = layout and len(layout.stored) == 3 and layout.shape == layout.stored
+        whole = layout and three and layout.batch == (0,)
+        loose = not (layout or low.layer) and low.op == "experts" and low.a.ndim == 3
+        if forms[key].kind == "own" and (whole or loose) and _STACK.fullmatch(key) and not low.use:
+            modules.setdefault(key.rpartition(".")[0], []).append(key)
+    result = {}
+    for module, keys in modules.items():
+        busy = {f.module for f in forms.values()} | {f"{module}.weight"} & set(updates)
+        if module in busy:
+            continue
+        for depth, key in enumerate(reversed(keys)):
+            lead = module + f".{WRAPPER}" * depth
+            result[key] = PeftForm("stack", lead, plain=not updates[key].layout)
+        for key, form in forms.items():
+            if form.lead.startswith(f"{module}."):
+                inner = form.lead.removeprefix(module)
+                result[key] = replace(form, lead=module + f".{WRAPPER}" * len(keys) + inner)
+    for key, form in forms.items() if result else ():
+        named = key == f"{form.module}.weight" and key.split(".")[-2] in TAKEN
+        if named and form.kind == "linear" and not (form.transposed or form.swapped):
+            result[key] = replace(result.get(key, form), kind="stack")
     return result
+
+
+_STACK = re.compile(r"[^\[\]@]+\.[^\[\]@.]+")
 
 
 def _as_read(low: LowRank) -> bool:
@@ -328,6 +378,8 @@ def form_of(key: str, low: LowRank) -> PeftForm:
         return PeftForm("own", why="it covers a part of the tensor (convert --fuse --base)")
     if not name.endswith(".weight"):
         return PeftForm("own", why="the parameter is not the weight of a module")
+    if low.op == "experts" and not low.layout and low.a.ndim == 3:
+        return PeftForm("linear", name.removesuffix(".weight"))  # as SGLang has them
     if low.a.ndim != 2:
         return PeftForm("own", why="it is a stack of matrices or a grouped convolution")
     if shared:

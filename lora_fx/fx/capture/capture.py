@@ -35,7 +35,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.tensors import AdapterTensors, parameter_of
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
-from lora_fx.stages import stage
+from lora_fx.progress import stage
 from lora_fx.text import Json
 
 MOST_PATHS = 8

@@ -57,13 +57,15 @@ def test_names_and_shapes_are_those_of_peft(mixed: Adapter, tmp_path: Path) -> N
         "lm_head.lora_B.weight": (11, 2),
         "look.lora_embedding_A": (2, 11),
         "look.lora_embedding_B": (6, 2),
+        "experts.lora_A.weight": (12, 6),
+        "experts.lora_B.weight": (8, 12),
         "score.weight": (3, 4),
         "score.bias": (3,),
         "h.0.fc.base_layer.bias": (8,),
     }
     own = {k.removeprefix("lora_fx.") for k in shapes if k.startswith("lora_fx.")}
     assert own == {
-        *(f"{k}.lora_{h}" for k in ("tok.weight", "experts.up", "gconv.weight") for h in "AB"),
+        *(f"{k}.lora_{h}" for k in ("tok.weight", "gconv.weight") for h in "AB"),
         *(f"{k}.lora_{h}" for k in ("h.0.attn.weight[:, 0:4]", "in_proj_weight") for h in "AB"),
         "cls_token.full",
     }
@@ -75,14 +77,17 @@ def test_config(mixed: Adapter, tmp_path: Path) -> None:
     assert config["target_modules"] == sorted(
         ["h.0.fc", "h.1.fc", "h.0.proj", "conv", "emb", "lm_head", "look"]
     )
-    assert (config["r"], config["rank_pattern"]) == (2, {r"^h\.1\.fc": 3})
-    assert (config["lora_alpha"], config["alpha_pattern"]) == (4, {r"^h\.1\.fc": 5.5})
+    assert config["target_parameters"] == ["experts.up"]
+    assert (config["r"], config["rank_pattern"]) == (2, {r"^h\.1\.fc": 3, r"^experts\.up": 4})
+    assert config["lora_alpha"] == 4
+    assert config["alpha_pattern"] == {r"^h\.1\.fc": 5.5, r"^experts\.up": 2}
     assert config["modules_to_save"] == ["score"] and config["bias"] == "lora_only"
-    assert config["lora_dropout"] == 0.1 and config["base_model_name_or_path"] == "tiny"
+    assert config["lora_dropout"] == 0.0 and config["base_model_name_or_path"] == "tiny"
     assert not config["fan_in_fan_out"] and not config["use_rslora"]
-    unseen = ("tok.weight", "h.0.attn.weight[:, 0:4]", "experts.up", "in_proj_weight", "cls_token")
+    unseen = ("tok.weight", "h.0.attn.weight[:, 0:4]", "in_proj_weight", "cls_token")
     for key in unseen:
         assert any(repr(key) in note for note in notes), key
+    assert any("lora_dropout is 0" in note for note in notes)
     assert not any("score" in note for note in notes)
 
 

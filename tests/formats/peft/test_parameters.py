@@ -13,7 +13,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.io import load_adapter
+from lora_fx.formats.io import load_adapter, save_adapter
+from lora_fx.ir.layout import Layout
 from tests.formats.merging import check_with_peft, numbers
 
 torch = pytest.importorskip("torch")
@@ -195,3 +196,46 @@ def test_configs_that_do_not_fit(tmp_path: Path, fields: dict[str, Any], word: s
     path.write_text(json.dumps({k: v for k, v in {**old, **fields}.items() if v is not None}))
     with pytest.raises(LoraFxError, match=word):
         load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("first", ["gate_up_proj", "down_proj"])
+def test_stacks_of_our_own_are_applied(tmp_path: Path, turned: bool, first: str) -> None:
+    """Nested by the order of definition, a layer inside their module and one called gate_proj."""
+
+    class Outer(Moe):
+        def __init__(self) -> None:
+            super().__init__(turned, first)
+            self.gate_proj = nn.Linear(5, 3)
+
+    torch.manual_seed(0)
+    shapes = {k: tuple(v.shape) for k, v in Outer().state_dict().items()}
+    rng, entries = np.random.default_rng(0), {}
+    for key in (k for k in shapes if len(shapes[k]) > 1 and k != "table"):
+        shape, stack = shapes[key], len(shapes[key]) == 3
+        way = ((2,), (1,)) if stack and turned else ((len(shape) - 2,), (len(shape) - 1,))
+        layout = Layout(shape, (0,) if stack else (), *way, shape)
+        rank = 3 if "gate" in key else 2
+        a = rng.standard_normal((*layout.batch_shape, rank, layout.in_size), np.float32)
+        b = rng.standard_normal((*layout.batch_shape, layout.out_size, rank), np.float32)
+        entries[key] = LowRank(a, b, 1.5, layout)
+    adapter = Adapter(entries, {"dropout": 0.1})
+    save_adapter(adapter, tmp_path / "ours")
+    before = Outer()
+    with warnings.catch_warnings():
+        # PEFT looks for patterns among modules only, and yet goes by them for parameters.
+        for wrong in ("no modules were excluded", "did not match any targeted module"):
+            warnings.filterwarnings("ignore", message=f".*{wrong}")
+        wrapped = peft.PeftModel.from_pretrained(before, tmp_path / "ours")
+    weights = {k: v.clone() for k, v in wrapped.state_dict().items() if "lora_" not in k}
+    merged = wrapped.merge_and_unload().state_dict()
+    plain = {k.replace(".base_layer", "").removeprefix("base_model.model."): v
+             for k, v in weights.items()}  # fmt: skip
+    for key, delta in adapter.deltas().items():
+        if ".router." in key:
+            continue  # which PEFT forgets in merge_and_unload, its own as well
+        got = (merged[key] - plain[key]).numpy()
+        np.testing.assert_allclose(got, delta, rtol=1e-4, atol=1e-5, err_msg=key)
+    again = load_adapter(tmp_path / "ours")
+    assert again.entries.keys() == entries.keys() and again.metadata["dropout"] == 0.1
+    assert all(np.array_equal(again.lowrank[k].a, entries[k].a) for k in entries)

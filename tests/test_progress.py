@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx import stages
+from lora_fx import progress
 from lora_fx.cli.output import _Lines
-from lora_fx.stages import stage, telling, told
+from lora_fx.progress import stage, telling, told
 
 Told = Callable[[str], None]
 
@@ -28,7 +28,7 @@ def named(lines: list[str]) -> list[str]:
 
 
 def test_a_stage_is_told_once_it_takes_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "PATIENCE", 0.02)
+    monkeypatch.setattr(progress, "PATIENCE", 0.02)
     lines: list[str] = []
     with telling(lines.append):
         with stage("outer"):
@@ -46,7 +46,7 @@ def test_a_stage_is_told_once_it_takes_a_moment(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_stage_that_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
     lines: list[str] = []
     with pytest.raises(ValueError, match="no"), telling(lines.append), stage("work"):
         time.sleep(0.1)
@@ -58,7 +58,7 @@ def test_a_stage_that_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_is_told_by_progress(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
     lines: list[str] = []
     model, x = nn.Sequential(nn.Linear(5, 4)).eval(), torch.randn(2, 5)
     adapter = lora_fx.insert(model, (x,), rank=2).adapter()
@@ -95,7 +95,7 @@ def test_a_line_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "a … 1.5 s\nb …\nc … 2.0 s\nb: 3.0 s\nd: 4.0 s\ne …\n"
 
 
-RUN = "import lora_fx.stages as s; s.PATIENCE = 0; from lora_fx.cli import main; main()"
+RUN = "import lora_fx.progress as s; s.PATIENCE = 0; from lora_fx.cli import main; main()"
 
 
 def command(tmp_path: Path, *options: str) -> list[str]:

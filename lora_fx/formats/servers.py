@@ -1,0 +1,181 @@
+"""What programs that apply a PEFT adapter make of it, as far as experts and scales go.
+
+RULES is the table, one row a kind of content: read in the programs' sources, in the releases that
+SERVERS names, and compared with readers written from those sources in the tests. `seen` says what
+an adapter's file has, `verdicts` which rows that means.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from lora_fx.adapter.experts import GATE_UP, Family
+from lora_fx.formats.peft.names import OWN, PREFIX, TAKEN, WRAPPER
+from lora_fx.text import JsonView
+
+SERVERS = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23", "peft": "PEFT 0.21.2"}
+READS, MISREADS, DROPS, REFUSES = "reads", "misreads", "drops", "refuses"
+_JOINED = frozenset((
+    "mixtral", "minimax", "minimax_m2", "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite",
+    "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe",
+    "qwen3_next", "qwen3_omni_moe", "sarvam_mla", "solar_open",
+))  # fmt: skip
+"""model_type of models for which PEFT makes stacks of experts one by one; qwen2_moe is not there:
+`_MODEL_TO_CONVERSION_PATTERN` of transformers 5.24 has it as a value only."""
+
+
+class Rule(NamedTuple):
+    """What one program does with one kind of content.
+
+    Attributes:
+        server: A key of SERVERS.
+        what: Kinds of content that `seen` names.
+        models: The models for which it holds, a facet of `verdicts`; empty for all. The first row
+            that holds counts.
+        outcome: reads, misreads, drops or refuses.
+        said: Why, after the program's name and the outcome.
+        source: The file, and what in it says so.
+    """
+
+    server: str
+    what: str
+    models: str
+    outcome: str
+    said: str
+    source: str
+
+
+_MANAGER, _MODEL, _PEFT = "lora/model_manager.py", "lora/lora_model.py", "lora/peft_helper.py"
+_POOL, _SGL, _LAYER = "srt/lora/mem_pool.py", "srt/lora/lora.py", "tuners/lora/layer.py"
+_JOIN = "utils/transformers_weight_conversion.py"
+RULES = tuple(Rule(*row) for row in (
+    ("vllm", "half stacks turned apart", "elsewhere", DROPS, "experts of a module that it names "
+     "otherwise, and says nothing", _MANAGER),
+    ("vllm", "half", "", REFUSES, "experts with one of the two stacks", _MANAGER),
+    ("vllm", "stacks", "whole", READS, "stacks of this model as they are", _MANAGER),
+    ("vllm", "turned", "whole", MISREADS, "stacks of PEFT 0.18: in and out are swapped", _MANAGER),
+    ("vllm", "stacks turned", "", REFUSES, "stacks: of this model it takes experts one by one, or "
+     "else with --enable-mixed-moe-lora-format and is_3d_lora_weight in the request", _MANAGER),
+    ("vllm", "letters", "worded", REFUSES, "w1, w2 and w3, names of another model", _MODEL),
+    ("vllm", "apart", "whole", REFUSES, "single experts: of this model it takes stacks", _MODEL),
+    ("vllm", "partial", "", REFUSES, "experts of which some lack gate, up or down", _MANAGER),
+    ("vllm", "apart", "", READS, "experts one by one", _MANAGER),
+    ("vllm", "fused", "", REFUSES, "gate and up of one expert as one", _MODEL),
+    ("vllm", "axes", "", REFUSES, "three axes; w1, w2, w3 it takes with --enable-moe-shared-loras",
+     _MODEL),
+    ("vllm", "own", "", REFUSES, "tensors under lora_fx., no names of PEFT", "lora/utils.py"),
+    ("vllm", "use_dora", "", REFUSES, "DoRA", _PEFT),
+    ("vllm", "lora_bias", "", REFUSES, "a bias of B", _PEFT),
+    ("sglang", "half stacks turned", "", REFUSES, "stacks under PEFT's names", "srt/lora/utils.py"),
+    ("sglang", "letters", "", REFUSES, "w1, w2 and w3 in target_modules, but not their tensors; "
+     "--lora-target-modules gate_up_proj down_proj helps", "srt/lora/utils.py"),
+    ("sglang", "apart", "", READS, "experts one by one", _POOL),
+    ("sglang", "fused", "woven", MISREADS, "gate and up as one: it weaves their rows once more",
+     "srt/lora/layers.py"),
+    ("sglang", "fused", "", READS, "gate and up of one expert as one", _SGL),
+    ("sglang", "axes", "", READS, "experts with three axes", _POOL),
+    ("sglang", "own", "", MISREADS, "tensors under lora_fx., whose names have a module's", _POOL),
+    ("sglang", "use_rslora", "", MISREADS, "rsLoRA: its scale is lora_alpha / r", _SGL),
+    ("sglang", "alpha_pattern", "", MISREADS, "alpha_pattern: it has one scale for all", _SGL),
+    ("sglang", "rank_pattern", "", REFUSES, "rank_pattern: it has one r for all", _POOL),
+    ("sglang", "use_dora", "", REFUSES, "DoRA", "srt/lora/lora_manager.py"),
+    ("peft", "taken", "joined", REFUSES, "target_modules that were experts, beside stacks: it "
+     "doubles the stacks' rank", _JOIN),
+    ("peft", "dropout", "", REFUSES, "lora_dropout beside target_parameters", _LAYER),
+    ("peft", "stacks", "unmarked", REFUSES, "this model's stacks the other way round", _LAYER),
+    ("peft", "turned", "unmarked", READS, "stacks of this model so", _LAYER),
+    ("peft", "half", "", READS, "stacks, where a release since 0.19.1 wrote them", _LAYER),
+    ("peft", "stacks", "", READS, "stacks", _LAYER),
+    ("peft", "turned", "", REFUSES, "stacks of PEFT 0.18: in and out are swapped", _LAYER),
+    ("peft", "apart", "joined", READS, "experts one by one, and makes stacks of them", _JOIN),
+    ("peft", "apart fused", "", DROPS, "experts one by one: transformers 5 has stacks", _JOIN),
+    ("peft", "axes", "", DROPS, "three axes under names of modules", _LAYER),
+    ("peft", "own", "", DROPS, "tensors under lora_fx., which PEFT passes over", "peft_model.py"),
+))  # fmt: skip
+STAYS = ("half", "partial", "own", "use_dora", "lora_bias", "alpha_pattern", "rank_pattern")
+"""What `convert --format` does not mend."""
+
+_AT = re.compile(
+    r"(?P<module>(?:.+\.)?experts)(?P<deep>(?:\.base_layer)?)"
+    r"(?:\.(?P<n>\d{1,9}))?(?:\.(?P<leaf>[a-z]\w*))?\.lora_A\.weight"
+)
+
+
+def seen(
+    shapes: Mapping[str, tuple[int, ...]], config: JsonView, family: Family
+) -> dict[str, list[str]]:
+    """The kinds of content of RULES that a file has, with names of tensors or of fields.
+
+    Args:
+        shapes: Of the file's tensors.
+        config: adapter_config.json.
+        family: That of its model.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    levels: dict[str, dict[str, str]] = defaultdict(dict)
+    parts: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    for name, shape in shapes.items():
+        match = _AT.fullmatch(name.removeprefix(PREFIX))
+        if match and f".{family.holder}.experts" not in f".{match['module']}":
+            found["elsewhere"].append(name)
+        if name.startswith(OWN):
+            found["own"].append(name)
+        elif match and match["n"]:
+            found["fused" if match["leaf"] == GATE_UP else "apart"].append(name)
+            parts[match["module"]].add((int(match["n"]), match["leaf"]))
+            if match["leaf"] in ("w1", "w2", "w3"):
+                found["letters"].append(name)
+        elif match and match["leaf"] and len(shape) == 3:
+            found["axes"].append(name)
+        elif match and not match["leaf"]:
+            levels[match["module"]][match["deep"]] = name
+    for module, have in parts.items():
+        if "fused" not in found and len(have) < 3 * (1 + max(n for n, _ in have)):
+            found["partial"].append(module)
+    for pair in levels.values():
+        outer, inner = pair.get("", ""), pair.get(f".{WRAPPER}", "")
+        wide, out = shapes.get(inner, ())[1:2], shapes.get(outer.replace("_A.", "_B."), ())[:1]
+        kind = "stacks" if outer and inner else "half"
+        # In of gate_up_proj and out of down_proj: hidden twice, or 2·inner and inner.
+        found["turned" if wide and wide == (2 * sum(out),) else kind] += pair.values()
+    for field in ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "lora_bias"):
+        found |= {field: [field]} if config.get(field) else {}
+    if config.get("target_parameters"):
+        named = config.get("target_modules")
+        modules = named if isinstance(named, list) else []
+        taken = [str(m) for m in modules if str(m).rpartition(".")[2] in TAKEN]
+        found |= {"taken": taken} if taken else {}
+        found |= {"dropout": ["lora_dropout"]} if config.get("lora_dropout") else {}
+    return dict(found)
+
+
+def verdicts(
+    server: str, found: Mapping[str, list[str]], family: Family, types: frozenset[str]
+) -> Iterator[tuple[Rule, list[str]]]:
+    """The row that holds for each kind of content, with what it is about.
+
+    Args:
+        server: A key of SERVERS.
+        found: What `seen` gave.
+        family: That of the model.
+        types: Its model_type and those of its parts.
+    """
+    facets = {
+        "": True,
+        "whole": family.whole,
+        "woven": family.interleaved,
+        "worded": "w1" not in family.split,
+        "elsewhere": "elsewhere" in found,
+        "unmarked": family.transposed and not family.marked,
+        "joined": bool(types & _JOINED),
+    }
+    for what, names in found.items():
+        rows = (
+            r for r in RULES if r.server == server and what in r.what.split() and facets[r.models]
+        )
+        for rule in [*rows][:1]:
+            yield rule, names
