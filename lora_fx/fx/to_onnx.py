@@ -198,8 +198,28 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
     own = {skipped: lambda v, *rest: v.name in weights or skip(v, *rest)} if skip else {}
     rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
     fold = patched(optimizer, optimize_ir=rule)
-    with patched(rewriter, **({name: kept} if kept else {})), patched(joining, **own), fold:
+    rewrites = patched(rewriter, **({name: kept} if kept else {}))
+    with rewrites, patched(joining, **own), fold, _matched_by_operator():
         yield
+
+
+def _matched_by_operator() -> contextlib.AbstractContextManager[None]:
+    """A block in which a rule looks at nodes of its own operator only.
+
+    The exporter tries every rule at every node, and rules of several outputs list the whole graph
+    each time: a sixth of what a small model costs, and most of what a deep one does.
+    """
+    from onnxscript.rewriter._basics import MatchResult
+    from onnxscript.rewriter._matcher import SimplePatternMatcher
+
+    match = SimplePatternMatcher.match
+
+    def quick(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        if not self.pattern.output_nodes[0].op.matches(node.op_type):
+            return MatchResult().fail("another operator")
+        return match(self, model, graph, node, **options)
+
+    return patched(SimplePatternMatcher, match=quick)
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.
