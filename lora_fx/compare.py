@@ -36,8 +36,8 @@ EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
 """The epsilons of dtypes that round a change, be it an output's or an adapted weight's."""
 
 
-_NUMBER = re.compile(r"(?<=\w)\.\d+")
-"""The place of a block in an output's dotted name."""
+_OF_BLOCK = re.compile(r"(present|past_key_values|(\w+_)?(hidden_states|attentions))\.\d+(\.|$)")
+"""Outputs that the blocks of a stack give, by the names that transformers has for them."""
 
 
 def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
@@ -223,7 +223,7 @@ def compare_fairly(
         return found
     for rounding in own():
         largest = max(rounding.values(), default=0.0)
-        moved = {n: largest if _NUMBER.search(n) else rounding.get(n, 0.0) for n in gates}
+        moved = {n: largest if _OF_BLOCK.match(n) else rounding.get(n, 0.0) for n in gates}
         wider = {n: min(max(g.first, 4 * moved[n] + 1e-7), g.most) for n, g in gates.items()}
         found = compare(ours, reference, sizes, wider, of)
         if found.ok:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -32,6 +32,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from lora_fx.fx.graph.flow import Writes, written_by
 from lora_fx.fx.graph.nodes import hint, value
 
 aten = torch.ops.aten
@@ -66,6 +67,8 @@ def lowered(program: ExportedProgram, table: Table) -> ExportedProgram:
             kinds.setdefault(_kind(node), []).append(node)
     if kinds:
         parts = _parts([nodes[0] for nodes in kinds.values()], program, table)
+        if not all(_sizes_known(part, program.graph) for part in parts):
+            return _whole(program, table)
         of = {n: part for nodes, part in zip(kinds.values(), parts, strict=True) for n in nodes}
         _replace(program.graph, of)
         _sign(program)
@@ -77,8 +80,11 @@ def _alone(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target in CHECKS:
         return True
     target: Any = node.target
+    number = isinstance(value(node), (*NUMBERS, int))
     if not isinstance(target, OpOverload):  # a body, or code of ours that has to be traced
-        return target in (getattr, operator.getitem) or isinstance(value(node), (*NUMBERS, int))
+        return target in (getattr, operator.getitem) or number
+    if number:  # sym_numel and sym_stride are made of sizes by a run
+        return target is aten.sym_size.int
     sizes = [v for v in map(value, node.all_input_nodes) if isinstance(v, NUMBERS)]
     known = all(isinstance(v, torch.SymInt) and v.node.hint and hint(v) > 0 for v in sizes)
     several = isinstance(value(node), (list, tuple))
@@ -112,6 +118,39 @@ def _known(x: Any) -> Hashable:
     if isinstance(x, (list, tuple)):
         return tuple(map(_known, x))
     return type(x), repr(x)
+
+
+def without_writes(graph: fx.Graph) -> None:
+    """Let ops that write into a value nobody else reads afterwards give a new one.
+
+    relu_ of a norm's result is relu of it. What something reads later by another name stays, as
+    does an op that would round to the dtype of what it writes into.
+    """
+    writes = Writes(graph)
+    for node in graph.nodes:
+        into = written_by(node)
+        plain = _giving(node.target) if len(into) == 1 else None
+        if plain is None or into[0] is not node.args[0]:
+            continue
+        own, at = writes.storage[into[0]], writes.order[node]
+        held = [n for n, s in writes.storage.items() if s & own and writes.order[n] < at]
+        dtypes = {v.dtype for v in map(value, _reads(node)) if isinstance(v, torch.Tensor)}
+        made = all(isinstance(n, fx.Node) and n.op == "call_function" for n in own)
+        if made and len(dtypes) == 1 and all(writes.order[u] <= at for n in held for u in n.users):
+            node.target = plain
+
+
+def _giving(target: Any) -> OpOverload | None:
+    """The op that gives what another writes: aten.relu.default for aten.relu_.default."""
+    name = getattr(target, "_opname", "")
+    packet = getattr(aten, name[:-1], None) if name[-1:] == "_" and name[-2:-1] != "_" else None
+    plain = getattr(packet, target._overloadname, None) if packet is not None else None
+    if plain is None or plain._schema.is_mutable:
+        return None
+    same = [str(a.type) for a in plain._schema.arguments] == [
+        str(a.type) for a in target._schema.arguments
+    ]
+    return plain if same else None
 
 
 @dataclass(frozen=True)
@@ -230,14 +269,36 @@ def _of(
     name = str(number.node.expr)
     if name not in sizes:
         if node.target is aten.sym_size.int:
-            at = ((m, d) for m in made.values() if isinstance(value(m), torch.Tensor)
-                  for d, n in enumerate(value(m).shape) if str(n) == name)  # fmt: skip
-            args, kwargs = next(at), {}
+            # it may be that of an input of another part
+            args, kwargs = _places([*made.values(), *_inputs(graph)])[name], {}
         else:
             args, kwargs = _with(node, (_of(graph, x, made, sizes) for x in _reads(node)))
         sizes[name] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         sizes[name].meta["val"] = number
     return sizes[name]
+
+
+def _inputs(graph: fx.Graph) -> list[fx.Node]:
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def _places(nodes: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
+    """Size → a tensor and a dimension that have it."""
+    tensors = ((n, value(n)) for n in nodes if isinstance(value(n), torch.Tensor))
+    return {str(size): (n, d) for n, t in tensors for d, size in enumerate(t.shape)}
+
+
+def _sizes_known(part: _Part, graph: fx.Graph) -> bool:
+    """Whether every size that a part reads is one of its inputs', or of the graph's."""
+    known, queue = _places([*part.inputs, *_inputs(graph)]), list(part.nodes)
+    while queue:
+        for node in (n for n in _reads(queue.pop()) if isinstance(value(n), NUMBERS)):
+            if node.target is aten.sym_size.int:
+                if str(value(node).node.expr) not in known:
+                    return False
+            else:
+                queue.append(node)
+    return True
 
 
 def _sign(program: ExportedProgram) -> None:
@@ -271,13 +332,16 @@ def program_of(
         return None
     graph, made, held = fx.Graph(), dict[fx.Node, fx.Node](), dict[int, fx.Node]()
     state: dict[str, torch.Tensor] = {}
+    prefix = "state"
+    while any(str(n.target).startswith(prefix) for n in nodes):
+        prefix += "_"  # the exporter renames one by one: no place may be called as a tensor is
     for node in module.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         tensor = operator.attrgetter(name)(module)
         if not _like(value(node), tensor, None):
             return None
         if id(tensor) not in held:
-            held[id(tensor)] = graph.placeholder(f"t{len(held)}")
+            held[id(tensor)] = graph.placeholder(f"{prefix}{len(held)}")
             held[id(tensor)].meta = dict(node.meta)
             state[name] = tensor
         made[node] = held[id(tensor)]

@@ -22,7 +22,7 @@ from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
-from lora_fx.fx.lowering import lowered, program_of
+from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.onnx.names import mark_data, unfolded
@@ -246,6 +246,7 @@ LONGEST = 4096
 
 def make_portable(graph: fx.Graph) -> None:
     """Rewrites the nodes of an eval graph in place; it has to be traced again afterwards."""
+    without_writes(graph)
     for node in list(graph.nodes):
         rewrite = _REWRITES.get(node.target)
         if rewrite is not None:

@@ -147,11 +147,13 @@ def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -
 
     for value in _values(model):
         if value.shape is not None:
+            # sizes of inputs that have to be equal have one symbol, and names of their own
             value.shape = ir.Shape(
-                pattern.sub(lambda m: mapping[m.group()], str(size.value))
+                symbols.get((str(value.name), d))
+                or pattern.sub(lambda m: mapping[m.group()], str(size.value))
                 if isinstance(size, ir.SymbolicDim) and size.value
                 else size
-                for size in value.shape
+                for d, size in enumerate(value.shape)
             )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 import lora_fx
 from lora_fx.fx import lowering, to_onnx
 from lora_fx.fx.capture.trace import quiet
-from lora_fx.fx.lowering import lowered, program_of
+from lora_fx.fx.lowering import lowered, program_of, without_writes
+from lora_fx.onnx.session import open_session
 
 aten = torch.ops.aten
 
@@ -170,6 +172,123 @@ def test_what_no_node_tells_alone_is_decomposed_as_a_whole(case: str) -> None:
     got = lowered(program, TABLE)
     assert got is not program
     assert counts(got) == counts(want)
+
+
+def _into_a_view(x: Tensor, w: Tensor) -> Tensor:
+    h = F.linear(x, w)
+    h.flatten(1).add_(1.0)
+    return h
+
+
+def _read_before(x: Tensor, w: Tensor) -> Tensor:
+    h = F.linear(x, w)
+    return h.sum() + h.mul_(2.0)
+
+
+def _read_later(x: Tensor, w: Tensor) -> Tensor:
+    h = F.linear(x, w)
+    again = h.transpose(0, 1)
+    h.mul_(2.0)
+    return again
+
+
+def _into_the_input(x: Tensor, w: Tensor) -> Tensor:
+    x.add_(1.0)
+    return F.linear(x, w)
+
+
+def _rounded(x: Tensor, w: Tensor) -> Tensor:
+    h = F.linear(x, w).half()
+    return h.add_(F.linear(x, w))
+
+
+@pytest.mark.parametrize(
+    ("forward", "left"),
+    [
+        (lambda x, w: F.relu(F.linear(x, w), inplace=True), 0),
+        (lambda x, w: F.relu(F.linear(x, w), inplace=True).add_(1.0).mul_(x.shape[1]), 0),
+        (lambda x, w: F.hardswish(x @ w.t(), inplace=True) + x.sum(), 0),
+        (lambda x, w: F.dropout(F.linear(x, w), training=False, inplace=True), 0),
+        (_read_before, 0),
+        (_into_a_view, 1),
+        (_read_later, 1),
+        (_into_the_input, 1),
+        (_rounded, 1),
+    ],
+)
+def test_a_write_that_nobody_else_sees_gives_a_value(forward: Forward, left: int) -> None:
+    module = exported(forward).module(check_guards=False)
+    without_writes(module.graph)
+    module.recompile()
+    schemas = [getattr(n.target, "_schema", None) for n in module.graph.nodes]
+    assert sum(s is not None and s.is_mutable for s in schemas) == left
+    x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(module(x.clone()), forward(x.clone(), W), rtol=0, atol=0)
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).flatten(2).transpose(1, 2))
+
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).sum() / x.numel()
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state1, self.state0 = (nn.Parameter(torch.randn(8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.state1).tanh() + self.state0
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "free"),
+    [(Patches(), (2, 3, 16, 12), {2: "h", 3: "w"}), (Mean(), (2, 5, 8), {1: "s"}),
+     (Named(), (2, 5, 8), {1: "s"})],
+    ids=["sizes of another part", "numel", "names of placeholders"],
+)  # fmt: skip
+def test_an_export_of_sizes_and_names(
+    model: nn.Module, shape: tuple[int, ...], free: dict[int, str], tmp_path: Path
+) -> None:
+    x = torch.randn(shape)
+    model.eval()
+    lora_fx.export(model, tmp_path / "m.onnx", (x,), provider="cpu", dynamic={"x": free})
+    session = open_session(tmp_path / "m.onnx", "cpu")
+    other = torch.randn([n + 4 * (d in free) for d, n in enumerate(shape)])
+    for given in (x, other):
+        got = next(iter(session.run({"x": given.numpy()}).values()))
+        np.testing.assert_allclose(got, model(given).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_dimensions_that_have_to_be_equal_keep_their_names(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 6)
+
+        def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            if q.shape[1] != k.shape[1]:
+                raise ValueError("no")
+            return self.fc(q), self.fc(k)
+
+    args = (torch.randn(2, 5, 8), torch.randn(2, 5, 8))
+    dynamic = {"q": {1: "ql"}, "k": {1: "kl"}}
+    lora_fx.export(Pair().eval(), tmp_path / "m.onnx", args, provider="cpu", dynamic=dynamic)
+    session = open_session(tmp_path / "m.onnx", "cpu")
+    shapes = {i.name: i.shape[1] for i in session.session.get_inputs()}
+    assert shapes == {"q": "ql", "k": "kl"}
 
 
 class Net(nn.Module):

@@ -80,6 +80,7 @@ GATE = Gate(2e-6, 1e-3)
         (("present.0.key", "present.1.value"), 8.1e-6),
         (("logits", "hidden_states.2"), 8.1e-6),
         (("hidden_states.2", "logits"), 2e-6),  # the end is not on the way to another
+        (("heads.0", "heads.1"), 2e-6),
         (("output", "output_1"), 2e-6),  # a tuple's parts are not
         (("block1", "block2"), 2e-6),
     ],
