@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--base",
     metavar="FOLDER",
-    help="The model that it is for, where ADAPTER does not name its parts, or its ΔW needs W.",
+    help="The model that it is for, where ADAPTER or OUT depends on it: its names, heads or W.",
 )
 @click.option(
     "--for",
@@ -58,12 +58,14 @@ def command(
 ) -> None:
     r"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
 
-    ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter.
-    OUT is a folder (peft), or ends in .onnx_adapter, or in .safetensors with --format.
+    ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter,
+    gguf. OUT is a folder (peft), or ends in .onnx_adapter or .gguf, or in .safetensors with
+    --format.
 
     \b
     lora-fx convert ./adapter -o adapter.onnx_adapter
     lora-fx convert ./adapter -o de.onnx_adapter --for bert.onnx
+    lora-fx convert ./adapter -o adapter.gguf --base ./llama
     lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
     """
     name = name or format_for(output)
@@ -84,7 +86,7 @@ def command(
         )
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
-        notes += save_adapter(loaded, output, name, force=force)
+        notes += save_adapter(loaded, output, name, force=force, base=base)
     elif name == "onnx_adapter":
         from lora_fx.onnx.session import write_for
 
