@@ -157,7 +157,8 @@ def test_a_table_in_the_layout_of_the_graph_and_of_a_file(tmp_path: Path) -> Non
     rows = replace(looked_up, layout=Layout((34, 20), (), (1,), (0,), (34, 20)))
     head = LowRank(file.b.T.copy(), file.a.T.copy(), 6.0, plain_layout((34, 20)))
     want = file.matrix().T
-    for entry in (looked_up, rows, head, replace(head, layout=None)):
+    swapped = replace(head, op="embedding")  # a lookup in the layout of a head
+    for entry in (looked_up, rows, head, swapped, replace(head, layout=None)):
         out = written(tmp_path, Adapter({key: entry}), "llama")
         np.testing.assert_allclose(deltas(out)["token_embd.weight"], want, rtol=1e-12)
 
@@ -207,8 +208,8 @@ def test_what_llama_cpp_cannot_apply_is_refused_by_name(tmp_path: Path, row: str
 
 
 def test_writing_needs_the_base(tmp_path: Path) -> None:
-    for base in (None, tmp_path):
-        with pytest.raises(LoraFxError, match=r"no config\.json") as caught:
+    for base, word in ((None, "no base is given"), (tmp_path, f"{tmp_path} has no config.json")):
+        with pytest.raises(LoraFxError, match=word) as caught:
             save_adapter(Adapter({Q: low(0, 24)}), tmp_path / "x.gguf", "gguf", base=base)
         assert "--base" in caught.value.hint
 
@@ -327,6 +328,7 @@ def test_hostile_headers(tmp_path: Path, row: str) -> None:
     with pytest.raises(LoraFxError, match=r"x\.gguf: ") as caught:
         load_adapter(tmp_path / "x.gguf")
     assert "\n" not in caught.value.message
+    assert ("more than 50000 values" in caught.value.message) == (row == "many values")
 
 
 def test_tensors_that_share_their_bytes(tmp_path: Path) -> None:
@@ -343,9 +345,9 @@ def test_tensors_that_share_their_bytes(tmp_path: Path) -> None:
 def test_cut_off_and_changed_files_are_one_line(tmp_path: Path) -> None:
     whole = written(tmp_path, Adapter({Q: low(0, 24), UP: low(1, 14)}), "llama").read_bytes()
     rng, file = np.random.default_rng(0), tmp_path / "y.gguf"
-    for end in range(0, len(whole) - 1, 37):
+    for end in range(4, len(whole) - 1, 37):
         file.write_bytes(whole[:end])
-        with pytest.raises(LoraFxError):
+        with pytest.raises(LoraFxError, match=rf"is needed, and there are {end}\n"):
             load_adapter(file)
     for _ in range(150):
         data = bytearray(whole)
