@@ -27,7 +27,7 @@ from lora_fx.text import Json
 @click.option(
     "--base",
     metavar="FOLDER",
-    help="The model that it is for, where ADAPTER does not name its parts, or its ΔW needs W.",
+    help="The model that it is for, where ADAPTER or OUT depends on it: its names, heads or W.",
 )
 @click.option("--for", "model", metavar="X.onnx", help="The switchable file that OUT is for.")
 @click.option("--model-type", metavar="TYPE", help="The base's, in its place, for experts alone.")
@@ -51,8 +51,9 @@ def command(
 ) -> None:
     r"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
 
-    ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter.
-    OUT is a folder (peft), or ends in .onnx_adapter, or in .safetensors with --format.
+    ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter,
+    gguf. OUT is a folder (peft), or ends in .onnx_adapter or .gguf, or in .safetensors with
+    --format.
 
     peft, peft-0.18, per-expert, per-expert-fused, vllm, sglang and sglang-3d are files of PEFT,
     with the experts of a mixture as these releases and programs have them.
@@ -60,6 +61,7 @@ def command(
     \b
     lora-fx convert ./adapter -o adapter.onnx_adapter
     lora-fx convert ./adapter -o de.onnx_adapter --for bert.onnx
+    lora-fx convert ./adapter -o adapter.gguf --base ./llama
     lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
     lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
     """
@@ -92,7 +94,7 @@ def command(
 
         loaded = laid_for(loaded, layout, base, options["model_type"])
     if model is None:
-        notes += save_adapter(loaded, output, name, force=force)
+        notes += save_adapter(loaded, output, name, force=force, base=base)
     elif name == "onnx_adapter":
         from lora_fx.onnx.session import write_for
 

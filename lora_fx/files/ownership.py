@@ -117,6 +117,9 @@ def kind_of(file: Path) -> str | None:
     names = head[8 : 8 + length]  # no data: any letters may stand there
     if file.suffix == ".safetensors" and re.search(rb"(?i)lora|hada_|lokr_|oft_", names):
         return "an adapter in a .safetensors file"
+    if head[:4] == b"GGUF":  # a model has this ending too
+        adapter = re.search(rb"(?s)general\.type.{12}adapter", head)
+        return "an adapter in a .gguf file" if adapter else None
     if file.suffix in _ENDINGS:
         return f"a {file.suffix} file"
     if head[8:9] == b"{" and 8 + length <= file.stat().st_size:

@@ -215,7 +215,7 @@ def look(path: Path) -> FileHead:
     """
     head = first_bytes(path)
     config = (path.parent / "adapter_config.json").is_file()
-    if head[4:8] == b"TORT" and head[8:9] not in (b"{", b" "):
+    if head[:4] == b"GGUF" or (head[4:8] == b"TORT" and head[8:9] not in (b"{", b" ")):
         return FileHead(head, config=config)
     refuse_other_kinds(path)
     header = read_header(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, explained, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import trusting
-from lora_fx.formats import diffusers, kohya, onnx_adapter, torchtune
+from lora_fx.formats import diffusers, gguf, kohya, onnx_adapter, torchtune
 from lora_fx.formats.base import FileHead, look
 from lora_fx.formats.naming import ForeignNames, is_pipeline, names_of, one_model, split_component
 from lora_fx.formats.peft import file as peft
@@ -27,31 +28,41 @@ FORMATS: dict[str, ModuleType] = {
     "diffusers": diffusers,
     "torchtune": torchtune,
     "onnx_adapter": onnx_adapter,
+    "gguf": gguf,
 }
 """Name → module with detect(seen), read(path), and write_file and perhaps write for a folder."""
 
 WRITERS = tuple(name for name, module in FORMATS.items() if hasattr(module, "write_file"))
-_NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json", ".gguf")
+_NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
 ADAPTER_FILES = (peft.CONFIG, peft.WEIGHTS, diffusers.WEIGHTS)
 """What a folder of an adapter can have, whatever its format."""
 PICKLED = (peft.PICKLED, "pytorch_lora_weights.bin")
 """The same as pickles, which are never written."""
-_ONE_MODEL = ("peft", "onnx_adapter")
+_ONE_MODEL = ("peft", "onnx_adapter", "gguf")
+_OF_A_MODEL = ("torchtune", "gguf")
+"""Their names or orders of rows depend on the model: `read` takes its folder, and so does
+`write_file`."""
 _LARGE = 64 << 20
 
 
 def save_adapter(
-    adapter: Adapter, path: str | Path, format: str = "peft", *, force: bool = False
+    adapter: Adapter,
+    path: str | Path,
+    format: str = "peft",
+    *,
+    force: bool = False,
+    base: str | Path | None = None,
 ) -> tuple[str, ...]:
     """Write an adapter.
 
     Args:
         adapter: Bound, or as a loader returned it.
-        path: A folder to create; or, where it ends in .safetensors or .onnx_adapter, one file.
-            kohya and onnx_adapter are always one file.
-        format: peft, kohya, diffusers or onnx_adapter.
+        path: A folder to create; or, where it ends in .safetensors, .onnx_adapter or .gguf, one
+            file. kohya, onnx_adapter and gguf are always one file.
+        format: peft, kohya, diffusers, onnx_adapter or gguf.
         force: Replace an adapter that is there already. A folder that holds anything else is
             never replaced.
+        base: Folder of the model that it is for, of which gguf reads config.json.
 
     Returns:
         Notes: what other readers of the format will not see.
@@ -74,6 +85,7 @@ def save_adapter(
     if format in _ONE_MODEL:
         adapter = one_model(adapter, f"format {format}")
     write = writer.write_file if single else writer.write
+    write = partial(write, base=base) if format in _OF_A_MODEL else write
     with explained(path, itself=True):
         force = force or (path.is_dir() and not single and not any(path.iterdir()))
         if path.exists():
@@ -92,7 +104,7 @@ def load_adapter(
     most: int | None = None,
     resolve: bool = True,
 ) -> Adapter:
-    """Read an adapter: a file or folder of PEFT, kohya, diffusers, torchtune or ONNX Runtime.
+    """Read an adapter: of PEFT, kohya, diffusers, torchtune, ONNX Runtime or llama.cpp.
 
     An .onnx file is one that `insert` wrote, with branches that were trained since.
 
@@ -101,7 +113,8 @@ def load_adapter(
         trust: Also open pickles, with torch's unpickler that runs no code: adapter_model.bin, and
             the model's.
         base: Folder (or file) of the model that it is for, where the names or the rows of the
-            file depend on it (kohya, diffusers, torchtune). Only names and config.json are read.
+            file depend on it (kohya, diffusers, torchtune, gguf). Only names and config.json are
+            read.
         resolve: Give names that only the model can tell as it has them.
         most: Elements that a file above 64 MiB may have, looked at before they are read.
 
@@ -124,8 +137,8 @@ def load_adapter(
     if most is not None:
         check_elements(path, most)
     name = _sniffed(path, look(path))
-    adapter: Adapter
-    adapter = torchtune.read(path, base) if name == "torchtune" else FORMATS[name].read(path)
+    more = (base,) if name in _OF_A_MODEL else ()
+    adapter: Adapter = FORMATS[name].read(path, *more)
     if not adapter.entries:
         raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
     if base is None or adapter.names is None or not resolve:
@@ -189,8 +202,9 @@ def format_for(path: str | Path) -> str:
     ('onnx_adapter', 'peft')
     """
     path = Path(path)
-    if path.suffix in onnx_adapter.SUFFIXES:
-        return "onnx_adapter"
+    for name in ("onnx_adapter", "gguf"):
+        if path.suffix in FORMATS[name].SUFFIXES:
+            return name
     if path.name == diffusers.WEIGHTS:
         return "diffusers"
     if path.suffix == ".safetensors" or path.suffix in _NO_OUTPUT:
@@ -233,7 +247,7 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     path = Path(path)
     if path.is_dir():
         return any((path / name).is_file() for name in (*ADAPTER_FILES, *PICKLED))
-    if path.suffix not in (".safetensors", ".onnx_adapter") or not path.is_file():
+    if path.suffix not in (".safetensors", ".onnx_adapter", ".gguf") or not path.is_file():
         return path.name in PICKLED
     seen = look(path)
     return seen.config or any(module.detect(seen) for module in FORMATS.values())

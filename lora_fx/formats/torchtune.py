@@ -115,6 +115,44 @@ def to_halves(rows: Array, heads: int) -> Array:
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
 
 
+def to_neighbours(rows: Array, heads: int) -> Array:
+    """The inverse of `to_halves`.
+
+    >>> to_neighbours(to_halves(np.arange(12), 2), 2).tolist() == list(range(12))
+    True
+    """
+    split = rows.reshape(heads, 2, len(rows) // heads // 2, -1)
+    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
+
+
+def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -> int:
+    """How many heads the rows of a q_proj or k_proj are.
+
+    Args:
+        module: Its name.
+        rows: How many B has.
+        config: config.json of the model.
+        where: That file, for messages.
+        file: The adapter's.
+
+    Raises:
+        LoraFxError: The config does not say, or the rows are not of so many heads.
+    """
+    heads, size = config.get("num_attention_heads"), config.get("head_dim")
+    if module.endswith("k_proj"):
+        heads = config.get("num_key_value_heads") or heads
+    good = isinstance(heads, int) and heads > 0 and rows % (2 * heads) == 0
+    if not good or (size is not None and size * heads != rows):
+        raise file.error(
+            module,
+            f"has {rows} rows; {where} says {heads!r} heads"
+            + (f" of {size!r}" if size is not None else ""),
+            "is it the adapter of this model? then give the model's folder: --base (base=)",
+        )
+    assert isinstance(heads, int)
+    return heads
+
+
 def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
     """The update with the rows of q or k in Hugging Face's order; `path` is the model's config."""
     leaf = module.rpartition(".")[2]
@@ -136,19 +174,7 @@ def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
             f"{', '.join(sorted(_NEIGHBOURS | _HALVES))}",
             "let torchtune save the adapter for PEFT",
         )
-    heads = config.get("num_attention_heads")
-    if leaf == "k_proj":
-        heads = config.get("num_key_value_heads") or heads
-    size = config.get("head_dim")
-    good = isinstance(heads, int) and heads > 0 and len(low.b) % (2 * heads) == 0
-    if not good or (size is not None and size * heads != len(low.b)):
-        raise file.error(
-            module,
-            f"has {len(low.b)} rows; {path} says {heads!r} heads"
-            + (f" of {size!r}" if size is not None else ""),
-            "is it the adapter of this model?",
-        )
-    assert isinstance(heads, int)
+    heads = heads_of(module, len(low.b), config, str(path), file)
     magnitude = None if low.magnitude is None else to_halves(low.magnitude, heads)
     return replace(low, b=to_halves(low.b, heads), magnitude=magnitude)
 

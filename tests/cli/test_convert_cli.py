@@ -75,7 +75,7 @@ def test_names_need_the_base(made: Path, capsys: Any) -> None:
         (["start", "-o", "x.bin"], "does not tell the format"),
         (["start", "-o", "x", "--format", "kohya"], "needs a name that ends in .safetensors"),
         (["start", "-o", "x.onnx_adapter", "--format", "peft"], "format peft needs"),
-        (["start", "-o", "x.safetensors", "--format", "gguf"], "gguf"),
+        (["start", "-o", "x.safetensors", "--format", "gguf"], "a name that ends in .gguf"),
         (["start", "-o", "start"], "start exists"),
         (["gone", "-o", "x"], "no such file"),
         (["odd.safetensors", "-o", "x"], "no adapter that is known: its 1 tensors are named odd"),

@@ -125,7 +125,7 @@ def test_a_folder_comes_back_when_the_new_one_cannot_take_its_place(
         (b"\x80\x02}q\x00.", "pickle"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-LFS"),
         (b"\x18\0\0\0TORT" + bytes(60), "ONNX Runtime"),
-        (b"GGUF" + bytes(60), "not a safetensors"),
+        (b"GGUF" + bytes(60), "no GGUF adapter"),
         (b"", "not a safetensors"),
         (b"\x40\0\0\0\0\0\0\0{" + bytes(20), "damaged"),
     ],
@@ -152,10 +152,10 @@ def test_folders_without_an_adapter(tmp_path: Path) -> None:
 
 
 def test_unknown_format(tmp_path: Path) -> None:
-    for name in ("gguf", "torchtune"):
+    for name in ("ggml", "torchtune"):
         with pytest.raises(LoraFxError, match=name) as caught:
             save_adapter(small(1), tmp_path / "x", name)
-        assert "peft, kohya, diffusers, onnx_adapter" in caught.value.hint
+        assert "peft, kohya, diffusers, onnx_adapter, gguf" in caught.value.hint
 
 
 def test_neither_torch_nor_peft_is_imported() -> None:

@@ -65,7 +65,7 @@ def saved(format: str, name: str = "adapter") -> Build:
         base(folder)
         made = lora_fx.load_adapter(lora(folder, "llama", "q_proj", "down_proj"))
         (folder / "adapter").rename(folder / "source")
-        lora_fx.save_adapter(made, folder / name, format=format)
+        lora_fx.save_adapter(made, folder / name, format=format, base=folder / "base")
 
     return build
 
@@ -271,6 +271,7 @@ SOUND: dict[str, Build] = {
     # files of ours, and how they lie
     "one file": saved("peft", "adapter.safetensors"),
     "onnx_adapter": saved("onnx_adapter", "adapter.onnx_adapter"),
+    "gguf": saved("gguf", "adapter.gguf"),
     "kohya of ours": saved("kohya", "adapter.safetensors"),
     "parts of a tensor": own_file,
     "bfloat16": narrow,
