@@ -13,6 +13,7 @@ Nothing is rounded. What a file does not say, and shapes do not tell, `Family` h
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -63,13 +64,17 @@ class Family:
 
 FAMILIES = (
     Family(frozenset({"gpt_oss"}), transposed=True, marked=True, interleaved=True, whole=True),
-    Family(frozenset({"openai_privacy_filter"}), transposed=True, marked=True, interleaved=True),
+    Family(frozenset({"openai_privacy_filter"}), transposed=True, marked=True),
     Family(frozenset({"aria", "aria_text"}), transposed=True, marked=True),
     Family(frozenset({"llama4", "llama4_text"}), transposed=True),
     Family(
         frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "interns1_pro"}), whole=True
     ),
-    Family(frozenset({"mixtral", "minimax", "phimoe"}), split=("w1", "w3", "w2"), holder=_SPARSE),
+    Family(
+        frozenset({"mixtral", "minimax", "minimax_m2", "phimoe"}),
+        split=("w1", "w3", "w2"),
+        holder=_SPARSE,
+    ),
 )
 IN_OUT_EXPERTS = frozenset(t for family in FAMILIES if family.transposed for t in family.types)
 """model_type of models whose expert stacks are [experts, in, out]."""
@@ -242,8 +247,10 @@ def _fused(gate: LowRank, up: LowRank, woven: bool) -> LowRank:
 
 
 def _alpha(low: LowRank, rank: int) -> float:
-    """The alpha of another rank at the same scale; 12 digits, so that √2 twice is 2."""
-    return float(f"{alpha_of(low.scale, rank, low.variant):.12g}")
+    """The alpha of another rank at the same scale: the shortest near it, so that √2 twice is 2."""
+    exact = alpha_of(low.scale, rank, low.variant)
+    short = (float(f"{exact:.{digits}g}") for digits in (6, 9, 12))
+    return next((a for a in short if math.isclose(a, exact, rel_tol=1e-11)), exact)
 
 
 # Stacks → one by one.
@@ -358,7 +365,7 @@ def _for_peft(low: LowRank, version: str, family: Family | None) -> LowRank:
 def _one_scale(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Entries for SGLang, whose scale is lora_alpha / r of the config for every module."""
     lows = {k: v for k, v in entries.items() if isinstance(v, LowRank)}
-    kinds = {(low.rank, low.scale): key for key, low in lows.items()}
+    kinds = {(low.rank, float(f"{low.scale:.9g}")): key for key, low in lows.items()}
     if len(kinds) > 1:
         said = (f"{k!r} has rank {r} and scale {s:g}" for (r, s), k in [*kinds.items()][:2])
         raise _odd(f"{', '.join(said)}; SGLang has one of each for a whole adapter")

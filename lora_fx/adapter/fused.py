@@ -101,7 +101,9 @@ def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> L
     Raises:
         LoraFxError: They do not fit each other, or only some have DoRA's lengths of rows.
     """
-    first = next(iter(pieces.values()))[0]
+    lows = [low for low, _ in pieces.values()]
+    first = next((low for low in lows if low.scale), lows[0])  # the others' B is in units of it
+    scale = first.scale or 1.0
     blocks, size = list[tuple[Array, Array]](), np.full(out, np.nan, np.float32)
     for name, (low, rows) in pieces.items():
         room = (len(rows), first.a.shape[1])
@@ -111,13 +113,13 @@ def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> L
                 f"as a part of {key!r}"
             )
         b = np.zeros((out, low.rank), np.float32)
-        b[rows] = low.b * np.float32(low.scale / first.scale)
+        b[rows] = low.b * np.float32(low.scale / scale)
         size[rows] = size[rows] if low.magnitude is None else low.magnitude
         same = next((one for one in blocks if np.array_equal(one[0], low.a)), None)
         if same is None:
             blocks.append((low.a, b))
         else:
-            same[1][rows] = b[rows]
+            same[1][rows] += b[rows]
     count = int(np.isfinite(size).sum())
     if count not in (0, out):
         raise LoraFxError(

@@ -7,6 +7,7 @@ For a square one, the rest of the adapter and the model's family decide.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -27,12 +28,12 @@ from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation
 from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES, config_of
 from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
-from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.checkpoint import open_checkpoint, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
 from lora_fx.targets.target import base_name, split_key, split_use
-from lora_fx.text import JsonView, near, some
+from lora_fx.text import JsonView, is_whole, near, some
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,16 @@ def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renami
     return replace(adapter, entries=entries)
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What the config of a mixture calls their number."""
+_NTH = re.compile(r"\.experts\.(\d+)\.")
+
+
+def _rank_in(rename: Renaming, tensors: Tensors, key: str) -> int:
+    info = rename.info(key, tensors)
+    return len(info.shape) if info else 0
+
+
 def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str | None) -> Adapter:
     """An adapter with its experts in a layout; the base, or its model_type, says how they lie."""
     types = frozenset({kind} if kind else ())
@@ -155,7 +166,21 @@ def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str
         types = types or model_types(config) or frozenset({""})  # of no family
         if any(low.op == "experts" for low in adapter.lowrank.values()):
             tensors = open_checkpoint(base).tensors
-            adapter = stacked(adapter, tensors, config, renaming(adapter, tensors, config, []))
+            rename = renaming(adapter, tensors, config, [])
+            # parameters that are one matrix, such as routers, stay as PEFT has them
+            flat = {k: e for k, e in adapter.entries.items() if _rank_in(rename, tensors, k) == 2}
+            rest = {k: e for k, e in adapter.entries.items() if k not in flat}
+            placed = stacked(replace(adapter, entries=rest), tensors, config, rename)
+            adapter = replace(adapter, entries={**flat, **placed.entries})
+        text = text_config(config)
+        count = next((text[n] for n in EXPERTS if is_whole(text.get(n))), 0)
+        there = [int(n) for key in adapter.entries for n in _NTH.findall(key)]
+        if there and not layout.apart and max(there) + 1 < count:
+            raise LoraFxError(
+                f"the adapter has experts 0 to {max(there)}, and {base} has {count}; a stack has "
+                "an update of each",
+                "--format per-expert keeps them one by one",
+            )
     entries = laid(adapter.entries, layout, family_of(types), saved_by(adapter))
     facts = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
     return replace(adapter, entries=entries, metadata={**adapter.metadata, "peft": facts})

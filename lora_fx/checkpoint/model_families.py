@@ -268,6 +268,8 @@ def part_rows(name: str, out: int, in_: int, config: JsonView) -> dict[str, str]
     kinds = {config.get("model_type"), text_config(config).get("model_type")}
     if "minimax" in kinds or ("phi4_multimodal" in kinds and "audio" in name):
         return {}  # MiniMax has two kinds of attention, and Phi-4's audio has up first
+    if ".conv.in_proj" in f".{name}":
+        return {}  # LFM2's gates
     if "gate_up" in name:
         return {} if out % 2 else {"gate": f"0:{out // 2}", "up": f"{out // 2}:{out}"}
     if "codegen" in kinds:

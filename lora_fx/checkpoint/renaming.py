@@ -197,7 +197,7 @@ RENAMED: dict[str, dict[str, str]] = {
     ),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL),
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE_MOE),
-    **dict.fromkeys(("mixtral", "minimax"), _SPARSE),
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _SPARSE),
     "phimoe": {**_SPARSE, "mlp.gate": "mlp.router"},
     "ernie4_5_moe": {"mlp.moe_statics": "mlp.gate.moe_statics"},
 }  # fmt: skip
@@ -207,9 +207,9 @@ RENAMED: dict[str, dict[str, str]] = {
 """
 
 STACKED = frozenset(
-    ("mixtral", "minimax", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo",
-     "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "jamba",
-     "exaone_moe")
+    ("mixtral", "minimax", "minimax_m2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe",
+     "flex_olmo", "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "ernie4_5_moe",
+     "hunyuan_v1_moe", "jamba", "exaone_moe")
 )  # fmt: skip
 """model_type of models whose experts are apart in the file and stacks in the model."""
 
@@ -514,7 +514,8 @@ def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
 def _size(key: str, spans: Mapping[str, str], lows: Mapping[str, LowRank], where: str) -> int:
     """How many rows the whole has: by an update of it, or by one of a part and its rows."""
     if not all(spans.values()):
-        example = json.dumps({key.removesuffix(".weight"): dict.fromkeys(spans, "0:64")})
+        parts = dict.fromkeys((name.removesuffix(".weight") for name in spans), "0:64")
+        example = json.dumps({key.removesuffix(".weight"): parts})
         raise LoraFxError(
             f"{where}: which rows of {key!r} are whose is not known", f"--map FILE, as {example}"
         )

@@ -30,7 +30,10 @@ MAX_DIMS = 64
 """numpy's limit; without one, the product of a hostile shape would never end."""
 
 _BY_CODE = {d.code: d for d in DTYPES.values()}
-CONVERT = "convert it to safetensors: safetensors.torch.save_file(state_dict, 'model.safetensors')"
+CONVERT = (
+    "convert it to safetensors: safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
+    "state_dict.items()}, 'model.safetensors')"
+)
 TRUST = f"--trust (trust=True) reads it by torch's unpickler that runs no code; or {CONVERT}"
 
 

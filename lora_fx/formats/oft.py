@@ -25,6 +25,9 @@ from lora_fx.formats.base import PeftFile
 from lora_fx.formats.peft.config import VERSION
 from lora_fx.text import is_number, is_whole
 
+MOST_TERMS = 1000
+"""Of a series; PEFT takes 5, and each is a product of every block."""
+
 
 def check_config(source: PeftFile) -> None:
     """Raise for OFT of another kind than that of today; note what is read otherwise than trained.
@@ -34,7 +37,8 @@ def check_config(source: PeftFile) -> None:
     """
     config, where = source.config, source.config_file
     numbers = config.get("num_cayley_neumann_terms", 5), config.get("eps", 6e-5)
-    if "oft_block_size" not in config or not is_whole(numbers[0]) or not is_number(numbers[1]):
+    whole = is_whole(numbers[0]) and 0 <= numbers[0] <= MOST_TERMS
+    if "oft_block_size" not in config or not whole or not is_number(numbers[1]):
         raise LoraFxError(
             f"{where}: oft_block_size is {config.get('oft_block_size')}, and the numbers of series "
             f"and coft are {numbers}; expected OFT as PEFT has it since 0.15",

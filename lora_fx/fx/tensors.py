@@ -236,6 +236,9 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
         state = pickled(path)
     places = {}
     for name, t in state.items():
+        if t.layout is not torch.strided or t.is_neg() or t.is_conj():
+            places[name] = (str(t.dtype).removeprefix("torch."), tuple(t.shape), -1)
+            continue
         first: int = getattr(t.untyped_storage(), "_checkpoint_offset", None) or 0
         start, shape = int(t.storage_offset()) * t.element_size(), tuple(t.shape)
         fits = t.is_contiguous() and start + t.nbytes <= sizes.get(first, -1)
