@@ -8,6 +8,11 @@ Uses of a parameter that take the same updates share one constant. When these ar
 parameter (or, in a graph alone with its constants, the rest read none of the regions that change)
 its own constant is replaced; tied uses that differ get a constant of their own, so an update of a
 head never reaches the embedding that shares its tensor.
+
+A weight of codes takes no sum, but for an update that is constant in each of its blocks (QA-LoRA,
+Xu et al. 2023, arXiv:2309.14717), where the reader takes floats for zero points:
+
+    zero' = zero − s · (b @ a)[:, block] / scale        the codes stay, and nothing is rounded off
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import LowRank, pooled
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -25,6 +30,7 @@ from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Deferred, Emitter, Graph, Site
 from lora_fx.ir.kinds import delta
 from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
@@ -73,12 +79,15 @@ class Fold:
         report: Receives a Folded for each constant.
         applied: Receives where each group of updates went, for other graphs over the same
             tensors.
+        moved: Receives, of each update that goes into zero points, these as they were and
+            what it adds to the weight [rows, blocks].
     """
 
     updates: Mapping[str, LowRank]
     lazy: bool = False
     report: list[Folded] = field(default_factory=list, compare=False)
     applied: dict[str, str] = field(default_factory=dict, compare=False)
+    moved: dict[str, tuple[ZeroPoints, Array]] = field(default_factory=dict, compare=False)
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
         """Edit the graph's constants; what this pass has folded once it does not fold again."""
@@ -94,7 +103,8 @@ class Fold:
                         "fold with these arguments as the example",
                     )
                 continue
-            check_storable(target, ROUNDED)
+            if target.no_fold and key not in self.moved:
+                self.moved[key] = exact(graph, target, self.updates[key])
             targets[key] = target
         reached: dict[str, tuple[Site, list[str]]] = {}
         for key, target in targets.items():
@@ -107,6 +117,9 @@ class Fold:
         for (name, folded), members in groups.items():
             ident = f"{name}|{'|'.join(folded)}"
             pairs = [(targets[k], self.updates[k]) for k in folded]
+            if folded[0] in self.moved:  # of a whole weight, and so the only one
+                modified |= self._move(graph, name, folded, members)
+                continue
             # Uses of other regions find their numbers in the new constant too, so it can take the
             # old one's place. Where programs share tensors, another may still read the old one.
             readers = list(members)
@@ -142,6 +155,25 @@ class Fold:
         whole = pairs[0][0].parameter
         return Deferred(whole.shape, whole.dtype, compute) if self.lazy else compute()
 
+    def _move(
+        self, graph: Graph[V], name: str, keys: tuple[str, ...], members: list[Site]
+    ) -> bool:
+        """Put an update into the zero points that its sites read; other uses keep theirs."""
+        ident, (old, delta) = f"{name}|{'|'.join(keys)}", self.moved[keys[0]]
+        zero = old.moved(delta)
+        if not np.isfinite(zero).all():
+            raise LoraFxError(
+                f"{name!r}: a block of its codes has scale 0, so that no zero point moves it",
+                "export --mode switch has a branch beside it",
+            )
+        stored = name if not delta.any() else graph.put_zeros(members, zero)
+        if ident not in self.applied:
+            self.applied[ident] = stored
+            size = float(np.vdot(delta, delta))
+            kept = float(np.vdot(old.change(zero), delta)) / size if size else 1.0
+            self.report.append(Folded(name, stored, keys, kept, zero.nbytes))
+        return stored != name
+
     def _again(
         self, graph: Graph[V], name: str, members: list[Site], readers: list[Site], stored: str
     ) -> bool:
@@ -154,6 +186,28 @@ class Fold:
                 "fold again with these arguments as the example",
             )
         return False
+
+
+def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Array]:
+    """The zero points of a weight of codes, and an update of it [rows, blocks] that they can hold.
+
+    Raises:
+        LoraFxError: The update is not constant in the weight's blocks, or they have integers.
+    """
+    layout, each = low.layout or target.layout, [graph.zero_points(s) for s in target.sites]
+    old = each[0]
+    whole = target.region == tuple((0, n) for n in target.parameter.shape)
+    plain = whole and layout.out == (0,) and low.a.ndim == 2 and low.magnitude is None
+    if old is None or None in each or not plain:
+        check_storable(target, "its zero points are integers" if low.group else ROUNDED)
+    assert old is not None
+    a = pooled(low.a, min(old.block, low.a.shape[-1]))
+    if a is None:
+        no = f"QA-LoRA's groups of {low.group} inputs are not whole blocks of {old.block} codes"
+        check_storable(target, no if low.group else ROUNDED)
+    assert a is not None
+    wide = np.float64
+    return old, low.scale * (low.b.astype(wide) @ a.astype(wide))
 
 
 def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:

@@ -100,7 +100,7 @@ def with_values(low: LowRank, values: Mapping[str, Array]) -> LowRank:
 def asked(low: LowRank) -> tuple[int, float]:
     """Rank and alpha without the frozen ranks, as whoever inserted the update gave them."""
     rank = low.rank - low.frozen
-    return rank, low.alpha if not low.frozen else alpha_of(low.scale, rank, low.variant)
+    return rank, low.asked if not low.frozen else alpha_of(low.scale, rank, low.variant)
 
 
 LEARNS = "learns"

@@ -205,7 +205,10 @@ def _report(
         )
     if plan.renamed:
         warnings.append(f"{plan.renamed} tensors got the names that the exporter's metadata tells")
-    added = sorted(set(fold.applied.values()) - {f.parameter for f in fold.report})
+    moved = {f.stored_as for f in fold.report if f.keys[0] in fold.moved}
+    if moved:
+        warnings.append(f"{len(moved)} weights of codes have it in their zero points, as floats")
+    added = sorted(set(fold.applied.values()) - {f.parameter for f in fold.report} - moved)
     if added:
         warnings.append(f"uses that differ have constants of their own: {', '.join(added)}")
     outputs, details = tuple(map(str, files)), {"tensors": rows}

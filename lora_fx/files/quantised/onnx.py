@@ -25,13 +25,15 @@ import numpy as np
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.base import FLOAT8, checked, shaped, wrong
-from lora_fx.ir.quantised import FP4, NF4, Quantised, packed, unpacked
+from lora_fx.ir.quantised import FP4, NF4, Quantised, ZeroPoints, packed, unpacked
 
 QUANT_TYPES = (FP4, NF4)
 """The levels of MatMulBnb4, at the number of its quant_type."""
 BITS = (2, 4, 8)
 NARROW = {"int2": np.int8, "int4": np.int8, "uint2": np.uint8, "uint4": np.uint8}
 CODES = (*NARROW, "int8", "uint8", "int16", "uint16", "int32", *FLOAT8, "float4_e2m1fn")
+FLOAT_ZEROS = (2, 4)
+"""Bits of codes with which MatMulNBits' kernels take floats for zero points."""
 LARGEST = 128
 """Blocks are cut to this, a size that every kernel of MatMulNBits takes."""
 
@@ -83,6 +85,16 @@ def matmul_nbits(
     codes = unpacked(b.reshape(rows, -1), bits)[:, :length]
     zero = _zeros(where, zero, bits, (rows, count))
     return _affine(where, codes, scales, zero, (1, block))
+
+
+def nbits_zero_points(
+    where: str, scales: Array, zero: Array | None, shape: tuple[int, int], bits: int, block: int
+) -> ZeroPoints:
+    """What of a MatMulNBits takes an update that is constant in its blocks; see `matmul_nbits`."""
+    blocks = (shape[0], -(-shape[1] // block))
+    scales = shaped(where, "scales", scales, blocks)
+    zero = _zeros(where, zero, bits, blocks)
+    return ZeroPoints(scales, shaped(where, "zero points", zero, blocks), block)
 
 
 def matmul_bnb4(

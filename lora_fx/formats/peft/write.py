@@ -47,6 +47,7 @@ class _Writer:
         self.forms = forms_of(adapter.lowrank)
         self.told = {k: f for k, f in self.forms.items() if f.kind != "own"}
         self.fields: Json = {}
+        self.group = self._groups()
 
     def run(self) -> Encoded:
         """Everything, in the order of the file."""
@@ -88,6 +89,8 @@ class _Writer:
             "fan_in_fan_out": bool(turned) and all(turned) and not stacks,
             "use_dora": all_or_none({k: low.magnitude is not None for k, low in told.items()}),
         }
+        if self.group:
+            self.fields |= {"use_qalora": True, "qalora_group_size": self.group}
         changed = {k: updates[k].mutated for k, f in self.told.items() if f.kind != "embedding"}
         first = next((v for v in changed.values() if v), "")
         all_or_none({k: v == first for k, v in changed.items()} if first else {}, first)
@@ -110,7 +113,8 @@ class _Writer:
             self.notes.append(f"PEFT will not see the update of {key!r}: {form.why}")
         else:
             names = dict(zip("ab", form.names, strict=True))
-            values = to_tensors(form, low)
+            pooled = low.pooled if self.group else None
+            values = to_tensors(form, low if pooled is None else replace(low, a=pooled))
             if low.mutated == "kasa":  # a holds the diagonal already
                 values[f"{PREFIX}{form.lead}.lora_diag"] = np.ones(low.rank, np.float32)
         for name, value in values.items():
@@ -129,16 +133,36 @@ class _Writer:
             low = self.adapter.lowrank[key]
             if form.kind == "stack":
                 maybe = {f"{form.target}.{k}": v for k, v in low.candidates.items()}
-                told = maybe or {key: (low.rank, low.alpha)}
+                told = maybe or {key: (low.rank, self._alpha(low))}
                 parameters |= set(told)
                 result |= told
             elif not (form.plain and form.lead.endswith(OUT)):
                 twins = low.twins if form.plain and form.kind == "embedding" else ()
                 for name in (form.target, *(t.removesuffix(".weight") for t in twins)):
-                    result[name] = (low.rank, low.alpha)
+                    result[name] = (low.rank, self._alpha(low))
         if parameters:
             self.fields["target_parameters"] = sorted(parameters)
         return result
+
+    def _groups(self) -> int:
+        """The size of QA-LoRA's groups, one for the whole adapter; 0 for plain LoRA."""
+        sizes = {
+            u.group if self.told[k].kind == "linear" and u.pooled is not None else 0
+            for k, u in self.adapter.lowrank.items()
+            if k in self.told
+        }
+        odd = any(u.magnitude is not None or u.mutated for u in self.adapter.lowrank.values())
+        if len(sizes) == 1 and not odd:
+            return sizes.pop()
+        if any(sizes):
+            self.notes.append(
+                "not all updates are QA-LoRA of one group size, and PEFT has one for the whole "
+                "adapter: written as plain LoRA, which is the same change"
+            )
+        return 0
+
+    def _alpha(self, low: LowRank) -> float:
+        return low.asked if self.group else low.alpha
 
     def _biases(self) -> set[str]:
         """Write what acts on biases: of B (lora_bias), or the trained ones of the base."""

@@ -16,9 +16,11 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.quantised.onnx import FLOAT_ZEROS, nbits_zero_points
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
 from lora_fx.ir.kinds import Embedding
+from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.graph.flow import (
     MARK,
     VIEW,
@@ -31,6 +33,7 @@ from lora_fx.onnx.graph.flow import (
     dtype_name,
     follow,
     free_name,
+    operand,
     shape_of,
     site_name,
 )
@@ -265,6 +268,44 @@ class OnnxGraph(Analysed):
         self.changed()
         self.repoint(sites, stored)
         return stored
+
+    def zero_points(self, site: Site) -> ZeroPoints | None:
+        """Those of a MatMulNBits; None for other operators, and where they may not be floats."""
+        node = self.at(site).node
+        number = node.attributes.get_int
+        bits = number("bits", 4)
+        moved = number("weight_prepacked", 0) or operand(node, 4) is not None
+        if node.op_type != "MatMulNBits" or bits not in FLOAT_ZEROS or moved:
+            return None
+        scales, zero = (constant(operand(node, i)) for i in (2, 3))
+        if scales is None or (zero is None and operand(node, 3) is not None):
+            return None
+        size = (site.operand[0], site.operand[1])
+        block = number("block_size", 0)
+        return nbits_zero_points(site.parameter, scales, zero, size, bits, block)
+
+    def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
+        """Let sites of one weight read their codes by other zero points; returns their name.
+
+        What no other node reads gives its place and its name.
+        """
+        nodes, graph = [self.at(s).node for s in sites], self.model.graph
+        old = {operand(n, 3) for n in nodes}
+        name = free_name(f"{sites[0].parameter}_zero", self.flow.stores, "_")
+        for node in nodes:
+            node.resize_inputs(max(4, len(node.inputs)))
+            node.replace_input_with(3, None)
+        for value in (v for v in old if v is not None and not v.uses() and v.name):
+            if (producer := value.producer()) is not None and producer.graph is not None:
+                producer.graph.remove(producer, safe=True)
+            elif graph.initializers.pop(value.name, None) is None:
+                continue
+            name = value.name
+        made = add_initialiser(graph, name, zero)
+        for node in nodes:
+            node.replace_input_with(3, made)
+        self.changed()
+        return name
 
     def store(self, name: str, value: Array) -> None:
         """Store another value [stored shape] in a tensor, in the dtype that it has."""
