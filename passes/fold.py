@@ -17,7 +17,7 @@ Xu et al. 2023, arXiv:2309.14717), where the reader takes floats for zero points
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -37,7 +37,7 @@ from lora_fx.passes.find import ROUNDED, find
 from lora_fx.passes.insert import reads_otherwise
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import applies, overlap
-from lora_fx.targets.target import Target, check_storable
+from lora_fx.targets.target import Target, not_storable
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Folded:
             rounding swallowed it.
         grew: Bytes of a constant that had to be added.
         other_readers: Ops that read the parameter for more than products: they have the old value.
+        zeros: The update is in the zero points of codes.
     """
 
     parameter: str
@@ -60,12 +61,20 @@ class Folded:
     kept: float
     grew: int = 0
     other_readers: tuple[str, ...] = ()
+    zeros: bool = False
 
     @property
     def said(self) -> str:
         """What still reads the old value, for people; empty where nothing does."""
         ops = ", ".join(self.other_readers)
         return f"{self.parameter}: read by {ops} too, without the update" if ops else ""
+
+
+def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
+    """What floats for zero points cost: measured in ONNX Runtime 1.31, in docs/quantised.md."""
+    count = sum(f.zeros for f in changes)
+    why = "ONNX Runtime's CPU makes all of them floats in every run; --mode switch is faster"
+    return [f"{count} weights of codes have floats for zero points: {why}"] if count else []
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,10 @@ class Fold:
                     )
                 continue
             if target.no_fold and key not in self.moved:
-                self.moved[key] = exact(graph, target, self.updates[key])
+                into = exact(graph, target, self.updates[key])
+                if isinstance(into, str):
+                    raise not_storable(target, into)
+                self.moved[key] = into
             targets[key] = target
         reached: dict[str, tuple[Site, list[str]]] = {}
         for key, target in targets.items():
@@ -155,9 +167,7 @@ class Fold:
         whole = pairs[0][0].parameter
         return Deferred(whole.shape, whole.dtype, compute) if self.lazy else compute()
 
-    def _move(
-        self, graph: Graph[V], name: str, keys: tuple[str, ...], members: list[Site]
-    ) -> bool:
+    def _move(self, graph: Graph[V], name: str, keys: tuple[str, ...], members: list[Site]) -> bool:
         """Put an update into the zero points that its sites read; other uses keep theirs."""
         ident, (old, delta) = f"{name}|{'|'.join(keys)}", self.moved[keys[0]]
         zero = old.moved(delta)
@@ -171,7 +181,7 @@ class Fold:
             self.applied[ident] = stored
             size = float(np.vdot(delta, delta))
             kept = float(np.vdot(old.change(zero), delta)) / size if size else 1.0
-            self.report.append(Folded(name, stored, keys, kept, zero.nbytes))
+            self.report.append(Folded(name, stored, keys, kept, zero.nbytes, zeros=True))
         return stored != name
 
     def _again(
@@ -188,26 +198,21 @@ class Fold:
         return False
 
 
-def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Array]:
-    """The zero points of a weight of codes, and an update of it [rows, blocks] that they can hold.
+def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Array] | str:
+    """The zero points of a weight of codes, and what they can hold of an update [rows, blocks].
 
-    Raises:
-        LoraFxError: The update is not constant in the weight's blocks, or they have integers.
+    Instead the reason why they cannot hold it.
     """
-    layout, each = low.layout or target.layout, [graph.zero_points(s) for s in target.sites]
-    old = each[0]
-    whole = target.region == tuple((0, n) for n in target.parameter.shape)
-    plain = whole and layout.out == (0,) and low.a.ndim == 2 and low.magnitude is None
-    if old is None or None in each or not plain:
-        check_storable(target, "its zero points are integers" if low.group else ROUNDED)
-    assert old is not None
+    (old, *more), whole = (graph.zero_points(s) for s in target.sites), len(target.region) == 2
+    whole &= target.region == tuple((0, n) for n in target.parameter.shape)
+    fits = whole and low.magnitude is None and (low.layout or target.layout).out == (0,)
+    if old is None or not fits or not all(z is not None and z.same(old) for z in more):
+        return "no zero points that may be floats are there" if low.group else ROUNDED
     a = pooled(low.a, min(old.block, low.a.shape[-1]))
     if a is None:
         no = f"QA-LoRA's groups of {low.group} inputs are not whole blocks of {old.block} codes"
-        check_storable(target, no if low.group else ROUNDED)
-    assert a is not None
-    wide = np.float64
-    return old, low.scale * (low.b.astype(wide) @ a.astype(wide))
+        return ROUNDED if low.pooled is None else no
+    return old, low.scale * (low.b.astype(np.float64) @ a.astype(np.float64))
 
 
 def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:

@@ -108,7 +108,7 @@ class LowRank:
 
     @property
     def pooled(self) -> Array | None:
-        """The a [*batch, rank, in/group] of which `grouped` makes this one; None where there is none.
+        """The a [*batch, rank, in/group] of which `grouped` makes this one; None for no such.
 
         Whoever rewrote a may have left the groups, so its numbers are asked.
         """

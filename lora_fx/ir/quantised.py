@@ -196,6 +196,11 @@ class ZeroPoints:
     zero: Array
     block: int
 
+    def same(self, other: ZeroPoints) -> bool:
+        """True where both stand for the same numbers."""
+        equal = np.array_equal(self.scale, other.scale) and np.array_equal(self.zero, other.zero)
+        return equal and self.block == other.block
+
     def moved(self, delta: Array) -> Array:
         """The zeros of W + Δ, Δ [rows, blocks], in the dtype of the scales.
 

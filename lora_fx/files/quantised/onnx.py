@@ -32,8 +32,6 @@ QUANT_TYPES = (FP4, NF4)
 BITS = (2, 4, 8)
 NARROW = {"int2": np.int8, "int4": np.int8, "uint2": np.uint8, "uint4": np.uint8}
 CODES = (*NARROW, "int8", "uint8", "int16", "uint16", "int32", *FLOAT8, "float4_e2m1fn")
-FLOAT_ZEROS = (2, 4)
-"""Bits of codes with which MatMulNBits' kernels take floats for zero points."""
 LARGEST = 128
 """Blocks are cut to this, a size that every kernel of MatMulNBits takes."""
 
@@ -90,7 +88,10 @@ def matmul_nbits(
 def nbits_zero_points(
     where: str, scales: Array, zero: Array | None, shape: tuple[int, int], bits: int, block: int
 ) -> ZeroPoints:
-    """What of a MatMulNBits takes an update that is constant in its blocks; see `matmul_nbits`."""
+    """What of a MatMulNBits takes an update that is constant in its blocks; see `matmul_nbits`.
+
+    ONNX Runtime 1.31's kernels take floats for zeros beside codes of 2 and 4 bits, not of 8.
+    """
     blocks = (shape[0], -(-shape[1] // block))
     scales = shaped(where, "scales", scales, blocks)
     zero = _zeros(where, zero, bits, blocks)

@@ -132,12 +132,9 @@ def _check_groups(config: JsonView, where: str) -> None:
     size = config.get("qalora_group_size", GROUP)
     if not is_whole(size) or size < 1:
         raise _wrong(f"{where}: qalora_group_size is {size!r}; expected a whole number from 1 up")
-    start = {"init_lora_weights": config.get("init_lora_weights")} if mutation(config) else {}
-    other = next((n for n in ("use_dora", "use_bdlora", *start) if config.get(n)), "")
+    other = mutation(config) or next((n for n in ("use_dora", "use_bdlora") if config.get(n)), "")
     if other:
-        raise _wrong(
-            f"{where}: use_qalora and {other} are both on; expected one of them, as PEFT does"
-        )
+        raise _wrong(f"{where}: use_qalora and {other}; expected one of them, as PEFT does")
 
 
 def group_of(config: JsonView) -> int:

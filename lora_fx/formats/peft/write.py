@@ -131,15 +131,16 @@ class _Writer:
         parameters: set[str] = set()
         for key, form in self.told.items():
             low = self.adapter.lowrank[key]
+            alpha = low.asked if self.group else low.alpha
             if form.kind == "stack":
                 maybe = {f"{form.target}.{k}": v for k, v in low.candidates.items()}
-                told = maybe or {key: (low.rank, self._alpha(low))}
+                told = maybe or {key: (low.rank, alpha)}
                 parameters |= set(told)
                 result |= told
             elif not (form.plain and form.lead.endswith(OUT)):
                 twins = low.twins if form.plain and form.kind == "embedding" else ()
                 for name in (form.target, *(t.removesuffix(".weight") for t in twins)):
-                    result[name] = (low.rank, self._alpha(low))
+                    result[name] = (low.rank, alpha)
         if parameters:
             self.fields["target_parameters"] = sorted(parameters)
         return result
@@ -147,22 +148,12 @@ class _Writer:
     def _groups(self) -> int:
         """The size of QA-LoRA's groups, one for the whole adapter; 0 for plain LoRA."""
         sizes = {
-            u.group if self.told[k].kind == "linear" and u.pooled is not None else 0
-            for k, u in self.adapter.lowrank.items()
-            if k in self.told
+            u.group if form.kind == "linear" and is_plain(u) and u.pooled is not None else 0
+            for form, u in ((form, self.adapter.lowrank[k]) for k, form in self.told.items())
         }
-        odd = any(u.magnitude is not None or u.mutated for u in self.adapter.lowrank.values())
-        if len(sizes) == 1 and not odd:
-            return sizes.pop()
-        if any(sizes):
-            self.notes.append(
-                "not all updates are QA-LoRA of one group size, and PEFT has one for the whole "
-                "adapter: written as plain LoRA, which is the same change"
-            )
-        return 0
-
-    def _alpha(self, low: LowRank) -> float:
-        return low.asked if self.group else low.alpha
+        if len(sizes) > 1:
+            self.notes.append("QA-LoRA of one group size is not all: plain LoRA says the same")
+        return sizes.pop() if len(sizes) == 1 else 0
 
     def _biases(self) -> set[str]:
         """Write what acts on biases: of B (lora_bias), or the trained ones of the base."""
@@ -266,7 +257,7 @@ def _one_each(told: Mapping[str, PeftForm]) -> None:
 # those of `lora_fx.formats.peft.names`.
 
 
-_LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm"))
+_LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm", "matmul_nbits"))
 _CONV_OPS = frozenset(("", "conv1d", "conv2d", "conv3d"))
 OUT = f".{WRAPPER}.out_proj"
 """Where PEFT keeps the out_proj of a MultiheadAttention, after the module's name."""
