@@ -117,7 +117,7 @@ target_options = combined(
         selectors_option("--also-train", "Tensors trained whole, such as a new head."),
         click.option(
             "--variant",
-            type=click.Choice(["lora", "rslora", "dora", "lora-fa", "lora+"]),
+            metavar="lora|rslora|dora|lora-fa|lora+|qalora[:G]",
             default="lora",
             help="What an update is and how it learns.",
         ),

@@ -8,16 +8,21 @@ Uses of a parameter that take the same updates share one constant. When these ar
 parameter (or, in a graph alone with its constants, the rest read none of the regions that change)
 its own constant is replaced; tied uses that differ get a constant of their own, so an update of a
 head never reaches the embedding that shares its tensor.
+
+A weight of codes takes no sum, but for an update that is constant in each of its blocks (QA-LoRA,
+Xu et al. 2023, arXiv:2309.14717), where the reader takes floats for zero points:
+
+    zero' = zero − s · (b @ a)[:, block] / scale        the codes stay, and nothing is rounded off
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import LowRank, pooled
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -25,13 +30,14 @@ from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Deferred, Emitter, Graph, Site
 from lora_fx.ir.kinds import delta
 from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
 from lora_fx.passes.insert import reads_otherwise
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import applies, overlap
-from lora_fx.targets.target import Target, check_storable
+from lora_fx.targets.target import Target, not_storable
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Folded:
             rounding swallowed it.
         grew: Bytes of a constant that had to be added.
         other_readers: Ops that read the parameter for more than products: they have the old value.
+        zeros: The update is in the zero points of codes.
     """
 
     parameter: str
@@ -54,12 +61,20 @@ class Folded:
     kept: float
     grew: int = 0
     other_readers: tuple[str, ...] = ()
+    zeros: bool = False
 
     @property
     def said(self) -> str:
         """What still reads the old value, for people; empty where nothing does."""
         ops = ", ".join(self.other_readers)
         return f"{self.parameter}: read by {ops} too, without the update" if ops else ""
+
+
+def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
+    """What floats for zero points cost: measured in ONNX Runtime 1.31, in docs/quantised.md."""
+    count = sum(f.zeros for f in changes)
+    why = "ONNX Runtime's CPU makes all of them floats in every run; --mode switch is faster"
+    return [f"{count} weights of codes have floats for zero points: {why}"] if count else []
 
 
 @dataclass(frozen=True)
@@ -73,12 +88,15 @@ class Fold:
         report: Receives a Folded for each constant.
         applied: Receives where each group of updates went, for other graphs over the same
             tensors.
+        moved: Receives, of each update that goes into zero points, these as they were and
+            what it adds to the weight [rows, blocks].
     """
 
     updates: Mapping[str, LowRank]
     lazy: bool = False
     report: list[Folded] = field(default_factory=list, compare=False)
     applied: dict[str, str] = field(default_factory=dict, compare=False)
+    moved: dict[str, tuple[ZeroPoints, Array]] = field(default_factory=dict, compare=False)
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
         """Edit the graph's constants; what this pass has folded once it does not fold again."""
@@ -94,7 +112,11 @@ class Fold:
                         "fold with these arguments as the example",
                     )
                 continue
-            check_storable(target, ROUNDED)
+            if target.no_fold and key not in self.moved:
+                into = exact(graph, target, self.updates[key])
+                if isinstance(into, str):
+                    raise not_storable(target, into)
+                self.moved[key] = into
             targets[key] = target
         reached: dict[str, tuple[Site, list[str]]] = {}
         for key, target in targets.items():
@@ -107,6 +129,9 @@ class Fold:
         for (name, folded), members in groups.items():
             ident = f"{name}|{'|'.join(folded)}"
             pairs = [(targets[k], self.updates[k]) for k in folded]
+            if folded[0] in self.moved:  # of a whole weight, and so the only one
+                modified |= self._move(graph, name, folded, members)
+                continue
             # Uses of other regions find their numbers in the new constant too, so it can take the
             # old one's place. Where programs share tensors, another may still read the old one.
             readers = list(members)
@@ -142,6 +167,23 @@ class Fold:
         whole = pairs[0][0].parameter
         return Deferred(whole.shape, whole.dtype, compute) if self.lazy else compute()
 
+    def _move(self, graph: Graph[V], name: str, keys: tuple[str, ...], members: list[Site]) -> bool:
+        """Put an update into the zero points that its sites read; other uses keep theirs."""
+        ident, (old, delta) = f"{name}|{'|'.join(keys)}", self.moved[keys[0]]
+        zero = old.moved(delta)
+        if not np.isfinite(zero).all():
+            raise LoraFxError(
+                f"{name!r}: a block of its codes has scale 0, so that no zero point moves it",
+                "export --mode switch has a branch beside it",
+            )
+        stored = name if not delta.any() else graph.put_zeros(members, zero)
+        if ident not in self.applied:
+            self.applied[ident] = stored
+            size = float(np.vdot(delta, delta))
+            kept = float(np.vdot(old.change(zero), delta)) / size if size else 1.0
+            self.report.append(Folded(name, stored, keys, kept, zero.nbytes, zeros=True))
+        return stored != name
+
     def _again(
         self, graph: Graph[V], name: str, members: list[Site], readers: list[Site], stored: str
     ) -> bool:
@@ -154,6 +196,23 @@ class Fold:
                 "fold again with these arguments as the example",
             )
         return False
+
+
+def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Array] | str:
+    """The zero points of a weight of codes, and what they can hold of an update [rows, blocks].
+
+    Instead the reason why they cannot hold it.
+    """
+    (old, *more), whole = (graph.zero_points(s) for s in target.sites), len(target.region) == 2
+    whole &= target.region == tuple((0, n) for n in target.parameter.shape)
+    fits = whole and low.magnitude is None and (low.layout or target.layout).out == (0,)
+    if old is None or not fits or not all(z is not None and z.same(old) for z in more):
+        return "no zero points that may be floats are there" if low.group else ROUNDED
+    a = pooled(low.a, min(old.block, low.a.shape[-1]))
+    if a is None:
+        no = f"QA-LoRA's groups of {low.group} inputs are not whole blocks of {old.block} codes"
+        return ROUNDED if low.pooled is None else no
+    return old, low.scale * (low.b.astype(np.float64) @ a.astype(np.float64))
 
 
 def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:

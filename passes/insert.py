@@ -244,7 +244,10 @@ def factors(e: Any, half: Half, like: V, role: Role, scale: float | None = None)
         made: V = e.parameter(slot.name, slot.value, own)
         return made
 
-    a = e.op("cast_like", stored(half.a), like)
+    a = stored(half.a)
+    if half.group > 1:
+        a = e.op("repeat", a, times=half.group)
+    a = e.op("cast_like", a, like)
     # the scale goes to b before the cast: once in fp32, on the smaller factor
     b = stored(half.b)
     if scale is not None:

@@ -3,7 +3,8 @@
 ==========  ==========================  ==================  ============================
 field       name                        shape               trained
 ==========  ==========================  ==================  ============================
-a           PATH.lora_A.LEAF            [*batch, r, in]     yes, but for lora-fa
+a           PATH.lora_A.LEAF            [*batch, r, in]     yes, but for lora-fa; of QA-LoRA
+                                        [*batch, r, in/group]
 b           PATH.lora_B.LEAF            [*batch, out, r]    yes
 a0, b0      PATH.lora_A0.LEAF, …        the same            no: the last `frozen` ranks
 magnitude   PATH.lora_magnitude.LEAF    [*batch, out]       yes
@@ -41,10 +42,14 @@ class FactorTensor:
 
 @dataclass(frozen=True)
 class Half:
-    """Two factors that make one branch: the trained ranks of an update, or its frozen ones."""
+    """Two factors that make one branch: the trained ranks of an update, or its frozen ones.
+
+    Of QA-LoRA `a` is [*batch, r, in/group], and each of its columns is that of `group` inputs.
+    """
 
     a: FactorTensor
     b: FactorTensor
+    group: int = 0
 
     @property
     def rank(self) -> int:
@@ -75,12 +80,14 @@ def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
     """
     first, second = slot_names(key)
     r = low.rank - low.frozen if split else low.rank
-    a = FactorTensor("a", first, low.a[..., :r, :], low.variant != "lora-fa")
-    top = Half(a, FactorTensor("b", second, low.b[..., :r]))
+    pooled = low.pooled if split else None
+    whole, group = (low.a, 0) if pooled is None else (pooled, low.group)
+    a = FactorTensor("a", first, whole[..., :r, :], low.variant != "lora-fa")
+    top = Half(a, FactorTensor("b", second, low.b[..., :r]), group)
     if r == low.rank:
         return (top,)
-    a0 = FactorTensor("a0", _name(key, "A0"), low.a[..., r:, :], False)
-    return (top, Half(a0, FactorTensor("b0", _name(key, "B0"), low.b[..., r:], False)))
+    a0 = FactorTensor("a0", _name(key, "A0"), whole[..., r:, :], False)
+    return (top, Half(a0, FactorTensor("b0", _name(key, "B0"), low.b[..., r:], False), group))
 
 
 def with_values(low: LowRank, values: Mapping[str, Array]) -> LowRank:
@@ -94,13 +101,16 @@ def with_values(low: LowRank, values: Mapping[str, Array]) -> LowRank:
     if low.frozen:
         a = np.concatenate([a, values["a0"]], axis=-2)
         b = np.concatenate([b, values["b0"]], axis=-1)
+    width = low.layout.in_size if low.layout else low.a.shape[-1]
+    if a.shape[-1] * low.group == width:
+        a = np.repeat(a, low.group, -1)
     return replace(low, a=a, b=b, magnitude=values.get("magnitude"))
 
 
 def asked(low: LowRank) -> tuple[int, float]:
     """Rank and alpha without the frozen ranks, as whoever inserted the update gave them."""
     rank = low.rank - low.frozen
-    return rank, low.alpha if not low.frozen else alpha_of(low.scale, rank, low.variant)
+    return rank, low.asked if not low.frozen else alpha_of(low.scale, rank, low.variant)
 
 
 LEARNS = "learns"
@@ -136,9 +146,10 @@ def frame(updates: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
     The scale is part of it, since it is a constant in the graph.
     """
     return {
-        k: (u.rank, u.frozen, u.scale, u.layout, u.use, u.variant, u.magnitude is None)
+        k: (halves(k, u)[0].a.value.shape, u.frozen, u.scale, u.layout, u.use, u.variant,
+            u.magnitude is None)
         for k, u in updates.items()
-    }
+    }  # fmt: skip
 
 
 def slot_names(key: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, alpha_of, draw
-from lora_fx.adapter.variant import named_variant
+from lora_fx.adapter.variant import QaLora, named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.inputs import generator
@@ -79,6 +79,11 @@ def initial(
     """
     check_init(init)
     kind = named_variant(variant)
+    if isinstance(kind, QaLora) and init != "kaiming":
+        raise LoraFxError(
+            f"init {init!r} gives every input a column of A; qalora has one for a group of them",
+            "leave --init out",
+        )
     updates, notes = {}, []
     for key, entry in plan.entries.items():
         target = found[key]

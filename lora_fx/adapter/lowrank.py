@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,8 @@ class LowRank:
         mutated: The start (pissa, olora, kasa) that took its part off the base which the update
             is for; see `lora_fx.adapter.initial.residual`. Empty for the base as it is.
         layer: Where a file has it, for `lora_fx.adapter.fused.place` and for writing it again.
+        group: How many inputs QA-LoRA reads as one, so that ΔW is constant over them; see
+            `grouped`. 0 for other updates.
     """
 
     a: Array
@@ -82,6 +84,7 @@ class LowRank:
     twins: tuple[str, ...] = field(default=(), compare=False)
     mutated: str = field(default="", compare=False)
     layer: FileLayer | None = field(default=None, compare=False)
+    group: int = field(default=0, compare=False)
 
     @property
     def rank(self) -> int:
@@ -102,6 +105,22 @@ class LowRank:
     def shape(self) -> tuple[int, ...]:
         """[*batch, out, in] of ΔW."""
         return (*self.b.shape[:-1], int(self.a.shape[-1]))
+
+    @property
+    def pooled(self) -> Array | None:
+        """The a [*batch, rank, in/group] of which `grouped` makes this one; None for no such.
+
+        Whoever rewrote a may have left the groups, so its numbers are asked.
+        """
+        return pooled(self.a, self.group)
+
+    @property
+    def asked(self) -> float:
+        """The alpha as PEFT has it, which multiplies QA-LoRA's by in/group²."""
+        if not self.group:
+            return self.alpha
+        # as a person wrote it, whatever the gain is
+        return float(f"{self.alpha / _gain(self.a.shape[-1], self.group):.15g}")
 
     def block(self, batch: int, rows: slice, columns: slice, out: Array | None = None) -> Array:
         """The rectangle [rows, columns] of one matrix of ΔW, in the dtype of a and b.
@@ -137,6 +156,32 @@ def scale_of(alpha: float, rank: int, variant: str = "lora") -> float:
 def alpha_of(scale: float, rank: int, variant: str = "lora") -> float:
     """The alpha that gives this scale; the inverse of `scale_of`."""
     return scale * (math.sqrt(rank) if variant == "rslora" else rank)
+
+
+# QA-LoRA, Xu et al. 2023 (arXiv:2309.14717): an a that reads means of groups of inputs, so that ΔW
+# is constant in each group, as the zero points of a quantised weight are.
+
+
+def grouped(low: LowRank, group: int) -> LowRank:
+    """The update of which QA-LoRA is given an a [*batch, rank, in/group].
+
+    PEFT's QALoraLinearVariant takes in/group times the mean of each group, so that
+    ΔW[o, i] = alpha/rank · in/group² · (b @ a)[o, i // group].
+    """
+    a = np.repeat(low.a, group, -1)
+    return replace(low, a=a, alpha=low.alpha * _gain(a.shape[-1], group), group=group)
+
+
+def pooled(a: Array, group: int) -> Array | None:
+    """One column of a for each group of so many; None where those of a group differ."""
+    if group < 1 or a.shape[-1] % group:
+        return None
+    wide = a.reshape(*a.shape[:-1], -1, group)
+    return wide[..., 0] if (wide == wide[..., :1]).all() else None
+
+
+def _gain(width: int, group: int) -> float:
+    return width / group**2
 
 
 def draw(

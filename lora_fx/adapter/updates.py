@@ -180,7 +180,7 @@ def name_of(entry: Entry) -> str:
 # updates:
 #
 # =========================  ================================================================
-# op, kernel, mutated        the fields of these names
+# op, kernel, mutated, group the fields of these names
 # tied                       true, or the list of `twins`
 # lead, of                   of `layer`
 # module, depth, candidates  of `layer`, where the key does not name a parameter
@@ -234,7 +234,7 @@ def _extra(entry: Change) -> Json:
     facts: Json = {"op": entry.op, "kernel": list(entry.kernel)}
     facts |= {"tied": list(entry.twins) or entry.tied, "mutated": entry.mutated}
     layer = entry.layer or FileLayer("")
-    facts |= {"lead": layer.lead, "of": layer.of}
+    facts |= {"lead": layer.lead, "of": layer.of, "group": entry.group}
     found = {name: value for name, value in facts.items() if value}
     if layer.candidates:
         maybe = {name: list(numbers) for name, numbers in layer.candidates.items()}
@@ -260,4 +260,5 @@ def _facts(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Json:
         "twins": tuple(str(name) for name in tied) if isinstance(tied, list) else (),
         "mutated": str(extra.get("mutated", "")),
         "layer": layer,
+        "group": int(extra.get("group", 0)),
     }

@@ -8,23 +8,27 @@ rslora   W + s·b·a, s = alpha/√rank                  a, b                …
 dora     m/‖V‖ · V, V = W + s·b·a, s as of lora      a, b, magnitude m   … use_dora, magnitude
 lora-fa  as lora                                     b                   as lora
 lora+    as lora                                     b at 16 × the rate  as lora
+qalora   as lora, ΔW constant over 32 inputs;        a of groups, b      … and use_qalora
+         qalora:G over G
 =======  ==========================================  ==================  ========================
 
 lora: Hu et al. 2021 (2106.09685). rslora: Kalajdzievski 2023 (2312.03732). dora: Liu et al. 2024
 (2402.09353). lora-fa: Zhang et al. 2023 (2308.03303). lora+: Hayou et al. 2024 (2402.12354).
+qalora: Xu et al. 2023 (2309.14717).
 
 A variant composes Kinds and knows no IR. Its tensors by name are `lora_fx.adapter.factors`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, scale_of
+from lora_fx.adapter.lowrank import LowRank, grouped, scale_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.emitter import V
@@ -105,6 +109,32 @@ class Dora(Lora):
         return e.op("add", new, e.op("mul", w, -1.0))
 
 
+@dataclass(frozen=True)
+class QaLora(Lora):
+    """Each column of a is that of a group of inputs, so that zero points of codes can hold ΔW.
+
+    Attributes:
+        group: Inputs of a group; whole blocks of the codes that it shall be folded into.
+    """
+
+    group: int = 32
+
+    def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
+        """An a [*batch, rank, in/group] within ±1/√(in/group), as PEFT draws it.
+
+        Raises:
+            LoraFxError: The groups do not divide the inputs.
+        """
+        width = low.a.shape[-1]
+        if width % self.group:
+            raise LoraFxError(
+                f"{where}: {width} inputs are no whole groups of {self.group}",
+                f"exclude it, or --variant qalora:{math.gcd(width, self.group)}",
+            )
+        a = low.a[..., :: self.group] * np.float32(self.group**0.5)
+        return grouped(replace(low, a=a, variant="lora"), self.group)
+
+
 VARIANTS: Mapping[str, Lora] = {
     v.name: v
     for v in (
@@ -113,12 +143,16 @@ VARIANTS: Mapping[str, Lora] = {
         Dora("dora"),
         Lora("lora-fa"),  # a stays as it was drawn: neither its gradient nor x has to be kept
         Lora("lora+", ratio=16.0),
+        QaLora("qalora"),
     )
 }
 
 
 def named_variant(name: str) -> Lora:
     """The variant of a name; LoraFxError where there is none."""
+    kind, _, size = name.partition(":")
+    if kind == "qalora" and size.isascii() and size.isdigit() and int(size):
+        return QaLora(kind, group=int(size))
     if name not in VARIANTS:
         raise LoraFxError(f"no variant {name!r}", f"the variants are {', '.join(VARIANTS)}")
     return VARIANTS[name]

@@ -213,9 +213,10 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         try:
             refuse_codes(adapter.entries, base, config)
         except LoraFxError as error:
-            raise LoraFxError(
-                error.message, _ways_on(base, given, options) or error.hint
-            ) from error
+            hint = _ways_on(base, given, options) or error.hint
+            if any(e.group for e in adapter.entries.values() if isinstance(e, LowRank)):
+                hint = f"lora-fx export puts QA-LoRA into zero points, without loss; {hint}"
+            raise LoraFxError(error.message, hint) from error
         new = _new(adapter, base) if options.add else {}
         here, said = match(
             adapter,

@@ -400,6 +400,21 @@ def _fits(stored: Stored, codes: torch.Tensor, *rest: torch.Tensor) -> bool:
     return [tuple(t.shape) for t in (codes, *rest)] == want
 
 
+def put_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
+    """Let a parameter's codes have other zeros, floats [rows, blocks].
+
+    Another tree that shares the codes keeps its own.
+    """
+    codes = parameter_of(root, name)
+    for module in root.modules():
+        for leaf in [n for n, p in module._parameters.items() if p is codes]:
+            held = module.__dict__[HELD]
+            module._buffers.pop(f"{leaf}_zero", None)
+            module.register_buffer(f"{leaf}_zero", zero.to(codes.device))
+            stored = dataclasses.replace(held[leaf], parts=PARTS[:2])
+            module.__dict__[HELD] = {**held, leaf: stored}
+
+
 def declare(root: nn.Module, name: str, stored: Stored) -> None:
     """Let a tree say what a parameter's codes stand for, wherever these are."""
     module, leaf = owner(root, name)

@@ -24,6 +24,7 @@ class Ops(Protocol[V_co]):
     detach     x, through which no gradient flows
     transpose  x                                       perm
     reshape    x (sizes known)                         shape
+    repeat     x: each column                          times
     slice      x                                       axis, start, stop
     pad        x, zeros around                         before, after (per axis)
     einsum     x, y                                    equation

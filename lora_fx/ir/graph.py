@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 from lora_fx.dtypes import Array
 from lora_fx.ir.emitter import Ops, Parameter, Role, V
 from lora_fx.ir.layout import Layout
+from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.ir.view import Step, View
 
 T = TypeVar("T")
@@ -172,6 +173,12 @@ class Graph(Protocol[V]):
 
     def output(self, site: Site) -> V:
         """The result of the site's op."""
+
+    def zero_points(self, site: Site) -> ZeroPoints | None:
+        """Those of the codes [out, in] that the site reads; None where they may not be floats."""
+
+    def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
+        """Let sites of one weight read their codes by other zero points; returns their name."""
 
     def product(self, site: Site, e: Emitter[V]) -> V | None:
         """The result of the site's op without its bias; None where that cannot be had apart."""

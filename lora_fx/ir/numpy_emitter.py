@@ -108,6 +108,7 @@ PRIMS: Mapping[str, Callable[..., Any]] = {
     "detach": lambda x: x,
     "transpose": lambda x, perm: np.transpose(x, perm),
     "reshape": lambda x, shape: np.asarray(x).reshape(shape),
+    "repeat": lambda x, times: np.repeat(x, times, -1),
     "slice": _slice,
     "pad": lambda x, before, after: np.pad(x, list(zip(before, after, strict=True))),
     "einsum": lambda x, y, equation: np.einsum(equation, x, y),

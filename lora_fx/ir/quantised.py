@@ -179,6 +179,44 @@ class Quantised:
         op(weight, value, out=weight)
 
 
+@dataclass(frozen=True)
+class ZeroPoints:
+    """Scales and zeros of a matrix of codes whose reader takes floats for zeros.
+
+    W[o, i] = (codes[o, i] − zero[o, b]) · scale[o, b], b = i // block: what is added to W and is
+    constant in each block goes into the zeros, and no code changes.
+
+    Attributes:
+        scale: [rows, blocks], floats.
+        zero: The same, floats or codes.
+        block: How many codes of a row share one.
+    """
+
+    scale: Array
+    zero: Array
+    block: int
+
+    def same(self, other: ZeroPoints) -> bool:
+        """True where both stand for the same numbers."""
+        equal = np.array_equal(self.scale, other.scale) and np.array_equal(self.zero, other.zero)
+        return equal and self.block == other.block
+
+    def moved(self, delta: Array) -> Array:
+        """The zeros of W + Δ, Δ [rows, blocks], in the dtype of the scales.
+
+        They are infinite where Δ is not 0 and the scale is.
+        """
+        scale = self.scale.astype(np.float64)
+        with np.errstate(divide="ignore", over="ignore"):
+            step = np.divide(delta, scale, out=np.zeros(delta.shape), where=delta != 0)
+            return np.asarray((self.zero.astype(np.float64) - step).astype(self.scale.dtype))
+
+    def change(self, zero: Array) -> Array:
+        """What other zeros add to the weight, [rows, blocks] in fp64."""
+        wide = (self.zero.astype(np.float64) - zero.astype(np.float64)) * self.scale
+        return np.asarray(wide, np.float64)
+
+
 def no_fold(kind: str) -> str:
     """Why W + s·b·a is not stored in the place of a quantised weight."""
     return f"the weight is quantised ({kind})"

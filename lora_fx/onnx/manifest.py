@@ -300,7 +300,7 @@ def listed(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
         assert u.layout is not None
         targets[key] = {
             **{slot.field: slot.name for slot in slots_of(key, u)},
-            **to_json(u, "frozen", "rank", "alpha", "variant", "use"),
+            **to_json(u, "frozen", "rank", "alpha", "variant", "use", "extra"),
             "layout": list(u.layout.to_json().values()),  # without names, as 0.1 reads it
         }
     return json.dumps({**stamp(), "mode": "insert", "targets": targets, "metadata": metadata})

@@ -172,10 +172,15 @@ def check_storable(target: Target, what: str) -> None:
         what: What needs it, and why: a clause that follows a colon.
     """
     if target.no_fold:
-        raise LoraFxError(
-            f"{target.key!r}: {target.no_fold}: {what}",
-            "a branch beside it has no such need: plain LoRA by insert, or export --mode switch",
-        )
+        raise not_storable(target, what)
+
+
+def not_storable(target: Target, what: str) -> LoraFxError:
+    """The error of `check_storable`."""
+    return LoraFxError(
+        f"{target.key!r}: {target.no_fold}: {what}",
+        "a branch beside it has no such need: plain LoRA by insert, or export --mode switch",
+    )
 
 
 # What a weight is for: q k v o gate up down head embedding router.

@@ -118,7 +118,8 @@ def random_values(key: str, update: LowRank) -> LowRank:
     """An update of the same shapes with random a and b."""
     assert update.layout is not None
     values = {s.field: s.value for s in slots_of(key, update)}
-    values["a"], values["b"] = draw(key, update.layout, update.rank - update.frozen, 0, "probe")
+    a, values["b"] = draw(key, update.layout, update.rank - update.frozen, 0, "probe")
+    values["a"] = a[..., :: a.shape[-1] // values["a"].shape[-1]]
     return with_values(update, values)
 
 

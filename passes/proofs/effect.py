@@ -100,7 +100,8 @@ def probe(module: AdaptedModule) -> Iterator[Factors]:
                 u = module.updates[key]
                 assert u.layout is not None
                 new_a, new_b = draw(key, u.layout, u.rank - u.frozen, 1, "probe")
-                a.copy_(torch.from_numpy(new_a))
+                new_a = new_a[..., :: new_a.shape[-1] // a.shape[-1]]  # one column a group
+                a.copy_(torch.from_numpy(np.ascontiguousarray(new_a)))
                 b.copy_(torch.from_numpy(new_b * np.float32(SIZE / abs(u.scale or 1.0))))
                 if u.frozen:  # a large part of W; the probe is small and random
                     held[key]["b0"].mul_(SIZE)

@@ -12,8 +12,10 @@ import numpy as np
 
 from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.compare import EPSILON
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import Named
+from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched
@@ -59,6 +61,9 @@ def _wrong_rows(
     idents = {f"{f.parameter}|{'|'.join(f.keys)}": f for f in fold.report}
     for name in dict.fromkeys(fold.applied.values()):  # parts of one tensor lie in one constant
         parts = [idents[i] for i, stored in fold.applied.items() if stored == name]
+        if (moved := fold.moved.get(parts[0].keys[0])) is not None:
+            yield from _wrong_zeros(written, name, *moved)
+            continue
         pairs = [(found[k], fold.updates[k]) for f in parts for k in f.keys]
         base, got = before[parts[0].parameter](), written.reader(name)()
         if base.ndim != 2:
@@ -72,3 +77,14 @@ def _wrong_rows(
         gap = float(np.abs(got[rows].astype(np.float64) - exact).max(initial=0.0))
         if not gap <= eps * size:
             yield name, gap
+
+
+def _wrong_zeros(
+    written: OnnxGraph, name: str, old: ZeroPoints, delta: Array
+) -> Iterator[tuple[str, float]]:
+    """Zero points of codes that are not the old ones less Δ/scale."""
+    zero = written.reader(name)().astype(np.float64) if delta.any() else old.zero
+    size = (np.abs(zero) + np.abs(old.zero.astype(np.float64))) * np.abs(old.scale)
+    gap = np.abs(old.change(zero) - delta)
+    if not (gap <= EPSILON.get(old.scale.dtype.name, 2.0**-23) * size).all():
+        yield name, float(gap.max())

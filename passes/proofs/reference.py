@@ -280,7 +280,9 @@ class OnnxReference:
 
 
 def _factors(updates: Mapping[str, LowRank]) -> dict[str, Array]:
-    scaled = {k: replace(u, b=u.b * np.float32(u.scale), frozen=0) for k, u in updates.items()}
+    scaled = {
+        k: replace(u, b=u.b * np.float32(u.scale), frozen=0, group=0) for k, u in updates.items()
+    }
     return {slot.name: slot.value for k, u in scaled.items() for slot in slots_of(k, u)}
 
 

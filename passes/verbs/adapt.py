@@ -92,7 +92,7 @@ def insert(
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
         also_train: Tensors trained whole, such as a new head.
-        variant: lora, rslora, dora, lora-fa or lora+: see lora_fx.adapter.variant.
+        variant: lora, rslora, dora, lora-fa, lora+, qalora, qalora:G: see lora_fx.adapter.variant.
         dropout: On the input of each branch, in train mode.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
         adapter: Start from this adapter, or that of a path; its targets and ranks replace the plan.

@@ -21,6 +21,7 @@ from lora_fx.fx.module.module import with_signature
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
+from lora_fx.passes.fold import exact
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
@@ -96,7 +97,11 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         read = cap.fx_graph().read if cap else lambda name: to_numpy(parameter_of(model, name))
     made, notes = initial(found, plan, options.variant, options.seed, options.init, read, moments)
     read_too = (text for k in made if (text := found[k].said))
-    notes = (*plan.notes, *options.notes, *said, *notes, *read_too)
+    graph = cap.fx_graph() if cap and any(u.group for u in made.values()) else None
+    coded = [k for k, u in made.items() if u.group and found[k].no_fold]
+    lost = [(k, exact(graph, found[k], made[k])) for k in coded] if graph else []
+    never = (f"{k} will not be folded: {why}" for k, why in lost if isinstance(why, str))
+    notes = (*plan.notes, *options.notes, *said, *notes, *read_too, *never)
     metadata = reading(found, made, {"dropout": options.dropout})
     return Start(Adapter(made, metadata), plan.also_train, notes)
 

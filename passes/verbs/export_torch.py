@@ -31,6 +31,7 @@ from lora_fx.onnx.optimise.precision import GATES, at_level, in_bfloat16, narrow
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
+from lora_fx.passes.fold import said_of_zeros
 from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, rows_of, torch_run
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.export_files import (
@@ -119,7 +120,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     if session.note:
         warnings.append(session.note)
     changes = getattr(folded, "folded", ())
-    warnings += [f.said for f in changes if f.said]
+    warnings += [*said_of_zeros(changes), *(f.said for f in changes if f.said)]
     warnings += [
         f"{f.parameter}: rounding kept {f.kept:.1%} of the change" for f in changes if f.kept < 0.95
     ]

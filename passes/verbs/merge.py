@@ -34,7 +34,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton import Repository
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
-from lora_fx.passes.fold import Fold
+from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.merge import prove_merge
 from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.targets.found import Found
@@ -205,7 +205,9 @@ def _report(
         )
     if plan.renamed:
         warnings.append(f"{plan.renamed} tensors got the names that the exporter's metadata tells")
-    added = sorted(set(fold.applied.values()) - {f.parameter for f in fold.report})
+    warnings += said_of_zeros(fold.report)
+    known = {n for f in fold.report for n in (f.parameter, f.stored_as if f.zeros else f.parameter)}
+    added = sorted(set(fold.applied.values()) - known)
     if added:
         warnings.append(f"uses that differ have constants of their own: {', '.join(added)}")
     outputs, details = tuple(map(str, files)), {"tensors": rows}

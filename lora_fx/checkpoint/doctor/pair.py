@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import Full, LowRank, grouped
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import read_floats
 from lora_fx.checkpoint.int8 import Int8, stored_as
@@ -29,7 +29,7 @@ from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
-from lora_fx.formats.peft.config import Pattern, facts
+from lora_fx.formats.peft.config import Pattern, facts, group_of
 from lora_fx.formats.peft.file import config_of
 from lora_fx.formats.peft.names import OWN, PREFIX, WRAPPER, Group, from_tensors, unwrapped
 from lora_fx.targets.target import base_name
@@ -275,7 +275,9 @@ class Raw:
         if not key.endswith("]") and a.ndim >= 2:
             a, b, op, kernel = from_tensors(part.kind, a, b, key)
         variant = "rslora" if self.config.get("use_rslora") else "lora"
-        return LowRank(a, b, self._alpha(key), None, variant, op=op, kernel=kernel)
+        low = LowRank(a, b, self._alpha(key), None, variant, op=op, kernel=kernel)
+        size = group_of(self.config) if part.kind == "linear" else 0
+        return grouped(low, size) if size > 0 else low
 
     def _alpha(self, key: str) -> float:
         alpha = None

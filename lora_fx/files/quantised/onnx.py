@@ -25,7 +25,7 @@ import numpy as np
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.base import FLOAT8, checked, shaped, wrong
-from lora_fx.ir.quantised import FP4, NF4, Quantised, packed, unpacked
+from lora_fx.ir.quantised import FP4, NF4, Quantised, ZeroPoints, packed, unpacked
 
 QUANT_TYPES = (FP4, NF4)
 """The levels of MatMulBnb4, at the number of its quant_type."""
@@ -83,6 +83,19 @@ def matmul_nbits(
     codes = unpacked(b.reshape(rows, -1), bits)[:, :length]
     zero = _zeros(where, zero, bits, (rows, count))
     return _affine(where, codes, scales, zero, (1, block))
+
+
+def nbits_zero_points(
+    where: str, scales: Array, zero: Array | None, shape: tuple[int, int], bits: int, block: int
+) -> ZeroPoints:
+    """What of a MatMulNBits takes an update that is constant in its blocks; see `matmul_nbits`.
+
+    ONNX Runtime 1.31's kernels take floats for zeros beside codes of 2 and 4 bits, not of 8.
+    """
+    blocks = (shape[0], -(-shape[1] // block))
+    scales = shaped(where, "scales", scales, blocks)
+    zero = _zeros(where, zero, bits, blocks)
+    return ZeroPoints(scales, shaped(where, "zero points", zero, blocks), block)
 
 
 def matmul_bnb4(

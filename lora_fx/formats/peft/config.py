@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.text import Json, JsonView, is_number, near, plain_number
+from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
@@ -29,7 +29,6 @@ _CONVERT = (
 REFUSED: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": ("aLoRA acts only after certain tokens", "load it with PEFT"),
     "arrow_config": ("Arrow routes between adapters token by token", "load it with PEFT"),
-    "use_qalora": ("QA-LoRA pools its inputs in groups", "load it with PEFT"),
     "layer_replication": ("layers of the base model are repeated", MERGE),
     "megatron_config": ("the layers are Megatron's parallel ones", MERGE),
 }
@@ -53,7 +52,11 @@ _LOST = {
     "loftq": "it quantised them",
 }
 _LISTS = ("target_parameters", "modules_to_save")
-_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+_FLAGS = (
+    "use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying",
+)  # fmt: skip
+GROUP = 16
+"""What qalora_group_size is in PEFT where it is left out."""
 FIELDS = (
     "target_modules",
     "exclude_modules",
@@ -109,6 +112,8 @@ def check_config(config: JsonView, where: str) -> list[str]:
             "correct the flags to what the adapter was trained with",
         )
     _check_init(config, where)
+    if config.get("use_qalora"):
+        _check_groups(config, where)
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise _wrong(f"{where}: lora_dropout is {dropout!r}; expected a number in [0, 1)")
@@ -120,6 +125,22 @@ def check_config(config: JsonView, where: str) -> list[str]:
     notes = [f"{where}: unknown field {name!r} is ignored" for name in sorted(set(config) - KNOWN)]
     on = (n for n in TRAINS if config.get(n))
     return notes + [f"{where}: {n}: {TRAINS[n][1]}; read as W + s·B·A" for n in on]
+
+
+def _check_groups(config: JsonView, where: str) -> None:
+    """Raise for a QA-LoRA that PEFT has not."""
+    size = config.get("qalora_group_size", GROUP)
+    if not is_whole(size) or size < 1:
+        raise _wrong(f"{where}: qalora_group_size is {size!r}; expected a whole number from 1 up")
+    other = mutation(config) or next((n for n in ("use_dora", "use_bdlora") if config.get(n)), "")
+    if other:
+        raise _wrong(f"{where}: use_qalora and {other}; expected one of them, as PEFT does")
+
+
+def group_of(config: JsonView) -> int:
+    """The inputs that QA-LoRA reads as one, on the linear layers of an adapter; 0 for none."""
+    size = config.get("qalora_group_size", GROUP) if config.get("use_qalora") else 0
+    return size if is_whole(size) else 0
 
 
 def _wrong(what: str) -> LoraFxError:

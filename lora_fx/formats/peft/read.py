@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
+from lora_fx.adapter.lowrank import FileLayer, Full, LowRank, grouped
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows, from_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line
@@ -21,6 +21,7 @@ from lora_fx.formats.peft.config import (
     VERSION,
     Pattern,
     check_config,
+    group_of,
     listed_whole,
     mutation,
     saved_whole,
@@ -172,12 +173,15 @@ class _Reader:
         between = self._beside(group, "diagonal", on=mutated == "kasa")
         if between is not None:
             a = a * self.source.vector(between, len(a))[:, None]
-        return LowRank(
+        low = LowRank(
             a, b, alpha, None, self.variant,
             magnitude=None if length is None else self.source.vector(length, len(b)),
             op=op, kernel=kernel, tied=bool(group.tied), twins=tuple(group.tied), mutated=mutated,
             layer=FileLayer(group.lead) if attention else None,
         )  # fmt: skip
+        # PEFT pools the inputs of GPTQ's linear layers alone, and ignores the flag at all others
+        size = group_of(self.config) if group.kind == "linear" and not attention else 0
+        return grouped(low, size) if size else low
 
     def _mutated(self, group: Group, *, plain: bool) -> str:
         """How PEFT changed the base of an update; raises where it changes none of that kind."""
@@ -523,7 +527,7 @@ def _one(
     if row.get("swapped"):
         low = replace(low, a=np.ascontiguousarray(low.b.T), b=np.ascontiguousarray(low.a.T))
     told = from_json(low, row)
-    return replace(told, mutated=low.mutated or told.mutated), group
+    return replace(told, mutated=low.mutated or told.mutated, group=low.group or told.group), group
 
 
 def _pair(source: PeftFile, names: tuple[str, str], entry: JsonView, taken: set[str]) -> LowRank:

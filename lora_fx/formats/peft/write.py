@@ -48,6 +48,7 @@ class _Writer:
         self.forms = forms_of(adapter.lowrank)
         self.told = {k: f for k, f in self.forms.items() if f.kind != "own"}
         self.fields: Json = {}
+        self.group = self._groups()
 
     def run(self) -> Encoded:
         """Everything, in the order of the file."""
@@ -89,6 +90,8 @@ class _Writer:
             "fan_in_fan_out": bool(turned) and all(turned) and not stacks,
             "use_dora": all_or_none({k: low.magnitude is not None for k, low in told.items()}),
         }
+        if self.group:
+            self.fields |= {"use_qalora": True, "qalora_group_size": self.group}
         changed = {k: updates[k].mutated for k, f in self.told.items() if f.kind != "embedding"}
         first = next((v for v in changed.values() if v), "")
         all_or_none({k: v == first for k, v in changed.items()} if first else {}, first)
@@ -111,7 +114,8 @@ class _Writer:
             self.notes.append(f"PEFT will not see the update of {key!r}: {form.why}")
         else:
             names = dict(zip("ab", form.names, strict=True))
-            values = to_tensors(form, low)
+            pooled = low.pooled if self.group else None
+            values = to_tensors(form, low if pooled is None else replace(low, a=pooled))
             if low.mutated == "kasa":  # a holds the diagonal already
                 values[f"{PREFIX}{form.lead}.lora_diag"] = np.ones(low.rank, np.float32)
         for name, value in values.items():
@@ -128,15 +132,16 @@ class _Writer:
         parameters: set[str] = set()
         for key, form in self.told.items():
             low = self.adapter.lowrank[key]
+            alpha = low.asked if self.group else low.alpha
             if form.kind == "stack":
                 maybe = {f"{form.target}.{k}": v for k, v in low.candidates.items()}
-                told = maybe or {key: (low.rank, low.alpha)}
+                told = maybe or {key: (low.rank, alpha)}
                 parameters |= set(told)
                 result |= told
             elif not (form.plain and form.lead.endswith(OUT)):
                 twins = low.twins if form.plain and form.kind == "embedding" else ()
                 for name in (form.target, *(t.removesuffix(".weight") for t in twins)):
-                    result[name] = (low.rank, low.alpha)
+                    result[name] = (low.rank, alpha)
         if parameters:
             self.fields["target_parameters"] = sorted(parameters)
             self.fields[VERSION] = self.adapter.metadata.get("peft", {}).get(VERSION)
@@ -150,6 +155,16 @@ class _Writer:
                 self.fields["lora_dropout"] = 0.0
                 self.notes.append("lora_dropout is 0 in the config: PEFT has none for parameters")
         return result
+
+    def _groups(self) -> int:
+        """The size of QA-LoRA's groups, one for the whole adapter; 0 for plain LoRA."""
+        sizes = {
+            u.group if form.kind == "linear" and is_plain(u) and u.pooled is not None else 0
+            for form, u in ((form, self.adapter.lowrank[k]) for k, form in self.told.items())
+        }
+        if len(sizes) > 1:
+            self.notes.append("QA-LoRA of one group size is not all: plain LoRA says the same")
+        return sizes.pop() if len(sizes) == 1 else 0
 
     def _biases(self) -> set[str]:
         """Write what acts on biases: of B (lora_bias), or the trained ones of the base."""
@@ -254,7 +269,7 @@ def _one_each(told: Mapping[str, PeftForm]) -> None:
 # those of `lora_fx.formats.peft.names`.
 
 
-_LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm"))
+_LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm", "matmul_nbits"))
 _CONV_OPS = frozenset(("", "conv1d", "conv2d", "conv3d"))
 OUT = f".{WRAPPER}.out_proj"
 """Where PEFT keeps the out_proj of a MultiheadAttention, after the module's name."""

@@ -47,6 +47,7 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "detach": torch.Tensor.detach,
     "transpose": lambda x, perm: x.permute(perm),
     "reshape": lambda x, shape: x.reshape(shape),
+    "repeat": lambda x, times: x.repeat_interleave(times, -1),
     "slice": lambda x, axis, start, stop: x.narrow(axis, start, stop - start),
     "pad": lambda x, before, after: F.pad(x, padding(before, after)),
     "einsum": lambda x, y, equation: torch.einsum(equation, x, y),

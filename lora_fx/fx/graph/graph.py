@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.quantised.onnx import nbits_zero_points
 from lora_fx.fx import codes, tensors
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, weight_flow
@@ -20,6 +21,7 @@ from lora_fx.fx.graph.sites import Bodies, FxWeightUse, data_flops, other_reader
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
+from lora_fx.ir.quantised import ZeroPoints
 
 
 class FxGraph(Analysed):
@@ -301,6 +303,39 @@ class FxGraph(Analysed):
         self.repoint(sites, stored)
         return stored
 
+    def zero_points(self, site: Site) -> ZeroPoints | None:
+        """Those of codes [out, in] whose product in ONNX Runtime takes floats for them."""
+        name = site.parameter
+        stored = codes.stored_of(self.root, name) if name in self._aliases else None
+        if stored is None or stored.turned or stored.parts[1:] not in ((), ("zero",)):
+            return None
+        taken = not stored.parts[1:] and codes.taken(self.root, name, ("zero",))
+        if taken or len(stored.shape) != 2 or stored.format not in ("int2", "int4"):
+            return None
+        _, scale, *zero = map(to_numpy, codes.tensors_of(self.root, name))
+        (n, k), first = stored.shape, zero[0] if zero else None
+        return nbits_zero_points(name, scale, first, (n, k), stored.bits, stored.block)
+
+    def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
+        """Let all uses of a weight read its codes by other zero points; returns their name.
+
+        Raises:
+            LoraFxError: A use that is none of these sites: the tree has one tensor for both.
+        """
+        name = sites[0].parameter
+        if not self.covers(name, sites):
+            raise LoraFxError(
+                f"{name!r}: another use reads the same codes, and the update is not for it",
+                "export --mode switch has a branch beside one use",
+            )
+        codes.put_zeros(self.root, name, from_numpy(zero))
+        for node in self.graph.find_nodes(op="call_function", target=codes.DEQUANTISE):
+            if self._names.get(str(_node(node.args[0]).target)) == name:
+                with self.graph.inserting_before(node):
+                    node.update_arg(2, self.graph.get_attr(f"{name}_zero"))
+        self.changed()
+        return f"{name}_zero"
+
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
         """Let sites read another stored tensor through a chain of their own."""
         for site in sites:
@@ -366,6 +401,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "detach": lambda x: (aten.detach.default, (x,)),
     "transpose": lambda x, perm: (aten.permute.default, (x, list(perm))),
     "reshape": lambda x, shape: (aten.reshape.default, (x, list(shape))),
+    "repeat": lambda x, times: (aten.repeat_interleave.self_int, (x, times, -1)),
     "slice": lambda x, axis, start, stop: (aten.slice.Tensor, (x, axis, start, stop)),
     "pad": lambda x, before, after: (
         aten.constant_pad_nd.default,

@@ -16,9 +16,11 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.quantised.onnx import nbits_zero_points
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
 from lora_fx.ir.kinds import Embedding
+from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.graph.flow import (
     MARK,
     VIEW,
@@ -31,6 +33,7 @@ from lora_fx.onnx.graph.flow import (
     dtype_name,
     follow,
     free_name,
+    operand,
     shape_of,
     site_name,
 )
@@ -266,6 +269,43 @@ class OnnxGraph(Analysed):
         self.repoint(sites, stored)
         return stored
 
+    def zero_points(self, site: Site) -> ZeroPoints | None:
+        """Those of a MatMulNBits; None for other operators, and where they may not be floats."""
+        node = self.at(site).node
+        number, given = node.attributes.get_int, operand(node, 3)
+        bits, scales, zero = number("bits", 4), constant(operand(node, 2)), constant(given)
+        odd = number("weight_prepacked", 0) or operand(node, 4) or (given and zero is None)
+        if node.op_type != "MatMulNBits" or bits not in (2, 4) or odd or scales is None:
+            return None
+        n, k = site.operand
+        return nbits_zero_points(
+            site.parameter, scales, zero, (n, k), bits, number("block_size", 0)
+        )
+
+    def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
+        """Let sites of one weight read their codes by other zero points; returns their name.
+
+        What no other node reads gives its place and its name.
+        """
+        nodes, name = [self.at(s).node for s in sites], f"{sites[0].parameter}_zero"
+        old = {v for n in nodes if (v := operand(n, 3)) is not None}
+        name = free_name(name, self.flow.stores, "_")
+        for node in nodes:
+            node.resize_inputs(max(4, len(node.inputs)))
+            node.replace_input_with(3, None)
+        for value in (v for v in old if not v.uses()):
+            name, maker, graph = str(value.name), value.producer(), value.graph
+            assert isinstance(graph, ir.Graph)
+            if maker is None:
+                del graph.initializers[name]
+            else:
+                graph.remove(maker, safe=True)
+        made = add_initialiser(self.model.graph, name, zero)
+        for node in nodes:
+            node.replace_input_with(3, made)
+        self.changed()
+        return name
+
     def store(self, name: str, value: Array) -> None:
         """Store another value [stored shape] in a tensor, in the dtype that it has."""
         store = self.flow.stores[name]
@@ -438,6 +478,11 @@ class OnnxEmitter:
         if prim in ("detach", "dropout"):  # a file has no gradients and is no training graph
             assert isinstance(xs[0], ir.Value)
             return xs[0]
+        if prim == "repeat":
+            shape = [int(n) for n in shape_of(xs[0]) or ()]
+            one, wide = self._ints(*shape, 1), self._ints(*shape, attrs["times"])
+            wide = self.call("Expand", self.call("Reshape", xs[0], one), wide)
+            return self.call("Reshape", wide, self._ints(*shape[:-1], -1))
         if prim == "transpose":
             return self.call("Transpose", xs[0], perm=list(attrs["perm"]))
         if prim == "reshape":

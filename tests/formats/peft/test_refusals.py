@@ -42,7 +42,6 @@ def refused(path: Path, *words: str) -> LoraFxError:
         ("use_dora", "yes", "true or false"),
         ("alora_invocation_tokens", [0], "aLoRA"),
         ("arrow_config", {"top_k": 2}, "Arrow"),
-        ("use_qalora", True, "QA-LoRA"),
         ("layer_replication", [[0, 4], [2, 5]], "repeated"),
         ("trainable_token_indices", [0], "expected a tensor X.token_adapter"),
         ("trainable_token_indices", {"wte": [0]}, "expected a tensor X.token_adapter"),
