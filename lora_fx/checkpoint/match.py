@@ -172,8 +172,8 @@ def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str
             rest = {k: e for k, e in adapter.entries.items() if k not in flat}
             placed = stacked(replace(adapter, entries=rest), tensors, config, rename)
             adapter = replace(adapter, entries={**flat, **placed.entries})
-        text = text_config(config)
-        count = next((text[n] for n in EXPERTS if is_whole(text.get(n))), 0)
+        facts = {**config, **text_config(config)}
+        count = next((facts[n] for n in EXPERTS if is_whole(facts.get(n))), 0)
         there = [int(n) for key in adapter.entries for n in _NTH.findall(key)]
         if there and not layout.apart and max(there) + 1 < count:
             raise LoraFxError(

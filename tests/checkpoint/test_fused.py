@@ -208,6 +208,25 @@ def test_a_map_says_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert low.alpha == back[key].alpha
 
 
+def test_the_whole_and_its_part_add_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where they share A, and where the first has alpha 0."""
+    rng = np.random.default_rng(7)
+    a, b = made.factors(rng, SIZE, N, 3)
+    part = rng.standard_normal((OUT["k"], 3)).astype("f4")
+    for i, alpha in enumerate((3.0, 0.0)):
+        both = {
+            "m.qkv.weight": LowRank(a, b, alpha),
+            "m.k_proj.weight": LowRank(a, part, 1.5),
+        }
+        save_adapter(Adapter(both), f"both{i}")
+        done = run(capsys, "convert", f"both{i}", "-o", f"one{i}", "--fuse", "--map", "map.json")
+        assert done[0] == 0, done
+        want = alpha / 3 * b.astype("f8") @ a.astype("f8")
+        want[12:16] += 0.5 * part.astype("f8") @ a.astype("f8")
+        got = dense(load_adapter(f"one{i}"), ["m.qkv.weight"])
+        assert np.abs(got - want).max() < 1e-6 * np.abs(want).max()
+
+
 def test_scales_that_differ(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {
         k: LowRank(v.a, v.b, alpha)

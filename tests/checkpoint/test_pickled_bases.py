@@ -187,6 +187,14 @@ def transposed(file: Path) -> None:
     torch.save({"w": torch.ones(2, 3).t()}, file)
 
 
+def negative(file: Path) -> None:
+    torch.save({"w": torch._neg_view(torch.ones(2, 3))}, file)
+
+
+def sparse(file: Path) -> None:
+    torch.save({"w": torch.eye(3).to_sparse()}, file)
+
+
 def legacy(file: Path) -> None:
     torch.save({"w": torch.ones(2, 3)}, file, _use_new_zipfile_serialization=False)
 
@@ -247,6 +255,8 @@ HOSTILE = {
     "a trainer's": (put({"state_dict": {"w": torch.ones(2)}}), "holds a dict at 'state_dict'"),
     "complex": (put({"w": torch.ones(2, 2, dtype=torch.complex128)}), "'w' has dtype complex128"),
     "transposed": (transposed, "'w' do not lie there row by row"),
+    "negative by a bit": (negative, "'w' do not lie there row by row"),
+    "sparse": (sparse, "'w' do not lie there row by row"),
     "legacy": (legacy, "'w' do not lie there row by row"),
     "compressed": (compressed, "'w' do not lie there row by row"),
     "big-endian": (foreign, "'w' do not lie there row by row"),

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.experts import LAYOUTS, family_of, laid
+from lora_fx.adapter.experts import LAYOUTS, _alpha, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors
@@ -170,7 +171,7 @@ def test_what_every_release_of_peft_wrote(release: str, way: str) -> None:
     assert said["peft_version"] == "0.18.1"
 
 
-@pytest.mark.parametrize("alpha", [3.0, 3.5])  # 3.5/√2·√2 is 3.5000000000000004 in fp64
+@pytest.mark.parametrize("alpha", [3.0, 8.0, 3.5])  # 3.5/√2·√2 is 3.5000000000000004 in fp64
 def test_alpha_of_rslora_comes_back(alpha: float) -> None:
     start = written(trained("mixtral", True, "rslora", alpha), "per-expert", "mixtral")
     assert start[1]["lora_alpha"] == alpha and not start[1]["alpha_pattern"]
@@ -178,6 +179,41 @@ def test_alpha_of_rslora_comes_back(alpha: float) -> None:
     assert max(map(len, fused[0].values())) > 7 and fused[1]["use_rslora"]
     assert same(written(read(fused), "per-expert", "mixtral"), start)
     assert not written(read(fused), "sglang", "mixtral")[1]["alpha_pattern"], "one scale for all"
+
+
+@pytest.mark.parametrize("rank", [3, 4, 8, 16])
+@pytest.mark.parametrize("alpha", [1.0, 3.0, 8.0, 16.0])
+def test_alpha_of_twice_the_rank_comes_back(rank: int, alpha: float) -> None:
+    """√2 there and back is 2: a server's one scale for all is not missed by the last digit."""
+    low = LowRank(np.ones((rank, 5), "f4"), np.ones((6, rank), "f4"), alpha, variant="rslora")
+    twice = replace(low, a=np.ones((2 * rank, 5), "f4"), b=np.ones((6, 2 * rank), "f4"))
+    wide = replace(twice, alpha=_alpha(low, 2 * rank))
+    assert _alpha(wide, rank) == alpha
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "openai_privacy_filter"])
+def test_how_gate_and_up_lie_is_as_transformers_has_it(kind: str) -> None:
+    """Where up is -1 nothing comes out of (up + 1)·…: which columns of gate_up are up?"""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 6,
+        "num_local_experts": 2,
+        "vocab_size": 16,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(
+        kind, **sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4
+    )
+    model = AutoModel.from_config(config)
+    experts = next(m for n, m in model.named_modules() if n.endswith(".experts"))
+    woven, halves = torch.full((1, 12), 0.5), torch.full((1, 12), 0.5)
+    woven[:, 1::2], halves[:, 6:] = -1.0, -1.0
+    family = family_of([kind])
+    assert family is not None
+    right, wrong = (woven, halves) if family.interleaved else (halves, woven)
+    assert experts._apply_gate(right).abs().max() < 1e-6 < experts._apply_gate(wrong).abs().max()
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -111,6 +111,7 @@ def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["wide"], {}, {}, "which PEFT merges otherwise than it trains it"),
         (["table"], {}, {}, "expected X.oft_R… only"),
         (["up"], {"oft_block_size": "gone"}, {}, "expected OFT as PEFT has it since 0.15"),
+        (["up"], {"num_cayley_neumann_terms": 10**9}, {}, "(1000000000, 6e-05)"),
         (["up"], {"eps": "small"}, {}, "numbers of series and coft are (5, 'small')"),
         (["up"], {"target_modules": ["down"]}, {}, "target_modules leaves out"),
         (["up"], {}, {f"{lead}.oft_R.weight": torch.ones(3, 5)}, "n(n − 1)/2 numbers"),

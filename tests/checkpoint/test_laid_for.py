@@ -1,0 +1,68 @@
+"""Layouts of experts by a base: how many it has, and which parameters are one matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.experts import LAYOUTS
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.checkpoint.match import laid_for
+from lora_fx.errors import LoraFxError
+from tests.checkpoint import made
+
+E, H, F = 4, 8, 5
+M = "model.layers.0.mlp"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """A Qwen3-MoE of one layer: experts one by one, and a router that is a bare parameter."""
+    rng = np.random.default_rng(0)
+    tensors = {f"{M}.gate.weight": rng.standard_normal((E, H)).astype("f4")}
+    for n in range(E):
+        for name, shape in (("gate", (F, H)), ("up", (F, H)), ("down", (H, F))):
+            key = f"{M}.experts.{n}.{name}_proj.weight"
+            tensors[key] = rng.standard_normal(shape).astype("f4")
+    config = {"model_type": "qwen3_moe", "num_experts": E}
+    return str(made.checkpoint(tmp_path / "base", tensors, config=config))
+
+
+def low(rng: np.random.Generator, out: int, in_: int, **more: Any) -> LowRank:
+    return LowRank(*made.factors(rng, out, in_, 2), 3.0, **more)
+
+
+def apart(count: int) -> dict[str, LowRank]:
+    rng = np.random.default_rng(1)
+    sizes = {"gate_proj": (F, H), "up_proj": (F, H), "down_proj": (H, F)}
+    return {
+        f"{M}.experts.{n}.{name}.weight": low(rng, *shape)
+        for n in range(count)
+        for name, shape in sizes.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["peft", "sglang-3d"])
+def test_the_last_experts_are_missed(base: str, layout: str) -> None:
+    adapter, chosen = Adapter(apart(E - 1)), LAYOUTS[layout]
+    assert chosen is not None
+    if not chosen.apart:
+        with pytest.raises(LoraFxError, match=r"experts 0 to 2, and .* has 4") as refused:
+            laid_for(adapter, chosen, base, None)
+        assert "per-expert" in str(refused.value.hint)
+    assert laid_for(Adapter(apart(E)), chosen, base, None)
+    kept = LAYOUTS["per-expert"]
+    assert kept is not None and len(laid_for(adapter, kept, base, None)) == 3 * (E - 1)
+
+
+def test_a_router_among_the_parameters_stays_what_it_is(base: str) -> None:
+    """PEFT trains it by target_parameters, and knows it by no other name."""
+    router = low(np.random.default_rng(2), E, H, op="experts")
+    adapter = Adapter({f"{M}.gate.weight": router, **apart(E)})
+    chosen = LAYOUTS["peft"]
+    assert chosen is not None
+    assert laid_for(adapter, chosen, base, None).entries[f"{M}.gate.weight"] is router
