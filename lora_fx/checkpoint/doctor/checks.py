@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_fx.adapter.experts import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Entry
+from lora_fx.adapter.updates import Entry, Rotation
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT, stored_as
@@ -266,8 +266,9 @@ def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
     info = pair.tensor(key)
     if info is None or info.dtype not in FLOATING or 0 in info.shape:
         return False
-    top = float(finfo(info.dtype).max)
-    scale = float(np.finfo(arithmetic(info.dtype, info.dtype)).max)
+    dtype = pair.options.dtype or info.dtype
+    top = float(finfo(dtype).max)
+    scale = float(np.finfo(arithmetic(info.dtype, dtype)).max)
     return abs(low.scale) > scale or norm(low) > top * math.sqrt(math.prod(info.shape))
 
 
@@ -579,6 +580,8 @@ def trained(pair: Pair) -> Iterator[Finding]:
     """Updates that are zero: B (or A) was never moved from its start."""
     low = pair.adapter.lowrank.items()
     zero = [k for k, e in low if e.magnitude is None and not e.mutated and norm(e) == 0.0]
+    turns = ((k, e) for k, e in pair.adapter.entries.items() if isinstance(e, Rotation))
+    zero += [k for k, e in turns if not e.turn.any()]
     if not zero:
         return
     whole = len(zero) == len(pair.adapter.entries)

@@ -211,6 +211,8 @@ def lengths(folder: Path) -> None:
 
 HADA = {f"{TO_Q}.hada_w{i}_{s}": normal(*shape) for i in (1, 2)
         for s, shape in (("a", (8, 2)), ("b", (2, 6)))}  # fmt: skip
+
+
 LLAMA_ENDS = tuple(LLAMA)
 SOUND: dict[str, Build] = {
     # methods, by PEFT's own code
@@ -226,6 +228,12 @@ SOUND: dict[str, Build] = {
     ),
     "lokr": by_peft(
         pairs.llama, lambda: peft.LoKrConfig(r=2, init_weights=False, target_modules=["up_proj"])
+    ),
+    "oft": by_peft(
+        pairs.llama,
+        lambda: peft.OFTConfig(
+            r=0, oft_block_size=4, init_weights=False, target_modules=["q_proj"]
+        ),
     ),
     "loha of convolutions": by_peft(
         pairs.Convolutions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lora_fx
@@ -12,7 +13,7 @@ from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from tests.checkpoint.doctor.sound import SOUND
-from tests.checkpoint.doctor.tiny import Options
+from tests.checkpoint.doctor.tiny import Options, base, lora
 from tests.checkpoint.doctor.wrong import WRONG
 
 
@@ -112,3 +113,13 @@ def test_the_verdict_is_merges(name: str, tmp_path: Path) -> None:
         except LoraFxError:
             healthy = False
         assert healthy == (refused is None), (options, refused)
+
+
+def test_the_range_is_that_of_the_dtype_that_is_written(tmp_path: Path) -> None:
+    """A merge with --dtype float32 holds what float16 cannot: a warning of its size remains."""
+    base(tmp_path, dtype=np.float16)
+    lora(tmp_path, "llama", "q_proj", lora_alpha=1e7)
+    pair = tmp_path / "base", tmp_path / "adapter"
+    assert not lora_fx.doctor(*pair)
+    assert lora_fx.doctor(*pair, dtype="float32")
+    assert lora_fx.merge(*pair, tmp_path / "out", dtype="float32")

@@ -268,6 +268,10 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     "int8": (but(value("lora_A.weight", lambda v: v.astype(np.int8))), (A, "int8")),
     "size 0": (but(value("lora_B.weight", lambda v: v[:0])), (B, "size 0")),
     "untrained": (but(lambda t, c: t.update({n: 0 * v for n, v in t.items()})), (Q, "zero")),
+    "untrained oft": (
+        by_peft(lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"])),
+        ("q_proj", "zero"),
+    ),
     "beyond float16": (
         lambda folder: (
             base(folder, dtype=np.float16), lora(folder, "llama", "q_proj", lora_alpha=1e8), None
