@@ -118,6 +118,9 @@ def match(
             rows = known_rows(adapter, tensors, config, apart=apart)
             if {*lost} & {k for key, parts in rows.items() for k in ([key] if apart else parts)}:
                 hint = f"lora-fx convert {source} {way} --base {where}; then merge that"
+        if any(map(_EXPERT.search, lost)) and any(map(_EXPERT.search, tensors)):
+            laid_out = f"lora-fx convert {source} -o LAID --format peft --base {where}"
+            hint = f"{laid_out}; then merge that: experts are laid out in several ways"
         if not allow_unused:
             raise LoraFxError(
                 f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
@@ -150,6 +153,7 @@ def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renami
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What the config of a mixture calls their number."""
+_EXPERT = re.compile(r"\.experts(\.|$)")
 _NTH = re.compile(r"\.experts\.(\d+)\.")
 
 

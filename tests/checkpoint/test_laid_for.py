@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load
 
+import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.experts import LAYOUTS
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.checkpoint.match import laid_for
+from lora_fx.cli.common import group
 from lora_fx.errors import LoraFxError
 from tests.checkpoint import made
 
@@ -66,3 +70,23 @@ def test_a_router_among_the_parameters_stays_what_it_is(base: str) -> None:
     chosen = LAYOUTS["peft"]
     assert chosen is not None
     assert laid_for(adapter, chosen, base, None).entries[f"{M}.gate.weight"] is router
+
+
+def test_the_hint_of_a_merge_leads_on(base: str, tmp_path: Path) -> None:
+    """A layout that no base has is told as such, and the command that is named makes it one."""
+    chosen = LAYOUTS["sglang-3d"]
+    assert chosen is not None
+    theirs, folder = laid_for(Adapter(apart(E)), chosen, base, None), tmp_path / "adapter"
+    lora_fx.save_adapter(theirs, folder)
+    with pytest.raises(LoraFxError, match=f"no tensor for 3 of .*{M}.experts") as refused:
+        lora_fx.merge(base, folder, tmp_path / "out")
+    command = str(refused.value.hint).partition(";")[0].split()
+    assert command[:4] == ["lora-fx", "convert", str(folder), "-o"] and "peft" in command
+    done = CliRunner().invoke(group, [*command[1:4], str(tmp_path / "laid"), *command[5:]])
+    assert done.exit_code == 0, done.output
+    assert lora_fx.merge(base, tmp_path / "laid", tmp_path / "out")
+    assert lora_fx.merge(base, Adapter(apart(E)), tmp_path / "wanted")
+    one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "wanted"))
+    assert load(one).keys() == load(two).keys()
+    for name, value in load(one).items():
+        np.testing.assert_allclose(value, load(two)[name], rtol=1e-6, atol=1e-6)
