@@ -92,6 +92,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeForCausalLM", {**TEXT, "num_local_experts": 3}),
     "mixtral": ("MixtralForCausalLM", {**TEXT, "num_local_experts": 3}),
     "minimax": ("MiniMaxForCausalLM", {**TEXT, "num_local_experts": 3, "head_dim": 8}),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", {**TEXT, "num_local_experts": 3, "head_dim": 8}),
     "phimoe": ("PhimoeForCausalLM", {**TEXT, "num_local_experts": 3}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", MOE),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**MOE, "head_dim": 8}),
@@ -124,7 +125,7 @@ SAME = {
 
 
 def saved(kind: str, folder: Path) -> dict[str, Array]:
-    """A tiny model of a type, written by transformers; its own tensors, by its own names."""
+    """A tiny model of a type, written by transformers; what it saves, by its own names."""
     import torch
 
     name, fields = MODELS[kind]
@@ -134,7 +135,10 @@ def saved(kind: str, folder: Path) -> dict[str, Array]:
         warnings.simplefilter("ignore")
         model = cls(cls.config_class(**fields))
         model.save_pretrained(folder)
-    return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
+    held = {n: t for n, t in model.named_buffers() if n in model.state_dict()}
+    return {
+        n: t.detach().numpy().copy() for n, t in {**held, **dict(model.named_parameters())}.items()
+    }
 
 
 def names_of(folder: Path) -> Loaded:
