@@ -88,11 +88,11 @@ def command(
 
         loaded, moved = refitted(loaded, base, *given)
         said += "".join(f"{line}\n" for line in moved)
-    notes = [*loaded.metadata.get("notes", [])]
     if layout:  # else experts stay as they are
         from lora_fx.checkpoint.match import laid_for
 
         loaded = laid_for(loaded, layout, base, options["model_type"])
+    notes = [*loaded.metadata.get("notes", [])]
     if model is None:
         notes += save_adapter(loaded, output, name, force=force, base=base)
     elif name == "onnx_adapter":

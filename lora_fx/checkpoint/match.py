@@ -187,7 +187,11 @@ def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str
             )
     entries = laid(adapter.entries, layout, family_of(types), saved_by(adapter))
     facts = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
-    return replace(adapter, entries=entries, metadata={**adapter.metadata, "peft": facts})
+    metadata = {**adapter.metadata, "peft": facts}
+    if not types and not layout.apart and any(_EXPERT.search(key) for key in entries):
+        said = "without --base or --model-type stacks are taken to lie as all models' but Llama 4's"
+        metadata["notes"] = [*metadata.get("notes", []), said]
+    return replace(adapter, entries=entries, metadata=metadata)
 
 
 def _apart(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:

@@ -90,3 +90,13 @@ def test_the_hint_of_a_merge_leads_on(base: str, tmp_path: Path) -> None:
     assert load(one).keys() == load(two).keys()
     for name, value in load(one).items():
         np.testing.assert_allclose(value, load(two)[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "said"), [(None, True), ("qwen3_moe", False)])
+def test_what_is_taken_for_granted_is_said(base: str, kind: str | None, said: bool) -> None:
+    stacks = LAYOUTS["peft"]
+    assert stacks is not None
+    adapter = laid_for(Adapter(apart(E)), stacks, base, None)
+    again = laid_for(adapter, stacks, None, kind)
+    assert any("Llama 4" in n for n in again.metadata.get("notes", [])) is said
+    assert not any("Llama 4" in n for n in adapter.metadata.get("notes", []))
