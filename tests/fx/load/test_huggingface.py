@@ -263,7 +263,7 @@ def test_transformers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 BIG = """
 import resource, sys
-from lora_fx.fx.capture.capture import capture
+from lora_fx.passes.verbs.open import capture
 from lora_fx.fx.load.models import load_model
 from lora_fx.passes.find import find
 m = load_model(sys.argv[1], meta=True)
