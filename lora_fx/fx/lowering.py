@@ -268,12 +268,13 @@ def _of(
     number = value(node)
     name = str(number.node.expr)
     if name not in sizes:
-        if node.target is aten.sym_size.int:
-            # it may be that of an input of another part
-            args, kwargs = _places([*made.values(), *_inputs(graph)])[name], {}
+        target: Any = node.target
+        # a size may be read of another part's input, which is not here
+        if place := _places([*made.values(), *_inputs(graph)]).get(name):
+            target, args, kwargs = aten.sym_size.int, place, {}
         else:
             args, kwargs = _with(node, (_of(graph, x, made, sizes) for x in _reads(node)))
-        sizes[name] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        sizes[name] = graph.call_function(target, args, kwargs)
         sizes[name].meta["val"] = number
     return sizes[name]
 
@@ -293,10 +294,9 @@ def _sizes_known(part: _Part, graph: fx.Graph) -> bool:
     known, queue = _places([*part.inputs, *_inputs(graph)]), list(part.nodes)
     while queue:
         for node in (n for n in _reads(queue.pop()) if isinstance(value(n), NUMBERS)):
-            if node.target is aten.sym_size.int:
-                if str(value(node).node.expr) not in known:
+            if str(value(node).node.expr) not in known:
+                if node.target is aten.sym_size.int:
                     return False
-            else:
                 queue.append(node)
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
@@ -88,9 +90,9 @@ KEPT = {k: v for k, v in TABLE.items() if k not in (aten.linear.default, aten.la
 
 
 def counts(program: ExportedProgram) -> Counter[str]:
-    """How often every operator stands in a program; checks have no value."""
+    """How often every operator of tensors stands in a program; checks have no value."""
     checks = {str(c) for c in lowering.CHECKS}
-    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    targets = [str(n.target) for n in program.graph.nodes if isinstance(n.target, OpOverload)]
     return Counter(t for t in targets if t not in checks and "sym_size" not in t)
 
 
@@ -145,6 +147,18 @@ def test_depth_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (2, 6):
         lowered(exported(layers(count)), TABLE)
     assert seen[0] == seen[1] > 0
+
+
+def test_sizes_that_nothing_has_are_not_known() -> None:
+    """Such a part has no place, and the program goes the long way."""
+    program = exported(CASES["sizes"])
+    fixed = exported(CASES["linear"], dynamic=False).graph
+    nodes = [n for n in program.graph.nodes if lowering._comes_apart(n, TABLE)]
+    parts = lowering._parts(nodes, program, TABLE)
+    assert all(lowering._sizes_known(part, program.graph) for part in parts)
+    bare = [replace(part, inputs=()) for part in parts]
+    assert all(lowering._sizes_known(part, program.graph) for part in bare)
+    assert not all(lowering._sizes_known(part, fixed) for part in bare)
 
 
 def _in_place(x: Tensor, w: Tensor) -> Tensor:
@@ -233,6 +247,17 @@ class Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.conv(x).flatten(2).transpose(1, 2))
+
+
+def test_a_size_of_another_part() -> None:
+    """What flatten joins is made of the sides that the convolution reads."""
+    shape = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    given = (torch.randn(2, 3, 16, 12),)
+    program = torch.export.export(Patches().eval(), given, dynamic_shapes=(shape,))
+    want = program.run_decompositions(dict(TABLE))
+    got = lowered(program, TABLE)
+    assert got is program
+    assert counts(got) == counts(want)
 
 
 class Mean(nn.Module):
