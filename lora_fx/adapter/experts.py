@@ -25,6 +25,7 @@ from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.errors import LoraFxError
+from lora_fx.text import JsonView, is_whole
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 _LEAVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, DOWN: 2, "w2": 2, GATE_UP: 3}
@@ -78,6 +79,12 @@ FAMILIES = (
 )
 IN_OUT_EXPERTS = frozenset(t for family in FAMILIES if family.transposed for t in family.types)
 """model_type of models whose expert stacks are [experts, in, out]."""
+
+
+def experts_of(config: JsonView) -> int:
+    """How many experts a layer of a model has, by its config.json; 0 where that does not say."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((config[n] for n in names if is_whole(config.get(n))), 0)
 
 
 def family_of(types: Iterable[str]) -> Family | None:

@@ -18,6 +18,7 @@ from lora_fx.adapter.experts import (
     FAMILIES,
     IN_OUT_EXPERTS,
     ExpertLayout,
+    experts_of,
     family_of,
     laid,
     peft_turns,
@@ -33,7 +34,7 @@ from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
 from lora_fx.targets.target import base_name, split_key, split_use
-from lora_fx.text import JsonView, is_whole, near, some
+from lora_fx.text import JsonView, near, some
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,6 @@ def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renami
     return replace(adapter, entries=entries)
 
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""What the config of a mixture calls their number."""
 _EXPERT = re.compile(r"\.experts(\.|$)")
 _NTH = re.compile(r"\.experts\.(\d+)\.")
 
@@ -176,8 +175,7 @@ def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str
             rest = {k: e for k, e in adapter.entries.items() if k not in flat}
             placed = stacked(replace(adapter, entries=rest), tensors, config, rename)
             adapter = replace(adapter, entries={**flat, **placed.entries})
-        facts = {**config, **text_config(config)}
-        count = next((facts[n] for n in EXPERTS if is_whole(facts.get(n))), 0)
+        count = experts_of({**config, **text_config(config)})
         there = [int(n) for key in adapter.entries for n in _NTH.findall(key)]
         if there and not layout.apart and max(there) + 1 < count:
             raise LoraFxError(

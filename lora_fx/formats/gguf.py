@@ -45,6 +45,7 @@ from types import ModuleType
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.experts import experts_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
@@ -338,8 +339,7 @@ def _stacked(
     name: str, held: Mapping[int, tuple[str, Array, Array]], names: _Names
 ) -> tuple[Array, Array]:
     """A and B of all experts of a layer, which have to be there, and of one shape."""
-    told = names.config.get("num_local_experts") or names.config.get("num_experts")
-    count = told if isinstance(told, int) else max(held) + 1
+    count = experts_of(names.config) or max(held) + 1
     key = next(iter(held.values()))[0]
     if len(held) != count or max(held) != count - 1:
         raise _refused(key, f"{name} is one tensor of {count} experts; {len(held)} have updates")
