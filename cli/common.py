@@ -117,8 +117,13 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     from lora_fx import __version__
 
     click.echo(f"lora-fx {__version__}")
-    for name, number in installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime").items():
+    found = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
+    for name, number in found.items():
         click.echo(f"{name} {number}")
+    if "onnxruntime" in found or "onnxruntime-gpu" in found:
+        from lora_fx.onnx.session import providers
+
+        click.echo(f"providers {', '.join(providers())}")
     if both := two_runtimes():
         say(both)
     ctx.exit()
@@ -164,7 +169,7 @@ def two_runtimes() -> str:
     callback=_version,
     expose_value=False,
     is_eager=True,
-    help="Print the versions of lora-fx, torch, onnx and ONNX Runtime.",
+    help="Print the versions of lora-fx, torch, onnx and ONNX Runtime, and its providers.",
 )
 @click.pass_context
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:

@@ -135,8 +135,7 @@ def open_session(
     if held:
         # add_initializer would be ignored, without a word, where W + A·B is folded at load
         options.add_external_initializers(list(held), list(held.values()))
-    built = "CUDAExecutionProvider" in ort.get_available_providers()
-    usable = provider != "cpu" and built and driver_present()
+    usable = provider != "cpu" and "cuda" in providers()
     if usable and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
     wanted = ["CUDAExecutionProvider"] * usable + ["CPUExecutionProvider"]
@@ -156,6 +155,14 @@ def open_session(
         )
     note = "running on CPU: no usable CUDA device" if provider == "auto" and got == "cpu" else ""
     return RuntimeSession(session, got, note)
+
+
+def providers() -> list[str]:
+    """What sessions can run on here, the fastest first: cuda with a build and a driver, and cpu."""
+    import onnxruntime as ort
+
+    built = "CUDAExecutionProvider" in ort.get_available_providers()
+    return ["cuda"] * (built and driver_present()) + ["cpu"]
 
 
 IMAGE = 64

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from lora_fx.cli import main
+from lora_fx.onnx import session as sessions
 
 MODEL = """
 import torch
@@ -202,9 +204,26 @@ def test_weights_of_adapters_scale_the_change(
     assert code == 0
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("driver", "built", "wanted"),
+    [(True, True, "cuda, cpu"), (False, True, "cpu"), (True, False, "cpu")],
+)
+def test_version_names_the_providers(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    driver: bool,
+    built: bool,
+    wanted: str,
+) -> None:
+    there = ["CUDAExecutionProvider"] * built + ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setattr(sessions, "driver_present", lambda: driver)
     code, out, _ = run(capsys, "--version")
     assert code == 0 and {"lora-fx", "torch", "onnx"} <= {w.split()[0] for w in out.splitlines()}
+    assert out.splitlines()[-1] == f"providers {wanted}"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     first = " ".join(out.split("Options:")[0].split())
     assert code == 0 and "graph" in first and "checkpoint files" in first
