@@ -247,10 +247,11 @@ def adapter_of(path: str) -> Adapter:
 
 def named_adapters(texts: Sequence[str]) -> Json:
     """`ADAPTER[:W]` arguments by the name of the folder or file."""
+    from lora_fx.formats.io import adapter_name
+
     result: Json = {}
     for path, weight in map(split_weight, texts):
-        name = Path(path).resolve().name.removesuffix(".safetensors")
-        name = name.removesuffix(".onnx_adapter")
+        name = adapter_name(path)
         if name in result:
             raise LoraFxError(f"two adapters are called {name!r}", "rename one of them")
         result[name] = adapter_of(path).weighted(weight)

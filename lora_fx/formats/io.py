@@ -168,6 +168,16 @@ def check_elements(path: str | PathLike[str], most: int) -> None:
 AdapterLike = str | PathLike[str] | Adapter
 
 
+def adapter_name(path: str | PathLike[str]) -> str:
+    """What an adapter is called in a file that holds several: its folder or file, without ending.
+
+    >>> adapter_name("runs/french"), adapter_name("german.onnx_adapter")
+    ('french', 'german')
+    """
+    name = Path(path).resolve().name
+    return name.removesuffix(".safetensors").removesuffix(".onnx_adapter")
+
+
 def as_adapter(given: AdapterLike) -> Adapter:
     """An adapter, or that of a path."""
     return given if isinstance(given, Adapter) else load_adapter(given)

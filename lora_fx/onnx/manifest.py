@@ -27,7 +27,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, check_format, one_line, stamp
-from lora_fx.files.read import json_object
+from lora_fx.files.read import json_object, open_input
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
 from lora_fx.onnx.validity import blaming
@@ -223,10 +223,11 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     """The tensors by name, in name order, and adapter_version and model_version.
 
     Raises:
-        LoraFxError: Not such a file, or damaged.
+        LoraFxError: Not there, not such a file, or damaged.
     """
     from onnxruntime import AdapterFormat
 
+    open_input(path).close()  # the runtime calls a file that is not there damaged
     try:
         file = AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()

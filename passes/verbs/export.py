@@ -86,7 +86,8 @@ def export(
         path: Where to write; `PATH.data` beside it when the weights are large.
         args: Example inputs, for a model that is not captured yet.
         kwargs: Example inputs by keyword.
-        adapters: What to fold instead, or its path; for the other modes {name: adapter}, or a list.
+        adapters: What to fold instead, or its path; for the other modes {name: adapter}, or a list,
+            of which paths are named after their last part and others adapter_1, adapter_2 …
             Those of switch and load are written beside the file as `NAME.onnx_adapter`.
         mode: merged; switch: adapters are chosen run by run (lora_fx.onnx.Session); load: one is
             chosen when a session is made; batch: one graph whose rows use different adapters
@@ -124,7 +125,7 @@ def export(
         NoEffectError: The outputs differ; nothing is written.
     """
     remember(*([model] if isinstance(model, (str, PathLike)) else []))
-    adapters = opened_adapters(adapters)
+    adapters = opened_adapters(adapters, mode)
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
         rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,

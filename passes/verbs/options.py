@@ -18,7 +18,7 @@ from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import long_name
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.io import AdapterLike, as_adapter
+from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan, make_plan
@@ -36,14 +36,26 @@ ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
 
 
 def opened_adapters(
-    given: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None,
+    given: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None, mode: str
 ) -> ExportAdapters | None:
-    """The adapters of an export, read where they are paths."""
-    if given is None or isinstance(given, (str, PathLike, Adapter)):
-        return None if given is None else as_adapter(given)
+    """The adapters of an export, read where they are paths, which then are their names."""
+    if given is None or isinstance(given, Adapter):
+        return given
+    if mode == "merged" and isinstance(given, (str, PathLike)):
+        return as_adapter(given)
     if isinstance(given, Mapping):
         return {name: as_adapter(a) for name, a in given.items()}
-    return [as_adapter(a) for a in given]
+    every = [given] if isinstance(given, (str, PathLike)) else list(given)
+    paths = [a for a in every if isinstance(a, (str, PathLike))]
+    if len(paths) < len(every):
+        return [as_adapter(a) for a in every]
+    found: dict[str, Adapter] = {}
+    for path in paths:
+        name = adapter_name(path)
+        if name in found:
+            raise LoraFxError(f"two adapters are called {name!r}", "adapters={name: path, …}")
+        found[name] = as_adapter(path)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,11 @@ def test_refused(tmp_path: Path, tensors: dict[str, Array], word: str) -> None:
     assert str(file) in caught.value.message
 
 
+def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(LoraFxError, match=r"gone\.onnx_adapter: cannot be read: no such file"):
+        read_file(tmp_path / "gone.onnx_adapter")
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     file = tmp_path / "x.onnx_adapter"
     save_adapter(Adapter({"x": LOW}), file, "onnx_adapter")
