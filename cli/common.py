@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -20,7 +21,7 @@ from lora_fx.cli.output import echo, emit, say, stages
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
 from lora_fx.progress import stage, telling
-from lora_fx.text import JsonView, near
+from lora_fx.text import Json, JsonView, near
 
 COMMANDS = {
     "targets": "List what an adapter can attach to, and why the rest cannot.",
@@ -175,7 +176,9 @@ def two_runtimes() -> str:
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """Every command is in COMMANDS."""
     argv = (ctx.obj or {}).get("argv")  # main's
-    ctx.obj = {"verbose": verbose, "quiet": quiet, "notes": [], "argv": argv}
+    notes: Json = {"notes": [], "warned": set()}
+    began = {"when": time.time(), "seconds": time.monotonic()}
+    ctx.obj = {"verbose": verbose, "quiet": quiet, "argv": argv, "began": began, **notes}
     ctx.with_resource(telling(stages()))
 
 

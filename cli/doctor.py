@@ -39,7 +39,7 @@ def command(base: str, adapter: str, as_json: bool, **options: Any) -> None:
 
     del options["link"]  # which changes nothing of what is written
     report = doctor(base, adapter, **options)
-    note(*report.warnings)
+    note(*report.warnings, warns=True)
     fields = {**report.to_json(), "inputs": [{"base": base, "adapter": adapter}]}
     fields.pop("parity")
     emit(as_json, text=lines(report), **fields)

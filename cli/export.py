@@ -89,7 +89,7 @@ def command(
         )
         report = export(model, output, names=read_map(names), **options)
         inputs = [{"model": model}]
-        note(*report.warnings)
+        note(*report.warnings, warns=True)
     else:
         if names:
             raise LoraFxError("--map is of .onnx files", "a model's own names tell")

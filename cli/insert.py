@@ -89,7 +89,7 @@ def _onnx(model: str, output: str, force: bool, as_json: bool, options: Json) ->
     refuse_given(model, no_say)
     kept = {k: v for k, v in options.items() if k not in no_say}
     report = insert_onnx(model, output, inputs=arrays, force=force, **kept)
-    note(*report.warnings)
+    note(*report.warnings, warns=True)
     count, trained = len(report.details["targets"]), report.details["trained"]
     said = f"{count} targets, {trained} elements to train\n{report}\nwrote {output}"
     emit(as_json, text=said, **{**report.to_json(), "inputs": [{"model": model}]})

@@ -70,7 +70,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         return
     with progress_bar() as progress:
         report = run(plan, out, link=link, force=force, workers=threads, progress=progress)
-    note(*report.warnings)
+    note(*report.warnings, warns=True)
     outputs = list(report.outputs)
     emit(as_json, "merge", lines(report), inputs=inputs, outputs=outputs, **report_json(report))
 
@@ -89,5 +89,5 @@ def _onnx(base: str, adapters: tuple[str, ...], out: str, options: Json, as_json
         emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
         return
     report = merge(base, given, out, **options)
-    note(*report.warnings)
+    note(*report.warnings, warns=True)
     emit(as_json, text=lines(report), **{**report.to_json(), "inputs": inputs})

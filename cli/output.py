@@ -106,10 +106,17 @@ def say(text: str) -> None:
         echo(text, err=True)
 
 
-def note(*texts: str) -> None:
-    """What the user should know: a line each on stderr, and a row of the JSON's warnings."""
+def note(*texts: str, warns: bool = False) -> None:
+    """What the user should know: a line each on stderr, and a row of the JSON's warnings.
+
+    Args:
+        texts: A sentence each.
+        warns: They ask to be looked at, and a page marks them.
+    """
     for text in (one_line(t, 10_000) for t in texts):
         _run().get("notes", []).append(text)
+        if warns:
+            _run().get("warned", set()).add(text)
         say(f"note: {text}")
 
 

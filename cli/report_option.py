@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -79,7 +80,9 @@ def write(path: str, force: bool, shown: JsonView) -> str:
     from lora_fx.report.page import page
 
     ctx = click.get_current_context()
-    added: Json = {"argv": ctx.find_root().obj.get("argv") or [], "versions": versions()}
+    run = ctx.find_root().obj
+    added: Json = {"argv": run.get("argv") or [], "versions": versions(), **when(run["began"])}
+    added["notes"] = [text for text in run["notes"] if text not in run["warned"]]
     outputs = [Path(p) for p in shown["outputs"]]
     source = [p for p in input_paths(ctx.params) if p not in outputs]
     added |= _hashed([("input", p) for p in source] + [("output", p) for p in outputs], path)
@@ -101,6 +104,15 @@ def _once(adapters: list[Json], told: JsonView) -> None:
             same = rows.get(row["key"], {})
             kept = {k: v for k, v in row.items() if k == "key" or k not in same or same[k] != v}
             adapter["updates"][i] = kept
+
+
+def when(began: dict[str, float]) -> Json:
+    """When the command began, in local time, how many seconds it took, and on which machine."""
+    import platform
+
+    start = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(began["when"]))
+    seconds = time.monotonic() - began["seconds"]
+    return {"when": start, "seconds": round(seconds, 1), "host": platform.node()}
 
 
 def versions() -> dict[str, str]:

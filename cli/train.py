@@ -91,7 +91,8 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
             )
         if not world.first:
             return
-        note(*report.warnings, *save_adapter(module.adapter(), output, force=force))
+        note(*report.warnings, warns=True)
+        note(*save_adapter(module.adapter(), output, force=force))
         made = module.report()
         examples = {"training": len(training), "validation": len(validation)}
         fields = {"inputs": cap.inputs.to_json(), "outputs": [output], **made.to_json()}

@@ -114,8 +114,9 @@ def merge_all(
         options: The same as keywords of `MergeOptions`.
 
     Yields:
-        {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true
-        for an output that was there already.
+        {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true for an
+        output that was there already. Of others "tensors" is how many changed, "ratio" the
+        largest ‖Δ‖/‖W‖ of one, and "gain" the least share of an update that rounding kept.
     """
     if (run := run_of_files()) is not None:
         run.outputs |= {job.out: inode_of(job.out) for job in jobs}
@@ -195,8 +196,14 @@ class _Running:
             return {"ok": False, "error": why, "hint": "was it killed for its memory?"}
         if code == 2 and self._is_kept(job):
             return {"kept": True}
-        row = {"ok": bool(said["ok"]), "warnings": said["warnings"]}
-        return row if said["ok"] else row | {"error": said["error"], "hint": said["hint"]}
+        row: Json = {"ok": bool(said["ok"]), "warnings": said["warnings"]}
+        if not said["ok"]:
+            return row | {"error": said["error"], "hint": said["hint"]}
+        changed = said.get("tensors") or []
+        row["tensors"] = len(changed)
+        for name, worst in (("ratio", max), ("gain", min)):
+            row[name] = worst((t[name] for t in changed if t.get(name) is not None), default=None)
+        return row
 
     def _is_kept(self, job: Job) -> bool:
         """True where an output is there that this very merge would write; by its own record."""

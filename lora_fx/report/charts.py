@@ -155,11 +155,11 @@ def _finite(x: object) -> TypeGuard[float]:
 SHADES = 5
 MOST = 16
 """Cells of a block. Above, or with two cells of one name, it is split at the next index."""
-WIDTH = 264
+WIDTH = 340
 """The width of the cells of one block, in pixels: a box fits a narrow screen."""
-HEIGHT = 34
-_CHARACTER = 6.1
-"""Width of a character of a cell's label at 10 pixels, at most."""
+HEIGHT = 42
+_CHARACTER = 8.6
+"""Width of a character of a cell's label at 14 pixels, at most."""
 
 
 class Cell(NamedTuple):
@@ -255,7 +255,7 @@ def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) ->
     cells = []
     for row in rows:
         label, value = _label(row, name), "+".join(map(str, row.rank)) or "·"
-        wide = round(max(24, _CHARACTER * max(len(label), len(value)) + 8))
+        wide = round(max(30, _CHARACTER * max(len(label), len(value)) + 8))
         if x and x + wide > WIDTH:
             x, y = 0, y + HEIGHT + 2
         cells.append(Cell(label, value, shade(row), x, y, wide))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,22 +31,30 @@ def page(result: JsonView) -> str:
     """The page of a command's JSON object (docs/json.md).
 
     Args:
-        result: With what only a page shows under `page`: `argv`, `versions`, `files` rows of
-            {of, path, bytes, sha256}, `adapters` rows of {path, updates: rows of {key, kind, rank,
+        result: With what only a page shows under `page`: `argv`, `when`, `seconds`, `host`,
+            `notes` (of `warnings`, those that ask for nothing), `versions`, `files` rows of {of,
+            path, bytes, sha256}, `adapters` rows of {path, updates: rows of {key, kind, rank,
             alpha, parameters, shape, sigma, norm}}; all may be missing.
     """
     rows = rows_of(result)
+    more: JsonView = result.get("page") or {}
+    notes = set(more.get("notes") or ())
+    said: list[str] = result.get("warnings") or []
     script = (TEMPLATES / "table.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     values = {
         "result": result,
         "what": "tensor" if result.get("command") in ("merge", "verify") else "target",
+        "headline": headline(str(result.get("error") or "")),
+        "warnings": [text for text in said if text not in notes],
+        "notes": [text for text in said if text in notes],
+        "more": more,
         "facts": facts(result, rows),
         "curve_of_losses": charts.training(result),
         "structure": charts.blocks(rows),
         "rounding": charts.rounding(rows),
         "table": table(result, rows),
-        "command_line": shlex.join((result.get("page") or {}).get("argv") or ()),
+        "command_line": shlex.join(more.get("argv") or ()),
         "data": strict_json(result),
         "style": Markup((TEMPLATES / "style.css").read_text("utf-8")),
         "script": Markup(script),
@@ -117,9 +126,21 @@ def facts(result: JsonView, rows: list[Row]) -> list[Fact]:
     if isinstance(result.get("tensors"), int):
         wrong = result["tensors"] - result["equal"]
         made.insert(0, Fact("Tensors that differ", number(wrong), "", wrong == 0))
-    if said := len(result.get("warnings") or ()):
-        made.append(Fact("Warnings", number(said), "listed below"))
     return made
+
+
+def headline(error: str, most: int = 90) -> str:
+    """An error as a heading: all of a short one, else its start without the path before it.
+
+    >>> headline("runs/a.safetensors: its keys fit no parameter; expected layers.0.fc", 40)
+    'its keys fit no parameter …'
+    """
+    if len(error) <= most:
+        return error
+    told = re.sub(r"^\S+: ", "", error)
+    ends = [m.start() for m in re.finditer(r"[;,:.] ", told[: most + 1])]
+    cut = max(ends, default=0)
+    return (told[:cut] if cut > most / 3 else told[:most].rpartition(" ")[0] or told[:most]) + " …"
 
 
 def _nearness(p: JsonView) -> float:
@@ -138,7 +159,10 @@ def _training(result: JsonView) -> list[Fact]:
     if before is None:
         return [Fact("Validation loss", number(float(best)), kept)]
     beside = f"before {number(float(before))}; {kept}"
-    return [Fact("Validation loss", number(float(best)), beside, best < before)]
+    ok: bool | None = best < before
+    if ok and result.get("best_step") == len(result["losses"]):
+        ok = None  # still falling at the last step: more steps would have been better
+    return [Fact("Validation loss", number(float(best)), beside, ok)]
 
 
 def _rounding(rows: list[Row]) -> list[Fact]:

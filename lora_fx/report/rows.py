@@ -51,7 +51,10 @@ class Row:
 
 
 def rows_of(result: JsonView) -> list[Row]:
-    """A row for every target of a result, in the result's order."""
+    """A row for every target of a result, in the model's order.
+
+    That is the graph's for targets; tensors of files and updates of adapters lie by letters.
+    """
     rows: dict[str, Row] = {}
     flops = result.get("flops") or {}
     total = (flops.get("reached") or 0) + (flops.get("refused") or 0)
@@ -75,15 +78,27 @@ def rows_of(result: JsonView) -> list[Row]:
     for row, found in _told(rows, result, "differences"):
         row.error = found.get("ratio") if found.get("ratio") is not None else found.get("rel")
         row.said.append(str(found.get("what", "")))
-    known = len(rows)
+    known = len(result.get("targets") or ())
     _adapters(rows, result)
     every = list(rows.values())
-    return every[:known] + sorted(every[known:], key=lambda r: _natural(r.key))
+    return every[:known] + _ordered(every[known:])
 
 
-def _natural(key: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 2 before layer 10: files sort by letters."""
-    return [(int(x), "") if x.isascii() and x.isdigit() else (-1, x) for x in key.split(".")]
+def _ordered(rows: list[Row]) -> list[Row]:
+    """Rows with layer 2 before layer 10, which files have the other way round; else as they are.
+
+    >>> [r.key for r in _ordered([Row("h.0.b"), Row("h.10.a"), Row("h.2.b"), Row("h.2.a")])]
+    ['h.0.b', 'h.2.b', 'h.2.a', 'h.10.a']
+    """
+    first: dict[str, int] = {}
+
+    def place(row: Row) -> tuple[int, list[int]]:
+        parts = row.key.split(".")
+        numbers = [int(p) for p in parts if p.isascii() and p.isdigit()]
+        start = row.key.partition(f".{numbers[0]}.")[0] if numbers else ""
+        return first.setdefault(start if numbers else row.key, len(first)), numbers
+
+    return sorted(rows, key=place)
 
 
 def _target(row: Row, found: JsonView, total: int) -> None:

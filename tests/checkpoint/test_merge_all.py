@@ -55,6 +55,10 @@ def test_each_is_the_merge_of_its_adapter(fleet: Path, capsys: pytest.CaptureFix
         want = base + 1.5 * u.b.astype(np.float64) @ u.a.astype(np.float64)
         got = load_file(fleet / "out" / f"run{i}__adapter.safetensors")["fc.weight"]
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+        (row,) = (r for r in rows if r["adapter"] == RUNS[i])
+        assert row["tensors"] == 1 and row["gain"] == pytest.approx(1, abs=1e-3)
+        size = np.linalg.norm(want - base) / np.linalg.norm(base)
+        assert row["ratio"] == pytest.approx(size, rel=1e-4)
 
 
 def test_the_report_has_the_order_of_the_adapters(

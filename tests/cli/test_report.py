@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,9 @@ def test_the_page_holds_what_json_says(
     assert page.data == whole and whole["command"] == name and whole["ok"]
     assert added["argv"] == [*COMMANDS[name], "--report", "page.html", "--json"]
     assert added["versions"]["lora-fx"] == whole["version"]
+    began = datetime.strptime(added["when"], "%Y-%m-%d %H:%M:%S %z")
+    assert -1 <= (datetime.now().astimezone() - began).total_seconds() - added["seconds"] < 60
+    assert added["host"] == platform.node() and set(added["notes"]) <= set(whole["warnings"])
     for file in added["files"]:
         data = Path(file["path"]).read_bytes()
         assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())

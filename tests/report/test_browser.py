@@ -88,7 +88,7 @@ def test_every_text_can_be_read(
     seen = tab.value(CONTRAST)
     assert len(seen) > 100 and any(s.get("svg") for s in seen)
     assert [s for s in seen if s["ratio"] < 4.5] == []
-    assert min(s["size"] for s in seen) >= 10
+    assert min(s["size"] for s in seen) >= 14
     papers = {s["paper"] for s in seen if not s["svg"]}
     assert all((int(p.split(",")[0]) < 80) == dark for p in papers), "the theme is the browser's"
     hint = tab.value("getComputedStyle(document.querySelector('.filter'), '::placeholder').color")
@@ -107,6 +107,15 @@ def test_the_page_is_as_wide_as_the_window(
         ".filter(e => e.getBoundingClientRect().right > innerWidth).length"
     )
     assert clipped == 0
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_tables_are_as_wide_as_charts(tab: Browser, files: dict[str, Path], width: int) -> None:
+    tab.open(files["everything"], width=width)
+    wide = "[...document.querySelectorAll('{}')].map(e => e.getBoundingClientRect().width)"
+    (chart,) = set(tab.value(wide.format("figure.curve")))
+    tables = tab.value(wide.format("table"))
+    assert len(tables) >= 3 and min(tables) >= chart
 
 
 def test_without_a_script_all_is_there(tab: Browser, files: dict[str, Path]) -> None:

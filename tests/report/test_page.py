@@ -72,8 +72,8 @@ def test_the_data_is_the_result() -> None:
 
 def test_every_section_where_it_applies() -> None:
     assert sections(Page(page(everything()))) == [
-        "warnings", "merges", "training", "parity", "structure", "rounding", "targets",
-        "stages-of-the-graph", "not-adapted-and-why", "files", "this-run",
+        "warnings", "merge-1", "merge-2", "training", "parity", "structure", "rounding",
+        "targets", "stages-of-the-graph", "not-adapted-and-why", "files", "this-run",
     ]  # fmt: skip
     bare = {"command": "convert", "ok": True, "from": "peft", "to": "kohya", "updates": 2}
     assert sections(Page(page(bare))) == []
@@ -189,6 +189,14 @@ def test_several_adapters_of_one_tensor() -> None:
     assert seen["rank"] == "2 + 3" and seen["spectrum"].count("σ") == 2
 
 
+LONG = "ad/adapter_model.safetensors: tensor 'a.b' is [8, 513]; expected [8, 512], of " + "a.b" * 20
+
+
+def compared(rel: float, tol: float) -> dict[str, Any]:
+    sizes = {"sizes": {"x": [2]}, "output": "y", "of": ""}
+    return {**sizes, "max_abs": rel, "rel": rel, "tol": tol, "ok": rel <= tol}
+
+
 @pytest.mark.parametrize(
     ("result", "said"),
     [
@@ -202,6 +210,22 @@ def test_several_adapters_of_one_tensor() -> None:
         ({"command": "export", "ok": True, "mode": "switch"}, "ONNX file, mode switch"),
         ({"command": "plan", "ok": True}, "Done"),
         ({"command": "plan", "ok": False}, "The answer is no"),
+        (
+            {
+                "command": "export",
+                "ok": True,
+                "parity": [compared(2e-3, 1e-2), compared(0.0, 1e-6)],
+            },
+            "ONNX file, mode merged, within 2.00e-03 of what it came from",
+        ),
+        (
+            {"command": "verify", "ok": True, "parity": [compared(3e-4, 1e-3)]},
+            "Within 3.00e-04 of each other",
+        ),
+        (
+            {"command": "merge", "ok": False, "error": LONG, "hint": "h"},
+            "tensor 'a.b' is [8, 513]; expected [8, 512] …",
+        ),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_result(result: dict[str, Any], said: str) -> None:
@@ -210,6 +234,53 @@ def test_the_verdict_claims_no_more_than_the_result(result: dict[str, Any], said
     assert "proven" not in seen.text
     marks = [a["class"] for t, a in seen.tags if t == "header"]
     assert marks == ["verdict ok" if result["ok"] else "verdict no"]
+
+
+def test_equal_is_said_of_what_was_held_to_a_gate_of_fp32() -> None:
+    text = Page(page({"command": "export", "ok": True, "parity": [compared(4e-7, 2e-6)]})).text
+    assert "ONNX file, mode merged, proven equal to what it came from" in text
+
+
+def test_a_long_error_is_there_in_full() -> None:
+    seen = Page(page({"command": "merge", "ok": False, "error": LONG, "hint": ""}))
+    assert LONG in seen.text and seen.text.count("tensor 'a.b' is [8, 513]") >= 2
+    short = Page(page({"command": "merge", "ok": False, "error": "no such file", "hint": ""}))
+    assert short.text.partition("Stopped")[2].count("no such file") == 1
+
+
+def test_a_note_is_no_warning_and_a_run_says_when_it_was() -> None:
+    more = {"notes": ["a note"], "when": "2026-01-02 03:04:05 +0000", "seconds": 12.3, "host": "h1"}
+    result = {"command": "merge", "ok": True, "warnings": ["a note", "a warning"], "page": more}
+    seen = Page(page(result))
+    assert sections(seen)[:2] == ["warnings", "notes"]
+    said = seen.text.partition('"command"')[0]
+    assert said.index("a warning") < said.index("Notes") < said.index("a note")
+    assert "lora-fx merge · 2026-01-02 03:04:05 +0000 · 12.30 s · h1" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(("best", "colour"), [(40, ""), (20, " class=good")])
+def test_a_loss_that_still_falls_is_not_green(best: int, colour: str) -> None:
+    result = trained(1, steps=40) | {"validation": {str(best): 1.0}, "best_step": best}
+    assert f"<div{colour}><dt>Validation loss</dt>" in page(result | {"before": 2.0})
+
+
+def test_a_merge_of_a_fleet_has_its_own_section() -> None:
+    done = {"adapter": "de", "out": "m/de", "ok": True, "warnings": ["look"]}
+    numbers = {"tensors": 14, "ratio": 0.031, "gain": 0.875}
+    failed = {
+        "adapter": "fr",
+        "out": "m/fr",
+        "ok": False,
+        "error": "no such file",
+        "hint": "where?",
+    }
+    kept = {"adapter": HOSTILE[0], "out": "m/x", "ok": True, "kept": True}
+    seen = Page(page({"command": "merge-all", "merges": [done | numbers, failed, kept]}))
+    assert sections(seen) == ["merge-1", "merge-2", "merge-3"]
+    first, second, third = re.split(r"Merge \d: ", seen.text.partition('"command"')[0])[1:]
+    assert all(t in first for t in ("de", "done", "14 tensors", "0.03100", "87.5", "look"))
+    assert all(t in second for t in ("fr", "failed", "no such file", "where?"))
+    assert "kept: it was there already" in third
 
 
 def test_the_worst_comparison_is_in_the_strip() -> None:
