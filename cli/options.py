@@ -50,6 +50,14 @@ def label_option(of: str) -> Callable[[Command], Command]:
     )
 
 
+max_length_option = click.option(
+    "--max-length",
+    type=FROM_1,
+    metavar="N",
+    help="Tokens of a text.  [default: 128; 1024 for causal language models]",
+)
+
+
 def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
     """One decorator that adds options, in the order that --help lists them in."""
 
@@ -224,15 +232,21 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def training_data(
-    path: str, loaded: LoadedModel, cap: Captured, label: str, max_length: int
+    path: str, loaded: LoadedModel, cap: Captured, label: str, max_length: int | None = None
 ) -> Table:
     """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
     from lora_fx.data import training_table
     from lora_fx.fx.load.factory import call_function
     from lora_fx.fx.load.huggingface import tokenizer_of
+    from lora_fx.fx.train.language_data import language_table
 
     folder = loaded.tokenizer_folder
-    tokenizer = None if folder is None else tokenizer_of(folder, max_length)
+    if folder and not label and path.endswith(".jsonl") and Path(path).is_file():
+        found = language_table(path, loaded.module, folder, max_length)
+        if found is not None:
+            note(*found[1])
+            return found[0]
+    tokenizer = None if folder is None else tokenizer_of(folder, max_length or 128)
     return training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
 
 
@@ -277,7 +291,7 @@ def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
         return {}
     if not data:
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
-    table = training_data(data, loaded, cap, label, 128)
+    table = training_data(data, loaded, cap, label)
     return {"data": batches_of(table), "loss": loss_of(loss)}
 
 

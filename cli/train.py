@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import click
 from lora_fx.cli.options import (
     batches_of,
     captured,
+    first_given,
     held,
     label_option,
     loss_of,
+    max_length_option,
     model_options,
     refuse_beside,
     result_options,
@@ -21,7 +24,14 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_command
-from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
+from lora_fx.cli.train_options import (
+    loop_options,
+    saving_of,
+    settings_of,
+    stateful,
+    together,
+    write_curve,
+)
 
 
 @report_command("train")
@@ -31,7 +41,9 @@ from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stat
 @label_option("Column to predict.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @click.option("--validation", type=float, default=0.1, help="Share held out.")
-@click.option("--max-length", type=int, default=128, help="Tokens of a text.")
+@click.option("--eval-data", metavar="FILE", help="Held-out examples, instead of a share of DATA.")
+@max_length_option
+@click.option("--curve", metavar="FILE.csv", help="Write the losses: step, loss, validation.")
 @click.option("--device", default="cpu", help="cpu or cuda.")
 @loop_options
 @target_options
@@ -42,15 +54,18 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
     DATA is .npz or .jsonl (keys are the model's argument names), .csv with --label, or
     file.py:loader (no arguments; returns columns by name). Columns of text go through the model
-    folder's tokenizer. A tenth is held out, and the adapter with the best validation loss is kept.
+    folder's tokenizer. For the folder of a causal language model DATA is .jsonl with "text",
+    "prompt" and "completion", or "messages". A tenth is held out, and the adapter with the best
+    validation loss is kept.
 
     \b
     lora-fx train ./my-bert reviews.csv --label stars -o adapter --also-train classifier
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
+    lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
     refuse_beside(options["plan"])
     from lora_fx.adapter.initial import OF_DATA
-    from lora_fx.data import split
+    from lora_fx.data import alike, split
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
@@ -64,22 +79,38 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         if state and Path(state).resolve() == Path(output).resolve():
             raise LoraFxError(f"{output} is also the folder of the state", "choose another name")
         check_device(device)
+        curve, held_out = options.pop("curve"), options.pop("eval_data")
+        if curve:
+            check_output(curve, force=force)
+        if held_out and first_given("validation"):
+            raise LoraFxError(
+                f"--validation has no say beside --eval-data {held_out}", "leave one of them out"
+            )
         if not 0 <= options["validation"] < 1:
             raise LoraFxError(
                 f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual"
             )
-        if options["patience"] and not options["validation"]:
+        if options["patience"] and not (options["validation"] or held_out):
             raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
         settings, saving = settings_of(options), saving_of(options, force)
         loaded, cap = captured(model, options)
-        table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
+        read = partial(training_data, loaded=loaded, cap=cap, label=options.pop("label"),
+                       max_length=options.pop("max_length"))  # fmt: skip
+        table, share = read(data), options.pop("validation")
         if table.words:
             note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
-        training, validation = split(table, options.pop("validation"), options["seed"])
+        training, validation = (
+            (table, alike(read(held_out), table, held_out, data))
+            if held_out
+            else split(table, share, options["seed"])
+        )
         loss = loss_of(options.pop("loss"))
         if options["init"] in OF_DATA:
             options |= {"data": batches_of(training), "loss": loss}
+        recompute = options.pop("gradient_checkpointing")
         module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
+        if recompute:
+            module.gradient_checkpointing_enable()
 
         def progress(step: int, steps: int, value: float) -> None:
             if step == steps or step % max(1, steps // 10) == 0:
@@ -92,9 +123,10 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         if not world.first:
             return
         note(*report.warnings, *save_adapter(module.adapter(), output, force=force))
+        outputs = [output, *([write_curve(curve, report, force)] if curve else [])]
         made = module.report()
         examples = {"training": len(training), "validation": len(validation)}
-        fields = {"inputs": cap.inputs.to_json(), "outputs": [output], **made.to_json()}
+        fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}
         fields |= {"examples": examples, **report.to_json()}
-        said = f"{made}\n{report}\nwrote {output}"
+        said = f"{made}\n{report}\nwrote {' and '.join(outputs)}"
         emit(as_json, "train", said, warnings=made.notes, **fields)

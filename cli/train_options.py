@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_fx.cli.common import Terminated
-from lora_fx.cli.options import FROM_1, combined
+from lora_fx.cli.options import FROM_1, combined, first_given
 from lora_fx.cli.output import note, say
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
@@ -19,7 +19,7 @@ from lora_fx.text import Json
 if TYPE_CHECKING:
     from lora_fx.fx.train.optimizer import Settings
     from lora_fx.fx.train.processes import Processes
-    from lora_fx.fx.train.state import Saving
+    from lora_fx.fx.train.state import Saving, TrainReport
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
 FROM_0 = click.FloatRange(min=0)
@@ -32,6 +32,18 @@ loop_options = combined(
         click.option("--steps", type=FROM_1, metavar="N", help="Steps, instead of epochs."),
         click.option("--batch-size", type=FROM_1, default=32, help="Examples a step."),
         click.option("--lr", type=ABOVE_0, default=1e-3, help="Peak learning rate."),
+        click.option(
+            "--schedule",
+            default="cosine",
+            metavar="NAME",
+            help="Of the rate: cosine, linear, constant, constant_with_warmup or inverse_sqrt.",
+        ),
+        click.option(
+            "--optimizer",
+            default="adamw_torch",
+            metavar="NAME",
+            help="adamw_torch, adamw_torch_fused, sgd, rmsprop or adagrad.",
+        ),
         click.option("--weight-decay", type=FROM_0, default=0.01, help="Of AdamW, times the rate."),
         click.option("--warmup", type=SHARE, default=0.05, help="Share of the steps that warm up."),
         click.option(
@@ -50,6 +62,16 @@ loop_options = combined(
             help="Parts that a step runs in, one after another, to save memory.",
         ),
         click.option(
+            "--gradient-accumulation-steps",
+            type=FROM_1,
+            default=1,
+            metavar="N",
+            help="Batches of --batch-size that make one step.",
+        ),
+        click.option(
+            "--gradient-checkpointing", is_flag=True, help="Recompute blocks in backward."
+        ),
+        click.option(
             "--mixed-precision",
             type=click.Choice(["no", "bf16"]),
             default="no",
@@ -64,17 +86,32 @@ loop_options = combined(
             help="Steps between two states.  [default: one at every validation]",
         ),
         click.option(
+            "--save-total-limit",
+            type=FROM_1,
+            metavar="N",
+            help="Keep the last N states, as DIR/checkpoint-STEP.  [default: the last, as DIR]",
+        ),
+        click.option(
             "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
         ),
     ]
 )
-"""Options of the loop, in the order of `Settings`, and those of its states."""
+"""Options of the loop, and those of its states."""
 
 
 def settings_of(options: Json) -> Settings:
-    """Takes the loop's settings out of a command's options."""
+    """Takes the loop's settings out of a command's options.
+
+    Batches that are accumulated are one larger batch that runs in as many more parts.
+    """
     from lora_fx.fx.train.optimizer import Settings
 
+    if options["schedule"] == "constant" and first_given("warmup"):
+        raise LoraFxError(
+            "--warmup has no say for --schedule constant", "--schedule constant_with_warmup has one"
+        )
+    together = options.pop("gradient_accumulation_steps")
+    options |= {name: together * options[name] for name in ("batch_size", "accumulate")}
     names = [f.name for f in fields(Settings) if f.name != "seed"]  # which insert takes too
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
@@ -83,14 +120,15 @@ def saving_of(options: Json, force: bool) -> Saving:
     """Takes what says where states are out of a command's options; checks the folder."""
     from lora_fx.fx.train.state import Saving, check_folder
 
-    every, resume = options.pop("save_every"), options.pop("resume")
+    every, limit, resume = (options.pop(n) for n in ("save_every", "save_total_limit", "resume"))
     folder = options.pop("save_state") or resume
-    if every and not folder:
-        raise LoraFxError("--save-every, but no state is kept", "--save-state DIR")
+    if (every or limit) and not folder:
+        option = "--save-every" if every else "--save-total-limit"
+        raise LoraFxError(f"{option}, but no state is kept", "--save-state DIR")
     if folder:
         again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
-        check_folder(folder, force=force or again, own=again)
-    return Saving(folder, every, resume)
+        check_folder(folder, force=force or again, own=again, limit=limit)
+    return Saving(folder, every, resume, limit)
 
 
 @contextlib.contextmanager
@@ -146,3 +184,20 @@ def _written(folder: str | None) -> tuple[int, int] | None:
     """Tells one state from the next; None where there is none."""
     path = Path(folder or "")
     return (path.stat().st_ino, path.stat().st_mtime_ns) if folder and path.is_dir() else None
+
+
+def write_curve(path: str, report: TrainReport, force: bool) -> str:
+    """Write the losses as CSV: the loss of every step, and the validations; returns the path."""
+    from lora_fx.files.atomic import replacing
+    from lora_fx.files.ownership import CURVE
+
+    steps = enumerate(report.losses, 1)
+    rows = [f"{i},{loss:.9g},{_digits(report.validation.get(i))}" for i, loss in steps]
+    before = [] if report.before is None else [f"0,,{report.before:.9g}"]
+    with replacing(path, force=force) as temporary:
+        temporary.write_text("\n".join([CURVE, *before, *rows, ""]), encoding="utf-8")
+    return path
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.9g}"
