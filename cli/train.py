@@ -75,11 +75,12 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
     with together(options.pop("device")) as (world, device):
         check_output(output, force=force, names=ADAPTER_FILES)
-        state = options["save_state"] or options["resume"]
-        if state and Path(state).resolve() == Path(output).resolve():
-            raise LoraFxError(f"{output} is also the folder of the state", "choose another name")
-        check_device(device)
         curve, held_out = options.pop("curve"), options.pop("eval_data")
+        state = options["save_state"] or options["resume"]
+        for other, what in ((state, "folder of the state"), (curve, "file of the curve")):
+            if other and Path(other).resolve() == Path(output).resolve():
+                raise LoraFxError(f"{output} is also the {what}", "choose another name")
+        check_device(device)
         if curve:
             check_output(curve, force=force)
         if held_out and first_given("validation"):
@@ -107,10 +108,10 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         loss = loss_of(options.pop("loss"))
         if options["init"] in OF_DATA:
             options |= {"data": batches_of(training), "loss": loss}
-        recompute = options.pop("gradient_checkpointing")
+        recompute = options.pop("activation_checkpointing")
         module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
         if recompute:
-            module.gradient_checkpointing_enable()
+            module.activation_checkpointing_enable()
 
         def progress(step: int, steps: int, value: float) -> None:
             if step == steps or step % max(1, steps // 10) == 0:

@@ -69,7 +69,7 @@ loop_options = combined(
             help="Batches of --batch-size that make one step.",
         ),
         click.option(
-            "--gradient-checkpointing", is_flag=True, help="Recompute blocks in backward."
+            "--activation-checkpointing", is_flag=True, help="Recompute blocks in backward."
         ),
         click.option(
             "--mixed-precision",

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>")
-WORDS = "the cat sees a small dog and it runs over green hills while rain falls on old roofs".split()
+TEXT = "the cat sees a small dog and it runs over green hills while rain falls on old roofs"
+WORDS = TEXT.split(" ")
 PLAIN = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
 )
