@@ -250,6 +250,33 @@ def training_data(
     return training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
 
 
+def check_shares(options: JsonView) -> None:
+    """Refuse, before any work, options of the held-out examples that contradict each other."""
+    share, held_out = options["validation"], options["eval_data"]
+    if held_out and first_given("validation"):
+        raise LoraFxError(
+            f"--validation has no say beside --eval-data {held_out}", "leave one of them out"
+        )
+    if not 0 <= share < 1:
+        raise LoraFxError(f"--validation {share} is not in [0, 1)", "0.1 is usual")
+    if options["patience"] and not (share or held_out):
+        raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
+
+
+def tables_of(data: str, loaded: LoadedModel, cap: Captured, options: Json) -> tuple[Table, Table]:
+    """Examples to train on and those that are held out; takes their options out."""
+    from lora_fx.data import alike, split
+
+    names = ("label", "max_length", "eval_data", "validation")
+    label, longest, held_out, share = (options.pop(n) for n in names)
+    table = training_data(data, loaded, cap, label, longest)
+    if table.words:
+        note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
+    if not held_out:
+        return split(table, share, options["seed"])
+    return table, alike(training_data(held_out, loaded, cap, label, longest), table, held_out, data)
+
+
 def adapter_of(path: str) -> Adapter:
     """An adapter from a file, what its reader had to say printed."""
     from lora_fx.formats.io import load_adapter

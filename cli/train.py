@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +9,7 @@ import click
 from lora_fx.cli.options import (
     batches_of,
     captured,
-    first_given,
+    check_shares,
     held,
     label_option,
     loss_of,
@@ -19,19 +17,12 @@ from lora_fx.cli.options import (
     model_options,
     refuse_beside,
     result_options,
+    tables_of,
     target_options,
-    training_data,
 )
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_command
-from lora_fx.cli.train_options import (
-    loop_options,
-    saving_of,
-    settings_of,
-    stateful,
-    together,
-    write_curve,
-)
+from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
 
 
 @report_command("train")
@@ -65,9 +56,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
     """
     refuse_beside(options["plan"])
     from lora_fx.adapter.initial import OF_DATA
-    from lora_fx.data import alike, split
-    from lora_fx.errors import LoraFxError
-    from lora_fx.files.atomic import check_output
+    from lora_fx.files.atomic import check_output, replacing
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
@@ -75,36 +64,12 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
     with together(options.pop("device")) as (world, device):
         check_output(output, force=force, names=ADAPTER_FILES)
-        curve, held_out = options.pop("curve"), options.pop("eval_data")
-        state = options["save_state"] or options["resume"]
-        for other, what in ((state, "folder of the state"), (curve, "file of the curve")):
-            if other and Path(other).resolve() == Path(output).resolve():
-                raise LoraFxError(f"{output} is also the {what}", "choose another name")
         check_device(device)
-        if curve:
-            check_output(curve, force=force)
-        if held_out and first_given("validation"):
-            raise LoraFxError(
-                f"--validation has no say beside --eval-data {held_out}", "leave one of them out"
-            )
-        if not 0 <= options["validation"] < 1:
-            raise LoraFxError(
-                f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual"
-            )
-        if options["patience"] and not (options["validation"] or held_out):
-            raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
-        settings, saving = settings_of(options), saving_of(options, force)
+        check_shares(options)
+        curve = options.pop("curve")
+        settings, saving = settings_of(options), saving_of(options, output, curve, force)
         loaded, cap = captured(model, options)
-        read = partial(training_data, loaded=loaded, cap=cap, label=options.pop("label"),
-                       max_length=options.pop("max_length"))  # fmt: skip
-        table, share = read(data), options.pop("validation")
-        if table.words:
-            note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
-        training, validation = (
-            (table, alike(read(held_out), table, held_out, data))
-            if held_out
-            else split(table, share, options["seed"])
-        )
+        training, validation = tables_of(data, loaded, cap, options)
         loss = loss_of(options.pop("loss"))
         if options["init"] in OF_DATA:
             options |= {"data": batches_of(training), "loss": loss}
@@ -124,7 +89,10 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         if not world.first:
             return
         note(*report.warnings, *save_adapter(module.adapter(), output, force=force))
-        outputs = [output, *([write_curve(curve, report, force)] if curve else [])]
+        outputs = [output, curve] if curve else [output]
+        if curve:
+            with replacing(curve, force=force) as temporary:
+                temporary.write_text(report.to_csv(), encoding="utf-8")
         made = module.report()
         examples = {"training": len(training), "validation": len(validation)}
         fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}

@@ -19,7 +19,7 @@ from lora_fx.text import Json
 if TYPE_CHECKING:
     from lora_fx.fx.train.optimizer import Settings
     from lora_fx.fx.train.processes import Processes
-    from lora_fx.fx.train.state import Saving, TrainReport
+    from lora_fx.fx.train.state import Saving
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
 FROM_0 = click.FloatRange(min=0)
@@ -116,12 +116,18 @@ def settings_of(options: Json) -> Settings:
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 
-def saving_of(options: Json, force: bool) -> Saving:
-    """Takes what says where states are out of a command's options; checks the folder."""
+def saving_of(options: Json, output: str, curve: str | None, force: bool) -> Saving:
+    """Takes what says where states are out of a command's options; checks what is written."""
+    from lora_fx.files.atomic import check_output
     from lora_fx.fx.train.state import Saving, check_folder
 
     every, limit, resume = (options.pop(n) for n in ("save_every", "save_total_limit", "resume"))
     folder = options.pop("save_state") or resume
+    for other, what in ((folder, "folder of the state"), (curve, "file of the curve")):
+        if other and Path(other).resolve() == Path(output).resolve():
+            raise LoraFxError(f"{output} is also the {what}", "choose another name")
+    if curve:
+        check_output(curve, force=force)
     if (every or limit) and not folder:
         option = "--save-every" if every else "--save-total-limit"
         raise LoraFxError(f"{option}, but no state is kept", "--save-state DIR")
@@ -184,20 +190,3 @@ def _written(folder: str | None) -> tuple[int, int] | None:
     """Tells one state from the next; None where there is none."""
     path = Path(folder or "")
     return (path.stat().st_ino, path.stat().st_mtime_ns) if folder and path.is_dir() else None
-
-
-def write_curve(path: str, report: TrainReport, force: bool) -> str:
-    """Write the losses as CSV: the loss of every step, and the validations; returns the path."""
-    from lora_fx.files.atomic import replacing
-    from lora_fx.files.ownership import CURVE
-
-    steps = enumerate(report.losses, 1)
-    rows = [f"{i},{loss:.9g},{_digits(report.validation.get(i))}" for i, loss in steps]
-    before = [] if report.before is None else [f"0,,{report.before:.9g}"]
-    with replacing(path, force=force) as temporary:
-        temporary.write_text("\n".join([CURVE, *before, *rows, ""]), encoding="utf-8")
-    return path
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.9g}"

@@ -124,21 +124,17 @@ def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
 
 
 def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
-    """Held-out examples of a file of their own, with the columns and label words of the training.
+    """Held-out examples of a file of their own.
 
     Raises:
-        LoraFxError: They have others; the first difference is named.
+        LoraFxError: They have other columns than the training's, or other words as labels.
     """
-    for what, there, here in (
-        ("columns", sorted(held_out.columns), sorted(training.columns)),
-        ("labels", list(held_out.words), list(training.words)),
-    ):
-        if there != here:
-            raise LoraFxError(
-                f"{path} has the {what} {', '.join(there) or 'as numbers'}; expected "
-                f"{', '.join(here) or 'numbers'}, those of {data}",
-                f"every {what[:-1]} of one has to be in the other",
-            )
+    there, here = ([*sorted(t.columns), *t.words] for t in (held_out, training))
+    if there != here:
+        raise LoraFxError(
+            f"{path} has {', '.join(there)}; expected {', '.join(here)}, as {data} has",
+            "both need the same columns, and the same words as labels",
+        )
     return held_out
 
 

@@ -57,7 +57,7 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "mine.csv").write_text("a,b\n1,2\n")
     (home / "old.csv").write_text("step,loss,validation\n1,2,3\n")
     for argv, message in (
-        (("--eval-data", "other.npz"), "other.npz has the columns x, y; expected labels, x, those"),
+        (("--eval-data", "other.npz"), "other.npz has x, y; expected labels, x, as d.npz has"),
         (("--eval-data", "held.npz", "--validation", "0.2"), "--validation has no say beside"),
         (("--schedule", "cosin"), "no schedule 'cosin'"),
         (("--optimizer", "adam"), "no optimizer 'adam'"),
@@ -82,9 +82,10 @@ def test_the_last_states_are_kept(home: Path, capsys: pytest.CaptureFixture[str]
     assert (home / "b" / "adapter_model.safetensors").read_bytes() == want
     assert losses(capsys, "-o", "b", "--resume", "s", *keep)["resumed"] == 6
     for argv, message in (
-        (("--save-state", "s", *keep, "--force"), "s holds checkpoint-6 of another run"),
-        (("--resume", "s"), "s holds several states"),
-        (("--resume", "t", *keep), "t is itself a state"),
+        (("--save-state", "s", *keep, "--force"), "s holds states of a run, the last checkpoint-6"),
+        (("--resume", "s"), "s holds states of a run"),
+        (("--resume", "s/checkpoint-4"), "s/checkpoint-4 is one state, and is kept"),
+        (("--resume", "t", *keep), "t is one state, and is kept"),
     ):
         code, _, err = run(capsys, *TRAIN, "-o", "c", *argv)
         assert code == 2 and message in err, err

@@ -15,6 +15,7 @@ completion together differ from those of the prompt. TRL's SFTTrainer does the s
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -77,11 +78,9 @@ def language_table(
     for where, row in rows:
         form = _form(where, row)
         if form != first:
-            raise LoraFxError(
-                f"{where} has {_named(form) or 'none of these'}; the first line has "
-                f"{_named(first)}",
-                "a file has lines of one form",
-            )
+            found = _named(form) or "none of the forms"
+            one = f"{where} has {found}; the first line has {_named(first)}"
+            raise LoraFxError(one, "a file has lines of one form")
         ids, trained = encode(where, row, merged)
         if not any(trained[1:]):  # the first token is predicted from nothing
             raise LoraFxError(f"{where}: no token is trained on", "leave the line out")
@@ -92,7 +91,10 @@ def language_table(
                 f"is the tokenizer in {folder} that of this model?",
             )
         encoded.append((ids, trained))
-    table, notes = _padded(path, [w for w, _ in rows], encoded, _longest(module, max_length), what)
+    config: PreTrainedConfig = module.config
+    own = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    longest = min(max_length or LONGEST, own)
+    table, notes = _padded(path, [w for w, _ in rows], encoded, longest, what)
     if merged:
         notes.append(
             f"{path}: of {len(merged)} lines the last tokens of the prompt differ when the "
@@ -151,12 +153,9 @@ def _is_causal(module: nn.Module, folder: Path, path: str, row: JsonView) -> boo
     return False
 
 
-Encode = Callable[[str, JsonView, list[str]], Encoded]
-
-
 def _encoder(
     form: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, folder: Path, path: str
-) -> tuple[Encode, str]:
+) -> tuple[Callable[[str, JsonView, list[str]], Encoded], str]:
     """What encodes a line, and what it trains on, in words."""
     if form != ("messages",):
         what = "every token" if form == ("text",) else "the completions' tokens"
@@ -200,12 +199,9 @@ def _text(row: Mapping[str, object], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         hint = "put turns under 'messages'" if isinstance(value, list) else "a text in quotes"
-        raise LoraFxError(f"{where}: {name!r} is {_kind(value)}, expected a text", hint)
+        found = json.dumps(value, ensure_ascii=False)
+        raise LoraFxError(f"{where}: {name!r} is {one_line(found, 60)}, expected a text", hint)
     return value
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _chat(
@@ -214,7 +210,7 @@ def _chat(
     """A conversation, by the tokenizer's own chat template in transformers' sandbox."""
     turns = row["messages"]
     if not isinstance(turns, list) or not turns:
-        found = "empty" if turns == [] else _kind(turns)
+        found = one_line(json.dumps(turns, ensure_ascii=False), 60)
         raise LoraFxError(f"{where}: 'messages' is {found}, expected turns", "a list of objects")
     for i, turn in enumerate(turns, 1):
         role = turn.get("role") if isinstance(turn, dict) else None
@@ -237,12 +233,6 @@ def _chat(
             f"{where}: the chat template refuses it: {one_line(f'{type(e).__name__}: {e}', 200)}",
             "write the turns as the model's chat template wants them",
         ) from e
-
-
-def _longest(module: nn.Module, asked: int | None) -> int:
-    config: PreTrainedConfig = module.config
-    own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(asked or LONGEST, own or LONGEST)
 
 
 def _padded(

@@ -26,10 +26,7 @@ UNKNOWN = (
     "examples"
 )
 
-UNLABELLED = (
-    "name it with --label; the .jsonl of a causal language model has 'text', 'prompt' with "
-    "'completion', or 'messages'"
-)
+UNLABELLED = "name it with --label; language models take text, prompt and completion, or messages"
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from lora_fx.text import Json
 
 Made = tuple[Callable[..., torch.optim.Optimizer], Json, tuple[str, ...]]
 """A class of torch, its arguments, and what it holds of a tensor; `step` is a number."""
-_ADAMW = torch.optim.AdamW
 OPTIMIZERS: dict[str, Made] = {
-    "adamw_torch": (_ADAMW, {}, ("exp_avg", "exp_avg_sq", "step")),
-    "adamw_torch_fused": (_ADAMW, {"fused": True}, ("exp_avg", "exp_avg_sq", "step")),
+    "adamw_torch": (torch.optim.AdamW, {}, ("exp_avg", "exp_avg_sq", "step")),
+    "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}, ("exp_avg", "exp_avg_sq", "step")),
     "sgd": (torch.optim.SGD, {}, ()),
     "rmsprop": (torch.optim.RMSprop, {}, ("square_avg", "step")),
     "adagrad": (torch.optim.Adagrad, {}, ("sum", "step")),
@@ -29,9 +28,7 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
     "linear": lambda at, rise, steps: 1 - _done(at, rise, steps),
     "constant": lambda at, rise, steps: 1.0,
     "constant_with_warmup": lambda at, rise, steps: 1.0,
-    "inverse_sqrt": lambda at, rise, steps: math.sqrt(
-        (rise or 10_000) / (at + (0 if rise else 10_000))
-    ),
+    "inverse_sqrt": lambda at, rise, steps: ((rise or 10_000) / (at + 10_000 * (not rise))) ** 0.5,
 }
 """The share of the rate after the warm-up, by transformers' names, of (step, warm-up, steps)."""
 

@@ -33,6 +33,7 @@ from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.ownership import CURVE
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name
@@ -108,6 +109,12 @@ class TrainReport:
             "resumed": self.resumed,
             "verdict": self.verdict,
         }
+
+    def to_csv(self) -> str:
+        """A line of step, loss and validation for every step; step 0 is before the first one."""
+        told = {0: self.before, **self.validation}
+        rows = [f"{i},{x},{told.get(i, '')}" for i, x in enumerate(self.losses, 1)]
+        return "\n".join([CURVE, *([f"0,,{told[0]}"] if told[0] is not None else []), *rows, ""])
 
 
 def verdict(validation: Mapping[int, float], kept: int) -> str:
@@ -187,9 +194,7 @@ def put_back(optimizer: Optimizer, values: dict[str, torch.Tensor]) -> None:
         p.copy_(values[name])
 
 
-def save(
-    saving: Saving, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes
-) -> None:
+def save(to: Saving, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes) -> None:
     """Write the state of a run; every process calls it, the first one writes.
 
     States beyond the limit are removed, the oldest first, when the new one is on disk.
@@ -219,8 +224,8 @@ def save(
         "moments": optimizer.moved,
         "facts": facts,
     }
-    folder = Path(saving.folder or "")
-    if saving.limit:
+    folder = Path(to.folder or "")
+    if to.limit:
         folder.mkdir(exist_ok=True)
         folder /= f"checkpoint-{trail.step}"
     # the old state stands until the new one is whole and on disk
@@ -229,7 +234,7 @@ def save(
         text = json.dumps({**stamp(), **words}, indent=1, allow_nan=False)
         (stage / WORDS).write_text(text + "\n", encoding="utf-8")
         write_tensors(stage / TENSORS, tensors, {})
-    for old in checkpoints(folder.parent)[: -saving.limit] if saving.limit else ():
+    for old in checkpoints(folder.parent)[: -to.limit] if to.limit else ():
         check_output(old, force=True, own=True, names=(WORDS, TENSORS))
         shutil.rmtree(old)
 
@@ -317,6 +322,7 @@ def _put_rng(row: torch.Tensor, device: torch.device) -> None:
 
 
 WORDS, TENSORS = "state.json", "state.safetensors"
+STEP = re.compile(r"checkpoint-\d+")
 
 
 def check_folder(folder: str, *, force: bool, own: bool = False, limit: int | None = None) -> None:
@@ -328,26 +334,21 @@ def check_folder(folder: str, *, force: bool, own: bool = False, limit: int | No
         own: The state of this run, which goes on from it.
         limit: As in Saving; states of another run are not mixed with those of this one.
     """
-    several = checkpoints(Path(folder))
-    if limit and several and not own:
-        raise LoraFxError(
-            f"{folder} holds {several[-1].name} of another run",
-            f"choose another folder, or --resume {folder}",
-        )
-    if several and not limit:
-        raise LoraFxError(f"{folder} holds several states", "--save-total-limit N keeps the last N")
+    path = Path(folder)
+    several = checkpoints(path)
+    if several and not (limit and own):
+        hint = f"choose another folder, or --resume {folder} --save-total-limit N"
+        raise LoraFxError(f"{folder} holds states of a run, the last {several[-1].name}", hint)
     if not several:
         check_output(folder, force=force, own=own, names=(WORDS, TENSORS))
-        if limit and (Path(folder) / WORDS).exists():
-            raise LoraFxError(
-                f"{folder} is itself a state", "leave --save-total-limit out, or --save-state DIR"
-            )
+    if (path / WORDS).exists() and (limit or STEP.fullmatch(path.name)):
+        raise LoraFxError(f"{folder} is one state, and is kept", "--save-state DIR, another one")
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The states in a folder of several, the oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in found if (p / WORDS).is_file()), key=lambda p: int(p.name[11:]))
+    found = [p for p in folder.glob("*") if STEP.fullmatch(p.name) and (p / WORDS).is_file()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def step_of(folder: str) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -134,22 +133,22 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "half a pair": ('{"text": "\\ud800"}', "not valid JSON"),
     "two forms": ({"text": "a", "messages": [TURN]}, "has 'text' and 'messages'; expected one"),
     "another form": ({"prompt": "a", "completion": "b"}, "the first line has 'text'"),
-    "no form": ({"question": "a"}, "has none of these; the first line has 'text'"),
+    "no form": ({"question": "a"}, "has none of the forms; the first line has 'text'"),
     "no completion": ({"prompt": "a"}, "has no 'completion'"),
-    "a number": ({"text": 3}, "'text' is a int, expected a text"),
+    "a number": ({"text": 3}, "'text' is 3, expected a text"),
     "null": ({"text": None}, "'text' is null, expected a text"),
     "empty": ({"text": ""}, "the text is empty"),
     "only its end": ({"text": "</s>"}, "no token is trained on"),
 }
 FIRST: dict[str, tuple[Any, str]] = {
     "empty completion": ({"prompt": "a", "completion": ""}, "the completion is empty"),
-    "turns as a prompt": ({"prompt": [TURN], "completion": "b"}, "'prompt' is a list"),
+    "turns as a prompt": ({"prompt": [TURN], "completion": "b"}, "'prompt' is [{"),
     "unknown role": (
         {"messages": [TURN, {"role": "bot", "content": "a"}]},
         "message 2 has the role 'bot', expected one of system, developer, user, assistant, tool",
     ),
-    "no turns": ({"messages": []}, "'messages' is empty, expected turns"),
-    "text as turns": ({"messages": "hi"}, "'messages' is a str, expected turns"),
+    "no turns": ({"messages": []}, "'messages' is [], expected turns"),
+    "text as turns": ({"messages": "hi"}, "'messages' is \"hi\", expected turns"),
     "a turn of text": ({"messages": ["hi"]}, "message 1 has the role None"),
     "no content": ({"messages": [{"role": "user"}]}, "message 1: 'content' is null"),
     "no assistant": ({"messages": [TURN]}, "no token is trained on"),
@@ -249,7 +248,7 @@ def explicit(
                     count += 1
         optimizer.zero_grad()
         (total / count).backward()
-        norm = math.sqrt(sum(float(t.grad.square().sum()) for t in trained))
+        norm = float(torch.stack([t.grad.norm() for t in trained]).norm())
         for t in trained:
             t.grad *= min(1.0, 1 / norm)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)

@@ -55,7 +55,7 @@ def test_an_optimizer_steps_as_trainers_does(name: str, tmp_path: Path) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     make, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer = make(trained, **{**options, "lr": s.lr, "weight_decay": 0.02})
-    losses = []
+    losses: list[float] = []
     for epoch in range(3):
         for batch in table(90).batches(30, epoch):
             for group in optimizer.param_groups:
