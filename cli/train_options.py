@@ -110,8 +110,8 @@ def settings_of(options: Json) -> Settings:
         raise LoraFxError(
             "--warmup has no say for --schedule constant", "--schedule constant_with_warmup has one"
         )
-    together = options.pop("gradient_accumulation_steps")
-    options |= {name: together * options[name] for name in ("batch_size", "accumulate")}
+    batches = options.pop("gradient_accumulation_steps")
+    options |= {name: batches * options[name] for name in ("batch_size", "accumulate")}
     names = [f.name for f in fields(Settings) if f.name != "seed"]  # which insert takes too
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 

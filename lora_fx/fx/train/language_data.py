@@ -170,10 +170,8 @@ def _encoder(
             f"put a chat_template.jinja into {folder}, or write 'prompt' and 'completion'",
         ) from e
     marked = GENERATION.search(template) is not None
-    what = "the assistant's tokens" if marked else (
-        "every token, of all roles, since the chat template has no {% generation %}"
-    )  # fmt: skip
-    return partial(_chat, tokenizer, marked), what
+    every = "every token, of all roles, since the chat template has no {% generation %}"
+    return partial(_chat, tokenizer, marked), "the assistant's tokens" if marked else every
 
 
 def _plain(
@@ -198,7 +196,8 @@ def _plain(
 def _text(row: Mapping[str, object], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        hint = "put turns under 'messages'" if isinstance(value, list) else "a text in quotes"
+        turns = isinstance(value, list) and name != "content"
+        hint = "put turns under 'messages'" if turns else "a text in quotes"
         found = json.dumps(value, ensure_ascii=False)
         raise LoraFxError(f"{where}: {name!r} is {one_line(found, 60)}, expected a text", hint)
     return value

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import lora_fx
-from lora_fx.data import Table
+from lora_fx.data import Table, read_table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.language_data import language_table
 from lora_fx.fx.train.loop import fit
@@ -150,6 +150,10 @@ FIRST: dict[str, tuple[Any, str]] = {
     "no turns": ({"messages": []}, "'messages' is [], expected turns"),
     "text as turns": ({"messages": "hi"}, "'messages' is \"hi\", expected turns"),
     "a turn of text": ({"messages": ["hi"]}, "message 1 has the role None"),
+    "parts as content": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        "message 1: 'content' is [{",
+    ),
     "no content": ({"messages": [{"role": "user"}]}, "message 1: 'content' is null"),
     "no assistant": ({"messages": [TURN]}, "no token is trained on"),
 }
@@ -175,6 +179,10 @@ def test_malformed_lines(tmp_path: Path, model: LlamaForCausalLM) -> None:
         assert said.startswith(f"{path}: line 1") and message in said, (name, said)
     path.write_bytes(b'{"text": "the"}\n{"text": "\xe9"}\n')
     assert f"{path}: line 2 is not UTF-8" in refused(path, model, folder)
+    path.write_text("\n")
+    assert language_table(str(path), model, folder, None) is None
+    with pytest.raises(LoraFxError, match=f"{path}: no rows"):
+        read_table(str(path))
     write(path, [{"text": "the old roofs <|system|>"}])
     small = LlamaForCausalLM(config()).resize_token_embeddings(40)
     model_of_40 = LlamaForCausalLM(config())
