@@ -43,7 +43,7 @@ COMMANDS = {
 
 NAMED = (
     "model", "data", "base", "tuned", "adapter", "adapters", "a", "b",
-    "weights", "inputs_file", "names", "plan",
+    "weights", "inputs_file", "names", "plan", "eval_data",
 )  # fmt: skip
 """Arguments and options that can name a file. Not every word that is one's name is meant so."""
 

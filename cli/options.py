@@ -50,6 +50,14 @@ def label_option(of: str) -> Callable[[Command], Command]:
     )
 
 
+max_length_option = click.option(
+    "--max-length",
+    type=FROM_1,
+    metavar="N",
+    help="Tokens of a text.  [default: 128; 1024 for causal language models]",
+)
+
+
 def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
     """One decorator that adds options, in the order that --help lists them in."""
 
@@ -224,16 +232,49 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def training_data(
-    path: str, loaded: LoadedModel, cap: Captured, label: str, max_length: int
+    path: str, loaded: LoadedModel, cap: Captured, label: str, max_length: int | None = None
 ) -> Table:
     """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
     from lora_fx.data import training_table
     from lora_fx.fx.load.factory import call_function
     from lora_fx.fx.load.huggingface import tokenizer_of
+    from lora_fx.fx.train.language_data import language_table
 
     folder = loaded.tokenizer_folder
-    tokenizer = None if folder is None else tokenizer_of(folder, max_length)
+    if folder and not label and path.endswith(".jsonl") and Path(path).is_file():
+        found = language_table(path, loaded.module, folder, max_length)
+        if found is not None:
+            note(*found[1])
+            return found[0]
+    tokenizer = None if folder is None else tokenizer_of(folder, max_length or 128)
     return training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
+
+
+def check_shares(options: JsonView) -> None:
+    """Refuse, before any work, options of the held-out examples that contradict each other."""
+    share, held_out = options["validation"], options["eval_data"]
+    if held_out and first_given("validation"):
+        raise LoraFxError(
+            f"--validation has no say beside --eval-data {held_out}", "leave one of them out"
+        )
+    if not 0 <= share < 1:
+        raise LoraFxError(f"--validation {share} is not in [0, 1)", "0.1 is usual")
+    if options["patience"] and not (share or held_out):
+        raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
+
+
+def tables_of(data: str, loaded: LoadedModel, cap: Captured, options: Json) -> tuple[Table, Table]:
+    """Examples to train on and those that are held out; takes their options out."""
+    from lora_fx.data import alike, split
+
+    names = ("label", "max_length", "eval_data", "validation")
+    label, longest, held_out, share = (options.pop(n) for n in names)
+    table = training_data(data, loaded, cap, label, longest)
+    if table.words:
+        note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
+    if not held_out:
+        return split(table, share, options["seed"])
+    return table, alike(training_data(held_out, loaded, cap, label, longest), table, held_out, data)
 
 
 def adapter_of(path: str) -> Adapter:
@@ -278,7 +319,7 @@ def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
         return {}
     if not data:
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
-    table = training_data(data, loaded, cap, label, 128)
+    table = training_data(data, loaded, cap, label)
     return {"data": batches_of(table), "loss": loss_of(loss)}
 
 

@@ -11,6 +11,7 @@ from lora_fx.cli.options import (
     captured,
     label_option,
     loss_of,
+    max_length_option,
     model_options,
     result_options,
     selectors_option,
@@ -41,7 +42,7 @@ from lora_fx.text import Json
 @label_option("Column to predict.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @click.option("--examples", type=FROM_1, default=1024, help="Of DATA, at most.")
-@click.option("--max-length", type=int, default=128, help="Tokens of a text.")
+@max_length_option
 @selectors_option("--include", "Targets to choose from.")
 @selectors_option("--exclude", "Targets to leave out.")
 @click.option("--seed", type=int, default=0, help="Of the choice of examples.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,14 +9,16 @@ import click
 from lora_fx.cli.options import (
     batches_of,
     captured,
+    check_shares,
     held,
     label_option,
     loss_of,
+    max_length_option,
     model_options,
     refuse_beside,
     result_options,
+    tables_of,
     target_options,
-    training_data,
 )
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_command
@@ -31,7 +32,9 @@ from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stat
 @label_option("Column to predict.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @click.option("--validation", type=float, default=0.1, help="Share held out.")
-@click.option("--max-length", type=int, default=128, help="Tokens of a text.")
+@click.option("--eval-data", metavar="FILE", help="Held-out examples, instead of a share of DATA.")
+@max_length_option
+@click.option("--curve", metavar="FILE.csv", help="Write the losses: step, loss, validation.")
 @click.option("--device", default="cpu", help="cpu or cuda.")
 @loop_options
 @target_options
@@ -42,17 +45,18 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
     DATA is .npz or .jsonl (keys are the model's argument names), .csv with --label, or
     file.py:loader (no arguments; returns columns by name). Columns of text go through the model
-    folder's tokenizer. A tenth is held out, and the adapter with the best validation loss is kept.
+    folder's tokenizer. For the folder of a causal language model DATA is .jsonl with "text",
+    "prompt" and "completion", or "messages". A tenth is held out, and the adapter with the best
+    validation loss is kept.
 
     \b
     lora-fx train ./my-bert reviews.csv --label stars -o adapter --also-train classifier
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
+    lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
     refuse_beside(options["plan"])
     from lora_fx.adapter.initial import OF_DATA
-    from lora_fx.data import split
-    from lora_fx.errors import LoraFxError
-    from lora_fx.files.atomic import check_output
+    from lora_fx.files.atomic import check_output, replacing
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
@@ -60,26 +64,19 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
 
     with together(options.pop("device")) as (world, device):
         check_output(output, force=force, names=ADAPTER_FILES)
-        state = options["save_state"] or options["resume"]
-        if state and Path(state).resolve() == Path(output).resolve():
-            raise LoraFxError(f"{output} is also the folder of the state", "choose another name")
         check_device(device)
-        if not 0 <= options["validation"] < 1:
-            raise LoraFxError(
-                f"--validation {options['validation']} is not in [0, 1)", "0.1 is usual"
-            )
-        if options["patience"] and not options["validation"]:
-            raise LoraFxError("--patience needs held-out examples", "--validation 0.1 is usual")
-        settings, saving = settings_of(options), saving_of(options, force)
+        check_shares(options)
+        curve = options.pop("curve")
+        settings, saving = settings_of(options), saving_of(options, output, curve, force)
         loaded, cap = captured(model, options)
-        table = training_data(data, loaded, cap, options.pop("label"), options.pop("max_length"))
-        if table.words:
-            note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
-        training, validation = split(table, options.pop("validation"), options["seed"])
+        training, validation = tables_of(data, loaded, cap, options)
         loss = loss_of(options.pop("loss"))
         if options["init"] in OF_DATA:
             options |= {"data": batches_of(training), "loss": loss}
+        recompute = options.pop("activation_checkpointing")
         module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
+        if recompute:
+            module.activation_checkpointing_enable()
 
         def progress(step: int, steps: int, value: float) -> None:
             if step == steps or step % max(1, steps // 10) == 0:
@@ -93,9 +90,13 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
             return
         note(*report.warnings, warns=True)
         note(*save_adapter(module.adapter(), output, force=force))
+        outputs = [output, curve] if curve else [output]
+        if curve:
+            with replacing(curve, force=force) as temporary:
+                temporary.write_text(report.to_csv(), encoding="utf-8")
         made = module.report()
         examples = {"training": len(training), "validation": len(validation)}
-        fields = {"inputs": cap.inputs.to_json(), "outputs": [output], **made.to_json()}
+        fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}
         fields |= {"examples": examples, **report.to_json()}
-        said = f"{made}\n{report}\nwrote {output}"
+        said = f"{made}\n{report}\nwrote {' and '.join(outputs)}"
         emit(as_json, "train", said, warnings=made.notes, **fields)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_fx.cli.common import Terminated
-from lora_fx.cli.options import FROM_1, combined
+from lora_fx.cli.options import FROM_1, combined, first_given
 from lora_fx.cli.output import note, say
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
@@ -32,6 +32,18 @@ loop_options = combined(
         click.option("--steps", type=FROM_1, metavar="N", help="Steps, instead of epochs."),
         click.option("--batch-size", type=FROM_1, default=32, help="Examples a step."),
         click.option("--lr", type=ABOVE_0, default=1e-3, help="Peak learning rate."),
+        click.option(
+            "--schedule",
+            default="cosine",
+            metavar="NAME",
+            help="Of the rate: cosine, linear, constant, constant_with_warmup or inverse_sqrt.",
+        ),
+        click.option(
+            "--optimizer",
+            default="adamw_torch",
+            metavar="NAME",
+            help="adamw_torch, adamw_torch_fused, sgd, rmsprop or adagrad.",
+        ),
         click.option("--weight-decay", type=FROM_0, default=0.01, help="Of AdamW, times the rate."),
         click.option("--warmup", type=SHARE, default=0.05, help="Share of the steps that warm up."),
         click.option(
@@ -50,6 +62,16 @@ loop_options = combined(
             help="Parts that a step runs in, one after another, to save memory.",
         ),
         click.option(
+            "--gradient-accumulation-steps",
+            type=FROM_1,
+            default=1,
+            metavar="N",
+            help="Batches of --batch-size that make one step.",
+        ),
+        click.option(
+            "--activation-checkpointing", is_flag=True, help="Recompute blocks in backward."
+        ),
+        click.option(
             "--mixed-precision",
             type=click.Choice(["no", "bf16"]),
             default="no",
@@ -64,33 +86,55 @@ loop_options = combined(
             help="Steps between two states.  [default: one at every validation]",
         ),
         click.option(
+            "--save-total-limit",
+            type=FROM_1,
+            metavar="N",
+            help="Keep the last N states, as DIR/checkpoint-STEP.  [default: the last, as DIR]",
+        ),
+        click.option(
             "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
         ),
     ]
 )
-"""Options of the loop, in the order of `Settings`, and those of its states."""
+"""Options of the loop, and those of its states."""
 
 
 def settings_of(options: Json) -> Settings:
-    """Takes the loop's settings out of a command's options."""
+    """Takes the loop's settings out of a command's options.
+
+    Batches that are accumulated are one larger batch that runs in as many more parts.
+    """
     from lora_fx.fx.train.optimizer import Settings
 
+    if options["schedule"] == "constant" and first_given("warmup"):
+        raise LoraFxError(
+            "--warmup has no say for --schedule constant", "--schedule constant_with_warmup has one"
+        )
+    batches = options.pop("gradient_accumulation_steps")
+    options |= {name: batches * options[name] for name in ("batch_size", "accumulate")}
     names = [f.name for f in fields(Settings) if f.name != "seed"]  # which insert takes too
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 
-def saving_of(options: Json, force: bool) -> Saving:
-    """Takes what says where states are out of a command's options; checks the folder."""
+def saving_of(options: Json, output: str, curve: str | None, force: bool) -> Saving:
+    """Takes what says where states are out of a command's options; checks what is written."""
+    from lora_fx.files.atomic import check_output
     from lora_fx.fx.train.state import Saving, check_folder
 
-    every, resume = options.pop("save_every"), options.pop("resume")
+    every, limit, resume = (options.pop(n) for n in ("save_every", "save_total_limit", "resume"))
     folder = options.pop("save_state") or resume
-    if every and not folder:
-        raise LoraFxError("--save-every, but no state is kept", "--save-state DIR")
+    for other, what in ((folder, "folder of the state"), (curve, "file of the curve")):
+        if other and Path(other).resolve() == Path(output).resolve():
+            raise LoraFxError(f"{output} is also the {what}", "choose another name")
+    if curve:
+        check_output(curve, force=force)
+    if (every or limit) and not folder:
+        option = "--save-every" if every else "--save-total-limit"
+        raise LoraFxError(f"{option}, but no state is kept", "--save-state DIR")
     if folder:
         again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
-        check_folder(folder, force=force or again, own=again)
-    return Saving(folder, every, resume)
+        check_folder(folder, force=force or again, own=again, limit=limit)
+    return Saving(folder, every, resume, limit)
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tu
     asked: Json = {"inputs_file": None, "dynamic": (), "static": (), "trust": trust}
     asked["weights"] = options["weights"]
     loaded, cap = captured(options["model"], asked)
-    data = training_data(options["table"], loaded, cap, options["label"], 128)
+    data = training_data(options["table"], loaded, cap, options["label"])
     result = held_out(cap, adapter_of(adapter), data, loss_of(options["loss"]))
     note(*result.notes)
     rows = [row.to_json() for row in result.rows]

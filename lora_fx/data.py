@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import os
 import zipfile
 from collections import Counter
@@ -23,7 +22,8 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.read import open_input, read_text
+from lora_fx.files.read import json_object, open_input, read_text
+from lora_fx.text import Json
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
 Reader = Callable[[str], Mapping[str, object]]
@@ -121,6 +121,21 @@ def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     held = order[((np.arange(count) + 0.5) * len(table) / max(1, count)).astype(int)]
     held = np.sort(held[~single[held]])
     return table.rows(np.setdiff1d(np.arange(len(table)), held)), table.rows(held)
+
+
+def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
+    """Held-out examples of a file of their own.
+
+    Raises:
+        LoraFxError: They have other columns than the training's, or other words as labels.
+    """
+    there, here = ([*sorted(t.columns), *t.words] for t in (held_out, training))
+    if there != here:
+        raise LoraFxError(
+            f"{path} has {', '.join(there)}; expected {', '.join(here)}, as {data} has",
+            "both need the same columns, and the same words as labels",
+        )
+    return held_out
 
 
 def training_table(
@@ -304,18 +319,24 @@ def read_npz(path: str) -> dict[str, Array]:
         ) from e
 
 
+def json_rows(path: str) -> Iterator[tuple[str, Json]]:
+    """("FILE: line N", object) of every line of a .jsonl file that is not blank.
+
+    Raises:
+        LoraFxError: A line that is not UTF-8, no JSON or no object.
+    """
+    for i, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            where = f"{path}: line {i}"
+            yield where, json_object(line, where, constants=True, hint="one JSON object a line")
+
+
 def _jsonl(path: str) -> dict[str, list[object]]:
     columns: dict[str, list[object]] = {}
-    for i, line in enumerate((x for x in read_text(path).split("\n") if x.strip()), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise LoraFxError(f"{path}: row {i} is no JSON: {e}", "one object a line") from e
-        if not isinstance(row, dict):
-            raise LoraFxError(f"{path}: row {i} is no object", 'such as {"text": "…", "labels": 1}')
+    for where, row in json_rows(path):
         if columns and set(row) != set(columns):
             raise LoraFxError(
-                f"{path}: row {i} has the keys {sorted(row)}; the first has {sorted(columns)}",
+                f"{where} has the keys {sorted(row)}; the first has {sorted(columns)}",
                 "every row needs the same keys",
             )
         for k, v in row.items():

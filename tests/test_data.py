@@ -99,10 +99,10 @@ def test_bad_columns(raw: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.csv", b"a,kind\n\xe9,p\n", "not UTF-8"),
+        ("d.csv", b"a,kind\n\xe9,p\n", "line 2 is not UTF-8"),
         ("d.csv", b"a,a\n1,2\n", "two columns are named 'a'"),
         ("d.csv", b"a,b\n1,2\n,3\n", "column 'a' is text (row 2: '')"),
-        ("d.jsonl", b"[1]\n", "row 1 is no object"),
+        ("d.jsonl", b"[1]\n", "line 1: a JSON list, not an object"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:

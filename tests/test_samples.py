@@ -34,13 +34,23 @@ NOTHING_MISSING = {"efficientnet_fashion": ["--digits"], "t5_pairs": []}
 """Samples that always run, and the options with which they do."""
 QUANTISED = {"quantised_vit": None, "qlora_smollm2": smollm2_file}
 """Samples over codes, and what finds the weights of one."""
+OTHERS = {"trl_sft_dpo": ("trl", "PEFT gives the same logits, others than before DPO: True")}
+"""Samples that need a library which no extra installs, and what they print."""
 SHARED = ("beside_peft", "greedy", "sources")
 """What samples import of each other; no program."""
 
 
 def test_every_sample_is_listed_and_short() -> None:
     files = {p.stem: p for p in SAMPLES.glob("*.py")}
-    assert set(files) == {*PRINTS, *SLOW, *BESIDE_PEFT, *NOTHING_MISSING, *QUANTISED, *SHARED}
+    assert set(files) == {
+        *PRINTS,
+        *SLOW,
+        *BESIDE_PEFT,
+        *NOTHING_MISSING,
+        *QUANTISED,
+        *OTHERS,
+        *SHARED,
+    }
     assert all(len(p.read_text().splitlines()) < 120 for p in files.values())
 
 
@@ -90,6 +100,23 @@ def test_the_sample_on_real_weights(tmp_path: Path) -> None:
     equal = re.search(r"predict equal classes for (\d+) of (\d+)", done.stdout)
     assert equal and equal[1] == equal[2], done.stdout
     assert int(equal[2]) > 100  # how many there are depends on the standard library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_sample_of_another_library(name: str, tmp_path: Path) -> None:
+    library, promise = OTHERS[name]
+    pytest.importorskip(library)
+    done = subprocess.run(
+        [sys.executable, str(SAMPLES / f"{name}.py")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert promise in done.stdout
+    before, after = re.findall(r"SFT: loss (\S+) → (\S+)", done.stdout)[0]
+    assert float(after) < 0.1 * float(before), done.stdout
+    first, last = re.findall(r"margin of the rewards (\S+) → (\S+)", done.stdout)[0]
+    assert abs(float(first)) < 1e-3 and float(last) > 1, done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def beside_peft(name: str, tmp_path: Path, *options: str) -> None:

@@ -23,6 +23,8 @@ from lora_fx.text import some
 CONTENTS = "lora_fx.json"
 """In a folder that is ours: its files by name and size."""
 
+CURVE = "step,loss,validation"
+"""The first line of a training's losses as CSV."""
 _HEAD = 1 << 16
 _AWAY = "move it away yourself, or choose another output"
 _ENDINGS = (".onnx", ".onnx_adapter", ".pt2", ".safetensors")
@@ -126,6 +128,8 @@ def kind_of(file: Path) -> str | None:
         return "a .safetensors file"
     if b"<title>lora-fx " in head and head.lstrip()[:15].lower() == b"<!doctype html>":
         return "a page of lora-fx"
+    if head.startswith(f"{CURVE}\n".encode()):
+        return "a loss curve of lora-fx"
     if head.lstrip()[:1] == b"{":
         return "JSON of lora-fx" if _is_own_json(file) else None
     return None

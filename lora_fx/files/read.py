@@ -181,11 +181,13 @@ def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> byte
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """A regular file's text, which has to be UTF-8; a mark of byte order is left out."""
+    data = read_bytes(path)
     try:
-        return read_bytes(path).decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
         raise LoraFxError(
-            f"{os.fspath(path)}: not UTF-8: {error}", "iconv -t UTF-8 converts it"
+            f"{os.fspath(path)}: line {line} is not UTF-8: {error}", "iconv -t UTF-8 converts it"
         ) from error
 
 

@@ -35,7 +35,7 @@ from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
@@ -92,11 +92,29 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
     return Built(module.eval(), examples(module), notes + more, folder if has_tokenizer else None)
 
 
-def tokenizer_of(folder: Path, max_length: int) -> Tokenizer:
-    """A folder's own tokenizer, padding to the longest text; nothing is downloaded."""
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's own tokenizer; nothing is downloaded, and no code of the folder is run.
+
+    Raises:
+        LoraFxError: transformers cannot read it.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as e:  # tokenizers raise whatever their files make them raise
+        raise LoraFxError(
+            f"{folder}: its tokenizer cannot be read: {one_line(f'{type(e).__name__}: {e}', 200)}",
+            "copy tokenizer.json and tokenizer_config.json of the model into it",
+        ) from e
+
+
+def tokenizer_of(folder: Path, max_length: int) -> Tokenizer:
+    """A folder's own tokenizer, padding to the longest text; nothing is downloaded."""
+    tokenizer = read_tokenizer(folder)
 
     def run(texts: list[str]) -> dict[str, Array]:
         out = tokenizer(

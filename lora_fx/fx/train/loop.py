@@ -1,4 +1,4 @@
-"""A plain training loop: AdamW, warm-up and cosine, validation, the best adapter kept."""
+"""A plain training loop: an optimizer and its schedule, validation, the best adapter kept."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class _Run:
                     self._validate(self.held_out, trail)
                 ends = ends or report.stopped is not None
                 if self.saving.folder and (trail.step % save_every == 0 or ends):
-                    state.save(self.saving.folder, trail, self.optimizer, self.facts, self.world)
+                    state.save(self.saving, trail, self.optimizer, self.facts, self.world)
                 if ends:
                     return
             trail.epoch, trail.at = trail.epoch + 1, 0

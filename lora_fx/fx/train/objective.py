@@ -26,6 +26,8 @@ UNKNOWN = (
     "examples"
 )
 
+UNLABELLED = "name it with --label; language models take text, prompt and completion, or messages"
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -186,7 +188,7 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
             return found
         scores = scores_of(out)
         if labels is None:
-            raise LoraFxError("the data has no label column", "name it with --label")
+            raise LoraFxError("the data has no label column", UNLABELLED)
         if name == "mse" and scores.squeeze(-1).shape != labels.squeeze(-1).shape:
             raise LoraFxError(
                 f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}",

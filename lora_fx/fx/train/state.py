@@ -4,7 +4,7 @@ A state is all that a later run needs to go on as if nothing had happened:
 
 ======================  ==========================================================================
 now/NAME, best/NAME     what is trained, now and at the step that is kept
-adam/NAME/FIELD         AdamW's moments
+adam/NAME/FIELD         the optimizer's moments
 losses                  of every step, float64
 rng/RANK                of torch, a process a row: the CPU's, then the GPU's
 state.json              step, epoch, batches of it that are done, validations, patience, the facts
@@ -17,6 +17,8 @@ import hashlib
 import inspect
 import json
 import math
+import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,13 +33,14 @@ from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.ownership import CURVE
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule, both_ends
 from lora_fx.fx.tensors import device_of, from_numpy, to_numpy
 from lora_fx.fx.train.objective import Loss
-from lora_fx.fx.train.optimizer import MOMENTS, Optimizer, Settings
+from lora_fx.fx.train.optimizer import Optimizer, Settings
 from lora_fx.fx.train.processes import Processes
 from lora_fx.inputs import Named
 from lora_fx.text import Json
@@ -51,11 +54,14 @@ class Saving:
         folder: The folder that is written, and replaced; None for none.
         every: Steps between two states; None for one at every validation.
         resume: The state of an earlier run to go on from.
+        limit: How many states are kept, the last ones, as `checkpoint-STEP` in the folder; None
+            for one, which is the folder itself.
     """
 
     folder: str | None = None
     every: int | None = None
     resume: str | None = None
+    limit: int | None = None
 
 
 # What a run did: losses by step, what was kept, and a verdict in one line.
@@ -103,6 +109,12 @@ class TrainReport:
             "resumed": self.resumed,
             "verdict": self.verdict,
         }
+
+    def to_csv(self) -> str:
+        """A line of step, loss and validation for every step; step 0 is before the first one."""
+        told = {0: self.before, **self.validation}
+        rows = [f"{i},{x},{told.get(i, '')}" for i, x in enumerate(self.losses, 1)]
+        return "\n".join([CURVE, *([f"0,,{told[0]}"] if told[0] is not None else []), *rows, ""])
 
 
 def verdict(validation: Mapping[int, float], kept: int) -> str:
@@ -182,8 +194,10 @@ def put_back(optimizer: Optimizer, values: dict[str, torch.Tensor]) -> None:
         p.copy_(values[name])
 
 
-def save(folder: str, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes) -> None:
+def save(to: Saving, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes) -> None:
     """Write the state of a run; every process calls it, the first one writes.
+
+    States beyond the limit are removed, the oldest first, when the new one is on disk.
 
     Raises:
         LoraFxError: The disk is full, or the folder cannot be written.
@@ -210,12 +224,19 @@ def save(folder: str, trail: Trail, optimizer: Optimizer, facts: Facts, world: P
         "moments": optimizer.moved,
         "facts": facts,
     }
+    folder = Path(to.folder or "")
+    if to.limit:
+        folder.mkdir(exist_ok=True)
+        folder /= f"checkpoint-{trail.step}"
     # the old state stands until the new one is whole and on disk
     with replacing(folder, force=True, own=True) as stage:
         stage.mkdir()
         text = json.dumps({**stamp(), **words}, indent=1, allow_nan=False)
         (stage / WORDS).write_text(text + "\n", encoding="utf-8")
         write_tensors(stage / TENSORS, tensors, {})
+    for old in checkpoints(folder.parent)[: -to.limit] if to.limit else ():
+        check_output(old, force=True, own=True, names=(WORDS, TENSORS))
+        shutil.rmtree(old)
 
 
 def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> Trail:
@@ -243,8 +264,7 @@ def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> T
     if trail.kept:
         trail.kept = {n: _like(f"best/{n}", p, tensors, where) for n, p in named.items()}
     for name in trail.moved:
-        like = {field: named[name] for field in MOMENTS} | {"step": torch.zeros(())}
-        of = f"adam/{name}/"
+        of, like = f"adam/{name}/", optimizer.like(name)
         optimizer.put(name, {f: _like(of + f, p, tensors, where) for f, p in like.items()})
     _put_rng(_like(f"rng/{world.rank}", None, tensors, where), named[next(iter(named))].device)
     return trail
@@ -302,17 +322,33 @@ def _put_rng(row: torch.Tensor, device: torch.device) -> None:
 
 
 WORDS, TENSORS = "state.json", "state.safetensors"
+STEP = re.compile(r"checkpoint-\d+")
 
 
-def check_folder(folder: str, *, force: bool, own: bool = False) -> None:
+def check_folder(folder: str, *, force: bool, own: bool = False, limit: int | None = None) -> None:
     """Refuse, before any work, a folder that no state can be written to.
 
     Args:
         folder: To be made.
         force: Replace a state that is there; a folder that holds anything else never is.
         own: The state of this run, which goes on from it.
+        limit: As in Saving; states of another run are not mixed with those of this one.
     """
-    check_output(folder, force=force, own=own, names=(WORDS, TENSORS))
+    path = Path(folder)
+    several = checkpoints(path)
+    if several and not (limit and own):
+        hint = f"choose another folder, or --resume {folder} --save-total-limit N"
+        raise LoraFxError(f"{folder} holds states of a run, the last {several[-1].name}", hint)
+    if not several:
+        check_output(folder, force=force, own=own, names=(WORDS, TENSORS))
+    if (path / WORDS).exists() and (limit or STEP.fullmatch(path.name)):
+        raise LoraFxError(f"{folder} is one state, and is kept", "--save-state DIR, another one")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The states in a folder of several, the oldest first."""
+    found = [p for p in folder.glob("*") if STEP.fullmatch(p.name) and (p / WORDS).is_file()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def step_of(folder: str) -> int | None:
@@ -324,12 +360,12 @@ def step_of(folder: str) -> int | None:
 
 
 def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """A state's JSON and tensors.
+    """A state's JSON and tensors; the last one's of a folder of several.
 
     Raises:
         LoraFxError: There is none, or it is damaged or of another version.
     """
-    path = Path(folder)
+    path = [Path(folder), *checkpoints(Path(folder))][-1]
     if not (path / WORDS).is_file() or not (path / TENSORS).is_file():
         raise LoraFxError(
             f"{folder}: no training state: {WORDS} and {TENSORS} are not both there",

@@ -206,9 +206,9 @@ def test_reading(tmp_path: Path) -> None:
         ("d.csv", "a,b\n1,2\n1\n", "", "line 3 has 1 fields, the header has 2"),
         ("d.csv", "a,b\n", "", "no rows"),
         ("d.csv", "a,b\nx,2\n", "b", "column 'a' is text"),
-        ("d.jsonl", '{"a": 1}\n{"b": 1}\n', "", "row 2 has the keys ['b']"),
+        ("d.jsonl", '{"a": 1}\n{"b": 1}\n', "", "line 2 has the keys ['b']"),
         ("d.jsonl", '{"a": [1, 2]}\n{"a": [1]}\n', "", "rows of different lengths"),
-        ("d.jsonl", "{", "", "row 1 is no JSON"),
+        ("d.jsonl", "{", "", "line 1: not valid JSON"),
         ("d.npz", "junk", "", "not a readable .npz"),
     ],
 )

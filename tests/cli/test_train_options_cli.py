@@ -1,0 +1,92 @@
+"""lora-fx train: larger batches, held-out files, curves, and how many states are kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cli.test_cli import run
+from tests.cli.test_train_cli import MODEL
+
+TRAIN = ("train", "model.py:build", "d.npz", "-r", "2", "--lr", "0.03", "--steps", "6")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("d", 48), ("held", 12)):
+        x = np.random.default_rng(rows).standard_normal((rows, 8)).astype(np.float32)
+        np.savez(f"{name}.npz", x=x, labels=x[:, :5].argmax(1))
+    np.savez("other.npz", x=x, y=x[:, :5].argmax(1))
+    return tmp_path
+
+
+def losses(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
+    code, out, err = run(capsys, *TRAIN, *argv, "--json", "--force")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_batches_that_are_accumulated_are_one_larger_batch(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = ("--eval-data", "held.npz")
+    argv = ("-o", "a", *held, "--batch-size", "4", "--gradient-accumulation-steps", "3")
+    parts = losses(capsys, *argv, "--curve", "curve.csv")
+    whole = losses(capsys, "-o", "a", *held, "--batch-size", "12")
+    small = losses(capsys, "-o", "a", *held, "--batch-size", "4")
+    assert parts["losses"] == pytest.approx(whole["losses"], abs=2e-6)
+    assert small["losses"] != pytest.approx(whole["losses"], abs=1e-2)
+    assert parts["examples"] == {"training": 48, "validation": 12}
+    assert parts["outputs"] == ["a", "curve.csv"]
+    with (home / "curve.csv").open() as file:
+        curve = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in curve] == list(range(7))
+    assert [float(row["loss"]) for row in curve[1:]] == pytest.approx(parts["losses"], abs=1e-6)
+    checked = {row["step"]: float(row["validation"]) for row in curve if row["validation"]}
+    assert checked == pytest.approx({"0": parts["before"], **parts["validation"]}, abs=1e-6)
+
+
+def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "mine.csv").write_text("a,b\n1,2\n")
+    (home / "old.csv").write_text("step,loss,validation\n1,2,3\n")
+    for argv, message in (
+        (("--eval-data", "other.npz"), "other.npz has x, y; expected labels, x, as d.npz has"),
+        (("--eval-data", "held.npz", "--validation", "0.2"), "--validation has no say beside"),
+        (("--schedule", "cosin"), "no schedule 'cosin'"),
+        (("--optimizer", "adam"), "no optimizer 'adam'"),
+        (("--schedule", "constant", "--warmup", "0.1"), "--warmup has no say for --schedule const"),
+        (("--save-total-limit", "2"), "--save-total-limit, but no state is kept"),
+        (("--curve", "mine.csv", "--force"), "mine.csv: --force does not replace it"),
+        (("--eval-data", "old.csv", "--curve", "old.csv", "--force"), "replace the input old.csv"),
+        (("--curve", "a"), "a is also the file of the curve"),
+    ):
+        code, out, err = run(capsys, *TRAIN, "-o", "a", *argv)
+        assert code == 2 and message in err and "Hint:" in err and not out, (argv, err)
+        assert not (home / "a").exists()
+
+
+def test_the_last_states_are_kept(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep = ("--save-every", "2", "--save-total-limit", "2")
+    losses(capsys, "-o", "a", "--save-state", "s", *keep)
+    assert {p.name for p in (home / "s").iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    want = (home / "a" / "adapter_model.safetensors").read_bytes()
+    told = losses(capsys, "-o", "b", "--resume", "s/checkpoint-4", "--save-state", "t")
+    assert told["resumed"] == 4 and (home / "t" / "state.json").is_file()
+    assert (home / "b" / "adapter_model.safetensors").read_bytes() == want
+    assert losses(capsys, "-o", "b", "--resume", "s", *keep)["resumed"] == 6
+    for argv, message in (
+        (("--save-state", "s", *keep, "--force"), "s holds states of a run, the last checkpoint-6"),
+        (("--resume", "s"), "s holds states of a run"),
+        (("--resume", "s/checkpoint-4"), "s/checkpoint-4 is one state, and is kept"),
+        (("--resume", "t", *keep), "t is one state, and is kept"),
+    ):
+        code, _, err = run(capsys, *TRAIN, "-o", "c", *argv)
+        assert code == 2 and message in err, err
+    assert {p.name for p in (home / "s").iterdir()} == {"checkpoint-4", "checkpoint-6"}
