@@ -209,13 +209,13 @@ def load_npz(path: str | None) -> Json:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """`ADAPTER:W` as (path, W) where what stands before the colon exists; else (text, 1).
+    """`ADAPTER:W` as (path, W) where ADAPTER exists or is of the Hub; else (text, 1).
 
-    >>> split_weight("adapter")
-    ('adapter', 1.0)
+    >>> split_weight("adapter"), split_weight("hf:org/name:0.5")
+    (('adapter', 1.0), ('hf:org/name', 0.5))
     """
     path, colon, number = text.rpartition(":")
-    if colon and path and Path(path).exists():
+    if colon and path and (path.startswith("hf:") or Path(path).exists()):
         try:
             return path, float(number)
         except ValueError as e:
@@ -247,9 +247,11 @@ def adapter_of(path: str) -> Adapter:
 
 def named_adapters(texts: Sequence[str]) -> Json:
     """`ADAPTER[:W]` arguments by the name of the folder or file."""
+    from lora_fx.files.hub import known_as
+
     result: Json = {}
     for path, weight in map(split_weight, texts):
-        name = Path(path).resolve().name.removesuffix(".safetensors")
+        name = Path(known_as(path)).resolve().name.removesuffix(".safetensors")
         name = name.removesuffix(".onnx_adapter")
         if name in result:
             raise LoraFxError(f"two adapters are called {name!r}", "rename one of them")
