@@ -211,7 +211,7 @@ def _weights(asked: HubId, names: Sequence[str]) -> list[str]:
     if files:
         return [start + n for n in files if _WEIGHTS.fullmatch(n)] or [start + n for n in files]
     if pickles := [n for n in top if n.endswith(PICKLES)]:
-        why = f"{asked}: its weights are pickles ({some(pickles)}), which can run code: not downloaded"
+        why = f"{asked}: its weights are pickles ({some(pickles)}), which can run code and stay"
         raise LoraFxError(why, f"{download} DIR and --trust (trust=True)")
     if deeper := [*dict.fromkeys(n.rpartition("/")[0] for n in here if n.endswith(".safetensors"))]:
         why = f"{asked}: its .safetensors files lie in its folders {some(deeper, 5)}"

@@ -15,6 +15,7 @@ import pytest
 
 import lora_fx
 from lora_fx import progress
+from lora_fx.checkpoint.provenance import history
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
@@ -104,8 +105,7 @@ def test_a_pair_is_downloaded_and_merged_then_again_without_a_network(
         "org/style/adapter_model.safetensors",
     }
     assert (Path("merged") / "1_Pooling/config.json").exists(), "the folder is whole"
-    record = json.loads(open_checkpoint("merged").shards["model-00001-of-00002.safetensors"]
-                        .metadata["lora_fx.merge"])[-1]  # fmt: skip
+    (record,) = history(open_checkpoint("merged"))
     assert record["base"]["hub"] == f"org/base@{base}"
     assert record["adapters"][0]["hub"] == f"org/style@{style}"
     warned = " ".join(json.loads(out)["warnings"])
@@ -291,11 +291,14 @@ def test_parts_and_files_come_alone(there: FakeHub, tmp_path: Path) -> None:
         "org/styles/fr/adapter_model.safetensors"
     }
     lora_fx.save_adapter(lora_fx.load_adapter(style), "one.safetensors", "kohya")
-    there.push("org/kohya", {"one.safetensors": Path("one.safetensors").read_bytes()})
+    one = Path("one.safetensors").read_bytes()
+    there.push("org/kohya", {"one.safetensors": one, "two.safetensors": b"another"})
+    named = lora_fx.load_adapter("hf:org/kohya/one.safetensors", base="hf:org/base")
+    assert sorted(named) == [f"{Q}.weight"], "by the names of the base"
+    assert "org/kohya/two.safetensors" not in there.files()
     with pytest.raises(LoraFxError) as no:
         lora_fx.load_adapter("hf:org/kohya")
     assert len(lora_fx.load_adapter(no.value.hint.split(": ")[1])) == 1
-    assert len(lora_fx.load_adapter("hf:org/kohya/one.safetensors")) == 1
 
 
 def test_bytes_are_told_while_they_come(
@@ -346,6 +349,16 @@ def test_an_extracted_adapter_names_its_base_as_peft_does(there: FakeHub, tmp_pa
     lora_fx.save_adapter(found, "again")
     config = json.loads(Path("again/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", base)
+
+
+def test_a_merge_in_python_keeps_both_commits(there: FakeHub, tmp_path: Path) -> None:
+    base, style = push_pair(there, tmp_path)
+    lora_fx.merge("hf:org/base", "hf:org/style", "out")
+    (record,) = history(open_checkpoint("out"))
+    assert record["base"]["hub"] == f"org/base@{base}"
+    assert record["adapters"][0]["hub"] == f"org/style@{style}"
+    assert lora_fx.verify("out", "hf:org/base", adapter="hf:org/style")
+    assert not lora_fx.verify("out", "hf:org/base", adapter=[("hf:org/style", 0.5)])
 
 
 LINES = [
