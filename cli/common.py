@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import click
 
-from lora_fx.cli.output import echo, emit, say, stages
+from lora_fx.cli.output import echo, emit, note, say, stages
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
 from lora_fx.progress import stage, telling
@@ -41,10 +41,9 @@ COMMANDS = {
 }
 
 
-NAMED = (
-    "model", "data", "base", "tuned", "adapter", "adapters", "a", "b",
-    "weights", "inputs_file", "names", "plan", "eval_data",
-)  # fmt: skip
+MODELS = ("model", "base", "tuned", "adapter", "adapters", "a", "b", "weights")
+"""Arguments and options that can name a model or an adapter of the Hub."""
+NAMED = (*MODELS, "data", "inputs_file", "names", "plan", "eval_data")
 """Arguments and options that can name a file. Not every word that is one's name is meant so."""
 
 
@@ -56,12 +55,29 @@ class FileCommand(click.Command):
     """A command whose inputs are remembered, so that no output takes the place of one."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run it."""
+        """Run it, with models of the Hub as their folders in the cache."""
+        for name, given in ((n, ctx.params.get(n)) for n in MODELS):
+            if isinstance(given, tuple):
+                ctx.params[name] = tuple(self._local(text, True) for text in given)
+            elif given:
+                ctx.params[name] = self._local(given, False)
         remember(*input_paths(ctx.params))
         drawn = self.name in SHOWN and sys.stderr.isatty()
         work = contextlib.nullcontext() if drawn else stage(self.name or "working")
         with trusting(bool(ctx.params.get("trust"))), work:
             return super().invoke(ctx)
+
+    def _local(self, text: str, weighted: bool) -> str:
+        """A path as it is; of `hf:…` the one in the cache, with the weight that stands behind."""
+        if not text.startswith("hf:"):
+            return text
+        from lora_fx.cli.options import split_weight
+        from lora_fx.files.hub import fetch
+
+        model, weight = split_weight(text) if weighted else (text, 1.0)
+        path, said = fetch(model, weights=self.name != "targets")
+        note(said)
+        return str(path) if model == text else f"{path}:{weight!r}"
 
 
 def input_paths(given: JsonView) -> list[Path]:
@@ -158,9 +174,9 @@ def two_runtimes() -> str:
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help="Insert, train, fold and export low-rank adapters by rewriting a model's graph; merge "
     "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
-    epilog="MODEL is a Hugging Face folder, a .safetensors, .onnx or .pt2 file, "
-    "package.module:factory, file.py:factory, timm:NAME or torchvision:NAME. See docs/ for one "
-    "page a command.",
+    epilog="MODEL is a Hugging Face folder, hf:ORG/NAME[@REVISION] of the Hub, a .safetensors, "
+    ".onnx or .pt2 file, package.module:factory, file.py:factory, timm:NAME or torchvision:NAME. "
+    "See docs/ for one page a command.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and no progress.")

@@ -36,9 +36,9 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 
-    BASE is a Hugging Face folder, a .safetensors or an .onnx file. It is streamed: memory does not
-    grow with it. Untouched tensors are copied byte for byte, names and shards stay. ADAPTER:W
-    weights one.
+    BASE is a Hugging Face folder, a .safetensors or an .onnx file; it and ADAPTER may be of the
+    Hub, hf:ORG/NAME[@REVISION]. It is streamed: memory does not grow with it. Untouched tensors
+    are copied byte for byte, names and shards stay. ADAPTER:W weights one.
 
     \b
     lora-fx merge ./llama ./adapter -o ./merged

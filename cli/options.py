@@ -217,13 +217,13 @@ def load_npz(path: str | None) -> Json:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """`ADAPTER:W` as (path, W) where what stands before the colon exists; else (text, 1).
+    """`ADAPTER:W` as (path, W) where ADAPTER exists or is of the Hub; else (text, 1).
 
-    >>> split_weight("adapter")
-    ('adapter', 1.0)
+    >>> split_weight("adapter"), split_weight("hf:org/name:0.5")
+    (('adapter', 1.0), ('hf:org/name', 0.5))
     """
     path, colon, number = text.rpartition(":")
-    if colon and path and Path(path).exists():
+    if colon and path and (path.startswith("hf:") or Path(path).exists()):
         try:
             return path, float(number)
         except ValueError as e:

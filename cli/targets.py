@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     r"""List what an adapter can attach to, and why the rest cannot.
 
-    No weights are read. MODEL is a Hugging Face folder, a .safetensors, .onnx or .pt2 file,
-    file.py:factory, package.module:factory, timm:NAME or torchvision:NAME.
+    No weights are read. MODEL is a Hugging Face folder, hf:ORG/NAME (of which the configs alone
+    are downloaded), a .safetensors, .onnx or .pt2 file, file.py:factory, package.module:factory,
+    timm:NAME or torchvision:NAME.
 
     \b
     lora-fx targets ./my-bert

@@ -27,6 +27,7 @@ from lora_fx.checkpoint.tied import check_scaled, tie_of
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors
+from lora_fx.files.hub import local, origin
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.inputs import generator
@@ -100,7 +101,7 @@ def extract(
     """The adapter that turns `base` into `tuned`, as well as its ranks allow.
 
     Args:
-        base: A Hugging Face folder or a .safetensors file.
+        base: A Hugging Face folder, its id on the Hub (hf:ORG/NAME), or a .safetensors file.
         tuned: The same, with the same tensors.
         rank: The rank of every update, capped by the smaller side; 16 where energy is not given.
         energy: Instead of rank: per tensor the lowest rank that holds this share of ‖Δ‖².
@@ -141,6 +142,7 @@ def extraction(
 ) -> Extraction:
     """As extract, with the report; `progress` is told the share of bytes that is done."""
     options = ExtractOptions(**asked)
+    base, tuned = local(base), local(tuned)
     with trusting(options.trust):
         sides = sides_of(*((str(p), tensors(p), config_of(p)) for p in (base, tuned)))
     old, new = sides.old, sides.new
@@ -176,7 +178,7 @@ def extraction(
         )
     notes += _notes(rows, kinds, left_out)
     low = [k for k, entry in entries.items() if isinstance(entry, LowRank)]
-    metadata = {"base_model_name_or_path": str(base), "notes": notes}
+    metadata = {"base_model_name_or_path": str(base), "notes": notes, **origin(base)}
     metadata |= file_fingerprint(low, old)
     skipped = len(old) - len(scope)
     return Extraction(

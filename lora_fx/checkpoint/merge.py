@@ -30,6 +30,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.files.atomic import check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
+from lora_fx.files.hub import local
 from lora_fx.files.read import remember, remembering, trusting
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
@@ -70,7 +71,8 @@ def merge(
     """Fold adapters into a checkpoint and write a new one of the same kind.
 
     Args:
-        base: A Hugging Face folder or a `.safetensors` file; it is not changed.
+        base: A Hugging Face folder, its id on the Hub (hf:ORG/NAME[@REVISION]), or a `.safetensors`
+            file; it is not changed.
         adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
         out: The folder or file to write.
         how: Several adapters: sum (exact, one rounding), cat (the same sum), linear, svd.
@@ -124,7 +126,7 @@ def plan_merge(
     base: str | os.PathLike[str], adapters: Adapters, options: MergeOptions | None = None
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
-    options = options or MergeOptions()
+    options, base = options or MergeOptions(), local(base)
     with explained(base), trusting(options.trust):
         opened = open_checkpoint(Path(base))
         parts = given(adapters, 2 * opened.elements, Path(base))
@@ -209,8 +211,8 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
                 "give paths and Adapters, or pairs of one and its weight, in a list",
             )
         if not isinstance(adapter, Adapter):
-            where, path = str(adapter), Path(adapter)
-            adapter = load_adapter(adapter, most=most, base=base, resolve=False)
+            where, path = str(adapter), Path(local(adapter))
+            adapter = load_adapter(path, most=most, base=base, resolve=False)
         result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
     return result
 

@@ -26,6 +26,7 @@ from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import BUSY
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.hub import known_as
 from lora_fx.files.read import inode_of, run_of_files
 from lora_fx.text import Json, JsonView
 
@@ -80,7 +81,7 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
     >>> _names(["a/x", "b/x", "y.safetensors"])
     {'a/x': 'a__x', 'b/x': 'b__x', 'y.safetensors': 'y'}
     """
-    parts = {p: Path(re.sub(_ENDING, "", os.path.abspath(p))).parts for p in paths}
+    parts = {p: Path(re.sub(_ENDING, "", os.path.abspath(known_as(p)))).parts for p in paths}
     if len(set(parts.values())) < len(paths):
         twice = next(p for p in paths if [*parts.values()].count(parts[p]) > 1)
         raise LoraFxError(f"{twice} is there twice", "give every adapter once")

@@ -28,6 +28,7 @@ from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, sprea
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
 from lora_fx.errors import LoraFxError, MisfitError, stamp
 from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.hub import hub_record
 from lora_fx.files.quantised.dequantise import (
     SHARD,
     CodesInfo,
@@ -50,6 +51,10 @@ class Given:
     where: str
     hash: str
     path: Path | None = None
+
+    def record(self) -> Json:
+        """What the metadata of a merge keeps of it."""
+        return {"hash": self.hash, "weight": self.weight, **hub_record(self.path)}
 
 
 HOWS = ("sum", "cat", "linear", "svd")
@@ -146,10 +151,11 @@ class MergePlan:
         kept |= {n: True for n in _RECORDED if getattr(asked, n)}
         options = {n: v for n, v in kept.items() if v is not None}
         old = ((n, self.base.tensors[n]) for n in self.changes if n not in self.added)
+        named = hub_record(self.base.path)
         this = {
             **stamp(),
-            "base": {"layout": layout_hash(self.base.tensors), "sample": sample_hash(old)},
-            "adapters": [{"hash": g.hash, "weight": g.weight} for g in self.given],
+            "base": {"layout": layout_hash(self.base.tensors), "sample": sample_hash(old)} | named,
+            "adapters": [g.record() for g in self.given],
             "dtype": asked.dtype,
         } | ({"options": options} if options else {})
         return json.dumps([*history(self.base), this], separators=(",", ":"))

@@ -3,8 +3,8 @@
 `lora_fx.merge` in the `__metadata__` of every shard that a merge wrote is JSON: a list of merges,
 oldest first, each {"version", "format", "base": {"layout", "sample"}, "adapters": [{"hash",
 "weight"}], "dtype"} and, where they are not the defaults, "options": how, rank, allow_unused,
-allow_missing.
-Nothing in it depends on the time or on paths, so equal inputs give equal files.
+allow_missing. A base and an adapter of the Hub have "hub": ORG/NAME@COMMIT.
+Nothing else in it depends on the time or on paths, so equal inputs give equal files.
 """
 
 from __future__ import annotations

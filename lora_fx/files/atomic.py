@@ -178,6 +178,9 @@ def check_output(
     target = Path(path)
     if target.name in ("", "..") or "\0" in str(target):
         raise LoraFxError(f"{str(target)!r} names no file", "name a file or folder to create")
+    if str(target).startswith("hf:"):
+        upload = "write a folder, then: hf upload ORG/NAME FOLDER"
+        raise LoraFxError(f"{target}: nothing is uploaded", upload)
     with explained(target):
         if _there(target) and not force:
             raise LoraFxError(f"{target} exists", "choose another output, or --force to replace it")

@@ -267,7 +267,7 @@ def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:
         count = sum(1 for v in home.values() if v == name)
         raise LoraFxError(
             f"{file}: this shard is missing ({count} tensors)",
-            "download it; lora-fx downloads nothing",
+            "is the download complete?",
         )
     return read_header(file)
 

@@ -16,6 +16,7 @@ from types import ModuleType
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, explained, one_line
 from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.hub import PREFIX, known_as, local, missing_hint
 from lora_fx.files.read import trusting
 from lora_fx.formats import diffusers, gguf, kohya, onnx_adapter, torchtune
 from lora_fx.formats.base import FileHead, look
@@ -85,10 +86,11 @@ def save_adapter(
     if format in _ONE_MODEL:
         adapter = one_model(adapter, f"format {format}")
     write = writer.write_file if single else writer.write
-    write = partial(write, base=base) if format in _OF_A_MODEL else write
+    if format in _OF_A_MODEL:
+        write = partial(write, base=local(base) if base else None)
     with explained(path, itself=True):
         force = force or (path.is_dir() and not single and not any(path.iterdir()))
-        if path.exists():
+        if path.exists() or str(path).startswith(PREFIX):
             check_output(path, force=force, names=ADAPTER_FILES)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, force=force) as stage:
@@ -109,7 +111,7 @@ def load_adapter(
     An .onnx file is one that `insert` wrote, with branches that were trained since.
 
     Args:
-        path: Local; nothing is downloaded.
+        path: A file or folder, or hf:ORG/NAME[/PART][@REVISION].
         trust: Also open pickles, with torch's unpickler that runs no code: adapter_model.bin, and
             the model's.
         base: Folder (or file) of the model that it is for, where the names or the rows of the
@@ -129,7 +131,7 @@ def load_adapter(
     if trust:
         with trusting():
             return load_adapter(path, base=base, most=most, resolve=resolve)
-    path = tensor_file(Path(path))
+    path, base = tensor_file(Path(local(path))), local(base) if base else None
     if path.suffix == ".onnx":
         from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without
 
@@ -174,7 +176,7 @@ def adapter_name(path: str | PathLike[str]) -> str:
     >>> adapter_name("runs/french"), adapter_name("german.onnx_adapter")
     ('french', 'german')
     """
-    name = Path(path).resolve().name
+    name = Path(known_as(fspath(path))).resolve().name
     return name.removesuffix(".safetensors").removesuffix(".onnx_adapter")
 
 
@@ -186,17 +188,17 @@ def as_adapter(given: AdapterLike) -> Adapter:
 def tensor_file(path: Path) -> Path:
     """The one tensor file of an adapter; a pickle where there is no other."""
     if not path.exists():
-        raise LoraFxError(f"{path}: no such file or folder", "nothing is downloaded; give a path")
+        raise LoraFxError(f"{path}: no such file or folder", missing_hint(path, "is it right?"))
     if path.is_file():
         return tensor_file(path.parent) if path.name == peft.CONFIG else path
     for name in (peft.WEIGHTS, diffusers.WEIGHTS, *PICKLED):
         if (path / name).is_file():
             return path / name
     inside = sorted(p.parent.name for p in path.glob(f"*/{peft.WEIGHTS}"))
-    raise LoraFxError(
-        f"{path}: no {peft.WEIGHTS} in this folder",
-        f"adapters lie in its folders {', '.join(inside[:5])}" if inside else "is it an adapter?",
-    )
+    hint = f"adapters lie in its folders {', '.join(inside[:5])}" if inside else "is it an adapter?"
+    if files := sorted(path.glob("*.safetensors")):
+        hint = f"name the file that is one: {files[0]}"
+    raise LoraFxError(f"{path}: no {peft.WEIGHTS} in this folder", hint)
 
 
 def format_of(path: str | Path) -> str:

@@ -14,6 +14,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.hub import origin
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -102,7 +103,9 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
     lost = [(k, exact(graph, found[k], made[k])) for k in coded] if graph else []
     never = (f"{k} will not be folded: {why}" for k, why in lost if isinstance(why, str))
     notes = (*plan.notes, *options.notes, *said, *notes, *read_too, *never)
-    metadata = reading(found, made, {"dropout": options.dropout})
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)  # of transformers
+    base = origin(name) if isinstance(name, str) and name else {}
+    metadata = reading(found, made, {"dropout": options.dropout, **base})
     return Start(Adapter(made, metadata), plan.also_train, notes)
 
 

@@ -123,7 +123,7 @@ def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: objec
     fold(graph)
     for name, value in matched.whole.items():
         graph.store(name, value)
-    now = {"format": 1, "adapters": [{"hash": p.hash, "weight": p.weight} for p in plan.parts]}
+    now = {"format": 1, "adapters": [p.record() for p in plan.parts]}
     model.metadata_props[METADATA] = json.dumps([*plan.merges, now])
     with output(target, force=asked.force, repository=asked.repository) as made:
         made.save(model, 0 if external else asked.external_over, delta=asked.delta)

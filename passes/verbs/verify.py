@@ -17,6 +17,7 @@ from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
+from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.inputs import Named
@@ -69,6 +70,7 @@ def verify(
             return verify(
                 a, b, inputs, adapter=adapter, tol=tol, provider=provider, run=run, rows=rows
             )
+    a, b = (local(m) if _is_path(m) else m for m in (a, b))
     fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
     if is_tensor_file(a) and not run:
         if fits:

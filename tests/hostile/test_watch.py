@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lora_fx.cli.common import COMMANDS
-from tests.hostile.watch import MARK, Payload
+from tests.hostile.watch import HUB, MARK, Payload
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NO_FILES = {"demo", "train", "bench"}
@@ -23,8 +23,12 @@ def test_no_command_runs_what_is_in_a_file(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["events"] == [] and said["canary"] == []
-    ran = said["ran"]
+    assert said["canary"] == []
+    ran, events = said["ran"], said["events"]
+    asked = {command for command in ran if HUB in command}
+    assert len(asked) == 2 and {(c, e) for c, e, _ in events} == {
+        (command, event) for command in asked for event in ("socket.connect", "socket.getaddrinfo")
+    }, "sockets are opened for arguments of the Hub, and for nothing else"
     assert {line.split()[0] for line in ran} == set(COMMANDS) - NO_FILES
     assert set(ran.values()) <= {0, 1, 2}
     assert ran["merge good.safetensors good_adapter -o out"] == 0, "the good pair is good"

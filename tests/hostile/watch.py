@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 MARK = "hostile_canary"
+HUB = "hf:org/model"
+"""The one argument for which a socket is opened; nothing listens where the Hub is here."""
 EVENTS = {
     "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
     "socket.connect", "socket.getaddrinfo",
@@ -85,7 +87,8 @@ def make(root: Path) -> tuple[list[str], list[str]]:
     index = {"weight_map": {"fc.weight": "../good.safetensors"}}
     model("outside", config__json="{}", **{"model__safetensors__index__json": json.dumps(index)})
     model("url", config__json=json.dumps({"_name_or_path": "https://127.0.0.1:9/x"}))
-    model("names", config__json="{}", model__safetensors=_plain(name="../../etc/passwd"))
+    named = json.dumps({"_name_or_path": "hf:evil/model"})
+    model("names", config__json=named, model__safetensors=_plain(name="../../etc/passwd"))
     (root / "pickle.safetensors").write_bytes(evil)
     (root / "bomb.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     with zipfile.ZipFile(root / "evil.pt2", "w") as z:
@@ -100,7 +103,7 @@ def make(root: Path) -> tuple[list[str], list[str]]:
     _adapter(root / "mapped", auto_mapping={"base_model_class": MARK, "parent_library": "os"})
     _adapter(root / "megatron", megatron_core="os", megatron_config={"x": MARK})
     _adapter(root / "remote", base_model_name_or_path="https://127.0.0.1:9/x", revision=MARK)
-    _adapter(root / "regex", rank_pattern={"(a+)+$" * 3: 2})
+    _adapter(root / "regex", rank_pattern={"(a+)+$" * 3: 2}, base_model_name_or_path="hf:a/b")
     for name in ("pickled_adapter", "pickled_beside"):
         _adapter(root / name)
         (root / name / "adapter_model.bin").write_bytes(evil)
@@ -143,13 +146,14 @@ def commands(models: list[str], adapters: list[str]) -> list[list[str]]:
             ["verify", good, good, "--adapter", a],
             ["doctor", good, a],
         ]
-    return lines
+    return [*lines, ["merge", HUB, fine, "-o", "out"], ["doctor", good, HUB]]
 
 
 def main() -> None:
     """Make, watch, run, print."""
     root = Path(sys.argv[1])
     os.chdir(root)
+    os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     models, adapters = make(root)
     # Whatever the libraries do when they are imported is no business of the files.
     import lora_fx.fx.load.models

@@ -20,6 +20,7 @@ from lora_fx.checkpoint.merge_plan import MergeOptions, MergePlan
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, explained, visible
+from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, some, table
@@ -87,6 +88,7 @@ def doctor(
         LoraFxError: One of the two cannot be read at all.
     """
     asked = MergeOptions(**options)
+    base, adapter = local(base), local(adapter)
     with explained(base), trusting(asked.trust):
         pair = open_pair(Path(base), Path(adapter), asked)
         findings: list[Finding] = []

@@ -86,6 +86,7 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
         cls = _class(transformers, folder, raw, config)
         notes = _settle(config, folder, raw, cls)
         module, more = _build(cls, config, folder, weights, raw, meta)
+    module.config._name_or_path = str(folder)
     _no_cache(module)
     notes += _pad(module)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
@@ -231,7 +232,6 @@ def _build(
             f"{folder}: {cls.__name__} cannot be built: {type(e).__name__}: {one_line(e, 200)}",
             "is config.json that of this model?",
         ) from e
-    module.config._name_or_path = str(folder)
     return module, _judge(module, info, weights or folder, strict=weights is not None)
 
 

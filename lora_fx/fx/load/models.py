@@ -1,7 +1,7 @@
 """From what a user names on the command line to a module with example inputs.
 
-Nothing is downloaded, pickles are read where they are trusted, as tensors alone, and no code is
-run but the user's own factory.
+Nothing is downloaded but what the prefix hf: names, pickles are read where they are trusted, as
+tensors alone, and no code is run but the user's own factory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import PICKLES, tensors
+from lora_fx.files.hub import local, missing_hint
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
@@ -33,8 +33,8 @@ from lora_fx.silence import silenced
 from lora_fx.text import near, some
 
 FORMS = (
-    "MODEL is a Hugging Face folder, package.module:FACTORY, path/file.py:FACTORY, timm:NAME or "
-    "torchvision:NAME"
+    "MODEL is a Hugging Face folder, hf:ORG/NAME, package.module:FACTORY, path/file.py:FACTORY, "
+    "timm:NAME or torchvision:NAME"
 )
 T = TypeVar("T")
 RESERVED = ("timm", "torchvision")
@@ -72,8 +72,9 @@ def load_model(
     """The model that `spec` names; random weights are the same in every run.
 
     Args:
-        spec: A Hugging Face folder, `package.module:FACTORY`, `path/file.py:FACTORY`, `timm:NAME`
-            or `torchvision:NAME`. A factory takes no arguments and returns (module, args, kwargs).
+        spec: A Hugging Face folder, `hf:ORG/NAME[@REVISION]`, `package.module:FACTORY`,
+            `path/file.py:FACTORY`, `timm:NAME` or `torchvision:NAME`. A factory takes no arguments
+            and returns (module, args, kwargs).
         weights: A safetensors file (or folder); every name and shape must fit.
         meta: Weights are not needed: folders and reserved names are built on the meta device
             (then `device` has no say); a factory is called as it is.
@@ -83,8 +84,8 @@ def load_model(
     Raises:
         LoraFxError: An unknown form, a model that cannot be built, weights that do not fit.
     """
-    text = str(spec)
-    file = None if weights is None else Path(weights)
+    text = str(local(spec, weights=not (meta or weights)))
+    file = None if weights is None else Path(local(weights))
     place = check_device(device)
     with torch.random.fork_rng(devices=[]), trusting(trust):  # the caller's numbers are put back
         torch.default_generator.manual_seed(0)
@@ -95,7 +96,7 @@ def load_model(
     args, kwargs = pytree.tree_map_only(
         torch.Tensor, lambda t: t.to("cpu" if meta else place), (loaded.args, loaded.kwargs)
     )
-    return replace(loaded, module=module, args=args, kwargs=kwargs, origin=text)
+    return replace(loaded, module=module, args=args, kwargs=kwargs, origin=str(spec))
 
 
 def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
@@ -117,12 +118,7 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
         return LoadedModel(module, args, kwargs, text, notes)
     if path.suffix == ".py":
         raise LoraFxError(f"{text}: which factory?", f"name it: {text}:FACTORY")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.is_dir():
-        raise LoraFxError(
-            f"{text}: no such folder; lora-fx downloads nothing",
-            f"hf download {text} --local-dir DIR, then give DIR",
-        )
-    raise LoraFxError(f"{text!r} is no model: no such folder", FORMS)
+    raise LoraFxError(f"{text!r} is no model: no such folder", missing_hint(text, FORMS))
 
 
 _BARE = "holds tensors but no code to run them"

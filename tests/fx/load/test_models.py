@@ -137,7 +137,7 @@ def test_reserved_name_with_weights(tmp_path: Path) -> None:
         ("model.onnx", "in this version"),
         ("w.safetensors", "MODEL --weights w.safetensors"),
         ("pytorch_model.bin", "MODEL --weights pytorch_model.bin"),
-        ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B"),
+        ("meta-llama/Llama-3.1-8B", "hf:meta-llama/Llama-3.1-8B"),
         ("nothing", "MODEL is a Hugging Face folder"),
         ("", "MODEL is a Hugging Face folder"),
     ],
