@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import click
 
+from lora_fx.cli.options import in_groups
 from lora_fx.cli.output import echo, emit, say, stages
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
@@ -61,6 +62,16 @@ class FileCommand(click.Command):
         work = contextlib.nullcontext() if drawn else stage(self.name or "working")
         with trusting(bool(ctx.params.get("trust"))), work:
             return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Below one title each, in columns of one width."""
+        groups = in_groups(self.get_params(ctx))
+        records = {t: [r for p in g if (r := p.get_help_record(ctx))] for t, g in groups.items()}
+        wide = max(len(left) for rows in records.values() for left, _ in rows if len(left) <= 30)
+        for title, rows in records.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl([(left.ljust(wide), text) for left, text in rows], wide)
 
 
 def input_paths(given: JsonView) -> list[Path]:
@@ -149,7 +160,11 @@ def two_runtimes() -> str:
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+        "max_content_width": 100,
+    },
     help="Insert, train, fold and export low-rank adapters by rewriting a model's graph; merge "
     "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
     epilog="MODEL is a Hugging Face folder, a .safetensors, .onnx or .pt2 file, "

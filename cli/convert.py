@@ -14,6 +14,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
 
+NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
+
 
 @report_command("convert")
 @click.argument("adapter")
@@ -21,8 +23,9 @@ from lora_fx.text import Json
 @click.option(
     "--format",
     "name",
-    type=click.Choice([*WRITERS, *(n for n in LAYOUTS if n not in WRITERS)]),
-    help="Of OUT.  [default: told by its name where only one is called so]",
+    type=click.Choice(NAMES),
+    metavar="FORMAT",
+    help=f"Of OUT: {', '.join(NAMES)}.  [default: told by its name where only one is called so]",
 )
 @click.option(
     "--base",

@@ -357,6 +357,33 @@ merge_options = combined(
 """Options of every command that merges."""
 
 
+GROUPS = {
+    "Data": "data label loss validation max_length examples",
+    "Training": "epochs steps batch_size lr weight_decay warmup clip checks patience accumulate "
+    "mixed_precision",
+    "States of a training": "save_state save_every resume",
+    "Targets and ranks": "plan rank alpha energy max_rank params max_error max_abs_error include "
+    "exclude also_train also_full whole variant init dropout quantise accuracy_level dead",
+    "What is accepted": "allow_unused allow_missing any_base other_readers untie add again",
+    "Quantised weights": "dtype dequantise requantise lossy max_shard_size",
+    "ONNX": "opset optimise precision cache names delta triton max_batch",
+    "Model and its inputs": "model weights inputs_file dynamic static trust",
+    "Run and result": "provider device threads dry_run run link report force as_json",
+}
+"""Titles in --help, and what stands below them; what is in none of them is a command's own."""
+
+
+def in_groups(params: Sequence[click.Parameter]) -> dict[str, list[click.Option]]:
+    """The options of a command below their titles; one that would stand alone is its own."""
+    options = [p for p in params if isinstance(p, click.Option)]
+    groups = {
+        title: [p for p in options if p.name in names.split()] for title, names in GROUPS.items()
+    }
+    groups = {title: found for title, found in groups.items() if len(found) > 1}
+    grouped = [p for found in groups.values() for p in found]
+    return {"Options": [p for p in options if p not in grouped], **groups}
+
+
 def arguments(options: JsonView) -> list[str]:
     """The command line that says these options."""
     given = [f"--{name}" for name in FLAGS if options[name.replace("-", "_")]]
