@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -56,7 +56,8 @@ class FileCommand(click.Command):
     """A command whose inputs are remembered, so that no output takes the place of one."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run it."""
+        """Run it; shells leave the ~ of --option=~/file as it is."""
+        ctx.params = {k: _at_home(v) for k, v in ctx.params.items()}
         remember(*input_paths(ctx.params))
         drawn = self.name in SHOWN and sys.stderr.isatty()
         work = contextlib.nullcontext() if drawn else stage(self.name or "working")
@@ -72,6 +73,14 @@ class FileCommand(click.Command):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl([(left.ljust(wide), text) for left, text in rows], wide)
+
+
+def _at_home(value: Any) -> Any:
+    """A value of an argument or option with ~ as the home folder, where it begins a path."""
+    if isinstance(value, tuple):
+        return tuple(_at_home(v) for v in value)
+    home = isinstance(value, str) and value.startswith("~")
+    return os.path.expanduser(value) if home else value
 
 
 def input_paths(given: JsonView) -> list[Path]:
@@ -208,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.ClickException as e:
         ctx = e.ctx if isinstance(e, click.UsageError) else None
         hint = f"{ctx.command_path if ctx else 'lora-fx'} --help"
+        if choices := getattr(getattr(getattr(e, "param", None), "type", None), "choices", None):
+            hint = near((e.message.split("'") * 2)[1], choices, hint)
         _fail(LoraFxError(e.format_message(), hint), argv, files)
     except (KeyboardInterrupt, click.Abort) as e:
         from lora_fx.files.atomic import sweep

@@ -219,6 +219,10 @@ def split_weight(text: str) -> tuple[str, float]:
         try:
             return path, float(number)
         except ValueError as e:
+            if path.endswith(".py"):
+                raise LoraFxError(
+                    f"{text} is a model, not an adapter", "the model comes first"
+                ) from e
             raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from e
     return text, 1.0
 

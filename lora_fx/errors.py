@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class LoraFxError(Exception):
@@ -118,6 +118,47 @@ def one_line(text: object, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+# Hints with what was meant, most likely.
+
+
+def near(
+    name: str,
+    names: Iterable[str],
+    none: str = "run lora-fx targets MODEL for the names",
+    *,
+    cutoff: float = 0.4,
+    folder: str = "",
+) -> str:
+    """A hint with the nearest of the known names, in `folder`, or `none` where no name is near.
+
+    >>> near("fd", ["fc", "head"])
+    'did you mean fc?'
+    """
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=cutoff)
+    if not close:
+        return none
+    *most, last = (os.path.join(folder, n) for n in close)
+    return f"did you mean {', '.join(most)}{' or ' if most else ''}{last}?"
+
+
+def near_path(path: str | os.PathLike[str], none: str = "is the path right?") -> str:
+    """A hint with the nearest names in the folder of a path that is not there, or `none`."""
+    folder, name = os.path.split(os.fspath(path).rstrip("/\\"))
+    if folder.startswith("~") or name == "~":
+        return "os.path.expanduser(path) puts the home folder in place of ~"
+    try:
+        there = [n for n in os.listdir(folder or ".")[:_SIBLINGS] if n != name]
+    except (OSError, ValueError):
+        return none
+    return near(name, there, none, cutoff=0.7, folder=folder)
+
+
+_SIBLINGS = 2000
+"""Names of a folder that are compared; all of a hundred thousand would take a second."""
+
+
 # Errors of the operating system.
 
 
@@ -144,6 +185,8 @@ def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
     """What an error of the operating system means for `path`, in one line."""
     why, hint = _WHY.get(error.errno or 0, ("", "is there space and access?"))
     why = why or error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOENT:
+        hint = near_path(error.filename if isinstance(error.filename, str) else path, hint)
     return LoraFxError(f"{os.fspath(path)}: {one_line(why)}", hint)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from lora_fx.errors import LoraFxError, visible
+from lora_fx.errors import near as near
 
 Json = dict[str, Any]
 """A JSON object; its values are what JSON has."""
@@ -87,13 +88,3 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """
     more = len(names) - most
     return ", ".join(map(visible, names[:most])) + (f" and {more} more" if more > 0 else "")
-
-
-def near(
-    name: str, names: Iterable[str], none: str = "run lora-fx targets MODEL for the names"
-) -> str:
-    """A hint with the nearest of the known names, or `none` where no name is near."""
-    import difflib
-
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
-    return f"nearest names: {', '.join(close)}" if close else none

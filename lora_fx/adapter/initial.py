@@ -29,7 +29,7 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank, alpha_of, draw
 from lora_fx.adapter.variant import QaLora, named_variant
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.errors import LoraFxError, MisfitError, near
 from lora_fx.inputs import generator
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
@@ -50,7 +50,9 @@ GAMMA = 16.0
 def check_init(init: str) -> None:
     """Raise for a start that is not known."""
     if init not in INITS:
-        raise LoraFxError(f"no init {init!r}", f"the starts are {', '.join(INITS)}")
+        raise LoraFxError(
+            f"no init {init!r}", near(init, INITS, f"the starts are {', '.join(INITS)}")
+        )
 
 
 def initial(

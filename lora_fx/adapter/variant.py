@@ -30,7 +30,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, grouped, scale_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.errors import LoraFxError, MisfitError, near
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Emitter
 from lora_fx.ir.layout import Layout
@@ -154,7 +154,9 @@ def named_variant(name: str) -> Lora:
     if kind == "qalora" and size.isascii() and size.isdigit() and int(size):
         return QaLora(kind, group=int(size))
     if name not in VARIANTS:
-        raise LoraFxError(f"no variant {name!r}", f"the variants are {', '.join(VARIANTS)}")
+        raise LoraFxError(
+            f"no variant {name!r}", near(name, VARIANTS, f"the variants are {', '.join(VARIANTS)}")
+        )
     return VARIANTS[name]
 
 

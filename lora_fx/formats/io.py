@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.errors import LoraFxError, explained, one_line
+from lora_fx.errors import LoraFxError, explained, near_path, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import trusting
 from lora_fx.formats import diffusers, gguf, kohya, onnx_adapter, torchtune
@@ -176,7 +176,9 @@ def as_adapter(given: AdapterLike) -> Adapter:
 def tensor_file(path: Path) -> Path:
     """The one tensor file of an adapter; a pickle where there is no other."""
     if not path.exists():
-        raise LoraFxError(f"{path}: no such file or folder", "nothing is downloaded; give a path")
+        raise LoraFxError(
+            f"{path}: no such file or folder", near_path(path, "nothing is downloaded; give a path")
+        )
     if path.is_file():
         return tensor_file(path.parent) if path.name == peft.CONFIG else path
     for name in (peft.WEIGHTS, diffusers.WEIGHTS, *PICKLED):

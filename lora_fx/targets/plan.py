@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 
-from lora_fx.errors import LoraFxError, check_format
+from lora_fx.errors import LoraFxError, check_format, near_path
 from lora_fx.files.read import read_json
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, tied
@@ -296,7 +296,9 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
     """
     where = fspath(path)
     if not Path(where).is_file():
-        raise LoraFxError(f"{where}: no such file", "lora-fx plan MODEL DATA -o FILE writes one")
+        raise LoraFxError(
+            f"{where}: no such file", near_path(where, "lora-fx plan MODEL DATA -o FILE writes one")
+        )
     data = read_json(where, hint="write it again")
     if not isinstance(data.get("targets"), dict):
         raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")

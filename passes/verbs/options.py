@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import long_name
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, near
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.found import Found
@@ -135,6 +135,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "load": ("rank",),
 }
 """Mode of export → the options that it alone has; load has those of switch too."""
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,9 @@ class ExportOptions:
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""
         if self.mode not in MODES:
-            raise LoraFxError(f"no mode {self.mode!r}", "merged, switch, load or batch")
+            raise LoraFxError(
+                f"no mode {self.mode!r}", near(self.mode, MODES, "merged, switch, load or batch")
+            )
         for mode, names in MODES.items():
             own = mode == self.mode or (mode, self.mode) == ("switch", "load")
             if not own and any(getattr(self, name) for name in names):
@@ -174,9 +177,10 @@ class ExportOptions:
                     "leave it out",
                 )
         object.__setattr__(self, "precision", long_name(self.precision))
-        if self.precision not in (None, "float32", "bfloat16", "float16", "int8"):
+        if self.precision not in (None, *PRECISIONS):
             raise LoraFxError(
-                f"no precision {self.precision!r}", "float32, bfloat16, float16 or int8"
+                f"no precision {self.precision!r}",
+                near(self.precision, PRECISIONS, "float32, bfloat16, float16 or int8"),
             )
         if self.precision == "int8" and self.optimise:
             raise LoraFxError(

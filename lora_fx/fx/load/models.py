@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, near_path, one_line
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
@@ -106,7 +106,7 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     if text and path.is_dir():
         built = load_folder(path, file, meta=meta)
         return LoadedModel(built.module, (), built.kwargs, text, built.notes, built.tokenizer)
-    if path.suffix in REFUSED:
+    if path.suffix in REFUSED and (path.suffix in (".onnx", ".pt2") or path.exists()):
         why, hint = REFUSED[path.suffix]
         raise LoraFxError(f"{text}: {why}", hint.format(file=text))
     if path.is_file() and path.suffix != ".py":
@@ -122,7 +122,7 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
             f"{text}: no such folder; lora-fx downloads nothing",
             f"hf download {text} --local-dir DIR, then give DIR",
         )
-    raise LoraFxError(f"{text!r} is no model: no such folder", FORMS)
+    raise LoraFxError(f"{text!r} is no model: no such file or folder", near_path(text, FORMS))
 
 
 _BARE = "holds tensors but no code to run them"
@@ -135,6 +135,7 @@ REFUSED = {
     ".onnx": ("an .onnx file cannot be opened as a torch model in this version", FORMS),
     ".safetensors": (_BARE, _BESIDE),
     **dict.fromkeys(PICKLES, (_BARE, _BESIDE)),
+    **dict.fromkeys((".npz", ".csv", ".jsonl"), ("data, not a model", "the model comes first")),
 }
 """How a file's name ends → why it is no model, and what to do."""
 

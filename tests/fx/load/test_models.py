@@ -44,9 +44,9 @@ def test_constructors_that_read_values_are_built_for_real() -> None:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("timm:resnet81", "nearest names"),
+        ("timm:resnet81", "did you mean"),
         ("timm:hf-hub:timm/resnet18.a1_in1k", "timm has no model"),
-        ("torchvision:resnet81", "nearest names"),
+        ("torchvision:resnet81", "did you mean"),
         ("torchvision:fasterrcnn_resnet50_fpn", "detection models"),
     ],
 )
