@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import click
 
-from lora_fx.cli.options import in_groups
+from lora_fx.cli.config import config_options, saving_config
+from lora_fx.cli.options import FORCE, in_groups
 from lora_fx.cli.output import echo, emit, say, stages
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
@@ -53,7 +54,14 @@ SHOWN = ("merge", "extract", "train")
 
 
 class FileCommand(click.Command):
-    """A command whose inputs are remembered, so that no output takes the place of one."""
+    """A command with --config, whose inputs are remembered: no output takes the place of one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += config_options()
+        self.own = {p.name for p in self.params} - {"config", "save_config"}
+        if "force" not in self.own:
+            self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
 
     def invoke(self, ctx: click.Context) -> object:
         """Run it; shells leave the ~ of --option=~/file as it is."""
@@ -61,7 +69,8 @@ class FileCommand(click.Command):
         remember(*input_paths(ctx.params))
         drawn = self.name in SHOWN and sys.stderr.isatty()
         work = contextlib.nullcontext() if drawn else stage(self.name or "working")
-        with trusting(bool(ctx.params.get("trust"))), work:
+        with trusting(bool(ctx.params.get("trust"))), saving_config(ctx), work:
+            ctx.params = {k: v for k, v in ctx.params.items() if k in self.own}
             return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -126,7 +135,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for a name that is none."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = near(args[0], COMMANDS, "lora-fx --help lists them")
+            hint = near(args[0], COMMANDS, "lora-fx --help lists them", cutoff=0.6)
             raise LoraFxError(f"no command {args[0]!r}", hint)
         return super().resolve_command(ctx, args)
 
@@ -259,7 +268,7 @@ def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoRetur
         error.told, error.__cause__ = before.told, before
     if "-v" in argv or "--verbose" in argv:
         traceback.print_exception(error, file=sys.stderr)
-    echo(f"Error: {one_line(error.message, 1000)}", err=True)
+    echo(f"Error: {one_line(error.message, 1000)}", err=True, red=True)
     if error.hint:
         echo(f"Hint: {one_line(error.hint, 1000)}", err=True)
     if "--json" in argv and not error.told:

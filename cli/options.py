@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
+from lora_fx.cli.config import GIVEN
 from lora_fx.cli.output import note
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 FROM_1 = click.IntRange(min=1)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+FORCE = "Replace an output that exists."
+force_option = click.option("--force", is_flag=True, help=FORCE)
 
 
 Command = Callable[..., object]
@@ -66,9 +67,10 @@ result_options = combined([force_option, json_option])
 
 
 def first_given(*names: str) -> str:
-    """The first of these that stands on the command line, as a long option; else empty."""
-    source, line = click.get_current_context().get_parameter_source, ParameterSource.COMMANDLINE
-    return next((f"--{n.replace('_', '-')}" for n in names if source(n) is line), "")
+    """The first of these that the user gave, as a long option; else empty."""
+    ctx = click.get_current_context()
+    options = {p.name: max(p.opts, key=len) for p in ctx.command.params}
+    return next((options[n] for n in names if ctx.get_parameter_source(n) in GIVEN), "")
 
 
 def refuse_beside(plan: str | None) -> None:
@@ -372,7 +374,8 @@ GROUPS = {
     "Quantised weights": "dtype dequantise requantise lossy max_shard_size",
     "ONNX": "opset optimise precision cache names delta triton max_batch",
     "Model and its inputs": "model weights inputs_file dynamic static trust",
-    "Run and result": "provider device threads dry_run run link report force as_json",
+    "Run and result": "provider device threads dry_run run link report config save_config force "
+    "as_json",
 }
 """Titles in --help, and what stands below them; what is in none of them is a command's own."""
 

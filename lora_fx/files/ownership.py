@@ -126,6 +126,8 @@ def kind_of(file: Path) -> str | None:
         return "a .safetensors file"
     if b"<title>lora-fx " in head and head.lstrip()[:15].lower() == b"<!doctype html>":
         return "a page of lora-fx"
+    if file.suffix == ".toml" and head.startswith(b"# lora-fx "):
+        return "a config of lora-fx"
     if head.lstrip()[:1] == b"{":
         return "JSON of lora-fx" if _is_own_json(file) else None
     return None

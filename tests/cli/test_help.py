@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 
@@ -9,6 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from lora_fx.cli import main
 from lora_fx.cli.common import COMMANDS, group
 from lora_fx.cli.options import GROUPS, in_groups
 
@@ -76,3 +78,29 @@ def test_the_list_of_commands_is_instant() -> None:
     assert time.process_time() - begun < 0.1
     assert all(f"  {name} " in done.output for name in COMMANDS)
     assert max(map(len, done.output.splitlines())) <= WIDE
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "red"),
+    [(True, None, True), (True, "", True), (True, "1", False), (False, None, False)],
+)
+def test_errors_are_red_in_a_terminal_alone(
+    terminal: bool, no_color: str | None, red: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """no-color.org: a variable that is set to nothing counts as unset."""
+
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream = Stream()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    with pytest.raises(SystemExit):
+        main(["tragets"])
+    said = "Error: no command 'tragets'"
+    error, hint = stream.getvalue().splitlines()
+    assert error == (f"\x1b[31m{said}\x1b[0m" if red else said)
+    assert hint == "Hint: did you mean targets?"
