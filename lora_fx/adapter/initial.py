@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -39,7 +40,8 @@ from lora_fx.targets.ranking import Moments
 from lora_fx.targets.regions import of_several, own_use
 from lora_fx.targets.target import Target, check_storable
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga")
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+INITS = get_args(Init)
 OF_WEIGHT = frozenset({"pissa", "olora"})
 OF_DATA: Mapping[str, str] = {"eva": "inputs", "lora-ga": "gradient"}
 """The statistic that a start reads, by the start's name."""

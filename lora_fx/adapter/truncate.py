@@ -22,7 +22,7 @@ from lora_fx.adapter.svd import Triplets, balanced, distance, product_svd, produ
 from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.errors import LoraFxError
 from lora_fx.targets.budget import gains, within_budget, within_loss
-from lora_fx.text import Json, table
+from lora_fx.text import Json, short, table
 
 GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")
 SLACKS = (0.0, 1e-9, 1e-6, 1e-3, 0.1, 1.0)
@@ -67,6 +67,8 @@ class Truncation:
     adapter: Adapter
     rows: tuple[Truncated, ...]
     parameters: int
+
+    __repr__ = short
 
     @property
     def norm(self) -> float:

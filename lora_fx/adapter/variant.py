@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -135,6 +135,8 @@ class QaLora(Lora):
         return grouped(replace(low, a=a, variant="lora"), self.group)
 
 
+VariantName = Literal["lora", "rslora", "dora", "lora-fa", "lora+", "qalora"] | str
+"""Those of VARIANTS; a text, since qalora may carry the size of its groups: qalora:32."""
 VARIANTS: Mapping[str, Lora] = {
     v.name: v
     for v in (

@@ -32,7 +32,7 @@ from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.inputs import generator
 from lora_fx.targets.found import Found
 from lora_fx.targets.selectors import select, select_names, split
-from lora_fx.text import Json, JsonView, some, table
+from lora_fx.text import Json, JsonView, short, some, table
 
 RANK = 16
 LITTLE = 0.5
@@ -362,6 +362,8 @@ class Extraction:
     left_out: tuple[str, ...]
     skipped: int
 
+    __repr__ = short
+
     @property
     def relative(self) -> float:
         """‖Δ − b@a‖/‖Δ‖ over all low-rank updates together."""
@@ -480,9 +482,9 @@ def _hint(old: Tensors, new: Tensors) -> str:
     """The prefix that would make the names fit, if there is one."""
     for name in list(old)[:3]:
         for other in new:
-            for long, short, verb in ((name, other, "lacks"), (other, name, "adds")):
-                if long.endswith(f".{short}"):
-                    lead = long.removesuffix(short)
+            for long, end, verb in ((name, other, "lacks"), (other, name, "adds")):
+                if long.endswith(f".{end}"):
+                    lead = long.removesuffix(end)
                     return f"the names of the second {verb.removesuffix('s')} the prefix {lead!r}"
     return "are they of one model?"
 

@@ -12,6 +12,7 @@ from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, explained, near_path, one_line
@@ -44,11 +45,14 @@ _OF_A_MODEL = ("torchtune", "gguf")
 `write_file`."""
 _LARGE = 64 << 20
 
+Format = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"]
+"""What an adapter is written as."""
+
 
 def save_adapter(
     adapter: Adapter,
     path: str | Path,
-    format: str = "peft",
+    format: Format = "peft",
     *,
     force: bool = False,
     base: str | Path | None = None,
@@ -73,7 +77,7 @@ def save_adapter(
     """
     writer = FORMATS.get(format)
     if writer is None or format not in WRITERS:
-        why = "torchtune's names are only read" if format == "torchtune" else "no such format"
+        why = "torchtune's names are only read" if writer is torchtune else "no such format"
         raise LoraFxError(
             f"no adapter can be written as {format!r}: {why}", f"formats: {', '.join(WRITERS)}"
         )

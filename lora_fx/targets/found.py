@@ -9,7 +9,7 @@ from typing import Any
 from lora_fx.conditions import Condition
 from lora_fx.targets.regions import of_use, part
 from lora_fx.targets.target import Target, split_use
-from lora_fx.text import Json, human, table
+from lora_fx.text import Json, html, human, some, table
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,16 @@ class Found:
             "reached_share": round(self.reached_share, 6),
         }
 
-    def __str__(self) -> str:
-        """A table for people."""
+    def __repr__(self) -> str:
+        """The targets and their shapes, and how much cannot be adapted."""
+        shapes = [f"{t.key} {list(t.parameter.shape)}" for t in self.targets]
+        return f"Found({some(shapes) or 'no target'}; {len(self.refusals)} refusals)"
+
+    def _repr_html_(self) -> str:
+        """The table of targets, for notebooks."""
+        return html(f"{len(self.targets)} targets", self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
         head: tuple[str, ...] = ("key", "op", "in", "out", "sites", "share", "role", "default")
         total = max(1, self.flops["reached"] + self.flops["refused"])
         formats = any(t.parameter.format for t in self.targets)
@@ -115,7 +123,12 @@ class Found:
             )
             for t in self.targets
         ]
-        lines = table([head, *rows]) if rows else ["no target"]
+        return [head, *rows]
+
+    def __str__(self) -> str:
+        """A table for people."""
+        total = max(1, self.flops["reached"] + self.flops["refused"])
+        lines = table(self._rows()) if self.targets else ["no target"]
         if any(t.sites for t in self.targets):
             lines.append(
                 f"{len(self.targets)} targets reach {self.reached_share:.1%} of the weight FLOPs "

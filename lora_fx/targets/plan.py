@@ -14,7 +14,7 @@ from lora_fx.targets.found import Found
 from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, tied
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import HEAD_ROWS, Target, split_use
-from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, table
+from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, short, table
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -57,6 +57,8 @@ class Plan:
     entries: Mapping[str, Entry]
     also_train: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    __repr__ = short
 
 
 def make_plan(

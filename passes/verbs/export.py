@@ -35,7 +35,14 @@ from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.optimise import optimise_file
-from lora_fx.passes.verbs.options import ExportOptions, Selectors, opened_adapters
+from lora_fx.passes.verbs.options import (
+    ExportOptions,
+    Mode,
+    Precision,
+    Provider,
+    Selectors,
+    opened_adapters,
+)
 from lora_fx.progress import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.text import Json
@@ -53,20 +60,20 @@ def export(
     kwargs: Named | None = None,
     *,
     adapters: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None = None,
-    mode: str = "merged",
+    mode: Mode = "merged",
     include: Selectors = None,
     exclude: Selectors = None,
     rank: int | None = None,
     scales: bool = False,
     names: Mapping[str, str] | None = None,
     inputs: Named | None = None,
-    provider: str = "auto",
+    provider: Provider = "auto",
     opset: int | None = None,
     external_over: int = EXTERNAL_OVER,
     dynamic: Dynamic | None = None,
     force: bool = False,
     optimise: bool = False,
-    precision: str | None = None,
+    precision: Precision | None = None,
     triton: str | PathLike[str] | None = None,
     max_batch: int | None = None,
     cache: bool = False,

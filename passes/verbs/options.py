@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lora_fx.onnx.save import Output
     from lora_fx.onnx.triton import Repository
 
+Mode = Literal["merged", "switch", "load", "batch"]
+Dead = Literal["auto", "error", "drop", "keep", "allow"]
+NormStats = Literal["frozen", "update"]
+Provider = Literal["auto", "cpu", "cuda"]
 Selectors = str | Sequence[str] | None
 """A comma list, or a list of them; None where none was given."""
 ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
@@ -136,6 +140,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
 }
 """Mode of export → the options that it alone has; load has those of switch too."""
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)

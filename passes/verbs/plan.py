@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import matrix
@@ -42,7 +43,7 @@ def plan(
     kwargs: Named | None = None,
     data: Iterable[Named] | None = None,
     budget: str = "uniform:8",
-    method: str = "uniform",
+    method: Literal["uniform", "importance", "kfac", "eva"] = "uniform",
     *,
     loss: str | Loss = "ce",
     include: Selectors = None,

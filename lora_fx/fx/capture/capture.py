@@ -160,6 +160,11 @@ class Captured:
         """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
         self._limits_known = False
 
+    def __repr__(self) -> str:
+        """The model's class, and the signature with its dimensions."""
+        inputs = ", ".join(f"{r['name']}: {r['dtype']} {r['shape']}" for r in self.inputs.to_json())
+        return f"{type(self).__name__}({type(self.model).__name__}, {inputs})"
+
     @property
     def pinned(self) -> list[Pinned]:
         """The dimensions that the eval graph was asked to keep free and could not."""
