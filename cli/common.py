@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 import click
 
-from lora_fx.cli.config import config_options, saving_config
 from lora_fx.cli.options import FORCE, in_groups
 from lora_fx.cli.output import echo, emit, say, stages
+from lora_fx.cli.toml import config_options, saving_config
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
 from lora_fx.progress import stage, telling

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.config import GIVEN
 from lora_fx.cli.output import note
+from lora_fx.cli.toml import GIVEN
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 

@@ -57,7 +57,7 @@ def short(thing: Any) -> str:
     ...     names: tuple[str, ...]
     ...     weight: float = 1.0
     >>> short(Pair(("a", "b"))), short(Pair((), 0.5))
-    ('Pair(names=2)', 'Pair(names=0, weight=0.5)')
+    ('Pair(names=2)', 'Pair(names=(), weight=0.5)')
     """
     fields = ((f, getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.repr)
     shown = (f"{f.name}={_brief(v)}" for f, v in fields if v is not f.default)

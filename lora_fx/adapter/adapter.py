@@ -79,7 +79,7 @@ class Adapter:
         return html(f"{len(self)} updates, {human(self.parameters)} parameters", self._rows())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [("key", "kind", "shape", "rank")]
+        rows: list[tuple[str, ...]] = [("key", "kind", "shape", "rank")]
         for key, entry in self.entries.items():
             value = entry.value if isinstance(entry, Full) else entry
             shape = str(list(shape)) if (shape := getattr(value, "shape", ())) else ""

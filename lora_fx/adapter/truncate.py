@@ -20,7 +20,7 @@ from lora_fx.adapter.factors import LEARNS
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.svd import Triplets, balanced, distance, product_svd, product_values
 from lora_fx.adapter.updates import Entry, name_of
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, expect
 from lora_fx.targets.budget import gains, within_budget, within_loss
 from lora_fx.text import Json, short, table
 
@@ -165,6 +165,7 @@ def truncate(
 
 def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     """Truncate as `truncate` does, and report what every update lost."""
+    expect(adapter, Adapter, "adapter", "an Adapter", "truncate(load_adapter(path), rank=8)")
     name, value = _goal(goal)
     updates = _updates(adapter)
     parts = {k: product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
@@ -203,7 +204,7 @@ def _goal(goal: Mapping[str, float | None]) -> tuple[str, float]:
     if len(given) != 1 or not set(given) <= set(GOALS):
         raise LoraFxError(
             f"{len(given)} goals ({', '.join(given) or 'none'}); expected one",
-            f"give one of {', '.join(GOALS)}",
+            f"give one of {', '.join(f'--{g}' for g in GOALS)}",
         )
     name, value = next(iter(given.items()))
     whole = name in ("rank", "params")

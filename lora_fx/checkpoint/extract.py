@@ -275,7 +275,7 @@ def _notes(
     ]
     notes += [
         f"{r.key}: rank {r.rank} keeps {1 - r.relative**2:.0%} of ‖Δ‖²: was it trained whole? "
-        f"--whole {r.key} (whole=[…]) takes it so"
+        f"--whole {r.key} takes it so"
         for r in rows
         if r.enough and 1 - r.relative**2 < LITTLE
     ]
@@ -285,7 +285,7 @@ def _notes(
     ]
     if left_out:
         notes.append(
-            "vectors that differ and are not in the adapter, which --also-full (also_full=True) "
+            "vectors that differ and are not in the adapter, which --also-full "
             f"would take: {', '.join(left_out)}"
         )
     return notes

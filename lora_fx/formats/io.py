@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.errors import LoraFxError, explained, near_path, one_line
+from lora_fx.errors import LoraFxError, expect, expect_path, explained, near_path, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import trusting
 from lora_fx.formats import diffusers, gguf, kohya, onnx_adapter, torchtune
@@ -75,6 +75,8 @@ def save_adapter(
         LoraFxError: The output exists or cannot be written, the format is unknown, or it cannot
             say this adapter.
     """
+    expect(adapter, Adapter, "adapter", "an Adapter", "save_adapter(adapter, path)")
+    expect_path(path, "path", "save_adapter(adapter, path)")
     writer = FORMATS.get(format)
     if writer is None or format not in WRITERS:
         why = "torchtune's names are only read" if writer is torchtune else "no such format"
@@ -133,6 +135,7 @@ def load_adapter(
     if trust:
         with trusting():
             return load_adapter(path, base=base, most=most, resolve=resolve)
+    expect_path(path, "path", "load_adapter(path)")
     path = tensor_file(Path(path))
     if path.suffix == ".onnx":
         from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.conditions import Condition
+from lora_fx.errors import LoraFxError, near
 from lora_fx.targets.regions import of_use, part
 from lora_fx.targets.target import Target, split_use
 from lora_fx.text import Json, html, human, some, table
@@ -42,7 +43,7 @@ class Found:
         """The target of a key, of one of its aliases, of a region within it, or of one use."""
         target = self.get(key)
         if target is None:
-            raise KeyError(key)
+            raise LoraFxError(f"{key!r} is no target of the model", near(key, self.by_key))
         return target
 
     def get(self, key: str) -> Target | None:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -138,7 +138,8 @@ def attach(
     inserted = None
     if cap and updates:
         try:
-            inserted = insert(cap, adapter=Adapter(updates, learning(updates)), dead=options.dead)
+            held = Adapter(updates, learning(updates))
+            inserted = insert(cap, adapter=held, dead=cast(Dead, options.dead))
         except (LoraFxError, RuntimeError, IndexError) as e:
             if not alone or isinstance(e, DeadTargetError):
                 raise

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import CaptureError, LoraFxError
+from lora_fx.errors import CaptureError, LoraFxError, expect_path
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike
@@ -131,6 +131,7 @@ def export(
         NoEffectError: The outputs differ; nothing is written.
     """
     remember(*([model] if isinstance(model, (str, PathLike)) else []))
+    expect_path(path, "path", "export(model, path, args)")
     adapters = opened_adapters(adapters)
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,

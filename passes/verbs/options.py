@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import long_name
-from lora_fx.errors import LoraFxError, near
+from lora_fx.errors import LoraFxError, expect, near
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.found import Found
@@ -66,6 +66,10 @@ class BranchOptions:
 
     def __post_init__(self) -> None:
         """Raise for a name that is not known; dead="auto" takes its meaning."""
+        expect(self.alpha or 0, (int, float), "alpha", "a number", "2·rank is usual")
+        for name in ("include", "exclude", "also_train"):
+            given = getattr(self, name, None)
+            expect(given or "", (str, Sequence), name, "selectors", f"{name}=['q_proj', 'fc1']")
         named_variant(self.variant)
         check_init(self.init)
         if self.dead == "auto":
@@ -105,8 +109,9 @@ class InsertOptions(BranchOptions):
         if self.init in OF_DATA and self.data is None:
             raise LoraFxError(
                 f"init {self.init!r} starts from data, and there is none",
-                "data=… in Python, --data FILE",
+                "--data FILE",
             )
+        expect(self.dropout, (int, float), "dropout", "a number", "0.05 is usual")
         if not 0.0 <= self.dropout < 1.0:
             raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "0.05 is usual")
         if self.norm_stats not in ("frozen", "update"):

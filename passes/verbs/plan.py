@@ -80,7 +80,7 @@ def plan(
     if not scale > 0:
         raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
     if way.wanted and data is None:
-        raise LoraFxError(f"method {method!r} reads data, and there is none", "data=… in Python")
+        raise LoraFxError(f"method {method!r} reads data, and there is none", "--data FILE")
     cap = captured_of(model, args, kwargs, dynamic)
     found = find(cap)
     chosen = make_plan(found, named_tensors(cap.model)[0], rank=1, include=include, exclude=exclude)

@@ -106,9 +106,10 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     if text and path.is_dir():
         built = load_folder(path, file, meta=meta)
         return LoadedModel(built.module, (), built.kwargs, text, built.notes, built.tokenizer)
-    if path.suffix in REFUSED and (path.suffix in (".onnx", ".pt2") or path.exists()):
+    if path.suffix in REFUSED:
         why, hint = REFUSED[path.suffix]
-        raise LoraFxError(f"{text}: {why}", hint.format(file=text))
+        hint = hint.format(file=text)
+        raise LoraFxError(f"{text}: {why}", hint if path.exists() else near_path(text, hint))
     if path.is_file() and path.suffix != ".py":
         raise LoraFxError(f"{text}: a file of a kind that is not known", FORMS)
     if ":" in text:
@@ -132,7 +133,10 @@ REFUSED = {
         "a .pt2 file is a program without a module",
         "every verb takes its path; lora_fx.capture(path) opens it",
     ),
-    ".onnx": ("an .onnx file cannot be opened as a torch model in this version", FORMS),
+    ".onnx": (
+        "an .onnx file cannot be opened as a torch model in this version",
+        "export, merge and verify take its path; lora-fx targets and insert take it too",
+    ),
     ".safetensors": (_BARE, _BESIDE),
     **dict.fromkeys(PICKLES, (_BARE, _BESIDE)),
     **dict.fromkeys((".npz", ".csv", ".jsonl"), ("data, not a model", "the model comes first")),

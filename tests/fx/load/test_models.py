@@ -135,8 +135,8 @@ def test_reserved_name_with_weights(tmp_path: Path) -> None:
     [
         ("model.pt2", "a program without a module"),
         ("model.onnx", "in this version"),
-        ("w.safetensors", "MODEL --weights w.safetensors"),
-        ("pytorch_model.bin", "MODEL --weights pytorch_model.bin"),
+        ("w.safetensors", "MODEL weights='w.safetensors'"),
+        ("pytorch_model.bin", "MODEL weights='pytorch_model.bin'"),
         ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B"),
         ("nothing", "MODEL is a Hugging Face folder"),
         ("", "MODEL is a Hugging Face folder"),
