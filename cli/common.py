@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
+from lora_fx.cli.options import FORCE, in_groups
 from lora_fx.cli.output import echo, emit, note, say, stages
+from lora_fx.cli.toml import config_options, saving_config
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
 from lora_fx.progress import stage, telling
@@ -52,19 +54,32 @@ SHOWN = ("merge", "extract", "train")
 
 
 class FileCommand(click.Command):
-    """A command whose inputs are remembered, so that no output takes the place of one."""
+    """A command with --config, whose inputs are remembered: no output takes the place of one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += config_options()
+        self.own = {p.name for p in self.params} - {"config", "save_config"}
+        if "force" not in self.own:
+            self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run it, with models of the Hub as their folders in the cache."""
-        for name, given in ((n, ctx.params.get(n)) for n in MODELS):
-            if isinstance(given, tuple):
-                ctx.params[name] = tuple(self._local(text, True) for text in given)
-            elif given:
-                ctx.params[name] = self._local(given, False)
+        """Run it, with ~ as the home folder, and models of the Hub as their folders in the cache.
+
+        Shells leave the ~ of --option=~/file as it is.
+        """
+        ctx.params = {k: _at_home(v) for k, v in ctx.params.items()}
         remember(*input_paths(ctx.params))
         drawn = self.name in SHOWN and sys.stderr.isatty()
         work = contextlib.nullcontext() if drawn else stage(self.name or "working")
-        with trusting(bool(ctx.params.get("trust"))), work:
+        with trusting(bool(ctx.params.get("trust"))), saving_config(ctx), work:
+            for name, given in ((n, ctx.params.get(n)) for n in MODELS):
+                if isinstance(given, tuple):
+                    ctx.params[name] = tuple(self._local(text, True) for text in given)
+                elif given:
+                    ctx.params[name] = self._local(given, False)
+            remember(*input_paths(ctx.params))  # the folders in the cache
+            ctx.params = {k: v for k, v in ctx.params.items() if k in self.own}
             return super().invoke(ctx)
 
     def _local(self, text: str, weighted: bool) -> str:
@@ -78,6 +93,24 @@ class FileCommand(click.Command):
         path, said = fetch(model, weights=self.name != "targets")
         note(said)
         return str(path) if model == text else f"{path}:{weight!r}"
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Below one title each, in columns of one width."""
+        groups = in_groups(self.get_params(ctx))
+        records = {t: [r for p in g if (r := p.get_help_record(ctx))] for t, g in groups.items()}
+        wide = max(len(left) for rows in records.values() for left, _ in rows if len(left) <= 30)
+        for title, rows in records.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl([(left.ljust(wide), text) for left, text in rows], wide)
+
+
+def _at_home(value: Any) -> Any:
+    """A value of an argument or option with ~ as the home folder, where it begins a path."""
+    if isinstance(value, tuple):
+        return tuple(_at_home(v) for v in value)
+    home = isinstance(value, str) and value.startswith("~")
+    return os.path.expanduser(value) if home else value
 
 
 def input_paths(given: JsonView) -> list[Path]:
@@ -123,7 +156,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for a name that is none."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = near(args[0], COMMANDS, "lora-fx --help lists them")
+            hint = near(args[0], COMMANDS, "lora-fx --help lists them", cutoff=0.6)
             raise LoraFxError(f"no command {args[0]!r}", hint)
         return super().resolve_command(ctx, args)
 
@@ -171,7 +204,11 @@ def two_runtimes() -> str:
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+        "max_content_width": 100,
+    },
     help="Insert, train, fold and export low-rank adapters by rewriting a model's graph; merge "
     "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
     epilog="MODEL is a Hugging Face folder, hf:ORG/NAME[@REVISION] of the Hub, a .safetensors, "
@@ -217,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.ClickException as e:
         ctx = e.ctx if isinstance(e, click.UsageError) else None
         hint = f"{ctx.command_path if ctx else 'lora-fx'} --help"
+        if choices := getattr(getattr(getattr(e, "param", None), "type", None), "choices", None):
+            hint = near((e.message.split("'") * 2)[1], choices, hint)
         _fail(LoraFxError(e.format_message(), hint), argv, files)
     except (KeyboardInterrupt, click.Abort) as e:
         from lora_fx.files.atomic import sweep
@@ -257,7 +296,7 @@ def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoRetur
         error.told, error.__cause__ = before.told, before
     if "-v" in argv or "--verbose" in argv:
         traceback.print_exception(error, file=sys.stderr)
-    echo(f"Error: {one_line(error.message, 1000)}", err=True)
+    echo(f"Error: {one_line(error.message, 1000)}", err=True, red=True)
     if error.hint:
         echo(f"Hint: {one_line(error.hint, 1000)}", err=True)
     if "--json" in argv and not error.told:

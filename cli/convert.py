@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -11,8 +11,10 @@ from lora_fx.cli.options import fuse_options, result_options, selectors_option, 
 from lora_fx.cli.output import emit, note
 from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.io import WRITERS, format_for, format_of, load_adapter, save_adapter
+from lora_fx.formats.io import WRITERS, Format, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
+
+NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
 
 
 @report_command("convert")
@@ -21,8 +23,9 @@ from lora_fx.text import Json
 @click.option(
     "--format",
     "name",
-    type=click.Choice([*WRITERS, *(n for n in LAYOUTS if n not in WRITERS)]),
-    help="Of OUT.  [default: told by its name where only one is called so]",
+    type=click.Choice(NAMES),
+    metavar="FORMAT",
+    help=f"Of OUT: {', '.join(NAMES)}.  [default: told by its name where only one is called so]",
 )
 @click.option(
     "--base",
@@ -94,7 +97,7 @@ def command(
         loaded = laid_for(loaded, layout, base, options["model_type"])
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
-        notes += save_adapter(loaded, output, name, force=force, base=base)
+        notes += save_adapter(loaded, output, cast(Format, name), force=force, base=base)
     elif name == "onnx_adapter":
         from lora_fx.onnx.session import write_for
 

@@ -9,16 +9,27 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import arguments, load_numpy, merge_options, result_options, split_weight
-from lora_fx.cli.output import emit, print_json
+from lora_fx.cli.output import emit, say
 from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError, NoEffectError, explained
+from lora_fx.text import JsonView, table
 
 
-def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+def _shard(value: str) -> tuple[int, int]:
     i, slash, n = value.partition("/")
     if not (slash and i.isdigit() and n.isdigit()):
         raise LoraFxError(f"--shard {value!r}; expected i/n", "for example 1/4")
     return int(i), int(n)
+
+
+def _result(row: JsonView) -> str:
+    return "kept" if row.get("kept") else "merged" if row["ok"] else "failed"
+
+
+def _line(row: JsonView) -> str:
+    """A merge that has ended, as a line of progress; why, where it failed."""
+    why = "" if row["ok"] else f": {row['error']} (Hint: {row['hint']})"
+    return f"{row['adapter']}: {_result(row)}{why}"
 
 
 @report_command("merge-all")
@@ -30,14 +41,13 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     "--shard",
     default="1/1",
     show_default=False,
-    callback=_shard,
     metavar="i/n",
     help="This machine's part of the list.",
 )
 @merge_options
 @result_options
 def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
-    r"""Merge every ADAPTER into BASE by itself, as DIR/NAME; a JSON line for each.
+    r"""Merge every ADAPTER into BASE by itself, as DIR/NAME.
 
     One that cannot be merged fails alone, and the exit code is 1. An output that is this very merge
     is kept, so a fleet that was interrupted goes on where it stopped.
@@ -53,7 +63,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     processes, shard, force = (options.pop(name) for name in ("processes", "shard", "force"))
     # A base that cannot be read is one error, not one for every adapter.
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
-    jobs = jobs_of([split_weight(a) for a in adapters], Path(out), shard, suffix)
+    jobs = jobs_of([split_weight(a) for a in adapters], Path(out), _shard(shard), suffix)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise LoraFxError(f"{out} is no folder", "choose another output")
@@ -66,8 +76,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         base, jobs, processes=processes, force=force, arguments=arguments(options), options=keywords
     ):
         rows.append(row)
-        if not as_json:
-            print_json(row)
+        say(_line(row))
     order = {str(job.out): i for i, job in enumerate(jobs)}
     rows.sort(key=lambda row: order[row["out"]])  # they came as they finished
     bad = [r for r in rows if not r["ok"]]
@@ -83,4 +92,6 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
         )
     outputs = [r["out"] for r in rows if r["ok"]]
     inputs = [{"base": base, "adapters": list(adapters)}]
-    emit(as_json, "merge-all", "", inputs=inputs, outputs=outputs, merges=rows, refused=refused)
+    shown = [(r["adapter"], _result(r), r["out"] if r["ok"] else "") for r in rows]
+    text = "\n".join(table([("adapter", "result", "output"), *shown])) if rows else ""
+    emit(as_json, "merge-all", text, inputs=inputs, outputs=outputs, merges=rows, refused=refused)

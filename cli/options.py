@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from lora_fx.cli.output import note
+from lora_fx.cli.toml import GIVEN
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 FROM_1 = click.IntRange(min=1)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+FORCE = "Replace an output that exists."
+force_option = click.option("--force", is_flag=True, help=FORCE)
 
 
 Command = Callable[..., object]
@@ -74,9 +75,10 @@ result_options = combined([force_option, json_option])
 
 
 def first_given(*names: str) -> str:
-    """The first of these that stands on the command line, as a long option; else empty."""
-    source, line = click.get_current_context().get_parameter_source, ParameterSource.COMMANDLINE
-    return next((f"--{n.replace('_', '-')}" for n in names if source(n) is line), "")
+    """The first of these that the user gave, as a long option; else empty."""
+    ctx = click.get_current_context()
+    options = {p.name: max(p.opts, key=len) for p in ctx.command.params}
+    return next((options[n] for n in names if ctx.get_parameter_source(n) in GIVEN), "")
 
 
 def refuse_beside(plan: str | None) -> None:
@@ -227,6 +229,10 @@ def split_weight(text: str) -> tuple[str, float]:
         try:
             return path, float(number)
         except ValueError as e:
+            if path.endswith(".py"):
+                raise LoraFxError(
+                    f"{text} is a model, not an adapter", "the model comes first"
+                ) from e
             raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from e
     return text, 1.0
 
@@ -397,6 +403,34 @@ merge_options = combined(
     ]
 )
 """Options of every command that merges."""
+
+
+GROUPS = {
+    "Data": "data label loss validation max_length examples",
+    "Training": "epochs steps batch_size lr weight_decay warmup clip checks patience accumulate "
+    "mixed_precision",
+    "States of a training": "save_state save_every resume",
+    "Targets and ranks": "plan rank alpha energy max_rank params max_error max_abs_error include "
+    "exclude also_train also_full whole variant init dropout quantise accuracy_level dead",
+    "What is accepted": "allow_unused allow_missing any_base other_readers untie add again",
+    "Quantised weights": "dtype dequantise requantise lossy max_shard_size",
+    "ONNX": "opset optimise precision cache names delta triton max_batch",
+    "Model and its inputs": "model weights inputs_file dynamic static trust",
+    "Run and result": "provider device threads dry_run run link report config save_config force "
+    "as_json",
+}
+"""Titles in --help, and what stands below them; what is in none of them is a command's own."""
+
+
+def in_groups(params: Sequence[click.Parameter]) -> dict[str, list[click.Option]]:
+    """The options of a command below their titles; one that would stand alone is its own."""
+    options = [p for p in params if isinstance(p, click.Option)]
+    groups = {
+        title: [p for p in options if p.name in names.split()] for title, names in GROUPS.items()
+    }
+    groups = {title: found for title, found in groups.items() if len(found) > 1}
+    grouped = [p for found in groups.values() for p in found]
+    return {"Options": [p for p in options if p not in grouped], **groups}
 
 
 def arguments(options: JsonView) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -66,23 +67,20 @@ def emit(
             told = f"{', '.join(outputs)} was written, and its page was not: {e.message}"
             raise LoraFxError(told, e.hint, exit_code=1) from e
     if as_json:
-        print_json(whole, indent=1)
+        end_line()
+        click.echo(json.dumps(strict_json(whole), indent=1, default=str))
     elif text:
         echo(text)
     if refused is not None:
         raise refused
 
 
-def echo(text: str, *, err: bool = False) -> None:
-    """Print text; what no terminal should be told is shown by its code."""
+def echo(text: str, *, err: bool = False, red: bool = False) -> None:
+    """Print text, red in a terminal; what no terminal should be told is shown by its code."""
     end_line()
-    click.echo(visible(text, lines=True), err=err)
-
-
-def print_json(value: object, indent: int | None = None) -> None:
-    """Print a value that any reader of JSON takes."""
-    end_line()
-    click.echo(json.dumps(strict_json(value), indent=indent, default=str))
+    said = visible(text, lines=True)
+    shown = red and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    click.echo(click.style(said, fg="red") if shown else said, err=err)
 
 
 def result(command: str, ok: bool, warnings: Sequence[str] = (), **fields: object) -> Json:

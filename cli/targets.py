@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import captured, json_option, model_options
+from lora_fx.cli.options import CAPTURE, captured, first_given, json_option, model_options
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
@@ -35,6 +35,10 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
     """
     inputs: list[Json] = [{"model": model}]
     tensors = Path(model).is_file() and model.endswith((".safetensors", ".bin"))
+    no_say = [n for n in (*CAPTURE, "training") if n != "trust" or not tensors]
+    if (tensors or model.endswith(".onnx")) and (option := first_given(*no_say)):
+        what = "names and shapes alone" if tensors else "a graph as it is"
+        raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
     if tensors:
         from lora_fx.checkpoint.targets import file_targets
 

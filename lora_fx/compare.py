@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.text import Json, JsonView, strict_json
+from lora_fx.text import Json, JsonView, html, short, strict_json
 
 Outputs = Mapping[str, Array]
 """The outputs of a run, by name."""
@@ -162,9 +162,20 @@ class Report:
     warnings: tuple[str, ...] = ()
     details: JsonView = field(default_factory=dict)
 
+    __repr__ = short
+
     def __bool__(self) -> bool:
         """True when everything held."""
         return self.ok
+
+    def _repr_html_(self) -> str:
+        """The answer, and what was compared, for notebooks."""
+        head = ("of", "sizes", "rel", "gate", "ok")
+        rows = [
+            (p.of or "models", sizes_text(p.sizes), f"{p.rel:.2e}", f"{p.tol:.1e}", str(p.ok))
+            for p in self.parity
+        ]
+        return html(f"{self.command}: {'ok' if self.ok else 'FAILED'}", [head, *rows])
 
     def to_json(self) -> Json:
         """The parts of docs/json.md that this verb knows."""

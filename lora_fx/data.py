@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, near, near_path, one_line
 from lora_fx.files.read import json_object, open_input, read_text
 from lora_fx.text import Json
 
@@ -186,10 +186,11 @@ def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None
     suffix = Path(path).suffix
     if suffix not in READERS:
         raise LoraFxError(
-            f"{path}: data of an unknown kind {suffix!r}", ".npz, .jsonl, .csv or module:loader"
+            f"{path}: data of an unknown kind {suffix!r}",
+            near_path(path, ".npz, .jsonl, .csv or module:loader"),
         )
     if not Path(path).is_file():
-        raise LoraFxError(f"{path}: no such file", "give a path to the data")
+        raise LoraFxError(f"{path}: no such file", near_path(path, "give a path to the data"))
     return table_of(READERS[suffix](path), path, label=label, tokenizer=tokenizer)
 
 
@@ -209,7 +210,9 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
     if not raw or not len(next(iter(raw.values()))):
         raise LoraFxError(f"{where}: no rows", "there is nothing to train on")
     if label and label not in raw:
-        raise LoraFxError(f"{where}: no column {label!r}", f"the columns are {', '.join(raw)}")
+        raise LoraFxError(
+            f"{where}: no column {label!r}", near(label, raw, f"the columns are {', '.join(raw)}")
+        )
     label = label or next((n for n in LABELS if n in raw), "")
     lengths = {k: len(v) for k, v in raw.items()}
     if len(set(lengths.values())) > 1:

@@ -7,11 +7,13 @@ import errno
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class LoraFxError(Exception):
     """Something the user can mend: one line that says what is wrong, and a hint.
+
+    A hint is written in the command line's spelling, and `str` has it in Python's.
 
     Args:
         message: What was found and what was expected, naming the file and the tensor.
@@ -28,8 +30,23 @@ class LoraFxError(Exception):
         self.told = False  # True once a command has shown it in its JSON
 
     def __str__(self) -> str:
-        """Message and hint, as a traceback prints them."""
-        return f"{self.message}\nHint: {self.hint}" if self.hint else self.message
+        """Message and hint, as a traceback prints them: options in Python's spelling."""
+        return f"{self.message}\nHint: {in_python(self.hint)}" if self.hint else self.message
+
+
+def expect(value: object, kind: type | tuple[type, ...], name: str, wanted: str, hint: str) -> None:
+    """Refuse an argument of another type.
+
+    Raises:
+        LoraFxError: Names the argument, its type and what was wanted.
+    """
+    if not isinstance(value, kind):
+        raise LoraFxError(f"{name} is a {type(value).__name__}, not {wanted}", hint)
+
+
+def expect_path(value: object, name: str, hint: str) -> None:
+    """Refuse what is no path; see `expect`."""
+    expect(value, (str, os.PathLike), name, "a path", hint)
 
 
 class CaptureError(LoraFxError):
@@ -118,6 +135,89 @@ def one_line(text: object, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+# Hints in Python's spelling.
+
+
+_FLAGS = (
+    "force", "trust", "dequantise", "requantise", "lossy", "untie", "add", "again", "allow-unused",
+    "allow-missing", "any-base", "other-readers", "optimise", "cache", "within", "scales",
+    "also-full", "run",
+)  # fmt: skip
+_KEYWORDS = (
+    "base", "data", "dtype", "dynamic", "energy", "exclude", "how", "include", "init", "inputs",
+    "map", "max-abs-error", "max-error", "max-shard-size", "mode", "params", "precision",
+    "provider", "rank", "static", "validation", "variant", "weights", "whole",
+)  # fmt: skip
+_OPTION = re.compile(
+    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|qalora:\d+|[A-Z]+\b"
+    r"|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
+)
+
+
+def in_python(hint: str) -> str:
+    """A hint of the command line as Python says it, but for what names a command.
+
+    >>> in_python("--dtype float32 keeps more; or --trust reads it; lora-fx merge --add writes it")
+    "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"
+    """
+    hint = hint.replace("run lora-fx targets MODEL", "print(lora_fx.find(model))")
+    parts = re.sub(r"--dynamic [\w:=,]+", "dynamic={NAME: {DIM: SYMBOL}}", hint).split("; ")
+    ours = (p if "lora-fx " in p or "--as " in p else _OPTION.sub(_keyword, p) for p in parts)
+    return "; ".join(ours)
+
+
+def _keyword(found: re.Match[str]) -> str:
+    option, value = found[1], found[2]
+    name = {"map": "names"}.get(option, option.replace("-", "_"))
+    if option in _FLAGS:
+        return f"{name}=True{f' {value}' if value else ''}"
+    if option not in _KEYWORDS:
+        return found[0]
+    text = value and not value.isupper() and not value[0].isdigit()
+    return f"{name}={value!r}" if text else f"{name}={value}" if value else name
+
+
+# Hints with what was meant, most likely.
+
+
+def near(
+    name: str,
+    names: Iterable[str],
+    none: str = "run lora-fx targets MODEL for the names",
+    *,
+    cutoff: float = 0.4,
+    folder: str = "",
+) -> str:
+    """A hint with the nearest of the known names, in `folder`, or `none` where no name is near.
+
+    >>> near("fd", ["fc", "head"])
+    'did you mean fc?'
+    """
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=cutoff)
+    if not close:
+        return none
+    *most, last = (os.path.join(folder, n) for n in close)
+    return f"did you mean {', '.join(most)}{' or ' if most else ''}{last}?"
+
+
+def near_path(path: str | os.PathLike[str], none: str = "is the path right?") -> str:
+    """A hint with the nearest names in the folder of a path that is not there, or `none`."""
+    folder, name = os.path.split(os.fspath(path).rstrip("/\\"))
+    if folder.startswith("~") or name == "~":
+        return "os.path.expanduser(path) puts the home folder in place of ~"
+    try:
+        there = [n for n in os.listdir(folder or ".")[:_SIBLINGS] if n != name]
+    except (OSError, ValueError):
+        return none
+    return near(name, there, none, cutoff=0.7, folder=folder)
+
+
+_SIBLINGS = 2000
+"""Names of a folder that are compared; all of a hundred thousand would take a second."""
+
+
 # Errors of the operating system.
 
 
@@ -144,6 +244,8 @@ def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
     """What an error of the operating system means for `path`, in one line."""
     why, hint = _WHY.get(error.errno or 0, ("", "is there space and access?"))
     why = why or error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOENT:
+        hint = near_path(error.filename if isinstance(error.filename, str) else path, hint)
     return LoraFxError(f"{os.fspath(path)}: {one_line(why)}", hint)
 
 

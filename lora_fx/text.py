@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from lora_fx.errors import LoraFxError, visible
+from lora_fx.errors import near as near
 
 Json = dict[str, Any]
 """A JSON object; its values are what JSON has."""
@@ -34,6 +36,41 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
+
+
+def html(said: str, rows: Sequence[Sequence[str]] = ()) -> str:
+    """A line of text and a table, the first row its head, as a notebook shows them; all escaped."""
+    from html import escape
+
+    def line(row: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(visible(c))}</{tag}>' for c in row)}</tr>"
+
+    body = "".join(line(row, "td" if i else "th") for i, row in enumerate(rows))
+    return f"<p>{escape(visible(said))}</p><table>{body}</table>"
+
+
+def short(thing: Any) -> str:
+    """A dataclass in one line, as its repr: arrays as their shapes, collections as their lengths.
+
+    >>> @dataclasses.dataclass
+    ... class Pair:
+    ...     names: tuple[str, ...]
+    ...     weight: float = 1.0
+    >>> short(Pair(("a", "b"))), short(Pair((), 0.5))
+    ('Pair(names=2)', 'Pair(names=(), weight=0.5)')
+    """
+    fields = ((f, getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.repr)
+    shown = (f"{f.name}={_brief(v)}" for f, v in fields if v is not f.default)
+    return f"{type(thing).__name__}({', '.join(shown)})"
+
+
+def _brief(value: object) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, Collection) and not isinstance(value, str):
+        few = isinstance(value, tuple) and len(value) < 5 and all(map(is_number, value))
+        return repr(value) if few else str(len(value))
+    return repr(value)
 
 
 def human(n: float) -> str:
@@ -87,13 +124,3 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """
     more = len(names) - most
     return ", ".join(map(visible, names[:most])) + (f" and {more} more" if more > 0 else "")
-
-
-def near(
-    name: str, names: Iterable[str], none: str = "run lora-fx targets MODEL for the names"
-) -> str:
-    """A hint with the nearest of the known names, or `none` where no name is near."""
-    import difflib
-
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
-    return f"nearest names: {', '.join(close)}" if close else none

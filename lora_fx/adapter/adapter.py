@@ -32,7 +32,7 @@ from lora_fx.targets.regions import (
 )
 from lora_fx.targets.selectors import select_names
 from lora_fx.targets.target import base_name, split_use
-from lora_fx.text import Json, JsonView, near
+from lora_fx.text import Json, JsonView, html, human, near, some
 
 
 class FileNames(Protocol):
@@ -68,6 +68,24 @@ class Adapter:
     entries: Mapping[str, Entry]
     metadata: JsonView = field(default_factory=dict)
     names: FileNames | None = None
+
+    def __repr__(self) -> str:
+        """The kinds and shapes of its updates."""
+        rows = self._rows()[1:]
+        return f"Adapter({some([' '.join(filter(None, row)) for row in rows])})"
+
+    def _repr_html_(self) -> str:
+        """The table of its updates, for notebooks."""
+        return html(f"{len(self)} updates, {human(self.parameters)} parameters", self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("key", "kind", "shape", "rank")]
+        for key, entry in self.entries.items():
+            value = entry.value if isinstance(entry, Full) else entry
+            shape = str(list(shape)) if (shape := getattr(value, "shape", ())) else ""
+            rank = f"rank {entry.rank}" if isinstance(entry, LowRank) else ""
+            rows.append((key, name_of(entry), shape, rank))
+        return rows
 
     def __len__(self) -> int:
         """Number of updates."""

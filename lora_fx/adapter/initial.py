@@ -23,13 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Literal, get_args
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, alpha_of, draw
 from lora_fx.adapter.variant import QaLora, named_variant
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.errors import LoraFxError, MisfitError, near
 from lora_fx.inputs import generator
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
@@ -39,7 +40,8 @@ from lora_fx.targets.ranking import Moments
 from lora_fx.targets.regions import of_several, own_use
 from lora_fx.targets.target import Target, check_storable
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga")
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+INITS = get_args(Init)
 OF_WEIGHT = frozenset({"pissa", "olora"})
 OF_DATA: Mapping[str, str] = {"eva": "inputs", "lora-ga": "gradient"}
 """The statistic that a start reads, by the start's name."""
@@ -50,7 +52,9 @@ GAMMA = 16.0
 def check_init(init: str) -> None:
     """Raise for a start that is not known."""
     if init not in INITS:
-        raise LoraFxError(f"no init {init!r}", f"the starts are {', '.join(INITS)}")
+        raise LoraFxError(
+            f"no init {init!r}", near(init, INITS, f"the starts are {', '.join(INITS)}")
+        )
 
 
 def initial(

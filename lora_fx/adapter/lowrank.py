@@ -18,6 +18,7 @@ from lora_fx.dtypes import Array
 from lora_fx.inputs import generator
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import product
+from lora_fx.text import short
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class LowRank:
     layer: FileLayer | None = field(default=None, compare=False)
     group: int = field(default=0, compare=False)
 
+    __repr__ = short
+
     @property
     def rank(self) -> int:
         """Columns of b."""
@@ -146,6 +149,8 @@ class Full:
     """A whole tensor trained beside the low-rank updates (PEFT's modules_to_save)."""
 
     value: Array
+
+    __repr__ = short
 
 
 def scale_of(alpha: float, rank: int, variant: str = "lora") -> float:

@@ -20,9 +20,9 @@ from lora_fx.adapter.factors import LEARNS
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.svd import Triplets, balanced, distance, product_svd, product_values
 from lora_fx.adapter.updates import Entry, name_of
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, expect
 from lora_fx.targets.budget import gains, within_budget, within_loss
-from lora_fx.text import Json, table
+from lora_fx.text import Json, short, table
 
 GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")
 SLACKS = (0.0, 1e-9, 1e-6, 1e-3, 0.1, 1.0)
@@ -67,6 +67,8 @@ class Truncation:
     adapter: Adapter
     rows: tuple[Truncated, ...]
     parameters: int
+
+    __repr__ = short
 
     @property
     def norm(self) -> float:
@@ -163,6 +165,7 @@ def truncate(
 
 def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     """Truncate as `truncate` does, and report what every update lost."""
+    expect(adapter, Adapter, "adapter", "an Adapter", "truncate(load_adapter(path), rank=8)")
     name, value = _goal(goal)
     updates = _updates(adapter)
     parts = {k: product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
@@ -201,7 +204,7 @@ def _goal(goal: Mapping[str, float | None]) -> tuple[str, float]:
     if len(given) != 1 or not set(given) <= set(GOALS):
         raise LoraFxError(
             f"{len(given)} goals ({', '.join(given) or 'none'}); expected one",
-            f"give one of {', '.join(GOALS)}",
+            f"give one of {', '.join(f'--{g}' for g in GOALS)}",
         )
     name, value = next(iter(given.items()))
     whole = name in ("rank", "params")

@@ -22,7 +22,7 @@ import numpy as np
 from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.ir.layout import Layout
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, short
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Hadamard:
     alpha: float
     layout: Layout | None = None
     kernel: tuple[int, ...] = field(default=(), compare=False)
+
+    __repr__ = short
 
     @property
     def rank(self) -> int:
@@ -69,6 +71,8 @@ class Kronecker:
     layout: Layout | None = None
     kernel: tuple[int, ...] = field(default=(), compare=False)
 
+    __repr__ = short
+
     @property
     def shape(self) -> tuple[int, ...]:
         """[o1·o2, i1·i2]."""
@@ -90,6 +94,8 @@ class Dense:
     value: Array
     scale: float = 1.0
     layout: Layout | None = None
+
+    __repr__ = short
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,6 +123,8 @@ class Rotation:
     layout: Layout | None = None
     scale: ClassVar[float] = 1.0
 
+    __repr__ = short
+
     @property
     def shape(self) -> tuple[int, ...]:
         """[out, in]; 0 is for a size that only the base says."""
@@ -141,6 +149,8 @@ class ReplacedRows:
 
     index: tuple[int, ...]
     value: Array
+
+    __repr__ = short
 
 
 Change = LowRank | Hadamard | Kronecker | Dense | Rotation

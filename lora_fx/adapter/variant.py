@@ -24,13 +24,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, grouped, scale_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.errors import LoraFxError, MisfitError, near
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Emitter
 from lora_fx.ir.layout import Layout
@@ -135,6 +135,8 @@ class QaLora(Lora):
         return grouped(replace(low, a=a, variant="lora"), self.group)
 
 
+VariantName = Literal["lora", "rslora", "dora", "lora-fa", "lora+", "qalora"] | str
+"""Those of VARIANTS; a text, since qalora may carry the size of its groups: qalora:32."""
 VARIANTS: Mapping[str, Lora] = {
     v.name: v
     for v in (
@@ -154,7 +156,9 @@ def named_variant(name: str) -> Lora:
     if kind == "qalora" and size.isascii() and size.isdigit() and int(size):
         return QaLora(kind, group=int(size))
     if name not in VARIANTS:
-        raise LoraFxError(f"no variant {name!r}", f"the variants are {', '.join(VARIANTS)}")
+        raise LoraFxError(
+            f"no variant {name!r}", near(name, VARIANTS, f"the variants are {', '.join(VARIANTS)}")
+        )
     return VARIANTS[name]
 
 

@@ -33,7 +33,7 @@ from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.inputs import generator
 from lora_fx.targets.found import Found
 from lora_fx.targets.selectors import select, select_names, split
-from lora_fx.text import Json, JsonView, some, table
+from lora_fx.text import Json, JsonView, short, some, table
 
 RANK = 16
 LITTLE = 0.5
@@ -277,7 +277,7 @@ def _notes(
     ]
     notes += [
         f"{r.key}: rank {r.rank} keeps {1 - r.relative**2:.0%} of ‖Δ‖²: was it trained whole? "
-        f"--whole {r.key} (whole=[…]) takes it so"
+        f"--whole {r.key} takes it so"
         for r in rows
         if r.enough and 1 - r.relative**2 < LITTLE
     ]
@@ -287,7 +287,7 @@ def _notes(
     ]
     if left_out:
         notes.append(
-            "vectors that differ and are not in the adapter, which --also-full (also_full=True) "
+            "vectors that differ and are not in the adapter, which --also-full "
             f"would take: {', '.join(left_out)}"
         )
     return notes
@@ -363,6 +363,8 @@ class Extraction:
     unchanged: tuple[str, ...]
     left_out: tuple[str, ...]
     skipped: int
+
+    __repr__ = short
 
     @property
     def relative(self) -> float:
@@ -482,9 +484,9 @@ def _hint(old: Tensors, new: Tensors) -> str:
     """The prefix that would make the names fit, if there is one."""
     for name in list(old)[:3]:
         for other in new:
-            for long, short, verb in ((name, other, "lacks"), (other, name, "adds")):
-                if long.endswith(f".{short}"):
-                    lead = long.removesuffix(short)
+            for long, end, verb in ((name, other, "lacks"), (other, name, "adds")):
+                if long.endswith(f".{end}"):
+                    lead = long.removesuffix(end)
                     return f"the names of the second {verb.removesuffix('s')} the prefix {lead!r}"
     return "are they of one model?"
 

@@ -113,7 +113,7 @@ def match(
     if lost:
         whole = all(isinstance(adapter.entries[key], Full) for key in lost)
         known = [*tensors, *rename.loaded.names, *rename.loaded.stacks]
-        hint = f"{near(lost[0], known)}; --allow-unused leaves them out"
+        hint = f"{near(lost[0], known, 'its names are others;')} --allow-unused leaves them out"
         hint += ", --add writes them as new tensors" if whole else _renamed(config)
         for apart, way in ((False, "-o FUSED --fuse"), (True, "-o SPLIT --split")):
             rows = known_rows(adapter, tensors, config, apart=apart)

@@ -26,7 +26,7 @@ from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.requantise import in_all, sampled
 from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, spread, tie_and_names
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
-from lora_fx.errors import LoraFxError, MisfitError, stamp
+from lora_fx.errors import LoraFxError, MisfitError, near, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.hub import hub_record
 from lora_fx.files.quantised.dequantise import (
@@ -85,9 +85,12 @@ class MergeOptions:
         """Raise for a mix or dtype that is not known, and for sizes that are none."""
         object.__setattr__(self, "dtype", long_name(self.dtype))
         if self.dtype not in (None, *FLOATING):
-            raise LoraFxError(f"no dtype {self.dtype!r}", f"one of {', '.join(FLOATING)}")
+            known = f"one of {', '.join(FLOATING)}"
+            raise LoraFxError(f"no dtype {self.dtype!r}", near(self.dtype, FLOATING, known))
         if self.how not in HOWS:
-            raise LoraFxError(f"no mix {self.how!r}", f"the mixes are {', '.join(HOWS)}")
+            raise LoraFxError(
+                f"no mix {self.how!r}", near(self.how, HOWS, f"one of {', '.join(HOWS)}")
+            )
         if self.rank is not None and self.rank < 1:
             raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
         if self.dequantise and self.requantise:

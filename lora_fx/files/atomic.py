@@ -158,6 +158,9 @@ def _take_back(target: Path, inode: int, old: Path | None = None) -> None:
         target.unlink()
 
 
+EXISTS = "choose another output, or --force to replace it"
+
+
 def check_output(
     path: str | os.PathLike[str],
     *,
@@ -183,7 +186,7 @@ def check_output(
         raise LoraFxError(f"{target}: nothing is uploaded", upload)
     with explained(target):
         if _there(target) and not force:
-            raise LoraFxError(f"{target} exists", "choose another output, or --force to replace it")
+            raise LoraFxError(f"{target} exists already", EXISTS)
         if _there(target):
             check_replaceable(target, new, names)
             if not own:

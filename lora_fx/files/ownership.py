@@ -130,6 +130,8 @@ def kind_of(file: Path) -> str | None:
         return "a page of lora-fx"
     if head.startswith(f"{CURVE}\n".encode()):
         return "a loss curve of lora-fx"
+    if file.suffix == ".toml" and head.startswith(b"# lora-fx "):
+        return "a config of lora-fx"
     if head.lstrip()[:1] == b"{":
         return "JSON of lora-fx" if _is_own_json(file) else None
     return None

@@ -34,7 +34,7 @@ CONVERT = (
     "convert it to safetensors: safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
     "state_dict.items()}, 'model.safetensors')"
 )
-TRUST = f"--trust (trust=True) reads it by torch's unpickler that runs no code; or {CONVERT}"
+TRUST = f"--trust reads it by torch's unpickler that runs no code; or {CONVERT}"
 
 
 @dataclass(frozen=True)

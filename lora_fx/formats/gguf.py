@@ -268,7 +268,7 @@ def write_file(
     names, file = _base_names(base), File("the adapter")
     if names is None:
         what = f"{base} has no config.json" if base else "no base is given"
-        hint = "give the folder of the base model: --base (base=)"
+        hint = "give the folder of the base model: --base"
         raise LoraFxError(f"GGUF's names are those of the base's architecture; {what}", hint)
     scales = {k: _plain(k, low, names).scale for k, low in adapter.entries.items()}
     alphas = {k: scales[k] * low.rank for k, low in adapter.lowrank.items()}

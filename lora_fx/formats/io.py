@@ -12,9 +12,10 @@ from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.errors import LoraFxError, explained, one_line
+from lora_fx.errors import LoraFxError, expect, expect_path, explained, near_path, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local, missing_hint
 from lora_fx.files.read import trusting
@@ -45,11 +46,14 @@ _OF_A_MODEL = ("torchtune", "gguf")
 `write_file`."""
 _LARGE = 64 << 20
 
+Format = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"]
+"""What an adapter is written as."""
+
 
 def save_adapter(
     adapter: Adapter,
     path: str | Path,
-    format: str = "peft",
+    format: Format = "peft",
     *,
     force: bool = False,
     base: str | Path | None = None,
@@ -72,9 +76,11 @@ def save_adapter(
         LoraFxError: The output exists or cannot be written, the format is unknown, or it cannot
             say this adapter.
     """
+    expect(adapter, Adapter, "adapter", "an Adapter", "save_adapter(adapter, path)")
+    expect_path(path, "path", "save_adapter(adapter, path)")
     writer = FORMATS.get(format)
     if writer is None or format not in WRITERS:
-        why = "torchtune's names are only read" if format == "torchtune" else "no such format"
+        why = "torchtune's names are only read" if writer is torchtune else "no such format"
         raise LoraFxError(
             f"no adapter can be written as {format!r}: {why}", f"formats: {', '.join(WRITERS)}"
         )
@@ -131,6 +137,7 @@ def load_adapter(
     if trust:
         with trusting():
             return load_adapter(path, base=base, most=most, resolve=resolve)
+    expect_path(path, "path", "load_adapter(path)")
     path, base = tensor_file(Path(local(path))), local(base) if base else None
     if path.suffix == ".onnx":
         from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without
@@ -188,7 +195,8 @@ def as_adapter(given: AdapterLike) -> Adapter:
 def tensor_file(path: Path) -> Path:
     """The one tensor file of an adapter; a pickle where there is no other."""
     if not path.exists():
-        raise LoraFxError(f"{path}: no such file or folder", missing_hint(path, "is it right?"))
+        hint = missing_hint(path, near_path(path, "is it right?"))
+        raise LoraFxError(f"{path}: no such file or folder", hint)
     if path.is_file():
         return tensor_file(path.parent) if path.name == peft.CONFIG else path
     for name in (peft.WEIGHTS, diffusers.WEIGHTS, *PICKLED):

@@ -169,7 +169,7 @@ def one_model(adapter: Adapter, what: str) -> Adapter:
         raise LoraFxError(
             f"{what} holds the updates of one model under its parameters' names; {key!r} is a "
             f"name of a {adapter.names.format} file{several}",
-            "give the folder of the model that they are for: --base (Adapter.bind)",
+            "give the folder of the model that they are for: --base",
         )
     entries = {split_component(key)[1]: entry for key, entry in adapter.entries.items()}
     return replace(adapter, entries=entries, names=None)

@@ -147,7 +147,7 @@ def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -
             module,
             f"has {rows} rows; {where} says {heads!r} heads"
             + (f" of {size!r}" if size is not None else ""),
-            "is it the adapter of this model? then give the model's folder: --base (base=)",
+            "is it the adapter of this model? then give the model's folder: --base",
         )
     assert isinstance(heads, int)
     return heads

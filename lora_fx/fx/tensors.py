@@ -30,6 +30,12 @@ from lora_fx.targets.target import split_region
 class AdapterTensors(nn.Module):
     """Holds one side of an update beside the module whose parameter it adapts."""
 
+    def extra_repr(self) -> str:
+        """The shapes of its tensors."""
+        return ", ".join(
+            f"{n}: {list(p.shape)}" for n, p in self._parameters.items() if p is not None
+        )
+
 
 def adapter_tensors(path: str) -> nn.Module:
     """A place for an adapter's tensors, for `owner` to put where there is none."""

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import Beside, replacing
+from lora_fx.files.atomic import EXISTS, Beside, replacing
 
 if TYPE_CHECKING:
     from lora_fx.onnx.triton import Repository
@@ -189,9 +189,7 @@ def output(
             if made.seen != made.path:
                 made.seen.unlink(missing_ok=True)
         if made.external and made.data.name != f"{target.name}.data" and not force:
-            raise LoraFxError(
-                f"{target}.data exists", "choose another output, or --force to write beside it"
-            )
+            raise LoraFxError(f"{target}.data exists already", EXISTS)
         if repository is not None:
             made.copies = repository.place(temporary, beside)
         if made.external:

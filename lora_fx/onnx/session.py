@@ -121,7 +121,10 @@ def open_session(
     import onnxruntime as ort
 
     if provider not in ("auto", "cpu", "cuda"):
-        raise LoraFxError(f"no provider {provider!r}", "auto, cpu or cuda")
+        raise LoraFxError(
+            f"no provider {provider!r}",
+            near(provider, ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+        )
     ort.set_default_logger_severity(3)
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.conditions import Condition
+from lora_fx.errors import LoraFxError, near
 from lora_fx.targets.regions import of_use, part
 from lora_fx.targets.target import Target, split_use
-from lora_fx.text import Json, human, table
+from lora_fx.text import Json, html, human, some, table
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Found:
         """The target of a key, of one of its aliases, of a region within it, or of one use."""
         target = self.get(key)
         if target is None:
-            raise KeyError(key)
+            raise LoraFxError(f"{key!r} is no target of the model", near(key, self.by_key))
         return target
 
     def get(self, key: str) -> Target | None:
@@ -95,8 +96,16 @@ class Found:
             "reached_share": round(self.reached_share, 6),
         }
 
-    def __str__(self) -> str:
-        """A table for people."""
+    def __repr__(self) -> str:
+        """The targets and their shapes, and how much cannot be adapted."""
+        shapes = [f"{t.key} {list(t.parameter.shape)}" for t in self.targets]
+        return f"Found({some(shapes) or 'no target'}; {len(self.refusals)} refusals)"
+
+    def _repr_html_(self) -> str:
+        """The table of targets, for notebooks."""
+        return html(f"{len(self.targets)} targets", self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
         head: tuple[str, ...] = ("key", "op", "in", "out", "sites", "share", "role", "default")
         total = max(1, self.flops["reached"] + self.flops["refused"])
         formats = any(t.parameter.format for t in self.targets)
@@ -115,7 +124,12 @@ class Found:
             )
             for t in self.targets
         ]
-        lines = table([head, *rows]) if rows else ["no target"]
+        return [head, *rows]
+
+    def __str__(self) -> str:
+        """A table for people."""
+        total = max(1, self.flops["reached"] + self.flops["refused"])
+        lines = table(self._rows()) if self.targets else ["no target"]
         if any(t.sites for t in self.targets):
             lines.append(
                 f"{len(self.targets)} targets reach {self.reached_share:.1%} of the weight FLOPs "

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 
-from lora_fx.errors import LoraFxError, check_format
+from lora_fx.errors import LoraFxError, check_format, near_path
 from lora_fx.files.read import read_json
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, tied
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import HEAD_ROWS, Target, split_use
-from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, table
+from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, short, table
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -57,6 +57,8 @@ class Plan:
     entries: Mapping[str, Entry]
     also_train: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    __repr__ = short
 
 
 def make_plan(
@@ -296,7 +298,9 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
     """
     where = fspath(path)
     if not Path(where).is_file():
-        raise LoraFxError(f"{where}: no such file", "lora-fx plan MODEL DATA -o FILE writes one")
+        raise LoraFxError(
+            f"{where}: no such file", near_path(where, "lora-fx plan MODEL DATA -o FILE writes one")
+        )
     data = read_json(where, hint="write it again")
     if not isinstance(data.get("targets"), dict):
         raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from lora_fx.adapter.adapter import bind
+from lora_fx.adapter.initial import Init
+from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
@@ -22,7 +24,7 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
 from lora_fx.passes.verbs.open import captured_of, opened
-from lora_fx.passes.verbs.options import InsertOptions, Selectors
+from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.progress import Listener, told
 from lora_fx.targets.found import Found
@@ -65,16 +67,16 @@ def insert(
     include: Selectors = None,
     exclude: Selectors = None,
     also_train: Selectors = None,
-    variant: str = "lora",
+    variant: VariantName = "lora",
     dropout: float = 0.0,
     plan: Plan | GivenRanks | None = None,
     adapter: AdapterLike | None = None,
     seed: int = 0,
     *,
     dynamic: Dynamic | None = None,
-    norm_stats: str = "frozen",
-    dead: str = "auto",
-    init: str = "kaiming",
+    norm_stats: NormStats = "frozen",
+    dead: Dead = "auto",
+    init: Init = "kaiming",
     data: Iterable[Named] | None = None,
     loss: str | Loss = "ce",
     fast: bool = True,

@@ -11,13 +11,15 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import learning
+from lora_fx.adapter.initial import Init
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import CaptureError, DeadTargetError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
@@ -42,7 +44,7 @@ from lora_fx.passes.proofs.attached import Explicit, InGraph, eval_mode, prove_l
 from lora_fx.passes.verbs.adapt import insert
 from lora_fx.passes.verbs.build_module import found_in, start_of
 from lora_fx.passes.verbs.open import capture
-from lora_fx.passes.verbs.options import InsertOptions, Selectors
+from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
@@ -60,16 +62,16 @@ def attach(
     include: Selectors = None,
     exclude: Selectors = None,
     also_train: Selectors = None,
-    variant: str = "lora",
+    variant: VariantName = "lora",
     dropout: float = 0.0,
     plan: Plan | GivenRanks | None = None,
     adapter: AdapterLike | None = None,
     seed: int = 0,
     *,
     dynamic: Dynamic | None = None,
-    norm_stats: str = "frozen",
-    dead: str = "auto",
-    init: str = "kaiming",
+    norm_stats: NormStats = "frozen",
+    dead: Dead = "auto",
+    init: Init = "kaiming",
     data: Iterable[Named] | None = None,
     loss: str | Loss = "ce",
     progress: Listener | None = None,
@@ -136,7 +138,8 @@ def attach(
     inserted = None
     if cap and updates:
         try:
-            inserted = insert(cap, adapter=Adapter(updates, learning(updates)), dead=options.dead)
+            held = Adapter(updates, learning(updates))
+            inserted = insert(cap, adapter=held, dead=cast(Dead, options.dead))
         except (LoraFxError, RuntimeError, IndexError) as e:
             if not alone or isinstance(e, DeadTargetError):
                 raise

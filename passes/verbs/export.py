@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import CaptureError, LoraFxError
+from lora_fx.errors import CaptureError, LoraFxError, expect_path
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike
@@ -35,7 +35,14 @@ from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.optimise import optimise_file
-from lora_fx.passes.verbs.options import ExportOptions, Selectors, opened_adapters
+from lora_fx.passes.verbs.options import (
+    ExportOptions,
+    Mode,
+    Precision,
+    Provider,
+    Selectors,
+    opened_adapters,
+)
 from lora_fx.progress import Listener, told
 from lora_fx.targets.found import Found
 from lora_fx.text import Json
@@ -53,20 +60,20 @@ def export(
     kwargs: Named | None = None,
     *,
     adapters: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None = None,
-    mode: str = "merged",
+    mode: Mode = "merged",
     include: Selectors = None,
     exclude: Selectors = None,
     rank: int | None = None,
     scales: bool = False,
     names: Mapping[str, str] | None = None,
     inputs: Named | None = None,
-    provider: str = "auto",
+    provider: Provider = "auto",
     opset: int | None = None,
     external_over: int = EXTERNAL_OVER,
     dynamic: Dynamic | None = None,
     force: bool = False,
     optimise: bool = False,
-    precision: str | None = None,
+    precision: Precision | None = None,
     triton: str | PathLike[str] | None = None,
     max_batch: int | None = None,
     cache: bool = False,
@@ -125,6 +132,7 @@ def export(
         NoEffectError: The outputs differ; nothing is written.
     """
     remember(*([model] if isinstance(model, (str, PathLike)) else []))
+    expect_path(path, "path", "export(model, path, args)")
     adapters = opened_adapters(adapters, mode)
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,

@@ -62,9 +62,15 @@ def by_name(options: ExportOptions) -> dict[str, Adapter]:
 
 
 def beside(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
-    """Where the adapters of a switchable file go; raises where something is there."""
+    """Where the adapters of a switchable file go; raises for those of another file."""
     paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
+    again = options.force and options.target.exists()  # else --force is meant for nothing of this
     for path in paths.values():
+        if path.exists() and not again:
+            raise LoraFxError(
+                f"{path} exists already, and would be replaced beside {options.target.name}",
+                f"write into a folder of its own, or remove {path.name}",
+            )
         check_output(path, force=options.force)
     return paths
 

@@ -21,7 +21,7 @@ from lora_fx.checkpoint.merge import GAIN, Adapters, given
 from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
 from lora_fx.compare import Parity, Report, demand
-from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.errors import LoraFxError, NoEffectError, expect_path
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, trusting
 from lora_fx.inputs import Named
@@ -337,6 +337,8 @@ def merge(base: StrPath, adapters: Adapters, out: StrPath, **options: Any) -> Re
         LoraFxError: Every reason not to merge; nothing is written.
         NoEffectError: Every element of the output would be what it was.
     """
+    for name, path in (("base", base), ("out", out)):
+        expect_path(path, name, "merge(base, adapters, out)")
     if not is_onnx(base):
         from lora_fx.checkpoint.merge import merge as merge_files
 

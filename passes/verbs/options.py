@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
 from lora_fx.dtypes import long_name
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, expect, near
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.found import Found
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lora_fx.onnx.save import Output
     from lora_fx.onnx.triton import Repository
 
+Mode = Literal["merged", "switch", "load", "batch"]
+Dead = Literal["auto", "error", "drop", "keep", "allow"]
+NormStats = Literal["frozen", "update"]
+Provider = Literal["auto", "cpu", "cuda"]
 Selectors = str | Sequence[str] | None
 """A comma list, or a list of them; None where none was given."""
 ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
@@ -74,6 +78,10 @@ class BranchOptions:
 
     def __post_init__(self) -> None:
         """Raise for a name that is not known; dead="auto" takes its meaning."""
+        expect(self.alpha or 0, (int, float), "alpha", "a number", "2·rank is usual")
+        for name in ("include", "exclude", "also_train"):
+            given = getattr(self, name, None)
+            expect(given or "", (str, Sequence), name, "selectors", f"{name}=['q_proj', 'fc1']")
         named_variant(self.variant)
         check_init(self.init)
         if self.dead == "auto":
@@ -113,8 +121,9 @@ class InsertOptions(BranchOptions):
         if self.init in OF_DATA and self.data is None:
             raise LoraFxError(
                 f"init {self.init!r} starts from data, and there is none",
-                "data=… in Python, --data FILE",
+                "--data FILE",
             )
+        expect(self.dropout, (int, float), "dropout", "a number", "0.05 is usual")
         if not 0.0 <= self.dropout < 1.0:
             raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "0.05 is usual")
         if self.norm_stats not in ("frozen", "update"):
@@ -147,6 +156,8 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "load": ("rank",),
 }
 """Mode of export → the options that it alone has; load has those of switch too."""
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +188,9 @@ class ExportOptions:
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""
         if self.mode not in MODES:
-            raise LoraFxError(f"no mode {self.mode!r}", "merged, switch, load or batch")
+            raise LoraFxError(
+                f"no mode {self.mode!r}", near(self.mode, MODES, "merged, switch, load or batch")
+            )
         for mode, names in MODES.items():
             own = mode == self.mode or (mode, self.mode) == ("switch", "load")
             if not own and any(getattr(self, name) for name in names):
@@ -186,9 +199,10 @@ class ExportOptions:
                     "leave it out",
                 )
         object.__setattr__(self, "precision", long_name(self.precision))
-        if self.precision not in (None, "float32", "bfloat16", "float16", "int8"):
+        if self.precision not in (None, *PRECISIONS):
             raise LoraFxError(
-                f"no precision {self.precision!r}", "float32, bfloat16, float16 or int8"
+                f"no precision {self.precision!r}",
+                near(self.precision, PRECISIONS, "float32, bfloat16, float16 or int8"),
             )
         if self.precision == "int8" and self.optimise:
             raise LoraFxError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import matrix
@@ -42,7 +43,7 @@ def plan(
     kwargs: Named | None = None,
     data: Iterable[Named] | None = None,
     budget: str = "uniform:8",
-    method: str = "uniform",
+    method: Literal["uniform", "importance", "kfac", "eva"] = "uniform",
     *,
     loss: str | Loss = "ce",
     include: Selectors = None,
@@ -79,7 +80,7 @@ def plan(
     if not scale > 0:
         raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
     if way.wanted and data is None:
-        raise LoraFxError(f"method {method!r} reads data, and there is none", "data=… in Python")
+        raise LoraFxError(f"method {method!r} reads data, and there is none", "--data FILE")
     cap = captured_of(model, args, kwargs, dynamic)
     found = find(cap)
     chosen = make_plan(found, named_tensors(cap.model)[0], rank=1, include=include, exclude=exclude)

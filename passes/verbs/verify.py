@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_fx.onnx.graph.graph import OnnxGraph
     from lora_fx.onnx.session import RuntimeSession
     from lora_fx.passes.proofs.reference import Run
+    from lora_fx.passes.verbs.options import Provider
 
 
 @blaming
@@ -38,7 +39,7 @@ def verify(
     *,
     adapter: Adapters | None = None,
     tol: float | None = None,
-    provider: str = "auto",
+    provider: Provider = "auto",
     run: bool = False,
     rows: int | None = ROWS,
     trust: bool = False,

@@ -140,7 +140,7 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
         (
             "no tensor for 1 of the adapter's keys",
             f"{Q}2.weight",
-            "nearest names",
+            "did you mean",
             "--allow-unused",
         ),
     ),

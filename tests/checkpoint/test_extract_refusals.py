@@ -55,7 +55,7 @@ def test_a_grown_vocabulary(tmp_path: Path) -> None:
         files,
         "model.embed_tokens.weight [1000, 6] and [1004, 6]",
         "lm_head.weight",
-        "--allow-missing",
+        "allow_missing=True",
         "vocabulary",
     )
     result = extraction(*files, allow_missing=True)
@@ -119,7 +119,7 @@ def test_integers_and_quantised_values(tmp_path: Path, dtype: str, shape: tuple[
     assert "steps.q" in extraction(*files).unchanged
     tuned["steps.q"] = np.full(shape, 2, np.float32).astype(kind)
     files = written(tmp_path, base, tuned)
-    refused(files, "steps.q", dtype, "--exclude steps.q")
+    refused(files, "steps.q", dtype, "exclude='steps.q'")
     refused(files, "steps.q", also_full=True)
     assert len(extraction(*files, exclude="steps.q").rows) == 4
     base["steps.q"] = np.ones(shape, np.float32)

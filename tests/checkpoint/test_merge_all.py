@@ -36,11 +36,11 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, list[dict[str, Any]], str]:
     with pytest.raises(SystemExit) as end:
-        main(["merge-all", "base.safetensors", *argv])
+        main(["merge-all", "base.safetensors", *argv, "--json"])
     out, err = capsys.readouterr()
     code = end.value.code
     assert isinstance(code, int)
-    return code, [json.loads(line) for line in out.splitlines()], err
+    return code, json.loads(out)["merges"], err
 
 
 RUNS = [f"run{i}/adapter" for i in range(4)]
@@ -72,6 +72,32 @@ def test_the_report_has_the_order_of_the_adapters(
         main(["merge-all", "base.safetensors", *RUNS, "-o", "out", "--json"])
     said = json.loads(capsys.readouterr().out)
     assert [r["adapter"] for r in said["merges"]] == RUNS
+
+
+def test_people_get_a_table(
+    fleet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the outputs' names, whichever came first; what failed says why as it ends."""
+
+    def three(base: str, jobs: list[Job], **options: Any) -> Iterator[dict[str, Any]]:
+        one, two, three, _ = ({"adapter": j.adapter, "out": str(j.out), "ok": True} for j in jobs)
+        yield {**three, "kept": True}
+        yield {**two, "ok": False, "error": "it is damaged", "hint": "write it again"}
+        yield one
+
+    monkeypatch.setattr("lora_fx.checkpoint.merge_all.merge_all", three)
+    with pytest.raises(SystemExit) as end:
+        main(["merge-all", "base.safetensors", *RUNS, "-o", "out"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 1
+    assert [line.split() for line in out.splitlines()] == [
+        ["adapter", "result", "output"],
+        ["-" * 12, "-" * 6, "-" * 29],
+        ["run0/adapter", "merged", "out/run0__adapter.safetensors"],
+        ["run1/adapter", "failed"],
+        ["run2/adapter", "kept", "out/run2__adapter.safetensors"],
+    ]
+    assert "run1/adapter: failed: it is damaged (Hint: write it again)" in err
 
 
 def test_a_bad_one_fails_alone(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,7 +186,7 @@ def test_names_that_are_not_known_are_refused_with_what_helps(tmp_path: Path) ->
     with pytest.raises(LoraFxError) as caught:
         lora_fx.merge(base, given, tmp_path / "out")
     assert "backbone.conv.0.o_proj.weight" in caught.value.message
-    for word in ("nearest names: backbone.conv.0.out_proj", "transformers 5 renames", "'newest'",
+    for word in ("did you mean backbone.conv.0.out_proj", "transformers 5 renames", "'newest'",
                  "save_original_format=False"):  # fmt: skip
         assert word in caught.value.hint
     assert not (tmp_path / "out").exists()

@@ -205,7 +205,7 @@ def test_a_pattern_that_matches_nothing_is_noted(tmp_path: Path) -> None:
     fields = {"peft_type": "LOHA", "r": 3, "alpha": 3, "rank_pattern": {"fd": 2}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": ["fc"]}))
     (note,) = load_adapter(tmp_path).metadata["notes"]
-    assert "rank_pattern 'fd' matches no module" in note and "nearest names: fc" in note
+    assert "rank_pattern 'fd' matches no module" in note and "did you mean fc?" in note
 
 
 def test_peft_and_graphs_refuse_what_they_cannot_hold(tmp_path: Path) -> None:

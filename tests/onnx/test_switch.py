@@ -268,7 +268,11 @@ def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "de.onnx_adapter").write_text("mine")
     with pytest.raises(LoraFxError, match="exists"):
         lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS)
-    assert [p.name for p in tmp_path.iterdir()] == ["de.onnx_adapter"]
+    with pytest.raises(LoraFxError, match=r"de\.onnx_adapter exists already, .* beside m\.onnx"):
+        lora_fx.export(  # force is for m.onnx, which is not there: this one is another file's
+            Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS, force=True
+        )
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("de.onnx_adapter", "mine")]
 
 
 class Tied(nn.Module):

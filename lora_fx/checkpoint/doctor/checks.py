@@ -139,7 +139,7 @@ def unused(pair: Pair) -> Iterator[Finding]:
             lost,
             "no such tensor in the base: their updates would be dropped",
             f"names of {pair.base.path}",
-            f"{near(base_name(lost[0]), [*pair.tensors])}; lora-fx merge --allow-unused leaves out "
+            f"{near(base_name(lost[0]), [*pair.tensors])} lora-fx merge --allow-unused leaves out "
             "those without a tensor",
         )
 

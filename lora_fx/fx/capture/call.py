@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -258,9 +259,10 @@ def as_module(model: object) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     if not callable(model):
-        raise LoraFxError(
-            f"a {type(model).__name__} is no model", "pass an nn.Module, or a function of tensors"
-        )
+        hint = "pass an nn.Module, or a function of tensors"
+        if isinstance(model, (str, PathLike)):
+            hint = "load_model(path).module has one; export, merge and verify take a path to .onnx"
+        raise LoraFxError(f"a {type(model).__name__} is no model", hint)
     return Called(model)
 
 

@@ -11,7 +11,7 @@ import copy
 import linecache
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import takewhile
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition, Size
-from lora_fx.errors import CaptureError, LoraFxError, one_line
+from lora_fx.errors import CaptureError, LoraFxError, expect, one_line
 from lora_fx.fx import codes
 from lora_fx.fx.capture import call, trace
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_key
@@ -123,6 +123,9 @@ class Captured:
         dynamic: Dynamic | None = None,
         static: Sequence[str] = (),
     ) -> None:
+        expect(args, (tuple, list), "args", "a tuple", "args=(x,), or kwargs={'x': x}")
+        expect({} if kwargs is None else kwargs, Mapping, "kwargs", "a dict", "kwargs={'x': x}")
+        expect(dynamic or {}, Mapping, "dynamic", "a dict", "dynamic={'x': {0: 'batch'}}")
         own = call.as_module(model)
         self.model, said = plain_layers(own, base_dtype(own))
         self.quantised = None if self.model is own else own
@@ -159,6 +162,11 @@ class Captured:
         self.unproven: dict[str, Json] = {}
         """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
         self._limits_known = False
+
+    def __repr__(self) -> str:
+        """The model's class, and the signature with its dimensions."""
+        inputs = ", ".join(f"{r['name']}: {r['dtype']} {r['shape']}" for r in self.inputs.to_json())
+        return f"{type(self).__name__}({type(self.model).__name__}, {inputs})"
 
     @property
     def pinned(self) -> list[Pinned]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, near, near_path, one_line
 
 RETURNS = (
     "a factory returns (module, args, kwargs): the model and example inputs for one call, such as "
@@ -73,7 +73,7 @@ def _found(spec: str) -> Iterator[Any]:
         raise LoraFxError(f"{spec!r} names no factory", "package.module:FACTORY or file.py:FACTORY")
     path = Path(where).absolute()
     if is_file and not path.is_file():
-        raise LoraFxError(f"{where}: no such file", "is the path right?")
+        raise LoraFxError(f"{where}: no such file", near_path(where))
     with _importable(path.parent if is_file else Path.cwd()):
         found: object = _run(
             where, lambda: _from_file(path) if is_file else importlib.import_module(where)
@@ -81,7 +81,9 @@ def _found(spec: str) -> Iterator[Any]:
         for part in name.split("."):
             if not hasattr(found, part):
                 names = [n for n, v in vars(found).items() if callable(v) and n[0] != "_"]
-                raise LoraFxError(f"{where} has no {name!r}", f"it has {', '.join(names[:5])}")
+                raise LoraFxError(
+                    f"{where} has no {name!r}", near(part, names, f"it has {', '.join(names[:5])}")
+                )
             found = getattr(found, part)
         yield found
 
@@ -112,6 +114,7 @@ def _run(what: str, call: Callable[[], object]) -> object:
         hint = "-v prints the traceback"
         if isinstance(e, ModuleNotFoundError) and e.name and f"{what}.".startswith(f"{e.name}."):
             hint = "run from the folder that holds it, or give path/file.py:FACTORY"
+            hint = near(what, ("timm", "torchvision"), hint, cutoff=0.8)
         place = _line_of(e)
         raise LoraFxError(f"{what} failed{f' at {place}' if place else ''}: {text}", hint) from e
 

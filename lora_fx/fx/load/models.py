@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, near_path, one_line
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local, missing_hint
 from lora_fx.files.read import trusting
@@ -109,7 +109,8 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
         return LoadedModel(built.module, (), built.kwargs, text, built.notes, built.tokenizer)
     if path.suffix in REFUSED:
         why, hint = REFUSED[path.suffix]
-        raise LoraFxError(f"{text}: {why}", hint.format(file=text))
+        hint = hint.format(file=text)
+        raise LoraFxError(f"{text}: {why}", hint if path.exists() else near_path(text, hint))
     if path.is_file() and path.suffix != ".py":
         raise LoraFxError(f"{text}: a file of a kind that is not known", FORMS)
     if ":" in text:
@@ -118,7 +119,8 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
         return LoadedModel(module, args, kwargs, text, notes)
     if path.suffix == ".py":
         raise LoraFxError(f"{text}: which factory?", f"name it: {text}:FACTORY")
-    raise LoraFxError(f"{text!r} is no model: no such folder", missing_hint(text, FORMS))
+    hint = missing_hint(text, near_path(text, FORMS))
+    raise LoraFxError(f"{text!r} is no model: no such file or folder", hint)
 
 
 _BARE = "holds tensors but no code to run them"
@@ -128,9 +130,13 @@ REFUSED = {
         "a .pt2 file is a program without a module",
         "every verb takes its path; lora_fx.capture(path) opens it",
     ),
-    ".onnx": ("an .onnx file cannot be opened as a torch model in this version", FORMS),
+    ".onnx": (
+        "an .onnx file cannot be opened as a torch model in this version",
+        "export, merge and verify take its path; lora-fx targets and insert take it too",
+    ),
     ".safetensors": (_BARE, _BESIDE),
     **dict.fromkeys(PICKLES, (_BARE, _BESIDE)),
+    **dict.fromkeys((".npz", ".csv", ".jsonl"), ("data, not a model", "the model comes first")),
 }
 """How a file's name ends → why it is no model, and what to do."""
 

@@ -43,7 +43,7 @@ from lora_fx.fx.tensors import (
 )
 from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
-from lora_fx.text import Json, human
+from lora_fx.text import Json, html, human, short
 
 Updates = Mapping[str, LowRank]
 """Low-rank updates by key."""
@@ -388,6 +388,13 @@ class AdaptedReport:
     notes: tuple[str, ...]
     effect: Effect | None = None
     adapters: tuple[str, ...] = ()
+
+    __repr__ = short
+
+    def _repr_html_(self) -> str:
+        """What is adapted, as a table for notebooks."""
+        rows = [("key", "rank", "alpha"), *((k, str(r), f"{a:g}") for k, r, a, _ in self.targets)]
+        return html(str(self).partition("\n")[0], rows)
 
     @property
     def adapted_share(self) -> float:

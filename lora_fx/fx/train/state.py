@@ -43,7 +43,7 @@ from lora_fx.fx.train.objective import Loss
 from lora_fx.fx.train.optimizer import Optimizer, Settings
 from lora_fx.fx.train.processes import Processes
 from lora_fx.inputs import Named
-from lora_fx.text import Json
+from lora_fx.text import Json, short
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class TrainReport:
     stopped: int | None = None
     resumed: int | None = None
     warnings: list[str] = field(default_factory=list)
+
+    __repr__ = short
 
     @property
     def verdict(self) -> str:

@@ -72,7 +72,7 @@ def test_wrong_pairs(name: str, tmp_path: Path) -> None:
     try:
         report = lora_fx.doctor(base, adapter, **options)
     except LoraFxError as error:  # a file that cannot be read at all
-        assert all(t in str(error) for t in texts), error
+        assert all(t in f"{error.message} {error.hint}" for t in texts), error
         assert (error.message, error.hint) == (refused.message, refused.hint)
         return
     errors = [f for f in report.details["findings"] if f["severity"] == "error"]

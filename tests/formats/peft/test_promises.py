@@ -111,7 +111,7 @@ def test_refused(plain: Write, name: str) -> None:
 NOTED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown config key": ({"new_field": 1}, "'new_field'"),
     "rank_pattern typo": ({"rank_pattern": {"fd": 4}}, "'fd' matches no module"),
-    "alpha_pattern typo": ({"alpha_pattern": {"fd": 4}}, "nearest names: fc"),
+    "alpha_pattern typo": ({"alpha_pattern": {"fd": 4}}, "did you mean fc?"),
     "target_modules wider": (BOTH, "'up', of which the file has no tensor"),
     "target_parameters wider": ({"target_parameters": ["e.up"]}, "'e.up', of which"),
 }

@@ -44,9 +44,9 @@ def test_constructors_that_read_values_are_built_for_real() -> None:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("timm:resnet81", "nearest names"),
+        ("timm:resnet81", "did you mean"),
         ("timm:hf-hub:timm/resnet18.a1_in1k", "timm has no model"),
-        ("torchvision:resnet81", "nearest names"),
+        ("torchvision:resnet81", "did you mean"),
         ("torchvision:fasterrcnn_resnet50_fpn", "detection models"),
     ],
 )
@@ -135,8 +135,8 @@ def test_reserved_name_with_weights(tmp_path: Path) -> None:
     [
         ("model.pt2", "a program without a module"),
         ("model.onnx", "in this version"),
-        ("w.safetensors", "MODEL --weights w.safetensors"),
-        ("pytorch_model.bin", "MODEL --weights pytorch_model.bin"),
+        ("w.safetensors", "MODEL weights='w.safetensors'"),
+        ("pytorch_model.bin", "MODEL weights='pytorch_model.bin'"),
         ("meta-llama/Llama-3.1-8B", "hf:meta-llama/Llama-3.1-8B"),
         ("nothing", "MODEL is a Hugging Face folder"),
         ("", "MODEL is a Hugging Face folder"),
