@@ -38,7 +38,9 @@ def test_batches_that_are_accumulated_are_one_larger_batch(
 ) -> None:
     held = ("--eval-data", "held.npz")
     argv = ("-o", "a", *held, "--batch-size", "4", "--gradient-accumulation-steps", "3")
-    parts = losses(capsys, *argv, "--curve", "curve.csv")
+    parts = losses(capsys, *argv, "--curve", "curve.csv", "--save-state", "s")
+    ran = json.loads((home / "s" / "state.json").read_text())["facts"]["settings"]
+    assert (ran["batch_size"], ran["accumulate"]) == (12, 3), "three parts of four"
     whole = losses(capsys, "-o", "a", *held, "--batch-size", "12")
     small = losses(capsys, "-o", "a", *held, "--batch-size", "4")
     assert parts["losses"] == pytest.approx(whole["losses"], abs=2e-6)
