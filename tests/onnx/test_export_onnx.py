@@ -288,9 +288,9 @@ def test_no_torch(base: Path, tmp_path: Path) -> None:
         "import sys\nsys.modules['torch'] = None\nimport lora_fx\n"
         "a = lora_fx.load_adapter(sys.argv[2])\n"
         "for mode in ('switch', 'load', 'batch', 'merged'):\n"
-        "    one = a if mode == 'merged' else {'de': a}\n"
+        "    one = a if mode == 'merged' else {f'de_{mode}': a}\n"
         "    lora_fx.export(sys.argv[1], f'{sys.argv[3]}/{mode}.onnx', adapters=one, mode=mode,\n"
-        "                   provider='cpu', force=True)\n"
+        "                   provider='cpu')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(base), str(tmp_path / "de"), str(tmp_path)],

@@ -110,7 +110,7 @@ def test_weights_are_strict(tmp_path: Path) -> None:
         assert text in caught.value.message
     pickle = tmp_path / "w.bin"
     torch.save({k: v for k, v in net(load_model(spec)).state_dict().items()}, pickle)
-    refused(spec, "w.bin: a PyTorch pickle", "--trust", weights=pickle)
+    refused(spec, "w.bin: a PyTorch pickle", "trust=True", weights=pickle)
     load_model(spec, weights=pickle, trust=True)
     refused(spec, "gone.safetensors: cannot be read", weights=tmp_path / "gone.safetensors")
 
