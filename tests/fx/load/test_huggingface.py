@@ -127,7 +127,7 @@ def test_a_pickled_folder(shards: str, tmp_path: Path) -> None:
     for file in sorted(tmp_path.glob("*.safetensors")):
         torch.save(load_file(file), tmp_path / f"pytorch_{file.stem}.bin")
         file.unlink()
-    refused(tmp_path, "pickles", "--trust")
+    refused(tmp_path, "pickles", "trust=True")
     for meta in (False, True):
         loaded = load_model(tmp_path, trust=True, meta=meta)
         assert len(found(loaded).targets) == 17 and not loaded.notes
