@@ -406,12 +406,13 @@ merge_options = combined(
 
 
 GROUPS = {
-    "Data": "data label loss validation max_length examples",
-    "Training": "epochs steps batch_size lr weight_decay warmup clip checks patience accumulate "
-    "mixed_precision",
-    "States of a training": "save_state save_every resume",
+    "Data": "data eval_data label loss validation max_length examples",
+    "Training": "epochs steps batch_size gradient_accumulation_steps accumulate checks patience "
+    "mixed_precision activation_checkpointing curve",
+    "Optimizer": "optimizer lr schedule warmup weight_decay clip",
+    "States of a training": "save_state save_every save_total_limit resume",
     "Targets and ranks": "plan rank alpha energy max_rank params max_error max_abs_error include "
-    "exclude also_train also_full whole variant init dropout quantise accuracy_level dead",
+    "exclude also_train also_full whole variant init seed dropout quantise accuracy_level dead",
     "What is accepted": "allow_unused allow_missing any_base other_readers untie add again",
     "Quantised weights": "dtype dequantise requantise lossy max_shard_size",
     "ONNX": "opset optimise precision cache names delta triton max_batch",
