@@ -442,7 +442,7 @@ def decide_doubts(module: CapturedModule) -> None:
     """
     captured = module.captured
     traced = captured.traced(False, captured.named)
-    if captured.idle is not None:
+    if captured.idle is not None or captured.live:  # a live model has no sizes to refuse
         return
     inputs, idle = captured.bounded_inputs(), []
     tried: dict[tuple[tuple[str, tuple[int, ...]], ...], bool] = {}
