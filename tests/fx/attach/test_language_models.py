@@ -164,3 +164,25 @@ def test_insert_gives_the_same_numbers(name: str) -> None:
     with torch.no_grad():
         want = theirs(**call).logits
         assert module(**call).logits.allclose(want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_trainers_ask_the_module_of_insert() -> None:
+    model = built("llama")
+    module: Any = lora_fx.insert(model, (), {"input_ids": ids(0)}, rank=RANK)
+    assert module.config is model.config
+    assert (module.device, module.dtype) == (torch.device("cpu"), torch.float32)
+    names = [n for n in module.state_dict() if ".lora_" not in n]
+    assert names == list(model.state_dict())
+    twin = copy.deepcopy(module).to("meta", torch.bfloat16)
+    assert (twin.device, twin.dtype) == (torch.device("meta"), torch.bfloat16)
+    assert module.dtype == torch.float32
+    with pytest.raises(lora_fx.LoraFxError, match="no key-value cache") as e:
+        module.generate(ids(1), max_new_tokens=2)
+    # the hint, followed to the letter
+    assert "lora_fx.attach(model, args, kwargs, adapter=adapter)" in e.value.hint
+    args, kwargs = (), {"input_ids": ids(0)}
+    adapter = module.adapter()
+    lora_fx.attach(model, args, kwargs, adapter=adapter)
+    assert model.generate(ids(1), max_new_tokens=2, do_sample=False).shape[0] == 3
+    plain = lora_fx.insert(nn.Sequential(nn.Linear(4, 3)), (torch.ones(2, 4),), rank=2)
+    assert not any(hasattr(plain, n) for n in ("config", "device", "dtype", "generate"))
