@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -168,7 +169,13 @@ def prove_trained(
         return signature.call(state.model, named)
 
     trained = Trained(state.model, state.updates, example, call, sample)
-    state.effect = prove_gradients(trained, trained.runs_at())
+    # a train mode may draw by numpy or Python, as SpecAugment's masks do
+    drawn = random.getstate(), np.random.get_state()
+    try:
+        state.effect = prove_gradients(trained, trained.runs_at())
+    finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
     return without_gradient(state.effect, len(state.updates), "keep" if cap is None else dead)
 
 
