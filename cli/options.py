@@ -427,7 +427,8 @@ def in_groups(params: Sequence[click.Parameter]) -> dict[str, list[click.Option]
     """The options of a command below their titles; one that would stand alone is its own."""
     options = [p for p in params if isinstance(p, click.Option)]
     groups = {
-        title: [p for p in options if p.name in names.split()] for title, names in GROUPS.items()
+        title: [p for name in names.split() for p in options if p.name == name]
+        for title, names in GROUPS.items()
     }
     groups = {title: found for title, found in groups.items() if len(found) > 1}
     grouped = [p for found in groups.values() for p in found]

@@ -62,6 +62,13 @@ def stage(name: str) -> Iterator[None]:
             listener(f"{name}: {time.monotonic() - start:.1f} s")
 
 
+def said(line: str) -> None:
+    """Tell a line at once: what a user should know before the work goes on."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(line)
+
+
 def told(verb: Callable[P, T]) -> Callable[P, T]:
     """A function whose `progress` argument is told its stages."""
 

@@ -1,13 +1,15 @@
 """Prove that a live model with an adapter gives the numbers it should, before it is handed over.
 
-The reference is insert's graph; for a model without one, the unadapted model run with W + s·b·a
-in its parameters. Both run with random a and b, so that there is an effect to compare.
+The reference is the eval graph with W + s·b·a at every site; for a model without one, the
+unadapted model run with W + s·b·a in its parameters. Both run with random a and b, so that there is
+an effect to compare. Gradients are those of the live model itself, in both modes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -22,11 +24,13 @@ from lora_fx.compare import EPSILON, ORT_TOL, STEPS, Parity, compare
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.attach.attachment import Attachment
-from lora_fx.fx.capture.call import Signature
+from lora_fx.fx.capture.call import Signature, sample_call
 from lora_fx.fx.capture.capture import Captured, alike
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import by_output, copied
-from lora_fx.inputs import SIZES, Named
+from lora_fx.fx.module.module import by_output, copied, with_signature
+from lora_fx.fx.tensors import device_of
+from lora_fx.inputs import SIZES, Named, default_dynamic
+from lora_fx.passes.proofs.effect import Trained, prove_gradients, weight_form, without_gradient
 from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
 from lora_fx.progress import stage
 from lora_fx.targets.target import base_name, split_key
@@ -37,34 +41,35 @@ TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}
 
 
 class InGraph:
-    """What the live model has to equal: the module that insert returns for the same capture."""
+    """What the live model has to equal: the eval graph of its capture, in the weight form."""
 
-    def __init__(self, state: Attachment, cap: Captured, module: AdaptedModule | None) -> None:
+    def __init__(self, state: Attachment, cap: Captured, adapter: Adapter) -> None:
         self.state = state
         self.cap = cap
+        module: AdaptedModule = with_signature(AdaptedModule, cap)(
+            cap, state.found, adapter, weight_form
+        )
+        module._programs.blocks = False  # it runs once
         self.module = module
 
     def put(self, updates: Mapping[str, LowRank]) -> None:
         """Take these updates from now on, of the same shapes."""
-        assert self.module is not None
         self.module.load_adapter(Adapter(updates))
 
     def check(self) -> Parity:
         """Compare on the example inputs; on sampled ones where the adapter does nothing there."""
-        assert self.module is not None
-        module, given = self.module, arrays_of(self.cap.named)
-        with module.base():
-            base = module.flat(self.cap.named)
-        adapted = module.flat(self.cap.named)
-        idle = all(np.array_equal(base[n], adapted[n]) for n in base)
-        tol = ORT_TOL
+        module, given, tol = self.module, arrays_of(self.cap.named), ORT_TOL
+        with self.state.base():
+            base = self._live(given)
+        adapted = self._live(given)
         if self.cap.quantised is not None:
             # kernels of quantised layers round as they like, some in bfloat16, some x too
-            with self.state.base():
-                own = self._live(given)
-            tol = max(tol, min(STEPS, 4 * compare(own, base, {}, tol).rel))
+            with module.base():
+                own = compare(base, module.flat(self.cap.named), {}, tol).rel
+            tol = max(tol, min(STEPS, 4 * own))
+        idle = all(np.array_equal(base[n], adapted[n]) for n in base)
         sampled = prove(self._live, module, sizes=SIZES[:1], tol=tol) if idle else []
-        return (sampled or prove(self._live, module, arrays=given, tol=tol))[0]
+        return (sampled or prove(lambda _: adapted, module, arrays=given, tol=tol))[0]
 
     def _live(self, feeds: Mapping[str, Array]) -> Arrays:
         with eval_mode(self.state.model):
@@ -128,6 +133,50 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, with the same random numbers; the model is put back after it."""
     with alike(model, training=False), torch.no_grad():
         yield
+
+
+@stage("proving that every target trains")
+def prove_trained(
+    state: Attachment, cap: Captured | None, signature: Signature, example: Named, dead: str
+) -> tuple[str, ...]:
+    """Prove that gradients reach every target of the live model, in eval and in train mode.
+
+    Small random inputs come first, and the example where they do not do. A model that no graph
+    shows takes paths that only its example is known to take.
+
+    Args:
+        state: The attached model; `state.effect` gets the finding.
+        cap: Its capture; None where no single graph can hold it.
+        signature: That of its forward.
+        example: The example's arguments by name.
+        dead: As in insert.
+
+    Returns:
+        The targets to leave out.
+
+    Raises:
+        DeadTargetError: A target that no gradient reaches.
+    """
+
+    def sample(seed: int) -> Named:
+        if cap is None:
+            return example
+        inputs = cap.bounded_inputs()
+        free = inputs if cap.requested else inputs.with_dims(default_dynamic(inputs))
+        return sample_call(free, example, SIZES[0], seed, None, device_of(state.model))
+
+    def call(named: Named) -> object:
+        return signature.call(state.model, named)
+
+    trained = Trained(state.model, state.updates, example, call, sample)
+    # a train mode may draw by numpy or Python, as SpecAugment's masks do
+    drawn = random.getstate(), np.random.get_state()
+    try:
+        state.effect = prove_gradients(trained, trained.runs_at())
+    finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+    return without_gradient(state.effect, len(state.updates), "keep" if cap is None else dead)
 
 
 @stage("comparing the live model with the graph")

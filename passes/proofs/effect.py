@@ -9,7 +9,8 @@ gradient there is rounding. A target is dead when the root mean square of its gr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import DeadTargetError, LoraFxError, NoEffectError, one_line
 from lora_fx.fx.capture.capture import Captured, as_it_was
-from lora_fx.fx.module.adapted import AdaptedModule, Effect
+from lora_fx.fx.module.adapted import AdaptedModule, Effect, held_tensors
 from lora_fx.fx.module.module import Rewriter, copied, plain
 from lora_fx.inputs import Named
 from lora_fx.passes.insert import Insert
@@ -42,34 +43,58 @@ Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 """Target → its a and b."""
 
 
-def runs_at(module: AdaptedModule) -> Named:
-    """Named arguments for the proof: the sample, or the example where the model refuses that.
+@dataclass(frozen=True)
+class Trained:
+    """What gradients are proven of: the module of insert, or a live one with an adapter.
 
-    Random numbers come first because examples are often zeros, through which no gradient flows.
+    Attributes:
+        model: Holds the adapter's tensors and the mode.
+        updates: Key → the update that it has.
+        example: The example's arguments by name.
+        call: Runs the model on named arguments.
+        sample: Draws such arguments by a seed.
     """
-    named = module.sample()
-    try:
-        with torch.no_grad(), probe(module):
-            module.eval()
-            module._run_named(copied(named))
-    except (SizeError, RuntimeError, ValueError, IndexError):
-        return module.captured.named
-    except LoraFxError:
-        return named  # no eval program, in a file
-    return named
+
+    model: nn.Module
+    updates: Mapping[str, LowRank]
+    example: Named
+    call: Callable[[Named], object]
+    sample: Callable[[int], Named]
+
+    @classmethod
+    def of(cls, module: AdaptedModule) -> Trained:
+        """The module of insert, which knows what its capture was given."""
+        example, run = module.captured.named, module._run_named
+        return cls(module, module.updates, example, run, lambda seed: module.sample(seed=seed))
+
+    def runs_at(self) -> Named:
+        """Named arguments for the proof: the sample, or the example where the model refuses that.
+
+        Random numbers come first because examples are often zeros, through which no gradient flows.
+        """
+        named = self.sample(0)
+        try:
+            with torch.no_grad(), probe(self):
+                self.model.eval()
+                self.call(copied(named))
+        except LoraFxError as e:  # some other: no eval program, in a file
+            return self.example if isinstance(e, SizeError) else named
+        except Exception:  # of the user's code, at sizes of ours
+            return self.example
+        return named
 
 
-def prove_gradients(module: AdaptedModule, named: Named) -> Effect:
-    """One backward per mode at random a and b; the module is left as it was."""
+def prove_gradients(trained: Trained, named: Named) -> Effect:
+    """One backward per mode at random a and b; the model is left as it was."""
     found: dict[str, list[str]] = {}
     modes: list[str] = []
     notes: list[str] = []
-    with probe(module) as pairs:
+    with probe(trained) as pairs:
         for training in (False, True):
             mode = "train" if training else "eval"
             try:
-                size = _gradients(module, named, pairs, training)
-            except (LoraFxError, RuntimeError, ValueError) as e:
+                size = _gradients(trained, named, pairs, training)
+            except Exception as e:  # of the user's code, too
                 if training and not modes and not isinstance(e, LoraFxError):
                     raise LoraFxError(
                         f"no backward pass of the model runs: {one_line(e, 160)}",
@@ -83,21 +108,21 @@ def prove_gradients(module: AdaptedModule, named: Named) -> Effect:
             modes.append(mode)
             middle = float(np.median([v for v in size.values() if np.isfinite(v)] or [0.0]))
             for key, v in size.items():
-                if v <= DEAD * middle and module.updates[key].scale:  # a weight of 0 is no fault
+                if v <= DEAD * middle and trained.updates[key].scale:  # a weight of 0 is no fault
                     found.setdefault(key, []).append(mode)
     return Effect({k: tuple(m) for k, m in found.items()}, tuple(modes), tuple(notes))
 
 
 @contextlib.contextmanager
-def probe(module: AdaptedModule) -> Iterator[Factors]:
-    """Random a and b in a module's updates, mode and buffers put back afterwards."""
-    pairs = module.slots()
-    held = module.tensors()
+def probe(trained: Trained) -> Iterator[Factors]:
+    """Random a and b in a model's updates, mode and buffers put back afterwards."""
+    held = held_tensors(trained.model, trained.updates)
+    pairs = {key: (fields["a"], fields["b"]) for key, fields in held.items()}
     kept = [(p, p.detach().clone()) for h in held.values() for p in h.values()]
     try:
         with torch.no_grad():
             for key, (a, b) in pairs.items():
-                u = module.updates[key]
+                u = trained.updates[key]
                 assert u.layout is not None
                 new_a, new_b = draw(key, u.layout, u.rank - u.frozen, 1, "probe")
                 new_a = new_a[..., :: new_a.shape[-1] // a.shape[-1]]  # one column a group
@@ -105,7 +130,7 @@ def probe(module: AdaptedModule) -> Iterator[Factors]:
                 b.copy_(torch.from_numpy(new_b * np.float32(SIZE / abs(u.scale or 1.0))))
                 if u.frozen:  # a large part of W; the probe is small and random
                     held[key]["b0"].mul_(SIZE)
-        with as_it_was(module, None):
+        with as_it_was(trained.model, None):
             yield pairs
     finally:
         with torch.no_grad():
@@ -115,20 +140,20 @@ def probe(module: AdaptedModule) -> Iterator[Factors]:
 
 
 def _gradients(
-    module: AdaptedModule, named: Named, pairs: Factors, training: bool
+    trained: Trained, named: Named, pairs: Factors, training: bool
 ) -> dict[str, float] | None:
     """Key → root mean square of b's gradient; None where no output has one."""
-    module.train(training)
-    own = module.captured.named
+    trained.model.train(training)
+    own = trained.example
     best = dict.fromkeys(pairs, 0.0)
     with torch.random.fork_rng(devices=[]):
         for seed in range(DRAWS):
             torch.manual_seed(seed)
-            given = module.sample(seed=seed) if seed and named is not own else named
+            given = trained.sample(seed) if seed and named is not own else named
             if seed == DRAWS - 1 and is_real(own):  # where no draw is what the model is for
                 given = own
             with torch.enable_grad():
-                made = pytree.tree_leaves(module._run_named(copied(given)))
+                made = pytree.tree_leaves(trained.call(copied(given)))
                 floats = [y for y in made if isinstance(y, torch.Tensor) and y.is_floating_point()]
                 outputs = [y for y in floats if y.requires_grad]
                 if not outputs:
@@ -165,10 +190,32 @@ def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
     if any(p.device.type == "meta" for p in module.parameters()):
         module.effect = Effect({}, (), ("not proven: the model has no weights",))
         return ()
-    named = runs_at(module)
-    found = prove_gradients(module, named)
-    module.effect = found
-    if dead == "drop" and 0 < len(found.dead) < len(module.updates):
+    trained = Trained.of(module)
+    named = trained.runs_at()
+    module.effect = prove_gradients(trained, named)
+    if idle := without_gradient(module.effect, len(module.updates), dead):
+        return idle
+    try:
+        module.captured.allows(False, module.norm_stats)
+    except LoraFxError:
+        return ()  # a file with a train program only; the note on eval mode says so
+    _same_as_weight_form(module, named)
+    _same_gradients(module, named)
+    return ()
+
+
+def without_gradient(found: Effect, count: int, dead: str) -> tuple[str, ...]:
+    """The targets to leave out; see prove_effect.
+
+    Args:
+        found: What a proof of `count` targets found.
+        count: How many there are.
+        dead: What becomes of those that no gradient reaches.
+
+    Raises:
+        DeadTargetError: One that must not be left out.
+    """
+    if dead == "drop" and 0 < len(found.dead) < count:
         return tuple(found.dead)
     if found.dead and dead != "keep":
         keys = [f"{k} ({'/'.join(modes)})" for k, modes in found.dead.items()]
@@ -176,12 +223,6 @@ def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
             f"no gradient reaches {some(keys, 5)}: an adapter there would train nothing",
             "leave it out with exclude=…, or all such with dead='drop'; dead='allow' keeps it",
         )
-    try:
-        module.captured.allows(False, module.norm_stats)
-    except LoraFxError:
-        return ()  # a file with a train program only; the note on eval mode says so
-    _same_as_weight_form(module, named)
-    _same_gradients(module, named)
     return ()
 
 
@@ -229,17 +270,19 @@ def _gradients_of(
     return [torch.zeros_like(w) if g is None else g for g, w in pairs]
 
 
-def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
-    def weight_form(now: Mapping[str, LowRank], training: bool) -> Rewriter:
-        return Insert(now, missing="skip", weight_form=True)
+def weight_form(now: Mapping[str, LowRank], training: bool) -> Rewriter:
+    """The pass that puts W + s·b·a at every site: the reference of output forms."""
+    return Insert(now, missing="skip", weight_form=True)
 
+
+def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
     plain = torch_run(module)
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         with module.inserting(weight_form):
             return plain(feeds)
 
-    with probe(module):
+    with probe(Trained.of(module)):
         module.eval()
         parity = prove(run, module, arrays=arrays_of(named), tol=FOLD_TOL, of="weight form")
     for p in parity:

@@ -1,5 +1,6 @@
-"""attach and detach: the user's own live module adapted in place, proven equal to insert's graph.
+"""attach and detach: the user's own live module adapted in place, proven equal to its graph.
 
+One eval graph, at the sizes of the example, shows the targets: the live model runs at all sizes.
 The proof runs the attached model and the graph with random A and B on the example inputs, in
 eval mode, and only then writes the initial values. A module whose branch did not run there (a
 fused path reads its weight raw) changes to the weight form first.
@@ -11,7 +12,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -20,12 +21,12 @@ from lora_fx.adapter.factors import learning
 from lora_fx.adapter.initial import Init
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import VariantName
-from lora_fx.errors import CaptureError, DeadTargetError, LoraFxError, one_line
+from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
 from lora_fx.fx.attach.eager_emitter import Program, Recorder, Value
 from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
-from lora_fx.fx.attach.partial import one_argument, one_op, partial_graphs
+from lora_fx.fx.attach.partial import bodies_of, one_argument, one_op, partial_graphs
 from lora_fx.fx.capture.call import Called, Signature
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
@@ -40,12 +41,17 @@ from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import OtherReader, Site, T
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.insert import Insert, changed
-from lora_fx.passes.proofs.attached import Explicit, InGraph, eval_mode, prove_live, random_values
-from lora_fx.passes.verbs.adapt import insert
+from lora_fx.passes.proofs.attached import (
+    Explicit,
+    InGraph,
+    eval_mode,
+    prove_live,
+    prove_trained,
+    random_values,
+)
 from lora_fx.passes.verbs.build_module import found_in, start_of
-from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
-from lora_fx.progress import Listener, told
+from lora_fx.progress import Listener, said, told
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.regions import applies
@@ -116,7 +122,9 @@ def attach(
     cap: Captured | None
     try:
         captured = isinstance(model, Captured)
-        cap = model if captured else capture(_module(model), args, kwargs, dynamic)
+        cap = model if captured else Captured(_module(model), args, kwargs, dynamic)
+        if not captured and not dynamic:
+            cap.fix_sizes()
         model = _module(cap.quantised or cap.model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
@@ -135,17 +143,6 @@ def attach(
     # what the values of a recorded run decided need not be so with an adapter
     recorded = cap is not None and any(p.rung == "recorded" for p in cap.pinned)
     alone = recorded and not any(k.endswith("~") or u.use for k, u in updates.items())
-    inserted = None
-    if cap and updates:
-        try:
-            held = Adapter(updates, learning(updates))
-            inserted = insert(cap, adapter=held, dead=cast(Dead, options.dead))
-        except (LoraFxError, RuntimeError, IndexError) as e:
-            if not alone or isinstance(e, DeadTargetError):
-                raise
-    if inserted is not None and len(inserted.updates) < len(updates):
-        notes = (*notes, *inserted.notes)
-        updates = {k: u for k, u in updates.items() if k in inserted.updates}
     probe = {k: random_values(k, u) for k, u in updates.items()}
     state = Attachment(
         model,
@@ -155,19 +152,26 @@ def attach(
         notes=notes,
         metadata=start.adapter.metadata,
     )
-    if cap is None or alone:
-        signature = Signature(model.forward) if cap is None else cap.signature
-        named = signature.bind(tuple(args), dict(kwargs or {})) if cap is None else cap.named
-        reference: InGraph | Explicit = Explicit(state, signature, named)
-    else:
-        if inserted is not None:
-            inserted.load_adapter(Adapter(probe, learning(probe)))
-        reference = InGraph(state, cap, inserted)
+    signature = Signature(model.forward) if cap is None else cap.signature
+    named = signature.bind(tuple(args), dict(kwargs or {})) if cap is None else cap.named
     model.__dict__[REGISTRY] = state
     try:
         state.install(probe)
         if updates:
+            reference: InGraph | Explicit
+            if cap is None or alone:
+                reference = Explicit(state, signature, named)
+            else:
+                reference = InGraph(state, cap, Adapter(probe, learning(probe)))
             prove_live(state, reference, probe)
+        if updates and options.dead != "allow":
+            idle = prove_trained(state, cap, signature, named, options.dead)
+            if idle:
+                state.say(*start.without(idle).notes[len(start.notes) :])
+                updates = {k: u for k, u in updates.items() if k not in idle}
+                state.install(updates)
+        for line in state.weight_form():
+            said(line)
         state.fill(updates)
         state.proven = {k: u.use for k, u in updates.items()}
         if start.bound is not None and start.bound.full:
@@ -284,7 +288,7 @@ class GraphPlanner(Planner):
 
     def _clean(self, graph: FxGraph) -> frozenset[str]:
         """Ids of the sites whose module's forward is that op alone."""
-        fixed = graph.flow().behind
+        fixed, bodies = graph.flow().behind, bodies_of(graph.graph)
         return frozenset(
             site.id
             for site in graph.sites()
@@ -292,7 +296,7 @@ class GraphPlanner(Planner):
             and not isinstance(site.kind, kinds.WeightForm)
             and site.scope in self.path_of
             and one_argument(graph.root.get_submodule(site.scope))
-            and one_op(site, graph.output(site), graph.activation(site), fixed)
+            and one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
         )
 
     def forms(

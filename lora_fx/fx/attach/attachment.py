@@ -8,8 +8,9 @@ and takes them off again.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 import torch
@@ -23,11 +24,12 @@ from lora_fx.fx.attach.eager_emitter import Program, bound
 from lora_fx.fx.attach.live import METHODS, REGISTRY, ActiveAdapter, Live, restore, swap
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.module import adapted
-from lora_fx.fx.module.adapted import AdaptedReport, Base, Updates
+from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect, Updates
 from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched
 from lora_fx.inputs import Named
 from lora_fx.targets.found import Found
 from lora_fx.targets.target import base_name
+from lora_fx.text import human
 
 
 class Attachment:
@@ -59,6 +61,7 @@ class Attachment:
         self.proven: dict[str, str] = {}  # key → use
         self._sampled = Base()
         self.forms: dict[str, Form] = {}
+        self.effect: Effect | None = None
         self.metadata = dict(metadata or {})
         self._also = tuple(also_train)
         self._notes = tuple(notes)
@@ -218,25 +221,43 @@ class Attachment:
         """Put a note into the report if an adapter says that it was trained on other weights."""
         self._sampled.check(adapter.metadata, self.model)
 
+    def weight_form(self) -> list[str]:
+        """Which weights are computed as W + s·B·A, and what that costs."""
+        read = [(p, leaf) for p, f in self.forms.items() if not f.output for leaf in f.weights]
+        if not read:
+            return []
+        homes = {(id(self.model.get_submodule(path)), leaf) for path, leaf in read}
+        flops, made = 0, dict[str, int]()
+        for key, u in self.updates.items():
+            module, leaf = owner(self.model, name := base_name(key))
+            if (id(module), leaf) in homes:
+                stack = math.prod(u.a.shape[:-2])
+                flops += 2 * stack * u.rank * u.b.shape[-2] * u.a.shape[-1]
+                made[name] = math.prod(self.found[key].parameter.shape)
+        names = ", ".join(f"{path}.{leaf}".lstrip(".") for path, leaf in read)
+        lines = [
+            f"computed as W + s·B·A at every read: {names}: for one read of each, {human(flops)} "
+            f"FLOPs and {human(sum(made.values()))} new numbers, which training keeps for backward"
+        ]
+        if self.metadata.get("dropout"):
+            lines.append("dropout acts on branches only, not where W + s·B·A is computed")
+        return lines
+
+    def say(self, *notes: str) -> None:
+        """Add lines to the report."""
+        self._notes = (*self._notes, *notes)
+
     def report(self) -> AdaptedReport:
         """What is adapted, in which form, what is trained, and what had to be said."""
-        leaves = [
-            f"{path}.{leaf}".lstrip(".")
-            for path, f in self.forms.items()
-            for leaf in (() if f.output else f.weights)
-        ]
-        forms = []
-        if leaves:
-            forms = [f"computed as W + s·B·A at every read: {', '.join(leaves)}"]
-            if self.metadata.get("dropout"):
-                forms.append("dropout acts on branches only, not where W + s·B·A is computed")
+        forms = self.weight_form()
         forms += [
             f"the model has its own {n!r}; use lora_fx.fx.attach.attachment(model).{n}"
             for n in METHODS
             if n in self._taken()
         ]
         notes = (*self._notes, *self._sampled.said, *self.planner.notes, *forms)
-        return adapted.adapted_report(self.model, self.updates, self.found, self._also, notes)
+        made = adapted.adapted_report(self.model, self.updates, self.found, self._also, notes)
+        return replace(made, effect=self.effect)
 
 
 def attachment(model: nn.Module) -> Attachment:

@@ -137,7 +137,22 @@ def _read(
 # transformers' Conv1D, change nothing for a matmul of the last axis.
 
 
-def one_op(site: Site, node: fx.Node, x: object, states: Mapping[fx.Node, object]) -> bool:
+def bodies_of(graph: fx.Graph) -> dict[str, set[fx.Node]]:
+    """Module call → the nodes that it made, those of the modules inside too."""
+    bodies: dict[str, set[fx.Node]] = {}
+    for node in graph.nodes:
+        for call in node.meta.get("nn_module_stack", ()):
+            bodies.setdefault(call, set()).add(node)
+    return bodies
+
+
+def one_op(
+    site: Site,
+    node: fx.Node,
+    x: object,
+    states: Mapping[fx.Node, object],
+    bodies: Mapping[str, set[fx.Node]],
+) -> bool:
     """True when the innermost module call that made `node` holds nothing else.
 
     Args:
@@ -145,11 +160,12 @@ def one_op(site: Site, node: fx.Node, x: object, states: Mapping[fx.Node, object
         node: Its op.
         x: The op's activation.
         states: Nodes that depend on parameters only (FxFlow.behind).
+        bodies: Those of the graph.
     """
     call = next(reversed(node.meta.get("nn_module_stack", {})), None)
     if call is None or not isinstance(x, fx.Node):
         return False
-    body = {n for n in node.graph.nodes if call in n.meta.get("nn_module_stack", {})}
+    body = bodies[call]
     seen = {node}
     first, last = x, node
     while first in body:

@@ -428,7 +428,36 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     signature = inner.replace(parameters=[me, *params])
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = "The original call."
-    return type(type(captured.model).__name__, (base,), {"forward": forward})
+    names = {"forward": forward, **_face(captured.model)}
+    return type(type(captured.model).__name__, (base,), names)
+
+
+def _face(model: nn.Module) -> dict[str, object]:
+    """What trainers ask a transformers model for, where the user's class has it: no other module.
+
+    Device and dtype are those of the parameters now; the config is the user's own object.
+    """
+    names: dict[str, object] = {}
+    own = type(model)
+    if isinstance(getattr(own, "device", None), property):
+        names["device"] = property(tensors.device_of)
+    if isinstance(getattr(own, "dtype", None), property):
+        names["dtype"] = property(lambda self: self.base_dtype)
+    if "config" in model.__dict__:
+        names["config"] = property(lambda self: self.captured.model.config)
+    if callable(getattr(own, "generate", None)):
+        names["generate"] = _generate
+    return names
+
+
+def _generate(self: CapturedModule, *args: object, **kwargs: object) -> None:
+    """Raise, since a captured graph gives logits and has no key-value cache."""
+    raise LoraFxError(
+        f"this {type(self).__name__} runs captured graphs, which have no key-value cache to "
+        "generate with",
+        "your own model generates: adapter = module.adapter(); "
+        "lora_fx.attach(model, args, kwargs, adapter=adapter); model.generate(…)",
+    )
 
 
 # What kernels asked of sizes while a model was captured, decided by a run.
@@ -442,7 +471,7 @@ def decide_doubts(module: CapturedModule) -> None:
     """
     captured = module.captured
     traced = captured.traced(False, captured.named)
-    if captured.idle is not None:
+    if captured.idle is not None or captured.live:  # a live model has no sizes to refuse
         return
     inputs, idle = captured.bounded_inputs(), []
     tried: dict[tuple[tuple[str, tuple[int, ...]], ...], bool] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -117,3 +119,21 @@ def test_wide_masters_on_a_narrow_base() -> None:
     assert out.dtype == torch.bfloat16
     want = explicit(lora_fx.detach(copy.deepcopy(model)), adapter, (wide(x),))
     assert gap(out, want) < 0.03
+
+
+class Masked(nn.Linear):
+    """Draws by numpy and by Python in train mode, as SpecAugment does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keep = np.random.rand() + random.random() if self.training else 1.0
+        return super().forward(x) * (1.0 + keep)
+
+
+def test_no_random_numbers_of_the_users_are_drawn() -> None:
+    model, x = Masked(4, 3).eval(), torch.randn(2, 4)
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    want = torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    lora_fx.attach(model, (x,), rank=2)
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == want
+    assert model.report().effect.modes == ("eval", "train")
