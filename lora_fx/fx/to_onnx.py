@@ -77,18 +77,16 @@ def to_onnx(
     tensors = [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, torch.Tensor)]
     free = traced.door.free(captured.requested)
     symbols = {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
-    shapes = [{d: Dim.AUTO for d in dims} or None for dims in free.values()]
+    dims = (*({d: Dim.AUTO for d in s} or None for s in free.values()), *(None for _ in weights))
     said = silenced(contextlib.redirect_stdout, LEAST)
     own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
     by_kind = patched(ExportedProgram, run_decompositions=lowered)
-    table, made = _registry()
     # it parses the source of 500 functions for every model, half of what a small one costs
-    once = patched(table, from_torchlib=made)
+    once = patched(**_registry())
     translating = stage("translating to ONNX")
     with translating, said, weights_apart(own), recurrent_shapes(), by_kind, once, torch.no_grad():
         try:
             given = (*tensors, *weights.values())
-            dims = (*shapes, *(None for _ in weights))
             program = program_of(flat, given, dims) or export_program(flat, given, dims)
             onnx = torch.onnx.export(
                 program,
@@ -114,11 +112,11 @@ def to_onnx(
 
 
 @functools.cache
-def _registry() -> tuple[Any, staticmethod[Any, Any]]:
-    """The exporter's table of operators: its class, and what makes one, once an opset."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
+def _registry() -> dict[str, Any]:
+    """What `patched` takes, so that the exporter's table of operators is made once an opset."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry as Table
 
-    return ONNXRegistry, staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    return {"thing": Table, "from_torchlib": staticmethod(functools.cache(Table.from_torchlib))}
 
 
 def _lifted(graph: FxGraph, target: Target) -> Tensor:
@@ -199,7 +197,7 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
     rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
     fold = patched(optimizer, optimize_ir=rule)
     rewrites = patched(rewriter, **({name: kept} if kept else {}))
-    with rewrites, patched(joining, **own), fold, _matched_by_operator():
+    with rewrites, patched(joining, **own), fold, _matched_by_operator(), _typed_by_values():
         yield
 
 
@@ -220,6 +218,22 @@ def _matched_by_operator() -> contextlib.AbstractContextManager[None]:
         return match(self, model, graph, node, **options)
 
     return patched(SimplePatternMatcher, match=quick)
+
+
+def _typed_by_values() -> contextlib.AbstractContextManager[None]:
+    """A block in which the exporter reads the dtypes of operands from the values of their nodes.
+
+    It runs the whole graph on shapes for them: a fifth of what a small model costs.
+    """
+    from torch.onnx._internal.fx.passes import type_promotion as promotion
+
+    run = promotion._TypePromotionInterpreter.run_node
+
+    def known(self: Any, node: fx.Node) -> Any:
+        rule = promotion.get_type_promotion_rule(node, self.type_promotion_table)
+        return run(self, node) if rule or value(node) is None else value(node)
+
+    return patched(promotion._TypePromotionInterpreter, run_node=known)
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -384,3 +385,22 @@ def test_a_cast_weight_has_no_program_by_hand() -> None:
     module = flat()
     module.b.weight = nn.Parameter(module.b.weight.double())
     assert program_of(module, [torch.randn(3, 5)], [{0}]) is None
+
+
+class Promoted(nn.Module):
+    """Floats times integers, and integers by a number: types that ONNX needs casts for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * n + n.sum(-1, keepdim=True) / 3
+
+
+def test_operands_of_two_types_are_cast(tmp_path: Path) -> None:
+    args = torch.randn(3, 4), torch.arange(18).reshape(3, 6)
+    lora_fx.export(Promoted().eval(), tmp_path / "m.onnx", args, provider="cpu")
+    casts = [n for n in onnx.load(tmp_path / "m.onnx").graph.node if n.op_type == "Cast"]
+    assert len(casts) == 2

@@ -18,6 +18,7 @@ from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
+from torch.fx.experimental import _config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
@@ -162,12 +163,9 @@ def export_program(
     looking up, node by node: that takes a sixth of an export.
     """
     looked = not isinstance(module, fx.GraphModule) and any(pytree.tree_leaves(shapes))
-    with (
-        quiet(),
-        _free_batch(),
-        recurrent_shapes(),
-        patched(fx.config, do_not_emit_stack_traces=not looked),
-    ):
+    lines = patched(fx.config, do_not_emit_stack_traces=not looked)
+    # an example of batch 1 still gives a free dimension
+    with quiet(), _config.patch(backed_size_oblivious=True), recurrent_shapes(), lines:  # type: ignore[attr-defined]
         return torch.export.export(
             module,
             args,
@@ -400,19 +398,6 @@ def quiet() -> contextlib.AbstractContextManager[None]:
     """A block in which torch and the model warn of nothing; a failing capture prints its graph."""
     names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
     return silenced(contextlib.redirect_stderr, dict.fromkeys(names, logging.CRITICAL))
-
-
-def _free_batch() -> Any:
-    """A setting under which an example of batch 1 still gives a free dimension.
-
-    It is private to torch, so it may go; then such an example gives a batch of 1.
-    """
-    try:
-        from torch.fx.experimental import _config
-
-        return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    except (ImportError, AttributeError):
-        return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
