@@ -20,10 +20,9 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.ranges import conditions_of
 from lora_fx.onnx.save import INLINE
-from lora_fx.onnx.session import check_inputs, manifest_of, open_session, told, tensors_of
+from lora_fx.onnx.session import check_inputs, manifest_of, open_session, tensors_of, told
 from lora_fx.onnx.switch import reread
 
 if TYPE_CHECKING:
@@ -197,9 +196,7 @@ class TrainSession:
             n: self._held[n].numpy() for s in self.manifest.slots.values() for n in (s.a, s.b)
         })  # fmt: skip
 
-    def save(
-        self, path: str | PathLike[str], format: str = "peft", *, force: bool = False
-    ) -> None:
+    def save(self, path: str | PathLike[str], format: str = "peft", *, force: bool = False) -> None:
         """Write the adapter in any format; see lora_fx.save_adapter."""
         from lora_fx.formats.io import save_adapter
 

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.compare import CEILING, ORT_TOL, Gate, Parity, compare_fairly, rel, shapes_of, sizes_text
+from lora_fx.compare import (
+    CEILING,
+    ORT_TOL,
+    Gate,
+    Parity,
+    compare_fairly,
+    rel,
+    shapes_of,
+    sizes_text,
+)
 from lora_fx.dtypes import Array
 from lora_fx.fx.capture.capture import alike
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -66,11 +75,13 @@ def prove_step(
             continue
         feeds = {**arrays_of(named), "labels": labels}
         shapes = shapes_of(feeds)
+        numbers = {"lr": np.array(LR, np.float32)}
+        numbers |= {"step": np.array(TAKEN, np.int64), "seed": np.array(SEED, np.int64)}
         if refused := graph.traced.door.refused(pytree.tree_leaves(dict(named))):
             leave_out(owner, shapes, f"another path: {refused.message}")
             continue
         held = {s.name: _drawn(s, attrgetter(s.tensor)(module), generator) for s in slots}
-        given = {**feeds, **held}
+        given = {**feeds, **held, **numbers}
         step = _Torch(graph, owner, slots, update)
         sizes = step.gradients(given)
         for s in (s for s in slots if s.trained) if STATES[update.optimizer] else ():
@@ -79,8 +90,6 @@ def prove_step(
             moved = 0.5 * bool(results) * size
             given[f"{s.name}.m"] = (moved * generator.standard_normal(shape)).astype(np.float32)
             given[f"{s.name}.v"] = (size**2 * generator.uniform(0.5, 1.5, shape)).astype(np.float32)
-        given |= {"lr": np.array(LR, np.float32), "step": np.array(TAKEN, np.int64)}
-        given |= {"seed": np.array(SEED, np.int64)}
         expected = step(given)
 
         def own(

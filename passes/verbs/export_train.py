@@ -1,9 +1,9 @@
 """export in mode train: a training step and its forward, two ONNX files over one data file.
 
-    X.onnx                a step: loss, gradients and the optimizer, in plain operators
-    X.switch.onnx         the forward, as mode switch has it, for the same A and B
-    X.onnx.data           the weights of both
-    X.onnx_adapter        what A and B start from
+X.onnx                a step: loss, gradients and the optimizer, in plain operators
+X.switch.onnx         the forward, as mode switch has it, for the same A and B
+X.onnx.data           the weights of both
+X.onnx_adapter        what A and B start from
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.codes import forms
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name, hint
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
@@ -32,7 +33,6 @@ from lora_fx.fx.to_onnx import OPSET, translated
 from lora_fx.fx.train.objective import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, Update, slots_in, step_of, train_graph
 from lora_fx.inputs import Named
-from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import PROPERTY, Manifest, row_of
 from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
 from lora_fx.onnx.ranges import guard_within, say_within
@@ -173,10 +173,8 @@ class _Files:
         keys = list(bind(self.adapter, found).lowrank)
         graph, said = switchable(reference, keys, options)
         said = [*(str(p) for p in captured.pinned), *said, *module.notes]
-        only = dict.fromkeys((*MODES["train"], "rank", "include", "exclude"))
-        own = replace(
-            options, mode="switch", target=switch, owner=target, external_over=0, **only
-        )
+        only: dict[str, Any] = dict.fromkeys((*MODES["train"], "rank", "include", "exclude"))
+        own = replace(options, mode="switch", target=switch, owner=target, external_over=0, **only)
         report = write_switch(
             graph, reference, keys, {}, own, said, found=found, also=partial(self._step, reference)
         )
@@ -189,7 +187,7 @@ class _Files:
         """Write the step and the start beside the forward: (what was proven, files, warnings)."""
         module, options, target = self.module, self.options, self.options.target
         slots = slots_in(self.updates, {k: (s.a, s.b) for k, s in manifest.slots.items()})
-        quick = [Clean(), Share(), Fuse()]
+        quick: list[Callable[[FxGraph], object]] = [Clean(), Share(), Fuse()]
         graph = train_graph(module, self.named, self.loss, quick, unit=True)
         if mine := sorted({*TAKEN, *([] if graph.own else ["labels"])} & self._inputs(graph.names)):
             raise LoraFxError(
@@ -197,7 +195,11 @@ class _Files:
             )
         step = step_of(graph, slots, self.update, self._without_values)
         model = translated(
-            lambda: step.program, step.inputs, step.outputs, set(step.frozen), options.opset or OPSET
+            lambda: step.program,
+            step.inputs,
+            step.outputs,
+            set(step.frozen),
+            options.opset or OPSET,
         )
         restore_weight_names(model, named_tensors(module)[0])
         free = graph.traced.door.free(module.captured.requested)
@@ -212,16 +214,16 @@ class _Files:
         _save(model, place)
         session = open_session(place, options.provider)
         plain = train_graph(module, self.named, self.loss)
-        parity = prove_step(
-            session.run, plain, slots, self.update, self._labelled, options.inputs
-        )
+        parity = prove_step(session.run, plain, slots, self.update, self._labelled, options.inputs)
         demand(parity, "ONNX Runtime's step differs from torch's")
         with replacing(target, force=options.force, beside=made.beside) as part:
             place.replace(part)
         start = target.with_suffix(".onnx_adapter")
         with replacing(start, force=options.force, beside=made.beside) as part:
             write_adapter(self.adapter, manifest, part)
-        said = [f"{left} bytes of tensors lie in {target.name} itself"] if left > MOST_INSIDE else []
+        said = (
+            [f"{left} bytes of tensors lie in {target.name} itself"] if left > MOST_INSIDE else []
+        )
         return parity, [target, start], said
 
     def _inputs(self, names: Sequence[str]) -> set[str]:

@@ -140,7 +140,9 @@ MODES: Mapping[str, tuple[str, ...]] = {
 
 
 def _given(option: object) -> bool:
-    return bool(option) if isinstance(option, Sequence) else option is not None and option is not False
+    return (
+        bool(option) if isinstance(option, Sequence) else option is not None and option is not False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,9 +223,7 @@ class ExportOptions:
         """The file, and its copy for Triton, which get their names when the block ends."""
         from lora_fx.onnx.save import output  # insert and merge share this file and need no ONNX
 
-        return output(
-            self.target, force=self.force, repository=self.repository, owner=self.owner
-        )
+        return output(self.target, force=self.force, repository=self.repository, owner=self.owner)
 
     def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
         """The targets, and whether the default plan chose them: some may be left out then."""

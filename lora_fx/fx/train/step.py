@@ -11,8 +11,9 @@ exporter has no operator for, or a wrong one, comes apart here.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,7 +80,9 @@ class Update:
             share = self.clip / torch.clamp(norm + 1e-6, min=self.clip)
             gradients = [g * share for g in gradients]
         made: list[Tensor] = []
-        left = [1 - torch.pow(beta, step.double()) for beta in BETAS]  # in fp32 1 − 0.999 loses 4 digits
+        left = [
+            1 - torch.pow(beta, step.double()) for beta in BETAS
+        ]  # in fp32 1 − 0.999 loses 4 digits
         first, second = LARGER / left[0], LARGER / left[1].sqrt()
         for slot, (w, *state), g in zip(slots, held, gradients, strict=True):
             rate = lr * slot.rate
@@ -238,7 +241,7 @@ def step_of(
     given: list[Tensor] = [fakes.from_tensor(t, static_shapes=True) for t in frozen.values()]
     with fakes:
         batch = [_without_values(value(n), fakes) for n in places]
-        ends = graph.flat.graph.output_node().args[0]
+        ends: Any = graph.flat.graph.output_node().args[0]
         out = pytree.tree_unflatten([value(n) if isinstance(n, fx.Node) else n for n in ends],
                                     graph.traced.out_spec)  # fmt: skip
         target = [] if graph.own else [labels(scores_of(out))]
@@ -246,8 +249,6 @@ def step_of(
         held = [torch.zeros(s.shape) for s in slots]
         states = STATES[update.optimizer]
         kept = [torch.zeros(s.shape) for _ in states for s in trained]
-    free = {(n, d): size for n, t in zip(graph.names, batch, strict=True)
-            for d, size in enumerate(t.shape) if isinstance(size, torch.SymInt)}  # fmt: skip
 
     def step(*leaves: Any) -> tuple[Any, ...]:
         left = list(leaves)
@@ -276,15 +277,16 @@ def step_of(
 
     leaves = [*given, *batch, *target, *numbers, *held, *kept]
     plain = torch.backends.mkldnn.flags(enabled=False)  # a fused LSTM has no other form
-    with quiet(), fakes, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), plain:
-        with torch.no_grad():
-            made = make_fx(step, decomposition_table=_table())(*leaves)
-    _demand_free(free, flat.graph)
+    free = _sizes_kept(fakes, dict(zip(graph.names, batch, strict=True)), flat.graph)
+    apart = sdpa_kernel(SDPBackend.MATH)
+    with quiet(), torch.no_grad(), fakes, enable_python_dispatcher(), apart, plain, free:
+        made = make_fx(step, decomposition_table=_table())(*leaves)
     made.graph.eliminate_dead_code()
     nodes = made.graph.find_nodes(op="placeholder")
     for node, leaf in zip(nodes, leaves, strict=True):
         node.meta["val"] = leaf
-    made.graph.output_node().args = (tuple(made.graph.output_node().args[0]),)
+    given_out: Any = made.graph.output_node().args[0]
+    made.graph.output_node().args = (tuple(given_out),)
     each = ("", *(f".{s}" for s in states))
     inputs = [*graph.names, *(["labels"] if target else []), "lr", "step"]
     inputs += [s.name for s in slots] + [s.name + e for e in each[1:] for s in trained]
@@ -310,17 +312,35 @@ def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
     return fakes.from_tensor(val, static_shapes=True)
 
 
-def _demand_free(free: Mapping[tuple[str, int], torch.SymInt], graph: fx.Graph) -> None:
-    """Raise for a size that the trace has made a number."""
-    for (name, d), size in free.items():
-        number = size.node.shape_env.replace(size.node.expr) if size.node.shape_env else size
-        if getattr(number, "is_number", False):
-            unrolled = {str(n.target) for n in graph.nodes if n.target in UNROLLED}
-            what = ", ".join(sorted(unrolled)) or "an operator's gradient"
-            raise LoraFxError(
-                f"{name!r}: dimension {d} is free, and {what} has a gradient for one size only",
-                f"fix it: --static {name}:{d}, dynamic without it in Python",
-            )
+@contextlib.contextmanager
+def _sizes_kept(
+    fakes: FakeTensorMode, inputs: Mapping[str, Tensor], graph: fx.Graph
+) -> Iterator[None]:
+    """A block in which no free size of an input may become a number, or another's equal.
+
+    The sizes of a finished capture are closed: torch goes on as if its example's held for all.
+    """
+    env, asked = fakes.shape_env, list[Any]()
+    if env is None:
+        yield
+        return
+    noted = patched(env, _check_frozen=lambda expr, result: asked.append((expr, result)))
+    with noted:
+        yield
+    for expr, result in asked:
+        fixes = getattr(result, "is_number", False)  # a size as an int; True and False are none
+        sides = expr.args if type(expr).__name__ == "Equality" and result else ()
+        if not fixes and not (sides and all(s.is_number or s.is_symbol for s in sides)):
+            continue
+        for name, tensor in inputs.items():
+            for d, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr in expr.free_symbols:
+                    found = sorted({str(n.target) for n in graph.nodes if n.target in UNROLLED})
+                    what = ", ".join(found) or "an operator's gradient"
+                    raise LoraFxError(
+                        f"{name!r}: dimension {d} is free, and {what} has a step for one size only",
+                        f"--static {name}:{d} fixes it; in Python lora_fx.capture(…, static=['{name}:{d}'])",
+                    )
 
 
 UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
@@ -402,8 +422,9 @@ def _seed_dropouts(graph: fx.Graph) -> bool:
             node.target, node.args, node.kwargs = dropped, (node.args[0], p, seed, i), {}
             continue
         named = {n: argument(node, n) for n in ("is_causal", "scale", "enable_gqa")}
-        q, k, v, mask = *node.args[:3], argument(node, "attn_mask")
-        node.target, node.args = attention_with_dropout, (q, k, v, mask, p, seed, i)
+        mask = argument(node, "attn_mask")
+        node.target = attention_with_dropout
+        node.args = (*node.args[:3], mask, p, seed, i)
         node.kwargs = named
     return True
 
