@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
-def share_weights(model: ir.Model, other: Path) -> int:
-    """Let a model read the tensors that lie in the data file of another; returns the bytes left.
+def save_beside(model: ir.Model, path: Path, other: Path) -> int:
+    """Write a model that reads the tensors in the data file of another; returns the bytes left.
 
     A tensor that is stored transposed there is read so, with a Transpose where a reader needs one.
 
     Args:
-        model: The model, edited in place. Its tensors that are not found stay in its own file.
-        other: A saved file, in whose folder the model will be.
+        model: The model, edited in place. Its tensors that are not found lie in its own file.
+        path: Where to write.
+        other: A saved file of that folder.
     """
     graph = OnnxGraph(model)
     held = [v for v in ir.load(other).graph.initializers.values() if _large(v)]
@@ -49,7 +50,7 @@ def share_weights(model: ir.Model, other: Path) -> int:
         if turned is not None:
             name = str(value.name)
             value.name = f"{name}.turned"
-            new = ir.Value(name=name, type=value.type, shape=ir.Shape(turned.shape))
+            new = ir.Value(name=name, type=value.type, shape=ir.Shape(turned.shape.numpy()))
             new.metadata_props.update(value.metadata_props)
             new.const_value = turned
             model.graph.initializers.pop(name, None)
@@ -59,7 +60,7 @@ def share_weights(model: ir.Model, other: Path) -> int:
             value.const_value = same
         else:
             left += value.const_value.nbytes
-    graph.changed()
+    ir.save(model, path)
     return left
 
 
@@ -76,7 +77,7 @@ def _digest(value: ir.Value, *, turned: bool = False) -> tuple[object, ...] | No
             return None
         array = array.T
     data = np.ascontiguousarray(array)
-    return str(value.const_value.dtype), data.shape, hashlib.sha256(data).hexdigest()
+    return str(value.const_value.dtype), data.shape, hashlib.sha256(data.data).hexdigest()
 
 
 class TrainSession:
@@ -196,7 +197,7 @@ class TrainSession:
             n: self._held[n].numpy() for s in self.manifest.slots.values() for n in (s.a, s.b)
         })  # fmt: skip
 
-    def save(self, path: str | PathLike[str], format: str = "peft", *, force: bool = False) -> None:
+    def save(self, path: str | Path, format: str = "peft", *, force: bool = False) -> None:
         """Write the adapter in any format; see lora_fx.save_adapter."""
         from lora_fx.formats.io import save_adapter
 

@@ -25,7 +25,6 @@ from lora_fx.inputs import SIZES
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.names import copies_of
 from lora_fx.onnx.ranges import guard_within, say_within
 from lora_fx.onnx.save import Output
@@ -35,7 +34,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.proofs.batch import prove_rows
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
-from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
+from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import own_use
 from lora_fx.targets.target import base_name
@@ -96,10 +95,6 @@ def save_within(
     return [f"it holds for {c} only: {then}" for c in guards]
 
 
-Also = Callable[[Output, Manifest], tuple[list[Parity], list[Path], list[str]]]
-"""What is proven and written beside a file, and what has to be said."""
-
-
 def write_switch(
     graph: OnnxGraph,
     reference: Reference,
@@ -110,7 +105,6 @@ def write_switch(
     *,
     loose: bool = False,
     found: Found | None = None,
-    also: Also | None = None,
 ) -> Report:
     """Write the file, and `NAME.onnx_adapter` beside it for every adapter.
 
@@ -123,7 +117,6 @@ def write_switch(
         warnings: To be reported with those found here.
         loose: Leave out keys that the graph has no target for, and say so.
         found: The targets as adapters know them, where those are not the graph's.
-        also: Writes what else shares its data.
 
     Raises:
         LoraFxError: A target that the graph has not; nothing is written.
@@ -184,13 +177,13 @@ def write_switch(
         for name, path in paths.items():
             with replacing(path, force=options.force, beside=made_file.beside) as part:
                 write_adapter(adapters[name], manifest, part)
-        more = also(made_file, manifest) if also else ([], [], [])
-    parity, warnings = [*parity, *more[0]], [*warnings, *more[2]]
+        more = options.also(made_file, manifest) if options.also else Companions()
+    parity, warnings = [*parity, *more.parity], [*warnings, *more.warnings]
     if session.note:
         warnings.append(session.note)
     details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
-    files = [*made_file.files, *paths.values(), *more[1]]
+    files = [*made_file.files, *paths.values(), *more.files]
     return report_of(files, session.provider, parity, warnings, details)
 
 

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
-from lora_fx.adapter.factors import frame
-from lora_fx.compare import Parity, Report, demand
+from lora_fx.compare import Report, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_output, replacing
@@ -38,7 +37,7 @@ from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_tr
 from lora_fx.onnx.ranges import guard_within, say_within
 from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import open_session, write_adapter
-from lora_fx.onnx.training import share_weights
+from lora_fx.onnx.training import save_beside
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.gradients import prove_step
@@ -48,10 +47,10 @@ from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
 from lora_fx.passes.verbs.export_torch import switchable
 from lora_fx.passes.verbs.open import captured_of, opened
-from lora_fx.passes.verbs.options import MODES, ExportOptions
+from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
 TAKEN = ("lr", "step", "seed", "loss")
 """Names that a step has for itself."""
@@ -113,7 +112,7 @@ def _adapted(
     for key, u in made.lowrank.items():
         if u.frozen or u.group:
             raise LoraFxError(
-                f"{key!r} starts from its weight, or shares inputs in groups: no step is made of it",
+                f"{key!r} starts from its weight, or shares inputs in groups: it has no step",
                 "init kaiming, gaussian or orthogonal, and variant lora, rslora, lora+ or lora-fa",
             )
     if module.norm_stats != "frozen":
@@ -150,11 +149,10 @@ class _Files:
         known = captured.signature.keywords
         self.loss = loss_function(options.loss or "ce", "labels", lambda n: n in known)
         self.start = {k: v for k, v in captured.named.items() if k != self.loss[1]}
-        example, self.scores = self._labelled(self.start)[0], self._scores(self.start)
-        self.named = example
+        self.scores = self._scores(self.start)
+        self.named = self._labelled(self.start)[0]
         self.updates = module.updates
         self.adapter = module.adapter()
-        self.files: list[Path] = []
 
     def write(self) -> Report:
         """Write and prove all of them."""
@@ -174,22 +172,27 @@ class _Files:
         graph, said = switchable(reference, keys, options)
         said = [*(str(p) for p in captured.pinned), *said, *module.notes]
         only: dict[str, Any] = dict.fromkeys((*MODES["train"], "rank", "include", "exclude"))
-        own = replace(options, mode="switch", target=switch, owner=target, external_over=0, **only)
-        report = write_switch(
-            graph, reference, keys, {}, own, said, found=found, also=partial(self._step, reference)
+        own = replace(
+            options,
+            mode="switch",
+            target=switch,
+            owner=target,
+            external_over=0,
+            also=partial(self._step, reference),
+            **only,
         )
+        report = write_switch(graph, reference, keys, {}, own, said, found=found)
         details = {**report.details, "mode": "train", "optimizer": self.update.optimizer}
         return replace(report, details=details)
 
-    def _step(
-        self, reference: TorchReference, made: Output, manifest: Manifest
-    ) -> tuple[list[Parity], list[Path], list[str]]:
-        """Write the step and the start beside the forward: (what was proven, files, warnings)."""
+    def _step(self, reference: TorchReference, made: Output, manifest: Manifest) -> Companions:
+        """Write the step and the start beside the forward."""
         module, options, target = self.module, self.options, self.options.target
         slots = slots_in(self.updates, {k: (s.a, s.b) for k, s in manifest.slots.items()})
         quick: list[Callable[[FxGraph], object]] = [Clean(), Share(), Fuse()]
         graph = train_graph(module, self.named, self.loss, quick, unit=True)
-        if mine := sorted({*TAKEN, *([] if graph.own else ["labels"])} & self._inputs(graph.names)):
+        batch = graph.names[: len(graph.names) - graph.seeded]
+        if mine := sorted({*TAKEN, *([] if graph.own else ["labels"])} & {*batch}):
             raise LoraFxError(
                 f"the model has an input {mine[0]!r}, which a step has for itself", "rename it"
             )
@@ -210,8 +213,7 @@ class _Files:
         if not options.within:
             guard_within(model, reference.guards())
         place = made.path.with_name(target.name)
-        left = share_weights(model, made.path)
-        _save(model, place)
+        left = save_beside(model, place, made.path)
         session = open_session(place, options.provider)
         plain = train_graph(module, self.named, self.loss)
         parity = prove_step(session.run, plain, slots, self.update, self._labelled, options.inputs)
@@ -224,18 +226,11 @@ class _Files:
         said = (
             [f"{left} bytes of tensors lie in {target.name} itself"] if left > MOST_INSIDE else []
         )
-        return parity, [target, start], said
-
-    def _inputs(self, names: Sequence[str]) -> set[str]:
-        return {n for n in names if n != "seed"} | ({"seed"} & set(self._leaves()))
-
-    def _leaves(self) -> list[str]:
-        return list(self.module.captured.named)
+        return Companions(parity, [target, start], said)
 
     def _manifest(self, manifest: Manifest, seeded: bool) -> Manifest:
         """The manifest of the step: fixed ranks, and what the step does."""
-        ranks = {k: halves[0][-2] for k, halves in frame(self.updates).items()}
-        slots = {k: replace(s, rank=ranks[k]) for k, s in manifest.slots.items()}
+        slots = {k: replace(s, rank=self.updates[k].rank) for k, s in manifest.slots.items()}
         names = slots_in(self.updates, {k: (s.a, s.b) for k, s in slots.items()})
         states = STATES[self.update.optimizer]
         training = {
@@ -303,9 +298,3 @@ class _Files:
 
 MOST_INSIDE = 1 << 20
 """Bytes of tensors inside a step's own file, above which it is said."""
-
-
-def _save(model: Any, path: Path) -> None:
-    import onnx_ir as ir
-
-    ir.save(model, path)

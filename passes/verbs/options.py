@@ -7,7 +7,7 @@ exists is in order: whatever the options alone show to be wrong was refused when
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
+from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -27,6 +28,7 @@ from lora_fx.targets.selectors import select_names
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
+    from lora_fx.onnx.manifest import Manifest
     from lora_fx.onnx.save import Output
     from lora_fx.onnx.triton import Repository
 
@@ -145,6 +147,15 @@ def _given(option: object) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Companions:
+    """What was proven and written beside a file over its data, and what has to be said."""
+
+    parity: Sequence[Parity] = ()
+    files: Sequence[Path] = ()
+    warnings: Sequence[str] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """What `lora_fx.export` is asked for; it has the defaults, and says what the fields mean."""
@@ -175,6 +186,7 @@ class ExportOptions:
     clip: float | None = None
     labels: object = None
     owner: Path | None = None
+    also: Callable[[Output, Manifest], Companions] | None = None
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""

@@ -339,7 +339,7 @@ def _sizes_kept(
                     what = ", ".join(found) or "an operator's gradient"
                     raise LoraFxError(
                         f"{name!r}: dimension {d} is free, and {what} has a step for one size only",
-                        f"--static {name}:{d} fixes it; in Python lora_fx.capture(…, static=['{name}:{d}'])",
+                        f"--static {name}:{d}, or lora_fx.capture(…, static=['{name}:{d}']), fixes it",
                     )
 
 
