@@ -142,8 +142,7 @@ def translated(
 
 def registry() -> Any:
     """The exporter's table of operators."""
-    table, made = _registry()
-    return made.__func__(OPSET)
+    return _registry()[1].__func__(OPSET)
 
 
 @functools.cache
@@ -411,7 +410,7 @@ def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any)
     return y[(0,) * missing]
 
 
-def _squeeze(graph: fx.Graph, node: fx.Node) -> None:
+def mend_squeeze(graph: fx.Graph, node: fx.Node) -> None:
     """A squeeze of a size that is not 1 leaves the value; ONNX's own fails there."""
     x, dims = node.args[0], node.args[1]
     shape = getattr(value(x), "shape", ()) if isinstance(x, fx.Node) else ()
@@ -516,8 +515,8 @@ _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.lstm.input: _lstm,
     aten.scaled_dot_product_attention.default: _attention,
     aten.real.default: _fourier,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
+    aten.squeeze.dim: mend_squeeze,
+    aten.squeeze.dims: mend_squeeze,
     aten.rsub.Scalar: _rsub,
     **dict.fromkeys(OF_PAIRS, _complex),
     aten._is_all_true.default: _all_true,

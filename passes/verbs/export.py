@@ -78,7 +78,6 @@ def export(
     optimizer: str | None = None,
     weight_decay: float | None = None,
     clip: float | None = None,
-    labels: object = None,
     progress: Listener | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
@@ -125,12 +124,10 @@ def export(
         accuracy_level: Of products over int4 and int8 codes: 0 computes in floats, 4 takes x in
             int8, which is faster, rounds, and is held to a gate of its own.
         loss: In train: ce, the default, mse, or a function of (output, labels) that torch can
-            trace. The model's own, where its forward takes `labels`.
+            trace, with labels as ce has them. The model's own, where its forward takes `labels`.
         optimizer: In train: adamw, the default, or sgd.
         weight_decay: In train; 0.01 by default.
         clip: In train, the longest gradient, as the norm of all together; 1 by default, 0 for any.
-        labels: In train, an example of the labels, for a loss that is a function; dimensions as
-            long as those of the scores follow them.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Raises:
@@ -144,7 +141,7 @@ def export(
         external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
         precision=precision, repository=repository_of(triton, path, max_batch), cache=cache,
         within=within, accuracy_level=accuracy_level, loss=loss, optimizer=optimizer,
-        weight_decay=weight_decay, clip=clip, labels=labels,
+        weight_decay=weight_decay, clip=clip,
     )  # fmt: skip
     check_output(path, force=force)
     if cache:

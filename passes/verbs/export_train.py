@@ -24,7 +24,7 @@ from lora_fx.files.atomic import check_output, replacing
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import dtype_name, hint
+from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, named_tensors, to_numpy
@@ -148,9 +148,7 @@ class _Files:
         captured = module.captured
         known = captured.signature.keywords
         self.loss = loss_function(options.loss or "ce", "labels", lambda n: n in known)
-        self.start = {k: v for k, v in captured.named.items() if k != self.loss[1]}
-        self.scores = self._scores(self.start)
-        self.named = self._labelled(self.start)[0]
+        self.named = self._labelled(captured.named)[0]
         self.updates = module.updates
         self.adapter = module.adapter()
 
@@ -262,38 +260,21 @@ class _Files:
         return dict(named), to_numpy(labels)
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
-        """Labels of scores, a few of classes left out."""
-        shape, dtype = self._form(scores)
+        """Labels of scores, one of them left out."""
+        at = self._without_values(scores)
         generator = np.random.default_rng(scores.numel())
-        if dtype.is_floating_point:
-            return from_numpy(generator.standard_normal(shape).astype(np.float32))
-        labels = generator.integers(0, scores.shape[-1], shape)
-        if labels.size > 3 and self.options.labels is None:
+        if at.is_floating_point():
+            return from_numpy(generator.standard_normal(at.shape).astype(np.float32))
+        labels = generator.integers(0, scores.shape[-1], at.shape)
+        if labels.size > 3 and not callable(self.options.loss):
             labels.reshape(-1)[-1] = IGNORED
         return from_numpy(labels)
 
     def _without_values(self, scores: torch.Tensor) -> torch.Tensor:
-        """Labels of scores that have no values."""
-        shape, dtype = self._form(scores)
-        return torch.zeros(shape, dtype=dtype)
-
-    def _form(self, scores: torch.Tensor) -> tuple[tuple[Any, ...], torch.dtype]:
-        """The shape and the dtype of the labels of scores: those of the example, if there is one.
-
-        A dimension of an example that is as long as that of the scores follows it.
-        """
-        example: Any = self.options.labels
-        if example is not None:
-            at = torch.as_tensor(example)
-            sizes = [int(hint(n)) for n in self.scores.shape]
-            shape = tuple(
-                scores.shape[d] if d < len(sizes) and sizes[d] == n else n
-                for d, n in enumerate(at.shape)
-            )
-            return shape, at.dtype
-        if self.options.loss in (None, "ce"):
-            return tuple(scores.shape[:-1]), torch.int64
-        return tuple(scores.shape), torch.float32
+        """Labels of scores: for mse one for each, else one for each row of them."""
+        if self.options.loss == "mse":
+            return torch.zeros(tuple(scores.shape), dtype=torch.float32)
+        return torch.zeros(tuple(scores.shape[:-1]), dtype=torch.int64)
 
 
 MOST_INSIDE = 1 << 20

@@ -136,7 +136,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "batch": ("scales",),
     "merged": ("optimise", "precision"),
     "load": ("rank",),
-    "train": ("loss", "optimizer", "weight_decay", "clip", "labels"),
+    "train": ("loss", "optimizer", "weight_decay", "clip"),
 }
 """Mode of export → the options that it alone has; load has those of switch too, train of both."""
 
@@ -184,7 +184,6 @@ class ExportOptions:
     optimizer: str | None = None
     weight_decay: float | None = None
     clip: float | None = None
-    labels: object = None
     owner: Path | None = None
     also: Callable[[Output, Manifest], Companions] | None = None
 

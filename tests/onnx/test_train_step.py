@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.objective import scores_of
+from lora_fx.fx.train.step import dropped
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.passes.proofs.parity import arrays_of
 from tests.zoo.models import ZOO
@@ -136,7 +140,8 @@ def loss_in_torch(module: Any, batch: dict[str, Any], own: bool) -> Tensor:
 @pytest.mark.parametrize("name", rows())
 def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
     build, options = MODELS[name]
-    cap = lora_fx.capture(*(*build(), None)[:3], None, options.get("static", ()))
+    model, args, kwargs = (*build(), {})[:3]
+    cap = lora_fx.capture(model, args, kwargs, static=options.get("static", ()))
     module = lora_fx.insert(cap, rank=3, alpha=4.5, include=options.get("include"))
     own = "labels" in cap.signature.keywords
     path = tmp_path / "step.onnx"
@@ -169,3 +174,83 @@ def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
     base = sum(p.nbytes for p in {id(p): p for p in cap.model.parameters()}.values())
     base += sum(b.nbytes for b in cap.model.buffers())
     assert (tmp_path / "step.onnx.data").stat().st_size <= 1.02 * base + 4096
+
+
+def test_numbers_of_a_step_by_hand(tmp_path: Path) -> None:
+    """SGD on y = x·(W + s·b·a)ᵀ with mse: gradients in fp64, by their formulas."""
+    torch.manual_seed(1)
+    model = nn.Linear(5, 3, bias=False)
+    path = tmp_path / "s.onnx"
+    module = lora_fx.insert(model, (torch.randn(4, 5),), rank=2, alpha=5.0)
+    lora_fx.export(
+        module, path, mode="train", provider="cpu", loss="mse", optimizer="sgd", weight_decay=0.1,
+        clip=0,
+    )  # fmt: skip
+    start = module.adapter()
+    (key,) = start
+    low = start.lowrank[key]
+    b = np.random.default_rng(0).standard_normal(low.b.shape).astype(np.float32)
+    session = TrainSession(path, 0.3, "cpu", adapter=Adapter({key: replace(low, b=b)}))
+    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
+    labels = np.random.default_rng(2).standard_normal((7, 3)).astype(np.float32)
+    a64, b64, x64 = (v.astype(np.float64) for v in (low.a, b, x))
+    y = x64 @ (model.weight.detach().double().numpy() + 2.5 * b64 @ a64).T
+    error = 2 * (y - labels) / y.size
+    loss = session.step({"input": x, "labels": labels})
+    assert loss == pytest.approx(((y - labels) ** 2).mean(), rel=1e-6)
+    wanted = 2.5 * error.T @ x64
+    got = session.adapter().lowrank[key]
+    np.testing.assert_allclose(got.a, a64 - 0.3 * (b64.T @ wanted + 0.1 * a64), atol=2e-6)
+    np.testing.assert_allclose(got.b, b64 - 0.3 * (wanted @ a64.T + 0.1 * b64), atol=2e-6)
+
+
+def test_dropout_is_drawn_from_the_seed(tmp_path: Path) -> None:
+    """A share p is dropped, other places for other seeds, and the mean stays."""
+    x = torch.ones(50, 40, 30)
+    one, again, other = (dropped(x, 0.3, torch.tensor(s), 2) for s in (5, 5, 6))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    for made in (one, other, dropped(x, 0.3, torch.tensor(5), 3)):
+        assert sorted(made.unique().tolist()) == pytest.approx([0.0, 1 / 0.7])
+        for axes in ((1, 2), (0, 2), (0, 1)):
+            kept = (made > 0).double().mean(axes)
+            assert float((kept - 0.7).abs().max()) < 5 * (0.21 / (x.numel() / len(kept))) ** 0.5
+    both = ((one > 0) & (other > 0)).double().mean()
+    assert float(both) == pytest.approx(0.49, abs=0.02)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "half": (lambda: Mlp().bfloat16(), {}, "'a.weight' is bfloat16; a step is made of float32"),
+    "codes": (
+        lambda: lora_fx.insert(Mlp(), (torch.randn(3, 5, 8),), rank=2, quantise="int8"), {},
+        "'a.weight' is quantised: a step computes gradients in float32 alone",
+    ),
+    "whole": (
+        lambda: lora_fx.insert(Mlp(), (torch.randn(3, 5, 8),), rank=2, also_train="b.bias"), {},
+        "'b.bias' is trained whole; a step trains low-rank updates",
+    ),
+    "dora": (
+        lambda: lora_fx.insert(Mlp(), (torch.randn(3, 5, 8),), rank=2, variant="dora"), {}, "'a.weight' is DoRA",
+    ),
+    "length": (
+        lambda: lora_fx.capture(Recurrent(), (torch.randn(3, 4, 6),)), {},
+        "'x': dimension 1 is free, and aten.lstm.input has a step for one size only",
+    ),
+    "loss": (Mlp, {"loss": "huber"}, "no loss 'huber'"),
+    "optimizer": (Mlp, {"optimizer": "lion"}, "no optimizer 'lion'"),
+    "clip": (Mlp, {"clip": -1.0}, "clip -1.0 is not 0 or more"),
+    "mode": (Mlp, {"mode": "switch", "clip": 2.0}, "mode switch would ignore what is for mode tr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_step_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    build, options, words = REFUSED[name]
+    model = build()
+    dtype = torch.bfloat16 if name == "half" else torch.float32
+    args = (torch.randn(3, 5, 8, dtype=dtype),) if isinstance(model, Mlp) else ()
+    with pytest.raises(LoraFxError) as caught:
+        lora_fx.export(
+            model, tmp_path / "s.onnx", args, provider="cpu", **{"mode": "train", **options}
+        )
+    assert words in caught.value.message and caught.value.hint
+    assert list(tmp_path.iterdir()) == []

@@ -38,7 +38,7 @@ from lora_fx.fx.graph.nodes import argument, random_ops, value
 from lora_fx.fx.lowering import signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import patched
-from lora_fx.fx.to_onnx import flat_program
+from lora_fx.fx.to_onnx import flat_program, mend_squeeze
 from lora_fx.fx.train.objective import Loss, scores_of
 from lora_fx.inputs import Named
 
@@ -281,6 +281,8 @@ def step_of(
     apart = sdpa_kernel(SDPBackend.MATH)
     with quiet(), torch.no_grad(), fakes, enable_python_dispatcher(), apart, plain, free:
         made = make_fx(step, decomposition_table=_table())(*leaves)
+    for node in [n for n in made.graph.nodes if n.target in SQUEEZES]:
+        mend_squeeze(made.graph, node)
     made.graph.eliminate_dead_code()
     nodes = made.graph.find_nodes(op="placeholder")
     for node, leaf in zip(nodes, leaves, strict=True):
@@ -339,10 +341,11 @@ def _sizes_kept(
                     what = ", ".join(found) or "an operator's gradient"
                     raise LoraFxError(
                         f"{name!r}: dimension {d} is free, and {what} has a step for one size only",
-                        f"--static {name}:{d}, or lora_fx.capture(…, static=['{name}:{d}']), fixes it",
+                        f"--static {name}:{d}; in Python capture(…, static=['{name}:{d}'])",
                     )
 
 
+SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
 UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 """Recurrences, whose gradient is one of a number of steps."""
 
