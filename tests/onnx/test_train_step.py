@@ -229,7 +229,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "'b.bias' is trained whole; a step trains low-rank updates",
     ),
     "dora": (
-        lambda: lora_fx.insert(Mlp(), (torch.randn(3, 5, 8),), rank=2, variant="dora"), {}, "'a.weight' is DoRA",
+        lambda: lora_fx.insert(Mlp(), (torch.randn(3, 5, 8),), rank=2, variant="dora"), {},
+        "'a.weight' is DoRA",
     ),
     "length": (
         lambda: lora_fx.capture(Recurrent(), (torch.randn(3, 4, 6),)), {},
@@ -242,7 +243,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "length")) for n in REFUSED]
+)
 def test_what_has_no_step_is_refused_by_name(tmp_path: Path, name: str) -> None:
     build, options, words = REFUSED[name]
     model = build()
