@@ -181,7 +181,8 @@ class _Files:
         )
         report = write_switch(graph, reference, keys, {}, own, said, found=found)
         details = {**report.details, "mode": "train", "optimizer": self.update.optimizer}
-        return replace(report, details=details)
+        outputs = sorted(report.outputs, key=lambda name: name != str(target))  # the step first
+        return replace(report, outputs=tuple(outputs), details=details)
 
     def _step(self, reference: TorchReference, made: Output, manifest: Manifest) -> Companions:
         """Write the step and the start beside the forward."""

@@ -318,7 +318,7 @@ def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
 def _sizes_kept(
     fakes: FakeTensorMode, inputs: Mapping[str, Tensor], graph: fx.Graph
 ) -> Iterator[None]:
-    """A block in which no free size of an input may become a number, or another's equal.
+    """A block in which no free size of an input may become a number.
 
     The sizes of a finished capture are closed: torch goes on as if its example's held for all.
     """
@@ -330,9 +330,7 @@ def _sizes_kept(
     with noted:
         yield
     for expr, result in asked:
-        fixes = getattr(result, "is_number", False)  # a size as an int; True and False are none
-        sides = expr.args if type(expr).__name__ == "Equality" and result else ()
-        if not fixes and not (sides and all(s.is_number or s.is_symbol for s in sides)):
+        if not getattr(result, "is_number", False):  # a condition: the proof runs other sizes
             continue
         for name, tensor in inputs.items():
             for d, size in enumerate(tensor.shape):
