@@ -10,6 +10,7 @@ from lora_fx.cli.options import (
     CAPTURE,
     captured,
     load_npz,
+    loss_of,
     model_options,
     named_adapters,
     quantise_option,
@@ -25,10 +26,14 @@ from lora_fx.cli.report_option import report_command
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
-@click.option("--mode", default="merged", help="merged, switch, load or batch.")
-@selectors_option("--include", "Of switch, load: targets.")
-@selectors_option("--exclude", "Of switch, load: leave out.")
-@click.option("--rank", type=int, help="Of load: the largest that an adapter may have.")
+@click.option("--mode", default="merged", help="merged, switch, load, batch or train.")
+@selectors_option("--include", "Of switch, load, train: targets.")
+@selectors_option("--exclude", "Of switch, load, train: leave out.")
+@click.option("--rank", type=int, help="Of load: the largest; of train, 8.")
+@click.option("--loss", help="Of train: ce, mse or module:function.")
+@click.option("--optimizer", help="Of train: adamw or sgd.")
+@click.option("--weight-decay", type=float, help="Of train: 0.01 without it.")
+@click.option("--clip", type=float, help="Of train: longest gradient (norm), 1; 0 for any.")
 @click.option("--scales", is_flag=True, help="Of batch: an input of weights by row.")
 @click.option("--provider", default="auto", help="auto, cpu or cuda.")
 @click.option("--opset", type=int, default=20, help="ONNX operator set.")
@@ -52,15 +57,16 @@ def command(
 
     In mode merged ADAPTER is folded in. In mode switch adapters are chosen at run time, in mode
     load when a session is made, and every ADAPTER is written beside the file as
-    NAME.onnx_adapter. In mode batch every row of a batch picks its own. MODEL may be an .onnx
-    file too. ADAPTER may carry a weight, `my-adapter:0.5`. Without an adapter the base model
-    is exported.
+    NAME.onnx_adapter. In mode batch every row of a batch picks its own. Mode train writes a
+    training step of ADAPTER, or of a new one, and its forward. MODEL may be an .onnx file too.
+    ADAPTER may carry a weight, `my-adapter:0.5`. Without one the base model is exported.
 
     \b
     lora-fx export ./my-bert ./adapter -o bert.onnx
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode switch
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode batch
     lora-fx export ./my-llama ./adapter -o llama.onnx --cache
+    lora-fx export ./my-bert -o step.onnx --mode train --rank 8
     lora-fx export bert.onnx ./de ./fr -o switch.onnx --mode switch
     lora-fx export model.py:build ./adapter -o model.onnx --dynamic x:0=batch,2=height
     lora-fx export ./my-bert ./adapter -o bert.onnx --triton ./models
@@ -77,7 +83,8 @@ def command(
             f"merged takes one adapter, not {len(adapters)}", "--mode switch or batch"
         )
     opset, names = options.pop("opset"), options.pop("names")
-    updates = named_adapters(adapters)
+    updates, loss = named_adapters(adapters), options.pop("loss")
+    options["loss"] = loss and loss_of(loss)
     given = {k: options.pop(k) for k in CAPTURE}
     options["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
     options |= {"mode": mode, "inputs": load_npz(given["inputs_file"]) or None}

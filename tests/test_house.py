@@ -45,13 +45,14 @@ ORDER = (
 )
 LAZY = {
     ("lora_fx.onnx.session", "lora_fx.formats.io"),
+    ("lora_fx.onnx.training", "lora_fx.formats.io"),
     ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
 LONG = 700
 FRAGMENT = 150
 """Lines: a module below it with one importer in its own folder is part of that importer."""
-CODE_LINES = 36_550
+CODE_LINES = 37_500
 """The budget without blanks, comments and docstrings; raised only with a line in the CHANGELOG."""
 ANY = 7.5
 """Occurrences in 1,000 lines: Any stays where torch's pytrees and foreign objects begin."""

@@ -177,7 +177,7 @@ def _parts(nodes: Sequence[fx.Node], program: ExportedProgram, table: Table) -> 
         made.meta["val"] = value(node)
         ends += _values(graph, made)
     graph.output(tuple(ends))
-    whole = _program(graph, [p for starts in places for p in starts], {})
+    whole = signed(graph, [p for starts in places for p in starts], {})
     done = _whole(whole, table).graph
     inputs, outputs = iter(done.find_nodes(op="placeholder")), iter(done.output_node().args[0])
     parts = []
@@ -350,7 +350,7 @@ def program_of(
             node.replace_all_uses_with(getattr(value(node.args[0]), node.args[1]))
         elif node not in made:
             made[node] = graph.node_copy(node, made.__getitem__)
-    return _program(graph, [made[n] for n in places], state)
+    return signed(graph, [made[n] for n in places], state)
 
 
 def _has_value(node: fx.Node) -> bool:
@@ -366,7 +366,7 @@ def _like(val: object, tensor: torch.Tensor, free: Collection[int] | None) -> bo
     return all(a == b if isinstance(a, int) else d in (free or ()) for d, (a, b) in sizes)
 
 
-def _program(
+def signed(
     graph: fx.Graph, inputs: Sequence[fx.Node], state: Mapping[str, torch.Tensor]
 ) -> ExportedProgram:
     """A graph of tensors as a program; the placeholders of its state stand before the inputs."""

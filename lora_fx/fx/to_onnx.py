@@ -25,6 +25,7 @@ from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached
 from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
+from lora_fx.inputs import Named
 from lora_fx.onnx.names import mark_data, unfolded
 from lora_fx.progress import stage
 from lora_fx.silence import silenced
@@ -78,21 +79,53 @@ def to_onnx(
     free = traced.door.free(captured.requested)
     symbols = {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
     dims = (*({d: Dim.AUTO for d in s} or None for s in free.values()), *(None for _ in weights))
-    said = silenced(contextlib.redirect_stdout, LEAST)
     own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
+
+    def program() -> ExportedProgram:
+        given = (*tensors, *weights.values())
+        return program_of(flat, given, dims) or export_program(flat, given, dims)
+
+    model = translated(program, [*names, *weights], outputs, own, opset)
+    mark_data(model, own)
+    owner = model.graph
+    for place, weight in zip(owner.inputs[len(names) :], weights.values(), strict=True):
+        place.const_value = ir.tensor(to_numpy(weight), name=place.name)
+        owner.inputs.remove(place)
+        owner.register_initializer(place)
+    return OnnxProgram(model, symbols)
+
+
+def translated(
+    program: Callable[[], ExportedProgram],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    own: Collection[str],
+    opset: int,
+) -> Any:
+    """A program as an onnx_ir.Model.
+
+    Args:
+        program: Makes it.
+        inputs: The names of its inputs.
+        outputs: Those of its outputs.
+        own: The names of weights, which stay as they are.
+        opset: The opset of the file.
+
+    Raises:
+        LoraFxError: The exporter cannot translate an op; its own words are in the message.
+    """
+    said = silenced(contextlib.redirect_stdout, LEAST)
     by_kind = patched(ExportedProgram, run_decompositions=lowered)
     # it parses the source of 500 functions for every model, half of what a small one costs
     once = patched(**_registry())
     translating = stage("translating to ONNX")
     with translating, said, weights_apart(own), recurrent_shapes(), by_kind, once, torch.no_grad():
         try:
-            given = (*tensors, *weights.values())
-            program = program_of(flat, given, dims) or export_program(flat, given, dims)
             onnx = torch.onnx.export(
-                program,
+                program(),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[*names, *weights],
+                input_names=inputs,
                 output_names=outputs,
                 verbose=False,
             )
@@ -102,13 +135,12 @@ def to_onnx(
                 "a Hugging Face model may need attn_implementation='eager' (-v prints all)",
             ) from e
     assert onnx is not None
-    mark_data(onnx.model, own)
-    owner = onnx.model.graph
-    for place, weight in zip(owner.inputs[len(names) :], weights.values(), strict=True):
-        place.const_value = ir.tensor(to_numpy(weight), name=place.name)
-        owner.inputs.remove(place)
-        owner.register_initializer(place)
-    return OnnxProgram(onnx.model, symbols)
+    return onnx.model
+
+
+def registry() -> Any:
+    """The exporter's table of operators."""
+    return _registry()["from_torchlib"].__func__(OPSET)
 
 
 @functools.cache
@@ -132,7 +164,12 @@ def _lifted(graph: FxGraph, target: Target) -> Tensor:
 
 
 def flat_program(
-    module: CapturedModule, graph: fx.Graph, traced: Traced, *, all_outputs: bool = True
+    module: CapturedModule,
+    graph: fx.Graph,
+    traced: Traced,
+    *,
+    all_outputs: bool = True,
+    named: Named | None = None,
 ) -> tuple[fx.GraphModule, list[str], list[str]]:
     """A GraphModule of tensors only: constants of the call left out, outputs named.
 
@@ -141,8 +178,9 @@ def flat_program(
         graph: Its graph; edited.
         traced: What that was made from.
         all_outputs: Keep the outputs that are no tensors.
+        named: The arguments that it was made for; those of the capture without them.
     """
-    leaves = pytree.tree_leaves(module.captured.named)
+    leaves = pytree.tree_leaves(module.captured.named if named is None else dict(named))
     names = []
     places = [n for n in graph.nodes if n.op == "placeholder"]
     for place, name, leaf in zip(places, traced.door.names, leaves, strict=False):
@@ -386,7 +424,7 @@ def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any)
     return y[(0,) * missing]
 
 
-def _squeeze(graph: fx.Graph, node: fx.Node) -> None:
+def mend_squeeze(graph: fx.Graph, node: fx.Node) -> None:
     """A squeeze of a size that is not 1 leaves the value; ONNX's own fails there."""
     x, dims = node.args[0], node.args[1]
     shape = getattr(value(x), "shape", ()) if isinstance(x, fx.Node) else ()
@@ -491,8 +529,8 @@ _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.lstm.input: _lstm,
     aten.scaled_dot_product_attention.default: _attention,
     aten.real.default: _fourier,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
+    aten.squeeze.dim: mend_squeeze,
+    aten.squeeze.dims: mend_squeeze,
     aten.rsub.Scalar: _rsub,
     **dict.fromkeys(OF_PAIRS, _complex),
     aten._is_all_true.default: _all_true,

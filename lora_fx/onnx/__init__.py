@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_fx.onnx.session import Session
+    from lora_fx.onnx.training import TrainSession
 
-__all__ = ["Session"]
+__all__ = ["Session", "TrainSession"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from lora_fx.onnx.session import Session
 
         return Session
+    if name == "TrainSession":
+        from lora_fx.onnx.training import TrainSession
+
+        return TrainSession
     raise AttributeError(f"module 'lora_fx.onnx' has no attribute {name!r}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,15 +83,25 @@ class SwitchSlot:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The slots of a file by key, and its mode."""
+    """The slots of a file by key, and its mode.
+
+    Attributes:
+        slots: What an adapter has to bring, by key.
+        mode: switch, load or train.
+        training: In mode train: `optimizer`, `weight_decay`, `clip`, `loss`, `labels`, `seed` where
+            there are dropouts, `states` (name of a slot → those of its states), `updates` (key →
+            what `adapter` reads) and the `metadata` of the adapter.
+    """
 
     slots: Mapping[str, SwitchSlot]
     mode: str = "switch"
+    training: JsonView = field(default_factory=dict)
 
     def to_text(self) -> str:
         """The manifest as JSON, for the model's metadata."""
         slots = {k: asdict(s) for k, s in self.slots.items()}
-        return json.dumps({**stamp(), "mode": self.mode, "slots": slots})
+        more = {"training": self.training} if self.training else {}
+        return json.dumps({**stamp(), "mode": self.mode, "slots": slots, **more})
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Manifest:
@@ -102,7 +112,7 @@ class Manifest:
         """
         data = read_manifest(text, where)
         try:
-            if data["mode"] not in ("switch", "load"):
+            if data["mode"] not in ("switch", "load", "train"):
                 raise LoraFxError(
                     f"{where}: a file of mode {data['mode']}, whose adapters are in it",
                     "files of modes switch and load take adapters: lora-fx export --mode switch",
@@ -111,7 +121,7 @@ class Manifest:
             for key, s in data["slots"].items():
                 fields = {**s, "batch": tuple(s["batch"]), "shape": tuple(s["shape"])}
                 slots[key] = SwitchSlot(**fields)
-            return cls(slots, str(data["mode"]))
+            return cls(slots, str(data["mode"]), data.get("training", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
 
@@ -145,6 +155,17 @@ class Manifest:
             result[slot.b] = _stored(low.b * np.float32(low.scale), slot.dtype)
         self.check(result, where)
         return result
+
+    def adapter(self, tensors: Mapping[str, Array]) -> Adapter:
+        """The adapter of tensors by their names in the file; the inverse of `tensors`."""
+        entries = {}
+        for key, row in self.training["updates"].items():
+            slot = self.slots[key]
+            zero = np.zeros((*slot.batch, slot.out, slot.rank), np.float32)
+            scale = update_of(row, {"a": np.swapaxes(zero, -1, -2), "b": zero}).scale
+            a, b = (np.swapaxes(tensors[n], -1, -2) for n in (slot.a, slot.b))
+            entries[key] = update_of(row, {"a": a.copy(), "b": b / np.float32(scale)})
+        return Adapter(entries, {**self.training["metadata"], **learning(entries)})
 
     def check(self, tensors: Mapping[str, Array], where: str) -> None:
         """Compare tensors with the slots.
@@ -298,13 +319,22 @@ def listed(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
     """The bound updates by key, and their adapter's metadata, as JSON for the model's metadata."""
     targets = {}
     for key, u in updates.items():
-        assert u.layout is not None
-        targets[key] = {
-            **{slot.field: slot.name for slot in slots_of(key, u)},
-            **to_json(u, "frozen", "rank", "alpha", "variant", "use", "extra"),
-            "layout": list(u.layout.to_json().values()),  # without names, as 0.1 reads it
-        }
+        targets[key] = {**{slot.field: slot.name for slot in slots_of(key, u)}, **row_of(u)}
     return json.dumps({**stamp(), "mode": "insert", "targets": targets, "metadata": metadata})
+
+
+def row_of(u: LowRank) -> Json:
+    """All of a bound update but its tensors."""
+    assert u.layout is not None
+    said = to_json(u, "frozen", "rank", "alpha", "variant", "use", "extra")
+    return {**said, "layout": list(u.layout.to_json().values())}  # without names, as 0.1 reads it
+
+
+def update_of(row: JsonView, values: Mapping[str, Array]) -> LowRank:
+    """The update of a row and its tensors by field."""
+    layout = Layout(*(tuple(part) for part in row["layout"]))
+    low = LowRank(values["a"], values["b"], 0.0)
+    return with_values(from_json(low, {**row, "layout": layout.to_json()}), values)
 
 
 @blaming
@@ -325,9 +355,7 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
     entries = {}
     for key, row in found["targets"].items():
         values = {f: _tensor(model, row[f], path) for f in FIELDS if f in row}
-        layout = Layout(*(tuple(part) for part in row["layout"]))
-        low = LowRank(values["a"], values["b"], 0.0)
-        entries[key] = with_values(from_json(low, {**row, "layout": layout.to_json()}), values)
+        entries[key] = update_of(row, values)
     return Adapter(entries, {**found.get("metadata", {}), **learning(entries)})
 
 

@@ -168,12 +168,17 @@ class Output:
 
 @contextlib.contextmanager
 def output(
-    target: Path, *, force: bool = False, repository: Repository | None = None
+    target: Path,
+    *,
+    force: bool = False,
+    repository: Repository | None = None,
+    owner: Path | None = None,
 ) -> Iterator[Output]:
     """A context with a file that gets its name, after its data, when nothing has raised.
 
     An existing data file is never replaced: it may be an input's, and a run that is killed between
-    the two names would leave a model with the data of another. The new one is then `NAME.1.data`.
+    the two names would leave a model with the data of another. The new one is then `NAME.1.data`,
+    NAME being that of `owner` where the data is of several files.
     The copy in a repository is there before the file has its name, and goes again if that fails.
 
     Raises:
@@ -181,15 +186,16 @@ def output(
     """
     beside = Beside()
     with replacing(target, force=force, parts=beside) as temporary:
-        data = _free(target)
+        owner = owner or target
+        data = _free(owner)
         made = Output(target, temporary, data, temporary, repository=repository, beside=beside)
         try:
             yield made
         finally:
             if made.seen != made.path:
                 made.seen.unlink(missing_ok=True)
-        if made.external and made.data.name != f"{target.name}.data" and not force:
-            raise LoraFxError(f"{target}.data exists already", EXISTS)
+        if made.external and made.data.name != f"{owner.name}.data" and not force:
+            raise LoraFxError(f"{owner}.data exists already", EXISTS)
         if repository is not None:
             made.copies = repository.place(temporary, beside)
         if made.external:

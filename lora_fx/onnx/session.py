@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
@@ -69,13 +70,13 @@ class RuntimeSession:
         """
         known = {k: _widened(v) for k, v in feeds.items() if k in self.input_names}
         names = [o.name for o in self.session.get_outputs()]
-        with _told(feeds):
+        with told(feeds):
             made = self.session.run(names, known)
         return dict(zip(names, made, strict=True))
 
 
 @contextlib.contextmanager
-def _told(feeds: Mapping[str, Array]) -> Iterator[None]:
+def told(feeds: Mapping[str, Array]) -> Iterator[None]:
     """The runtime's errors, which have no common base, as one of ours that names the sizes."""
     try:
         yield
@@ -314,6 +315,11 @@ class Session:
         opened = open_session(path, provider, threads, external=external)
         self.session, self.provider, self.note = opened.session, opened.provider, opened.note
         self.manifest = _manifest(opened.metadata.get(PROPERTY), fspath(path))
+        if self.manifest.mode == "train":
+            raise LoraFxError(
+                f"{fspath(path)}: a training step, which no adapter is loaded into for a forward",
+                "lora_fx.onnx.TrainSession runs it; the forward is in the .switch.onnx beside it",
+            )
         self.ranges = conditions_of(opened.metadata, fspath(path))
         self._inputs = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
@@ -357,10 +363,10 @@ class Session:
         arrays = {n: np.ascontiguousarray(_widened(x)) for n, x in inputs.items()}
         if isinstance(adapter, str) and self.provider == "cpu":
             self._known(adapter)
-            with _told(inputs):
+            with told(inputs):
                 return self._run_bound(arrays, adapter)
         chosen = self.choice(adapter)
-        with _told(inputs):
+        with told(inputs):
             if adapter is None:
                 made = self.session.run(self._outputs, arrays)
                 return dict(zip(self._outputs, made, strict=True))
@@ -429,16 +435,23 @@ class Session:
             )
 
     def _check(self, inputs: Mapping[str, Array]) -> None:
-        for name in inputs:
-            if name not in self._inputs:
-                raise LoraFxError(f"the model has no input {name!r}", near(name, [*self._inputs]))
-        missing = sorted(self._inputs - set(inputs))
-        if missing:
-            raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(self._inputs)}")
-        for condition in self.ranges:
-            given = {(n, d): inputs[n].shape[d] for _, n, d in condition.sizes}
-            if not condition.holds(given):
-                raise condition.refusal(given)
+        check_inputs(inputs, self._inputs, self.ranges)
+
+
+def check_inputs(
+    inputs: Mapping[str, Array], known: Collection[str], ranges: Sequence[Condition]
+) -> None:
+    """Raise for an input that is missing or unknown, and for sizes that a file is not true for."""
+    for name in inputs:
+        if name not in known:
+            raise LoraFxError(f"the model has no input {name!r}", near(name, [*known]))
+    missing = sorted(set(known) - set(inputs))
+    if missing:
+        raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(known)}")
+    for condition in ranges:
+        given = {(n, d): inputs[n].shape[d] for _, n, d in condition.sizes}
+        if not condition.holds(given):
+            raise condition.refusal(given)
 
 
 def _values(tensors: Mapping[str, Array]) -> Json:

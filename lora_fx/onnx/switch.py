@@ -44,7 +44,7 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSl
         zeros = np.zeros((*batch, *side), np.float32)
         new = add_initialiser(owner, name, zeros, was.metadata_props[MARK])
         new.shape = ir.Shape(shape)
-        _reread(graph, was, new, swap_last(len(batch)))
+        reread(graph, was, new, swap_last(len(batch)))
         del owner.initializers[old]
         if symbol:
             owner.inputs.remove(was)
@@ -55,7 +55,7 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSl
     )
 
 
-def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]) -> None:
+def reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]) -> None:
     """Let users of `was` read `new`, its transpose, with as few transposes as there can be."""
     made = graph.model.graph.initializers
     for user, i in list(was.uses()):
@@ -63,7 +63,7 @@ def _reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...
         assert body is not None
         if user.op_type == "Mul" and _is_one(user.inputs[1 - i]):
             one = user.inputs[1 - i]
-            _reread(graph, user.outputs[0], new, perm)
+            reread(graph, user.outputs[0], new, perm)
             body.remove(user, safe=True)
             if one is not None and not one.uses() and one.name in made:
                 del made[str(one.name)]

@@ -271,11 +271,11 @@ def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
 
     A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.
     """
-    run = _Wide(model, graph=model.graph(False).graph)
+    run = Wide(model, graph=model.graph(False).graph)
     traced = model.captured.traced(False, model.captured.named, model.base_dtype)
 
     def exactly(named: Named) -> dict[str, Array]:
-        leaves = [_up(x) for x in pytree.tree_leaves(copied(named))]
+        leaves = [run.read(x) for x in pytree.tree_leaves(copied(named))]
         with torch.no_grad(), alike(model):
             out = run.run(*leaves, enable_io_processing=False)
         return by_output(pytree.tree_unflatten(list(out), traced.out_spec))
@@ -283,19 +283,23 @@ def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
     return exactly
 
 
-class _Wide(fx.Interpreter):
+class Wide(fx.Interpreter):
+    """A graph in fp64."""
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return _up(super().get_attr(target, args, kwargs))
+        """What the graph holds, in fp64."""
+        return self.read(super().get_attr(target, args, kwargs))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = (fx.node.map_aggregate(a, _up) for a in (args, kwargs))
+        """The result of an op, on numbers in fp64."""
+        args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
         return super().call_function(target, args, kwargs)
 
-
-def _up(x: Any) -> Any:
-    if isinstance(x, torch.dtype):
-        return torch.float64 if x.is_floating_point else x
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    def read(self, x: Any) -> Any:
+        """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
+        if isinstance(x, torch.dtype):
+            return torch.float64 if x.is_floating_point else x
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:

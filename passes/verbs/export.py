@@ -48,6 +48,7 @@ from lora_fx.targets.found import Found
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
+    from lora_fx.fx.train.objective import Loss
     from lora_fx.passes.verbs.quantise import Wanted
 
 
@@ -80,6 +81,10 @@ def export(
     within: bool = False,
     quantise: Wanted | None = None,
     accuracy_level: int = 0,
+    loss: str | Loss | None = None,
+    optimizer: str | None = None,
+    weight_decay: float | None = None,
+    clip: float | None = None,
     progress: Listener | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
@@ -98,11 +103,11 @@ def export(
             Those of switch and load are written beside the file as `NAME.onnx_adapter`.
         mode: merged; switch: adapters are chosen run by run (lora_fx.onnx.Session); load: one is
             chosen when a session is made; batch: one graph whose rows use different adapters
-            (docs/export.md).
-        include: In switch and load, targets instead of the adapters' or the default plan's.
-        exclude: In switch and load, targets to leave out.
+            (docs/export.md); train: a training step, beside its forward (docs/train-onnx.md).
+        include: In switch, load and train, targets instead of the adapters' or the default plan's.
+        exclude: In switch, load and train, targets to leave out.
         rank: In load, the largest rank that an adapter may have; the largest given by default,
-            or 16.
+            or 16. In train the rank, 8 by default.
         scales: In batch, add an input of weights by row.
         names: For an .onnx file, adapter key → tensor, where the names do not tell.
         inputs: Arrays by input name for the check, instead of sampled ones.
@@ -126,6 +131,11 @@ def export(
             are ONNX Runtime's own, and adapters stay branches in float (switch and batch).
         accuracy_level: Of products over int4 and int8 codes: 0 computes in floats, 4 takes x in
             int8, which is faster, rounds, and is held to a gate of its own.
+        loss: In train: ce, the default, mse, or a function of (output, labels) that torch can
+            trace, with labels as ce has them. The model's own, where its forward takes `labels`.
+        optimizer: In train: adamw, the default, or sgd.
+        weight_decay: In train; 0.01 by default.
+        clip: In train, the longest gradient, as the norm of all together; 1 by default, 0 for any.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Raises:
@@ -139,7 +149,8 @@ def export(
         rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
         external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
         precision=precision, repository=repository_of(triton, path, max_batch), cache=cache,
-        within=within, accuracy_level=accuracy_level,
+        within=within, accuracy_level=accuracy_level, loss=loss, optimizer=optimizer,
+        weight_decay=weight_decay, clip=clip,
     )  # fmt: skip
     check_output(path, force=force)
     if cache:
@@ -162,6 +173,11 @@ def export(
                 f"{fspath(model)} is a graph as it is: args, kwargs, dynamic and opset have no say",
                 "leave them out; inputs={name: array} gives real data",
             )
+        if mode == "train":
+            raise LoraFxError(
+                f"{fspath(model)}: gradients are derived from a model of torch",
+                "export the model that the file was made from; lora-fx insert adds branches here",
+            )
         if quantise or accuracy_level:
             raise LoraFxError(
                 f"{fspath(model)}: quantise and its accuracy level are for models of torch",
@@ -174,6 +190,8 @@ def export(
     from lora_fx.passes.verbs.open import captured_of
 
     notes: list[str] = []
+    if quantise and mode == "train":
+        raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
     if quantise:
         from lora_fx.passes.verbs.quantise import quantised_base
 
@@ -187,6 +205,10 @@ def export(
         )
         options = replace(options, adapters=adapters)
     run = export_merged if mode == "merged" else export_slots
+    if mode == "train":
+        from lora_fx.passes.verbs.export_train import export_step
+
+        run = export_step
     try:
         report = run(model, args, kwargs, options)
         return replace(report, warnings=(*notes, *report.warnings))

@@ -34,7 +34,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.proofs.batch import prove_rows
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
-from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
+from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import own_use
 from lora_fx.targets.target import base_name
@@ -183,11 +183,13 @@ def write_switch(
         for name, path in paths.items():
             with replacing(path, force=options.force, beside=made_file.beside) as part:
                 write_adapter(adapters[name], manifest, part)
+        more = options.also(made_file, manifest) if options.also else Companions()
+    parity, warnings = [*parity, *more.parity], [*warnings, *more.warnings]
     if session.note:
         warnings.append(session.note)
     details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
-    files = [*made_file.files, *paths.values()]
+    files = [*made_file.files, *paths.values(), *more.files]
     return report_of(files, session.provider, parity, warnings, details)
 
 

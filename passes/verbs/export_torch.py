@@ -194,10 +194,10 @@ def export_slots(
         options.inputs,
         level_gate(options),
     )
-    opset = options.opset or OPSET
-    graph, widened = _base(reference, opset, tied=options.mode != "batch")
-    said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
     if options.mode == "batch":
+        opset = options.opset or OPSET
+        graph, widened = _base(reference, opset, tied=False)
+        said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
         # codes of kernels are made numbers by plain operators, and no product reads them
         named_keys = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
         coded = [k for k in named_keys if base_name(k) in forms(captured.model)]
@@ -207,11 +207,22 @@ def export_slots(
         sources = _sources(reference.base, graph, apart)
         return write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
+    graph, said = switchable(reference, keys, options)
+    said = [*(str(p) for p in captured.pinned), *said]
+    at_level(graph.model, options.accuracy_level)
+    return write_switch(graph, reference, keys, bound, options, said, loose=loose, found=found)
+
+
+def switchable(
+    reference: TorchReference, keys: Sequence[str], options: ExportOptions
+) -> tuple[OnnxGraph, list[str]]:
+    """The base in ONNX with a target for every key that can have one, and what has to be said."""
+    opset = options.opset or OPSET
+    graph, widened = _base(reference, opset, tied=True)
     apart = _lost(reference, graph, keys)
     if apart:
         graph, _ = _base(reference, opset, tied=True, apart=apart)
-    at_level(graph.model, options.accuracy_level)
-    return write_switch(graph, reference, keys, bound, options, said, loose=loose, found=found)
+    return graph, [WIDENED] if widened else []
 
 
 def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> dict[str, Target]:

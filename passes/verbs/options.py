@@ -6,7 +6,8 @@ exists is in order: whatever the options alone show to be wrong was refused when
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.initial import OF_DATA, check_init
 from lora_fx.adapter.variant import named_variant
+from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import LoraFxError, expect, near
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
@@ -26,10 +28,11 @@ from lora_fx.targets.selectors import select_names
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
+    from lora_fx.onnx.manifest import Manifest
     from lora_fx.onnx.save import Output
     from lora_fx.onnx.triton import Repository
 
-Mode = Literal["merged", "switch", "load", "batch"]
+Mode = Literal["merged", "switch", "load", "batch", "train"]
 Dead = Literal["auto", "error", "drop", "keep", "allow"]
 NormStats = Literal["frozen", "update"]
 Provider = Literal["auto", "cpu", "cuda"]
@@ -154,10 +157,26 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "batch": ("scales",),
     "merged": ("optimise", "precision"),
     "load": ("rank",),
+    "train": ("loss", "optimizer", "weight_decay", "clip"),
 }
-"""Mode of export → the options that it alone has; load has those of switch too."""
+"""Mode of export → the options that it alone has; load has those of switch too, train of both."""
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
+
+
+def _given(option: object) -> bool:
+    return (
+        bool(option) if isinstance(option, Sequence) else option is not None and option is not False
+    )
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What was proven and written beside a file over its data, and what has to be said."""
+
+    parity: Sequence[Parity] = ()
+    files: Sequence[Path] = ()
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,16 +203,21 @@ class ExportOptions:
     cache: bool
     within: bool = False
     accuracy_level: int = 0
+    loss: str | Loss | None = None
+    optimizer: str | None = None
+    weight_decay: float | None = None
+    clip: float | None = None
+    owner: Path | None = None
+    also: Callable[[Output, Manifest], Companions] | None = None
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""
         if self.mode not in MODES:
-            raise LoraFxError(
-                f"no mode {self.mode!r}", near(self.mode, MODES, "merged, switch, load or batch")
-            )
+            modes = "merged, switch, load, batch or train"
+            raise LoraFxError(f"no mode {self.mode!r}", near(self.mode, MODES, modes))
         for mode, names in MODES.items():
-            own = mode == self.mode or (mode, self.mode) == ("switch", "load")
-            if not own and any(getattr(self, name) for name in names):
+            more = {"load": ("switch",), "train": ("switch", "load")}.get(self.mode, ())
+            if mode not in (self.mode, *more) and any(_given(getattr(self, n)) for n in names):
                 raise LoraFxError(
                     f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
                     "leave it out",
@@ -214,14 +238,28 @@ class ExportOptions:
                 f"no accuracy level {self.accuracy_level} in mode {self.mode}",
                 "0, or 4 in merged and switch: x in int8 for products over int4 and int8 codes",
             )
-        if self.cache and self.mode == "batch":
-            raise LoraFxError("mode batch has no cache", "merged, switch or load")
+        if self.cache and self.mode in ("batch", "train"):
+            raise LoraFxError(f"mode {self.mode} has no cache", "merged, switch or load")
+        if self.mode == "train":
+            self._check_step()
+
+    def _check_step(self) -> None:
+        if not callable(self.loss) and self.loss not in (None, "ce", "mse"):
+            raise LoraFxError(f"no loss {self.loss!r}", "ce, mse or module:function")
+        if self.optimizer not in (None, "adamw", "sgd"):
+            raise LoraFxError(f"no optimizer {self.optimizer!r}", "adamw or sgd")
+        for name in ("weight_decay", "clip"):
+            given = getattr(self, name)
+            if given is not None and not 0 <= given < math.inf:
+                raise LoraFxError(f"{name} {given} is not 0 or more", "0 leaves it out")
+        if self.repository is not None:
+            raise LoraFxError("a server takes no training step", "--triton with --mode switch")
 
     def output(self) -> AbstractContextManager[Output]:
         """The file, and its copy for Triton, which get their names when the block ends."""
         from lora_fx.onnx.save import output  # insert and merge share this file and need no ONNX
 
-        return output(self.target, force=self.force, repository=self.repository)
+        return output(self.target, force=self.force, repository=self.repository, owner=self.owner)
 
     def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
         """The targets, and whether the default plan chose them: some may be left out then."""

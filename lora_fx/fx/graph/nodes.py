@@ -120,7 +120,7 @@ def random_ops(graph: fx.Graph) -> list[str]:
     seeded = [
         n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
     ]
-    off = ("train", "training", "p", "dropout_p")
+    off = ("train", "training", "p", "dropout", "dropout_p")
     drawing = (n for n in seeded if all(argument(n, name, True) for name in off))
     return list(dict.fromkeys(map(op_name, drawing)))
 

@@ -16,7 +16,7 @@ from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, near
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.tensors import device_of, from_numpy
+from lora_fx.fx.tensors import device_of, from_numpy, has_values
 from lora_fx.fx.train.processes import ALONE, Processes
 
 PROBE = 8
@@ -219,6 +219,8 @@ def field_of(out: object, name: str) -> object:
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
     """Refuse labels that are no class of the model; -100 stands for "ignore"."""
+    if not has_values(labels):
+        return
     if labels.is_floating_point():
         raise LoraFxError(
             f"the labels are fractions such as {float(labels.flatten()[0]):g}; ce needs classes",

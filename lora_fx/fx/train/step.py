@@ -1,0 +1,465 @@
+"""One training step as a graph: the loss, its gradients, and what the optimizer makes of them.
+
+    batch, labels, lr, t, A, B, m, v   →   loss, A', B', m', v'
+
+A [*batch, in, rank] and B [*batch, rank, out] are laid out as mode switch reads them, the scale s
+multiplied into B. The optimizer's numbers are those of the module's own b = Bᵀ/s, whose gradient is
+s·∂L/∂B: a step is what torch.optim takes on the adapted module. Torch's autograd derives the
+backward pass while the train program runs on tensors without values; sizes stay symbols. What the
+exporter has no operator for, or a wrong one, comes apart here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import decomposition_table
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from lora_fx.adapter.factors import slots_of
+from lora_fx.adapter.lowrank import LowRank, alpha_of
+from lora_fx.adapter.variant import variant_of
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.trace import Traced, quiet
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import argument, random_ops, value
+from lora_fx.fx.lowering import signed, without_writes
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.tensors import patched
+from lora_fx.fx.to_onnx import flat_program, mend_squeeze
+from lora_fx.fx.train.objective import Loss, scores_of
+from lora_fx.inputs import Named
+
+aten = torch.ops.aten
+STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
+"""Optimizer → what it keeps beside a tensor."""
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""Of AdamW, as torch has them by default."""
+LARGER = 2.0**14
+"""The exporter drops a sum with less than 1e-8, so both sides of AdamW's quotient are so larger."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the optimizer does to the tensors that it is given.
+
+    Attributes:
+        optimizer: adamw or sgd.
+        weight_decay: As torch.optim has it: of the weight for adamw, of its gradient for sgd.
+        clip: The longest gradient, as the norm of all together; 0 clips nothing.
+    """
+
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def __call__(
+        self,
+        slots: Sequence[Slot],
+        held: Sequence[Sequence[Tensor]],
+        gradients: Sequence[Tensor],
+        lr: Tensor,
+        step: Tensor,
+    ) -> list[Tensor]:
+        """The tensors and states of all slots after a step, flat, in their order."""
+        gradients = [g * s.scale for g, s in zip(gradients, slots, strict=True)]
+        if self.clip:
+            norm = torch.stack([(g * g).sum() for g in gradients]).sum().sqrt()
+            share = self.clip / torch.clamp(norm + 1e-6, min=self.clip)
+            gradients = [g * share for g in gradients]
+        made: list[Tensor] = []
+        left = [
+            1 - torch.pow(beta, step.double()) for beta in BETAS
+        ]  # in fp32 1 − 0.999 loses 4 digits
+        first, second = LARGER / left[0], LARGER / left[1].sqrt()
+        for slot, (w, *state), g in zip(slots, held, gradients, strict=True):
+            rate = lr * slot.rate
+            if self.optimizer == "sgd":
+                made.append(w - rate * (g * slot.scale + w * self.weight_decay))
+                continue
+            m, v = state
+            m = m + (g - m) * (1 - BETAS[0])
+            v = v * BETAS[1] + g * g * (1 - BETAS[1])
+            size = v.sqrt() * second.float() + EPS * LARGER
+            kept = w * (1 - rate * self.weight_decay)
+            made += [kept - (rate * slot.scale * first.float()) * m / size, m, v]
+        return made
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One trained tensor of a step.
+
+    Attributes:
+        name: Its name in the file.
+        tensor: Its name in the module, where it is laid out [*batch, rank, in] or
+            [*batch, out, rank].
+        shape: In the file.
+        scale: What multiplies the module's tensor to make the file's.
+        rate: What multiplies the learning rate.
+        trained: False for one that stays as it is, A of lora-fa.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    scale: float
+    rate: float
+    trained: bool
+
+
+def slots_in(updates: Mapping[str, LowRank], names: Mapping[str, tuple[str, str]]) -> list[Slot]:
+    """The slots of updates by key, for the names of their A and B in the file."""
+    made = []
+    for key, u in updates.items():
+        rates = variant_of(u).rates(1.0)
+        for held, name, scale in zip(slots_of(key, u), names[key], (1.0, u.scale), strict=True):
+            *batch, rows, columns = held.value.shape
+            shape = (*batch, columns, rows)
+            rate = rates.get(held.field, 1.0)
+            made.append(Slot(name, held.name, shape, scale, rate, held.trained))
+    return made
+
+
+@dataclass(frozen=True)
+class TrainGraph:
+    """The train program of a module as a flat graph of tensors, and the loss of what it gives.
+
+    Attributes:
+        module: What holds the tensors.
+        flat: The graph over it.
+        names: ONNX names of its inputs, the seed of dropouts last where it has any.
+        traced: What it was made from.
+        compute: The loss of (output, labels).
+        own: Whether the labels are one of the inputs.
+        seeded: Whether it takes a seed.
+    """
+
+    module: AdaptedModule
+    flat: fx.GraphModule
+    names: list[str]
+    traced: Traced
+    compute: Loss
+    own: bool
+    seeded: bool
+
+    def loss(self, run: fx.Interpreter, inputs: Sequence[Any], labels: Any) -> Tensor:
+        """The loss of a run, with its graph."""
+        out = run.run(*inputs, enable_io_processing=False)
+        return self.compute(pytree.tree_unflatten(list(out), self.traced.out_spec), labels)
+
+
+def train_graph(
+    module: AdaptedModule,
+    named: Named,
+    loss: tuple[Loss, str],
+    passes: Sequence[Callable[[FxGraph], object]] = (),
+    *,
+    unit: bool = False,
+) -> TrainGraph:
+    """The train program for a call.
+
+    Args:
+        module: What insert returned.
+        named: The arguments, the labels among them where the model takes them.
+        loss: What loss_function gives.
+        passes: Rewrites that change no number.
+        unit: The scale is in b already.
+
+    Raises:
+        LoraFxError: An operator draws random numbers in a way that no file can repeat.
+    """
+    updates = module.updates
+    if unit:
+        updates = {
+            k: replace(u, alpha=alpha_of(1.0, u.rank, u.variant)) for k, u in updates.items()
+        }
+    with patched(module, _updates=updates):
+        graph = module.graph(True, portable=True, named=named)
+    for rewrite in passes:
+        rewrite(graph)
+    without_writes(graph.graph)
+    traced = module.captured.traced(True, named, module.base_dtype)
+    flat, names, _ = flat_program(module, graph.graph, traced, named=named)
+    seeded = _seed_dropouts(flat.graph)
+    if drawn := random_ops(flat.graph):
+        raise LoraFxError(
+            f"the model draws random numbers in training that no file can repeat: "
+            f"{', '.join(drawn)}",
+            "turn that off in the model; dropout itself is drawn from the input seed",
+        )
+    flat.recompile()
+    compute, own = loss
+    return TrainGraph(module, flat, names + ["seed"] * seeded, traced, compute, bool(own), seeded)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as a program, the names of its inputs and outputs, and the tensors that stay."""
+
+    program: ExportedProgram
+    inputs: list[str]
+    outputs: list[str]
+    frozen: dict[str, Tensor]
+
+
+def step_of(
+    graph: TrainGraph, slots: Sequence[Slot], update: Update, labels: Callable[[Any], Tensor]
+) -> Step:
+    """Trace a step of a train graph whose scales are in B.
+
+    Args:
+        graph: The train program.
+        slots: A and B of every update.
+        update: The optimizer's part.
+        labels: Makes the labels of these scores where the model does not take them; without values.
+
+    Raises:
+        LoraFxError: A size that should be free is fixed by an operator's gradient.
+    """
+    flat, trained = graph.flat, [s for s in slots if s.trained]
+    places = flat.graph.find_nodes(op="placeholder")
+    fakes = detect_fake_mode([value(n) for n in places]) or FakeTensorMode()
+    tensors = {str(n.target): operator.attrgetter(str(n.target))(flat)
+               for n in flat.graph.find_nodes(op="get_attr")}  # fmt: skip
+    own = {s.tensor for s in slots}
+    first: dict[int, str] = {}
+    names = {n: first.setdefault(id(t), n) for n, t in tensors.items()}  # a tied one is one
+    frozen = {n: t.detach() for n, t in tensors.items() if names[n] == n and n not in own}
+    given: list[Tensor] = [fakes.from_tensor(t, static_shapes=True) for t in frozen.values()]
+    with fakes:
+        batch = [_without_values(value(n), fakes) for n in places]
+        ends: Any = graph.flat.graph.output_node().args[0]
+        out = pytree.tree_unflatten([value(n) if isinstance(n, fx.Node) else n for n in ends],
+                                    graph.traced.out_spec)  # fmt: skip
+        target = [] if graph.own else [labels(scores_of(out))]
+        numbers = [torch.zeros(()), torch.zeros((), dtype=torch.int64)]
+        held = [torch.zeros(s.shape) for s in slots]
+        states = STATES[update.optimizer]
+        kept = [torch.zeros(s.shape) for _ in states for s in trained]
+
+    def step(*leaves: Any) -> tuple[Any, ...]:
+        left = list(leaves)
+
+        def take(count: int) -> list[Any]:
+            taken, left[:] = left[:count], left[count:]
+            return taken
+
+        alone = dict(zip(frozen, take(len(frozen)), strict=True))
+        weights = {n: alone[of] for n, of in names.items() if of in alone}
+        inputs, lab = take(len(batch)), take(len(target))
+        lr, count = take(2)
+        matrices = take(len(slots))
+        moments = [take(len(trained)) for _ in states]
+        with torch.enable_grad():
+            learnt = {s.name: w.detach().requires_grad_(s.trained)
+                      for s, w in zip(slots, matrices, strict=True)}  # fmt: skip
+            weights |= {s.tensor: learnt[s.name].transpose(-1, -2) for s in slots}
+            at = inputs[graph.names.index("labels")] if graph.own else lab[0]
+            loss = graph.loss(_Held(flat, weights), inputs, at)
+            leaves = tuple(learnt[s.name] for s in trained)
+            gradients = torch.autograd.grad(loss, leaves)
+        before = [(learnt[s.name].detach(), *(m[i] for m in moments))
+                  for i, s in enumerate(trained)]  # fmt: skip
+        return loss.detach(), *update(trained, before, gradients, lr, count)
+
+    leaves = [*given, *batch, *target, *numbers, *held, *kept]
+    plain = torch.backends.mkldnn.flags(enabled=False)  # a fused LSTM has no other form
+    free = _sizes_kept(fakes, dict(zip(graph.names, batch, strict=True)), flat.graph)
+    apart = sdpa_kernel(SDPBackend.MATH)
+    with quiet(), torch.no_grad(), fakes, enable_python_dispatcher(), apart, plain, free:
+        made = make_fx(step, decomposition_table=_table())(*leaves)
+    for node in [n for n in made.graph.nodes if n.target in SQUEEZES]:
+        mend_squeeze(made.graph, node)
+    made.graph.eliminate_dead_code()
+    nodes = made.graph.find_nodes(op="placeholder")
+    for node, leaf in zip(nodes, leaves, strict=True):
+        node.meta["val"] = leaf
+    given_out: Any = made.graph.output_node().args[0]
+    made.graph.output_node().args = (tuple(given_out),)
+    each = ("", *(f".{s}" for s in states))
+    inputs = [*graph.names, *(["labels"] if target else []), "lr", "step"]
+    inputs += [s.name for s in slots] + [s.name + e for e in each[1:] for s in trained]
+    outputs = ["loss", *(f"{s.name}{e}.next" for s in trained for e in each)]
+    return Step(signed(made.graph, nodes[len(given) :], frozen), inputs, outputs, frozen)
+
+
+class _Held(fx.Interpreter):
+    """A graph run on tensors by name."""
+
+    def __init__(self, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(module)
+        self.tensors = tensors
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.tensors[target]
+
+
+def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
+    """What stands for an input: as the capture saw it, or of its sizes where none was seen."""
+    if getattr(val, "fake_mode", None) is fakes:
+        return val  # type: ignore[no-any-return]
+    return fakes.from_tensor(val, static_shapes=True)
+
+
+@contextlib.contextmanager
+def _sizes_kept(
+    fakes: FakeTensorMode, inputs: Mapping[str, Tensor], graph: fx.Graph
+) -> Iterator[None]:
+    """A block in which no free size of an input may become a number.
+
+    The sizes of a finished capture are closed: torch goes on as if its example's held for all.
+    """
+    env, asked = fakes.shape_env, list[Any]()
+    if env is None:
+        yield
+        return
+    noted = patched(env, _check_frozen=lambda expr, result: asked.append((expr, result)))
+    with noted:
+        yield
+    for expr, result in asked:
+        if not getattr(result, "is_number", False):  # a condition: the proof runs other sizes
+            continue
+        for name, tensor in inputs.items():
+            for d, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr in expr.free_symbols:
+                    found = sorted({str(n.target) for n in graph.nodes if n.target in UNROLLED})
+                    what = ", ".join(found) or "an operator's gradient"
+                    raise LoraFxError(
+                        f"{name!r}: dimension {d} is free, and {what} has a step for one size only",
+                        f"--static {name}:{d}; in Python capture(…, static=['{name}:{d}'])",
+                    )
+
+
+SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
+UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+"""Recurrences, whose gradient is one of a number of steps."""
+
+
+# What comes apart before the exporter sees it: all that it has no operator for, and these.
+
+
+def _table() -> dict[Any, Callable[..., Any]]:
+    from torch.onnx._internal.exporter import _decomp
+
+    from lora_fx.fx.to_onnx import registry
+
+    known = set(_decomp.get_onnx_implemented_overloads(registry()))
+    table = _decomp.create_onnx_friendly_decomposition_table(known)
+    # the exporter's own forgets how many labels count, so that a mean has the gradient of a sum
+    counted = aten.nll_loss_forward.default
+    return {
+        **table,
+        counted: decomposition_table[counted],
+        aten.convolution_backward.default: convolution_backward,
+    }
+
+
+def convolution_backward(
+    dy: Tensor, x: Tensor, w: Tensor, _: object, *attributes: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of a convolution of any kind by convolutions: (∂x, ∂w, ∂bias).
+
+    ∂x is the other kind of convolution of ∂y. ∂w is one in which the batch is summed over as
+    channels are, stride and dilation trading places; each group of channels is a group.
+    """
+    stride, padding, dilation, transposed, _, groups, wanted = attributes
+    axes = range(x.dim() - 2)
+    dx = dw = db = None
+    if wanted[0]:
+        rest = [0 for _ in axes]
+        if not transposed:  # what the strides left over at the end
+            reach = [dilation[i] * (w.shape[i + 2] - 1) + 1 - 2 * padding[i] for i in axes]
+            rest = [(x.shape[i + 2] - reach[i]) % stride[i] for i in axes]
+        dx = aten.convolution(dy, w, None, stride, padding, dilation, not transposed, rest, groups)
+    if wanted[1]:
+        wide, slides = (dy, x) if transposed else (x, dy)
+        size = wide.shape[2:]
+        parts = wide.reshape(wide.shape[0], groups, -1, *size)
+        rows = parts.permute(2, 1, 0, *(i + 3 for i in axes)).flatten(1, 2)
+        filters = slides.transpose(0, 1)
+        none = [0 for _ in axes]
+        dw = aten.convolution(rows, filters, None, dilation, padding, stride, False, none, groups)
+        for i in axes:
+            dw = dw.narrow(i + 2, 0, w.shape[i + 2])
+        dw = dw.transpose(0, 1)
+    if wanted[2]:
+        db = dy.sum([0, *(i + 2 for i in axes)])
+    return dx, dw, db
+
+
+# Dropout by an input, seed: what is dropped depends on it, on the place and on which dropout it is,
+# by whole numbers below a prime, so that torch and every runtime drop the same.
+
+
+PRIME = 2**31 - 1
+
+
+def _seed_dropouts(graph: fx.Graph) -> bool:
+    """Let the dropouts of a graph draw by an input; False where it has none."""
+    found = [n for n in graph.nodes if _drops(n)]
+    if not found:
+        return False
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        seed = graph.placeholder("seed")
+    seed.meta["val"] = torch.zeros((), dtype=torch.int64)
+    for i, node in enumerate(found):
+        attention = node.target is aten.scaled_dot_product_attention.default
+        p = argument(node, "dropout_p" if attention else "p")
+        if not attention:
+            node.target, node.args, node.kwargs = dropped, (node.args[0], p, seed, i), {}
+            continue
+        named = {n: argument(node, n) for n in ("is_causal", "scale", "enable_gqa")}
+        mask = argument(node, "attn_mask")
+        node.target = attention_with_dropout
+        node.args = (*node.args[:3], mask, p, seed, i)
+        node.kwargs = named
+    return True
+
+
+def _drops(node: fx.Node) -> bool:
+    if node.target is aten.dropout.default:
+        return bool(argument(node, "train")) and argument(node, "p") > 0
+    return node.target is aten.scaled_dot_product_attention.default and bool(
+        argument(node, "dropout_p")
+    )
+
+
+def dropped(x: Tensor, p: float, seed: Tensor, which: int) -> Tensor:
+    """Dropout of x: a share p of it is zero, the rest is divided by 1 − p."""
+    n = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    salt = (seed % PRIME * 48271 + which * 69621 + 1) % PRIME
+    h = (n % PRIME * 16807 + salt) % PRIME
+    for add in (12345, 271828, 314159):  # a square is what no line of places keeps in order
+        h = (h * h + salt + add) % PRIME
+    return torch.where(h >= int(p * PRIME), x / (1 - p), 0.0)
+
+
+def attention_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, seed: Tensor, which: int,
+    **named: Any,
+) -> Tensor:  # fmt: skip
+    """Attention whose weights are dropped."""
+    if named.get("enable_gqa"):
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * (named.get("scale") or q.shape[-1] ** -0.5)
+    if named.get("is_causal"):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -torch.inf)
+    if mask is not None:
+        scores = scores + mask
+    return dropped(scores.softmax(-1), p, seed, which) @ v

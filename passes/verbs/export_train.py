@@ -1,0 +1,282 @@
+"""export in mode train: a training step and its forward, two ONNX files over one data file.
+
+X.onnx                a step: loss, gradients and the optimizer, in plain operators
+X.switch.onnx         the forward, as mode switch has it, for the same A and B
+X.onnx.data           the weights of both
+X.onnx_adapter        what A and B start from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lora_fx.adapter.adapter import Adapter, bind, check_plain
+from lora_fx.compare import Report, demand
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.fx.capture.call import onnx_conditions
+from lora_fx.fx.codes import forms
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.tensors import from_numpy, named_tensors, to_numpy
+from lora_fx.fx.to_onnx import OPSET, translated
+from lora_fx.fx.train.objective import IGNORED, loss_function, scores_of
+from lora_fx.fx.train.step import STATES, Update, slots_in, step_of, train_graph
+from lora_fx.inputs import Named
+from lora_fx.onnx.manifest import PROPERTY, Manifest, row_of
+from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
+from lora_fx.onnx.ranges import guard_within, say_within
+from lora_fx.onnx.save import Output
+from lora_fx.onnx.session import open_session, write_adapter
+from lora_fx.onnx.training import save_beside
+from lora_fx.passes.clean import Clean
+from lora_fx.passes.fuse import Fuse
+from lora_fx.passes.proofs.gradients import prove_step
+from lora_fx.passes.proofs.parity import TorchReference
+from lora_fx.passes.share import Share
+from lora_fx.passes.verbs.adapt import find, insert
+from lora_fx.passes.verbs.export_files import write_switch
+from lora_fx.passes.verbs.export_torch import switchable
+from lora_fx.passes.verbs.open import captured_of, opened
+from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
+
+if TYPE_CHECKING:
+    pass
+
+TAKEN = ("lr", "step", "seed", "loss")
+"""Names that a step has for itself."""
+
+
+def export_step(
+    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
+) -> Report:
+    """See lora_fx.passes.verbs.export.
+
+    Raises:
+        LoraFxError: A base or an update that no step is made for, an operator without a gradient.
+        NoEffectError: ONNX Runtime's step differs from torch's; nothing is written.
+    """
+    module = _adapted(model, args, kwargs, options)
+    step = _Files(module, options)
+    was = module.training
+    try:
+        return step.write()
+    finally:
+        module.train(was)
+
+
+def _adapted(
+    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
+) -> AdaptedModule:
+    """The module whose step it is; raises for what no step is made for."""
+    adapter = options.adapters
+    if adapter is not None and not isinstance(adapter, Adapter):
+        several = list(adapter.values() if hasattr(adapter, "values") else adapter)
+        if len(several) > 1:
+            raise LoraFxError(f"a step trains one adapter, not {len(several)}", "name one")
+        adapter = several[0] if several else None
+    model = opened(model)
+    if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
+        raise LoraFxError("this module's weights are folded", "export the original model")
+    if isinstance(model, AdaptedModule):
+        if adapter is not None or options.include or options.exclude or options.rank:
+            raise LoraFxError(
+                "the module has branches already: adapters, include, exclude and rank have no say",
+                "leave them out, or export the original model",
+            )
+        module = model
+    else:
+        captured = captured_of(model, args, kwargs, options.dynamic)
+        _refuse_base(captured.model)
+        chosen: dict[str, Any] = {"rank": options.rank} if options.rank else {}
+        if adapter is None:
+            chosen |= {"include": options.include, "exclude": options.exclude}
+        module = insert(captured, adapter=adapter, **chosen)
+    _refuse_base(module)
+    made = module.adapter()
+    check_plain(made, "mode train")
+    if made.full:
+        raise LoraFxError(
+            f"{min(made.full)!r} is trained whole; a step trains low-rank updates",
+            "leave it out of also_train, or train with lora-fx train",
+        )
+    for key, u in made.lowrank.items():
+        if u.frozen or u.group:
+            raise LoraFxError(
+                f"{key!r} starts from its weight, or shares inputs in groups: it has no step",
+                "init kaiming, gaussian or orthogonal, and variant lora, rslora, lora+ or lora-fa",
+            )
+    if module.norm_stats != "frozen":
+        raise LoraFxError("a step keeps running statistics as they are", "norm_stats='frozen'")
+    return module
+
+
+def _refuse_base(model: torch.nn.Module) -> None:
+    coded = sorted(forms(model))
+    if coded:
+        raise LoraFxError(
+            f"{coded[0]!r} is quantised: a step computes gradients in float32 alone",
+            "export the model that it was made from, or train with lora-fx train",
+        )
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.dtype is not torch.float32:
+            raise LoraFxError(
+                f"{name!r} is {dtype_name(p.dtype)}; a step is made of float32",
+                "model.float() before the export",
+            )
+
+
+class _Files:
+    """The files of one export."""
+
+    def __init__(self, module: AdaptedModule, options: ExportOptions) -> None:
+        self.module, self.options = module, options
+        self.update = Update(
+            options.optimizer or "adamw",
+            0.01 if options.weight_decay is None else options.weight_decay,
+            1.0 if options.clip is None else options.clip,
+        )
+        captured = module.captured
+        known = captured.signature.keywords
+        self.loss = loss_function(options.loss or "ce", "labels", lambda n: n in known)
+        self.named = self._labelled(captured.named)[0]
+        self.updates = module.updates
+        self.adapter = module.adapter()
+
+    def write(self) -> Report:
+        """Write and prove all of them."""
+        module, options = self.module, self.options
+        target = options.target
+        switch, start = (target.with_suffix(s) for s in (".switch.onnx", ".onnx_adapter"))
+        for path in (target, switch, start):
+            check_output(path, force=options.force)
+        captured = module.captured
+        found = find(captured)
+        reference = TorchReference(
+            captured,
+            lambda adapter: insert(captured, adapter=adapter, dead="allow"),
+            options.inputs,
+        )
+        keys = list(bind(self.adapter, found).lowrank)
+        graph, said = switchable(reference, keys, options)
+        said = [*(str(p) for p in captured.pinned), *said, *module.notes]
+        only: dict[str, Any] = dict.fromkeys((*MODES["train"], "rank", "include", "exclude"))
+        own = replace(
+            options,
+            mode="switch",
+            target=switch,
+            owner=target,
+            external_over=0,
+            also=partial(self._step, reference),
+            **only,
+        )
+        report = write_switch(graph, reference, keys, {}, own, said, found=found)
+        details = {**report.details, "mode": "train", "optimizer": self.update.optimizer}
+        outputs = sorted(report.outputs, key=lambda name: name != str(target))  # the step first
+        return replace(report, outputs=tuple(outputs), details=details)
+
+    def _step(self, reference: TorchReference, made: Output, manifest: Manifest) -> Companions:
+        """Write the step and the start beside the forward."""
+        module, options, target = self.module, self.options, self.options.target
+        slots = slots_in(self.updates, {k: (s.a, s.b) for k, s in manifest.slots.items()})
+        quick: list[Callable[[FxGraph], object]] = [Clean(), Share(), Fuse()]
+        graph = train_graph(module, self.named, self.loss, quick, unit=True)
+        batch = graph.names[: len(graph.names) - graph.seeded]
+        if mine := sorted({*TAKEN, *([] if graph.own else ["labels"])} & {*batch}):
+            raise LoraFxError(
+                f"the model has an input {mine[0]!r}, which a step has for itself", "rename it"
+            )
+        step = step_of(graph, slots, self.update, self._without_values)
+        model = translated(
+            lambda: step.program,
+            step.inputs,
+            step.outputs,
+            set(step.frozen),
+            options.opset or OPSET,
+        )
+        restore_weight_names(model, named_tensors(module)[0])
+        free = graph.traced.door.free(module.captured.requested)
+        rename_dimensions(model, {(n, d): s for n, dims in free.items() for d, s in dims.items()})
+        strip_traces(model)
+        model.metadata_props[PROPERTY] = self._manifest(manifest, graph.seeded).to_text()
+        say_within(model, onnx_conditions(graph.traced.door.conditions))
+        if not options.within:
+            guard_within(model, reference.guards())
+        place = made.path.with_name(target.name)
+        left = save_beside(model, place, made.path)
+        session = open_session(place, options.provider)
+        plain = train_graph(module, self.named, self.loss)
+        parity = prove_step(session.run, plain, slots, self.update, self._labelled, options.inputs)
+        demand(parity, "ONNX Runtime's step differs from torch's")
+        with replacing(target, force=options.force, beside=made.beside) as part:
+            place.replace(part)
+        start = target.with_suffix(".onnx_adapter")
+        with replacing(start, force=options.force, beside=made.beside) as part:
+            write_adapter(self.adapter, manifest, part)
+        said = (
+            [f"{left} bytes of tensors lie in {target.name} itself"] if left > MOST_INSIDE else []
+        )
+        return Companions(parity, [target, start], said)
+
+    def _manifest(self, manifest: Manifest, seeded: bool) -> Manifest:
+        """The manifest of the step: fixed ranks, and what the step does."""
+        slots = {k: replace(s, rank=self.updates[k].rank) for k, s in manifest.slots.items()}
+        names = slots_in(self.updates, {k: (s.a, s.b) for k, s in slots.items()})
+        states = STATES[self.update.optimizer]
+        training = {
+            **vars(self.update),
+            "loss": self.options.loss if isinstance(self.options.loss, str) else "function",
+            "seed": seeded,
+            "states": {s.name: [f"{s.name}.{x}" for x in states] for s in names if s.trained},
+            "updates": {k: row_of(u) for k, u in self.updates.items()},
+            "metadata": self.adapter.metadata,
+        }
+        return Manifest(slots, "train", training)
+
+    # --- labels ----------------------------------------------------------------------------------
+
+    def _scores(self, named: Named) -> torch.Tensor:
+        """What the model gives for a batch, in eval mode."""
+        self.module.eval()
+        with torch.no_grad():
+            return scores_of(self.module._run_named(named)).detach()
+
+    def _labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
+        """The call of a batch with its labels, where the model takes them, and the labels."""
+        own = self.loss[1]
+        named = {k: v for k, v in named.items() if k != own}
+        scores = self._scores(named)
+        labels = self._drawn(scores)
+        if own:
+            named = self.module.captured.signature.bind((), {**named, own: labels})
+        return dict(named), to_numpy(labels)
+
+    def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
+        """Labels of scores, one of them left out."""
+        at = self._without_values(scores)
+        generator = np.random.default_rng(scores.numel())
+        if at.is_floating_point():
+            return from_numpy(generator.standard_normal(at.shape).astype(np.float32))
+        labels = generator.integers(0, scores.shape[-1], at.shape)
+        if labels.size > 3 and not callable(self.options.loss):
+            labels.reshape(-1)[-1] = IGNORED
+        return from_numpy(labels)
+
+    def _without_values(self, scores: torch.Tensor) -> torch.Tensor:
+        """Labels of scores: for mse one for each, else one for each row of them."""
+        if self.options.loss == "mse":
+            return torch.zeros(tuple(scores.shape), dtype=torch.float32)
+        return torch.zeros(tuple(scores.shape[:-1]), dtype=torch.int64)
+
+
+MOST_INSIDE = 1 << 20
+"""Bytes of tensors inside a step's own file, above which it is said."""
