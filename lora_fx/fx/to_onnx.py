@@ -26,7 +26,7 @@ from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.inputs import Named
-from lora_fx.onnx.names import mark_data, unfolded
+from lora_fx.onnx.names import exact_constants, mark_data, unfolded
 from lora_fx.progress import stage
 from lora_fx.silence import silenced
 from lora_fx.targets.target import Target
@@ -235,7 +235,8 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
     rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
     fold = patched(optimizer, optimize_ir=rule)
     rewrites = patched(rewriter, **({name: kept} if kept else {}))
-    with rewrites, patched(joining, **own), fold, _matched_by_operator(), _typed_by_values():
+    exact, quick, typed = exact_constants(), _matched_by_operator(), _typed_by_values()
+    with rewrites, patched(joining, **own), fold, exact, quick, typed:
         yield
 
 

@@ -47,8 +47,6 @@ STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
 """Optimizer → what it keeps beside a tensor."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Of AdamW, as torch has them by default."""
-LARGER = 2.0**14
-"""The exporter drops a sum with less than 1e-8, so both sides of AdamW's quotient are so larger."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,9 @@ class Update:
             share = self.clip / torch.clamp(norm + 1e-6, min=self.clip)
             gradients = [g * share for g in gradients]
         made: list[Tensor] = []
-        left = [
-            1 - torch.pow(beta, step.double()) for beta in BETAS
-        ]  # in fp32 1 − 0.999 loses 4 digits
-        first, second = LARGER / left[0], LARGER / left[1].sqrt()
+        # in fp32 1 − 0.999 loses 4 digits
+        left = [1 - torch.pow(beta, step.double()) for beta in BETAS]
+        first, second = 1 / left[0], 1 / left[1].sqrt()
         for slot, (w, *state), g in zip(slots, held, gradients, strict=True):
             rate = lr * slot.rate
             if self.optimizer == "sgd":
@@ -92,7 +89,7 @@ class Update:
             m, v = state
             m = m + (g - m) * (1 - BETAS[0])
             v = v * BETAS[1] + g * g * (1 - BETAS[1])
-            size = v.sqrt() * second.float() + EPS * LARGER
+            size = v.sqrt() * second.float() + EPS
             kept = w * (1 - rate * self.weight_decay)
             made += [kept - (rate * slot.scale * first.float()) * m / size, m, v]
         return made

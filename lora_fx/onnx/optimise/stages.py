@@ -22,7 +22,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.graph.flow import made_by
-from lora_fx.onnx.names import unfolded
+from lora_fx.onnx.names import exact_constants, unfolded
 from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
@@ -42,7 +42,7 @@ class FoldConstants(ir.passes.InPlacePass):
 
         before = sum(1 for _ in model.graph.all_nodes())
         weights = [n for n, v in model.graph.initializers.items() if len(v.shape or ()) > 1]
-        with silenced(contextlib.redirect_stdout):
+        with silenced(contextlib.redirect_stdout), exact_constants():
             optimize_ir(model, should_fold=unfolded(weights))
         after = sum(1 for _ in model.graph.all_nodes())
         return ir.passes.PassResult(model, after != before)
