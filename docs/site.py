@@ -6,6 +6,7 @@ to where the pages stand in the site.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ PAGES = {
     "passes/README.md": "passes.md",
 }
 """Pages by where they lie in the repository → in the site."""
+NOTEBOOK = "samples/quickstart.ipynb"
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -35,6 +37,8 @@ def on_files(files: Any, config: Any) -> Any:
             text = f"# {source}\n\n```python\n{text}```\n"
         files.append(File.generated(config, place, content=turned(text, source, places)))
     files.append(File.generated(config, "api.md", content=reference()))
+    shown = notebook(json.loads((ROOT / NOTEBOOK).read_text()))
+    files.append(File.generated(config, "quickstart.md", content=shown))
     return files
 
 
@@ -65,6 +69,26 @@ def turned(text: str, source: str, places: dict[str, str]) -> str:
     # fences of the README that its tests know by a word are titles in the site
     text = re.sub(r"^```text graph (\w+)$", r'```text title="\1"', text, flags=re.M)
     return LINK.sub(link, text)
+
+
+def notebook(book: dict[str, Any]) -> str:
+    """A notebook as a page: its text, its code, and what each cell gave when it was run."""
+    parts = []
+    for cell in book["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(
+                    f"![result](data:image/png;base64,{''.join(data['image/png']).strip()})"
+                )
+            elif "text/html" in data:
+                parts.append("".join(data["text/html"]))
+            else:
+                said = "".join(output.get("text") or data.get("text/plain", ""))
+                parts.append(f"```text\n{said.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def reference() -> str:
