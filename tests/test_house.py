@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import pytest
@@ -285,6 +285,21 @@ def test_nobody_takes_more_than_eight_arguments() -> None:
 def test_every_package_is_in_the_wheel() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert set(config["packages"]) == {m.name for m in MODULES if m.is_package}
+
+
+def test_the_lock_is_of_what_the_project_asks_for() -> None:
+    """Every requirement with its specifier, as `uv lock --check` looks without a network."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    wanted = {r.partition(";")[0].replace(" ", "") for r in asked}
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    (own,) = (p["metadata"]["requires-dist"] for p in lock if p["name"] == "lora-fx")
+    held = {
+        f"{r['name'].replace('ml-dtypes', 'ml_dtypes')}"
+        f"{'[' + ','.join(r['extras']) + ']' if 'extras' in r else ''}{r.get('specifier', '')}"
+        for r in own
+    }
+    assert wanted == held
 
 
 def run(code: str) -> str:
