@@ -291,12 +291,11 @@ def test_the_lock_is_of_what_the_project_asks_for() -> None:
     """Every requirement with its specifier, as `uv lock --check` looks without a network."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
-    wanted = {r.partition(";")[0].replace(" ", "") for r in asked}
+    wanted = {r.partition(";")[0].replace(" ", "").replace("_", "-") for r in asked}
     lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     (own,) = (p["metadata"]["requires-dist"] for p in lock if p["name"] == "lora-fx")
     held = {
-        f"{r['name'].replace('ml-dtypes', 'ml_dtypes')}"
-        f"{'[' + ','.join(r['extras']) + ']' if 'extras' in r else ''}{r.get('specifier', '')}"
+        f"{r['name']}{'[' + ','.join(r['extras']) + ']' if 'extras' in r else ''}{r.get('specifier', '')}"
         for r in own
     }
     assert wanted == held
