@@ -63,6 +63,10 @@ class Table:
         cut = {k: v[:, :width] for k, v in alike if v.dtype.kind in "iub"}
         return replace(self, columns={**self.columns, **cut})
 
+    def count(self, size: int) -> int:
+        """Batches in a pass over the examples."""
+        return -(-len(self) // size)
+
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """Trimmed batches in order, or shuffled by a seed; the last one may be smaller."""
         order = _order(len(self), seed)
@@ -89,6 +93,10 @@ class Buckets:
     def __len__(self) -> int:
         """Number of examples."""
         return sum(len(t) for t in self.tables)
+
+    def count(self, size: int) -> int:
+        """Batches in a pass over the examples, whatever `size` says."""
+        return len(self.tables)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """The batches as they were made, whatever `size` says."""
