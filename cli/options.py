@@ -406,10 +406,11 @@ merge_options = combined(
 
 
 GROUPS = {
-    "Data": "data label loss validation max_length examples",
-    "Training": "epochs steps batch_size lr weight_decay warmup clip checks patience accumulate "
-    "mixed_precision",
-    "States of a training": "save_state save_every resume",
+    "Data": "data label loss validation eval_data max_length examples",
+    "Training": "epochs steps batch_size checks patience accumulate gradient_accumulation_steps "
+    "activation_checkpointing mixed_precision",
+    "Optimizer and its rate": "lr schedule optimizer weight_decay warmup clip",
+    "States of a training": "save_state save_every save_total_limit resume",
     "Targets and ranks": "plan rank alpha energy max_rank params max_error max_abs_error include "
     "exclude also_train also_full whole variant init dropout quantise accuracy_level dead",
     "What is accepted": "allow_unused allow_missing any_base other_readers untie add again",

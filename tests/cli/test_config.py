@@ -156,6 +156,26 @@ def test_options_of_a_config_count_as_given(home: Path, capsys: Any) -> None:
     assert "says trust" in err
 
 
+@pytest.mark.parametrize(
+    ("table", "line", "accumulate", "precision"),
+    [
+        ("", [], 2, "no"),
+        ('accumulate = 3\nmixed-precision = "bf16"\n', [], 3, "bf16"),
+        ('accumulate = 3\nmixed-precision = "bf16"\n', ["--accumulate", "5"], 5, "bf16"),
+    ],
+)
+def test_a_config_wins_over_what_accelerate_launch_always_sets(
+    table: str, line: list[str], accumulate: int, precision: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    (tmp_path / "c.toml").write_text(f"[train]\n{table}")
+    config = ["--config", str(tmp_path / "c.toml")]
+    given = parsed("train", ["m.py:build", "d.npz", "-o", "a", *config, *line]).params
+    assert (given["accumulate"], given["mixed_precision"]) == (accumulate, precision)
+
+
 REFUSED = {
     "no file": ("", "--config gone.toml", "gone.toml: cannot be read", "is the path right"),
     "no TOML": ("[merge", "", "r.toml: not TOML", "[merge]"),

@@ -67,7 +67,7 @@ def test_one_of_its_kind_has_no_title_of_its_own() -> None:
     assert "Targets and ranks" not in in_groups(command("merge").params)
     titles = in_groups(command("train").params)
     assert [p.name for p in titles["States of a training"]] == [
-        "save_state", "save_every", "resume",
+        "save_state", "save_every", "save_total_limit", "resume",
     ]  # fmt: skip
 
 
