@@ -271,7 +271,7 @@ def check_shares(options: JsonView) -> None:
 
 def tables_of(data: str, loaded: LoadedModel, cap: Captured, options: Json) -> tuple[Table, Table]:
     """Examples to train on and those that are held out; takes their options out."""
-    from lora_fx.data import alike, split
+    from lora_fx.data import alike, repeated, split
 
     names = ("label", "max_length", "eval_data", "validation")
     label, longest, held_out, share = (options.pop(n) for n in names)
@@ -280,7 +280,11 @@ def tables_of(data: str, loaded: LoadedModel, cap: Captured, options: Json) -> t
         note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
     if not held_out:
         return split(table, share, options["seed"])
-    return table, alike(training_data(held_out, loaded, cap, label, longest), table, held_out, data)
+    other = alike(training_data(held_out, loaded, cap, label, longest), table, held_out, data)
+    if count := repeated(other, table):
+        told = f"{held_out}: {count} of {len(other)} examples are trained on too, from {data}"
+        note(f"{told}: the validation loss says less of new ones", warns=True)
+    return table, other
 
 
 def adapter_of(path: str) -> Adapter:

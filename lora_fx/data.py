@@ -146,6 +146,19 @@ def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
     return held_out
 
 
+def repeated(held_out: Table, training: Table) -> int:
+    """How many held-out examples are trained on too: their inputs, whatever is padded with 0."""
+    known = set(_inputs(training))
+    return sum(key in known for key in _inputs(held_out))
+
+
+def _inputs(table: Table) -> list[int]:
+    """A hash of each example's inputs."""
+    columns = [v for k, v in sorted(table.columns.items()) if k != table.label]
+    rows = range(len(table))
+    return [hash(tuple(v[i].tobytes().rstrip(b"\0") for v in columns)) for i in rows]
+
+
 def training_table(
     path: str,
     inputs: Sequence[str],

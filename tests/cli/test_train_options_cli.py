@@ -55,6 +55,20 @@ def test_batches_that_are_accumulated_are_one_larger_batch(
     assert checked == pytest.approx({"0": parts["before"], **parts["validation"]}, abs=1e-6)
 
 
+def test_held_out_examples_that_are_trained_on_are_said(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load("d.npz") as d, np.load("held.npz") as held:
+        mixed = {name: np.concatenate([held[name], d[name][5:8]]) for name in d}
+    mixed["labels"][-1] = (mixed["labels"][-1] + 1) % 5  # another label makes it no other example
+    np.savez("mixed.npz", **mixed)
+    told = losses(capsys, "-o", "a", "--eval-data", "mixed.npz", "--steps", "1")
+    said = "mixed.npz: 3 of 15 examples are trained on too, from d.npz"
+    assert any(said in warning for warning in told["warnings"])
+    told = losses(capsys, "-o", "a", "--eval-data", "held.npz", "--steps", "1")
+    assert not any("trained on too" in warning for warning in told["warnings"])
+
+
 def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "mine.csv").write_text("a,b\n1,2\n")
     (home / "old.csv").write_text("step,loss,validation\n1,2,3\n")

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 import lora_fx
-from lora_fx.data import Table, read_table
+from lora_fx.data import Table, read_table, repeated
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.language_data import language_table
 from lora_fx.fx.train.loop import fit
@@ -114,6 +120,63 @@ def test_what_is_cut_left_out_and_ignored_is_said(tmp_path: Path, model: LlamaFo
     small = LlamaForCausalLM(config(max_position_embeddings=5))
     (tmp_path / "again").mkdir()
     assert table(tmp_path / "again", small, lines, 64)[0].columns["input_ids"].shape[1] == 5
+
+
+def test_lines_that_two_files_share_are_counted_whatever_their_padding(
+    tmp_path: Path, model: LlamaForCausalLM
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    lines = rows("prompt", 6)
+    training, _ = table(
+        tmp_path / "one", model, [*lines, {"prompt": "the", "completion": " a" * 40}]
+    )
+    longer = {"prompt": lines[4]["prompt"], "completion": lines[4]["completion"] + " roofs"}
+    held_out, _ = table(tmp_path / "two", model, [lines[1], longer, lines[3]])
+    assert training.columns["labels"].shape[1] > held_out.columns["labels"].shape[1]
+    assert repeated(held_out, training) == 2
+
+
+OTHER = {"text": "roofs", "prompt": "a dog", "completion": " runs"}
+
+
+@pytest.mark.parametrize(
+    ("form", "more"),
+    [
+        ("messages", ["prompt"]),  # the first turn again, as in UltraChat
+        ("messages", ["completion"]),
+        ("text", ["prompt"]),
+        ("prompt", []),
+        ("messages", []),
+    ],
+)
+def test_a_form_that_is_whole_is_taken_beside_parts_and_nulls(
+    tmp_path: Path, model: LlamaForCausalLM, form: str, more: list[str]
+) -> None:
+    lines = rows(form, 3)
+    nulls = {name: None for name in ("text", "completion", "messages") if name not in lines[0]}
+    beside = {**nulls, **{name: OTHER[name] for name in more}}
+    (tmp_path / "alone").mkdir()
+    want, _ = table(tmp_path / "alone", model, lines)
+    found, notes = table(tmp_path, model, [{**beside, **line} for line in lines])
+    for name, column in want.columns.items():
+        assert (found.columns[name] == column).all()
+    assert all(repr(name) in notes[-1] for name in beside), "what is ignored is named"
+
+
+def test_a_model_without_a_limit_takes_what_max_length_says(
+    tmp_path: Path, model: LlamaForCausalLM
+) -> None:
+    """Bloom's and Mamba's configs have no max_position_embeddings."""
+    sizes = {"hidden_size": 12, "n_layer": 1, "n_head": 2}
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(WORDS), **sizes))
+    line = {"text": "the cat sees a small dog " * 300}
+    (tmp_path / "free").mkdir()
+    free, notes = table(tmp_path / "free", bloom, [line], 1700)
+    assert free.columns["input_ids"].shape == (1, 1700) and "cut to 1700 tokens" in notes[1]
+    (tmp_path / "usual").mkdir()
+    usual, _ = table(tmp_path / "usual", bloom, [line])
+    assert usual.columns["input_ids"].shape == (1, 1024)
 
 
 def test_a_prompt_that_merges_with_its_completion(tmp_path: Path, model: LlamaForCausalLM) -> None:
