@@ -126,16 +126,13 @@ def settings_of(options: Json) -> Settings:
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 
-def saving_of(options: Json, output: str, curve: str | None, force: bool) -> Saving:
+def saving_of(options: Json, curve: str | None, force: bool) -> Saving:
     """Takes what says where states are out of a command's options; checks what is written."""
     from lora_fx.files.atomic import check_output
     from lora_fx.fx.train.state import Saving, check_folder
 
     every, limit, resume = (options.pop(n) for n in ("save_every", "save_total_limit", "resume"))
     folder = options.pop("save_state") or resume
-    for other, what in ((folder, "folder of the state"), (curve, "file of the curve")):
-        if other and Path(other).resolve() == Path(output).resolve():
-            raise LoraFxError(f"{output} is also the {what}", "choose another name")
     if curve:
         check_output(curve, force=force)
     if (every or limit) and not folder:

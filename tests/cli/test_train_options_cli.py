@@ -81,7 +81,13 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--save-total-limit", "2"), "--save-total-limit, but no state is kept"),
         (("--curve", "mine.csv", "--force"), "mine.csv: --force does not replace it"),
         (("--eval-data", "old.csv", "--curve", "old.csv", "--force"), "replace the input old.csv"),
-        (("--curve", "a"), "a is also the file of the curve"),
+        (("--curve", "a"), "--curve a is also --output a"),
+        (("--curve", "a/c.csv"), "--curve a/c.csv lies in --output a"),
+        (("--report", "a/sub/r.html"), "--report a/sub/r.html lies in --output a"),
+        (("--save-state", "./a"), "--save-state ./a is also --output a"),
+        (("--save-state", "s", "--curve", "s"), "--save-state s is also --curve s"),
+        (("--report", "r.html", "--curve", "r.html"), "--curve r.html is also --report r.html"),
+        (("--curve", "c.toml", "--save-config", "c.toml"), "--save-config c.toml is also --curve"),
     ):
         code, out, err = run(capsys, *TRAIN, "-o", "a", *argv)
         assert code == 2 and message in err and "Hint:" in err and not out, (argv, err)
