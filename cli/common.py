@@ -119,6 +119,11 @@ def _check_outputs(given: JsonView, *, inside: bool) -> None:
             options = (f"--{n.replace('_', '-')} {given[n]}" for n in (b, a))
             told = (" lies in " if within else " is also ").join(options)
             raise LoraFxError(told, "choose a name beside it" if within else "choose another name")
+    if inside and not given.get("force") and any(t[:3] == "hf:" for t in texts_of(given, MODELS)):
+        from lora_fx.files.atomic import check_output
+
+        for output in {"output", "out"} & named.keys():  # gigabytes are downloaded before the rest
+            check_output(named[output])
 
 
 def _at_home(value: Any) -> Any:

@@ -51,6 +51,11 @@ def label_option(of: str) -> Callable[[Command], Command]:
     )
 
 
+def seed_option(of: str) -> Callable[[Command], Command]:
+    """The option of a seed that torch and numpy both take."""
+    return click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help=of)
+
+
 max_length_option = click.option(
     "--max-length",
     type=FROM_1,
@@ -141,7 +146,7 @@ target_options = combined(
         ),
         click.option("--dropout", type=float, default=0.0, help="Dropout on the branches' inputs."),
         quantise_option,
-        click.option("--seed", type=int, default=0, help="Of initial values."),
+        seed_option("Of initial values."),
         click.option(
             "--dead",
             type=click.Choice(["auto", "error", "drop", "keep", "allow"]),

@@ -178,6 +178,9 @@ def training_table(
         label: As in read_table, like tokenizer.
         tokenizer: Texts → columns.
     """
+    if path.startswith("hf:"):
+        hint = "hf download ORG/NAME --repo-type dataset --local-dir DIR, then give a file in DIR"
+        raise LoraFxError(f"{path}: models come from the Hub, data does not", hint)
     if ":" in path and not Path(path).exists():
         table = table_of(call(path), path, label=label, tokenizer=tokenizer)
     else:

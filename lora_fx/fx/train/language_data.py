@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,10 @@ def language_table(
         return None
     first = _form(*rows[0])
     if not first:
+        if not set(rows[0][1]) & set(signature(module.forward).parameters):
+            one = f"{rows[0][0]} has {some([repr(n) for n in rows[0][1]], 8) or 'nothing'}"
+            forms = ", or ".join(map(_named, FORMS))
+            raise LoraFxError(f"{one}; expected {forms}", "give a line's texts one of these names")
         return None
     tokenizer = read_tokenizer(folder)
     encode, what = _encoder(first, tokenizer, folder, path)

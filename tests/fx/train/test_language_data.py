@@ -219,6 +219,10 @@ FIRST: dict[str, tuple[Any, str]] = {
     ),
     "no content": ({"messages": [{"role": "user"}]}, "message 1: 'content' is null"),
     "no assistant": ({"messages": [TURN]}, "no token is trained on"),
+    "no form at all": (
+        {"instruction": "a", "conversations": [TURN]},
+        "has 'instruction', 'conversations'; expected 'text', or 'prompt' with 'completion', or",
+    ),
 }
 
 
@@ -242,8 +246,10 @@ def test_malformed_lines(tmp_path: Path, model: LlamaForCausalLM) -> None:
         assert said.startswith(f"{path}: line 1") and message in said, (name, said)
     path.write_bytes(b'{"text": "the"}\n{"text": "\xe9"}\n')
     assert f"{path}: line 2 is not UTF-8" in refused(path, model, folder)
+    for text in ("\n", '{"input_ids": [1, 2], "labels": [1, 2]}\n'):
+        path.write_text(text)
+        assert language_table(str(path), model, folder, None) is None, "columns, if any"
     path.write_text("\n")
-    assert language_table(str(path), model, folder, None) is None
     with pytest.raises(LoraFxError, match=f"{path}: no rows"):
         read_table(str(path))
     write(path, [{"text": "the old roofs <|system|>"}])
