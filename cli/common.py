@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -47,6 +48,8 @@ MODELS = ("model", "base", "tuned", "adapter", "adapters", "a", "b", "weights")
 """Arguments and options that can name a model or an adapter of the Hub."""
 NAMED = (*MODELS, "data", "inputs_file", "names", "plan", "eval_data")
 """Arguments and options that can name a file. Not every word that is one's name is meant so."""
+WRITTEN = ("output", "out", "report", "curve", "save_state", "resume", "save_config")
+"""Options that name what is written."""
 
 
 SHOWN = ("merge", "extract", "train")
@@ -70,6 +73,7 @@ class FileCommand(click.Command):
         """
         ctx.params = {k: _at_home(v) for k, v in ctx.params.items()}
         remember(*input_paths(ctx.params))
+        _check_outputs(ctx.params, inside=self.name != "merge-all")  # whose DIR is not replaced
         drawn = self.name in SHOWN and sys.stderr.isatty()
         work = contextlib.nullcontext() if drawn else stage(self.name or "working")
         with trusting(bool(ctx.params.get("trust"))), saving_config(ctx), work:
@@ -103,6 +107,23 @@ class FileCommand(click.Command):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl([(left.ljust(wide), text) for left, text in rows], wide)
+
+
+def _check_outputs(given: JsonView, *, inside: bool) -> None:
+    """Refuse, before any work, two outputs that are one, or one inside what is replaced whole."""
+    named = {n: given[n] for n in WRITTEN if given.get(n) and "\0" not in given[n]}
+    paths = {name: Path(text).resolve() for name, text in named.items()}
+    for a, b in combinations(paths, 2):
+        within = inside and a in ("output", "out") and paths[a] in paths[b].parents
+        if (within or paths[a] == paths[b]) and (a, b) != ("save_state", "resume"):
+            options = (f"--{n.replace('_', '-')} {given[n]}" for n in (b, a))
+            told = (" lies in " if within else " is also ").join(options)
+            raise LoraFxError(told, "choose a name beside it" if within else "choose another name")
+    if inside and not given.get("force") and any(t[:3] == "hf:" for t in texts_of(given, MODELS)):
+        from lora_fx.files.atomic import check_output
+
+        for output in {"output", "out"} & named.keys():  # gigabytes are downloaded before the rest
+            check_output(named[output])
 
 
 def _at_home(value: Any) -> Any:

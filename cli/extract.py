@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.options import result_options, selectors_option, trust_option
+from lora_fx.cli.options import result_options, seed_option, selectors_option, trust_option
 from lora_fx.cli.output import emit, note, say
 from lora_fx.cli.report_option import report_command
 
@@ -30,7 +30,7 @@ from lora_fx.cli.report_option import report_command
     default=None,
     help="Linear weights are stored [in, out].  [default: config.json says]",
 )
-@click.option("--seed", type=int, default=0, help="Of the random subspaces.")
+@seed_option("Of the random subspaces.")
 @trust_option
 @result_options
 def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:

@@ -51,6 +51,11 @@ def label_option(of: str) -> Callable[[Command], Command]:
     )
 
 
+def seed_option(of: str) -> Callable[[Command], Command]:
+    """The option of a seed that torch and numpy both take."""
+    return click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help=of)
+
+
 max_length_option = click.option(
     "--max-length",
     type=FROM_1,
@@ -141,7 +146,7 @@ target_options = combined(
         ),
         click.option("--dropout", type=float, default=0.0, help="Dropout on the branches' inputs."),
         quantise_option,
-        click.option("--seed", type=int, default=0, help="Of initial values."),
+        seed_option("Of initial values."),
         click.option(
             "--dead",
             type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
@@ -271,7 +276,7 @@ def check_shares(options: JsonView) -> None:
 
 def tables_of(data: str, loaded: LoadedModel, cap: Captured, options: Json) -> tuple[Table, Table]:
     """Examples to train on and those that are held out; takes their options out."""
-    from lora_fx.data import alike, split
+    from lora_fx.data import alike, repeated, split
 
     names = ("label", "max_length", "eval_data", "validation")
     label, longest, held_out, share = (options.pop(n) for n in names)
@@ -280,7 +285,11 @@ def tables_of(data: str, loaded: LoadedModel, cap: Captured, options: Json) -> t
         note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
     if not held_out:
         return split(table, share, options["seed"])
-    return table, alike(training_data(held_out, loaded, cap, label, longest), table, held_out, data)
+    other = alike(training_data(held_out, loaded, cap, label, longest), table, held_out, data)
+    if count := repeated(other, table):
+        told = f"{held_out}: {count} of {len(other)} examples are trained on too, from {data}"
+        note(f"{told}: the validation loss says less of new ones", warns=True)
+    return table, other
 
 
 def adapter_of(path: str) -> Adapter:

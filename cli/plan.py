@@ -14,6 +14,7 @@ from lora_fx.cli.options import (
     max_length_option,
     model_options,
     result_options,
+    seed_option,
     selectors_option,
     some_batches,
 )
@@ -45,7 +46,7 @@ from lora_fx.text import Json
 @max_length_option
 @selectors_option("--include", "Targets to choose from.")
 @selectors_option("--exclude", "Targets to leave out.")
-@click.option("--seed", type=int, default=0, help="Of the choice of examples.")
+@seed_option("Of the choice of examples.")
 @model_options
 @result_options
 def command(

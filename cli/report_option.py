@@ -66,9 +66,6 @@ def _check(report: str, force: bool, given: JsonView) -> None:
         raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
     if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
         raise LoraFxError(f"--report {report} is also an input", "choose another name")
-    output = given.get("output") or given.get("out")
-    if output and Path(report).resolve() == Path(output).resolve():
-        raise LoraFxError(f"--report {report} is also the output", "choose another name")
     check_output(report, force=force)
     if Path(report).is_dir():
         raise LoraFxError(f"--report {report} is a folder", "choose another name")

@@ -164,7 +164,18 @@ def config_text(ctx: click.Context) -> str:
         if value is None or value == ():
             continue
         values = value if isinstance(value, tuple) else [value]
-        said = [json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f") for v in values]
+        said = [_toml(v) for v in values]
         text = f"[{', '.join(said)}]" if isinstance(value, tuple) else said[0]
         lines.append(f"{_keys(param)[0]} = {text}")
     return "\n".join([*lines, ""])
+
+
+def _toml(value: object) -> str:
+    """A value as TOML has it."""
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are other words in JSON
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        hint = "rename the file, or leave --save-config out"
+        raise LoraFxError(f"{text} is not UTF-8, and a .toml file is", hint)
+    return text

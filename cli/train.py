@@ -67,7 +67,7 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         check_device(device)
         check_shares(options)
         curve = options.pop("curve")
-        settings, saving = settings_of(options), saving_of(options, output, curve, force)
+        settings, saving = settings_of(options), saving_of(options, curve, force)
         loaded, cap = captured(model, options)
         training, validation = tables_of(data, loaded, cap, options)
         loss = loss_of(options.pop("loss"))

@@ -26,6 +26,14 @@ FROM_0 = click.FloatRange(min=0)
 SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 
+class OfLaunch(click.Option):
+    """An option that `accelerate launch` always gives, by its environment: a config wins."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Nothing where the table of --config has the option."""
+        return None if self.name in (ctx.default_map or {}) else super().resolve_envvar_value(ctx)
+
+
 loop_options = combined(
     [
         click.option("--epochs", type=ABOVE_0, default=3.0, help="Passes over DATA."),
@@ -58,6 +66,7 @@ loop_options = combined(
             type=FROM_1,
             default=1,
             metavar="N",
+            cls=OfLaunch,
             envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
             help="Parts that a step runs in, one after another, to save memory.",
         ),
@@ -75,6 +84,7 @@ loop_options = combined(
             "--mixed-precision",
             type=click.Choice(["no", "bf16"]),
             default="no",
+            cls=OfLaunch,
             envvar="ACCELERATE_MIXED_PRECISION",
             help="bf16: products in bfloat16; what is trained stays float32.",
         ),
@@ -116,16 +126,13 @@ def settings_of(options: Json) -> Settings:
     return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 
-def saving_of(options: Json, output: str, curve: str | None, force: bool) -> Saving:
+def saving_of(options: Json, curve: str | None, force: bool) -> Saving:
     """Takes what says where states are out of a command's options; checks what is written."""
     from lora_fx.files.atomic import check_output
     from lora_fx.fx.train.state import Saving, check_folder
 
     every, limit, resume = (options.pop(n) for n in ("save_every", "save_total_limit", "resume"))
     folder = options.pop("save_state") or resume
-    for other, what in ((folder, "folder of the state"), (curve, "file of the curve")):
-        if other and Path(other).resolve() == Path(output).resolve():
-            raise LoraFxError(f"{output} is also the {what}", "choose another name")
     if curve:
         check_output(curve, force=force)
     if (every or limit) and not folder:

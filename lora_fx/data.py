@@ -63,6 +63,10 @@ class Table:
         cut = {k: v[:, :width] for k, v in alike if v.dtype.kind in "iub"}
         return replace(self, columns={**self.columns, **cut})
 
+    def count(self, size: int) -> int:
+        """Batches in a pass over the examples."""
+        return -(-len(self) // size)
+
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """Trimmed batches in order, or shuffled by a seed; the last one may be smaller."""
         order = _order(len(self), seed)
@@ -89,6 +93,10 @@ class Buckets:
     def __len__(self) -> int:
         """Number of examples."""
         return sum(len(t) for t in self.tables)
+
+    def count(self, size: int) -> int:
+        """Batches in a pass over the examples, whatever `size` says."""
+        return len(self.tables)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """The batches as they were made, whatever `size` says."""
@@ -138,6 +146,19 @@ def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
     return held_out
 
 
+def repeated(held_out: Table, training: Table) -> int:
+    """How many held-out examples are trained on too: their inputs, whatever is padded with 0."""
+    known = set(_inputs(training))
+    return sum(key in known for key in _inputs(held_out))
+
+
+def _inputs(table: Table) -> list[int]:
+    """A hash of each example's inputs."""
+    columns = [v for k, v in sorted(table.columns.items()) if k != table.label]
+    rows = range(len(table))
+    return [hash(tuple(v[i].tobytes().rstrip(b"\0") for v in columns)) for i in rows]
+
+
 def training_table(
     path: str,
     inputs: Sequence[str],
@@ -157,6 +178,9 @@ def training_table(
         label: As in read_table, like tokenizer.
         tokenizer: Texts → columns.
     """
+    if path.startswith("hf:"):
+        hint = "hf download ORG/NAME --repo-type dataset --local-dir DIR, then give a file in DIR"
+        raise LoraFxError(f"{path}: models come from the Hub, data does not", hint)
     if ":" in path and not Path(path).exists():
         table = table_of(call(path), path, label=label, tokenizer=tokenizer)
     else:

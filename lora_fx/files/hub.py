@@ -39,6 +39,8 @@ _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model|adapter_model|pytorch_lora_weights)(-\d+-of-\d+)?\.safetensors"
 )
 """The files that a folder is read from; other ones beside them are copies in another form."""
+_FILES = (".safetensors", ".onnx", ".pt2", ".bin", ".gguf", ".py")
+"""Ends of files, which no name of a model has."""
 StrPath = str | os.PathLike[str]
 
 
@@ -74,19 +76,15 @@ def local(given: StrPath, *, weights: bool = True) -> str | Path:
         weights: False where a config is enough.
 
     Raises:
-        LoraFxError: As `fetch`.
+        LoraFxError: As `fetch`; or nothing has this path, which looks like an id without prefix.
     """
     text = os.fspath(given)
     if text.startswith(PREFIX):
         return fetch(text, weights=weights)[0]
+    like = re.fullmatch(f"{_NAME}/{_NAME}", text) and not text.endswith(_FILES)
+    if like and not Path(text).exists() and not Path(text).parent.is_dir():
+        raise LoraFxError(f"{text}: no such file or folder", f"of the Hub: {PREFIX}{text}")
     return given if isinstance(given, Path) else text
-
-
-def missing_hint(path: StrPath, otherwise: str) -> str:
-    """The id that a path which is not there was meant for, where it looks like one; else a hint."""
-    text = os.fspath(path)
-    like = re.fullmatch(f"{_NAME}/{_NAME}", text) and not Path(text).parent.is_dir()
-    return f"of the Hub: {PREFIX}{text}" if like else otherwise
 
 
 def parse(text: str) -> HubId:

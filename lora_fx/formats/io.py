@@ -17,7 +17,7 @@ from typing import Literal
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError, expect, expect_path, explained, near_path, one_line
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.files.hub import PREFIX, known_as, local, missing_hint
+from lora_fx.files.hub import PREFIX, known_as, local
 from lora_fx.files.read import trusting
 from lora_fx.formats import diffusers, gguf, kohya, onnx_adapter, torchtune
 from lora_fx.formats.base import FileHead, look
@@ -195,8 +195,7 @@ def as_adapter(given: AdapterLike) -> Adapter:
 def tensor_file(path: Path) -> Path:
     """The one tensor file of an adapter; a pickle where there is no other."""
     if not path.exists():
-        hint = missing_hint(path, near_path(path, "is it right?"))
-        raise LoraFxError(f"{path}: no such file or folder", hint)
+        raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
     if path.is_file():
         return tensor_file(path.parent) if path.name == peft.CONFIG else path
     for name in (peft.WEIGHTS, diffusers.WEIGHTS, *PICKLED):

@@ -156,6 +156,50 @@ def test_options_of_a_config_count_as_given(home: Path, capsys: Any) -> None:
     assert "says trust" in err
 
 
+@pytest.mark.parametrize(
+    ("table", "line", "accumulate", "precision"),
+    [
+        ("", [], 2, "no"),
+        ('accumulate = 3\nmixed-precision = "bf16"\n', [], 3, "bf16"),
+        ('accumulate = 3\nmixed-precision = "bf16"\n', ["--accumulate", "5"], 5, "bf16"),
+    ],
+)
+def test_a_config_wins_over_what_accelerate_launch_always_sets(
+    table: str, line: list[str], accumulate: int, precision: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    (tmp_path / "c.toml").write_text(f"[train]\n{table}")
+    config = ["--config", str(tmp_path / "c.toml")]
+    given = parsed("train", ["m.py:build", "d.npz", "-o", "a", *config, *line]).params
+    assert (given["accumulate"], given["mixed_precision"]) == (accumulate, precision)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["verify", "a", "b", "--tol", "inf"],
+        ["verify", "a", "b", "--tol", "1e-07"],
+        ["verify", "a", "b", "--tol", "1e22"],
+        ["extract", "a", "b", "-o", "c", "--no-fan-in-fan-out"],
+        ["merge", "a", "\\:0.5", "-o", "\u2028", "--dtype", "\t"],
+    ],
+)
+def test_odd_values_come_through(line: list[str], tmp_path: Path) -> None:
+    given = parsed(line[0], line[1:])
+    (tmp_path / "c.toml").write_text(config_text(given), encoding="utf-8")
+    read = parsed(line[0], ["--config", str(tmp_path / "c.toml")])
+    assert {**given.params, "config": 0} == {**read.params, "config": 0}
+
+
+def test_a_name_that_is_no_utf8_is_refused_before_the_work(home: Path, capsys: Any) -> None:
+    argv = ["merge", "base.safetensors", "on\udcffe", "-o", "a.safetensors"]
+    code, _, err = run(capsys, *argv, "--save-config", "r.toml")
+    assert code == 2 and "is not UTF-8" in err and "leave --save-config out" in err
+    assert not (home / "a.safetensors").exists() and not (home / "r.toml").exists()
+
+
 REFUSED = {
     "no file": ("", "--config gone.toml", "gone.toml: cannot be read", "is the path right"),
     "no TOML": ("[merge", "", "r.toml: not TOML", "[merge]"),

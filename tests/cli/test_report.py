@@ -193,7 +193,7 @@ def test_a_page_that_exists_is_kept(home: Path, capsys: pytest.CaptureFixture[st
     [
         ("page.txt", "does not end in .html"),
         ("gone/page.html", "does not exist"),
-        ("out.html", "also the output"),
+        ("out.html", "also --output out.html"),
         ("in.html", "also an input"),
         ("folder.html", "is a folder"),
     ],

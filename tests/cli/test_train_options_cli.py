@@ -55,6 +55,20 @@ def test_batches_that_are_accumulated_are_one_larger_batch(
     assert checked == pytest.approx({"0": parts["before"], **parts["validation"]}, abs=1e-6)
 
 
+def test_held_out_examples_that_are_trained_on_are_said(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load("d.npz") as d, np.load("held.npz") as held:
+        mixed = {name: np.concatenate([held[name], d[name][5:8]]) for name in d}
+    mixed["labels"][-1] = (mixed["labels"][-1] + 1) % 5  # another label makes it no other example
+    np.savez("mixed.npz", **mixed)
+    told = losses(capsys, "-o", "a", "--eval-data", "mixed.npz", "--steps", "1")
+    said = "mixed.npz: 3 of 15 examples are trained on too, from d.npz"
+    assert any(said in warning for warning in told["warnings"])
+    told = losses(capsys, "-o", "a", "--eval-data", "held.npz", "--steps", "1")
+    assert not any("trained on too" in warning for warning in told["warnings"])
+
+
 def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "mine.csv").write_text("a,b\n1,2\n")
     (home / "old.csv").write_text("step,loss,validation\n1,2,3\n")
@@ -67,7 +81,15 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--save-total-limit", "2"), "--save-total-limit, but no state is kept"),
         (("--curve", "mine.csv", "--force"), "mine.csv: --force does not replace it"),
         (("--eval-data", "old.csv", "--curve", "old.csv", "--force"), "replace the input old.csv"),
-        (("--curve", "a"), "a is also the file of the curve"),
+        (("--seed", "-1"), "'--seed': -1 is not in the range"),
+        (("--eval-data", "hf:org/d"), "hf:org/d: models come from the Hub, data does not"),
+        (("--curve", "a"), "--curve a is also --output a"),
+        (("--curve", "a/c.csv"), "--curve a/c.csv lies in --output a"),
+        (("--report", "a/sub/r.html"), "--report a/sub/r.html lies in --output a"),
+        (("--save-state", "./a"), "--save-state ./a is also --output a"),
+        (("--save-state", "s", "--curve", "s"), "--save-state s is also --curve s"),
+        (("--report", "r.html", "--curve", "r.html"), "--curve r.html is also --report r.html"),
+        (("--curve", "c.toml", "--save-config", "c.toml"), "--save-config c.toml is also --curve"),
     ):
         code, out, err = run(capsys, *TRAIN, "-o", "a", *argv)
         assert code == 2 and message in err and "Hint:" in err and not out, (argv, err)

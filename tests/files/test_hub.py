@@ -209,6 +209,28 @@ def test_a_path_that_looks_like_an_id_is_told_its_prefix(there: FakeHub, tmp_pat
     assert there.asked == [], "without the prefix nobody is asked"
     assert sorted(lora_fx.load_adapter(followed(no.value.hint))) == [f"{Q}.weight"]
     assert "no such file" in no.value.message
+    style = Path(local(followed(no.value.hint)))
+    with pytest.raises(LoraFxError) as no:
+        lora_fx.merge("org/base", [style], "out")
+    lora_fx.merge(followed(no.value.hint), [style], "out")
+    same(read(Path("out")), expected(1.0))
+    for text in ("org/base.safetensors", "folder/deep/base", str(tmp_path / "x" / "base")):
+        with pytest.raises(LoraFxError) as no:
+            lora_fx.merge(text, [style], "other")
+        assert "hf:" not in no.value.hint, "a file, or a deeper path, is no id"
+
+
+def test_an_output_that_is_refused_is_refused_before_the_download(
+    there: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_pair(there, tmp_path)
+    Path("out").mkdir()
+    for out, message in (("out", "out exists already"), ("no/out", "the folder no does not exist")):
+        code, _, err = run(capsys, "merge", "hf:org/base", "hf:org/style", "-o", out)
+        assert code == 2 and message in err, err
+    assert there.asked == []
+    code, _, err = run(capsys, "merge", "hf:org/base", "hf:org/style", "-o", "new")
+    assert code == 0, err
 
 
 LOGINS: dict[str, Callable[[pytest.MonkeyPatch, Path, str], object]] = {

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, near_path, one_line
 from lora_fx.files.checkpoint import PICKLES, tensors
-from lora_fx.files.hub import local, missing_hint
+from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
@@ -119,8 +119,7 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
         return LoadedModel(module, args, kwargs, text, notes)
     if path.suffix == ".py":
         raise LoraFxError(f"{text}: which factory?", f"name it: {text}:FACTORY")
-    hint = missing_hint(text, near_path(text, FORMS))
-    raise LoraFxError(f"{text!r} is no model: no such file or folder", hint)
+    raise LoraFxError(f"{text!r} is no model: no such file or folder", near_path(text, FORMS))
 
 
 _BARE = "holds tensors but no code to run them"

@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,10 @@ def language_table(
         return None
     first = _form(*rows[0])
     if not first:
+        if not set(rows[0][1]) & set(signature(module.forward).parameters):
+            one = f"{rows[0][0]} has {some([repr(n) for n in rows[0][1]], 8) or 'nothing'}"
+            forms = ", or ".join(map(_named, FORMS))
+            raise LoraFxError(f"{one}; expected {forms}", "give a line's texts one of these names")
         return None
     tokenizer = read_tokenizer(folder)
     encode, what = _encoder(first, tokenizer, folder, path)
@@ -92,8 +97,9 @@ def language_table(
             )
         encoded.append((ids, trained))
     config: PreTrainedConfig = module.config
-    own = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    longest = min(max_length or LONGEST, own)
+    own = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    longest = max_length or LONGEST
+    longest = min(longest, own) if own > 0 else longest  # Bloom and Mamba have none, XLNet -1
     table, notes = _padded(path, [w for w, _ in rows], encoded, longest, what)
     if merged:
         notes.append(
@@ -107,8 +113,14 @@ def language_table(
 
 
 def _form(where: str, row: JsonView) -> tuple[str, ...]:
-    """The form of a line; empty where it has none."""
-    found = [form for form in FORMS if set(form) & set(row)]
+    """The form of a line; empty where it has none. One that is whole stands before parts.
+
+    Tables of several forms have null for what a row lacks, and some keep a conversation's first
+    turn as its prompt.
+    """
+    there = {name for name, value in row.items() if value is not None}
+    whole = [form for form in FORMS if set(form) <= there]
+    found = whole or [form for form in FORMS if set(form) & set(row)]
     if len(found) > 1:
         raise LoraFxError(
             f"{where} has {' and '.join(map(_named, found))}; expected one form", "leave one out"
@@ -178,7 +190,8 @@ def _plain(
     tokenizer: PreTrainedTokenizerBase, end: str, where: str, row: JsonView, merged: list[str]
 ) -> Encoded:
     """A text, or a prompt with its completion."""
-    prompt = _text(row, "prompt", where) if "prompt" in row else None
+    plain = row.get("text") is not None or "prompt" not in row
+    prompt = None if plain else _text(row, "prompt", where)
     name = "text" if prompt is None else "completion"
     text = _text(row, name, where)
     if not text:

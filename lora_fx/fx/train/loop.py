@@ -62,7 +62,7 @@ def fit(
     """
     s = settings or Settings()
     saving = saving or Saving()
-    steps = s.steps or max(1, math.ceil(s.epochs * len(training) / s.batch_size))
+    steps = s.steps or math.ceil(s.epochs * training.count(s.batch_size))
     optimizer = Optimizer(model, s, steps)
     made, warnings = objective(model, training, loss, s.mixed_precision == "bf16")
     if world.size * s.accumulate == 1:

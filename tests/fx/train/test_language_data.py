@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 import lora_fx
-from lora_fx.data import Table, read_table
+from lora_fx.data import Table, read_table, repeated
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.language_data import language_table
 from lora_fx.fx.train.loop import fit
@@ -116,6 +122,63 @@ def test_what_is_cut_left_out_and_ignored_is_said(tmp_path: Path, model: LlamaFo
     assert table(tmp_path / "again", small, lines, 64)[0].columns["input_ids"].shape[1] == 5
 
 
+def test_lines_that_two_files_share_are_counted_whatever_their_padding(
+    tmp_path: Path, model: LlamaForCausalLM
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    lines = rows("prompt", 6)
+    training, _ = table(
+        tmp_path / "one", model, [*lines, {"prompt": "the", "completion": " a" * 40}]
+    )
+    longer = {"prompt": lines[4]["prompt"], "completion": lines[4]["completion"] + " roofs"}
+    held_out, _ = table(tmp_path / "two", model, [lines[1], longer, lines[3]])
+    assert training.columns["labels"].shape[1] > held_out.columns["labels"].shape[1]
+    assert repeated(held_out, training) == 2
+
+
+OTHER = {"text": "roofs", "prompt": "a dog", "completion": " runs"}
+
+
+@pytest.mark.parametrize(
+    ("form", "more"),
+    [
+        ("messages", ["prompt"]),  # the first turn again, as in UltraChat
+        ("messages", ["completion"]),
+        ("text", ["prompt"]),
+        ("prompt", []),
+        ("messages", []),
+    ],
+)
+def test_a_form_that_is_whole_is_taken_beside_parts_and_nulls(
+    tmp_path: Path, model: LlamaForCausalLM, form: str, more: list[str]
+) -> None:
+    lines = rows(form, 3)
+    nulls = {name: None for name in ("text", "completion", "messages") if name not in lines[0]}
+    beside = {**nulls, **{name: OTHER[name] for name in more}}
+    (tmp_path / "alone").mkdir()
+    want, _ = table(tmp_path / "alone", model, lines)
+    found, notes = table(tmp_path, model, [{**beside, **line} for line in lines])
+    for name, column in want.columns.items():
+        assert (found.columns[name] == column).all()
+    assert all(repr(name) in notes[-1] for name in beside), "what is ignored is named"
+
+
+def test_a_model_without_a_limit_takes_what_max_length_says(
+    tmp_path: Path, model: LlamaForCausalLM
+) -> None:
+    """Bloom's and Mamba's configs have no max_position_embeddings."""
+    sizes = {"hidden_size": 12, "n_layer": 1, "n_head": 2}
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(WORDS), **sizes))
+    line = {"text": "the cat sees a small dog " * 300}
+    (tmp_path / "free").mkdir()
+    free, notes = table(tmp_path / "free", bloom, [line], 1700)
+    assert free.columns["input_ids"].shape == (1, 1700) and "cut to 1700 tokens" in notes[1]
+    (tmp_path / "usual").mkdir()
+    usual, _ = table(tmp_path / "usual", bloom, [line])
+    assert usual.columns["input_ids"].shape == (1, 1024)
+
+
 def test_a_prompt_that_merges_with_its_completion(tmp_path: Path, model: LlamaForCausalLM) -> None:
     lines = [{"prompt": "the cat s", "completion": "ees"}]
     found, notes = table(tmp_path, model, lines)
@@ -156,6 +219,10 @@ FIRST: dict[str, tuple[Any, str]] = {
     ),
     "no content": ({"messages": [{"role": "user"}]}, "message 1: 'content' is null"),
     "no assistant": ({"messages": [TURN]}, "no token is trained on"),
+    "no form at all": (
+        {"instruction": "a", "conversations": [TURN]},
+        "has 'instruction', 'conversations'; expected 'text', or 'prompt' with 'completion', or",
+    ),
 }
 
 
@@ -179,8 +246,10 @@ def test_malformed_lines(tmp_path: Path, model: LlamaForCausalLM) -> None:
         assert said.startswith(f"{path}: line 1") and message in said, (name, said)
     path.write_bytes(b'{"text": "the"}\n{"text": "\xe9"}\n')
     assert f"{path}: line 2 is not UTF-8" in refused(path, model, folder)
+    for text in ("\n", '{"input_ids": [1, 2], "labels": [1, 2]}\n'):
+        path.write_text(text)
+        assert language_table(str(path), model, folder, None) is None, "columns, if any"
     path.write_text("\n")
-    assert language_table(str(path), model, folder, None) is None
     with pytest.raises(LoraFxError, match=f"{path}: no rows"):
         read_table(str(path))
     write(path, [{"text": "the old roofs <|system|>"}])

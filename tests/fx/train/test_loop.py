@@ -99,6 +99,29 @@ def test_two_runs_with_one_seed_are_equal() -> None:
     assert fit(adapted(dropout=0.2), table(), settings=Settings(steps=15, seed=1)).losses != runs[0]
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "epochs", "steps"),
+    [(33, 32, 3.0, 6), (5, 4, 10.0, 20), (12, 4, 2.0, 6), (9, 4, 0.5, 2), (3, 32, 3.0, 3)],
+)
+def test_an_epoch_is_a_pass_over_all_examples(
+    rows: int, size: int, epochs: float, steps: int
+) -> None:
+    """The last batch of a pass may be small, and counts as a step, as in transformers' Trainer."""
+    model, data = adapted(), table(rows)
+    seen: list[int] = []
+
+    def loss(out: Any, labels: torch.Tensor | None) -> torch.Tensor:
+        assert labels is not None
+        seen.append(len(labels))
+        return nn.functional.cross_entropy(out["logits"], labels)
+
+    settings = Settings(epochs=epochs, batch_size=size)
+    report = fit(model, data, loss=loss, settings=settings)
+    assert len(report.losses) == len(seen) == steps
+    if epochs == int(epochs):
+        assert sum(seen) == rows * epochs
+
+
 @pytest.mark.parametrize("variant", ["lora", "lora+", "lora-fa"])
 def test_it_is_the_loop_that_a_hand_writes(variant: str) -> None:
     s = Settings(steps=100, lr=2e-2, weight_decay=0.1, batch_size=16, warmup=0.1, clip=0.5)
