@@ -187,7 +187,10 @@ RUNS = {
         "merge base.safetensors tuned -o merged.safetensors --any-base --dry-run",
         "merge base.safetensors tuned -o merged.safetensors --any-base",
     ],
-    "export": ["export model.py:build start -o m.onnx --provider cpu --optimise"],
+    "export": [
+        "export model.py:build start -o m.onnx --provider cpu --optimise",
+        "export model.py:build -o step.onnx --provider cpu --mode train --rank 2",
+    ],
     "bench": ["bench m.onnx --rounds 1"],
     "convert": ["convert start -o start.onnx_adapter"],
     "verify": [

@@ -295,7 +295,7 @@ def test_the_lock_is_of_what_the_project_asks_for() -> None:
     lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     (own,) = (p["metadata"]["requires-dist"] for p in lock if p["name"] == "lora-fx")
     held = {
-        f"{r['name']}{'[' + ','.join(r['extras']) + ']' if 'extras' in r else ''}{r.get('specifier', '')}"
+        f"{r['name']}[{','.join(r.get('extras', ()))}]{r.get('specifier', '')}".replace("[]", "")
         for r in own
     }
     assert wanted == held

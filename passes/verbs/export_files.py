@@ -62,15 +62,9 @@ def by_name(options: ExportOptions) -> dict[str, Adapter]:
 
 
 def beside(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
-    """Where the adapters of a switchable file go; raises for those of another file."""
+    """Where the adapters of a switchable file go; raises where something is there."""
     paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
-    again = options.force and options.target.exists()  # else --force is meant for nothing of this
     for path in paths.values():
-        if path.exists() and not again:
-            raise LoraFxError(
-                f"{path} exists already, and would be replaced beside {options.target.name}",
-                f"write into a folder of its own, or remove {path.name}",
-            )
         check_output(path, force=options.force)
     return paths
 
@@ -131,7 +125,8 @@ def write_switch(
     load, rank = options.mode == "load", options.rank
     paths = beside(adapters, options)
     _check_shared(adapters, "a switchable file")
-    warnings = list(warnings)
+    others = [p.name for p in paths.values() if p.exists() and not options.target.exists()]
+    warnings = [*warnings, *(f"{name} of another file is replaced" for name in others)]
     here, kept = find(graph), graph.model.graph.initializers
     known = here if found is None else found
     there = {k: t for k in keys if (t := here.get(k)) is not None}

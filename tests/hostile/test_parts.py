@@ -96,7 +96,10 @@ def spoofing(folder: Path, spoof: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("spoof", [SPOOF, SPOOF.replace("\r\n", "")], ids=["lines", "line"])
-def test_no_name_speaks_to_the_terminal(tmp_path: Path, spoof: str) -> None:
+def test_no_name_speaks_to_the_terminal(
+    tmp_path: Path, spoof: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")  # "Error:" itself is red
     for line in spoofing(tmp_path, spoof):
         for more in ([], ["--json"]):
             argv = ["-q", *line.split("|"), *more]

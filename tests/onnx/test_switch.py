@@ -268,11 +268,26 @@ def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "de.onnx_adapter").write_text("mine")
     with pytest.raises(LoraFxError, match="exists"):
         lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS)
-    with pytest.raises(LoraFxError, match=r"de\.onnx_adapter exists already, .* beside m\.onnx"):
-        lora_fx.export(  # force is for m.onnx, which is not there: this one is another file's
-            Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS, force=True
-        )
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("de.onnx_adapter", "mine")]
+
+
+def test_adapters_of_another_file_are_kept_or_their_end_is_said(tmp_path: Path) -> None:
+    """One written beside the first file has the name that the second would take."""
+    args, one = (torch.tensor(ids()),), {"de": ADAPTERS["de"]}
+    first, file = tmp_path / "first.onnx", tmp_path / "de.onnx_adapter"
+    kind: dict[str, Any] = {"mode": "switch", "provider": "cpu"}
+    lora_fx.export(Net().eval(), first, args, adapters=one, **kind)
+    before = file.read_bytes()
+    other = {"de": ADAPTERS["de"].weighted(0.5)}
+    with pytest.raises(LoraFxError, match=r"de\.onnx_adapter exists already"):
+        lora_fx.export(Net().eval(), tmp_path / "second.onnx", args, adapters=other, **kind)
+    assert file.read_bytes() == before and not (tmp_path / "second.onnx").exists()
+    again = lora_fx.export(Net().eval(), first, args, adapters=one, force=True, **kind)
+    assert not [w for w in again.warnings if "replaced" in w], "they are its own"
+    second = tmp_path / "second.onnx"
+    report = lora_fx.export(Net().eval(), second, args, adapters=other, force=True, **kind)
+    assert "de.onnx_adapter of another file is replaced" in report.warnings
+    assert file.read_bytes() != before
 
 
 class Tied(nn.Module):
