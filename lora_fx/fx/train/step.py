@@ -24,6 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -33,6 +34,7 @@ from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced, quiet
+from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, random_ops, value
 from lora_fx.fx.lowering import signed, without_writes
@@ -281,6 +283,8 @@ def step_of(
     apart = sdpa_kernel(SDPBackend.MATH)
     with quiet(), torch.no_grad(), fakes, enable_python_dispatcher(), apart, plain, free:
         made = make_fx(step, decomposition_table=_table())(*leaves)
+        if any(written_by(n) for n in made.graph.nodes):  # a second time: autograd is in `step`
+            made = make_fx(functionalize(made), decomposition_table=_table())(*leaves)
     for node in [n for n in made.graph.nodes if n.target in SQUEEZES]:
         mend_squeeze(made.graph, node)
     made.graph.eliminate_dead_code()
@@ -462,4 +466,5 @@ def attention_with_dropout(
         mask = torch.where(mask, 0.0, -torch.inf)
     if mask is not None:
         scores = scores + mask
-    return dropped(scores.softmax(-1), p, seed, which) @ v
+    # a row that is masked out, as of padding on the left, is 0 as in torch, not NaN
+    return dropped(aten._safe_softmax(scores, -1), p, seed, which) @ v
