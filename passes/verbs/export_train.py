@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
 from lora_fx.compare import ORT_TOL, Report, demand, rel
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import alike
@@ -70,6 +70,12 @@ def export_step(
     was = module.training
     try:
         return step.write()
+    except (AssertionError, IndexError, RuntimeError, ValueError) as e:
+        raise LoraFxError(
+            f"torch finds no loss or gradient for drawn labels: {one_line(e, 200)}",
+            "name labels in the example, as kwargs={'labels': …}; of their sizes, those that the "
+            "model's inputs do not share are fixed by --static labels:1",
+        ) from e
     finally:
         module.train(was)
 
@@ -291,8 +297,10 @@ class _Files:
         generator = np.random.default_rng(scores.numel())
         if at.is_floating_point():
             return from_numpy(generator.standard_normal(at.shape).astype(np.float32))
-        labels = generator.integers(0, scores.shape[-1], at.shape)
-        if labels.size > 3 and not callable(self.options.loss):
+        # a model's own labels of pixels stand where its scores have their second axis
+        last = example is None or scores.dim() < 2 or at.shape == scores.shape[:-1]
+        labels = generator.integers(0, scores.shape[-1 if last else 1], at.shape)
+        if labels.size > 3 and example is None and not callable(self.options.loss):
             labels.reshape(-1)[-1] = IGNORED
         return from_numpy(labels)
 

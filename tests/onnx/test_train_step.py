@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,6 +163,19 @@ class Manifold(Required):
         return Out(logits, F.binary_cross_entropy_with_logits(logits, labels))
 
 
+class Pixels(nn.Module):
+    """A label for each pixel, of scores whose classes are their second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.b(torch.relu(self.a(x)))
+        return Out(logits, F.cross_entropy(logits, labels, ignore_index=3))
+
+
 def without_dropout(model: nn.Module) -> nn.Module:
     for m in model.modules():
         for name, held in vars(m).items():
@@ -191,6 +205,10 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "shifted": (lambda: (Shifted(), (torch.randint(0, 20, (3, 5)),)), {}),
     "required": (lambda: (Required(), (torch.randn(3, 8), torch.tensor([0, 2, 1]))), {}),
     "floats": (lambda: (Manifold(), (torch.randn(4, 8), torch.ones(4, 3))), {}),
+    "pixels": (
+        lambda: (Pixels(), (torch.randn(2, 3, 6, 8), torch.zeros(2, 6, 8, dtype=torch.int64))),
+        {"static": ["labels:1", "labels:2"], "include": "*"},
+    ),
     "lstm": (lambda: (Recurrent(), (torch.randn(3, 4, 6),)), {"static": ["x:1"]}),
     **{
         n: (zoo(n), {}) for n in ("hf_bert", "hf_gpt2", "hf_llama", "hf_t5", "hf_whisper", "hf_vit")
@@ -218,7 +236,8 @@ def batches(module: Any, own: bool) -> Iterator[dict[str, Any]]:
             scores = scores_of(module(**named))
         g = torch.Generator().manual_seed(i)
         shape = scores.shape[:-1] if given is None else given.shape
-        labels = torch.randint(0, scores.shape[-1], shape, generator=g)
+        classes = scores.shape[1 if scores.dim() == 4 and given is not None else -1]
+        labels = torch.randint(0, classes, shape, generator=g)
         if given is not None and given.is_floating_point():
             labels = (labels > 0).float()
         yield {**named, "labels": labels}
@@ -298,6 +317,28 @@ def test_numbers_of_a_step_by_hand(tmp_path: Path) -> None:
     got = session.adapter().lowrank[key]
     np.testing.assert_allclose(got.a, a64 - 0.3 * (b64.T @ wanted + 0.1 * a64), atol=2e-6)
     np.testing.assert_allclose(got.b, b64 - 0.3 * (wanted @ a64.T + 0.1 * b64), atol=2e-6)
+
+
+BAD_LABELS: dict[str, tuple[Any, str]] = {
+    "below": (np.array([[0, -1, 2], [3, -100, 5]]), "ONNX Runtime fails"),
+    "above": (np.array([[0, 6, 2], [3, -100, 5]]), "ONNX Runtime fails"),
+    "order": (np.zeros((3, 2), np.int64), "'labels' has size 3 in dimension 0, 'x' has 2 in 0"),
+    "one": (np.zeros((2, 1), np.int64), "'labels' has size 1 in dimension 1, 'x' has 3 in 1"),
+    "flat": (np.zeros(6, np.int64), "'labels' has size 6 in dimension 0, 'x' has 2 in 0"),
+}
+
+
+def test_labels_that_torch_refuses_are_refused(tmp_path: Path) -> None:
+    """ONNX counts a label of -1 from the end, and as many labels in another shape would run."""
+    path = tmp_path / "step.onnx"
+    lora_fx.export(Mlp(), path, (torch.randn(3, 5, 8),), mode="train", rank=2, provider="cpu")
+    session = TrainSession(path, LR, "cpu")
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    for labels, words in BAD_LABELS.values():
+        with pytest.raises(LoraFxError, match=re.escape(words)):
+            session.step({"x": x, "labels": labels})
+    assert session.steps == 0
+    session.step({"x": x, "labels": np.array([[0, 1, 2], [3, -100, 5]])})
 
 
 def test_dropout_is_drawn_from_the_seed(tmp_path: Path) -> None:

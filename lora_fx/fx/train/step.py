@@ -362,13 +362,24 @@ def _table() -> dict[Any, Callable[..., Any]]:
 
     known = set(_decomp.get_onnx_implemented_overloads(registry()))
     table = _decomp.create_onnx_friendly_decomposition_table(known)
-    # the exporter's own forgets how many labels count, so that a mean has the gradient of a sum
     counted = aten.nll_loss_forward.default
     return {
         **table,
-        counted: decomposition_table[counted],
+        counted: nll_loss,
         aten.convolution_backward.default: convolution_backward,
     }
+
+
+def nll_loss(x: Tensor, target: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    """The loss of labels, and how many count.
+
+    The exporter's own forgets how many, so that a mean has the gradient of a sum. ONNX counts an
+    index below 0 from the end, where torch refuses it: it becomes one that ONNX refuses too.
+    """
+    ignored = more[2]
+    wrong = (target < 0) & (target != ignored)
+    apart: Any = decomposition_table[aten.nll_loss_forward.default]
+    return apart(x, torch.where(wrong, x.shape[-1], target), *more)  # type: ignore[no-any-return]
 
 
 def convolution_backward(
