@@ -169,7 +169,9 @@ class TrainSession:
         Raises:
             LoraFxError: An input that is missing or unknown, sizes that the file does not hold for.
         """
+        batch = {name: np.asarray(value) for name, value in batch.items()}
         check_inputs(batch, self._batch, self.ranges)
+        self._check_labels(batch)
         number: dict[str, Array] = {
             "lr": np.array(self.lr, np.float32),
             "step": np.array(self.steps + 1, np.int64),
@@ -192,6 +194,19 @@ class TrainSession:
             self._next[name], self._held[name] = self._held[name], value
         self.steps += 1
         return float(binding.get_outputs()[-1].numpy())
+
+    def _check_labels(self, batch: Mapping[str, Array]) -> None:
+        """Raise for labels of other sizes than the rows: as many in another order ONNX takes."""
+        for d, n in enumerate(batch["labels"].shape[: len(self._shapes["labels"])]):
+            free = self._shapes["labels"][d]
+            others = [(m, i) for m in self._batch for i, s in enumerate(self._shapes[m])
+                      if m != "labels" and s == free and isinstance(s, str)]  # fmt: skip
+            if others and all(batch[m].shape[i : i + 1] != (n,) for m, i in others):
+                m, i = others[0]
+                raise LoraFxError(
+                    f"'labels' has size {n} in dimension {d}, {m!r} has {batch[m].shape[i]} in {i}",
+                    "give a label for each row of scores",
+                )
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, in the model's keys."""

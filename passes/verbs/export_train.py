@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
+from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
-from lora_fx.compare import Report, demand
+from lora_fx.compare import ORT_TOL, Report, demand, rel
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.fx.capture.call import onnx_conditions
+from lora_fx.fx.capture.capture import alike
 from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
@@ -30,8 +33,8 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, named_tensors, to_numpy
 from lora_fx.fx.to_onnx import OPSET, translated
 from lora_fx.fx.train.objective import IGNORED, loss_function, scores_of
-from lora_fx.fx.train.step import STATES, Update, slots_in, step_of, train_graph
-from lora_fx.inputs import Named
+from lora_fx.fx.train.step import STATES, TrainGraph, Update, slots_in, step_of, train_graph
+from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest, row_of
 from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
 from lora_fx.onnx.ranges import guard_within, say_within
@@ -41,16 +44,13 @@ from lora_fx.onnx.training import save_beside
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.gradients import prove_step
-from lora_fx.passes.proofs.parity import TorchReference
+from lora_fx.passes.proofs.parity import TorchReference, arrays_of
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
 from lora_fx.passes.verbs.export_torch import switchable
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
-
-if TYPE_CHECKING:
-    pass
 
 TAKEN = ("lr", "step", "seed", "loss")
 """Names that a step has for itself."""
@@ -70,6 +70,12 @@ def export_step(
     was = module.training
     try:
         return step.write()
+    except (AssertionError, IndexError, RuntimeError, ValueError) as e:
+        raise LoraFxError(
+            f"torch finds no loss or gradient for drawn labels: {one_line(e, 200)}",
+            "name labels in the example, as kwargs={'labels': …}; of their sizes, those that the "
+            "model's inputs do not share are fixed by --static labels:1",
+        ) from e
     finally:
         module.train(was)
 
@@ -189,6 +195,8 @@ class _Files:
         module, options, target = self.module, self.options, self.options.target
         slots = slots_in(self.updates, {k: (s.a, s.b) for k, s in manifest.slots.items()})
         quick: list[Callable[[FxGraph], object]] = [Clean(), Share(), Fuse()]
+        plain = train_graph(module, self.named, self.loss)
+        self._settle(plain)
         graph = train_graph(module, self.named, self.loss, quick, unit=True)
         batch = graph.names[: len(graph.names) - graph.seeded]
         if mine := sorted({*TAKEN, *([] if graph.own else ["labels"])} & {*batch}):
@@ -214,7 +222,6 @@ class _Files:
         place = made.path.with_name(target.name)
         left = save_beside(model, place, made.path)
         session = open_session(place, options.provider)
-        plain = train_graph(module, self.named, self.loss)
         parity = prove_step(session.run, plain, slots, self.update, self._labelled, options.inputs)
         demand(parity, "ONNX Runtime's step differs from torch's")
         with replacing(target, force=options.force, beside=made.beside) as part:
@@ -226,6 +233,29 @@ class _Files:
             [f"{left} bytes of tensors lie in {target.name} itself"] if left > MOST_INSIDE else []
         )
         return Companions(parity, [target, start], said)
+
+    def _settle(self, graph: TrainGraph) -> None:
+        """Drop what labels asked of sizes where a graph of those sizes has the same loss.
+
+        One row is contiguous, so `labels[..., 1:].contiguous()` would refuse a batch of 1.
+        """
+        traced, module = graph.traced, self.module
+        for size in SIZES:
+            named, labels = self._labelled(module.sample(size))
+            door, leaves = traced.door, pytree.tree_leaves(named)
+            broken = {c for c in door.conditions if not c.holds(door.given(c, leaves))}
+            if not broken or not broken <= {*traced.doubtful}:
+                continue
+            given = {**arrays_of(named), "labels": labels, "seed": np.array(0)}
+            losses = []
+            for each in (graph, train_graph(module, named, self.loss)):
+                inputs = [torch.tensor(given[n]) for n in each.names]
+                with torch.no_grad(), alike(module):
+                    run = fx.Interpreter(each.flat)
+                    losses.append(to_numpy(each.loss(run, inputs, torch.tensor(labels))))
+            if rel(losses[0], losses[1]) < ORT_TOL:
+                kept = tuple(c for c in door.conditions if c not in broken)
+                traced.door = replace(door, conditions=kept)
 
     def _manifest(self, manifest: Manifest, seeded: bool) -> Manifest:
         """The manifest of the step: fixed ranks, and what the step does."""
@@ -252,22 +282,25 @@ class _Files:
 
     def _labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
         """The call of a batch with its labels, where the model takes them, and the labels."""
-        own = self.loss[1]
+        own, signature = self.loss[1], self.module.captured.signature
+        example = named.get(own)  # where the example has labels, theirs are shape and dtype
         named = {k: v for k, v in named.items() if k != own}
-        scores = self._scores(named)
-        labels = self._drawn(scores)
+        asked = {own: torch.zeros_like(example)} if own in signature.required else {}
+        labels = self._drawn(self._scores({**named, **asked}), example)
         if own:
-            named = self.module.captured.signature.bind((), {**named, own: labels})
+            named = signature.bind((), {**named, own: labels})
         return dict(named), to_numpy(labels)
 
-    def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
+    def _drawn(self, scores: torch.Tensor, example: torch.Tensor | None) -> torch.Tensor:
         """Labels of scores, one of them left out."""
-        at = self._without_values(scores)
+        at = self._without_values(scores) if example is None else example
         generator = np.random.default_rng(scores.numel())
         if at.is_floating_point():
             return from_numpy(generator.standard_normal(at.shape).astype(np.float32))
-        labels = generator.integers(0, scores.shape[-1], at.shape)
-        if labels.size > 3 and not callable(self.options.loss):
+        # a model's own labels of pixels stand where its scores have their second axis
+        last = example is None or scores.dim() < 2 or at.shape == scores.shape[:-1]
+        labels = generator.integers(0, scores.shape[-1 if last else 1], at.shape)
+        if labels.size > 3 and example is None and not callable(self.options.loss):
             labels.reshape(-1)[-1] = IGNORED
         return from_numpy(labels)
 

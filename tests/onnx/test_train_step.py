@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.objective import scores_of
-from lora_fx.fx.train.step import dropped
+from lora_fx.fx.train.step import attention_with_dropout, dropped
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.passes.proofs.parity import arrays_of
 from tests.zoo.models import ZOO
 
+
+@dataclass
+class Out:
+    """What a model of transformers gives."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+register_dataclass(Out)
 LR, STEPS, CLIP = 2e-3, 20, 0.1
 
 
@@ -34,6 +46,14 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.drop(torch.relu(self.norm(self.a(x)))))
+
+
+class Numbered(Mlp):
+    """A loss first and the scores after it, by no name."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y.mean(), y
 
 
 class Convolutions(nn.Module):
@@ -81,6 +101,81 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0])
 
 
+class Circular(nn.Module):
+    """Padding that is written into a new tensor, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Conv1d(6, 8, 3, stride=2, padding=1, padding_mode="circular")
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.a(x)).mean(-1))
+
+
+class Padded(nn.Module):
+    """A mask of padding, which torch writes into a new tensor, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.layer(x, src_key_padding_mask=padding)
+
+
+class Shifted(nn.Module):
+    """The loss of a causal language model, whose labels are contiguous in a batch of 1 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.a, self.head = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, 20)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.head(torch.tanh(self.a(self.table(ids))))
+        if labels is None:
+            return Out(logits)
+        after = labels[..., 1:].contiguous()
+        return Out(logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), after.view(-1)))
+
+
+class Required(nn.Module):
+    """Labels that the forward cannot do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.b(torch.relu(self.a(x)))
+        return Out(logits, F.cross_entropy(logits, labels))
+
+
+class Manifold(Required):
+    """Labels that are floats, a row of them for an example."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.b(torch.relu(self.a(x)))
+        return Out(logits, F.binary_cross_entropy_with_logits(logits, labels))
+
+
+class Pixels(nn.Module):
+    """A label for each pixel, of scores whose classes are their second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.b(torch.relu(self.a(x)))
+        return Out(logits, F.cross_entropy(logits, labels, ignore_index=3))
+
+
 def without_dropout(model: nn.Module) -> nn.Module:
     for m in model.modules():
         for name, held in vars(m).items():
@@ -103,12 +198,23 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "mlp": (lambda: (Mlp(), (torch.randn(3, 5, 8),)), {}),
     "products": (lambda: (Raw(), (torch.randint(0, 20, (3, 5)),)), {"include": "*"}),
     "convolutions": (lambda: (Convolutions(), (torch.randn(3, 3, 17, 20),)), {"include": "*"}),
+    "circular": (lambda: (Circular(), (torch.randn(3, 6, 11),)), {"include": "*"}),
+    "padded": (
+        lambda: (Padded(), (torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool))), {},
+    ),
+    "shifted": (lambda: (Shifted(), (torch.randint(0, 20, (3, 5)),)), {}),
+    "required": (lambda: (Required(), (torch.randn(3, 8), torch.tensor([0, 2, 1]))), {}),
+    "floats": (lambda: (Manifold(), (torch.randn(4, 8), torch.ones(4, 3))), {}),
+    "pixels": (
+        lambda: (Pixels(), (torch.randn(2, 3, 6, 8), torch.zeros(2, 6, 8, dtype=torch.int64))),
+        {"static": ["labels:1", "labels:2"], "include": "*"},
+    ),
     "lstm": (lambda: (Recurrent(), (torch.randn(3, 4, 6),)), {"static": ["x:1"]}),
     **{
         n: (zoo(n), {}) for n in ("hf_bert", "hf_gpt2", "hf_llama", "hf_t5", "hf_whisper", "hf_vit")
     },
-}
-FAST = ("mlp",)
+}  # fmt: skip
+FAST = ("mlp", "circular", "shifted")
 
 
 def rows() -> list[Any]:
@@ -116,15 +222,24 @@ def rows() -> list[Any]:
 
 
 def batches(module: Any, own: bool) -> Iterator[dict[str, Any]]:
-    """Arguments with labels, at two batch sizes in turn."""
-    sizes = [module.sample(size) for size in ((2, 5), (4, 7))]
+    """Arguments with labels, at three batch sizes in turn, one row among them."""
+    sizes = [module.sample(size) for size in ((2, 5), (4, 7), (1, 6))]
     module.eval()
     for i in range(STEPS):
-        named = sizes[i % 2]
+        named = dict(sizes[i % 3])
+        given = named.get("labels")
+        if given is not None:
+            named["labels"] = torch.zeros_like(given)
+        if "padding" in named:
+            named["padding"][:, -2:] = True
         with torch.no_grad():
             scores = scores_of(module(**named))
         g = torch.Generator().manual_seed(i)
-        labels = torch.randint(0, scores.shape[-1], scores.shape[:-1], generator=g)
+        shape = scores.shape[:-1] if given is None else given.shape
+        classes = scores.shape[1 if scores.dim() == 4 and given is not None else -1]
+        labels = torch.randint(0, classes, shape, generator=g)
+        if given is not None and given.is_floating_point():
+            labels = (labels > 0).float()
         yield {**named, "labels": labels}
 
 
@@ -204,6 +319,28 @@ def test_numbers_of_a_step_by_hand(tmp_path: Path) -> None:
     np.testing.assert_allclose(got.b, b64 - 0.3 * (wanted @ a64.T + 0.1 * b64), atol=2e-6)
 
 
+BAD_LABELS: dict[str, tuple[Any, str]] = {
+    "below": (np.array([[0, -1, 2], [3, -100, 5]]), "ONNX Runtime fails"),
+    "above": (np.array([[0, 6, 2], [3, -100, 5]]), "ONNX Runtime fails"),
+    "order": (np.zeros((3, 2), np.int64), "'labels' has size 3 in dimension 0, 'x' has 2 in 0"),
+    "one": (np.zeros((2, 1), np.int64), "'labels' has size 1 in dimension 1, 'x' has 3 in 1"),
+    "flat": (np.zeros(6, np.int64), "'labels' has size 6 in dimension 0, 'x' has 2 in 0"),
+}
+
+
+def test_labels_that_torch_refuses_are_refused(tmp_path: Path) -> None:
+    """ONNX counts a label of -1 from the end, and as many labels in another shape would run."""
+    path = tmp_path / "step.onnx"
+    lora_fx.export(Mlp(), path, (torch.randn(3, 5, 8),), mode="train", rank=2, provider="cpu")
+    session = TrainSession(path, LR, "cpu")
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    for labels, words in BAD_LABELS.values():
+        with pytest.raises(LoraFxError, match=re.escape(words)):
+            session.step({"x": x, "labels": labels})
+    assert session.steps == 0
+    session.step({"x": x, "labels": np.array([[0, 1, 2], [3, -100, 5]])})
+
+
 def test_dropout_is_drawn_from_the_seed(tmp_path: Path) -> None:
     """A share p is dropped, other places for other seeds, and the mean stays."""
     x = torch.ones(50, 40, 30)
@@ -216,6 +353,21 @@ def test_dropout_is_drawn_from_the_seed(tmp_path: Path) -> None:
             assert float((kept - 0.7).abs().max()) < 5 * (0.21 / (x.numel() / len(kept))) ** 0.5
     both = ((one > 0) & (other > 0)).double().mean()
     assert float(both) == pytest.approx(0.49, abs=0.02)
+
+
+def test_attention_with_dropout_is_torchs() -> None:
+    """Without one dropped, and where padding on the left masks out whole rows of the scores."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 5, 6, requires_grad=True) for h in (4, 2, 2))
+    seen = torch.ones(5, 5, dtype=torch.bool).tril() & (torch.arange(5) > 1)
+    named = {"scale": 0.3, "enable_gqa": True}
+    ours = attention_with_dropout(q, k, v, seen, 0.0, torch.tensor(1), 0, **named)
+    theirs = F.scaled_dot_product_attention(q, k, v, seen, **named)
+    torch.testing.assert_close(ours, theirs)
+    assert not bool(theirs[..., :2, :].any()) and bool(theirs.any())
+    weigh = torch.randn(theirs.shape)
+    made = [torch.autograd.grad((y * weigh).sum(), (q, k, v)) for y in (ours, theirs)]
+    torch.testing.assert_close(*made)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
@@ -237,6 +389,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "'x': dimension 1 is free, and aten.lstm.input has a step for one size only",
     ),
     "loss": (Mlp, {"loss": "huber"}, "no loss 'huber'"),
+    "number": (Numbered, {}, "the model gives a number first, and no scores"),
     "optimizer": (Mlp, {"optimizer": "lion"}, "no optimizer 'lion'"),
     "clip": (Mlp, {"clip": -1.0}, "clip -1.0 is not 0 or more"),
     "mode": (Mlp, {"mode": "switch", "clip": 2.0}, "mode switch would ignore what is for mode tr"),

@@ -205,11 +205,20 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
 
 
 def scores_of(out: object) -> torch.Tensor:
-    """`.logits`, else the first tensor that comes out."""
+    """`.logits`, else the first tensor that comes out.
+
+    Raises:
+        LoraFxError: That is a single number, as of (loss, logits).
+    """
     scores = field_of(out, "logits")
-    if isinstance(scores, torch.Tensor):
-        return scores
-    return next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+    if not isinstance(scores, torch.Tensor):
+        scores = next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+    if not scores.dim():
+        raise LoraFxError(
+            "the model gives a number first, and no scores",
+            "let forward return {'loss': …, 'logits': …}",
+        )
+    return scores
 
 
 def field_of(out: object, name: str) -> object:

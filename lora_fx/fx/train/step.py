@@ -24,6 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -33,6 +34,7 @@ from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced, quiet
+from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, random_ops, value
 from lora_fx.fx.lowering import signed, without_writes
@@ -278,6 +280,8 @@ def step_of(
     apart = sdpa_kernel(SDPBackend.MATH)
     with quiet(), torch.no_grad(), fakes, enable_python_dispatcher(), apart, plain, free:
         made = make_fx(step, decomposition_table=_table())(*leaves)
+        if any(written_by(n) for n in made.graph.nodes):  # a second time: autograd is in `step`
+            made = make_fx(functionalize(made), decomposition_table=_table())(*leaves)
     for node in [n for n in made.graph.nodes if n.target in SQUEEZES]:
         mend_squeeze(made.graph, node)
     made.graph.eliminate_dead_code()
@@ -355,13 +359,24 @@ def _table() -> dict[Any, Callable[..., Any]]:
 
     known = set(_decomp.get_onnx_implemented_overloads(registry()))
     table = _decomp.create_onnx_friendly_decomposition_table(known)
-    # the exporter's own forgets how many labels count, so that a mean has the gradient of a sum
     counted = aten.nll_loss_forward.default
     return {
         **table,
-        counted: decomposition_table[counted],
+        counted: nll_loss,
         aten.convolution_backward.default: convolution_backward,
     }
+
+
+def nll_loss(x: Tensor, target: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    """The loss of labels, and how many count.
+
+    The exporter's own forgets how many, so that a mean has the gradient of a sum. ONNX counts an
+    index below 0 from the end, where torch refuses it: it becomes one that ONNX refuses too.
+    """
+    ignored = more[2]
+    wrong = (target < 0) & (target != ignored)
+    apart: Any = decomposition_table[aten.nll_loss_forward.default]
+    return apart(x, torch.where(wrong, x.shape[-1], target), *more)  # type: ignore[no-any-return]
 
 
 def convolution_backward(
@@ -459,4 +474,5 @@ def attention_with_dropout(
         mask = torch.where(mask, 0.0, -torch.inf)
     if mask is not None:
         scores = scores + mask
-    return dropped(scores.softmax(-1), p, seed, which) @ v
+    # a row that is masked out, as of padding on the left, is 0 as in torch, not NaN
+    return dropped(aten._safe_softmax(scores, -1), p, seed, which) @ v
