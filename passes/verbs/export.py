@@ -20,6 +20,7 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike
 from lora_fx.inputs import Dynamic, Named
+from lora_fx.onnx.genai import genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched, match
@@ -77,9 +78,11 @@ def export(
     triton: str | PathLike[str] | None = None,
     max_batch: int | None = None,
     cache: bool = False,
+    genai: str | PathLike[str] | None = None,
     within: bool = False,
     quantise: Wanted | None = None,
     accuracy_level: int = 0,
+    tol: float | None = None,
     progress: Listener | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
@@ -120,12 +123,17 @@ def export(
         max_batch: With triton, above 0: the server may put requests together, up to so many rows.
         cache: For a decoder of transformers, in all modes but batch: its key-value cache goes in
             and comes out as tensors. The inputs are known, so none are given.
+        genai: With cache, in merged and switch: a folder for onnxruntime-genai, with a copy of the
+            file and the tokenizer of the model's own folder (docs/serving.md).
         within: You keep to the sizes that the report's `ranges` name: leave the nodes out that fail
             at others.
         quantise: As in insert: weights of the base become codes of 4 or 8 bits, products over them
             are ONNX Runtime's own, and adapters stay branches in float (switch and batch).
         accuracy_level: Of products over int4 and int8 codes: 0 computes in floats, 4 takes x in
             int8, which is faster, rounds, and is held to a gate of its own.
+        tol: Instead of the gate of float16, int8 or level 4, and above it: the largest max|a − b| /
+            max|b| of an output that is accepted. What was reached is reported; the fold, and files
+            without such a precision, keep their gates.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Raises:
@@ -133,15 +141,21 @@ def export(
     """
     remember(*([model] if isinstance(model, (str, PathLike)) else []))
     expect_path(path, "path", "export(model, path, args)")
-    adapters = opened_adapters(adapters, mode)
+    adapters, notes = opened_adapters(adapters, mode), list[str]()
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
         rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
         external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
-        precision=precision, repository=repository_of(triton, path, max_batch), cache=cache,
-        within=within, accuracy_level=accuracy_level,
+        precision=precision, places=repository_of(triton, path, max_batch), cache=cache,
+        within=within, accuracy_level=accuracy_level, tol=tol,
     )  # fmt: skip
     check_output(path, force=force)
+    if genai is not None and (not cache or mode not in ("merged", "switch")):
+        raise LoraFxError(
+            f"onnxruntime-genai runs decoders with their cache, merged or switchable; this is mode "
+            f"{mode}, {'with' if cache else 'without'} a cache",
+            "--cache, with --mode merged or --mode switch; or leave --genai out",
+        )
     if cache:
         if args or kwargs or dynamic or inputs:
             raise LoraFxError(
@@ -155,7 +169,11 @@ def export(
         from lora_fx.passes.verbs.open import with_cache
 
         model, adapters = with_cache(model, adapters)
-        options = replace(options, adapters=adapters)
+        places = [*options.places]
+        if genai is not None:
+            copy = genai_folder(genai, options.target, model.model.config, force=force)
+            places, notes = [*places, copy], [*notes, *copy.notes]
+        options = replace(options, adapters=adapters, places=places)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         if args or kwargs or dynamic or opset:
             raise LoraFxError(
@@ -173,7 +191,6 @@ def export(
     from lora_fx.passes.verbs.export_torch import export_merged, export_slots
     from lora_fx.passes.verbs.open import captured_of
 
-    notes: list[str] = []
     if quantise:
         from lora_fx.passes.verbs.quantise import quantised_base
 
@@ -182,9 +199,10 @@ def export(
                 f"precision {precision!r} beside quantise: both say how weights are stored",
                 "leave one out",
             )
-        model, adapters, notes = quantised_base(
+        model, adapters, said = quantised_base(
             model, adapters, quantise, lambda m: captured_of(m, args, kwargs, dynamic)
         )
+        notes += said
         options = replace(options, adapters=adapters)
     run = export_merged if mode == "merged" else export_slots
     try:
@@ -195,8 +213,8 @@ def export(
             raise
         with eager(model) as again:
             report = run(again, args, kwargs, options)
-        said = f"with eager attention, since the model's own failed: {e.message}"
-        return replace(report, warnings=(*notes, *report.warnings, said))
+        failed = f"with eager attention, since the model's own failed: {e.message}"
+        return replace(report, warnings=(*notes, *report.warnings, failed))
 
 
 # export of an .onnx file, from whatever framework, without torch.
@@ -263,9 +281,9 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
             f"{source} is an .onnx file already, and there is nothing to do",
             "give an adapter, --optimise, --precision or a --mode",
         )
-    last: Json = {"force": options.force, "repository": options.repository}
+    last: Json = {"force": options.force, "places": options.places}
     given: Json = {"names": options.names, "external_over": options.external_over}
-    names = ("inputs", "provider", "optimise", "precision")
+    names = ("inputs", "provider", "optimise", "precision", "tol")
     ran: Json = {name: getattr(options, name) for name in names}
     if not rewritten:
         return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")

@@ -183,12 +183,12 @@ def write_switch(
         for name, path in paths.items():
             with replacing(path, force=options.force, beside=made_file.beside) as part:
                 write_adapter(adapters[name], manifest, part)
+        made_file.adapters += paths.values()
     if session.note:
         warnings.append(session.note)
     details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
-    files = [*made_file.files, *paths.values()]
-    return report_of(files, session.provider, parity, warnings, details)
+    return report_of(made_file.files, session.provider, parity, warnings, details)
 
 
 def report_of(

@@ -18,9 +18,8 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
 from lora_fx.onnx.optimise.precision import narrow
 from lora_fx.onnx.optimise.stages import Rewrite, RewriteStage, apply_stages
-from lora_fx.onnx.save import output
+from lora_fx.onnx.save import Place, output
 from lora_fx.onnx.session import feeds_of_sizes, open_session, signature
-from lora_fx.onnx.triton import Repository
 from lora_fx.onnx.validity import blaming
 
 if TYPE_CHECKING:
@@ -48,9 +47,10 @@ def optimise_file(
     inputs: Named | None = None,
     provider: str = "auto",
     force: bool = False,
-    repository: Repository | None = None,
+    places: Sequence[Place] = (),
     optimise: bool = True,
     precision: str | None = None,
+    tol: float | None = None,
 ) -> Report:
     """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.verbs.export.
 
@@ -60,9 +60,10 @@ def optimise_file(
         inputs: Arrays by input name, instead of sampled ones.
         provider: auto, cpu or cuda.
         force: Replace an existing file.
-        repository: Where a copy goes, for Triton.
+        places: Where copies go.
         optimise: Apply the stages.
         precision: float16 or int8, after them.
+        tol: What it may differ by, where its own gate is too narrow.
 
     Raises:
         LoraFxError: The file does not load or run; nothing is written.
@@ -80,10 +81,10 @@ def optimise_file(
     mark_changed(model, values)
     said = [session.note] if session.note else []
     if precision:
-        made = narrow(model, precision, feeds, provider)
+        made = narrow(model, precision, feeds, provider, tol)
         model = made.model
         said.append(made.said(precision))
-    with output(target, force=force, repository=repository) as made_file:
+    with output(target, force=force, places=places) as made_file:
         made_file.save(model)
     nodes = sum(1 for _ in model.graph.all_nodes())
     rows = [s.to_json() for s in stages]

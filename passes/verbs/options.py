@@ -26,8 +26,7 @@ from lora_fx.targets.selectors import select_names
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
-    from lora_fx.onnx.save import Output
-    from lora_fx.onnx.triton import Repository
+    from lora_fx.onnx.save import Output, Place
 
 Mode = Literal["merged", "switch", "load", "batch"]
 Dead = Literal["auto", "error", "drop", "keep", "allow"]
@@ -180,10 +179,11 @@ class ExportOptions:
     force: bool
     optimise: bool
     precision: str | None
-    repository: Repository | None
+    places: Sequence[Place]
     cache: bool
     within: bool = False
     accuracy_level: int = 0
+    tol: float | None = None
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""
@@ -216,12 +216,32 @@ class ExportOptions:
             )
         if self.cache and self.mode == "batch":
             raise LoraFxError("mode batch has no cache", "merged, switch or load")
+        self._check_tol()
+
+    def _check_tol(self) -> None:
+        if self.tol is None:
+            return
+        from lora_fx.onnx.optimise.precision import GATES  # as in output
+
+        expect(self.tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
+        rounding = f"level {self.accuracy_level}" if self.accuracy_level else self.precision
+        if rounding not in GATES:
+            raise LoraFxError(
+                "tol widens the gate of a precision that rounds, and this export has none",
+                "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
+            )
+        if not GATES[rounding] < self.tol < 1:
+            raise LoraFxError(
+                f"tol {self.tol:g}: the gate of {rounding} is {GATES[rounding]:g}; expected more, "
+                "below 1",
+                "leave --tol out, and the gate holds",
+            )
 
     def output(self) -> AbstractContextManager[Output]:
-        """The file, and its copy for Triton, which get their names when the block ends."""
+        """The file, and its copies, which get their names when the block ends."""
         from lora_fx.onnx.save import output  # insert and merge share this file and need no ONNX
 
-        return output(self.target, force=self.force, repository=self.repository)
+        return output(self.target, force=self.force, places=self.places)
 
     def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
         """The targets, and whether the default plan chose them: some may be left out then."""
