@@ -30,15 +30,13 @@ from lora_fx.text import Json, is_whole, some
 GENAI = "genai_config.json"
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
 """What the runtime makes a tokenizer of."""
-TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "chat_template*",
-)  # fmt: skip
+TOKENIZER = "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template*"
 TYPES = (
     "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "nemotron", "olmo",
     "phi", "phi3", "phimoe", "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
-"""Types that both libraries have. gpt2's own wants position_ids, and its cache in one tensor."""
+"""Types that both libraries have, but for gpt2: with that the runtime wants further inputs."""
+SIZES = ("max_position_embeddings", "hidden_size", "num_attention_heads")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SEARCH: Json = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
@@ -87,15 +85,11 @@ class GenaiFolder:
                 )
         given = {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in shapes}
         decoder = {
-            **self.model["decoder"],
-            "filename": MODEL,
-            "session_options": {"provider_options": []},
-            "head_size": width,
-            "num_key_value_heads": heads,
-            "num_hidden_layers": len(caches) // 2,
+            **self.model["decoder"], "filename": MODEL, "session_options": {"provider_options": []},
+            "head_size": width, "num_key_value_heads": heads, "num_hidden_layers": len(caches) // 2,
             "inputs": {**given, **_pair("past", "past_key_values")},
             "outputs": {"logits": "logits", **_pair("present", "present")},
-        }
+        }  # fmt: skip
         told = {**self.model, "vocab_size": shapes["logits"][2], "decoder": decoder}
         return {"model": told, "search": self.search}
 
@@ -111,8 +105,8 @@ class GenaiFolder:
             for path in (*self.tokenizer, *adapters):
                 shutil.copyfile(path, new / path.name)
                 copied.append(path.name)
-            text = json.dumps(self.config(new / MODEL), indent=2)  # of the copy, which has to load
-            (new / GENAI).write_text(f"{text}\n", encoding="utf-8")
+            # of the copy, which has to load
+            (new / GENAI).write_text(json.dumps(self.config(new / MODEL), indent=2) + "\n", "utf-8")
         return [self.folder / name for name in (GENAI, *copied)]
 
 
@@ -134,40 +128,34 @@ def genai_folder(
         raise LoraFxError(f"{target}: the file and the folder have one name", "--genai DIR")
     said = getattr(config, "_name_or_path", "")
     source = Path(said)
-    if not said or not source.is_dir():
+    missing = [n for n in NEEDED if not said or not (source / n).is_file()]
+    if missing:
         raise LoraFxError(
-            f"{folder}: the model was not read from a folder, so it has no tokenizer",
-            "lora-fx export FOLDER -o X.onnx --cache --genai DIR takes the model's own folder",
+            f"{said or 'the model comes from no folder'}: it has no {missing[0]}, which "
+            "onnxruntime-genai reads",
+            "export the model's own folder; transformers writes its files into it: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
-    for name in NEEDED:
-        if not (source / name).is_file():
-            raise LoraFxError(
-                f"{source}: it holds no {name}, which onnxruntime-genai reads",
-                f"transformers writes it: AutoTokenizer.from_pretrained({str(source)!r})"
-                f".save_pretrained({str(source)!r})",
-            )
-    tokenizer = [p for pattern in TOKENIZER for p in sorted(source.glob(pattern)) if p.is_file()]
+    tokenizer = [
+        p for pattern in TOKENIZER.split() for p in sorted(source.glob(pattern)) if p.is_file()
+    ]
     check_output(folder, force=force, names={GENAI, MODEL, *(p.name for p in tokenizer)})
     text = config.get_text_config()
-    kind = str(text.model_type)
-    sizes = {
-        name: getattr(text, name, None)
-        for name in ("max_position_embeddings", "hidden_size", "num_attention_heads")
-    }
-    for name, size in sizes.items():
-        if not is_whole(size):
-            raise LoraFxError(
-                f"{source}: the config of a {kind} has no {name}, which {GENAI} needs",
-                "leave --genai out",
-            )
-    length = sizes.pop("max_position_embeddings")
+    sizes = {n: getattr(text, n, None) for n in SIZES}
+    unknown = [n for n, size in sizes.items() if not is_whole(size)]
+    if unknown:
+        raise LoraFxError(
+            f"{source}: the config of a {text.model_type} has no {unknown[0]}, which {GENAI} needs",
+            "leave --genai out",
+        )
+    length = sizes.pop(SIZES[0])
     file = source / "generation_config.json"
     own = read_json(file) if file.exists() else {}
     ids = {n: getattr(text, n, None) if own.get(n) is None else own[n] for n in IDS}
     search = {n: own[n] if _like(own.get(n), v) else v for n, v in SEARCH.items()}
     search |= {"max_length": length, "past_present_share_buffer": False}
     model = {**_checked(ids, source), "context_length": length, "decoder": sizes}
-    model["type"] = kind if kind in TYPES else "decoder"
+    model["type"] = text.model_type if text.model_type in TYPES else "decoder"
     return GenaiFolder(Path(folder), tokenizer, model, search, _notes(own, search, file), force)
 
 
@@ -205,9 +193,6 @@ def _checked(ids: Json, source: Path) -> Json:
 def _notes(own: Json, search: Json, file: Path) -> list[str]:
     """A line where fields that would change what is generated are left out."""
     about = ("_", "transformers_version", "use_cache", "output_", "return_dict", *IDS)
-    left = [
-        n
-        for n, v in own.items()
-        if not n.startswith(about) and v not in (None, False, search.get(n))
-    ]
+    same = {n: (None, False, search.get(n)) for n in own}
+    left = [n for n, v in own.items() if not n.startswith(about) and v not in same[n]]
     return [f"{file}: left out, for {GENAI} has no such field: {some(left)}"] if left else []

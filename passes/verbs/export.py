@@ -152,8 +152,7 @@ def export(
     check_output(path, force=force)
     if genai is not None and (not cache or mode not in ("merged", "switch")):
         raise LoraFxError(
-            f"onnxruntime-genai runs decoders with their cache, merged or switchable; this is mode "
-            f"{mode}, {'with' if cache else 'without'} a cache",
+            f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
             "--cache, with --mode merged or --mode switch; or leave --genai out",
         )
     if cache:

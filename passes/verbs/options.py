@@ -216,25 +216,20 @@ class ExportOptions:
             )
         if self.cache and self.mode == "batch":
             raise LoraFxError("mode batch has no cache", "merged, switch or load")
-        self._check_tol()
+        if self.tol is not None:
+            self._check_tol(self.tol)
 
-    def _check_tol(self) -> None:
-        if self.tol is None:
-            return
+    def _check_tol(self, tol: float) -> None:
         from lora_fx.onnx.optimise.precision import GATES  # as in output
 
-        expect(self.tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
-        rounding = f"level {self.accuracy_level}" if self.accuracy_level else self.precision
-        if rounding not in GATES:
+        expect(tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
+        rounding = f"level {self.accuracy_level}" if self.accuracy_level else self.precision or ""
+        gate = GATES.get(rounding, 1.0)
+        if not gate < tol < 1:
+            more = f"more than the gate of {rounding}, {gate:g}, and less than 1"
             raise LoraFxError(
-                "tol widens the gate of a precision that rounds, and this export has none",
+                f"tol is {tol:g}; expected {more if gate < 1 else 'none: nothing is rounded here'}",
                 "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
-            )
-        if not GATES[rounding] < self.tol < 1:
-            raise LoraFxError(
-                f"tol {self.tol:g}: the gate of {rounding} is {GATES[rounding]:g}; expected more, "
-                "below 1",
-                "leave --tol out, and the gate holds",
             )
 
     def output(self) -> AbstractContextManager[Output]:

@@ -199,12 +199,12 @@ def generation(**fields: Any) -> Callable[[Path], object]:
 
 REFUSED: dict[str, tuple[Any, Any, str, str, str]] = {
     "no tokenizer": (
-        unlink("tokenizer.json"), settings(), "genai", "model: it holds no tokenizer.json",
-        "AutoTokenizer.from_pretrained('model').save_pretrained('model')",
+        unlink("tokenizer.json"), settings(), "genai", "model: it has no tokenizer.json",
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
     ),
     "its config": (
         unlink("tokenizer_config.json"), settings(), "genai", "no tokenizer_config.json",
-        "save_pretrained('model')",
+        "save_pretrained(FOLDER)",
     ),
     "no end": (
         generation(), settings(eos_token_id=None), "genai", "has an eos_token_id",
@@ -226,11 +226,12 @@ REFUSED: dict[str, tuple[Any, Any, str, str, str]] = {
         "the config of a bloom has no max_position_embeddings", "leave genai out",
     ),
     "no folder": (
-        None, SimpleNamespace(_name_or_path=""), "genai", "was not read from a folder",
-        "lora-fx export FOLDER",
+        None, SimpleNamespace(_name_or_path=""), "genai",
+        "the model comes from no folder: it has no tokenizer.json", "own folder",
     ),
     "a name of the Hub": (
-        None, SimpleNamespace(_name_or_path="org/name"), "genai", "not read from a folder", "",
+        None, SimpleNamespace(_name_or_path="org/name"), "genai",
+        "org/name: it has no tokenizer.json", "",
     ),
     "one name": (None, settings(), "m.onnx", "m.onnx: the file and the folder", "genai=DIR"),
     "there": (None, settings(), "model", "model exists already", "force=True"),
@@ -252,8 +253,8 @@ def test_refusals(name: str, source: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words", "hint"),
     [
-        ({}, "mode merged, without a cache", "cache=True"),
-        ({"cache": True, "mode": "load"}, "mode load, with a cache", "mode='merged'"),
+        ({}, "no file of mode merged without a cache", "cache=True"),
+        ({"cache": True, "mode": "load"}, "no file of mode load with a cache", "mode='merged'"),
         ({"cache": True, "mode": "batch"}, "mode batch has no cache", "merged"),
     ],
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.compare import STEPS
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.flow import bodies_of
 from lora_fx.onnx.graph.graph import add_initialiser
-from lora_fx.onnx.optimise.stages import WorstError, peaks
+from lora_fx.onnx.optimise.stages import Feeds, WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.silence import silenced
 
@@ -72,11 +71,7 @@ class Narrowed:
 
 
 def narrow(
-    model: ir.Model,
-    precision: str,
-    feeds: Sequence[Mapping[str, Array]],
-    provider: str,
-    tol: float | None = None,
+    model: ir.Model, precision: str, feeds: Feeds, provider: str, tol: float | None = None
 ) -> Narrowed:
     """Convert a model; it is not changed.
 
@@ -154,10 +149,7 @@ def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _half(
-    model: ir.Model,
-    error: Callable[[ir.Model], float],
-    high: Mapping[str, float],
-    tol: float = GATES["float16"],
+    model: ir.Model, error: Callable[[ir.Model], float], high: Mapping[str, float], tol: float
 ) -> Narrowed:
     named = _named(model)
     order = [str(n.name) for n in named.graph]
