@@ -282,12 +282,10 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
         )
     last: Json = {"force": options.force, "places": options.places}
     given: Json = {"names": options.names, "external_over": options.external_over}
-    names = ("inputs", "provider", "optimise", "precision", "tol")
-    ran: Json = {name: getattr(options, name) for name in names}
     if not rewritten:
         return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
     if adapter is None:
-        return optimise_file(source, target, **ran, **last)
+        return optimise_file(source, options)
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "merged.onnx"
         try:
@@ -295,7 +293,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
         except LoraFxError as e:
             said = e.message.replace(str(merged), str(target))
             raise LoraFxError(said, e.hint, exit_code=e.exit_code) from e
-        done = optimise_file(merged, target, **ran, **last)
+        done = optimise_file(merged, options)
         details = {**made.details, **done.details}
         return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
 

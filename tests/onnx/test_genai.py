@@ -49,7 +49,7 @@ def settings(**changed: Any) -> Any:
 
 def write_decoder(path: Path, widths: tuple[int, int] = (8, 8), data: str = "") -> None:
     """A file with the inputs and outputs of a decoder of two heads, three layers and 96 tokens."""
-    kind, whole, dims = TensorProto.FLOAT, TensorProto.INT64, ["batch", 2, "past"]
+    kind, whole, dims = TensorProto.FLOAT, TensorProto.INT64, ("batch", 2, "past")
     make = helper.make_tensor_value_info
     inputs = [make(n, whole, ["batch", n]) for n in ("input_ids", "attention_mask")]
     outputs = [make("logits", kind, ["batch", "length", 96])]
