@@ -43,7 +43,9 @@ from lora_fx.cli.report_option import report_command
 )
 @quantise_option
 @click.option("--accuracy-level", type=int, default=0, help="Of int4, int8 codes: 4 has x in int8.")
+@click.option("--tol", type=float, metavar="REL", help="Accept rounding over its gate, up to this.")
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
+@click.option("--genai", metavar="DIR", help="Of --cache: also a folder for onnxruntime-genai.")
 @click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @click.option("--triton", metavar="DIR", help="Also into a model repository of Triton.")

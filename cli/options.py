@@ -424,7 +424,7 @@ GROUPS = {
     "exclude also_train also_full whole variant init seed dropout quantise accuracy_level dead",
     "What is accepted": "allow_unused allow_missing any_base other_readers untie add again",
     "Quantised weights": "dtype dequantise requantise lossy max_shard_size",
-    "ONNX": "opset optimise precision cache names delta triton max_batch",
+    "ONNX": "opset optimise precision tol cache genai names delta triton max_batch",
     "Model and its inputs": "model weights inputs_file dynamic static trust",
     "Run and result": "provider device threads dry_run run link report config save_config force "
     "as_json",

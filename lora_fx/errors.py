@@ -144,9 +144,10 @@ _FLAGS = (
     "also-full", "run",
 )  # fmt: skip
 _KEYWORDS = (
-    "base", "data", "dtype", "dynamic", "energy", "exclude", "how", "include", "init", "inputs",
-    "map", "max-abs-error", "max-error", "max-shard-size", "mode", "params", "precision",
-    "provider", "rank", "static", "validation", "variant", "weights", "whole",
+    "accuracy-level", "base", "data", "dtype", "dynamic", "energy", "exclude", "genai", "how",
+    "include", "init", "inputs", "map", "max-abs-error", "max-error", "max-shard-size", "mode",
+    "params", "precision", "provider", "rank", "static", "tol", "validation", "variant", "weights",
+    "whole",
 )  # fmt: skip
 _OPTION = re.compile(
     r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|qalora:\d+|[A-Z]+\b"

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explain, explained
@@ -135,8 +135,8 @@ class Beside(contextlib.ExitStack):
     def add(self, target: Path, new: Path) -> None:
         """Take in what is about to be renamed to `target`; it lies in its temporary folder."""
         inode, old = new.stat().st_ino, new.with_name(_OLD)
-        self.on_error(lambda: _take_back(target, inode, old))
-        if _there(target):
+        self.on_error(lambda: _take_back(target, inode, (old, new)))
+        if _there(target) and not _is_folder(target):  # a folder changes places with its new one
             try:
                 os.link(target, old, follow_symlinks=False)
             except OSError:  # no links on this file system
@@ -146,16 +146,17 @@ class Beside(contextlib.ExitStack):
                 os.link(new, new.with_name(_NEW))
 
 
-def _take_back(target: Path, inode: int, old: Path | None = None) -> None:
+def _take_back(target: Path, inode: int, old: Sequence[Path]) -> None:
     """Remove an output, unless another has its name by now; put back what it replaced."""
     if not _there(target) or target.lstat().st_ino != inode:
         return
-    if old is not None and _there(old):
-        os.replace(old, target)
-    elif _is_folder(target):
+    if _is_folder(target):
         shutil.rmtree(target, ignore_errors=True)
+    replaced = next(filter(_there, old), None)
+    if replaced is not None:
+        os.replace(replaced, target)
     else:
-        target.unlink()
+        target.unlink(missing_ok=True)
 
 
 EXISTS = "choose another output, or --force to replace it"
@@ -321,7 +322,7 @@ def _clear_beside(target: Path, token: str, *, named: bool) -> None:
         path, new = target.with_name(found[1]), holder / _NEW
         with contextlib.suppress(OSError, LoraFxError), locked(path):
             if not named and _there(new) and stat.S_ISREG(new.lstat().st_mode):
-                _take_back(path, new.lstat().st_ino, holder / _OLD)
+                _take_back(path, new.lstat().st_ino, [holder / _OLD])
             _discard(holder, path)
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import glob
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import onnx
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import EXISTS, Beside, replacing
-
-if TYPE_CHECKING:
-    from lora_fx.onnx.triton import Repository
 
 EXTERNAL_OVER = 256 << 20
 """With more bytes of weights than this they go to `NAME.onnx.data`; protobuf ends at 2 GiB."""
@@ -96,6 +93,16 @@ def _with_data(
     return [path, path.with_name(data)]
 
 
+class Place(Protocol):
+    """Where a copy of a file goes, for a server."""
+
+    def config(self, model: Path) -> object:
+        """What is written of an .onnx file there; raises where it cannot go there."""
+
+    def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
+        """Copy an .onnx file, its data and its adapters there, beside a main output."""
+
+
 @dataclass
 class Output:
     """A file that has no name yet.
@@ -106,8 +113,9 @@ class Output:
         data: The name that its data gets, if it is saved with any.
         seen: What can be loaded before it has its name: `path`, but for a file that shares data.
         external: True when it was saved with data.
-        repository: The place of a copy, for Triton.
-        copies: The names of the copy's files.
+        places: Where copies go.
+        adapters: The files of adapters that were written beside it.
+        copies: The names of the copies' files.
         beside: What is written beside the file, and goes again where that gets no name.
     """
 
@@ -116,7 +124,8 @@ class Output:
     data: Path
     seen: Path
     external: bool = False
-    repository: Repository | None = None
+    places: Sequence[Place] = ()
+    adapters: list[Path] = field(default_factory=list)
     copies: list[Path] = field(default_factory=list)
     beside: Beside = field(default_factory=Beside)
 
@@ -140,8 +149,8 @@ class Output:
         self.external = len(files) > 1
         if delta:
             self._show()
-        if self.repository is not None:
-            self.repository.config(self.path)  # refused before any proof
+        for place in self.places:
+            place.config(self.path)  # refused before any proof
 
     def _show(self) -> None:
         """Put a copy of the model next to its target, where it can read the data that it shares.
@@ -163,7 +172,7 @@ class Output:
     @property
     def files(self) -> list[Path]:
         """The names of what was written."""
-        return [self.target, *([self.data] if self.external else []), *self.copies]
+        return [self.target, *([self.data] if self.external else []), *self.adapters, *self.copies]
 
 
 @contextlib.contextmanager
@@ -171,7 +180,7 @@ def output(
     target: Path,
     *,
     force: bool = False,
-    repository: Repository | None = None,
+    places: Sequence[Place] = (),
     owner: Path | None = None,
 ) -> Iterator[Output]:
     """A context with a file that gets its name, after its data, when nothing has raised.
@@ -179,7 +188,7 @@ def output(
     An existing data file is never replaced: it may be an input's, and a run that is killed between
     the two names would leave a model with the data of another. The new one is then `NAME.1.data`,
     NAME being that of `owner` where the data is of several files.
-    The copy in a repository is there before the file has its name, and goes again if that fails.
+    Copies are there before the file has its name, and go again if that fails.
 
     Raises:
         LoraFxError: The file exists and `force` is not given; its data exists and it is not.
@@ -188,7 +197,7 @@ def output(
     with replacing(target, force=force, parts=beside) as temporary:
         owner = owner or target
         data = _free(owner)
-        made = Output(target, temporary, data, temporary, repository=repository, beside=beside)
+        made = Output(target, temporary, data, temporary, places=places, beside=beside)
         try:
             yield made
         finally:
@@ -196,8 +205,8 @@ def output(
                 made.seen.unlink(missing_ok=True)
         if made.external and made.data.name != f"{owner.name}.data" and not force:
             raise LoraFxError(f"{owner}.data exists already", EXISTS)
-        if repository is not None:
-            made.copies = repository.place(temporary, beside)
+        for other in places:
+            made.copies += other.place(temporary, beside, made.adapters)
         if made.external:
             with replacing(made.data, beside=beside) as place:
                 temporary.with_name(made.data.name).replace(place)

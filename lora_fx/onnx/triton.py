@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -91,14 +91,15 @@ class Repository:
             )
         return made
 
-    def place(self, model: Path, beside: Beside) -> list[Path]:
+    def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
         """Copy an .onnx file and its data in as the next version, beside a main output.
+
+        The server reads no adapters, and they are not copied.
 
         Raises:
             LoraFxError: It does not fit what is there; nothing is written.
         """
         config = self.config(model)
-        data = data_names(model)
         first = not self.home.exists()
         number = "1" if first else str(max([0, *_versions(self.home)]) + 1)
         made = self.home if first else self.home / number
@@ -111,20 +112,31 @@ class Repository:
             version.mkdir(parents=True)
             if first:
                 (new / CONFIG).write_text(config.to_text(), encoding="utf-8")
-            shutil.copyfile(model, version / MODEL)
-            for name in data:
-                if (version / name).exists():
-                    raise LoraFxError(f"{model}: its data is called {name!r}", "rename it")
-                (version / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(model.parent / name, version / name)
+            copied = copy_model(model, version)
             _compare(_read(new if first else self.home), version / MODEL, self.name)
-        return [self.home / CONFIG] * first + [self.home / number / n for n in (MODEL, *data)]
+        return [self.home / CONFIG] * first + [self.home / number / n for n in copied]
+
+
+def copy_model(model: Path, folder: Path) -> list[str]:
+    """Copy an .onnx file, as MODEL, and its data into a folder; returns their names.
+
+    Raises:
+        LoraFxError: Its data has the name of something that is there.
+    """
+    data = data_names(model)
+    shutil.copyfile(model, folder / MODEL)
+    for name in data:
+        if (folder / name).exists():
+            raise LoraFxError(f"{model}: its data is called {name!r}", "rename it")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.parent / name, folder / name)
+    return [MODEL, *data]
 
 
 def repository_of(
     folder: str | PathLike[str] | None, model: str | PathLike[str], max_batch: int | None
-) -> Repository | None:
-    """Where an export of `model` goes, looked at before any work is done.
+) -> tuple[Repository, ...]:
+    """Where a copy of `model` goes, if anywhere, looked at before any work is done.
 
     Raises:
         LoraFxError: No place for it, or a batch size without a folder.
@@ -132,10 +144,10 @@ def repository_of(
     if folder is None:
         if max_batch is not None:
             raise LoraFxError("a batch size is of a repository", "--triton DIR, or leave it out")
-        return None
+        return ()
     made = Repository(Path(folder), Path(model).stem, max_batch)
     made.existing()
-    return made
+    return (made,)
 
 
 def write_repository(

@@ -20,6 +20,7 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike
 from lora_fx.inputs import Dynamic, Named
+from lora_fx.onnx.genai import genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched, match
@@ -78,6 +79,7 @@ def export(
     triton: str | PathLike[str] | None = None,
     max_batch: int | None = None,
     cache: bool = False,
+    genai: str | PathLike[str] | None = None,
     within: bool = False,
     quantise: Wanted | None = None,
     accuracy_level: int = 0,
@@ -85,6 +87,7 @@ def export(
     optimizer: str | None = None,
     weight_decay: float | None = None,
     clip: float | None = None,
+    tol: float | None = None,
     progress: Listener | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
@@ -125,6 +128,8 @@ def export(
         max_batch: With triton, above 0: the server may put requests together, up to so many rows.
         cache: For a decoder of transformers, in all modes but batch: its key-value cache goes in
             and comes out as tensors. The inputs are known, so none are given.
+        genai: With cache, in merged and switch: a folder for onnxruntime-genai, with a copy of the
+            file and the tokenizer of the model's own folder (docs/serving.md).
         within: You keep to the sizes that the report's `ranges` name: leave the nodes out that fail
             at others.
         quantise: As in insert: weights of the base become codes of 4 or 8 bits, products over them
@@ -136,6 +141,9 @@ def export(
         optimizer: In train: adamw, the default, or sgd.
         weight_decay: In train; 0.01 by default.
         clip: In train, the longest gradient, as the norm of all together; 1 by default, 0 for any.
+        tol: Instead of the gate of float16, int8 or level 4, and above it: the largest max|a − b| /
+            max|b| of an output that is accepted. What was reached is reported; the fold, and files
+            without such a precision, keep their gates.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Raises:
@@ -143,16 +151,21 @@ def export(
     """
     remember(*([model] if isinstance(model, (str, PathLike)) else []))
     expect_path(path, "path", "export(model, path, args)")
-    adapters = opened_adapters(adapters, mode)
+    adapters, notes = opened_adapters(adapters, mode), list[str]()
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
         rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
         external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
-        precision=precision, repository=repository_of(triton, path, max_batch), cache=cache,
-        within=within, accuracy_level=accuracy_level, loss=loss, optimizer=optimizer,
+        precision=precision, places=repository_of(triton, path, max_batch), cache=cache,
+        within=within, accuracy_level=accuracy_level, tol=tol, loss=loss, optimizer=optimizer,
         weight_decay=weight_decay, clip=clip,
     )  # fmt: skip
     check_output(path, force=force)
+    if genai is not None and (not cache or mode not in ("merged", "switch")):
+        raise LoraFxError(
+            f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
+            "--cache, with --mode merged or --mode switch; or leave --genai out",
+        )
     if cache:
         if args or kwargs or dynamic or inputs:
             raise LoraFxError(
@@ -166,7 +179,11 @@ def export(
         from lora_fx.passes.verbs.open import with_cache
 
         model, adapters = with_cache(model, adapters)
-        options = replace(options, adapters=adapters)
+        places = [*options.places]
+        if genai is not None:
+            copy = genai_folder(genai, options.target, model.model.config, force=force)
+            places, notes = [*places, copy], [*notes, *copy.notes]
+        options = replace(options, adapters=adapters, places=places)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         if args or kwargs or dynamic or opset:
             raise LoraFxError(
@@ -189,7 +206,6 @@ def export(
     from lora_fx.passes.verbs.export_torch import export_merged, export_slots
     from lora_fx.passes.verbs.open import captured_of
 
-    notes: list[str] = []
     if quantise and mode == "train":
         raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
     if quantise:
@@ -200,9 +216,10 @@ def export(
                 f"precision {precision!r} beside quantise: both say how weights are stored",
                 "leave one out",
             )
-        model, adapters, notes = quantised_base(
+        model, adapters, said = quantised_base(
             model, adapters, quantise, lambda m: captured_of(m, args, kwargs, dynamic)
         )
+        notes += said
         options = replace(options, adapters=adapters)
     run = export_merged if mode == "merged" else export_slots
     if mode == "train":
@@ -217,8 +234,8 @@ def export(
             raise
         with eager(model) as again:
             report = run(again, args, kwargs, options)
-        said = f"with eager attention, since the model's own failed: {e.message}"
-        return replace(report, warnings=(*notes, *report.warnings, said))
+        failed = f"with eager attention, since the model's own failed: {e.message}"
+        return replace(report, warnings=(*notes, *report.warnings, failed))
 
 
 # export of an .onnx file, from whatever framework, without torch.
@@ -285,14 +302,12 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
             f"{source} is an .onnx file already, and there is nothing to do",
             "give an adapter, --optimise, --precision or a --mode",
         )
-    last: Json = {"force": options.force, "repository": options.repository}
+    last: Json = {"force": options.force, "places": options.places}
     given: Json = {"names": options.names, "external_over": options.external_over}
-    names = ("inputs", "provider", "optimise", "precision")
-    ran: Json = {name: getattr(options, name) for name in names}
     if not rewritten:
         return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
     if adapter is None:
-        return optimise_file(source, target, **ran, **last)
+        return optimise_file(source, options)
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "merged.onnx"
         try:
@@ -300,7 +315,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
         except LoraFxError as e:
             said = e.message.replace(str(merged), str(target))
             raise LoraFxError(said, e.hint, exit_code=e.exit_code) from e
-        done = optimise_file(merged, target, **ran, **last)
+        done = optimise_file(merged, options)
         details = {**made.details, **done.details}
         return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
 

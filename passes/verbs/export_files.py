@@ -178,13 +178,14 @@ def write_switch(
         for name, path in paths.items():
             with replacing(path, force=options.force, beside=made_file.beside) as part:
                 write_adapter(adapters[name], manifest, part)
+        made_file.adapters += paths.values()
         more = options.also(made_file, manifest) if options.also else Companions()
     parity, warnings = [*parity, *more.parity], [*warnings, *more.warnings]
     if session.note:
         warnings.append(session.note)
     details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
-    files = [*made_file.files, *paths.values(), *more.files]
+    files = [*made_file.files, *more.files]
     return report_of(files, session.provider, parity, warnings, details)
 
 

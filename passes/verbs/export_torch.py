@@ -101,8 +101,8 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         mark_changed(model, values)
     tol = level_gate(options)
     if precision in GATES:
-        made_of = narrow(model, precision, feeds, provider)
-        model, tol = made_of.model, GATES[precision]
+        made_of = narrow(model, precision, feeds, provider, options.tol)
+        model, tol = made_of.model, options.tol or GATES[precision]
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
         for model in (model, made.model):  # noqa: B020
@@ -135,7 +135,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
 
 def level_gate(options: ExportOptions) -> float:
     """The gate of the level that products over codes compute at."""
-    return GATES.get(f"level {options.accuracy_level}", ORT_TOL)
+    return options.tol or GATES.get(f"level {options.accuracy_level}", ORT_TOL)
 
 
 def _branched(

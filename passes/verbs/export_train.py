@@ -285,7 +285,9 @@ class _Files:
         own, signature = self.loss[1], self.module.captured.signature
         example = named.get(own)  # where the example has labels, theirs are shape and dtype
         named = {k: v for k, v in named.items() if k != own}
-        asked = {own: torch.zeros_like(example)} if own in signature.required else {}
+        asked = {}
+        if example is not None and own in signature.required:
+            asked[own] = torch.zeros_like(example)
         labels = self._drawn(self._scores({**named, **asked}), example)
         if own:
             named = signature.bind((), {**named, own: labels})

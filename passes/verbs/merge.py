@@ -29,9 +29,8 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import restore_weight_names
-from lora_fx.onnx.save import EXTERNAL_OVER, is_external, output, weight_bytes
+from lora_fx.onnx.save import EXTERNAL_OVER, Place, is_external, output, weight_bytes
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.triton import Repository
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
@@ -53,7 +52,7 @@ class OnnxMergeOptions:
         trust: Read pickles, by torch's unpickler that runs no code.
         force: Replace an output that exists.
         external_over: Bytes of weights above which they go to a file of their own.
-        repository: Where a copy goes, for Triton.
+        places: Where copies go.
         how: Several adapters: sum (cat is the same), or linear and svd, which mix factors first.
         rank: The rank of an svd mix.
         delta: Write only what changes: the output reads the rest from the base's data file, which
@@ -68,7 +67,7 @@ class OnnxMergeOptions:
     trust: bool = False
     force: bool = False
     external_over: int = EXTERNAL_OVER
-    repository: Repository | None = None
+    places: Sequence[Place] = ()
     how: str = "sum"
     rank: int | None = None
     delta: bool = False
@@ -115,7 +114,7 @@ def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: objec
     plan = plan_onnx(source, adapters, asked)
     external = is_external(source)  # once it is known to be a file that can be read
     if asked.delta:
-        _check_delta(source, target, external, asked.repository)
+        _check_delta(source, target, external, asked.places)
     graph, matched, model = plan.graph, plan.matched, plan.graph.model
     before = {n: graph.reader(n) for n in graph.flow.stores}
     pristine = graph.clone() if asked.run else graph
@@ -125,7 +124,7 @@ def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: objec
         graph.store(name, value)
     now = {"format": 1, "adapters": [p.record() for p in plan.parts]}
     model.metadata_props[METADATA] = json.dumps([*plan.merges, now])
-    with output(target, force=asked.force, repository=asked.repository) as made:
+    with output(target, force=asked.force, places=asked.places) as made:
         made.save(model, 0 if external else asked.external_over, delta=asked.delta)
         changed = {*fold.applied.values(), *matched.whole}
         written = prove_merge(made.seen, target, before, changed, plan.found, plan.matched, fold)
@@ -140,7 +139,7 @@ def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: objec
     return _report(made.files, fold, plan, notes, parity)
 
 
-def _check_delta(source: Path, target: Path, external: bool, repository: Repository | None) -> None:
+def _check_delta(source: Path, target: Path, external: bool, places: Sequence[Place]) -> None:
     if not external:
         raise LoraFxError(
             f"{source} keeps its weights in itself, so there is no data file to share",
@@ -152,7 +151,7 @@ def _check_delta(source: Path, target: Path, external: bool, repository: Reposit
             "other folders",
             f"-o {source.with_name(target.name)}",
         )
-    if repository is not None:
+    if places:
         raise LoraFxError("a copy for Triton has to hold all of its weights", "leave --delta out")
 
 

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_fx.compare import Report
-from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember
 from lora_fx.inputs import Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
 from lora_fx.onnx.optimise.precision import narrow
 from lora_fx.onnx.optimise.stages import Rewrite, RewriteStage, apply_stages
-from lora_fx.onnx.save import output
 from lora_fx.onnx.session import feeds_of_sizes, open_session, signature
-from lora_fx.onnx.triton import Repository
 from lora_fx.onnx.validity import blaming
+from lora_fx.passes.verbs.options import ExportOptions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -41,49 +38,32 @@ def optimised(
 
 
 @blaming
-def optimise_file(
-    source: str | PathLike[str],
-    path: str | PathLike[str],
-    *,
-    inputs: Named | None = None,
-    provider: str = "auto",
-    force: bool = False,
-    repository: Repository | None = None,
-    optimise: bool = True,
-    precision: str | None = None,
-) -> Report:
+def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report:
     """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.verbs.export.
 
     Args:
         source: The file; it is not changed.
-        path: Where to write.
-        inputs: Arrays by input name, instead of sampled ones.
-        provider: auto, cpu or cuda.
-        force: Replace an existing file.
-        repository: Where a copy goes, for Triton.
-        optimise: Apply the stages.
-        precision: float16 or int8, after them.
+        options: What export is asked for: the stages, a precision after them, or both.
 
     Raises:
         LoraFxError: The file does not load or run; nothing is written.
     """
     remember(source)
-    check_output(path, force=force)
-    target = Path(path)
+    provider, precision = options.provider, options.precision
     opened = load(source)
     restore_weight_names(opened)
     stored = opened.graph.initializers.items()
     values = {str(n): v.const_value.numpy for n, v in stored if v.const_value is not None}
     session = open_session(source, provider)
-    feeds = list(feeds_of_sizes(signature(session), inputs or {}))
-    model, stages = optimised(opened, feeds, provider, None if optimise else {})
+    feeds = list(feeds_of_sizes(signature(session), options.inputs or {}))
+    model, stages = optimised(opened, feeds, provider, None if options.optimise else {})
     mark_changed(model, values)
     said = [session.note] if session.note else []
     if precision:
-        made = narrow(model, precision, feeds, provider)
+        made = narrow(model, precision, feeds, provider, options.tol)
         model = made.model
         said.append(made.said(precision))
-    with output(target, force=force, repository=repository) as made_file:
+    with options.output() as made_file:
         made_file.save(model)
     nodes = sum(1 for _ in model.graph.all_nodes())
     rows = [s.to_json() for s in stages]

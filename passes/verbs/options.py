@@ -29,8 +29,7 @@ from lora_fx.targets.selectors import select_names
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
     from lora_fx.onnx.manifest import Manifest
-    from lora_fx.onnx.save import Output
-    from lora_fx.onnx.triton import Repository
+    from lora_fx.onnx.save import Output, Place
 
 Mode = Literal["merged", "switch", "load", "batch", "train"]
 Dead = Literal["auto", "error", "drop", "keep", "allow"]
@@ -199,7 +198,7 @@ class ExportOptions:
     force: bool
     optimise: bool
     precision: str | None
-    repository: Repository | None
+    places: Sequence[Place]
     cache: bool
     within: bool = False
     accuracy_level: int = 0
@@ -209,6 +208,7 @@ class ExportOptions:
     clip: float | None = None
     owner: Path | None = None
     also: Callable[[Output, Manifest], Companions] | None = None
+    tol: float | None = None
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""
@@ -242,6 +242,8 @@ class ExportOptions:
             raise LoraFxError(f"mode {self.mode} has no cache", "merged, switch or load")
         if self.mode == "train":
             self._check_step()
+        if self.tol is not None:
+            self._check_tol(self.tol)
 
     def _check_step(self) -> None:
         if not callable(self.loss) and self.loss not in (None, "ce", "mse"):
@@ -252,14 +254,27 @@ class ExportOptions:
             given = getattr(self, name)
             if given is not None and not 0 <= given < math.inf:
                 raise LoraFxError(f"{name} {given} is not 0 or more", "0 leaves it out")
-        if self.repository is not None:
+        if self.places:
             raise LoraFxError("a server takes no training step", "--triton with --mode switch")
 
+    def _check_tol(self, tol: float) -> None:
+        from lora_fx.onnx.optimise.precision import GATES  # as in output
+
+        expect(tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
+        rounding = f"level {self.accuracy_level}" if self.accuracy_level else self.precision or ""
+        gate = GATES.get(rounding, 1.0)
+        if not gate < tol < 1:
+            more = f"more than the gate of {rounding}, {gate:g}, and less than 1"
+            raise LoraFxError(
+                f"tol is {tol:g}; expected {more if gate < 1 else 'none: nothing is rounded here'}",
+                "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
+            )
+
     def output(self) -> AbstractContextManager[Output]:
-        """The file, and its copy for Triton, which get their names when the block ends."""
+        """The file, and its copies, which get their names when the block ends."""
         from lora_fx.onnx.save import output  # insert and merge share this file and need no ONNX
 
-        return output(self.target, force=self.force, repository=self.repository, owner=self.owner)
+        return output(self.target, force=self.force, places=self.places, owner=self.owner)
 
     def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
         """The targets, and whether the default plan chose them: some may be left out then."""

@@ -23,7 +23,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
-from tests.onnx.decoders import MODELS, gpt2
+from tests.onnx.decoders import MODELS, gpt2, write_tokenizer
 
 pytest.importorskip("transformers")
 STEPS = 20
@@ -118,9 +118,12 @@ class Case:
     def by_command(self) -> dict[str, Any]:
         """The switch file as the command line writes it, from a folder; what it prints."""
         copy.deepcopy(self.model).save_pretrained(self.folder / "model")  # writes into its config
+        write_tokenizer(self.folder / "model")
+        (self.folder / "model" / "generation_config.json").write_text('{"eos_token_id": 95}')
         for name, one in self.adapters.items():
             lora_fx.save_adapter(one, self.folder / name)
         argv = [*self.argv(*self.adapters), "-o", str(self.switch), "--mode", "switch", "--json"]
+        argv += ["--genai", str(self.folder / "genai")]
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown):
             assert run(argv) == 0
@@ -293,3 +296,23 @@ def test_the_command_line(case: Case, tmp_path: Path, capsys: pytest.CaptureFixt
         "input_ids", "attention_mask", "past_key_values.0.key",
     ]  # fmt: skip
     assert case.shown["inputs"][1]["shape"] == ["batch", "past + length"]
+
+
+@pytest.mark.parametrize("case", ["llama"], indirect=True)
+def test_a_folder_for_genai(case: Case) -> None:
+    """The file, its adapters and the tokenizer of the model's folder, by the command line."""
+    folder, beside = case.folder / "genai", case.switch.parent
+    adapters = [f"{n}.onnx_adapter" for n in case.adapters]
+    told = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    named = {p.name for p in folder.iterdir()} - {"lora_fx.json"}
+    assert named == {"genai_config.json", "model.onnx", *adapters, *told}
+    assert {str(folder / n) for n in named} <= set(case.shown["outputs"])
+    assert (folder / "model.onnx").read_bytes() == case.switch.read_bytes()
+    for name in adapters:
+        assert (folder / name).read_bytes() == (beside / name).read_bytes()
+    config = json.loads((folder / "genai_config.json").read_text())
+    model, decoder = config["model"], config["model"]["decoder"]
+    assert (model["type"], model["vocab_size"], model["context_length"]) == ("llama", 96, 64)
+    assert (model["eos_token_id"], model["pad_token_id"]) == (95, 0)
+    sizes = ("num_attention_heads", "num_key_value_heads", "head_size", "hidden_size")
+    assert [decoder[n] for n in (*sizes, "num_hidden_layers")] == [4, 2, 8, 24, 2]

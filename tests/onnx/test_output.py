@@ -19,7 +19,6 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files import atomic
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.verbs.optimise import optimise_file
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 
@@ -79,7 +78,9 @@ def test_optimise_leaves_the_data_of_a_renamed_input(
     before = (tmp_path / "out.onnx.data").read_bytes()
     wanted = open_session(tmp_path / "in.onnx", "cpu").run({"x": X.numpy()})
     monkeypatch.setattr(saving.Output.save, "__defaults__", (100, ()))
-    report = optimise_file(tmp_path / "in.onnx", tmp_path / "out.onnx", provider="cpu", force=True)
+    report = lora_fx.export(
+        tmp_path / "in.onnx", tmp_path / "out.onnx", optimise=True, provider="cpu", force=True
+    )
     assert [Path(f).name for f in report.outputs] == ["out.onnx", "out.onnx.1.data"]
     assert (tmp_path / "out.onnx.data").read_bytes() == before
     for name in ("in", "out"):

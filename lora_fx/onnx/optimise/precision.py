@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.compare import STEPS
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.flow import bodies_of
 from lora_fx.onnx.graph.graph import add_initialiser
-from lora_fx.onnx.optimise.stages import WorstError, peaks
+from lora_fx.onnx.optimise.stages import Feeds, WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.silence import silenced
 
@@ -63,6 +62,8 @@ class Narrowed:
     def said(self, precision: str) -> str:
         """A line for the report."""
         text = f"{precision}: outputs differ from float32 by {self.error:.1e}"
+        if self.error > GATES[precision]:
+            text += f", over the gate of {GATES[precision]:.1e}, which tol widens"
         if self.islands:
             some = ", ".join(self.islands[:4]) + (" …" if len(self.islands) > 4 else "")
             text += f"; {len(self.islands)} nodes stay in float32: {some}"
@@ -70,7 +71,7 @@ class Narrowed:
 
 
 def narrow(
-    model: ir.Model, precision: str, feeds: Sequence[Mapping[str, Array]], provider: str
+    model: ir.Model, precision: str, feeds: Feeds, provider: str, tol: float | None = None
 ) -> Narrowed:
     """Convert a model; it is not changed.
 
@@ -79,6 +80,7 @@ def narrow(
         precision: float16 or int8.
         feeds: Inputs by name, that candidates are compared on.
         provider: auto, cpu or cuda.
+        tol: What is accepted where the gate cannot be met.
 
     Raises:
         LoraFxError: A model of over 2 GB, or one that differs too much whatever is left out.
@@ -91,10 +93,11 @@ def narrow(
             "converters and runtimes take one protobuf message",
         )
     error = WorstError(model, feeds, provider)
+    most = tol or GATES[precision]
     if precision == "int8":
-        made = _int8(model, error)
+        made = _int8(model, error, most)
     else:
-        made = _half(model, error, peaks(model, feeds, provider))
+        made = _half(model, error, peaks(model, feeds, provider), most)
     made.model.metadata_props[PRECISION] = precision  # the gate of whoever compares it later
     return made
 
@@ -146,7 +149,7 @@ def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _half(
-    model: ir.Model, error: Callable[[ir.Model], float], high: Mapping[str, float]
+    model: ir.Model, error: Callable[[ir.Model], float], high: Mapping[str, float], tol: float
 ) -> Narrowed:
     named = _named(model)
     order = [str(n.name) for n in named.graph]
@@ -176,10 +179,13 @@ def _half(
                 last = k
         name = order[last - 1]
         if name in islands or len(islands) >= most:
+            if found <= tol:
+                return Narrowed(made, found, tuple(islands))
             raise LoraFxError(
                 f"float16 differs by {found:.1e} with {len(islands)} nodes left in float32; the "
-                f"gate is {GATES['float16']:.1e}{getattr(error, 'failure', '')}",
-                "the model needs float32's range or precision in too many places",
+                f"gate is {tol:.1e}{getattr(error, 'failure', '')}",
+                "the model needs float32's range or precision in too many places; --tol accepts "
+                "more",
             )
         islands.append(name)
 
@@ -206,7 +212,7 @@ def _drop_unread(model: ir.Model) -> None:
             value.name = name[:-5]
 
 
-def _int8(model: ir.Model, error: WorstError) -> Narrowed:
+def _int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
     """Weights by channel, activations as they come; biases and everything else stay.
 
     Weights take seven bits: processors without VNNI add pairs of 8-bit products in 16 bits, which
@@ -227,10 +233,10 @@ def _int8(model: ir.Model, error: WorstError) -> Narrowed:
         made = ir.load(after)
         ir.external_data.load_to_model(made)
     found = error(made)
-    if not found <= GATES["int8"]:
+    if not found <= tol:
         raise LoraFxError(
-            f"int8 differs by {found:.1e}; the gate is {GATES['int8']:.1e}{error.failure}",
-            "float16, or a model that was trained for int8",
+            f"int8 differs by {found:.1e}; the gate is {tol:.1e}{error.failure}",
+            "float16, or a model that was trained for int8; --tol accepts more",
         )
     return Narrowed(made, found)
 

@@ -29,6 +29,9 @@ from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.silence import silenced
 from lora_fx.text import Json
 
+Feeds = Sequence[Mapping[str, Array]]
+"""{input: array}, of every size that is compared."""
+
 # What onnx_ir and onnxscript bring: dead nodes out, constant folding, fusions for ONNX Runtime.
 
 
@@ -190,7 +193,7 @@ class RewriteStage:
 
 def apply_stages(
     model: ir.Model,
-    feeds: Sequence[Mapping[str, Array]],
+    feeds: Feeds,
     stages: Mapping[str, Rewrite] | None = None,
     provider: str = "cpu",
 ) -> tuple[ir.Model, list[RewriteStage]]:
@@ -235,9 +238,7 @@ class WorstError:
         failure: Why the last candidate did not load or run; empty where it did.
     """
 
-    def __init__(
-        self, model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str
-    ) -> None:
+    def __init__(self, model: ir.Model, feeds: Feeds, provider: str) -> None:
         self._feeds, self._provider, self.failure = feeds, provider, ""
         with tempfile.TemporaryDirectory() as folder:
             base = _open(model, Path(folder) / "base.onnx", provider)
@@ -257,7 +258,7 @@ class WorstError:
             return max(found)
 
 
-def peaks(model: ir.Model, feeds: Sequence[Mapping[str, Array]], provider: str) -> dict[str, float]:
+def peaks(model: ir.Model, feeds: Feeds, provider: str) -> dict[str, float]:
     """Value of the graph → the largest magnitude that it takes, before any rewrite."""
     copy = model.clone()
     shown = [v for n in copy.graph for v in n.outputs if v.name and not v.is_graph_output()]
@@ -282,11 +283,7 @@ def _renamed(before: ir.Model, after: ir.Model) -> str:
     return ""
 
 
-def _difference(
-    session: RuntimeSession,
-    feeds: Sequence[Mapping[str, Array]],
-    wanted: Sequence[Mapping[str, Array]],
-) -> tuple[str, float | None]:
+def _difference(session: RuntimeSession, feeds: Feeds, wanted: Feeds) -> tuple[str, float | None]:
     """Where outputs differ by more than the gate, or nothing; and the largest rel, if finite."""
     worst = 0.0
     for feed, want in zip(feeds, wanted, strict=True):

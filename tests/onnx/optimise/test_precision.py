@@ -88,7 +88,9 @@ def test_what_overflows_stays_in_float32(tmp_path: Path) -> None:
     assert of["Sqrt"] == onnx.TensorProto.FLOAT and of["Tanh"] == onnx.TensorProto.FLOAT16
 
 
-def narrowed(worst: Callable[[set[str]], float]) -> precision.Narrowed:
+def narrowed(
+    worst: Callable[[set[str]], float], tol: float = precision.GATES["float16"]
+) -> precision.Narrowed:
     """A chain of ten nodes, with an error that depends on which are in float32."""
     text = " ".join(f"v{i + 1} = Neg(v{i})" for i in range(10))
     model = ir.from_onnx_text(
@@ -101,7 +103,7 @@ def narrowed(worst: Callable[[set[str]], float]) -> precision.Narrowed:
 
     for i, node in enumerate(model.graph):
         node.name = f"n{i}"
-    return precision._half(model, error, {})
+    return precision._half(model, error, {}, tol)
 
 
 def test_culprits_are_found_by_bisection() -> None:
@@ -123,6 +125,25 @@ def test_a_model_that_needs_float32_everywhere(monkeypatch: pytest.MonkeyPatch) 
         narrowed(lambda kept: 1.0 if len(kept) < 9 else 1e-4)
 
 
+@pytest.mark.parametrize(("tol", "islands", "error"), [(0.5, 3, 0.4), (0.7, 3, 0.4), (0.3, 0, 0.0)])
+def test_tol_is_asked_once_no_more_nodes_may_go_back(
+    tol: float, islands: int, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the nearest that was found, not the first below tol."""
+    monkeypatch.setattr(precision, "MOST", 3)
+
+    def worst(kept: set[str]) -> float:
+        return 0.7 - 0.1 * len(kept)
+
+    if islands:
+        made = narrowed(worst, tol)
+        assert len(made.islands) == islands and made.error == pytest.approx(error)
+        assert f"by {error:.1e}, over the gate of 7.8e-03" in made.said("float16")
+    else:
+        with pytest.raises(LoraFxError, match=r"the gate is 3\.0e-01"):
+            narrowed(worst, tol)
+
+
 def test_int8(tmp_path: Path) -> None:
     report, error = written(Plain().eval(), tmp_path / "m.onnx", precision="int8")
     assert 1e-4 < error <= EIGHT
@@ -134,7 +155,7 @@ def test_int8(tmp_path: Path) -> None:
         lora_fx.merge(tmp_path / "m.onnx", adapter, tmp_path / "n.onnx")
 
 
-def test_int8_that_is_too_far_off_is_not_written(tmp_path: Path) -> None:
+def too_far_off() -> tuple[nn.Module, np.ndarray[Any, Any]]:
     """One huge input a row leaves the others a step of the scale or less."""
     model = Plain().eval()
     with torch.no_grad():
@@ -143,11 +164,87 @@ def test_int8_that_is_too_far_off_is_not_written(tmp_path: Path) -> None:
         model.a.bias[0] = 0
     x = np.random.default_rng(0).standard_normal((4, 24)).astype(np.float32)
     x[:, 0] *= 1e4
+    return model, x
+
+
+def test_int8_that_is_too_far_off_is_not_written(tmp_path: Path) -> None:
+    model, x = too_far_off()
     with pytest.raises(LoraFxError, match="int8 differs by"):
         lora_fx.export(
             model, tmp_path / "m.onnx", (X,), provider="cpu", precision="int8", inputs={"x": x}
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["torch", "onnx"])
+def test_tol_accepts_what_is_over_the_gate_and_no_more(source: str, tmp_path: Path) -> None:
+    """The fold keeps its gate; what was reached is said, and is what the file's outputs are off."""
+    model, x = too_far_off()
+    branched = lora_fx.insert(model, (X,), rank=3, seed=4).eval()
+    nn.init.normal_(dict(branched.named_parameters())["b.lora_B.weight"], 0, 0.01)
+    wanted = branched(torch.from_numpy(x)).detach().numpy()
+    path, base = tmp_path / "m.onnx", tmp_path / "base.onnx"
+    given: dict[str, Any] = dict(provider="cpu", inputs={"x": x})
+    if source == "onnx":
+        lora_fx.export(branched, base, **given)
+    made_of: Any = branched if source == "torch" else base
+    given["precision"] = "int8"
+    with pytest.raises(LoraFxError, match=r"int8 differs by .*; the gate is 1\.0e-01") as caught:
+        lora_fx.export(made_of, path, **given, tol=0.1)
+    assert "tol accepts more" in str(caught.value) and not path.exists()
+    report = lora_fx.export(made_of, path, **given, tol=0.3)
+    error = rel(next(iter(open_session(path, "cpu").run({"x": x}).values())), wanted)
+    assert 0.1 < error < 0.3
+    (said,) = [w for w in report.warnings if w.startswith("int8")]
+    assert f"by {error:.1e}, over the gate of 6.2e-02, which tol widens" in said
+    rows = {p.of: (p.tol, p.rel) for p in report.parity}
+    if source == "torch":
+        assert rows["fold"][0] == 1e-6 and rows["onnxruntime"][0] == 0.3
+        assert rows["onnxruntime"][1] == pytest.approx(error, 1e-3)
+        assert [p["tol"] for p in report.to_json()["parity"]] == [1e-6, 0.3]
+
+
+def test_tol_is_of_what_rounds(tmp_path: Path) -> None:
+    """Nothing in float32 gets another gate, none gets a narrower one, and half is not loosened."""
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        ("none: nothing is rounded here", "leave tol out", {}),
+        ("none: nothing is rounded here", "precision='float16'", {"precision": "float32"}),
+        ("none: nothing is rounded here", "accuracy_level=4", {"mode": "switch"}),
+        ("none: nothing is rounded here", "leave tol out", {"quantise": "int8"}),
+        (
+            "0.06; expected more than the gate of int8, 0.0625",
+            "",
+            {"precision": "int8", "tol": 0.06},
+        ),
+        ("tol is 1; expected", "leave tol out", {"precision": "float16", "tol": 1}),
+        ("tol is nan; expected", "leave tol out", {"precision": "float16", "tol": float("nan")}),
+        ("tol is a str, not a number", "0.1 accepts", {"precision": "float16", "tol": "0.1"}),
+        ("of level 4, 0.0625", "", {"quantise": "int8", "accuracy_level": 4, "tol": 0.05}),
+    ]
+    for words, hint, options in rows:
+        with pytest.raises(LoraFxError) as caught:
+            lora_fx.export(Plain().eval(), tmp_path / "m.onnx", (X,), **{"tol": 0.1, **options})
+        assert words in caught.value.message and hint in str(caught.value), words
+        assert caught.value.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_tol_of_level_four(tmp_path: Path) -> None:
+    """A block of x that one number fills has no codes left for the others."""
+    model, x = nn.Linear(64, 24).eval(), torch.randn(4, 64, generator=torch.Generator())
+    with torch.no_grad():
+        model.weight[:, 0] *= 1e-5
+        x[:, 0] *= 3e2
+    given: dict[str, Any] = dict(
+        provider="cpu", quantise="int8", accuracy_level=4, inputs={"input": x.numpy()}
+    )
+    path = tmp_path / "m.onnx"
+    with pytest.raises(lora_fx.errors.NoEffectError, match=r"the gate is 6\.2e-02"):
+        lora_fx.export(model, path, (x,), **given)
+    for mode in ("merged", "switch"):
+        report = lora_fx.export(model, path, (x,), **given, tol=0.9, mode=mode, force=True)
+        assert {p.tol for p in report.parity} == {0.9}
+        assert 0.0625 < max(p.rel for p in report.parity) < 0.9
 
 
 def test_files(tmp_path: Path) -> None:
