@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -58,7 +59,8 @@ def command(a: str, b: str, as_json: bool, **options: Any) -> None:
     model = {k: options.pop(k) for k in CAPTURE}
     adapters, everything = options.pop("adapters"), options.pop("everything")
     fits = is_adapter(b)
-    if not options["run"] and is_tensor_file(a) and (fits or is_tensor_file(b)):
+    gone = ":" not in b and not Path(b).exists()
+    if not options["run"] and is_tensor_file(a) and (fits or is_tensor_file(b) or gone):
         given = [pair if (pair := split_weight(x))[0] != x else x for x in adapters]
         rows = None if everything else ROWS
         report = verify(a, b, adapter=given or None, tol=options["tol"], rows=rows)

@@ -141,6 +141,17 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     "a missing .onnx": (
         lambda cap: lora_fx.verify("gone.onnx", "gone.onnx"), "gone.onnx: cannot be read", "path",
     ),
+    "a missing file beside tensors": (
+        lambda cap: [
+            lora_fx.save_adapter(lora_fx.Adapter({"w": LOW}), "out"),
+            lora_fx.verify("out/adapter_model.safetensors", "outt"),
+        ],
+        "outt: cannot be read: no such file", "did you mean out",
+    ),
+    "a dtype of torch for its name": (
+        lambda cap: lora_fx.merge("base", "adapter", "out", dtype=torch.float16),
+        "no dtype torch.float16", "did you mean float16",
+    ),
     "a missing .onnx to find": (
         lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx", "export, merge and verify",
     ),

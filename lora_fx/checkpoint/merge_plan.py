@@ -86,7 +86,8 @@ class MergeOptions:
         object.__setattr__(self, "dtype", long_name(self.dtype))
         if self.dtype not in (None, *FLOATING):
             known = f"one of {', '.join(FLOATING)}"
-            raise LoraFxError(f"no dtype {self.dtype!r}", near(self.dtype, FLOATING, known))
+            name = str(self.dtype).removeprefix("torch.")
+            raise LoraFxError(f"no dtype {self.dtype!r}", near(name, FLOATING, known))
         if self.how not in HOWS:
             raise LoraFxError(
                 f"no mix {self.how!r}", near(self.how, HOWS, f"one of {', '.join(HOWS)}")

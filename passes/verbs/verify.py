@@ -16,7 +16,7 @@ from lora_fx.checkpoint.merge import Adapters
 from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, near_path
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
@@ -72,6 +72,9 @@ def verify(
                 a, b, inputs, adapter=adapter, tol=tol, provider=provider, run=run, rows=rows
             )
     a, b = (local(m) if _is_path(m) else m for m in (a, b))
+    for path in filter(_is_path, (a, b)):
+        if not Path(path).exists():
+            raise LoraFxError(f"{path}: cannot be read: no such file or folder", near_path(path))
     fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
     if is_tensor_file(a) and not run:
         if fits:
