@@ -130,8 +130,11 @@ def translated(
                 verbose=False,
             )
         except Exception as e:
+            inner: BaseException = e  # the innermost names the operator
+            while inner.__cause__ is not None:
+                inner = inner.__cause__
             raise LoraFxError(
-                f"torch's ONNX exporter refused the model: {one_line(e, 200)}",
+                f"torch's ONNX exporter refused the model: {one_line(inner, 200)}",
                 "a Hugging Face model may need attn_implementation='eager' (-v prints all)",
             ) from e
     assert onnx is not None

@@ -283,7 +283,7 @@ class _Files:
     def _labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
         """The call of a batch with its labels, where the model takes them, and the labels."""
         own, signature = self.loss[1], self.module.captured.signature
-        example = named.get(own)  # where the example has labels, theirs are shape and dtype
+        example: Any = named.get(own)  # where the example has labels, theirs are shape and dtype
         named = {k: v for k, v in named.items() if k != own}
         asked = {}
         if example is not None and own in signature.required:

@@ -114,6 +114,19 @@ class Circular(nn.Module):
         return self.head(F.gelu(self.a(x)).mean(-1))
 
 
+class Windows(nn.Module):
+    """Averages over windows that leave a rest, and a norm, whose gradient writes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.avg_pool2d(self.a(x), (3, 2), 2, (1, 0), count_include_pad=False)
+        return self.head(F.normalize(F.avg_pool2d(h, 2), dim=1).mean((2, 3)))
+
+
 class Padded(nn.Module):
     """A mask of padding, which torch writes into a new tensor, in place."""
 
@@ -199,6 +212,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "products": (lambda: (Raw(), (torch.randint(0, 20, (3, 5)),)), {"include": "*"}),
     "convolutions": (lambda: (Convolutions(), (torch.randn(3, 3, 17, 20),)), {"include": "*"}),
     "circular": (lambda: (Circular(), (torch.randn(3, 6, 11),)), {"include": "*"}),
+    "windows": (lambda: (Windows(), (torch.randn(3, 3, 11, 15),)), {"include": "*"}),
     "padded": (
         lambda: (Padded(), (torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool))), {},
     ),

@@ -12,6 +12,7 @@ exporter has no operator for, or a wrong one, comes apart here.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -280,8 +281,10 @@ def step_of(
     apart = sdpa_kernel(SDPBackend.MATH)
     with quiet(), torch.no_grad(), fakes, enable_python_dispatcher(), apart, plain, free:
         made = make_fx(step, decomposition_table=_table())(*leaves)
-        if any(written_by(n) for n in made.graph.nodes):  # a second time: autograd is in `step`
-            made = make_fx(functionalize(made), decomposition_table=_table())(*leaves)
+        if any(written_by(n) for n in made.graph.nodes):
+            # functionalize takes neither autograd nor what the exporter's table gives
+            written = make_fx(step, decomposition_table=_own())(*leaves)
+            made = make_fx(functionalize(written), decomposition_table=_table())(*leaves)
     for node in [n for n in made.graph.nodes if n.target in SQUEEZES]:
         mend_squeeze(made.graph, node)
     made.graph.eliminate_dead_code()
@@ -358,12 +361,14 @@ def _table() -> dict[Any, Callable[..., Any]]:
     from lora_fx.fx.to_onnx import registry
 
     known = set(_decomp.get_onnx_implemented_overloads(registry()))
-    table = _decomp.create_onnx_friendly_decomposition_table(known)
-    counted = aten.nll_loss_forward.default
+    return {**_decomp.create_onnx_friendly_decomposition_table(known), **_own()}
+
+
+def _own() -> dict[Any, Callable[..., Any]]:
     return {
-        **table,
-        counted: nll_loss,
+        aten.nll_loss_forward.default: nll_loss,
         aten.convolution_backward.default: convolution_backward,
+        aten.avg_pool2d_backward.default: average_backward,
     }
 
 
@@ -410,6 +415,26 @@ def convolution_backward(
     if wanted[2]:
         db = dy.sum([0, *(i + 2 for i in axes)])
     return dx, dw, db
+
+
+def average_backward(
+    dy: Tensor, x: Tensor, kernel: Any, stride: Any, padding: Any, ceil: bool, counted: bool,
+    divisor: int | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of an average over windows: each gives its share to every place of it."""
+    stride = stride or kernel
+    if ceil:
+        raise LoraFxError(
+            "an average pooling with ceil_mode has no gradient here", "ceil_mode=False"
+        )
+    ones = torch.ones((1, 1, *kernel), device=x.device)
+    places = torch.ones((1, 1, *x.shape[-2:]), device=x.device)
+    held = aten.convolution(places, ones, None, stride, padding, [1, 1], False, [0, 0], 1)
+    share = dy / (divisor or (math.prod(kernel) if counted else held))
+    rest = [(x.shape[i - 2] + 2 * padding[i] - kernel[i]) % stride[i] for i in range(2)]
+    planes = share.reshape(-1, 1, *dy.shape[-2:])
+    made: Tensor = aten.convolution(planes, ones, None, stride, padding, [1, 1], True, rest, 1)
+    return made.reshape(x.shape)
 
 
 # Dropout by an input, seed: what is dropped depends on it, on the place and on which dropout it is,
