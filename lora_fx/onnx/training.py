@@ -51,11 +51,10 @@ def save_beside(model: ir.Model, path: Path, other: Path) -> int:
         turned = known.get(_digest(value, turned=True)) if same is None else None
         if turned is not None:
             name = str(value.name)
-            value.name = f"{name}.turned"
             new = ir.Value(name=name, type=value.type, shape=ir.Shape(turned.shape.numpy()))
             new.metadata_props.update(value.metadata_props)
             new.const_value = turned
-            model.graph.initializers.pop(name, None)
+            del model.graph.initializers[name]
             model.graph.initializers[name] = new
             reread(graph, value, new, (1, 0))
         elif same is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -303,6 +304,8 @@ def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
     base = sum(p.nbytes for p in {id(p): p for p in cap.model.parameters()}.values())
     base += sum(b.nbytes for b in cap.model.buffers())
     assert (tmp_path / "step.onnx.data").stat().st_size <= 1.02 * base + 4096
+    graph = onnx_ir.load(tmp_path / "step.onnx").graph
+    assert [n for n, v in graph.initializers.items() if not v.uses()] == []
 
 
 def test_numbers_of_a_step_by_hand(tmp_path: Path) -> None:

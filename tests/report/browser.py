@@ -14,7 +14,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +49,40 @@ class Browser:
             self._call(f"{domain}.enable")
 
     def open(
-        self, page: Path, *, width: int = 1280, dark: bool = False, script: bool = True
+        self, page: Path | str, *, width: int = 1280, dark: bool = False, script: bool = True
     ) -> None:
-        """Show a file at a width, in a theme, with JavaScript of its own or without."""
+        """Show a file or an address at a width, in a theme, with its JavaScript or without."""
         self._call("Emulation.setScriptExecutionDisabled", value=not script)
+        self.look(width=width, dark=dark)
+        self._events.clear()
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        self._call("Page.navigate", url=address)
+        deadline = time.monotonic() + WAIT
+        while not any(e["method"] == "Page.loadEventFired" for e in self._events):
+            assert time.monotonic() < deadline, f"{page} is not loaded"
+            self._events.append(self._message())
+
+    def look(self, *, width: int = 1280, dark: bool = False) -> None:
+        """Show what is open at another width, in another theme."""
         self._call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=900, deviceScaleFactor=1, mobile=False,
         )  # fmt: skip
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", media="screen", features=[theme])
-        self._events.clear()
-        self._call("Page.navigate", url=page.resolve().as_uri())
-        deadline = time.monotonic() + WAIT
-        while not any(e["method"] == "Page.loadEventFired" for e in self._events):
-            assert time.monotonic() < deadline, f"{page} is not loaded"
-            self._events.append(self._message())
+
+    def drag(self, points: Sequence[tuple[float, float]]) -> None:
+        """Press the mouse at the first of the points of the window, move through all, let go."""
+        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+        for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
+            self._call(
+                "Input.dispatchMouseEvent",
+                type=kind, x=x, y=y, button="left", buttons=1, clickCount=1,
+            )  # fmt: skip
+
+    def download_to(self, folder: Path) -> None:
+        """Let the page's downloads lie in a folder."""
+        self._call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     @property
     def requests(self) -> list[str]:
@@ -79,8 +97,10 @@ class Browser:
         return [json.dumps(e["params"]) for e in self._events if e["method"] in bad]
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression is, as JSON; the tool's own scripts always run."""
-        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """What a JavaScript expression is, or its promise, as JSON; the tool's own scripts run."""
+        answer = self._call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 

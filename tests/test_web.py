@@ -1,0 +1,286 @@
+"""samples/web in headless Chromium: what its page trains is what Python trains.
+
+Slow, and skipped where there is no chromium or no `npm ci --prefix samples/web`.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import lora_fx
+from lora_fx.dtypes import Array
+from lora_fx.onnx import Session, TrainSession
+from tests.report.browser import PROGRAM, WAIT, Browser, browser
+from tests.report.test_browser import CONTRAST
+
+WEB = Path(__file__).resolve().parent.parent / "samples" / "web"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PROGRAM is None, reason="no chromium is installed"),
+    pytest.mark.skipif(
+        not (WEB / "node_modules" / "onnxruntime-web").is_dir(),
+        reason="npm ci --prefix samples/web",
+    ),
+]
+
+STEPS, RATE, SHOWN = 30, 0.01, 300
+LETTERS = {
+    "A": [[(20, 90), (50, 10), (80, 90)], [(32, 60), (68, 60)]],
+    "B": [[(30, 10), (30, 90), (60, 88), (72, 70), (55, 50), (30, 48), (65, 28), (30, 10)]],
+    "C": [[(75, 25), (55, 10), (35, 20), (25, 50), (35, 80), (55, 90), (75, 75)]],
+}
+"""Strokes of the new classes, in hundredths of the canvas."""
+STEMS = ("A", "B", "C", "A", "B", "C", "C")
+"""What is drawn, each time a little otherwise."""
+PIXELS = "import('./app.js').then(m => m.state.examples.map(e => [...e.pixels]))"
+BATCH = (
+    "import('./app.js').then(m => m.batch())"
+    ".then(b => [[...b.input.data], [...b.labels.data].map(Number)])"
+)
+ADAPTER = (
+    "import('./app.js').then(m => Object.fromEntries(Object.entries(m.state.yours)"
+    ".map(([n, t]) => [n, [t.dims, [...t.data]]])))"
+)
+PREDICTED = (
+    "import('./app.js').then(m => m.predict(m.state.examples.map(e => e.pixels), m.state.{}))"
+)
+
+
+class Served(NamedTuple):
+    folder: Path
+    address: str
+    tab: Browser
+    downloads: Path
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def wait(tab: Browser, condition: str) -> None:
+    deadline = time.monotonic() + WAIT
+    while not tab.value(condition):
+        said = tab.value("document.getElementById('status').textContent")
+        assert time.monotonic() < deadline, (condition, said, tab.errors)
+        time.sleep(0.05)
+
+
+def click(tab: Browser, selector: str) -> None:
+    wait(tab, f"!document.querySelector({selector!r}).disabled")
+    tab.value(f"document.querySelector({selector!r}).click()")
+
+
+def draw(tab: Browser, letter: str, time_: int) -> None:
+    """With the mouse, and added as an example of its class."""
+    tab.value("document.getElementById('pad').scrollIntoView()")
+    left, top, width = tab.value(
+        "(r => [r.x, r.y, r.width])(document.getElementById('pad').getBoundingClientRect())"
+    )
+    rng = np.random.default_rng(time_)
+    for stroke in LETTERS[letter]:
+        points = np.array(stroke) + rng.uniform(-4, 4, (len(stroke), 2))
+        tab.drag([(left + width * x / 100, top + width * y / 100) for x, y in points.tolist()])
+    click(tab, f"#classes [value='{10 + 'ABC'.index(letter)}']")
+    click(tab, "#add")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The page, built, opened, and trained on what was drawn."""
+    folder, downloads = (tmp_path_factory.mktemp(name) for name in ("site", "downloads"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(WEB / "build.py"), str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "export: ok" in done.stdout, done.stderr
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    with browser(tmp_path_factory.mktemp("profile")) as tab:
+        tab.download_to(downloads)
+        tab.open(address)
+        wait(tab, "document.getElementById('status').textContent === 'Ready.'")
+        for i, letter in enumerate(STEMS):
+            draw(tab, letter, i)
+            wait(tab, f"document.querySelectorAll('#examples li').length === {i + 1}")
+        tab.value(f"document.getElementById('steps').value = {STEPS}")
+        click(tab, "#train")
+        wait(tab, "!document.getElementById('save').disabled")
+        yield Served(folder, address, tab, downloads)
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def trained(served: Served) -> tuple[TrainSession, list[float]]:
+    """Python's own loop, from the same start on the page's batch."""
+    pixels, labels = served.tab.value(BATCH)
+    batch = {
+        "input": np.array(pixels, np.float32).reshape(-1, 1, 8, 8),
+        "labels": np.array(labels, np.int64),
+    }
+    session = TrainSession(served.folder / "step.onnx", lr=RATE, provider="cpu", threads=1)
+    return session, [session.step(batch) for _ in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def examples(served: Served) -> Array:
+    return np.array(served.tab.value(PIXELS), np.float32).reshape(-1, 1, 8, 8)
+
+
+def chances(scores: Array) -> Array:
+    powers = np.exp(scores.astype(np.float64) - scores.max(1, keepdims=True))
+    result: Array = powers / powers.sum(1, keepdims=True)
+    return result
+
+
+def forward(served: Served, feeds: dict[str, Array]) -> Array:
+    """Chances by plain ONNX Runtime, A and B among the feeds."""
+    session = ort.InferenceSession(
+        served.folder / "forward.onnx", providers=["CPUExecutionProvider"]
+    )
+    return chances(session.run(None, feeds)[0])
+
+
+def parameters(path: Path) -> dict[str, Array]:
+    found = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+    return {name: value.numpy().copy() for name, value in found.items()}
+
+
+def downloaded(served: Served, button: str, name: str) -> Path:
+    path = served.downloads / name
+    click(served.tab, button)
+    deadline = time.monotonic() + WAIT
+    while not path.exists():
+        assert time.monotonic() < deadline, list(served.downloads.iterdir())
+        time.sleep(0.05)
+    return path
+
+
+def test_the_batch_is_what_was_drawn(served: Served, examples: Array) -> None:
+    """A moved image is numpy's roll where no ink is at the edge that leaves."""
+    pixels, labels = served.tab.value(BATCH)
+    own = np.array(pixels[SHOWN * 64 :], np.float32).reshape(-1, 5, 8, 8)
+    assert len(own) == len(STEMS) == len(np.unique(examples, axis=0))
+    assert labels[SHOWN:] == [10 + "ABC".index(c) for c in STEMS for _ in range(5)]
+    assert ((examples >= 0) & (examples <= 1)).all() and (examples.sum((1, 2, 3)) > 5).all()
+    padded = np.pad(examples[:, 0], ((0, 0), (1, 1), (1, 1)))
+    for k, (down, right) in enumerate([(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)]):
+        wanted = padded[:, 1 - down : 9 - down, 1 - right : 9 - right]
+        np.testing.assert_array_equal(own[:, k], wanted)
+
+
+def test_losses_are_pythons(served: Served, trained: tuple[TrainSession, list[float]]) -> None:
+    losses = served.tab.value("import('./app.js').then(m => m.state.losses)")
+    assert len(losses) == STEPS and losses[-1] < 0.5 * losses[0]
+    np.testing.assert_allclose(losses, trained[1], rtol=1e-4)
+
+
+def test_predictions_are_pythons(
+    served: Served, trained: tuple[TrainSession, list[float]], examples: Array
+) -> None:
+    """Before and after, on every example; what the page shows is what they say."""
+    start = parameters(served.folder / "step.onnx_adapter")
+    slots = trained[0].manifest.tensors(trained[0].adapter())
+    before, after = (forward(served, {"input": examples, **x}) for x in (start, slots))
+    for name, wanted in (("base", before), ("yours", after)):
+        found = np.array(served.tab.value(PREDICTED.format(name)))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    assert np.abs(after - before).max() > 0.5
+    truth = np.array([10 + "ABC".index(c) for c in STEMS])
+    right = int((after.argmax(1) == truth).sum())
+    assert served.tab.value("document.getElementById('own-yours').textContent") == (
+        f"{right} of {len(truth)}"
+    )
+    assert right > len(truth) / 2 and not (before.argmax(1) == truth).any()
+    said = served.tab.value(
+        "[...document.querySelectorAll('#examples p span:nth-child(2)')].map(e => e.textContent)"
+    )
+    rows = np.stack([before.argmax(1), after.argmax(1)], 1).reshape(-1)
+    assert [s.split()[1] for s in said] == ["0123456789ABC"[i] for i in rows]
+
+
+def test_the_reading_follows_the_switch(served: Served) -> None:
+    """What is on the canvas is read by the adapter that is switched on."""
+    first = "document.querySelector('#reading span').textContent"
+    draw(served.tab, "A", 0)  # an example more, removed again; what it leaves is an empty canvas
+    click(served.tab, "#examples li:last-child button")
+    assert served.tab.value(first) == "–"
+    left, top, width = served.tab.value(
+        "(r => [r.x, r.y, r.width])(document.getElementById('pad').getBoundingClientRect())"
+    )
+    for stroke in LETTERS["A"]:
+        served.tab.drag([(left + width * x / 100, top + width * y / 100) for x, y in stroke])
+    wait(served.tab, f"{first} === 'A'")
+    click(served.tab, "#adapters [value=base]")
+    wait(served.tab, f"'0123456789'.includes({first})")
+    click(served.tab, "#adapters [value=yours]")
+    wait(served.tab, f"{first} === 'A'")
+    click(served.tab, "#clear")
+
+
+def test_the_adapter_is_read_by_python(
+    served: Served, trained: tuple[TrainSession, list[float]]
+) -> None:
+    """Bit by bit what the page holds, and what Python's loop gives."""
+    adapter = lora_fx.load_adapter(downloaded(served, "#save", "adapter.onnx_adapter"))
+    held = {
+        n: np.array(x, np.float32).reshape(d) for n, (d, x) in served.tab.value(ADAPTER).items()
+    }
+    own = trained[0].adapter()
+    assert {f"{key}.lora_{half}" for key in adapter.lowrank for half in "AB"} == set(held)
+    for key, low in adapter.lowrank.items():
+        assert low.scale == 1.0
+        np.testing.assert_array_equal(low.a, held[f"{key}.lora_A"].T)
+        np.testing.assert_array_equal(low.b, held[f"{key}.lora_B"].T)
+        wanted = own.lowrank[key]  # 30 steps on, 1e-6 apart: two builds of the runtime
+        np.testing.assert_allclose(low.a, wanted.a, rtol=0, atol=5e-6)
+        np.testing.assert_allclose(low.b, wanted.scale * wanted.b, rtol=0, atol=5e-6)
+
+
+def test_the_served_file_is_read_by_the_runtime(served: Served, examples: Array) -> None:
+    path = downloaded(served, "#serve", "served.onnx_adapter")
+    session = Session(served.folder / "step.switch.onnx", provider="cpu")
+    session.load("yours", path)
+    (scores,) = session.run({"input": examples}, adapter="yours").values()
+    wanted = np.array(served.tab.value(PREDICTED.format("yours")))
+    np.testing.assert_allclose(chances(scores), wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        forward(served, {"input": examples, **parameters(path)}), wanted, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_is_readable(served: Served, width: int, dark: bool) -> None:
+    served.tab.look(width=width, dark=dark)
+    wait(served.tab, f"matchMedia('(prefers-color-scheme: {'dark' if dark else 'light'})').matches")
+    time.sleep(0.3)
+    assert served.tab.value("document.documentElement.scrollWidth") == width
+    pale = [t["text"] for t in served.tab.value(CONTRAST) if t["ratio"] < 4.5]
+    assert pale == ["None yet. Three or four of each class are enough."]  # hidden, no longer true
+
+
+def test_nothing_leaves_the_machine(served: Served) -> None:
+    """Neither by itself, nor if it tried: the browser holds it to what it was served from."""
+    own = (served.address, "data:", f"blob:{served.address}")
+    assert len(served.tab.requests) >= 12
+    assert [r for r in served.tab.requests if not r.startswith(own)] == []
+    assert served.tab.errors == []
+    tried = "fetch('http://127.0.0.1:9/').then(() => '', e => e.message)"
+    assert "CSP" in (said := served.tab.value(tried)) or "Failed to fetch" in said
+    assert any("Content Security Policy" in e for e in served.tab.errors)
