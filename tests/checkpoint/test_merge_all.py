@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_fx import Adapter, LowRank, save_adapter
-from lora_fx.checkpoint.merge_all import Job, jobs_of
+from lora_fx.checkpoint.merge_all import Job, _Running, jobs_of
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 
@@ -59,6 +59,17 @@ def test_each_is_the_merge_of_its_adapter(fleet: Path, capsys: pytest.CaptureFix
         assert row["tensors"] == 1 and row["gain"] == pytest.approx(1, abs=1e-3)
         size = np.linalg.norm(want - base) / np.linalg.norm(base)
         assert row["ratio"] == pytest.approx(size, rel=1e-4)
+
+
+def test_a_row_has_the_largest_update_and_the_least_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = [{"ratio": 0.1, "gain": 0.9}, {"ratio": 0.3, "gain": 0.99}, {"ratio": None}]
+    said = json.dumps({"ok": True, "warnings": ["w"], "tensors": tensors})
+    running = _Running("base", [], None)
+    monkeypatch.setattr(running, "run", lambda command: (0, said, ""))
+    row = running.result(Job("a", 1.0, tmp_path / "out"))
+    assert (row["tensors"], row["ratio"], row["gain"]) == (3, 0.3, 0.9) and row["warnings"] == ["w"]
 
 
 def test_the_report_has_the_order_of_the_adapters(
