@@ -123,15 +123,21 @@ def without_cache(out: object, left_out: list[str] | None = None) -> object:
 
 
 def apart(leaves: Sequence[Any]) -> list[Any]:
-    """The leaves, with a copy where one tensor is given for two inputs (labels=input_ids).
+    """The leaves, with a copy where one tensor is given for two inputs, or is cut from a larger.
 
-    torch.export would take the two for one input, and the graph would mix them up.
+    torch.export would take the two (labels=input_ids) for one input, and the graph would mix them
+    up. The steps of a cut, `ids[:, :16]`, would be sizes of their own, which other calls have not.
     """
     seen: set[int] = set()
     result = []
     for x in leaves:
-        result.append(x.clone() if isinstance(x, torch.Tensor) and id(x) in seen else x)
-        seen.add(id(x))
+        given = x
+        if isinstance(x, torch.Tensor) and x.layout is torch.strided and x.numel():
+            steps = zip(x.shape, x.stride(), strict=True)
+            if x.numel() != 1 + sum((n - 1) * step for n, step in steps):  # cut, or expanded
+                x = x.contiguous()
+        result.append(x.clone() if isinstance(x, torch.Tensor) and id(given) in seen else x)
+        seen.add(id(given))
     return result
 
 
