@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_fx.onnx.session import Session
-    from lora_fx.onnx.training import TrainSession
+    from lora_fx.onnx.train_session import TrainSession
 
 __all__ = ["Session", "TrainSession"]
 
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return Session
     if name == "TrainSession":
-        from lora_fx.onnx.training import TrainSession
+        from lora_fx.onnx.train_session import TrainSession
 
         return TrainSession
     raise AttributeError(f"module 'lora_fx.onnx' has no attribute {name!r}")

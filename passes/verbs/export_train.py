@@ -40,7 +40,7 @@ from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_tr
 from lora_fx.onnx.ranges import guard_within, say_within
 from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import open_session, write_adapter
-from lora_fx.onnx.training import save_beside
+from lora_fx.onnx.train_session import save_beside
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.gradients import prove_step
