@@ -93,9 +93,8 @@ def command(
     if model.endswith(".onnx"):
         from lora_fx.onnx.match import read_map
 
-        refuse_given(
-            model, ("opset", "weights", "dynamic", "static", "trust", "quantise", "accuracy_level")
-        )
+        own = [n for n in CAPTURE if n != "inputs_file"]
+        refuse_given(model, ("opset", *own, "quantise", "accuracy_level"))
         report = export(model, output, names=read_map(names), **options)
         inputs = [{"model": model}]
         note(*report.warnings, warns=True)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import (
+    CAPTURE,
     START,
     captured,
     label_option,
@@ -84,7 +85,7 @@ def _onnx(model: str, output: str, force: bool, as_json: bool, options: Json) ->
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")
     arrays = load_npz(options.pop("inputs_file")) or None
-    capture = ("weights", "dynamic", "static", "trust")
+    capture = [n for n in CAPTURE if n != "inputs_file"]
     no_say = ("also_train", "dropout", "quantise", *START, *capture)
     refuse_given(model, no_say)
     kept = {k: v for k, v in options.items() if k not in no_say}

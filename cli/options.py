@@ -92,7 +92,7 @@ def refuse_beside(plan: str | None) -> None:
         raise LoraFxError(f"{other} has no say beside --plan {plan}", "leave one of them out")
 
 
-CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust")
+CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust", "no_repeat")
 """What model_options give to captured."""
 
 
@@ -107,6 +107,9 @@ model_options = combined(
             "--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."
         ),
         click.option("--trust", is_flag=True, help="Read pickled tensors: .bin, and in a .pt2."),
+        click.option(
+            "--no-repeat", is_flag=True, help="Trace each of equal layers: slower, the same graph."
+        ),
     ]
 )
 """Options of every command that loads and captures a model."""
@@ -170,10 +173,11 @@ def captured(
     from lora_fx.inputs import parse_dynamic
     from lora_fx.passes.verbs.open import capture_loaded
 
-    weights, inputs_file, dynamic, static, trust = (options.pop(k) for k in CAPTURE)
+    weights, inputs_file, dynamic, static, trust, whole = (options.pop(k, None) for k in CAPTURE)
     given = {k: from_numpy(v) for k, v in load_npz(inputs_file).items()}
     wanted = parse_dynamic(dynamic) or None
     if is_program(model):
+        refuse_given(model, ("no_repeat",))
         if weights:
             raise LoraFxError(f"{model} holds its weights", "leave --weights out")
         cap: Captured = open_program(model, (), given, wanted, static, trust=trust, meta=meta)
@@ -186,7 +190,11 @@ def captured(
                 "with --cache the inputs and their dimensions are known",
                 "leave --inputs, --dynamic and --static out",
             )
-        cap = decoder(loaded.module) if cache else capture_loaded(loaded, (), given, wanted, static)
+        cap = (
+            decoder(loaded.module, repeat=not whole)
+            if cache
+            else capture_loaded(loaded, (), given, wanted, static, repeat=not whole)
+        )
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
     note(*(f"captured for: {c}" for c in cap.ranges))
     return loaded, cap
@@ -425,7 +433,7 @@ GROUPS = {
     "What is accepted": "allow_unused allow_missing any_base other_readers untie add again",
     "Quantised weights": "dtype dequantise requantise lossy max_shard_size",
     "ONNX": "opset optimise precision tol cache genai names delta triton max_batch",
-    "Model and its inputs": "model weights inputs_file dynamic static trust",
+    "Model and its inputs": "model weights inputs_file dynamic static trust no_repeat",
     "Run and result": "provider device threads dry_run run link report config save_config force "
     "as_json",
 }

@@ -87,8 +87,7 @@ def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tu
         )
     if not options["model"]:
         raise LoraFxError("--table needs the model", "--model MODEL")
-    asked: Json = {"inputs_file": None, "dynamic": (), "static": (), "trust": trust}
-    asked["weights"] = options["weights"]
+    asked: Json = {"weights": options["weights"], "dynamic": (), "static": (), "trust": trust}
     loaded, cap = captured(options["model"], asked)
     data = training_data(options["table"], loaded, cap, options["label"])
     result = held_out(cap, adapter_of(adapter), data, loss_of(options["loss"]))

@@ -56,11 +56,13 @@ def capture_loaded(
     kwargs: Named | None = None,
     dynamic: Dynamic | None = None,
     static: Sequence[str] = (),
+    *,
+    repeat: bool = True,
 ) -> Captured:
     """The capture of a loaded model, on its own example where no other is given."""
     if not args and not kwargs:
         args, kwargs = loaded.args, loaded.kwargs
-    return capture(loaded.module, args, kwargs, dynamic, static)
+    return capture(loaded.module, args, kwargs, dynamic, static, repeat=repeat)
 
 
 def with_cache(
@@ -146,6 +148,8 @@ def capture(
     kwargs: Named | None = None,
     dynamic: Dynamic | None = None,
     static: Sequence[str] = (),
+    *,
+    repeat: bool = True,
 ) -> Captured:
     """Capture a model with example inputs.
 
@@ -157,6 +161,8 @@ def capture(
         dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
             dimension 0 of every tensor, dimension 1 of integers, masks and 3-d floats.
         static: Inputs (`NAME` or `NAME:DIM`) that stay fixed.
+        repeat: Trace a block that repeats once, and copy its nodes; the graph is then compared
+            with the model where it has weights. False traces each one: slower, and the same.
 
     Raises:
         CaptureError: The model cannot be traced; the message names the line of its code.
@@ -164,6 +170,6 @@ def capture(
     """
     if is_program(model):
         return open_program(model, args, kwargs, dynamic, static)
-    cap = Captured(model, args, kwargs, dynamic, static)
+    cap = Captured(model, args, kwargs, dynamic, static, repeat=repeat)
     cap.traced(False, cap.named)
     return cap

@@ -109,10 +109,12 @@ class Captured:
         notes: What had to be said on the way.
         quantised: The user's own module where that has quantised layers; `model` is another then.
         adapter: What a file's branches hold; None for a model with source.
+        repeat: Blocks that repeat are traced once, and the graph compared with the model.
     """
 
     adapter: Adapter | None = None
     quantised: nn.Module | None = None
+    repeat = True
     live = False  # True where the model itself trains, and the graph shows its targets
 
     def __init__(
@@ -122,6 +124,8 @@ class Captured:
         kwargs: Named | None = None,
         dynamic: Dynamic | None = None,
         static: Sequence[str] = (),
+        *,
+        repeat: bool = True,
     ) -> None:
         expect(args, (tuple, list), "args", "a tuple", "args=(x,), or kwargs={'x': x}")
         expect({} if kwargs is None else kwargs, Mapping, "kwargs", "a dict", "kwargs={'x': x}")
@@ -131,6 +135,7 @@ class Captured:
         self.quantised = None if self.model is own else own
         forward: Any = self.model.forward if isinstance(model, nn.Module) else model
         self.signature = Signature(forward)
+        self.repeat = repeat
         self.source = ModelSource.of(self.model)
         self.base_dtype = base_dtype(self.model)
         self.notes: list[str] = list(said)
@@ -343,6 +348,9 @@ class Captured:
         with trace.batched_experts(source.module) if portable else contextlib.nullcontext():
             try:
                 traced = self._trace(source, training, named, requested)
+                own = traced.copies and source is self.source and self._has_values()
+                if own and not self._as_the_model(traced, named, training):
+                    traced = self._trace(source, training, named, requested, repeat=False)
             except CaptureError as e:
                 traced = self._lower(e, source, training, named)
         self._settle(traced)
@@ -371,9 +379,7 @@ class Captured:
                 if isinstance(leaves.get(n), torch.Tensor)
             ]
             return traced
-        own = self.source.in_dtype(None, self.base_dtype)
-        real = all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
-        if source is not own or not real:
+        if source is not self.source or not self._has_values():
             raise error
         try:
             with as_it_was(self.model, training), torch.random.fork_rng(devices=[]):
@@ -403,21 +409,35 @@ class Captured:
             for n in drawn
             for factor in (-1.0, 16.0, 1 / 16)
         ]
+        return all(self._runs_as(traced, other) for other in (*drawn[1:], *others))
+
+    def _as_the_model(self, traced: Traced, named: Named, training: bool) -> bool:
+        """Whether a graph with copies of blocks gives the model's numbers."""
+        with alike(self.model, training=training):
+            same = self._runs_as(
+                traced, pytree.tree_map_only(torch.Tensor, torch.clone, dict(named))
+            )
+        if not same:
+            self.notes.append("blocks that look alike are not: each was traced by itself")
+        return same
+
+    def _has_values(self) -> bool:
+        return all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
+
+    def _runs_as(self, traced: Traced, named: Named) -> bool:
+        """Whether a graph gives the model's numbers, in the model's mode, where the model runs."""
         graph = self._over_tensors(traced, traced.graph)
-        for other in (*drawn[1:], *others):
-            with torch.no_grad():
-                try:
-                    torch.manual_seed(0)
-                    want = self.signature.call(self.model, other)
-                except Exception:  # it need not be an input that the model takes
-                    continue
-                leaves = pytree.tree_leaves(dict(other))
+        leaves = pytree.tree_leaves(dict(named))
+        with torch.no_grad():
+            try:
                 torch.manual_seed(0)
-                got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
-            pairs = zip(got, pytree.tree_leaves(call.without_cache(want)), strict=True)
-            if not all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor)):
-                return False
-        return True
+                want = self.signature.call(self.model, named)
+            except Exception:  # it need not be an input that the model takes
+                return True
+            torch.manual_seed(0)
+            got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
+        pairs = zip(got, pytree.tree_leaves(call.without_cache(want)), strict=True)
+        return all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor))
 
     def settle(self, idle: Collection[Condition]) -> None:
         """Take these of what was doubtful for conditions of no meaning, and the rest for true."""
@@ -433,13 +453,19 @@ class Captured:
             traced.door = replace(door, conditions=tuple(dict.fromkeys([*door.conditions, *more])))
 
     def _trace(
-        self, source: ModelSource, training: bool, named: Named, requested: Requested
+        self,
+        source: ModelSource,
+        training: bool,
+        named: Named,
+        requested: Requested,
+        *,
+        repeat: bool = True,
     ) -> Traced:
         mode = "train" if training else "eval"
         with stage(f"capturing, {mode} mode"), as_it_was(source.module, training):
             try:
                 entry = RootModule(source.module, self.signature, source.forward)
-                traced = trace.trace(entry, named, requested)
+                traced = trace.trace(entry, named, requested, repeat=repeat and self.repeat)
             except LoraFxError:
                 raise
             except Exception as e:

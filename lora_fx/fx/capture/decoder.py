@@ -60,7 +60,7 @@ class Cached:
         return {"logits": out.logits, "present": present}
 
 
-def decoder(model: Any) -> Captured:
+def decoder(model: Any, *, repeat: bool = True) -> Captured:
     """The capture of a model with its cache; that of a model without is taken as its source.
 
     Raises:
@@ -75,7 +75,7 @@ def decoder(model: Any) -> Captured:
     if isinstance(model, Captured):
         if isinstance(model.model, Cached):
             return model
-        notes, model = model.notes, model.model
+        notes, repeat, model = model.notes, model.repeat, model.model
     layers = _layers(model)
     generator = torch.Generator().manual_seed(0)
     rows = int(model.config.get_text_config().vocab_size)
@@ -96,7 +96,7 @@ def decoder(model: Any) -> Captured:
             for k, width in pair
         }
         dynamic |= {f"past_key_values.{i}.{k}": {2: PAST} for k in ("key", "value")}
-    captured = Captured(with_cache(model), (), named, dynamic)
+    captured = Captured(with_cache(model), (), named, dynamic, repeat=repeat)
     captured.notes += [n for n in notes if n not in captured.notes]
     captured.traced(False, captured.named)
     return captured

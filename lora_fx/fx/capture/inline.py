@@ -57,7 +57,7 @@ def _inline(
         for inner in part.graph.nodes:
             if inner.op == "placeholder":
                 outer = next(arguments)
-                env[inner] = _detached(graph, outer) if no_grad else outer
+                env[inner] = _detached(node, outer) if no_grad else outer
             elif inner.op == "output":
                 results = map_arg(inner.args[0], lambda n: env[n])
             else:
@@ -70,7 +70,7 @@ def _inline(
                     new.meta[NO_GRAD] = True
                 env[inner] = new
         if no_grad:
-            results = map_arg(results, lambda n: _detached(graph, n))
+            results = map_arg(results, lambda n: _detached(node, n))
     for user in list(node.users):
         if user.target is operator.getitem:
             user.replace_all_uses_with(results[user.args[1]])
@@ -80,13 +80,13 @@ def _inline(
         graph.erase_node(body)
 
 
-def _detached(graph: fx.Graph, node: Any) -> Any:
+def _detached(region: fx.Node, node: Any) -> Any:
     """The value without its gradient; tensors of the model and numbers have none to lose."""
     floating = isinstance(node, fx.Node) and isinstance(v := value(node), torch.Tensor)
     if not floating or node.op == "get_attr" or not v.is_floating_point():
         return node
-    new = graph.call_function(aten.detach.default, (node,))
-    new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+    new = region.graph.call_function(aten.detach.default, (node,))
+    new.meta = {"val": v, "nn_module_stack": region.meta.get("nn_module_stack", {})}
     return new
 
 
@@ -113,7 +113,7 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
         for i in operands:
             if dtypes[i] is not wanted:
                 new = graph.call_function(aten.to.dtype, (i, wanted))
-                new.meta = dict(i.meta)
+                new.meta = {**i.meta, "nn_module_stack": node.meta.get("nn_module_stack", {})}
                 new.meta["val"] = value(i).to(wanted)
                 node.replace_input_with(i, new)
 

@@ -38,6 +38,7 @@ from lora_fx.fx.capture.call import (
 )
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.capture.inline import inline_regions, split_products, without_vmap
+from lora_fx.fx.capture.repeat import Repeats, write_out
 from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops, value
@@ -66,6 +67,7 @@ class Traced:
         left_out: Outputs that are no tensors, and that no graph makes.
         notes: What else has to be said.
         own_gradients: What may have another gradient than its forward, which a graph has not.
+        copies: Calls of blocks that are copies of the nodes of another one.
         modeless: True where nothing asked for a mode, so that the other one's graph is this one.
         analyses: What was computed of it; see lora_fx.ir.graph.Analysed.
     """
@@ -81,6 +83,7 @@ class Traced:
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     own_gradients: tuple[str, ...] = ()
+    copies: int = 0
     modeless: bool = False
     analyses: dict[str, object] = field(default_factory=dict)
 
@@ -93,18 +96,24 @@ class Traced:
         return graph
 
 
-def trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
+def trace(entry: RootModule, named: Named, requested: Requested, *, repeat: bool = True) -> Traced:
     """Export a model on `named` inputs and clean the graph.
 
     A dynamic dimension of size 1 is tried at 2, and fixed where the model does not take that.
+
+    Args:
+        entry: The model.
+        named: Its arguments.
+        requested: What should be dynamic.
+        repeat: Trace blocks that repeat once; see lora_fx.fx.capture.repeat.
     """
     try:
-        return _trace(entry, named, requested)
+        return _repeated(entry, named, requested, repeat=repeat)
     except Exception:
         lone = ones_of(named, requested)
         if not lone:
             raise
-        traced = _trace(entry, named, less(requested, lone))
+        traced = _repeated(entry, named, less(requested, lone), repeat=repeat)
         where = "the model: it does not run at size 2"
         traced.pinned = [*traced.pinned, *(Pinned(n, d, 1, where) for n, d in lone)]
         return traced
@@ -126,6 +135,22 @@ def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
     return {
         n: {d: s for d, s in dims.items() if (n, d) not in fixed} for n, dims in requested.items()
     }
+
+
+def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
+    """Export with blocks that repeat traced once, or each for itself where that fails."""
+    repeats = Repeats(entry.source) if repeat else None
+    if repeats is None or not repeats.families:
+        return _trace(entry, named, requested)
+    try:
+        with repeats.watching():
+            traced = _trace(entry, named, requested)
+    except Exception:
+        if not repeats.copies:
+            raise
+        return _trace(entry, named, requested)
+    traced.copies = repeats.copies
+    return traced
 
 
 def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
@@ -456,6 +481,7 @@ def clean_module(
     graph = module.graph
     inline_regions(module)
     without_vmap(graph)
+    write_out(module)
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             # these bake dtype and device in: .to(bf16) and autocast would fail on them

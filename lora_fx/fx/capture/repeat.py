@@ -1,0 +1,443 @@
+"""Blocks that repeat: a call of a block like one that was traced becomes a copy of its nodes.
+
+The layers of a Llama are one block eighty times, and torch.export traces each of them at some
+milliseconds a node. Here the first call of a block is traced as ever, between two marks, and a
+later call of a block like it is one opaque node. In the graph that comes out, such a node becomes
+a copy of the nodes between the marks, over its own tensors and arguments.
+
+Blocks are alike when their classes, the shapes of their tensors, the way they are called and every
+attribute that the traced one read are the same. What blocks ask outside of themselves, such as a
+counter, cannot be seen: so a graph with copies is run beside the model. A call that leaves something behind (a tensor
+written in place, an attribute) or makes what a copy cannot (sizes that values decide, outputs that
+are no tensors) is no pattern for others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils import _pytree as pytree
+
+from lora_fx.fx.graph.nodes import value
+from lora_fx.fx.tensors import patched
+
+aten = torch.ops.aten
+_ALL = "CompositeExplicitAutograd"
+torch.library.define("lora_fx::block_start", "(Tensor[] given, int key) -> ()")
+torch.library.define("lora_fx::block_end", "(Tensor[] made, int key) -> ()")
+torch.library.define("lora_fx::block_again", "(Tensor[] given, int key) -> Tensor[]")
+START = torch.ops.lora_fx.block_start.default
+END = torch.ops.lora_fx.block_end.default
+AGAIN = torch.ops.lora_fx.block_again.default
+for _name, _mark in (("start", START), ("end", END)):
+    fx.node.has_side_effect(_mark)  # it has no users, and is no dead code
+    torch.library.impl(f"lora_fx::block_{_name}", _ALL, lambda _tensors, _key: None)
+
+FEWEST = 4
+"""Modules in a block, itself among them: a copy of fewer is no cheaper than its trace."""
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (list, set, dict)
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_OWN = {"_parameters", "_buffers", "_modules", "training"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_MISSING = object()
+
+
+class NotRepeated(Exception):
+    """Copies cannot be put into a graph; the model is traced without any."""
+
+
+@dataclass(eq=False)
+class Block:
+    """A module that others are like, with the modules in it by path."""
+
+    modules: dict[str, nn.Module]
+    family: BlockFamily
+    called: bool = False
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Its parameters and buffers as they are now: a trace puts others in their place."""
+        held = ((*m._parameters.values(), *m._buffers.values()) for m in self.modules.values())
+        return [t for own in held for t in own if t is not None]
+
+    def state(self) -> list[list[object]]:
+        """What else its modules hold, to see whether a call has left something behind."""
+        return [[*held, *_identities(held.values())] for held in map(_held, self.modules.values())]
+
+
+@dataclass(eq=False)
+class BlockFamily:
+    """Modules of one class and structure.
+
+    Attributes:
+        blocks: They.
+        differ: (path in a block, attribute) of what they do not all hold alike.
+        fixed: Those whose class has the name too: whether they are read cannot be seen.
+        patterns: Calls that were traced, which later ones may be copies of.
+        broken: True once a call was such that no other can be its copy.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    differ: set[tuple[str, str]] = field(default_factory=set)
+    fixed: set[tuple[str, str]] = field(default_factory=set)
+    patterns: list[TracedCall] = field(default_factory=list)
+    broken: bool = False
+
+
+@dataclass(eq=False)
+class TracedCall:
+    """One traced call.
+
+    Attributes:
+        key: What its marks in the graph say.
+        block: Whose call it was.
+        call: How it was called; its sizes may be symbols.
+        read: Those of the family's differences that it read.
+        made: Its outputs, flat.
+        spec: Their tree.
+    """
+
+    key: int
+    block: Block
+    call: Sequence[object]
+    read: set[tuple[str, str]] = field(default_factory=set)
+    made: list[object] = field(default_factory=list)
+    spec: Any = None
+
+    def reads(self, module: nn.Module, name: str) -> None:
+        """Write down that the call asked a module for an attribute."""
+        for path, differing in self.block.family.differ:
+            own = self.block.modules[path].__dict__ is module.__dict__
+            if differing == name and own:
+                self.read.add((path, name))
+
+    def holds_for(self, block: Block) -> bool:
+        """Whether what the call read is the same in another block."""
+        pairs = ((self.block.modules[p], block.modules[p], name) for p, name in self.read)
+        return all(_same(_attribute(a, n), _attribute(b, n)) for a, b, n in pairs)
+
+
+_KEYS = count()
+_patterns: dict[int, TracedCall] = {}
+"""Patterns by key, while a model is traced: the opaque op has the shapes of their outputs."""
+
+
+def _again(given: Sequence[torch.Tensor], key: int) -> list[torch.Tensor]:
+    made = [m for m in _patterns[key].made if isinstance(m, torch.Tensor)]
+    return [torch.empty_strided(m.shape, m.stride(), dtype=m.dtype, device=m.device) for m in made]
+
+
+torch.library.impl("lora_fx::block_again", _ALL, _again)
+# outputs require gradients where those of the block would; no graph with such a node is run
+torch.library.register_autograd("lora_fx::block_again", lambda *_: (None, None))
+
+
+class Repeats:
+    """The blocks of a model that repeat, and what was traced of them.
+
+    Args:
+        model: Its modules; their classes have other forwards while `watching`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.open: list[TracedCall] = []
+        self.copies = 0
+        families: dict[object, BlockFamily] = {}
+        for module in dict.fromkeys(model.modules()):
+            below = dict(module.named_modules(remove_duplicate=False))
+            if len(below) >= FEWEST and module is not model and not _altered(below):
+                family = families.setdefault(_structure(below), BlockFamily())
+                family.blocks.append(Block(below, family))
+        self.families = list(families.values())
+        for family in families.values():
+            first = family.blocks[0].modules
+            family.differ = set(_differences([b.modules for b in family.blocks]))
+            family.fixed = {(p, n) for p, n in family.differ if hasattr(type(first[p]), n)}
+        # torch calls modules by proxies over their __dict__
+        blocks = [b for f in self.families for b in f.blocks]
+        self.blocks = {id(b.modules[""].__dict__): b for b in blocks}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """A block that traces the model: calls of blocks like earlier ones are one node each."""
+        with contextlib.ExitStack() as patches:
+            for kind in dict.fromkeys(type(b.modules[""]) for b in self.blocks.values()):
+                patches.enter_context(patched(kind, forward=self._forward(kind.forward)))
+            pairs = {
+                (type(b.modules[path]), name)
+                for f in self.families
+                for path, name in f.differ - f.fixed
+                for b in f.blocks
+            }
+            for kind, name in pairs:
+                patches.enter_context(patched(kind, **{name: self._attribute(name)}))
+            try:
+                yield
+            finally:
+                for family in self.families:
+                    for pattern in family.patterns:
+                        _patterns.pop(pattern.key, None)
+
+    def _attribute(self, name: str) -> property:
+        """An attribute that says when it is read."""
+
+        def get(module: nn.Module) -> object:
+            for pattern in self.open:
+                pattern.reads(module, name)
+            if name not in module.__dict__:
+                raise AttributeError(name)  # nn.Module looks among its tensors then
+            return module.__dict__[name]
+
+        return property(get, lambda module, value: module.__dict__.update({name: value}))
+
+    def _forward(self, original: Callable[..., object]) -> Callable[..., object]:
+        def forward(module: nn.Module, *args: object, **kwargs: object) -> object:
+            run = partial(original, module)
+            if torch.compiler.is_dynamo_compiling():  # the body of a higher-order op
+                return run(*args, **kwargs)
+            block = self.blocks.get(id(module.__dict__))
+            if block is None or block.family.broken or any(p.block is block for p in self.open):
+                return run(*args, **kwargs)
+            if len(block.family.blocks) == 1 and not block.called:
+                block.called = True  # most such are never called again
+                return run(*args, **kwargs)
+            return self._call(block, run, args, kwargs)
+
+        return forward
+
+    def _call(
+        self,
+        block: Block,
+        run: Callable[..., object],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> object:
+        # a cache that is empty gives nothing, and what it would keep is no output of a capture
+        bare = [None if _is_empty_cache(x) else x for x in args]
+        named = {k: None if _is_empty_cache(x) else x for k, x in kwargs.items()}
+        leaves, spec = pytree.tree_flatten((bare, named))
+        given = [*(x for x in leaves if isinstance(x, torch.Tensor)), *block.tensors()]
+        call = _described(leaves, spec, given)
+        if call is None:
+            return run(*args, **kwargs)
+        for pattern in block.family.patterns:
+            if _sized(pattern.call) == _sized(call) and pattern.holds_for(block):
+                self.copies += 1
+                for outer in self.open:
+                    for path, name in pattern.read:
+                        outer.reads(block.modules[path], name)
+                made = iter(AGAIN(given, pattern.key))
+                out = [next(made) if isinstance(m, torch.Tensor) else m for m in pattern.made]
+                return pytree.tree_unflatten(out, pattern.spec)
+        pattern = TracedCall(next(_KEYS), block, call, set(block.family.fixed))
+
+        def left() -> object:
+            """What the call may leave behind, as it is now."""
+            containers = _identities(pytree.tree_leaves((bare, named)))
+            return [*(t._version for t in given), _decided(given)], block.state(), containers
+
+        before = left()
+        START(given, pattern.key)
+        self.open.append(pattern)
+        try:
+            result = run(*bare, **named)
+        finally:
+            self.open.pop()
+        leaves, pattern.spec = pytree.tree_flatten(result)
+        pattern.made = leaves
+        tensors = [m for m in pattern.made if isinstance(m, torch.Tensor)]
+        plain = all(isinstance(m, (torch.Tensor, *PLAIN)) for m in pattern.made)
+        if plain and _tracked(tensors) and before == left():
+            END(tensors, pattern.key)
+            _patterns[pattern.key] = pattern
+            block.family.patterns.append(pattern)
+        else:
+            block.family.broken = True
+        return result
+
+
+def _is_empty_cache(x: Any) -> bool:
+    return type(x).__module__ == "transformers.cache_utils" and not x.get_seq_length()
+
+
+def _identities(values: Iterable[object]) -> list[object]:
+    """Which objects these are, and which those in lists, sets and dicts among them."""
+    held = [*values]
+    parts = (v.values() if isinstance(v, dict) else v for v in held if isinstance(v, _CONTAINERS))
+    return [*map(id, held), *(id(x) for part in parts for x in part)]
+
+
+def _held(module: nn.Module) -> dict[str, object]:
+    """What a module holds beside its tensors, modules and hooks."""
+    return {k: v for k, v in module.__dict__.items() if k not in _OWN and "_hooks" not in k}
+
+
+def _attribute(module: nn.Module, name: str) -> object:
+    return module.__dict__.get(name, _MISSING)
+
+
+def _altered(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether some module does more, or other things, than the forward of its class."""
+    own = any("forward" in m.__dict__ for m in modules.values())
+    return own or any(getattr(m, k, ()) for path, m in modules.items() if path for k in _HOOKS)
+
+
+def _structure(modules: Mapping[str, nn.Module]) -> object:
+    """What blocks have to share: classes, modes and shapes of tensors, by path."""
+
+    def shape(t: torch.Tensor | None) -> object:
+        return t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+
+    return tuple(
+        (
+            path,
+            type(m),
+            m.training,
+            *((n, shape(t)) for n, t in (*m._parameters.items(), *m._buffers.items())),
+        )
+        for path, m in modules.items()
+    )
+
+
+def _differences(blocks: Sequence[Mapping[str, nn.Module]]) -> Iterator[tuple[str, str]]:
+    for path in blocks[0]:
+        held = [_held(modules[path]) for modules in blocks]
+        for name in dict.fromkeys(n for h in held for n in h):
+            first, *others = (h.get(name, _MISSING) for h in held)
+            if not all(_same(first, other) for other in others):
+                yield path, name
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two attributes are one object, or plain values that are equal."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(v, b[k]) for k, v in a.items())
+    if isinstance(a, (set, frozenset)):
+        return all(isinstance(x, PLAIN) for x in a) and bool(a == b)
+    return isinstance(a, PLAIN) and bool(a == b)
+
+
+def _described(
+    leaves: Sequence[object], spec: object, given: Sequence[torch.Tensor]
+) -> list[object] | None:
+    """How a block is called; None where the call cannot be told from others."""
+    if torch.is_autocast_enabled("cpu") or torch._C._functorch.maybe_current_level() is not None:
+        return None
+    if not _tracked(given):
+        return None
+    tracer: Any = get_proxy_mode()
+    first: dict[int, int] = {}
+    parts: list[object] = [spec, id(tracer), torch.is_grad_enabled()]
+    parts += [first.setdefault(id(t), i) for i, t in enumerate(given)]
+    for x in leaves:
+        if isinstance(x, torch.Tensor):
+            parts += [x.dtype, x.device, x.requires_grad, *x.shape, *x.stride()]
+        elif isinstance(x, _NUMBERS):
+            parts.append(x)
+        elif isinstance(x, PLAIN):
+            parts.append((type(x), x))
+        elif inspect.isroutine(x) or isinstance(x, type):
+            parts.append(x)
+        else:
+            return None
+    return parts
+
+
+def _sized(call: Sequence[object]) -> list[object]:
+    """A call with its sizes as torch knows them now: two that were apart may have become equal."""
+    return [x.node.expr if isinstance(x, _NUMBERS) else x for x in call]
+
+
+def _tracked(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the graph has a node for each of these tensors, which are as any other."""
+    mode: Any = get_proxy_mode()
+    strided = all(t.layout is torch.strided for t in tensors)
+    return (
+        mode is not None
+        and strided
+        and all(get_proxy_slot(t, mode.tracer, None) is not None for t in tensors)
+    )
+
+
+def _decided(given: Sequence[torch.Tensor]) -> int:
+    """How many sizes the trace has so far that values decide."""
+    env = getattr(detect_fake_mode(given), "shape_env", None)
+    return 0 if env is None else int(env.counter["create_unbacked_symbol"])
+
+
+def write_out(module: fx.GraphModule) -> None:
+    """Put the copies that the opaque nodes of a graph stand for in their places.
+
+    Raises:
+        NotRepeated: Some node is elsewhere than its pattern, or reads what has no counterpart.
+    """
+    graph = module.graph
+    starts: dict[int, fx.Node] = {}
+    ends: dict[int, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is START:
+            starts[node.args[1]] = node
+        elif node.target is END:
+            ends[node.args[1]] = node
+        elif node.target is AGAIN:
+            key = node.args[1]
+            if key not in starts or key not in ends:
+                raise NotRepeated
+            _copy(graph, starts[key], ends[key], node)
+    for mark in (*starts.values(), *ends.values()):
+        graph.erase_node(mark)
+    marks = {START, END, AGAIN}
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule) and any(n.target in marks for n in part.graph.nodes):
+            raise NotRepeated
+
+
+def _copy(graph: fx.Graph, start: fx.Node, end: fx.Node, call: fx.Node) -> None:
+    given, theirs, made = (cast("list[fx.Node]", n.args[0]) for n in (start, call, end))
+    env = dict(zip(given, theirs, strict=True))
+    inner = start.next
+    with graph.inserting_before(call):
+        while inner is not end:
+            number = isinstance(value(inner), (*_NUMBERS, int, float))  # the same in every call
+            if not number and inner.target not in (START, END, aten._assert_scalar.default):
+                new = graph.node_copy(inner, lambda n: env.get(n, n))
+                new.meta["nn_module_stack"] = _moved(inner, start, call)
+                env[inner] = new
+            inner = inner.next
+    for user in list(call.users):
+        if user.target is operator.getitem:
+            result = made[cast("int", user.args[1])]
+            user.replace_all_uses_with(env.get(result, result))
+            graph.erase_node(user)
+    graph.erase_node(call)
+
+
+def _moved(node: fx.Node, start: fx.Node, call: fx.Node) -> dict[str, tuple[str, object]]:
+    """The modules that a copied node was made in: those of the call, and then the node's own."""
+    stack, outer, here = (n.meta.get("nn_module_stack") or {} for n in (node, start, call))
+    if list(stack)[: len(outer)] != list(outer) or not outer or not here:
+        return dict(stack)
+    (old, (old_path, _)), (new, (new_path, _)) = (list(s.items())[-1] for s in (outer, here))
+    inner = list(stack.items())[len(outer) :]
+    moved = {
+        new + k.removeprefix(old): (new_path + path.removeprefix(old_path), kind)
+        for k, (path, kind) in inner
+    }
+    return {**here, **moved}

@@ -1,0 +1,457 @@
+"""Blocks that repeat: copies where blocks are alike, each traced by itself where they are not.
+
+Every model here has blocks of one class and shape. Its graph with copies must be the graph that is
+made the long way, node for node; a model whose blocks differ in what they do must have none.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.fx.capture.capture import Captured
+
+WIDTH = 6
+
+
+class Block(nn.Module):
+    """Two products with a residual; subclasses do one thing more."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.up = nn.Linear(WIDTH, 10)
+        self.act = nn.GELU()
+        self.down = nn.Linear(10, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(self.act(self.up(x)))
+
+
+class ByIndex(Block):
+    def forward(self, x):
+        return super().forward(x) * (1.0 + self.index)
+
+
+class OfTwo(Block):
+    """Every other block does something else, by an attribute of a module below."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.act.kind = "odd" if index % 2 else "even"
+
+    def forward(self, x):
+        y = super().forward(x)
+        return -y if self.act.kind == "odd" else y
+
+
+class ByClassDefault(Block):
+    shift = 0.0
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        if index:
+            self.shift = 0.5 * index
+
+    def forward(self, x):
+        return super().forward(x) + self.shift
+
+
+class HeldTensor(Block):
+    """What a block holds without registering it is another constant in each."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.scale = torch.tensor(1.0 + index)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Counts(Block):
+    """Writes a buffer in place."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen.add_(1.0)
+        return super().forward(x) + self.seen
+
+
+class Remembers(Block):
+    """Leaves an attribute behind, which the model reads."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.last = y.mean()
+        return y
+
+
+class Collects(Block):
+    """Puts something into a list that it holds."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x):
+        self.seen.append(x.mean())
+        return super().forward(x)
+
+
+class Appends(Block):
+    """Puts something into a list that it is given."""
+
+    def forward(self, x, also):
+        also.append(x.mean())
+        return super().forward(x)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Appends(i) for i in range(3)])
+
+    def forward(self, x):
+        also = []
+        for block in self.blocks:
+            x = block(x, also)
+        return x + sum(also)
+
+
+class WritesArgument(Block):
+    def forward(self, x):
+        x.add_(1.0)
+        return super().forward(x)
+
+
+class OutputNoTensor(Block):
+    def forward(self, x):
+        return super().forward(x), {1, 2}
+
+
+class OutputsAndNone(Block):
+    def forward(self, x, also=None):
+        y = super().forward(x)
+        return {"y": y, "also": also, "again": (y * 2, 3)}
+
+
+class Tied(Block):
+    """In some of them the bias is one for both products: the same values, another structure."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = self.first if index == 1 else nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return super().forward(self.second(self.first(x)))
+
+
+class Hooked(Block):
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.up.register_forward_hook(lambda m, a, y: y * (2.0 + index))
+
+
+class Drops(Block):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.3, self.training)
+
+
+class Casts(Block):
+    """A cast to what a tensor is already: torch's trace takes its result for the argument."""
+
+    def forward(self, x):
+        return x.to(torch.float32) + super().forward(x.to(torch.float32))
+
+
+class NoGradient(Block):
+    def forward(self, x):
+        with torch.no_grad():
+            y = super().forward(x)
+        return x + y
+
+
+class Autocast(Block):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+class Expert(nn.Module):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.body = nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), nn.Linear(4, WIDTH))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class ScaledExpert(Expert):
+    def forward(self, x):
+        return super().forward(x) * (1 + self.index)
+
+
+class Mixture(Block):
+    expert: type[Expert] = Expert
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.experts = nn.ModuleList([self.expert(i) for i in range(3)])
+
+    def forward(self, x):
+        return super().forward(x) + sum(e(x) for e in self.experts)
+
+
+class LaterExperts(Mixture):
+    """Experts are alike inside a block, and not from block to block."""
+
+    expert = ScaledExpert
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        for e in self.experts:
+            e.index = index
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, whatever they return."""
+
+    def __init__(self, kind: type[Block], depth: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([kind(i) for i in range(depth)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            out = block(x)
+            x = out if isinstance(out, torch.Tensor) else pytree.tree_leaves(out)[0]
+            if isinstance(out, dict):
+                x = x + out["again"][0]
+            if hasattr(block, "last"):
+                x = x + block.last
+        return x
+
+
+class Attention(nn.Module):
+    """Sizes are computed in a block (heads times batch), and are the same in every one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Shared(nn.Module):
+    """One block, three times (ALBERT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(0)
+
+    def forward(self, x):
+        return self.block(self.block(self.block(x)))
+
+
+class TwoArguments(nn.Module):
+    """The second call gives one tensor twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_Mixing(i) for i in range(3)])
+
+    def forward(self, x):
+        y = torch.tanh(x)
+        y = self.blocks[0](x, y)
+        y = self.blocks[1](y, y)
+        return self.blocks[2](y, x, 2.0)
+
+
+class _Mixing(Block):
+    def forward(self, x, y, scale=1.0):
+        return super().forward(x) - scale * y
+
+
+class Outside(nn.Module):
+    """Blocks ask a thing that counts: nothing of theirs tells them apart."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_Asking(i) for i in range(3)])
+
+    def forward(self, x):
+        self.calls.clear()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class _Asking(Block):
+    def forward(self, x):
+        Outside.calls.append(1)
+        return super().forward(x) * len(Outside.calls)
+
+
+class AroundAll(Stack):
+    """Autocast around the blocks."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class InBranches(nn.Module):
+    """Blocks in the bodies of a higher-order op are not its trace's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(i) for i in range(4)])
+
+    def forward(self, x):
+        first, second, third, fourth = self.blocks
+        x = torch.cond(x.sum() > 0, lambda x: first(x), lambda x: second(x), (x,))
+        return fourth(third(x))
+
+
+ALIKE = {  # name: (model, copies in eval mode)
+    "plain": (lambda: Stack(Block), 2),
+    "parts": (lambda: Stack(OutputsAndNone), 2),
+    "dropout": (lambda: Stack(Drops), 2),
+    "casts": (lambda: Stack(Casts), 2),
+    "autocast": (lambda: Stack(Autocast), 2),
+    "attention": (lambda: Attention().eval(), 2),
+    "no_grad": (lambda: Stack(NoGradient), 2),
+    "every_other": (lambda: Stack(OfTwo, 4), 2),
+    "tied": (lambda: Stack(Tied), 1),
+    "shared": (Shared, 1),  # from the second call on
+    "experts": (lambda: Stack(Mixture), 2 + 2),  # of the first block's experts, and of blocks
+    "later_experts": (lambda: Stack(LaterExperts), 3 * 2 + 2),  # and what is in the experts
+    "in_branches": (InBranches, 1),
+}
+APART = {
+    "by_index": lambda: Stack(ByIndex),
+    "class_default": lambda: Stack(ByClassDefault),
+    "held_tensor": lambda: Stack(HeldTensor),
+    "counts": lambda: Stack(Counts),
+    "remembers": lambda: Stack(Remembers),
+    "collects": lambda: Stack(Collects),
+    "appends": Auxiliary,
+    "writes_argument": lambda: Stack(WritesArgument),
+    "no_tensor": lambda: Stack(OutputNoTensor),
+    "hooked": lambda: Stack(Hooked),
+    "around_all": lambda: AroundAll(Block),
+    "two_arguments": TwoArguments,
+}
+
+
+def rows(graph: fx.Graph) -> list[object]:
+    """A graph without the names of its nodes: ops, operands, shapes, and the modules of each."""
+    at = {n: i for i, n in enumerate(n for n in graph.nodes if n.op != "get_attr")}
+    spelled = {n: str(n.target) if n.op == "get_attr" else f"%{at[n]}" for n in graph.nodes}
+    result: list[object] = []
+    for n in at:
+        operands = fx.node.map_arg((n.args, n.kwargs), lambda x: spelled[x])
+        made = pytree.tree_leaves(n.meta.get("val"))
+        shapes = [(t.dtype, t.dim()) for t in made if isinstance(t, torch.Tensor)]
+        path = [path for path, _ in (n.meta.get("nn_module_stack") or {}).values()]
+        target = "" if n.op == "placeholder" else str(n.target)
+        result.append((n.op, target, str(operands), shapes, path))
+    return result
+
+
+def captures(model: nn.Module, training: bool = False):
+    """(with copies, the long way) of a model."""
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+    model.requires_grad_(False)  # else the first block alone has an argument without gradient
+    both = [Captured(model, (x,), repeat=repeat) for repeat in (True, False)]
+    return [(cap, cap.traced(training, cap.named)) for cap in both]
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_copies_are_the_graph_of_the_long_way(name):
+    make, copies = ALIKE[name]
+    torch.manual_seed(0)
+    (cap, ours), (_, long) = captures(make(), training=name in ("dropout", "experts"))
+    assert (ours.copies, long.copies) == (copies, 0)
+    assert rows(ours.graph) == rows(long.graph)
+    assert ours.door.conditions == long.door.conditions
+    assert not any("alike" in n for n in cap.notes)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_differs_is_traced_by_itself(name):
+    torch.manual_seed(0)
+    (cap, ours), (_, long) = captures(APART[name]())
+    assert ours.copies == 0
+    assert rows(ours.graph) == rows(long.graph)
+    assert not any("alike" in n for n in cap.notes)
+
+
+def test_what_a_copy_cannot_know_is_found_by_running():
+    """A counter outside the blocks: the copies' numbers are not the model's, so none is kept."""
+    torch.manual_seed(0)
+    (cap, ours), (_, long) = captures(Outside())
+    assert any("look alike" in n for n in cap.notes)
+    assert ours.copies == 0
+    assert rows(ours.graph) == rows(long.graph)
+
+
+def test_classes_and_modules_are_as_they_were():
+    model = Stack(OfTwo, 4)
+    model.requires_grad_(False)
+    before = [dict(vars(k)) for k in (OfTwo, Block, nn.GELU)]
+    held = [dict(m.__dict__) for m in model.modules()]
+    captures(model)
+    assert [dict(vars(k)) for k in (OfTwo, Block, nn.GELU)] == before
+    assert [dict(m.__dict__) for m in model.modules()] == held
+
+
+def test_a_decoder_with_its_default_cache():
+    """The cache that a decoder makes is empty, so its layers are alike without it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 31, (2, 7))
+    cap = Captured(model, (), {"input_ids": ids})
+    assert cap.traced(False, cap.named).copies == 3
+    assert any("'cache'" in n for n in cap.notes)
+    (got,) = fx.Interpreter(cap.eval).run(ids, enable_io_processing=False)
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_nodes_grow_with_depth_and_traced_ops_do_not(monkeypatch):
+    """What torch traces of a deep model is one block: its ops are counted as they are run."""
+    from torch.fx.experimental import proxy_tensor
+
+    traced = []
+    original = proxy_tensor.proxy_call
+    monkeypatch.setattr(
+        proxy_tensor, "proxy_call", lambda *a, **k: traced.append(1) or original(*a, **k)
+    )
+    counts = {}
+    for depth in (2, 10):
+        traced.clear()
+        (cap, ours), _ = captures(Stack(Block, depth))
+        counts[depth] = len(ours.graph.nodes)
+        traced.clear()
+        again = Captured(Stack(Block, depth).requires_grad_(False), tuple(cap.named.values()))
+        again.traced(False, again.named)
+        counts[depth, "traced"] = len(traced)
+    assert counts[10] - counts[2] == 8 * 8  # four ops and four tensors a block
+    assert counts[10, "traced"] - counts[2, "traced"] == 8  # one opaque op a block
