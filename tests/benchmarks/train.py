@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.train [MODEL ...] [--dtype D ...] [--rounds 15] [--compile]
 
-Trunks of two layers, every linear layer and stack of experts adapted, forward and backward without the optimizer, CPU
-time of the process on one thread. All run in turn, A B C A B C …; the first is PEFT's default, the
-second the same once more, as a control. `frozen` is a bound: forward and the gradient of the
-input, in the model without adapters. Saved bytes are those that one forward keeps.
+Trunks of two layers, every linear layer and stack of experts adapted, forward and backward without
+the optimizer, CPU time of the process on one thread. All run in turn, A B C A B C …; the first is
+PEFT's default, the second the same once more, as a control. `frozen` is a bound: forward and the
+gradient of the input, in the model without adapters. Saved bytes are those that one forward keeps.
 """
 
 from __future__ import annotations
