@@ -95,7 +95,7 @@ class Insert:
         if self.weight_form or isinstance(site.kind, kinds.WeightForm) or read is None:
             return False
         ways = [_way(read, target, update) for target, update in pairs]
-        if "" in ways:
+        if "" in ways or not _picks_batches(site, read[1]):
             return False
         if not all(variant_of(update).branches for _, update in pairs):
             return self._stretched_form(graph, site, pairs, ways)
@@ -137,6 +137,9 @@ class Insert:
                 read_as = layout.transposed()
             start = read[1].starts(relative(target.region, read[0]))
             a, b = widen(e, read[1], read_as, start, a, b, half.rank)
+            if site.view.picked is not None:
+                ids = graph.picked(site, e)
+                a, b = e.op("gather", a, ids), e.op("gather", b, ids)
             part = site.kind.branch(e, site, x, Factors(a, b, half.rank, read[1]))
             if part is None:
                 return None
@@ -175,6 +178,13 @@ class Insert:
         for target, update in pairs:
             w = changed(e, target, update, stored, w, self.role)
         graph.rebase(site, w)
+
+
+def _picks_batches(site: Site, layout: Layout) -> bool:
+    """True where data picks nothing, or whole [out, in] of a stack, which a and b have as well."""
+    axis = site.view.picked
+    one = (axis,) == site.kind.axes(site.operand).batch and len(layout.batch) == 1
+    return axis is None or (one and site.kind.name == "linear")  # an einsum's form has sizes in it
 
 
 def _way(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:

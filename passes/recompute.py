@@ -8,7 +8,8 @@ whether keeping v is less, is read from the graph: see lora_fx.fx.patterns.eleme
 values that are no such chain, whose chain keeps as little already (a ReLU), that an op changes in
 place, whose branch has a dropout of its own, and branches in another block than their input.
 
-A weight that is made from codes, y = op(x, view(dequantise(codes))), is made again in backward too:
+A weight that is made from codes, y = op(x, view(dequantise(codes))), is made again in backward too,
+and so are the matrices of a stack that data picks, a copy for each row, y = op(x, w[ids]):
 
     y = op(x, w)        becomes        y = reread(codes; x)
 
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.flow import written
+from lora_fx.fx.graph.flow import FxWeight, written
 from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.graph.nodes import block_of, is_marked, reached
 from lora_fx.fx.graph.ops import Path, pick, row_of
@@ -75,13 +76,12 @@ class Recompute:
 
 @dataclass(frozen=True)
 class RecomputeWeights:
-    """Let products of quantised weights keep the codes, which are there anyway, and no weight."""
+    """Let products keep codes, or a stack and ids, which are there anyway, and no copied weight."""
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
-        """Edit the graph; a second run finds no product that reads a weight made from codes."""
-        if not graph.held:
-            return PassResult(graph, False)
-        made = [n for n, w in graph.flow().weights.items() if w.format and not is_marked(n)]
+        """Edit the graph; a second run finds no product that reads such a weight."""
+        weights = graph.flow().weights.items()
+        made = [n for n, w in weights if _copied(w) and not is_marked(n)]
         chains = dict.fromkeys(n for n in made if n.op == "call_function")
         modified = False
         for node in dict.fromkeys(u for n in chains for u in n.users if u not in chains):
@@ -98,8 +98,13 @@ class RecomputeWeights:
         return PassResult(graph, modified)
 
 
+def _copied(weight: FxWeight) -> bool:
+    """True for what is made from codes, and for the matrices that data picks from a stack."""
+    return bool(weight.format) or (weight.view.picked is not None and not weight.edited)
+
+
 def _reread(node: fx.Node, paths: Sequence[Path], chains: Container[fx.Node]) -> None:
-    """Let one call make a product and, from codes, its weights."""
+    """Let one call make a product and its weights."""
     weights = [pick(node, p) for p in paths]
     steps = [n for n in reached(weights, lambda n: n.all_input_nodes if n in chains else [])]
     given = [n for n in steps if n not in chains]
@@ -206,10 +211,10 @@ def region(code: Code) -> Callable[..., tuple[torch.Tensor, ...]]:
 
 
 def rereading(make: Code, op: Any, paths: Sequence[Path]) -> Callable[..., torch.Tensor]:
-    """An op whose weights are made from codes, in forward and again in backward.
+    """An op whose weights are made from codes, or picked, in forward and again in backward.
 
     Args:
-        make: Codes, scales and zeros → the weights as the op reads them.
+        make: Codes, scales and zeros, or a stack and ids → the weights as the op reads them.
         op: The op.
         paths: Where among its arguments the weights stand.
 

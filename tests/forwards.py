@@ -50,6 +50,18 @@ def gathered(p: Any, x: Tensor) -> Tensor:
     return torch.bmm(p.w[ids], x.unsqueeze(-1)).squeeze(-1)
 
 
+def selected(p: Any, x: Tensor) -> Tensor:
+    """The same, the activation first."""
+    ids = torch.argmax(x @ p.r, -1)
+    return torch.bmm(x.unsqueeze(1), torch.index_select(p.w, 0, ids)).squeeze(1)
+
+
+def turned(p: Any, x: Tensor) -> Tensor:
+    """What was picked is read with the rows behind the matrices."""
+    ids = torch.argmax(x @ p.r, -1)
+    return torch.einsum("oin,ni->no", p.w[ids].permute(1, 2, 0), x)
+
+
 def grouped(p: Any, x: Tensor) -> Tensor:
     """Rows sorted by expert, as transformers' grouped_mm."""
     ids = torch.argmax(x @ p.r, -1)

@@ -174,6 +174,9 @@ class Graph(Protocol[V]):
     def output(self, site: Site) -> V:
         """The result of the site's op."""
 
+    def picked(self, site: Site, e: Emitter[V]) -> V:
+        """The ids [n] by which data picks the site's matrices from its stack."""
+
     def zero_points(self, site: Site) -> ZeroPoints | None:
         """Those of the codes [out, in] that the site reads; None where they may not be floats."""
 

@@ -182,11 +182,14 @@ class Grouped(OwnNode):
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """The site's own op twice, with aᵀ and with bᵀ."""
-        if f.rank % int(site.attrs.get("rank_multiple", 1)):
-            return None  # the kernel wants aligned rows: the weight form has them
+        a, b = f.a, f.b
+        if more := -f.rank % int(site.attrs.get("rank_multiple", 1)):
+            # the kernel wants aligned rows: ranks of zeros fill them up, and add exact zeros
+            a = e.op("pad", a, before=(0, 0, 0), after=(0, more, 0))
+            b = e.op("pad", b, before=(0, 0, 0), after=(0, 0, more))
         # the offsets of the groups come with the node, so both products are sorted alike
-        t = e.like(site, x, e.op("transpose", f.a, perm=(0, 2, 1)))
-        return e.like(site, t, e.op("transpose", f.b, perm=(0, 2, 1)))
+        t = e.like(site, x, e.op("transpose", a, perm=(0, 2, 1)))
+        return e.like(site, t, e.op("transpose", b, perm=(0, 2, 1)))
 
 
 @dataclass(frozen=True)
@@ -297,9 +300,9 @@ def product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, str]:
     batch = LETTERS[: len(lead)]
     inner = tuple(x[-2 - len(lead) : -2])
     # Where x does not have the batch axes of w at the same sizes, one of the two is broadcast, and
-    # only the weight form is sure to mean the same.
+    # only the weight form is sure to mean the same. As many matrices as data picks is a symbol.
     fits = len(x) >= len(w) and all(
-        isinstance(n, int) and n == m for n, m in zip(inner, lead, strict=True)
+        str(n) == str(m) != "None" for n, m in zip(inner, lead, strict=True)
     )
     if fits:
         return matmul_left(batch) if left else matmul_right(batch), ""

@@ -89,6 +89,17 @@ class View:
                 value = emitter.op("cast", value, dtype=step.dtype)
         return value
 
+    @property
+    def picked(self) -> int | None:
+        """The axis of the operand along which data picks; -1 where it is cut up, None for none."""
+        axis = None
+        for step in self.steps:
+            if isinstance(step, Gather):
+                axis = step.axis if axis is None else -1
+            elif axis not in (None, -1) and not isinstance(step, Cast):
+                axis = step.dims.index(axis) if isinstance(step, Permute) else -1
+        return axis
+
 
 @dataclass(frozen=True)
 class Tracked:

@@ -480,6 +480,9 @@ class _Recorded:
     def weight(self, site: Site) -> Value:
         return Value(0)
 
+    def picked(self, site: Site, e: Recorder) -> Value:
+        return e.op("picked")  # by operands of the op's own: no primitive, so no output form
+
     def output(self, site: Site) -> Value:
         return Value(1)
 

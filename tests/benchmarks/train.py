@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.train [MODEL ...] [--dtype D ...] [--rounds 15] [--compile]
 
-Trunks of two layers, every linear layer adapted, forward and backward without the optimizer, CPU
-time of the process on one thread. All run in turn, A B C A B C …; the first is PEFT's default, the
-second the same once more, as a control. `frozen` is a bound: forward and the gradient of the
-input, in the model without adapters. Saved bytes are those that one forward keeps.
+Trunks of two layers, every linear layer and stack of experts adapted, forward and backward without
+the optimizer, CPU time of the process on one thread. All run in turn, A B C A B C …; the first is
+PEFT's default, the second the same once more, as a control. `frozen` is a bound: forward and the
+gradient of the input, in the model without adapters. Saved bytes are those that one forward keeps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def table(name: str, dtype: torch.dtype, size: Size, given: argparse.Namespace) -> None:
     """Time one model's steps and print them."""
     trunk = TRUNKS[name](size)
-    trunk = Trunk(trunk.model.to(dtype), cast(trunk.inputs, dtype), trunk.targets)
+    trunk = replace(trunk, model=trunk.model.to(dtype), inputs=cast(trunk.inputs, dtype))
     steps, kept = {}, {}
     for label, model in models(trunk, given.rank, given.compile).items():
         step = partial(once, model, trunk.inputs)

@@ -101,6 +101,24 @@ def test_insert_and_fold_equal_the_explicit_sum(row: Row) -> None:
     np.testing.assert_array_equal(run(cap.fx_graph(), model, x), want)
 
 
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.name.startswith(("gath", "group"))], ids=lambda r: r.name
+)
+def test_another_number_of_rows(row: Row) -> None:
+    """As many matrices are picked as there are rows: no size of the example may stay."""
+    _, x, cap = captured(row)
+    updates = change(cap)
+    other = x if "as many" in row.name else torch.cat([x, -x[:3]])
+    root = Model(row).requires_grad_(False)
+    graph = cap.fx_graph(root=root)
+    Insert(updates)(graph)
+    want = explicit(row, other, Adapter(updates).deltas())
+    assert rel(run(graph, root, other), want) < FOLD_TOL
+    adds = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    formed = any(n.args[0].op == "get_attr" and n.args[0].target == "w" for n in adds)
+    assert formed == (row.name == "gathered, turned over"), "W + s·B·A"
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 def test_zero_b_changes_nothing(row: Row) -> None:
     model, x, cap = captured(row)

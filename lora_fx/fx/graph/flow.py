@@ -224,7 +224,13 @@ class Writes:
     def _of(self, node: fx.Node) -> Storage:
         if node.op == "get_attr":
             return frozenset((str(node.target),))
-        held = node.all_input_nodes if node.target is operator.getitem else aliased_by(node)
+        held = aliased_by(node)
+        if node.target is operator.getitem:
+            held = node.all_input_nodes
+            several = getattr(getattr(held[0].target, "_schema", None), "returns", ())
+            if len(several) > 1 and all(r.alias_info is None for r in several):
+                # results of their own, as the values and the places of a topk are
+                return frozenset((next(u for u in held[0].users if u.args[1] == node.args[1]),))
         return frozenset().union(*(self.storage[v] for v in held)) or frozenset((node,))
 
     def between(self, value: fx.Node, start: fx.Node, end: fx.Node | None = None) -> bool:

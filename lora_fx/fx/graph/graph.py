@@ -15,8 +15,17 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.onnx import nbits_zero_points
 from lora_fx.fx import codes, tensors
 from lora_fx.fx.graph import ops
-from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, weight_flow
-from lora_fx.fx.graph.nodes import MARK, argument, dtype_name, is_marked, make_marked, mark, value
+from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, gather, weight_flow
+from lora_fx.fx.graph.nodes import (
+    MARK,
+    argument,
+    dtype_name,
+    is_marked,
+    make_marked,
+    mark,
+    shape_of,
+    value,
+)
 from lora_fx.fx.graph.sites import Bodies, FxWeightUse, data_flops, other_readers, slots, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
 from lora_fx.ir.emitter import Parameter, Role
@@ -189,6 +198,12 @@ class FxGraph(Analysed):
     def weight(self, site: Site) -> fx.Node:
         """The node at the start of the site's chain: a get_attr, or what computes the weight."""
         return self._chain(site)[0]
+
+    def picked(self, site: Site, e: object) -> fx.Node:
+        """What the last gather on the weight's way takes."""
+        picks = (n for n in self._chain(site)[1:] if gather(n, shape_of(n.args[0]) or ()))
+        ids = next(picks).args[-1]
+        return _node(ids[0] if isinstance(ids, (tuple, list)) else ids)
 
     def output(self, site: Site) -> fx.Node:
         """The result of the site's op; of an op with several results, the first."""
@@ -408,7 +423,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
         (x, tensors.padding(before, after), 0.0),
     ),
     "einsum": lambda x, y, equation: (aten.einsum.default, (equation, [x, y])),
-    "gather": lambda w, ids: (aten.embedding.default, (w, ids)),
+    "gather": lambda x, ids: (aten.index.Tensor, (x, [ids])),
     "dropout": lambda x, p: (aten.dropout.default, (x, p, True)),
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base

@@ -334,7 +334,9 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
     def shape(slot: int) -> Shape | None:
         value = operand(node, slot)
         known = flow.weight_of(value)
-        return shape_of(value) if known is None else known.shape
+        if known is None or known.view.picked is None:
+            return shape_of(value) if known is None else known.shape
+        return shape_of(value) or (None,) * len(known.shape)  # as many matrices as data picks
 
     result = []
     for use in row.uses(node, shape):

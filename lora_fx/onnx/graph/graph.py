@@ -211,19 +211,21 @@ class OnnxGraph(Analysed):
             )
         e = self.emit(site, before=True)
         e.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
-        ids = self._ids(self.at(site).node.inputs[site.slot[0]])
-        ids = None if ids is None else e.op("reshape", ids, shape=(-1,))
+        ids = None if site.view.picked is None else self.picked(site, e)
         operand = site.view.replay(e, w, ids)
         self.at(site).node.replace_input_with(site.slot[0], operand)
         self.changed()
 
-    def _ids(self, value: ir.Value | None) -> ir.Value | None:
-        """What picks the matrices of a stack on the way from a weight to this value."""
-        while value in self.flow.weights and (node := value.producer()) and node.inputs:
+    def picked(self, site: Site, e: Any) -> ir.Value:
+        """What the last Gather on the weight's way takes, as a list."""
+        value = self.at(site).node.inputs[site.slot[0]]
+        while value is not None and (node := value.producer()) is not None:
             if node.op_type in ("Gather", "GatherND") and constant(node.inputs[1]) is None:
-                return node.inputs[1]
+                ids: ir.Value = e.op("reshape", node.inputs[1], shape=(-1,))
+                ids.shape = ir.Shape([None])  # by which the walk knows a list of them
+                return ids
             value = node.inputs[0]
-        return None
+        raise AssertionError(f"no data picks what {site.id} reads")
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when only these sites, and the views before them, read the tensor."""

@@ -53,11 +53,13 @@ class Trunk:
         model: Seeded, without dropout.
         inputs: By argument name.
         targets: PEFT's names of the linear layers that lora_fx adapts by default.
+        stacks: PEFT's names of the stacked experts, of which it reads W + s·B·A.
     """
 
     model: nn.Module
     inputs: Mapping[str, torch.Tensor]
     targets: tuple[str, ...]
+    stacks: tuple[str, ...] = ()
 
 
 def gpt2(size: Size) -> Trunk:
@@ -99,6 +101,25 @@ def llama(size: Size) -> Trunk:
     return Trunk(LlamaModel(config), _ids(size), names)
 
 
+def mixtral(size: Size) -> Trunk:
+    """Eight stacked experts in the place of each MLP, two of which a token goes to."""
+    from transformers import MixtralConfig, MixtralModel
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=size.width,
+        num_hidden_layers=2,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads // 2,
+        intermediate_size=size.width * 11 // 4,
+        num_local_experts=8,
+        vocab_size=99,
+        use_cache=False,
+    )
+    stacks = ("experts.gate_up_proj", "experts.down_proj")
+    return Trunk(MixtralModel(config), _ids(size), ("q_proj", "k_proj", "v_proj", "o_proj"), stacks)
+
+
 def vit(size: Size) -> Trunk:
     """Layer norms, q, k and v apart, one GELU."""
     from transformers import ViTConfig, ViTModel
@@ -122,13 +143,21 @@ def _ids(size: Size) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, 99, (size.rows, size.tokens))}
 
 
-TRUNKS: Mapping[str, Callable[[Size], Trunk]] = {"gpt2": gpt2, "llama": llama, "vit": vit}
+TRUNKS: Mapping[str, Callable[[Size], Trunk]] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "mixtral": mixtral,
+    "vit": vit,
+}
 
 
 def with_peft(trunk: Trunk, rank: int = RANK, **options: Any) -> nn.Module:
     """A copy of the model, adapted by PEFT with its own initial values."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(trunk.targets))
+    names: dict[str, Any] = {"target_modules": list(trunk.targets)}
+    if trunk.stacks:
+        names["target_parameters"] = list(trunk.stacks)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, **names)
     made: nn.Module = get_peft_model(copy.deepcopy(trunk.model), config, **options)
     return made.train()

@@ -46,6 +46,11 @@ def out_in(a: Array, b: Array) -> Array:
     return np.einsum("or,ri->oi", b, a)
 
 
+def stacked(a: Array, b: Array) -> Array:
+    """ΔW as [batch, out, in]."""
+    return np.einsum("eor,eri->eoi", b, a)
+
+
 def in_out(a: Array, b: Array) -> Array:
     """ΔW as [in, out]."""
     return np.einsum("or,ri->io", b, a)
@@ -110,6 +115,13 @@ ROWS = [
         {"w": (3, 8, 6)}, (6, 8),
         lambda a, b: np.pad(in_out(a, b)[None], ((2, 0), (0, 0), (0, 0))), (3, 5, 8),
         key="w[2]"),
+    Row("picked by data", "matmul", "float[N,8,1]",
+        "e = Constant<value = int64 {4}>() i = ArgMax<axis = 1, keepdims = 0>(x) k = Mod(i, e) "
+        "p = GatherND(w, k) y = MatMul(p, x)", {"w": (4, 6, 8)}, (4, 6, 8), stacked, (5, 8, 1)),
+    Row("as many picked as there are", "matmul", "float[4,8,1]",
+        "e = Constant<value = int64 {4}>() f = Constant<value = int64[1] {-1}>() "
+        "i = ArgMax<axis = 1, keepdims = 0>(x) k = Mod(i, e) l = Reshape(k, f) "
+        "p = Gather(w, l) y = MatMul(p, x)", {"w": (4, 6, 8)}, (4, 6, 8), stacked, (4, 8, 1)),
     Row("gemm", "gemm", "float[N,8]", "y = Gemm(x, w, b)", {"w": (8, 6), "b": (6,)}, (6, 8),
         in_out, (3, 8)),
     Row("gemm transB alpha beta", "gemm", "float[N,8]",
