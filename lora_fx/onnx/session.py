@@ -101,6 +101,7 @@ def open_session(
     *,
     rewrites: bool = True,
     exact: bool = True,
+    patterns: bool = True,
     external: Mapping[str, Array] | None = None,
 ) -> RuntimeSession:
     """Load a model.
@@ -113,6 +114,7 @@ def open_session(
         rewrites: Let the runtime rewrite the graph.
         exact: Products with block-wise DequantizeLinear are computed in floats. Unasked, the
             runtime makes int8 of their activations (level 4 of MatMulNBits): rel 5e-3.
+        patterns: Keep one block of memory for all values of a run at sizes seen before.
         external: Arrays in the place of initialisers that lie in a data file, of equal shapes
             and dtypes.
 
@@ -129,6 +131,7 @@ def open_session(
     ort.set_default_logger_severity(3)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_mem_pattern = patterns
     if threads:
         options.intra_op_num_threads = threads
     if not rewrites:

@@ -23,6 +23,7 @@ from lora_fx.fx.train.objective import scores_of
 from lora_fx.fx.train.step import attention_with_dropout, dropped
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.passes.proofs.parity import arrays_of
+from tests.providers import PROVIDERS
 from tests.zoo.models import ZOO
 
 
@@ -267,17 +268,20 @@ def loss_in_torch(module: Any, batch: dict[str, Any], own: bool) -> Tensor:
     return F.cross_entropy(scores_of(module(**batch)).flatten(0, -2), labels.flatten())
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("name", rows())
-def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
+def test_steps_equal_those_of_torch(tmp_path: Path, name: str, provider: str) -> None:
     build, options = MODELS[name]
     model, args, kwargs = (*build(), {})[:3]
     cap = lora_fx.capture(model, args, kwargs, static=options.get("static", ()))
     module = lora_fx.insert(cap, rank=3, alpha=4.5, include=options.get("include"))
     own = "labels" in cap.signature.keywords
     path = tmp_path / "step.onnx"
-    report = lora_fx.export(module, path, mode="train", provider="cpu", clip=CLIP)
+    report = lora_fx.export(module, path, mode="train", provider=provider, clip=CLIP)
     assert {p.of for p in report.parity} == {"base", "random", "step"}
-    session = TrainSession(path, LR, "cpu")
+    session = TrainSession(path, LR, provider)
+    assert session.provider == provider
+    assert {v.device_name() for v in session._held.values()} == {provider}
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.01)
     for batch in batches(module, own):
@@ -296,7 +300,7 @@ def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
         np.testing.assert_allclose(ours.lowrank[key].b, u.b, atol=1e-4)
         assert np.abs(u.b).max() > 5e-3
     inputs = module.sample((2, 5))
-    forward = Session(tmp_path / "step.switch.onnx", "cpu")
+    forward = Session(tmp_path / "step.switch.onnx", provider)
     forward.load("trained", ours)
     expected = module.flat(inputs)
     for name, value in forward.run(arrays_of(inputs), adapter="trained").items():
@@ -308,21 +312,22 @@ def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
     assert [n for n, v in graph.initializers.items() if not v.uses()] == []
 
 
-def test_numbers_of_a_step_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_numbers_of_a_step_by_hand(tmp_path: Path, provider: str) -> None:
     """SGD on y = x·(W + s·b·a)ᵀ with mse: gradients in fp64, by their formulas."""
     torch.manual_seed(1)
     model = nn.Linear(5, 3, bias=False)
     path = tmp_path / "s.onnx"
     module = lora_fx.insert(model, (torch.randn(4, 5),), rank=2, alpha=5.0)
     lora_fx.export(
-        module, path, mode="train", provider="cpu", loss="mse", optimizer="sgd", weight_decay=0.1,
-        clip=0,
+        module, path, mode="train", provider=provider, loss="mse", optimizer="sgd",
+        weight_decay=0.1, clip=0,
     )  # fmt: skip
     start = module.adapter()
     (key,) = start
     low = start.lowrank[key]
     b = np.random.default_rng(0).standard_normal(low.b.shape).astype(np.float32)
-    session = TrainSession(path, 0.3, "cpu", adapter=Adapter({key: replace(low, b=b)}))
+    session = TrainSession(path, 0.3, provider, adapter=Adapter({key: replace(low, b=b)}))
     x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
     labels = np.random.default_rng(2).standard_normal((7, 3)).astype(np.float32)
     a64, b64, x64 = (v.astype(np.float64) for v in (low.a, b, x))
