@@ -23,7 +23,7 @@ from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
-from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
+from lora_fx.onnx.manifest import PROPERTY, SERVED, Manifest, read_file, write_file
 from lora_fx.onnx.ranges import conditions_of
 from lora_fx.text import Json, near
 
@@ -267,7 +267,7 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
 
 def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
     """Write an .onnx_adapter for the file that the manifest is of."""
-    write_file(path, manifest.tensors(adapter), {"adapter_version": 1, "model_version": 1})
+    write_file(path, manifest.tensors(adapter), {"adapter_version": SERVED, "model_version": 1})
 
 
 def write_for(model: str, adapter: Adapter, output: str, *, force: bool = False) -> None:

@@ -341,6 +341,25 @@ def test_numbers_of_a_step_by_hand(tmp_path: Path, provider: str) -> None:
     np.testing.assert_allclose(got.b, b64 - 0.3 * (wanted @ a64.T + 0.1 * b64), atol=2e-6)
 
 
+def test_another_scale_is_the_files_and_is_said(tmp_path: Path) -> None:
+    """ΔW stays, and what comes back has the file's alpha."""
+    module = lora_fx.insert(nn.Linear(5, 3), (torch.randn(4, 5),), rank=2, alpha=5.0)
+    path = tmp_path / "s.onnx"
+    lora_fx.export(module, path, mode="train", provider="cpu")
+    ((key, low),) = module.adapter().lowrank.items()
+    b = np.random.default_rng(0).standard_normal(low.b.shape).astype(np.float32)
+    given = Adapter({key: replace(low, b=b, alpha=8.0)})
+    lora_fx.save_adapter(given, tmp_path / "a")
+    for adapter in (given, tmp_path / "a"):
+        session = TrainSession(path, 0.3, "cpu", adapter=adapter)
+        assert "'weight' has the scale 4, the file 2.5; B of 1 updates was rescaled" in session.note
+        made = session.adapter()
+        assert made.lowrank[key].alpha == 5.0
+        np.testing.assert_allclose(made.deltas()[key], given.deltas()[key], rtol=1e-6)
+    session.load(Adapter({key: replace(low, b=b)}))
+    assert session.note == ""
+
+
 BAD_LABELS: dict[str, tuple[Any, str]] = {
     "below": (np.array([[0, -1, 2], [3, -100, 5]]), "ONNX Runtime fails"),
     "above": (np.array([[0, 6, 2], [3, -100, 5]]), "ONNX Runtime fails"),
