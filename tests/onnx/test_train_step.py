@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.objective import scores_of
-from lora_fx.fx.train.step import attention_with_dropout, dropped
+from lora_fx.fx.train.step import attention_with_dropout, average_backward, dropped, product
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.passes.proofs.parity import arrays_of
 from tests.providers import PROVIDERS
@@ -129,6 +130,23 @@ class Windows(nn.Module):
         return self.head(F.normalize(F.avg_pool2d(h, 2), dim=1).mean((2, 3)))
 
 
+class Sampled(nn.Module):
+    """Pools of sizes that do not divide, a window over the end, samples, a product of nine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.avg_pool2d(self.a(x), 3, 2, (1, 0), ceil_mode=True)
+        h = F.avg_pool2d(h, 2, 1, ceil_mode=True, count_include_pad=False)
+        places = torch.tanh(h[:, :2]).permute(0, 2, 3, 1)
+        h = h + F.grid_sample(h, places, padding_mode="border", align_corners=False)
+        h = F.adaptive_avg_pool2d(h, (3, 3))
+        return self.head((1 + 0.1 * h).flatten(2).prod(-1) + F.adaptive_max_pool2d(h, 1).flatten(1))
+
+
 class Padded(nn.Module):
     """A mask of padding, which torch writes into a new tensor, in place."""
 
@@ -215,6 +233,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "convolutions": (lambda: (Convolutions(), (torch.randn(3, 3, 17, 20),)), {"include": "*"}),
     "circular": (lambda: (Circular(), (torch.randn(3, 6, 11),)), {"include": "*"}),
     "windows": (lambda: (Windows(), (torch.randn(3, 3, 11, 15),)), {"include": "*"}),
+    "sampled": (lambda: (Sampled(), (torch.randn(3, 3, 10, 14),)), {"include": "*"}),
     "padded": (
         lambda: (Padded(), (torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool))), {},
     ),
@@ -409,6 +428,33 @@ def test_attention_with_dropout_is_torchs() -> None:
     weigh = torch.randn(theirs.shape)
     made = [torch.autograd.grad((y * weigh).sum(), (q, k, v)) for y in (ours, theirs)]
     torch.testing.assert_close(*made)
+
+
+def test_gradients_of_averages_are_torchs() -> None:
+    """Whatever lies over the end, counts as padding, or is left out of the last window."""
+    torch.manual_seed(0)
+    kernels, strides, paddings = (
+        ((3, 2), (2, 2), (4, 3)),
+        ((2, 2), (1, 3)),
+        ((0, 0), (1, 1), (1, 0)),
+    )
+    rows = itertools.product(
+        kernels, strides, paddings, (False, True), (False, True), (None, 5), ((7, 9), (8, 10))
+    )
+    for *how, size in rows:
+        x = torch.randn(2, 3, *size, requires_grad=True)
+        y = F.avg_pool2d(x, *how)
+        dy = torch.randn_like(y)
+        (wanted,) = torch.autograd.grad(y, x, dy)
+        torch.testing.assert_close(average_backward(dy, x.detach(), *how), wanted)
+
+
+def test_a_product_by_halves_is_torchs() -> None:
+    for shape, dim in (((3, 7, 4), 1), ((3, 1, 4), 1), ((9,), 0), ((2, 5), -1)):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(product(x, dim), x.prod(dim))
+        torch.testing.assert_close(product(x, dim, True), x.prod(dim, keepdim=True))
+        torch.testing.assert_close(product(x), x.prod())
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
