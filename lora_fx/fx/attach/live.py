@@ -177,7 +177,8 @@ def live_class(
         names["forward"] = _with_branch(names.get("forward", base.forward))
     if frozen:
         names["training"] = _frozen_training()
-    result: type[nn.Module] = _metaclass(type(base))(base.__name__, (base,), names)
+    metaclass: Any = type(base)
+    result: type[nn.Module] = _metaclass(metaclass)(base.__name__, (base,), names)
     return result
 
 
@@ -185,7 +186,7 @@ def live_class(
 def _metaclass(base: type) -> Any:
     """A metaclass whose classes refuse to be pickled; copy and deepcopy never ask it."""
     made = type(base.__name__, (base,), {})
-    copyreg.pickle(made, _refuse_pickle)  # type: ignore[arg-type]
+    copyreg.pickle(made, _refuse_pickle)
     return made
 
 
