@@ -135,15 +135,21 @@ def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
     """Held-out examples of a file of their own.
 
     Raises:
-        LoraFxError: They have other columns than the training's, or other words as labels.
+        LoraFxError: They have other columns than the training's, or labels that it has not.
     """
     there, here = ([*sorted(t.columns), *t.words] for t in (held_out, training))
-    if there != here:
+    places = [training.words.index(w) for w in held_out.words if w in training.words]
+    same = sorted(held_out.columns) == sorted(training.columns)
+    if not same or len(places) < len(held_out.words) or bool(places) != bool(training.words):
         raise LoraFxError(
             f"{path} has {', '.join(there)}; expected {', '.join(here)}, as {data} has",
-            "both need the same columns, and the same words as labels",
+            "both need the same columns, and no label may be new",
         )
-    return held_out
+    if not places:
+        return held_out
+    labels = np.array(places)[held_out.columns[held_out.label]]
+    made = {**held_out.columns, held_out.label: labels}
+    return replace(held_out, columns=made, words=training.words)
 
 
 def repeated(held_out: Table, training: Table) -> int:

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.data import Buckets, Table, read_npz, read_table, split, table_of, training_table
+from lora_fx.data import (
+    Buckets,
+    Table,
+    alike,
+    read_npz,
+    read_table,
+    split,
+    table_of,
+    training_table,
+)
 from lora_fx.errors import LoraFxError
 
 
@@ -28,6 +37,35 @@ def test_words_are_numbered_in_order_and_kept(tmp_path: Path) -> None:
     t = read_table(str(file), label="kind")
     assert list(t.columns) == ["a", "kind"] and t.words == ("cat", "dog")
     assert t.columns["kind"].tolist() == [1, 0, 1] and t.rows([2]).words == t.words
+
+
+HELD: dict[str, tuple[str, Any]] = {
+    "the same": ("a,kind\n5,dog\n6,cat\n7,emu\n", [1, 0, 2]),
+    "fewer": ("a,kind\n5,emu\n6,cat\n", [2, 0]),
+    "a new one": (
+        "a,kind\n5,fox\n6,cat\n",
+        "held.csv has a, kind, cat, fox; expected a, kind, cat",
+    ),
+    "numbers": ("a,kind\n5,1\n6,0\n", "held.csv has a, kind; expected a, kind, cat, dog, emu"),
+    "columns": ("b,kind\n5,dog\n", "held.csv has b, kind, dog; expected a, kind, cat, dog, emu"),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_words_of_held_out_labels_have_the_numbers_of_the_training(
+    name: str, tmp_path: Path
+) -> None:
+    text, wanted = HELD[name]
+    (tmp_path / "held.csv").write_text(text)
+    (tmp_path / "d.csv").write_text("a,kind\n1,dog\n2,cat\n3,emu\n4,dog\n")
+    held, training = (read_table(str(tmp_path / f"{n}.csv"), label="kind") for n in ("held", "d"))
+    if isinstance(wanted, str):
+        with pytest.raises(LoraFxError, match=wanted):
+            alike(held, training, "held.csv", "d.csv")
+        return
+    made = alike(held, training, "held.csv", "d.csv")
+    assert made.columns["kind"].tolist() == wanted and made.words == ("cat", "dog", "emu")
+    assert made.columns["a"].tolist() == held.columns["a"].tolist()
 
 
 def test_a_line_separator_inside_a_json_text_ends_no_row(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ in of a convolution is C_in/groups · ∏kernel. The format has no alpha, so s =
 multiplied into B in fp32: ΔW = B A, and reading gives alpha = rank. The runtime matches names with
 graph inputs and checks dtypes, not meanings: a graph must take these names in these shapes. It also
 has two version numbers, of adapter and model; they are kept in metadata as adapter_version and
-model_version, and the runtime compares neither.
+model_version, and the runtime compares neither. Files that an export wrote for its graph hold A and
+B transposed, as its inputs are; the version of the adapter is their mark.
 
 What the format cannot say is refused: DoRA, LoHa, LoKr, one use of a tied tensor. Layouts are not
 stored; `bind` gives those of a model. Files begin with 4 bytes of offset and "TORT".
@@ -34,10 +35,12 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File, FileHead, refused
+from lora_fx.targets.regions import own_use
 from lora_fx.text import is_whole
 
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False
+TRANSPOSED = "other tools and older exports hold A and B transposed, and do not say so"
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -55,10 +58,13 @@ def read(path: str | Path) -> Adapter:
     Raises:
         LoraFxError: A damaged file, half a pair, shapes that do not fit.
     """
-    from lora_fx.onnx.manifest import read_file
+    from lora_fx.onnx.manifest import SERVED, read_file
 
     file = File(str(path))
     tensors, versions = read_file(Path(path))
+    if versions["adapter_version"] == SERVED:
+        tensors = {n: x.swapaxes(-1, -2) if x.ndim > 1 else x for n, x in tensors.items()}
+        versions["adapter_version"] = 1
     entries: dict[str, Entry] = {}
     for name, array in tensors.items():
         key, dot, half = name.rpartition(".lora_")
@@ -135,10 +141,11 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
             key,
             f"has A {list(a.shape)} and B {list(b.shape)}; expected [*batch, r, in] and "
             "[*batch, out, r]",
-            "files of other tools may hold them transposed; convert the adapter that they made "
-            "it from",
+            f"{TRANSPOSED}: give the adapter that the file was made from",
         )
-    return LowRank(a, b, float(a.shape[-2]))
+    if a.shape[-2] > max(a.shape[-1], b.shape[-2]):
+        file.notes.append(f"{key!r} has more ranks than rows and columns; {TRANSPOSED}")
+    return LowRank(a, b, float(a.shape[-2]), use=own_use(key))
 
 
 def _full(name: str, array: Array, file: File) -> Full:

@@ -236,6 +236,9 @@ def _stored(matrix: Array, dtype: str) -> Array:
 # read back and compared. bfloat16 has no numpy type in the runtime, so it goes as bits.
 
 
+SERVED = int.from_bytes(b"LFX1")
+"""The adapter_version of files with A [*batch, in, rank] and B [*batch, rank, out], as a graph's
+inputs have them: a file of the runtime has room for no other mark."""
 _BF16 = 16
 """The number of BFLOAT16 in onnx.TensorProto.DataType."""
 

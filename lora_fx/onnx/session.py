@@ -23,7 +23,7 @@ from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
-from lora_fx.onnx.manifest import PROPERTY, Manifest, read_file, write_file
+from lora_fx.onnx.manifest import PROPERTY, SERVED, Manifest, read_file, write_file
 from lora_fx.onnx.ranges import conditions_of
 from lora_fx.text import Json, near
 
@@ -101,6 +101,7 @@ def open_session(
     *,
     rewrites: bool = True,
     exact: bool = True,
+    patterns: bool = True,
     external: Mapping[str, Array] | None = None,
 ) -> RuntimeSession:
     """Load a model.
@@ -113,6 +114,7 @@ def open_session(
         rewrites: Let the runtime rewrite the graph.
         exact: Products with block-wise DequantizeLinear are computed in floats. Unasked, the
             runtime makes int8 of their activations (level 4 of MatMulNBits): rel 5e-3.
+        patterns: Keep one block of memory for all values of a run at sizes seen before.
         external: Arrays in the place of initialisers that lie in a data file, of equal shapes
             and dtypes.
 
@@ -129,6 +131,7 @@ def open_session(
     ort.set_default_logger_severity(3)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_mem_pattern = patterns
     if threads:
         options.intra_op_num_threads = threads
     if not rewrites:
@@ -264,7 +267,7 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
 
 def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
     """Write an .onnx_adapter for the file that the manifest is of."""
-    write_file(path, manifest.tensors(adapter), {"adapter_version": 1, "model_version": 1})
+    write_file(path, manifest.tensors(adapter), {"adapter_version": SERVED, "model_version": 1})
 
 
 def write_for(model: str, adapter: Adapter, output: str, *, force: bool = False) -> None:

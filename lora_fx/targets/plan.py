@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
@@ -145,7 +146,10 @@ def make_plan(
         if of_several(found[key]) and tied(found[key]):
             uses = " and ".join(found[key].uses)
             notes.append(f"{key}: one update for {uses}; include={key + '@*'!r} gives each its own")
-        entries[key] = Entry(r, default_alpha(r) if al is None else float(al))
+        al = default_alpha(r) if al is None else float(al)
+        if not math.isfinite(al):
+            raise LoraFxError(f"alpha {al} of {key} is no finite number", "2·rank is usual")
+        entries[key] = Entry(r, al)
     return Plan(entries, whole, tuple(notes))
 
 

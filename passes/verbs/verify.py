@@ -6,6 +6,7 @@ run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -71,6 +72,8 @@ def verify(
             return verify(
                 a, b, inputs, adapter=adapter, tol=tol, provider=provider, run=run, rows=rows
             )
+    if tol is not None and not 0 <= tol < math.inf:
+        raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
     a, b = (local(m) if _is_path(m) else m for m in (a, b))
     for path in filter(_is_path, (a, b)):
         if not Path(path).exists():

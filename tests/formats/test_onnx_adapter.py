@@ -136,7 +136,7 @@ def test_what_the_format_cannot_say(tmp_path: Path, entries: Any, word: str) -> 
     [
         ({"x.lora_A": A}, r"has no 'x\.lora_B'"),
         ({"x.lora_B": B}, r"has no 'x\.lora_A'"),
-        ({"x.lora_A": A.T, "x.lora_B": B}, "transposed"),
+        ({"x.lora_A": A.T, "x.lora_B": B}, "give the adapter that the file was made from"),
         ({"x.lora_A": A * np.float32("nan"), "x.lora_B": B}, "NaN"),
         ({"h": np.full(3, np.inf, np.float32)}, "infinite"),
     ],
@@ -147,6 +147,14 @@ def test_refused(tmp_path: Path, tensors: dict[str, Array], word: str) -> None:
     with pytest.raises(LoraFxError, match=word) as caught:
         load_adapter(file)
     assert str(file) in caught.value.message
+
+
+def test_ranks_of_a_square_weight_that_an_older_export_wrote_are_doubted(tmp_path: Path) -> None:
+    """[in, rank] and [rank, out] of a square weight look like in ranks of a small one."""
+    file = tmp_path / "x.onnx_adapter"
+    write_file(file, {"x.lora_A": A.T, "x.lora_B": A}, {"adapter_version": 1, "model_version": 1})
+    (note,) = load_adapter(file).metadata["notes"]
+    assert "'x' has more ranks than rows and columns; other tools and older exports" in note
 
 
 def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import batch as batch_pass
+from tests.providers import PROVIDERS
 from tests.zoo.shared import captured
 
 SIZE = 0.15
@@ -99,16 +100,16 @@ class Mixing(nn.Module):
         return self.fc(x - x.mean(0, keepdim=True).expand(x.shape[0], 4))
 
 
-def check(tmp_path: Path, cap: Captured, adapters: list[Adapter], x: Any) -> None:
+def check(tmp_path: Path, cap: Captured, adapters: list[Adapter], x: Any, provider: str) -> None:
     """A shuffled mixed batch, one id repeated and one 0, against merged files in ONNX Runtime."""
     report = lora_fx.export(
-        cap, tmp_path / "b.onnx", adapters=adapters, mode="batch", provider="cpu"
+        cap, tmp_path / "b.onnx", adapters=adapters, mode="batch", provider=provider
     )
     base = tmp_path / "base.onnx"
-    lora_fx.export(cap, base, provider="cpu")
+    lora_fx.export(cap, base, provider=provider)
     assert report and len(report.parity) >= 3
     onnx.checker.check_model(onnx.load(tmp_path / "b.onnx"), full_check=True)
-    session = open_session(tmp_path / "b.onnx", "cpu")
+    session = open_session(tmp_path / "b.onnx", provider)
     name = next(n for n in session.input_names if n != "adapter_ids")
     rng = np.random.default_rng(5)
     ids = rng.permutation([*range(len(adapters) + 1), 2])
@@ -118,8 +119,8 @@ def check(tmp_path: Path, cap: Captured, adapters: list[Adapter], x: Any) -> Non
     for i in range(len(adapters) + 1):
         merged = tmp_path / f"{i}.onnx" if i else base
         if i:
-            lora_fx.export(base, merged, adapters=adapters[i - 1], provider="cpu")
-        alone.append(next(iter(open_session(merged, "cpu").run({name: rows}).values())))
+            lora_fx.export(base, merged, adapters=adapters[i - 1], provider=provider)
+        alone.append(next(iter(open_session(merged, provider).run({name: rows}).values())))
         for row in np.flatnonzero(ids == i):
             assert rel(got[row], alone[i][row]) < 1e-6, (i, row)
     for i, one in enumerate(alone):
@@ -130,10 +131,11 @@ def tokens(rng: Any, n: int) -> Any:
     return rng.integers(0, 50, (n, 6))
 
 
-def test_bert_rows_equal_merged_models(tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_bert_rows_equal_merged_models(tmp_path: Path, provider: str) -> None:
     cap, *_ = captured("batch bert", bert)
     adapters = [adapter(cap, s, 2 + s % 3) for s in range(1, 5)]
-    check(tmp_path, cap, adapters, tokens)
+    check(tmp_path, cap, adapters, tokens, provider)
     manifest = json.loads(
         {p.key: p.value for p in onnx.load(tmp_path / "b.onnx").metadata_props}["lora_fx.manifest"]
     )
@@ -145,33 +147,37 @@ def test_bert_rows_equal_merged_models(tmp_path: Path) -> None:
     assert shapes[entry["a"]] == [5 * 4, 24] and shapes[entry["b"]] == [5 * 4, 40]
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.slow
-def test_64_adapters_in_one_batch(tmp_path: Path) -> None:
+def test_64_adapters_in_one_batch(tmp_path: Path, provider: str) -> None:
     cap, *_ = captured("batch bert", bert)
     adapters = [adapter(cap, s, 2 + s % 3) for s in range(1, 65)]
-    check(tmp_path, cap, adapters, tokens)
+    check(tmp_path, cap, adapters, tokens, provider)
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("layers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_gpt2_flattens_its_rows(layers: int, tmp_path: Path) -> None:
+def test_gpt2_flattens_its_rows(layers: int, tmp_path: Path, provider: str) -> None:
     cap = lora_fx.capture(*gpt2(layers)) if layers > 1 else captured("batch gpt2", gpt2)[0]
     adapters = [adapter(cap, s, s) for s in (1, 2, 3)]
-    check(tmp_path, cap, adapters, tokens)
+    check(tmp_path, cap, adapters, tokens, provider)
 
 
-def test_convolutions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_convolutions(tmp_path: Path, provider: str) -> None:
     cap = lora_fx.capture(Image().eval(), (torch.randn(2, 3, 9, 8),))
     adapters = [adapter(cap, s, 2, ["first", "second", "head"]) for s in (1, 2, 3)]
     check(
         tmp_path, cap, adapters,
-        lambda rng, n: rng.standard_normal((n, 3, 9, 8)).astype(np.float32),
+        lambda rng, n: rng.standard_normal((n, 3, 9, 8)).astype(np.float32), provider,
     )  # fmt: skip
 
 
-def test_a_lookup_and_rows_on_another_axis(tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_lookup_and_rows_on_another_axis(tmp_path: Path, provider: str) -> None:
     cap = lora_fx.capture(Words().eval(), (torch.randint(0, 11, (2, 5)),))
     adapters = [adapter(cap, s, 2, ["table", "mid"]) for s in (1, 2, 3)]
-    check(tmp_path, cap, adapters, lambda rng, n: rng.integers(0, 11, (n, 7)))
+    check(tmp_path, cap, adapters, lambda rng, n: rng.integers(0, 11, (n, 7)), provider)
 
 
 def test_a_model_that_mixes_rows_is_refused(tmp_path: Path) -> None:

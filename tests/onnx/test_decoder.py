@@ -24,6 +24,7 @@ from lora_fx.fx.capture.decoder import decoder
 from lora_fx.onnx import Session
 from lora_fx.onnx.session import open_session
 from tests.onnx.decoders import MODELS, gpt2, write_tokenizer
+from tests.providers import PROVIDERS
 
 pytest.importorskip("transformers")
 STEPS = 20
@@ -147,16 +148,18 @@ def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_merged_gives_the_tokens_of_generate(case: Case) -> None:
-    session = open_session(case.merged, "cpu")
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_merged_gives_the_tokens_of_generate(case: Case, provider: str) -> None:
+    session = open_session(case.merged, provider)
     inputs, model = session.session.get_inputs(), with_delta(case.model, case.adapters["de"])
     tokens = check(session.run, inputs, model)
     np.testing.assert_array_equal(tokens, check(session.run, inputs, model, cache=False))
     assert (tokens != generated(case.model, IDS, MASK)).any(1).all()
 
 
-def test_switch_gives_them_for_two_adapters_in_one_session(case: Case) -> None:
-    session = Session(case.switch, "cpu")
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_switch_gives_them_for_two_adapters_in_one_session(case: Case, provider: str) -> None:
+    session = Session(case.switch, provider)
     found = []
     for name in case.adapters:
         session.load(name, case.switch.with_name(f"{name}.onnx_adapter"))
@@ -169,13 +172,16 @@ def test_switch_gives_them_for_two_adapters_in_one_session(case: Case) -> None:
     assert (found[1] != found[2]).any()
 
 
-def test_a_file_with_a_cache_takes_another_adapter(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_file_with_a_cache_takes_another_adapter(
+    case: Case, tmp_path: Path, provider: str
+) -> None:
     report = lora_fx.export(
         case.merged, tmp_path / "l.onnx", mode="load", adapters={"fr": case.adapters["fr"]},
-        provider="cpu",
+        provider=provider,
     )  # fmt: skip
     assert {p.sizes["past_key_values.0.key"][2] for p in report.parity} == {3, 0, 4, 2}
-    session = Session(tmp_path / "l.onnx", "cpu", adapter=tmp_path / "fr.onnx_adapter")
+    session = Session(tmp_path / "l.onnx", provider, adapter=tmp_path / "fr.onnx_adapter")
     both = with_delta(with_delta(case.model, case.adapters["de"]), case.adapters["fr"])
     tokens = check(session.run, session.session.get_inputs(), both)
     assert (tokens != generated(with_delta(case.model, case.adapters["de"]), IDS, MASK)).any()

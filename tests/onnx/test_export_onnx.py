@@ -149,15 +149,16 @@ def test_merged_and_optimised(provider: str, base: Path, tmp_path: Path) -> None
         assert rel(open_session(path, provider).run(X)["y"], wanted(ADAPTERS["fr"])) < 1e-6
 
 
-def test_insert_is_the_base_and_is_read_back(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_insert_is_the_base_and_is_read_back(base: Path, tmp_path: Path, provider: str) -> None:
     path = tmp_path / "i.onnx"
-    report = insert_onnx(base, path, rank=3, alpha=4.5, include="*", seed=2, provider="cpu")
+    report = insert_onnx(base, path, rank=3, alpha=4.5, include="*", seed=2, provider=provider)
     found = {t["key"] for t in report.details["targets"]}
     assert found == {"embed.weight", "conv.weight", "fc.weight", "w", "head.weight"}
     assert report.details["trained"] == sum(
         u.a.size + u.b.size for u in adapter_in(path).lowrank.values()
     )
-    assert rel(open_session(path, "cpu").run(X)["y"], wanted(None)) < 1e-6
+    assert rel(open_session(path, provider).run(X)["y"], wanted(None)) < 1e-6
     model, rng = onnx.load(path), np.random.default_rng(0)
     for tensor in model.graph.initializer:
         if ".lora_B" in tensor.name or tensor.name.startswith("lora_B"):
@@ -169,7 +170,7 @@ def test_insert_is_the_base_and_is_read_back(base: Path, tmp_path: Path) -> None
     assert {k: (u.rank, u.scale) for k, u in adapter.lowrank.items()} == dict.fromkeys(
         found, (3, 1.5)
     )
-    got = open_session(tmp_path / "trained.onnx", "cpu").run(X)["y"]
+    got = open_session(tmp_path / "trained.onnx", provider).run(X)["y"]
     assert rel(got, wanted(None)) > 0.05
     assert rel(got, wanted(adapter)) < 1e-6
     with pytest.raises(LoraFxError, match="slots for adapters already"):

@@ -34,6 +34,7 @@ from tests.onnx.graph.coded import (
     sample,
     saved,
 )
+from tests.providers import PROVIDERS
 
 ROWS = pytest.mark.parametrize("row", CODED, ids=lambda r: r.name)
 TOL = 2e-6
@@ -91,18 +92,19 @@ def test_find_and_insert(row: Coded, tmp_path: Path) -> None:
     assert seen(y, base)
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @ROWS
-def test_the_verbs(row: Coded, tmp_path: Path) -> None:
+def test_the_verbs(row: Coded, tmp_path: Path, provider: str) -> None:
     path, tensors, w = saved(row, tmp_path)
     target, x = target_of(path), sample(row, 5)
-    base = open_session(path, "cpu").run({"x": x})["y"]
+    base = open_session(path, provider).run({"x": x})["y"]
     lows = {n: update(row, target, i) for i, n in enumerate(("one", "two"), 1)}
     wanted = {n: expected(row, x, w, tensors, base, low) for n, low in lows.items()}
     adapters = {n: Adapter({"w": low}) for n, low in lows.items()}
-    assert insert_onnx(path, tmp_path / "i.onnx", rank=2, include="*", provider="cpu")
+    assert insert_onnx(path, tmp_path / "i.onnx", rank=2, include="*", provider=provider)
     switch = tmp_path / "s.onnx"
-    assert lora_fx.export(path, switch, adapters=adapters, mode="switch", provider="cpu")
-    session = Session(switch, "cpu")
+    assert lora_fx.export(path, switch, adapters=adapters, mode="switch", provider=provider)
+    session = Session(switch, provider)
     assert rel(session.run({"x": x})["y"], base) < TOL
     for name in adapters:
         session.load(name, tmp_path / f"{name}.onnx_adapter")
@@ -110,14 +112,14 @@ def test_the_verbs(row: Coded, tmp_path: Path) -> None:
         assert rel(y, wanted[name]) < TOL and seen(y, base)
     batch = tmp_path / "b.onnx"
     given = list(adapters.values())
-    assert lora_fx.export(path, batch, adapters=given, mode="batch", provider="cpu")
+    assert lora_fx.export(path, batch, adapters=given, mode="batch", provider=provider)
     ids = np.array([2, 0, 1][: len(x)], np.int64)
-    mixed = open_session(batch, "cpu").run({"x": x, "adapter_ids": ids})["y"]
+    mixed = open_session(batch, provider).run({"x": x, "adapter_ids": ids})["y"]
     for i, each in enumerate(ids):
         row_wanted = [base, wanted["one"], wanted["two"]][each][i]
         assert rel(mixed[i], row_wanted) < TOL
-    assert lora_fx.verify(switch, path, provider="cpu")
-    assert not lora_fx.verify(switch, path, adapter=adapters["one"], provider="cpu")
+    assert lora_fx.verify(switch, path, provider=provider)
+    assert not lora_fx.verify(switch, path, adapter=adapters["one"], provider=provider)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

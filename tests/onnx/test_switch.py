@@ -129,6 +129,23 @@ def test_plain_onnx_runtime_takes_the_files(made: Path) -> None:
         assert rel(got, merged(made, name)) <= TOL
 
 
+def test_files_of_an_export_are_adapters_too(made: Path, tmp_path: Path) -> None:
+    """Turned back as they are read, of a stack's batch too; and told apart when written again."""
+    net = Net().eval()
+    for name, one in ADAPTERS.items():
+        path = made.with_name(f"{name}.onnx_adapter")
+        read = lora_fx.load_adapter(path).bind(net, (torch.tensor(ids()),))
+        assert read.metadata["adapter_version"] == 1
+        wanted = one.deltas()
+        assert {*read.deltas()} == {*wanted}
+        for key, delta in read.deltas().items():
+            assert rel(delta, wanted[key]) < 1e-6
+        lora_fx.save_adapter(read, tmp_path / f"{name}.onnx_adapter", "onnx_adapter")
+        again = lora_fx.load_adapter(tmp_path / f"{name}.onnx_adapter")
+        for key, low in read.lowrank.items():
+            np.testing.assert_array_equal(again.lowrank[key].a, low.a)
+
+
 def test_a_mix_is_the_weighted_sum(made: Path) -> None:
     session = Session(made, "cpu")
     for name, one in ADAPTERS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,9 +21,10 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.objective import scores_of
-from lora_fx.fx.train.step import attention_with_dropout, dropped
+from lora_fx.fx.train.step import attention_with_dropout, average_backward, dropped, product
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.passes.proofs.parity import arrays_of
+from tests.providers import PROVIDERS
 from tests.zoo.models import ZOO
 
 
@@ -128,6 +130,23 @@ class Windows(nn.Module):
         return self.head(F.normalize(F.avg_pool2d(h, 2), dim=1).mean((2, 3)))
 
 
+class Sampled(nn.Module):
+    """Pools of sizes that do not divide, a window over the end, samples, a product of nine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.avg_pool2d(self.a(x), 3, 2, (1, 0), ceil_mode=True)
+        h = F.avg_pool2d(h, 2, 1, ceil_mode=True, count_include_pad=False)
+        places = torch.tanh(h[:, :2]).permute(0, 2, 3, 1)
+        h = h + F.grid_sample(h, places, padding_mode="border", align_corners=False)
+        h = F.adaptive_avg_pool2d(h, (3, 3))
+        return self.head((1 + 0.1 * h).flatten(2).prod(-1) + F.adaptive_max_pool2d(h, 1).flatten(1))
+
+
 class Padded(nn.Module):
     """A mask of padding, which torch writes into a new tensor, in place."""
 
@@ -214,6 +233,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "convolutions": (lambda: (Convolutions(), (torch.randn(3, 3, 17, 20),)), {"include": "*"}),
     "circular": (lambda: (Circular(), (torch.randn(3, 6, 11),)), {"include": "*"}),
     "windows": (lambda: (Windows(), (torch.randn(3, 3, 11, 15),)), {"include": "*"}),
+    "sampled": (lambda: (Sampled(), (torch.randn(3, 3, 10, 14),)), {"include": "*"}),
     "padded": (
         lambda: (Padded(), (torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool))), {},
     ),
@@ -267,17 +287,20 @@ def loss_in_torch(module: Any, batch: dict[str, Any], own: bool) -> Tensor:
     return F.cross_entropy(scores_of(module(**batch)).flatten(0, -2), labels.flatten())
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("name", rows())
-def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
+def test_steps_equal_those_of_torch(tmp_path: Path, name: str, provider: str) -> None:
     build, options = MODELS[name]
     model, args, kwargs = (*build(), {})[:3]
     cap = lora_fx.capture(model, args, kwargs, static=options.get("static", ()))
     module = lora_fx.insert(cap, rank=3, alpha=4.5, include=options.get("include"))
     own = "labels" in cap.signature.keywords
     path = tmp_path / "step.onnx"
-    report = lora_fx.export(module, path, mode="train", provider="cpu", clip=CLIP)
+    report = lora_fx.export(module, path, mode="train", provider=provider, clip=CLIP)
     assert {p.of for p in report.parity} == {"base", "random", "step"}
-    session = TrainSession(path, LR, "cpu")
+    session = TrainSession(path, LR, provider)
+    assert session.provider == provider
+    assert {v.device_name() for v in session._held.values()} == {provider}
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.01)
     for batch in batches(module, own):
@@ -296,7 +319,7 @@ def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
         np.testing.assert_allclose(ours.lowrank[key].b, u.b, atol=1e-4)
         assert np.abs(u.b).max() > 5e-3
     inputs = module.sample((2, 5))
-    forward = Session(tmp_path / "step.switch.onnx", "cpu")
+    forward = Session(tmp_path / "step.switch.onnx", provider)
     forward.load("trained", ours)
     expected = module.flat(inputs)
     for name, value in forward.run(arrays_of(inputs), adapter="trained").items():
@@ -308,21 +331,22 @@ def test_steps_equal_those_of_torch(tmp_path: Path, name: str) -> None:
     assert [n for n, v in graph.initializers.items() if not v.uses()] == []
 
 
-def test_numbers_of_a_step_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_numbers_of_a_step_by_hand(tmp_path: Path, provider: str) -> None:
     """SGD on y = x·(W + s·b·a)ᵀ with mse: gradients in fp64, by their formulas."""
     torch.manual_seed(1)
     model = nn.Linear(5, 3, bias=False)
     path = tmp_path / "s.onnx"
     module = lora_fx.insert(model, (torch.randn(4, 5),), rank=2, alpha=5.0)
     lora_fx.export(
-        module, path, mode="train", provider="cpu", loss="mse", optimizer="sgd", weight_decay=0.1,
-        clip=0,
+        module, path, mode="train", provider=provider, loss="mse", optimizer="sgd",
+        weight_decay=0.1, clip=0,
     )  # fmt: skip
     start = module.adapter()
     (key,) = start
     low = start.lowrank[key]
     b = np.random.default_rng(0).standard_normal(low.b.shape).astype(np.float32)
-    session = TrainSession(path, 0.3, "cpu", adapter=Adapter({key: replace(low, b=b)}))
+    session = TrainSession(path, 0.3, provider, adapter=Adapter({key: replace(low, b=b)}))
     x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
     labels = np.random.default_rng(2).standard_normal((7, 3)).astype(np.float32)
     a64, b64, x64 = (v.astype(np.float64) for v in (low.a, b, x))
@@ -334,6 +358,25 @@ def test_numbers_of_a_step_by_hand(tmp_path: Path) -> None:
     got = session.adapter().lowrank[key]
     np.testing.assert_allclose(got.a, a64 - 0.3 * (b64.T @ wanted + 0.1 * a64), atol=2e-6)
     np.testing.assert_allclose(got.b, b64 - 0.3 * (wanted @ a64.T + 0.1 * b64), atol=2e-6)
+
+
+def test_another_scale_is_the_files_and_is_said(tmp_path: Path) -> None:
+    """ΔW stays, and what comes back has the file's alpha."""
+    module = lora_fx.insert(nn.Linear(5, 3), (torch.randn(4, 5),), rank=2, alpha=5.0)
+    path = tmp_path / "s.onnx"
+    lora_fx.export(module, path, mode="train", provider="cpu")
+    ((key, low),) = module.adapter().lowrank.items()
+    b = np.random.default_rng(0).standard_normal(low.b.shape).astype(np.float32)
+    given = Adapter({key: replace(low, b=b, alpha=8.0)})
+    lora_fx.save_adapter(given, tmp_path / "a")
+    for adapter in (given, tmp_path / "a"):
+        session = TrainSession(path, 0.3, "cpu", adapter=adapter)
+        assert "'weight' has the scale 4, the file 2.5; B of 1 updates was rescaled" in session.note
+        made = session.adapter()
+        assert made.lowrank[key].alpha == 5.0
+        np.testing.assert_allclose(made.deltas()[key], given.deltas()[key], rtol=1e-6)
+    session.load(Adapter({key: replace(low, b=b)}))
+    assert session.note == ""
 
 
 BAD_LABELS: dict[str, tuple[Any, str]] = {
@@ -385,6 +428,33 @@ def test_attention_with_dropout_is_torchs() -> None:
     weigh = torch.randn(theirs.shape)
     made = [torch.autograd.grad((y * weigh).sum(), (q, k, v)) for y in (ours, theirs)]
     torch.testing.assert_close(*made)
+
+
+def test_gradients_of_averages_are_torchs() -> None:
+    """Whatever lies over the end, counts as padding, or is left out of the last window."""
+    torch.manual_seed(0)
+    kernels, strides, paddings = (
+        ((3, 2), (2, 2), (4, 3)),
+        ((2, 2), (1, 3)),
+        ((0, 0), (1, 1), (1, 0)),
+    )
+    rows = itertools.product(
+        kernels, strides, paddings, (False, True), (False, True), (None, 5), ((7, 9), (8, 10))
+    )
+    for *how, size in rows:
+        x = torch.randn(2, 3, *size, requires_grad=True)
+        y = F.avg_pool2d(x, *how)
+        dy = torch.randn_like(y)
+        (wanted,) = torch.autograd.grad(y, x, dy)
+        torch.testing.assert_close(average_backward(dy, x.detach(), *how), wanted)
+
+
+def test_a_product_by_halves_is_torchs() -> None:
+    for shape, dim in (((3, 7, 4), 1), ((3, 1, 4), 1), ((9,), 0), ((2, 5), -1)):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(product(x, dim), x.prod(dim))
+        torch.testing.assert_close(product(x, dim, True), x.prod(dim, keepdim=True))
+        torch.testing.assert_close(product(x), x.prod())
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {

@@ -13,6 +13,7 @@ FSDP see what they saw before. What an instance needs lies in one attribute, `_l
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import weakref
@@ -177,8 +178,24 @@ def live_class(
     if frozen:
         names["training"] = _frozen_training()
     metaclass: Any = type(base)
-    result: type[nn.Module] = metaclass(base.__name__, (base,), names)
+    result: type[nn.Module] = _metaclass(metaclass)(base.__name__, (base,), names)
     return result
+
+
+@functools.cache
+def _metaclass(base: type) -> Any:
+    """A metaclass whose classes refuse to be pickled; copy and deepcopy never ask it."""
+    made = type(base.__name__, (base,), {})
+    copyreg.pickle(made, _refuse_pickle)
+    return made
+
+
+def _refuse_pickle(live: type) -> str:
+    raise LoraFxError(
+        f"{live.__name__}: a model with an adapter attached is not pickled whole",
+        "torch.save(model.state_dict(), …) and lora_fx.save_adapter(model.adapter(), …); or "
+        "lora_fx.detach(model) first",
+    )
 
 
 def swap(module: nn.Module, live: Live) -> type[nn.Module]:

@@ -126,8 +126,6 @@ class _Run:
     def go(self, training: Table | Buckets, trail: Trail, progress: Progress | None) -> None:
         """Take the steps that are left."""
         s, report = self.settings, trail.report
-        every = max(1, self.steps // max(1, s.checks))
-        save_every = self.saving.every or every
         while trail.step < self.steps and report.stopped is None:
             batches = training.batches(s.batch_size, s.seed + trail.epoch)
             for batch in itertools.islice(batches, trail.at, None):
@@ -136,10 +134,12 @@ class _Run:
                 if progress is not None:
                     progress(trail.step, self.steps, report.losses[-1])
                 ends = trail.step == self.steps
-                if self.held_out is not None and (trail.step % every == 0 or ends):
+                due = trail.step * s.checks % self.steps < s.checks
+                if self.held_out is not None and (due or ends):
                     self._validate(self.held_out, trail)
                 ends = ends or report.stopped is not None
-                if self.saving.folder and (trail.step % save_every == 0 or ends):
+                saves = trail.step % self.saving.every == 0 if self.saving.every else due
+                if self.saving.folder and (saves or ends):
                     state.save(self.saving, trail, self.optimizer, self.facts, self.world)
                 if ends:
                     return

@@ -173,8 +173,7 @@ Loss = Callable[[Any, torch.Tensor | None], torch.Tensor]
 def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) -> tuple[Loss, str]:
     """(loss, argument that carries the labels into the model; empty where the loss takes them).
 
-    `ce` and `mse` use the model's own loss where it takes the label column as an argument and
-    returns one.
+    `ce` is the model's own loss where it takes the label column as an argument and returns one.
     """
     if callable(name):
         return name, ""
@@ -186,7 +185,7 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
 
     def loss(out: object, labels: torch.Tensor | None) -> torch.Tensor:
         found = field_of(out, "loss")
-        if own and isinstance(found, torch.Tensor):
+        if own and name == "ce" and isinstance(found, torch.Tensor):
             return found
         scores = scores_of(out)
         if labels is None:

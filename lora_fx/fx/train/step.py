@@ -12,7 +12,7 @@ exporter has no operator for, or a wrong one, comes apart here.
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -310,6 +310,9 @@ class _Held(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.tensors[target]
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(_differentiable().get(target, target), args, kwargs)
+
 
 def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
     """What stands for an input: as the capture saw it, or of its sizes where none was seen."""
@@ -372,6 +375,30 @@ def _own() -> dict[Any, Callable[..., Any]]:
     }
 
 
+@functools.cache
+def _differentiable() -> dict[Any, Callable[..., Any]]:
+    """What comes apart before autograd sees it: its gradient is an operator that never does."""
+    known = decomposition_table
+    return {
+        aten.adaptive_avg_pool2d.default: known[aten._adaptive_avg_pool2d.default],
+        aten.adaptive_max_pool2d.default: known[aten.adaptive_max_pool2d.default],
+        aten.grid_sampler.default: known[aten.grid_sampler_2d.default],
+        aten.prod.default: product,
+        aten.prod.dim_int: product,
+    }
+
+
+def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: Any) -> Tensor:
+    """The product of a dimension, or of all, by halves."""
+    if dim is None:
+        x, dim = x.flatten(), 0
+    x = x.movedim(dim, 0)
+    while len(x) > 1:
+        half = len(x) // 2
+        x = torch.cat([x[:half] * x[half : 2 * half], x[2 * half :]])
+    return x.movedim(0, dim) if keepdim else x[0]
+
+
 def nll_loss(x: Tensor, target: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
     """The loss of labels, and how many count.
 
@@ -423,18 +450,19 @@ def average_backward(
 ) -> Tensor:  # fmt: skip
     """The gradient of an average over windows: each gives its share to every place of it."""
     stride = stride or kernel
-    if ceil:
-        raise LoraFxError(
-            "an average pooling with ceil_mode has no gradient here", "ceil_mode=False"
-        )
     ones = torch.ones((1, 1, *kernel), device=x.device)
     places = torch.ones((1, 1, *x.shape[-2:]), device=x.device)
-    held = aten.convolution(places, ones, None, stride, padding, [1, 1], False, [0, 0], 1)
-    share = dy / (divisor or (math.prod(kernel) if counted else held))
-    rest = [(x.shape[i - 2] + 2 * padding[i] - kernel[i]) % stride[i] for i in range(2)]
+    above, left = padding
+    places = torch.constant_pad_nd(places, [left, left, above, above], float(counted))
+    # with ceil the last window ends after the padding, and what lies there never counts
+    over = [(dy.shape[i - 2] - 1) * stride[i] + kernel[i] - places.shape[i - 2] for i in range(2)]
+    rest = [max(-o, 0) if ceil else -o for o in over]
+    places = torch.constant_pad_nd(places, [0, over[1], 0, over[0]])
+    held = aten.convolution(places, ones, None, stride, [0, 0], [1, 1], False, [0, 0], 1)
+    share = dy / (divisor or held)
     planes = share.reshape(-1, 1, *dy.shape[-2:])
     made: Tensor = aten.convolution(planes, ones, None, stride, padding, [1, 1], True, rest, 1)
-    return made.reshape(x.shape)
+    return made[..., : x.shape[-2], : x.shape[-1]].reshape(x.shape)
 
 
 # Dropout by an input, seed: what is dropped depends on it, on the place and on which dropout it is,

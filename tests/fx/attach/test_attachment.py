@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.attach.attachment import attachment
 from tests.fx.attach.attached import (
     adapter_gap,
     effect,
@@ -256,3 +260,23 @@ def test_a_live_model_far_from_its_codes_is_refused() -> None:
         cap.quantised[0].weight.mul_(2)
     with pytest.raises(lora_fx.LoraFxError, match="differs from the reference"):
         lora_fx.attach(cap, rank=2)
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda m: torch.save(m, io.BytesIO())])
+def test_a_pickle_of_the_whole_is_refused_and_the_hint_leads_on(save: Any, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(3, 6)
+    attached = lora_fx.attach(model, (x,), rank=2)
+    with torch.no_grad():
+        for a_and_b in attachment(attached).slots().values():
+            a_and_b[1].normal_()
+    with pytest.raises(LoraFxError, match="with an adapter attached is not pickled whole") as told:
+        save(attached)
+    assert "save_adapter" in str(told.value.hint) and "detach" in str(told.value.hint)
+    copied = copy.deepcopy(attached)
+    assert torch.equal(copied(x), attached(x))
+    torch.save(attached.state_dict(), tmp_path / "all.pt")
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    again = lora_fx.attach(plain, (x,), rank=2)
+    again.load_state_dict(torch.load(tmp_path / "all.pt"))
+    assert torch.equal(again(x), attached(x))
+    save(lora_fx.detach(attached))

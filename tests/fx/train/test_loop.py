@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,27 @@ def test_losses() -> None:
         settings=Settings(steps=3),
     )
     assert len(called.losses) == 3
+
+
+def test_mse_is_never_the_models_own_loss() -> None:
+    """Net's own, of labels, is a cross entropy."""
+    with pytest.raises(LoraFxError, match=r"the model gives \[16, 3\], the labels are \[16\]"):
+        fit(adapted(), table(), loss="mse", settings=Settings(steps=1, batch_size=16))
+
+
+@pytest.mark.parametrize(
+    ("steps", "checks", "wanted"),
+    [(19, 10, 10), (20, 10, 10), (21, 10, 10), (7, 10, 7), (5, 1, 1), (11, 3, 3)],
+)
+def test_validations_are_as_many_as_asked_and_spread(steps: int, checks: int, wanted: int) -> None:
+    settings = Settings(steps=steps, checks=checks, batch_size=8)
+    report = fit(adapted(), table(), table(8, 1), settings=settings)
+    at = sorted(report.validation)
+    assert len(at) == wanted and at[-1] == steps
+    assert {b - a for a, b in itertools.pairwise([0, *at])} <= {
+        steps // wanted,
+        -(-steps // wanted),
+    }
 
 
 def test_what_it_says() -> None:

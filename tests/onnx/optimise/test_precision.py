@@ -21,6 +21,7 @@ from lora_fx.onnx.optimise import precision
 from lora_fx.onnx.optimise.precision import ToHalf
 from lora_fx.onnx.optimise.stages import WorstError
 from lora_fx.onnx.session import open_session
+from tests.providers import PROVIDERS
 
 HALF, EIGHT = 8 * 2.0**-10, 8 * 2.0**-7
 
@@ -46,15 +47,15 @@ class Large(Plain):
 X = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
 
 
-def written(model: nn.Module, path: Path, **options: Any) -> Any:
+def written(model: nn.Module, path: Path, provider: str = "cpu", **options: Any) -> Any:
     adapter = lora_fx.insert(model, (X,), rank=3, seed=4).eval()
     for name, p in adapter.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, 0, 0.2)
-    report = lora_fx.export(adapter, path, provider="cpu", **options)
+    report = lora_fx.export(adapter, path, provider=provider, **options)
     with torch.no_grad():
         wanted = adapter(X).numpy()
-    got = next(iter(open_session(path, "cpu").run({"x": X.numpy()}).values()))
+    got = next(iter(open_session(path, provider).run({"x": X.numpy()}).values()))
     return report, rel(got, wanted)
 
 
@@ -63,10 +64,11 @@ def kinds(path: Path) -> dict[str, int]:
     return {t.name: t.data_type for t in onnx.load(path).graph.initializer}
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("optimise", [False, True])
-def test_float16(optimise: bool, tmp_path: Path) -> None:
+def test_float16(optimise: bool, tmp_path: Path, provider: str) -> None:
     report, error = written(
-        Plain().eval(), tmp_path / "m.onnx", precision="float16", optimise=optimise
+        Plain().eval(), tmp_path / "m.onnx", provider, precision="float16", optimise=optimise
     )
     assert 1e-6 < error <= HALF
     found = kinds(tmp_path / "m.onnx")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import lora_fx
 from lora_fx import Adapter, LoraFxError, LowRank, save_adapter
 from lora_fx.passes.verbs.options import opened_adapters
 
@@ -53,3 +54,17 @@ def test_two_adapters_of_one_name_are_refused() -> None:
     with pytest.raises(LoraFxError, match="two adapters are called 'french'") as caught:
         opened_adapters(["runs/french", "old/french"], "switch")
     assert "{name: path" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(number: float, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    net, x = torch.nn.Linear(3, 5), torch.randn(2, 3)
+    plan = {"weight": {"rank": 2, "alpha": number}}
+    for verb in (lora_fx.insert, lora_fx.attach):
+        for given in ({"rank": 2, "alpha": number}, {"plan": plan}):
+            with pytest.raises(LoraFxError, match=f"alpha {number} of weight is no finite number"):
+                verb(net, (x,), **given)
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(LoraFxError, match=f"tol is {number}; expected a finite number, 0 or more"):
+        lora_fx.verify(tmp_path / "a.safetensors", tmp_path / "a.safetensors", tol=number)
