@@ -203,6 +203,31 @@ def test_weights_by_row_and_ids_out_of_range(tmp_path: Path) -> None:
             run({**feeds, "adapter_ids": np.array([0, bad])})
 
 
+def test_an_overflow_of_one_adapter_is_no_nan_of_other_rows(tmp_path: Path) -> None:
+    """A row times A of its neighbour's adapter may be Inf; the row has no part in it."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 5).eval(), torch.randn(2, 6)
+    plain, large = (adapter(Captured(model, (x,), {}), s, 3) for s in (1, 2))
+    (low,) = large.lowrank.values()
+    large = Adapter(
+        {"weight": replace(low, a=low.a * np.float32(1e35), b=low.b / np.float32(1e35))}
+    )
+    lora_fx.export(
+        model, tmp_path / "b.onnx", (x,), adapters=[plain, large], mode="batch", provider="cpu"
+    )
+    session, rows = open_session(tmp_path / "b.onnx", "cpu"), x.numpy() * [[1e5], [1]]
+    rows = rows.astype(np.float32)
+    name, *_ = session.input_names
+    got = next(iter(session.run({name: rows, "adapter_ids": np.array([1, 2])}).values()))
+    for row, one in enumerate((plain, large)):
+        w = model.weight.detach().double().numpy() + one.deltas(dtype="float64")["weight"]
+        expected = rows[row] @ w.T + model.bias.detach().double().numpy()
+        assert rel(got[row], expected) < 1e-5, row
+    a = large.lowrank["weight"].a
+    most = np.finfo(np.float32).max
+    assert np.abs(rows[0].astype(float) @ a.T).max() > most, "nothing overflows"
+
+
 @pytest.mark.parametrize("broken", ["order", "scale"])
 def test_a_wrong_stack_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
