@@ -68,6 +68,7 @@ def command(
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode switch
     lora-fx export ./my-bert ./de ./fr -o bert.onnx --mode batch
     lora-fx export ./my-llama ./adapter -o llama.onnx --cache
+    lora-fx export ./my-llama ./de ./fr -o llama.onnx --cache --mode batch
     lora-fx export ./my-bert -o step.onnx --mode train --rank 8
     lora-fx export bert.onnx ./de ./fr -o switch.onnx --mode switch
     lora-fx export model.py:build ./adapter -o model.onnx --dynamic x:0=batch,2=height

@@ -38,9 +38,7 @@ from lora_fx.text import Json
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from lora_fx.onnx.batch import RowAdapters
     from lora_fx.onnx.graph.graph import OnnxGraph
-    from lora_fx.onnx.row_provenance import RowAxis
 
 Pair = tuple[Array, Array]
 
@@ -104,16 +102,28 @@ class Batch:
                     "batch mode serves models whose outputs keep the batch dimension",
                 )
         own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
-        for site, row, form in zip(sites, rows, forms, strict=True):
-            self._branch(graph, site, dtypes[site.parameter], own, row, form)
+        stacks = [
+            self._stacks(graph, s, dtypes[s.parameter], form)
+            for s, form in zip(sites, forms, strict=True)
+        ]
+        keys = [
+            (graph.activation(s), r, str(a.shape), a.dtype)
+            for s, r, (a, _) in zip(sites, rows, stacks, strict=True)
+        ]
+        for site, row, form, (a, b), key in zip(sites, rows, forms, stacks, keys, strict=True):
+            beside = [other for (other, _), k in zip(stacks, keys, strict=True) if k == key]
+            e = batch.BatchEmitter(graph, site, own, row)
+            x, y = graph.activation(site), graph.output(site)
+            graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y, beside)))
         Flat(graph).heads()
         content = {**stamp(), "mode": "batch", "adapters": list(self.adapters)}
         graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})
         return PassResult(graph, bool(sites))
 
-    def _branch(
-        self, graph: OnnxGraph, site: Site, dtype: str, own: RowAdapters, row: RowAxis, form: str
-    ) -> None:
+    def _stacks(
+        self, graph: OnnxGraph, site: Site, dtype: str, form: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """A and B of all adapters for a use, as initialisers."""
         from lora_fx.onnx import batch
 
         key, source = self.sources[site.parameter]
@@ -126,15 +136,14 @@ class Batch:
         if taken is not None and taken["layout"] != [layout.to_json(), site.gain]:
             stem = f"{stem}@{site.id}"
         names = (f"{stem}.batch_A", f"{stem}.batch_B")
-        e = batch.BatchEmitter(graph, site, own, row)
-        x, y = graph.activation(site), graph.output(site)
-        a, b = (e.parameter(n, v, Role.FROZEN) for n, v in zip(names, stacks, strict=True))
-        graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y)))
         rank = max(a.shape[0] for a, _ in filter(None, pairs))
         self.targets[stem] = {
             "a": names[0], "b": names[1], "rank": rank, "form": form,
             "layout": [layout.to_json(), site.gain],
         }  # fmt: skip
+        e = graph.emit(site)
+        a, b = (e.parameter(n, v, Role.FROZEN) for n, v in zip(names, stacks, strict=True))
+        return a, b
 
 
 def read_layout(site: Site, source: StoredWeight) -> Layout:

@@ -29,6 +29,7 @@ from lora_fx.onnx.row_provenance import RowAxis, rank
 from lora_fx.onnx.switch import keep_zeros
 
 SCALES = "adapter_scales"
+Tables = Sequence[ir.Value]
 
 
 def batch_symbol(model: ir.Model) -> str:
@@ -115,10 +116,12 @@ class BatchEmitter(OnnxEmitter):
         super().__init__(owner, last, site.id, found, before=False)
         self.site, self.own, self.rows = site, own, rows
 
-    def branch(self, form: str, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
-        """The low-rank part of y, in its shape."""
+    def branch(
+        self, form: str, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value, beside: Tables
+    ) -> ir.Value:
+        """The low-rank part of y, in its shape; `beside` are A of all uses of this x."""
         if form == "last":
-            return self._last(x, a, b, y)
+            return self._last(x, b, y, beside, beside.index(a))
         mine = self.call("Gather", b, self.own.ids)
         if form == "lookup":
             return self._shaped(self.call("MatMul", self._scaled(self._rows(x, a)), mine), y)
@@ -127,26 +130,42 @@ class BatchEmitter(OnnxEmitter):
         t = self.call("MatMul", self.call("Gather", a, self.own.ids), x)
         return self._shaped(self.call("MatMul", mine, self._scaled(t)), y)
 
-    def _last(self, x: ir.Value, a: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
-        """The delta in the shape of y; rows of x are brought to the front, and those of y back."""
+    def _last(self, x: ir.Value, b: ir.Value, y: ir.Value, tables: Tables, part: int) -> ir.Value:
+        """The delta in the shape of y; rows of x are brought to the front, and those of y back.
+
+        The uses of one x share a product with all their tables A; this one's is number `part`.
+        """
         r, axis = rank(x), self.rows.axis
         assert r is not None and axis is not None
-        width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         order = (axis, *(k for k in range(r) if k != axis))
-        first = self.call("Transpose", x, perm=list(order)) if axis else x
         plain = r == 3 and self.rows.exact
-        seen = first if plain else self.call("Reshape", first, self._sizes(-1, width))
-        low = int(a.shape.numpy()[0]) // self.own.count  # type: ignore[union-attr]
-        a, b = (self.call("Gather", v, self.own.rows(low)) for v in (a, b))
-        t = self.call("MatMul", seen, self.call("Transpose", a, perm=[0, 2, 1]))
-        delta = self.call("MatMul", self.call("Mul", t, self.own.mask(low, dtype_name(x))), b)
+        low = int(b.shape.numpy()[0]) // self.own.count  # type: ignore[union-attr]
+        products = self.own.products.setdefault((x, *tables), [])
+        if not products:
+            width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
+            first = self.call("Transpose", x, perm=list(order)) if axis else x
+            seen = first if plain else self.call("Reshape", first, self._sizes(-1, width))
+            several = len(tables) > 1  # the runtime joins initialisers when it loads them
+            a = self.call("Concat", *tables, axis=0) if several else tables[0]
+            a = self.call("Gather", a, self.own.rows(low, len(tables)))
+            t = self.call("MatMul", seen, self.call("Transpose", a, perm=[0, 2, 1]))
+            # no product with 0: an Inf of another adapter would be this row's NaN
+            zero = self._constant(np.array(0, numpy_dtype(dtype_name(x) or "float32")))
+            t = self._scaled(self.call("Where", self.own.mask(low, len(tables)), t, zero), x)
+            products += self._split(t, len(tables)) if several else [t]
+        delta = self.call("MatMul", products[part], self.call("Gather", b, self.own.rows(low)))
         if not axis:
             return delta if plain else self._shaped(delta, y)
         if not plain:
-            lead = self.call("Slice", self.call("Shape", first), self._ints(0), self._ints(r - 1))
-            sizes = self.call("Concat", lead, self._ints(-1), axis=0)
+            sizes = self.call("Gather", self.call("Shape", x), self._ints(*order[:-1]))
+            sizes = self.call("Concat", sizes, self._ints(-1), axis=0)
             delta = self.call("Reshape", delta, sizes)
         return self.call("Transpose", delta, perm=[order.index(k) for k in range(r)])
+
+    def _split(self, t: ir.Value, count: int) -> list[ir.Value]:
+        """Equal parts along the last axis."""
+        more = {"num_outputs": count} if self.owner.model.opset_imports.get("", 0) >= 18 else {}
+        return self.results("Split", t, count=count, axis=-1, **more)
 
     def _sizes(self, *rest: int) -> ir.Value:
         """[batch, *rest] as a shape."""
@@ -156,12 +175,12 @@ class BatchEmitter(OnnxEmitter):
         shape = self.call("Shape", y)
         return self.call("Reshape", delta, shape, **keep_zeros(self.owner))
 
-    def _scaled(self, t: ir.Value) -> ir.Value:
-        """The value t [batch, …, …] times the weight of each row."""
+    def _scaled(self, t: ir.Value, like: ir.Value | None = None) -> ir.Value:
+        """The value t [batch, …, …] times the weight of each row, in the dtype of `like` or t."""
         if self.own.scales is None:
             return t
         factor = self.call("Reshape", self.own.scales, self._ints(-1, 1, 1))
-        return self.call("Mul", t, self.op("cast_like", factor, t))
+        return self.call("Mul", t, self.op("cast_like", factor, like or t))
 
     def _rows(self, x: ir.Value, a: ir.Value) -> ir.Value:
         """The rows A[ids[b], x[b, j]] as [batch, m, r], looked up in A as one long table."""
@@ -232,7 +251,8 @@ def stack(
 # all of them, and the mask leaves each row its own: u times the arithmetic, u copies. Which one is
 # a matter of sizes, so one graph does both, and decides by its inputs: u·(u − 1)·m ≤ 5·b, where m
 # is the positions of a row. So a batch of one adapter, and steps of a few tokens with a few
-# adapters, share.
+# adapters, share. Uses of one x (query, key, value) share the product with A too: their tables lie
+# below each other in one Gather, and the masked product is split.
 
 
 LIMIT = 5
@@ -259,43 +279,44 @@ class RowAdapters(OnnxEmitter):
         assert node is not None
         super().__init__(graph, node, NAME, before=False)
         self._made: dict[tuple[object, ...], ir.Value] = {}
+        self.products: dict[tuple[ir.Value, ...], list[ir.Value]] = {}
         self.ids, self.count, self.scales = ids, count, scales
         self.size = size = self.call("Shape", ids)
-        used = self._place(ir.node("Unique", [ids], num_outputs=1))
+        (used,) = self.results("Unique", ids, count=1)
         different, one = self.call("Shape", used), self._ints(1)
         pairs = self.call("Mul", different, self.call("Sub", different, one))
         more = self.call("Mul", pairs, self._positions(batch))
         most = self.call("Mul", size, self._ints(LIMIT))
-        few = self.call("Less", more, self.call("Add", most, one))
-        begin = self.call("Where", few, self._ints(0), different)
-        end = self.call("Where", few, different, self._ints(np.iinfo(np.int64).max))
-        self._groups = self.call("Where", few, one, size)
+        many = self.call("Greater", more, most)
+        begin = self.call("Where", many, different, self._ints(0))
+        end = self.call("Where", many, self._ints(np.iinfo(np.int64).max), different)
+        self._groups = self.call("Where", many, size, one)
         chosen = self.call("Slice", self.call("Concat", used, ids, axis=0), begin, end)
         self._chosen = self.call("Reshape", chosen, self._shape(-1, 1))
         self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
 
-    def rows(self, rank: int) -> ir.Value:
-        """Which rows of the tables [n·rank, …] are read, as int64 [g, k·rank]."""
-        key = ("rows", rank)
-        if key not in self._made:
+    def rows(self, rank: int, tables: int = 1) -> ir.Value:
+        """Which rows of tables [n·rank, …] below each other are read: int64 [g, tables·k·rank]."""
+        key = ("rows", rank, tables)
+        if key not in self._made and tables > 1:
+            each = self.call("Reshape", self.rows(rank), self._shape(1, -1))
+            starts = np.arange(tables)[:, None] * (self.count * rank)
+            each = self.call("Add", each, self._constant(starts))
+            self._made[key] = self.call("Reshape", each, self._shape(-1))
+        elif key not in self._made:
             first = self.call("Mul", self._chosen, self._ints(rank))
             each = self.call("Add", first, self._constant(np.arange(rank)))
             self._made[key] = self.call("Reshape", each, self._shape(-1))
         return self._made[key]
 
-    def mask(self, rank: int, dtype: str | None) -> ir.Value:
-        """The mask [b, 1, k·rank]: a row's weight at its own factors, 0 at all others."""
-        key = ("mask", rank, dtype)
+    def mask(self, rank: int, tables: int = 1) -> ir.Value:
+        """The mask [b, 1, tables·k·rank]: true at a row's own factors."""
+        key = ("mask", rank, tables)
         if key not in self._made:
             owner = self.call("Div", self.rows(rank), self._ints(rank))
             owner = self.call("Reshape", owner, self._shape(1, -1))
             made = self.call("Equal", self._column, owner)
-            to = int(ir.DataType.from_numpy(numpy_dtype(dtype or "float32")))
-            made = self.call("Cast", made, to=to)
-            if self.scales is not None:
-                weights = self.call("Reshape", self.scales, self._ints(-1, 1, 1))
-                made = self.call("Mul", made, self.call("Cast", weights, to=to))
-            self._made[key] = made
+            self._made[key] = self.call("Concat", *[made] * tables, axis=-1) if tables > 1 else made
         return self._made[key]
 
     def _shape(self, *rest: int) -> ir.Value:
@@ -319,10 +340,10 @@ class RowAdapters(OnnxEmitter):
         if end <= 1:
             return self._ints(1)
         sizes = self.call("Slice", self.call("Shape", found), self._ints(1), self._ints(end))
-        return self.call("ReduceProd", sizes, keepdims=1)
+        return sizes if end == 2 else self.call("ReduceProd", sizes, keepdims=1)
 
     def _constant(self, value: Array) -> ir.Value:
-        key = (str(value.dtype), *value.tolist())
+        key = (str(value.dtype), value.shape, value.tobytes())
         if key not in self._made:
             self._made[key] = super()._constant(value)
         return self._made[key]

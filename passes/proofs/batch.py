@@ -131,12 +131,13 @@ def _batches(
     reference: Reference, count: int, rowed: Sequence[str], fixed: bool
 ) -> Iterator[tuple[dict[str, Array], Array]]:
     """(inputs, ids) until every id had a row, one repeated; then batches of few ids."""
+    lengths = [size[1] for size in reference.inputs.checks if isinstance(size, tuple)]
     order = np.random.default_rng(0).permutation(count + 1)
     todo = [*order.tolist(), int(order[-1]) or 1, 0]
     number = 0
-    while todo or (not fixed and number < len(SIZES)):
+    while todo or (not fixed and number < len(lengths)):
         rows = min(max(len(todo), 4), AT_ONCE)
-        feeds = reference.feeds((rows, SIZES[number % len(SIZES)][1]), number)
+        feeds = reference.feeds((rows, lengths[number % len(lengths)]), number)
         rows = next(feeds[n].shape[0] for n in rowed if n in feeds)
         part, todo = todo[:rows], todo[rows:]
         part += [int(order[(number + j) % len(order)]) for j in range(rows - len(part))]

@@ -40,7 +40,7 @@ from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import has_values, to_numpy
-from lora_fx.inputs import Extents, Named
+from lora_fx.inputs import Extents, Inputs, Named
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.progress import stage
 from lora_fx.text import Json
@@ -346,6 +346,11 @@ class TorchReference:
     def conditions(self) -> tuple[Condition, ...]:
         """See Reference."""
         return onnx_conditions(self.base.conditions())
+
+    @property
+    def inputs(self) -> Inputs:
+        """See Reference."""
+        return self.base.captured.inputs
 
     def details(self) -> Json:
         """See Reference."""

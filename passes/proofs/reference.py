@@ -36,7 +36,7 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.inputs import SIZES, Extents, Named
+from lora_fx.inputs import SIZES, Extents, Inputs, Named
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.view import Cast
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
@@ -61,6 +61,10 @@ class Reference(Protocol):
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What sizes have to satisfy, by the names of ONNX inputs."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """The signature, and the sizes of every check."""
 
     def details(self) -> Json:
         """`ranges[]`, and `unproven[]`: sizes at which nothing was compared."""

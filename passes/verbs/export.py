@@ -126,7 +126,7 @@ def export(
         triton: A folder of models for Triton, which gets a copy as the next version of the file's
             stem (docs/serving.md).
         max_batch: With triton, above 0: the server may put requests together, up to so many rows.
-        cache: For a decoder of transformers, in all modes but batch: its key-value cache goes in
+        cache: For a decoder of transformers, in all modes but train: its key-value cache goes in
             and comes out as tensors. The inputs are known, so none are given.
         genai: With cache, in merged and switch: a folder for onnxruntime-genai, with a copy of the
             file and the tokenizer of the model's own folder (docs/serving.md).

@@ -238,8 +238,8 @@ class ExportOptions:
                 f"no accuracy level {self.accuracy_level} in mode {self.mode}",
                 "0, or 4 in merged and switch: x in int8 for products over int4 and int8 codes",
             )
-        if self.cache and self.mode in ("batch", "train"):
-            raise LoraFxError(f"mode {self.mode} has no cache", "merged, switch or load")
+        if self.cache and self.mode == "train":
+            raise LoraFxError("mode train has no cache", "merged, switch, load or batch")
         if self.mode == "train":
             self._check_step()
         if self.tol is not None:

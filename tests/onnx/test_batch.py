@@ -15,13 +15,20 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import batch as batch_pass
+<<<<<<< HEAD
 from tests.providers import PROVIDERS
+=======
+from lora_fx.passes.find import find
+>>>>>>> 83465bfec0e93041b3d62469709e22b8da780e61
 from tests.zoo.shared import captured
 
 SIZE = 0.15
@@ -207,6 +214,82 @@ def test_weights_by_row_and_ids_out_of_range(tmp_path: Path) -> None:
     for bad in (-1, 3):
         with pytest.raises(Exception, match="out of"):
             run({**feeds, "adapter_ids": np.array([0, bad])})
+
+
+def test_an_overflow_of_one_adapter_is_no_nan_of_other_rows(tmp_path: Path) -> None:
+    """A row times A of its neighbour's adapter may be Inf; the row has no part in it."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 5).eval(), torch.randn(2, 6)
+    plain, large = (adapter(Captured(model, (x,), {}), s, 3) for s in (1, 2))
+    (low,) = large.lowrank.values()
+    large = Adapter(
+        {"weight": replace(low, a=low.a * np.float32(1e35), b=low.b / np.float32(1e35))}
+    )
+    lora_fx.export(
+        model, tmp_path / "b.onnx", (x,), adapters=[plain, large], mode="batch", provider="cpu"
+    )
+    session, rows = open_session(tmp_path / "b.onnx", "cpu"), x.numpy() * [[1e5], [1]]
+    rows = rows.astype(np.float32)
+    name, *_ = session.input_names
+    got = next(iter(session.run({name: rows, "adapter_ids": np.array([1, 2])}).values()))
+    for row, one in enumerate((plain, large)):
+        w = model.weight.detach().double().numpy() + one.deltas(dtype="float64")["weight"]
+        expected = rows[row] @ w.T + model.bias.detach().double().numpy()
+        assert rel(got[row], expected) < 1e-5, row
+    a = large.lowrank["weight"].a
+    most = np.finfo(np.float32).max
+    assert np.abs(rows[0].astype(float) @ a.T).max() > most, "nothing overflows"
+
+
+@pytest.mark.parametrize("opset, first", [(11, "length, batch"), (20, "batch, length")])
+def test_two_products_of_one_activation_share_theirs_with_a(
+    tmp_path: Path, opset: int, first: str
+) -> None:
+    """In old opsets too, and where rows are on axis 1: against x · (W + w·ΔW) in fp64."""
+    turn = "Transpose<perm = [1, 0, 2]>" if first.startswith("length") else "Identity"
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
+    g (float[batch, length, 6] x) => (float[batch, length, 5] y, float[batch, length, 4] z)
+    <float[6, 5] q, float[6, 4] k> {{
+        t = {turn}(x)
+        a = MatMul(t, q)
+        c = MatMul(t, k)
+        y = {turn}(a)
+        z = {turn}(c)
+    }}"""
+    rng = np.random.default_rng(0)
+    weights = {
+        n: rng.standard_normal((6, out)).astype(np.float32)
+        for n, out in zip("qk", (5, 4), strict=True)
+    }
+    model = onnx.parser.parse_model(text)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(w, n) for n, w in weights.items())
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "m.onnx")
+    graph = OnnxGraph(load(tmp_path / "m.onnx"))
+    adapters = [
+        Adapter(
+            {
+                t.key: lora_fx.LowRank(*draw(t.key, t.layout, 3, seed, "probe"), 3.0, t.layout)
+                for t in find(graph).targets
+            }
+        )
+        for seed in (1, 2)
+    ]
+    path = tmp_path / "b.onnx"
+    lora_fx.export(
+        tmp_path / "m.onnx", path, adapters=adapters, mode="batch", scales=True, provider="cpu"
+    )
+    made = onnx.load(path)
+    onnx.checker.check_model(made, full_check=True)
+    assert [n.op_type for n in made.graph.node].count("Split") == 1
+    x, ids = rng.standard_normal((3, 7, 6)).astype(np.float32), np.array([2, 0, 1])
+    factors = np.array([0.5, 1, 2], np.float32)
+    feeds = {"x": x, "adapter_ids": ids, "adapter_scales": factors}
+    got = open_session(path, "cpu").run(feeds)
+    for row, i in enumerate(ids):
+        for name, key in ("yq", "zk"):
+            delta = adapters[i - 1].deltas()[key] * factors[row] if i else 0.0
+            assert rel(got[name][row], x[row].astype(float) @ (weights[key] + delta)) < 1e-6
 
 
 @pytest.mark.parametrize("broken", ["order", "scale"])

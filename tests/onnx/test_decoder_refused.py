@@ -52,7 +52,7 @@ def test_what_is_no_decoder_is_refused(tmp_path: Path, name: str, words: str) ->
 def test_what_a_cache_excludes_is_refused(tmp_path: Path) -> None:
     path, ids = tmp_path / "m.onnx", torch.tensor(IDS)
     for more, words in (
-        ({"mode": "batch"}, "mode batch has no cache"),
+        ({"mode": "train"}, "mode train has no cache"),
         ({"kwargs": {"input_ids": ids}}, "are known"),
         ({"inputs": {"input_ids": IDS}}, "are known"),
         ({"dynamic": {"input_ids": {1: "n"}}}, "are known"),

@@ -433,11 +433,18 @@ class OnnxEmitter:
         """Add a node of an ONNX op and give its first result."""
         return self._place(ir.node(op, inputs, attributes))
 
+    def results(self, op: str, *inputs: ir.Value, count: int, **attributes: Any) -> list[ir.Value]:
+        """Add a node of an ONNX op and give all its results."""
+        made = ir.node(op, inputs, attributes, num_outputs=count)
+        self._place(made)
+        return list(made.outputs)
+
     def _place(self, new: ir.Node) -> ir.Value:
         new.metadata_props[MARK] = self.mark
         if self.viewing:
             new.metadata_props[VIEW] = "of the weight form"
-        new.outputs[0].name = self.owner.fresh(f"{self.mark}_lora")
+        for value in new.outputs:
+            value.name = self.owner.fresh(f"{self.mark}_lora")
         graph = self.node.graph
         assert graph is not None
         if self.before:
