@@ -24,11 +24,8 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import batch as batch_pass
-<<<<<<< HEAD
-from tests.providers import PROVIDERS
-=======
 from lora_fx.passes.find import find
->>>>>>> 83465bfec0e93041b3d62469709e22b8da780e61
+from tests.providers import PROVIDERS
 from tests.zoo.shared import captured
 
 SIZE = 0.15

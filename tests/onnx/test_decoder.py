@@ -184,12 +184,6 @@ def test_switch_gives_them_for_two_adapters_in_one_session(case: Case, provider:
     assert (found[1] != found[2]).any()
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_a_file_with_a_cache_takes_another_adapter(
-    case: Case, tmp_path: Path, provider: str
-) -> None:
-=======
 def test_rows_of_a_batch_decode_with_adapters_of_their_own(case: Case, tmp_path: Path) -> None:
     """The tokens of merged files and of generate, each prompt alone and without its padding."""
     session, rows = open_session(case.batch_file(), "cpu"), np.array([0, 1, 2, 0, 1, 2, 0])
@@ -226,8 +220,10 @@ def test_the_command_line_writes_the_same_batch_file(case: Case, tmp_path: Path)
     assert out.read_bytes() == case.batch_file().read_bytes()
 
 
-def test_a_file_with_a_cache_takes_another_adapter(case: Case, tmp_path: Path) -> None:
->>>>>>> 83465bfec0e93041b3d62469709e22b8da780e61
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_file_with_a_cache_takes_another_adapter(
+    case: Case, tmp_path: Path, provider: str
+) -> None:
     report = lora_fx.export(
         case.merged, tmp_path / "l.onnx", mode="load", adapters={"fr": case.adapters["fr"]},
         provider=provider,
