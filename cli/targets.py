@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @model_options
 @click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")
 @json_option
-def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
+def command(model: str, training: bool, **options: Any) -> None:
     r"""List what an adapter can attach to, and why the rest cannot.
 
     No weights are read. MODEL is a Hugging Face folder, hf:ORG/NAME (of which the configs alone
@@ -59,7 +59,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
             "the lines above say what was refused and why",
         )
     fields = {"inputs": inputs, "warnings": found.notes, **found.to_json()}
-    emit(as_json, "targets", str(found), refused=refused, **fields)
+    emit(str(found), refused=refused, **fields)
 
 
 def _of_onnx(model: str) -> Found:
