@@ -40,7 +40,7 @@ def command(model: str, training: bool, **options: Any) -> None:
         what = "names and shapes alone" if tensors else "a graph as it is"
         raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
     if tensors:
-        from lora_fx.checkpoint.targets import file_targets
+        from lora_fx.checkpoint.model_families import file_targets
 
         found = file_targets(model)
     elif model.endswith(".onnx"):

@@ -20,9 +20,8 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.svd import above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats, same_bytes
-from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, uses
+from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
-from lora_fx.checkpoint.targets import targets_of
 from lora_fx.checkpoint.tied import check_scaled, tie_of
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line

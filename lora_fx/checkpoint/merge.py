@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.plain_lora import Approximated, as_lora
+from lora_fx.adapter.truncate import Approximated, as_lora
 from lora_fx.checkpoint.fold import Space, Stats, prepared, read_block
-from lora_fx.checkpoint.int8 import HINT
 from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.provenance import adapter_hash
-from lora_fx.checkpoint.requantise import in_all, refuse_loss
+from lora_fx.checkpoint.requantise import HINT, in_all, refuse_loss
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.dtypes import Array
@@ -218,7 +217,7 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
 
 
 def plain_in(base: str | None, adapter: Adapter, **goal: Any) -> tuple[Adapter, list[Approximated]]:
-    """An adapter as plain LoRA, see lora_fx.adapter.plain_lora; the base where a ΔW needs W."""
+    """An adapter as plain LoRA, see lora_fx.adapter.truncate; the base where a ΔW needs W."""
     delta_of = partial(delta_in, open_checkpoint(base)) if base else None
     return as_lora(adapter, **goal, delta_of=delta_of)
 

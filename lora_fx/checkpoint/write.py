@@ -33,10 +33,9 @@ from lora_fx.checkpoint.fold import (
     read_rows,
     rows_per_block,
 )
-from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA
-from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
+from lora_fx.checkpoint.requantise import Int8, joined, ranges, recoded, spans
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at

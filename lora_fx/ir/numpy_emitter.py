@@ -11,8 +11,6 @@ import numpy as np
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import Role
-from lora_fx.ir.graph import Site
 
 
 def _slice(x: Array, axis: int, start: int, stop: int) -> Array:
@@ -52,21 +50,13 @@ class NumpyEmitter:
     """Computes every primitive at once, in the dtype of its operands."""
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> Array:
-        """One primitive of the closed set (see lora_fx.ir.graph.Emitter)."""
+        """One primitive of the closed set (see lora_fx.ir.emitter.Ops)."""
         if prim not in PRIMS:
             raise LoraFxError(
                 f"the numpy emitter has no primitive {prim!r}",
                 "report this: it is a mistake of lora-fx",
             )
         return np.asarray(PRIMS[prim](*xs, **attrs))
-
-    def like(self, site: Site, x: Array, w: Array) -> Array:
-        """Run the site's op on arrays, written out from primitives by its Kind."""
-        return np.asarray(site.kind.apply(self, site, x, w))
-
-    def parameter(self, name: str, value: Array, role: Role) -> Array:
-        """Give the value back: there is no graph to store it in."""
-        return value
 
 
 # The product b @ a of a low-rank update, in the pieces that BLAS is fastest with.

@@ -34,7 +34,7 @@ from lora_fx.files.quantised.base import (
     packed_range,
     rescaling,
 )
-from lora_fx.files.quantised.fp8 import largest_to_top
+from lora_fx.files.quantised.floats import largest_to_top
 from lora_fx.ir.quantised import Quantised, blocks_in, unpacked, words_of
 from lora_fx.text import JsonView
 

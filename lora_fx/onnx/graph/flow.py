@@ -20,17 +20,21 @@ from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Shape, WeightForm
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
-from lora_fx.onnx.graph.ops import DATA_OPS, OnnxOp, OnnxOperand, attr, row_of
-from lora_fx.onnx.graph.quantised import (
+from lora_fx.onnx.graph.ops import (
+    DATA_OPS,
     FOREIGN,
     NO_PLACE,
     QUANTISER,
     UNSCALED,
     Codes,
+    OnnxOp,
+    OnnxOperand,
+    attr,
     check_scales,
     may_weigh,
     narrow,
     quantiser,
+    row_of,
     scaled,
 )
 from lora_fx.targets.target import base_name
