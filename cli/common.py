@@ -20,9 +20,8 @@ from typing import Any, NoReturn
 
 import click
 
-from lora_fx.cli.options import FORCE, in_groups, split_weight
+from lora_fx.cli.options import FORCE, config_options, in_groups, saving_config, split_weight
 from lora_fx.cli.output import echo, note, result, say, show, stages
-from lora_fx.cli.toml import config_options, saving_config
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
 from lora_fx.progress import stage, telling

@@ -63,7 +63,7 @@ def command(model: str, data: str | None, output: str, force: bool, **options: A
     from lora_fx.files.atomic import check_output
     from lora_fx.passes.verbs.adapt import find
     from lora_fx.passes.verbs.plan import plan
-    from lora_fx.targets.ranking import METHODS
+    from lora_fx.targets.budget import METHODS
 
     check_output(output, force=force)
     if not output.endswith(".json"):

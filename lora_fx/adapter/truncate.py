@@ -17,8 +17,8 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import LEARNS
-from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.svd import (
+from lora_fx.adapter.lowrank import (
+    LowRank,
     Triplets,
     balanced,
     distance,

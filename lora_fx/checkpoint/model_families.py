@@ -126,7 +126,7 @@ FAMILIES = (
 """Pattern of classes, as config.json's `architectures` has them, and the names of their tie."""
 
 
-def family_of(classes: Iterable[object], names: Iterable[str]) -> Tie | None:
+def tie_in(classes: Iterable[object], names: Iterable[str]) -> Tie | None:
     """The names of a checkpoint's family, by its classes and those of its tensors, if known."""
     said, names = [str(c) for c in classes] or [""], set(names)
     for pattern, tie in FAMILIES:

@@ -15,13 +15,12 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, grouped
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import read_floats
-from lora_fx.checkpoint.match import match, stacked
+from lora_fx.checkpoint.match import match, stacked, tie_and_names
 from lora_fx.checkpoint.merge_plan import MergeOptions, recoded_weights
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.requantise import Int8, stored_as
-from lora_fx.checkpoint.tied import tie_and_names
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint

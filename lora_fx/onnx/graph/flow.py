@@ -1,7 +1,7 @@
 """Data flow from stored tensors: which values of an ONNX graph are weights, and through which View.
 
-Tensors are stored as initialisers (of the graph or of an If, Loop or Scan body) and in Constant
-nodes. A body reads the values of the graphs around it, so one walk over all nodes follows both.
+Tensors are initialisers (of the graph or of a body) or Constant nodes. A body reads the values of
+the graphs around it, so one walk over all nodes follows both.
 """
 
 from __future__ import annotations
@@ -218,11 +218,9 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
     if weight is not None and _through(flow, node, weight):
         return
     row = row_of(node)
-    if row is not None:
-        found = _uses(flow, node, row)
+    if row is not None and (found := _uses(flow, node, row)):
         flow.found += found
-        if found:
-            return
+        return
     if not _computes(flow, node):
         flow.data_flops += _data(node)
 
