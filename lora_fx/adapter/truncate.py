@@ -1,6 +1,6 @@
 """truncate: an adapter of fewer ranks, with the exact error that it costs.
 
-Every s·b@a is split into singular triplets by QR of both factors (see svd.py); over all targets
+Every s·b@a is split into singular triplets by QR of both factors (see lowrank.py); over all targets
 ‖ΔW − ΔW'‖² is then the sum of the σ² that are left out. One more rank of a target costs
 (in + out)·batch elements, so triplets are taken in the order of σ²/cost. A stack of matrices has
 one rank; its σ² are summed over the batch. Results have alpha = rank, that is scale 1.

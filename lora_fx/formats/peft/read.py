@@ -172,10 +172,10 @@ class _Reader:
         length = self._beside(group, "magnitude", on=bool(self.config.get("use_dora")))
         between = self._beside(group, "diagonal", on=mutated == "kasa")
         if between is not None:
-            a = a * self.source.vector(between, len(a))[:, None]
+            a = a * self.source.numbers(between, len(a))[:, None]
         low = LowRank(
             a, b, alpha, None, self.variant,
-            magnitude=None if length is None else self.source.vector(length, len(b)),
+            magnitude=None if length is None else self.source.numbers(length, len(b)),
             op=op, kernel=kernel, tied=bool(group.tied), twins=tuple(group.tied), mutated=mutated,
             layer=FileLayer(group.lead) if attention else None,
         )  # fmt: skip
@@ -225,7 +225,7 @@ class _Reader:
             )
         if name is None:
             return
-        value, scale = self.source.vector(name, len(low.b)), low.scale
+        value, scale = self.source.numbers(name, len(low.b)), low.scale
         if group.lead.endswith(_OUT):
             scale /= 2  # the update is added twice, its bias once
         elif low.layer:
@@ -543,5 +543,5 @@ def _pair(source: PeftFile, names: tuple[str, str], entry: JsonView, taken: set[
     if "magnitude" in entry:
         taken.add(entry["magnitude"])
         size = math.prod(b.shape[:-1])
-        magnitude = source.vector(entry["magnitude"], size).reshape(b.shape[:-1])
+        magnitude = source.numbers(entry["magnitude"], size).reshape(b.shape[:-1])
     return LowRank(a, b, float(entry["alpha"]), None, str(entry["variant"]), magnitude=magnitude)

@@ -13,11 +13,17 @@ import numpy as np
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.files.quantised import torchao
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, parts_of
+from lora_fx.files.quantised.base import Parts, QuantisedWeight
 from lora_fx.files.quantised.floats import fp8, fp8_blocks, mxfp4, mxfp4_stack, nvfp4
 from lora_fx.files.quantised.layouts import awq, compressed, four_bits, gptq, int8
 from lora_fx.ir.quantised import Quantised
 from tests.files.quantised import operators
+
+
+def parts_of(module: str, arrays: Mapping[str, Array]) -> Parts:
+    """Arrays by their last names as the parts of a module."""
+    return Parts(module, {f"{module}.{name}": array for name, array in arrays.items()})
+
 
 GOLDEN = Path(__file__).parent / "golden.json"
 Arrays = Mapping[str, Array]

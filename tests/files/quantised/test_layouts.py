@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import onnx
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, parts_of
+from lora_fx.files.quantised.base import Parts, QuantisedWeight
 from lora_fx.files.quantised.floats import fp8_blocks, mxfp4_stack
 from lora_fx.files.quantised.layouts import awq, compressed, four_bits, gptq
 from lora_fx.fx.codes import arrays_of
 from lora_fx.ir.quantised import FP4, NF4, Quantised
 from tests.files.quantised import operators
+from tests.files.quantised.rows import parts_of
 from tests.ir.test_quantised import stream, weights
 
 many = settings(max_examples=60, deadline=None)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from lora_fx.files.quantised import onnx
-from lora_fx.files.quantised.base import parts_of
 from lora_fx.fx.codes import arrays_of
 from tests.files.quantised import operators
 from tests.files.quantised.packages import PACKAGES, rows_of
-from tests.files.quantised.rows import READERS, WEIGHTS, Row, golden, mark, read
+from tests.files.quantised.rows import READERS, WEIGHTS, Row, golden, mark, parts_of, read
 
 GOLDEN = golden()
 
