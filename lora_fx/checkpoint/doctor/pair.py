@@ -213,7 +213,7 @@ def sample(info: TensorInfo, count: int = 4096) -> Array:
 
 # A PEFT adapter read without judging it: what is there, under whatever names, sound or not.
 #
-# `peft.read` stops at the first thing that is wrong. A diagnosis needs everything else too, so here
+# `peft.file` stops at the first thing that is wrong. A diagnosis needs everything else too, so here
 # tensors are only sorted by their names, and nothing is refused but what is no file of tensors.
 
 
